@@ -1,0 +1,48 @@
+# Every target sets up .venv by itself the first time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: env demo test test-slow test-gpu check bench docs clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Installing torch and the other packages into $(VENV) (several GB; minutes) ..."
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+# JSON lines on the screen; see docs/benchmarks.md.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/generation.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_reference.py
+
+clean:
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache

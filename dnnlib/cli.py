@@ -1,0 +1,150 @@
+"""What the five scripts share: options that carry a config path, both spellings of a flag, one place for errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import click
+
+from dnnlib.config import ConfigError, UserError
+
+# Decorators of click are untyped functions over functions.
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class ConfigOption(click.Option):
+    """A click option that knows which config field it sets; `field=None` says that it sets none."""
+
+    def __init__(self, *args: Any, field: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.field = field
+
+
+def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
+    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets."""
+    return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
+
+
+def switch(flag: str, field: str | None = None, **kwargs: Any) -> Decorator:
+    """An option that is on as `--mirror` or `--mirror=1` and off as `--mirror=0`; None when it is not given."""
+    return option(flag, field=field, type=bool, is_flag=False, flag_value=True, metavar="[BOOL]", **kwargs)
+
+
+def with_options(options: Iterable[Decorator]) -> Decorator:
+    """Attach options to a command in the order of a table."""
+
+    def attach(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorate in reversed(tuple(options)):
+            function = decorate(function)
+        return function
+
+    return attach
+
+
+def with_both_spellings(flags: Iterable[str]) -> list[str]:
+    """Return the flags, each long one followed by its spelling with `-` for `_` or `_` for `-`."""
+    spelled = []
+    for flag in flags:
+        spelled.append(flag)
+        if flag.startswith("--"):
+            name = flag[2:]
+            other = name.replace("_", "-") if "_" in name else name.replace("-", "_")
+            spelled += [f"--{other}"] if other != name else []
+    return spelled
+
+
+def config_values(context: click.Context) -> dict[str, Any]:
+    """Return {config path: value} for the options that the user gave."""
+    return {
+        parameter.field: context.params[parameter.name]
+        for parameter in context.command.params
+        if isinstance(parameter, ConfigOption) and parameter.field and context.params[parameter.name or ""] is not None
+    }
+
+
+class Script(click.Command):
+    """A command that turns UserError and ConfigError into one line on stderr and exit code 2, in one place."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            fail(self, error)
+
+
+class Failure(click.ClickException):
+    """One line on stderr and exit code 2."""
+
+    exit_code = 2
+
+
+def fail(command: click.Command, error: UserError) -> NoReturn:
+    """Raise the click error for a UserError; a ConfigError is named by the flag that sets its field."""
+    message = str(error)
+    if isinstance(error, ConfigError):
+        options = [option for option in command.params if isinstance(option, ConfigOption) and option.field]
+        for parameter in options:
+            if parameter.field == error.field:
+                shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
+                message = f"{parameter.opts[0]}={shown}: {error.problem}"
+    raise Failure(message) from None
+
+
+class IntList(click.ParamType):
+    """Comma-separated positive integers, e.g. 256,64,16."""
+
+    name = "INT,INT,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"\d+(,\d+)*", str(value)):
+            self.fail(f"{value!r} is not a comma-separated list of integers such as 256,64,16", param, ctx)
+        return tuple(int(item) for item in str(value).split(","))
+
+
+class Size(click.ParamType):
+    """A height and width as 8 or 8x12."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a size such as 8 or 8x12 (height x width)", param, ctx)
+        return int(match[1]), int(match[2] or match[1])
+
+
+class NameList(click.ParamType):
+    """Comma-separated names; `none` is the empty list."""
+
+    name = "NAME,NAME,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return () if value == "none" else tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+class IntRanges(click.ParamType):
+    """Integers and ranges, e.g. 0-35,40."""
+
+    name = "A-B,C,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            if not match:
+                self.fail(f"{part!r} in {value!r} is neither a number nor a range such as 0-35", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"the range {part!r} runs backwards: write {last}-{first}", param, ctx)
+            numbers += range(first, last + 1)
+        return tuple(numbers)

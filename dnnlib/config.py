@@ -1,0 +1,161 @@
+"""Nested frozen dataclasses as configuration: override by dotted path, write as JSON, read back strictly.
+
+A field that can hold one of several dataclasses (the families of generators, say) names them in its metadata:
+
+    generator: StyleformerConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
+
+Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something that the user gave cannot be used; the message names it, its value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration field holds a value that cannot work.
+
+    `field` is the dotted path as far as the raiser knows it, `problem` says what is wrong and what to do instead.
+    """
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}")
+        self.field = field
+        self.value = value
+        self.problem = problem
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """Return `config` with the fields at the given dotted paths replaced, e.g. {"loss.r1_gamma": 10}.
+
+    All values that belong to one dataclass are replaced together, so that its validation sees them together.
+    Raises ConfigError for a path that does not exist and for values that the dataclass refuses.
+    """
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    names = field_names(config)
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if name not in names:
+            raise ConfigError(path, value, f"{type(config).__name__} has no such field; it has {', '.join(names)}")
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    for name, inner in nested.items():
+        with _Within(name):
+            own[name] = override(getattr(config, name), inner)
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return nested plain dicts, lists, numbers and strings; tuples become lists."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            families = field.metadata.get("families")
+            head = {"family": _family_of(value, families)} if families else {}
+            result[field.name] = head | to_json(value)
+        else:
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
+    """Rebuild what `to_json` wrote. Raises ConfigError for an unknown or missing key and for a wrong type."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(config_class.__name__, data, "expected a JSON object")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for key, value in data.items():
+        if key not in fields:
+            raise ConfigError(key, value, f"unknown key; {config_class.__name__} has {', '.join(fields)}")
+    for name in fields:
+        if name not in data:
+            raise ConfigError(name, None, f"missing from the JSON of {config_class.__name__}")
+    values = {name: _read_field(field, hints[name], data[name]) for name, field in fields.items()}
+    return config_class(**values)
+
+
+def field_names(config: Any) -> tuple[str, ...]:
+    """Return the names of the fields of a config or a config class, in order."""
+    return tuple(field.name for field in dataclasses.fields(config))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return one line 'path: old -> new' for each leaf in which two JSON objects differ."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            lines.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return lines
+
+
+class _Within:
+    """Context that prefixes the field of a ConfigError raised inside with the name of the field it happened in."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{self.name}.{error.field}", error.value, error.problem) from None
+
+
+def _family_of(config: Any, families: Mapping[str, type]) -> str:
+    return next(name for name, family in families.items() if family is type(config))
+
+
+def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    families = field.metadata.get("families")
+    if families:
+        data = dict(value)
+        family = data.pop("family", None)
+        if family not in families:
+            raise ConfigError(f"{field.name}.family", family, f"unknown family; known are {', '.join(families)}")
+        hint, value = families[family], data
+    if dataclasses.is_dataclass(hint):
+        with _Within(field.name):
+            return from_json(typing.cast(type, hint), value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if not _matches(hint, value):
+        raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}")
+    return float(value) if hint is float else value
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    """Whether a value read from JSON (lists already as tuples) fits a type hint."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(arg, value) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_matches(args[0], item) for item in value)
+        return len(args) == len(value) and all(map(_matches, args, value))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(None) if hint is None else hint)
