@@ -1,0 +1,321 @@
+"""training/dataset.py: reading sets that the tests write, sampling by position, sharing batches."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dnnlib.config import ConfigError, UserError
+from training.dataset import DatasetConfig, EpochSampler, ImageDataset, batches, encode_labels
+
+
+def random_images(count: int, height: int = 6, width: int = 5, channels: int = 3) -> np.ndarray:
+    return np.random.RandomState(0).randint(0, 256, (count, height, width, channels)).astype(np.uint8)
+
+
+def as_png(pixels: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def image_name(index: int) -> str:
+    return f"00000/img{index:08d}.png"
+
+
+def write_zip(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def set_files(images: np.ndarray, labels: list[Any] | None = None, **more: Any) -> dict[str, bytes]:
+    files = {image_name(k): as_png(pixels) for k, pixels in enumerate(images)}
+    pairs = None if labels is None else [[image_name(k), label] for k, label in enumerate(labels)]
+    return {**files, "dataset.json": json.dumps({"labels": pairs, **more}).encode()}
+
+
+def open_set(path: Path, **options: Any) -> ImageDataset:
+    return ImageDataset(DatasetConfig(path=str(path), **options))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["stored", "deflated", "folder"])
+def test_images_are_what_was_written(tmp_path: Path, kind: str, channels: int) -> None:
+    images = random_images(7, channels=channels)
+    if kind == "folder":
+        path = write_folder(tmp_path / "set", set_files(images))
+    else:
+        compression = zipfile.ZIP_STORED if kind == "stored" else zipfile.ZIP_DEFLATED
+        path = write_zip(tmp_path / "set.zip", set_files(images), compression)
+    dataset = open_set(path)
+    assert dataset.img_shape == (channels, 6, 5)
+    assert (dataset.name, len(dataset), dataset.c_dim, dataset.has_labels) == ("set", 7, 0, False)
+    assert dataset.labels.shape == (7, 0)
+    batch = dataset.images([6, 0, 3])
+    assert batch.dtype == torch.uint8
+    assert batch.is_contiguous()
+    np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).numpy(), images[[6, 0, 3]])
+
+
+def test_formats_other_than_png_and_no_json(tmp_path: Path) -> None:
+    images = random_images(2)
+    files = {"b.webp": b"", "a.bmp": b"", "c.jpg": b"", "notes.txt": b"x", "._a.bmp": b"resource fork"}
+    for name, format in [("a.bmp", "bmp"), ("b.webp", "webp"), ("c.jpg", "jpeg")]:
+        buffer = io.BytesIO()
+        Image.fromarray(images[0]).save(buffer, format, lossless=True)
+        files[name] = buffer.getvalue()
+    dataset = open_set(write_zip(tmp_path / "x.zip", files))
+    batch = dataset.images(torch.arange(3)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(batch[:2], images[[0, 0]])
+    np.testing.assert_array_equal(batch[2], np.asarray(Image.open(io.BytesIO(files["c.jpg"]))))
+
+
+def test_palette_and_interlaced_png(tmp_path: Path) -> None:
+    image = Image.fromarray(random_images(1)[0])
+    palette = image.quantize(16)
+    buffers = [io.BytesIO(), io.BytesIO()]
+    image.save(buffers[0], "png")
+    palette.save(buffers[1], "png")
+    files = {f"{k}.png": buffer.getvalue() for k, buffer in enumerate(buffers)}
+    batch = open_set(write_zip(tmp_path / "x.zip", files)).images([1]).permute(0, 2, 3, 1)[0]
+    np.testing.assert_array_equal(batch.numpy(), np.asarray(palette.convert("RGB")))
+
+
+def test_mirror_doubles_the_set(tmp_path: Path) -> None:
+    images = random_images(4)
+    path = write_zip(tmp_path / "x.zip", set_files(images, [0, 1, 2, 1]))
+    dataset = open_set(path, mirror=True, use_labels=True)
+    assert len(dataset) == 8
+    assert dataset.labels.tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    batch = dataset.images([1, 5, 4]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(batch, np.stack([images[1], images[1][:, ::-1], images[0][:, ::-1]]))
+    with pytest.raises(IndexError):
+        dataset.images([8])
+    with pytest.raises(IndexError):
+        dataset.images([-1])
+
+
+def test_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
+    images = random_images(20)
+    path = write_zip(tmp_path / "x.zip", set_files(images, list(range(20))))
+    subsets = [open_set(path, max_images=6, seed=seed, use_labels=True) for seed in (0, 0, 1)]
+    chosen = [subset.labels.tolist() for subset in subsets]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 6
+    assert chosen[0] != list(range(6))
+    batch = subsets[0].images(range(6)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(batch, images[chosen[0]])
+    assert subsets[0].c_dim == 20  # whatever the subset
+    assert len(open_set(path, max_images=100)) == 20
+
+
+def test_class_numbers_and_vectors(tmp_path: Path) -> None:
+    images = random_images(3)
+    path = write_zip(tmp_path / "a.zip", set_files(images, [2, 0, 1], class_names=list("abcde"), resize_filter="box"))
+    dataset = open_set(path, use_labels=True)
+    assert (dataset.c_dim, dataset.labels.dtype, dataset.class_names) == (5, torch.int64, list("abcde"))
+    assert dataset.meta["resize_filter"] == "box"
+    assert encode_labels(dataset.labels, 5).tolist() == [[0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+    assert open_set(path).has_labels
+    assert open_set(path).c_dim == 0
+    assert encode_labels(open_set(path).labels, 0).shape == (3, 0)
+
+    vectors = [[0.5, -1], [1, 2.25], [0, 0]]
+    dataset = open_set(write_zip(tmp_path / "b.zip", set_files(images, vectors)), use_labels=True)
+    assert (dataset.c_dim, dataset.labels.dtype, dataset.labels.tolist()) == (2, torch.float32, vectors)
+    assert encode_labels(dataset.labels, 2).tolist() == vectors
+    with pytest.raises(ValueError, match="c_dim is 3"):
+        encode_labels(dataset.labels, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "cannot be read"),
+        (b"[1]", "must be an object"),
+        (b'{"labels": 3}', "must be null or a list"),
+        (b'{"labels": [["00000/img00000000.png"]]}', "pairs"),
+        (b'{"labels": [["00000/img00000000.png", -1]]}', "class numbers from 0"),
+        (b'{"labels": [["00000/img00000000.png", true]]}', "class numbers from 0"),
+        (b'{"labels": [["00000/img00000000.png", 1], ["00000/img00000001.png", [1]]]}', "class numbers from 0"),
+        (b'{"labels": [["00000/img00000000.png", [1, NaN]]]}', "lists of 2 numbers"),
+        (b'{"labels": [["00000/img00000000.png", 1]]}', "no label for '00000/img00000001.png'"),
+        (b'{"labels": null}', "has no labels"),
+        (b'{"labels": null, "class_names": [1]}', "list of strings"),
+    ],
+)
+def test_bad_dataset_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write_zip(tmp_path / "x.zip", {**set_files(random_images(2)), "dataset.json": content})
+    with pytest.raises(UserError, match=message) as info:
+        open_set(path, use_labels=True)
+    assert str(path) in str(info.value)
+
+
+def test_sets_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set given"):
+        ImageDataset(DatasetConfig())
+    with pytest.raises(UserError, match=r"missing\.zip does not exist"):
+        open_set(tmp_path / "missing.zip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        open_set(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds no images"):
+        open_set(write_zip(tmp_path / "x.zip", {"readme.txt": b"nothing"}))
+    with pytest.raises(UserError, match="neither a folder nor a"):
+        open_set(write_folder(tmp_path, {"x.tar": b""}) / "x.tar")
+    whole = write_zip(tmp_path / "whole.zip", set_files(random_images(9))).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.zip is not a complete zip file"):
+        open_set(tmp_path / "cut.zip")
+    with pytest.raises(ConfigError, match="max_images"):
+        DatasetConfig(max_images=0)
+    with pytest.raises(ConfigError, match="seed"):
+        DatasetConfig(seed=-1)
+
+
+def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    files = set_files(random_images(1))
+    files |= {"1.png": as_png(random_images(1, height=7)[0]), "2.png": as_png(random_images(1, channels=4)[0])}
+    files |= {"3.png": b"not an image", "4.png": files[image_name(0)][:-30]}
+    dataset = open_set(write_zip(tmp_path / "x.zip", files))
+    for index, message in [
+        (1, r"'1.png' is 5x7 RGB, but the first image is 5x6 RGB: .*--width"),
+        (2, r"'2.png' is 5x6 RGBA"),
+        (3, r"'3.png' cannot be decoded \(not a PNG"),
+        (4, r"'4.png' cannot be decoded"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            dataset.images([0, index])
+
+
+def test_damaged_zip_member_is_noticed(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", set_files(random_images(3)))
+    data = bytearray(path.read_bytes())
+    at = data.index(as_png(random_images(3)[1])) + 50
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+    dataset = open_set(path)
+    dataset.images([0, 2])
+    with pytest.raises(UserError, match=r"img00000001.png' cannot be decoded \(checksum"):
+        dataset.images([1])
+
+
+def test_content_hash_follows_what_the_indices_mean(tmp_path: Path) -> None:
+    images = random_images(5)
+    path = write_zip(tmp_path / "x.zip", set_files(images))
+    other = images.copy()
+    other[3, 0, 0, 0] ^= 1
+    hashes = [
+        open_set(path).content_hash,
+        open_set(path, mirror=True).content_hash,
+        open_set(path, max_images=3).content_hash,
+        open_set(path, max_images=3, seed=1).content_hash,
+        open_set(write_zip(tmp_path / "labels.zip", set_files(images, [0] * 5))).content_hash,
+        open_set(write_zip(tmp_path / "pixel.zip", set_files(other))).content_hash,
+        open_set(write_folder(tmp_path / "folder", set_files(images))).content_hash,
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert open_set(write_zip(tmp_path / "copy.zip", set_files(images))).content_hash == hashes[0]
+
+
+def test_pickled_dataset_reads_on(tmp_path: Path) -> None:
+    images = random_images(4)
+    dataset = open_set(write_zip(tmp_path / "x.zip", set_files(images)))
+    dataset.images([0])
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy.images(range(4)), dataset.images(range(4)))
+
+
+def test_sampler_shows_every_image_once_per_epoch() -> None:
+    sampler = EpochSampler(10, seed=3)
+    epochs = sampler.indices(0, 50).reshape(5, 10)
+    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert not np.array_equal(EpochSampler(10, seed=4).indices(0, 50), epochs.ravel())
+
+
+def test_sampler_is_a_function_of_the_position() -> None:
+    whole = EpochSampler(7, seed=0).indices(0, 100)
+    walking = EpochSampler(7, seed=0)
+    for start, count in [(0, 3), (3, 11), (14, 0), (21, 7), (90, 10), (5, 60), (6, 1)]:
+        np.testing.assert_array_equal(walking.indices(start, count), whole[start : start + count])
+    far = 7 * 10**9 + 5
+    np.testing.assert_array_equal(walking.indices(far, 4)[2:], EpochSampler(7, seed=0).indices(far + 2, 2))
+
+
+def take(count: int, dataset: ImageDataset, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    stream = batches(dataset, seed=5, **options)
+    return [next(stream) for _ in range(count)]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> ImageDataset:
+    path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
+    return open_set(path, use_labels=True)
+
+
+def test_batches_follow_the_sampler(labelled: ImageDataset) -> None:
+    expected = EpochSampler(10, seed=5).indices(4, 18)
+    stream = take(3, labelled, position=4, batch_size=6)
+    assert torch.cat([labels for _, labels in stream]).tolist() == expected.tolist()
+    assert torch.equal(torch.cat([images for images, _ in stream]), labelled.images(expected))
+
+
+def test_resumed_batches_go_on(labelled: ImageDataset) -> None:
+    whole, rest = take(4, labelled, position=0, batch_size=8), take(2, labelled, position=16, batch_size=8)
+    for (images, labels), (images_again, labels_again) in zip(whole[2:], rest, strict=True):
+        assert torch.equal(images, images_again)
+        assert torch.equal(labels, labels_again)
+
+
+def test_ranks_share_the_global_batch(labelled: ImageDataset) -> None:
+    whole = take(3, labelled, position=2, batch_size=6)
+    shares = [take(3, labelled, position=2, batch_size=6, rank=rank, world_size=3) for rank in range(3)]
+    for step, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([share[step][0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[step][1] for share in shares]), labels)
+    with pytest.raises(ValueError, match="6 images cannot be shared by 4"):
+        take(1, labelled, position=0, batch_size=6, world_size=4)
+
+
+def test_batches_leave_the_global_generator_alone(labelled: ImageDataset) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    take(2, labelled, position=0, batch_size=4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_give_the_same_batches(labelled: ImageDataset) -> None:
+    labelled.images([0])  # the file is open before the workers are forked
+    here, elsewhere = (take(6, labelled, position=3, batch_size=4, workers=workers) for workers in (0, 2))
+    for (images, labels), (images_there, labels_there) in zip(here, elsewhere, strict=True):
+        assert torch.equal(images, images_there)
+        assert torch.equal(labels, labels_there)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_errors_come_out_of_workers_as_one_line(tmp_path: Path) -> None:
+    files = {**set_files(random_images(2)), "1.png": b"not an image"}
+    stream = batches(open_set(write_zip(tmp_path / "x.zip", files)), seed=0, position=0, batch_size=3, workers=1)
+    with pytest.raises(UserError, match=r"^[^\n]*'1\.png' cannot be decoded[^\n]*$"):
+        next(stream)

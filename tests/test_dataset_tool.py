@@ -1,0 +1,589 @@
+"""dataset_tool.py, run as a user runs it, on files of every kind that the tests write with known pixels."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import types
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from dataset_tool import main
+from training.data_sources import codec
+from training.data_sources.convert import RESIZE_FILTERS, Conversion, center_crop, fit_channels, force_channels
+from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
+
+rng = np.random.RandomState(0)
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return rng.randint(0, 256, shape).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, format: str = "png", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_tar(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def build(source: object, dest: Path, *options: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Run the tool and return the images [N, H, W, C] as Pillow reads them, and dataset.json."""
+    result = run(f"--source={source}", f"--dest={dest}", "--workers=1", *options)
+    assert result.exit_code == 0, result.output
+    with zipfile.ZipFile(dest) as archive:
+        content = json.loads(archive.read("dataset.json"))
+        names = [name for name in archive.namelist() if name != "dataset.json"]
+        assert names == [f"{k // 1000:05d}/img{k:08d}.png" for k in range(len(names))]
+        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    return (images[..., None] if images.ndim == 3 else images), content
+
+
+def refused(tmp_path: Path, source: object, *options: str) -> str:
+    """Run the tool on something it must refuse: exit code 2, one line, and nothing left behind."""
+    before = sorted(tmp_path.rglob("*"))
+    result = run(f"--source={source}", f"--dest={tmp_path / 'refused.zip'}", "--workers=1", *options)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    return result.output
+
+
+def numbers(content: dict[str, Any]) -> list[Any]:
+    return [label for _, label in content["labels"]]
+
+
+# Folders and zip files
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None:
+    images = random_images(4, 6, 5, 3)
+    files = {
+        "cat/z.bmp": encoded(images[1], "bmp"),
+        "cat/deep/a.webp": encoded(images[0], "webp", lossless=True),
+        "dog/1.PNG": encoded(images[2]),
+        "eel/1.png": encoded(images[3]),
+        "eel/notes.txt": b"not an image",
+    }
+    source = write_zip(tmp_path / "in.zip", files) if packed else write_files(tmp_path / "in", files)
+    found, content = build(source, tmp_path / "out.zip", "--labels-from-folders")
+    np.testing.assert_array_equal(found, images)
+    assert numbers(content) == [0, 0, 1, 2]
+    assert content["class_names"] == ["cat", "dog", "eel"]
+    assert content["resize_filter"] is None
+    _, content = build(source, tmp_path / "plain.zip")
+    assert content["labels"] is None
+
+
+def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
+    images = random_images(3, 4, 4, 3)
+    files = {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)}
+    labels = [["0.png", [0.5, 1]], ["2.png", [3, 4]], ["1.png", [0, 0]]]
+    files["dataset.json"] = json.dumps({"labels": labels}).encode()
+    _, content = build(write_zip(tmp_path / "in.zip", files), tmp_path / "out.zip", "--max-images=2")
+    assert content["labels"] == [["00000/img00000000.png", [0.5, 1]], ["00000/img00000001.png", [0, 0]]]
+    assert content["num_images"] == 2
+
+
+def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
+    source = write_files(
+        tmp_path / "in", {"a.png": encoded(random_images(4, 4, 3)), "b.png": encoded(random_images(4, 4, 3))}
+    )
+    build(source, tmp_path / "out.zip")
+    assert run("--source", source, "--dest", tmp_path / "new" / "out", "--workers=1").exit_code == 0
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        for name in archive.namelist():
+            assert (tmp_path / "new" / "out" / name).read_bytes() == archive.read(name)
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
+    files = {f"{k:03d}.png": encoded(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
+    source = write_zip(tmp_path / "in.zip", files)
+    for workers in (1, 2):
+        options = ("--width=4", "--height=4", "--skip-bad", f"--workers={workers}")
+        result = run(f"--source={source}", f"--dest={tmp_path / str(workers)}.zip", *options)
+        assert result.exit_code == 0, result.output
+        assert "150x.png: not a PNG" in result.output
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+
+
+def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
+    files = {f"{k:03d}.png": encoded(random_images(8, 8, 3)) for k in range(300)} | {
+        "299.png": encoded(random_images(8, 9, 3))
+    }
+    source = write_zip(tmp_path / "in.zip", files)
+    result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--workers=2")
+    assert result.exit_code == 2
+    assert "'299.png' is 9x8 pixels, but the first image, '000.png', is 8x8" in result.output
+    assert os.listdir(tmp_path) == ["in.zip"]
+
+
+# Sizes and channels
+
+
+def test_center_crop_closed_form() -> None:
+    pixels = random_images(10, 16, 3)
+    np.testing.assert_array_equal(center_crop(pixels, 8, 8), pixels[:, 3:13])
+    np.testing.assert_array_equal(center_crop(pixels, 4, 1), pixels[3:7])
+    np.testing.assert_array_equal(center_crop(pixels, 16, 10), pixels)
+    np.testing.assert_array_equal(center_crop(pixels, 1, 2), pixels[:, 5:10])
+    assert center_crop(random_images(3, 1000, 1), 1, 1000).shape == (3, 1, 1)
+
+
+def test_box_filter_is_the_mean() -> None:
+    pixels = random_images(12, 8, 4)
+    pixels[..., 3] = 255
+    conversion = Conversion(width=4, height=3, resize_filter="box")
+    mean = pixels.reshape(3, 4, 4, 2, 4).mean(axis=(1, 3))
+    assert np.abs(conversion(pixels) - mean).max() <= 1
+
+
+@pytest.mark.parametrize("resize_filter", RESIZE_FILTERS)
+def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> None:
+    pixels = random_images(20, 30, 3)
+    source = write_files(tmp_path / "in", {"a.png": encoded(pixels)})
+    sizes = ("--width=8", "--height=4", f"--resize_filter={resize_filter}")
+    cropped, content = build(source, tmp_path / "crop.zip", "--transform=center-crop", *sizes)
+    image = Image.fromarray(pixels).crop((0, 2, 30, 17))
+    np.testing.assert_array_equal(cropped[0], np.asarray(image.resize((8, 4), RESIZE_FILTERS[resize_filter])))
+    assert (content["width"], content["height"], content["resize_filter"]) == (8, 4, resize_filter)
+
+    wide, _ = build(source, tmp_path / "wide.zip", "--transform=center-crop-wide", *sizes)
+    assert wide.shape == (1, 8, 8, 3)
+    np.testing.assert_array_equal(wide[0, 2:6], cropped[0])
+    assert not wide[0, :2].any()
+    assert not wide[0, 6:].any()
+
+    plain, _ = build(source, tmp_path / "plain.zip", *sizes)
+    np.testing.assert_array_equal(
+        plain[0], np.asarray(Image.fromarray(pixels).resize((8, 4), RESIZE_FILTERS[resize_filter]))
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_stay(tmp_path: Path, channels: int) -> None:
+    images = random_images(2, 5, 7, channels)
+    source = write_files(tmp_path / "in", {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)})
+    found, content = build(source, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found, images)
+    assert content["channels"] == channels
+    resized, _ = build(source, tmp_path / "small.zip", "--width=3", "--height=2")
+    assert resized.shape == (2, 2, 3, channels)
+
+
+def test_channels_are_converted_only_without_loss(tmp_path: Path) -> None:
+    color, gray = random_images(4, 4, 3), random_images(4, 4, 1)
+    palette = io.BytesIO()
+    Image.fromarray(color).quantize(8).save(palette, "png")
+    clear = np.dstack([color, gray])
+    opaque = np.dstack([color, np.full((4, 4), 255, np.uint8)])
+    files = {"0.png": encoded(color), "1.png": encoded(gray), "2.png": encoded(opaque), "3.png": palette.getvalue()}
+    source = write_files(tmp_path / "in", files)
+    found, _ = build(source, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found[:3], np.stack([color, np.repeat(gray, 3, axis=2), color]))
+    assert found.shape == (4, 4, 4, 3)
+
+    write_files(source, {"4.png": encoded(clear)})
+    assert "'4.png' has 4 channels, but the first image, '0.png', has 3: " in refused(tmp_path, source)
+    found, _ = build(source, tmp_path / "rgba.zip", "--channels=4")
+    np.testing.assert_array_equal(found[4], clear)
+    found, _ = build(source, tmp_path / "rgb.zip", "--channels=3")
+    alpha = clear[..., 3:] / 255
+    np.testing.assert_allclose(found[4], color * alpha + 255 * (1 - alpha), atol=0.51)
+    found, _ = build(source, tmp_path / "gray.zip", "--channels=1")
+    np.testing.assert_allclose(found[0, ..., 0], color @ [0.299, 0.587, 0.114], atol=1)
+
+
+def test_fit_and_force_channels() -> None:
+    gray = random_images(3, 3, 1)
+    for more in (3, 4):
+        fitted = fit_channels(gray, more)
+        assert fitted is not None
+        assert fitted.shape == (3, 3, more)
+        np.testing.assert_array_equal(fit_channels(fitted, 1), gray)
+    assert fit_channels(random_images(3, 3, 3), 1) is None
+    assert (force_channels(np.zeros((2, 2, 4), np.uint8), 1) == 255).all()
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    pixels = random_images(4, 6, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    source = write_files(tmp_path / "in", {"a.png": encoded(pixels, exif=exif)})
+    found, _ = build(source, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found[0], np.rot90(pixels, -1))
+
+
+def test_sizes_must_agree(tmp_path: Path) -> None:
+    source = write_files(
+        tmp_path / "in", {"a.png": encoded(random_images(4, 4, 3)), "b.png": encoded(random_images(4, 5, 3))}
+    )
+    message = refused(tmp_path, source)
+    assert "'b.png' is 5x4 pixels, but the first image, 'a.png', is 4x4: give --width and --height" in message
+    assert "--width and --height belong together" in refused(tmp_path, source, "--width=4")
+    assert "give --width and --height" in refused(tmp_path, source, "--transform=center-crop")
+    wide = ("--width=4", "--height=8", "--transform=center-crop-wide")
+    assert "--height=8 is more than --width=4" in refused(tmp_path, source, *wide)
+
+
+def test_own_png_encoder_against_pillow() -> None:
+    for shape in [(1, 1, 1), (5, 7, 3), (3, 2, 4), (200, 150, 3)]:  # the last needs several deflate blocks
+        pixels = random_images(*shape)
+        data = codec.encode_png(pixels)
+        image = Image.open(io.BytesIO(data))
+        image.verify()
+        np.testing.assert_array_equal(codec.decode_image(data), pixels)
+        np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
+
+
+# Published data sets
+
+
+def test_cifar10(tmp_path: Path) -> None:
+    images = random_images(10, 32, 32, 3)
+    planes = images.transpose(0, 3, 1, 2).reshape(10, 3072)
+    files: dict[str, Any] = {"cifar-10-batches-py/batches.meta": {b"label_names": [b"plane", b"car"]}}
+    for k in range(5):
+        labels = [k % 2, 1]
+        files[f"cifar-10-batches-py/data_batch_{k + 1}"] = {b"data": planes[2 * k : 2 * k + 2], b"labels": labels}
+    files["cifar-10-batches-py/test_batch"] = {b"data": planes[:1], b"labels": [0]}
+    path = write_tar(tmp_path / "cifar-10-python.tar.gz", {name: pickle.dumps(x, 2) for name, x in files.items()})
+    found, content = build(path, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found, images)
+    assert numbers(content) == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1]
+    assert content["class_names"] == ["plane", "car"]
+
+
+def test_cifar100_as_python2_wrote_it(tmp_path: Path) -> None:
+    images = random_images(3, 32, 32, 3)
+    planes = np.asfortranarray(images.transpose(0, 3, 1, 2).reshape(3, 3072))
+    train = pickle.dumps({"data": planes, "fine_labels": [5, 0, 99], "coarse_labels": [1, 1, 1]}, 2)
+    train = train.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path = write_tar(tmp_path / "cifar.tgz", {"cifar-100-python/train": train, "cifar-100-python/test": b""})
+    found, content = build(path, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found, images)
+    assert numbers(content) == [5, 0, 99]
+    assert content["class_names"] is None
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_mnist(tmp_path: Path, compressed: bool) -> None:
+    images = random_images(5, 28, 28)
+    suffix = ".gz" if compressed else ""
+    pack = gzip.compress if compressed else bytes
+    files = {
+        f"train-images-idx3-ubyte{suffix}": pack(struct.pack(">IIII", 0x803, 5, 28, 28) + images.tobytes()),
+        f"train-labels-idx1-ubyte{suffix}": pack(struct.pack(">II", 0x801, 5) + bytes([7, 0, 1, 9, 3])),
+    }
+    write_files(tmp_path, files)
+    found, content = build(tmp_path / f"train-images-idx3-ubyte{suffix}", tmp_path / "out.zip")
+    np.testing.assert_array_equal(found[..., 0], images)
+    assert numbers(content) == [7, 0, 1, 9, 3]
+
+    (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(struct.pack(">II", 0x801, 1) + b"\0"))
+    assert "1 labels for 5 images" in refused(tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}")
+
+
+def test_stl10(tmp_path: Path) -> None:
+    images = random_images(3, 96, 96, 3)
+    planes = images.transpose(0, 3, 2, 1)  # column-major planes
+    files = {
+        "stl10_binary/test_X.bin": random_images(1, 3, 96, 96).tobytes(),
+        "stl10_binary/train_X.bin": planes[:2].tobytes(),
+        "stl10_binary/train_y.bin": bytes([1, 2]),
+        "stl10_binary/unlabeled_X.bin": planes[2:].tobytes(),
+    }
+    found, content = build(write_tar(tmp_path / "stl10_binary.tar.gz", files), tmp_path / "out.zip")
+    np.testing.assert_array_equal(found, images)
+    assert content["labels"] is None
+
+    cut = tmp_path / "half.tar.gz"
+    cut.write_bytes((tmp_path / "stl10_binary.tar.gz").read_bytes()[:-5000])
+    assert "is damaged" in refused(tmp_path, cut)
+    del files["stl10_binary/unlabeled_X.bin"]
+    assert "has no stl10_binary/unlabeled_X.bin" in refused(tmp_path, write_tar(tmp_path / "cut.tar.gz", files))
+
+
+def test_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    images = random_images(3, 10, 12, 3)
+    path = tmp_path / "church_train_lmdb"
+    with lmdb.open(str(path), map_size=1 << 20) as env, env.begin(write=True) as transaction:
+        for key, pixels in zip([b"c", b"a", b"b"], images, strict=True):
+            transaction.put(key, encoded(pixels, "webp", lossless=True))
+    found, content = build(path, tmp_path / "out.zip")
+    np.testing.assert_array_equal(found, images[[1, 2, 0]])
+    assert content["labels"] is None
+    assert content["source"] == "church_train_lmdb"
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    assert "extra `lmdb`" in refused(tmp_path, path)
+
+
+def test_arrays(tmp_path: Path) -> None:
+    images = random_images(4, 5, 6, 3)
+    np.save(tmp_path / "a.npy", images)
+    np.testing.assert_array_equal(build(tmp_path / "a.npy", tmp_path / "a.zip")[0], images)
+    np.save(tmp_path / "gray.npy", images[..., 0])
+    np.testing.assert_array_equal(build(tmp_path / "gray.npy", tmp_path / "gray.zip")[0], images[..., :1])
+    np.savez(tmp_path / "b.npz", images=images, labels=np.array([3, 1, 0, 2]))
+    found, content = build(tmp_path / "b.npz", tmp_path / "b.zip")
+    np.testing.assert_array_equal(found, images)
+    assert numbers(content) == [3, 1, 0, 2]
+    np.savez_compressed(tmp_path / "c.npz", images)
+    assert build(tmp_path / "c.npz", tmp_path / "c.zip")[1]["labels"] is None
+
+
+# Drawn scenes
+
+
+def test_shapes(tmp_path: Path) -> None:
+    found, content = build("shapes", tmp_path / "a.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
+    assert found.shape == (40, 16, 24, 3)
+    assert content["class_names"] == list(KINDS)
+    np.testing.assert_array_equal(found, draw_scenes(np.arange(40), seed=7, width=24, height=16))
+    assert numbers(content) == scene_labels(np.arange(40), seed=7).tolist()
+    build("shapes", tmp_path / "b.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    assert build("shapes", tmp_path / "c.zip", "--max-images=2")[0].shape == (2, 32, 32, 3)
+
+
+def test_scenes_depend_on_seed_and_number_only() -> None:
+    scenes = draw_scenes(np.arange(30), seed=1, width=20, height=20)
+    np.testing.assert_array_equal(draw_scenes(np.array([29, 3]), seed=1, width=20, height=20), scenes[[29, 3]])
+    assert (draw_scenes(np.arange(30), seed=2, width=20, height=20) != scenes).any(axis=(1, 2, 3)).all()
+    assert len({scene.tobytes() for scene in scenes}) == 30
+    assert set(scene_labels(np.arange(100), seed=1).tolist()) == set(range(len(KINDS)))
+
+
+# Broken and hostile input
+
+
+def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
+    images = random_images(3, 6, 6, 3)
+    files = {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)}
+    files |= {"0.jpg": b"no image", "1x.png": files["1.png"][:-40], "2x.png": encoded(np.zeros((4, 4), np.uint16))}
+    source = write_files(tmp_path / "in", files)
+    assert "cannot read 0.jpg: not a PNG, JPEG, WebP or BMP image; --skip-bad" in refused(tmp_path, source)
+    result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--skip-bad", "--workers=1")
+    assert result.exit_code == 0
+    assert "3 images of 6x6 pixels" in result.output
+    assert "3 images could not be read" in result.output
+    for name in ("0.jpg: not a PNG", "1x.png: ", "2x.png: 16 bits per channel"):
+        assert f"\n  {name}" in result.output
+    assert run("check", tmp_path / "out.zip").exit_code == 0
+
+    only_bad = write_files(tmp_path / "bad", {"a.png": b"", "b.png": b""})
+    assert "none of the 2 images of bad can be read" in refused(tmp_path, only_bad, "--skip-bad")
+
+
+def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    source = write_files(tmp_path / "in", {"bomb.png": bomb})
+    assert "cannot read bomb.png: DecompressionBombError" in refused(tmp_path, source)
+    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(codec.MAX_IMAGE_BYTES + 1)}
+    assert "cannot read big.png: 268435457 bytes" in refused(tmp_path, write_zip(tmp_path / "in.zip", files))
+
+
+def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
+    pixels = random_images(4, 4, 3)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    names = ("../escape.png", "/tmp/absolute-escape.png", "a/../../b.png")
+    source = write_zip(inside / "in.zip", {name: encoded(pixels) for name in names})
+    found, _ = build(source, inside / "out.zip")
+    assert len(found) == 3
+    assert os.listdir(tmp_path) == ["inside"]
+    assert sorted(os.listdir(inside)) == ["in.zip", "out.zip"]
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_pickles_run_no_code(tmp_path: Path) -> None:
+    trap = pickle.dumps({b"data": RunsCode(tmp_path / "trapped"), b"labels": [0]}, 2)
+    path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-10-batches-py/data_batch_1": trap})
+    assert "data_batch_1: the pickle asks for posix.system" in refused(tmp_path, path)
+    code = pickle.dumps({b"data": types.SimpleNamespace()}, 2)
+    path = write_tar(tmp_path / "cifar2.tar.gz", {"cifar-100-python/train": code})
+    assert "types.SimpleNamespace" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"fine_labels": [0, 1]}, 2), "no uint8 array"),
+        (pickle.dumps({b"data": np.zeros((2, 3071), np.uint8), b"fine_labels": [0, 1]}, 2), "no uint8 array"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]}, 2), "no list of class numbers"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": ["x"]}, 2), "no list of class numbers"),
+        (pickle.dumps([1, 2], 2), "is not a dictionary"),
+        (b"\x80\x02garbage", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_damaged_cifar(tmp_path: Path, batch: bytes, message: str) -> None:
+    path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": batch})
+    assert message in refused(tmp_path, path)
+
+
+def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0]}, 2))
+    links = {"cifar-100-python/train": str(tmp_path / "secret")}
+    assert "train is not a plain file" in refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
+
+
+def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path, tmp_path / "missing")
+    cifar = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": bytes(random_images(100_000))})
+    cifar.write_bytes(cifar.read_bytes()[:50_000])
+    write_files(
+        tmp_path,
+        {
+            "x.bin": b"what is this",
+            "x-images-idx3-ubyte": struct.pack(">IIII", 0x803, 5, 28, 28) + bytes(100),
+            "y-images-idx3-ubyte.gz": gzip.compress(b"\0\0\x0d\3" + bytes(12)),
+            "z-images-idx3-ubyte.gz": gzip.compress(
+                struct.pack(">IIII", 0x803, 9, 28, 28) + bytes(random_images(7056))
+            )[:500],
+            "bad.npy": b"\x93NUMPY",
+            "bad.zip": b"PK",
+            "lmdb/data.mdb": b"broken",
+        },
+    )
+    np.save(tmp_path / "float.npy", np.zeros((2, 4, 4, 3)))
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "labels.npz", images=random_images(2, 4, 4), labels=np.array([0, 1, 2]))
+    np.savez(tmp_path / "names.npz", a=random_images(2, 4, 4), b=random_images(2, 4, 4))
+    other = write_tar(tmp_path / "other.tar", {"photos/a.png": b""})
+    for name, message in [
+        ("cifar.tar.gz", "damaged"),
+        ("x.bin", "is of an unknown kind: give a folder"),
+        ("x-images-idx3-ubyte", "ends after 100 of 3920 bytes"),
+        ("y-images-idx3-ubyte.gz", "is not an idx file"),
+        ("z-images-idx3-ubyte.gz", "cannot be read"),
+        ("bad.npy", "cannot be read as numpy arrays"),
+        ("bad.zip", "not a complete zip file"),
+        ("lmdb", "cannot be read as lmdb"),
+        ("float.npy", "images are float64 of shape [2, 4, 4, 3]"),
+        ("object.npy", "cannot be read as numpy arrays"),
+        ("labels.npz", "labels are int64 of shape [3]"),
+        ("names.npz", "holds the arrays a, b: name the one with the images"),
+        (other.name, "holds 'photos', which is not a known data set"),
+    ]:
+        output = refused(tmp_path, tmp_path / name)
+        assert message in output
+        assert name in output
+    assert "--labels-from-folders needs a folder" in refused(tmp_path, "shapes", "--labels-from-folders")
+    source = write_files(tmp_path / "mixed", {"a/1.png": b"", "2.png": b""})
+    assert "'2.png' is in none" in refused(tmp_path, source, "--labels-from-folders")
+
+
+def test_existing_destination_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"precious")
+    write_files(tmp_path / "full", {"x": b"precious"})
+    (tmp_path / "empty").mkdir()
+    for dest, code in [("a.zip", 2), ("full", 2), ("empty", 0)]:
+        result = run("--source=shapes", f"--dest={tmp_path / dest}", "--max-images=3", "--workers=1")
+        assert result.exit_code == code, result.output
+        assert code == 0 or "exists: remove it or choose another name" in result.output
+    assert (tmp_path / "a.zip").read_bytes() == b"precious"
+    assert (tmp_path / "empty" / "dataset.json").exists()
+
+
+# check
+
+
+def test_check_lists_every_problem(tmp_path: Path) -> None:
+    assert run("--source=shapes", f"--dest={tmp_path / 'set'}", "--max-images=6", "--workers=1").exit_code == 0
+    result = run("check", tmp_path / "set")
+    assert result.exit_code == 0
+    assert "6 images of 32x32 pixels and 3 channels, with labels" in result.output
+
+    images = tmp_path / "set" / "00000"
+    (images / "img00000001.png").write_bytes(b"broken")
+    (images / "img00000002.png").write_bytes(encoded(random_images(16, 32, 3)))
+    (images / "img00000003.png").unlink()
+    (images / "new.png").write_bytes((images / "img00000000.png").read_bytes())
+    result = run("check", tmp_path / "set")
+    assert result.exit_code == 1
+    problems = result.output.splitlines()
+    assert len(problems) == 4
+    for problem, words in zip(
+        problems,
+        [
+            "no label for '00000/new.png'",
+            "00000/img00000003.png: has a label, but is not in the set",
+            "00000/img00000001.png: not a PNG",
+            "00000/img00000002.png: is 32x16x3, not 32x32x3",
+        ],
+        strict=True,
+    ):
+        assert words in problem
+
+
+def test_check_refuses_what_is_no_set(tmp_path: Path) -> None:
+    result = run("check", tmp_path / "missing.zip")
+    assert result.exit_code == 2
+    assert "missing.zip does not exist" in result.output
+
+
+def test_help_shows_the_options_of_build() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "--resize-filter" in result.output
+    assert "check PATH" in result.output

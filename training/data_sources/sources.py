@@ -1,0 +1,326 @@
+"""Everything that dataset_tool.py can read, each as one iterable of named and labelled images."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from dnnlib.config import UserError
+from training.data_sources.cifar import read_cifar
+from training.data_sources.codec import MAX_IMAGE_BYTES, BrokenImageError
+from training.data_sources.files import FileStore, FolderStore, Label, labels_of, open_store, read_dataset_json
+from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
+
+SUPPORTED = (
+    "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
+    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, or the word shapes"
+)
+
+_MAX_ARRAY_BYTES = 1 << 32  # of a file that is read as a whole
+_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
+
+
+class Item(NamedTuple):
+    """One image of a source.
+
+    name: where it is in the source, for messages only.
+    content: an encoded image, the file that holds one, pixels uint8 [H, W, C], or what is wrong with it.
+    """
+
+    name: str
+    label: Label | None
+    content: bytes | Path | np.ndarray | BrokenImageError
+
+
+class Source(Protocol):
+    """An iterable of Items of known length. Either all items have labels or none has; iterating again starts anew."""
+
+    name: str
+    num_ignored: int  # files that are not images
+
+    @property
+    def class_names(self) -> list[str] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+def open_source(path: str, *, labels_from_folders: bool, drawing: Drawing) -> Source:
+    """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown."""
+    location = Path(path)
+    if path != "shapes" and not location.exists():
+        raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
+    if path == "shapes":
+        source: Source = ShapesSource(drawing)
+    elif location.is_dir() and (location / "data.mdb").exists():
+        source = LmdbSource(location)
+    elif location.is_dir() or location.suffix.lower() == ".zip":
+        return FileSource(open_store(location), labels_from_folders)
+    elif location.suffix.lower() in (".npy", ".npz"):
+        source = _open_arrays(location)
+    elif re.search(r"idx3-ubyte(\.gz)?$", location.name):
+        source = _open_idx(location)
+    else:
+        source = _open_tar(location)
+    if labels_from_folders:
+        raise UserError(f"--labels-from-folders needs a folder or .zip of images, and {path} is neither")
+    return source
+
+
+class FileSource:
+    """Images in a folder or zip file; labels from dataset.json, or from the names of the top-level folders."""
+
+    def __init__(self, store: FileStore, labels_from_folders: bool) -> None:
+        self.name = store.path.name
+        self.num_ignored = store.num_ignored
+        self._store = store
+        self.class_names: list[str] | None
+        self._labels: list[Label] | None
+        if labels_from_folders:
+            self.class_names, self._labels = _labels_from_folders(store)
+        else:
+            content = read_dataset_json(store)
+            self.class_names, self._labels = content.class_names, labels_of(store, content)
+
+    def __len__(self) -> int:
+        return len(self._store.names)
+
+    def __iter__(self) -> Iterator[Item]:
+        for position, name in enumerate(self._store.names):
+            yield Item(name, self._labels[position] if self._labels else None, self._content(name))
+
+    def _content(self, name: str) -> bytes | Path | BrokenImageError:
+        if isinstance(self._store, FolderStore):
+            return self._store.path / name  # read by the workers: many small files are slow one after the other
+        try:
+            return self._store.read(name)
+        except BrokenImageError as error:
+            return error
+
+
+def _labels_from_folders(store: FileStore) -> tuple[list[str], list[Label]]:
+    outside = [name for name in store.names if "/" not in name]
+    if outside:
+        raise UserError(
+            f"{store.path}: --labels-from-folders needs every image in a folder named after its class, "
+            f"but {outside[0]!r} is in none"
+        )
+    folders = [name.split("/", 1)[0] for name in store.names]
+    class_names = sorted(set(folders))
+    number = {name: k for k, name in enumerate(class_names)}
+    return class_names, [number[folder] for folder in folders]
+
+
+class ArraySource:
+    """Images that are in memory or in a memory-mapped file: uint8 [N, H, W, C]."""
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: list[Label] | None = None, class_names: list[str] | None = None
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.num_ignored = 0
+        self._images = images
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[Item]:
+        for k, pixels in enumerate(self._images):
+            yield Item(f"image {k}", self._labels[k] if self._labels else None, np.ascontiguousarray(pixels))
+
+
+def _open_arrays(path: Path) -> ArraySource:
+    """.npy with images, or .npz with `images` (or a single array) and, if it is there, `labels`."""
+    try:
+        arrays = _load_arrays(path)
+    except Exception as error:  # numpy raises ValueError, BadZipFile, zlib.error, SyntaxError, ... on damaged files
+        raise UserError(f"{path} cannot be read as numpy arrays ({error}): write it again with numpy.save") from error
+    labels = arrays.pop("labels", None)
+    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
+    if images is None:
+        raise UserError(f"{path} holds the arrays {', '.join(arrays)}: name the one with the images `images`")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or 0 in images.shape:
+        raise UserError(
+            f"{path}: images are {images.dtype} of shape {list(images.shape)}, but must be uint8 [N, H, W] or "
+            "[N, H, W, C] with 1, 3 or 4 channels"
+        )
+    if labels is not None and not _are_labels(labels, len(images)):
+        raise UserError(
+            f"{path}: labels are {labels.dtype} of shape {list(labels.shape)}, but must be class numbers from 0 [N] "
+            f"or float vectors [N, c_dim] for the {len(images)} images"
+        )
+    return ArraySource(path.name, images, None if labels is None else labels.tolist())
+
+
+def _are_labels(labels: np.ndarray, count: int) -> bool:
+    if labels.dtype.kind in "iu":
+        return labels.shape == (count,) and labels.min() >= 0
+    return labels.dtype.kind == "f" and labels.ndim == 2 and len(labels) == count and bool(np.isfinite(labels).all())
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix.lower() == ".npy":
+        return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+    with np.load(path, allow_pickle=False) as content:
+        return dict(content)
+
+
+def _open_idx(path: Path) -> ArraySource:
+    """MNIST's format: big-endian header, then bytes; the labels are beside the images if they are anywhere."""
+    images = _read_idx(path, num_axes=3)
+    labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    labels = None
+    if labels_path != path and labels_path.exists():
+        labels = _read_idx(labels_path, num_axes=1).tolist()
+        if len(labels) != len(images):
+            raise UserError(f"{labels_path} has {len(labels)} labels for {len(images)} images: get both files again")
+    return ArraySource(path.name, images[..., None], labels)
+
+
+def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * num_axes)
+            shape = [int.from_bytes(header[k : k + 4], "big") for k in range(4, 4 + 4 * num_axes, 4)]
+            size = int(np.prod(shape, dtype=object))
+            if header[:4] != bytes([0, 0, 8, num_axes]) or not 0 < size <= _MAX_ARRAY_BYTES:
+                raise UserError(f"{path} is not an idx file of bytes with {num_axes} axes: get it again")
+            data = file.read(size)
+    except _ARCHIVE_ERRORS as error:
+        raise UserError(f"{path} cannot be read ({error}): get it again") from error
+    if len(data) != size:
+        raise UserError(f"{path} ends after {len(data)} of {size} bytes: get it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _open_tar(path: Path) -> Source:
+    """CIFAR or STL-10, told apart by the folder in the archive."""
+    try:
+        if not tarfile.is_tarfile(path):
+            raise UserError(f"{path} is of an unknown kind: give {SUPPORTED}")
+        with tarfile.open(path) as archive:
+            first = archive.next()
+            folder = first.name.removeprefix("./").split("/", 1)[0] if first else ""
+            if folder in ("cifar-10-batches-py", "cifar-100-python"):
+                images, labels, class_names = read_cifar(archive, path, folder)
+                return ArraySource(path.name, images, labels, class_names)
+            if folder == "stl10_binary":
+                return StlSource(path, archive)
+    except _ARCHIVE_ERRORS as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from error
+    raise UserError(f"{path} holds {folder!r}, which is not a known data set: give {SUPPORTED}")
+
+
+class StlSource:
+    """STL-10's train and unlabeled images (Coates et al. 2011), 105,000 without labels; its test images stay out.
+
+    The archive is read as a stream: unpacked it would take 2.9 GB.
+    """
+
+    class_names = None
+    num_ignored = 0
+    _PARTS = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
+    _IMAGE_BYTES = 3 * 96 * 96
+
+    def __init__(self, path: Path, archive: tarfile.TarFile) -> None:
+        self.name = path.name
+        self._path = path
+        found: dict[str, int] = {}
+        while len(found) < len(self._PARTS) and (member := archive.next()) is not None:
+            if member.name in self._PARTS and member.isreg():
+                found[member.name] = member.size
+        for part in self._PARTS:
+            if not found.get(part) or found[part] % self._IMAGE_BYTES:
+                raise UserError(f"{path} has no {part} of whole 96x96 images: get the archive again")
+        self._counts = {part: found[part] // self._IMAGE_BYTES for part in self._PARTS}
+
+    def __len__(self) -> int:
+        return sum(self._counts.values())
+
+    def __iter__(self) -> Iterator[Item]:
+        try:
+            with tarfile.open(self._path) as archive:
+                for part, count in self._counts.items():
+                    file = archive.extractfile(part)
+                    assert file is not None
+                    for k in range(count):
+                        planes = np.frombuffer(file.read(self._IMAGE_BYTES), np.uint8).reshape(3, 96, 96)
+                        yield Item(f"{part} image {k}", None, planes.transpose(2, 1, 0).copy())  # from [C, W, H]
+        except (*_ARCHIVE_ERRORS, ValueError) as error:
+            raise UserError(f"{self._path} is damaged ({error}): get it again") from error
+
+
+class LmdbSource:
+    """An LSUN category: an lmdb whose values are encoded images, in the order of the keys."""
+
+    class_names = None
+    num_ignored = 0
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise UserError(f"{path} needs the package lmdb: install this project's extra `lmdb`") from error
+        self.name = path.name
+        try:
+            self._env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
+            self._count = int(self._env.stat()["entries"])
+        except lmdb.Error as error:
+            raise UserError(f"{path} cannot be read as lmdb ({error}): get it again") from error
+        if not self._count:
+            raise UserError(f"{path} holds no images: get it again")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        with self._env.begin() as transaction, closing(transaction.cursor()) as cursor:
+            for key, value in cursor:
+                too_large = len(value) > MAX_IMAGE_BYTES
+                yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+
+
+class Drawing(NamedTuple):
+    """What the drawn scenes of `--source=shapes` depend on."""
+
+    seed: int
+    num_images: int
+    width: int
+    height: int
+
+
+class ShapesSource:
+    """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the shape in front."""
+
+    name = "shapes"
+    num_ignored = 0
+    _BATCH = 256
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.class_names = list(KINDS)
+        self._drawing = drawing
+
+    def __len__(self) -> int:
+        return self._drawing.num_images
+
+    def __iter__(self) -> Iterator[Item]:
+        seed, num_images, width, height = self._drawing
+        for start in range(0, num_images, self._BATCH):
+            indices = np.arange(start, min(start + self._BATCH, num_images))
+            images = draw_scenes(indices, seed=seed, width=width, height=height)
+            labels = scene_labels(indices, seed=seed).tolist()
+            for k, pixels, label in zip(indices, images, labels, strict=True):
+                yield Item(f"scene {k}", label, pixels)

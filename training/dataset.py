@@ -1,0 +1,265 @@
+"""Images and labels for training and metrics: a zip file or folder, sampled by position in the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from dnnlib.config import ConfigError, UserError
+from training.data_sources.codec import BrokenImageError, decode_as, decode_image
+from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
+
+_CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Which images to train on.
+
+    path: folder or .zip file of images of one size, as dataset_tool.py writes it.
+    use_labels: condition on the labels of dataset.json.
+    max_images: use a random subset of this many images, chosen by `seed`; None uses all.
+    mirror: show every image also flipped left to right, which doubles the set.
+    """
+
+    path: str = ""
+    use_labels: bool = False
+    max_images: int | None = None
+    mirror: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_images is not None and self.max_images < 1:
+            raise ConfigError("max_images", self.max_images, "a subset has at least 1 image: leave it out to use all")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "must not be negative")
+
+
+class ImageDataset:
+    """All images of a folder or zip file under the indices 0 ... len - 1.
+
+    With `mirror`, index i < len/2 is an image and i + len/2 the same image flipped: x-flip is an index, not a coin
+    toss, so an epoch shows each image exactly once each way round, and the metrics see the same set as the training.
+
+    name            file or folder name without suffix
+    img_shape       (C, H, W), from the first image; the others are checked when they are decoded
+    c_dim           number of classes or length of the label vectors; 0 without labels or without `use_labels`
+    has_labels      whether the set has labels, used or not
+    labels          int64 class numbers [len], float32 vectors [len, c_dim], or [len, 0] when c_dim is 0
+    class_names     list of str, or None
+    meta            the keys of dataset.json other than "labels": how the set was made
+    content_hash    hex digest that names the images behind the indices, see `_content_hash`
+
+    Objects can be pickled and used in forked or spawned workers. Everything that is wrong with the files raises
+    UserError naming the file.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        if not config.path:
+            raise UserError("no data set given: name a folder or .zip file of images")
+        self.config = config
+        self.path = Path(config.path)
+        self.name = self.path.stem if self.path.suffix.lower() == ".zip" else self.path.resolve().name
+        self._store = open_store(self.path)
+        content = read_dataset_json(self._store)
+        self.meta = content.meta
+        self.class_names = content.class_names
+        self.has_labels = content.labels is not None
+
+        self._subset = _choose_subset(len(self._store.names), config)  # positions in the store's names
+        H, W, C = self._decode(int(self._subset[0]), None).shape
+        self.img_shape = (C, H, W)
+        self.labels, self.c_dim = self._read_labels(content)
+        self.content_hash = self._content_hash()
+
+    def __len__(self) -> int:
+        return len(self._subset) * (2 if self.config.mirror else 1)
+
+    def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is broken or of another shape."""
+        C, H, W = self.img_shape
+        index = np.asarray(indices, dtype=np.int64)
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(f"image index out of range: {index.min()} ... {index.max()} of {len(self)} images")
+
+        n = len(self._subset)
+        batch = np.empty((len(index), H, W, C), dtype=np.uint8)
+        for k, position in enumerate(self._subset[index % n]):
+            batch[k] = self._decode(int(position), (H, W, C))
+        mirrored = index >= n
+        batch[mirrored] = batch[mirrored][:, :, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
+
+    def _decode(self, position: int, shape: tuple[int, int, int] | None) -> np.ndarray:
+        """Image [H, W, C] at a position of the store, required to have `shape` unless that is None."""
+        name = self._store.names[position]
+        try:
+            data = self._store.read(name)
+            pixels = decode_image(data) if shape is None else decode_as(data, shape)
+        except BrokenImageError as error:
+            raise UserError(
+                f"{self.path}: image {name!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
+                "images, and building the set with --skip-bad leaves them out"
+            ) from error
+        if shape is not None and pixels.shape != shape:
+            raise UserError(
+                f"{self.path}: image {name!r} is {describe_shape(pixels.shape)}, but the first image is "
+                f"{describe_shape(shape)}: build the set with dataset_tool.py --width, --height and --channels"
+            )
+        return pixels
+
+    def _read_labels(self, content: DatasetJson) -> tuple[Tensor, int]:
+        if not self.config.use_labels:
+            return torch.zeros((len(self), 0)), 0
+        labels = labels_of(self._store, content)
+        if labels is None:
+            raise UserError(
+                f'{self.path} has no labels (dataset.json is missing or says "labels": null): train without labels, '
+                "or build the set with dataset_tool.py --labels-from-folders"
+            )
+        if isinstance(labels[0], int):
+            table = torch.tensor(labels, dtype=torch.int64)  # [num_images]
+            c_dim = max(int(table.max()) + 1, len(self.class_names or []))
+        else:
+            table = torch.tensor(labels, dtype=torch.float32)  # [num_images, c_dim]
+            c_dim = table.shape[1]
+        chosen = table[torch.from_numpy(self._subset)]
+        return (torch.cat([chosen, chosen]) if self.config.mirror else chosen), c_dim
+
+    def _content_hash(self) -> str:
+        """SHA-256 over dataset.json, `mirror`, and the name and fingerprint of each image of the subset in order.
+
+        The fingerprint is size and CRC-32 in a zip file, size and time of change in a folder: no image is read, so
+        this takes seconds for a million images. A folder that is copied without its times gets another hash.
+        """
+        digest = hashlib.sha256(self._store.read_json() if self._store.has_json else b"")
+        digest.update(f"mirror={self.config.mirror}".encode())
+        for position in self._subset:
+            name = self._store.names[position]
+            digest.update(f"\n{name!r} {self._store.fingerprint(name)}".encode())
+        return digest.hexdigest()
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """(H, W, C) as '32x48 RGB' (width x height)."""
+    return f"{shape[1]}x{shape[0]} {_CHANNEL_NAMES[shape[2]]}"
+
+
+def _choose_subset(num_images: int, config: DatasetConfig) -> np.ndarray:
+    if config.max_images is None or config.max_images >= num_images:
+        return np.arange(num_images)
+    return np.sort(_permutation(num_images, config.seed, 0)[: config.max_images])
+
+
+def encode_labels(labels: Tensor, c_dim: int) -> Tensor:
+    """Labels as networks take them: class numbers [B] become one-hot, vectors stay; float32 [B, c_dim]."""
+    if labels.ndim == 1:
+        return F.one_hot(labels, c_dim).float()
+    if labels.shape[1] != c_dim:
+        raise ValueError(f"label vectors have {labels.shape[1]} entries, but c_dim is {c_dim}")
+    return labels.float()
+
+
+def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of 0 ... num_images - 1 as a function of (seed, epoch).
+
+    RandomState and SeedSequence promise the same numbers in every version of numpy.
+    """
+    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+    return np.random.RandomState(bits).permutation(num_images)
+
+
+class EpochSampler:
+    """Which image is shown at which position of the run, a pure function of (seed, position).
+
+    Position p belongs to epoch e = p // n and shows image permutation_e[p % n], so every epoch shows all n images
+    once, and a run that resumes at any position goes on as if it had not stopped.
+    """
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}  # of the epochs of the last call
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Image indices at the positions start ... start + count - 1: int64 [count]."""
+        n = self.num_images
+        epochs = range(start // n, (start + max(count, 1) - 1) // n + 1)
+        known = self._permutations
+        self._permutations = {e: known[e] if e in known else _permutation(n, self.seed, e) for e in epochs}
+        offset = start - epochs[0] * n
+        return np.concatenate([self._permutations[e] for e in epochs])[offset : offset + count]
+
+
+def batches(
+    dataset: ImageDataset,
+    *,
+    seed: int,
+    position: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images uint8 [b, C, H, W], labels [b, ...]) on `device` for ever, from `position` of the run on.
+
+    Each global batch covers `batch_size` positions, of which this rank gets its contiguous share of
+    b = batch_size / world_size. Labels are as in `ImageDataset.labels`. With `workers` the batches are decoded ahead
+    in other processes; which images come does not depend on it. Raises ValueError if the shares are not equal.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"batch of {batch_size} images cannot be shared by {world_size} processes equally")
+    loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
+        _BatchReader(dataset),
+        sampler=_ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size),
+        batch_size=None,  # the sampler yields whole batches
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        images, labels = batch
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """Item = one batch, by the array of its indices, or the error: raised here, the loader would bury it in a trace."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Any) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self.dataset.images(indices), self.dataset.labels[indices]
+        except UserError as error:
+            return error
+
+
+class _ShareOfBatches:
+    """One rank's indices of each global batch from `position` on, without end."""
+
+    def __init__(self, num_images: int, seed: int, position: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.sampler = EpochSampler(num_images, seed)
+        self.batch_size = batch_size
+        self.share = batch_size // world_size
+        self.start = position + rank * self.share
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start = self.start
+        while True:
+            yield self.sampler.indices(start, self.share)
+            start += self.batch_size
