@@ -1,0 +1,645 @@
+"""Augmentation: identity at p = 0, every transform against its closed form, gates, gradients, and the controller."""
+
+from collections.abc import Callable
+from math import cos, pi, sin, sqrt
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch import Tensor
+
+from dnnlib.config import ConfigError
+from training import augment_stages
+from training.augment import AdaController, AugmentConfig, AugmentPipe
+from training.augment_stages import (
+    COLOR,
+    GEOMETRY,
+    PIPES,
+    SYM6,
+    ColorStage,
+    CutoutStage,
+    FilterStage,
+    GeometryStage,
+    NoiseStage,
+    draw_matrices,
+    filter_bank,
+    gate_matrices,
+)
+
+LUMA = np.array([1.0, 1.0, 1.0, 0.0]) / sqrt(3)
+
+
+def build(pipe: str, img_shape: tuple[int, int, int], p: float) -> AugmentPipe:
+    return AugmentPipe(AugmentConfig(mode="fixed", pipe=pipe, p=p), img_shape)
+
+
+def ada(**changes: float) -> AdaController:
+    config = AugmentConfig(pipe="color", **changes)  # type: ignore[arg-type]
+    return AdaController(config, AugmentPipe(config, (3, 8, 8)))
+
+
+# ---------------------------------------------------------------------------------------------- the pipeline
+
+
+@pytest.mark.parametrize("pipe", PIPES)
+@pytest.mark.parametrize("img_shape", [(3, 32, 32), (1, 23, 40), (4, 27, 22)])
+def test_nothing_changes_at_p_zero(pipe: str, img_shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(3, *img_shape)
+    torch.testing.assert_close(build(pipe, img_shape, p=0.0)(images), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("img_shape", [(2, 16, 9), (5, 3, 4), (3, 7, 7), (3, 64, 3)])
+def test_warp_at_p_zero_on_odd_shapes(img_shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, *img_shape)
+    torch.testing.assert_close(build("bg", img_shape, p=0.0)(images), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("img_shape", [(3, 32, 32), (1, 24, 40)])
+def test_everything_fires_at_p_one(img_shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, *img_shape)
+    augmented = build("bgcfnc", img_shape, p=1.0)(images)
+    assert augmented.shape == images.shape
+    assert augmented.isfinite().all()
+    assert (augmented - images).abs().mean(dim=(1, 2, 3)).min() > 0.1
+
+
+def test_same_number_of_draws_whatever_fires() -> None:
+    states = []
+    for p in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        build("bgcfnc", (3, 24, 24), p)(torch.zeros(2, 3, 24, 24))
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+
+
+def test_no_value_is_read_by_the_host() -> None:
+    config = AugmentConfig(pipe="bgcfnc")
+    pipe = AugmentPipe(config, (3, 24, 32)).to("meta")  # on which reading a value raises
+    assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
+    controller = AdaController(config, pipe)
+    controller.observe(torch.empty([], device="meta"))
+    controller.update(4, 32)
+
+
+def test_only_the_groups_of_the_pipe_are_built() -> None:
+    def stages(pipe: str) -> list[type]:
+        return [type(stage) for stage in build(pipe, (3, 32, 32), p=1.0).stages]
+
+    assert stages("color") == [ColorStage]
+    assert stages("bgcfnc") == [GeometryStage, ColorStage, FilterStage, NoiseStage, CutoutStage]
+    blit = build("blit", (3, 32, 32), p=1.0).stages[0]
+    assert isinstance(blit, GeometryStage)
+    assert [t.name for t in blit.transforms] == ["xflip", "rotate90", "xint"]
+
+
+def test_without_augmentation_nothing_is_built_or_refused() -> None:
+    pipe = AugmentPipe(AugmentConfig(mode="noaug", pipe="bgcfnc"), (2, 8, 8))
+    assert len(pipe.stages) == 0
+    images = torch.randn(2, 2, 8, 8)
+    assert torch.equal(pipe(images), images)
+
+
+@pytest.mark.parametrize("pipe", ["bgc", "noise", "cutout"])
+def test_second_derivatives(pipe: str) -> None:
+    module = build(pipe, (3, 5, 6), p=1.0)
+
+    def seeded(images: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return module(images).square()
+
+    images = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(seeded, images, fast_mode=True)
+    assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
+
+
+def test_second_derivatives_of_the_filter() -> None:
+    module = build("filter", (1, 22, 23), p=1.0)
+
+    def seeded(images: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return module(images).square()
+
+    images = torch.randn(2, 1, 22, 23, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(seeded, images, fast_mode=True)
+    assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu_without_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 48)
+    cpu = build("bgcfnc", (3, 32, 48), p=0.7)
+    cuda = build("bgcfnc", (3, 32, 48), p=0.7).cuda()
+    on_device = images.cuda()
+    cuda(on_device)  # lazy initialisations of the libraries may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cuda(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for stage_cpu, stage_cuda in zip(cpu.stages, cuda.stages, strict=True):
+        values = stage_cpu.draw(images, cpu.p)  # type: ignore[operator]
+        expected = stage_cpu.transform(images, values)  # type: ignore[operator]
+        actual = stage_cuda.transform(on_device, values.cuda()).cpu()  # type: ignore[operator]
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_second_derivative_equals_cpu() -> None:
+    gradients = []
+    for device in ("cpu", "cuda"):
+        stage = GeometryStage("bg", (3, 16, 16)).to(device)
+        torch.manual_seed(0)
+        images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device).requires_grad_()
+        A = torch.tensor([[0.8, 0.3, 1.7], [-0.2, 1.1, -0.4], [0, 0, 1]], dtype=torch.float64, device=device)
+        output = stage.transform(images, A.expand(2, 3, 3)).pow(3).sum()
+        (first,) = torch.autograd.grad(output, images, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), images)
+        gradients.append(second.cpu())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+
+def affine(a: float, b: float, c: float, d: float, tx: float, ty: float) -> np.ndarray:
+    return np.array([[a, b, tx], [c, d, ty], [0, 0, 1]], dtype=np.float64)
+
+
+def turn(t: float) -> np.ndarray:
+    return affine(cos(t), -sin(t), sin(t), cos(t), 0, 0)
+
+
+# name -> the inverse matrix, from u, n, height and width; the image is 40 wide and 24 high in the test.
+GEOMETRY_BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
+    "xflip": lambda u, n, H, W: affine(-1 if u[0] >= 0.5 else 1, 0, 0, 1, 0, 0),
+    "rotate90": lambda u, n, H, W: np.round(turn(int(4 * u[0]) * pi / 2)),
+    "xint": lambda u, n, H, W: affine(1, 0, 0, 1, -np.rint((2 * u[0] - 1) / 8 * W), -np.rint((2 * u[1] - 1) / 8 * H)),
+    "scale": lambda u, n, H, W: affine(1 / 2 ** (0.2 * n[0]), 0, 0, 1 / 2 ** (0.2 * n[0]), 0, 0),
+    "rotate_pre": lambda u, n, H, W: turn(-pi + 2 * pi * u[0]),
+    "aniso": lambda u, n, H, W: affine(1 / 2 ** (0.2 * n[0]), 0, 0, 2 ** (0.2 * n[0]), 0, 0),
+    "rotate_post": lambda u, n, H, W: turn(-pi + 2 * pi * u[0]),
+    "xfrac": lambda u, n, H, W: affine(1, 0, 0, 1, -0.125 * n[0] * W, -0.125 * n[1] * H),
+}
+
+
+def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    eye, luma = np.eye(4), np.outer(LUMA, LUMA)
+    if name == "brightness":
+        return eye + 0.2 * n[0] * np.outer([1, 1, 1, 0], [0, 0, 0, 1])
+    if name == "contrast":
+        return np.diag([2 ** (0.5 * n[0])] * 3 + [1])
+    if name == "lumaflip":
+        return eye - 2 * (u[0] >= 0.5) * luma
+    if name == "hue":  # Rodrigues' formula
+        t = -pi + 2 * pi * u[0]
+        x, y, z = LUMA[:3]
+        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        matrix = eye.copy()
+        matrix[:3, :3] += sin(t) * cross + (1 - cos(t)) * cross @ cross
+        return matrix
+    assert name == "saturation"
+    matrix = luma + 2 ** n[0] * (eye - luma)
+    matrix[3, 3] = 1  # acts on colours only
+    return matrix
+
+
+@pytest.mark.parametrize("index", range(len(GEOMETRY)), ids=[t.name for t in GEOMETRY])
+def test_geometric_matrix(index: int) -> None:
+    transform = GEOMETRY[index]
+    torch.manual_seed(index)
+    u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
+    expected = [GEOMETRY_BY_HAND[transform.name](u[:, b].numpy(), n[:, b].numpy(), 24, 40) for b in range(50)]
+    np.testing.assert_allclose(transform.matrix(u, n, (24, 40)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", range(len(COLOR)), ids=[t.name for t in COLOR])
+def test_color_matrix(index: int) -> None:
+    transform = COLOR[index]
+    torch.manual_seed(index)
+    u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
+    expected = [color_by_hand(transform.name, u[:, b].numpy(), n[:, b].numpy()) for b in range(50)]
+    np.testing.assert_allclose(transform.matrix(u, n, (8, 8)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
+
+
+def test_integer_shift_rounds_half_to_even() -> None:
+    u = (torch.tensor([[0.5, 1.5, 2.5, -2.5]] * 2, dtype=torch.float64) / 4 + 1) / 2  # times 32/8: the shift
+    (xint,) = (t for t in GEOMETRY if t.name == "xint")
+    assert (-xint.matrix(u, u, (32, 32))[:, 0, 2]).tolist() == [0, 2, 2, -2]
+
+
+def test_geometry_multiplies_inverses_on_the_right() -> None:
+    """Replays the draws of the stage, which come as uniform [T, 3, B] and normal [T, 2, B]."""
+    stage = GeometryStage("bg", (1, 24, 40))
+    images = torch.zeros(6, 1, 24, 40, dtype=torch.float64)
+    torch.manual_seed(3)
+    A = stage.draw(images, torch.tensor(0.6))
+    torch.manual_seed(3)
+    u = torch.rand(8, 3, 6, dtype=torch.float64).numpy()
+    n = torch.randn(8, 2, 6, dtype=torch.float64).numpy()
+    names = ["xflip", "rotate90", "xint", "scale", "rotate_pre", "aniso", "rotate_post", "xfrac"]
+    for b in range(6):
+        expected = np.eye(3)
+        for i, name in enumerate(names):
+            chance = 1 - sqrt(0.4) if name.startswith("rotate_") else 0.6
+            if u[i, 2, b] < chance:
+                expected = expected @ GEOMETRY_BY_HAND[name](u[i, :2, b], n[i, :, b], 24, 40)
+        np.testing.assert_allclose(A[b].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_color_multiplies_on_the_left() -> None:
+    stage = ColorStage("color", (3, 8, 8))
+    torch.manual_seed(3)
+    K = stage.draw(torch.zeros(6, 3, 8, 8, dtype=torch.float64), torch.tensor(0.6))
+    torch.manual_seed(3)
+    u = torch.rand(5, 3, 6, dtype=torch.float64).numpy()
+    n = torch.randn(5, 2, 6, dtype=torch.float64).numpy()
+    for b in range(6):
+        expected = np.eye(4)
+        for i, name in enumerate(["brightness", "contrast", "lumaflip", "hue", "saturation"]):
+            if u[i, 2, b] < 0.6:
+                expected = color_by_hand(name, u[i, :2, b], n[i, :, b]) @ expected
+        np.testing.assert_allclose(K[b].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def filter_up(x: np.ndarray, pad: int) -> np.ndarray:
+    """u[n] = 2 sum_j f[j] z[n + 5 - j] along the last axis, x mirrored by `pad` pixels on both sides before."""
+    x = np.pad(x, [(0, 0), (pad, pad)], mode="reflect")
+    f = np.array(SYM6) / np.sum(SYM6)
+    z = np.zeros([x.shape[0], 2 * x.shape[1] + 24])
+    z[:, 12:-12:2] = x
+    length = 2 * x.shape[1]
+    return sum(2 * f[j] * z[:, 12 + 5 - j :][:, :length] for j in range(12))
+
+
+def filter_down(x: np.ndarray) -> np.ndarray:
+    """out[i] = sum_j f[j] x[2i + 1 + j] along the last axis."""
+    f = np.array(SYM6) / np.sum(SYM6)
+    size = x.shape[1] // 2 - 6
+    return np.stack([x[:, 2 * i + 1 : 2 * i + 13] @ f for i in range(size)], axis=1)
+
+
+def warp_by_hand(image: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """Warp image [H, W] by A in float64, with so much mirrored padding that no sample falls outside."""
+    H, W = image.shape
+    pad = 3 * (H + W)
+    u = filter_up(filter_up(image, pad).T, pad).T
+    half_w, half_h = W + 6, H + 6
+    X, Y = np.meshgrid(np.arange(2 * half_w) - (2 * half_w - 1) / 2, np.arange(2 * half_h) - (2 * half_h - 1) / 2)
+    q = np.einsum("ij,jyx->iyx", A, np.stack([(X + 0.5) / 2, (Y + 0.5) / 2, np.ones_like(X)]))
+    column = 2 * q[0] - 0.5 + (u.shape[1] - 1) / 2
+    row = 2 * q[1] - 0.5 + (u.shape[0] - 1) / 2
+    assert column.min() > 12
+    assert row.min() > 12
+    assert column.max() < u.shape[1] - 12
+    assert row.max() < u.shape[0] - 12
+    sampled = scipy.ndimage.map_coordinates(u, [row, column], order=1)
+    return filter_down(filter_down(sampled).T).T
+
+
+WARPS = {
+    "flip": affine(-1, 0, 0, 1, 0, 0),
+    "quarter": turn(pi / 2),
+    "rotate": turn(0.7),
+    "enlarge": affine(0.6, 0, 0, 0.6, 0, 0),
+    "shrink_beyond_one_reflection": affine(3.1, 0.4, -0.2, 2.9, 5.3, -7.1),
+    "general": turn(0.4) @ affine(1.3, 0, 0, 0.8, 2.2, -3.7) @ turn(-1.9),
+}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 20)])
+@pytest.mark.parametrize("dense_side", [0, 256], ids=["filters", "matrices"])
+@pytest.mark.parametrize("name", WARPS)
+def test_warp(name: str, size: tuple[int, int], dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment_stages, "DENSE_SIDE", dense_side)
+    torch.manual_seed(0)
+    images = torch.randn(2, 1, *size, dtype=torch.float64)
+    A = torch.tensor(WARPS[name]).expand(2, 3, 3)
+    warped = GeometryStage("bg", (1, *size)).transform(images, A)
+    expected = np.stack([warp_by_hand(image.numpy(), WARPS[name]) for image in images[:, 0]])
+    np.testing.assert_allclose(warped[:, 0].numpy(), expected, rtol=0, atol=1e-11)
+
+
+def test_warp_in_float32() -> None:
+    """As the discriminator sees it, on drawn maps: to 1e-4, where white noise is the worst case."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 1, 32, 32)
+    stage = GeometryStage("bg", (1, 32, 32))
+    A = stage.draw(images, torch.tensor(1.0))
+    expected = [warp_by_hand(x.double().numpy(), a.double().numpy()) for x, a in zip(images[:, 0], A, strict=True)]
+    np.testing.assert_allclose(stage.transform(images, A)[:, 0].numpy(), np.stack(expected), rtol=0, atol=1e-4)
+
+
+def test_integer_shift_is_exact() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(1, 2, 20, 17)
+    A = torch.tensor([[[1.0, 0, -3], [0, 1, 2], [0, 0, 1]]])  # 3 to the right, 2 up
+    shifted = GeometryStage("blit", (2, 20, 17)).transform(images, A)
+    torch.testing.assert_close(shifted[:, :, :-2, 3:], images[:, :, 2:, :-3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shifted[:, :, -1], shifted[:, :, -5], rtol=0, atol=1e-5)  # mirrored at the last row
+    torch.testing.assert_close(shifted[:, :, :, 0], shifted[:, :, :, 6], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [("xflip", lambda x: x.flip(-1)), ("rotate90", lambda x: x.rot90(1, (-2, -1)))],
+    ids=["xflip", "rotate90"],
+)
+def test_blits_turn_the_right_way(transform: str, expected: Callable[[Tensor], Tensor]) -> None:
+    """Close, not exact: the filter is asymmetric. A maps output to input, so Rot(pi/2) turns the image to the left."""
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5, 5), size=[40, 40], mode="bicubic")
+    (row,) = (t for t in GEOMETRY if t.name == transform)
+    u = torch.full([2, 1], 0.5 if transform == "xflip" else 0.3)
+    turned = GeometryStage("blit", (1, 40, 40)).transform(smooth, row.matrix(u, u, (40, 40)))
+    target = expected(smooth)
+    assert (turned - target)[..., 3:-3, 3:-3].std() < 0.1 * target.std()
+    assert (smooth - target).std() > 0.5 * target.std()
+
+
+# ---------------------------------------------------------------------------------------------- colour
+
+
+def colors(matrix: Tensor, images: Tensor) -> Tensor:
+    return ColorStage("color", tuple(images.shape[1:])).transform(images, matrix)  # type: ignore[arg-type]
+
+
+def color_matrix(name: str, *, u: float = 0.0, n: float = 0.0) -> Tensor:
+    (row,) = (t for t in COLOR if t.name == name)
+    return row.matrix(torch.full([2, 1], u), torch.full([2, 1], n), (6, 7))
+
+
+def test_colors_closed_forms() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 6, 7)
+    luma = x.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(colors(color_matrix("brightness", n=1.5), x), x + 0.3)
+    torch.testing.assert_close(colors(color_matrix("contrast", n=2.0), x), x * 2)
+    torch.testing.assert_close(colors(color_matrix("lumaflip", u=0.7), x), x - 2 * luma)
+    torch.testing.assert_close(colors(color_matrix("lumaflip", u=0.3), x), x)
+    torch.testing.assert_close(colors(color_matrix("hue", u=0.5 + 1 / 3), x), x.roll(1, dims=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(colors(color_matrix("hue", u=0.5), x), x)
+    torch.testing.assert_close(colors(color_matrix("saturation", n=1.0), x), luma + 2 * (x - luma))
+    torch.testing.assert_close(colors(color_matrix("saturation", n=-30.0), x), luma.expand_as(x))
+
+
+def test_alpha_keeps_its_values() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 8, 8)
+    pipe = build("color", (4, 8, 8), p=1.0)
+    torch.manual_seed(1)
+    augmented = pipe(x)
+    assert torch.equal(augmented[:, 3], x[:, 3])
+    torch.manual_seed(1)
+    torch.testing.assert_close(augmented[:, :3], build("color", (3, 8, 8), p=1.0)(x[:, :3]))
+
+
+def test_grayscale_uses_the_mean_row() -> None:
+    stage = ColorStage("color", (1, 5, 6))
+    assert [t.name for t in stage.transforms] == ["brightness", "contrast", "lumaflip"]
+    x, K = torch.randn(2, 1, 5, 6), torch.randn(2, 4, 4)
+    k = K[:, :3].mean(dim=1)
+    for b in range(2):
+        expected = x[b] * (k[b, 0] + k[b, 1] + k[b, 2]) + k[b, 3]
+        torch.testing.assert_close(stage.transform(x, K)[b], expected)
+
+
+# ---------------------------------------------------------------------------------------------- filter, noise, cutout
+
+
+def test_filter_bank() -> None:
+    bank = filter_bank().numpy()
+    assert bank.shape == (4, 43)
+    np.testing.assert_allclose(bank, bank[:, ::-1], atol=1e-12)
+    np.testing.assert_allclose(bank[:, 21], [0.125, 0.125, 0.25, 0.5], atol=1e-12)
+    np.testing.assert_allclose(bank.sum(axis=1), [1, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(bank.sum(axis=0), np.eye(43)[21], atol=1e-12)
+    response = np.abs(np.fft.rfft(bank, 512))  # 256 is the Nyquist frequency
+    assert (response[0, :16] > 0.9).all()
+    assert (response[3, -60:] > 0.9).all()
+    assert response.argmax(axis=1).tolist() == sorted(response.argmax(axis=1))
+
+
+def test_filter_gains() -> None:
+    stage = FilterStage("filter", (1, 22, 22))
+    torch.manual_seed(0)
+    t = torch.randn(5, 4, dtype=torch.float64).exp2()
+    power = np.array([10, 1, 1, 1]) / 13
+    for b in range(5):
+        total = np.ones(4)
+        for i in range(4):
+            v = np.ones(4)
+            v[i] = t[b, i].item()
+            total *= v / sqrt((power * v**2).sum())
+        np.testing.assert_allclose(stage.gains(t)[b].numpy(), total, rtol=1e-12)
+
+
+def test_filter_against_scipy() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 22, 30, dtype=torch.float64)
+    gains = torch.tensor([[1.3, 0.2, 0.8, 2.0], [0.4, 1.0, 3.0, 0.1]], dtype=torch.float64)
+    filtered = FilterStage("filter", (3, 22, 30)).transform(images, gains)
+    bank = filter_bank().numpy()
+    for b in range(2):
+        taps = gains[b].numpy() @ bank
+        expected = scipy.ndimage.convolve1d(images[b].numpy(), taps, axis=-1, mode="mirror")
+        expected = scipy.ndimage.convolve1d(expected, taps, axis=-2, mode="mirror")
+        np.testing.assert_allclose(filtered[b].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_filter_gates_bands_apart() -> None:
+    stage = FilterStage("filter", (1, 22, 22))
+    torch.manual_seed(0)
+    gains = stage.draw(torch.zeros(20000, 1, 1, 1, dtype=torch.float64), torch.tensor(0.3))
+    # Bands that did not fire share one gain; with one band or none fired, at least three are equal.
+    equal = (gains[:, :, None] / gains[:, None, :] - 1).abs() < 1e-9
+    at_most_one = (equal.sum(dim=(1, 2)) >= 10).double().mean().item()
+    expected = 0.7**4 + 4 * 0.3 * 0.7**3
+    assert abs(at_most_one - expected) < 5 * sqrt(expected * (1 - expected) / 20000)
+
+
+def test_noise_statistics() -> None:
+    stage = NoiseStage("noise", (3, 32, 32))
+    torch.manual_seed(0)
+    noise = stage.draw(torch.zeros(2000, 3, 32, 32), torch.tensor(0.4))
+    sigma = noise.flatten(1).std(dim=1)  # (2000,), within about 2 % of the drawn one
+    fired = sigma > 0
+    assert abs(fired.float().mean().item() - 0.4) < 5 * sqrt(0.4 * 0.6 / 2000)
+    assert sigma[fired].square().mean().sqrt().item() == pytest.approx(0.1, rel=0.1)  # sigma = 0.1 |N|
+    assert sigma[fired].mean().item() == pytest.approx(0.1 * sqrt(2 / pi), rel=0.1)
+    scaled = noise[sigma > 0.01] / sigma[sigma > 0.01][:, None, None, None]
+    assert scaled.mean().abs().item() < 0.005
+    assert scaled.pow(4).mean().item() == pytest.approx(3, rel=0.01)  # a normal distribution's
+    images = torch.randn(2000, 3, 1, 1)
+    assert torch.equal(stage.transform(images, noise), images + noise)
+
+
+def test_cutout_mask() -> None:
+    stage = CutoutStage("cutout", (2, 9, 14))
+    values = torch.tensor([[0.5, 0.5, 0.25], [0.03, 0.9, 0.25], [0.4, 0.4, 0.0]])
+    masked = stage.transform(torch.ones(3, 2, 9, 14), values)
+    for b, (center_x, center_y, radius) in enumerate(values.tolist()):
+        for y in range(9):
+            for x in range(14):
+                inside = abs((x + 0.5) / 14 - center_x) < radius and abs((y + 0.5) / 9 - center_y) < radius
+                assert masked[b, :, y, x].tolist() == [0.0 if inside else 1.0] * 2
+
+
+def test_cutout_draws() -> None:
+    stage = CutoutStage("cutout", (1, 8, 8))
+    torch.manual_seed(0)
+    values = stage.draw(torch.zeros(20000, 1, 8, 8), torch.tensor(0.3))
+    assert set(values[:, 2].tolist()) == {0.0, 0.25}
+    assert abs((values[:, 2] > 0).float().mean().item() - 0.3) < 5 * sqrt(0.3 * 0.7 / 20000)
+    for center in (values[:, 0], values[:, 1]):  # uniform
+        assert abs(center.mean().item() - 0.5) < 5 * sqrt(1 / 12 / 20000)
+        assert center.var().item() == pytest.approx(1 / 12, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------- gates
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_gates_fire_with_their_probability(p: float) -> None:
+    B = 20000
+    share = {"xflip": 0.5, "rotate90": 0.75, "lumaflip": 0.5}  # of the draws that differ from the identity
+    for transforms in (GEOMETRY, COLOR):
+        torch.manual_seed(0)
+        size = (1 << 20, 1 << 20)  # so large that an integer shift is never 0
+        matrices = draw_matrices(transforms, B, torch.tensor(p), size, like=torch.zeros([], dtype=torch.float64))
+        for transform, matrix in zip(transforms, matrices, strict=True):
+            identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
+            frequency = ((matrix - identity).abs().amax(dim=(1, 2)) > 1e-9).double().mean().item()
+            chance = 1 - sqrt(1 - p) if transform.name.startswith("rotate_") else p
+            chance *= share.get(transform.name, 1)
+            assert abs(frequency - chance) <= 5 * sqrt(chance * (1 - chance) / B), transform.name
+
+
+def test_one_of_both_rotations_fires_with_p() -> None:
+    B, p = 20000, 0.6
+    torch.manual_seed(0)
+    rotations = [t for t in GEOMETRY if t.name in ("rotate_pre", "rotate_post")]
+    pre, post = draw_matrices(rotations, B, torch.tensor(p), (32, 32), like=torch.zeros([]))
+    fired = ((pre[:, 0, 1] != 0) | (post[:, 0, 1] != 0)).double().mean().item()
+    assert abs(fired - p) < 5 * sqrt(p * (1 - p) / B)
+
+
+def test_the_axes_of_a_shift_share_a_gate() -> None:
+    shifts = [t for t in GEOMETRY if t.name in ("xint", "xfrac")]
+    torch.manual_seed(0)
+    u, n = torch.rand(2, 3, 500) * 0.3, torch.randn(2, 2, 500)  # u off the centre, where no shift rounds to 0
+    for matrix in gate_matrices(shifts, u, n, torch.tensor(0.15), (64, 64)):
+        assert torch.equal(matrix[:, 0, 2] != 0, matrix[:, 1, 2] != 0)
+        assert 150 < (matrix[:, 0, 2] != 0).sum() < 350
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"mode": "on"}, "mode"),
+        ({"pipe": "gbc"}, "pipe"),
+        ({"mode": "fixed"}, "p"),
+        ({"mode": "fixed", "p": 1.2}, "p"),
+        ({"mode": "fixed", "p": float("nan")}, "p"),
+        ({"mode": "ada", "p": 0.2}, "p"),
+        ({"mode": "noaug", "p": 0.2}, "p"),
+        ({"target": 1.5}, "target"),
+        ({"ada_kimg": 0}, "ada_kimg"),
+        ({"ada_interval": 0}, "ada_interval"),
+        ({"max_p": 0}, "max_p"),
+        ({"max_p": 1.1}, "max_p"),
+    ],
+)
+def test_config_errors(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        AugmentConfig(**changes)  # type: ignore[arg-type]
+    assert error.value.field == field
+
+
+def test_unknown_pipe_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc"):
+        AugmentConfig(pipe="all")
+
+
+@pytest.mark.parametrize(
+    ("pipe", "img_shape", "message"),
+    [
+        ("bgcf", (3, 21, 64), "at least 22 pixels.*21x64"),
+        ("bgc", (2, 32, 32), "1, 3 or 4 channels, the images have 2"),
+        ("color", (5, 32, 32), "1, 3 or 4 channels, the images have 5"),
+        ("blit", (3, 2, 32), "2x32 are too small"),
+    ],
+)
+def test_images_that_a_pipe_cannot_treat(pipe: str, img_shape: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(pipe, img_shape, p=0.5)
+
+
+# ---------------------------------------------------------------------------------------------- controller
+
+
+def test_controller_follows_the_formula() -> None:
+    controller = ada(target=0.6, ada_kimg=2, ada_interval=4, max_p=0.3)
+    signs = [0.9, 0.7, 0.5, 0.6] * 6 + [0.5, 0.6, 0.6, 0.5] * 9 + [1.0] * 4
+    p = 0.0
+    for step, sign in enumerate(signs, start=1):
+        controller.observe(torch.tensor(sign))
+        controller.update(step, 32)
+        if step % 4 == 0:
+            mean = sum(signs[step - 4 : step]) / 4
+            p = min(max(p + (1 if mean > 0.6 else -1) * 32 * 4 / 2000, 0.0), 0.3)
+        assert controller.pipe.p.item() == pytest.approx(p, abs=1e-6)
+        if step == 20:
+            assert controller.is_saturated(controller.pipe.p.item())
+        if step == 60:
+            assert controller.pipe.p.item() == 0
+            assert not controller.is_saturated(0.0)
+    assert p == pytest.approx(0.064)
+
+
+def test_controller_stays_without_observations() -> None:
+    controller = ada(ada_kimg=1)
+    controller.pipe.p.fill_(0.5)
+    controller.update(4, 32)
+    assert controller.pipe.p.item() == 0.5
+
+
+def test_controller_resumes_exactly() -> None:
+    def run(controller: AdaController, steps: range) -> None:
+        for step in steps:
+            controller.observe(torch.tensor(0.5 + 0.4 * sin(step)))
+            controller.update(step, 48)
+
+    straight, first, second = (ada(ada_kimg=3, target=0.45) for _ in range(3))
+    run(straight, range(1, 40))
+    run(first, range(1, 19))  # stops within an interval
+    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    second.load_state_dict(saved)
+    run(second, range(19, 40))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor)
+    assert straight.pipe.p > 0
+
+
+def test_controller_refuses_another_state() -> None:
+    with pytest.raises(ValueError, match="sign_sum"):
+        ada().load_state_dict({"p": torch.tensor(0.1)})
+
+
+def test_fixed_p_never_moves() -> None:
+    config = AugmentConfig(mode="fixed", pipe="color", p=1.0)
+    controller = AdaController(config, AugmentPipe(config, (3, 8, 8)))
+    for step in range(1, 9):
+        controller.observe(torch.tensor(-1.0))
+        controller.update(step, 1000)
+    assert controller.pipe.p.item() == 1.0
+    assert not controller.is_saturated(1.0)

@@ -1,0 +1,119 @@
+"""Adaptive discriminator augmentation: what the discriminator sees, and how strongly.
+
+Karras et al. 2020b, "Training generative adversarial networks with limited data".
+"""
+
+from dataclasses import dataclass
+from math import isclose
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError
+from training.augment_stages import PIPES, STAGES
+
+Mode = Literal["noaug", "ada", "fixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Which transforms the discriminator sees, and with which probability p each of them fires."""
+
+    mode: Mode = "ada"  # no augmentation, p from the controller, or constant p
+    pipe: str = "bgc"  # a key of PIPES: blit, geom, color, filter, noise, cutout, bg, ..., bgcfnc
+    p: float | None = None  # 'fixed' only: the probability
+    target: float = 0.6  # 'ada' only: the mean sign of D(real) to aim for
+    ada_kimg: float = 500  # 'ada' only: thousands of images in which p can move by 1
+    ada_interval: int = 4  # 'ada' only: steps between adjustments of p
+    max_p: float = 1.0  # 'ada' only: upper bound of p
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError("mode", self.mode, f"choose one of {', '.join(get_args(Mode))}")
+        if self.pipe not in PIPES:
+            raise ConfigError("pipe", self.pipe, f"no such augmentation pipeline; choose one of {', '.join(PIPES)}")
+        if self.mode == "fixed" and self.p is None:
+            raise ConfigError("p", self.p, "mode 'fixed' needs the probability of augmentation, from 0 to 1")
+        if self.mode != "fixed" and self.p is not None:
+            raise ConfigError("p", self.p, f"mode '{self.mode}' takes no probability; leave it out or use 'fixed'")
+        if self.p is not None and not 0 <= self.p <= 1:
+            raise ConfigError("p", self.p, "a probability lies between 0 and 1")
+        if not 0 <= self.target <= 1:
+            raise ConfigError("target", self.target, "the mean sign to aim for lies between 0 and 1")
+        if not self.ada_kimg > 0:
+            raise ConfigError("ada_kimg", self.ada_kimg, "give a positive number of thousand images")
+        if self.ada_interval < 1:
+            raise ConfigError("ada_interval", self.ada_interval, "give a positive number of steps")
+        if not 0 < self.max_p <= 1:
+            raise ConfigError("max_p", self.max_p, "the bound of a probability lies above 0 and is at most 1")
+
+
+class AugmentPipe(nn.Module):
+    """Augment images [B, C, H, W] of `img_shape` (C, H, W) with values in about [-1, 1]; the shape stays.
+
+    Each transform fires for each image with probability `p`, a scalar on the device; at p = 0 images stay as they are.
+    Twice differentiable in the images. In mode 'noaug' there are no transforms. Raises ConfigError when the pipe cannot
+    treat images of this shape.
+    """
+
+    p: Tensor
+
+    def __init__(self, config: AugmentConfig, img_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        # Not persistent: p belongs to the controller's state.
+        self.register_buffer("p", torch.tensor(config.p or 0.0, dtype=torch.float32), persistent=False)
+        active = set(PIPES[config.pipe]) if config.mode != "noaug" else set()
+        self.stages = nn.ModuleList(stage(config.pipe, img_shape) for stage in STAGES if active & set(stage.groups))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for stage in self.stages:
+            images = stage(images, self.p)
+        return images
+
+
+class AdaController:
+    """Moves p of a pipe so that the discriminator's overfitting r = E[sign D(real)] stays at the target.
+
+        p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
+
+    Karras et al. 2020b, section 3. r is the mean since the last adjustment. All of it stays on the device. In mode
+    'fixed' p never moves.
+    """
+
+    def __init__(self, config: AugmentConfig, pipe: AugmentPipe) -> None:
+        self.config = config
+        self.pipe = pipe
+        self.sign_sum = torch.zeros_like(pipe.p)
+        self.count = torch.zeros_like(pipe.p)
+
+    def observe(self, mean_sign: Tensor) -> None:
+        """Take in the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank."""
+        if self.config.mode == "ada":
+            self.sign_sum += mean_sign.detach()
+            self.count += 1
+
+    def update(self, step: int, batch_size: int) -> None:
+        """Adjust p if it is due at `step`, the number of steps done; `batch_size` images made a step."""
+        if self.config.mode != "ada" or step % self.config.ada_interval != 0:
+            return
+        change = batch_size * self.config.ada_interval / (self.config.ada_kimg * 1000)
+        direction = (self.sign_sum - self.config.target * self.count).sign()  # 0 when nothing was observed
+        self.pipe.p.add_(direction * change).clamp_(0, self.config.max_p)
+        self.sign_sum.zero_()
+        self.count.zero_()
+
+    def is_saturated(self, p: float) -> bool:
+        """Say whether p, as read from the device, has reached its upper bound: the data may be too few for ADA."""
+        return self.config.mode == "ada" and (p >= self.config.max_p or isclose(p, self.config.max_p, rel_tol=1e-6))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"p": self.pipe.p, "sign_sum": self.sign_sum, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a state in; raises ValueError when its names are not those of `state_dict`."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"state of the ADA controller has {sorted(state)}, expected {sorted(own)}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
