@@ -1,0 +1,150 @@
+"""Seeds, allocator and module table."""
+
+import itertools
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_utils import misc
+
+
+def draws(seed: int, phase: str, position: int) -> tuple[float, ...]:
+    misc.seed_step(seed, phase, position)
+    return tuple(torch.randn(4).tolist())
+
+
+def test_seed_step_repeats() -> None:
+    assert draws(3, "D", 64) == draws(3, "D", 64)
+
+
+def test_seed_step_separates_seeds_phases_and_positions() -> None:
+    seeds = [0, 1, 2, 2**32, 2**32 + 1, 2**40, 2**62, -1]
+    phases = ["G", "D", "G_path", "D_r1"]
+    positions = [0, 1, 2, 32, 33, 2**31, 2**32, 2**32 + 1]
+    streams = {draws(*key) for key in itertools.product(seeds, phases, positions)}
+    assert len(streams) == len(seeds) * len(phases) * len(positions)
+
+
+def test_seeds_that_differ_in_high_bits_give_independent_numbers() -> None:
+    """A generator that drops the high bits would correlate perfectly."""
+    samples = []
+    for exponent in (32, 40, 48, 56, 62):
+        misc.seed_step(2**exponent, "D", 0)
+        samples.append(torch.randn(10_000))
+    correlation = torch.corrcoef(torch.stack(samples)) - torch.eye(len(samples))
+    assert correlation.abs().max() < 5 / 10_000**0.5
+
+
+def test_neighbouring_positions_give_independent_numbers() -> None:
+    samples = []
+    for position in range(20):
+        misc.seed_step(0, "D", position)
+        samples.append(torch.randn(10_000))
+    correlation = torch.corrcoef(torch.stack(samples)) - torch.eye(len(samples))
+    assert correlation.abs().max() < 5 / 10_000**0.5
+
+
+def test_derive_seed_fills_the_range_that_manual_seed_takes() -> None:
+    seeds = [misc.derive_seed("phase", i) for i in range(4000)]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    for bit in range(63):  # each bit is set in half of the seeds: 6 standard deviations are 190
+        assert abs(sum(seed >> bit & 1 for seed in seeds) - 2000) < 190
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+
+
+def test_derive_seed_tells_parts_apart() -> None:
+    parts: list[tuple[int | str, ...]] = [(1, 23), (12, 3), (1, 2, 3), (3, 2, 1), (123,), ("123",), ("1", 23), ()]
+    assert len({misc.derive_seed(*each) for each in parts}) == len(parts)
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from torch_utils.misc import tune_allocator
+
+if sys.argv[1] == "tuned":
+    tune_allocator()
+torch.set_num_threads(1)
+def step():
+    return torch.ones(2**24) + 1  # two buffers of 64 MiB
+for _ in range(8):  # the heap's layout settles
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
+def test_tune_allocator_keeps_big_buffers() -> None:
+    def faults(mode: str) -> int:
+        command = [sys.executable, "-c", PAGE_FAULTS, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("tuned") < faults("plain") / 10
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_tune_allocator_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    def refuse(name: str | None) -> None:
+        raise AssertionError("the C library was opened")
+
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    misc.tune_allocator()
+
+
+def test_tune_allocator_does_nothing_with_another_libc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    misc.tune_allocator()
+
+
+class Net(nn.Module):
+    """Two uses of one weight, a buffer, a tuple as output and a part without tensors."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 5)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(5, 5, bias=False)
+        self.tied = nn.Linear(5, 5, bias=False)
+        self.tied.weight = self.head.weight
+        self.unused = nn.Linear(2, 1)
+        self.register_buffer("mean", torch.zeros(7))
+
+    def forward(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.tied(self.head(self.act(self.stem(x)))), c
+
+
+def test_count_parameters_counts_shared_tensors_once() -> None:
+    assert misc.count_parameters(Net()) == 3 * 5 + 5 + 5 * 5 + 2 + 1
+
+
+def test_module_summary() -> None:
+    net = Net()
+    lines = misc.module_summary(net, [torch.zeros(4, 3), None]).splitlines()
+    cells = {line.split("  ")[0].strip(): line.split()[-4:] for line in lines}
+
+    total = next(line for line in lines if line.startswith("total")).split(maxsplit=3)
+    assert total == ["total", "48", "7", "[4, 5]"]
+    assert cells["stem (Linear)"] == ["20", "0", "[4,", "5]"]
+    assert cells["head (Linear)"] == ["25", "0", "[4,", "5]"]
+    assert cells["unused (Linear)"][-3:] == ["3", "0", "-"]
+    assert "act (ReLU)" not in cells
+    assert "tied (Linear)" not in cells  # its tensor is counted under "head"
+    assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_module_summary_removes_its_hooks_when_forward_fails() -> None:
+    net = Net()
+    with pytest.raises(RuntimeError):
+        misc.module_summary(net, [torch.zeros(4, 9), None])
+    assert not any(part._forward_hooks for part in net.modules())

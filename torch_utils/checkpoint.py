@@ -1,0 +1,169 @@
+"""Files of tensors and plain values: written atomically, checked by content, read without running code.
+
+A file is what `torch.save` makes of
+
+    {"format": "training-state", "version": 1, "written_by": "0.1.0", "sha256": "...", "payload": {...}}
+
+so `torch.load(path, weights_only=True)` reads it anywhere. The checksum covers the payload's content (keys, types,
+numbers, the bytes of every tensor), because a flipped bit inside a tensor would otherwise load without an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import dnnlib
+from dnnlib.config import UserError
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Stateful(Protocol):
+    """What a part of a checkpoint can do; modules and optimizers can."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Checkpoint:
+    """Everything that changes during training, as named parts that are saved and restored together."""
+
+    FORMAT = "training-state"
+    VERSION = 1
+    MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
+
+    def __init__(self, **parts: Stateful) -> None:
+        self.parts = parts
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write all parts, and `extra` plain values beside them."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        write_file(path, self.FORMAT, self.VERSION, {"parts": state, **extra})
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore all parts from a file and return its payload. Raises UserError and changes nothing if it is unfit."""
+        payload = self.read(path)
+        saved = payload["parts"]
+        if saved.keys() != self.parts.keys():
+            raise UserError(f"{path}: holds the parts {sorted(saved)}, expected {sorted(self.parts)}")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        return payload
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """Return the verified payload of a training state."""
+        return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
+
+
+def write_file(path: Path, file_format: str, version: int, payload: dict[str, Any]) -> None:
+    """Write a checksummed file in one step: a crash or a full disk leaves the old file, or none, never a part.
+
+    Raises UserError when the folder cannot be written or the disk is full.
+    """
+    payload = _to_cpu(payload)
+    document = {
+        "format": file_format,
+        "version": version,
+        "written_by": dnnlib.__version__,
+        "sha256": digest(payload),
+        "payload": payload,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
+    """Return the payload of a file on the CPU, upgraded to `version`. Raises UserError naming the file otherwise."""
+    document = _read_document(path)
+    if not isinstance(document, dict) or not {"format", "version", "sha256", "payload"} <= document.keys():
+        raise UserError(f"{path}: not a file of this project")
+    if document["format"] != file_format:
+        raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file")
+    if document["version"] > version:
+        raise UserError(
+            f"{path}: format version {document['version']} was written by release {document['written_by']}, "
+            f"this is {dnnlib.__version__}; update to read it"
+        )
+    if digest(document["payload"]) != document["sha256"]:
+        raise UserError(f"{path}: damaged (its content does not match its checksum); use another copy")
+    payload: dict[str, Any] = document["payload"]
+    for old in range(document["version"], version):
+        payload = migrations[old](payload)
+    return payload
+
+
+def _read_document(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; a file that cannot be read is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        if zipfile.is_zipfile(path):
+            raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
+        raise UserError(
+            f"{path}: not a file of this project. Pickles of other projects can run code when they are opened, "
+            "so they are not"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        raise UserError(f"{path}: damaged or incomplete ({reason}); use another copy") from None
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 over nested dicts, lists, tuples, plain values and tensors: types, order and every byte."""
+    sha = hashlib.sha256()
+    _feed(sha, value)
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        sha.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        sha.update(f"dict {len(value)};".encode())
+        for key, item in value.items():
+            _feed(sha, key)
+            _feed(sha, item)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{type(value).__name__} {len(value)};".encode())
+        for item in value:
+            _feed(sha, item)
+    else:
+        sha.update(f"{type(value).__name__} {value!r};".encode())
+
+
+def _to_cpu(value: Any) -> Any:
+    """Copy nested containers with every tensor detached and on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(item) for item in value)
+    return value

@@ -1,0 +1,151 @@
+"""Several processes as one: launch, rank, averages. Everything is a no-op on one process.
+
+Workers read the environment variables of torchrun, so that `--gpus=N` (which starts torch's own elastic launcher on
+this machine) and `torchrun --nnodes=... train.py` (which has started it already) take the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnnlib.config import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Return this process's number among all processes, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def launched_world_size() -> int | None:
+    """Return the number of processes that torchrun started, None outside torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def launched_rank() -> int:
+    """Return this process's number as torchrun gave it, before there is a group; 0 outside torchrun."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def choose_device(requested: str | None = None) -> torch.device:
+    """Return the requested device, or this process's GPU, or the CPU. Raises UserError for one that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if requested is None:
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise UserError(f"--device={requested}: no such kind of device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={requested}: torch sees no CUDA device here; use --device=cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+def launch(function: Callable[..., None], num_processes: int, *args: Any, device_type: str = "cpu") -> None:
+    """Call `function(*args)` in `num_processes` processes that form one group and return when all are done.
+
+    One process is this one. Under torchrun this process is one of them already. `function` and `args` must be
+    picklable. Raises SystemExit with a worker's exit code when a worker fails (it has printed why).
+    """
+    if launched_world_size() is not None:
+        _work(function, args, device_type)
+    elif num_processes == 1:
+        function(*args)
+    else:
+        _launch_local(function, num_processes, args, device_type)
+
+
+def _launch_local(function: Callable[..., None], num_processes: int, args: tuple[Any, ...], device_type: str) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"styleformer-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(config, _work)(function, args, device_type)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+
+
+def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
+    """One worker: join the group, run, leave. A UserError becomes one line from rank 0 and exit code 2."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        function(*args)
+        barrier()
+    except UserError as error:
+        if is_main():
+            print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum `x` over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in place, through one flat all_reduce."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([x.detach().reshape(-1) for x in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.reshape(x.shape))
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return what it returned there, on every rank."""
+    box: list[Any] = [function() if is_main() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()

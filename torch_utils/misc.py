@@ -1,0 +1,116 @@
+"""Seeds that depend on the position in a run, the CPU's memory allocator, and a table of a module's parts."""
+
+import ctypes
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# glibc's names for mallopt (malloc.h).
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Mix `parts` into a seed in [0, 2^63): different parts, or parts in another order, give unrelated seeds.
+
+    All bits are well mixed, which matters because PyTorch's CPU generator keeps only the low 32 bits of its seed.
+    """
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_step(seed: int, phase: str, position: int) -> None:
+    """Seed PyTorch's generators, on all devices, for the micro-batch of `phase` that starts at image `position`.
+
+    What is drawn afterwards is a function of the arguments only, so that a run can stop and go on anywhere.
+    """
+    torch.manual_seed(derive_seed(seed, phase, position))
+
+
+def tune_allocator() -> None:
+    """Let glibc keep big buffers for the next step; elsewhere, do nothing.
+
+    By default glibc maps every buffer above 32 MiB anew and gives it back when it is freed, so that each step of a
+    training on the CPU pays for the page faults of all its activations again. Memory in use grows to its peak and
+    stays there.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl has no such function
+        return
+    largest = 2**31 - 1  # mallopt takes an int
+    if mallopt(M_MMAP_THRESHOLD, largest) != 1:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the limit that glibc documents
+    mallopt(M_TRIM_THRESHOLD, largest)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers the module learns or has learned; tensors that sub-modules share count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def module_summary(module: nn.Module, inputs: Sequence[Any]) -> str:
+    """Run `module(*inputs)` once without gradients and return a table of its parts, one line for each that counts.
+
+    Columns: name and class, parameters and buffers held directly by the part, shape of its output. Parts that hold
+    nothing are left out. A tensor shared by parts counts where it first occurs, so the columns add up to the totals
+    in the last line. Training mode and buffers of the module are those of the call: hand in a copy of a module whose
+    forward changes its state.
+    """
+    shapes: dict[str, str] = {}
+    handles: list[RemovableHandle] = []
+    for name, part in module.named_modules():
+
+        def note_shape(part: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            shapes[name] = _describe(output)
+
+        handles.append(part.register_forward_hook(note_shape))
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    seen: set[int] = set()
+    rows: list[tuple[str, str, str, str]] = []
+    totals = [0, 0]
+    for name, part in module.named_modules():
+        sizes = []
+        for tensors in (part.parameters(recurse=False), part.buffers(recurse=False)):
+            fresh = [tensor for tensor in tensors if id(tensor) not in seen]
+            seen.update(map(id, fresh))
+            sizes.append(sum(tensor.numel() for tensor in fresh))
+        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
+        if any(sizes):
+            label = f"{name or '<top>'} ({type(part).__name__})"
+            rows.append((label, f"{sizes[0]:,}", f"{sizes[1]:,}", shapes.get(name, "-")))
+    head = (type(module).__name__, "parameters", "buffers", "output")
+    return _table([head, *rows, ("total", f"{totals[0]:,}", f"{totals[1]:,}", shapes.get("", "-"))])
+
+
+def _describe(output: Any) -> str:
+    """Return the shape of a tensor, or of the first tensor in a tuple or list."""
+    if isinstance(output, Tensor):
+        return f"[{', '.join(map(str, output.shape))}]"
+    if isinstance(output, list | tuple) and output:
+        return _describe(output[0])
+    return "-"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Align the columns of `rows`, a head first and a total last: text to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {buffers:>{widths[2]}}  {output}"
+        for name, parameters, buffers, output in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

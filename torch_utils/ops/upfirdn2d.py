@@ -1,0 +1,209 @@
+"""Upsample, filter, downsample: the resampling operator of style-based networks, in pure PyTorch.
+
+This is the reference, and the specification that a compiled kernel has to meet.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = int | Sequence[int]
+
+# A separable filter of this many taps is faster in one pass with its outer product than in two passes.
+SHORT_FILTER = 4
+
+
+def setup_filter(
+    f: Tensor | Sequence[float] | Sequence[Sequence[float]], *, normalize: bool = True, gain: float = 1.0
+) -> Tensor:
+    """Return the filter taps `f` as a float32 tensor, [taps] (separable) or [rows, columns].
+
+    Normalised taps sum to 1 (or, if `normalize` is off, keep their sum). `gain` scales what the filter does to an
+    image: a 1-D filter acts once along each axis, so its taps are multiplied by sqrt(gain).
+
+    Raises ValueError for anything that is not a filled vector or matrix, and for taps to be normalised that sum to 0.
+    """
+    taps = torch.as_tensor(f, dtype=torch.float32)
+    if taps.ndim not in (1, 2) or taps.numel() == 0:
+        raise ValueError(f"filter has shape {list(taps.shape)}: give a vector (separable) or a matrix of taps")
+    if normalize:
+        if taps.sum() == 0:
+            raise ValueError("filter taps sum to 0 and cannot be normalised: pass normalize=False")
+        taps = taps / taps.sum()
+    return taps * gain ** (taps.ndim / 2)
+
+
+def upfirdn2d(
+    x: Tensor,
+    f: Tensor,
+    *,
+    up: Pair = 1,
+    down: Pair = 1,
+    padding: Pair = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """Upsample, pad, filter and downsample each channel of x [B, C, H, W]; x has derivatives of any order, f has none.
+
+    1. Insert up-1 zeros after each sample: H * up rows.
+    2. Pad by zeros, or crop where `padding` is negative.
+    3. Convolve with f, keeping only what lies fully inside; a 1-D f acts along both axes. It is a true convolution;
+       `flip_filter` makes it a correlation.
+    4. Multiply by `gain` and keep every down-th sample from the first on:
+       (H * up + y0 + y1 - rows of f) // down + 1 rows.
+
+    `up` and `down` are a number or (x, y), `padding` is a number, (x, y) or (x0, x1, y0, y1). Returns x's type and
+    memory format. Raises ValueError for malformed arguments, and when the padded image is smaller than f.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {list(x.shape)}: upfirdn2d wants [B, C, H, W]")
+    if f.requires_grad:
+        raise ValueError("the filter requires a gradient, but upfirdn2d takes it as constant: detach it")
+    up_x, up_y = _factors("up", up)
+    down_x, down_y = _factors("down", down)
+    x0, x1, y0, y1 = _padding(padding)
+    width, height = x.shape[3] * up_x + x0 + x1, x.shape[2] * up_y + y0 + y1
+    if width < f.shape[-1] or height < f.shape[0]:
+        raise ValueError(
+            f"padding={padding!r} leaves an upsampled image of {width}x{height}, smaller than the filter's "
+            f"{f.shape[-1]}x{f.shape[0]}: pad more"
+        )
+
+    kernel = f.to(torch.promote_types(f.dtype, x.dtype))
+    kernel = kernel if flip_filter else kernel.flip(tuple(range(f.ndim)))
+    if kernel.ndim == 1 and len(kernel) <= SHORT_FILTER:
+        kernel = torch.outer(kernel, kernel)
+    if kernel.ndim == 2:
+        return _Resample.apply(x, kernel * gain, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1))
+    x = _Resample.apply(x, kernel[None, :] * gain, (up_x, 1), (down_x, 1), (x0, x1, 0, 0))
+    return _Resample.apply(x, kernel[:, None], (1, up_y), (1, down_y), (0, 0, y0, y1))
+
+
+def upsample2d(
+    x: Tensor, f: Tensor, up: Pair = 2, padding: Pair = 0, *, flip_filter: bool = False, gain: float = 1.0
+) -> Tensor:
+    """Enlarge x [B, C, H, W] to [B, C, H * up, W * up] (plus `padding`) with zeros outside, keeping its brightness.
+
+    With f = [1, 3, 3, 1] and up = 2, along each axis: out[2i] = x[i-1]/4 + 3x[i]/4, out[2i+1] = 3x[i]/4 + x[i+1]/4.
+    """
+    up_x, up_y = _factors("up", up)
+    x0, x1, y0, y1 = _padding(padding)
+    rows, columns = f.shape[0], f.shape[-1]
+    return upfirdn2d(
+        x,
+        f,
+        up=up,
+        padding=(
+            x0 + (columns + up_x - 1) // 2,
+            x1 + (columns - up_x) // 2,
+            y0 + (rows + up_y - 1) // 2,
+            y1 + (rows - up_y) // 2,
+        ),
+        flip_filter=flip_filter,
+        gain=gain * up_x * up_y,
+    )
+
+
+def downsample2d(
+    x: Tensor, f: Tensor, down: Pair = 2, padding: Pair = 0, *, flip_filter: bool = False, gain: float = 1.0
+) -> Tensor:
+    """Reduce x [B, C, H, W] to [B, C, H / down, W / down] (with `padding` added before), with zeros outside.
+
+    With f = [1, 3, 3, 1] and down = 2, along each axis: out[i] = (x[2i-1] + 3x[2i] + 3x[2i+1] + x[2i+2]) / 8.
+    """
+    down_x, down_y = _factors("down", down)
+    x0, x1, y0, y1 = _padding(padding)
+    rows, columns = f.shape[0], f.shape[-1]
+    return upfirdn2d(
+        x,
+        f,
+        down=down,
+        padding=(
+            x0 + (columns - down_x + 1) // 2,
+            x1 + (columns - down_x) // 2,
+            y0 + (rows - down_y + 1) // 2,
+            y1 + (rows - down_y) // 2,
+        ),
+        flip_filter=flip_filter,
+        gain=gain,
+    )
+
+
+class _Resample(torch.autograd.Function):
+    """Resampling by a 2-D correlation kernel, whose derivative is again a resampling.
+
+    The derivative swaps `up` and `down` and flips the kernel. Saying so keeps every derivative as fast as the operator
+    itself: PyTorch's own double backward of a depthwise convolution costs 40 times its forward on a CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: Tensor,
+        up: tuple[int, int],
+        down: tuple[int, int],
+        padding: tuple[int, int, int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(kernel)
+        ctx.up, ctx.down, ctx.padding, ctx.in_size = up, down, padding, x.shape[2:]
+        return _resample(x, kernel, up, down, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads  # [B, C, H of the output, W of the output]
+        (kernel,) = ctx.saved_tensors
+        padding: list[int] = []  # what puts each gradient back on the sample it came from, and gives x's size
+        for i, axis in enumerate((3, 2)):
+            taps, before, n = kernel.shape[axis - 2], ctx.padding[2 * i], ctx.in_size[axis - 2]
+            padding += [taps - 1 - before, (n - 1) * ctx.up[i] + 1 - grad.shape[axis] * ctx.down[i] + before]
+        return _Resample.apply(grad, kernel.flip((0, 1)), ctx.down, ctx.up, tuple(padding)), None, None, None, None
+
+
+def _resample(
+    x: Tensor, kernel: Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int]
+) -> Tensor:
+    """Resample x [B, C, H, W] by a correlation with `kernel` [rows, columns]: a depthwise (transposed) convolution."""
+    B, C = x.shape[:2]
+    memory_format = torch.channels_last
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        memory_format = torch.contiguous_format
+        x = x.reshape(1, B * C, *x.shape[2:])  # a kernel per map: faster for few channels, and never slower
+    channels = x.shape[1]
+    rows, columns = kernel.shape
+    kernel = kernel.to(x.dtype).expand(channels, 1, rows, columns)
+    x0, x1, y0, y1 = padding
+    if up == (1, 1):
+        if x0 != x1 or y0 != y1 or x0 < 0 or y0 < 0:
+            x, x0, y0 = F.pad(x, padding), 0, 0
+        x = F.conv2d(x, kernel, stride=down[::-1], padding=(y0, x0), groups=channels)
+    else:
+        # A transposed convolution gives all that the kernel touches: columns-1 more than the unpadded image before it,
+        # and columns-1 more after it, less the up-1 zeros after the last sample.
+        x = F.conv_transpose2d(x, kernel.flip((2, 3)), stride=up[::-1], groups=channels)
+        x0, x1 = x0 - (columns - 1), x1 - (columns - 1) + up[0] - 1
+        y0, y1 = y0 - (rows - 1), y1 - (rows - 1) + up[1] - 1
+        x = F.pad(x, (x0, x1, y0, y1))[:, :, :: down[1], :: down[0]]
+    return x.reshape(B, C, *x.shape[2:]).contiguous(memory_format=memory_format)
+
+
+def _factors(name: str, value: Pair) -> tuple[int, int]:
+    """Read a resampling factor: a number or (x, y), at least 1."""
+    x, y = (value, value) if isinstance(value, int) else value
+    if x < 1 or y < 1:
+        raise ValueError(f"{name}={value!r}: resampling factors are at least 1")
+    return x, y
+
+
+def _padding(value: Pair) -> tuple[int, int, int, int]:
+    """Read a padding: a number, (x, y) or (x0, x1, y0, y1)."""
+    sides = [value] * 4 if isinstance(value, int) else list(value)
+    if len(sides) == 2:
+        sides = [sides[0], sides[0], sides[1], sides[1]]
+    if len(sides) != 4:
+        raise ValueError(f"padding={value!r}: give a number, (x, y) or (x0, x1, y0, y1)")
+    x0, x1, y0, y1 = sides
+    return x0, x1, y0, y1

@@ -1,0 +1,55 @@
+"""Means and standard deviations of training statistics, gathered on the device without a host sync."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_utils import distributed
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and standard deviation over all values that all ranks reported since the last `collect`."""
+
+    mean: float
+    std: float
+    count: int
+
+
+class Stats:
+    """Running count, sum and sum of squares per name. Every rank must report the same names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Take in every element of each tensor. Stays on the device."""
+        for name, value in values.items():
+            x = value.detach().to(torch.float64 if self.device.type != "mps" else torch.float32)
+            moments = torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
+            if name in self.moments:
+                self.moments[name] += moments
+            else:
+                self.moments[name] = moments
+
+    def collect(self) -> dict[str, Stat]:
+        """Return the statistics over all ranks and start afresh. A collective call, and the one host sync."""
+        if not self.moments:
+            return {}
+        names = sorted(self.moments)
+        table = torch.stack([self.moments[name] for name in names])  # (names, 3)
+        distributed.all_reduce(table)
+        self.moments = {}
+        return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
+
+
+def _to_stat(count: float, total: float, squares: float) -> Stat:
+    mean = total / count
+    variance = squares / count - mean**2
+    return Stat(mean=mean, std=math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan, count=int(count))
