@@ -1,0 +1,434 @@
+"""Generators: every layer and the whole network against an independent float64 evaluation of the papers' equations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dnnlib.config import ConfigError
+from training.networks import GENERATORS
+from training.networks.attention import SelfAttention
+from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
+from training.networks.mapping import MappingNetwork
+from training.networks.styleformer import EncoderBlock, StyleformerConfig, StyleformerGenerator, ToRGB, base_grids
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+State = dict[str, Array]
+
+TINY = StyleformerConfig(
+    z_dim=5, w_dim=6, mapping_layers=2, img_channels=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4
+)
+VARIANTS = {
+    "plain": TINY,
+    "linformer": dataclasses.replace(TINY, linformer=True, linformer_k=5, linformer_min_tokens=24),
+    "conditional": dataclasses.replace(TINY, c_dim=3),
+    "one resolution": dataclasses.replace(TINY, widths=(8,), layers=(2,), minimum_head=4),
+    "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
+    "no clamp": dataclasses.replace(TINY, conv_clamp=None),
+}
+
+
+def build(config: StyleformerConfig) -> StyleformerGenerator:
+    """A float64 generator in which no parameter or buffer is trivial."""
+    torch.manual_seed(0)
+    G = config.build().double()
+    randomize(G)
+    return G
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not tensor.any():
+            tensor.normal_()
+        elif tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
+            tensor.add_(torch.randn_like(tensor), alpha=0.3)
+
+
+def state_of(module: torch.nn.Module) -> State:
+    return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
+
+
+def below(state: State, prefix: str) -> State:
+    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
+
+
+# The reference: numpy, float64, from the equations.
+
+
+def ref_fc(x: Array, state: State, multiplier: float = 1.0, lrelu: bool = False) -> Array:
+    W, b = state["weight"], state["bias"]
+    y = np.einsum("bi,oi->bo", x, W * multiplier / np.sqrt(W.shape[1])) + b * multiplier
+    return np.where(y > 0, y, 0.2 * y) * np.sqrt(2) if lrelu else y
+
+
+def ref_normalize(x: Array) -> Array:
+    return x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8)
+
+
+def ref_mapping(
+    z: Array, c: Array | None, state: State, num_ws: int, num_layers: int, psi: float = 1.0, cutoff: int | None = None
+) -> Array:
+    x = ref_normalize(z)
+    if c is not None:
+        x = np.concatenate([x, ref_normalize(ref_fc(c, below(state, "embed.")))], axis=1)
+    for i in range(num_layers):
+        x = ref_fc(x, below(state, f"layers.{i}."), multiplier=0.01, lrelu=True)
+    ws = np.stack([x] * num_ws, axis=1)
+    ws[:, :cutoff] = state["w_avg"] + psi * (ws[:, :cutoff] - state["w_avg"])
+    return ws
+
+
+def ref_demodulated(x: Array, weight: Array, style: Array) -> Array:
+    """x (B, N, C) times the weight, whose output channels are normalised as if the style had scaled its inputs."""
+    modulated = np.einsum("ji,bi->bji", weight, style)
+    return np.einsum("bni,ji->bnj", x, weight) / np.sqrt((modulated**2).sum(axis=2) + 1e-8)[:, None, :]
+
+
+def ref_block(x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array) -> Array:
+    B, N, C = x.shape
+    styles = ref_fc(w, below(state, "affine."))
+    s1, s2 = styles[:, :C], styles[:, C:]
+    Wq, Wk, Wv = state["qkv_weight"][:C], state["qkv_weight"][C : 2 * C], state["qkv_weight"][2 * C :]
+    x = x * s1[:, None, :]
+    x = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
+    q, k, v = (ref_demodulated(x, W, s1) for W in (Wq, Wk, Wv))
+    v = v * s2[:, None, :]
+    keys, values = k, v
+    if "attention.token_projection" in state:
+        E = state["attention.token_projection"]
+        keys, values = np.einsum("kn,bnc->bkc", E, k), np.einsum("kn,bnc->bkc", E, v)
+    D = C // heads
+    attended = np.zeros((B, N, C))
+    for b in range(B):
+        for h in range(heads):
+            part = slice(h * D, (h + 1) * D)
+            scores = np.exp(q[b, :, part] @ keys[b, :, part].T / np.sqrt(D))
+            attended[b, :, part] = scores / scores.sum(axis=1, keepdims=True) @ values[b, :, part]
+    y = ref_demodulated(attended, state["out_weight"], s2) + ref_demodulated(v, state["residual_weight"], s2)
+    y = y + state["noise_strength"] * noise + state["bias"]
+    y = np.where(y > 0, y, 0.2 * y)
+    return y if clamp is None else np.clip(y, -clamp, clamp)
+
+
+def ref_torgb(x: Array, w: Array, state: State) -> Array:
+    W = np.einsum("oi,bi->boi", state["weight"], ref_fc(w, below(state, "affine.")))
+    W = W / np.sqrt((W**2).sum(axis=2, keepdims=True) + 1e-8)
+    return np.einsum("bni,boi->bno", x, W) + state["bias"]
+
+
+def ref_up2(x: Array) -> Array:
+    """x (B, H, W, C) -> (B, 2H, 2W, C)."""
+    for axis in (1, 2):
+        x = np.moveaxis(x, axis, 0)
+        zero = np.zeros_like(x[:1])
+        before, after = np.concatenate([zero, x[:-1]]), np.concatenate([x[1:], zero])
+        x = np.stack([before / 4 + 3 * x / 4, 3 * x / 4 + after / 4], axis=1).reshape(-1, *x.shape[1:])
+        x = np.moveaxis(x, 0, axis)
+    return x
+
+
+def ref_synthesis(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> Array:
+    B = len(ws)
+    x = np.stack([state["const"]] * B)
+    rgb: Array | None = None
+    i = 0
+    for r, (C, num_blocks) in enumerate(zip(config.widths, config.layers, strict=True)):
+        height, width = config.base[0] * 2**r, config.base[1] * 2**r
+        stage = below(state, f"stages.{r}.")
+        x = x + stage["pos_embedding"]
+        for j in range(num_blocks):
+            block = below(stage, f"blocks.{j}.")
+            heads = max(config.minimum_head, C // config.depth)
+            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"] * noise)
+            i += 1
+        y = ref_torgb(x, ws[:, i], below(stage, "torgb.")).reshape(B, height, width, -1)
+        rgb = y if rgb is None else ref_up2(rgb) + y
+        if r + 1 < len(config.widths):
+            x = ref_up2(x.reshape(B, height, width, -1)).reshape(B, 4 * height * width, -1)
+    assert rgb is not None
+    return rgb.transpose(0, 3, 1, 2)
+
+
+def inputs(config: StyleformerConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
+    torch.manual_seed(1)
+    z = torch.randn(batch, config.z_dim, dtype=torch.float64)
+    c = torch.eye(config.c_dim, dtype=torch.float64)[torch.arange(batch) % config.c_dim] if config.c_dim else None
+    return z, c
+
+
+def close(actual: Tensor, expected: Array) -> None:
+    assert tuple(actual.shape) == expected.shape
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (StyleformerConfig(layers=(1, 2, 2)), 1_334_142),
+        (StyleformerConfig(), 1_438_064),
+        (StyleformerConfig(widths=(1024, 512, 512)), 18_369_040),
+        (StyleformerConfig(base=(12, 12), widths=(1024, 256, 64)), 7_966_096),
+        (StyleformerConfig(widths=(1024, 256, 64, 64), layers=(1, 2, 1, 1), linformer=True), 8_567_505),
+        (StyleformerConfig(widths=(1024, 256, 64, 64, 64), layers=(1, 2, 1, 1, 1), linformer=True), 13_929_621),
+        (StyleformerConfig(widths=(512, 256, 128, 64), layers=(1, 2, 1, 1), linformer=True), 5_597_329),
+        (StyleformerConfig(widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True), 10_349_781),
+    ],
+)
+def test_parameter_counts_of_the_published_models(config: StyleformerConfig, count: int) -> None:
+    with torch.device("meta"):
+        G = config.build()
+    assert sum(parameter.numel() for parameter in G.parameters()) == count
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("noise_mode", ["const", "none"])
+def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
+    config = VARIANTS[name]
+    G, (z, c) = build(config), inputs(config)
+    ws = ref_mapping(
+        z.numpy(),
+        None if c is None else c.numpy(),
+        state_of(G.mapping),
+        config.num_ws,
+        config.mapping_layers,
+        psi=0.7,
+        cutoff=2,
+    )
+    expected = ref_synthesis(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
+    actual = G(z, c, truncation_psi=0.7, truncation_cutoff=2, noise_mode=noise_mode)
+    close(actual, expected)
+    assert tuple(actual.shape[1:]) == G.img_shape == (config.img_channels, *config.img_size)
+
+
+def test_every_style_reaches_its_own_block() -> None:
+    G, (z, _) = build(TINY), inputs(TINY)
+    state = state_of(G.synthesis)
+    ws = torch.randn(len(z), G.num_ws, G.w_dim, dtype=torch.float64)
+    close(G.synthesis(ws), ref_synthesis(ws.numpy(), state, TINY, noise=True))
+
+
+def test_linformer_applies_from_the_given_number_of_tokens() -> None:
+    G = VARIANTS["linformer"].build()
+    shapes = [tuple(p.shape) for name, p in G.named_parameters() if name.endswith("token_projection")]
+    assert shapes == [(5, 24), (5, 24), (5, 96)]
+
+
+@pytest.mark.parametrize("psi", [1.0, 0.5, 0.0, -1.0])
+@pytest.mark.parametrize("cutoff", [None, 0, 1, 3, 4, 9])
+def test_mapping_and_truncation(psi: float, cutoff: int | None) -> None:
+    mapping = MappingNetwork(z_dim=4, c_dim=3, w_dim=5, num_ws=4, num_layers=3).double()
+    randomize(mapping)
+    state = state_of(mapping)
+    z, c = torch.randn(6, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64).repeat(2, 1)
+    close(mapping(z, c, psi, cutoff), ref_mapping(z.numpy(), c.numpy(), state, 4, 3, psi, cutoff))
+    np.testing.assert_array_equal(mapping.w_avg.numpy(), state["w_avg"])
+
+
+def test_no_label_is_none_or_empty() -> None:
+    G, (z, _) = build(TINY), inputs(TINY)
+    torch.testing.assert_close(G(z, None), G(z, z.new_zeros(len(z), 0)), rtol=0, atol=0)
+
+
+def test_random_noise_is_one_draw_per_image_and_token() -> None:
+    block = EncoderBlock(TINY, (2, 3), 8, 12).double()
+    randomize(block)
+    x, w = torch.randn(4, 6, 8, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    torch.manual_seed(5)
+    actual = block(x, w, "random")
+    torch.manual_seed(5)
+    noise = torch.randn(4, 6, 1, dtype=torch.float64).numpy()
+    close(actual, ref_block(x.numpy(), w.numpy(), state_of(block), 2, TINY.conv_clamp, noise))
+
+
+def test_noise_modes() -> None:
+    G, (z, _) = build(TINY), inputs(TINY)
+    assert torch.equal(G(z, None), G(z, None, noise_mode="const"))
+    assert torch.equal(G(z, None, noise_mode="none"), G(z, None, noise_mode="none"))
+    assert not torch.allclose(G(z, None), G(z, None, noise_mode="none"))
+    assert not torch.allclose(G(z, None, noise_mode="random"), G(z, None, noise_mode="random"))
+    for module in G.modules():
+        if isinstance(module, EncoderBlock):
+            module.noise_strength.data.zero_()
+    torch.testing.assert_close(G(z, None, noise_mode="random"), G(z, None, noise_mode="none"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("projected", [None, 3])
+def test_fused_attention_equals_explicit(projected: int | None) -> None:
+    attention = SelfAttention(2, 7, projected)
+    q, k, v = torch.randn(3, 4, 7, 6)
+    weights = attention.weights(q, k)
+    assert tuple(weights.shape) == (4, 2, 7, projected or 7)
+    torch.testing.assert_close(weights.sum(dim=3), torch.ones(4, 2, 7))
+    values = v if attention.token_projection is None else torch.einsum("kn,bnc->bkc", attention.token_projection, v)
+    heads = [weights[:, h] @ values[:, :, 3 * h : 3 * h + 3] for h in range(2)]
+    torch.testing.assert_close(attention(q, k, v), torch.cat(heads, dim=2))
+
+
+def test_attention_maps_of_a_generator_come_from_forward_hooks() -> None:
+    G, (z, _) = build(VARIANTS["linformer"]), inputs(VARIANTS["linformer"])
+    maps = []
+    for module in G.modules():
+        if isinstance(module, SelfAttention):
+            module.register_forward_hook(lambda module, args, out: maps.append(module.weights(*args[:2])))
+    G(z, None)
+    assert [tuple(m.shape) for m in maps] == [(3, 3, 6, 6), (3, 2, 24, 5), (3, 2, 24, 5), (3, 1, 96, 5)]
+
+
+def test_torgb_equals_the_equation() -> None:
+    torgb = ToRGB(8, 3, 6).double()
+    randomize(torgb)
+    x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb)))
+
+
+@pytest.mark.parametrize("activation", ["linear", "lrelu"])
+@pytest.mark.parametrize("multiplier", [1.0, 0.01])
+def test_fully_connected(activation: Any, multiplier: float) -> None:
+    layer = FullyConnected(5, 4, activation=activation, multiplier=multiplier, bias_init=1.0).double()
+    randomize(layer)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    close(layer(x), ref_fc(x.numpy(), state_of(layer), multiplier, activation == "lrelu"))
+
+
+def test_normalize_2nd_moment() -> None:
+    x = torch.randn(4, 50) * 7
+    torch.testing.assert_close(normalize_2nd_moment(x).square().mean(dim=1), torch.ones(4))
+
+
+def test_tokens_are_row_major() -> None:
+    image = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    tokens = to_tokens(image)
+    assert torch.equal(tokens[1, 2 * 5 + 3], image[1, :, 2, 3])
+    assert torch.equal(to_map(tokens, (4, 5)), image)
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    mapping = FullyConnected(200, 200, multiplier=0.01)
+    assert mapping.weight.std().item() == pytest.approx(100, rel=0.02)
+    assert Conv2d(40, 40, 3).weight.std().item() == pytest.approx(1, rel=0.02)
+
+    block = EncoderBlock(StyleformerConfig(linformer=True), (32, 32), 64, 64)
+    for weight, fan_in in [(block.qkv_weight, 64), (block.residual_weight, 64)]:
+        assert weight.abs().max().item() <= 1 / math.sqrt(fan_in)
+        assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.05)
+    assert block.attention.token_projection is not None
+    assert block.attention.token_projection.abs().max().item() <= 1 / 32
+    assert torch.equal(block.affine.bias, torch.ones(128))
+
+
+def test_same_seed_same_generator() -> None:
+    first, second = build(TINY).state_dict(), build(TINY).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_double_backward_of_a_block() -> None:
+    config = dataclasses.replace(TINY, linformer=True, linformer_k=2, linformer_min_tokens=6)
+    block = EncoderBlock(config, (2, 3), 4, 4).double()
+    randomize(block)
+    x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda x, w: block(x, w, "const"), (x, w))
+
+
+@pytest.mark.parametrize("name", ["plain", "linformer"])
+def test_gradient_of_a_path_length_equals_finite_differences(name: str) -> None:
+    G = build(VARIANTS[name])
+    parameters = list(G.synthesis.parameters())
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+    ws = torch.randn(2, G.num_ws, G.w_dim, dtype=torch.float64, requires_grad=True)
+    projection = torch.randn(2, *G.img_shape, dtype=torch.float64)
+
+    def length() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            (jacobian,) = torch.autograd.grad((G.synthesis(ws) * projection).sum(), ws, create_graph=True)
+        return jacobian.square().sum(dim=2).mean(dim=1).sqrt().sum()
+
+    @torch.no_grad()
+    def move(step: float) -> None:
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.add_(direction, alpha=step)
+
+    gradients = torch.autograd.grad(length(), parameters, allow_unused=True)
+    slope = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True) if g is not None)
+    eps = 1e-6
+    move(eps)
+    after = length().item()
+    move(-2 * eps)
+    before = length().item()
+    assert slope == pytest.approx((after - before) / (2 * eps), rel=1e-4)
+
+
+def test_base_grids() -> None:
+    assert base_grids(48, 48) == [((48, 48), 1), ((24, 24), 2), ((12, 12), 3), ((6, 6), 4), ((3, 3), 5)]
+    assert base_grids(16, 24) == [((16, 24), 1), ((8, 12), 2), ((4, 6), 3), ((2, 3), 4)]
+    assert base_grids(7, 8) == [((7, 8), 1)]
+    for height, width in [(12, 20), (32, 32)]:
+        for base, count in base_grids(height, width):
+            config = StyleformerConfig(base=base, widths=(32,) * count, layers=(1,) * count)
+            config.check_img_size(height, width)
+
+
+def test_image_size_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"64x64.*base=\(16, 16\) with 3 widths, base=\(8, 8\) with 4") as caught:
+        StyleformerConfig().check_img_size(64, 64)
+    assert caught.value.field == "widths"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "text"),
+    [
+        ({"layers": (1, 3)}, "layers", "has 3"),
+        ({"layers": (1, 0, 3)}, "layers", "at least one"),
+        ({"widths": (256, 0, 16)}, "widths", "at least 1"),
+        ({"widths": (256, 100, 16)}, "widths", "100 is not a multiple of its 3 heads .* 99 or 102"),
+        ({"widths": (3,), "layers": (1,), "minimum_head": 4}, "widths", "work: 4"),
+        ({"base": (8,)}, "base", "height and width"),
+        ({"base": (8, 0)}, "base", "height and width"),
+        ({"z_dim": 0}, "z_dim", "at least 1"),
+        ({"c_dim": -1}, "c_dim", "at least 0"),
+        ({"linformer_k": 0}, "linformer_k", "at least 1"),
+        ({"conv_clamp": 0.0}, "conv_clamp", "positive"),
+    ],
+)
+def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        StyleformerConfig(**changes)
+    assert caught.value.field == field
+
+
+def test_unresolved_widths() -> None:
+    config = StyleformerConfig(widths=())
+    for use in (config.build, lambda: config.img_size, lambda: config.check_img_size(32, 32)):
+        with pytest.raises(ConfigError, match=r"widths=\(\)"):
+            use()
+
+
+def test_input_errors() -> None:
+    G, (z, _) = build(TINY), inputs(TINY)
+    with pytest.raises(ValueError, match=r"z has shape \(3, 4\)"):
+        G(z[:, :4], None)
+    with pytest.raises(ValueError, match=r"labels have shape \(3, 2\).*\(3, 0\)"):
+        G(z, z[:, :2])
+    with pytest.raises(ValueError, match=r"labels have shape \(3, 0\).*\(3, 3\)"):
+        build(VARIANTS["conditional"])(z, None)
+    with pytest.raises(ValueError, match=r"ws has shape"):
+        G.synthesis(torch.zeros(1, 2, 6))
+    with pytest.raises(ValueError, match="noise_mode='fixed'"):
+        G(z, None, noise_mode="fixed")
+
+
+def test_registry_builds_every_family() -> None:
+    for config_class in GENERATORS.values():
+        with torch.device("meta"):
+            G = config_class().build()
+        assert G.img_shape == (3, *config_class().img_size)

@@ -1,0 +1,43 @@
+"""Multi-head self-attention over tokens, optionally with Linformer's shortened keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D)) V per head; queries, keys and values come ready-made.
+
+    With `projected_tokens` = k the keys and values are first mapped from N to k tokens by one matrix E (k, N),
+    shared by keys, values and all heads, which makes the cost linear in N (Wang et al. 2020, "Linformer"; E starts
+    from U(+-1/sqrt(N))). Every argument of `forward` is an argument of `weights`, so a forward hook on this module
+    sees all that an attention map needs.
+    """
+
+    def __init__(self, num_heads: int, num_tokens: int, projected_tokens: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.token_projection: nn.Parameter | None = None
+        if projected_tokens is not None:
+            bound = 1 / math.sqrt(num_tokens)
+            self.token_projection = nn.Parameter(torch.empty(projected_tokens, num_tokens).uniform_(-bound, bound))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
+        q, k, v = self._split(q), self._split(self._project(k)), self._split(self._project(v))  # (B, H, N or k, D)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """The attention weights that `forward` applies to the (projected) values, (B, H, N, N or k)."""
+        q, k = self._split(q), self._split(self._project(k))
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x if self.token_projection is None else self.token_projection @ x
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -1,0 +1,181 @@
+"""Layers and small functions that several networks share. Tokens are (B, N, C), images (B, C, H, W)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnnlib.config import ConfigError
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.upfirdn2d import upfirdn2d
+from training.networks import winograd
+
+# Only activations with act(g x) = g act(x) for g > 0: the layers move gains from the output to the weights.
+Activation = Literal["linear", "lrelu"]
+ACTIVATION_GAINS: dict[Activation, float] = {"linear": 1.0, "lrelu": math.sqrt(2)}
+
+
+def resample_filter() -> Tensor:
+    """The separable binomial filter of all up- and downsampling (StyleGAN2, appendix B)."""
+    return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
+
+def require_at_least(config: object, minimum: int, *fields: str) -> None:
+    """Raise ConfigError for the first of these fields of `config` whose value is below `minimum`."""
+    for field in fields:
+        value = getattr(config, field)
+        if value < minimum:
+            raise ConfigError(field, value, f"must be at least {minimum}")
+
+
+def require_size(config: object, field: str) -> None:
+    """Raise ConfigError unless this field of `config` is a (height, width) of positive numbers."""
+    value = getattr(config, field)
+    if len(value) != 2 or min(value) < 1:
+        raise ConfigError(field, value, "must be two positive numbers, height and width")
+
+
+def check_labels(c: Tensor | None, c_dim: int, batch: int) -> None:
+    """Raise ValueError unless `c` is (batch, c_dim), or, for a network without labels, None."""
+    found = (batch, 0) if c is None else tuple(c.shape)
+    if found != (batch, c_dim):
+        raise ValueError(f"labels have shape {found}, this network needs {(batch, c_dim)}: one one-hot row per image")
+
+
+def normalize_2nd_moment(x: Tensor) -> Tensor:
+    """Scale every row of x (B, C) to a mean square of 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+def demodulation(weight: Tensor, style: Tensor) -> Tensor:
+    """What brings the outputs of a modulated linear map back to unit variance, (B, out).
+
+        d_bj = (sum_i (W_ji s_bi)^2 + 1e-8)^(-1/2)        StyleGAN2, equation 3
+
+    weight (out, in), style (B, in). Multiplying outputs by d equals demodulating the weights of every image.
+    """
+    return (style.square() @ weight.square().t() + 1e-8).rsqrt()
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """Image (B, C, H, W) to tokens (B, H W, C); token y W + x is pixel (y, x)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, H W, C) to an image (B, C, H, W) on the grid (H, W)."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+class FullyConnected(nn.Module):
+    """Linear layer with equalised learning rate (ProGAN, section 4.1) and learning rate multiplier m.
+
+        y = act(x (W m / sqrt(in))^T + b m)
+
+    W starts from N(0, 1) / m, b is stored as `bias_init`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: Activation = "linear",
+        multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight_gain = multiplier / math.sqrt(in_features)
+        self.bias_gain = multiplier
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The gain goes to x, which is smaller than W in every use.
+        return bias_act(F.linear(x * self.weight_gain, self.weight), self.bias * self.bias_gain, act=self.activation)
+
+
+class Conv2d(nn.Module):
+    """Convolution with equalised learning rate, optional downsampling by 2, bias and activation.
+
+        y = clamp(gain act(conv(x, W / sqrt(in k^2)) + b))
+
+    `gain` multiplies the activation's own gain and the clamp, so that a gain on a clamped layer is the same as a
+    factor on its output. down=2 filters with [1, 3, 3, 1] first, with zeros outside; the output has half the
+    size, which must be even.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        down: Literal[1, 2] = 1,
+        bias: bool = True,
+        activation: Activation = "linear",
+        gain: float = 1.0,
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.down = down
+        self.padding = kernel_size // 2
+        self.activation = activation
+        self.clamp = None if clamp is None else clamp * gain
+        self.gain = ACTIVATION_GAINS[activation] * gain
+        self.weight_gain = self.gain / math.sqrt(in_channels * kernel_size**2)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        if down == 2:
+            self.register_buffer("resample_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The activation's gain acts on weight and bias, which are much smaller than the output.
+        weight = self.weight * self.weight_gain
+        bias = None if self.bias is None else self.bias * self.gain
+        if self.down == 1 and winograd.pays(x, weight):
+            x = winograd.conv3x3(x, weight)
+        elif self.down == 1:
+            x = F.conv2d(x, weight, padding=self.padding)
+        elif self.padding == 0:
+            # A pointwise convolution commutes with the choice of pixels: drop them first.
+            x = F.conv2d(upfirdn2d(x, self.resample_filter, down=2, padding=1), weight)
+        else:
+            x = F.conv2d(upfirdn2d(x, self.resample_filter, padding=self.padding + 1), weight, stride=2)
+        return bias_act(x, bias, act=self.activation, gain=1.0, clamp=self.clamp)
+
+
+class MinibatchStd(nn.Module):
+    """Append one channel that says how much the images of a group differ.
+
+        std_g = mean_{c,h,w} sqrt(Var_{b in g}(x_bchw) + 1e-8)        ProGAN, section 3
+
+    Groups are strided: of B images in groups of G, image b belongs to group b mod (B/G), so neighbours in a
+    batch land in different groups. A batch smaller than `group_size` is one group. Raises ValueError when G does
+    not divide B.
+    """
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        G = min(self.group_size, B)
+        if B % G:
+            raise ValueError(
+                f"a minibatch of {B} images cannot be cut into minibatch-std groups of {G}: "
+                f"choose a batch size per GPU that {G} divides, or another mbstd_group_size"
+            )
+
+        groups = x.reshape(G, B // G, C, H, W)
+        std = groups.var(dim=0, correction=0).add(1e-8).sqrt()  # (B/G, C, H, W)
+        spread = std.mean(dim=(1, 2, 3)).repeat(G)  # (B,)
+        return torch.cat([x, spread.reshape(B, 1, 1, 1).expand(B, 1, H, W)], dim=1)  # (B, C+1, H, W)

@@ -1,0 +1,314 @@
+"""The Styleformer generator, plain and Linformer (Park & Kim 2022, "Styleformer")."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnnlib.config import ConfigError
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.upfirdn2d import upsample2d
+from training.networks.attention import SelfAttention
+from training.networks.layers import (
+    FullyConnected,
+    demodulation,
+    require_at_least,
+    require_size,
+    resample_filter,
+    to_map,
+    to_tokens,
+)
+from training.networks.mapping import MappingNetwork
+
+NoiseMode = Literal["const", "random", "none"]
+
+
+def base_grids(height: int, width: int) -> list[tuple[tuple[int, int], int]]:
+    """Every (base grid, number of widths) that makes images of this size, from the largest grid down."""
+    halvings = math.gcd(height, width)
+    count = (halvings & -halvings).bit_length()  # 1 + how often both sides can be halved
+    return [((height >> n, width >> n), n + 1) for n in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleformerConfig:
+    """A Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
+
+    `widths` and `layers` hold one number per resolution, from the base grid up: the hidden size and the number of
+    encoder blocks. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks of at least
+    `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `widths=()` stands for a choice that is
+    still to be made; such a config cannot be built.
+    """
+
+    z_dim: int = 512
+    c_dim: int = 0
+    w_dim: int = 512
+    mapping_layers: int = 2
+    img_channels: int = 3
+    base: tuple[int, int] = (8, 8)
+    widths: tuple[int, ...] = (256, 64, 16)
+    layers: tuple[int, ...] = (1, 3, 3)
+    depth: int = 32
+    minimum_head: int = 1
+    linformer: bool = False
+    linformer_k: int = 256
+    linformer_min_tokens: int = 1024
+    conv_clamp: float | None = 256.0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "z_dim", "w_dim", "mapping_layers", "img_channels", "depth", "minimum_head")
+        require_at_least(self, 1, "linformer_k", "linformer_min_tokens")
+        require_at_least(self, 0, "c_dim")
+        require_size(self, "base")
+        if self.conv_clamp is not None and self.conv_clamp <= 0:
+            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
+        if any(count < 1 for count in self.layers):
+            raise ConfigError("layers", self.layers, "every resolution needs at least one encoder block")
+        if self.widths and len(self.layers) != len(self.widths):
+            problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
+            raise ConfigError("layers", self.layers, problem)
+        for width in self.widths:
+            self._check_width(width)
+
+    def _check_width(self, width: int) -> None:
+        if width < 1:
+            raise ConfigError("widths", self.widths, "every width must be at least 1")
+        if width % self.num_heads(width):
+            below = next((w for w in range(width - 1, 0, -1) if w % self.num_heads(w) == 0), None)
+            above = next(w for w in range(width + 1, 3 * width + self.minimum_head) if w % self.num_heads(w) == 0)
+            nearest = above if below is None else f"{below} or {above}"
+            raise ConfigError(
+                "widths",
+                self.widths,
+                f"{width} is not a multiple of its {self.num_heads(width)} heads (depth={self.depth}, "
+                f"minimum_head={self.minimum_head}); the nearest widths that work: {nearest}",
+            )
+
+    def num_heads(self, width: int) -> int:
+        """How many heads a block of this width has."""
+        return max(self.minimum_head, width // self.depth)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every resolution, from the base up."""
+        height, width = self.base
+        return tuple((height << n, width << n) for n in range(len(self.widths)))
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(height, width) of the images. Raises ConfigError while `widths` is empty."""
+        self._require_widths()
+        return self.grids[-1]
+
+    @property
+    def num_ws(self) -> int:
+        """One style per encoder block, and one more for the last ToRGB."""
+        return sum(self.layers) + 1
+
+    def check_img_size(self, height: int, width: int) -> None:
+        """Raise ConfigError when this generator makes images of another size, naming what would fit."""
+        if self.widths and self.img_size == (height, width):
+            return
+        options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
+        raise ConfigError(
+            "widths",
+            self.widths,
+            f"with base={self.base} this does not make images of {height}x{width} (height x width); "
+            f"what does: {', '.join(options)}",
+        )
+
+    def build(self) -> StyleformerGenerator:
+        """A generator with weights from torch's global random generator."""
+        self._require_widths()
+        return StyleformerGenerator(self)
+
+    def _require_widths(self) -> None:
+        if not self.widths:
+            raise ConfigError("widths", self.widths, "no widths chosen: give one hidden size per resolution")
+
+
+def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
+    """A plain weight matrix (out, in) from U(+-1/sqrt(in))."""
+    bound = 1 / math.sqrt(in_features)
+    return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+
+
+class EncoderBlock(nn.Module):
+    """Attention with modulated, demodulated linear maps; no feed-forward network. Styleformer, figure 2.
+
+        X'  = LayerNorm(s1 X)
+        Q, K, V = d_q X' Wq^T, d_k X' Wk^T, s2 d_v X' Wv^T
+        Y   = d_o Attention(Q, K, V) Wo^T + d_u V U^T + noise + b
+        out = clamp(lrelu(Y))
+
+    with styles s1, s2 affine in w and demodulations d (d_q, d_k, d_v by s1, d_o, d_u by s2). The residual branch
+    starts at V, not at X: after demodulation the attention output has a standard deviation of sqrt(sum A^2), which
+    vanishes for long sequences. The leaky ReLU has no gain.
+    """
+
+    noise_const: Tensor
+
+    def __init__(self, config: StyleformerConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
+        super().__init__()
+        N = math.prod(grid)
+        use_linformer = config.linformer and config.linformer_min_tokens <= N
+        self.conv_clamp = config.conv_clamp
+        self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
+        self.qkv_weight = uniform_weight(3 * width, width)
+        self.attention = SelfAttention(config.num_heads(width), N, config.linformer_k if use_linformer else None)
+        self.out_weight = uniform_weight(out_width, width)
+        self.residual_weight = uniform_weight(out_width, width)
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(out_width))
+        self.register_buffer("noise_const", torch.randn(N, 1))
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
+        """x (B, N, C), w (B, w_dim) -> (B, N, C_out)."""
+        B, _, C = x.shape
+        style_input, style_value = self.affine(w).chunk(2, dim=1)  # each (B, C)
+
+        # Gains per channel: those of Q and K meet in the dot product, so Q carries both.
+        gain_q, gain_k, gain_v = demodulation(self.qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
+        x = F.layer_norm(x * style_input.unsqueeze(1), (C,))
+        q, k, v = F.linear(x, self.qkv_weight).chunk(3, dim=2)  # each (B, N, C)
+        q = q * (gain_q * gain_k)
+        v = v * (gain_v * style_value.unsqueeze(1))
+
+        gain_out = demodulation(self.out_weight, style_value).unsqueeze(1)  # (B, 1, C_out)
+        gain_residual = demodulation(self.residual_weight, style_value).unsqueeze(1)
+        attended = F.linear(self.attention(q, k, v), self.out_weight)  # (B, N, C_out)
+        residual = F.linear(v, self.residual_weight)
+        x = torch.addcmul(torch.addcmul(self._noise(B, noise_mode), attended, gain_out), residual, gain_residual)
+        return bias_act(x, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
+
+    def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
+        """Noise (B or 1, N, 1), the same for all channels of a token."""
+        noise = self.noise_const.unsqueeze(0)
+        if mode == "none":
+            return torch.zeros_like(noise)
+        if mode == "random":
+            noise = torch.randn(batch, *self.noise_const.shape, dtype=noise.dtype, device=noise.device)
+        return noise * self.noise_strength
+
+
+class ToRGB(nn.Module):
+    """Modulated and demodulated linear map from tokens to image channels, without clamp.
+
+    y_o = (sum_i W_oi s_i x_i) (sum_i (W_oi s_i)^2 + 1e-8)^(-1/2) + b_o
+    """
+
+    def __init__(self, in_features: int, img_channels: int, w_dim: int) -> None:
+        super().__init__()
+        self.affine = FullyConnected(w_dim, in_features, bias_init=1.0)
+        self.weight = uniform_weight(img_channels, in_features)
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x (B, N, C), w (B, w_dim) -> (B, N, img_channels)."""
+        # With so few outputs, weights per image are far smaller than a modulated copy of x.
+        style = self.affine(w)  # (B, C)
+        weight = self.weight * style.unsqueeze(1) * demodulation(self.weight, style).unsqueeze(2)
+        return torch.baddbmm(self.bias, x, weight.transpose(1, 2))
+
+
+class Stage(nn.Module):
+    """All that happens at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
+
+    resample_filter: Tensor
+
+    def __init__(self, config: StyleformerConfig, index: int) -> None:
+        super().__init__()
+        self.is_last = index + 1 == len(config.widths)
+        self.grid = config.grids[index]
+        width = config.widths[index]
+        out_width = width if self.is_last else config.widths[index + 1]  # the last block already changes the width
+        num_blocks = config.layers[index]
+        out_widths = [width] * (num_blocks - 1) + [out_width]
+        self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
+        self.blocks = nn.ModuleList(EncoderBlock(config, self.grid, width, out) for out in out_widths)
+        self.torgb = ToRGB(out_width, config.img_channels, config.w_dim)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
+        """x (B, N, C), rgb at half this resolution or None, ws (B, number of blocks + 1, w_dim) -> x, rgb."""
+        x = x + self.pos_embedding
+        for block, w in zip(self.blocks, ws.unbind(dim=1), strict=False):
+            x = block(x, w, noise_mode)
+
+        y = to_map(self.torgb(x, ws[:, -1]), self.grid)  # (B, img_channels, H, W)
+        rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y
+        if not self.is_last:
+            x = to_tokens(upsample2d(to_map(x, self.grid), self.resample_filter))  # (B, 4N, C_out)
+        return x, rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """From a learned constant on the base grid to the image, one stage per resolution.
+
+    Block i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first block.
+    """
+
+    def __init__(self, config: StyleformerConfig) -> None:
+        super().__init__()
+        self.num_ws = config.num_ws
+        self.w_dim = config.w_dim
+        self.layers = config.layers
+        self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
+        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
+        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W), about [-1, 1].
+
+        Noise is 'const' (the same image for the same ws), 'random' (fresh, from torch's global generator) or
+        'none'. Raises ValueError for another mode or shape.
+        """
+        if ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws has shape {tuple(ws.shape)}, this network needs (batch, {self.num_ws}, {self.w_dim})")
+        if noise_mode not in get_args(NoiseMode):
+            raise ValueError(f"noise_mode={noise_mode!r} is not one of {', '.join(get_args(NoiseMode))}")
+
+        x = self.const.expand(len(ws), -1, -1)  # (B, N, C)
+        rgb = None
+        first = 0
+        for stage, num_blocks in zip(self.stages, self.layers, strict=True):
+            x, rgb = stage(x, rgb, ws[:, first : first + num_blocks + 1], noise_mode)
+            first += num_blocks
+        assert rgb is not None
+        return rgb
+
+
+class StyleformerGenerator(nn.Module):
+    """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1]."""
+
+    def __init__(self, config: StyleformerConfig) -> None:
+        super().__init__()
+        self.z_dim = config.z_dim
+        self.c_dim = config.c_dim
+        self.w_dim = config.w_dim
+        self.num_ws = config.num_ws
+        self.img_shape = (config.img_channels, *config.img_size)
+        self.mapping = MappingNetwork(
+            z_dim=config.z_dim,
+            c_dim=config.c_dim,
+            w_dim=config.w_dim,
+            num_ws=config.num_ws,
+            num_layers=config.mapping_layers,
+        )
+        self.synthesis = SynthesisNetwork(config)
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "const",
+    ) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)  # (B, num_ws, w_dim)
+        img: Tensor = self.synthesis(ws, noise_mode)
+        return img
