@@ -1,0 +1,129 @@
+"""dnnlib.config, the presets and `resolve`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from dnnlib.config import ConfigError, differences, from_json, override, to_json
+from training.config import PRESETS, DatasetInfo, TrainConfig, resolve, same_training
+
+CIFAR = DatasetInfo(img_shape=(3, 32, 32), c_dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    count: int = 1
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ConfigError("count", self.count, "cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    rate: float | None = None
+
+
+def test_override_replaces_nested_fields_and_nothing_else() -> None:
+    changed = override(Outer(), {"inner.sizes": (3,), "rate": 0.5})
+    assert changed == Outer(inner=Inner(count=1, sizes=(3,)), rate=0.5)
+
+
+def test_override_names_the_whole_path_of_what_it_refuses() -> None:
+    with pytest.raises(ConfigError) as refused:
+        override(Outer(), {"inner.count": -1})
+    assert refused.value.field == "inner.count"
+    with pytest.raises(ConfigError, match=r"inner\.cuont=1: Inner has no such field; it has count, sizes"):
+        override(Outer(), {"inner.cuont": 1})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    config = resolve(PRESETS[name], DatasetInfo(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
+    text = json.dumps(to_json(config))
+    assert from_json(TrainConfig, json.loads(text)) == config
+    assert config.preset == name
+
+
+def _size(config: TrainConfig) -> tuple[int, int]:
+    return config.generator.img_size if config.generator.widths else (128, 128)
+
+
+def test_json_with_wrong_contents_is_refused() -> None:
+    good = to_json(Outer(inner=Inner(count=2)))
+    with pytest.raises(ConfigError, match="unknown key"):
+        from_json(Outer, good | {"speed": 1})
+    with pytest.raises(ConfigError, match="missing"):
+        from_json(Outer, {"inner": good["inner"]})
+    with pytest.raises(ConfigError, match=r"inner\.count='2': expected int"):
+        from_json(Outer, good | {"inner": {"count": "2", "sizes": [1]}})
+    with pytest.raises(ConfigError, match=r"inner\.sizes"):
+        from_json(Outer, good | {"inner": {"count": 2, "sizes": [1, "a"]}})
+
+
+def test_differences_lists_changed_leaves() -> None:
+    old, new = to_json(Outer()), to_json(Outer(inner=Inner(count=5)))
+    assert differences(old, new) == ["inner.count: 1 -> 5"]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "gpus", "batch", "gamma", "channel_base"),
+    [
+        # batch = max(min(gpus min(4096//R, 32), 64), gpus); gamma = 0.0002 R^2 / batch; 16384 channels below 512 px
+        (32, 1, 32, 0.0002 * 32**2 / 32, 16384),
+        (128, 4, 64, 0.0002 * 128**2 / 64, 16384),
+        (256, 1, 16, 0.0002 * 256**2 / 16, 16384),
+        (512, 8, 64, 0.0002 * 512**2 / 64, 32768),
+    ],
+)
+def test_auto_follows_resolution_and_gpus(
+    resolution: int, gpus: int, batch: int, gamma: float, channel_base: int
+) -> None:
+    config = override(PRESETS["auto"], {"run.num_gpus": gpus})
+    resolved = resolve(config, DatasetInfo(img_shape=(3, resolution, resolution), c_dim=0))
+    assert resolved.batch_size == batch
+    assert resolved.batch_gpu == batch // gpus
+    assert resolved.loss.r1_gamma == pytest.approx(gamma)
+    assert resolved.ema.kimg == pytest.approx(batch * 10 / 32)
+    assert resolved.g_optimizer.lr == 0.0025
+    assert resolved.discriminator.channel_base == channel_base
+    assert resolved.generator.img_size == (resolution, resolution)
+
+
+def test_resolve_takes_channels_labels_and_size_from_the_data() -> None:
+    resolved = resolve(PRESETS["auto"], DatasetInfo(img_shape=(1, 64, 64), c_dim=7))
+    assert (resolved.generator.img_channels, resolved.discriminator.img_channels) == (1, 1)
+    assert (resolved.generator.c_dim, resolved.discriminator.c_dim) == (7, 7)
+    assert resolved.discriminator.img_size == (64, 64)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_with_one_that_can() -> None:
+    config = override(PRESETS["cifar"], {"batch_size": 30, "run.num_gpus": 4})
+    with pytest.raises(ConfigError, match=r"multiple of 32 .* --batch=32"):
+        resolve(config, CIFAR)
+    uneven = override(PRESETS["cifar"], {"discriminator.mbstd_group_size": 8, "batch_size": 36})
+    with pytest.raises(ConfigError, match="minibatch-std groups of 8"):
+        resolve(uneven, CIFAR)
+
+
+def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
+    config = override(PRESETS["auto"], {"batch_size": 4, "batch_gpu": 1})
+    with pytest.raises(ConfigError, match="path length"):
+        resolve(config, CIFAR)
+
+
+def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_it_can() -> None:
+    with pytest.raises(ConfigError, match=r"12"):
+        resolve(PRESETS["cifar"], DatasetInfo(img_shape=(3, 48, 48), c_dim=0))
+
+
+def test_same_training_ignores_how_long_and_how_loud() -> None:
+    config = resolve(PRESETS["cifar"], CIFAR)
+    longer = replace(config, run=replace(config.run, total_kimg=1, metrics=("swd",)))
+    assert same_training(to_json(config), longer)
+    assert not same_training(to_json(config), replace(config, seed=1))

@@ -1,0 +1,181 @@
+"""Losses against closed forms, on networks simple enough to have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.config import PRESETS
+from training.ema import EMA, EMAConfig
+from training.loss import Players, discriminator_logistic, generator_logistic, path_length, r1_penalty
+from training.phases import Phase, build_optimizer, build_phases
+
+H = W = 4
+
+
+class LinearG(nn.Module):
+    """w = 2 z; the image is sum over the num_ws styles of A w."""
+
+    z_dim, w_dim, c_dim, num_ws = 3, 3, 0, 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(2 * H * W, 3, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
+        return self.scale * z.double()[:, None].expand(-1, self.num_ws, -1)
+
+    def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:
+        return (ws.sum(dim=1) @ self.A.T).reshape(-1, 2, H, W)
+
+
+class LinearD(nn.Module):
+    """logit = <a, x> + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, H, W, dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, img: Tensor, c: Tensor) -> Tensor:
+        return ((img * self.a).sum(dim=(1, 2, 3)) + self.b)[:, None]
+
+
+def players(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> Players:
+    torch.manual_seed(1)
+    labels = torch.zeros(10, 0)
+    pl_mean = torch.tensor(0.7, dtype=torch.float64)
+    return Players(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 2, H, W, dtype=torch.float64), torch.zeros(count, 0)
+
+
+def test_logistic_losses_are_means_of_softplus() -> None:
+    game = players()
+    img, c = batch()
+    torch.manual_seed(5)
+    terms = discriminator_logistic(game, img, c)
+    torch.manual_seed(5)
+    fake, _, mean_w = game.generate(len(img))
+    real_logits, fake_logits = game.D(img, c), game.D(fake, c)
+    expected = (1 + fake_logits.exp()).log().mean() + (1 + (-real_logits).exp()).log().mean()
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert terms.means["real_sign"].item() == pytest.approx(real_logits.sign().mean().item())
+    torch.testing.assert_close(terms.means["w_avg"], mean_w)
+
+    torch.manual_seed(5)
+    terms = generator_logistic(game, img, c)
+    assert terms.loss.item() == pytest.approx((1 + (-fake_logits).exp()).log().mean().item(), rel=1e-10)
+
+
+def test_r1_of_a_linear_discriminator_is_half_gamma_times_its_squared_weights() -> None:
+    game = players()
+    terms = r1_penalty(game, *batch(), gamma=3.0)
+    assert terms.loss.item() == pytest.approx(1.5 * game.D.a.square().sum().item(), rel=1e-10)
+    terms.loss.backward()
+    torch.testing.assert_close(game.D.a.grad, 3.0 * game.D.a.detach())
+    assert game.D.b.grad is None
+
+
+def test_r1_is_taken_by_the_image_before_augmentation() -> None:
+    game = players(augment=lambda x: 5 * x)
+    terms = r1_penalty(game, *batch(), gamma=2.0)
+    assert terms.loss.item() == pytest.approx(25 * game.D.a.square().sum().item(), rel=1e-10)
+
+
+def test_path_length_of_a_linear_generator() -> None:
+    """Each of the num_ws styles has the gradient A^T y, so a length is |A^T y| with the y that was drawn."""
+    game = players()
+    img, c = batch(6)
+    torch.manual_seed(9)
+    terms = path_length(game, img, c, weight=2.0, decay=0.25)
+
+    torch.manual_seed(9)
+    torch.randn(3, 3)  # z of half of the batch
+    torch.randint(10, [3])  # its labels
+    y = torch.randn(3, 2, H, W, dtype=torch.float64) / math.sqrt(H * W)
+    A = game.G.A.detach().requires_grad_(True)
+    lengths = (y.reshape(3, -1) @ A).norm(dim=1)
+    mean = 0.7 + 0.25 * (lengths.mean() - 0.7)
+    expected = 2 * (lengths - mean).square().mean()
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert terms.means["pl_mean"].item() == pytest.approx(lengths.mean().item(), rel=1e-9)
+    terms.loss.backward()
+    expected.backward()  # also through the share of this batch in the mean
+    torch.testing.assert_close(game.G.A.grad, A.grad)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_style_mixing_swaps_the_styles_from_a_uniform_cut_on(probability: float) -> None:
+    game = players(style_mixing=probability)
+    z, c = torch.ones(1, 3), torch.zeros(1, 0)
+    cuts = []
+    torch.manual_seed(0)
+    for _ in range(400):
+        ws, mean_w = game.sample_styles(z, c)
+        assert torch.equal(mean_w, torch.full([3], 2.0, dtype=torch.float64))  # of the first z only
+        kept = (ws[0] == 2).all(dim=1)
+        cut = int(kept.sum())
+        assert kept[:cut].all()
+        cuts.append(cut)
+    mixed = [cut for cut in cuts if cut < 5]
+    assert abs(len(mixed) / 400 - probability) < 0.08
+    if probability:
+        counts = torch.bincount(torch.tensor(mixed), minlength=5)[1:5]
+        assert counts.min() > len(mixed) / 4 * 0.6  # each of 1..4 about equally often
+        assert counts.sum() == len(mixed)
+
+
+def test_lazy_regularisation_slows_adam_down() -> None:
+    """The figures of the CIFAR configuration: k = 4 for G, 16 for D; lr 0.0025, betas (0, 0.99)."""
+    parameters = [nn.Parameter(torch.zeros(1))]
+    config = PRESETS["cifar"].g_optimizer
+    g = build_optimizer(parameters, config, 4).param_groups[0]
+    d = build_optimizer(parameters, config, 16).param_groups[0]
+    assert (g["lr"], g["betas"][1]) == (pytest.approx(0.002), pytest.approx(0.991992, abs=1e-6))
+    assert (d["lr"], d["betas"][1]) == (pytest.approx(0.00235294, abs=1e-8), pytest.approx(0.990585, abs=1e-6))
+    assert (g["betas"][0], g["eps"]) == (0.0, 1e-8)
+    assert build_optimizer(parameters, config, None).param_groups[0]["lr"] == 0.0025
+
+
+def test_phases_of_the_presets() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+
+    def phases(preset: str, gamma: float) -> list[tuple[str, int]]:
+        from dataclasses import replace
+
+        loss = replace(PRESETS[preset].loss, r1_gamma=gamma)
+        built: list[Phase] = build_phases(players(), loss, [], [], optimizer, optimizer)
+        return [(phase.name, phase.interval) for phase in built]
+
+    assert phases("stylegan2", 10) == [("G_main", 1), ("G_reg", 4), ("D_main", 1), ("D_reg", 16)]
+    assert phases("cifar", 0.01) == [("G_main", 1), ("D_main", 1), ("D_reg", 16)]
+    assert phases("cifar", 0) == [("G_main", 1), ("D_main", 1)]
+    phase = Phase("x", [], optimizer, lambda img, c: generator_logistic(players(), img, c), interval=4)
+    assert [step for step in range(10) if phase.is_due(step)] == [0, 4, 8]
+
+
+def test_ema_follows_its_closed_form() -> None:
+    source: Any = nn.BatchNorm1d(2)
+    ema = EMA(source, EMAConfig(kimg=1.0, rampup=0.5))
+    with torch.no_grad():
+        source.weight.fill_(3.0)
+        source.running_mean.fill_(7.0)  # a buffer: copied
+    ema.update(nimg=400, batch_size=32)  # n = min(1000, 400 / 2)
+    beta = 0.5 ** (32 / 200)
+    torch.testing.assert_close(ema.module.weight, torch.full([2], 3 + beta * (1 - 3)))
+    assert torch.equal(ema.module.running_mean, source.running_mean)
+
+    first = EMA(source, EMAConfig(kimg=1.0, rampup=0.5))
+    with torch.no_grad():
+        source.weight.fill_(5.0)
+    first.update(nimg=0, batch_size=32)  # n = 0: nothing of the old weights is left
+    assert torch.equal(first.module.weight, source.weight)

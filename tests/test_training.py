@@ -1,0 +1,180 @@
+"""The training loop as a whole: exact resume, independence from the number of processes, bookkeeping."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+
+from dnnlib.config import UserError
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint, digest
+from torch_utils.stats import Stats
+from training import hooks
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.training_loop import Trainer
+
+# All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
+EVERYTHING = {
+    "batch_size": 8,
+    "batch_gpu": 4,
+    "loss.pl_weight": 2.0,
+    "loss.pl_interval": 2,
+    "loss.r1_interval": 3,
+    "loss.style_mixing": 0.9,
+    "augment.pipe": "bgc",
+    "augment.ada_kimg": 0.2,
+}
+
+
+def everything(data: Path, **changes: object) -> TrainConfig:
+    return small_config(data, **{name.replace(".", "__"): value for name, value in EVERYTHING.items()}, **changes)
+
+
+def new_trainer(config: TrainConfig) -> Trainer:
+    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+
+
+def train_steps(trainer: Trainer, steps: int) -> None:
+    trainer.total_nimg = trainer.state.nimg + steps * trainer.batch_size
+    trainer.train()
+
+
+def everything_that_is_saved(trainer: Trainer) -> dict[str, Any]:
+    state = {name: part.state_dict() for name, part in trainer.checkpoint.parts.items()}
+    state["state"] = {key: value for key, value in state["state"].items() if key != "elapsed"}
+    return state
+
+
+@pytest.mark.parametrize("linformer", [False, True])
+def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path, linformer: bool) -> None:
+    config = everything(shapes_zip, generator__linformer=linformer, data__use_labels=True, data__mirror=True)
+    straight, first = new_trainer(config), new_trainer(config)
+    for trainer in (straight, first):
+        trainer.augment.p.fill_(0.5)
+    train_steps(straight, 10)
+
+    train_steps(first, 5)
+    first.save(tmp_path / "training-state-000000.pt")
+    second = new_trainer(config)
+    second.resume(tmp_path / "training-state-000000.pt")
+    assert second.state.nimg == 40
+    train_steps(second, 5)
+    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert float(straight.augment.p) not in (0, 0.5)  # the controller was at work
+
+
+def test_training_changes_all_that_it_should(shapes_zip: Path) -> None:
+    trainer = new_trainer(everything(shapes_zip))
+    before = {name: x.clone() for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
+    train_steps(trainer, 3)
+    after = {name: x for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
+    assert [name for name, x in before.items() if torch.equal(x, after[name])] == []
+    assert trainer.pl_mean.value != 0
+    assert trainer.G.mapping.w_avg.abs().sum() > 0
+    assert torch.equal(trainer.ema.module.mapping.w_avg, trainer.G.mapping.w_avg)
+
+
+def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip, batch_size=8, batch_gpu=2))
+    seen: list[torch.Tensor] = []
+    mapping = trainer.G.mapping.forward
+
+    def spy(z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        ws = mapping(z, c)
+        seen.append(ws[:, 0].detach())
+        return ws
+
+    trainer.G.mapping.forward = spy
+    data = trainer._batches()
+    img, c = next(data)
+    main_phase = trainer.phases[0]
+    trainer.run_phase(main_phase, img, c)
+    assert len(seen) == 4
+    torch.testing.assert_close(trainer.G.mapping.w_avg, 0.005 * torch.cat(seen).mean(dim=0))
+
+
+def test_only_the_networks_of_a_phase_collect_gradients(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip))
+    img, c = next(trainer._batches())
+    trainer.run_phase(trainer.phases[0], img, c)
+    assert all(p.grad is None for p in trainer.D.parameters())
+    assert any(p.grad is not None for p in trainer.G.parameters())
+    assert not any(p.requires_grad for net in (trainer.G, trainer.D) for p in net.parameters())
+
+
+def test_frozen_layers_keep_their_weights(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip, freeze_layers=3))
+    frozen = [p for layer in trainer.D.layers_from_image()[:3] for p in layer.parameters()]
+    rest = [p for p in trainer.D.parameters() if all(p is not q for q in frozen)]
+    before = [p.clone() for p in frozen]
+    rest_before = [p.clone() for p in rest]
+    train_steps(trainer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(rest_before, rest, strict=True))
+
+
+def _train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
+    """What each of two processes does in the test below; importable, because processes are spawned."""
+    trainer = new_trainer(config)
+    train_steps(trainer, steps)
+    statistics = Stats(torch.device("cpu"))
+    statistics.add({"rank": torch.full([2], float(distributed.rank()))})
+    collected = statistics.collect()["rank"]
+    if distributed.is_main():
+        trainer.checkpoint.save(path, rank_mean=collected.mean, rank_std=collected.std, count=collected.count)
+
+
+def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path) -> None:
+    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two."""
+    config = everything(shapes_zip, data__use_labels=True)
+    alone = new_trainer(config)
+    train_steps(alone, 4)
+    distributed.launch(_train_and_save, 2, config, 4, tmp_path / "two.pt")
+    payload = Checkpoint.read(tmp_path / "two.pt")
+    assert (payload["rank_mean"], payload["rank_std"], payload["count"]) == (0.5, 0.5, 4)
+
+    one, two = everything_that_is_saved(alone), payload["parts"]
+    for part in ("G", "D", "G_ema", "ada", "pl_mean"):
+        for name, x in one[part].items():
+            torch.testing.assert_close(two[part][name], x, rtol=2e-3, atol=2e-5, msg=f"{part} {name}")
+    assert two["state"]["nimg"] == one["state"]["nimg"] == 32
+
+
+def test_a_diverged_run_stops_and_names_the_loss(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.001))
+    with torch.no_grad():
+        trainer.D.epilogue.out.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"Loss/\S+ is nan at kimg .*diverged"):
+        train_steps(trainer, 2)
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(
+    shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(shapes_zip)
+    trainer = new_trainer(config)
+    train_steps(trainer, 1)
+    trainer.save(tmp_path / "training-state-000001.pt")
+    train_steps(trainer, 1)
+    newest = tmp_path / "training-state-000002.pt"
+    trainer.save(newest)
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (tmp_path / "stats.jsonl").write_text(
+        "".join(json.dumps({"Progress/kimg": kimg}) + "\n" for kimg in (0.0, 0.016, 0.032))
+    )
+    again = new_trainer(config)
+    assert hooks.load_latest(again, tmp_path).name == "training-state-000001.pt"
+    assert "training-state-000002.pt" in capsys.readouterr().err
+    assert again.state.nimg == 16
+    lines = (tmp_path / "stats.jsonl").read_text().splitlines()
+    assert [json.loads(line)["Progress/kimg"] for line in lines] == [0.0, 0.016]
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no whole training state"):
+        hooks.load_latest(again, tmp_path)

@@ -1,0 +1,273 @@
+"""TrainConfig, the presets, and how a preset is completed for a data set and a number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dnnlib.config import ConfigError, override, to_json
+from training.augment import AugmentConfig
+from training.dataset import DatasetConfig
+from training.ema import EMAConfig
+from training.loss import LossConfig
+from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.styleformer import StyleformerConfig
+from training.phases import AdamConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where and how loud: nothing in here changes what a step computes, so a resumed run may differ in it."""
+
+    total_kimg: float = 25_000
+    tick_kimg: float = 4
+    snapshot_ticks: int = 50
+    metrics: tuple[str, ...] | None = None  # None: the default metric
+    num_gpus: int = 1
+    device: str | None = None  # None: a GPU if there is one
+    workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
+    cudnn_benchmark: bool = True
+    profile_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "num_gpus"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, getattr(self, name), "must be positive")
+        for name in ("workers", "profile_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(name, getattr(self, name), "cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a training run is determined by. None means: `resolve` chooses it from data and machine."""
+
+    preset: str
+    seed: int = 0
+    data: DatasetConfig = field(default_factory=DatasetConfig)
+    generator: StyleformerConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
+    discriminator: StyleGAN2DiscriminatorConfig = field(
+        default_factory=StyleGAN2DiscriminatorConfig, metadata={"families": DISCRIMINATORS}
+    )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    g_optimizer: AdamConfig = field(default_factory=AdamConfig)
+    d_optimizer: AdamConfig = field(default_factory=AdamConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    batch_size: int | None = None
+    batch_gpu: int | None = None
+    w_avg_rate: float = 0.005  # share of the batch mean that enters w_avg in each phase
+    freeze_layers: int = 0  # Freeze-D: layers of D, counted from the image, that are not trained
+    allow_tf32: bool = False
+    channels_last: bool = False
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_gpu"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, value, "must be at least 1")
+        if self.freeze_layers < 0:
+            raise ConfigError("freeze_layers", self.freeze_layers, "cannot be negative; 0 trains all of D")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "must lie in 0..2^63-1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What `resolve` needs to know of the training images."""
+
+    img_shape: tuple[int, int, int]
+    c_dim: int
+
+
+# Widths and blocks per resolution, by the number of resolutions, where a preset leaves them open (widths=()).
+DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    1: ((256,), (2,)),
+    2: ((256, 64), (1, 3)),
+    3: ((256, 64, 16), (1, 3, 3)),
+    4: ((512, 256, 128, 64), (1, 2, 1, 1)),
+    5: ((512, 256, 128, 64, 32), (1, 2, 1, 1, 1)),
+    6: ((512, 256, 128, 64, 32, 32), (1, 2, 1, 1, 1, 1)),
+    7: ((512, 256, 128, 64, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1)),
+    8: ((512, 256, 128, 64, 32, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1, 1)),
+}
+
+
+def _presets() -> dict[str, TrainConfig]:
+    open_widths = StyleformerConfig(widths=(), layers=())
+    auto = TrainConfig(
+        preset="auto",
+        generator=open_widths,
+        discriminator=StyleGAN2DiscriminatorConfig(channel_base=0),
+    )
+    stylegan2 = TrainConfig(
+        preset="stylegan2",
+        generator=replace(open_widths, mapping_layers=8),
+        discriminator=StyleGAN2DiscriminatorConfig(mbstd_group_size=4),
+        batch_size=32,
+        g_optimizer=AdamConfig(lr=0.002),
+        d_optimizer=AdamConfig(lr=0.002),
+        loss=LossConfig(r1_gamma=10),
+        ema=EMAConfig(kimg=10, rampup=None),
+    )
+    cifar = TrainConfig(
+        preset="cifar",
+        discriminator=StyleGAN2DiscriminatorConfig(architecture="orig", mbstd_group_size=32),
+        batch_size=32,
+        g_optimizer=AdamConfig(lr=0.0025),
+        d_optimizer=AdamConfig(lr=0.0025),
+        loss=LossConfig(r1_gamma=0.01, pl_weight=0, style_mixing=0),
+        ema=EMAConfig(kimg=500, rampup=0.05),
+        run=RunConfig(total_kimg=100_000),
+    )
+    return {
+        "auto": auto,
+        "stylegan2": stylegan2,
+        "paper256": override(stylegan2, _paper("paper256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)),
+        "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
+        "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
+        "cifar": cifar,
+        "cifar-large": override(cifar, _styleformer("cifar-large", (1024, 512, 512), (1, 3, 3))),
+        "stl10-medium": override(cifar, _styleformer("stl10-medium", (1024, 256, 64), (1, 3, 3), base=(12, 12))),
+        "celeba64-l": override(cifar, _styleformer("celeba64-l", (1024, 256, 64, 64), (1, 2, 1, 1), linformer=True)),
+        "church128-l": override(
+            cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
+        ),
+        "tiny": _tiny(),
+    }
+
+
+def _paper(name: str, *, batch: int, mbstd: int, fmaps: float, lr: float, gamma: float, ema: float) -> dict[str, Any]:
+    """StyleGAN2-ADA's configurations for its papers' tables."""
+    return {
+        "preset": name,
+        "batch_size": batch,
+        "discriminator.mbstd_group_size": mbstd,
+        "discriminator.channel_base": int(fmaps * 32768),
+        "g_optimizer.lr": lr,
+        "d_optimizer.lr": lr,
+        "loss.r1_gamma": gamma,
+        "ema.kimg": ema,
+    }
+
+
+def _styleformer(
+    name: str,
+    widths: tuple[int, ...],
+    layers: tuple[int, ...],
+    base: tuple[int, int] = (8, 8),
+    linformer: bool = False,
+) -> dict[str, Any]:
+    """The Styleformer paper's models. Those with Linformer were trained with ADA's p kept at or below 0.7."""
+    return {
+        "preset": name,
+        "generator.widths": widths,
+        "generator.layers": layers,
+        "generator.base": base,
+        "generator.linformer": linformer,
+        "augment.max_p": 0.7 if linformer else 1.0,
+    }
+
+
+def _tiny() -> TrainConfig:
+    """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores."""
+    return TrainConfig(
+        preset="tiny",
+        generator=StyleformerConfig(z_dim=64, w_dim=64, widths=(128, 64, 32), layers=(1, 1, 1)),
+        discriminator=StyleGAN2DiscriminatorConfig(channel_base=1024, channel_max=128),
+        augment=AugmentConfig(pipe="blit", ada_kimg=20),
+        loss=LossConfig(r1_gamma=0.5, pl_weight=0, style_mixing=0),
+        g_optimizer=AdamConfig(lr=0.0025),
+        d_optimizer=AdamConfig(lr=0.0025),
+        ema=EMAConfig(kimg=0.5, rampup=0.05),
+        batch_size=16,
+        run=RunConfig(total_kimg=20, tick_kimg=1, snapshot_ticks=5),
+    )
+
+
+PRESETS: Mapping[str, TrainConfig] = _presets()
+
+# What transfer learning starts from, below the user's own options (Karras et al. 2020b).
+TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
+
+
+def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
+    """Fill in what depends on the data or the machine, and check that the parts fit together.
+
+    Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
+    """
+    channels, height, width = data.img_shape
+    resolution = max(height, width)
+    num_gpus = config.run.num_gpus
+    batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
+    batch_gpu = config.batch_gpu or -(-batch_size // num_gpus)
+    lr = 0.002 if resolution >= 1024 else 0.0025
+
+    values: dict[str, Any] = {
+        "batch_size": batch_size,
+        "batch_gpu": batch_gpu,
+        "generator.img_channels": channels,
+        "generator.c_dim": data.c_dim,
+        "discriminator.img_channels": channels,
+        "discriminator.img_size": (height, width),
+        "discriminator.c_dim": data.c_dim,
+        "g_optimizer.lr": config.g_optimizer.lr or lr,
+        "d_optimizer.lr": config.d_optimizer.lr or lr,
+        "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
+    }
+    if config.loss.r1_gamma is None:
+        values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
+    if config.discriminator.channel_base == 0:
+        values["discriminator.channel_base"] = 32768 if resolution >= 512 else 16384
+    if not config.generator.widths:
+        values |= _default_widths(config.generator, height, width)
+    resolved = override(config, values)
+    resolved.generator.check_img_size(height, width)
+    _check_batches(resolved)
+    return resolved
+
+
+def _default_widths(generator: StyleformerConfig, height: int, width: int) -> dict[str, Any]:
+    """Choose widths and blocks by the number of doublings from the base grid to the image."""
+    (h, w), count = generator.base, 1
+    while h < height and w < width:
+        h, w, count = 2 * h, 2 * w, count + 1
+    widths, layers = DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
+    chosen: dict[str, Any] = {"generator.widths": widths, "generator.layers": layers}
+    if count > 3:
+        chosen["generator.linformer"] = True
+    return chosen
+
+
+def _check_batches(config: TrainConfig) -> None:
+    assert config.batch_size is not None
+    assert config.batch_gpu is not None
+    gpus, per_round = config.run.num_gpus, config.batch_gpu * config.run.num_gpus
+    if config.batch_size % per_round:
+        raise ConfigError(
+            "batch_size",
+            config.batch_size,
+            f"must be a multiple of {per_round} ({gpus} GPUs x {config.batch_gpu} images at a time); "
+            f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
+        )
+    group = min(config.discriminator.mbstd_group_size, config.batch_gpu)
+    if group and config.batch_gpu % group:
+        raise ConfigError(
+            "batch_gpu",
+            config.batch_gpu,
+            f"cannot be cut into minibatch-std groups of {group}; choose a multiple of it",
+        )
+    if config.loss.pl_weight and config.loss.pl_interval and config.batch_gpu < 2:
+        raise ConfigError(
+            "batch_gpu", config.batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
+        )
+
+
+def same_training(old: Mapping[str, Any], new: TrainConfig) -> bool:
+    """Whether a run with the options `old` (JSON) computes the same steps, however long it runs and reports."""
+    return {key: value for key, value in old.items() if key != "run"} == {
+        key: value for key, value in to_json(new).items() if key != "run"
+    }

@@ -1,0 +1,54 @@
+"""Exponential moving average of the generator's weights: the network that images are generated with."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """`kimg` is the half-life in thousands of images (None: chosen from the batch size); `rampup` shortens it to
+    that fraction of the images seen so far (None: no ramp)."""
+
+    kimg: float | None = None
+    rampup: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kimg is not None and self.kimg < 0:
+            raise ConfigError("kimg", self.kimg, "the half-life cannot be negative; 0 turns averaging off")
+        if self.rampup is not None and self.rampup <= 0:
+            raise ConfigError("rampup", self.rampup, "must be positive")
+
+
+class EMA:
+    """A copy of a module whose weights follow it with a half-life counted in images (Karras et al. 2018).
+
+    After a batch: n = 1000 kimg, with ramp-up n = min(n, rampup * nimg); beta = 0.5^(batch / n);
+    w_ema <- w + beta (w_ema - w). Buffers are copied.
+    """
+
+    def __init__(self, source: nn.Module, config: EMAConfig) -> None:
+        if config.kimg is None:
+            raise ConfigError("kimg", None, "not resolved")
+        self.source = source
+        self.module: Any = copy.deepcopy(source).eval().requires_grad_(False)
+        self.half_life = config.kimg * 1000
+        self.rampup = config.rampup
+
+    @torch.no_grad()
+    def update(self, nimg: int, batch_size: int) -> None:
+        """Follow the source; `nimg` counts the images before this batch."""
+        n = self.half_life if self.rampup is None else min(self.half_life, nimg * self.rampup)
+        beta = 0.5 ** (batch_size / max(n, 1e-8))
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(self.source.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - beta)
+        for average, buffer in zip(self.module.buffers(), self.source.buffers(), strict=True):
+            average.copy_(buffer)

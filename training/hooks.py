@@ -1,0 +1,234 @@
+"""What happens beside training: progress, pictures, snapshots, training states, metrics, logs, traces.
+
+A hook is a callable that the trainer calls before the first step and after every step, on every process. It looks at
+`trainer.tick` (None between ticks) and decides for itself what is due; who writes a file asks `is_main`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.config import UserError
+from dnnlib.util import format_time, write_atomically
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint
+from training.dataset import encode_labels
+from training.images import save_grid, to_uint8
+from training.snapshot import save_network
+from training.training_loop import Trainer
+
+Evaluate = Callable[[Any, Path, float], None]  # (G_ema, its snapshot, kimg): computes, prints and logs the metrics
+KEEP_STATES = 2  # training states kept: the newest, and one to fall back on should it be damaged
+
+
+class Progress:
+    """A line per tick, and on a terminal one that is redrawn in between: rate, time left, ADA's p, losses."""
+
+    def __init__(self) -> None:
+        self.drawn = self.tick_time = time.time()
+        self.start_nimg = self.tick_nimg = -1
+
+    def __call__(self, trainer: Trainer) -> None:
+        if not distributed.is_main():
+            return
+        now, nimg = time.time(), trainer.state.nimg
+        if self.start_nimg < 0:
+            self.start_nimg = self.tick_nimg = nimg
+        if trainer.tick is not None:
+            print(self._tick_line(trainer, now), flush=True)
+            self.tick_time, self.tick_nimg = now, nimg
+            if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
+                print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
+        elif sys.stdout.isatty() and now - self.drawn > 0.5:
+            rate = (nimg - self.tick_nimg) / max(now - self.tick_time, 1e-9)
+            left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
+            line = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}, {rate:.1f} img/s, {left} left"
+            print(f"\r{line:<78}", end="\r", flush=True)
+            self.drawn = now
+
+    def _tick_line(self, trainer: Trainer, now: float) -> str:
+        tick, nimg = trainer.tick, trainer.state.nimg
+        assert tick is not None
+        done = nimg - self.tick_nimg
+        seconds = now - self.tick_time
+        parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<8.1f} time {format_time(trainer.state.elapsed):<9s}"]
+        if done:
+            left = format_time(max(trainer.total_nimg - nimg, 0) * seconds / done)
+            parts.append(f"{seconds / done * 1000:<6.1f} sec/kimg  {done / seconds:<6.1f} img/s  left {left:<9s}")
+        for label, name in (("G", "Loss/G/loss"), ("D", "Loss/D/loss"), ("sign", "Loss/signs/real")):
+            if name in tick.stats:
+                parts.append(f"{label} {tick.stats[name].mean:<6.3f}")
+        parts.append(f"p {tick.values['Progress/augment']:.3f}")
+        parts.append(f"mem {tick.values.get('Resources/peak_gpu_mem_gb', tick.values['Resources/cpu_mem_gb']):.1f} GB")
+        return "  ".join(parts)
+
+
+class ImageGrids:
+    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
+
+    def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
+        self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
+        self.z: torch.Tensor | None = None
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
+            return
+        name = "fakes_init.png" if trainer.tick.number == 0 else f"fakes{_kimg(trainer)}.png"
+        if trainer.tick.number == 0:
+            save_grid(self._real_images(trainer), self.run_dir / "reals.png")
+        save_grid(self._generate(trainer), self.run_dir / name)
+
+    def _count(self, trainer: Trainer) -> int:
+        """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""
+        side = max(trainer.dataset.img_shape[1:])
+        return min(max(1024 // side, 8), 16) ** 2
+
+    def _indices(self, trainer: Trainer) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(trainer.config.seed)
+        return torch.randint(len(trainer.dataset), [self._count(trainer)], generator=generator)
+
+    def _real_images(self, trainer: Trainer) -> torch.Tensor:
+        return trainer.dataset.images(self._indices(trainer).tolist())
+
+    @torch.no_grad()
+    def _generate(self, trainer: Trainer) -> torch.Tensor:
+        """Images of the averaged generator, with the labels of the reals at the same places."""
+        G = trainer.ema.module
+        indices = self._indices(trainer)
+        generator = torch.Generator().manual_seed(trainer.config.seed)
+        z = torch.randn([len(indices), trainer.G.z_dim], generator=generator).to(trainer.device)
+        c = encode_labels(trainer.dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
+        parts = zip(z.split(trainer.batch_gpu), c.split(trainer.batch_gpu), strict=True)
+        return torch.cat([to_uint8(G(zs, cs)).cpu() for zs, cs in parts])
+
+
+class Snapshots:
+    """network-snapshot-<kimg>.pkl and training-state-<kimg>.pt, every `snapshot_ticks` ticks and at the end."""
+
+    def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
+        self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
+            return
+        save_network(
+            self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl",
+            config=trainer.config,
+            G=trainer.G,
+            D=trainer.D,
+            G_ema=trainer.ema.module,
+            nimg=trainer.state.nimg,
+            ada_p=float(trainer.augment.p),
+        )
+        if trainer.state.step:
+            trainer.save(self.run_dir / f"training-state-{_kimg(trainer)}.pt")
+            for old in list_states(self.run_dir)[:-KEEP_STATES]:
+                old.unlink()
+
+
+class Metrics:
+    """Evaluates the averaged generator at every snapshot."""
+
+    def __init__(self, run_dir: Path, snapshot_ticks: int, evaluate: Evaluate) -> None:
+        self.run_dir, self.snapshot_ticks, self.evaluate = run_dir, snapshot_ticks, evaluate
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is not None and trainer.tick.reached(self.snapshot_ticks):
+            snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
+            self.evaluate(trainer.ema.module, snapshot, trainer.state.nimg / 1000)
+
+
+class JsonLog:
+    """stats.jsonl: one line per tick with every figure and the standard deviation of every loss term."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "stats.jsonl"
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is None or not distributed.is_main():
+            return
+        line: dict[str, Any] = dict(trainer.tick.values)
+        for name, stat in trainer.tick.stats.items():
+            line[name] = {"mean": stat.mean, "std": stat.std, "num": stat.count}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | {"timestamp": time.time()}) + "\n")
+
+
+class TensorBoardLog:
+    """TensorBoard events, every tick. Needs the package tensorboard."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir))
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is None:
+            return
+        figures = trainer.tick.values | {name: stat.mean for name, stat in trainer.tick.stats.items()}
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, trainer.state.nimg)
+        self.writer.flush()
+
+
+class Profile:
+    """trace.json: a Chrome trace of `steps` training steps after the first few."""
+
+    WAIT = 3
+
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        self.path, self.steps, self.calls = run_dir / "trace.json", steps, 0
+        self.profiler = torch.profiler.profile(record_shapes=False)
+
+    def __call__(self, trainer: Trainer) -> None:
+        self.calls += 1
+        if self.calls == self.WAIT + 1:
+            self.profiler.start()
+        elif self.calls == self.WAIT + 1 + self.steps:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path))
+            print(f"Profile of {self.steps} steps: {self.path} (open it at chrome://tracing)", flush=True)
+
+
+def _kimg(trainer: Trainer) -> str:
+    return f"{trainer.state.nimg // 1000:06d}"
+
+
+def list_states(run_dir: Path) -> list[Path]:
+    """Return a run's training states, oldest first."""
+    return sorted(run_dir.glob("training-state-*.pt"))
+
+
+def load_latest(trainer: Trainer, run_dir: Path) -> Path:
+    """Resume from the newest training state that is whole. Raises UserError when none is."""
+    chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
+    trainer.resume(chosen)
+    if distributed.is_main():
+        for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+            _cut_log(log, trainer.state.nimg / 1000)
+    return chosen
+
+
+def _newest_whole_state(run_dir: Path) -> Path:
+    for path in reversed(list_states(run_dir)):
+        try:
+            Checkpoint.read(path)
+            return path
+        except UserError as error:
+            print(f"Warning: {error}", file=sys.stderr)
+    raise UserError(f"{run_dir}: holds no whole training state to resume from")
+
+
+def _cut_log(path: Path, kimg: float) -> None:
+    """Drop the lines of a log that lie beyond the training state that a run goes on from."""
+    if path.exists():
+        lines = [(json.loads(line), line) for line in path.read_text().splitlines()]
+        kept = [text for entry, text in lines if entry.get("Progress/kimg", entry.get("kimg", 0)) <= kimg]
+        write_atomically(path, "".join(f"{text}\n" for text in kept))

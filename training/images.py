@@ -1,0 +1,32 @@
+"""From tensors in [-1, 1] to picture files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(img: Tensor) -> Tensor:
+    """Return clamp(x 127.5 + 128, 0, 255) as uint8."""
+    return (img * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def save_image(img: Tensor, path: Path) -> None:
+    """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG."""
+    pixels = img.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG, row by row; without `columns` about as wide as high."""
+    N, C, H, W = images.shape
+    columns = columns or math.ceil(math.sqrt(N))
+    rows = -(-N // columns)
+    padded = images.new_zeros([rows * columns, C, H, W])
+    padded[:N] = images
+    grid = padded.reshape(rows, columns, C, H, W).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
+    save_image(grid.reshape(C, rows * H, columns * W), path)

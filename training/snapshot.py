@@ -1,0 +1,113 @@
+"""network-snapshot-*.pkl: the networks and their configuration, to generate images from and to start training from.
+
+`load_network(path)` is the way to read one; `pickle.load` cannot, because the file holds tensors and plain values
+only and runs no code (see torch_utils/checkpoint.py for its layout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnnlib.config import UserError, from_json, to_json
+from torch_utils.checkpoint import Migration, read_file, write_file
+from training.config import TrainConfig
+
+FORMAT = "network-snapshot"
+VERSION = 1
+MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Networks in evaluation mode, and how they came about. G and D are None in a snapshot for generation only."""
+
+    G: Any
+    D: Any
+    G_ema: Any
+    config: TrainConfig
+    nimg: int
+    ada_p: float
+    path: Path
+
+    @property
+    def kimg(self) -> float:
+        """Thousands of real images that D has seen."""
+        return self.nimg / 1000
+
+    def file_hash(self) -> str:
+        """Return the sha256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_network(
+    path: Path,
+    *,
+    config: TrainConfig,
+    G_ema: nn.Module,
+    G: nn.Module | None = None,
+    D: nn.Module | None = None,
+    nimg: int = 0,
+    ada_p: float = 0.0,
+) -> None:
+    """Write a snapshot; without G and D it serves for generation and metrics only, at a fraction of the size."""
+    networks = {"G": G, "D": D, "G_ema": G_ema}
+    states = {name: net.state_dict() for name, net in networks.items() if net is not None}
+    write_file(path, FORMAT, VERSION, {"config": to_json(config), "nimg": nimg, "ada_p": ada_p, "networks": states})
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
+    path = Path(path)
+    payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
+    config = from_json(TrainConfig, payload["config"])
+    states = payload["networks"]
+    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
+    networks = {
+        name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        for name, kind in kinds.items()
+    }
+    return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+
+
+def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
+        network: nn.Module = config.build()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
+    return network.eval().requires_grad_(False).to(device)
+
+
+def copy_weights(source: nn.Module, target: nn.Module, name: str) -> list[str]:
+    """Copy every tensor that has the same name and shape, for transfer learning. Return lines that say what happened.
+
+    Raises UserError when less than half of the target's parameters are found: that snapshot does not fit.
+    """
+    old, new = source.state_dict(), target.state_dict()
+    loaded = [key for key, x in new.items() if key in old and old[key].shape == x.shape]
+    resized = [key for key, x in new.items() if key in old and old[key].shape != x.shape]
+    missing = [key for key in new if key not in old]
+    parameters = dict(target.named_parameters())
+    share = sum(parameters[key].numel() for key in loaded if key in parameters) / sum(
+        x.numel() for x in parameters.values()
+    )
+    if share < 0.5:
+        raise UserError(
+            f"{name}: only {share:.0%} of the parameters are in the snapshot; it was trained with another configuration"
+        )
+    with torch.no_grad():
+        for key in loaded:
+            new[key].copy_(old[key])
+    lines = [f"{name}: {len(loaded)} of {len(new)} tensors loaded ({share:.1%} of the parameters)"]
+    lines += [f"{name}: skipped {key}: shape {tuple(old[key].shape)}, here {tuple(new[key].shape)}" for key in resized]
+    lines += [f"{name}: skipped {key}: not in the snapshot" for key in missing]
+    return lines

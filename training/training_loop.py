@@ -1,0 +1,265 @@
+"""The training loop: state, one phase, one step, and what is reported every tick."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError, UserError, to_json
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint
+from torch_utils.misc import seed_step
+from torch_utils.stats import Stat, Stats
+from torch_utils.timing import Stopwatch
+from training.augment import AdaController, AugmentPipe
+from training.config import TrainConfig
+from training.dataset import ImageDataset, batches, encode_labels
+from training.ema import EMA
+from training.loss import Players
+from training.phases import Phase, build_optimizer, build_phases
+
+
+@dataclass
+class TrainState:
+    """Where training stands: real images seen, steps done, seconds spent (over all resumptions)."""
+
+    nimg: int = 0
+    step: int = 0
+    elapsed: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.nimg, self.step, self.elapsed = state["nimg"], state["step"], state["elapsed"]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What is known every tick. `number` counts the ticks since the start of the run, 0 is before the first step."""
+
+    number: int
+    previous: int
+    is_last: bool
+    stats: dict[str, Stat]
+    values: dict[str, float]  # Progress/..., Timing/..., Resources/...
+
+    def reached(self, every: int) -> bool:
+        """Whether this is the start, the end, or the first tick at or after a multiple of `every`."""
+        return self.number == 0 or self.is_last or self.number // every > self.previous // every
+
+
+class RunningMean(nn.Module):
+    """A value that moves by `rate` towards each batch mean that it is given."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.rate = rate
+
+    def update(self, mean: Tensor) -> None:
+        """Move towards the mean over a global batch."""
+        self.value.lerp_(mean.to(self.value.dtype), self.rate)
+
+
+class Trainer:
+    """Owns everything that changes during training; `train` runs it.
+
+    A hook is called before the first step and after every step; `trainer.tick` is then None, or what a tick reports.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
+        self.config, self.dataset, self.device = config, dataset, device
+        self.batch_size, self.batch_gpu = _cut_batch(config)
+        self.total_nimg = round(config.run.total_kimg * 1000)
+        self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
+        self.hooks: Sequence[Callable[[Trainer], None]] = ()
+        self.tick: Tick | None = None
+
+        seed_step(config.seed, "init", 0)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.G: Any = config.generator.build().to(device).to(memory_format=memory_format)
+        self.D: Any = config.discriminator.build().to(device).to(memory_format=memory_format)
+        self.ema = EMA(self.G, config.ema)
+        self.augment = AugmentPipe(config.augment, dataset.img_shape).to(device)
+        self.ada = AdaController(config.augment, self.augment)
+        self.pl_mean = RunningMean(torch.zeros([], device=device), config.loss.pl_decay)
+        self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
+        self._build_phases()
+
+        self.state = TrainState()
+        self.stats = Stats(device)
+        self.stopwatch = Stopwatch(device)
+        # Batch means that losses return (LossTerms.means) -> the running state that they drive.
+        self.trackers: dict[str, Callable[[Tensor], None]] = {
+            "w_avg": self.w_avg.update,
+            "pl_mean": self.pl_mean.update,
+            "real_sign": self.ada.observe,
+        }
+        self.checkpoint = Checkpoint(
+            G=self.G,
+            D=self.D,
+            G_ema=self.ema.module,
+            g_optimizer=self.g_optimizer,
+            d_optimizer=self.d_optimizer,
+            ada=self.ada,
+            pl_mean=self.pl_mean,
+            state=self.state,
+        )
+
+    def _build_phases(self) -> None:
+        config = self.config
+        frozen = {id(p) for layer in self._frozen_layers() for p in layer.parameters()}
+        g_parameters = list(self.G.parameters())
+        d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
+        self.g_optimizer = build_optimizer(g_parameters, config.g_optimizer, config.loss.pl_interval)
+        self.d_optimizer = build_optimizer(d_parameters, config.d_optimizer, config.loss.r1_interval)
+        players = Players(
+            G=self.G,
+            D=self.D,
+            augment=self.augment,
+            labels=self.dataset.labels.to(self.device),
+            style_mixing=config.loss.style_mixing,
+            pl_mean=self.pl_mean.value,
+        )
+        self.G.requires_grad_(False)
+        self.D.requires_grad_(False)
+        self.phases = build_phases(players, config.loss, g_parameters, d_parameters, self.g_optimizer, self.d_optimizer)
+
+    def _frozen_layers(self) -> list[nn.Module]:
+        layers: list[nn.Module] = self.D.layers_from_image()
+        if self.config.freeze_layers > len(layers):
+            raise ConfigError(
+                "freeze_layers", self.config.freeze_layers, f"this discriminator has {len(layers)} layers"
+            )
+        return layers[: self.config.freeze_layers]
+
+    def train(self) -> None:
+        """Train to the configured number of images, calling the hooks on the way."""
+        data = self._batches()
+        began = time.time() - self.state.elapsed
+        if self.state.step == 0:
+            self._report(Tick(0, 0, False, {}, self._progress()))
+        while self.state.nimg < self.total_nimg:
+            with self.stopwatch.section("data"):
+                img, c = next(data)
+            for phase in self.phases:
+                if phase.is_due(self.state.step):
+                    with self.stopwatch.section(phase.name):
+                        self.run_phase(phase, img, c)
+            self.ema.update(self.state.nimg, self.batch_size)
+            self.state.nimg += self.batch_size
+            self.state.step += 1
+            self.state.elapsed = time.time() - began
+            self.ada.update(self.state.step, self.batch_size)
+            self._report(self._finish_tick())
+
+    def run_phase(self, phase: Phase, img: Tensor, c: Tensor) -> None:
+        """One optimizer step from this process's share of the batch, in micro-batches of `batch_gpu` images.
+
+        Each micro-batch draws its random numbers from (seed, phase, position of its first image in the run), and
+        running state moves once, by the mean over all micro-batches of all processes: so the result does not depend
+        on how many processes share the batch.
+        """
+        rounds = len(img) // self.batch_gpu
+        first = self.state.nimg + distributed.rank() * len(img)
+        means: dict[str, Tensor] = defaultdict(lambda: torch.zeros([], device=self.device))
+
+        for parameter in phase.parameters:
+            parameter.requires_grad_(True)
+        phase.optimizer.zero_grad(set_to_none=True)
+        for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
+            seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
+            terms = phase.loss(x, y)
+            (terms.loss * (phase.interval / rounds)).backward()
+            self.stats.add(terms.stats)
+            for name, value in terms.means.items():
+                means[name] = means[name] + value / rounds
+        for parameter in phase.parameters:
+            parameter.requires_grad_(False)
+
+        gradients = [p.grad for p in phase.parameters if p.grad is not None]
+        distributed.average([*gradients, *means.values()])
+        phase.optimizer.step()
+        for name, value in means.items():
+            self.trackers[name](value)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of each batch: images in [-1, 1] and float labels, on the device."""
+        on_gpu = self.device.type == "cuda"
+        workers = self.config.run.workers
+        stream = batches(
+            self.dataset,
+            seed=self.config.seed,
+            position=self.state.nimg,
+            batch_size=self.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=workers if workers is not None else 2 * on_gpu,
+            pin_memory=on_gpu,
+            device=self.device,
+        )
+        for images, labels in stream:
+            img = images.float() / 127.5 - 1
+            if self.config.channels_last:
+                img = img.contiguous(memory_format=torch.channels_last)
+            yield img, encode_labels(labels, self.dataset.c_dim)
+
+    def _report(self, tick: Tick | None) -> None:
+        self.tick = tick
+        for hook in self.hooks:
+            hook(self)
+
+    def _finish_tick(self) -> Tick | None:
+        """Return the tick's figures when one has just ended. Raises UserError when training has diverged."""
+        number = self.state.nimg // self.tick_nimg
+        previous = (self.state.nimg - self.batch_size) // self.tick_nimg
+        is_last = self.state.nimg >= self.total_nimg
+        if number == previous and not is_last:
+            return None
+        stats = self.stats.collect()
+        for name, stat in stats.items():
+            if not math.isfinite(stat.mean):
+                raise UserError(
+                    f"{name} is {stat.mean} at kimg {self.state.nimg / 1000:.1f}: training has diverged. The last "
+                    "training state is from before; resume from it with a higher --gamma or lower learning rates"
+                )
+        return Tick(number, previous, is_last, stats, self._progress())
+
+    def _progress(self) -> dict[str, float]:
+        values = {
+            "Progress/tick": float(self.state.nimg // self.tick_nimg),
+            "Progress/kimg": self.state.nimg / 1000,
+            "Progress/step": float(self.state.step),
+            "Progress/augment": float(self.augment.p),
+            "Timing/total_sec": self.state.elapsed,
+            "Resources/cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        if self.device.type == "cuda":
+            values["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
+
+    def save(self, path: Path) -> None:
+        """Write a training state that `resume` goes on from."""
+        self.checkpoint.save(path, config=to_json(self.config))
+
+    def resume(self, path: Path) -> None:
+        """Go on from a training state. Raises UserError when it does not fit."""
+        self.checkpoint.load(path)
+
+
+def _cut_batch(config: TrainConfig) -> tuple[int, int]:
+    if config.batch_size is None or config.batch_gpu is None:
+        raise ConfigError("batch_size", config.batch_size, "not resolved")
+    return config.batch_size, config.batch_gpu
