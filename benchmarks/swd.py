@@ -1,0 +1,69 @@
+"""Speed and memory of the sliced Wasserstein distance, as one JSON object per line.
+
+python benchmarks/swd.py --size=32 --images=1024 --device=cpu
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import click
+import torch
+
+from metrics.sliced_wasserstein import PatchSet, compare
+
+
+def measure(size: int, images: int, device_name: str) -> dict[str, object]:
+    """Compare two sets of random images: seconds to cut the patches and to compare them, and the memory at the peak."""
+    device = torch.device(device_name)
+    batches = [range(start, min(start + 64, images)) for start in range(0, images, 64)]
+    before = peak_bytes(device)
+    start = time.perf_counter()
+    sets = []
+    for _ in range(2):
+        patches = PatchSet(range(images), (3, size, size), seed=0, device=device)
+        for positions in batches:
+            pixels = torch.randint(0, 256, (len(positions), 3, size, size), dtype=torch.uint8, device=device)
+            patches.add(positions, pixels)
+        sets.append(patches)
+    cut = time.perf_counter() - start
+    compare(sets[0], sets[1], seed=0)
+    total = time.perf_counter() - start
+    return {
+        "metric": "swd",
+        "size": size,
+        "images": images,
+        "cut_images_per_second": round(2 * images / cut, 1),
+        "images_per_second": round(2 * images / total, 1),
+        "seconds": round(total, 2),
+        "peak_mib": round((peak_bytes(device) - before) / 2**20),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has used so far, on the GPU if that is what is measured."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@click.command()
+@click.option("--size", "sizes", type=int, multiple=True, default=(32, 128), show_default=True, help="Pixels a side.")
+@click.option("--images", type=int, default=1024, show_default=True, help="Images in each of the two sets.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Where.")
+def main(sizes: tuple[int, ...], images: int, device: str) -> None:
+    """Print one line of JSON for each size; each is measured in a process of its own."""
+    for size in sizes:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            click.echo(json.dumps(pool.submit(measure, size, images, device).result()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The whole way in one command: data set, training, images, a metric - on this machine, without a network.
+
+Every step is a command of this project, printed before it runs, so that it can be repeated by hand with other options.
+Fails when the generator has not learned: its distance to the data must be at most half of what it was untrained.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from dnnlib.util import format_time
+
+METRIC = "swd2k"
+CPU_OPTIONS = ["--kimg=24"]
+GPU_OPTIONS = ["--kimg=300", "--g_dict=256,128,64", "--num_layers=1,2,2", "--cbase=8192", "--batch=32", "--tick=20"]
+
+
+@click.command()
+@click.option("--outdir", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option("--device", help="cpu or cuda. [a GPU if there is one]")
+def main(outdir: Path, device: str | None) -> None:
+    """Make a data set, train on it, generate images and measure them."""
+    began = time.time()
+    shutil.rmtree(outdir, ignore_errors=True)
+    data, runs, images = outdir / "shapes.zip", outdir / "runs", outdir / "images"
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    where = f"--device={'cuda' if on_gpu else 'cpu'}"
+
+    run("dataset_tool.py", "--source=shapes", f"--dest={data}", "--max-images=8192")
+    options = GPU_OPTIONS if on_gpu else CPU_OPTIONS
+    run("train.py", f"--outdir={runs}", f"--data={data}", "--cfg=tiny", *options, f"--metrics={METRIC}", where)
+    run_dir = next(runs.iterdir())
+    snapshot = max(run_dir.glob("network-snapshot-*.pkl"))
+    run("generate.py", f"--network={snapshot}", "--seeds=0-63", f"--outdir={images}", "--grid", where)
+    run("calc_metrics.py", f"--network={snapshot}", f"--metrics={METRIC},{METRIC}_floor", where)
+
+    untrained, *_, trained = read_results(run_dir, METRIC)
+    floor = read_results(run_dir, f"{METRIC}_floor")[-1]
+    print(f"\nSliced Wasserstein distance to the data: untrained {untrained:.1f}, trained {trained:.1f}")
+    print(f"(two halves of the data are {floor:.1f} apart: no generator can do better)\n")
+    print(f"Generated images:      {images / 'grid.png'}")
+    print(f"The data:              {run_dir / 'reals.png'}")
+    print(f"Progress in pictures:  {run_dir}/fakes*.png")
+    print(f"The snapshot:          {snapshot}")
+    print(f"The run:               {run_dir}/log.txt, stats.jsonl, metric-{METRIC}.jsonl")
+    print(f"All of it took {format_time(time.time() - began)}.")
+    if not trained <= untrained / 2:
+        sys.exit("Error: the generator has not learned: its distance is more than half of the untrained one")
+
+
+def run(*command: str) -> None:
+    """Print a command as a user would type it and run it; exit with its code when it fails."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def read_results(run_dir: Path, metric: str) -> list[float]:
+    """Return the values of a metric in the order in which they were computed."""
+    lines = (run_dir / f"metric-{metric}.jsonl").read_text().splitlines()
+    return [json.loads(line)["results"][metric] for line in lines]
+
+
+if __name__ == "__main__":
+    main()
