@@ -15,8 +15,8 @@ import dnnlib.cli
 from dnnlib.cli import IntRanges, option
 from dnnlib.config import UserError
 from torch_utils import distributed
+from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
-from training.images import save_grid, save_image, to_uint8
 from training.snapshot import load_network
 
 # Matrix libraries round a row differently in batches of different sizes, but not in multiples of this one: all batches

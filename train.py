@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +14,14 @@ import torch
 import dnnlib.cli
 import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
-from dnnlib.config import ConfigError, UserError, differences, override, to_json
-from dnnlib.util import TeeLog, write_atomically
+from dnnlib.config import ConfigError, override, to_json
+from dnnlib.util import TeeLog
 from torch_utils import distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
-from training import hooks
-from training.config import PRESETS, TRANSFER_LEARNING, DatasetInfo, TrainConfig, resolve, same_training
+from training import hooks, runs
+from training.config import PRESETS, TRANSFER_LEARNING, DatasetInfo, TrainConfig, resolve
 from training.dataset import ImageDataset
-from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: its folder, the run to go on from if any, the snapshot to transfer from if any."""
-
-    run_dir: Path
-    resumes: bool
-    snapshot: Path | None
-
 
 # fmt: off
 OPTIONS = (
@@ -167,21 +153,17 @@ def train_worker(config: TrainConfig, outdir: Path, resume: str | None) -> None:
     tune_allocator()
     device = distributed.choose_device(config.run.device)
     dataset = ImageDataset(config.data)
-    start = distributed.from_main(lambda: _prepare_run(outdir, config, dataset, resume))
+    start = distributed.from_main(lambda: runs.choose_start(outdir, config, dataset, resume))
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    with ExitStack() as stack:
-        if distributed.is_main():
-            stack.enter_context(TeeLog(start.run_dir / "log.txt"))
-        _describe_data(dataset, config)
-        trainer = Trainer(config, dataset, device)
-        if start.resumes:
-            state = hooks.load_latest(trainer, start.run_dir)
-            _say(f"Resuming from {state} at kimg {trainer.state.nimg / 1000:g}")
-        elif start.snapshot:
-            _transfer(trainer, start.snapshot)
-        _say(_summaries(trainer) + f"\nTraining on {device} in {start.run_dir}")
+    trainer = Trainer(config, dataset, device)
+    origin = runs.load(trainer, start)
+    if distributed.is_main():
+        runs.create(start, config)
+    with TeeLog(start.run_dir / "log.txt") if distributed.is_main() else nullcontext():
+        _say(_describe(trainer))
+        _say(f"{origin}\nTraining on {device} in {start.run_dir}")
         trainer.hooks = build_hooks(trainer, start.run_dir)
         trainer.train()
         _say(f"Done: {start.run_dir}")
@@ -276,99 +258,16 @@ def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:
     click.echo(json.dumps(plan, indent=2))
 
 
-def _choose_start(outdir: Path, config: TrainConfig, dataset: ImageDataset, resume: str | None) -> Start:
-    """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
-    if resume == "latest":
-        for run_dir in reversed(_runs(outdir)):
-            if _same_run(run_dir, config) and hooks.list_states(run_dir):
-                return Start(run_dir, resumes=True, snapshot=None)
-    elif resume is not None and Path(resume).is_dir():
-        run_dir = Path(resume)
-        if not hooks.list_states(run_dir):
-            raise UserError(f"--resume={resume}: this folder holds no training state (training-state-*.pt)")
-        _check_same(run_dir, config)
-        return Start(run_dir, resumes=True, snapshot=None)
-    elif resume is not None and not Path(resume).is_file():
-        raise UserError(f"--resume={resume}: neither `latest` nor a run's folder nor a snapshot file")
-    snapshot = Path(resume) if resume not in (None, "latest") else None
-    return Start(_new_run_dir(outdir, config, dataset), resumes=False, snapshot=snapshot)
-
-
-def _runs(outdir: Path) -> list[Path]:
-    """The numbered run folders in `outdir`, oldest first."""
-    return sorted(path for path in outdir.glob("[0-9]*-*") if re.match(r"\d{5,}-", path.name) and path.is_dir())
-
-
-def _saved_options(run_dir: Path) -> Mapping[str, Any]:
-    path = run_dir / "training_options.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def _same_run(run_dir: Path, config: TrainConfig) -> bool:
-    return (run_dir / "training_options.json").is_file() and same_training(_saved_options(run_dir), config)
-
-
-def _check_same(run_dir: Path, config: TrainConfig) -> None:
-    saved = _saved_options(run_dir)
-    if not same_training(saved, config):
-        changed = [line for line in differences(saved, to_json(config)) if not line.startswith("run.")]
-        raise UserError(
-            f"--resume={run_dir}: that run was started with other options; give the same ones:\n  "
-            + "\n  ".join(changed)
-        )
-
-
-def _new_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
-    """outdir/00003-<data>-<what>: the next free number, and what the run is in short."""
-    number = max((int(path.name.split("-")[0]) for path in _runs(outdir)), default=-1) + 1
-    words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
-    words += ["cond"] if config.data.use_labels else []
-    words += ["mirror"] if config.data.mirror else []
-    words += ["linformer"] if config.generator.linformer else []
-    words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
-    return outdir / f"{number:05d}-{'-'.join(words)}"
-
-
-def _prepare_run(outdir: Path, config: TrainConfig, dataset: ImageDataset, resume: str | None) -> Start:
-    """Choose the run's folder and write the resolved options into it."""
-    start = _choose_start(outdir, config, dataset, resume)
-    if start.snapshot:
-        load_network(start.snapshot)  # one that cannot be read is refused before anything is written
-    try:
-        start.run_dir.mkdir(parents=True, exist_ok=start.resumes)
-        write_atomically(start.run_dir / "training_options.json", json.dumps(to_json(config), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
-    return start
-
-
-def _describe_data(dataset: ImageDataset, config: TrainConfig) -> None:
-    C, H, W = dataset.img_shape
-    _say(f"Data: {len(dataset)} images of {W}x{H}, {C} channels, from {config.data.path}")
-    if dataset.has_labels and not config.data.use_labels:
-        _say("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
-
-
-def _transfer(trainer: Trainer, path: Path) -> None:
-    """Start from the weights of a snapshot, and say what was taken."""
-    snapshot = load_network(path)
-    lines = []
-    pairs = (("G", snapshot.G, trainer.G), ("D", snapshot.D, trainer.D), ("G_ema", snapshot.G_ema, trainer.ema.module))
-    for name, source, target in pairs:
-        if source is None:
-            raise UserError(f"--resume={path}: holds no {name}, as it was written for generation only")
-        lines += copy_weights(source, target, name)
-    _say(f"Starting from {path} (kimg {snapshot.kimg:g}):\n  " + "\n  ".join(lines))
-
-
-def _summaries(trainer: Trainer) -> str:
-    z = torch.zeros([1, trainer.G.z_dim], device=trainer.device)
-    c = torch.zeros([1, trainer.G.c_dim], device=trainer.device)
-    img = torch.zeros([1, *trainer.G.img_shape], device=trainer.device)
-    return f"{module_summary(trainer.G, [z, c])}\n\n{module_summary(trainer.D, [img, c])}\n"
+def _describe(trainer: Trainer) -> str:
+    """The data and the networks, for the log."""
+    data, G = trainer.dataset, trainer.G
+    C, H, W = data.img_shape
+    lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
+    if data.has_labels and not trainer.config.data.use_labels:
+        lines.append("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
+    z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
+    lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
+    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

@@ -84,11 +84,12 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
     """Raise the click error for a UserError; a ConfigError is named by the flag that sets its field."""
     message = str(error)
     if isinstance(error, ConfigError):
-        options = [option for option in command.params if isinstance(option, ConfigOption) and option.field]
-        for parameter in options:
-            if parameter.field == error.field:
+        for parameter in command.params:
+            # A config that checks itself knows its own field's name only: generator.widths reports widths.
+            if isinstance(parameter, ConfigOption) and f".{parameter.field}".endswith(f".{error.field}"):
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
+                break
     raise Failure(message) from None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from torch_utils.distributed import rank, world_size
+from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 
 Progress = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
@@ -197,11 +198,6 @@ def random_labels(context: MetricContext, positions: range) -> Tensor:
     if not labels.is_floating_point():
         labels = F.one_hot(labels, context.G.c_dim)
     return labels.to(context.device, torch.float32)
-
-
-def to_uint8(img: Tensor) -> Tensor:
-    """Return images in [-1, 1] as uint8, as they are written to files."""
-    return (img.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def gather_rows(x: Tensor) -> Tensor:

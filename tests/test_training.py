@@ -14,7 +14,7 @@ from dnnlib.config import UserError
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.stats import Stats
-from training import hooks
+from training import runs
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
@@ -169,7 +169,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
         "".join(json.dumps({"Progress/kimg": kimg}) + "\n" for kimg in (0.0, 0.016, 0.032))
     )
     again = new_trainer(config)
-    assert hooks.load_latest(again, tmp_path).name == "training-state-000001.pt"
+    assert runs.load_latest(again, tmp_path).name == "training-state-000001.pt"
     assert "training-state-000002.pt" in capsys.readouterr().err
     assert again.state.nimg == 16
     lines = (tmp_path / "stats.jsonl").read_text().splitlines()
@@ -177,4 +177,4 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole training state"):
-        hooks.load_latest(again, tmp_path)
+        runs.load_latest(again, tmp_path)

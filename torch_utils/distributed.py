@@ -101,7 +101,7 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
-    """One worker: join the group, run, leave. A UserError becomes one line from rank 0 and exit code 2."""
+    """One worker: join the group, run, leave. A UserError becomes one line and exit code 2."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -112,8 +112,7 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
         function(*args)
         barrier()
     except UserError as error:
-        if is_main():
-            print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         dist.destroy_process_group()

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from dnnlib.config import ConfigError, override, to_json
-from training.augment import AugmentConfig
+from training.augment import AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
 from training.loss import LossConfig
@@ -227,6 +229,7 @@ def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
     resolved = override(config, values)
     resolved.generator.check_img_size(height, width)
     _check_batches(resolved)
+    _check_parts(resolved, data)
     return resolved
 
 
@@ -264,6 +267,15 @@ def _check_batches(config: TrainConfig) -> None:
         raise ConfigError(
             "batch_gpu", config.batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
         )
+
+
+def _check_parts(config: TrainConfig, data: DatasetInfo) -> None:
+    AugmentPipe(config.augment, data.img_shape)  # raises ConfigError for images that its transforms cannot treat
+    with torch.device("meta"):
+        num_layers = len(config.discriminator.build().layers_from_image())
+    if config.freeze_layers > num_layers:
+        problem = f"this discriminator has {num_layers} layers that can be frozen"
+        raise ConfigError("freeze_layers", config.freeze_layers, problem)
 
 
 def same_training(old: Mapping[str, Any], new: TrainConfig) -> bool:

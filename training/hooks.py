@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from dnnlib.config import UserError
-from dnnlib.util import format_time, write_atomically
+from dnnlib.util import format_time
 from torch_utils import distributed
-from torch_utils.checkpoint import Checkpoint
+from torch_utils.images import save_grid, to_uint8
 from training.dataset import encode_labels
-from training.images import save_grid, to_uint8
+from training.runs import list_states
 from training.snapshot import save_network
 from training.training_loop import Trainer
 
@@ -199,36 +198,3 @@ class Profile:
 
 def _kimg(trainer: Trainer) -> str:
     return f"{trainer.state.nimg // 1000:06d}"
-
-
-def list_states(run_dir: Path) -> list[Path]:
-    """Return a run's training states, oldest first."""
-    return sorted(run_dir.glob("training-state-*.pt"))
-
-
-def load_latest(trainer: Trainer, run_dir: Path) -> Path:
-    """Resume from the newest training state that is whole. Raises UserError when none is."""
-    chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
-    trainer.resume(chosen)
-    if distributed.is_main():
-        for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
-            _cut_log(log, trainer.state.nimg / 1000)
-    return chosen
-
-
-def _newest_whole_state(run_dir: Path) -> Path:
-    for path in reversed(list_states(run_dir)):
-        try:
-            Checkpoint.read(path)
-            return path
-        except UserError as error:
-            print(f"Warning: {error}", file=sys.stderr)
-    raise UserError(f"{run_dir}: holds no whole training state to resume from")
-
-
-def _cut_log(path: Path, kimg: float) -> None:
-    """Drop the lines of a log that lie beyond the training state that a run goes on from."""
-    if path.exists():
-        lines = [(json.loads(line), line) for line in path.read_text().splitlines()]
-        kept = [text for entry, text in lines if entry.get("Progress/kimg", entry.get("kimg", 0)) <= kimg]
-        write_atomically(path, "".join(f"{text}\n" for text in kept))

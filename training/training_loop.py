@@ -120,7 +120,8 @@ class Trainer:
 
     def _build_phases(self) -> None:
         config = self.config
-        frozen = {id(p) for layer in self._frozen_layers() for p in layer.parameters()}
+        frozen_layers = self.D.layers_from_image()[: config.freeze_layers]
+        frozen = {id(p) for layer in frozen_layers for p in layer.parameters()}
         g_parameters = list(self.G.parameters())
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
         self.g_optimizer = build_optimizer(g_parameters, config.g_optimizer, config.loss.pl_interval)
@@ -136,14 +137,6 @@ class Trainer:
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
         self.phases = build_phases(players, config.loss, g_parameters, d_parameters, self.g_optimizer, self.d_optimizer)
-
-    def _frozen_layers(self) -> list[nn.Module]:
-        layers: list[nn.Module] = self.D.layers_from_image()
-        if self.config.freeze_layers > len(layers):
-            raise ConfigError(
-                "freeze_layers", self.config.freeze_layers, f"this discriminator has {len(layers)} layers"
-            )
-        return layers[: self.config.freeze_layers]
 
     def train(self) -> None:
         """Train to the configured number of images, calling the hooks on the way."""

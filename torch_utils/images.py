@@ -12,7 +12,7 @@ from torch import Tensor
 
 def to_uint8(img: Tensor) -> Tensor:
     """Return clamp(x 127.5 + 128, 0, 255) as uint8."""
-    return (img * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return (img.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def save_image(img: Tensor, path: Path) -> None:

@@ -1,0 +1,136 @@
+"""generate.py: a seed is an image, whatever else is asked for in the same call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import small_config
+from PIL import Image
+
+import generate
+from dnnlib.config import override
+from training.snapshot import load_network, save_network
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(generate.main, [str(argument) for argument in arguments])
+
+
+def make_snapshot(path: Path, data: Path, **changes: Any) -> Path:
+    """An untrained snapshot whose noise is not zero, as it would be after training."""
+    config = override(small_config(data), {f"generator.{name}": value for name, value in changes.items()})
+    torch.manual_seed(3)
+    G = config.generator.build()
+    with torch.no_grad():
+        for name, x in G.named_parameters():
+            if name.endswith("noise_strength"):
+                x.fill_(0.5)
+    save_network(path, config=config, G_ema=G)
+    return path
+
+
+@pytest.fixture(scope="module")
+def snapshot(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_snapshot(tmp_path_factory.mktemp("net") / "network-snapshot-000000.pkl", shapes_zip)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
+def test_a_seed_gives_the_same_image_in_batches_of_any_size(snapshot: Path, tmp_path: Path, noise_mode: str) -> None:
+    arguments = [f"--network={snapshot}", f"--noise-mode={noise_mode}", "--trunc=0.7"]
+    for batch in (1, 3, 7, 16):
+        result = run(*arguments, "--seeds=0-9,23", f"--outdir={tmp_path / str(batch)}", f"--batch={batch}")
+        assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == [f"seed{seed:04d}.png" for seed in (*range(10), 23)]
+    for name in names:
+        images = [pixels(tmp_path / str(batch) / name) for batch in (1, 3, 7, 16)]
+        assert all(np.array_equal(images[0], image) for image in images)
+    assert not np.array_equal(pixels(tmp_path / "1" / "seed0000.png"), pixels(tmp_path / "1" / "seed0001.png"))
+
+
+def test_noise_modes_differ(snapshot: Path, tmp_path: Path) -> None:
+    for mode in ("const", "random", "none"):
+        run(f"--network={snapshot}", "--seed=5", f"--noise-mode={mode}", f"--outdir={tmp_path / mode}")
+    const, random, none = (pixels(tmp_path / mode / "seed0005.png") for mode in ("const", "random", "none"))
+    assert not np.array_equal(const, random)
+    assert not np.array_equal(const, none)
+
+
+def test_latents_are_numpys_and_pixels_follow_the_formula(snapshot: Path, tmp_path: Path) -> None:
+    assert run(f"--network={snapshot}", "--seeds=11", f"--outdir={tmp_path}").exit_code == 0
+    G = load_network(snapshot).G_ema.double()
+    z = torch.from_numpy(np.random.RandomState(11).randn(1, G.z_dim))
+    with torch.no_grad():
+        img = G(z, None)[0].permute(1, 2, 0).numpy()
+    expected = np.floor(np.clip(img * 127.5 + 128, 0, 255))
+    difference = np.abs(pixels(tmp_path / "seed0011.png") - expected)
+    assert difference.max() <= 1  # float32 rounds a few values to the other side of a whole number
+    assert (difference != 0).mean() < 0.01
+
+
+def test_truncation_to_zero_gives_the_average_image_for_every_seed(snapshot: Path, tmp_path: Path) -> None:
+    assert run(f"--network={snapshot}", "--seeds=0-2", "--trunc=0", f"--outdir={tmp_path}").exit_code == 0
+    images = [pixels(tmp_path / f"seed{seed:04d}.png") for seed in range(3)]
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels_and_grid(shapes_zip: Path, tmp_path: Path, channels: int, mode: str) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=channels)
+    result = run(f"--network={network}", "--seeds=0-4", f"--outdir={tmp_path / 'out'}", "--grid")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "seed0004.png") as image:
+        assert (grid.mode, image.mode) == (mode, mode)
+        assert (grid.size, image.size) == ((96, 64), (32, 32))  # 5 images as 3 x 2
+        assert np.array_equal(np.asarray(grid)[32:64, 32:64], np.asarray(image))
+
+
+def test_classes_of_a_conditional_network(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
+    for index in (0, 2):
+        arguments = [f"--network={network}", "--seeds=0", f"--class={index}", f"--outdir={tmp_path / str(index)}"]
+        assert run(*arguments).exit_code == 0
+    assert not np.array_equal(pixels(tmp_path / "0" / "seed0000.png"), pixels(tmp_path / "2" / "seed0000.png"))
+    refused = run(f"--network={network}", "--seeds=0", "--class=3", f"--outdir={tmp_path / 'x'}")
+    assert (refused.exit_code, "--class=3: this network has the classes 0..2" in refused.output) == (2, True)
+    refused = run(f"--network={network}", "--seeds=0", f"--outdir={tmp_path / 'x'}")
+    assert (refused.exit_code, "conditional; give one of its classes 0..2" in refused.output) == (2, True)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class=1"], "trained without labels"),
+        (["--seeds=3-1"], "runs backwards"),
+        (["--seeds=a"], "neither a number nor a range"),
+        (["--outdir=/proc/x"], "--outdir=/proc/x: cannot be written"),
+        (["--network=/nowhere.pkl"], "/nowhere.pkl: no such file"),
+        (["--device=cuda:99"], "--device=cuda:99"),
+    ],
+)
+def test_mistakes_get_a_message(snapshot: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run(f"--network={snapshot}", "--seeds=0", f"--outdir={tmp_path / 'out'}", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_byte_in_a_snapshot_is_refused(snapshot: Path, tmp_path: Path) -> None:
+    data = bytearray(snapshot.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.pkl").write_bytes(data)
+    result = run(f"--network={tmp_path / 'bad.pkl'}", "--seeds=0", f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 2
+    assert "bad.pkl: damaged" in result.output

@@ -1,0 +1,225 @@
+"""train.py as a user runs it: options, dry run, run folder, resume, transfer learning, several processes, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import SMALL
+from PIL import Image
+
+import train
+from dnnlib.cli import ConfigOption
+from dnnlib.config import from_json, override, to_json
+from torch_utils.checkpoint import Checkpoint, digest
+from training.config import PRESETS, TrainConfig
+from training.snapshot import load_network
+
+SHORT = [*SMALL, "--kimg=0.064", "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(train.main, [str(argument) for argument in arguments])
+
+
+def run_ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def run_dirs(outdir: Path) -> list[Path]:
+    return sorted(outdir.iterdir())
+
+
+def last_state(run_dir: Path) -> dict[str, Any]:
+    state = Checkpoint.read(max(run_dir.glob("training-state-*.pt")))
+    state["parts"]["state"].pop("elapsed")
+    return state["parts"]
+
+
+def test_every_option_sets_a_field_of_the_configuration() -> None:
+    """Options default to None (the preset decides), and their fields exist."""
+    scripted = {"outdir", "cfg", "resume", "dry_run", "fp32", "nobench", "help"}
+    values: dict[str, Any] = {}
+    given = train.main.make_context("train.py", []).params
+    for option in train.main.params:
+        assert option.name is not None
+        if isinstance(option, ConfigOption) and option.field:
+            assert given[option.name] is None, option.name
+            values[option.field] = _get(PRESETS["cifar"], option.field)
+        else:
+            assert option.name in scripted
+    assert override(PRESETS["cifar"], values) == PRESETS["cifar"]
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def test_both_spellings_of_flags_are_known() -> None:
+    spelled = {flag for option in train.main.params for flag in option.opts}
+    for flag in ("--g_dict", "--g-dict", "--num_layers", "--num-layers", "--minimum-head", "--allow_tf32", "--dry_run"):
+        assert flag in spelled
+
+
+def test_the_command_of_the_papers_readme_is_understood(shapes_zip: Path, tmp_path: Path) -> None:
+    arguments = f"--outdir={tmp_path / 'runs'} --data={shapes_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
+    output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
+    plan = json.loads(output)
+    assert plan["parameters"] == {"G": 1_334_142, "D": 20_720_641}
+    assert plan["options"]["run"]["metrics"] == ["swd"]
+    config = from_json(TrainConfig, plan["options"])
+    assert (config.batch_size, config.loss.r1_gamma, config.run.total_kimg) == (32, 0.01, 100_000)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_switches_take_values_as_in_older_commands(shapes_zip: Path) -> None:
+    arguments = ["--outdir=x", f"--data={shapes_zip}", "--cfg=cifar", "-n"]
+    plan = json.loads(
+        run_ok(*arguments, "--mirror=1", "--cond=true", "--fp32", "--nhwc", "--nobench=1", "--allow-tf32=0")
+    )
+    options = plan["options"]
+    assert options["data"] | {"mirror": True, "use_labels": True} == options["data"]
+    assert options["generator"]["conv_clamp"] is None
+    assert options["discriminator"]["conv_clamp"] is None
+    assert (options["channels_last"], options["allow_tf32"]) == (True, False)
+    assert options["run"]["cudnn_benchmark"] is False
+    assert options["generator"]["c_dim"] == 5
+    assert plan["images"] == 512
+
+
+def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
+    output = run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=1")
+    (run_dir,) = run_dirs(tmp_path)
+    assert run_dir.name == "00000-shapes-tiny-gpus1-batch16"
+    names = {path.name for path in run_dir.iterdir()}
+    expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png", "metric-swd100.jsonl"}
+    assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "THE DATA SET HAS LABELS" in output
+
+    config = from_json(TrainConfig, json.loads((run_dir / "training_options.json").read_text()))
+    snapshot = load_network(run_dir / "network-snapshot-000000.pkl")
+    assert snapshot.config == config
+    assert snapshot.kimg == 0.064
+    ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert [tick["Progress/kimg"] for tick in ticks] == [0.0, 0.032, 0.064]
+    assert {"Loss/G/loss", "Loss/D/loss", "Timing/G_main_ms", "Timing/data_ms", "Progress/augment"} <= ticks[1].keys()
+    assert ticks[1]["Loss/scores/real"]["num"] == 32
+    metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
+    assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
+    assert "kimg 0.1" in (run_dir / "log.txt").read_text()
+    with Image.open(run_dir / "reals.png") as picture:
+        assert picture.size == (16 * 32, 16 * 32)
+
+
+def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path: Path) -> None:
+    data = f"--data={shapes_zip}"
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run_ok(f"--outdir={straight}", data, *SHORT)
+    for kimg in (0.032, 0.064):  # the first finds no run and starts one, the second continues it
+        output = run_ok(f"--outdir={stopped}", data, *SHORT, f"--kimg={kimg}", "--resume=latest")
+    assert "Resuming from" in output
+    (run_dir,) = run_dirs(stopped)
+    assert digest(last_state(run_dir)) == digest(last_state(run_dirs(straight)[0]))
+    ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert ticks == [0.0, 0.032, 0.064]
+
+    run_ok(f"--outdir={stopped}", data, *SHORT, "--gamma=3", "--resume=latest")  # another configuration: a new run
+    assert [path.name[:6] for path in run_dirs(stopped)] == ["00000-", "00001-"]
+    run_ok(f"--outdir={stopped}", data, *SHORT, "--kimg=0.08", f"--resume={run_dir}")
+    assert last_state(run_dir)["state"]["nimg"] == 80
+    run_ok(f"--outdir={stopped}", data, *SHORT)  # without --resume always a new run
+    assert len(run_dirs(stopped)) == 3
+    refused = run(f"--outdir={stopped}", data, *SHORT, "--gamma=3", f"--resume={run_dir}")
+    assert refused.exit_code == 2
+    assert "loss.r1_gamma: 0.5 -> 3.0" in refused.output
+
+
+def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp_path: Path) -> None:
+    run_ok(f"--outdir={tmp_path / 'a'}", f"--data={shapes_zip}", *SHORT)
+    source = run_dirs(tmp_path / "a")[0] / "network-snapshot-000000.pkl"
+    arguments = [f"--outdir={tmp_path / 'b'}", f"--data={shapes_zip}", *SHORT, "--kimg=0.016", f"--resume={source}"]
+    output = run_ok(*arguments, "--cond")
+    assert "not in the snapshot" in output  # the label embedding is new
+    assert "G: skipped mapping.embed.weight" in output
+    (run_dir,) = run_dirs(tmp_path / "b")
+    options = json.loads((run_dir / "training_options.json").read_text())
+    assert options["augment"]["ada_kimg"] == 100
+    assert options["ema"]["rampup"] is None
+    first = load_network(source).G.state_dict()
+    then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
+    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step away
+
+    misfit = run(
+        f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32,32", f"--resume={source}"
+    )
+    assert misfit.exit_code == 2
+    assert "of the parameters are in the snapshot" in misfit.output
+    assert not (tmp_path / "c").exists()
+
+
+def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
+    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", "--kimg=0.016", "--metrics=swd60"]
+    run_ok(*arguments)
+    (run_dir,) = run_dirs(tmp_path)
+    assert run_dir.name.endswith("gpus2-batch16")
+    lines = (run_dir / "metric-swd60.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=/nowhere.zip"], "/nowhere.zip"),
+        (["--g_dict=32,16"], "--num_layers=1,1,1: must have one entry per resolution"),
+        (["--g_dict=32,16,33", "--minimum_head=2"], "33 is not a multiple of its 2 heads"),
+        (["--base=12"], "--g_dict=32,16,16: with base=(12, 12) this does not make images of 32x32"),
+        (["--batch=30", "--batch-gpu=8"], "--batch=30: must be a multiple of 8"),
+        (["--metrics=fud5k"], "unknown metric 'fud5k'"),
+        (["--aug=fixed"], "needs the probability"),
+        (["--freezed=99"], "--freezed=99: this discriminator has 10 layers"),
+        (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a snapshot file"),
+        (["--device=gpu"], "--device=gpu: no such kind of device"),
+        (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
+        (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
+        (["--seed=-1"], "--seed=-1"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    shapes_zip: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert result.output.startswith("Error: ")
+    assert len(result.output.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_that_are_asked_for_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "a.png")
+    result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT, "--cond")
+    assert result.exit_code == 2
+    assert "label" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_option_that_is_missing_is_named() -> None:
+    result = run("--outdir=x", "--cfg=tiny")
+    assert result.exit_code == 2
+    assert "missing option --data" in result.output
+
+
+def test_json_round_trip_of_what_a_run_stores(shapes_zip: Path) -> None:
+    plan = json.loads(run_ok("--outdir=x", f"--data={shapes_zip}", "--cfg=auto", "-n"))
+    config = from_json(TrainConfig, plan["options"])
+    assert to_json(config) == plan["options"]
