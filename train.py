@@ -137,6 +137,7 @@ def main(context: click.Context, **options: Any) -> None:
     if device.type == "cuda" and config.run.num_gpus > torch.cuda.device_count() * _num_nodes():
         raise ConfigError("run.num_gpus", config.run.num_gpus, f"this machine has {torch.cuda.device_count()} GPUs")
     metric_names, why = _metrics(config)
+    dataset.check_shapes()
     config = override(config, {"run.metrics": metric_names})
     if options["dry_run"]:
         _print_plan(config, dataset)

@@ -21,6 +21,14 @@ class ConfigOption(click.Option):
         super().__init__(*args, **kwargs)
         self.field = field
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Show one spelling of each flag."""
+        every = self.opts
+        self.opts = [flag for i, flag in enumerate(every) if flag not in map(_other_spelling, every[:i])]
+        record = super().get_help_record(ctx)
+        self.opts = every
+        return record
+
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets."""
@@ -48,11 +56,14 @@ def with_both_spellings(flags: Iterable[str]) -> list[str]:
     spelled = []
     for flag in flags:
         spelled.append(flag)
-        if flag.startswith("--"):
-            name = flag[2:]
-            other = name.replace("_", "-") if "_" in name else name.replace("-", "_")
-            spelled += [f"--{other}"] if other != name else []
+        if flag.startswith("--") and _other_spelling(flag) != flag:
+            spelled.append(_other_spelling(flag))
     return spelled
+
+
+def _other_spelling(flag: str) -> str:
+    name = flag[2:]
+    return "--" + (name.replace("_", "-") if "_" in name else name.replace("-", "_"))
 
 
 def config_values(context: click.Context) -> dict[str, Any]:

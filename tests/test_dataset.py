@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dnnlib.config import ConfigError, UserError
+from training.data_sources.codec import decode_image, read_shape
 from training.dataset import DatasetConfig, EpochSampler, ImageDataset, batches, encode_labels
 
 
@@ -319,3 +320,28 @@ def test_errors_come_out_of_workers_as_one_line(tmp_path: Path) -> None:
     stream = batches(open_set(write_zip(tmp_path / "x.zip", files)), seed=0, position=0, batch_size=3, workers=1)
     with pytest.raises(UserError, match=r"^[^\n]*'1\.png' cannot be decoded[^\n]*$"):
         next(stream)
+
+
+def test_headers_promise_what_decoding_gives() -> None:
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 255, (6, 10, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    variants = [
+        _encoded(rgb, "PNG"),
+        _encoded(rgb, "JPEG"),
+        _encoded(rgb, "JPEG", exif=exif),
+        _encoded(rgb.convert("L"), "WEBP"),
+        _encoded(rgb.convert("P"), "PNG"),
+        _encoded(rgb.convert("RGBA"), "PNG"),
+        _encoded(rgb.convert("LA"), "PNG"),
+    ]
+    for data in variants:
+        assert read_shape(data) == decode_image(data).shape
+    assert read_shape(variants[2]) == (10, 6, 3)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()

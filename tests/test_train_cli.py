@@ -223,3 +223,26 @@ def test_json_round_trip_of_what_a_run_stores(shapes_zip: Path) -> None:
     plan = json.loads(run_ok("--outdir=x", f"--data={shapes_zip}", "--cfg=auto", "-n"))
     config = from_json(TrainConfig, plan["options"])
     assert to_json(config) == plan["options"]
+
+
+def test_a_mistake_found_by_the_workers_gets_one_line_too(
+    shapes_zip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", f"--resume={tmp_path}")
+    assert result.exit_code == 2
+    printed = capfd.readouterr().err
+    assert printed.count("Error") == 1
+    assert "holds no training state" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (32, 64)), ("RGBA", (32, 32)), ("L", (32, 32))])
+def test_images_that_differ_are_found_before_the_run_starts(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(20):
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / f"{number:02d}.png")
+    Image.new(mode, size).save(tmp_path / "data" / "17.png")
+    result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT)
+    assert result.exit_code == 2
+    assert "image '17.png' is" in result.output
+    assert not (tmp_path / "runs").exists()

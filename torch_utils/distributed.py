@@ -6,8 +6,10 @@ this machine) and `torchrun --nnodes=... train.py` (which has started it already
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -93,6 +95,8 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
         monitor_interval=0.2,
         start_method="spawn",
     )
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
     try:
         elastic_launch(config, _work)(function, args, device_type)
     except ChildFailedError as error:
@@ -114,6 +118,9 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     except UserError as error:
         print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
     finally:
         dist.destroy_process_group()
 
@@ -137,10 +144,21 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return what it returned there, on every rank."""
-    box: list[Any] = [function() if is_main() else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
+    """Call `function` on rank 0 and return what it returned there, on every rank.
+
+    A UserError is raised on rank 0, which reports it; the other processes leave quietly with exit code 2.
+    """
+    if world_size() == 1:
+        return function()
+    box: list[Any] = [None, None]  # result, error
+    if is_main():
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1] if is_main() else SystemExit(2)
     return box[0]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dnnlib.config import ConfigError, UserError
-from training.data_sources.codec import BrokenImageError, decode_as, decode_image
+from training.data_sources.codec import BrokenImageError, decode_as, decode_image, read_shape
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
 
 _CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
@@ -99,6 +99,21 @@ class ImageDataset:
         batch[mirrored] = batch[mirrored][:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
 
+    def check_shapes(self) -> None:
+        """Raise UserError naming the first image whose header is broken or promises another size or channel count.
+
+        Sets made by dataset_tool.py were checked when they were made and are passed over.
+        """
+        if "format_version" in self.meta:
+            return
+        C, H, W = self.img_shape
+        for position in self._subset:
+            name = self._store.names[position]
+            try:
+                self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
+            except BrokenImageError as error:
+                raise self._broken(name, error) from error
+
     def _decode(self, position: int, shape: tuple[int, int, int] | None) -> np.ndarray:
         """Image [H, W, C] at a position of the store, required to have `shape` unless that is None."""
         name = self._store.names[position]
@@ -106,16 +121,23 @@ class ImageDataset:
             data = self._store.read(name)
             pixels = decode_image(data) if shape is None else decode_as(data, shape)
         except BrokenImageError as error:
+            raise self._broken(name, error) from error
+        if shape is not None:
+            self._require_shape(name, pixels.shape, shape)
+        return pixels
+
+    def _broken(self, name: str, error: BrokenImageError) -> UserError:
+        return UserError(
+            f"{self.path}: image {name!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
+            "images, and building the set with --skip-bad leaves them out"
+        )
+
+    def _require_shape(self, name: str, found: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+        if found != shape:
             raise UserError(
-                f"{self.path}: image {name!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
-                "images, and building the set with --skip-bad leaves them out"
-            ) from error
-        if shape is not None and pixels.shape != shape:
-            raise UserError(
-                f"{self.path}: image {name!r} is {describe_shape(pixels.shape)}, but the first image is "
+                f"{self.path}: image {name!r} is {describe_shape(found)}, but the first image is "
                 f"{describe_shape(shape)}: build the set with dataset_tool.py --width, --height and --channels"
             )
-        return pixels
 
     def _read_labels(self, content: DatasetJson) -> tuple[Tensor, int]:
         if not self.config.use_labels:

@@ -6,10 +6,12 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyspng
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's directory is damage or a trap
@@ -30,6 +32,23 @@ def decode_image(data: bytes) -> np.ndarray:
     Palettes become RGB, transparency of any kind becomes RGBA. Raises BrokenImageError for everything else, including
     16 bits per channel and images of more than PIL.Image.MAX_IMAGE_PIXELS.
     """
+    with _opened(data) as image:
+        image.load()
+        return _to_array(image)
+
+
+def read_shape(data: bytes) -> tuple[int, int, int]:
+    """Return the (H, W, C) that `decode_image` would give, from the header alone. Raises BrokenImageError."""
+    with _opened(data) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by 90 degrees
+            width, height = height, width
+        return height, width, len(_mode(image))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image lazily; whatever goes wrong with it inside raises BrokenImageError."""
     if data[:8] == _PNG_SIGNATURE and len(data) > 24 and data[24] == 16:
         raise BrokenImageError("16 bits per channel: convert it to 8 bits first")
     try:
@@ -37,8 +56,7 @@ def decode_image(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                image.load()
-                return _to_array(image)
+                yield image
     except BrokenImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -50,17 +68,20 @@ def decode_image(data: bytes) -> np.ndarray:
 def _to_array(image: Image.Image) -> np.ndarray:
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        mode = "RGBA"
-    elif image.mode in ("1", "L"):
-        mode = "L"
-    elif image.mode in ("P", "RGB", "CMYK", "YCbCr"):
-        mode = "RGB"
-    else:
-        raise BrokenImageError(f"pixel format {image.mode!r} has no 8-bit grayscale, RGB or RGBA form")
-
+    mode = _mode(image)
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _mode(image: Image.Image) -> str:
+    """L, RGB or RGBA: what the image is converted to; a letter for each channel."""
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        return "RGBA"
+    if image.mode in ("1", "L"):
+        return "L"
+    if image.mode in ("P", "RGB", "CMYK", "YCbCr"):
+        return "RGB"
+    raise BrokenImageError(f"pixel format {image.mode!r} has no 8-bit grayscale, RGB or RGBA form")
 
 
 def decode_as(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
