@@ -6,7 +6,6 @@ python benchmarks/data.py --source=photos.zip
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -19,13 +18,14 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from common import ROOT, emit
 from PIL import Image
 
 from training.data_sources.convert import load
 from training.data_sources.sources import Drawing, open_source
 from training.dataset import DatasetConfig, ImageDataset, batches
 
-TOOL = Path(__file__).resolve().parent.parent / "dataset_tool.py"
+TOOL = ROOT / "dataset_tool.py"
 
 
 @click.command()
@@ -34,13 +34,13 @@ TOOL = Path(__file__).resolve().parent.parent / "dataset_tool.py"
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def main(source: str, max_images: int, workers: int, batch_size: int) -> None:
-    """Print one JSON object of images per second; *_pillow are the baselines, in one process."""
+    """Print one line of JSON with images per second; *_pillow are the baselines, in one process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dest = Path(folder) / "set.zip"
         command = [sys.executable, str(TOOL), f"--source={source}", f"--dest={dest}", f"--max-images={max_images}"]
         tool_seconds = seconds(
-            lambda: subprocess.run([*command, f"--workers={workers}"], check=True, stdout=sys.stderr)
+            lambda: subprocess.run([*command, f"--workers={workers}"], check=True, stdout=subprocess.DEVNULL)
         )
         dataset = ImageDataset(DatasetConfig(path=str(dest)))
         n = len(dataset)
@@ -55,8 +55,14 @@ def main(source: str, max_images: int, workers: int, batch_size: int) -> None:
             "batches_workers": rate_of_batches(dataset, batch_size, workers),
         }
     rounded = {name: round(rate) for name, rate in rates.items()}
-    setup = {"source": Path(source).name, "num_images": n, "img_shape": [C, H, W], "workers": workers}
-    print(json.dumps({**setup, "cores": os.cpu_count(), "images_per_second": rounded}))
+    setup = {
+        "benchmark": "data",
+        "source": Path(source).name,
+        "num_images": n,
+        "img_shape": [C, H, W],
+        "workers": workers,
+    }
+    emit({**setup, "batch": batch_size, "img_per_s": rounded}, torch.device("cpu"))
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -5,16 +5,16 @@ python benchmarks/networks.py --batch=8 --device=cpu --threads=2
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 
 import click
 import torch
+from common import emit, images_per_second
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_utils.misc import tune_allocator
 from training.networks.discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig, StyleformerGenerator
 
@@ -50,31 +50,13 @@ def gflop_per_image(config: StyleformerConfig | StyleGAN2DiscriminatorConfig) ->
     return float(counter.get_total_flops()) / 1e9
 
 
-def images_per_second(run: Callable[[], object], batch: int, device: torch.device, seconds: float) -> float:
-    """Repeat `run`, which handles `batch` images, for about `seconds` after a warm-up."""
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    run()
-    run()
-    synchronize()
-    start, count, elapsed = time.perf_counter(), 0, 0.0
-    while elapsed < seconds:
-        run()
-        synchronize()
-        count += 1
-        elapsed = time.perf_counter() - start
-    return batch * count / elapsed
-
-
 @click.command(help=__doc__)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images per pass")
 @click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: PyTorch's choice]")
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="Time per measurement")
 def main(batch: int, device: str, threads: int | None, seconds: float) -> None:
+    tune_allocator()
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch.device(device)
@@ -88,17 +70,15 @@ def main(batch: int, device: str, threads: int | None, seconds: float) -> None:
             forward().sum().backward()
 
         result = {
+            "benchmark": "networks",
             "network": name,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "gflop_per_image": round(gflop_per_image(config), 3),
             "forward_img_per_s": round(images_per_second(torch.no_grad()(forward), batch, where, seconds), 1),
             "forward_backward_img_per_s": round(images_per_second(backward, batch, where, seconds), 1),
             "batch": batch,
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else str(where),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
         }
-        print(json.dumps(result), flush=True)
+        emit(result, where)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
 """Time upfirdn2d and bias_act on the shapes that the networks use, beside a plain copy of the same bytes.
 
-Prints one JSON document. The operators should be limited by memory: `gb_per_s` counts what a fused kernel would have
-to move (input and output once), so that 1.0 in `of_copy` means as fast as a copy.
+Prints one line of JSON for each case. The operators should be limited by memory: `gb_per_s` counts what a fused kernel
+would have to move (input and output once), so that 1.0 in `of_copy` means as fast as a copy.
 
     python benchmarks/operators.py --device cuda
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from common import emit, synchronize
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils.misc import tune_allocator
 from torch_utils.ops.bias_act import bias_act
@@ -90,8 +86,7 @@ def seconds_per_call(function: Callable[[], Any], device: torch.device, repeats:
     for _ in range(repeats + 2):
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
@@ -143,7 +138,7 @@ def measure(
 )
 @click.option("--only", default="", help="run only the cases with this text in their name")
 def main(device: str, dtype: str, channels_last: bool, threads: int | None, repeats: int, only: str) -> None:
-    """Time upfirdn2d and bias_act; print JSON."""
+    """Time upfirdn2d and bias_act; print JSON lines."""
     cases = [case for case in CASES if only in case.name]
     if not cases:
         raise click.UsageError(f"--only={only} names no case: {', '.join(case.name for case in CASES)}")
@@ -156,15 +151,9 @@ def main(device: str, dtype: str, channels_last: bool, threads: int | None, repe
         torch.set_num_threads(threads)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    report = {
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": dtype,
-        "channels_last": channels_last,
-        "cases": [measure(case, place, memory_format, DTYPES[dtype], repeats) for case in cases],
-    }
-    click.echo(json.dumps(report, indent=2))
+    for case in cases:
+        result = measure(case, place, memory_format, DTYPES[dtype], repeats)
+        emit({"benchmark": "operators", **result, "dtype": dtype, "channels_last": channels_last}, place)
 
 
 if __name__ == "__main__":

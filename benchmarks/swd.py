@@ -1,18 +1,17 @@
-"""Speed and memory of the sliced Wasserstein distance, as one JSON object per line.
+"""Speed and memory of the sliced Wasserstein distance, as one line of JSON for each size.
 
 python benchmarks/swd.py --size=32 --images=1024 --device=cpu
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 import click
 import torch
+from common import emit, peak_mib
 
 from metrics.sliced_wasserstein import PatchSet, compare
 
@@ -21,7 +20,7 @@ def measure(size: int, images: int, device_name: str) -> dict[str, object]:
     """Compare two sets of random images: seconds to cut the patches and to compare them, and the memory at the peak."""
     device = torch.device(device_name)
     batches = [range(start, min(start + 64, images)) for start in range(0, images, 64)]
-    before = peak_bytes(device)
+    before = peak_mib(device)
     start = time.perf_counter()
     sets = []
     for _ in range(2):
@@ -34,24 +33,14 @@ def measure(size: int, images: int, device_name: str) -> dict[str, object]:
     compare(sets[0], sets[1], seed=0)
     total = time.perf_counter() - start
     return {
-        "metric": "swd",
+        "benchmark": "swd",
         "size": size,
         "images": images,
         "cut_images_per_second": round(2 * images / cut, 1),
         "images_per_second": round(2 * images / total, 1),
         "seconds": round(total, 2),
-        "peak_mib": round((peak_bytes(device) - before) / 2**20),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "peak_mib": peak_mib(device) - before,
     }
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has used so far, on the GPU if that is what is measured."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @click.command()
@@ -62,7 +51,7 @@ def main(sizes: tuple[int, ...], images: int, device: str) -> None:
     """Print one line of JSON for each size; each is measured in a process of its own."""
     for size in sizes:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            click.echo(json.dumps(pool.submit(measure, size, images, device).result()))
+            emit(pool.submit(measure, size, images, device).result(), torch.device(device))
 
 
 if __name__ == "__main__":

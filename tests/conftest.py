@@ -29,6 +29,14 @@ def shapes_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none, saying so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
+
+
 # Options for train.py that make the preset `tiny` smaller still.
 SMALL = ["--cfg=tiny", "--g_dict=32,16,16", "--num_layers=1,1,1", "--cbase=256", "--cmax=16", "--workers=0"]
 

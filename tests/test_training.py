@@ -178,3 +178,52 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole training state"):
         runs.load_latest(again, tmp_path)
+
+
+@pytest.mark.gpu
+def test_no_phase_waits_for_the_gpu(shapes_zip: Path) -> None:
+    trainer = Trainer(everything(shapes_zip), ImageDataset(everything(shapes_zip).data), torch.device("cuda"))
+    data = trainer._batches()
+    batch = next(data)
+    for phase in trainer.phases:  # the first call of each may build caches
+        trainer.run_phase(phase, *batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for phase in trainer.phases:
+            trainer.run_phase(phase, *batch)
+        trainer.ema.update(8, 8)
+        trainer.ada.update(4, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_gpu_computes_what_the_cpu_does(shapes_zip: Path) -> None:
+    """R1 and the images from the same weights and inputs."""
+    config = small_config(shapes_zip, augment__mode="noaug")
+    on_cpu = new_trainer(config)
+    on_gpu = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
+    on_gpu.G.load_state_dict(on_cpu.G.state_dict())
+    on_gpu.D.load_state_dict(on_cpu.D.state_dict())
+    img, c = next(on_cpu._batches())
+    penalties = []
+    for trainer in (on_cpu, on_gpu):
+        phase = next(phase for phase in trainer.phases if phase.name == "D_reg")
+        penalties.append(phase.loss(img.to(trainer.device), c.to(trainer.device)).loss.cpu())
+    torch.testing.assert_close(penalties[1], penalties[0], rtol=1e-4, atol=1e-6)
+    z = torch.randn(4, on_cpu.G.z_dim)
+    ours, theirs = on_gpu.G(z.cuda(), None).cpu(), on_cpu.G(z, None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path) -> None:
+    config = everything(shapes_zip, data__use_labels=True)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
+    train_steps(trainer, 4)
+    trainer.save(tmp_path / "training-state-000000.pt")
+    again = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
+    again.resume(tmp_path / "training-state-000000.pt")
+    assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(trainer))
+    train_steps(again, 1)
+    assert all(x.isfinite().all() for x in again.G.state_dict().values())

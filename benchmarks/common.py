@@ -1,0 +1,84 @@
+"""What the benchmarks share: the README's model, a clock, and the line of JSON that a measurement becomes.
+
+Importing it puts the project's folder on the path, so that the scripts also run from a clone that is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dnnlib.config import override
+from training.config import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The command of the README: train.py --cfg=cifar --g_dict=256,64,16 --num_layers=1,2,2
+README_EXAMPLE = override(PRESETS["cifar"], {"generator.widths": (256, 64, 16), "generator.layers": (1, 2, 2)})
+
+LOAD_AT_START = os.getloadavg()[0]  # above about 1, someone else was using the machine
+
+
+def emit(result: Mapping[str, Any], device: torch.device) -> None:
+    """Print a result as one line of JSON, with where and how it was measured."""
+    circumstances = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_at_start": round(LOAD_AT_START, 2),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    click.echo(json.dumps({**result, **circumstances}))
+    sys.stdout.flush()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or `cpu (model of the processor)`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{device.type} ({models[0]})" if models else device.type
+
+
+def images_per_second(run: Callable[[], object], batch: int, device: torch.device, seconds: float) -> float:
+    """Repeat `run`, which handles `batch` images, for about `seconds` after a warm-up."""
+    run()
+    run()
+    synchronize(device)
+    start, count, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < seconds:
+        run()
+        synchronize(device)
+        count += 1
+        elapsed = time.perf_counter() - start
+    return batch * count / elapsed
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mib(device: torch.device) -> int:
+    """Return the most memory used so far in MiB: tensors on the GPU, or this whole process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)

@@ -1,0 +1,263 @@
+"""The benchmark scripts with tiny settings: lines of JSON with the promised keys; the suite's Frechet distance."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import data
+import generation
+import gpu_suite
+import networks
+import operators
+import swd
+import train_step
+
+from training.config import PRESETS
+from training.networks import winograd
+from training.snapshot import save_network
+
+CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}
+TINY_STEP = ["--preset=tiny", "--g_dict=16,16,16", "--batch=4", "--steps=1", "--warmup=0", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def results(command: click.Command, *options: str) -> list[dict[str, Any]]:
+    """Run a benchmark in this process and return its lines."""
+    outcome = CliRunner().invoke(command, options, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    rows = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert rows
+    for row in rows:
+        assert row.keys() >= CIRCUMSTANCES
+        assert row["torch"] == torch.__version__
+        assert row["device"].startswith("cpu")
+        assert row["command"].startswith("python ")
+    return rows
+
+
+def test_train_step_combines_phases_by_their_intervals() -> None:
+    (row,) = results(train_step.main, *TINY_STEP, "--threads=1")
+    assert row["threads"] == 1
+    assert row["intervals"] == {"G_main": 1, "D_main": 1, "D_reg": 16}
+    assert row["ms"].keys() == {"data", "G_main", "D_main", "D_reg", "ema"}
+    ms = row["ms"]
+    step = ms["data"] + ms["G_main"] + ms["D_main"] + ms["ema"] + ms["D_reg"] / 16
+    assert row["step_ms"] == pytest.approx(step, abs=0.05)
+    assert row["sec_per_kimg"] == pytest.approx(step / 4, abs=0.02)  # ms per image = s per 1000 images
+    assert row["img_per_s"] == pytest.approx(1000 / row["sec_per_kimg"], rel=1e-3)
+    assert row["peak_mib"] > 0
+    assert (row["widths"], row["img_shape"]) == ([16, 16, 16], [3, 32, 32])
+
+
+def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+    run_phase = train_step.Trainer.run_phase
+
+    def spy(self: Any, phase: Any, img: torch.Tensor, c: torch.Tensor) -> None:
+        calls.append((phase.name, winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))))
+        run_phase(self, phase, img, c)
+
+    monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
+    (row,) = results(train_step.main, *TINY_STEP, "--steps=2", "--warmup=1", "--no-winograd", "--no-tune-allocator")
+    names = [name for name, _ in calls]
+    assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
+    assert not any(used for _, used in calls)
+    assert winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # and was put back
+    assert (row["uses_winograd"], row["tunes_allocator"]) == (False, False)
+
+
+def test_train_step_asks_for_a_resolution_where_the_preset_leaves_it_open() -> None:
+    outcome = CliRunner().invoke(train_step.main, ["--preset=auto", "--device=cpu"])
+    assert outcome.exit_code == 2
+    assert "--resolution" in outcome.output
+
+
+@pytest.mark.slow
+def test_train_step_compares_in_processes_of_their_own() -> None:
+    rows = results(train_step.main, *TINY_STEP, "--compare")
+    assert [(row["tunes_allocator"], row["uses_winograd"]) for row in rows] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
+    assert rows[0]["speedup"] == 1
+    for row in rows:
+        assert row["speedup"] == pytest.approx(rows[0]["sec_per_kimg"] / row["sec_per_kimg"], abs=0.01)
+
+
+def test_generation_measures_each_batch(tmp_path: Path) -> None:
+    config = PRESETS["tiny"]
+    path = tmp_path / "network-snapshot-000001.pkl"
+    save_network(path, config=config, G_ema=config.generator.build())
+    rows = results(generation.main, f"--network={path}", "--batch=1,9", "--seconds=0.01", "--device=cpu")
+    assert [row["batch"] for row in rows] == [1, 9]
+    for row in rows:
+        assert row["network"] == path.name
+        assert row["img_per_s"] * row["ms_per_batch"] == pytest.approx(1000 * row["batch"], rel=0.02)
+
+
+def test_networks_count_parameters_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PRESETS["tiny"].generator
+    monkeypatch.setattr(networks, "CONFIGS", {"tiny": config})
+    (row,) = results(networks.main, "--batch=2", "--seconds=0.01")
+    assert row["parameters"] == sum(p.numel() for p in config.build().parameters())
+    assert row.keys() >= {"gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"}
+
+
+def test_operators() -> None:
+    rows = results(operators.main, "--only=RGB pyramid up, 16 px", "--repeats=1")
+    assert [row["case"] for row in rows] == ["RGB pyramid up, 16 px"]
+    assert rows[0]["forward"].keys() == {"ms", "gb_per_s", "of_copy"}
+
+
+def test_data() -> None:
+    (row,) = results(data.main, "--max-images=32", "--workers=1", "--batch-size=8")
+    assert row["num_images"] == 32
+    assert row["img_per_s"].keys() == {
+        "tool",
+        "tool_pillow",
+        "decode",
+        "decode_pillow",
+        "batches",
+        "batches_workers",
+    }
+
+
+def test_swd() -> None:
+    (row,) = results(swd.main, "--size=32", "--images=16", "--device=cpu")
+    assert (row["size"], row["images"]) == (32, 16)
+    assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
+
+
+def random_gaussian(stream: np.random.RandomState, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    A = stream.randn(size, size)
+    return torch.from_numpy(stream.randn(size)), torch.from_numpy(A @ A.T)
+
+
+def test_frechet_distance_of_gaussians_with_the_same_axes_is_that_of_their_deviations() -> None:
+    """Covariances U diag(s^2) U^T commute: |m1 - m2|^2 + |s1 - s2|^2."""
+    stream = np.random.RandomState(0)
+    U, _ = np.linalg.qr(stream.randn(5, 5))
+    deviations = stream.rand(2, 5) * 3
+    deviations[0, 2] = 0  # a covariance without full rank
+    means = stream.randn(2, 5)
+    covs = [torch.from_numpy(U * s**2 @ U.T) for s in deviations]
+    distance = gpu_suite.frechet_distance(torch.from_numpy(means[0]), covs[0], torch.from_numpy(means[1]), covs[1])
+    expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
+    assert distance == pytest.approx(expected, rel=1e-7)  # the root of a 0 with rounding is 1e-8
+
+
+def test_frechet_distance_agrees_with_the_matrix_root() -> None:
+    stream = np.random.RandomState(1)
+    (mean1, cov1), (mean2, cov2) = random_gaussian(stream, 8), random_gaussian(stream, 8)
+    root = scipy.linalg.sqrtm((cov1 @ cov2).numpy())
+    expected = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root).real
+    assert gpu_suite.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(float(expected), rel=1e-9)
+    assert gpu_suite.frechet_distance(mean2, cov2, mean1, cov1) == pytest.approx(float(expected), rel=1e-9)
+    assert gpu_suite.frechet_distance(mean1, cov1, mean1, cov1) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_suite_takes_mean_and_covariance_over_all_batches() -> None:
+    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    mean, cov = gpu_suite.gaussian(iter(rows.split(7)))
+    np.testing.assert_allclose(mean, rows.double().mean(dim=0))
+    np.testing.assert_allclose(cov, np.cov(rows.double().numpy(), rowvar=False))
+
+
+def new_suite(tmp_path: Path, seconds: float = 60) -> gpu_suite.Suite:
+    return gpu_suite.Suite(
+        sizes=gpu_suite.QUICK,
+        device="cpu",
+        data=None,
+        detector=None,
+        train_seconds=1,
+        deadline=gpu_suite.time.monotonic() + seconds,
+        outdir=tmp_path,
+        workdir=tmp_path,
+    )
+
+
+def test_the_suite_stops_a_command_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "SHORTEST", 0.1)
+    child = "[sys.executable, '-c', 'import time; time.sleep(60)']"  # it keeps the outputs open
+    endless = f"import subprocess, sys; print('started', flush=True); subprocess.run({child})"
+    finished = new_suite(tmp_path).run(["-c", endless], limit=1)
+    assert finished["code"] is None
+    assert finished["problem"].startswith("stopped after 1 s")
+    assert finished["lines"] == ["started"]
+    assert "started" in (tmp_path / "log.txt").read_text()
+    assert new_suite(tmp_path, seconds=0).run(["-c", "pass"], limit=1)["problem"] == "not started: no time left"
+
+
+def test_the_suite_reports_how_a_command_failed(tmp_path: Path) -> None:
+    finished = new_suite(tmp_path).run(["-c", "import sys; sys.exit('no such thing')"], limit=30)
+    assert (finished["code"], finished["problem"]) == (1, "exit 1\nno such thing")
+
+
+def test_the_suite_is_for_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outcome = CliRunner().invoke(gpu_suite.main, [])
+    assert outcome.exit_code == 2
+    assert "--device=cpu --quick" in outcome.output
+
+
+class Detector(torch.nn.Module):
+    """Features (B, 2): mean and brightest pixel; logits (B, 2), the same again."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = images.flatten(1).float()
+        features = torch.stack([pixels.mean(dim=1), pixels.amax(dim=1)], dim=1)
+        return features, features.clone()
+
+
+def export_detector(path: Path) -> Path:
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    program = torch.export.export(Detector(), (images,), dynamic_shapes=({0: torch.export.Dim("B", min=1)},))
+    torch.export.save(program, path)
+    return path
+
+
+@pytest.mark.slow
+def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
+    detector = export_detector(tmp_path / "detector.pt2")
+    outdir = tmp_path / "out"
+    options = ["--device=cpu", "--quick", "--train-seconds=2", f"--outdir={outdir}", f"--detector={detector}"]
+    outcome = CliRunner().invoke(gpu_suite.main, options, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    assert {path.name for path in outdir.iterdir()} == {
+        "results.json",
+        "summary.md",
+        "log.txt",
+        "grid.png",
+        "stats.jsonl",
+        "metric-swd32.jsonl",
+    }
+    found = json.loads((outdir / "results.json").read_text())
+    assert [name for name, run in found["benchmarks"]["runs"].items() if "problem" in run or not run["rows"]] == []
+    assert sum(found["tests"]["counts"].values()) > 0
+    assert "problem" not in found["training"]
+    assert len(found["training"]["curve"]) > 1
+    assert found["snapshots"]["num_fake"] == gpu_suite.QUICK.num_fakes
+    assert found["snapshots"]["curve"][-1]["frechet"] > 0
+    summary = (outdir / "summary.md").read_text()
+    for heading in ("train_step", "networks", "generation", "operators", "training", "snapshots"):
+        assert f"### {heading}\n\n|" in summary
