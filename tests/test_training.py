@@ -131,8 +131,13 @@ def _train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
 
 
 def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path) -> None:
-    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two."""
-    config = everything(shapes_zip, data__use_labels=True)
+    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two.
+
+    A large epsilon in Adam: with the usual one its first steps are those of the gradients' signs, and rounding decides
+    the sign of gradients that are almost zero.
+    """
+    smooth = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2}
+    config = everything(shapes_zip, data__use_labels=True, **smooth)
     alone = new_trainer(config)
     train_steps(alone, 4)
     distributed.launch(_train_and_save, 2, config, 4, tmp_path / "two.pt")
@@ -142,7 +147,7 @@ def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path) -
     one, two = everything_that_is_saved(alone), payload["parts"]
     for part in ("G", "D", "G_ema", "ada", "pl_mean"):
         for name, x in one[part].items():
-            torch.testing.assert_close(two[part][name], x, rtol=2e-3, atol=2e-5, msg=f"{part} {name}")
+            torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
     assert two["state"]["nimg"] == one["state"]["nimg"] == 32
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -81,27 +82,31 @@ def launch(function: Callable[..., None], num_processes: int, *args: Any, device
 
 
 def _launch_local(function: Callable[..., None], num_processes: int, args: tuple[Any, ...], device_type: str) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"styleformer-{os.getpid()}",
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
-    try:
-        elastic_launch(config, _work)(function, args, device_type)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+    with tempfile.TemporaryDirectory() as log_dir:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            run_id=f"styleformer-{os.getpid()}",
+            max_restarts=0,
+            monitor_interval=0.2,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+        )
+        try:
+            elastic_launch(config, _work)(function, args, device_type)
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
