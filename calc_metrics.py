@@ -83,8 +83,7 @@ def main(context: click.Context, network: Path, names: tuple[str, ...] | None, g
         check_available(name)
 
     device = distributed.choose_device(options["device"])
-    if device.type == "cuda" and gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus={gpus}: this machine has {torch.cuda.device_count()}")
+    distributed.check_processes(gpus, options["device"], device)
     job = Job(
         network=network,
         changes=config_values(context),

@@ -19,8 +19,8 @@ from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.snapshot import load_network
 
-# Matrix libraries round a row differently in batches of different sizes, but not in multiples of this one: all batches
-# are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
+# On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
+# all batches are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
 BATCH_MULTIPLE = 8
 
 
@@ -76,6 +76,8 @@ def main(
     where = distributed.choose_device(device)
     G = load_network(network, where).G_ema
     c = _one_class(G.c_dim, class_index).to(where)
+    if max(seeds) >= 2**32:
+        raise UserError(f"--seeds: {max(seeds)} is too large, seeds end at {2**32 - 1}")
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

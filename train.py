@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ OPTIONS = (
            help="Write a Chrome trace of so many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
-    option("--batch-gpu", field="batch_gpu", type=int, metavar="INT",
+    option("--batch-gpu", field="run.batch_gpu", type=int, metavar="INT",
            help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
@@ -129,45 +129,46 @@ def main(context: click.Context, **options: Any) -> None:
     """
     for name in ("data.path", "outdir"):
         _require(context, name)
-    resume = options["resume"]
-    config = _requested_config(context, transfer=resume is not None and Path(resume).is_file())
-    dataset = ImageDataset(config.data)
-    config = resolve(config, DatasetInfo(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
+    plain, transfer = (_requested_config(context, base) for base in ({}, TRANSFER_LEARNING))
+    dataset = ImageDataset(plain.data)
+    data = DatasetInfo(img_shape=dataset.img_shape, c_dim=dataset.c_dim)
+    outdir = Path(options["outdir"])
+    request = runs.Request(outdir=outdir, resume=options["resume"], plain=plain, transfer=transfer, data=data)
+    config = resolve(request.config, data)
     device = distributed.choose_device(config.run.device)
-    if device.type == "cuda" and config.run.num_gpus > torch.cuda.device_count() * _num_nodes():
-        raise ConfigError("run.num_gpus", config.run.num_gpus, f"this machine has {torch.cuda.device_count()} GPUs")
-    metric_names, why = _metrics(config)
+    distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
-    config = override(config, {"run.metrics": metric_names})
+    is_first = distributed.launched_rank() == 0
+    if config.run.metrics is None and is_first:
+        click.echo(f"No --metrics given; {metrics.registry.default_metrics()[1]}", err=True)
     if options["dry_run"]:
-        _print_plan(config, dataset)
+        if is_first:
+            _print_plan(config, dataset)
         return
-    if why and distributed.launched_rank() == 0:
-        print(f"No --metrics given; {why}", flush=True)
-    distributed.launch(
-        train_worker, config.run.num_gpus, config, Path(options["outdir"]), resume, device_type=device.type
-    )
+    distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type)
 
 
-def train_worker(config: TrainConfig, outdir: Path, resume: str | None) -> None:
-    """What each process does: agree on the run's folder, build, load, train."""
+def train_worker(request: runs.Request) -> None:
+    """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
+    start = distributed.from_main(lambda: runs.choose_start(request))
+    config = start.config
     device = distributed.choose_device(config.run.device)
-    dataset = ImageDataset(config.data)
-    start = distributed.from_main(lambda: runs.choose_start(outdir, config, dataset, resume))
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+    dataset = ImageDataset(config.data)
     trainer = Trainer(config, dataset, device)
     origin = runs.load(trainer, start)
-    if distributed.is_main():
-        runs.create(start, config)
-    with TeeLog(start.run_dir / "log.txt") if distributed.is_main() else nullcontext():
-        _say(_describe(trainer))
-        _say(f"{origin}\nTraining on {device} in {start.run_dir}")
-        trainer.hooks = build_hooks(trainer, start.run_dir)
+    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
+    with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            print(_describe(trainer))
+        _say(f"{origin}\nTraining on {device} in {run_dir}")
+        trainer.hooks = build_hooks(trainer, run_dir)
         trainer.train()
-        _say(f"Done: {start.run_dir}")
+        _say(f"Done: {run_dir}")
 
 
 def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
@@ -182,7 +183,7 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
     chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(run_dir, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
-    if run.metrics:
+    if run.metrics != ():
         chain.append(hooks.Metrics(run_dir, run.snapshot_ticks, _evaluator(trainer, run_dir)))
     return chain
 
@@ -190,9 +191,13 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
 def _evaluator(trainer: Trainer, run_dir: Path) -> hooks.Evaluate:
     """Return the callable that computes the run's metrics for a generator, prints them and appends them to the run."""
 
+    names = trainer.config.run.metrics
+    if names is None:
+        names, _ = metrics.registry.default_metrics()
+
     def evaluate(G_ema: Any, snapshot: Path, kimg: float) -> None:
         context = metrics.registry.MetricContext(G=G_ema, images=trainer.dataset, device=trainer.device)
-        for name in trainer.config.run.metrics or ():
+        for name in names:
             result = metrics.registry.compute(name, context)
             if distributed.is_main():
                 record = metrics.registry.result_to_json(
@@ -218,37 +223,23 @@ def _require(context: click.Context, name: str) -> None:
             raise click.UsageError(f"missing option {parameter.opts[0]}", context)
 
 
-def _requested_config(context: click.Context, transfer: bool) -> TrainConfig:
-    """The preset, changed by transfer learning, the launcher and the options, in this order."""
+def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainConfig:
+    """The preset, changed by `base`, the launcher and the options, in this order. Refuses metrics that cannot be."""
     values = dnnlib.cli.config_values(context)
     if context.params["fp32"]:
         values |= {"generator.conv_clamp": None, "discriminator.conv_clamp": None}
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
+    if "run.metrics" in values:
+        values["run.metrics"] = tuple(metrics.registry.resolve(values["run.metrics"]))
+        for name in values["run.metrics"]:
+            metrics.registry.check_available(name)
     launched = distributed.launched_world_size()
     if launched is not None:
-        if values.get("run.num_gpus", launched) != launched:
-            raise ConfigError(
-                "run.num_gpus", values["run.num_gpus"], f"torchrun started {launched} processes; leave it out"
-            )
-        values["run.num_gpus"] = launched
-    base = override(PRESETS[context.params["cfg"]], TRANSFER_LEARNING if transfer else {})
-    return override(base, values)
-
-
-def _num_nodes() -> int:
-    launched = distributed.launched_world_size()
-    return 1 if launched is None else launched // int(os.environ["LOCAL_WORLD_SIZE"])
-
-
-def _metrics(config: TrainConfig) -> tuple[tuple[str, ...], str | None]:
-    """The metrics to compute and, where they were not named, why these. Refuses one that cannot be computed."""
-    if config.run.metrics is None:
-        return metrics.registry.default_metrics()
-    names = metrics.registry.resolve(config.run.metrics)
-    for name in names:
-        metrics.registry.check_available(name)
-    return tuple(names), None
+        given = values.setdefault("run.num_gpus", launched)
+        if given != launched:
+            raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
+    return override(override(PRESETS[context.params["cfg"]], base), values)
 
 
 def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -32,6 +34,8 @@ class ConfigOption(click.Option):
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets."""
+    if kwargs.get("type") is float:
+        kwargs["type"] = FiniteFloat()
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
 
 
@@ -101,7 +105,19 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
                 break
+    if os.environ.get("RANK", "0") != "0":  # started by torchrun: one process speaks for all
+        raise SystemExit(Failure.exit_code) from None
     raise Failure(message) from None
+
+
+class FiniteFloat(click.types.FloatParamType):
+    """A float that is neither nan nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class IntList(click.ParamType):

@@ -34,6 +34,9 @@ class ConfigError(UserError):
         self.value = value
         self.problem = problem
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConfigError, (self.field, self.value, self.problem)  # errors travel between processes
+
 
 def override(config: T, values: Mapping[str, Any]) -> T:
     """Return `config` with the fields at the given dotted paths replaced, e.g. {"loss.r1_gamma": 10}.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
+
+from dnnlib.config import UserError
 
 
 def format_time(seconds: float) -> str:
@@ -31,8 +34,20 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file. Raises UserError when it cannot be written."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 class TeeLog:
-    """While active, everything printed to stdout and stderr also goes to a file, except lines that '\\r' redraws."""
+    """While active, everything printed to stdout and stderr also goes to a file, except lines that '\\r' redraws.
+
+    The file ends with the error, if one ended the block.
+    """
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", buffering=1)
@@ -46,6 +61,10 @@ class TeeLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.stdout, sys.stderr = self.streams
+        if isinstance(error, UserError):
+            self.file.write(f"Error: {error}\n")
+        elif error is not None:
+            self.file.write("".join(traceback.format_exception(error)))
         self.file.close()
 
 

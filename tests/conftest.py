@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Options for train.py that make the preset `tiny` smaller still.
 SMALL = ["--cfg=tiny", "--g_dict=32,16,16", "--num_layers=1,1,1", "--cbase=256", "--cmax=16", "--workers=0"]
+SMALL += ["--batch=16", "--linformer=0", "--gamma=0.5"]
 
 
 def small_config(data: Path, **changes: object) -> TrainConfig:
@@ -50,6 +51,9 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
         "discriminator.channel_max": 16,
         "data.path": str(data),
         "run.workers": 0,
+        "batch_size": 16,
+        "generator.linformer": False,
+        "loss.r1_gamma": 0.5,
     }
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     config = override(PRESETS["tiny"], values)

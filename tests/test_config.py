@@ -87,7 +87,7 @@ def test_auto_follows_resolution_and_gpus(
     config = override(PRESETS["auto"], {"run.num_gpus": gpus})
     resolved = resolve(config, DatasetInfo(img_shape=(3, resolution, resolution), c_dim=0))
     assert resolved.batch_size == batch
-    assert resolved.batch_gpu == batch // gpus
+    assert resolved.run.batch_gpu == batch // gpus
     assert resolved.loss.r1_gamma == pytest.approx(gamma)
     assert resolved.ema.kimg == pytest.approx(batch * 10 / 32)
     assert resolved.g_optimizer.lr == 0.0025
@@ -112,7 +112,7 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_one_that_can() -> None:
 
 
 def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
-    config = override(PRESETS["auto"], {"batch_size": 4, "batch_gpu": 1})
+    config = override(PRESETS["auto"], {"batch_size": 4, "run.batch_gpu": 1})
     with pytest.raises(ConfigError, match="path length"):
         resolve(config, CIFAR)
 
@@ -125,5 +125,5 @@ def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_
 def test_same_training_ignores_how_long_and_how_loud() -> None:
     config = resolve(PRESETS["cifar"], CIFAR)
     longer = replace(config, run=replace(config.run, total_kimg=1, metrics=("swd",)))
-    assert same_training(to_json(config), longer)
-    assert not same_training(to_json(config), replace(config, seed=1))
+    assert same_training(config, longer)
+    assert not same_training(config, replace(config, seed=1))

@@ -32,6 +32,7 @@ class LinearG(nn.Module):
         return self.scale * z.double()[:, None].expand(-1, self.num_ws, -1)
 
     def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:
+        assert noise_mode == "random"  # in all phases of a training
         return (ws.sum(dim=1) @ self.A.T).reshape(-1, 2, H, W)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from conftest import SMALL
 from PIL import Image
 
+import dataset_tool
 import train
 from dnnlib.cli import ConfigOption
 from dnnlib.config import from_json, override, to_json
@@ -28,7 +30,7 @@ def run(*arguments: object) -> Result:
 def run_ok(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result.output
+    return result.stdout
 
 
 def run_dirs(outdir: Path) -> list[Path]:
@@ -71,9 +73,8 @@ def test_both_spellings_of_flags_are_known() -> None:
 def test_the_command_of_the_papers_readme_is_understood(shapes_zip: Path, tmp_path: Path) -> None:
     arguments = f"--outdir={tmp_path / 'runs'} --data={shapes_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
-    plan = json.loads(output)
+    plan = json.loads(output)  # all of stdout
     assert plan["parameters"] == {"G": 1_334_142, "D": 20_720_641}
-    assert plan["options"]["run"]["metrics"] == ["swd"]
     config = from_json(TrainConfig, plan["options"])
     assert (config.batch_size, config.loss.r1_gamma, config.run.total_kimg) == (32, 0.01, 100_000)
     assert not (tmp_path / "runs").exists()
@@ -95,11 +96,12 @@ def test_switches_take_values_as_in_older_commands(shapes_zip: Path) -> None:
 
 
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
-    output = run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=1")
+    output = run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9")
     (run_dir,) = run_dirs(tmp_path)
     assert run_dir.name == "00000-shapes-tiny-gpus1-batch16"
     names = {path.name for path in run_dir.iterdir()}
-    expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png", "metric-swd100.jsonl"}
+    expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png"}
+    expected |= {"metric-swd100.jsonl", "trace.json"}
     assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "THE DATA SET HAS LABELS" in output
@@ -110,6 +112,7 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert snapshot.kimg == 0.064
     ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert [tick["Progress/kimg"] for tick in ticks] == [0.0, 0.032, 0.064]
+    assert {"Timing/sec_per_kimg", "Timing/maintenance_sec", "Gradients/D_main_norm"} <= ticks[1].keys()
     assert {"Loss/G/loss", "Loss/D/loss", "Timing/G_main_ms", "Timing/data_ms", "Progress/augment"} <= ticks[1].keys()
     assert ticks[1]["Loss/scores/real"]["num"] == 32
     metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
@@ -246,3 +249,87 @@ def test_images_that_differ_are_found_before_the_run_starts(tmp_path: Path, mode
     assert result.exit_code == 2
     assert "image '17.png' is" in result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> None:
+    common = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT]
+    run_ok(f"--outdir={tmp_path / 'a'}", f"--data={shapes_zip}", *SHORT, "--kimg=0.016")
+    source = run_dirs(tmp_path / "a")[0] / "network-snapshot-000000.pkl"
+    run_ok(*common, "--kimg=0.016", f"--resume={source}")
+    (run_dir,) = run_dirs(tmp_path / "runs")
+    run_ok(*common, "--kimg=0.032", "--resume=latest")
+    run_ok(*common, "--kimg=0.048", f"--resume={run_dir}")
+    assert run_dirs(tmp_path / "runs") == [run_dir]
+    assert last_state(run_dir)["state"]["nimg"] == 48
+
+
+def test_a_run_goes_on_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
+    """Also under `auto`, whose batch size depends on their number: the run keeps its own."""
+    auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
+    run_ok(*common, "--kimg=0.032")
+    run_ok(*common, "--kimg=0.064", "--gpus=2", "--resume=latest")
+    (run_dir,) = run_dirs(tmp_path)
+    options = json.loads((run_dir / "training_options.json").read_text())
+    assert (options["batch_size"], options["run"]["batch_gpu"], options["run"]["num_gpus"]) == (32, 16, 2)
+    assert last_state(run_dir)["state"]["nimg"] == 64
+
+
+def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_path: Path) -> None:
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT]
+    run_ok(*common, "--kimg=0.032")
+    (run_dir,) = run_dirs(tmp_path)
+    with (run_dir / "stats.jsonl").open("a") as log:
+        log.write('{"Progress/ti')
+    (tmp_path / "00001-other").mkdir()
+    (tmp_path / "00001-other" / "training-state-000000.pt").touch()
+    (tmp_path / "00001-other" / "training_options.json").write_text("[]")
+    run_ok(*common, "--resume=latest")
+    ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert ticks == [0.0, 0.032, 0.064]
+
+
+def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, tmp_path: Path) -> None:
+    run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--tick=1", "--profile=100")
+    (run_dir,) = run_dirs(tmp_path)
+    first, last = (run_dir / name for name in ("fakes_init.png", "fakes000000.png"))
+    assert first.read_bytes() != last.read_bytes()
+    assert load_network(run_dir / "network-snapshot-000000.pkl").kimg == 0.064
+    assert (run_dir / "trace.json").exists()  # of the steps there were
+
+
+def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.zip"
+    shutil.copy(shapes_zip, data)
+    common = [f"--outdir={tmp_path / 'runs'}", f"--data={data}", *SHORT, "--resume=latest"]
+    run_ok(*common, "--kimg=0.016")
+    assert "has changed" not in run(*common, "--kimg=0.032").stderr
+    data.unlink()
+    make = ["--source=shapes", f"--dest={data}", "--max-images=20", "--seed=1", "--workers=1"]
+    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    result = run(*common, "--kimg=0.048")
+    assert result.exit_code == 0
+    assert f"{data} has changed since this run was stopped" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "layers", "linformer"),
+    [
+        ([], [1, 2, 1, 1], True),
+        (["--num_layers=2,2,2,2"], [2, 2, 2, 2], True),
+        (["--linformer=0"], [1, 2, 1, 1], False),
+    ],
+)
+def test_auto_fills_in_only_what_is_not_given(
+    tmp_path: Path, given: list[str], layers: list[int], linformer: bool
+) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
+    arguments = ["--outdir=x", f"--data={tmp_path / 'data'}", "--cfg=auto", "--device=cpu", "-n"]
+    generator = json.loads(run_ok(*arguments, *given))["options"]["generator"]
+    assert (generator["layers"], generator["linformer"]) == (layers, linformer)
+    refused = run(*arguments, "--num_layers=1,2")
+    assert (refused.exit_code, "must have one entry per resolution, 4 for images of 64x64" in refused.stderr) == (
+        2,
+        True,
+    )

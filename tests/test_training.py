@@ -17,12 +17,14 @@ from torch_utils.stats import Stats
 from training import runs
 from training.config import TrainConfig
 from training.dataset import ImageDataset
+from training.loss import LossTerms
+from training.phases import Phase
 from training.training_loop import Trainer
 
 # All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
 EVERYTHING = {
     "batch_size": 8,
-    "batch_gpu": 4,
+    "run.batch_gpu": 4,
     "loss.pl_weight": 2.0,
     "loss.pl_interval": 2,
     "loss.r1_interval": 3,
@@ -81,7 +83,7 @@ def test_training_changes_all_that_it_should(shapes_zip: Path) -> None:
 
 
 def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(shapes_zip: Path) -> None:
-    trainer = new_trainer(small_config(shapes_zip, batch_size=8, batch_gpu=2))
+    trainer = new_trainer(small_config(shapes_zip, batch_size=8, run__batch_gpu=2))
     seen: list[torch.Tensor] = []
     mapping = trainer.G.mapping.forward
 
@@ -97,6 +99,41 @@ def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(sha
     trainer.run_phase(main_phase, img, c)
     assert len(seen) == 4
     torch.testing.assert_close(trainer.G.mapping.w_avg, 0.005 * torch.cat(seen).mean(dim=0))
+
+
+def test_a_phase_steps_by_interval_times_the_mean_gradient(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip, batch_size=8, run__batch_gpu=2))
+    x = torch.nn.Parameter(torch.zeros(()))
+    phase = Phase("x", [x], torch.optim.SGD([x], lr=1.0), lambda img, c: LossTerms(x * img.mean()), interval=5)
+    img = torch.arange(8.0).reshape(8, 1, 1, 1)
+    trainer.run_phase(phase, img, torch.zeros(8, 0))
+    assert x.item() == pytest.approx(-5 * img.mean().item())
+
+
+def test_the_average_follows_with_the_images_before_the_batch(
+    shapes_zip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(small_config(shapes_zip))
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(trainer.ema, "update", lambda nimg, batch_size: calls.append((nimg, batch_size)))
+    train_steps(trainer, 3)
+    assert calls == [(0, 16), (16, 16), (32, 16)]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(shapes_zip: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.001))
+    finite = trainer.phases[0].loss
+
+    def loss(img: torch.Tensor, c: torch.Tensor) -> LossTerms:
+        terms = finite(img, c)
+        return LossTerms(terms.loss * torch.tensor(float("inf")), terms.stats, terms.means)  # the report looks fine
+
+    trainer.phases[0].loss = loss
+    ticks: list[int] = []
+    trainer.hooks = [lambda trainer: ticks.append(trainer.state.nimg)]
+    with pytest.raises(UserError, match=r"not finite at kimg .*Gradients/G_main_norm"):
+        train_steps(trainer, 2)
+    assert ticks == [0]
 
 
 def test_only_the_networks_of_a_phase_collect_gradients(shapes_zip: Path) -> None:
@@ -123,7 +160,7 @@ def _train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
     """What each of two processes does in the test below; importable, because processes are spawned."""
     trainer = new_trainer(config)
     train_steps(trainer, steps)
-    statistics = Stats(torch.device("cpu"))
+    statistics = Stats()
     statistics.add({"rank": torch.full([2], float(distributed.rank()))})
     collected = statistics.collect()["rank"]
     if distributed.is_main():
@@ -137,7 +174,8 @@ def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path) -
     the sign of gradients that are almost zero.
     """
     smooth = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2}
-    config = everything(shapes_zip, data__use_labels=True, **smooth)
+    augmented = {"augment__mode": "fixed", "augment__p": 0.7}
+    config = everything(shapes_zip, data__use_labels=True, **smooth, **augmented)
     alone = new_trainer(config)
     train_steps(alone, 4)
     distributed.launch(_train_and_save, 2, config, 4, tmp_path / "two.pt")
@@ -155,7 +193,7 @@ def test_a_diverged_run_stops_and_names_the_loss(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.001))
     with torch.no_grad():
         trainer.D.epilogue.out.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"Loss/\S+ is nan at kimg .*diverged"):
+    with pytest.raises(UserError, match=r"not finite at kimg .*Loss/D/loss.*diverged"):
         train_steps(trainer, 2)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError
@@ -53,11 +53,17 @@ class Checkpoint:
         write_file(path, self.FORMAT, self.VERSION, {"parts": state, **extra})
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restore all parts from a file and return its payload. Raises UserError and changes nothing if it is unfit."""
+        """Restore all parts from a file and return its payload. Raises UserError naming the file if it is unfit.
+
+        Nothing has changed then when the parts or the tensors of a network do not fit.
+        """
         payload = self.read(path)
         saved = payload["parts"]
         if saved.keys() != self.parts.keys():
             raise UserError(f"{path}: holds the parts {sorted(saved)}, expected {sorted(self.parts)}")
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and _shapes(part.state_dict()) != _shapes(saved[name]):
+                raise UserError(f"{path}: the tensors of {name} do not fit; it was trained with other options")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         return payload
@@ -66,6 +72,10 @@ class Checkpoint:
     def read(cls, path: Path) -> dict[str, Any]:
         """Return the verified payload of a training state."""
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in state.items()}
 
 
 def write_file(path: Path, file_format: str, version: int, payload: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ def choose_device(requested: str | None = None) -> torch.device:
     try:
         device = torch.device(requested)
     except RuntimeError:
-        raise UserError(f"--device={requested}: no such kind of device; use cpu, cuda or cuda:N") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device={requested}: no such kind of device; use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device={requested}: torch sees no CUDA device here; use --device=cpu")
@@ -67,11 +69,21 @@ def choose_device(requested: str | None = None) -> torch.device:
     return device
 
 
+def check_processes(count: int, requested: str | None, device: torch.device) -> None:
+    """Raise UserError when `count` processes on this machine cannot have a device each."""
+    if device.type != "cuda":
+        return
+    if count > 1 and requested is not None and ":" in requested:
+        raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")
+    if launched_world_size() is None and count > torch.cuda.device_count():
+        raise UserError(f"--gpus={count}: this machine has {torch.cuda.device_count()}")
+
+
 def launch(function: Callable[..., None], num_processes: int, *args: Any, device_type: str = "cpu") -> None:
     """Call `function(*args)` in `num_processes` processes that form one group and return when all are done.
 
     One process is this one. Under torchrun this process is one of them already. `function` and `args` must be
-    picklable. Raises SystemExit with a worker's exit code when a worker fails (it has printed why).
+    picklable. Raises SystemExit with a worker's exit code when a worker fails, after it was printed why.
     """
     if launched_world_size() is not None:
         _work(function, args, device_type)
@@ -83,6 +95,7 @@ def launch(function: Callable[..., None], num_processes: int, *args: Any, device
 
 def _launch_local(function: Callable[..., None], num_processes: int, args: tuple[Any, ...], device_type: str) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -105,8 +118,13 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
         try:
             elastic_launch(config, _work)(function, args, device_type)
         except ChildFailedError as error:
-            _, failure = error.get_first_failure()
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                cause = f"signal {-failure.exitcode} (9: by hand, or the machine ran out of memory)"
+                print(f"Error: process {rank} was killed by {cause}", file=sys.stderr)
             raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
@@ -123,8 +141,11 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     except UserError as error:
         print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # who failed first says more
+            print(f"Error (process {rank()}): lost contact with another process", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(1)
     finally:
         dist.destroy_process_group()

@@ -24,14 +24,13 @@ class Stat:
 class Stats:
     """Running count, sum and sum of squares per name. Every rank must report the same names."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.moments: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Take in every element of each tensor. Stays on the device."""
         for name, value in values.items():
-            x = value.detach().to(torch.float64 if self.device.type != "mps" else torch.float32)
+            x = value.detach().to(torch.float64)
             moments = torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
             if name in self.moments:
                 self.moments[name] += moments

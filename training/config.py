@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.config import ConfigError, override, to_json
+from dnnlib.config import ConfigError, override
 from training.augment import AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
@@ -21,22 +21,28 @@ from training.phases import AdamConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, where and how loud: nothing in here changes what a step computes, so a resumed run may differ in it."""
+    """How long, where, in which pieces and how loud. A resumed run may differ in it.
+
+    The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
+    nothing else in here changes what a step computes.
+    """
 
     total_kimg: float = 25_000
     tick_kimg: float = 4
     snapshot_ticks: int = 50
     metrics: tuple[str, ...] | None = None  # None: the default metric
     num_gpus: int = 1
+    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     cudnn_benchmark: bool = True
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "num_gpus"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(name, getattr(self, name), "must be positive")
+        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "num_gpus", "batch_gpu"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
@@ -59,7 +65,6 @@ class TrainConfig:
     d_optimizer: AdamConfig = field(default_factory=AdamConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     batch_size: int | None = None
-    batch_gpu: int | None = None
     w_avg_rate: float = 0.005  # share of the batch mean that enters w_avg in each phase
     freeze_layers: int = 0  # Freeze-D: layers of D, counted from the image, that are not trained
     allow_tf32: bool = False
@@ -67,10 +72,8 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_gpu"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, value, "must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError("batch_size", self.batch_size, "must be at least 1")
         if self.freeze_layers < 0:
             raise ConfigError("freeze_layers", self.freeze_layers, "cannot be negative; 0 trains all of D")
         if not 0 <= self.seed < 2**63:
@@ -99,7 +102,7 @@ DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 def _presets() -> dict[str, TrainConfig]:
-    open_widths = StyleformerConfig(widths=(), layers=())
+    open_widths = StyleformerConfig(widths=(), layers=(), linformer=None)
     auto = TrainConfig(
         preset="auto",
         generator=open_widths,
@@ -175,18 +178,24 @@ def _styleformer(
 
 
 def _tiny() -> TrainConfig:
-    """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores."""
+    """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores.
+
+    The small batch and learning rates trade stability for speed. D's is higher since its weights are of unit size
+    (equalised learning rate), while G's are plain and small.
+    """
     return TrainConfig(
         preset="tiny",
-        generator=StyleformerConfig(z_dim=64, w_dim=64, widths=(128, 64, 32), layers=(1, 1, 1)),
-        discriminator=StyleGAN2DiscriminatorConfig(channel_base=1024, channel_max=128),
+        generator=StyleformerConfig(
+            z_dim=64, w_dim=64, widths=(128, 64, 64), layers=(1, 1, 1), linformer=True, linformer_k=32
+        ),
+        discriminator=StyleGAN2DiscriminatorConfig(channel_base=512, channel_max=128),
         augment=AugmentConfig(pipe="blit", ada_kimg=20),
         loss=LossConfig(r1_gamma=0.5, pl_weight=0, style_mixing=0),
-        g_optimizer=AdamConfig(lr=0.0025),
-        d_optimizer=AdamConfig(lr=0.0025),
+        g_optimizer=AdamConfig(lr=0.001),
+        d_optimizer=AdamConfig(lr=0.006),
         ema=EMAConfig(kimg=0.5, rampup=0.05),
-        batch_size=16,
-        run=RunConfig(total_kimg=20, tick_kimg=1, snapshot_ticks=5),
+        batch_size=8,
+        run=RunConfig(total_kimg=12, tick_kimg=1, snapshot_ticks=4),
     )
 
 
@@ -205,12 +214,12 @@ def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.batch_gpu or -(-batch_size // num_gpus)
+    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
     lr = 0.002 if resolution >= 1024 else 0.0025
 
     values: dict[str, Any] = {
         "batch_size": batch_size,
-        "batch_gpu": batch_gpu,
+        "run.batch_gpu": batch_gpu,
         "generator.img_channels": channels,
         "generator.c_dim": data.c_dim,
         "discriminator.img_channels": channels,
@@ -224,8 +233,7 @@ def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
         values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
     if config.discriminator.channel_base == 0:
         values["discriminator.channel_base"] = 32768 if resolution >= 512 else 16384
-    if not config.generator.widths:
-        values |= _default_widths(config.generator, height, width)
+    values |= _default_widths(config.generator, height, width)
     resolved = override(config, values)
     resolved.generator.check_img_size(height, width)
     _check_batches(resolved)
@@ -234,38 +242,43 @@ def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
 
 
 def _default_widths(generator: StyleformerConfig, height: int, width: int) -> dict[str, Any]:
-    """Choose widths and blocks by the number of doublings from the base grid to the image."""
+    """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
     (h, w), count = generator.base, 1
     while h < height and w < width:
         h, w, count = 2 * h, 2 * w, count + 1
     widths, layers = DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
-    chosen: dict[str, Any] = {"generator.widths": widths, "generator.layers": layers}
-    if count > 3:
-        chosen["generator.linformer"] = True
-    return chosen
+    if generator.layers and not generator.widths and len(generator.layers) != len(widths):
+        problem = f"must have one entry per resolution, {len(widths)} for images of {height}x{width}"
+        raise ConfigError("generator.layers", generator.layers, problem)
+    return {
+        "generator.widths": generator.widths or widths,
+        "generator.layers": generator.layers or layers,
+        "generator.linformer": count > 3 if generator.linformer is None else generator.linformer,
+    }
 
 
 def _check_batches(config: TrainConfig) -> None:
+    batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert config.batch_gpu is not None
-    gpus, per_round = config.run.num_gpus, config.batch_gpu * config.run.num_gpus
+    assert batch_gpu is not None
+    per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
             "batch_size",
             config.batch_size,
-            f"must be a multiple of {per_round} ({gpus} GPUs x {config.batch_gpu} images at a time); "
+            f"must be a multiple of {per_round} ({gpus} GPUs x {batch_gpu} images at a time); "
             f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
         )
-    group = min(config.discriminator.mbstd_group_size, config.batch_gpu)
-    if group and config.batch_gpu % group:
+    group = min(config.discriminator.mbstd_group_size, batch_gpu)
+    if group and batch_gpu % group:
         raise ConfigError(
             "batch_gpu",
-            config.batch_gpu,
+            batch_gpu,
             f"cannot be cut into minibatch-std groups of {group}; choose a multiple of it",
         )
-    if config.loss.pl_weight and config.loss.pl_interval and config.batch_gpu < 2:
+    if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
-            "batch_gpu", config.batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
+            "run.batch_gpu", batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
         )
 
 
@@ -278,8 +291,6 @@ def _check_parts(config: TrainConfig, data: DatasetInfo) -> None:
         raise ConfigError("freeze_layers", config.freeze_layers, problem)
 
 
-def same_training(old: Mapping[str, Any], new: TrainConfig) -> bool:
-    """Whether a run with the options `old` (JSON) computes the same steps, however long it runs and reports."""
-    return {key: value for key, value in old.items() if key != "run"} == {
-        key: value for key, value in to_json(new).items() if key != "run"
-    }
+def same_training(old: TrainConfig, new: TrainConfig) -> bool:
+    """Whether two configurations compute the same steps, however long they run and report."""
+    return replace(old, run=new.run) == new

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import format_time
+from dnnlib.util import append_line, format_time
 from torch_utils import distributed
 from torch_utils.images import save_grid, to_uint8
 from training.dataset import encode_labels
@@ -31,36 +31,31 @@ class Progress:
     """A line per tick, and on a terminal one that is redrawn in between: rate, time left, ADA's p, losses."""
 
     def __init__(self) -> None:
-        self.drawn = self.tick_time = time.time()
-        self.start_nimg = self.tick_nimg = -1
+        self.drawn = time.time()
 
     def __call__(self, trainer: Trainer) -> None:
         if not distributed.is_main():
             return
         now, nimg = time.time(), trainer.state.nimg
-        if self.start_nimg < 0:
-            self.start_nimg = self.tick_nimg = nimg
         if trainer.tick is not None:
-            print(self._tick_line(trainer, now), flush=True)
-            self.tick_time, self.tick_nimg = now, nimg
+            print(self._tick_line(trainer), flush=True)
             if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
                 print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
-            rate = (nimg - self.tick_nimg) / max(now - self.tick_time, 1e-9)
+            rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
             line = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}, {rate:.1f} img/s, {left} left"
             print(f"\r{line:<78}", end="\r", flush=True)
             self.drawn = now
 
-    def _tick_line(self, trainer: Trainer, now: float) -> str:
+    def _tick_line(self, trainer: Trainer) -> str:
         tick, nimg = trainer.tick, trainer.state.nimg
         assert tick is not None
-        done = nimg - self.tick_nimg
-        seconds = now - self.tick_time
+        pace = tick.values.get("Timing/sec_per_kimg")
         parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<8.1f} time {format_time(trainer.state.elapsed):<9s}"]
-        if done:
-            left = format_time(max(trainer.total_nimg - nimg, 0) * seconds / done)
-            parts.append(f"{seconds / done * 1000:<6.1f} sec/kimg  {done / seconds:<6.1f} img/s  left {left:<9s}")
+        if pace:
+            left = format_time(max(trainer.total_nimg - nimg, 0) / 1000 * pace)
+            parts.append(f"{pace:<6.1f} sec/kimg  {1000 / pace:<6.1f} img/s  left {left:<9s}")
         for label, name in (("G", "Loss/G/loss"), ("D", "Loss/D/loss"), ("sign", "Loss/signs/real")):
             if name in tick.stats:
                 parts.append(f"{label} {tick.stats[name].mean:<6.3f}")
@@ -79,8 +74,8 @@ class ImageGrids:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
-        name = "fakes_init.png" if trainer.tick.number == 0 else f"fakes{_kimg(trainer)}.png"
-        if trainer.tick.number == 0:
+        name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
+        if trainer.tick.is_first:
             save_grid(self._real_images(trainer), self.run_dir / "reals.png")
         save_grid(self._generate(trainer), self.run_dir / name)
 
@@ -156,8 +151,7 @@ class JsonLog:
         line: dict[str, Any] = dict(trainer.tick.values)
         for name, stat in trainer.tick.stats.items():
             line[name] = {"mean": stat.mean, "std": stat.std, "num": stat.count}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line | {"timestamp": time.time()}) + "\n")
+        append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
 class TensorBoardLog:
@@ -184,16 +178,19 @@ class Profile:
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.path, self.steps, self.calls = run_dir / "trace.json", steps, 0
-        self.profiler = torch.profiler.profile(record_shapes=False)
+        self.profiler: torch.profiler.profile | None = None
 
     def __call__(self, trainer: Trainer) -> None:
         self.calls += 1
+        is_last = trainer.tick is not None and trainer.tick.is_last
         if self.calls == self.WAIT + 1:
+            self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif self.calls == self.WAIT + 1 + self.steps:
+        elif self.profiler and (is_last or self.calls == self.WAIT + 1 + self.steps):
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path))
-            print(f"Profile of {self.steps} steps: {self.path} (open it at chrome://tracing)", flush=True)
+            self.profiler = None
+            print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
 
 
 def _kimg(trainer: Trainer) -> str:

@@ -1,97 +1,137 @@
-"""The folder of a run: its name, what it starts from, and which training state it goes on from."""
+"""The folder of a run: what a run starts from, its name, and which training state it goes on from."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dnnlib.config import UserError, differences, to_json
+from dnnlib.config import ConfigError, UserError, differences, from_json, override, to_json
 from dnnlib.util import write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from training.config import TrainConfig, same_training
+from training.config import DatasetInfo, TrainConfig, resolve, same_training
 from training.dataset import ImageDataset
 from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for: --outdir, --resume, and the options, not yet resolved, over either base."""
+
+    outdir: Path
+    resume: str | None
+    plain: TrainConfig  # the options over the preset
+    transfer: TrainConfig  # the options over the preset as transfer learning changes it
+    data: DatasetInfo
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration of a new run."""
+        return self.transfer if self.resume is not None and Path(self.resume).is_file() else self.plain
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run begins: its folder, the run to go on from if any, the snapshot to transfer from if any."""
+    """How a run begins: its configuration, and the run that it goes on with or the snapshot that it starts from."""
 
-    run_dir: Path
-    resumes: bool
-    snapshot: Path | None
+    config: TrainConfig
+    run_dir: Path | None = None
+    snapshot: Path | None = None
 
 
-def choose_start(outdir: Path, config: TrainConfig, dataset: ImageDataset, resume: str | None) -> Start:
+def choose_start(request: Request) -> Start:
     """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
-    if resume == "latest":
-        for run_dir in reversed(_runs(outdir)):
-            if _same_run(run_dir, config) and list_states(run_dir):
-                return Start(run_dir, resumes=True, snapshot=None)
-    elif resume is not None and Path(resume).is_dir():
-        run_dir = Path(resume)
-        if not list_states(run_dir):
-            raise UserError(f"--resume={resume}: this folder holds no training state (training-state-*.pt)")
-        _check_same(run_dir, config)
-        return Start(run_dir, resumes=True, snapshot=None)
-    elif resume is not None and not Path(resume).is_file():
-        raise UserError(f"--resume={resume}: neither `latest` nor a run's folder nor a snapshot file")
-    snapshot = Path(resume) if resume not in (None, "latest") else None
-    return Start(_new_run_dir(outdir, config, dataset), resumes=False, snapshot=snapshot)
+    new = Start(config=resolve(request.config, request.data))
+    if request.resume is None:
+        return new
+    if request.resume == "latest":
+        continued = (_continue(run_dir, request) for run_dir in reversed(_list_runs(request.outdir)))
+        return next((start for start in continued if start), new)
+    path = Path(request.resume)
+    if path.is_file():
+        return replace(new, snapshot=path)
+    if not path.is_dir():
+        raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a snapshot file")
+    if not list_states(path):
+        raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
+    start = _continue(path, request)
+    if start is None:
+        saved = _saved_config(path)
+        variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request)]
+        changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
+        lines = "\n  ".join(changed)
+        raise UserError(f"--resume={path}: that run was started with other options; give the same ones:\n  {lines}")
+    return start
 
 
-def _runs(outdir: Path) -> list[Path]:
+def _continue(run_dir: Path, request: Request) -> Start | None:
+    """How to go on with a run, None when it has no state or computes something else than what is requested."""
+    if not list_states(run_dir):
+        return None
+    try:
+        saved = _saved_config(run_dir)
+    except UserError as error:
+        print(f"Warning: {error}", file=sys.stderr)
+        return None
+    if not any(same_training(saved, config) for config in _requested_there(saved, request)):
+        return None
+    return Start(config=resolve(replace(saved, run=request.plain.run), request.data), run_dir=run_dir)
+
+
+def _requested_there(saved: TrainConfig, request: Request) -> Iterator[TrainConfig]:
+    """What the request comes to with the processes of a saved run, as plain training and as transfer learning."""
+    there = {"run.num_gpus": saved.run.num_gpus, "run.batch_gpu": saved.run.batch_gpu}
+    for config in (request.plain, request.transfer):
+        try:
+            yield resolve(override(config, there), request.data)
+        except ConfigError:  # it cannot run there, so it is not what ran there
+            continue
+
+
+def _list_runs(outdir: Path) -> list[Path]:
     """The numbered run folders in `outdir`, oldest first."""
     return sorted(path for path in outdir.glob("[0-9]*-*") if re.match(r"\d{5,}-", path.name) and path.is_dir())
 
 
-def _saved_options(run_dir: Path) -> Mapping[str, Any]:
+def _saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "training_options.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return from_json(TrainConfig, json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, ConfigError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _same_run(run_dir: Path, config: TrainConfig) -> bool:
-    return (run_dir / "training_options.json").is_file() and same_training(_saved_options(run_dir), config)
+def create(start: Start, outdir: Path, dataset: ImageDataset) -> Path:
+    """Return the run's folder with the resolved options in it; make it if it is new."""
+    try:
+        run_dir = start.run_dir or _make_run_dir(outdir, start.config, dataset)
+        write_atomically(run_dir / "training_options.json", json.dumps(to_json(start.config), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
+    return run_dir
 
 
-def _check_same(run_dir: Path, config: TrainConfig) -> None:
-    saved = _saved_options(run_dir)
-    if not same_training(saved, config):
-        changed = [line for line in differences(saved, to_json(config)) if not line.startswith("run.")]
-        raise UserError(
-            f"--resume={run_dir}: that run was started with other options; give the same ones:\n  "
-            + "\n  ".join(changed)
-        )
-
-
-def _new_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
+def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
     """outdir/00003-<data>-<what>: the next free number, and what the run is in short."""
-    number = max((int(path.name.split("-")[0]) for path in _runs(outdir)), default=-1) + 1
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
     words += ["linformer"] if config.generator.linformer else []
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
-    return outdir / f"{number:05d}-{'-'.join(words)}"
-
-
-def create(start: Start, config: TrainConfig) -> None:
-    """Make the run's folder, where it is new, and write the resolved options into it."""
+    number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
+    run_dir = outdir / f"{number:05d}-{'-'.join(words)}"
     try:
-        start.run_dir.mkdir(parents=True, exist_ok=start.resumes)
-        write_atomically(start.run_dir / "training_options.json", json.dumps(to_json(config), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--outdir={start.run_dir.parent}: cannot be written ({error.strerror})") from None
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        if not run_dir.is_dir():
+            raise
+        return _make_run_dir(outdir, config, dataset)  # another run took the number in this moment
+    return run_dir
 
 
 def load(trainer: Trainer, start: Start) -> str:
@@ -99,7 +139,7 @@ def load(trainer: Trainer, start: Start) -> str:
 
     Raises UserError when that is damaged or does not fit.
     """
-    if start.resumes:
+    if start.run_dir:
         path = load_latest(trainer, start.run_dir)
         return f"Resuming from {path} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
@@ -127,8 +167,10 @@ def list_states(run_dir: Path) -> list[Path]:
 def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     """Resume from the newest training state that is whole. Raises UserError when none is."""
     chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
-    trainer.resume(chosen)
+    same_data = trainer.resume(chosen)
     if distributed.is_main():
+        if not same_data:
+            print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             _cut_log(log, trainer.state.nimg / 1000)
     return chosen
@@ -145,8 +187,15 @@ def _newest_whole_state(run_dir: Path) -> Path:
 
 
 def _cut_log(path: Path, kimg: float) -> None:
-    """Drop the lines of a log that lie beyond the training state that a run goes on from."""
-    if path.exists():
-        lines = [(json.loads(line), line) for line in path.read_text().splitlines()]
-        kept = [text for entry, text in lines if entry.get("Progress/kimg", entry.get("kimg", 0)) <= kimg]
-        write_atomically(path, "".join(f"{text}\n" for text in kept))
+    """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("Progress/kimg", entry.get("kimg", 0)) <= kimg:
+            kept.append(line)
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

@@ -6,7 +6,6 @@ only and runs no code (see torch_utils/checkpoint.py for its layout).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.config import UserError, from_json, to_json
+from dnnlib.config import ConfigError, UserError, from_json, to_json
 from torch_utils.checkpoint import Migration, read_file, write_file
 from training.config import TrainConfig
 
@@ -41,11 +40,6 @@ class Snapshot:
         """Thousands of real images that D has seen."""
         return self.nimg / 1000
 
-    def file_hash(self) -> str:
-        """Return the sha256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def save_network(
     path: Path,
@@ -67,7 +61,10 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
     payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
-    config = from_json(TrainConfig, payload["config"])
+    try:
+        config = from_json(TrainConfig, payload["config"])
+    except ConfigError as error:
+        raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states = payload["networks"]
     kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {

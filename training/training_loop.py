@@ -49,13 +49,14 @@ class Tick:
 
     number: int
     previous: int
+    is_first: bool
     is_last: bool
     stats: dict[str, Stat]
     values: dict[str, float]  # Progress/..., Timing/..., Resources/...
 
     def reached(self, every: int) -> bool:
         """Whether this is the start, the end, or the first tick at or after a multiple of `every`."""
-        return self.number == 0 or self.is_last or self.number // every > self.previous // every
+        return self.is_first or self.is_last or self.number // every > self.previous // every
 
 
 class RunningMean(nn.Module):
@@ -99,7 +100,7 @@ class Trainer:
         self._build_phases()
 
         self.state = TrainState()
-        self.stats = Stats(device)
+        self.stats = Stats()
         self.stopwatch = Stopwatch(device)
         # Batch means that losses return (LossTerms.means) -> the running state that they drive.
         self.trackers: dict[str, Callable[[Tensor], None]] = {
@@ -142,8 +143,9 @@ class Trainer:
         """Train to the configured number of images, calling the hooks on the way."""
         data = self._batches()
         began = time.time() - self.state.elapsed
+        self._start_tick()
         if self.state.step == 0:
-            self._report(Tick(0, 0, False, {}, self._progress()))
+            self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
         while self.state.nimg < self.total_nimg:
             with self.stopwatch.section("data"):
                 img, c = next(data)
@@ -184,6 +186,7 @@ class Trainer:
 
         gradients = [p.grad for p in phase.parameters if p.grad is not None]
         distributed.average([*gradients, *means.values()])
+        self.stats.add({f"Gradients/{phase.name}_norm": torch.stack(torch._foreach_norm(gradients)).norm()})
         phase.optimizer.step()
         for name, value in means.items():
             self.trackers[name](value)
@@ -211,8 +214,15 @@ class Trainer:
 
     def _report(self, tick: Tick | None) -> None:
         self.tick = tick
+        began = time.time()
         for hook in self.hooks:
             hook(self)
+        if tick is not None:
+            self._start_tick(maintenance=time.time() - began)
+
+    def _start_tick(self, maintenance: float = 0.0) -> None:
+        """Begin to measure a tick; `maintenance` is the time that the hooks took at the end of the last one."""
+        self.tick_began, self.tick_nimg_began, self.maintenance = time.time(), self.state.nimg, maintenance
 
     def _finish_tick(self) -> Tick | None:
         """Return the tick's figures when one has just ended. Raises UserError when training has diverged."""
@@ -222,13 +232,13 @@ class Trainer:
         if number == previous and not is_last:
             return None
         stats = self.stats.collect()
-        for name, stat in stats.items():
-            if not math.isfinite(stat.mean):
-                raise UserError(
-                    f"{name} is {stat.mean} at kimg {self.state.nimg / 1000:.1f}: training has diverged. The last "
-                    "training state is from before; resume from it with a higher --gamma or lower learning rates"
-                )
-        return Tick(number, previous, is_last, stats, self._progress())
+        bad = ", ".join(name for name, stat in stats.items() if not math.isfinite(stat.mean))
+        if bad:
+            raise UserError(
+                f"not finite at kimg {self.state.nimg / 1000:.1f}: {bad}. Training has diverged; the last training "
+                "state is from before. Transfer from a snapshot with a higher --gamma or lower learning rates"
+            )
+        return Tick(number, previous, is_first=False, is_last=is_last, stats=stats, values=self._progress())
 
     def _progress(self) -> dict[str, float]:
         values = {
@@ -237,22 +247,27 @@ class Trainer:
             "Progress/step": float(self.state.step),
             "Progress/augment": float(self.augment.p),
             "Timing/total_sec": self.state.elapsed,
+            "Timing/maintenance_sec": self.maintenance,
             "Resources/cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         if self.device.type == "cuda":
             values["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        done = self.state.nimg - self.tick_nimg_began
+        if done:
+            values["Timing/sec_per_tick"] = time.time() - self.tick_began
+            values["Timing/sec_per_kimg"] = values["Timing/sec_per_tick"] * 1000 / done
         return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
 
     def save(self, path: Path) -> None:
         """Write a training state that `resume` goes on from."""
-        self.checkpoint.save(path, config=to_json(self.config))
+        self.checkpoint.save(path, config=to_json(self.config), data_hash=self.dataset.content_hash)
 
-    def resume(self, path: Path) -> None:
-        """Go on from a training state. Raises UserError when it does not fit."""
-        self.checkpoint.load(path)
+    def resume(self, path: Path) -> bool:
+        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit."""
+        return bool(self.checkpoint.load(path)["data_hash"] == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:
-    if config.batch_size is None or config.batch_gpu is None:
+    if config.batch_size is None or config.run.batch_gpu is None:
         raise ConfigError("batch_size", config.batch_size, "not resolved")
-    return config.batch_size, config.batch_gpu
+    return config.batch_size, config.run.batch_gpu

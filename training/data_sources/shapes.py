@@ -1,6 +1,6 @@
 """Drawn scenes: a data set that needs no download, is a pure function of its seed, and has any size.
 
-A scene is a plain or gradient background with one to four coloured shapes. The last one is drawn in front, is larger
+A scene is a plain or gradient background with one to three coloured shapes. The last one is drawn in front, is larger
 than the others, and its kind is the label. Image i depends on (seed, i, width, height) only.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 KINDS = ("circle", "square", "triangle", "ring", "cross")
 
-_MAX_SHAPES = 4
+_MAX_SHAPES = 3
 _SHAPE_DRAWS = 7  # kind, x, y, radius, angle, hue, value
 _SCENE_DRAWS = 6  # number of shapes, gradient?, its angle, hue, value here, value there
 
@@ -26,7 +26,7 @@ def draw_scenes(indices: np.ndarray, *, seed: int, width: int, height: int) -> n
         indexing="ij",
     )  # pixel centres [H, W]; the shorter side runs from -1/2 to 1/2
 
-    num_shapes = 1 + (scene[:, 0] * _MAX_SHAPES).astype(int)
+    num_shapes = 1 + (scene[:, 0] ** 2 * _MAX_SHAPES).astype(int)  # one, in most scenes
     image = _background(scene, x, y)  # [B, H, W, 3]
     for depth in range(_MAX_SHAPES):  # back to front
         front = depth == _MAX_SHAPES - 1
@@ -59,8 +59,8 @@ def _background(scene: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _shape(shape: np.ndarray, x: np.ndarray, y: np.ndarray, unit: int, *, front: bool) -> tuple[np.ndarray, np.ndarray]:
     """Coverage [B, H, W] and colour [B, 3] of one shape per scene."""
     center_x, center_y, size, turn = (shape[:, k, None, None] for k in range(1, 5))
-    radius = 0.24 + 0.12 * size if front else 0.14 + 0.10 * size  # of the shorter side
-    spread = 0.5 if front else 0.8
+    radius = 0.26 + 0.12 * size if front else 0.15 + 0.09 * size  # of the shorter side
+    spread = 0.35 if front else 0.8
     angle = (turn - 0.5) * 0.6
     dx = (x - spread * (center_x - 0.5)) / radius  # [B, H, W], in radii
     dy = (y - spread * (center_y - 0.5)) / radius

@@ -55,7 +55,7 @@ class StyleformerConfig:
     layers: tuple[int, ...] = (1, 3, 3)
     depth: int = 32
     minimum_head: int = 1
-    linformer: bool = False
+    linformer: bool | None = False  # None: still to be chosen, as with widths=()
     linformer_k: int = 256
     linformer_min_tokens: int = 1024
     conv_clamp: float | None = 256.0
