@@ -1,0 +1,145 @@
+"""Write the parts of the documentation that come from the code: docs/train-help.txt and docs/configuration.md.
+
+`make docs` runs it; a test fails when the files are not what it would write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from dnnlib.cli import ConfigOption  # noqa: E402
+from training.config import PRESETS, TrainConfig  # noqa: E402
+
+HEADER = """# Configuration
+
+*Written by `make docs` from the code.*
+
+A training run is determined by a `TrainConfig` (training/config.py), composed of the configurations of its parts, each
+a frozen dataclass beside the class that it configures. `train.py` starts from a preset (`--cfg`), replaces what the
+options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
+every snapshot and every training state. `python train.py ... -n` prints it without training.
+
+`--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
+where and how loud, and changes nothing in what a step computes.
+"""
+
+CHOSEN_BY_RESOLVE = {
+    "batch_size",
+    "run.batch_gpu",
+    "generator.linformer",
+    "generator.widths",
+    "generator.layers",
+    "discriminator.channel_base",
+    "g_optimizer.lr",
+    "d_optimizer.lr",
+    "loss.r1_gamma",
+    "ema.kimg",
+    "run.metrics",
+    "run.device",
+    "run.workers",
+}
+
+
+def main() -> None:
+    """Write both files."""
+    for name, text in {"train-help.txt": train_help(), "configuration.md": configuration()}.items():
+        (ROOT / "docs" / name).write_text(text)
+
+
+def train_help() -> str:
+    """Return what `python train.py --help` prints."""
+    context = click.Context(train.main, info_name="train.py", max_content_width=110, terminal_width=110)
+    return train.main.get_help(context) + "\n"
+
+
+def configuration() -> str:
+    """Return a table of all fields with their flags, and one of the presets."""
+    flags = {option.field: option.opts[0] for option in train.main.params if isinstance(option, ConfigOption)}
+    tables = [_fields_table(name, config, flags) for name, config in _parts()]
+    return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", _presets_table()])
+
+
+def _parts() -> list[tuple[str, Any]]:
+    """The configurations within TrainConfig by path, its own fields first."""
+    config = PRESETS["auto"]
+    nested = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(TrainConfig)]
+    return [("", config)] + [(name, value) for name, value in nested if dataclasses.is_dataclass(value)]
+
+
+def _fields_table(name: str, config: Any, flags: dict[str | None, str]) -> str:
+    heading = (
+        f"### {name or 'TrainConfig'}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
+    )
+    rows = ["| field | flag | default |", "|---|---|---|"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value) and field.name != "preset":
+            path = f"{name}.{field.name}" if name else field.name
+            flag = f"`{flags[path]}`" if path in flags else ""
+            rows.append(f"| {field.name} | {flag} | {_show(path, value)} |")
+    return "\n".join([heading, *rows, ""])
+
+
+def _source(config_class: type) -> str:
+    return config_class.__module__.replace(".", "/") + ".py"
+
+
+def _summary(config: Any) -> str:
+    """The first paragraph of the docstring on one line."""
+    return " ".join((type(config).__doc__ or "").split("\n\n")[0].split())
+
+
+def _presets_table() -> str:
+    columns = {
+        "batch": "batch_size",
+        "widths": "generator.widths",
+        "layers": "generator.layers",
+        "base": "generator.base",
+        "Linformer": "generator.linformer",
+        "mapping": "generator.mapping_layers",
+        "D": "discriminator.architecture",
+        "D channels": "discriminator.channel_base",
+        "mbstd": "discriminator.mbstd_group_size",
+        "lr": "g_optimizer.lr",
+        "gamma": "loss.r1_gamma",
+        "path length": "loss.pl_weight",
+        "mixing": "loss.style_mixing",
+        "EMA kimg": "ema.kimg",
+        "ramp-up": "ema.rampup",
+        "kimg": "run.total_kimg",
+    }
+    rows = [f"| `--cfg` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, config in PRESETS.items():
+        rows.append(f"| {name} | {' | '.join(_show(path, _get(config, path)) for path in columns.values())} |")
+    return "\n".join(rows) + "\n"
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _show(path: str, value: Any) -> str:
+    if path in CHOSEN_BY_RESOLVE and value in (None, (), 0) and value is not False:
+        return "auto"
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

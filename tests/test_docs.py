@@ -1,0 +1,119 @@
+"""The documentation is true: generated parts are up to date, commands and code run, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+import calc_metrics
+import dataset_tool
+import generate
+import train
+from training.snapshot import load_network
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = {
+    "train.py": train.main,
+    "generate.py": generate.main,
+    "calc_metrics.py": calc_metrics.main,
+    "dataset_tool.py": dataset_tool.main,
+}
+
+
+def readme_commands(script: str) -> list[list[str]]:
+    """The arguments of the commands in the README that are complete, i.e. without `...`."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(rf"python {re.escape(script)} ([^`\n]*)", text)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in commands if "..." not in command and command != ["--help"]]
+
+
+def load_make_reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_generated_reference_is_up_to_date() -> None:
+    reference = load_make_reference()
+    assert (ROOT / "docs" / "train-help.txt").read_text() == reference.train_help(), "run `make docs`"
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference.configuration(), "run `make docs`"
+
+
+def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
+    sizes = {"stl10": 48, "celeba64": 64, "church128": 128}
+    commands = readme_commands("train.py")
+    assert len(commands) >= 5
+    for command in commands:
+        name = Path(next(item for item in command if item.startswith("--data=")).removeprefix("--data=")).stem
+        data = tmp_path / f"{name}.zip"
+        if not data.exists():
+            side = sizes.get(name, 32)
+            make = ["--source=shapes", f"--dest={data}", "--max-images=2", f"--width={side}", f"--height={side}"]
+            assert CliRunner().invoke(dataset_tool.main, [*make, "--workers=1"]).exit_code == 0
+        arguments = [f"--data={data}" if item.startswith("--data=") else item for item in command]
+        result = CliRunner().invoke(train.main, [*arguments, "--device=cpu", "-n"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["parameters"]["G"] > 1_000_000
+
+
+def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    commands = [command for command in readme_commands("generate.py") if not any("--class" in item for item in command)]
+    assert len(commands) >= 2
+    for command in commands:
+        arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
+        result = CliRunner().invoke(generate.main, arguments)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "out" / "seed0035.png").exists()
+
+
+def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert tuple(scope["img"].shape) == (4, 3, 32, 32)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_flag_in_the_documentation_exists(script: str) -> None:
+    command = COMMANDS[script]
+    subcommands = [command, *getattr(command, "commands", {}).values()]
+    known = {flag for one in subcommands for option in one.params for flag in option.opts} | {"--help"}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(rf"{re.escape(script)} ([^`\n]*)", text):
+            used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line.split("#")[0]))
+            assert used <= known, f"{page.name}: {script} {line}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_script_has_help(name: str) -> None:
+    result = CliRunner().invoke(COMMANDS[name], ["--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_shipped_snapshot_is_small_and_names_no_machine() -> None:
+    path = ROOT / "docs" / "shapes.pkl"
+    assert path.stat().st_size <= 3e6
+    assert load_network(path).config.data.path == "shapes.zip"
