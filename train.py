@@ -190,7 +190,6 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
 
 def _evaluator(trainer: Trainer, run_dir: Path) -> hooks.Evaluate:
     """Return the callable that computes the run's metrics for a generator, prints them and appends them to the run."""
-
     names = trainer.config.run.metrics
     if names is None:
         names, _ = metrics.registry.default_metrics()

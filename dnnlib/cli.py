@@ -105,7 +105,7 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
                 break
-    if os.environ.get("RANK", "0") != "0":  # started by torchrun: one process speaks for all
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # under torchrun one process speaks for all
         raise SystemExit(Failure.exit_code) from None
     raise Failure(message) from None
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         else:
             own[name] = value
     for name, inner in nested.items():
-        with _Within(name):
+        with _within(name):
             own[name] = override(getattr(config, name), inner)
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
@@ -108,18 +109,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-class _Within:
-    """Context that prefixes the field of a ConfigError raised inside with the name of the field it happened in."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{self.name}.{error.field}", error.value, error.problem) from None
+@contextmanager
+def _within(name: str) -> Iterator[None]:
+    """Prefix the field of a ConfigError raised inside with the name of the field it happened in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error.field}", error.value, error.problem) from None
 
 
 def _family_of(config: Any, families: Mapping[str, type]) -> str:
@@ -135,7 +131,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise ConfigError(f"{field.name}.family", family, f"unknown family; known are {', '.join(families)}")
         hint, value = families[family], data
     if dataclasses.is_dataclass(hint):
-        with _Within(field.name):
+        with _within(field.name):
             return from_json(typing.cast(type, hint), value)
     if isinstance(value, list):
         value = tuple(value)

@@ -69,7 +69,6 @@ class ImageGrids:
 
     def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
         self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
-        self.z: torch.Tensor | None = None
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
