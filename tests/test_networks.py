@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dnnlib.config import ConfigError
 from training.networks import GENERATORS
 from training.networks.attention import SelfAttention
+from training.networks.generator import GeneratorConfig
 from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
 from training.networks.mapping import MappingNetwork
 from training.networks.styleformer import EncoderBlock, StyleformerConfig, StyleformerGenerator, ToRGB, base_grids
@@ -157,7 +158,7 @@ def ref_synthesis(ws: Array, state: State, config: StyleformerConfig, noise: boo
     return rgb.transpose(0, 3, 1, 2)
 
 
-def inputs(config: StyleformerConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
+def inputs(config: GeneratorConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(1)
     z = torch.randn(batch, config.z_dim, dtype=torch.float64)
     c = torch.eye(config.c_dim, dtype=torch.float64)[torch.arange(batch) % config.c_dim] if config.c_dim else None
