@@ -97,6 +97,8 @@ OPTIONS = (
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
            help="Tokens from which on it applies. [1024]"),
+    option("--handover", field="generator.handover", type=int, metavar="RES",
+           help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
     option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture of StyleGAN2. [skip]"),
     option("--g-cbase", field="generator.channel_base", type=int, metavar="INT",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import dataset_tool
 import generate
 import train
 from dnnlib.config import ConfigError, from_json, override, to_json
@@ -19,10 +20,10 @@ from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.snapshot import load_network
 
-# Options of train.py that make each family tiny, for 32x32 images.
+# Options of train.py that make each family tiny, for 32x32 images; test_train_cli.py has the Styleformer's.
 TINY = {
-    "styleformer": ["--g_dict=16,16,16", "--num_layers=1,1,1"],
     "stylegan2": ["--g-cmax=16", "--g-cbase=256"],
+    "styleformer-c": ["--handover=16", "--g_dict=16,16", "--num_layers=1,2", "--g-cmax=8"],
 }
 COMMON = ["--cfg=tiny", "--cbase=256", "--cmax=16", "--workers=0", "--batch=8", "--metrics=none", "--device=cpu"]
 COMMON += ["--kimg=0.032", "--tick=0.016", "--snap=1", "--pl-weight=2", "--pl-interval=2", "--r1-interval=2"]
@@ -110,6 +111,12 @@ def test_unknown_families_are_refused() -> None:
         (["--cfg=paper256", "--linformer"], "--linformer=True: is no setting of the family stylegan2"),
         (["--cfg=cifar", "--g-arch=skip"], "--g-arch=skip: is no setting of the family styleformer; stylegan2"),
         (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
+        (["--gen=stylegan2", "--handover=16"], "--handover=16: is no setting of the family stylegan2; styleformer-c"),
+        (["--gen=styleformer-c"], "--handover=32: is no grid below 32x32 that base=(8, 8) comes by; what is: 8, 16"),
+        (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
+        (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
+        (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),
+        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel for images of 32"),
         (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
         (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel for images of 32x32"),
         (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at img_size=(32, 32)"),
@@ -127,7 +134,7 @@ def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: P
     run_ok(f"--outdir={tmp_path / 'parts'}", *common, "--kimg=0.016")
     run_ok(f"--outdir={tmp_path / 'parts'}", *common, "--resume=latest")
     (whole,), (parts,) = ([*(tmp_path / name).iterdir()] for name in ("whole", "parts"))
-    assert whole.name.startswith(f"00000-shapes-tiny-{'' if family == 'styleformer' else family + '-'}")
+    assert whole.name.startswith(f"00000-shapes-tiny-{family}-")
     trained, resumed = (load_network(path / "network-snapshot-000000.pkl") for path in (whole, parts))
     assert type(trained.config.generator) is GENERATORS[family]
     assert trained.kimg == resumed.kimg == 0.032
@@ -141,3 +148,18 @@ def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: P
     result = CliRunner().invoke(generate.main, [*arguments, "--device=cpu", "--trunc=0.5"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "seed0002.png").exists()
+
+
+def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
+    data = tmp_path / "scenes.zip"
+    make = ["--source=shapes", f"--dest={data}", "--max-images=16", "--width=128", "--height=128", "--workers=1"]
+    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    options = ["--cfg=styleformer-c256", "--g_dict=16,16,16", "--num_layers=1,1,1", "--g-cmax=8", "--cmax=8"]
+    options += ["--z-dim=32", "--w-dim=32", "--batch=4", "--mbstd=4", "--kimg=0.008", "--metrics=none"]
+    options += ["--workers=0", "--device=cpu"]
+    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *options)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name == "00000-scenes-styleformer-c256-gpus1-batch4"
+    G = load_network(run_dir / "network-snapshot-000000.pkl").G_ema
+    assert G.img_shape == (3, 128, 128)
+    assert torch.isfinite(G(torch.randn(2, 32), None)).all()

@@ -149,6 +149,7 @@ def _presets() -> dict[str, TrainConfig]:
         "church128-l": override(
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
+        "styleformer-c256": _compositional(stylegan2),
         "tiny": _tiny(),
     }
 
@@ -184,6 +185,15 @@ def _styleformer(
         "generator.linformer": linformer,
         "augment.max_p": 0.7 if linformer else 1.0,
     }
+
+
+def _compositional(stylegan2: TrainConfig) -> TrainConfig:
+    """Styleformer-C for scenes of many objects at 256x256, such as CLEVR's, under the schedule of paper256.
+
+    The published widths and schedule are not known: these are this project's choice.
+    """
+    paper256 = _paper("styleformer-c256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)
+    return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
 def _tiny() -> TrainConfig:

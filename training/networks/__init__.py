@@ -9,10 +9,12 @@ and img_size; the network maps (img, c) to logits (B, 1) and lists its layers in
 from training.networks.discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
 
 GENERATORS: dict[str, type[GeneratorConfig]] = {
     "styleformer": StyleformerConfig,
     "stylegan2": StyleGAN2Config,
+    "styleformer-c": StyleformerCConfig,
 }
 DISCRIMINATORS = {"stylegan2": StyleGAN2DiscriminatorConfig}

@@ -126,18 +126,21 @@ class StyleformerConfig(GeneratorConfig):
         (h, w), count = self.base, 1
         while h < height and w < width:
             h, w, count = 2 * h, 2 * w, count + 1
-        fitted = self._with_defaults(count, f"{height}x{width}")
+        fitted = self._with_defaults(count, f"for images of {height}x{width}")
         fitted.check_img_size(height, width)
         return fitted
 
-    def _with_defaults(self, count: int, what: str) -> Self:
-        """Fill in what is open for `count` resolutions, which make images of a size that `what` names."""
-        widths, layers = DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
+    def _with_defaults(self, count: int, where: str) -> Self:
+        """Choose what is open for `count` resolutions; `where` says in a message why there are so many."""
+        widths, layers = self._default_widths(count)
         if self.layers and not self.widths and len(self.layers) != len(widths):
-            problem = f"must have one entry per resolution, {len(widths)} for images of {what}"
-            raise ConfigError("layers", self.layers, problem)
+            raise ConfigError("layers", self.layers, f"must have one entry per resolution, {len(widths)} {where}")
         linformer = count > 3 if self.linformer is None else self.linformer
         return replace(self, widths=self.widths or widths, layers=self.layers or layers, linformer=linformer)
+
+    def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths and blocks for `count` resolutions."""
+        return DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
 
     def check_img_size(self, height: int, width: int) -> None:
         """Raise ConfigError when this generator makes images of another size, naming what would fit."""
@@ -151,7 +154,7 @@ class StyleformerConfig(GeneratorConfig):
             f"what does: {', '.join(options)}",
         )
 
-    def build(self) -> StyleformerGenerator:
+    def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""
         self._require_widths()
         return StyleformerGenerator(self)
@@ -301,6 +304,10 @@ class SynthesisNetwork(nn.Module):
     def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
         """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
         check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+        return self.encode(ws, noise_mode)[1]
+
+    def encode(self, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) after the last encoder block, and the image so far."""
         x = self.const.expand(len(ws), -1, -1)  # (B, N, C)
         rgb = None
         first = 0
@@ -308,7 +315,7 @@ class SynthesisNetwork(nn.Module):
             x, rgb = stage(x, rgb, ws[:, first : first + num_blocks + 1], noise_mode)
             first += num_blocks
         assert rgb is not None
-        return rgb
+        return x, rgb
 
 
 class StyleformerGenerator(Generator):

@@ -86,10 +86,6 @@ class StyleGAN2Config(GeneratorConfig):
         """One style per convolution, one for the base grid and two above, and one more for the last ToRGB."""
         return 2 * len(self.grids)
 
-    def num_channels(self, grid: Grid) -> int:
-        """How many channels a grid of this size has."""
-        return min(self.channel_base // max(grid), self.channel_max)
-
     def fit(self, height: int, width: int) -> Self:
         """Choose the number of resolutions, and the channels if they are open, for images of this size."""
         return replace(
@@ -103,6 +99,12 @@ class StyleGAN2Config(GeneratorConfig):
         if not self.channel_base:
             raise ConfigError("channel_base", self.channel_base, "not chosen yet")
         return StyleGAN2Generator(self)
+
+
+def channels_on_grid(config: Any, grid: Grid) -> int:
+    """How many channels `channel_base` and `channel_max` give a grid."""
+    channels: int = min(config.channel_base // max(grid), config.channel_max)
+    return channels
 
 
 def check_channel_base(config: Any, img_size: Grid) -> None:
@@ -294,7 +296,7 @@ class SynthesisNetwork(nn.Module):
         super().__init__()
         self.num_ws, self.w_dim = config.num_ws, config.w_dim
         grids = config.grids
-        channels = [config.num_channels(grid) for grid in grids]
+        channels = [channels_on_grid(config, grid) for grid in grids]
         self.const = nn.Parameter(torch.randn(channels[0], *config.base))
         self.stages = nn.ModuleList(
             Stage(
