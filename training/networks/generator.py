@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, field_names
-from training.networks.layers import require_at_least
+from training.networks.layers import require_at_least, require_size
 from training.networks.mapping import MappingNetwork
 
 NoiseMode = Literal["const", "random", "none"]
@@ -71,6 +71,41 @@ class GeneratorConfig(ABC):
     @abstractmethod
     def build(self) -> Generator:
         """A generator with weights from torch's global random generator. Raises ConfigError while fields are open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoublingConfig(GeneratorConfig):
+    """A generator whose grid doubles from resolution to resolution: images of base * 2^(resolutions - 1) pixels.
+
+    `resolutions` None stands for a choice that is still to be made.
+    """
+
+    base: Grid = (4, 4)
+    resolutions: int | None = 4
+
+    OPEN: ClassVar[Mapping[str, Any]] = {"resolutions": None}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_size(self, "base")
+        if self.resolutions is not None:
+            require_at_least(self, 1, "resolutions")
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(height, width) of every resolution, from the base up. Raises ConfigError while `resolutions` is open."""
+        if self.resolutions is None:
+            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
+        return doubled_grids(self.base, self.resolutions)
+
+    @property
+    def img_size(self) -> Grid:
+        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
+        return self.grids[-1]
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose the number of resolutions for images of this size. Raises ConfigError naming bases that can."""
+        return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
 class Generator(nn.Module):

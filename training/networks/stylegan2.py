@@ -16,20 +16,18 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d, upsample2d
 from training.networks import execution, winograd
 from training.networks.generator import (
+    DoublingConfig,
     Generator,
     GeneratorConfig,
     Grid,
     NoiseMode,
     check_synthesis_inputs,
-    count_resolutions,
-    doubled_grids,
 )
 from training.networks.layers import (
     ACTIVATION_GAINS,
     FullyConnected,
     limit_rows,
     require_at_least,
-    require_size,
     resample_filter,
 )
 
@@ -42,7 +40,7 @@ def default_channel_base(resolution: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleGAN2Config(GeneratorConfig):
+class StyleGAN2Config(DoublingConfig):
     """A StyleGAN2 generator for images of base * 2^(resolutions - 1) pixels.
 
     A grid whose longer side is R has min(channel_base // R, channel_max) channels. 'skip' adds up an image from every
@@ -50,36 +48,20 @@ class StyleGAN2Config(GeneratorConfig):
     convolutions. `resolutions` None and `channel_base` 0 stand for choices that are still to be made.
     """
 
-    base: Grid = (4, 4)
-    resolutions: int | None = 4
     architecture: Architecture = "skip"
     channel_base: int = 32768
     channel_max: int = 512
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"resolutions": None, "channel_base": 0}
+    OPEN: ClassVar[Mapping[str, Any]] = {**DoublingConfig.OPEN, "channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_size(self, "base")
         require_at_least(self, 1, "channel_max")
         require_at_least(self, 0, "channel_base")
         if self.resolutions is not None:
-            require_at_least(self, 1, "resolutions")
             check_channel_base(self, self.img_size)
         if self.architecture not in get_args(Architecture):
             raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution, from the base up. Raises ConfigError while `resolutions` is open."""
-        if self.resolutions is None:
-            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
-        return doubled_grids(self.base, self.resolutions)
-
-    @property
-    def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
-        return self.grids[-1]
 
     @property
     def num_ws(self) -> int:
@@ -88,11 +70,8 @@ class StyleGAN2Config(GeneratorConfig):
 
     def fit(self, height: int, width: int) -> Self:
         """Choose the number of resolutions, and the channels if they are open, for images of this size."""
-        return replace(
-            self,
-            resolutions=count_resolutions(self.base, height, width),
-            channel_base=self.channel_base or default_channel_base(max(height, width)),
-        )
+        channel_base = self.channel_base or default_channel_base(max(height, width))
+        return replace(super().fit(height, width), channel_base=channel_base)
 
     def build(self) -> StyleGAN2Generator:
         """A generator with weights from torch's global random generator."""
