@@ -196,15 +196,14 @@ def _evaluator(trainer: Trainer, run_dir: Path) -> hooks.Evaluate:
 
     def evaluate(G_ema: Any, snapshot: Path, kimg: float) -> None:
         context = metrics.registry.MetricContext(G=G_ema, images=trainer.dataset, device=trainer.device)
-        for name in names:
-            result = metrics.registry.compute(name, context)
+        for result in metrics.registry.compute_all(names, context):
             if distributed.is_main():
                 record = metrics.registry.result_to_json(
                     result,
                     snapshot=snapshot,
                     kimg=kimg,
                     data=trainer.config.data.path,
-                    data_hash=trainer.dataset.content_hash,
+                    images=trainer.dataset,
                     mirror=trainer.config.data.mirror,
                 )
                 metrics.registry.append_result(run_dir, record)
