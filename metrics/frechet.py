@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnnlib.config import UserError
 from metrics.detectors import Role
-from metrics.feature_stats import Moments, Result, Want, statistics_of
+from metrics.feature_stats import Moments, Result, Rows, Want, statistics_of
 from metrics.registry import Measurement, register_metric
-from metrics.sampling import MetricContext
+from metrics.sampling import MetricContext, choose_fakes, choose_reals, own_shard, random_labels
+from torch_utils.distributed import all_reduce
 
 NUM_IMAGES = 50_000
+MAX_REALS = 200_000  # of the metrics that hold every feature
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -41,12 +44,12 @@ def distance_of(real: Result, fake: Result, *, unbiased: bool = False) -> float:
     return frechet_distance(real["mean"], covariances[0], fake["mean"], covariances[1])
 
 
-def singular_warning(real: Result, fake: Result) -> tuple[str, ...]:
-    """Return a warning where a set has fewer images than its features have dimensions."""
-    smaller, F = int(min(real["count"], fake["count"])), len(real["mean"])
-    if smaller > F:
+def few_images(count: int, dimensions: int, where: str = "") -> tuple[str, ...]:
+    """Return a warning where there are fewer images than features have dimensions."""
+    if count > dimensions:
         return ()
-    return (f"{smaller} images for {F} feature dimensions: the covariance is singular and the distance far too high",)
+    problem = "the covariance is singular and the distance too high"
+    return (f"{count} images {where}for {dimensions} feature dimensions: {problem}",)
 
 
 def measure(context: MetricContext, name: str, wants: list[Want], *, unbiased: bool) -> Measurement:
@@ -57,7 +60,7 @@ def measure(context: MetricContext, name: str, wants: list[Want], *, unbiased: b
         values={name: value},
         num_real=int(real["count"]),
         num_fake=int(fake["count"]),
-        warnings=singular_warning(real, fake),
+        warnings=few_images(int(min(real["count"], fake["count"])), len(real["mean"])),
     )
 
 
@@ -123,3 +126,73 @@ def fid(context: MetricContext, name: str, count: int | None) -> Measurement:
 def fd_dinov2(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the distance of N fakes to all reals in the features of DINOv2."""
     return measure(context, name, _plan_dinov2(context, count), unbiased=True)
+
+
+# Per class.
+
+
+def _plan_class(context: MetricContext, count: int | None) -> list[Want]:
+    _classes_of(context)
+    reals = min(len(context.images), MAX_REALS)
+    return [
+        Want(of="real", role="inception", count=reals, recipe=Rows()),
+        Want(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
+    ]
+
+
+def _classes_of(context: MetricContext) -> int:
+    """Return the number of classes. Raises UserError for data or networks without."""
+    labels = context.images.labels
+    if labels.ndim != 1 or (context.G is not None and context.G.c_dim == 0):
+        raise UserError("needs classes: a data set with class numbers, and a network that was trained with --cond")
+    if context.fakes is not None and context.fakes.labels.ndim != 1:
+        raise UserError("needs the classes of the generated images: give them a dataset.json with class numbers")
+    return context.images.c_dim
+
+
+def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:
+    """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64.
+
+    The processes share out the classes. Raises UserError for a class with fewer than two images on one side.
+    """
+    for number in range(classes):
+        found = [int((labels == number).sum()) for labels in (real_class, fake_class)]
+        if min(found) < 2:
+            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+    distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
+    for number in own_shard(classes):
+        sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]
+        means = [x.mean(dim=0) for x in sets]
+        covs = [(x - mean).T @ (x - mean) / len(x) for x, mean in zip(sets, means, strict=True)]
+        distances[number] = frechet_distance(means[0], covs[0], means[1], covs[1])
+    return all_reduce(distances)
+
+
+@register_metric(
+    "fid<N>_class",
+    help="mean over classes of the FID of a class's fakes to its reals, the worst class, and each; conditional models",
+    protocol="covariance over N; 50,000 fakes or <N> over all classes, all reals up to 200,000",
+    paper="none: FID of Heusel et al. 2017 within each class",
+    roles=("inception",),
+    plan=_plan_class,
+)
+def fid_class(context: MetricContext, name: str, count: int | None) -> Measurement:
+    """Return the mean, the largest, and every class's distance."""
+    wants = _plan_class(context, count)
+    real, fake = (statistics_of(context)[want]["rows"] for want in wants)
+    real_class = context.images.labels[choose_reals(context, len(real))].to(real.device)
+    if context.fakes is not None:
+        fake_class = context.fakes.labels[choose_fakes(context, context.fakes, len(fake))].to(real.device)
+    else:
+        fake_class = random_labels(context, range(len(fake))).argmax(dim=1)
+    classes = _classes_of(context)
+    distances = class_distances(real, real_class, fake, fake_class, classes).tolist()
+    values = {name: sum(distances) / classes, f"{name}_worst": max(distances)}
+    values |= {f"{name}_{number}": distance for number, distance in enumerate(distances)}
+    smallest = int(min(labels.bincount(minlength=classes).min() for labels in (real_class, fake_class)))
+    return Measurement(
+        values=values,
+        num_real=len(real),
+        num_fake=len(fake),
+        warnings=few_images(smallest, real.shape[1], "in the smallest class "),
+    )

@@ -14,11 +14,10 @@ from torch import Tensor
 from dnnlib.config import UserError
 from metrics.detectors import full_float32
 from metrics.feature_stats import Rows, Want, statistics_of
-from metrics.frechet import NUM_IMAGES
+from metrics.frechet import MAX_REALS, NUM_IMAGES
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import MetricContext, gather_rows, own_shard
 
-MAX_REALS = 200_000
 PR_NEIGHBOURS = 3
 DC_NEIGHBOURS = 5
 BLOCK = 4096

@@ -199,7 +199,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 @torch.no_grad()
 def _generate_batches(context: MetricContext, G: Generator, count: int) -> Batches:
     share = own_shard(count)
-    for positions in _cut(share, context.batch_size):
+    for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))
             img = G(
@@ -223,7 +223,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
     share = own_shard(len(indices))
     waiting: deque[tuple[range, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
-        for positions in _cut(share, context.batch_size):
+        for positions in cut(share, context.batch_size):
             waiting.append((positions, pool.submit(read, positions)))
             if positions.start == share.start:
                 waiting[0][1].result()  # one thread opens the files
@@ -234,7 +234,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
                 context.progress(what, done.stop - share.start, len(share))
 
 
-def _cut(positions: range, size: int) -> Iterator[range]:
+def cut(positions: range, size: int) -> Iterator[range]:
     """Cut a range of positions into batches."""
     for start in range(positions.start, positions.stop, size):
         yield range(start, min(start + size, positions.stop))
