@@ -19,7 +19,7 @@ from dnnlib.util import TeeLog
 from torch_utils import distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from training import hooks, runs
-from training.config import PRESETS, TRANSFER_LEARNING, DatasetInfo, TrainConfig, resolve
+from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
@@ -106,10 +106,21 @@ OPTIONS = (
            help="Upper bound of D's channels. [512]"),
     option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group of minibatch-std, 0 = off."),
-    # Arithmetic
-    switch("--fp32", field=None, help="Leave activations unclamped, as float32 permits."),
-    switch("--nhwc", field="channels_last", help="Channels-last memory layout."),
+    # Arithmetic, speed and memory
+    option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+           help="Of activations in training. [bf16 on GPUs that have it, else fp32]"),
+    switch("--fp32", field=None, help="The same as --precision=fp32."),
+    option("--reduced-from", field="reduced_from", type=int, metavar="RES",
+           help="Grids from this size on use --precision, smaller ones float32. [0]"),
     switch("--allow-tf32", field="allow_tf32", help="TF32 matrix units for float32."),
+    option("--nan", field="run.nan", type=click.Choice(["stop", "skip"]),
+           help="After values that are not finite: stop at the tick, or go on without their updates. [stop]"),
+    switch("--nhwc", field="channels_last", help="Channels-last memory layout. [on GPUs, unless fp32]"),
+    switch("--data-on-gpu", field="run.data_on_gpu", help="Keep all images there. [if they are few]"),
+    switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
+    switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
+    switch("--grad-checkpoint", field="run.recompute",
+           help="Compute activations again in the backward pass: less memory, a third more time."),
     switch("--nobench", field=None, help="Do not let cuDNN try out its algorithms."),
 )
 # fmt: on
@@ -131,11 +142,16 @@ def main(context: click.Context, **options: Any) -> None:
         _require(context, name)
     plain, transfer = (_requested_config(context, base) for base in ({}, TRANSFER_LEARNING))
     dataset = ImageDataset(plain.data)
-    data = DatasetInfo(img_shape=dataset.img_shape, c_dim=dataset.c_dim)
+    device = distributed.choose_device(plain.run.device)
+    about = Circumstances(
+        img_shape=dataset.img_shape,
+        c_dim=dataset.c_dim,
+        on_gpu=device.type == "cuda",
+        has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+    )
     outdir = Path(options["outdir"])
-    request = runs.Request(outdir=outdir, resume=options["resume"], plain=plain, transfer=transfer, data=data)
-    config = resolve(request.config, data)
-    device = distributed.choose_device(config.run.device)
+    request = runs.Request(outdir=outdir, resume=options["resume"], plain=plain, transfer=transfer, about=about)
+    config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
     is_first = distributed.launched_rank() == 0
@@ -224,8 +240,8 @@ def _require(context: click.Context, name: str) -> None:
 def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainConfig:
     """The preset, changed by `base`, the launcher and the options, in this order. Refuses metrics that cannot be."""
     values = dnnlib.cli.config_values(context)
-    if context.params["fp32"]:
-        values |= {"generator.conv_clamp": None, "discriminator.conv_clamp": None}
+    if context.params["fp32"] and values.setdefault("precision", "fp32") != "fp32":
+        raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
     if "run.metrics" in values:

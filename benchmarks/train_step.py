@@ -28,7 +28,7 @@ from dnnlib.cli import IntList, Script, option
 from dnnlib.config import UserError, override
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
-from training.config import PRESETS, DatasetInfo, TrainConfig, resolve
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import winograd
 from training.training_loop import Trainer
@@ -111,7 +111,7 @@ def with_synthetic_images(config: TrainConfig, resolution: int | None, folder: P
         raise UserError(f"--preset={config.preset} is for images of any size: give --resolution")
     height, width = (resolution, resolution) if resolution else config.generator.img_size
     config = override(config, {"data.path": str(folder / "scenes.zip")})
-    config = resolve(config, DatasetInfo(img_shape=(3, height, width), c_dim=0))
+    config = resolve(config, Circumstances(img_shape=(3, height, width), c_dim=0))
     size = [f"--width={width}", f"--height={height}", f"--max-images={NUM_IMAGES}"]
     with contextlib.redirect_stdout(sys.stderr):
         dataset_tool.main(

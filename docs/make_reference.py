@@ -46,6 +46,9 @@ CHOSEN_BY_RESOLVE = {
     "run.metrics",
     "run.device",
     "run.workers",
+    "run.data_on_gpu",
+    "precision",
+    "channels_last",
 }
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import dataset_tool
 from dnnlib.config import override
-from training.config import PRESETS, DatasetInfo, TrainConfig, resolve
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 
 
@@ -58,4 +58,4 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     config = override(PRESETS["tiny"], values)
     dataset = ImageDataset(config.data)
-    return resolve(config, DatasetInfo(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
+    return resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim))

@@ -30,6 +30,9 @@ from training.augment_stages import (
 LUMA = np.array([1.0, 1.0, 1.0, 0.0]) / sqrt(3)
 
 
+NEVER = torch.tensor(False)  # nothing to skip
+
+
 def build(pipe: str, img_shape: tuple[int, int, int], p: float) -> AugmentPipe:
     return AugmentPipe(AugmentConfig(mode="fixed", pipe=pipe, p=p), img_shape)
 
@@ -82,7 +85,7 @@ def test_no_value_is_read_by_the_host() -> None:
     pipe = AugmentPipe(config, (3, 24, 32)).to("meta")  # on which reading a value raises
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
     controller = AdaController(config, pipe)
-    controller.observe(torch.empty([], device="meta"))
+    controller.observe(torch.empty([], device="meta"), NEVER.to("meta"))
     controller.update(4, 32)
 
 
@@ -592,7 +595,7 @@ def test_controller_follows_the_formula() -> None:
     signs = [0.9, 0.7, 0.5, 0.6] * 6 + [0.5, 0.6, 0.6, 0.5] * 9 + [1.0] * 4
     p = 0.0
     for step, sign in enumerate(signs, start=1):
-        controller.observe(torch.tensor(sign))
+        controller.observe(torch.tensor(sign), NEVER)
         controller.update(step, 32)
         if step % 4 == 0:
             mean = sum(signs[step - 4 : step]) / 4
@@ -606,6 +609,14 @@ def test_controller_follows_the_formula() -> None:
     assert p == pytest.approx(0.064)
 
 
+def test_controller_leaves_out_what_is_to_be_skipped() -> None:
+    controller = ada(target=0.6, ada_kimg=1, ada_interval=1)
+    controller.observe(torch.tensor(float("nan")), torch.tensor(True))
+    controller.observe(torch.tensor(0.9), NEVER)
+    controller.update(1, 32)
+    assert controller.pipe.p.item() == pytest.approx(0.032)
+
+
 def test_controller_stays_without_observations() -> None:
     controller = ada(ada_kimg=1)
     controller.pipe.p.fill_(0.5)
@@ -616,7 +627,7 @@ def test_controller_stays_without_observations() -> None:
 def test_controller_resumes_exactly() -> None:
     def run(controller: AdaController, steps: range) -> None:
         for step in steps:
-            controller.observe(torch.tensor(0.5 + 0.4 * sin(step)))
+            controller.observe(torch.tensor(0.5 + 0.4 * sin(step)), NEVER)
             controller.update(step, 48)
 
     straight, first, second = (ada(ada_kimg=3, target=0.45) for _ in range(3))
@@ -639,7 +650,7 @@ def test_fixed_p_never_moves() -> None:
     config = AugmentConfig(mode="fixed", pipe="color", p=1.0)
     controller = AdaController(config, AugmentPipe(config, (3, 8, 8)))
     for step in range(1, 9):
-        controller.observe(torch.tensor(-1.0))
+        controller.observe(torch.tensor(-1.0), NEVER)
         controller.update(step, 1000)
     assert controller.pipe.p.item() == 1.0
     assert not controller.is_saturated(1.0)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from dnnlib.config import ConfigError, differences, from_json, override, to_json
-from training.config import PRESETS, DatasetInfo, TrainConfig, resolve, same_training
+from training.config import ADDED_FIELDS, PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
 
-CIFAR = DatasetInfo(img_shape=(3, 32, 32), c_dim=0)
+CIFAR = Circumstances(img_shape=(3, 32, 32), c_dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def test_override_names_the_whole_path_of_what_it_refuses() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name: str) -> None:
-    config = resolve(PRESETS[name], DatasetInfo(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
+    config = resolve(PRESETS[name], Circumstances(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
     text = json.dumps(to_json(config))
     assert from_json(TrainConfig, json.loads(text)) == config
     assert config.preset == name
@@ -66,6 +66,31 @@ def test_json_with_wrong_contents_is_refused() -> None:
         from_json(Outer, good | {"inner": {"count": 2, "sizes": [1, "a"]}})
 
 
+def test_a_configuration_from_before_a_field_is_read_as_what_it_was() -> None:
+    config = resolve(PRESETS["tiny"], Circumstances(img_shape=(3, 32, 32), c_dim=0))
+    data = json.loads(json.dumps(to_json(config)))
+    for path in ADDED_FIELDS:
+        *parents, name = path.split(".")
+        del (data[parents[0]] if parents else data)[name]
+    assert read_config(data) == override(config, {**ADDED_FIELDS})
+    with pytest.raises(ConfigError, match="missing"):
+        read_config({key: value for key, value in data.items() if key != "seed"})
+
+
+def test_precision_and_layout_follow_the_machine() -> None:
+    def resolved(**machine: bool) -> tuple[str | None, bool | None]:
+        config = resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 32, 32), c_dim=0, **machine))
+        return config.precision, config.channels_last
+
+    assert resolved() == ("fp32", False)
+    assert resolved(on_gpu=True) == ("fp32", False)
+    assert resolved(on_gpu=True, has_bf16=True) == ("bf16", True)
+    with pytest.raises(ConfigError, match=r"precision='int8'.*fp32, bf16, fp16"):
+        override(PRESETS["cifar"], {"precision": "int8"})
+    with pytest.raises(ConfigError, match="leave one out"):
+        override(PRESETS["cifar"], {"run.graphs": True, "run.recompute": True})
+
+
 def test_differences_lists_changed_leaves() -> None:
     old, new = to_json(Outer()), to_json(Outer(inner=Inner(count=5)))
     assert differences(old, new) == ["inner.count: 1 -> 5"]
@@ -85,7 +110,7 @@ def test_auto_follows_resolution_and_gpus(
     resolution: int, gpus: int, batch: int, gamma: float, channel_base: int
 ) -> None:
     config = override(PRESETS["auto"], {"run.num_gpus": gpus})
-    resolved = resolve(config, DatasetInfo(img_shape=(3, resolution, resolution), c_dim=0))
+    resolved = resolve(config, Circumstances(img_shape=(3, resolution, resolution), c_dim=0))
     assert resolved.batch_size == batch
     assert resolved.run.batch_gpu == batch // gpus
     assert resolved.loss.r1_gamma == pytest.approx(gamma)
@@ -96,7 +121,7 @@ def test_auto_follows_resolution_and_gpus(
 
 
 def test_resolve_takes_channels_labels_and_size_from_the_data() -> None:
-    resolved = resolve(PRESETS["auto"], DatasetInfo(img_shape=(1, 64, 64), c_dim=7))
+    resolved = resolve(PRESETS["auto"], Circumstances(img_shape=(1, 64, 64), c_dim=7))
     assert (resolved.generator.img_channels, resolved.discriminator.img_channels) == (1, 1)
     assert (resolved.generator.c_dim, resolved.discriminator.c_dim) == (7, 7)
     assert resolved.discriminator.img_size == (64, 64)
@@ -119,7 +144,7 @@ def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
 
 def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_it_can() -> None:
     with pytest.raises(ConfigError, match=r"12"):
-        resolve(PRESETS["cifar"], DatasetInfo(img_shape=(3, 48, 48), c_dim=0))
+        resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 48, 48), c_dim=0))
 
 
 def test_same_training_ignores_how_long_and_how_loud() -> None:

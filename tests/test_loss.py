@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.config import PRESETS
 from training.ema import EMA, EMAConfig
 from training.loss import Players, discriminator_logistic, generator_logistic, path_length, r1_penalty
-from training.phases import Phase, build_optimizer, build_phases
+from training.phases import Learner, Phase, build_learner, build_phases
 
 H = W = 4
 
@@ -139,28 +139,29 @@ def test_lazy_regularisation_slows_adam_down() -> None:
     """The figures of the CIFAR configuration: k = 4 for G, 16 for D; lr 0.0025, betas (0, 0.99)."""
     parameters = [nn.Parameter(torch.zeros(1))]
     config = PRESETS["cifar"].g_optimizer
-    g = build_optimizer(parameters, config, 4).param_groups[0]
-    d = build_optimizer(parameters, config, 16).param_groups[0]
+    g = build_learner(parameters, config, 4).optimizer.param_groups[0]
+    d = build_learner(parameters, config, 16).optimizer.param_groups[0]
     assert (g["lr"], g["betas"][1]) == (pytest.approx(0.002), pytest.approx(0.991992, abs=1e-6))
     assert (d["lr"], d["betas"][1]) == (pytest.approx(0.00235294, abs=1e-8), pytest.approx(0.990585, abs=1e-6))
     assert (g["betas"][0], g["eps"]) == (0.0, 1e-8)
-    assert build_optimizer(parameters, config, None).param_groups[0]["lr"] == 0.0025
+    assert build_learner(parameters, config, None).optimizer.param_groups[0]["lr"] == 0.0025
 
 
 def test_phases_of_the_presets() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    parameters = [nn.Parameter(torch.zeros(1))]
+    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
 
     def phases(preset: str, gamma: float) -> list[tuple[str, int]]:
         from dataclasses import replace
 
         loss = replace(PRESETS[preset].loss, r1_gamma=gamma)
-        built: list[Phase] = build_phases(players(), loss, [], [], optimizer, optimizer)
+        built: list[Phase] = build_phases(players(), loss, learner, learner)
         return [(phase.name, phase.interval) for phase in built]
 
     assert phases("stylegan2", 10) == [("G_main", 1), ("G_reg", 4), ("D_main", 1), ("D_reg", 16)]
     assert phases("cifar", 0.01) == [("G_main", 1), ("D_main", 1), ("D_reg", 16)]
     assert phases("cifar", 0) == [("G_main", 1), ("D_main", 1)]
-    phase = Phase("x", [], optimizer, lambda img, c: generator_logistic(players(), img, c), interval=4)
+    phase = Phase("x", learner, lambda img, c: generator_logistic(players(), img, c), interval=4)
     assert [step for step in range(10) if phase.is_due(step)] == [0, 4, 8]
 
 

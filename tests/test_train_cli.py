@@ -87,8 +87,7 @@ def test_switches_take_values_as_in_older_commands(shapes_zip: Path) -> None:
     )
     options = plan["options"]
     assert options["data"] | {"mirror": True, "use_labels": True} == options["data"]
-    assert options["generator"]["conv_clamp"] is None
-    assert options["discriminator"]["conv_clamp"] is None
+    assert options["precision"] == "fp32"
     assert (options["channels_last"], options["allow_tf32"]) == (True, False)
     assert options["run"]["cudnn_benchmark"] is False
     assert options["generator"]["c_dim"] == 5

@@ -37,12 +37,20 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
+def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
+    """From version 2 on the optimizers are fused ones, which can leave a step out."""
+    for part in payload["parts"].values():
+        for group in part.get("param_groups", ()):
+            group["fused"] = True
+    return payload
+
+
 class Checkpoint:
     """Everything that changes during training, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
-    VERSION = 1
-    MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
+    VERSION = 2
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers}  # version -> from its payload to that of the next
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts

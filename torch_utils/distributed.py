@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -156,17 +156,6 @@ def all_reduce(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in place, through one flat all_reduce."""
-    if world_size() == 1 or not tensors:
-        return
-    flat = torch.cat([x.detach().reshape(-1) for x in tensors])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(mean.reshape(x.shape))
 
 
 def from_main(function: Callable[[], T]) -> T:

@@ -29,13 +29,15 @@ class Stats:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Take in every element of each tensor. Stays on the device."""
-        for name, value in values.items():
-            x = value.detach().to(torch.float64)
-            moments = torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
+        self.add_moments({name: moments(value) for name, value in values.items()})
+
+    def add_moments(self, table: Mapping[str, Tensor]) -> None:
+        """Take in values by their `moments`."""
+        for name, row in table.items():
             if name in self.moments:
-                self.moments[name] += moments
+                self.moments[name] += row
             else:
-                self.moments[name] = moments
+                self.moments[name] = row.clone()
 
     def collect(self) -> dict[str, Stat]:
         """Return the statistics over all ranks and start afresh. A collective call, and the one host sync."""
@@ -46,6 +48,12 @@ class Stats:
         distributed.all_reduce(table)
         self.moments = {}
         return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
+
+
+def moments(values: Tensor) -> Tensor:
+    """Return count, sum and sum of squares, (3,)."""
+    x = values.detach().to(torch.float64)
+    return torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
 
 
 def _to_stat(count: float, total: float, squares: float) -> Stat:

@@ -87,11 +87,14 @@ class AdaController:
         self.sign_sum = torch.zeros_like(pipe.p)
         self.count = torch.zeros_like(pipe.p)
 
-    def observe(self, mean_sign: Tensor) -> None:
-        """Take in the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank."""
+    def observe(self, mean_sign: Tensor, skip: Tensor) -> None:
+        """Take in the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank.
+
+        Where `skip`, a truth value on the device, says so, the mean is none to rely on.
+        """
         if self.config.mode == "ada":
-            self.sign_sum += mean_sign.detach()
-            self.count += 1
+            self.sign_sum += torch.where(skip, 0, mean_sign.detach())
+            self.count += ~skip
 
     def update(self, step: int, batch_size: int) -> None:
         """Adjust p if it is due at `step`, the number of steps done; `batch_size` images made a step."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, override
+from dnnlib.config import ConfigError, from_json, override
 from training.augment import AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
@@ -17,6 +17,8 @@ from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.phases import AdamConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class RunConfig:
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
+    data_on_gpu: bool | None = None  # keep all images there as uint8; None: if it is small
+    nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
+    recompute: bool = False  # activations again in the backward pass instead of keeping them
+    compile: bool = False  # torch.compile for the phases that are differentiated once
+    graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
     profile_steps: int = 0
 
@@ -46,6 +53,10 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.nan not in ("stop", "skip"):
+            raise ConfigError("nan", self.nan, "choose stop or skip")
+        if self.graphs and self.recompute:
+            raise ConfigError("graphs", True, "cannot record activations that are computed again: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +78,10 @@ class TrainConfig:
     batch_size: int | None = None
     w_avg_rate: float = 0.005  # share of the batch mean that enters w_avg in each phase
     freeze_layers: int = 0  # Freeze-D: layers of D, counted from the image, that are not trained
+    precision: Precision | None = None  # None: bf16 on a GPU that has it, else fp32
+    reduced_from: int = 0  # grids of this longer side and larger compute in `precision`
     allow_tf32: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None  # None: with reduced precision on a GPU
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -76,16 +89,22 @@ class TrainConfig:
             raise ConfigError("batch_size", self.batch_size, "must be at least 1")
         if self.freeze_layers < 0:
             raise ConfigError("freeze_layers", self.freeze_layers, "cannot be negative; 0 trains all of D")
+        if self.precision not in (None, *get_args(Precision)):
+            raise ConfigError("precision", self.precision, f"choose one of {', '.join(get_args(Precision))}")
+        if self.reduced_from < 0:
+            raise ConfigError("reduced_from", self.reduced_from, "cannot be negative; 0 reduces all grids")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "must lie in 0..2^63-1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """What `resolve` needs to know of the training images."""
+class Circumstances:
+    """What `resolve` needs to know of the training images and the machine."""
 
     img_shape: tuple[int, int, int]
     c_dim: int
+    on_gpu: bool = False
+    has_bf16: bool = False  # in its matrix units
 
 
 # Widths and blocks per resolution, by the number of resolutions, where a preset leaves them open (widths=()).
@@ -205,26 +224,29 @@ PRESETS: Mapping[str, TrainConfig] = _presets()
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
-def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
+def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     """Fill in what depends on the data or the machine, and check that the parts fit together.
 
     Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
     """
-    channels, height, width = data.img_shape
+    channels, height, width = about.img_shape
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
     batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
     lr = 0.002 if resolution >= 1024 else 0.0025
+    precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
     values: dict[str, Any] = {
         "batch_size": batch_size,
+        "precision": precision,
+        "channels_last": about.on_gpu and precision != "fp32" if config.channels_last is None else config.channels_last,
         "run.batch_gpu": batch_gpu,
         "generator.img_channels": channels,
-        "generator.c_dim": data.c_dim,
+        "generator.c_dim": about.c_dim,
         "discriminator.img_channels": channels,
         "discriminator.img_size": (height, width),
-        "discriminator.c_dim": data.c_dim,
+        "discriminator.c_dim": about.c_dim,
         "g_optimizer.lr": config.g_optimizer.lr or lr,
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
@@ -237,7 +259,7 @@ def resolve(config: TrainConfig, data: DatasetInfo) -> TrainConfig:
     resolved = override(config, values)
     resolved.generator.check_img_size(height, width)
     _check_batches(resolved)
-    _check_parts(resolved, data)
+    _check_parts(resolved, about)
     return resolved
 
 
@@ -282,13 +304,35 @@ def _check_batches(config: TrainConfig) -> None:
         )
 
 
-def _check_parts(config: TrainConfig, data: DatasetInfo) -> None:
-    AugmentPipe(config.augment, data.img_shape)  # raises ConfigError for images that its transforms cannot treat
+def _check_parts(config: TrainConfig, about: Circumstances) -> None:
+    AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that its transforms cannot treat
     with torch.device("meta"):
         num_layers = len(config.discriminator.build().layers_from_image())
     if config.freeze_layers > num_layers:
         problem = f"this discriminator has {num_layers} layers that can be frozen"
         raise ConfigError("freeze_layers", config.freeze_layers, problem)
+
+
+# Fields that came after the first files were written, and the values that say what was done before there were any.
+ADDED_FIELDS: Mapping[str, Any] = {
+    "precision": "fp32",
+    "reduced_from": 0,
+    "run.data_on_gpu": False,
+    "run.nan": "stop",
+    "run.recompute": False,
+    "run.compile": False,
+    "run.graphs": False,
+}
+
+
+def read_config(data: Any) -> TrainConfig:
+    """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
+    if isinstance(data, dict) and isinstance(data.get("run"), dict):
+        data = {**data, "run": {**data["run"]}}
+        for path, value in ADDED_FIELDS.items():
+            *parents, name = path.split(".")
+            (data[parents[0]] if parents else data).setdefault(name, value)
+    return from_json(TrainConfig, data)
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from dnnlib.config import ConfigError, UserError
 from training.data_sources.codec import BrokenImageError, decode_as, decode_image, read_shape
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
+
+# The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
+RESIDENT_BYTES = 2 * 2**30
 
 _CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
@@ -50,6 +54,7 @@ class ImageDataset:
     With `mirror`, index i < len/2 is an image and i + len/2 the same image flipped: x-flip is an index, not a coin
     toss, so an epoch shows each image exactly once each way round, and the metrics see the same set as the training.
 
+    num_originals   images before `mirror` doubles them
     name            file or folder name without suffix
     img_shape       (C, H, W), from the first image; the others are checked when they are decoded
     c_dim           number of classes or length of the label vectors; 0 without labels or without `use_labels`
@@ -82,7 +87,11 @@ class ImageDataset:
         self.content_hash = self._content_hash()
 
     def __len__(self) -> int:
-        return len(self._subset) * (2 if self.config.mirror else 1)
+        return self.num_originals * (2 if self.config.mirror else 1)
+
+    @property
+    def num_originals(self) -> int:
+        return len(self._subset)
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is broken or of another shape."""
@@ -240,8 +249,6 @@ def batches(
     b = batch_size / world_size. Labels are as in `ImageDataset.labels`. With `workers` the batches are decoded ahead
     in other processes; which images come does not depend on it. Raises ValueError if the shares are not equal.
     """
-    if batch_size % world_size:
-        raise ValueError(f"batch of {batch_size} images cannot be shared by {world_size} processes equally")
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         _BatchReader(dataset),
         sampler=_ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size),
@@ -256,6 +263,39 @@ def batches(
             raise batch
         images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def resident_batches(
+    dataset: ImageDataset,
+    *,
+    seed: int,
+    position: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `batches` yields from a copy of all images on `device`: decoded once, picked and flipped there."""
+    n = dataset.num_originals
+    parts = (range(first, min(first + 1024, n)) for first in range(0, n, 1024))
+    images = torch.cat([dataset.images(part).to(device) for part in parts])  # uint8 (n, C, H, W)
+    labels = dataset.labels.to(device)
+    for indices in _ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size):
+        index = torch.from_numpy(indices)
+        if images.is_cuda:
+            index = index.pin_memory().to(device, non_blocking=True)
+        batch = images[index % n]
+        if dataset.config.mirror:
+            batch = torch.where((index >= n)[:, None, None, None], batch.flip(3), batch)
+        yield batch, labels[index]
+
+
+def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
+    """Whether the images are few enough for `resident_batches` without being asked to."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return dataset.num_originals * prod(dataset.img_shape) <= min(RESIDENT_BYTES, free / 4)
 
 
 class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
@@ -275,6 +315,8 @@ class _ShareOfBatches:
     """One rank's indices of each global batch from `position` on, without end."""
 
     def __init__(self, num_images: int, seed: int, position: int, batch_size: int, rank: int, world_size: int) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch of {batch_size} images cannot be shared by {world_size} processes equally")
         self.sampler = EpochSampler(num_images, seed)
         self.batch_size = batch_size
         self.share = batch_size // world_size

@@ -50,5 +50,4 @@ class EMA:
         averages: list[Tensor] = list(self.module.parameters())
         weights: list[Tensor] = list(self.source.parameters())
         torch._foreach_lerp_(averages, weights, 1 - beta)
-        for average, buffer in zip(self.module.buffers(), self.source.buffers(), strict=True):
-            average.copy_(buffer)
+        torch._foreach_copy_(list(self.module.buffers()), list(self.source.buffers()))

@@ -7,6 +7,7 @@ A hook is a callable that the trainer calls before the first step and after ever
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,10 @@ class Progress:
         now, nimg = time.time(), trainer.state.nimg
         if trainer.tick is not None:
             print(self._tick_line(trainer), flush=True)
+            for name, count in trainer.tick.values.items():
+                if name.startswith("Skipped/"):
+                    phase = name.partition("/")[2]
+                    print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
             if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
                 print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
@@ -111,8 +116,9 @@ class Snapshots:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
+        trainer.last_saved = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
         save_network(
-            self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl",
+            trainer.last_saved,
             config=trainer.config,
             G=trainer.G,
             D=trainer.D,
@@ -121,7 +127,8 @@ class Snapshots:
             ada_p=float(trainer.augment.p),
         )
         if trainer.state.step:
-            trainer.save(self.run_dir / f"training-state-{_kimg(trainer)}.pt")
+            trainer.last_saved = self.run_dir / f"training-state-{_kimg(trainer)}.pt"
+            trainer.save(trainer.last_saved)
             for old in list_states(self.run_dir)[:-KEEP_STATES]:
                 old.unlink()
 
@@ -149,7 +156,8 @@ class JsonLog:
             return
         line: dict[str, Any] = dict(trainer.tick.values)
         for name, stat in trainer.tick.stats.items():
-            line[name] = {"mean": stat.mean, "std": stat.std, "num": stat.count}
+            mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
+            line[name] = {"mean": mean, "std": std, "num": stat.count}
         append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib.config import ConfigError
 from training.dataset import encode_labels
+from training.networks import execution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,15 @@ class Players:
     labels: Tensor  # (items,) class indices or (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
+    wrap: Callable[[Any], Callable[..., Tensor]] = lambda network: network  # makes of a network what is called
+
+    def __post_init__(self) -> None:
+        self.synthesize, self.discriminate = self.wrap(self.G.synthesis), self.wrap(self.D)
+
+    def compiled(self) -> Players:
+        """Return the same players, called through torch.compile, which cannot differentiate twice."""
+        # The default would draw other noise than PyTorch does without it.
+        return replace(self, wrap=partial(torch.compile, dynamic=False, options={"fallback_random": True}))
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
         """Return fresh z (count, z_dim) and labels c (count, c_dim) of randomly drawn training images."""
@@ -93,11 +103,11 @@ class Players:
         """Return generated images, their labels and the mean w."""
         z, c = self.sample_latents(count)
         ws, mean_w = self.sample_styles(z, c)
-        return self.G.synthesis(ws, noise_mode="random"), c, mean_w
+        return self.synthesize(ws, noise_mode="random"), c, mean_w
 
     def judge(self, img: Tensor, c: Tensor) -> Tensor:
         """Return D's logits of freshly augmented images."""
-        return self.D(self.augment(img), c)
+        return self.discriminate(self.augment(img), c)
 
 
 def generator_logistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
@@ -124,7 +134,7 @@ def discriminator_logistic(players: Players, img: Tensor, c: Tensor) -> LossTerm
 def r1_penalty(players: Players, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x, by the images before augmentation (Mescheder et al. 2018)."""
     img = img.detach().requires_grad_(True)
-    with double_backward():
+    with execution.using(twice_differentiable=True):
         logits = players.judge(img, c)
         (gradient,) = torch.autograd.grad(logits.sum(), img, create_graph=True)
     squared_norm = gradient.square().sum(dim=(1, 2, 3))  # (B,)
@@ -140,8 +150,8 @@ def path_length(players: Players, img: Tensor, c: Tensor, weight: float, decay: 
     """
     z, c = players.sample_latents(len(img) // 2)
     ws, mean_w = players.sample_styles(z, c)
-    with double_backward():
-        fake = players.G.synthesis(ws, noise_mode="random")
+    with execution.using(twice_differentiable=True):
+        fake = players.synthesize(ws, noise_mode="random")
         y = torch.randn_like(fake) / math.sqrt(fake.shape[2] * fake.shape[3])
         (gradient,) = torch.autograd.grad((fake * y).sum(), ws, create_graph=True)  # (B/2, num_ws, w_dim)
     lengths = gradient.square().sum(dim=2).mean(dim=1).sqrt()  # (B/2,)
@@ -150,8 +160,3 @@ def path_length(players: Players, img: Tensor, c: Tensor, weight: float, decay: 
     loss = weight * penalty.mean()
     stats = {"Loss/pl_penalty": penalty, "Loss/path_length": lengths, "Loss/G/reg": loss}
     return LossTerms(loss, stats, {"w_avg": mean_w, "pl_mean": lengths.detach().mean()})
-
-
-def double_backward() -> Any:
-    """Context in which attention takes the path that can be differentiated twice."""
-    return sdpa_kernel([SDPBackend.MATH])

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dnnlib.config import ConfigError, UserError, differences, from_json, override, to_json
+from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.util import write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from training.config import DatasetInfo, TrainConfig, resolve, same_training
+from training.config import Circumstances, TrainConfig, read_config, resolve, same_training
 from training.dataset import ImageDataset
 from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
@@ -27,7 +28,7 @@ class Request:
     resume: str | None
     plain: TrainConfig  # the options over the preset
     transfer: TrainConfig  # the options over the preset as transfer learning changes it
-    data: DatasetInfo
+    about: Circumstances
 
     @property
     def config(self) -> TrainConfig:
@@ -46,7 +47,7 @@ class Start:
 
 def choose_start(request: Request) -> Start:
     """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
-    new = Start(config=resolve(request.config, request.data))
+    new = Start(config=resolve(request.config, request.about))
     if request.resume is None:
         return new
     if request.resume == "latest":
@@ -80,15 +81,18 @@ def _continue(run_dir: Path, request: Request) -> Start | None:
         return None
     if not any(same_training(saved, config) for config in _requested_there(saved, request)):
         return None
-    return Start(config=resolve(replace(saved, run=request.plain.run), request.data), run_dir=run_dir)
+    return Start(config=resolve(replace(saved, run=request.plain.run), request.about), run_dir=run_dir)
 
 
 def _requested_there(saved: TrainConfig, request: Request) -> Iterator[TrainConfig]:
-    """What the request comes to with the processes of a saved run, as plain training and as transfer learning."""
-    there = {"run.num_gpus": saved.run.num_gpus, "run.batch_gpu": saved.run.batch_gpu}
+    """What the request comes to on the machine of a saved run, as plain training and as transfer learning."""
+    there: dict[str, Any] = {"run.num_gpus": saved.run.num_gpus, "run.batch_gpu": saved.run.batch_gpu}
+    for name in ("precision", "channels_last"):
+        if getattr(request.plain, name) is None:
+            there[name] = getattr(saved, name)
     for config in (request.plain, request.transfer):
         try:
-            yield resolve(override(config, there), request.data)
+            yield resolve(override(config, there), request.about)
         except ConfigError:  # it cannot run there, so it is not what ran there
             continue
 
@@ -101,7 +105,7 @@ def _list_runs(outdir: Path) -> list[Path]:
 def _saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "training_options.json"
     try:
-        return from_json(TrainConfig, json.loads(path.read_text()))
+        return read_config(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, ConfigError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -168,6 +172,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     """Resume from the newest training state that is whole. Raises UserError when none is."""
     chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
     same_data = trainer.resume(chosen)
+    trainer.last_saved = chosen
     if distributed.is_main():
         if not same_data:
             print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.config import ConfigError, UserError, from_json, to_json
+from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils.checkpoint import Migration, read_file, write_file
-from training.config import TrainConfig
+from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
 VERSION = 1
@@ -62,7 +62,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     path = Path(path)
     payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
     try:
-        config = from_json(TrainConfig, payload["config"])
+        config = read_config(payload["config"])
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states = payload["networks"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,19 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
+from torch_utils.graphs import Captured
 from torch_utils.misc import seed_step
-from torch_utils.stats import Stat, Stats
+from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
 from training.augment import AdaController, AugmentPipe
 from training.config import TrainConfig
-from training.dataset import ImageDataset, batches, encode_labels
+from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, resident_batches
 from training.ema import EMA
 from training.loss import Players
-from training.phases import Phase, build_optimizer, build_phases
+from training.networks import execution
+from training.phases import Phase, build_learner, build_phases
+
+REDUCED = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -41,6 +44,41 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nimg, self.step, self.elapsed = state["nimg"], state["step"], state["elapsed"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a micro-batch tells: the batch means that it has added up, one behind the other, and its statistics."""
+
+    shapes: dict[str, torch.Size]
+    moments: dict[str, Tensor]
+
+    def split(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names of the means and their values, which stand in this order in `flat`."""
+        start = 0
+        for name, shape in self.shapes.items():
+            yield name, flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+
+
+class Failures:
+    """How often each phase met values that are not finite, and at which step first: kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.table: dict[str, Tensor] = {}
+
+    def note(self, name: str, step: int, is_bad: Tensor) -> None:
+        """Take in whether a phase failed at a step; both stay on the device."""
+        row = self.table.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))  # count, first step
+        row[1] = torch.where(is_bad & (row[0] == 0), step, row[1])
+        row[0] += is_bad
+
+    def collect(self) -> dict[str, tuple[int, int]]:
+        """Return (count, first step) of the phases that failed since the last call, and start afresh."""
+        rows = {name: row.tolist() for name, row in self.table.items()}
+        self.table = {}
+        return {name: (count, first) for name, (count, first) in rows.items() if count}
 
 
 @dataclass(frozen=True)
@@ -69,9 +107,9 @@ class RunningMean(nn.Module):
         self.register_buffer("value", value)
         self.rate = rate
 
-    def update(self, mean: Tensor) -> None:
-        """Move towards the mean over a global batch."""
-        self.value.lerp_(mean.to(self.value.dtype), self.rate)
+    def update(self, mean: Tensor, skip: Tensor) -> None:
+        """Move towards the mean over a global batch unless `skip`, a truth value on the device, says no."""
+        self.value.copy_(torch.where(skip, self.value, self.value.lerp(mean.to(self.value.dtype), self.rate)))
 
 
 class Trainer:
@@ -98,12 +136,21 @@ class Trainer:
         self.pl_mean = RunningMean(torch.zeros([], device=device), config.loss.pl_decay)
         self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
         self._build_phases()
+        self.execution = execution.Execution(
+            reduced=REDUCED[config.precision or "fp32"],
+            min_grid=config.reduced_from,
+            recompute=config.run.recompute,
+        )
+        self.graphs: dict[str, Captured[Report]] = {}  # by phase
+        self.graph_pool = torch.cuda.graph_pool_handle() if config.run.graphs else None
 
         self.state = TrainState()
         self.stats = Stats()
+        self.failures = Failures(device)
+        self.last_saved: Path | None = None  # the newest snapshot or training state, for messages
         self.stopwatch = Stopwatch(device)
         # Batch means that losses return (LossTerms.means) -> the running state that they drive.
-        self.trackers: dict[str, Callable[[Tensor], None]] = {
+        self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
             "real_sign": self.ada.observe,
@@ -112,8 +159,8 @@ class Trainer:
             G=self.G,
             D=self.D,
             G_ema=self.ema.module,
-            g_optimizer=self.g_optimizer,
-            d_optimizer=self.d_optimizer,
+            g_optimizer=self.g_learner.optimizer,
+            d_optimizer=self.d_learner.optimizer,
             ada=self.ada,
             pl_mean=self.pl_mean,
             state=self.state,
@@ -123,10 +170,10 @@ class Trainer:
         config = self.config
         frozen_layers = self.D.layers_from_image()[: config.freeze_layers]
         frozen = {id(p) for layer in frozen_layers for p in layer.parameters()}
-        g_parameters = list(self.G.parameters())
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
-        self.g_optimizer = build_optimizer(g_parameters, config.g_optimizer, config.loss.pl_interval)
-        self.d_optimizer = build_optimizer(d_parameters, config.d_optimizer, config.loss.r1_interval)
+        room = self.G.w_dim + 8  # the mean w is the largest of the batch means
+        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval, room)
+        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval, room)
         players = Players(
             G=self.G,
             D=self.D,
@@ -137,7 +184,9 @@ class Trainer:
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
-        self.phases = build_phases(players, config.loss, g_parameters, d_parameters, self.g_optimizer, self.d_optimizer)
+        self.phases = build_phases(
+            players, config.loss, self.g_learner, self.d_learner, use_compiled=config.run.compile
+        )
 
     def train(self) -> None:
         """Train to the configured number of images, calling the hooks on the way."""
@@ -165,47 +214,61 @@ class Trainer:
 
         Each micro-batch draws its random numbers from (seed, phase, position of its first image in the run), and
         running state moves once, by the mean over all micro-batches of all processes: so the result does not depend
-        on how many processes share the batch.
+        on how many processes share the batch. Where anything is not finite, the optimizer and the running state stay.
         """
-        rounds = len(img) // self.batch_gpu
-        first = self.state.nimg + distributed.rank() * len(img)
-        means: dict[str, Tensor] = defaultdict(lambda: torch.zeros([], device=self.device))
+        learner, first = phase.learner, self.state.nimg + distributed.rank() * len(img)
+        with learner.learning(), execution.using(self.execution):
+            accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
+            learner.gradients.zero()
+            for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
+                seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
+                report = accumulate(x, y)
+                self.stats.add_moments(report.moments)
 
-        for parameter in phase.parameters:
-            parameter.requires_grad_(True)
-        phase.optimizer.zero_grad(set_to_none=True)
-        for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
-            seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
-            terms = phase.loss(x, y)
-            (terms.loss * (phase.interval / rounds)).backward()
-            self.stats.add(terms.stats)
-            for name, value in terms.means.items():
-                means[name] = means[name] + value / rounds
-        for parameter in phase.parameters:
-            parameter.requires_grad_(False)
+        norm, is_bad = learner.gradients.reduce()
+        learner.step(skip=is_bad)
+        for name, value in report.split(learner.gradients.means):
+            self.trackers[name](value, is_bad)
+        self.stats.add({f"Gradients/{phase.name}_norm": norm})
+        self.failures.note(phase.name, self.state.step, is_bad)
 
-        gradients = [p.grad for p in phase.parameters if p.grad is not None]
-        distributed.average([*gradients, *means.values()])
-        self.stats.add({f"Gradients/{phase.name}_norm": torch.stack(torch._foreach_norm(gradients)).norm()})
-        phase.optimizer.step()
-        for name, value in means.items():
-            self.trackers[name](value)
+    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
+        """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
+        accumulate = partial(self._accumulate, phase)
+        if not self.config.run.graphs:
+            return accumulate
+        if phase.name not in self.graphs:
+            self.graphs[phase.name] = Captured(accumulate, img, c, pool=self.graph_pool)
+        return self.graphs[phase.name]
+
+    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Report:
+        """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
+        share = self.batch_gpu * distributed.world_size() / self.batch_size
+        terms = phase.loss(img, c)
+        (terms.loss * (phase.interval * share)).backward()
+        means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)])
+        phase.learner.gradients.means[: len(means)] += means * share
+        return Report(
+            shapes={name: x.shape for name, x in terms.means.items()},
+            moments={name: moments(x) for name, x in terms.stats.items()},
+        )
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of each batch: images in [-1, 1] and float labels, on the device."""
-        on_gpu = self.device.type == "cuda"
-        workers = self.config.run.workers
-        stream = batches(
-            self.dataset,
-            seed=self.config.seed,
-            position=self.state.nimg,
-            batch_size=self.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=workers if workers is not None else 2 * on_gpu,
-            pin_memory=on_gpu,
-            device=self.device,
-        )
+        run, on_gpu = self.config.run, self.device.type == "cuda"
+        share: dict[str, Any] = {
+            "seed": self.config.seed,
+            "position": self.state.nimg,
+            "batch_size": self.batch_size,
+            "rank": distributed.rank(),
+            "world_size": distributed.world_size(),
+            "device": self.device,
+        }
+        if fits_on_gpu(self.dataset, self.device) if run.data_on_gpu is None else run.data_on_gpu:
+            stream = resident_batches(self.dataset, **share)
+        else:
+            workers = 2 * on_gpu if run.workers is None else run.workers
+            stream = batches(self.dataset, workers=workers, pin_memory=on_gpu, **share)
         for images, labels in stream:
             img = images.float() / 127.5 - 1
             if self.config.channels_last:
@@ -225,20 +288,28 @@ class Trainer:
         self.tick_began, self.tick_nimg_began, self.maintenance = time.time(), self.state.nimg, maintenance
 
     def _finish_tick(self) -> Tick | None:
-        """Return the tick's figures when one has just ended. Raises UserError when training has diverged."""
+        """Return the tick's figures when one has just ended."""
         number = self.state.nimg // self.tick_nimg
         previous = (self.state.nimg - self.batch_size) // self.tick_nimg
         is_last = self.state.nimg >= self.total_nimg
         if number == previous and not is_last:
             return None
         stats = self.stats.collect()
-        bad = ", ".join(name for name, stat in stats.items() if not math.isfinite(stat.mean))
-        if bad:
+        values = self._progress() | self._check_failures()
+        return Tick(number, previous, is_first=False, is_last=is_last, stats=stats, values=values)
+
+    def _check_failures(self) -> dict[str, float]:
+        """Return how many updates each phase has left out in this tick. Raises UserError if any, unless nan='skip'."""
+        failures = self.failures.collect()
+        if failures and self.config.run.nan == "stop":
+            phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
             raise UserError(
-                f"not finite at kimg {self.state.nimg / 1000:.1f}: {bad}. Training has diverged; the last training "
-                "state is from before. Transfer from a snapshot with a higher --gamma or lower learning rates"
+                f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
+                "its update was left out, and training stops. "
+                f"Last good file: {self.last_saved or 'none written yet'}. Go on from it with a higher --gamma, lower "
+                "--glr and --dlr, or --precision=fp32; --nan=skip leaves such updates out and goes on"
             )
-        return Tick(number, previous, is_first=False, is_last=is_last, stats=stats, values=self._progress())
+        return {f"Skipped/{phase}": float(count) for phase, (count, _) in failures.items()}
 
     def _progress(self) -> dict[str, float]:
         values = {

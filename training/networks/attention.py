@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.networks import execution
+from training.networks.blockwise import blockwise_attention
+
 
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V per head; queries, keys and values come ready-made.
@@ -29,7 +32,8 @@ class SelfAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
         q, k, v = self._split(q), self._split(self._project(k)), self._split(self._project(v))  # (B, H, N or k, D)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attend = blockwise_attention if execution.current.twice_differentiable else F.scaled_dot_product_attention
+        return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The attention weights that `forward` applies to the (projected) values, (B, H, N, N or k)."""
@@ -37,7 +41,7 @@ class SelfAttention(nn.Module):
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
 
     def _project(self, x: Tensor) -> Tensor:
-        return x if self.token_projection is None else self.token_projection @ x
+        return x if self.token_projection is None else self.token_projection.to(x.dtype) @ x
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

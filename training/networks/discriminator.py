@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
 from torch_utils.ops.upfirdn2d import downsample2d
+from training.networks import execution
 from training.networks.layers import (
     Conv2d,
     FullyConnected,
@@ -98,6 +99,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H/2, W/2)."""
+        x = execution.cast(x, (x.shape[2], x.shape[3]))
         y: Tensor = self.conv1(self.conv0(x))
         return y if self.skip is None else y + self.skip(x)
 
@@ -159,14 +161,14 @@ class StyleGAN2Discriminator(nn.Module):
             raise ValueError(f"images have shape {tuple(img.shape)}, this network needs (batch, {needed})")
         check_labels(c, self.c_dim, len(img))
 
-        x: Tensor = self.fromrgb[0](img)  # (B, ch, H, W)
+        x: Tensor = self.fromrgb[0](execution.cast(img, (img.shape[2], img.shape[3])))  # (B, ch, H, W)
         for level, block in enumerate(self.blocks, start=1):
-            x = block(x)  # (B, ch, H/2^level, W/2^level)
+            x = execution.run_block(block, x)  # (B, ch, H/2^level, W/2^level)
             if self.is_skip:
                 img = downsample2d(img, self.resample_filter)
-                x = x + self.fromrgb[level](img)
+                x = x + self.fromrgb[level](img.to(x.dtype))
 
-        logits: Tensor = self.epilogue(x)  # (B, 1), with labels (B, cmap_dim)
+        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, cmap_dim)
         if self.mapping is not None:
             logits = (logits * self.mapping(c)).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
         return logits

@@ -61,6 +61,11 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
     return (style.square() @ weight.square().t() + 1e-8).rsqrt()
 
 
+def limit_rows(x: Tensor) -> Tensor:
+    """Scale every row of x (rows, C) to a largest absolute value of 1."""
+    return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """Image (B, C, H, W) to tokens (B, H W, C); token y W + x is pixel (y, x)."""
     return x.flatten(2).transpose(1, 2)
@@ -105,9 +110,9 @@ class Conv2d(nn.Module):
 
         y = clamp(gain act(conv(x, W / sqrt(in k^2)) + b))
 
-    `gain` multiplies the activation's own gain and the clamp, so that a gain on a clamped layer is the same as a
-    factor on its output. down=2 filters with [1, 3, 3, 1] first, with zeros outside; the output has half the
-    size, which must be even.
+    Computed in x's type. `gain` multiplies the activation's own gain and the clamp, so that a gain on a clamped layer
+    is the same as a factor on its output. down=2 filters with [1, 3, 3, 1] first, with zeros outside; the output has
+    half the size, which must be even.
     """
 
     resample_filter: Tensor
@@ -138,7 +143,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The activation's gain acts on weight and bias, which are much smaller than the output.
-        weight = self.weight * self.weight_gain
+        weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = None if self.bias is None else self.bias * self.gain
         if self.down == 1 and winograd.pays(x, weight):
             x = winograd.conv3x3(x, weight)

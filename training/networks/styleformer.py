@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from dnnlib.config import ConfigError
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
+from training.networks import execution
 from training.networks.attention import SelfAttention
 from training.networks.layers import (
     FullyConnected,
     demodulation,
+    limit_rows,
     require_at_least,
     require_size,
     resample_filter,
@@ -168,22 +170,28 @@ class EncoderBlock(nn.Module):
         self.register_buffer("noise_const", torch.randn(N, 1))
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """x (B, N, C), w (B, w_dim) -> (B, N, C_out)."""
+        """x (B, N, C), w (B, w_dim) -> (B, N, C_out), computed in x's type; styles and demodulations in float32."""
         B, _, C = x.shape
+        dtype = x.dtype
         style_input, style_value = self.affine(w).chunk(2, dim=1)  # each (B, C)
+        weights: tuple[Tensor, ...] = self.qkv_weight, self.out_weight, self.residual_weight
+        if dtype == torch.float16:  # its largest number is 65,504; the demodulations undo these scalings
+            x, style_value, weights = x.float(), limit_rows(style_value), tuple(map(limit_rows, weights))
+        qkv_weight, out_weight, residual_weight = weights
 
         # Gains per channel: those of Q and K meet in the dot product, so Q carries both.
-        gain_q, gain_k, gain_v = demodulation(self.qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
-        x = F.layer_norm(x * style_input.unsqueeze(1), (C,))
-        q, k, v = F.linear(x, self.qkv_weight).chunk(3, dim=2)  # each (B, N, C)
-        q = q * (gain_q * gain_k)
-        v = v * (gain_v * style_value.unsqueeze(1))
+        gain_q, gain_k, gain_v = demodulation(qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
+        x = F.layer_norm(x * style_input.unsqueeze(1).to(x.dtype), (C,)).to(dtype)
+        q, k, v = F.linear(x, qkv_weight.to(dtype)).chunk(3, dim=2)  # each (B, N, C)
+        q = q * (gain_q * gain_k).to(dtype)
+        v = v * (gain_v * style_value.unsqueeze(1)).to(dtype)
 
-        gain_out = demodulation(self.out_weight, style_value).unsqueeze(1)  # (B, 1, C_out)
-        gain_residual = demodulation(self.residual_weight, style_value).unsqueeze(1)
-        attended = F.linear(self.attention(q, k, v), self.out_weight)  # (B, N, C_out)
-        residual = F.linear(v, self.residual_weight)
-        x = torch.addcmul(torch.addcmul(self._noise(B, noise_mode), attended, gain_out), residual, gain_residual)
+        gain_out = demodulation(out_weight, style_value).unsqueeze(1).to(dtype)  # (B, 1, C_out)
+        gain_residual = demodulation(residual_weight, style_value).unsqueeze(1).to(dtype)
+        attended = F.linear(self.attention(q, k, v), out_weight.to(dtype))  # (B, N, C_out)
+        residual = F.linear(v, residual_weight.to(dtype))
+        noise = self._noise(B, noise_mode).to(dtype)
+        x = torch.addcmul(torch.addcmul(noise, attended, gain_out), residual, gain_residual)
         return bias_act(x, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
 
     def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
@@ -209,7 +217,8 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(img_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x (B, N, C), w (B, w_dim) -> (B, N, img_channels)."""
+        """x (B, N, C), w (B, w_dim) -> (B, N, img_channels), in float32 whatever x's type."""
+        x = execution.full_precision(x)
         # With so few outputs, weights per image are far smaller than a modulated copy of x.
         style = self.affine(w)  # (B, C)
         weight = self.weight * style.unsqueeze(1) * demodulation(self.weight, style).unsqueeze(2)
@@ -236,9 +245,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
         """x (B, N, C), rgb at half this resolution or None, ws (B, number of blocks + 1, w_dim) -> x, rgb."""
-        x = x + self.pos_embedding
+        x = execution.cast(x, self.grid)
+        x = x + self.pos_embedding.to(x.dtype)
         for block, w in zip(self.blocks, ws.unbind(dim=1), strict=False):
-            x = block(x, w, noise_mode)
+            x = execution.run_block(block, x, w, noise_mode)
 
         y = to_map(self.torgb(x, ws[:, -1]), self.grid)  # (B, img_channels, H, W)
         rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y

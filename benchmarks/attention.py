@@ -1,0 +1,256 @@
+"""Memory and time of attention against the number of tokens, with one derivative and with two.
+
+\b
+plain      the explicit softmax(Q K^T / sqrt(D)) V, with its (B, H, N, N) matrix (PyTorch's MATH)
+fused      PyTorch's fused kernels, which have no second derivative
+linformer  keys and values shortened to --projected-tokens; fused for one derivative, plain for two, as in training
+blockwise  fused forward, derivatives over blocks of the matrix (training/networks/blockwise.py)
+
+One derivative is that of a training step: forward and backward. Two are those of path length regularisation: forward,
+backward of a random projection, and the backward of the squared gradients.
+
+\b
+    python benchmarks/attention.py --device=cuda --batch=8 --heads=4
+    python benchmarks/attention.py --tokens=1024,4096 --forms=plain,blockwise
+
+Prints one line of JSON for each form, number of derivatives and N. `peak_mib` is what the passes needed besides their
+inputs: tensors on a GPU; on a CPU the growth of the resident memory, for which each line has a process of its own (this
+needs Linux). Times are those with the allocator as training sets it. Where there is no result, `problem` says why.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+from common import emit, synchronize
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dnnlib.cli import IntList, Script, option
+from dnnlib.config import UserError
+from torch_utils import distributed
+from torch_utils.misc import tune_allocator
+from training.networks.blockwise import BLOCK_BYTES, blockwise_attention
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMS = ("plain", "fused", "linformer", "blockwise")
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+# For the process whose memory is measured: glibc maps and returns each tensor, keeping no freed ones.
+GIVE_BACK_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+# How many float32 matrices the explicit form holds at a time with 1 and with 2 derivatives (measured: 3.1 and 11.2),
+# and how many blocks the blockwise one.
+MATRICES = {1: 4, 2: 12}
+BLOCKS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of the results: a form of attention, how often it is differentiated, and the sizes."""
+
+    form: str
+    derivatives: int
+    tokens: int
+    batch: int
+    heads: int
+    head_dim: int
+    projected_tokens: int
+    dtype: str
+
+    def matrix_gib(self) -> float:
+        """Predict what the attention matrices take, before they are made; the rest is small."""
+        if self.form == "fused":
+            return 0
+        if self.form == "blockwise":
+            return BLOCKS * BLOCK_BYTES["cpu"] / 2**30
+        keys = self.projected_tokens if self.form == "linformer" else self.tokens
+        return MATRICES[self.derivatives] * self.batch * self.heads * self.tokens * keys * 4 / 2**30
+
+
+@click.command(cls=Script, help=__doc__)
+@option(
+    "--tokens",
+    type=IntList(),
+    default="256,512,1024,2048,4096,8192,16384",
+    show_default=True,
+    help="Numbers of tokens N; R x R pixels are R^2.",
+)
+@option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
+@option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both.")
+@option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B.")
+@option("--heads", type=click.IntRange(min=1), default=1, show_default=True, help="Heads H.")
+@option("--head-dim", type=click.IntRange(min=1), default=32, show_default=True, help="Channels per head D.")
+@option("--projected-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Linformer's number k.")
+@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs.")
+@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
+@option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts.")
+@option(
+    "--max-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
+)
+def main(
+    tokens: tuple[int, ...],
+    forms: str,
+    derivatives: tuple[int, ...],
+    batch: int,
+    heads: int,
+    head_dim: int,
+    projected_tokens: int,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    repeats: int,
+    max_gib: float | None,
+) -> None:
+    where = distributed.choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = forms.split(",")
+    if unknown := sorted(set(chosen) - set(FORMS)):
+        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
+    if set(derivatives) - {1, 2}:
+        raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
+    if where.type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        raise UserError(f"--device={where}: the peak of resident memory is read from Linux's /proc, missing here")
+    if max_gib is None:
+        max_gib = host_gib() / 2 if where.type == "cpu" else math.inf
+    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    sizes |= {"projected_tokens": projected_tokens, "dtype": dtype}
+
+    for form in chosen:
+        for order in derivatives:
+            for N in tokens:
+                case = Case(form=form, derivatives=order, tokens=N, **sizes)
+                emit({"benchmark": "attention", **asdict(case), **result(case, where, repeats, max_gib)}, where)
+
+
+def host_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def result(case: Case, device: torch.device, repeats: int, max_gib: float) -> dict[str, Any]:
+    """Milliseconds and peak memory of a case, or the problem with it."""
+    if case.matrix_gib() > max_gib:
+        return {"problem": f"not started: needs matrices of about {case.matrix_gib():.3g} GiB, limit {max_gib:.3g}"}
+    if device.type != "cpu":
+        return measure(case, device, repeats, torch.get_num_threads())
+    own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with patch.dict(os.environ, GIVE_BACK_AT_ONCE), own_process as pool:
+        try:
+            return pool.submit(measure, case, device, repeats, torch.get_num_threads()).result()
+        except BrokenProcessPool:  # killed by the system
+            return {"problem": "out of memory"}
+
+
+def measure(case: Case, device: torch.device, repeats: int, threads: int) -> dict[str, Any]:
+    """Run a case in this process: once for the peak of memory, then timed."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        few = make_inputs(case, device, tokens=16)
+        differentiate(case, few)  # loads libraries and kernels, which are not the case's memory
+        inputs = make_inputs(case, device, case.tokens)
+        before = reset_peak(device)
+        differentiate(case, inputs)
+        needed = peak(device) - before
+        tune_allocator()
+        differentiate(case, inputs)
+        times = [seconds(case, inputs, device) for _ in range(repeats)]
+    except RuntimeError as error:
+        return {"problem": explain(error)}
+    return {"ms": round(statistics.median(times) * 1e3, 2), "peak_mib": round(needed, 1)}
+
+
+def seconds(case: Case, inputs: list[Tensor], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    differentiate(case, inputs)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def explain(error: RuntimeError) -> str:
+    """Name the failures that are results; raise the others again."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    if "derivative for aten::_scaled_dot_product" in text:
+        return "has no second derivative"
+    raise error
+
+
+def make_inputs(case: Case, device: torch.device, tokens: int) -> list[Tensor]:
+    """Queries, keys, values (B, H, N, D), and for Linformer the projection (k, N); all with gradient."""
+    shape = (case.batch, case.heads, tokens, case.head_dim)
+    inputs = [torch.randn(shape, device=device) for _ in range(3)]
+    if case.form == "linformer":
+        inputs.append(torch.randn(case.projected_tokens, tokens, device=device) / math.sqrt(tokens))
+    return [x.to(DTYPES[case.dtype]).requires_grad_() for x in inputs]
+
+
+def differentiate(case: Case, inputs: list[Tensor]) -> None:
+    """Forward, and one or two derivatives by all inputs."""
+    out = attend(case, inputs)
+    y = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, y, create_graph=case.derivatives == 2)
+    if case.derivatives == 2:
+        torch.autograd.grad(torch.stack([g.float().square().sum() for g in gradients]).sum(), inputs)
+
+
+def attend(case: Case, inputs: list[Tensor]) -> Tensor:
+    """The case's form of attention on the inputs, (B, H, N, D)."""
+    q, k, v, *projection = inputs
+    if case.form == "blockwise":
+        return blockwise_attention(q, k, v)
+    for E in projection:
+        k, v = E @ k, E @ v  # (B, H, k, D)
+    explicit = case.form == "plain" or (case.form == "linformer" and case.derivatives == 2)
+    with sdpa_kernel([SDPBackend.MATH] if explicit else FUSED):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def reset_peak(device: torch.device) -> float:
+    """Let the peak start anew and return the memory in use now, in MiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mib("VmRSS")
+
+
+def peak(device: torch.device) -> float:
+    """The most memory in use since `reset_peak`, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident_mib("VmHWM")
+
+
+def resident_mib(name: str) -> float:
+    """A figure of /proc/self/status; unlike getrusage's, it knows nothing of the process that started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 2**10
+
+
+if __name__ == "__main__":
+    main()

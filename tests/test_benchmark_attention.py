@@ -1,0 +1,78 @@
+"""benchmarks/attention.py with few tokens: the problems it reports, and memory that is known beforehand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_benchmarks import results
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import attention
+
+SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
+
+
+def test_attention_measures_memory_and_time() -> None:
+    """The explicit form holds several matrices, the blockwise form as many blocks, of half the size."""
+    options = [*SMALL, "--tokens=2048", "--batch=2", "--forms=plain,blockwise", "--derivatives=2"]
+    plain, blockwise = results(attention.main, *options)
+    assert (plain["form"], blockwise["form"]) == ("plain", "blockwise")
+    matrix = 2 * 2048**2 * 4 / 2**20
+    block = attention.BLOCK_BYTES["cpu"] / 2**20
+    assert 4 * matrix < plain["peak_mib"] < attention.MATRICES[2] * matrix
+    assert 4 * block < blockwise["peak_mib"] < attention.BLOCKS * block
+    for row in (plain, blockwise):
+        assert (row["tokens"], row["derivatives"]) == (2048, 2)
+        assert row["ms"] > 0
+    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ  # and was put back
+
+
+def test_attention_says_why_there_is_no_result() -> None:
+    no_derivative, refused = (
+        results(attention.main, *SMALL, *options)[-1]
+        for options in (
+            ["--tokens=16", "--forms=fused", "--derivatives=2"],
+            ["--tokens=65536", "--forms=plain", "--max-gib=0.5"],
+        )
+    )
+    assert no_derivative["problem"] == "has no second derivative"
+    assert refused["problem"] == "not started: needs matrices of about 192 GiB, limit 0.5"
+    assert "ms" not in refused
+
+
+def test_attention_reports_that_memory_ran_out() -> None:
+    """More tokens than a process has addresses; other failures are not results."""
+    case = attention.Case(
+        form="plain", derivatives=1, tokens=2**44, batch=1, heads=1, head_dim=4, projected_tokens=2, dtype="float32"
+    )
+    assert attention.measure(case, torch.device("cpu"), 1, torch.get_num_threads()) == {"problem": "out of memory"}
+    assert attention.explain(torch.OutOfMemoryError("CUDA out of memory.")) == "out of memory"
+    with pytest.raises(RuntimeError, match="another"):
+        attention.explain(RuntimeError("another"))
+
+
+def test_attention_forms_compute_the_same() -> None:
+    case = {"derivatives": 2, "tokens": 8, "batch": 2, "heads": 3, "head_dim": 4, "projected_tokens": 2}
+    cases = {form: attention.Case(form=form, dtype="float32", **case) for form in attention.FORMS}
+    inputs = attention.make_inputs(cases["plain"], torch.device("cpu"), tokens=8)
+    out = {form: attention.attend(cases[form], inputs) for form in attention.FORMS}
+    for form in ("fused", "blockwise", "linformer"):  # which without a projection is plain
+        torch.testing.assert_close(out[form], out["plain"])
+    shortened = attention.attend(cases["linformer"], [*inputs, torch.eye(8)[:2]])
+    k, v = inputs[1][:, :, :2], inputs[2][:, :, :2]
+    torch.testing.assert_close(shortened, attention.attend(cases["plain"], [inputs[0], k, v]))
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"), [("--forms=plain,flash", "no 'flash'"), ("--derivatives=1,3", "choose from 1,2")]
+)
+def test_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:
+    outcome = CliRunner().invoke(attention.main, [option, "--device=cpu"])
+    assert outcome.exit_code == 2
+    assert problem in outcome.output

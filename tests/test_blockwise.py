@@ -1,0 +1,179 @@
+"""Blockwise attention against numerical derivatives and against the explicit form, and the size of what it makes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from training.networks import blockwise
+from training.networks.blockwise import blockwise_attention
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def inputs(B: int, H: int, N: int, M: int, D: int, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Queries, keys and values, the queries large enough for a softmax that is not flat."""
+    generator = torch.Generator().manual_seed(N)
+    q, k, v = (torch.randn(B, H, tokens, D, generator=generator, dtype=torch.float64) for tokens in (N, M, M))
+    return tuple((x * size).to(dtype).requires_grad_() for x, size in ((q, 3), (k, 1), (v, 1)))  # type: ignore[return-value]
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def penalty(out: Tensor, of: Inputs) -> Tensor:
+    """Squared gradient of a projection of the output, as path length regularisation has it."""
+    y = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).to(out.dtype).view_as(out)
+    gradients = torch.autograd.grad((out * y).sum(), of, create_graph=True)
+    return torch.stack([g.double().square().sum() for g in gradients]).sum()
+
+
+# Several blocks, the last one short, and other numbers of keys than of queries.
+SHAPES = [((2, 2, 7, 5, 3), 3), ((1, 2, 4, 9, 2), 2), ((1, 1, 5, 5, 4), 1), ((2, 1, 3, 4, 2), None)]
+
+
+@pytest.mark.parametrize(("shape", "block"), SHAPES)
+def test_derivatives_are_the_numerical_ones(shape: tuple[int, int, int, int, int], block: int | None) -> None:
+    arguments = inputs(*shape)
+    assert torch.autograd.gradcheck(partial(blockwise_attention, block=block), arguments)
+    assert torch.autograd.gradgradcheck(partial(blockwise_attention, block=block), arguments)
+
+
+@pytest.mark.parametrize("block", [None, 1, 16, 50, 1000])
+def test_agrees_with_the_explicit_form(block: int | None) -> None:
+    arguments = inputs(2, 3, 50, 37, 8)
+    out, expected = blockwise_attention(*arguments, block), explicit(*arguments)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+    y = torch.randn_like(out)
+    for found, wanted in zip(
+        torch.autograd.grad(out, arguments, y), torch.autograd.grad(expected, arguments, y), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+    found_penalty = penalty(blockwise_attention(*arguments, block), arguments)
+    wanted_penalty = penalty(explicit(*arguments), arguments)
+    torch.testing.assert_close(found_penalty, wanted_penalty, rtol=1e-10, atol=1e-10)
+    for found, wanted in zip(
+        torch.autograd.grad(found_penalty, arguments), torch.autograd.grad(wanted_penalty, arguments), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_takes_heads_that_are_views_and_inputs_without_gradient() -> None:
+    """Networks hand over (B, N, H, D) with two axes swapped, and may want a gradient of one input alone."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 3, 10, 6, 4))
+    k.requires_grad_()
+
+    def found_slope(attention: Any) -> Tensor:
+        (dk,) = torch.autograd.grad(attention(q, k, v).square().sum(), k, create_graph=True)
+        return torch.autograd.grad(dk.square().sum(), k)[0]
+
+    found = found_slope(partial(blockwise_attention, block=4))
+    torch.testing.assert_close(found, found_slope(explicit), rtol=1e-10, atol=1e-10)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keeps_short_types_and_computes_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    """Errors are those of rounding inputs and results; computing in the short type makes them many times larger."""
+    arguments = inputs(2, 2, 40, 24, 8, dtype)
+    exact: Inputs = tuple(x.detach().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = blockwise_attention(*arguments, 16)
+        assert out.dtype == dtype
+        gradients = torch.autograd.grad(out.sum(), arguments, create_graph=True)
+        slopes = torch.autograd.grad(penalty(out, arguments), arguments)
+    expected = explicit(*exact)
+    wanted = (
+        *torch.autograd.grad(expected.sum(), exact, retain_graph=True),
+        *torch.autograd.grad(penalty(expected, exact), exact),
+    )
+    for found, right in zip((*gradients, *slopes), wanted, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - right).norm() <= torch.finfo(dtype).eps * right.norm()
+
+
+class Sizes(TorchDispatchMode):
+    """Record the most elements that a tensor had among the results of the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize(("attention", "rows"), [(explicit, 96), (partial(blockwise_attention, block=16), 16)])
+def test_largest_tensor_is_one_block(attention: Any, rows: int) -> None:
+    """Within the context in which the regularisers ask for the explicit form, too; that one makes the whole matrix."""
+    B, H, N, M, D = 2, 2, 96, 80, 4
+    arguments = inputs(B, H, N, M, D, torch.float32)
+    with Sizes() as sizes, sdpa_kernel(SDPBackend.MATH):
+        penalty(attention(*arguments), arguments).backward()
+    assert arguments[0].grad is not None
+    assert sizes.largest == B * H * rows * M
+    assert sizes.largest > B * H * N * D  # blocks are what is largest here
+
+
+def test_default_block_has_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    B, H, N, M, D = 2, 2, 96, 80, 4
+    for block_bytes, rows in ((4 * B * H * M * 30, 30), (1, blockwise.MIN_BLOCK)):
+        monkeypatch.setattr(blockwise, "BLOCK_BYTES", {"cpu": block_bytes})
+        arguments = inputs(B, H, N, M, D, torch.float32)
+        with Sizes() as sizes:
+            blockwise_attention(*arguments).sum().backward()
+        assert sizes.largest == B * H * rows * M
+
+
+def test_third_derivative_raises() -> None:
+    arguments = inputs(1, 1, 4, 4, 2)
+    slopes = torch.autograd.grad(penalty(blockwise_attention(*arguments), arguments), arguments, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slopes[0].sum().backward()
+
+
+def test_a_block_has_rows() -> None:
+    with pytest.raises(ValueError, match="block=0 rows"):
+        blockwise_attention(*inputs(1, 1, 4, 4, 2), 0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_and_in_a_cuda_graph() -> None:
+    """The replayed graph has the eager results, for inputs that came after the capture."""
+    arguments: Inputs = tuple(x.detach().cuda().requires_grad_() for x in inputs(2, 2, 50, 37, 8, torch.float32))  # type: ignore[assignment]
+
+    def slopes() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(penalty(blockwise_attention(*arguments, 16), arguments), arguments)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        slopes()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = slopes()
+    with torch.no_grad():
+        for x in arguments:
+            x.mul_(0.5)
+    graph.replay()
+    exact: Inputs = tuple(x.detach().cpu().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
+    wanted = torch.autograd.grad(penalty(explicit(*exact), exact), exact)
+    for found, right in zip(captured, wanted, strict=True):
+        assert (found.cpu().double() - right).norm() <= 1e-4 * right.norm()

@@ -1,0 +1,228 @@
+"""Every way to train faster against plain float32: 20 steps from the same weights.
+
+Modes that should change nothing are compared bit by bit. Others round differently, and Adam, which divides by the size
+of the gradient, magnifies that: what they may change is measured by what another seed of the training's randomness
+(latents, noise, data order, augmentation) changes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from torch import Tensor
+
+from torch_utils.misc import seed_step
+from training.dataset import ImageDataset
+from training.networks import execution, winograd
+from training.phases import AdamConfig, build_learner
+from training.training_loop import Trainer
+
+STEPS = 20
+# Every kind of phase, several micro-batches, and layers as wide as those that train in reduced precision.
+CONFIG: dict[str, Any] = {
+    "batch_size": 8,
+    "run__batch_gpu": 4,
+    "loss__pl_weight": 2.0,
+    "loss__pl_interval": 4,
+    "loss__r1_interval": 4,
+    "loss__style_mixing": 0.9,
+    "augment__mode": "fixed",
+    "augment__p": 0.3,
+    "augment__pipe": "bgc",
+    "precision": "fp32",
+}
+on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def build(data: Path, device: str, **changes: Any) -> Trainer:
+    """A trainer whose weights do not depend on the seed of the training."""
+    config = small_config(data, **CONFIG | changes)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device(device))
+    seed_step(0, "weights", 0)
+    for network in (trainer.G, trainer.D):
+        network.load_state_dict(type(network)(network_config(trainer, network)).state_dict())
+    trainer.ema.module.load_state_dict(trainer.G.state_dict())
+    return trainer
+
+
+def network_config(trainer: Trainer, network: Any) -> Any:
+    return trainer.config.generator if network is trainer.G else trainer.config.discriminator
+
+
+def weights(trainer: Trainer) -> Tensor:
+    parameters = [*trainer.G.parameters(), *trainer.D.parameters()]
+    return torch.cat([p.detach().reshape(-1).double().cpu() for p in parameters])
+
+
+@cache
+def trained(data: Path, device: str, **changes: Any) -> Tensor:
+    """All weights after some steps."""
+    trainer = build(data, device, **changes)
+    trainer.total_nimg = STEPS * trainer.batch_size
+    trainer.train()
+    return weights(trainer)
+
+
+@pytest.mark.parametrize("device", ["cpu", on_gpu])
+@pytest.mark.parametrize("mode", ["run__data_on_gpu", "run__recompute"])
+def test_exact_modes_change_nothing(shapes_zip: Path, device: str, mode: str) -> None:
+    if device == "cuda" and mode == "run__recompute":
+        pytest.skip("sums of gradients on a GPU are not reproducible to the last bit")
+    assert torch.equal(trained(shapes_zip, device, **{mode: True}), trained(shapes_zip, device))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # by torch.compile of itself
+@pytest.mark.parametrize(
+    ("device", "change"),
+    [
+        ("cpu", ("precision", "bf16")),
+        ("cpu", ("channels_last", True)),
+        pytest.param("cuda", ("precision", "bf16"), marks=pytest.mark.gpu),
+        pytest.param("cuda", ("precision", "fp16"), marks=pytest.mark.gpu),
+        pytest.param("cuda", ("channels_last", True), marks=pytest.mark.gpu),
+        pytest.param("cuda", ("run__graphs", True), marks=pytest.mark.gpu),
+        pytest.param("cuda", ("run__compile", True), marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param("cpu", ("run__compile", True), marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_stay_within_the_spread_of_two_seeds(
+    shapes_zip: Path, device: str, change: tuple[str, Any]
+) -> None:
+    plain = trained(shapes_zip, device)
+    spread = (trained(shapes_zip, device, seed=1) - plain).norm()
+    changed = (trained(shapes_zip, device, **dict([change])) - plain).norm()
+    assert 0 < changed < spread
+
+
+def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
+    """The gradient of each phase at the weights of `source`, from the first batch of the trainer's own data."""
+    trainer.G.load_state_dict(source.G.state_dict())
+    trainer.D.load_state_dict(source.D.state_dict())
+    trainer.pl_mean.load_state_dict(source.pl_mean.state_dict())
+    img, c = next(trainer._batches())
+    found = {}
+    for phase in trainer.phases:
+        learner = phase.learner
+        with learner.learning(), execution.using(trainer.execution):
+            learner.gradients.zero()
+            seed_step(trainer.config.seed, phase.name, 0)
+            trainer._accumulate(phase, img[: trainer.batch_gpu], c[: trainer.batch_gpu])
+        found[phase.name] = learner.gradients.gradients.double().clone()
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", on_gpu])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_adds_little_to_the_noise_of_a_batch(shapes_zip: Path, device: str, precision: str) -> None:
+    """In every phase, those that are differentiated twice too, and at weights that have been trained a little.
+
+    The error of a gradient adds less than a tenth to its variance over images, latents and augmentations.
+    """
+    source = build(shapes_zip, device)
+    source.total_nimg = 5 * source.batch_size
+    source.train()
+    exact, reduced, other = (
+        gradients(build(shapes_zip, device, **changes), source)
+        for changes in ({}, {"precision": precision}, {"seed": 1})
+    )
+    for phase, gradient in exact.items():
+        error, noise = (reduced[phase] - gradient).norm(), (other[phase] - gradient).norm()
+        assert 0 < error**2 < noise**2 / 10, phase
+
+
+def test_only_the_chosen_grids_are_reduced(shapes_zip: Path) -> None:
+    trainer = build(shapes_zip, "cpu", precision="bf16", reduced_from=16)
+    types: dict[str, torch.dtype] = {}
+    watched = {
+        "stage 8": trainer.G.synthesis.stages[0].blocks[0],
+        "stage 16": trainer.G.synthesis.stages[1].blocks[0],
+        "rgb 16": trainer.G.synthesis.stages[1].torgb,
+        "D 32": trainer.D.blocks[0],
+        "D 16": trainer.D.blocks[1],
+        "D 8": trainer.D.blocks[2],
+        "epilogue": trainer.D.epilogue,
+    }
+    for name, module in watched.items():
+
+        def note(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
+            types[name] = output.dtype
+
+        module.register_forward_hook(note)
+    trainer.run_phase(trainer.phases[0], *next(trainer._batches()))
+    full, half = torch.float32, torch.bfloat16
+    assert types == {
+        "stage 8": full,
+        "stage 16": half,
+        "rgb 16": full,
+        "D 32": half,
+        "D 16": half,
+        "D 8": full,
+        "epilogue": full,
+    }
+    trainer.G(torch.zeros(1, trainer.G.z_dim), None)
+    assert set(types[name] for name in watched if name.startswith("stage")) == {full}  # outside of training
+
+
+def test_half_precision_survives_large_styles_and_weights(shapes_zip: Path) -> None:
+    """Products of 1e4 would overflow float16; layer norm and demodulation make them harmless."""
+    trainer = build(shapes_zip, "cpu")
+    with torch.no_grad():
+        for stage in trainer.G.synthesis.stages:
+            for block in stage.blocks:
+                block.affine.bias.mul_(1e3)
+                block.out_weight.mul_(1e3)
+                block.residual_weight.mul_(1e3)
+                block.qkv_weight.mul_(1e3)
+    z = torch.randn(4, trainer.G.z_dim)
+    exact = trainer.G(z, None)
+    with execution.using(reduced=torch.float16):
+        reduced = trainer.G(z, None)
+    assert (reduced - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_winograd_in_bf16_is_as_good_as_bf16_needs() -> None:
+    """Its error on wide layers, against float64, stays far below the spread of a gradient from batch to batch."""
+    x, weight = torch.randn(2, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    error = (winograd.conv3x3(x.bfloat16(), weight.bfloat16()).double() - exact).norm() / exact.norm()
+    assert 0.001 < error < 0.03
+
+
+def test_the_fused_optimizer_follows_adams_formula() -> None:
+    """Kingma & Ba 2015, algorithm 1, in float64; a step that is to be skipped leaves everything as it is."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+    learner = build_learner([p], AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3), None)
+    w, m, v = p.detach().double(), torch.zeros(7).double(), torch.zeros(7).double()
+    skip = torch.tensor([False, True, False, False])
+    taken = 0
+    for step in range(4):
+        g = torch.randn(7, generator=torch.Generator().manual_seed(step))
+        learner.gradients.zero()
+        learner.gradients.gradients[:7] += float("inf") if skip[step] else g
+        learner.step(skip=skip[step])
+        if not skip[step]:
+            taken += 1
+            m, v = 0.5 * m + 0.5 * g.double(), 0.9 * v + 0.1 * g.double() ** 2
+            w = w - 0.01 * (m / (1 - 0.5**taken)) / ((v / (1 - 0.9**taken)).sqrt() + 1e-3)
+        torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_replays_of_a_graph_draw_what_their_seed_says() -> None:
+    from torch_utils.graphs import Captured
+
+    x = torch.zeros(1000, device="cuda")
+    noise = Captured(lambda x: x + torch.randn_like(x), x)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        drawn.append(noise(x).clone())
+    torch.manual_seed(1)
+    assert torch.equal(drawn[0], torch.randn_like(x))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])

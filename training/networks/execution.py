@@ -1,0 +1,71 @@
+"""How networks compute, as opposed to what: precision, second derivatives, memory.
+
+Whoever trains says it around a forward pass, and the networks ask here; so a network has no mode that a snapshot could
+carry along, and outside of `using` everything runs in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """`reduced` is the type of activations on grids whose longer side is at least `min_grid`, None for none.
+
+    `twice_differentiable`: attention takes a form that can be differentiated twice, block by block. `recompute`:
+    activations inside a block are not kept but computed again in the backward pass, which saves memory and costs a
+    forward pass.
+    """
+
+    reduced: torch.dtype | None = None
+    min_grid: int = 0
+    twice_differentiable: bool = False
+    recompute: bool = False
+
+
+current = Execution()
+
+
+@contextmanager
+def using(execution: Execution | None = None, **changes: Any) -> Iterator[None]:
+    """Compute in this way, or as now but for `changes`, until the context ends."""
+    global current
+    before = current
+    current = replace(execution or before, **changes)
+    try:
+        yield
+    finally:
+        current = before
+
+
+def cast(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return activations x in the type that they have on a grid (height, width)."""
+    if current.reduced is not None and max(grid) >= current.min_grid:
+        return x.to(current.reduced)
+    return full_precision(x)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return x in float32 if it is in a type of less precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def run_block(block: Callable[..., Any], *args: Any) -> Any:
+    """Return block(*args), keeping what its backward pass needs, or only what it was called with."""
+    if not (current.recompute and torch.is_grad_enabled()):
+        return block(*args)
+    then = current  # the backward pass comes after the context has ended
+
+    def again(*args: Any) -> Any:
+        with using(then, recompute=False):
+            return block(*args)
+
+    return checkpoint(again, *args, use_reentrant=False)
