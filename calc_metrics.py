@@ -210,7 +210,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
 
 def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
     """Return a snapshot's configuration with the user's changes, and all reals even if it was trained on a subset."""
-    return override(snapshot.config, {"data.max_images": None} | job.changes)
+    return override(snapshot.config, {"data.max_images": None, "data.holdout": 0} | job.changes)
 
 
 def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:

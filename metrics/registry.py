@@ -277,6 +277,17 @@ def result_to_json(
     }
 
 
+def is_best(result: MetricResult, folder: Path) -> bool:
+    """Whether a result is better than all of its metric that metric-<name>.jsonl in `folder` has so far."""
+    path = folder / f"metric-{result.metric}.jsonl"
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    name, value = next(iter(result.results.items()))
+    others = [record["results"][name] for record in earlier]
+    if find(result.metric)[0].higher_is_better:
+        return all(value > other for other in others)
+    return all(value < other for other in others)
+
+
 def append_result(folder: Path, record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`. Call it on the main process only.
 
