@@ -376,3 +376,14 @@ def test_a_process_without_images_still_learns_the_shape_of_the_features(
     statistics.collect([feature_stats.Want(of="fake", role="inception", count=20, recipe=Rows())])
     [result] = statistics.results.values()
     assert result["rows"].shape == (0, 6)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    class Overflow(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            x = images.float().mean(dim=(2, 3))
+            return x / (x - x)
+
+    path = script_program(tmp_path / "overflow.pt", Overflow())
+    with pytest.raises(UserError, match=r"the detector overflow\.pt returns features that are not finite"):
+        results(build(read_detectors((str(path),))), "fid50")
