@@ -80,9 +80,11 @@ class MetricScript(Script):
 @option(
     "--detector",
     "detectors",
-    multiple=True,
-    metavar="FILE",
-    help="A feature network of your own (.pt2, TorchScript), a weight file, a folder of DINOv2. May be repeated.",
+    type=NameList(),
+    default=(),
+    show_default=False,
+    metavar="FILE,...",
+    help="A feature network of your own (.pt2, TorchScript), weight files, a folder of DINOv2.",
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
 @option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")

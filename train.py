@@ -170,7 +170,10 @@ def main(context: click.Context, **options: Any) -> None:
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
         setup = read_detectors(config.run.detectors)
-        click.echo(f"No --metrics given; {metrics.registry.default_metrics(setup)[1]}", err=True)
+        names, why = metrics.registry.default_metrics(setup)
+        click.echo(f"No --metrics given; {why}", err=True)
+        for name in names:
+            metrics.registry.check_available(name, setup)
     if options["dry_run"]:
         if is_first:
             _print_plan(config, dataset)

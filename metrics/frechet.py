@@ -145,9 +145,12 @@ def _classes_of(context: MetricContext) -> int:
     labels = context.images.labels
     if labels.ndim != 1 or (context.G is not None and context.G.c_dim == 0):
         raise UserError("needs classes: a data set with class numbers, and a network that was trained with --cond")
-    if context.fakes is not None and context.fakes.labels.ndim != 1:
-        raise UserError("needs the classes of the generated images: give them a dataset.json with class numbers")
-    return context.images.c_dim
+    classes = context.images.c_dim
+    if context.fakes is not None and (context.fakes.labels.ndim != 1 or context.fakes.c_dim > classes):
+        raise UserError(
+            f"needs the classes of the generated images: give them a dataset.json with class numbers below {classes}"
+        )
+    return classes
 
 
 def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:

@@ -108,6 +108,9 @@ def _plan_dc(context: MetricContext, count: int | None) -> list[Want]:
 
 def _measure(context: MetricContext, name: str, wants: list[Want], *, kind: str) -> Measurement:
     real, fake = (statistics_of(context)[want]["rows"] for want in wants)
+    longest = max(float(x.float().norm(dim=1).max()) for x in (real, fake))
+    if real.dtype == torch.float16 and 2 * longest > torch.finfo(torch.float16).max:
+        raise UserError("the detector's features are too large for distances in float16: scale them down")
     if kind == "precision_recall":
         values = dict(zip(("precision", "recall"), precision_recall(real, fake), strict=True))
     else:

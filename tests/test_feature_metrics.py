@@ -20,7 +20,7 @@ from dnnlib.config import UserError
 from metrics import feature_stats
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, rebatched
-from metrics.frechet import distance_of, frechet_distance
+from metrics.frechet import distance_of, frechet_distance, wants_of
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.precision_recall import density_coverage, precision_recall
@@ -387,3 +387,28 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = script_program(tmp_path / "overflow.pt", Overflow())
     with pytest.raises(UserError, match=r"the detector overflow\.pt returns features that are not finite"):
         results(build(read_detectors((str(path),))), "fid50")
+
+
+def test_clean_divides_by_one_less(program: Path) -> None:
+    context = build(read_detectors((str(program),), protocol="clean"))
+    usual = build(read_detectors((str(program),)))
+    statistics = feature_stats.statistics_of(usual)
+    expected = [
+        distance_of(*map(statistics.__getitem__, wants_of("inception", None, 60)), unbiased=u) for u in (False, True)
+    ]
+    assert results(usual, "fid60_full")["fid60_full"] == pytest.approx(expected[0], rel=1e-9)
+    assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected[1], rel=1e-9)
+    assert expected[1] > expected[0]
+    [result] = compute_all(["fid60_full"], context)
+    assert result.protocol == "features of small.pt; covariance over N-1 (Parmar et al. 2022)"
+
+
+def test_features_too_large_for_float16_are_refused(tmp_path: Path) -> None:
+    class Large(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 1000 * images.float().mean(dim=(2, 3))
+
+    context = build(read_detectors((str(script_program(tmp_path / "large.pt", Large())),)))
+    with pytest.raises(UserError, match="metric pr503_full: the detector's features are too large"):
+        results(context, "pr503_full")
+    assert results(context, "dc50_full")["dc50_full_density"] >= 0
