@@ -316,7 +316,9 @@ def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: Detec
     results(build(setup, cache=tmp_path, seed=1), "fid40")  # other 40 reals
     other = script_program(tmp_path / "other.pt", torch.nn.Sequential(SmallDetector()))
     results(build(read_detectors((str(other),)), cache=tmp_path), "fid60_full")
-    assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 4
+    clean = read_detectors((str(setup.program),), protocol="clean")  # Inception would see another resize
+    results(build(clean, cache=tmp_path), "fid60_full")
+    assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 5
 
 
 def test_a_set_with_fewer_images_than_dimensions_is_warned_of(setup: DetectorSetup) -> None:
@@ -364,6 +366,15 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
         metrics.resolve("is50k", DetectorSetup(protocol="clean"))
     assert metrics.registry.find("pr50k3_full")[1] == 50_000
     assert metrics.registry.find("pr5003")[1] == 500
+
+
+def test_subsets_of_reals_and_fakes_are_drawn_independently(setup: DetectorSetup) -> None:
+    """Otherwise images given in the order of the reals would be compared with themselves."""
+    context = build(setup)
+    results(context, "kid50")
+    real, fake = feature_stats.statistics_of(context).results.values()
+    assert real["index"].shape == fake["index"].shape == (100, 50)
+    assert not torch.equal(real["index"], fake["index"])
 
 
 def test_a_process_without_images_still_learns_the_shape_of_the_features(

@@ -104,6 +104,8 @@ def test_trimming_leaves_out_both_tails() -> None:
     values[:5] = -1e9
     shuffled = np.random.RandomState(0).permutation(values)
     assert trimmed_mean(shuffled) == pytest.approx(np.arange(9, 991).mean(), abs=0.51)
+    # The 1st percentile of 150 values lies between the second and third, the 99th between the 148th and 149th.
+    assert trimmed_mean(np.arange(150.0) ** 2) == pytest.approx((np.arange(1, 149.0) ** 2).mean(), rel=1e-12)
 
 
 def test_large_images_are_averaged_down_and_gray_repeated() -> None:
