@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dnnlib.cli
-from dnnlib.cli import IntRanges, option
+from dnnlib.cli import IntRanges, option, switch
 from dnnlib.config import UserError
 from torch_utils import distributed
+from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
+from training.networks import execution
 from training.snapshot import load_network
 
 # On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
@@ -30,17 +33,43 @@ def seed_latents(seeds: tuple[int, ...], z_dim: int) -> Tensor:
     return torch.from_numpy(z).to(torch.float32)
 
 
+class FastGenerator:
+    """A generator that is called through torch.compile, or as CUDA graphs, one for each batch size and setting."""
+
+    def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
+        self.z_dim, self.c_dim, self.img_shape = G.z_dim, G.c_dim, G.img_shape
+        self.network = torch.compile(G, dynamic=False, options={"fallback_random": True}) if use_compile else G
+        self.use_graphs = use_graphs
+        self.graphs: dict[tuple[int, float, str], Captured[Tensor]] = {}
+
+    def __call__(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, *, noise_mode: str = "const") -> Tensor:
+        run = partial(self.network, truncation_psi=truncation_psi, noise_mode=noise_mode)
+        if not self.use_graphs:
+            return run(z, c)
+        key = (len(z), truncation_psi, noise_mode)
+        if key not in self.graphs:
+            with torch.random.fork_rng([z.device]):  # recording draws noise
+                self.graphs[key] = Captured(run, z, c)
+        return self.graphs[key](z, c)
+
+
 def seed_images(
-    G: Any, seeds: tuple[int, ...], c: Tensor, truncation_psi: float = 1.0, noise_mode: str = "const"
+    G: Any,
+    seeds: tuple[int, ...],
+    c: Tensor,
+    truncation_psi: float = 1.0,
+    noise_mode: str = "const",
+    batch_multiple: int = BATCH_MULTIPLE,
 ) -> Tensor:
     """Return uint8 images (len(seeds), C, H, W) of one class c (1, c_dim). Each depends on its own seed only.
 
-    Noise 'random' is drawn per seed too, so those images are made one by one.
+    G is called with batches that are multiples of `batch_multiple`. Noise 'random' is drawn per seed too, so those
+    images are made one by one.
     """
     if noise_mode == "random" and len(seeds) > 1:
         return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
     torch.manual_seed(seeds[0])
-    padding = -len(seeds) % BATCH_MULTIPLE
+    padding = -len(seeds) % batch_multiple
     z = seed_latents(seeds + seeds[-1:] * padding, G.z_dim).to(c.device)
     img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
     return to_uint8(img[: len(seeds)])
@@ -55,6 +84,15 @@ def seed_images(
 @option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
 @option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
 @option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
+@option(
+    "--precision",
+    type=click.Choice(list(execution.REDUCED)),
+    default="fp32",
+    show_default=True,
+    help="Of activations: bf16 and fp16 are faster on a GPU and change images slightly.",
+)
+@switch("--compile", "use_compile", help="Compile the generator first: pays for thousands of images.")
+@switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(
     network: Path,
@@ -65,6 +103,9 @@ def main(
     noise_mode: str,
     grid: bool,
     batch: int,
+    precision: str,
+    use_compile: bool | None,
+    use_graphs: bool | None,
     device: str | None,
 ) -> None:
     """Generate images from a snapshot with its averaged generator.
@@ -75,6 +116,10 @@ def main(
     tune_allocator()
     where = distributed.choose_device(device)
     G = load_network(network, where).G_ema
+    if use_graphs and where.type != "cuda":
+        raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
+    if use_compile or use_graphs:
+        G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
     c = _one_class(G.c_dim, class_index).to(where)
     if max(seeds) >= 2**32:
         raise UserError(f"--seeds: {max(seeds)} is too large, seeds end at {2**32 - 1}")
@@ -84,10 +129,12 @@ def main(
         raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
 
     made: list[Tensor] = []
-    with torch.no_grad(), tqdm(total=len(seeds), unit="img") as progress:
+    reduced = execution.using(reduced=execution.REDUCED[precision])
+    multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if use_compile or use_graphs else BATCH_MULTIPLE
+    with torch.no_grad(), reduced, tqdm(total=len(seeds), unit="img") as progress:
         for start in range(0, len(seeds), batch):
             part = seeds[start : start + batch]
-            images = seed_images(G, part, c, trunc, noise_mode).cpu()
+            images = seed_images(G, part, c, trunc, noise_mode, multiple).cpu()
             for seed, image in zip(part, images, strict=True):
                 save_image(image, outdir / f"seed{seed:04d}.png")
             made += [images] if grid else []

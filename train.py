@@ -21,12 +21,12 @@ from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.registry import MetricResult, is_best
 from metrics.weights import cache_dir
-from torch_utils import distributed
+from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from training import hooks, runs
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
-from training.training_loop import Trainer
+from training.training_loop import Trainer, set_arithmetic
 
 # fmt: off
 OPTIONS = (
@@ -187,10 +187,8 @@ def train_worker(request: runs.Request) -> None:
     start = distributed.from_main(lambda: runs.choose_start(request))
     config = start.config
     device = distributed.choose_device(config.run.device)
-    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-
+    operators = custom_ops.prepare(device)
+    set_arithmetic(config)
     dataset = ImageDataset(config.data)
     trainer = Trainer(config, dataset, device)
     origin = runs.load(trainer, start)
@@ -198,7 +196,7 @@ def train_worker(request: runs.Request) -> None:
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():
             print(_describe(trainer))
-        _say(f"{origin}\nTraining on {device} in {run_dir}")
+        _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
         trainer.hooks = build_hooks(trainer, run_dir)
         trainer.train()
         _say(f"Done: {run_dir}")

@@ -28,6 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # The command of the README: train.py --cfg=cifar --g_dict=256,64,16 --num_layers=1,2,2
 README_EXAMPLE = override(PRESETS["cifar"], {"generator.widths": (256, 64, 16), "generator.layers": (1, 2, 2)})
 
+# Dense matrix products in TFLOP/s, by part of a GPU's name, as its data sheet has them; SXM modules.
+PEAK_TFLOPS = {
+    "H200": {"bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "H100": {"bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
+}
+
 LOAD_AT_START = os.getloadavg()[0]  # above about 1, someone else was using the machine
 
 

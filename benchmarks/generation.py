@@ -1,24 +1,27 @@
 """Time the generation of images as generate.py makes them, from seeds to uint8 pixels in main memory.
 
-    python benchmarks/generation.py --network=network-snapshot-000200.pkl --batch=1,16,256
+    python benchmarks/generation.py --network=network-snapshot-000200.pkl --batch=1,16,256 --modes=fp32,bf16+graphs
 
-Prints one line of JSON for each batch size.
+Prints one line of JSON for each mode and batch size.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from common import README_EXAMPLE, emit, images_per_second, peak_mib
 from torch import Tensor
 
-from dnnlib.cli import IntList, Script, option
+from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import UserError
-from generate import seed_images
+from generate import FastGenerator, seed_images
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
+from training.networks import execution
 from training.snapshot import load_network
 
 
@@ -27,9 +30,21 @@ from training.snapshot import load_network
 @option("--batch", "batches", type=IntList(), default="1,4,16,64,256", show_default=True, help="Images at a time.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
+@option(
+    "--modes",
+    type=NameList(),
+    default="fp32",
+    show_default=True,
+    help="What to measure: a precision (fp32, bf16, fp16), with +compile and +graphs as in generate.py.",
+)
 @option("--seconds", type=float, default=3.0, show_default=True, help="Time per measurement.")
 def main(
-    network: Path | None, batches: tuple[int, ...], device: str | None, threads: int | None, seconds: float
+    network: Path | None,
+    batches: tuple[int, ...],
+    device: str | None,
+    threads: int | None,
+    modes: tuple[str, ...],
+    seconds: float,
 ) -> None:
     if min(batches) < 1:
         raise UserError(f"--batch={','.join(map(str, batches))}: a batch has at least 1 image")
@@ -41,25 +56,35 @@ def main(
     G = load_network(network, where).G_ema if network else README_EXAMPLE.generator.build().to(where).eval()
     c = torch.eye(1, G.c_dim, device=where)  # class 0 of a conditional network
 
-    for batch in batches:
+    for mode in modes:
+        precision, *ways = mode.split("+")
+        if precision not in execution.REDUCED or not set(ways) <= {"compile", "graphs"}:
+            raise UserError(f"--modes: {mode!r} is not fp32, bf16 or fp16, with or without +compile and +graphs")
+        if "graphs" in ways and where.type != "cuda":
+            raise UserError(f"--modes={mode}: CUDA graphs need a GPU, this is {where}")
+        fast = FastGenerator(G, use_compile="compile" in ways, use_graphs="graphs" in ways) if ways else G
+        for batch in batches:
+            if where.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(where)
+            seeds = tuple(range(batch))
+            run = partial(images_in_memory, fast, seeds, c)
+            with torch.no_grad(), execution.using(reduced=execution.REDUCED[precision]):
+                rate = images_per_second(run, batch, where, seconds)
+            result = {
+                "benchmark": "generation",
+                "network": network.name if network else "README example, untrained",
+                "img_shape": G.img_shape,
+                "mode": mode,
+                "batch": batch,
+                "img_per_s": round(rate, 1),
+                "ms_per_batch": round(batch / rate * 1000, 2),
+                "peak_mib": peak_mib(where),
+            }
+            emit(result, where)
 
-        def generate(seeds: tuple[int, ...] = tuple(range(batch))) -> Tensor:
-            return seed_images(G, seeds, c).cpu()
 
-        if where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(where)
-        with torch.no_grad():
-            rate = images_per_second(generate, batch, where, seconds)
-        result = {
-            "benchmark": "generation",
-            "network": network.name if network else "README example, untrained",
-            "img_shape": G.img_shape,
-            "batch": batch,
-            "img_per_s": round(rate, 1),
-            "ms_per_batch": round(batch / rate * 1000, 2),
-            "peak_mib": peak_mib(where),
-        }
-        emit(result, where)
+def images_in_memory(G: Any, seeds: tuple[int, ...], c: Tensor) -> Tensor:
+    return seed_images(G, seeds, c).cpu()
 
 
 if __name__ == "__main__":

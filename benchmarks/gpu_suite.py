@@ -36,6 +36,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 README_MODEL = ["--g_dict=256,64,16", "--num_layers=1,2,2"]
 QUICK_MODEL = ["--g_dict=32,16,16", "--num_layers=1,1,1"]
+TRAINING_MODE = "bf16"  # what train.py does unasked
 NUM_SNAPSHOTS = 8
 SHORTEST = 5.0  # seconds; with less left, nothing is started any more
 EVALUATIONS = 1.5  # a training with its start and its evaluations, in units of its steps alone
@@ -50,32 +51,44 @@ class Sizes:
     preset: str
     model: list[str]
     batch: int
-    benchmarks: dict[str, list[str]]  # by name; the first is the step of the short training
+    benchmarks: dict[str, list[str]]  # by name; the first has the step of the short training
     metric: str
     num_images: int | None  # of the training set; None takes all
     num_fakes: int
     tests_limit: float = 120
-    benchmark_limit: float = 45
+    benchmark_limit: float = 60
     data_limit: float = 60
 
 
-def step(preset: str, batch: int, *options: str) -> list[str]:
-    return ["train_step.py", f"--preset={preset}", f"--batch={batch}", *options]
+def step(preset: str, batch: int, modes: str, *options: str) -> list[str]:
+    return ["train_step.py", f"--preset={preset}", f"--batch={batch}", f"--modes={modes}", *options]
 
 
+LONG = ["--steps=20", "--warmup=3"]
 FULL = Sizes(
     preset="cifar",
     model=README_MODEL,
     batch=64,
     benchmarks={
-        "training step, batch 64": step("cifar", 64, *README_MODEL, "--steps=20", "--warmup=5"),
-        "training step, batch 32": step("cifar", 32, *README_MODEL, "--steps=20", "--warmup=5"),
-        "training step, cifar-large, batch 64": step("cifar-large", 64, "--steps=20", "--warmup=5"),
-        "training step, cifar-large, batch 32": step("cifar-large", 32, "--steps=20", "--warmup=5"),
-        "training step, batch 64, TF32": step("cifar", 64, *README_MODEL, "--steps=20", "--warmup=5", "--allow-tf32"),
-        "networks": ["networks.py", "--batch=64", "--seconds=1"],
-        "generation": ["generation.py", "--seconds=1"],
-        "operators": ["operators.py", "--repeats=20"],
+        "training step, batch 64": step("cifar", 64, "plain,bf16,bf16+graphs,fp32", *README_MODEL, *LONG),
+        "training step, cifar-large, batch 64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
+        "operators": ["operators.py", "--repeats=20", "--dtype=float32,bfloat16", "--impl=cuda,reference"],
+        "training step, batch 32": step("cifar", 32, "plain,bf16,bf16+graphs", *README_MODEL, *LONG),
+        "training step, cifar-large, batch 32": step("cifar-large", 32, "plain,bf16+graphs", *LONG),
+        "operators, channels last": [
+            "operators.py",
+            "--repeats=20",
+            "--dtype=bfloat16",
+            "--impl=cuda,reference",
+            "--channels-last",
+        ],
+        "attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
+        "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
+        "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
+        "operators, compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
+        "training step, options": step(
+            "cifar", 64, "tf32,fp16+graphs,bf16+nchw,bf16+compile+graphs", *README_MODEL, *LONG
+        ),
     },
     metric="swd1k",
     num_images=None,
@@ -86,10 +99,11 @@ QUICK = Sizes(
     model=QUICK_MODEL,
     batch=4,
     benchmarks={
-        "training step": step("tiny", 4, *QUICK_MODEL, "--steps=1", "--warmup=1"),
+        "training step": step("tiny", 4, "bf16", *QUICK_MODEL, "--steps=1", "--warmup=1"),
         "networks": ["networks.py", "--batch=1", "--seconds=0.01"],
         "generation": ["generation.py", "--batch=1,2", "--seconds=0.01"],
         "operators": ["operators.py", "--repeats=1", "--only=RGB pyramid up, 16 px"],
+        "attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
     },
     metric="swd32",
     num_images=256,
@@ -192,7 +206,7 @@ def train(suite: Suite) -> dict[str, Any]:
     first, *_ = suite.results["benchmarks"]["runs"].values()
     if not first["rows"]:
         return {"problem": "the length cannot be chosen: the first training step was not measured"}
-    speed = first["rows"][0]["sec_per_kimg"]
+    speed = next((row for row in first["rows"] if row["mode"] == TRAINING_MODE), first["rows"][0])["sec_per_kimg"]
     source = [f"--source={suite.data or 'shapes'}", f"--dest={dataset}"]
     source += [f"--max-images={sizes.num_images}"] if sizes.num_images else []
     built = suite.run(["dataset_tool.py", *source], sizes.data_limit)
@@ -300,10 +314,22 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 COLUMNS = {
-    "train_step": ["preset", "widths", "layers", "batch", "allow_tf32", "img_per_s", "sec_per_kimg", "ms", "peak_mib"],
+    "train_step": [
+        "preset",
+        "widths",
+        "layers",
+        "batch",
+        "mode",
+        "img_per_s",
+        "speedup",
+        "model_flop_utilisation",
+        "ms",
+        "peak_mib",
+    ],
     "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"],
-    "generation": ["batch", "img_per_s", "ms_per_batch", "peak_mib"],
-    "operators": ["case", "shape", "forward", "backward"],
+    "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
+    "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
+    "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
 }
 
 
@@ -382,7 +408,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 @click.option("--outdir", type=click.Path(path_type=Path), default=Path("out/gpu_suite"), show_default=True)
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Everything stops before this is over.")
-@click.option("--train-seconds", type=float, default=150.0, show_default=True, help="Length of the training.")
+@click.option("--train-seconds", type=float, default=100.0, show_default=True, help="Length of the training.")
 @click.option("--commit", help="What is measured. [what git says]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
 def main(

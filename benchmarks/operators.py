@@ -1,9 +1,11 @@
 """Time upfirdn2d and bias_act on the shapes that the networks use, beside a plain copy of the same bytes.
 
-Prints one line of JSON for each case. The operators should be limited by memory: `gb_per_s` counts what a fused kernel
-would have to move (input and output once), so that 1.0 in `of_copy` means as fast as a copy.
+Prints one line of JSON for each case and implementation: the CUDA kernels, the PyTorch reference, and the reference
+under torch.compile. The operators should be limited by memory: `gb_per_s` counts what a fused kernel would have to move
+(forward: input and output once; backward of bias_act also the output that it saved), so that 1.0 in `of_copy` means as
+fast as a copy of a tensor of the input's size.
 
-    python benchmarks/operators.py --device cuda
+    python benchmarks/operators.py --device=cuda --dtype=float32,bfloat16
 """
 
 from __future__ import annotations
@@ -19,22 +21,28 @@ import torch
 from common import emit, synchronize
 from torch import Tensor
 
+from torch_utils import custom_ops
 from torch_utils.misc import tune_allocator
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, upsample2d
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+IMPLEMENTATIONS = ("cuda", "reference", "compiled")
 BINOMIAL = [1, 3, 3, 1]
 TWELVE_TAPS = [1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]  # as long as the low-pass filter of the augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An operator on one shape [B, C, H, W]; `prepare` puts its constants on the device and returns the function."""
+    """An operator on one shape; `prepare` puts its constants on the device and returns the function.
+
+    `saved`: the tensors of the output's size that its backward has to read beside the gradient.
+    """
 
     name: str
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     prepare: Callable[[torch.device], Callable[[Tensor], Tensor]]
+    saved: int = 0
 
 
 def blur(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -58,10 +66,10 @@ def reduce(taps: Sequence[float]) -> Callable[[torch.device], Callable[[Tensor],
     return prepare
 
 
-def activate(channels: int) -> Callable[[torch.device], Callable[[Tensor], Tensor]]:
+def activate(channels: int, dim: int = 1) -> Callable[[torch.device], Callable[[Tensor], Tensor]]:
     def prepare(device: torch.device) -> Callable[[Tensor], Tensor]:
         b = torch.randn(channels, device=device)
-        return lambda x: bias_act(x, b, act="lrelu", clamp=256.0)
+        return lambda x: bias_act(x, b, dim=dim, act="lrelu", clamp=256.0)
 
     return prepare
 
@@ -71,62 +79,106 @@ CASES = (
     Case(name="discriminator blur, 16 px", shape=(32, 512, 16, 16), prepare=blur),
     Case(name="discriminator blur, 256 px", shape=(8, 64, 256, 256), prepare=blur),
     Case(name="discriminator shortcut, 64 px", shape=(32, 512, 64, 64), prepare=reduce(BINOMIAL)),
+    Case(name="token map up, 32 px", shape=(32, 256, 32, 32), prepare=enlarge(BINOMIAL)),
     Case(name="RGB pyramid up, 16 px", shape=(32, 3, 16, 16), prepare=enlarge(BINOMIAL)),
     Case(name="RGB pyramid up, 128 px", shape=(32, 3, 128, 128), prepare=enlarge(BINOMIAL)),
     Case(name="augmentation up, 32 px", shape=(32, 3, 94, 94), prepare=enlarge(TWELVE_TAPS)),
     Case(name="augmentation down, 32 px", shape=(32, 3, 76, 76), prepare=reduce(TWELVE_TAPS)),
-    Case(name="bias_act lrelu, 32 px", shape=(32, 512, 32, 32), prepare=activate(512)),
-    Case(name="bias_act lrelu, 256 px", shape=(8, 64, 256, 256), prepare=activate(64)),
+    Case(name="bias_act lrelu, 32 px", shape=(32, 512, 32, 32), prepare=activate(512), saved=1),
+    Case(name="bias_act lrelu, 256 px", shape=(8, 64, 256, 256), prepare=activate(64), saved=1),
+    Case(name="bias_act lrelu, 1024 tokens", shape=(32, 1024, 512), prepare=activate(512, dim=2), saved=1),
 )
 
 
 def seconds_per_call(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median over `repeats` calls, after two to warm up."""
+    """Median over `repeats` calls, after two to warm up.
+
+    On a GPU a call is timed by events in its queue, behind work that keeps the GPU busy while the host catches up: what
+    the host takes to launch a kernel is not the kernel's time.
+    """
+    if device.type == "cuda":
+        return _seconds_on_gpu(function, device, repeats)
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
         function()
-        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
 
+def _seconds_on_gpu(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    # Larger than any L2 cache: what a call finds there would not be there in a network.
+    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats + 2)]
+    for start, end in pairs:
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)  # cycles
+        start.record()
+        function()
+        end.record()
+    synchronize(device)
+    return statistics.median([start.elapsed_time(end) / 1e3 for start, end in pairs][2:])
+
+
 def measure(
-    case: Case, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype, repeats: int
+    case: Case, impl: str, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
     """Time the operator, its gradient, and a copy of a tensor of the input's size."""
-    x = torch.randn(case.shape, device=device, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.randn(case.shape, device=device, dtype=dtype)
+    x = (x.contiguous(memory_format=memory_format) if x.ndim == 4 else x).requires_grad_()
     function = case.prepare(device)
-    y = function(x)
-    grad = torch.randn_like(y)
-    target = torch.empty_like(x)
-
-    forward = seconds_per_call(lambda: function(x.detach()), device, repeats)
-    backward = seconds_per_call(lambda: torch.autograd.grad(y, x, grad, retain_graph=True), device, repeats)
+    if impl == "compiled":
+        torch.compiler.reset()
+        function = torch.compile(function, dynamic=False)
+    with custom_ops.implementation("cuda" if impl == "cuda" else "reference"):
+        y = function(x)
+        grad = torch.randn_like(y)
+        target = torch.empty_like(x)
+        forward = seconds_per_call(lambda: function(x.detach()), device, repeats)
+        backward = seconds_per_call(lambda: torch.autograd.grad(y, x, grad, retain_graph=True), device, repeats)
     copy = seconds_per_call(lambda: target.copy_(x.detach()), device, repeats)
-    moved = (x.numel() + y.numel()) * x.element_size()
     copied = 2 * x.numel() * x.element_size()
 
-    def row(seconds: float) -> dict[str, float]:
-        rate = moved / seconds / 1e9
+    def row(seconds: float, numbers: int) -> dict[str, float]:
+        rate = numbers * x.element_size() / seconds / 1e9
         return {
             "ms": round(seconds * 1e3, 4),
             "gb_per_s": round(rate, 2),
             "of_copy": round(rate / (copied / copy / 1e9), 3),
         }
 
+    moved = x.numel() + y.numel()
     return {
         "case": case.name,
         "shape": list(case.shape),
-        "forward": row(forward),
-        "backward": row(backward),
+        "impl": impl,
+        "forward": row(forward, moved),
+        "backward": row(backward, moved + case.saved * y.numel()),
         "copy": {"ms": round(copy * 1e3, 4), "gb_per_s": round(copied / copy / 1e9, 2)},
     }
 
 
+def choose_implementations(requested: str | None, device: torch.device) -> list[str]:
+    """Read --impl; by default whatever works on the device, on a CPU without the time that compiling takes."""
+    if requested is None:
+        if device.type != "cuda":
+            return ["reference"]
+        return [impl for impl in IMPLEMENTATIONS if impl != "cuda" or custom_ops.load() is not None]
+    chosen = requested.split(",")
+    for impl in chosen:
+        if impl not in IMPLEMENTATIONS:
+            raise click.UsageError(f"--impl={requested}: {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if "cuda" in chosen and device.type != "cuda":
+        raise click.UsageError(f"--impl={requested}: the kernels need --device=cuda")
+    if "cuda" in chosen and custom_ops.load() is None:
+        raise click.UsageError(f"--impl={requested}: {custom_ops.why_not()}")
+    return chosen
+
+
 @click.command()
 @click.option("--device", default="cpu", show_default=True, help="where to run: cpu, cuda, cuda:1")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help=f"one or several of {','.join(DTYPES)}")
+@click.option("--impl", help=f"one or several of {','.join(IMPLEMENTATIONS)} [default: all on a GPU, else reference]")
 @click.option("--channels-last", is_flag=True, help="lay images out channels last")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: PyTorch's choice]")
 @click.option(
@@ -137,23 +189,31 @@ def measure(
     help="timed calls, of which the median counts",
 )
 @click.option("--only", default="", help="run only the cases with this text in their name")
-def main(device: str, dtype: str, channels_last: bool, threads: int | None, repeats: int, only: str) -> None:
+def main(
+    device: str, dtype: str, impl: str | None, channels_last: bool, threads: int | None, repeats: int, only: str
+) -> None:
     """Time upfirdn2d and bias_act; print JSON lines."""
     cases = [case for case in CASES if only in case.name]
     if not cases:
         raise click.UsageError(f"--only={only} names no case: {', '.join(case.name for case in CASES)}")
+    for name in dtype.split(","):
+        if name not in DTYPES:
+            raise click.UsageError(f"--dtype={dtype}: {name!r} is none of {', '.join(DTYPES)}")
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device={device} cannot be used: {error}") from error
+    implementations = choose_implementations(impl, place)
     tune_allocator()
     if threads is not None:
         torch.set_num_threads(threads)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    for case in cases:
-        result = measure(case, place, memory_format, DTYPES[dtype], repeats)
-        emit({"benchmark": "operators", **result, "dtype": dtype, "channels_last": channels_last}, place)
+    for name in dtype.split(","):
+        for case in cases:
+            for chosen in implementations:
+                result = measure(case, chosen, place, memory_format, DTYPES[name], repeats)
+                emit({"benchmark": "operators", **result, "dtype": name, "channels_last": channels_last}, place)
 
 
 if __name__ == "__main__":

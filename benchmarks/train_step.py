@@ -1,8 +1,9 @@
-"""Time a training step phase by phase, on synthetic images: images per second, seconds per kimg, memory.
+"""Time a training step phase by phase, on synthetic images: images per second, seconds per kimg, memory, FLOP/s.
 
-    python benchmarks/train_step.py --device=cuda --batch=64
+    python benchmarks/train_step.py --device=cuda --batch=64 --modes=plain,fp32,bf16,bf16+graphs
 
-Prints one line of JSON. A phase that is due every k steps is timed on its own and counts 1/k in a step.
+Prints one line of JSON for each mode, each measured in a process of its own, with its speedup over the first. A phase
+that is due every k steps is timed on its own and counts 1/k in a step.
 """
 
 from __future__ import annotations
@@ -20,32 +21,61 @@ from unittest.mock import patch
 
 import click
 import torch
-from common import README_EXAMPLE, emit, peak_mib
+from common import PEAK_TFLOPS, README_EXAMPLE, device_name, emit, peak_mib
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import dataset_tool
-from dnnlib.cli import IntList, Script, option
+from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import UserError, override
-from torch_utils import distributed
+from torch_utils import custom_ops, distributed
 from torch_utils.misc import tune_allocator
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import winograd
-from training.training_loop import Trainer
+from training.training_loop import Trainer, set_arithmetic
 
 NUM_IMAGES = 256
+FLOP_BATCH = 4  # images in the step whose operations are counted
+
+# A mode is made of these words, joined by +: what each changes in the configuration.
+CHANGES: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "tf32": {"precision": "fp32", "allow_tf32": True},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "nchw": {"channels_last": False},
+    "nhwc": {"channels_last": True},
+    "graphs": {"run.graphs": True},
+    "compile": {"run.compile": True},
+    "checkpoint": {"run.recompute": True},
+    "loader": {"run.data_on_gpu": False},
+    # Without this project's own accelerations, one by one and all:
+    "reference": {},
+    "no-allocator": {},
+    "no-winograd": {},
+    "plain": {"precision": "fp32", "channels_last": False, "run.data_on_gpu": False},
+}
+PLAIN = {"reference", "no-allocator", "no-winograd"}  # what `plain` leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured, and with which of the two accelerations that concern a CPU only."""
+    """What is measured, how, and in which mode."""
 
     config: TrainConfig
+    about: Circumstances
     steps: int
     warmup: int
     threads: int
-    tunes_allocator: bool
-    uses_winograd: bool
+    mode: str
+
+    @property
+    def words(self) -> set[str]:
+        words = set(self.mode.split("+"))
+        return words | PLAIN if "plain" in words else words
 
 
 @click.command(cls=Script, help=__doc__)
@@ -55,16 +85,11 @@ class Settings:
 @option("--resolution", type=click.IntRange(min=8), help="Side of the images. [what the preset's generator makes]")
 @option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images per step.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@option("--modes", type=NameList(), default="fp32", show_default=True,
+        help=f"What to measure: words joined by +, of {', '.join(CHANGES)}.")  # fmt: skip
 @option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs of each phase.")
 @option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before them.")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
-@option("--no-tune-allocator", is_flag=True, help="Leave glibc's allocator as it is.")
-@option("--no-winograd", is_flag=True, help="Leave all convolutions to PyTorch.")
-@option("--nhwc", is_flag=True, help="Channels-last memory layout.")
-@option("--allow-tf32", is_flag=True, help="TF32 matrix units for float32.")
-@option(
-    "--compare", is_flag=True, help="On a CPU: also without Winograd, and without allocator tuning, and the ratios."
-)
 def main(
     preset: str | None,
     g_dict: tuple[int, ...] | None,
@@ -72,78 +97,116 @@ def main(
     resolution: int | None,
     batch: int,
     device: str | None,
+    modes: tuple[str, ...],
     steps: int,
     warmup: int,
     threads: int | None,
-    no_tune_allocator: bool,
-    no_winograd: bool,
-    nhwc: bool,
-    allow_tf32: bool,
-    compare: bool,
 ) -> None:
     where = distributed.choose_device(device)
-    if compare and where.type != "cpu":
-        raise UserError("--compare: what it compares concerns the CPU; give --device=cpu or leave it out")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    values: dict[str, Any] = {"batch_size": batch, "channels_last": nhwc, "allow_tf32": allow_tf32}
-    values |= {"run.device": str(where)}
+    for word in "+".join(modes).split("+"):
+        if word not in CHANGES:
+            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
+    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where)}
     values |= {"generator.widths": g_dict} if g_dict else {}
     values |= {"generator.layers": num_layers} if num_layers else {}
     config = override(PRESETS[preset] if preset else README_EXAMPLE, values)
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
-            config=with_synthetic_images(config, resolution, Path(folder)),
-            steps=steps,
-            warmup=warmup,
-            threads=torch.get_num_threads(),
-            tunes_allocator=where.type == "cpu" and not no_tune_allocator,
-            uses_winograd=where.type == "cpu" and not no_winograd,
-        )
-        for result in comparison(settings) if compare else [measure(settings)]:
-            emit(result, where)
+        config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
+        gflop = gflop_per_image(config, about)
+        run = measure if len(modes) == 1 else in_own_process
+        seconds = 0.0
+        for mode in modes:
+            threads = threads or torch.get_num_threads()
+            settings = Settings(config=config, about=about, steps=steps, warmup=warmup, threads=threads, mode=mode)
+            result = run(settings)
+            seconds = seconds or result["sec_per_kimg"]
+            emit({**result, "speedup": round(seconds / result["sec_per_kimg"], 2)} | rates(result, gflop, where), where)
 
 
-def with_synthetic_images(config: TrainConfig, resolution: int | None, folder: Path) -> TrainConfig:
-    """Make a data set of drawn scenes that suits the generator, and complete the configuration for it."""
+def in_own_process(settings: Settings) -> dict[str, Any]:
+    """Measure in a fresh process, whose memory and caches no other measurement has touched."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, settings).result()
+
+
+def with_synthetic_images(
+    config: TrainConfig, resolution: int | None, folder: Path, *, on_gpu: bool
+) -> tuple[TrainConfig, Circumstances]:
+    """Make a data set of drawn scenes that suits the generator; return what `resolve` takes."""
     if resolution is None and not config.generator.widths:
         raise UserError(f"--preset={config.preset} is for images of any size: give --resolution")
     height, width = (resolution, resolution) if resolution else config.generator.img_size
     config = override(config, {"data.path": str(folder / "scenes.zip")})
-    config = resolve(config, Circumstances(img_shape=(3, height, width), c_dim=0))
     size = [f"--width={width}", f"--height={height}", f"--max-images={NUM_IMAGES}"]
     with contextlib.redirect_stdout(sys.stderr):
         dataset_tool.main(
             ["--source=shapes", f"--dest={config.data.path}", *size, "--workers=1"], standalone_mode=False
         )
-    return config
+    return config, Circumstances(img_shape=(3, height, width), c_dim=0, on_gpu=on_gpu)
 
 
-def comparison(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure without both accelerations, with the allocator alone, with both; each in a process of its own."""
-    plain = replace(settings, tunes_allocator=False, uses_winograd=False)
-    seconds = 0.0
-    for variant in (plain, replace(plain, tunes_allocator=True), settings):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            result = pool.submit(measure, variant).result()
-        seconds = seconds or result["sec_per_kimg"]
-        yield {**result, "speedup": round(seconds / result["sec_per_kimg"], 2)}
+class CountOperations(TorchDispatchMode):
+    """Adds up `flop` of every product and convolution inside it; FlopCounterMode itself refuses second derivatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function.overloadpacket)
+        if count is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def gflop_per_image(config: TrainConfig, about: Circumstances) -> float:
+    """Count multiplications and additions of the products and convolutions of a step, per image.
+
+    All phases with their derivatives, in plain float32; a phase that is due every k steps counts 1/k. What a mode
+    computes again, or saves by Winograd's algorithm, does not change what the model needs.
+    """
+    small = resolve(override(config, {"batch_size": FLOP_BATCH, "precision": "fp32"}), replace(about, on_gpu=False))
+    trainer = Trainer(small, ImageDataset(small.data), torch.device("cpu"))
+    img, c = next(trainer._batches())
+    flop = 0.0
+    with patch.object(winograd, "pays", never), sdpa_kernel(SDPBackend.MATH):
+        for phase in trainer.phases:
+            with CountOperations() as counter:
+                trainer.run_phase(phase, img, c)
+            flop += counter.flop / phase.interval
+    return flop / FLOP_BATCH / 1e9
+
+
+def rates(result: dict[str, Any], gflop: float, device: torch.device) -> dict[str, Any]:
+    """Return the model's operations per second, and which share that is of what the device is said to be able to."""
+    tflops = result["img_per_s"] * gflop / 1000
+    arithmetic = result["precision"] if not result["allow_tf32"] else "tf32"
+    peaks = [peaks for name, peaks in PEAK_TFLOPS.items() if device.type == "cuda" and name in device_name(device)]
+    share = {"model_flop_utilisation": round(tflops / peaks[0][arithmetic], 4)} if peaks else {}
+    return {"gflop_per_image": round(gflop, 2), "tflop_per_s": round(tflops, 3)} | share
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Time the parts of a step in milliseconds and combine them."""
+    words = settings.words
     config = settings.config
+    for word in words:
+        config = override(config, CHANGES[word])
+    config = resolve(config, settings.about)
     torch.set_num_threads(settings.threads)
-    if settings.tunes_allocator:
+    device = distributed.choose_device(config.run.device)
+    if device.type == "cpu" and "no-allocator" not in words:
         tune_allocator()
-    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    trainer = Trainer(config, ImageDataset(config.data), torch.device(config.run.device or "cpu"))
-    data = trainer._batches()
-    without = contextlib.nullcontext() if settings.uses_winograd else patch.object(winograd, "pays", never)
-    with without:
+    set_arithmetic(config)
+    with contextlib.ExitStack() as stack:
+        if "reference" in words:
+            stack.enter_context(custom_ops.implementation("reference"))
+        if "no-winograd" in words:
+            stack.enter_context(patch.object(winograd, "pays", never))
+        trainer = Trainer(config, ImageDataset(config.data), device)
+        data = trainer._batches()
         take_steps(trainer, data, settings.warmup)
         trainer.stopwatch.collect()
         take_steps(trainer, data, settings.steps)
@@ -158,17 +221,18 @@ def measure(settings: Settings) -> dict[str, Any]:
         "layers": config.generator.layers,
         "img_shape": trainer.dataset.img_shape,
         "batch": trainer.batch_size,
+        "mode": settings.mode,
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "allow_tf32": config.allow_tf32,
         "img_per_s": round(trainer.batch_size / step * 1000, 2),
         "sec_per_kimg": round(step / trainer.batch_size, 3),
         "step_ms": round(step, 2),
         "ms": {name: round(ms, 2) for name, ms in milliseconds.items()},
         "intervals": intervals,
-        "peak_mib": peak_mib(trainer.device),
+        "peak_mib": peak_mib(device),
         "steps": settings.steps,
-        "tunes_allocator": settings.tunes_allocator,
-        "uses_winograd": settings.uses_winograd,
-        "channels_last": config.channels_last,
-        "allow_tf32": config.allow_tf32,
+        "threads": settings.threads,
     }
 
 

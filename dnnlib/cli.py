@@ -39,9 +39,9 @@ def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
 
 
-def switch(flag: str, field: str | None = None, **kwargs: Any) -> Decorator:
+def switch(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """An option that is on as `--mirror` or `--mirror=1` and off as `--mirror=0`; None when it is not given."""
-    return option(flag, field=field, type=bool, is_flag=False, flag_value=True, metavar="[BOOL]", **kwargs)
+    return option(*flags, field=field, type=bool, is_flag=False, flag_value=True, metavar="[BOOL]", **kwargs)
 
 
 def with_options(options: Iterable[Decorator]) -> Decorator:

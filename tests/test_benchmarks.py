@@ -69,20 +69,36 @@ def test_train_step_combines_phases_by_their_intervals() -> None:
 
 
 def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, bool]] = []
+    calls: list[tuple[str, int, bool]] = []
     run_phase = train_step.Trainer.run_phase
 
     def spy(self: Any, phase: Any, img: torch.Tensor, c: torch.Tensor) -> None:
-        calls.append((phase.name, winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))))
+        uses_winograd = winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))
+        calls.append((phase.name, len(img), uses_winograd))
         run_phase(self, phase, img, c)
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
-    (row,) = results(train_step.main, *TINY_STEP, "--steps=2", "--warmup=1", "--no-winograd", "--no-tune-allocator")
-    names = [name for name, _ in calls]
+    (row,) = results(train_step.main, *TINY_STEP, "--batch=8", "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
+    names = [name for name, batch, _ in calls if batch == 8]  # the others count operations
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
-    assert not any(used for _, used in calls)
+    assert not any(used for _, _, used in calls)
     assert winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # and was put back
-    assert (row["uses_winograd"], row["tunes_allocator"]) == (False, False)
+    assert (row["mode"], row["precision"], row["speedup"]) == ("bf16+no-winograd", "bf16", 1)
+
+
+def test_train_step_counts_operations() -> None:
+    """A discriminator of known cost under a generator that costs next to nothing: 3 passes for G, 6 for D, 9/16 for R1.
+
+    A backward pass to weights and inputs is worth two forward ones. D sees no gradient of its own in G_main, the first
+    layer none of its input in D_main, which makes the sum a little smaller.
+    """
+    (row,) = results(train_step.main, *TINY_STEP, "--steps=1", "--warmup=0")
+    config = train_step.override(PRESETS["tiny"], {"generator.widths": (16, 16, 16), "generator.layers": (1, 1, 1)})
+    forward = networks.gflop_per_image(config.discriminator)
+    generator = networks.gflop_per_image(config.generator)
+    least, most = 2 * forward + 3 * generator + 5 * forward, (3 + 6 + 9 / 16) * forward + 5 * generator
+    assert least < row["gflop_per_image"] < most
+    assert row["tflop_per_s"] == pytest.approx(row["gflop_per_image"] * row["img_per_s"] / 1000, abs=1e-3)
 
 
 def test_train_step_asks_for_a_resolution_where_the_preset_leaves_it_open() -> None:
@@ -93,23 +109,26 @@ def test_train_step_asks_for_a_resolution_where_the_preset_leaves_it_open() -> N
 
 @pytest.mark.slow
 def test_train_step_compares_in_processes_of_their_own() -> None:
-    rows = results(train_step.main, *TINY_STEP, "--compare")
-    assert [(row["tunes_allocator"], row["uses_winograd"]) for row in rows] == [
-        (False, False),
-        (True, False),
-        (True, True),
-    ]
+    rows = results(train_step.main, *TINY_STEP, "--modes=plain,fp32,bf16+checkpoint")
+    assert [row["mode"] for row in rows] == ["plain", "fp32", "bf16+checkpoint"]
     assert rows[0]["speedup"] == 1
     for row in rows:
         assert row["speedup"] == pytest.approx(rows[0]["sec_per_kimg"] / row["sec_per_kimg"], abs=0.01)
+
+
+def test_train_step_refuses_unknown_modes() -> None:
+    outcome = CliRunner().invoke(train_step.main, [*TINY_STEP, "--modes=fp32,fast"])
+    assert outcome.exit_code == 2
+    assert "'fast' is none of fp32, tf32" in outcome.output
 
 
 def test_generation_measures_each_batch(tmp_path: Path) -> None:
     config = PRESETS["tiny"]
     path = tmp_path / "network-snapshot-000001.pkl"
     save_network(path, config=config, G_ema=config.generator.build())
-    rows = results(generation.main, f"--network={path}", "--batch=1,9", "--seconds=0.01", "--device=cpu")
-    assert [row["batch"] for row in rows] == [1, 9]
+    options = ["--batch=1,9", "--seconds=0.01", "--device=cpu", "--modes=fp32,bf16"]
+    rows = results(generation.main, f"--network={path}", *options)
+    assert [(row["mode"], row["batch"]) for row in rows] == [("fp32", 1), ("fp32", 9), ("bf16", 1), ("bf16", 9)]
     for row in rows:
         assert row["network"] == path.name
         assert row["img_per_s"] * row["ms_per_batch"] == pytest.approx(1000 * row["batch"], rel=0.02)
@@ -127,6 +146,29 @@ def test_operators() -> None:
     rows = results(operators.main, "--only=RGB pyramid up, 16 px", "--repeats=1")
     assert [row["case"] for row in rows] == ["RGB pyramid up, 16 px"]
     assert rows[0]["forward"].keys() == {"ms", "gb_per_s", "of_copy"}
+    assert rows[0]["impl"] == "reference"
+
+
+def test_operators_counts_the_bytes_that_a_fused_kernel_moves() -> None:
+    options = ("--only=bias_act lrelu, 32 px", "--repeats=1", "--dtype=float32,bfloat16", "--impl=reference")
+    for row, size in zip(results(operators.main, *options), (4, 2), strict=True):
+        tensor = 32 * 512 * 32 * 32 * size / 1e9
+        assert row["forward"]["gb_per_s"] * row["forward"]["ms"] / 1e3 == pytest.approx(2 * tensor, rel=1e-2)
+        assert row["backward"]["gb_per_s"] * row["backward"]["ms"] / 1e3 == pytest.approx(3 * tensor, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--impl=triton", "'triton' is none of cuda, reference, compiled"),
+        ("--impl=cuda", "the kernels need --device=cuda"),
+        ("--dtype=float32,int8", "'int8' is none of float32, float16, bfloat16"),
+    ],
+)
+def test_operators_refuses(option: str, message: str) -> None:
+    outcome = CliRunner().invoke(operators.main, [option])
+    assert outcome.exit_code == 2
+    assert message in outcome.output
 
 
 def test_data() -> None:
@@ -259,5 +301,5 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
     assert found["snapshots"]["num_fake"] == gpu_suite.QUICK.num_fakes
     assert found["snapshots"]["curve"][-1]["frechet"] > 0
     summary = (outdir / "summary.md").read_text()
-    for heading in ("train_step", "networks", "generation", "operators", "training", "snapshots"):
+    for heading in ("train_step", "networks", "generation", "attention", "operators", "training", "snapshots"):
         assert f"### {heading}\n\n|" in summary

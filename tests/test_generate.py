@@ -134,3 +134,57 @@ def test_a_flipped_byte_in_a_snapshot_is_refused(snapshot: Path, tmp_path: Path)
     result = run(f"--network={tmp_path / 'bad.pkl'}", "--seeds=0", f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 2
     assert "bad.pkl: damaged" in result.output
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_gives_almost_the_same_images(snapshot: Path, tmp_path: Path, precision: str) -> None:
+    for folder, options in (("exact", []), ("reduced", [f"--precision={precision}"])):
+        result = run(f"--network={snapshot}", "--seeds=0-3", f"--outdir={tmp_path / folder}", *options)
+        assert result.exit_code == 0, result.output
+    exact, reduced = (
+        np.stack([pixels(tmp_path / folder / f"seed{seed:04d}.png").astype(int) for seed in range(4)])
+        for folder in ("exact", "reduced")
+    )
+    assert 0 < np.abs(exact - reduced).max() < 8
+    assert np.abs(exact - reduced).mean() < 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
+def test_compiled_images_are_the_same_but_for_rounding(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the compiler's front end alone; it must see one batch size, whatever the number of seeds."""
+    sizes: list[int] = []
+    compile_for_real = torch.compile
+
+    def spy(network: Any, **options: Any) -> Any:
+        network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        return compile_for_real(network, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", spy)
+    for folder, options in (("plain", []), ("compiled", ["--compile"])):
+        result = run(f"--network={snapshot}", "--seeds=0-4", "--batch=3", f"--outdir={tmp_path / folder}", *options)
+        assert result.exit_code == 0, result.output
+    for seed in range(5):
+        images = (pixels(tmp_path / folder / f"seed{seed:04d}.png").astype(int) for folder in ("plain", "compiled"))
+        plain, compiled = images
+        assert np.abs(plain - compiled).max() <= 1
+    assert set(sizes) == {8}
+
+
+def test_graphs_need_a_gpu(snapshot: Path, tmp_path: Path) -> None:
+    result = run(f"--network={snapshot}", "--seeds=0", f"--outdir={tmp_path}", "--graphs", "--device=cpu")
+    assert result.exit_code == 2
+    assert "--graphs: CUDA graphs need a GPU" in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise_mode", ["const", "random"])
+def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
+    G = load_network(snapshot, "cuda").G_ema
+    c = torch.zeros(1, 0, device="cuda")
+    fast = generate.FastGenerator(G, use_graphs=True)
+    with torch.no_grad():
+        for seeds in ((0, 1, 2), (7, 8, 9)):
+            plain = generate.seed_images(G, seeds, c, 0.7, noise_mode)
+            assert torch.equal(generate.seed_images(fast, seeds, c, 0.7, noise_mode), plain)

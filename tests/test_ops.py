@@ -11,6 +11,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from torch_utils import custom_ops
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, upsample2d
 
@@ -24,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "crop": {"padding": (-1, -2, 0, -1)},
     "crop-and-pad": {"up": 2, "down": 2, "padding": (-3, 4, 5, -2)},
     "crop-more-than-a-sample": {"up": 3, "padding": (-4, 2, 3, -5)},
+    "crop-all-samples": {"padding": (-12, 20, 1, 2)},
+    "crop-all-samples-between": {"up": 2, "down": (1, 2), "padding": (1, 3, 15, -20)},
     "gain": {"up": 2, "padding": 2, "gain": -2.5},
     "flip": {"up": (1, 2), "down": (2, 1), "padding": 2, "flip_filter": True},
 }
@@ -312,3 +315,343 @@ def test_bias_act_keeps_type_format_and_input(dtype: torch.dtype) -> None:
 def test_bias_act_refuses(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bias_act(image(2, 3, 4), **kwargs)  # type: ignore[arg-type]
+
+
+# The operators as torch.library knows them. On a CPU they run the reference, so that registration, shapes and
+# derivatives can be checked here; test_kernels.py checks the kernels that take its place on a GPU.
+
+
+def samples_of_bias_act(act: str, device: str = "cpu") -> list[tuple[Any, ...]]:
+    alpha = ACTIVATIONS[act].alpha or 0.0
+    x, b = image(2, 3, 4, 2).to(device).requires_grad_(), image(3, seed=1).to(device).requires_grad_()
+    channels_last = image(2, 3, 4, 2).to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    return [
+        (x, b, 1, act, alpha, 1.3, -1.0),
+        (channels_last, b, 1, act, alpha, 1.3, 0.4),
+        (x, None, 3, act, alpha, -0.8, 0.4),
+        (image(5, 3).to(device), b, 1, act, alpha, 1.0, -1.0),
+    ]
+
+
+def samples_of_upfirdn2d(device: str = "cpu") -> list[tuple[Any, ...]]:
+    x = image(1, 2, 4, 3).to(device).requires_grad_()
+    channels_last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    f, matrix = torch.tensor(SEPARABLE[4], device=device), image(2, 3).to(device)
+    return [
+        (x, f, (2, 1), (1, 2), (2, 3, -1, 3), False, 1.5),
+        (channels_last, f, (2, 2), (1, 1), (2, 1, 2, 1), True, 1.0),
+        (x, matrix, (1, 1), (2, 3), (3, 3, 3, 3), False, -2.0),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_bias_act_is_registered(act: str) -> None:
+    for sample in samples_of_bias_act(act):
+        torch.library.opcheck(torch.ops.styleformer.bias_act.default, sample)
+        x, b, *options = sample
+        grad = image(*x.shape, seed=2).contiguous(
+            memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        )
+        torch.library.opcheck(torch.ops.styleformer.bias_act_grad.default, (grad, x.detach(), b, *options))
+        torch.library.opcheck(
+            torch.ops.styleformer.bias_act_grad2.default,
+            (grad, grad * 2, x.detach(), None if b is None else b.detach(), *options),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_upfirdn2d_is_registered() -> None:
+    for sample in samples_of_upfirdn2d():
+        torch.library.opcheck(torch.ops.styleformer.upfirdn2d.default, sample)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_derivatives_of_the_operator_bias_act(act: str) -> None:
+    for x, b, *options in samples_of_bias_act(act):
+        inputs = tuple(tensor for tensor in (x.detach().requires_grad_(), b) if tensor is not None)
+
+        def function(x: Tensor, b: Tensor | None = None, options: list[Any] = options) -> Tensor:
+            return torch.ops.styleformer.bias_act(x, b, *options)
+
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_derivatives_of_the_operator_upfirdn2d() -> None:
+    for x, *options in samples_of_upfirdn2d():
+
+        def function(x: Tensor, options: list[Any] = options) -> Tensor:
+            return torch.ops.styleformer.upfirdn2d(x, *options)
+
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_the_operator_has_no_third_derivative() -> None:
+    x = image(4, 3).requires_grad_()
+    y = torch.ops.styleformer.bias_act(x, None, 1, "swish", 0.0, 1.0, -1.0)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="third one needs impl='reference'"):
+        torch.autograd.grad(second.sum(), x)
+
+
+def test_bias_gradient_sums_in_float32() -> None:
+    """4099 is no bfloat16."""
+    x, b = torch.zeros(4099, 2, dtype=torch.bfloat16), torch.zeros(2, requires_grad=True)
+    y = torch.ops.styleformer.bias_act(x, b, 1, "linear", 0.0, 1.0, 2.0)
+    y.backward(torch.ones_like(y))
+    assert b.grad is not None
+    assert b.grad.tolist() == [4099, 4099]
+
+
+def test_piecewise_linear_activations_keep_only_their_output() -> None:
+    """The input can be freed: the next layer keeps the output anyway."""
+    x, b = image(2, 3), image(3).requires_grad_()
+    for act, alpha, gain, kept in (
+        ("lrelu", 0.2, 1.0, 1),
+        ("relu", 0.0, 2.0, 1),
+        ("lrelu", 0.2, -1.0, 2),
+        ("elu", 1.0, 1.0, 2),
+    ):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):  # type: ignore[misc]
+            y = torch.ops.styleformer.bias_act(x, b, 1, act, alpha, gain, 1.0)
+        assert len(saved) == kept
+        assert (saved[0].data_ptr() == y.data_ptr()) == (kept == 1)
+
+
+def operators_in(graph: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.fixture
+def operators_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the public functions take the operators as they do on a GPU; they run the reference here."""
+    monkeypatch.setattr(custom_ops, "use_kernels", lambda impl, x: True)
+
+
+@pytest.mark.usefixtures("operators_on_cpu")
+def test_public_functions_through_the_operators() -> None:
+    x, b = image(2, 3, 9, 11), image(3, seed=1)
+    for act in ACTIVATIONS:
+        y = bias_act(x, b, act=act, clamp=0.7)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(custom_ops, "use_kernels", lambda impl, x: False)
+            expected = bias_act(x, b, act=act, clamp=0.7)
+        torch.testing.assert_close(y, expected)
+    for case in CASES.values():
+        for f in (torch.tensor(SEPARABLE[4]), torch.tensor(SEPARABLE[6]), image(2, 3).float()):
+            definition = scipy_upfirdn2d(x.numpy(), f.numpy(), **case)
+            np.testing.assert_allclose(upfirdn2d(x, f, **case), definition, atol=1e-12)
+
+
+@pytest.mark.usefixtures("operators_on_cpu")
+def test_compile_and_export_see_one_operator() -> None:
+    graphs: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(operators_in(graph))
+        return graph
+
+    def network(x: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return upsample2d(bias_act(x, b, act="lrelu", clamp=0.7), f)
+
+    x, b, f = image(2, 3, 8, 6), image(3, seed=1), setup_filter([1, 3, 3, 1])
+    expected = network(x, b, f)
+    torch.testing.assert_close(torch.compile(network, backend=backend, fullgraph=True)(x, b, f), expected)
+    assert graphs == [["styleformer.bias_act.default", "styleformer.upfirdn2d.default"]]
+
+    class Network(torch.nn.Module):
+        def forward(self, x: Tensor, b: Tensor, f: Tensor) -> Tensor:
+            return network(x, b, f)
+
+    exported = torch.export.export(Network(), (x, b, f))
+    assert [name for name in operators_in(exported.graph_module) if "styleformer" in name] == graphs[0]
+    torch.testing.assert_close(exported.module()(x, b, f), expected)
+
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(network(x, b, f).square().sum(), x)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    (compiled_grad,) = torch.autograd.grad(compiled(x, b, f).square().sum(), x)
+    torch.testing.assert_close(compiled_grad, grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's own
+def test_compile_on_the_cpu_traces_the_reference() -> None:
+    x, f = image(2, 3, 8, 6), setup_filter([1, 3, 3, 1])
+
+    def network(x: Tensor) -> Tensor:
+        return upsample2d(bias_act(x, act="lrelu"), f)
+
+    torch.testing.assert_close(torch.compile(network, backend="eager", fullgraph=True)(x), network(x))
+
+
+def test_impl_on_a_cpu() -> None:
+    x, f = image(1, 1, 4, 4), setup_filter([1, 3, 3, 1])
+    assert torch.equal(bias_act(x, impl="reference"), bias_act(x))
+    assert torch.equal(upsample2d(x, f, impl="reference"), upsample2d(x, f))
+    with pytest.raises(ValueError, match=r"impl='cuda' on torch.float64 on cpu.*impl='auto'"):
+        bias_act(x, impl="cuda")
+    with pytest.raises(ValueError, match=r"impl='cuda' on torch\.float64 on cpu"):
+        downsample2d(x, f, impl="cuda")
+    with pytest.raises(ValueError, match="impl='gpu': choose one of auto, reference, cuda"):
+        bias_act(x, impl="gpu")  # type: ignore[arg-type]
+
+
+gpu = pytest.mark.gpu
+GPU_DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)]
+
+
+def assert_close_to_float64(ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    """`tolerance` counts from the largest value, since sums lose what is small beside it."""
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(ours.double().cpu(), expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_bias_act_on_gpu(act: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The kernels, and the gradients of x and b, against the reference in float64."""
+    for shape, dim in (((4, 64, 33, 33), 1), ((2, 64, 32), 2), ((8, 512), 1), ((0, 3, 2, 2), 1), ((5, 7, 9, 1), 1)):
+        for memory_format in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
+            x = image(*shape).to("cuda", dtype).contiguous(memory_format=memory_format).requires_grad_()
+            b = image(shape[dim], seed=1).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
+            b.requires_grad_()
+            grad = image(*shape, seed=2).to("cuda", dtype)
+            x64, b64 = (tensor.detach().double().cpu().requires_grad_() for tensor in (x, b))
+            # the clamp is far from every value, so that rounding moves none across it
+            y = bias_act(x, b, dim=dim, act=act, clamp=50.0, impl="cuda")
+            y64 = bias_act(x64, b64, dim=dim, act=act, clamp=50.0)
+            assert y.dtype == dtype
+            assert y.is_contiguous(memory_format=memory_format)
+            assert_close_to_float64(y.detach(), y64.detach(), tolerance)
+            grads = torch.autograd.grad(y, (x, b), grad)
+            for ours, expected in zip(grads, torch.autograd.grad(y64, (x64, b64), grad.double().cpu()), strict=True):
+                assert_close_to_float64(ours, expected, tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_derivatives_of_bias_act_on_gpu(act: str) -> None:
+    for x, b, *options in samples_of_bias_act(act, "cuda"):
+        inputs = tuple(tensor for tensor in (x.detach().requires_grad_(), b) if tensor is not None)
+
+        def function(x: Tensor, b: Tensor | None = None, options: list[Any] = options) -> Tensor:
+            return torch.ops.styleformer.bias_act(x, b, *options)
+
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_upfirdn2d_on_gpu(
+    channels: int, memory_format: torch.memory_format, dtype: torch.dtype, tolerance: float
+) -> None:
+    """The kernels and their gradients against the reference in float64, for the networks' filters and others."""
+    filters = [torch.tensor(taps) for taps in SEPARABLE.values()]
+    filters += [setup_filter([1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]), image(4, 4).float()]
+    cases: list[dict[str, Any]] = [
+        {"padding": 6},
+        {"up": 2, "padding": 7},
+        {"down": 2, "padding": 6},
+        {"up": (3, 2), "down": 2, "padding": 9},
+    ]
+    for size in ((33, 33), (16, 20)):
+        x = image(2, channels, *size).to("cuda", dtype).contiguous(memory_format=memory_format).requires_grad_()
+        x64 = x.detach().double().cpu().requires_grad_()
+        for f in filters:
+            f = f / f.abs().sum()
+            for case in cases:
+                y, y64 = upfirdn2d(x, f.cuda(), impl="cuda", **case), upfirdn2d(x64, f.double(), **case)
+                assert y.dtype == dtype
+                assert y.is_contiguous(memory_format=memory_format)
+                assert_close_to_float64(y.detach(), y64.detach(), tolerance)
+                grad = image(*y.shape, seed=3).to("cuda", dtype)
+                (ours,) = torch.autograd.grad(y, x, grad)
+                (expected,) = torch.autograd.grad(y64, x64, grad.double().cpu())
+                assert_close_to_float64(ours, expected, tolerance)
+
+
+@gpu
+def test_derivatives_of_upfirdn2d_on_gpu() -> None:
+    for x, *options in samples_of_upfirdn2d("cuda"):
+
+        def function(x: Tensor, options: list[Any] = options) -> Tensor:
+            return torch.ops.styleformer.upfirdn2d(x, *options)
+
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+def gpu_network(x: Tensor, b: Tensor, f: Tensor) -> Tensor:
+    y = bias_act(x, b, act="lrelu", clamp=256.0)
+    return downsample2d(upsample2d(y, f), f)
+
+
+@gpu
+def test_cuda_graph_replays_the_kernels() -> None:
+    x, b, f = torch.randn(4, 8, 32, 32).cuda(), torch.randn(8).cuda(), setup_filter([1, 3, 3, 1]).cuda()
+    x.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = gpu_network(x, b, f)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, step())
+
+
+@gpu
+def test_compiled_network_runs_the_kernels() -> None:
+    x, b, f = torch.randn(4, 8, 32, 32).cuda(), torch.randn(8).cuda(), setup_filter([1, 3, 3, 1]).cuda()
+    graphs: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append([name for name in operators_in(graph) if "styleformer" in name])
+        return graph
+
+    torch.compile(gpu_network, backend=backend, fullgraph=True)(x, b, f)
+    assert [len(names) for names in graphs] == [3]
+    x.requires_grad_()
+    y, expected = torch.compile(gpu_network, fullgraph=True)(x, b, f), gpu_network(x, b, f)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(output.square().sum(), x)[0] for output in (y, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@gpu
+def test_filter_and_bias_on_another_device_are_refused() -> None:
+    x = torch.zeros(1, 2, 8, 8, device="cuda")
+    with pytest.raises(ValueError, match="bias is on cpu, x on cuda:0"):
+        bias_act(x, torch.zeros(2), impl="cuda")
+    with pytest.raises(ValueError, match="filter is on cpu, x on cuda:0"):
+        upsample2d(x, setup_filter([1, 3, 3, 1]), impl="cuda")
+
+
+@gpu
+def test_more_than_2_to_the_32_elements_on_gpu() -> None:
+    x = torch.zeros(2**17 + 3, 33, 32, 32, dtype=torch.float16, device="cuda")
+    b = torch.arange(33, dtype=torch.float32, device="cuda")
+    y = bias_act(x, b, impl="cuda")
+    assert (y[-1] == b[:, None, None]).all()
+    assert (y[:, :, 0, 0] == b).all()
+    f = setup_filter([1, 1, 1, 1]).cuda()
+    z = upfirdn2d(y, f, down=2, padding=1, impl="cuda")
+    torch.testing.assert_close(z[-1, :, 8, 8], b.half())

@@ -133,7 +133,9 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+        # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     try:
         function(*args)

@@ -232,6 +232,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
 
     Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
     """
+    if config.run.graphs and not about.on_gpu:
+        raise ConfigError("run.graphs", True, "CUDA graphs need a GPU; leave it out")
     channels, height, width = about.img_shape
     resolution = max(height, width)
     num_gpus = config.run.num_gpus

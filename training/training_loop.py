@@ -28,8 +28,6 @@ from training.loss import Players
 from training.networks import execution
 from training.phases import Phase, build_learner, build_phases
 
-REDUCED = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass
 class TrainState:
@@ -112,6 +110,13 @@ class RunningMean(nn.Module):
         self.value.copy_(torch.where(skip, self.value, self.value.lerp(mean.to(self.value.dtype), self.rate)))
 
 
+def set_arithmetic(config: TrainConfig) -> None:
+    """Set what PyTorch keeps for the whole process: TF32, and whether cuDNN tries out its algorithms."""
+    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+
 class Trainer:
     """Owns everything that changes during training; `train` runs it.
 
@@ -137,7 +142,7 @@ class Trainer:
         self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
         self._build_phases()
         self.execution = execution.Execution(
-            reduced=REDUCED[config.precision or "fp32"],
+            reduced=execution.REDUCED[config.precision or "fp32"],
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
         )

@@ -1,12 +1,21 @@
-"""Bias, activation, gain and clamp in one call, in pure PyTorch: the reference for compiled kernels."""
+"""Bias, activation, gain and clamp in one call.
+
+The PyTorch form is the specification. On CUDA one kernel (bias_act.cu) does what takes PyTorch a pass over memory for
+each step, and its derivative mostly reads the output, which the next layer keeps anyway.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torch_utils import custom_ops
+from torch_utils.custom_ops import Impl, Kernels
+from torch_utils.ops import registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,7 @@ class Activation:
 
 
 # A gain of sqrt(2) keeps the scale of a signal that loses its negative half (He et al. 2015).
+# The kernels count the activations in this order.
 ACTIVATIONS = {
     "linear": Activation(function=lambda x: x),
     "relu": Activation(function=F.relu, gain=math.sqrt(2)),
@@ -30,6 +40,9 @@ ACTIVATIONS = {
     "softplus": Activation(function=F.softplus),
     "swish": Activation(function=F.silu, gain=math.sqrt(2)),
 }
+NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}
+SELU = (1.0507009873554805, 1.6732632423543772)  # scale and alpha, Klambauer et al. 2017
+PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
 
 
 def bias_act(
@@ -41,12 +54,15 @@ def bias_act(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Return clamp(gain * act(x + b), -clamp, clamp), of x's shape and type; twice differentiable.
 
     `b` [x.shape[dim]] is added along `dim`. `alpha` and `gain` None are the activation's own; `clamp` None is none.
+    `impl` "auto" takes the CUDA kernels for CUDA tensors where they can be built, and PyTorch otherwise.
+
     Raises ValueError for an unknown `act`, an `alpha` that it does not have, a bias that does not fit, and a negative
-    clamp.
+    clamp. With `impl` "cuda", a tensor that the kernels do not take is a ValueError, missing kernels a RuntimeError.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not an activation: choose one of {', '.join(ACTIVATIONS)}")
@@ -57,10 +73,26 @@ def bias_act(
         raise ValueError(f"alpha={alpha} has no meaning for act={act!r}: leave it out")
     alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
+    if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
+        raise ValueError(f"bias has shape {list(b.shape)}: dimension {dim} of x {list(x.shape)} wants a vector")
 
+    if custom_ops.use_kernels(impl, x):
+        if b is not None and b.device != x.device:
+            raise ValueError(f"bias is on {b.device}, x on {x.device}: move them to one device")
+        return _bias_act(x, b, dim % x.ndim, act, alpha or 0.0, gain, -1.0 if clamp is None else clamp)
+    return _reference(x, b, dim, activation, alpha, gain, clamp)
+
+
+def _reference(
+    x: Tensor,
+    b: Tensor | None,
+    dim: int,
+    activation: Activation,
+    alpha: float | None,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
     if b is not None:
-        if b.ndim != 1 or b.shape[0] != x.shape[dim]:
-            raise ValueError(f"bias has shape {list(b.shape)}: dimension {dim} of x {list(x.shape)} wants a vector")
         shape = [1] * x.ndim
         shape[dim] = -1
         x = x + b.to(x.dtype).reshape(shape)
@@ -70,3 +102,257 @@ def bias_act(
     if clamp is not None:
         x = x.clamp(-clamp, clamp)
     return x
+
+
+# From here on the operator as PyTorch's dispatcher sees it: alpha is a number (0: not used), clamp < 0 is none.
+
+
+def slope_from_output(act: str, alpha: float, gain: float) -> bool:
+    """Whether the sign of y tells the sign of x + b, so that y is all that the derivative needs."""
+    return act in PIECEWISE_LINEAR and gain > 0 and (alpha > 0 or act != "lrelu")
+
+
+def launch(
+    kernels: Kernels,
+    order: int,
+    x: Tensor,
+    b: Tensor | None,
+    saved: Tensor | None,
+    grad: Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float,
+) -> Tensor:
+    """Run the kernel: order 0 on x, order 1 on a gradient x of the output, order 2 on a gradient x of that."""
+    layout = registry.layout(x if saved is None else saved)
+    x = x.contiguous(memory_format=layout)
+    saved = None if saved is None else saved.contiguous(memory_format=layout)
+    grad = None if grad is None else grad.contiguous(memory_format=layout)
+    y = torch.empty_like(x, memory_format=layout)
+    if not x.numel():
+        return y
+    if b is not None:
+        b = b.contiguous() if b.dtype == x.dtype else b.to(registry.computed_in(x.dtype)).contiguous()
+    slow_to_fast = list(range(x.ndim)) if layout == torch.contiguous_format else [0, 2, 3, 1]
+    faster = slow_to_fast[slow_to_fast.index(dim) + 1 :]
+    kernels.call(
+        "bias_act",
+        x,
+        custom_ops.DTYPES[x.dtype],
+        order,
+        x.data_ptr(),
+        None if grad is None else grad.data_ptr(),
+        None if saved is None else saved.data_ptr(),
+        None if b is None else b.data_ptr(),
+        custom_ops.DTYPES[x.dtype if b is None else b.dtype],
+        y.data_ptr(),
+        x.numel(),
+        math.prod(x.shape[i] for i in faster),
+        x.shape[dim],
+        NUMBERS[act],
+        slope_from_output(act, alpha, gain),
+        alpha,
+        gain,
+        clamp,
+    )
+    return y
+
+
+def _forward_cuda(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
+    return launch(registry.kernels(), 0, x, b, None, None, dim, act, alpha, gain, clamp)
+
+
+def _grad_cuda(
+    grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
+) -> Tensor:
+    return launch(registry.kernels(), 1, grad, b, saved, None, dim, act, alpha, gain, clamp)
+
+
+def _grad2_cuda(
+    double: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    b: Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float,
+) -> Tensor:
+    return launch(registry.kernels(), 2, double, b, x, grad, dim, act, alpha, gain, clamp)
+
+
+def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
+    activation = ACTIVATIONS[act]
+    y = _reference(
+        x, b, dim, activation, None if activation.alpha is None else alpha, gain, None if clamp < 0 else clamp
+    )
+    return y.clone(memory_format=registry.layout(x))
+
+
+def _slope(act: str, x: Tensor, alpha: float) -> Tensor:
+    """Return the first derivative of an activation."""
+    s, t = torch.sigmoid(x), torch.tanh(x)
+    scale, selu_alpha = SELU
+    return {
+        "linear": lambda: torch.ones_like(x),
+        "relu": lambda: (x > 0).to(x.dtype),
+        "lrelu": lambda: torch.where(x > 0, 1.0, alpha).to(x.dtype),
+        "tanh": lambda: 1 - t * t,
+        "sigmoid": lambda: s * (1 - s),
+        "elu": lambda: torch.where(x > 0, 1, alpha * x.exp()),
+        "selu": lambda: scale * torch.where(x > 0, 1, selu_alpha * x.exp()),
+        "softplus": lambda: s,
+        "swish": lambda: s * (1 + x * (1 - s)),
+    }[act]()
+
+
+def _bend(act: str, x: Tensor, alpha: float) -> Tensor:
+    """Return the second derivative of an activation."""
+    s, t = torch.sigmoid(x), torch.tanh(x)
+    scale, selu_alpha = SELU
+    if act in PIECEWISE_LINEAR:
+        return torch.zeros_like(x)
+    return {
+        "tanh": lambda: -2 * t * (1 - t * t),
+        "sigmoid": lambda: s * (1 - s) * (1 - 2 * s),
+        "elu": lambda: torch.where(x > 0, 0, alpha * x.exp()),
+        "selu": lambda: torch.where(x > 0, 0, scale * selu_alpha * x.exp()),
+        "softplus": lambda: s * (1 - s),
+        "swish": lambda: s * (1 - s) * (2 + x * (1 - 2 * s)),
+    }[act]()
+
+
+def _with_bias(x: Tensor, b: Tensor | None, dim: int) -> Tensor:
+    return _reference(x, b, dim, ACTIVATIONS["linear"], None, 1.0, None)
+
+
+def _unclamped(x: Tensor, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
+    return _forward_cpu(x, None, 0, act, alpha, gain, -1.0).abs() <= (math.inf if clamp < 0 else clamp)
+
+
+def _grad_cpu(
+    grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
+) -> Tensor:
+    x = _with_bias(saved, b, dim)
+    if slope_from_output(act, alpha, gain):
+        edge = torch.tensor(math.inf if clamp < 0 else clamp, dtype=x.dtype)  # rounded as the output was
+        passes = x.abs() < edge
+    else:
+        passes = _unclamped(x, act, alpha, gain, clamp)
+    dx = torch.where(passes, grad * gain * _slope(act, x, alpha), 0)
+    return dx.clone(memory_format=registry.layout(saved))
+
+
+def _grad2_cpu(
+    double: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    b: Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float,
+) -> Tensor:
+    v = _with_bias(x, b, dim)
+    passes = _unclamped(v, act, alpha, gain, clamp)
+    ddx = torch.where(passes, double * grad * gain * _bend(act, v, alpha), 0)
+    return ddx.clone(memory_format=registry.layout(x))
+
+
+def _bias_gradient(dx: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sum dx over all dimensions but one, in float32 at least."""
+    dims = [i for i in range(dx.ndim) if i != dim]
+    return (dx.sum(dims, dtype=registry.computed_in(dx.dtype)) if dims else dx).to(dtype)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
+        with registry.below_autograd():
+            y = _bias_act(x, b, *options)
+        _, act, alpha, gain, clamp = options
+        ctx.options, ctx.b_dtype = options, None if b is None else b.dtype
+        if act == "linear" and clamp < 0:
+            ctx.save_for_backward(None, None)
+        elif slope_from_output(act, alpha, gain):
+            ctx.save_for_backward(y, None)
+        else:
+            ctx.save_for_backward(x, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        saved, b = ctx.saved_tensors
+        dim, _, _, gain, _ = ctx.options
+        if saved is not None:
+            dx = _bias_act_grad(grad, saved, b, *ctx.options)
+        elif gain != 1:
+            dx = grad * gain
+        else:
+            dx = grad
+        db = _bias_gradient(dx, dim, ctx.b_dtype) if ctx.needs_input_grad[1] else None
+        return dx if ctx.needs_input_grad[0] else None, db, *[None] * 5
+
+
+class _Gradient(torch.autograd.Function):
+    """The derivative of _Forward. It is linear in the gradient; in x it bends only where the activation does."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, saved: Tensor, b: Tensor | None, *options: Any) -> Tensor:
+        with registry.below_autograd():
+            dx = _bias_act_grad(grad, saved, b, *options)
+        ctx.options = options
+        ctx.bends = options[1] not in PIECEWISE_LINEAR
+        ctx.save_for_backward(grad if ctx.bends else None, saved, b)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (double,) = grads
+        grad, saved, b = ctx.saved_tensors
+        d_grad = _bias_act_grad(double, saved, b, *ctx.options) if ctx.needs_input_grad[0] else None
+        d_x = d_b = None
+        if ctx.bends and any(ctx.needs_input_grad[1:3]):
+            d_x = _bias_act_grad2(double, grad, saved, b, *ctx.options)
+            d_b = _bias_gradient(d_x, ctx.options[0], b.dtype) if ctx.needs_input_grad[2] else None
+        return d_grad, d_x if ctx.needs_input_grad[1] else None, d_b, *[None] * 5
+
+
+class _SecondGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with registry.below_autograd():
+            return _bias_act_grad2(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the CUDA kernels of bias_act have two derivatives: a third one needs impl='reference'")
+
+
+_OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
+_bias_act = registry.register(
+    f"bias_act(Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=lambda x, *_: torch.empty_like(x, memory_format=registry.layout(x)),
+    function=_Forward,
+)
+_bias_act_grad = registry.register(
+    f"bias_act_grad(Tensor grad, Tensor saved, Tensor? b, {_OPTIONS}) -> Tensor",
+    cpu=_grad_cpu,
+    cuda=_grad_cuda,
+    fake=lambda grad, saved, *_: torch.empty_like(grad, memory_format=registry.layout(saved)),
+    function=_Gradient,
+)
+_bias_act_grad2 = registry.register(
+    f"bias_act_grad2(Tensor double, Tensor grad, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
+    cpu=_grad2_cpu,
+    cuda=_grad2_cuda,
+    fake=lambda double, grad, x, *_: torch.empty_like(double, memory_format=registry.layout(x)),
+    function=_SecondGradient,
+)

@@ -1,6 +1,6 @@
-"""Upsample, filter, downsample: the resampling operator of style-based networks, in pure PyTorch.
+"""Upsample, filter, downsample: the resampling operator of style-based networks.
 
-This is the reference, and the specification that a compiled kernel has to meet.
+The PyTorch form is the specification; on CUDA one kernel (upfirdn2d.cu) takes its place.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torch_utils import custom_ops
+from torch_utils.custom_ops import Impl, Kernels
+from torch_utils.ops import registry
 
 Pair = int | Sequence[int]
 
@@ -45,6 +49,7 @@ def upfirdn2d(
     padding: Pair = 0,
     flip_filter: bool = False,
     gain: float = 1.0,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Upsample, pad, filter and downsample each channel of x [B, C, H, W]; x has derivatives of any order, f has none.
 
@@ -56,7 +61,10 @@ def upfirdn2d(
        (H * up + y0 + y1 - rows of f) // down + 1 rows.
 
     `up` and `down` are a number or (x, y), `padding` is a number, (x, y) or (x0, x1, y0, y1). Returns x's type and
-    memory format. Raises ValueError for malformed arguments, and when the padded image is smaller than f.
+    memory format. `impl` "auto" takes the CUDA kernels for CUDA tensors where they can be built, and PyTorch otherwise.
+
+    Raises ValueError for malformed arguments, and when the padded image is smaller than f. With `impl` "cuda", a tensor
+    that the kernels do not take is a ValueError, missing kernels are a RuntimeError.
     """
     if x.ndim != 4:
         raise ValueError(f"x has shape {list(x.shape)}: upfirdn2d wants [B, C, H, W]")
@@ -72,10 +80,16 @@ def upfirdn2d(
             f"{f.shape[-1]}x{f.shape[0]}: pad more"
         )
 
-    kernel = f.to(torch.promote_types(f.dtype, x.dtype))
-    kernel = kernel if flip_filter else kernel.flip(tuple(range(f.ndim)))
-    if kernel.ndim == 1 and len(kernel) <= SHORT_FILTER:
-        kernel = torch.outer(kernel, kernel)
+    if custom_ops.use_kernels(impl, x):
+        if f.device != x.device:
+            raise ValueError(f"the filter is on {f.device}, x on {x.device}: move them to one device")
+        f = f.to(registry.computed_in(x.dtype))
+        if f.ndim == 2 or len(f) <= SHORT_FILTER:
+            return _upfirdn2d(x, f, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1), flip_filter, gain)
+        x = _upfirdn2d(x, f[None, :], (up_x, 1), (down_x, 1), (x0, x1, 0, 0), flip_filter, gain)
+        return _upfirdn2d(x, f[:, None], (1, up_y), (1, down_y), (0, 0, y0, y1), flip_filter, 1.0)
+
+    kernel = _correlation(f, x.dtype, flip_filter)
     if kernel.ndim == 2:
         return _Resample.apply(x, kernel * gain, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1))
     x = _Resample.apply(x, kernel[None, :] * gain, (up_x, 1), (down_x, 1), (x0, x1, 0, 0))
@@ -83,7 +97,14 @@ def upfirdn2d(
 
 
 def upsample2d(
-    x: Tensor, f: Tensor, up: Pair = 2, padding: Pair = 0, *, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f: Tensor,
+    up: Pair = 2,
+    padding: Pair = 0,
+    *,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Enlarge x [B, C, H, W] to [B, C, H * up, W * up] (plus `padding`) with zeros outside, keeping its brightness.
 
@@ -104,11 +125,19 @@ def upsample2d(
         ),
         flip_filter=flip_filter,
         gain=gain * up_x * up_y,
+        impl=impl,
     )
 
 
 def downsample2d(
-    x: Tensor, f: Tensor, down: Pair = 2, padding: Pair = 0, *, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f: Tensor,
+    down: Pair = 2,
+    padding: Pair = 0,
+    *,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Reduce x [B, C, H, W] to [B, C, H / down, W / down] (with `padding` added before), with zeros outside.
 
@@ -129,7 +158,15 @@ def downsample2d(
         ),
         flip_filter=flip_filter,
         gain=gain,
+        impl=impl,
     )
+
+
+def _correlation(f: Tensor, dtype: torch.dtype, flip_filter: bool) -> Tensor:
+    """Return f as taps of a correlation on images of `dtype`; short vectors as a matrix."""
+    kernel = f.to(torch.promote_types(f.dtype, dtype))
+    kernel = kernel if flip_filter else kernel.flip(tuple(range(f.ndim)))
+    return torch.outer(kernel, kernel) if kernel.ndim == 1 and len(kernel) <= SHORT_FILTER else kernel
 
 
 class _Resample(torch.autograd.Function):
@@ -156,11 +193,29 @@ class _Resample(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads  # [B, C, H of the output, W of the output]
         (kernel,) = ctx.saved_tensors
-        padding: list[int] = []  # what puts each gradient back on the sample it came from, and gives x's size
-        for i, axis in enumerate((3, 2)):
-            taps, before, n = kernel.shape[axis - 2], ctx.padding[2 * i], ctx.in_size[axis - 2]
-            padding += [taps - 1 - before, (n - 1) * ctx.up[i] + 1 - grad.shape[axis] * ctx.down[i] + before]
-        return _Resample.apply(grad, kernel.flip((0, 1)), ctx.down, ctx.up, tuple(padding)), None, None, None, None
+        padding = _transposed_padding(kernel.shape, ctx.in_size, grad.shape[2:], ctx.up, ctx.down, ctx.padding)
+        return _Resample.apply(grad, kernel.flip((0, 1)), ctx.down, ctx.up, padding), None, None, None, None
+
+
+def _transposed_padding(
+    taps: Sequence[int],
+    in_size: Sequence[int],
+    out_size: Sequence[int],
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """Return the padding (x0, x1, y0, y1) of the derivative: each gradient goes back to the sample that it came from.
+
+    `taps` and the sizes are (rows, columns), `up`, `down` and `padding` those of the operator. What the derivative
+    makes of an image of `out_size` has `in_size` again.
+    """
+    sides: list[int] = []
+    for i, axis in enumerate((1, 0)):
+        before = padding[2 * i]
+        sides += [taps[axis] - 1 - before, (in_size[axis] - 1) * up[i] + 1 - out_size[axis] * down[i] + before]
+    x0, x1, y0, y1 = sides
+    return x0, x1, y0, y1
 
 
 def _resample(
@@ -178,7 +233,7 @@ def _resample(
     x0, x1, y0, y1 = padding
     if up == (1, 1):
         if x0 != x1 or y0 != y1 or x0 < 0 or y0 < 0:
-            x, x0, y0 = F.pad(x, padding), 0, 0
+            x, x0, y0 = _pad(x, padding), 0, 0
         x = F.conv2d(x, kernel, stride=down[::-1], padding=(y0, x0), groups=channels)
     else:
         # A transposed convolution gives all that the kernel touches: columns-1 more than the unpadded image before it,
@@ -186,8 +241,17 @@ def _resample(
         x = F.conv_transpose2d(x, kernel.flip((2, 3)), stride=up[::-1], groups=channels)
         x0, x1 = x0 - (columns - 1), x1 - (columns - 1) + up[0] - 1
         y0, y1 = y0 - (rows - 1), y1 - (rows - 1) + up[1] - 1
-        x = F.pad(x, (x0, x1, y0, y1))[:, :, :: down[1], :: down[0]]
+        x = _pad(x, (x0, x1, y0, y1))[:, :, :: down[1], :: down[0]]
     return x.reshape(B, C, *x.shape[2:]).contiguous(memory_format=memory_format)
+
+
+def _pad(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """Pad or crop x; where a crop takes more than there is, only the padding of the other side remains."""
+    x0, x1, y0, y1 = padding
+    height, width = x.shape[2:]
+    if width + min(x0, 0) + min(x1, 0) <= 0 or height + min(y0, 0) + min(y1, 0) <= 0:
+        return x.new_zeros(*x.shape[:2], height + y0 + y1, width + x0 + x1)
+    return F.pad(x, padding)
 
 
 def _factors(name: str, value: Pair) -> tuple[int, int]:
@@ -207,3 +271,133 @@ def _padding(value: Pair) -> tuple[int, int, int, int]:
         raise ValueError(f"padding={value!r}: give a number, (x, y) or (x0, x1, y0, y1)")
     x0, x1, y0, y1 = sides
     return x0, x1, y0, y1
+
+
+# From here on the operator as PyTorch's dispatcher sees it. f is a matrix, or a vector that acts along both axes in one
+# pass; up and down are (x, y), padding is (x0, x1, y0, y1).
+
+
+def out_size(
+    x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """Return the shape of the output."""
+    B, C, H, W = x.shape
+    x0, x1, y0, y1 = padding
+    return (
+        B,
+        C,
+        (H * up[1] + y0 + y1 - f.shape[0]) // down[1] + 1,
+        (W * up[0] + x0 + x1 - f.shape[-1]) // down[0] + 1,
+    )
+
+
+def launch(
+    kernels: Kernels,
+    x: Tensor,
+    f: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip: bool,
+    gain: float,
+) -> Tensor:
+    """Run the kernel."""
+    layout = registry.layout(x)
+    x = x.contiguous(memory_format=layout)
+    f = f.to(registry.computed_in(x.dtype)).contiguous()
+    B, C, H, W = x.shape
+    y = torch.empty(out_size(x, f, up, down, padding), dtype=x.dtype, device=x.device, memory_format=layout)
+    if not y.numel():
+        return y
+    maps, inner = (B * C, 1) if layout == torch.contiguous_format else (B, C)
+    kernels.call(
+        "upfirdn2d",
+        x,
+        custom_ops.DTYPES[x.dtype],
+        x.data_ptr(),
+        f.data_ptr(),
+        y.data_ptr(),
+        maps,
+        H,
+        W,
+        *y.shape[2:],
+        inner,
+        f.shape[0],
+        f.shape[-1],
+        *up,
+        *down,
+        padding[0],
+        padding[2],
+        f.ndim == 1,
+        flip,
+        gain,
+    )
+    return y
+
+
+def _cuda(
+    x: Tensor,
+    f: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip: bool,
+    gain: float,
+) -> Tensor:
+    return launch(registry.kernels(), x, f, up, down, padding, flip, gain)
+
+
+def _cpu(
+    x: Tensor,
+    f: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip: bool,
+    gain: float,
+) -> Tensor:
+    kernel = _correlation(f, x.dtype, flip) * gain
+    y = _resample(x, kernel, (up[0], up[1]), (down[0], down[1]), (padding[0], padding[1], padding[2], padding[3]))
+    return y.contiguous(memory_format=registry.layout(x))
+
+
+def _fake(x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], *_: Any) -> Tensor:
+    size, layout = out_size(x, f, up, down, padding), registry.layout(x)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+class _Upfirdn2d(torch.autograd.Function):
+    """The derivative of the operator is the operator again: `up` and `down` change places, and f is turned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        f: Tensor,
+        up: Sequence[int],
+        down: Sequence[int],
+        padding: Sequence[int],
+        flip: bool,
+        gain: float,
+    ) -> Tensor:
+        ctx.save_for_backward(f)
+        ctx.up, ctx.down, ctx.padding, ctx.flip, ctx.gain, ctx.in_size = up, down, padding, flip, gain, x.shape[2:]
+        with registry.below_autograd():
+            return _upfirdn2d(x, f, up, down, padding, flip, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (f,) = ctx.saved_tensors
+        taps = (f.shape[0], f.shape[-1])
+        padding = _transposed_padding(taps, ctx.in_size, grad.shape[2:], ctx.up, ctx.down, ctx.padding)
+        return _upfirdn2d(grad, f, ctx.down, ctx.up, padding, not ctx.flip, ctx.gain), *[None] * 6
+
+
+_upfirdn2d = registry.register(
+    "upfirdn2d(Tensor x, Tensor f, SymInt[] up, SymInt[] down, SymInt[] padding, bool flip, float gain) -> Tensor",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    function=_Upfirdn2d,
+)

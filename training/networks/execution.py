@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# What --precision says, and the type of activations that it means; None leaves them alone.
+REDUCED = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
