@@ -154,21 +154,27 @@ def _classes_of(context: MetricContext) -> int:
 
 
 def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:
-    """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64.
+    """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64, nan where it has none.
 
-    The processes share out the classes. Raises UserError for a class with fewer than two images on one side.
+    The processes share out the classes. Raises UserError for a class with a single image, or images on one side only.
     """
+    present = []
     for number in range(classes):
         found = [int((labels == number).sum()) for labels in (real_class, fake_class)]
+        if not any(found):
+            continue
+        present.append(number)
         if min(found) < 2:
             raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
     distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
-    for number in own_shard(classes):
+    for number in (present[position] for position in own_shard(len(present))):
         sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]
         means = [x.mean(dim=0) for x in sets]
         covs = [(x - mean).T @ (x - mean) / len(x) for x, mean in zip(sets, means, strict=True)]
         distances[number] = frechet_distance(means[0], covs[0], means[1], covs[1])
-    return all_reduce(distances)
+    absent = torch.ones_like(distances, dtype=torch.bool)
+    absent[present] = False
+    return all_reduce(distances).masked_fill(absent, torch.nan)
 
 
 @register_metric(
@@ -188,11 +194,11 @@ def fid_class(context: MetricContext, name: str, count: int | None) -> Measureme
         fake_class = context.fakes.labels[choose_fakes(context, context.fakes, len(fake))].to(real.device)
     else:
         fake_class = random_labels(context, range(len(fake))).argmax(dim=1)
-    classes = _classes_of(context)
-    distances = class_distances(real, real_class, fake, fake_class, classes).tolist()
-    values = {name: sum(distances) / classes, f"{name}_worst": max(distances)}
-    values |= {f"{name}_{number}": distance for number, distance in enumerate(distances)}
-    smallest = int(min(labels.bincount(minlength=classes).min() for labels in (real_class, fake_class)))
+    distances = class_distances(real, real_class, fake, fake_class, _classes_of(context))
+    present = distances.isfinite().nonzero()[:, 0].tolist()  # a data set may name classes that it has no images of
+    values = {name: float(distances[present].mean()), f"{name}_worst": float(distances[present].max())}
+    values |= {f"{name}_{number}": float(distances[number]) for number in present}
+    smallest = int(min(labels.bincount()[present].min() for labels in (real_class, fake_class)))
     return Measurement(
         values=values,
         num_real=len(real),

@@ -176,7 +176,11 @@ def test_distances_of_classes_are_those_of_their_own_images() -> None:
         covs = [x.T.cov(correction=0) for x in sets]
         expected = frechet_distance(sets[0].mean(0), covs[0], sets[1].mean(0), covs[1])
         assert float(measured[number]) == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(UserError, match="class 3 has 0 reals and 0 fakes"):
+    unused = class_distances(real, 2 * real_class, fake, 2 * fake_class, 6)
+    assert unused.isnan().tolist() == [False, True, False, True, False, True]
+    torch.testing.assert_close(unused[::2], measured)
+    real_class[0], fake_class[:] = 3, fake_class.clamp(max=2)
+    with pytest.raises(UserError, match="class 3 has 1 reals and 0 fakes"):
         class_distances(real, real_class, fake, fake_class, 4)
 
 
@@ -190,12 +194,13 @@ def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) ->
     images = natural_images(60)
     classes = torch.arange(60) % 3
     images[classes == 2] = 255 - images[classes == 2] // 4
-    data = ArrayImages(images, classes, c_dim=3)
-    context = MetricContext(G=Stripes(c_dim=3), images=data, device=CPU, setup=setup)
+    data = ArrayImages(images, classes, c_dim=4)  # a class without images
+    context = MetricContext(G=Stripes(c_dim=4), images=data, device=CPU, setup=setup)
     [result] = compute_all(["fid80_class"], context)
     per_class = [result.results[f"fid80_class_{number}"] for number in range(3)]
     assert result.results["fid80_class"] == pytest.approx(sum(per_class) / 3)
     assert result.results["fid80_class_worst"] == max(per_class)
+    assert len(result.results) == 5
 
     labels = random_labels(context, range(80)).argmax(dim=1)
     [fakes] = [torch.cat([batch for _, batch in fake_batches(context, 80)])]
