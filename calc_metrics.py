@@ -127,7 +127,7 @@ def main(
     subjects = list_subjects(network)
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
-    for name in names:
+    for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
         check_available(name, setup)
 
     device = distributed.choose_device(options["device"])

@@ -278,7 +278,7 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:
             values[field] = tuple(metrics.registry.resolve(values[field], setup))
-            for name in values[field]:
+            for name in values[field] if distributed.launched_rank() == 0 else ():  # one process fetches
                 metrics.registry.check_available(name, setup)
     launched = distributed.launched_world_size()
     if launched is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -116,7 +117,7 @@ class DetectorSetup:
             return {"detector": self.program.name, "detector_sha256": sha256_of(self.program)}
         if role == "dinov2":
             folder = self._dinov2_folder()
-            return {"detector": f"DINOv2 from {folder.name}", "detector_sha256": sha256_of(folder)}
+            return {"detector": _dinov2_name(folder), "detector_sha256": sha256_of(folder)}
         paths = [self._path_of(file) for file in FILES[role]]
         name = {"inception": "inception-2015-12-05", "vgg16": "torchvision VGG16", "lpips": "LPIPS, torchvision VGG16"}
         return {"detector": name[role], "detector_sha256": " ".join(sha256_of(path) for path in paths)}
@@ -161,6 +162,18 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _dinov2_name(folder: Path) -> str:
+    """Return which DINOv2 a folder holds. The published distances are those of ViT-L/14."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({_first_line(error)})") from None
+    if (width, depth, patch) == (1024, 24, 14):
+        return "DINOv2 ViT-L/14"
+    return f"DINOv2 of width {width}, {depth} layers, patches {patch}: does not compare with ViT-L/14"
 
 
 def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> DetectorSetup:

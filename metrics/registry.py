@@ -93,7 +93,8 @@ class MetricSpec:
     def protocol_of(self, setup: DetectorSetup = STANDARD) -> str:
         """Return in words which network sees the images, and what happens to its features."""
         networks = [setup.describe(role) for role in self.roles]
-        return "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
+        words = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
+        return f"{setup.protocol}: {words}" if self.clean else words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     assert fid["detector"] == "small.pt"
     assert fid["detector_sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
     assert (fid["num_real"], fid["num_fake"]) == (2 * NUM_IMAGES, 30)
-    assert fid["protocol"] == "features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
+    assert fid["protocol"] == "stylegan: features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
     assert result.stderr.count("real images:") == 3  # swd12 of each reads them; the detector's statistics serve both
 
 

@@ -184,6 +184,8 @@ def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
     assert (detectors.dinov2_input(images) - x).abs().max() < 1.01 / 255 / 0.224  # a grey level rounded the other way
     torch.testing.assert_close(features, expected, rtol=0.01, atol=0.01)
 
+    name = "DINOv2 of width 24, 2 layers, patches 14: does not compare with ViT-L/14"
+    assert setup.identity("dinov2")["detector"] == name
     weights_file = tmp_path / "dino" / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(UserError, match="DINOv2 cannot be loaded from it"):
@@ -262,6 +264,17 @@ def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.pt2").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken\.pt2: cannot be loaded"):
         detectors.load_program(tmp_path / "broken.pt2", CPU)
+
+
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision raises RuntimeError when it was built for another torch."""
+
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(detectors.importlib, "import_module", broken)
+    with pytest.raises(UserError, match=r"package torch-fidelity cannot be imported \(operator torchvision::nms"):
+        detectors.load_inception({}, CPU, clean=False)
 
 
 def test_what_a_detector_option_names(tmp_path: Path) -> None:

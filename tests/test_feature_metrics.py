@@ -411,7 +411,7 @@ def test_clean_divides_by_one_less(program: Path) -> None:
     assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected[1], rel=1e-9)
     assert expected[1] > expected[0]
     [result] = compute_all(["fid60_full"], context)
-    assert result.protocol == "features of small.pt; covariance over N-1 (Parmar et al. 2022)"
+    assert result.protocol == "clean: features of small.pt; covariance over N-1 (Parmar et al. 2022)"
 
 
 def test_features_too_large_for_float16_are_refused(tmp_path: Path) -> None:
