@@ -118,6 +118,36 @@ def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_pa
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.slow
+def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_path: Path) -> None:
+    logs = []
+    for gpus in (1, 2):
+        arguments = [
+            f"--outdir={tmp_path / str(gpus)}",
+            f"--data={shapes_zip}",
+            *SHORT,
+            f"--gpus={gpus}",
+            "--kimg=0.016",
+        ]
+        arguments += ["--batch-gpu=8", "--mbstd=4", "--holdout=48", f"--detector={program}", "--cond"]
+        arguments += ["--metrics=fid61_full,kid61,pr613,fid61_class"]
+        result = run(*arguments)
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        [run_dir] = (tmp_path / str(gpus)).iterdir()
+        figures = {
+            f"{path.stem} {i}": line["results"]
+            for path in run_dir.glob("metric-*")
+            for i, line in enumerate(lines(path))
+        }
+        for i, tick in enumerate(lines(run_dir / "stats.jsonl")):
+            figures[f"tick {i}"] = {name: value for name, value in tick.items() if name.startswith("Overfitting/")}
+        logs.append(figures)
+    assert len(logs[0]) == 4 * 2 + 2
+    assert logs[1].keys() == logs[0].keys()
+    for name, values in logs[0].items():
+        assert logs[1][name] == pytest.approx(values, rel=2e-3, abs=1e-3), name
+
+
 # Held-out images.
 
 
