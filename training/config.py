@@ -33,6 +33,9 @@ class RunConfig:
     tick_kimg: float = 4
     snapshot_ticks: int = 50
     metrics: tuple[str, ...] | None = None  # None: the default metric
+    metrics_every: int | None = None  # ticks; None: at snapshots
+    tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
@@ -46,7 +49,7 @@ class RunConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "num_gpus", "batch_gpu"):
+        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(name, value, "must be positive")
@@ -261,6 +264,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolved = override(config, values)
     resolved.generator.check_img_size(height, width)
     _check_batches(resolved)
+    _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
 
@@ -306,6 +310,16 @@ def _check_batches(config: TrainConfig) -> None:
         )
 
 
+def _check_holdout(config: TrainConfig) -> None:
+    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    if 0 < config.data.holdout < per_round:
+        raise ConfigError(
+            "data.holdout",
+            config.data.holdout,
+            f"D judges held-out images in whole batches: hold out at least {per_round} (--batch-gpu times --gpus)",
+        )
+
+
 def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that its transforms cannot treat
     with torch.device("meta"):
@@ -324,13 +338,17 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.recompute": False,
     "run.compile": False,
     "run.graphs": False,
+    "run.metrics_every": None,
+    "run.tick_metrics": (),
+    "run.detectors": (),
+    "data.holdout": 0,
 }
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
     if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}}
+        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             (data[parents[0]] if parents else data).setdefault(name, value)
