@@ -26,7 +26,7 @@ class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
-    nothing else in here changes what a step computes.
+    nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
     total_kimg: float = 25_000
@@ -40,7 +40,7 @@ class RunConfig:
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
-    data_on_gpu: bool | None = None  # keep all images there as uint8; None: if it is small
+    data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
     recompute: bool = False  # activations again in the backward pass instead of keeping them
     compile: bool = False  # torch.compile for the phases that are differentiated once
@@ -58,8 +58,10 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
-        if self.graphs and self.recompute:
-            raise ConfigError("graphs", True, "cannot record activations that are computed again: leave one out")
+        for name in ("graphs", "compile"):
+            if getattr(self, name) and self.recompute:
+                problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
+                raise ConfigError(name, True, problem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,11 +129,10 @@ class Snapshots:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
-        trainer.last_saved = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
-        save_snapshot(trainer, trainer.last_saved)
+        trainer.last_snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
+        save_snapshot(trainer, trainer.last_snapshot)
         if trainer.state.step:
-            trainer.last_saved = self.run_dir / f"training-state-{_kimg(trainer)}.pt"
-            trainer.save(trainer.last_saved)
+            trainer.save(self.run_dir / f"training-state-{_kimg(trainer)}.pt")
             for old in list_states(self.run_dir)[:-KEEP_STATES]:
                 old.unlink()
 
