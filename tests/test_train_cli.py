@@ -347,3 +347,20 @@ def test_auto_fills_in_only_what_is_not_given(
         2,
         True,
     )
+
+
+def test_latest_prefers_the_run_of_the_asked_precision(shapes_zip: Path, tmp_path: Path) -> None:
+    """Unasked, a precision that another machine would have chosen is taken over; one that was asked for then is not."""
+    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=none"]
+
+    def resumed(*options: str) -> str:
+        lines = run_ok(*arguments, "--resume=latest", *options).splitlines()
+        return next(line for line in lines if line.startswith(("Resuming from", "Starting from")))
+
+    run_ok(*arguments, "--precision=fp16")
+    assert resumed() == "Starting from random weights"  # float32, as a CPU does unasked
+    assert "/00000-" in resumed("--precision=fp16")
+    run_ok(*arguments, "--precision=bf16")
+    assert "/00001-" in resumed()
+    shutil.rmtree(next(tmp_path.glob("00001-*")))
+    assert "/00002-" in resumed()
