@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from dnnlib.cli import IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, override, to_json
 from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
+from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
+from metrics.report import Progress
 from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
@@ -244,24 +245,34 @@ def _evaluator(trainer: Trainer, run_dir: Path, setup: DetectorSetup, main_metri
     data = trainer.config.data
     whole = replace(data, max_images=None, holdout=0)  # as published: all reals, even if it trains on fewer
     images = trainer.dataset if whole == data else ImageDataset(whole)
+    context = metrics.registry.MetricContext(  # its detectors and statistics of the reals serve all ticks
+        G=trainer.ema.module,
+        images=images,
+        device=trainer.device,
+        batch_size=trainer.batch_gpu,
+        setup=setup,
+        cache=cache_dir() / "statistics",
+        progress=Progress(),
+    )
+    higher_is_better = metrics.registry.find(main_metric)[0].higher_is_better
 
-    def evaluate(names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float) -> hooks.Evaluation:
-        context = metrics.registry.MetricContext(
-            G=G_ema, images=images, device=trainer.device, setup=setup, cache=cache_dir() / "statistics"
-        )
+    def evaluate(
+        names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float, keep: hooks.Keep
+    ) -> dict[str, float]:
+        nonlocal context
+        context = with_network(context, G_ema)
         values: dict[str, float] = {}
-        best = None
         for result in metrics.registry.compute_all(names, context):
             values |= result.results
-            if result.metric == main_metric and distributed.from_main(partial(is_best, result, run_dir)):
-                best = main_metric
             if distributed.is_main():
                 record = metrics.registry.result_to_json(
                     result, snapshot=snapshot, kimg=kimg, data=data.path, images=images, mirror=data.mirror
                 )
+                if result.metric == main_metric and is_best(record, run_dir, higher_is_better=higher_is_better):
+                    keep(main_metric)
                 metrics.registry.append_result(run_dir, record)
                 _say(_describe_result(result, kimg))
-        return hooks.Evaluation(values=values, best=best)
+        return values
 
     return evaluate
 

@@ -245,19 +245,21 @@ class Statistics:
         sizes = {want: self.size(want) for want in wants}
         total = max(sizes.values())
         accumulators = {want: want.recipe.start(sizes[want]) for want in wants}
-        broken: dict[Role, Tensor] = {}  # on the device, so that the host does not wait in every batch
+        broken: dict[tuple[Role, str], Tensor] = {}  # on the device, so that the host does not wait in every batch
         for positions, images in self._batches(wants[0], total):
             for role in dict.fromkeys(want.role for want in wants):
                 features, logits = self._detector(role)(images)
-                is_broken = features.isfinite().all().logical_not()
-                broken[role] = broken[role] | is_broken if role in broken else is_broken
+                for key, x in (((role, "features"), features), ((role, "class logits"), logits)):
+                    if x is not None:
+                        is_broken = x.isfinite().all().logical_not()
+                        broken[key] = broken[key] | is_broken if key in broken else is_broken
                 for want in [want for want in wants if want.role == role]:
                     inside = min(max(sizes[want] - positions.start, 0), len(features))
                     part = slice(0, inside if len(positions) else 0)
                     accumulators[want].add(positions, features[part], None if logits is None else logits[part])
-        for role, is_broken in broken.items():
+        for (role, what), is_broken in broken.items():
             if is_broken:
-                raise UserError(f"the detector {self._detector(role).name} returns features that are not finite")
+                raise UserError(f"the detector {self._detector(role).name} returns {what} that are not finite")
         for want in wants:
             self.results[want] = accumulators[want].finish()
         for want in wants:

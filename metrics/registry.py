@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import sys
@@ -31,6 +32,17 @@ from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import Want, statistics_of
 from metrics.sampling import Images, MetricContext
 
+COMPARABLE = (  # two records of a metric compare when these are equal
+    "detector_sha256",
+    "protocol",
+    "data_hash",
+    "mirror",
+    "seed",
+    "truncation_psi",
+    "noise_mode",
+    "num_real",
+    "num_fake",
+)
 STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN family's protocol
 
 
@@ -222,6 +234,9 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
         start = time.perf_counter()
         with _naming(name):
             measured = spec.function(context, name, count)
+            for key, value in measured.values.items():
+                if not math.isfinite(value):
+                    raise UserError(f"{key} is {value}: the features are too large or too few to compute it")
         identity = context.setup.identity(spec.roles[0]) if spec.roles else {"detector": None, "detector_sha256": None}
         yield MetricResult(
             metric=name,
@@ -278,15 +293,30 @@ def result_to_json(
     }
 
 
-def is_best(result: MetricResult, folder: Path) -> bool:
-    """Whether a result is better than all of its metric that metric-<name>.jsonl in `folder` has so far."""
-    path = folder / f"metric-{result.metric}.jsonl"
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    name, value = next(iter(result.results.items()))
-    others = [record["results"][name] for record in earlier]
-    if find(result.metric)[0].higher_is_better:
-        return all(value > other for other in others)
-    return all(value < other for other in others)
+def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> bool:
+    """Whether a record is better than all that it compares with in metric-<name>.jsonl of `folder`.
+
+    The file may also hold what calc_metrics.py made of other data, detectors or seeds.
+    """
+    name, value = next(iter(record["results"].items()))
+    earlier = [
+        other for other in _read_records(folder / f"metric-{record['metric']}.jsonl") if name in other["results"]
+    ]
+    others = [other["results"][name] for other in earlier if _circumstances(other) == _circumstances(record)]
+    return all(value > other if higher_is_better else value < other for other in others)
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; a line that was cut short is none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in COMPARABLE)
 
 
 def append_result(folder: Path, record: dict[str, Any]) -> None:

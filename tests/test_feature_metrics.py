@@ -400,6 +400,22 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         results(build(read_detectors((str(path),))), "fid50")
 
 
+def test_logits_and_values_that_are_not_finite_are_refused(
+    setup: DetectorSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overflow(torch.nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            x = images.float().mean(dim=(2, 3))
+            return x, x / 0
+
+    path = script_program(tmp_path / "overflow.pt", Overflow())
+    with pytest.raises(UserError, match=r"overflow\.pt returns class logits that are not finite"):
+        results(build(read_detectors((str(path),))), "is50")
+    monkeypatch.setattr("metrics.frechet.distance_of", lambda *_, **__: math.nan)
+    with pytest.raises(UserError, match="metric fid50: fid50 is nan"):
+        results(build(setup), "fid50")
+
+
 def test_clean_divides_by_one_less(program: Path) -> None:
     context = build(read_detectors((str(program),), protocol="clean"))
     usual = build(read_detectors((str(program),)))

@@ -16,7 +16,9 @@ from torch import Tensor
 
 import train
 from dnnlib.config import ConfigError
-from metrics.registry import MetricResult, is_best
+from metrics import feature_stats, sampling
+from metrics.detectors import DetectorSetup
+from metrics.registry import find, is_best
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset
 from training.snapshot import load_network
@@ -201,14 +203,55 @@ def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
 def test_best_is_less_for_distances_and_more_for_scores(
     tmp_path: Path, metric: str, number: str, better: float
 ) -> None:
-    def result(value: float) -> MetricResult:
-        return MetricResult(
-            metric=metric, results={number: value}, seconds=0, num_real=1, num_fake=1, seed=0, truncation_psi=1,
-            noise_mode="const", protocol="p", detector=None, detector_sha256=None, warnings=(),
-        )  # fmt: skip
+    higher_is_better = find(metric)[0].higher_is_better
 
-    assert is_best(result(5), tmp_path)
-    (tmp_path / f"metric-{metric}.jsonl").write_text(json.dumps({"results": {number: 2.0}}) + "\n")
-    assert is_best(result(better), tmp_path)
-    assert not is_best(result(4 - better), tmp_path)
-    assert not is_best(result(2.0), tmp_path)
+    def wins(value: float, **changes: Any) -> bool:
+        return is_best(record(metric, number, value) | changes, tmp_path, higher_is_better=higher_is_better)
+
+    assert wins(5)
+    (tmp_path / f"metric-{metric}.jsonl").write_text(json.dumps(record(metric, number, 2.0)) + '\n{"metric": "cut')
+    assert wins(better)
+    assert not wins(4 - better)
+    assert not wins(2.0)
+    for key, other in {
+        "detector_sha256": "f", "protocol": "clean", "data_hash": "other", "mirror": True, "seed": 1,
+        "truncation_psi": 0.7, "noise_mode": "none", "num_real": 9, "num_fake": 9,
+    }.items():  # fmt: skip
+        assert wins(4 - better, **{key: other}), key
+
+
+def record(metric: str, number: str, value: float) -> dict[str, Any]:
+    return {
+        "metric": metric, "results": {number: value}, "num_real": 1, "num_fake": 1, "seed": 0, "truncation_psi": 1.0,
+        "noise_mode": "const", "protocol": "p", "detector_sha256": None, "data_hash": "d", "mirror": False,
+    }  # fmt: skip
+
+
+def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metrics.registry.append_result", interrupted)
+    run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20")
+    [run_dir] = (tmp_path / "runs").iterdir()
+    assert not (run_dir / "metric-swd20.jsonl").exists()
+    assert load_network(run_dir / "network-best-swd20.pkl").kimg == 0
+
+
+def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
+    shapes_zip: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    reads: list[int] = []
+    batches: list[int] = []
+    load, choose, latents = DetectorSetup.load, feature_stats.choose_reals, sampling.latents
+    monkeypatch.setattr(DetectorSetup, "load", lambda *a: (loads.append(a[1]), load(*a))[1])
+    monkeypatch.setattr(feature_stats, "choose_reals", lambda *a: (reads.append(a[1]), choose(*a))[1])
+    monkeypatch.setattr(sampling, "latents", lambda *a: (batches.append(len(a[1])), latents(*a))[1])
+    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--detector={program}"]
+    result = run(*arguments, "--metrics=none", "--tick-metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
+    assert result.exit_code == 0, result.output
+    assert (len(loads), len(reads)) == (1, 1)
+    assert max(batches) == 8
