@@ -101,7 +101,7 @@ OPTIONS = (
            help=f"Family: {', '.join(GENERATORS)}. [the preset's; most have {next(iter(GENERATORS))}]"),
     option("--g_dict", field="generator.widths", type=IntList(), help="Hidden size per resolution, lowest first."),
     option("--num_layers", field="generator.layers", type=IntList(), help="Encoder blocks per resolution."),
-    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 4, 8 or 8x12."),
+    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 8 or 8x12."),
     option("--depth", field="generator.depth", type=int, metavar="INT", help="Channels per attention head. [32]"),
     option("--minimum_head", field="generator.minimum_head", type=int, metavar="INT",
            help="Least number of heads. [1]"),
