@@ -18,9 +18,11 @@ from dnnlib.config import ConfigError, override, to_json
 from dnnlib.util import TeeLog
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
+from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
 # fmt: off
@@ -53,6 +55,9 @@ OPTIONS = (
            help="Snapshots, pictures, metrics every so many ticks. [50]"),
     option("--metrics", field="run.metrics", type=NameList(),
            help="Metrics at every snapshot, or none. [fid50k_full or swd]"),
+    option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
+    option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
+           help="Keep one every so many kimg for ever. [none]"),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
            help="Write a Chrome trace of so many steps."),
     # Training
@@ -167,6 +172,15 @@ def main(context: click.Context, **options: Any) -> None:
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
+    with Signals() as signals:
+        is_stopped = _train(request, signals)
+        distributed.barrier()  # or the launcher would end the others when the first has gone
+    if is_stopped:
+        raise SystemExit(EXIT_STOPPED)
+
+
+def _train(request: runs.Request, signals: Signals) -> bool:
+    """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request))
     config = start.config
     device = distributed.choose_device(config.run.device)
@@ -180,12 +194,15 @@ def train_worker(request: runs.Request) -> None:
         if distributed.is_main():
             print(_describe(trainer))
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        trainer.hooks = build_hooks(trainer, run_dir)
+        saver = Saver(run_dir, config.run)
+        trainer.hooks = [*build_hooks(trainer, run_dir, saver), hooks.Requests(saver, signals)]
         trainer.train()
-        _say(f"Done: {run_dir}")
+        distributed.from_main(saver.finish)
+        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+    return trainer.is_stopped
 
 
-def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run = trainer.config.run
     chain: list[Any] = [hooks.Progress(), hooks.JsonLog(run_dir)]
@@ -194,7 +211,7 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
             chain.append(hooks.TensorBoardLog(run_dir))
         except ImportError:
             _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(run_dir, run.snapshot_ticks)]
+    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     if run.metrics != ():

@@ -6,12 +6,17 @@ this machine) and `torchrun --nnodes=... train.py` (which has started it already
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -101,7 +106,7 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
-    with tempfile.TemporaryDirectory() as log_dir:
+    with tempfile.TemporaryDirectory() as log_dir, _signals_passed_on():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -114,6 +119,7 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
             monitor_interval=0.2,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            signals_to_handle="SIGHUP,SIGQUIT",  # of the others, elastic would give workers 30 s to live
         )
         try:
             elastic_launch(config, _work)(function, args, device_type)
@@ -125,6 +131,39 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
             raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """While active, pass signals on to the workers and wait for what they do; a second SIGINT ends all at once.
+
+    SIGINT goes on as SIGTERM, because a terminal has sent it to the workers already.
+    """
+    interrupts = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        at_once = interrupts > 1
+        for worker in multiprocessing.active_children():
+            if worker.pid:
+                os.kill(worker.pid, signal.SIGKILL if at_once else _PASSED_ON[number])
+        if at_once:
+            raise SystemExit(128 + signal.SIGINT)
+
+    previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_PASSED_ON: dict[int, int] = {
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+}
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
@@ -158,6 +197,21 @@ def all_reduce(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def maximum(values: Sequence[int]) -> list[int]:
+    """Return the largest of each value over all processes. Does not wait for GPUs."""
+    if world_size() == 1:
+        return list(values)
+    table = torch.tensor(values)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_host_group())
+    return [int(x) for x in table.tolist()]
+
+
+@functools.cache
+def _host_group() -> Any:
+    """A group for tensors on the CPU: the group of all, or one beside it where that is for GPUs. Made collectively."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def from_main(function: Callable[[], T]) -> T:

@@ -32,6 +32,8 @@ class RunConfig:
     total_kimg: float = 25_000
     tick_kimg: float = 4
     snapshot_ticks: int = 50
+    keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
+    keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
     metrics: tuple[str, ...] | None = None  # None: the default metric
     num_gpus: int = 1
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
@@ -46,7 +48,7 @@ class RunConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "num_gpus", "batch_gpu"):
+        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "keep_last", "keep_every", "num_gpus", "batch_gpu"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(name, value, "must be positive")
@@ -322,6 +324,8 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.recompute": False,
     "run.compile": False,
     "run.graphs": False,
+    "run.keep_last": 2,
+    "run.keep_every": None,
 }
 
 

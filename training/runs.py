@@ -176,6 +176,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     if distributed.is_main():
         if not same_data:
             print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
+        _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             _cut_log(log, trainer.state.nimg / 1000)
     return chosen
@@ -189,6 +190,13 @@ def _newest_whole_state(run_dir: Path) -> Path:
         except UserError as error:
             print(f"Warning: {error}", file=sys.stderr)
     raise UserError(f"{run_dir}: holds no whole training state to resume from")
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in run_dir.iterdir():
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _cut_log(path: Path, kimg: float) -> None:

@@ -74,8 +74,13 @@ class Failures:
 
     def collect(self) -> dict[str, tuple[int, int]]:
         """Return (count, first step) of the phases that failed since the last call, and start afresh."""
-        rows = {name: row.tolist() for name, row in self.table.items()}
+        failures = self.peek()
         self.table = {}
+        return failures
+
+    def peek(self) -> dict[str, tuple[int, int]]:
+        """Return what `collect` would."""
+        rows = {name: row.tolist() for name, row in self.table.items()}
         return {name: (count, first) for name, (count, first) in rows.items() if count}
 
 
@@ -130,6 +135,7 @@ class Trainer:
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Callable[[Trainer], None]] = ()
         self.tick: Tick | None = None
+        self.is_stopped = False  # by a hook, before the end
 
         seed_step(config.seed, "init", 0)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -194,13 +200,13 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Train to the configured number of images, calling the hooks on the way."""
+        """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
         data = self._batches()
         began = time.time() - self.state.elapsed
         self._start_tick()
         if self.state.step == 0:
             self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
-        while self.state.nimg < self.total_nimg:
+        while self.state.nimg < self.total_nimg and not self.is_stopped:
             with self.stopwatch.section("data"):
                 img, c = next(data)
             for phase in self.phases:
@@ -305,7 +311,12 @@ class Trainer:
 
     def _check_failures(self) -> dict[str, float]:
         """Return how many updates each phase has left out in this tick. Raises UserError if any, unless nan='skip'."""
-        failures = self.failures.collect()
+        self.stop_if_failed()
+        return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
+
+    def stop_if_failed(self) -> None:
+        """Raise UserError if any value of this tick was not finite, unless nan='skip'. Waits for the device."""
+        failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
             raise UserError(
@@ -314,7 +325,6 @@ class Trainer:
                 f"Last good file: {self.last_saved or 'none written yet'}. Go on from it with a higher --gamma, lower "
                 "--glr and --dlr, or --precision=fp32; --nan=skip leaves such updates out and goes on"
             )
-        return {f"Skipped/{phase}": float(count) for phase, (count, _) in failures.items()}
 
     def _progress(self) -> dict[str, float]:
         values = {
@@ -336,7 +346,11 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a training state that `resume` goes on from."""
-        self.checkpoint.save(path, config=to_json(self.config), data_hash=self.dataset.content_hash)
+        self.checkpoint.write(path, self.capture())
+
+    def capture(self) -> dict[str, Any]:
+        """Return a copy of the training state as it is now, which can be written while training goes on."""
+        return self.checkpoint.capture(config=to_json(self.config), data_hash=self.dataset.content_hash)
 
     def resume(self, path: Path) -> bool:
         """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit."""
