@@ -36,6 +36,7 @@ OPTIONS = (
     option("--resume", field=None, metavar="latest|DIR|PKL",
            help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or "
                 "start from the weights of a snapshot (transfer learning)."),
+    switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
            help="Print the resolved options and parameter counts; write nothing."),
@@ -126,6 +127,7 @@ OPTIONS = (
     switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
+    switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
     switch("--nobench", field=None, help="Do not let cuDNN try out its algorithms."),
 )
 # fmt: on
@@ -155,7 +157,14 @@ def main(context: click.Context, **options: Any) -> None:
         has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
     outdir = Path(options["outdir"])
-    request = runs.Request(outdir=outdir, resume=options["resume"], plain=plain, transfer=transfer, about=about)
+    request = runs.Request(
+        outdir=outdir,
+        resume=options["resume"],
+        override=bool(options["override"]),
+        plain=plain,
+        transfer=transfer,
+        about=about,
+    )
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()

@@ -45,7 +45,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
     """Options default to None (the preset decides), and their fields exist."""
-    scripted = {"outdir", "cfg", "resume", "dry_run", "fp32", "nobench", "help"}
+    scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
     values: dict[str, Any] = {}
     given = train.main.make_context("train.py", []).params
     for option in train.main.params:
@@ -193,6 +193,8 @@ def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
+        (["--keep-last=0"], "--keep-last=0: must be positive"),
+        (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -332,3 +334,33 @@ def test_auto_fills_in_only_what_is_not_given(
         2,
         True,
     )
+
+
+def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_path: Path) -> None:
+    """Learning rates and a fixed p are in the training state as well: the options win."""
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--aug=fixed"]
+    run_ok(*common, "--p=0.25", "--kimg=0.016")
+    (run_dir,) = run_dirs(tmp_path)
+    other = ["--p=0.5", "--glr=0.003", "--gamma=2"]
+    plain = run(*common, *other, "--kimg=0.016", "--resume=latest")
+    assert plain.exit_code == 0
+    assert f"so a new one starts. --override goes on with {run_dir}" in plain.stderr
+    assert "g_optimizer.lr: 0.001 -> 0.003" in plain.stderr
+    shutil.rmtree(run_dirs(tmp_path)[1])
+    refused = run(*common, *other, f"--resume={run_dir}")
+    assert refused.exit_code == 2
+    for line in ("augment.p: 0.25 -> 0.5", "g_optimizer.lr: 0.001 -> 0.003", "loss.r1_gamma: 0.5 -> 2.0"):
+        assert line in refused.stderr
+
+    for resume, kimg in (("latest", 0.032), (run_dir, 0.048)):
+        told = run(*common, *other, f"--kimg={kimg}", f"--resume={resume}", "--override")
+        assert told.exit_code == 0, told.output
+    assert run_dirs(tmp_path) == [run_dir]
+    state = last_state(run_dir)
+    assert state["state"]["nimg"] == 48
+    assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
+    assert float(state["ada"]["p"]) == 0.5
+    assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
+    for misfit in ("--cbase=512", "--freezed=2"):
+        refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
+        assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output

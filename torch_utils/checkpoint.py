@@ -82,7 +82,10 @@ class Checkpoint:
             if isinstance(part, nn.Module) and _shapes(part.state_dict()) != _shapes(saved[name]):
                 raise UserError(f"{path}: the tensors of {name} do not fit; it was trained with other options")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            try:
+                part.load_state_dict(saved[name])
+            except ValueError as error:  # of an optimizer for other parameters
+                raise UserError(f"{path}: {name} does not fit ({error}); it was trained with other options") from None
         return payload
 
     @classmethod

@@ -45,6 +45,7 @@ class RunConfig:
     compile: bool = False  # torch.compile for the phases that are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
+    deterministic: bool = False  # only algorithms that give the same bits every time
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -307,7 +308,12 @@ def _check_batches(config: TrainConfig) -> None:
 
 
 def _check_parts(config: TrainConfig, about: Circumstances) -> None:
-    AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that its transforms cannot treat
+    pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
+    if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
+        problem = (
+            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+        )
+        raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
         num_layers = len(config.discriminator.build().layers_from_image())
     if config.freeze_layers > num_layers:
@@ -324,6 +330,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.recompute": False,
     "run.compile": False,
     "run.graphs": False,
+    "run.deterministic": False,
     "run.keep_last": 2,
     "run.keep_every": None,
 }

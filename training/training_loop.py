@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,8 +117,12 @@ class RunningMean(nn.Module):
 
 
 def set_arithmetic(config: TrainConfig) -> None:
-    """Set what PyTorch keeps for the whole process: TF32, and whether cuDNN tries out its algorithms."""
-    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
+    """Set what PyTorch keeps for the whole process: TF32, and how cuDNN and cuBLAS choose algorithms."""
+    deterministic = config.run.deterministic
+    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
@@ -353,8 +358,19 @@ class Trainer:
         return self.checkpoint.capture(config=to_json(self.config), data_hash=self.dataset.content_hash)
 
     def resume(self, path: Path) -> bool:
-        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit."""
-        return bool(self.checkpoint.load(path)["data_hash"] == self.dataset.content_hash)
+        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit.
+
+        Settings that a state holds beside what has been learned are not taken from there: the configuration rules.
+        """
+        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        settings = [{name: group[name] for name in ("lr", "betas", "eps")} for group in groups]
+        payload = self.checkpoint.load(path)
+        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        for group, chosen in zip(groups, settings, strict=True):
+            group.update(chosen)
+        if self.config.augment.p is not None:
+            self.augment.p.fill_(self.config.augment.p)
+        return bool(payload["data_hash"] == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:
