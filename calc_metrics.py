@@ -1,9 +1,9 @@
-"""Compute metrics of a network snapshot: a line of JSON for each, printed and appended to metric-<name>.jsonl."""
+"""Compute metrics of a snapshot, of all snapshots of a run, or of a set of images: a table, and lines of JSON."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,25 @@ import torch
 
 from dnnlib.cli import NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, override
+from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
+from metrics.feature_stats import with_network
 from metrics.registry import (
     append_result,
     check_available,
-    compute,
+    compute_all,
     default_metrics,
     registered_metrics,
     resolve,
     result_to_json,
     to_line,
 )
+from metrics.report import Progress, plot_records, to_table
 from metrics.sampling import MetricContext
+from metrics.weights import cache_dir
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
-from training.dataset import ImageDataset
-from training.snapshot import load_network
+from training.dataset import DatasetConfig, ImageDataset
+from training.snapshot import Snapshot, load_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,15 @@ class Job:
     network: Path
     changes: dict[str, Any]
     metric_names: tuple[str, ...]
+    setup: DetectorSetup
     device: str | None
     batch_size: int
+    detector_batch: int
     seed: int
     truncation_psi: float
     noise_mode: str
+    use_cache: bool
+    plot: bool
 
 
 class MetricScript(Script):
@@ -49,92 +57,195 @@ class MetricScript(Script):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List each metric: what it is, by which protocol, after which paper."""
         with formatter.section("Metrics (<N>: a number of images such as 500 or 5k, or nothing for the usual one)"):
-            rows = [(spec.pattern, f"{spec.help}. {spec.protocol} ({spec.paper})") for spec in registered_metrics()]
+            rows = [
+                (spec.pattern, f"{spec.help}. {spec.protocol_of()} ({spec.paper})") for spec in registered_metrics()
+            ]
             formatter.write_dl(rows)
+        with formatter.section("With --protocol=clean, whose numbers do not compare with the usual ones"):
+            clean = DetectorSetup(protocol="clean")
+            formatter.write_dl([(spec.pattern, spec.protocol_of(clean)) for spec in registered_metrics() if spec.clean])
 
 
 @click.command(cls=MetricScript, context_settings={"max_content_width": 110, "show_default": True})
-@option("--network", metavar="PKL", type=click.Path(path_type=Path), required=True, help="Network snapshot.")
+@option(
+    "--network",
+    metavar="PKL|RUN|IMAGES",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Snapshot; folder of a run, for all its snapshots; or zip or folder of images made by other means.",
+)
 @option("--metrics", "names", type=NameList(), help="What to compute, see below.  [default: fid50k_full or swd]")
 @option("--data", field="data.path", metavar="PATH", help="Real images, zip or folder.  [default: the training images]")
 @switch("--mirror", field="data.mirror", help="Also count every real image flipped.  [default: as in training]")
+@option(
+    "--detector",
+    "detectors",
+    type=NameList(),
+    default=(),
+    show_default=False,
+    metavar="FILE,...",
+    help="A feature network of your own (.pt2, TorchScript), weight files, a folder of DINOv2.",
+)
+@option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
+@option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")
+@option("--plot", is_flag=True, help="Draw each metric against kimg: metric-<name>.png beside the snapshots.")
 @option("--gpus", type=click.IntRange(min=1), default=1, help="Processes on this machine, one per GPU.")
 @option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
-@option("--batch", "batch_size", type=click.IntRange(min=1), default=64, help="Images at a time, per process.")
+@option("--batch", "batch_size", type=click.IntRange(min=1), default=64, help="Images made at a time, per process.")
+@option("--detector-batch", type=click.IntRange(min=1), default=64, help="Images that a detector sees at a time.")
 @option("--seed", type=int, default=0, help="Seed of latents, labels, noise, and what a metric draws.")
 @option("--trunc", "truncation_psi", type=float, default=1.0, help="Truncation psi; 1 is none.")
 @option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", help="Noise of the network.")
 @click.pass_context
-def main(context: click.Context, network: Path, names: tuple[str, ...] | None, gpus: int, **options: Any) -> None:
+def main(
+    context: click.Context,
+    network: Path,
+    names: tuple[str, ...] | None,
+    detectors: tuple[str, ...],
+    protocol: str,
+    gpus: int,
+    no_cache: bool,
+    **options: Any,
+) -> None:
     """Compute metrics of a network snapshot against its data.
 
-    Each result is one line of JSON on stdout, appended to metric-<name>.jsonl beside the snapshot.
+    Each result is one line of JSON on stdout, appended to metric-<name>.jsonl beside the snapshot; a table follows on
+    stderr.
 
     \b
     python calc_metrics.py --network=runs/00000-run/network-snapshot-000200.pkl --metrics=swd5k
+    python calc_metrics.py --network=runs/00000-run --metrics=fid50k_full,kid50k_full --plot
+    python calc_metrics.py --network=their-images.zip --data=data/mine.zip --metrics=fid10k_full
     """
+    setup = read_detectors(detectors, protocol)
     if names is None:
-        names, why = default_metrics()
+        names, why = default_metrics(setup)
         click.echo(f"No --metrics given; {why}", err=True)
-    names = tuple(resolve(names))
+    names = tuple(resolve(names, setup))
     if not names:
         raise UserError("--metrics names nothing to compute; leave it out for the default")
-    for name in names:
-        check_available(name)
+    subjects = list_subjects(network)
+    if subjects is None and context.params["data"] is None:
+        raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
+    for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
+        check_available(name, setup)
 
     device = distributed.choose_device(options["device"])
     distributed.check_processes(gpus, options["device"], device)
+    options.pop("data")
+    options.pop("mirror")
     job = Job(
         network=network,
         changes=config_values(context),
         metric_names=names,
-        device=options["device"],
-        batch_size=options["batch_size"],
-        seed=options["seed"],
-        truncation_psi=options["truncation_psi"],
-        noise_mode=options["noise_mode"],
+        setup=setup,
+        use_cache=not no_cache,
+        **options,
     )
     distributed.launch(run, gpus, job, device_type=device.type)
+
+
+def list_subjects(network: Path) -> list[Path] | None:
+    """Return the snapshots that --network stands for, oldest first; None when it is a set of images.
+
+    Raises UserError for what is not there.
+    """
+    if not network.exists():
+        raise UserError(f"--network={network}: no such file or folder")
+    if network.suffix.lower() == ".zip":
+        return None
+    if network.is_file():
+        return [network]
+    snapshots = sorted(network.glob("network-snapshot-*.pkl"))
+    if not snapshots and (network / "training_options.json").exists():
+        raise UserError(f"--network={network}: this run has written no snapshot yet")
+    return snapshots or None
 
 
 def run(job: Job) -> None:
     """Compute a job's metrics; every process takes its share, the first one prints and records."""
     tune_allocator()
     device = distributed.choose_device(job.device)
-    snapshot = load_network(job.network, device)
-    config = override(snapshot.config, job.changes)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    dataset = ImageDataset(config.data)
-    pair = MetricContext(
-        G=snapshot.G_ema,
-        images=dataset,
+    subjects = list_subjects(job.network)
+    folder = job.network if subjects and job.network.is_dir() else job.network.parent
+    records = []
+    for record in measure_images(job, device) if subjects is None else measure_snapshots(job, subjects, device):
+        records.append(record)
+        if distributed.is_main():
+            click.echo(to_line(record))
+            for warning in record["warnings"]:
+                click.echo(f"Warning: {record['metric']}: {warning}", err=True)
+            append_result(folder, record)
+    if distributed.is_main():
+        click.echo(to_table(records), err=True)
+        if job.plot:
+            for path in plot_records(records, folder):
+                click.echo(f"Drawn: {path}", err=True)
+
+
+def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield a record for each snapshot and metric. The statistics of the reals serve all snapshots of a run."""
+    context: MetricContext | None = None
+    dataset, data = None, None
+    for path in paths:
+        snapshot = load_network(path, device)
+        if snapshot.G_ema is None:
+            raise UserError(f"{path}: holds no averaged generator (G_ema), which metrics are computed of")
+        config = snapshot_config(job, snapshot)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        if context is None or config.data != data:
+            dataset, data = ImageDataset(config.data), config.data
+            context = build_context(job, device, G=snapshot.G_ema, images=dataset)
+        else:
+            context = with_network(context, snapshot.G_ema)
+        for result in compute_all(job.metric_names, context):
+            yield result_to_json(
+                result,
+                snapshot=path,
+                kimg=snapshot.kimg,
+                data=config.data.path,
+                images=context.images,
+                mirror=config.data.mirror,
+            )
+
+
+def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
+    """Return a snapshot's configuration with the user's changes, and all reals even if it was trained on a subset."""
+    return override(snapshot.config, {"data.max_images": None, "data.holdout": 0} | job.changes)
+
+
+def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield a record for each metric of a set of images."""
+    data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
+    images, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))
+    context = build_context(job, device, fakes=fakes, images=images)
+    for result in compute_all(job.metric_names, context):
+        yield result_to_json(
+            result, snapshot=job.network, kimg=None, data=data.path, images=images, mirror=data.mirror, fakes=fakes
+        )
+
+
+def with_labels(config: DatasetConfig) -> ImageDataset:
+    """Open a data set with its labels, if it has any."""
+    dataset = ImageDataset(config)
+    return ImageDataset(replace(config, use_labels=True)) if dataset.has_labels else dataset
+
+
+def build_context(job: Job, device: torch.device, **sides: Any) -> MetricContext:
+    """Return what the metrics see of a job; `sides` are the reals, and G or the fakes."""
+    return MetricContext(
+        **sides,
         device=device,
         batch_size=job.batch_size,
+        detector_batch=job.detector_batch,
         seed=job.seed,
         truncation_psi=job.truncation_psi,
         noise_mode=job.noise_mode,
-        progress=show_progress,
+        setup=job.setup,
+        cache=cache_dir() / "statistics" if job.use_cache else None,
+        progress=Progress(),
     )
-    for name in job.metric_names:
-        result = compute(name, pair)
-        if distributed.is_main():
-            record = result_to_json(
-                result,
-                snapshot=job.network,
-                kimg=snapshot.kimg,
-                data=config.data.path,
-                data_hash=dataset.content_hash,
-                mirror=config.data.mirror,
-            )
-            click.echo(to_line(record))
-            append_result(job.network.parent, record)
-
-
-def show_progress(what: str, done: int, total: int) -> None:
-    """Say on stderr how far the first process is with its share of the images."""
-    if distributed.is_main() and (done == total or sys.stderr.isatty()):
-        click.echo(f"\r{what}: {done} of {total}", err=True, nl=done == total)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import dnnlib.cli
 from dnnlib.cli import IntRanges, option, switch
 from dnnlib.config import UserError
-from torch_utils import distributed
+from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
@@ -34,22 +34,25 @@ def seed_latents(seeds: tuple[int, ...], z_dim: int) -> Tensor:
 
 
 class FastGenerator:
-    """A generator that is called through torch.compile, or as CUDA graphs, one for each batch size and setting."""
+    """A generator that is called through torch.compile, or as CUDA graphs, one for each batch size and setting.
+
+    Of CUDA graphs the next call overwrites what a call returned.
+    """
 
     def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
         self.z_dim, self.c_dim, self.img_shape = G.z_dim, G.c_dim, G.img_shape
         self.network = torch.compile(G, dynamic=False, options={"fallback_random": True}) if use_compile else G
-        self.use_graphs = use_graphs
-        self.graphs: dict[tuple[int, float, str], Captured[Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        self.graphs: dict[tuple[Any, ...], Captured[Tensor]] = {}
 
     def __call__(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, *, noise_mode: str = "const") -> Tensor:
         run = partial(self.network, truncation_psi=truncation_psi, noise_mode=noise_mode)
-        if not self.use_graphs:
+        if self.pool is None:
             return run(z, c)
-        key = (len(z), truncation_psi, noise_mode)
+        key = (len(z), truncation_psi, noise_mode, execution.current)
         if key not in self.graphs:
             with torch.random.fork_rng([z.device]):  # recording draws noise
-                self.graphs[key] = Captured(run, z, c)
+                self.graphs[key] = Captured(run, z, c, pool=self.pool)
         return self.graphs[key](z, c)
 
 
@@ -64,10 +67,12 @@ def seed_images(
     """Return uint8 images (len(seeds), C, H, W) of one class c (1, c_dim). Each depends on its own seed only.
 
     G is called with batches that are multiples of `batch_multiple`. Noise 'random' is drawn per seed too, so those
-    images are made one by one.
+    images are made one by one, in the smallest batches.
     """
-    if noise_mode == "random" and len(seeds) > 1:
-        return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
+    if noise_mode == "random":
+        batch_multiple = BATCH_MULTIPLE
+        if len(seeds) > 1:
+            return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
     torch.manual_seed(seeds[0])
     padding = -len(seeds) % batch_multiple
     z = seed_latents(seeds + seeds[-1:] * padding, G.z_dim).to(c.device)
@@ -115,7 +120,8 @@ def main(
     """
     tune_allocator()
     where = distributed.choose_device(device)
-    G = load_network(network, where).G_ema
+    snapshot = load_network(network, where)
+    G = snapshot.G_ema
     if use_graphs and where.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
     if use_compile or use_graphs:
@@ -128,8 +134,11 @@ def main(
     except OSError as error:
         raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
 
+    if where.type == "cuda":
+        click.echo(custom_ops.prepare(where))
+    execution.sum_in_float32()
     made: list[Tensor] = []
-    reduced = execution.using(reduced=execution.REDUCED[precision])
+    reduced = execution.using(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
     multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if use_compile or use_graphs else BATCH_MULTIPLE
     with torch.no_grad(), reduced, tqdm(total=len(seeds), unit="img") as progress:
         for start in range(0, len(seeds), batch):

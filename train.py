@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, override, to_json
 from dnnlib.util import TeeLog
+from metrics.detectors import DetectorSetup, read_detectors
+from metrics.registry import MetricResult, is_best
+from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
@@ -44,6 +49,8 @@ OPTIONS = (
     switch("--cond", field="data.use_labels", help="Condition on the labels of the data set."),
     option("--subset", field="data.max_images", type=int, metavar="INT",
            help="Train with a random subset of so many images."),
+    option("--holdout", field="data.holdout", type=int, metavar="INT",
+           help="Leave out so many images and log how D tells them from those it was trained with. [0]"),
     switch("--mirror", field="data.mirror", help="Also show every image flipped left to right."),
     option("--workers", field="run.workers", type=int, metavar="INT",
            help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
@@ -55,7 +62,13 @@ OPTIONS = (
     option("--snap", field="run.snapshot_ticks", type=int, metavar="TICKS",
            help="Snapshots, pictures, metrics every so many ticks. [50]"),
     option("--metrics", field="run.metrics", type=NameList(),
-           help="Metrics at every snapshot, or none. [fid50k_full or swd]"),
+           help="Metrics at every snapshot, or none; the best network by the first one is kept. [fid50k_full or swd]"),
+    option("--metrics-every", field="run.metrics_every", type=int, metavar="TICKS",
+           help="Those metrics every so many ticks. [at snapshots]"),
+    option("--tick-metrics", field="run.tick_metrics", type=NameList(),
+           help="Cheap metrics at every tick, e.g. fid5k. [none]"),
+    option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
+           help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
            help="Keep one every so many kimg for ever. [none]"),
@@ -122,7 +135,8 @@ OPTIONS = (
     option("--nan", field="run.nan", type=click.Choice(["stop", "skip"]),
            help="After values that are not finite: stop at the tick, or go on without their updates. [stop]"),
     switch("--nhwc", field="channels_last", help="Channels-last memory layout. [on GPUs, unless fp32]"),
-    switch("--data-on-gpu", field="run.data_on_gpu", help="Keep all images there. [if they are few]"),
+    switch("--data-on-gpu", field="run.data_on_gpu",
+           help="Keep all images decoded on the device. [on GPUs, if they are few]"),
     switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
     switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
     switch("--grad-checkpoint", field="run.recompute",
@@ -170,7 +184,11 @@ def main(context: click.Context, **options: Any) -> None:
     dataset.check_shapes()
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
-        click.echo(f"No --metrics given; {metrics.registry.default_metrics()[1]}", err=True)
+        setup = read_detectors(config.run.detectors)
+        names, why = metrics.registry.default_metrics(setup)
+        click.echo(f"No --metrics given; {why}", err=True)
+        for name in names:
+            metrics.registry.check_available(name, setup)
     if options["dry_run"]:
         if is_first:
             _print_plan(config, dataset)
@@ -213,47 +231,63 @@ def _train(request: runs.Request, signals: Signals) -> bool:
 
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
-    run = trainer.config.run
-    chain: list[Any] = [hooks.Progress(), hooks.JsonLog(run_dir)]
+    run, data = trainer.config.run, trainer.config.data
+    chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
+    chain += [hooks.Progress(), hooks.JsonLog(run_dir)]
+    board = None
     if distributed.is_main():
         try:
-            chain.append(hooks.TensorBoardLog(run_dir))
+            board = hooks.TensorBoardLog(run_dir)
+            chain.append(board)
         except ImportError:
             _say("TensorBoard events are not written: the package tensorboard is not installed")
     chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
-    if run.metrics != ():
-        chain.append(hooks.Metrics(run_dir, run.snapshot_ticks, _evaluator(trainer, run_dir)))
+    setup = read_detectors(run.detectors)
+    names = metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
+    schedule = [(run.metrics_every or run.snapshot_ticks, names), (1, run.tick_metrics)]
+    if names or run.tick_metrics:
+        main_metric = (*names, *run.tick_metrics)[0]
+        evaluate = _evaluator(trainer, saver, setup, main_metric)
+        chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, board))
     return chain
 
 
-def _evaluator(trainer: Trainer, run_dir: Path) -> hooks.Evaluate:
-    """Return the callable that computes the run's metrics for a generator, prints them and appends them to the run."""
-    names = trainer.config.run.metrics
-    if names is None:
-        names, _ = metrics.registry.default_metrics()
+def _evaluator(trainer: Trainer, saver: Saver, setup: DetectorSetup, main_metric: str) -> hooks.Evaluate:
+    """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
+    data = trainer.config.data
+    whole = replace(data, max_images=None, holdout=0)  # as published: all reals, even if it trains on fewer
+    images = trainer.dataset if whole == data else ImageDataset(whole)
 
-    def evaluate(G_ema: Any, snapshot: Path, kimg: float) -> None:
-        context = metrics.registry.MetricContext(G=G_ema, images=trainer.dataset, device=trainer.device)
-        for name in names:
-            result = metrics.registry.compute(name, context)
+    def evaluate(names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float) -> hooks.Evaluation:
+        context = metrics.registry.MetricContext(
+            G=G_ema, images=images, device=trainer.device, setup=setup, cache=cache_dir() / "statistics"
+        )
+        values: dict[str, float] = {}
+        best = None
+        for result in metrics.registry.compute_all(names, context):
+            values |= result.results
+            if result.metric == main_metric and distributed.from_main(partial(is_best, result, saver.run_dir)):
+                best = main_metric
             if distributed.is_main():
+                written = saver.settled(snapshot)
                 record = metrics.registry.result_to_json(
-                    result,
-                    snapshot=snapshot,
-                    kimg=kimg,
-                    data=trainer.config.data.path,
-                    data_hash=trainer.dataset.content_hash,
-                    mirror=trainer.config.data.mirror,
+                    result, snapshot=written, kimg=kimg, data=data.path, images=images, mirror=data.mirror
                 )
-                metrics.registry.append_result(run_dir, record)
-                values = "  ".join(f"{key} {value:.3f}" for key, value in result.results.items())
-                _say(
-                    f"kimg {kimg:g}: {values}  ({result.seconds:.0f}s, {result.num_real} real, {result.num_fake} fake)"
-                )
+                with hooks.going_on():
+                    metrics.registry.append_result(saver.run_dir, record)
+                _say(_describe_result(result, kimg))
+        return hooks.Evaluation(values=values, best=best)
 
     return evaluate
+
+
+def _describe_result(result: MetricResult, kimg: float) -> str:
+    values = "  ".join(f"{key} {value:.3f}" for key, value in result.results.items())
+    counts = f"{result.num_real} real, {result.num_fake} fake"
+    warnings = "".join(f"\nWarning: {result.metric}: {warning}" for warning in result.warnings)
+    return f"kimg {kimg:g}: {values}  ({result.seconds:.0f}s, {counts}){warnings}"
 
 
 def _require(context: click.Context, name: str) -> None:
@@ -269,10 +303,12 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
-    if "run.metrics" in values:
-        values["run.metrics"] = tuple(metrics.registry.resolve(values["run.metrics"]))
-        for name in values["run.metrics"]:
-            metrics.registry.check_available(name)
+    setup = read_detectors(values.get("run.detectors", ()))
+    for field in ("run.metrics", "run.tick_metrics"):
+        if field in values:
+            values[field] = tuple(metrics.registry.resolve(values[field], setup))
+            for name in values[field] if distributed.launched_rank() == 0 else ():  # one process fetches
+                metrics.registry.check_available(name, setup)
     launched = distributed.launched_world_size()
     if launched is not None:
         given = values.setdefault("run.num_gpus", launched)

@@ -2,7 +2,7 @@
 
 A metric is one file in this folder with one decorated function; `metrics/__init__.py` imports every file here:
 
-    @register_metric("fid<N>_full", help=..., protocol=..., paper=..., needs=...)
+    @register_metric("fid<N>_full", help=..., protocol=..., paper=..., roles=("inception",), plan=...)
     def fid(context: MetricContext, name: str, count: int | None) -> Measurement: ...
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,31 +26,46 @@ from typing import Any
 import torch
 
 import dnnlib
-from dnnlib.config import UserError
-from metrics.sampling import MetricContext
+from dnnlib.config import UserError, WriteError
+from metrics.detectors import DetectorSetup, Role
+from metrics.feature_stats import Want, statistics_of
+from metrics.sampling import Images, MetricContext
+
+STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN family's protocol
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a metric function returns: numbers by name, the first one under the metric's own, and what went in."""
+    """What a metric function returns: numbers by name, the one that counts first, and what went in."""
 
     values: dict[str, float]
     num_real: int
     num_fake: int
+    warnings: tuple[str, ...] = ()
 
 
 MetricFunction = Callable[[MetricContext, str, int | None], Measurement]
+Plan = Callable[[MetricContext, int | None], Sequence[Want]]
 
 
 def _nothing() -> None:
     """Report nothing missing."""
 
 
+def _no_plan(context: MetricContext, count: int | None) -> Sequence[Want]:
+    """Want no statistics of features."""
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
     """One family of metrics. `<N>` in the pattern is a count (`500`, `5k`, or left out for the usual one).
 
-    `needs` is called before anything is generated and returns what is missing and the remedy, or None.
+    `roles` are the detectors that it uses, `plan` the statistics of their features, so that metrics share passes.
+    `protocol` is said after the description of its network, `clean` in its place under --protocol=clean where the
+    metric has that. With a `library_suffix` the numbers come from another network than the literature's unless the
+    user gives one, and the metric's name then ends so. `needs` is for anything else: called before anything is
+    generated, it returns what is missing and the remedy, or None.
     """
 
     pattern: str
@@ -55,17 +73,36 @@ class MetricSpec:
     help: str
     protocol: str
     paper: str
+    roles: tuple[Role, ...] = ()
+    plan: Plan = _no_plan
+    clean: str | None = None
+    library_suffix: str = ""
+    higher_is_better: bool = False
     needs: Callable[[], str | None] = _nothing
 
     def match(self, name: str) -> re.Match[str] | None:
         """Return the match of a metric's name, with the count in group 'N' where the pattern has one."""
         count = r"(?P<N>[1-9]\d*k?)?"
-        return re.fullmatch(re.escape(self.pattern).replace(re.escape("<N>"), count), name)
+        pattern = re.escape(self.pattern).replace(re.escape("<N>"), count)
+        return re.fullmatch(f"{pattern}(?P<library>{self.library_suffix})?", name)
+
+    def missing(self, setup: DetectorSetup) -> str | None:
+        """Return what is not on this machine and the remedy, or None; fetches nothing."""
+        return next(filter(None, (setup.missing(role) for role in self.roles)), None) or self.needs()
+
+    def protocol_of(self, setup: DetectorSetup = STANDARD) -> str:
+        """Return in words which network sees the images, and what happens to its features."""
+        networks = [setup.describe(role) for role in self.roles]
+        words = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
+        return f"{setup.protocol}: {words}" if self.clean else words
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
-    """One metric's numbers together with everything that they depend on, apart from the network and the data."""
+    """One metric's numbers together with everything that they depend on, apart from the network and the data.
+
+    `seconds` includes the passes over images that the metric shared with others.
+    """
 
     metric: str
     results: dict[str, float]
@@ -76,20 +113,23 @@ class MetricResult:
     truncation_psi: float
     noise_mode: str
     protocol: str
+    detector: str | None
+    detector_sha256: str | None
+    warnings: tuple[str, ...]
 
 
 _METRICS: dict[str, MetricSpec] = {}
 
 
 def register_metric(
-    pattern: str, *, help: str, protocol: str, paper: str, needs: Callable[[], str | None] = _nothing
+    pattern: str, *, help: str, protocol: str, paper: str, **options: Any
 ) -> Callable[[MetricFunction], MetricFunction]:
-    """Register the decorated function as the metric `pattern`; see MetricSpec for the arguments."""
+    """Register the decorated function as the metric `pattern`; see MetricSpec for the arguments and options."""
 
     def register(function: MetricFunction) -> MetricFunction:
         assert pattern not in _METRICS, f"metric {pattern} is registered twice"
         _METRICS[pattern] = MetricSpec(
-            pattern=pattern, function=function, help=help, protocol=protocol, paper=paper, needs=needs
+            pattern=pattern, function=function, help=help, protocol=protocol, paper=paper, **options
         )
         return function
 
@@ -114,93 +154,164 @@ def find(name: str) -> tuple[MetricSpec, int | None]:
     raise UserError(f"unknown metric {name!r}: {hint}registered are {', '.join(patterns)} (<N>: a count, e.g. 500, 5k)")
 
 
-def resolve(names: str | Iterable[str]) -> list[str]:
-    """Return the names of a comma-separated or other list, each once and known. Raises UserError for an unknown one."""
+def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
+    """Return the names of a comma-separated or other list, each once and as its results are recorded.
+
+    Raises UserError for an unknown one, and for one that the protocol or the given detector does not fit.
+    """
     parts = names.split(",") if isinstance(names, str) else names
-    unique = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
-    for name in unique:
-        find(name)
-    return unique
+    return list(dict.fromkeys(_recorded_name(part.strip(), setup) for part in parts if part.strip()))
 
 
-def check_available(name: str) -> None:
-    """Raise UserError when something that a metric needs is not there, e.g. a weight file."""
-    missing = find(name)[0].needs()
-    if missing:
-        raise UserError(f"metric {name}: {missing}")
+def _recorded_name(name: str, setup: DetectorSetup) -> str:
+    """Return the name with the suffix of the network that its numbers come from."""
+    spec, _ = find(name)
+    if setup.protocol == "clean" and spec.clean is None:
+        with_clean = ", ".join(spec.pattern for spec in registered_metrics() if spec.clean)
+        raise UserError(f"--protocol=clean: metric {name} has no such protocol, only {with_clean}")
+    if not spec.library_suffix:
+        return name
+    own = any(setup.uses_program(role) for role in spec.roles)
+    if own and name.endswith(spec.library_suffix):
+        raise UserError(
+            f"metric {name}: its name promises another network than that of --detector; leave out the suffix"
+        )
+    return name if own or name.endswith(spec.library_suffix) else name + spec.library_suffix
 
 
-def default_metrics() -> tuple[tuple[str, ...], str]:
-    """Return the metrics to compute when none are named, and one line that says why these."""
-    detector_metrics = [spec for spec in registered_metrics() if spec.match("fid50k_full")]
-    if not detector_metrics:
-        return ("swd",), "computing swd, the sliced Wasserstein distance, which needs no detector weights"
-    missing = detector_metrics[0].needs()
+def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
+    """Fetch what a metric needs and is not there. Raises UserError when something cannot be had."""
+    spec = find(name)[0]
+    with _naming(name):
+        for role in spec.roles:
+            setup.prepare(role)
+        missing = spec.needs()
+        if missing:
+            raise UserError(missing)
+
+
+def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], str]:
+    """Return the metrics to compute when none are named, and one line that says why these. Fetches nothing."""
+    missing = find("fid50k_full")[0].missing(setup)
     if missing:
         return ("swd",), f"computing swd instead of fid50k_full, because {missing}"
     return ("fid50k_full",), "computing fid50k_full, whose detector is there"
 
 
 def compute(name: str, context: MetricContext) -> MetricResult:
-    """Compute one metric. Every process calls it with its own copies and gets the same result.
+    """Compute one metric; see compute_all."""
+    return next(compute_all([name], context))
 
-    Raises UserError for an unknown name, for something missing, and for data that the metric cannot use.
+
+def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[MetricResult]:
+    """Compute metrics, with one pass over the generated images for all that use a detector.
+
+    Every process calls it with its own copies and gets the same results. Raises UserError for an unknown name, for
+    something missing, and for data that a metric cannot use.
     """
-    spec, count = find(name)
-    check_available(name)
-    start = time.perf_counter()
-    measured = spec.function(context, name, count)
-    return MetricResult(
-        metric=name,
-        results=measured.values,
-        seconds=time.perf_counter() - start,
-        num_real=measured.num_real,
-        num_fake=measured.num_fake,
-        seed=context.seed,
-        truncation_psi=context.truncation_psi,
-        noise_mode=context.noise_mode,
-        protocol=spec.protocol,
-    )
+    specs = {name: find(name) for name in resolve(names, context.setup)}
+    for name in specs:
+        check_available(name, context.setup)
+    plans = {}
+    for name, (spec, count) in specs.items():
+        with _naming(name):
+            plans[name] = tuple(spec.plan(context, count))
+    statistics = statistics_of(context)
+    statistics.collect(want for plan in plans.values() for want in plan)
+    for name, (spec, count) in specs.items():
+        start = time.perf_counter()
+        with _naming(name):
+            measured = spec.function(context, name, count)
+        identity = context.setup.identity(spec.roles[0]) if spec.roles else {"detector": None, "detector_sha256": None}
+        yield MetricResult(
+            metric=name,
+            results=measured.values,
+            seconds=time.perf_counter() - start + statistics.seconds_of(plans[name]),
+            num_real=measured.num_real,
+            num_fake=measured.num_fake,
+            seed=context.seed,
+            truncation_psi=context.truncation_psi,
+            noise_mode=context.noise_mode,
+            protocol=spec.protocol_of(context.setup),
+            **identity,
+            warnings=measured.warnings,
+        )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Begin the message of a UserError raised inside with the metric that it concerns."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"metric {name}: {error}") from None
 
 
 def result_to_json(
-    result: MetricResult, *, snapshot: Path | None, kimg: float, data: str, data_hash: str, mirror: bool
+    result: MetricResult,
+    *,
+    snapshot: Path | None,
+    kimg: float | None,
+    data: str,
+    images: Images,
+    mirror: bool,
+    fakes: Images | None = None,
 ) -> dict[str, Any]:
-    """Return the record of a result: one line of metric-<name>.jsonl. `snapshot` is None for weights not in a file."""
+    """Return the record of a result: one line of metric-<name>.jsonl.
+
+    `snapshot` is None for weights not in a file; with `fakes` it is the folder or zip of these images.
+    """
     return {
         **asdict(result),
         "seconds": round(result.seconds, 3),
+        "warnings": list(result.warnings),
         "snapshot": snapshot.name if snapshot else None,
-        "snapshot_sha256": _sha256(snapshot) if snapshot else None,
+        "snapshot_sha256": _sha256(snapshot) if snapshot and not fakes else None,
+        "fakes_hash": fakes.content_hash if fakes else None,
         "kimg": kimg,
         "data": data,
-        "data_hash": data_hash,
+        "data_hash": images.content_hash,
+        "resize_filter": images.meta.get("resize_filter"),
         "mirror": mirror,
-        "versions": {
-            "styleformer": dnnlib.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": _versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def is_best(result: MetricResult, folder: Path) -> bool:
+    """Whether a result is better than all of its metric that metric-<name>.jsonl in `folder` has so far."""
+    path = folder / f"metric-{result.metric}.jsonl"
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    name, value = next(iter(result.results.items()))
+    others = [record["results"][name] for record in earlier]
+    if find(result.metric)[0].higher_is_better:
+        return all(value > other for other in others)
+    return all(value < other for other in others)
 
 
 def append_result(folder: Path, record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`. Call it on the main process only.
 
-    Raises UserError when the file cannot be written.
+    Raises WriteError when the file cannot be written.
     """
     path = folder / f"metric-{record['metric']}.jsonl"
     try:
         with path.open("a") as file:
             file.write(to_line(record) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: the result cannot be appended ({error.strerror})") from None
+        raise WriteError(f"{path}: the result cannot be appended ({error.strerror})") from None
 
 
 def to_line(record: dict[str, Any]) -> str:
     """Return a record as one line of JSON."""
     return json.dumps(record, allow_nan=False)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what took part: this project, torch, Python, and the detectors' packages if loaded."""
+    own = {"styleformer": dnnlib.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    packages = ("torch_fidelity", "torchvision", "transformers")
+    return own | {name: importlib.metadata.version(name) for name in packages if name in sys.modules}
 
 
 def _sha256(path: Path) -> str:

@@ -6,9 +6,12 @@ neither on the batch size nor on the number of processes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import UserError
+from metrics.detectors import DetectorSetup
 from torch_utils.distributed import rank, world_size
 from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
@@ -24,6 +28,7 @@ from torch_utils.misc import derive_seed
 Progress = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
 BLOCK = 64  # positions that share a stream of random numbers
+READERS = 4  # threads that decode images ahead
 
 
 class Generator(Protocol):
@@ -58,6 +63,8 @@ class Images(Protocol):
     def labels(self) -> Tensor: ...
     @property
     def content_hash(self) -> str: ...
+    @property
+    def meta(self) -> dict[str, Any]: ...
 
     def images(self, indices: Sequence[int]) -> Tensor: ...
 
@@ -68,34 +75,52 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricContext:
-    """A generator and a data set to compare, and how. G is on `device`, in evaluation mode.
+    """What is compared, and how: `images` are the reals, and the fakes come from G or, without one, from `fakes`.
 
-    Raises UserError when G and the images do not fit together.
+    G is on `device`, in evaluation mode. `cache` is the folder for statistics of reals, None keeps none; `shared` is
+    for what the metrics of one context have in common. Raises UserError when the two sides do not fit together.
     """
 
-    G: Generator
+    G: Generator | None = None
+    fakes: Images | None = None
     images: Images
     device: torch.device
-    batch_size: int = 64
+    batch_size: int = 64  # images generated at a time
+    detector_batch: int = 64  # images that a detector sees at a time
     seed: int = 0
     truncation_psi: float = 1.0
     noise_mode: str = "const"
+    setup: DetectorSetup = field(default_factory=DetectorSetup)
+    cache: Path | None = None
     progress: Progress = field(default=_silent, repr=False)
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch size {self.batch_size}: metrics need batches of at least 1 image")
-        if tuple(self.G.img_shape) != tuple(self.images.img_shape):
-            ours, theirs = (shape_name(shape) for shape in (self.G.img_shape, self.images.img_shape))
+        for size in (self.batch_size, self.detector_batch):
+            if size < 1:
+                raise UserError(f"batch size {size}: metrics need batches of at least 1 image")
+        source = self.G or self.fakes
+        if source is None or (self.G and self.fakes):
+            raise ValueError("a metric context has either a generator or a set of generated images")
+        if tuple(source.img_shape) != tuple(self.images.img_shape):
+            ours, theirs = (shape_name(shape) for shape in (source.img_shape, self.images.img_shape))
+            maker = "the network makes" if self.G else "the generated set holds"
             raise UserError(
-                f"the network makes images of {ours} but the data has {theirs}: "
+                f"{maker} images of {ours} but the data has {theirs}: "
                 "give the data set that the network was trained on, or resize it with dataset_tool.py"
             )
-        if self.G.c_dim and self.G.c_dim != self.images.c_dim:
+        if self.G and self.G.c_dim and self.G.c_dim != self.images.c_dim:
             raise UserError(
                 f"the network is conditional on labels of {self.G.c_dim} values but the data's have "
                 f"{self.images.c_dim}: give a data set with the labels that the network was trained on"
             )
+
+    @property
+    def network(self) -> Generator:
+        """G. Raises UserError when the fakes are files."""
+        if self.G is None:
+            raise UserError("needs a network, and only images are given")
+        return self.G
 
 
 def shape_name(img_shape: tuple[int, int, int]) -> str:
@@ -146,22 +171,38 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
 
 def real_batches(context: MetricContext, indices: Sequence[int], what: str = "real images") -> Batches:
     """Yield this process's share of the reals with the given data set indices, on the device."""
-    for positions in _batches_of(context, len(indices), what):
-        images = context.images.images([indices[position] for position in positions])
-        yield positions, images.to(context.device)
+    return _read_batches(context, context.images, indices, what)
+
+
+def fake_batches(context: MetricContext, count: int) -> Batches:
+    """Yield this process's share of `count` fakes as uint8, on the device: generated, or read from the set of them.
+
+    z is standard normal; labels are those of images drawn at random from the data set. Of a set of images `count` are
+    drawn at random, in random order. Raises UserError when G returns values that are not finite, and when the set
+    holds too few.
+    """
+    if context.fakes is not None:
+        return _read_batches(context, context.fakes, choose_fakes(context, context.fakes, count), "generated images")
+    return _generate_batches(context, context.network, count)
+
+
+def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]:
+    """Return `count` indices of a set of generated images. In random order: such sets are often sorted by class."""
+    if len(fakes) < count:
+        raise UserError(
+            f"{count} generated images are asked for and the set holds {len(fakes)}: "
+            f"ask for fewer, e.g. fid{len(fakes)}_full, or generate more"
+        )
+    return [int(index) for index in random_stream(context.seed, "fakes").permutation(len(fakes))[:count]]
 
 
 @torch.no_grad()
-def fake_batches(context: MetricContext, count: int) -> Batches:
-    """Yield this process's share of `count` generated images as uint8, on the device.
-
-    z is standard normal; labels are those of images drawn at random from the data set. Raises UserError when G
-    returns values that are not finite.
-    """
-    for positions in _batches_of(context, count, "generated images"):
+def _generate_batches(context: MetricContext, G: Generator, count: int) -> Batches:
+    share = own_shard(count)
+    for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))
-            img = context.G(
+            img = G(
                 latents(context, positions),  # [B, z_dim]
                 random_labels(context, positions),  # [B, c_dim]
                 truncation_psi=context.truncation_psi,
@@ -170,33 +211,52 @@ def fake_batches(context: MetricContext, count: int) -> Batches:
         if not img.isfinite().all():
             raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
         yield positions, to_uint8(img)
+        context.progress("generated images", positions.stop - share.start, len(share))
 
 
-def _batches_of(context: MetricContext, count: int, what: str) -> Iterator[range]:
-    """Cut this process's share of 0..count-1 into batches and report progress after each."""
-    share = own_shard(count)
-    for start in range(share.start, share.stop, context.batch_size):
-        stop = min(start + context.batch_size, share.stop)
-        yield range(start, stop)
-        context.progress(what, stop - share.start, len(share))
+def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:
+    """Yield this process's share of a set, decoded ahead in threads, so that the device does not wait for the disk."""
+
+    def read(positions: range) -> Tensor:
+        return images.images([indices[position] for position in positions])
+
+    share = own_shard(len(indices))
+    waiting: deque[tuple[range, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for positions in cut(share, context.batch_size):
+            waiting.append((positions, pool.submit(read, positions)))
+            if positions.start == share.start:
+                waiting[0][1].result()  # one thread opens the files
+            is_last = positions.stop == share.stop
+            while waiting and (is_last or len(waiting) > 2 * READERS):
+                done, future = waiting.popleft()
+                yield done, future.result().to(context.device)
+                context.progress(what, done.stop - share.start, len(share))
+
+
+def cut(positions: range, size: int) -> Iterator[range]:
+    """Cut a range of positions into batches."""
+    for start in range(positions.start, positions.stop, size):
+        yield range(start, min(start + size, positions.stop))
 
 
 def latents(context: MetricContext, positions: range) -> Tensor:
     """Return z [B, z_dim], standard normal."""
-    z_dim = context.G.z_dim
+    z_dim = context.network.z_dim
     z = random_rows(lambda stream, block: stream.standard_normal((block, z_dim)), context.seed, "latents", positions)
     return z.to(context.device, torch.float32)
 
 
 def random_labels(context: MetricContext, positions: range) -> Tensor:
     """Return c [B, c_dim]: the labels of random images of the data set; [B, 0] for an unconditional network."""
-    if context.G.c_dim == 0:
+    c_dim = context.network.c_dim
+    if c_dim == 0:
         return torch.zeros(len(positions), 0, device=context.device)
     total = len(context.images)
     drawn = random_rows(lambda stream, block: stream.randint(total, size=block), context.seed, "labels", positions)
     labels = context.images.labels[drawn]
     if not labels.is_floating_point():
-        labels = F.one_hot(labels, context.G.c_dim)
+        labels = F.one_hot(labels, c_dim)
     return labels.to(context.device, torch.float32)
 
 

@@ -58,4 +58,5 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     config = override(PRESETS["tiny"], values)
     dataset = ImageDataset(config.data)
-    return resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
+    on_gpu = torch.cuda.is_available()
+    return resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim, on_gpu=on_gpu))

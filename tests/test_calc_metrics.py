@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +16,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from metric_helpers import SmallDetector, random_inception, script_program
 from PIL import Image
+from test_metrics import natural_images
 
 import calc_metrics
 import metrics
+from dnnlib.config import override
+from metrics import detectors
+from metrics.sampling import random_stream
+from metrics.weights import WeightFile
+from torch_utils.checkpoint import read_file, write_file
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
 from training.networks.styleformer import StyleformerConfig
-from training.snapshot import save_network
+from training.snapshot import load_network, save_network
 
 ROOT = Path(calc_metrics.__file__).parent
 NUM_IMAGES = 21
@@ -157,7 +165,7 @@ def test_help_explains_every_metric() -> None:
     text = CliRunner().invoke(calc_metrics.main, ["--help"]).output
     flat = " ".join(text.split())
     for spec in metrics.registered_metrics():
-        for words in (spec.pattern, spec.help, spec.protocol, spec.paper):
+        for words in (spec.pattern, spec.help, spec.protocol_of(), spec.paper):
             assert words in flat
 
 
@@ -172,3 +180,194 @@ def test_two_processes_give_the_result_of_one(calc: CalcMetrics, snapshot: Path)
     [record] = [json.loads(line) for line in together.stdout.splitlines()]
     assert record["num_real"] == record["num_fake"] == 41
     assert record["results"] == pytest.approx(alone["results"], rel=1e-3)  # a grey level rounded the other way
+
+
+# Metrics with a detector.
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
+
+
+def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "00000-run"
+    run.mkdir()
+    first = load_network(snapshot)
+    for nimg, strength in ((0, 0.1), (4000, 1.0)):
+        for parameter in first.G_ema.synthesis.parameters():
+            parameter.data.mul_(strength)
+        name = f"network-snapshot-{nimg // 1000:06d}.pkl"
+        save_network(run / name, config=first.config, G_ema=first.G_ema, nimg=nimg)
+    result = calc("--metrics=fid30_full,kid30_full,swd12", f"--detector={program}", "--plot", network=run)
+    records = lines(result)
+    assert [(record["metric"], record["kimg"]) for record in records] == [
+        (name, kimg) for kimg in (0.0, 4.0) for name in ("fid30_full", "kid30_full", "swd12")
+    ]
+    for name in ("fid30_full", "kid30_full", "swd12"):
+        assert len((run / f"metric-{name}.jsonl").read_text().splitlines()) == 2
+        with Image.open(run / f"metric-{name}.png") as picture:
+            assert picture.size == (900, 600)
+    table = result.stderr.splitlines()
+    assert any(line.split() == ["network", "kimg", "metric", "value"] for line in table)
+    value = f"{records[0]['results']['fid30_full']:.5g}"
+    assert any(line.split() == ["network-snapshot-000000.pkl", "0", "fid30_full", value] for line in table)
+    fid = records[0]
+    assert fid["detector"] == "small.pt"
+    assert fid["detector_sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
+    assert (fid["num_real"], fid["num_fake"]) == (2 * NUM_IMAGES, 30)
+    assert fid["protocol"] == "stylegan: features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
+    assert result.stderr.count("real images:") == 3  # swd12 of each reads them; the detector's statistics serve both
+
+
+def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
+    data = load_network(snapshot).config.data.path
+    fakes = write_images(tmp_path / "theirs", 16, labels=False)
+    arguments = ["--metrics=fid21_full,swd12", f"--detector={program}", f"--data={data}"]
+    fid, swd = lines(calc(*arguments, network=fakes))
+    assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # they are the same images
+    assert swd["results"]["swd12"] > 0  # other twelve of them
+    assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
+    assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
+    assert (tmp_path / "metric-fid21_full.jsonl").exists()
+
+    few = calc("--metrics=fid5k_full", f"--detector={program}", f"--data={data}", network=fakes)
+    assert few.exit_code == 2
+    assert "5000 generated images are asked for and the set holds 21" in few.stderr
+    without = calc("--metrics=swd12", network=fakes)
+    assert without.exit_code == 2
+    assert "name the real ones with --data" in without.stderr
+
+
+def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Path, tmp_path: Path) -> None:
+    trained = load_network(snapshot)
+    config = override(trained.config, {"data.max_images": 5})
+    path = tmp_path / "network-snapshot-000001.pkl"
+    save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
+    arguments = [f"--network={path}", "--device=cpu", "--metrics=fid30_full", f"--detector={program}"]
+    [record] = lines(CliRunner().invoke(calc_metrics.main, arguments))
+    assert record["num_real"] == 2 * NUM_IMAGES
+
+
+def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "statistics"
+    arguments = ["--metrics=fid30_full", f"--detector={program}"]
+    [first] = lines(calc(*arguments, "--no-cache"))
+    assert not folder.exists()
+    [second] = lines(calc(*arguments))
+    assert len(list(folder.iterdir())) == 1
+    third = calc(*arguments)
+    assert "real images" not in third.stderr
+    assert lines(third)[0]["results"] == second["results"] == first["results"]
+
+
+def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("metrics.weights.urllib.request.urlopen", offline)
+    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
+    result = calc("--metrics=swd12,fid50k_full")
+    assert result.exit_code == 2
+    assert "weights-inception-2015-12-05-6726825d.pth" in result.stderr
+    assert "--detector=FILE" in result.stderr
+
+
+def test_a_snapshot_without_averaged_generator_is_refused(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    trained = load_network(snapshot)
+    payload = read_file(snapshot, "network-snapshot", 1, {})
+    payload["networks"] = {"G": payload["networks"]["G_ema"]}
+    path = tmp_path / "network-snapshot-000002.pkl"
+    write_file(path, "network-snapshot", 1, payload)
+    result = calc("--metrics=swd12", network=path)
+    assert result.exit_code == 2
+    assert f"{path}: holds no averaged generator" in result.stderr
+    assert trained.G_ema is not None
+
+
+def test_a_run_without_snapshots_and_a_wrong_detector_are_named(calc: CalcMetrics, tmp_path: Path) -> None:
+    (tmp_path / "training_options.json").write_text("{}")
+    empty = calc("--metrics=swd12", network=tmp_path)
+    assert empty.exit_code == 2
+    assert "this run has written no snapshot yet" in empty.stderr
+    wrong = calc("--metrics=fid30", "--detector=no/such.pt")
+    assert wrong.exit_code == 2
+    assert "--detector=no/such.pt: no such file" in wrong.stderr
+
+
+def test_two_processes_agree_with_one_on_every_detector_metric(
+    calc: CalcMetrics, snapshot: Path, program: Path
+) -> None:
+    """Two processes share fakes and reals, gather features, and share out rows of distances; one fake is left over."""
+    names = "--metrics=fid31_full,kid31,is31,pr313_full,dc20,fid1_full"
+    alone = lines(calc(names, f"--detector={program}", "--no-cache"))
+    command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", names]
+    together = subprocess.run(
+        [*command, f"--detector={program}", "--gpus=2", "--batch=5", "--detector-batch=7"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    records = [json.loads(line) for line in together.stdout.splitlines()]
+    assert [record["metric"] for record in records] == [record["metric"] for record in alone]
+    for one, two in zip(alone, records, strict=True):
+        assert two["results"] == pytest.approx(one["results"], rel=1e-3), one["metric"]
+        assert (two["num_real"], two["num_fake"]) == (one["num_real"], one["num_fake"])
+
+
+def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNG files -> uint8 -> resize -> Inception -> FID, KID, IS; the network has random weights of the right shape."""
+    library = pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.utils import extract_featuresdict_from_input_id_cached
+
+    weights = tmp_path / "weights.pth"
+    torch.save(random_inception(), weights)
+    file = WeightFile(name=weights.name, url="", sha256="", holds="test")
+    monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
+    monkeypatch.setattr(detectors, "KNOWN", (file,))
+    sets = {name: write_random(tmp_path / name, seed, 12) for seed, name in enumerate(("reals", "fakes"), start=1)}
+    arguments = [f"--network={sets['fakes']}", f"--data={sets['reals']}", f"--detector={weights}", "--device=cpu"]
+    result = CliRunner().invoke(calc_metrics.main, [*arguments, "--metrics=fid12_full,kid12_full,is12"])
+    fid, kid, score = (record["results"] for record in lines(result))
+
+    features = {}
+    for name, folder in sets.items():
+        options = {"input1": str(folder), "feature_extractor_weights_path": str(weights), "cuda": False}
+        features[name] = extract_featuresdict_from_input_id_cached(
+            1, library.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(weights)),
+            **options, cache=False, verbose=False, batch_size=5, save_cpu_ram=True,
+        )  # fmt: skip
+    real, fake = (features[name]["2048"].double() for name in ("reals", "fakes"))
+    assert (real - fake).abs().mean() > 1e-3
+    centred = [(x - x.mean(dim=0)) / math.sqrt(len(x)) for x in (real, fake)]
+    # With few images the trace of the root is the nuclear norm of a small matrix.
+    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    spread = sum(x.square().sum() for x in centred)
+    expected = (real.mean(dim=0) - fake.mean(dim=0)).square().sum() + spread - 2 * cross
+    assert fid["fid12_full"] == pytest.approx(float(expected), rel=1e-5)
+
+    theirs = kid_features_to_metric(fake, real, kid_subsets=2, kid_subset_size=12, verbose=False)
+    assert kid["kid12_full"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    order = np.array(choose_fakes_of(12))
+    theirs = isc_features_to_metric(features["fakes"]["logits_unbiased"][order], splits=10, shuffle=False)
+    # Most splits hold a single image, whose score is 1.
+    assert score["is12_mean"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
+    assert score["is12_std"] > 1e-4
+
+
+def write_random(folder: Path, seed: int, count: int) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(natural_images(count, (3, 24, 20), seed=seed)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:04d}.png")
+    return folder
+
+
+def choose_fakes_of(count: int) -> list[int]:
+    return [int(index) for index in random_stream(0, "fakes").permutation(count)]

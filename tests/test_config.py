@@ -87,7 +87,9 @@ def test_precision_and_layout_follow_the_machine() -> None:
     assert resolved(on_gpu=True, has_bf16=True) == ("bf16", True)
     with pytest.raises(ConfigError, match=r"precision='int8'.*fp32, bf16, fp16"):
         override(PRESETS["cifar"], {"precision": "int8"})
-    with pytest.raises(ConfigError, match="leave one out"):
+    with pytest.raises(ConfigError, match="need a GPU"):
+        resolve(override(PRESETS["cifar"], {"run.graphs": True}), Circumstances(img_shape=(3, 32, 32), c_dim=0))
+    with pytest.raises(ConfigError, match="leave out --grad-checkpoint"):
         override(PRESETS["cifar"], {"run.graphs": True, "run.recompute": True})
 
 

@@ -16,6 +16,7 @@ import torch
 from conftest import small_config
 from torch import Tensor
 
+from torch_utils import custom_ops
 from torch_utils.misc import seed_step
 from training.dataset import ImageDataset
 from training.networks import execution, winograd
@@ -35,6 +36,10 @@ CONFIG: dict[str, Any] = {
     "augment__p": 0.3,
     "augment__pipe": "bgc",
     "precision": "fp32",
+    "run__data_on_gpu": False,
+    # With the usual epsilon Adam's first steps are the signs of gradients, which rounding turns where they are small.
+    "g_optimizer__eps": 1e-2,
+    "d_optimizer__eps": 1e-2,
 }
 on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -68,35 +73,68 @@ def trained(data: Path, device: str, **changes: Any) -> Tensor:
     return weights(trainer)
 
 
-@pytest.mark.parametrize("device", ["cpu", on_gpu])
 @pytest.mark.parametrize("mode", ["run__data_on_gpu", "run__recompute"])
-def test_exact_modes_change_nothing(shapes_zip: Path, device: str, mode: str) -> None:
-    if device == "cuda" and mode == "run__recompute":
-        pytest.skip("sums of gradients on a GPU are not reproducible to the last bit")
-    assert torch.equal(trained(shapes_zip, device, **{mode: True}), trained(shapes_zip, device))
+def test_exact_modes_change_nothing(shapes_zip: Path, mode: str) -> None:
+    assert torch.equal(trained(shapes_zip, "cpu", **{mode: True}), trained(shapes_zip, "cpu"))
+
+
+# How much of the spread of two seeds a mode may move the weights by. Reduced precision adds less than a tenth to the
+# variance; what only rounds float32 in another order, less than a four-hundredth.
+REDUCED, ROUNDING = 10**-0.5, 1 / 20
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # by torch.compile of itself
 @pytest.mark.parametrize(
-    ("device", "change"),
+    ("device", "change", "share"),
     [
-        ("cpu", ("precision", "bf16")),
-        ("cpu", ("channels_last", True)),
-        pytest.param("cuda", ("precision", "bf16"), marks=pytest.mark.gpu),
-        pytest.param("cuda", ("precision", "fp16"), marks=pytest.mark.gpu),
-        pytest.param("cuda", ("channels_last", True), marks=pytest.mark.gpu),
-        pytest.param("cuda", ("run__graphs", True), marks=pytest.mark.gpu),
-        pytest.param("cuda", ("run__compile", True), marks=[pytest.mark.gpu, pytest.mark.slow]),
-        pytest.param("cpu", ("run__compile", True), marks=pytest.mark.slow),
+        ("cpu", ("precision", "bf16"), REDUCED),
+        ("cpu", ("channels_last", True), ROUNDING),
+        pytest.param("cuda", ("precision", "bf16"), REDUCED, marks=pytest.mark.gpu),
+        pytest.param("cuda", ("precision", "fp16"), REDUCED, marks=pytest.mark.gpu),
+        pytest.param("cuda", ("channels_last", True), ROUNDING, marks=pytest.mark.gpu),
+        pytest.param("cuda", ("run__graphs", True), ROUNDING, marks=pytest.mark.gpu),
+        pytest.param("cuda", ("run__recompute", True), ROUNDING, marks=pytest.mark.gpu),
+        pytest.param("cuda", ("run__compile", True), ROUNDING, marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param("cpu", ("run__compile", True), ROUNDING, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_stay_within_the_spread_of_two_seeds(
-    shapes_zip: Path, device: str, change: tuple[str, Any]
+    shapes_zip: Path, device: str, change: tuple[str, Any], share: float
 ) -> None:
     plain = trained(shapes_zip, device)
     spread = (trained(shapes_zip, device, seed=1) - plain).norm()
     changed = (trained(shapes_zip, device, **dict([change])) - plain).norm()
-    assert 0 < changed < spread
+    assert changed < share * spread
+
+
+@pytest.mark.gpu
+def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> None:
+    plain = trained(shapes_zip, "cuda")
+    spread = (trained(shapes_zip, "cuda", seed=1) - plain).norm()
+    with custom_ops.implementation("reference"):
+        reference = trained.__wrapped__(shapes_zip, "cuda")
+    assert (reference - plain).norm() < ROUNDING * spread
+
+
+@pytest.mark.gpu
+def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path) -> None:
+    """Two batches with two seeds, one after the other: nothing of the first is left in the second."""
+    eager, graphs = (build(shapes_zip, "cuda", augment__pipe="color", run__graphs=on) for on in (False, True))
+    data = eager._batches()
+    for position in (0, 1000):
+        img, c = next(data)
+        x, y = img[: eager.batch_gpu], c[: eager.batch_gpu]
+        for phases in zip(eager.phases, graphs.phases, strict=True):
+            buffers = []
+            for trainer, phase in zip((eager, graphs), phases, strict=True):
+                with phase.learner.learning(), execution.using(trainer.execution):
+                    accumulate = trainer._accumulator(phase, x, y)
+                    phase.learner.gradients.zero()
+                    seed_step(0, phase.name, position)
+                    accumulate(x, y)
+                buffers.append(phase.learner.gradients.buffer.clone())
+            difference = (buffers[1] - buffers[0]).norm()
+            assert difference < 1e-4 * buffers[0].norm(), phases[0].name
 
 
 def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
@@ -135,6 +173,17 @@ def test_reduced_precision_adds_little_to_the_noise_of_a_batch(shapes_zip: Path,
         assert 0 < error**2 < noise**2 / 10, phase
 
 
+def test_every_input_of_a_skip_discriminator_has_its_grids_type(shapes_zip: Path) -> None:
+    trainer = build(shapes_zip, "cpu", discriminator__architecture="skip")
+    types: list[torch.dtype] = []
+    for layer in trainer.D.fromrgb:
+        layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with execution.using(reduced=torch.bfloat16, min_grid=16):
+        logits = trainer.D(torch.zeros(4, *trainer.D.img_shape), None)
+    assert types == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]  # 32, 16, 8 and 4 px
+    assert logits.dtype == torch.float32
+
+
 def test_only_the_chosen_grids_are_reduced(shapes_zip: Path) -> None:
     trainer = build(shapes_zip, "cpu", precision="bf16", reduced_from=16)
     types: dict[str, torch.dtype] = {}
@@ -168,21 +217,25 @@ def test_only_the_chosen_grids_are_reduced(shapes_zip: Path) -> None:
     assert set(types[name] for name in watched if name.startswith("stage")) == {full}  # outside of training
 
 
-def test_half_precision_survives_large_styles_and_weights(shapes_zip: Path) -> None:
-    """Products of 1e4 would overflow float16; layer norm and demodulation make them harmless."""
+@pytest.mark.parametrize(("weights", "styles"), [(1e3, 1e3), (1.0, 3e-3)])
+def test_half_precision_survives_extreme_styles_and_weights(shapes_zip: Path, weights: float, styles: float) -> None:
+    """Products of 1e4 would overflow float16, and so would gains of 1e5.
+
+    Small styles make attention a choice between tokens, which rounding may decide the other way here and there.
+    """
     trainer = build(shapes_zip, "cpu")
     with torch.no_grad():
         for stage in trainer.G.synthesis.stages:
             for block in stage.blocks:
-                block.affine.bias.mul_(1e3)
-                block.out_weight.mul_(1e3)
-                block.residual_weight.mul_(1e3)
-                block.qkv_weight.mul_(1e3)
+                block.affine.weight.mul_(styles)
+                block.affine.bias.mul_(styles)
+                for weight in (block.out_weight, block.residual_weight, block.qkv_weight):
+                    weight.mul_(weights)
     z = torch.randn(4, trainer.G.z_dim)
     exact = trainer.G(z, None)
     with execution.using(reduced=torch.float16):
         reduced = trainer.G(z, None)
-    assert (reduced - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (reduced - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 def test_winograd_in_bf16_is_as_good_as_bf16_needs() -> None:

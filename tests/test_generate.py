@@ -188,3 +188,11 @@ def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
         for seeds in ((0, 1, 2), (7, 8, 9)):
             plain = generate.seed_images(G, seeds, c, 0.7, noise_mode)
             assert torch.equal(generate.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
+
+
+def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snapshot: Path) -> None:
+    G, c = load_network(snapshot).G_ema, torch.zeros(1, 0)
+    with torch.no_grad():
+        alone = generate.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
+        among = generate.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
+    assert torch.equal(alone[0], among[0])

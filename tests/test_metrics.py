@@ -39,6 +39,7 @@ class ArrayImages:
         self.labels = torch.zeros(len(images), 0) if labels is None else labels
         self.c_dim = c_dim
         self.content_hash = "0123abcd"
+        self.meta: dict[str, object] = {"resize_filter": "box"}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -395,7 +396,7 @@ def test_names_carry_counts() -> None:
     assert metrics.resolve(("swd500",)) == ["swd500"]
 
 
-@pytest.mark.parametrize("name", ["swd0", "swd5K", "fid", "swd_", ""])
+@pytest.mark.parametrize("name", ["swd0", "swd5K", "fidd", "swd_", ""])
 def test_unknown_names_are_refused_with_what_is_registered(name: str) -> None:
     with pytest.raises(UserError, match=r"registered are .*swd<N>, swd<N>_floor"):
         registry.find(name)
@@ -406,27 +407,31 @@ def test_unknown_name_gets_the_closest_match() -> None:
         metrics.resolve("sdw")
 
 
-def test_default_is_the_frechet_distance_only_when_its_detector_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+def test_default_is_the_frechet_distance_only_when_its_detector_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     names, why = metrics.default_metrics()
     assert names == ("swd",)
-    assert "needs no detector weights" in why
+    assert "computing swd instead of fid50k_full, because weights-inception-2015-12-05-6726825d.pth" in why
+    assert str(tmp_path / "detectors") in why
+    (tmp_path / "detectors").mkdir()
+    (tmp_path / "detectors" / "weights-inception-2015-12-05-6726825d.pth").touch()
+    assert metrics.default_metrics()[0] == ("fid50k_full",)
 
-    missing: str | None = "inception.pt is not there; download it"
 
-    @metrics.register_metric("fid50k_full", help="h", protocol="p", paper="q", needs=lambda: missing)
-    def fid(context: MetricContext, name: str, count: int | None) -> metrics.Measurement:
+def test_a_metric_can_lack_something_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    missing: str | None = "table.txt is not there; download it"
+
+    @metrics.register_metric("new<N>", help="h", protocol="p", paper="q", needs=lambda: missing)
+    def new(context: MetricContext, name: str, count: int | None) -> metrics.Measurement:
         return metrics.Measurement(values={name: 1.5}, num_real=3, num_fake=4)
 
-    assert metrics.default_metrics() == (
-        ("swd",),
-        "computing swd instead of fid50k_full, because inception.pt is not there; download it",
-    )
-    with pytest.raises(UserError, match=r"metric fid50k_full: inception\.pt is not there"):
-        metrics.compute("fid50k_full", context_of(natural_images(2)))
+    with pytest.raises(UserError, match=r"metric new: table\.txt is not there"):
+        metrics.compute("new", context_of(natural_images(2)))
     missing = None
-    assert metrics.default_metrics()[0] == ("fid50k_full",)
-    assert metrics.compute("fid50k_full", context_of(natural_images(2))).results == {"fid50k_full": 1.5}
+    assert metrics.compute("new", context_of(natural_images(2))).results == {"new": 1.5}
 
 
 def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,8 +458,10 @@ def test_every_metric_explains_itself() -> None:
 def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> None:
     snapshot = tmp_path / "network-snapshot-000200.pkl"
     snapshot.write_bytes(b"abc")
-    result = metrics.compute("swd8", context_of(natural_images(8, (1, 16, 16)), seed=3))
-    record = metrics.result_to_json(result, snapshot=snapshot, kimg=200.5, data="data.zip", data_hash="12", mirror=True)
+    context = context_of(natural_images(8, (1, 16, 16)), seed=3)
+    result = metrics.compute("swd8", context)
+    about = {"snapshot": snapshot, "kimg": 200.5, "data": "data.zip", "images": context.images, "mirror": True}
+    record = metrics.result_to_json(result, **about)  # type: ignore[arg-type]
     metrics.append_result(tmp_path, record)
     metrics.append_result(tmp_path, record)
     lines = (tmp_path / "metric-swd8.jsonl").read_text().splitlines()
@@ -465,7 +472,8 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
     assert (record["num_real"], record["num_fake"], record["kimg"], record["seed"]) == (8, 8, 200.5, 3)
     assert record["snapshot"] == "network-snapshot-000200.pkl"
     assert record["snapshot_sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert (record["data"], record["data_hash"], record["mirror"]) == ("data.zip", "12", True)
+    assert (record["data"], record["data_hash"], record["mirror"]) == ("data.zip", "0123abcd", True)
+    assert record["resize_filter"] == "box"
     assert record["versions"]["torch"] == torch.__version__
     assert {"seconds", "protocol", "timestamp", "truncation_psi", "noise_mode"} <= set(record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -116,6 +117,8 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert ticks[1]["Loss/scores/real"]["num"] == 32
     metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
+    written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
+    assert metrics[-1]["snapshot_sha256"] == written  # though it is written in the background
     assert "kimg 0.1" in (run_dir / "log.txt").read_text()
     with Image.open(run_dir / "reals.png") as picture:
         assert picture.size == (16 * 32, 16 * 32)
@@ -334,6 +337,23 @@ def test_auto_fills_in_only_what_is_not_given(
         2,
         True,
     )
+
+
+def test_latest_prefers_the_run_of_the_asked_precision(shapes_zip: Path, tmp_path: Path) -> None:
+    """Unasked, a precision that another machine would have chosen is taken over; one that was asked for then is not."""
+    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=none"]
+
+    def resumed(*options: str) -> str:
+        lines = run_ok(*arguments, "--resume=latest", *options).splitlines()
+        return next(line for line in lines if line.startswith(("Resuming from", "Starting from")))
+
+    run_ok(*arguments, "--precision=fp16")
+    assert resumed() == "Starting from random weights"  # float32, as a CPU does unasked
+    assert "/00000-" in resumed("--precision=fp16")
+    run_ok(*arguments, "--precision=bf16")
+    assert "/00001-" in resumed()
+    shutil.rmtree(next(tmp_path.glob("00001-*")))
+    assert "/00002-" in resumed()
 
 
 def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_path: Path) -> None:

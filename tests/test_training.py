@@ -154,11 +154,11 @@ def spoil(phase: Phase, trainer: Trainer, step: int) -> None:
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.048))
-    trainer.last_saved = Path("network-snapshot-000007.pkl")
+    trainer.last_snapshot = Path("network-snapshot-000007.pkl")
     spoil(trainer.phases[1], trainer, step=1)
     ticks: list[int] = []
     trainer.hooks = [lambda trainer: ticks.append(trainer.state.nimg) if trainer.tick else None]
-    with pytest.raises(UserError, match=r"D_main met .* at step 1 \(kimg 0\.0\).*network-snapshot-000007\.pkl"):
+    with pytest.raises(UserError, match=r"D_main met .* at step 1 \(kimg 0\.0\).*--resume=network-snapshot-000007"):
         train_steps(trainer, 6)
     assert ticks == [0]
     assert all(x.isfinite().all() for x in trainer.D.state_dict().values())

@@ -185,11 +185,12 @@ def prepare(device: torch.device) -> str:
 
 
 def _prepare_together(device: torch.device) -> str:
+    failures = 0.0
     for turn in (True, False):
-        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn and _state.kernels is None:
+        is_mine = (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn
+        if is_mine and not failures and _state.kernels is None:  # what failed once needs no further tries
             _load_quietly()
-        distributed.barrier()
-    failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
+        failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
     if not failures:
         return "CUDA operators: kernels loaded"
     here = _state.reason or f"{failures:.0f} of {distributed.world_size()} processes could not load the kernels"

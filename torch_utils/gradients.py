@@ -38,7 +38,8 @@ class FlatGradients:
         """Replace gradients and means by their averages over all processes.
 
         Returns the norm of the gradients and whether anything among all of these is not finite, as scalars on the
-        device. A collective call; every process gets the same answer.
+        device; a norm that is too large for its type counts as that too. A collective call; every process gets the
+        same answer.
         """
         if distributed.world_size() > 1:
             distributed.all_reduce(self.buffer)

@@ -16,10 +16,10 @@ class Captured(Generic[T]):
     """`function(*inputs)` as a CUDA graph for inputs of these shapes, types and memory layouts.
 
     A call copies its arguments to where the graph reads them, replays it and returns what the function returned when
-    it was recorded: the same tensors every time, with new contents, so use them before the next call. The function must
-    not wait for the device. What it draws from torch's generator follows the seed at the time of the call. It is run a
-    few times while this object is made, so undo afterwards what it accumulates. Graphs that are given the same `pool`
-    (of torch.cuda.graph_pool_handle) share memory and must not run at the same time.
+    it was recorded: the same tensors every time, with new contents, so use them before the next call of any graph of
+    the `pool` (of torch.cuda.graph_pool_handle), which shares memory. The function must not wait for the device. What
+    it draws from torch's generator follows the seed at the time of the call. It is run a few times while this object is
+    made, so undo afterwards what it accumulates.
     """
 
     def __init__(self, function: Callable[..., T], *inputs: Tensor, pool: Any = None) -> None:

@@ -14,7 +14,7 @@ from torch_utils import distributed
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and standard deviation over all values that all ranks reported since the last `collect`."""
+    """Mean and standard deviation over all values that all ranks reported since the last `collect`; nan without any."""
 
     mean: float
     std: float
@@ -57,6 +57,8 @@ def moments(values: Tensor) -> Tensor:
 
 
 def _to_stat(count: float, total: float, squares: float) -> Stat:
+    if not count:
+        return Stat(mean=math.nan, std=math.nan, count=0)
     mean = total / count
     variance = squares / count - mean**2
     return Stat(mean=mean, std=math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan, count=int(count))

@@ -26,7 +26,7 @@ class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
-    nothing else in here changes what a step computes.
+    nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
     total_kimg: float = 25_000
@@ -35,11 +35,14 @@ class RunConfig:
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
     metrics: tuple[str, ...] | None = None  # None: the default metric
+    metrics_every: int | None = None  # ticks; None: at snapshots
+    tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
-    data_on_gpu: bool | None = None  # keep all images there as uint8; None: if it is small
+    data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
     recompute: bool = False  # activations again in the backward pass instead of keeping them
     compile: bool = False  # torch.compile for the phases that are differentiated once
@@ -49,7 +52,8 @@ class RunConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "keep_last", "keep_every", "num_gpus", "batch_gpu"):
+        positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
+        for name in (*positive, "keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(name, value, "must be positive")
@@ -58,8 +62,10 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
-        if self.graphs and self.recompute:
-            raise ConfigError("graphs", True, "cannot record activations that are computed again: leave one out")
+        for name in ("graphs", "compile"):
+            if getattr(self, name) and self.recompute:
+                problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
+                raise ConfigError(name, True, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +238,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
 
     Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
     """
+    if config.run.graphs and not about.on_gpu:
+        raise ConfigError("run.graphs", True, "CUDA graphs need a GPU; leave it out")
     channels, height, width = about.img_shape
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
@@ -262,6 +270,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolved = override(config, values)
     resolved.generator.check_img_size(height, width)
     _check_batches(resolved)
+    _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
 
@@ -307,6 +316,16 @@ def _check_batches(config: TrainConfig) -> None:
         )
 
 
+def _check_holdout(config: TrainConfig) -> None:
+    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    if 0 < config.data.holdout < per_round:
+        raise ConfigError(
+            "data.holdout",
+            config.data.holdout,
+            f"D judges held-out images in whole batches: hold out at least {per_round} (--batch-gpu times --gpus)",
+        )
+
+
 def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
@@ -333,13 +352,17 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.deterministic": False,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.metrics_every": None,
+    "run.tick_metrics": (),
+    "run.detectors": (),
+    "data.holdout": 0,
 }
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
     if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}}
+        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             (data[parents[0]] if parents else data).setdefault(name, value)

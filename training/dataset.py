@@ -33,18 +33,22 @@ class DatasetConfig:
     path: folder or .zip file of images of one size, as dataset_tool.py writes it.
     use_labels: condition on the labels of dataset.json.
     max_images: use a random subset of this many images, chosen by `seed`; None uses all.
+    holdout: leave out this many images, chosen by `seed`: those of ImageDataset(config, held_out=True).
     mirror: show every image also flipped left to right, which doubles the set.
     """
 
     path: str = ""
     use_labels: bool = False
     max_images: int | None = None
+    holdout: int = 0
     mirror: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_images is not None and self.max_images < 1:
             raise ConfigError("max_images", self.max_images, "a subset has at least 1 image: leave it out to use all")
+        if self.holdout < 0:
+            raise ConfigError("holdout", self.holdout, "cannot be negative; 0 holds out nothing")
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be negative")
 
@@ -69,7 +73,7 @@ class ImageDataset:
     UserError naming the file.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, *, held_out: bool = False) -> None:
         if not config.path:
             raise UserError("no data set given: name a folder or .zip file of images")
         self.config = config
@@ -81,7 +85,7 @@ class ImageDataset:
         self.class_names = content.class_names
         self.has_labels = content.labels is not None
 
-        self._subset = _choose_subset(len(self._store.names), config)  # positions in the store's names
+        self._subset = _choose_subset(len(self._store.names), config, held_out)  # positions in the store's names
         H, W, C = self._decode(int(self._subset[0]), None).shape
         self.img_shape = (C, H, W)
         self.labels, self.c_dim = self._read_labels(content)
@@ -186,10 +190,20 @@ def describe_shape(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]} {_CHANNEL_NAMES[shape[2]]}"
 
 
-def _choose_subset(num_images: int, config: DatasetConfig) -> np.ndarray:
-    if config.max_images is None or config.max_images >= num_images:
-        return np.arange(num_images)
-    return np.sort(_permutation(num_images, config.seed, 0)[: config.max_images])
+def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:
+    """The first images of a random order to train with, the last to hold out; both in their original order."""
+    rest = num_images - config.holdout
+    if rest < 1:
+        raise ConfigError("holdout", config.holdout, f"the data set has {num_images} images: leave some to train with")
+    count = rest if config.max_images is None else min(config.max_images, rest)
+    if count == num_images:
+        chosen = np.arange(num_images)[num_images if held_out else 0 :]
+    else:
+        order = _permutation(num_images, config.seed, 0)
+        chosen = np.sort(order[rest:] if held_out else order[:count])
+    if held_out and len(chosen) == 0:
+        raise ValueError("no images are held out")
+    return chosen
 
 
 def encode_labels(labels: Tensor, c_dim: int) -> Tensor:

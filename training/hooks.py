@@ -10,8 +10,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ from dnnlib.config import WriteError
 from dnnlib.util import append_line, format_time
 from torch_utils import distributed
 from torch_utils.images import save_grid, to_uint8
+from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
-from training.dataset import encode_labels
-from training.saving import Saver
+from training.dataset import ImageDataset, encode_labels
+from training.saving import Saver, capture_snapshot
+from training.snapshot import write_network
 from training.training_loop import Trainer
 
-Evaluate = Callable[[Any, Path, float], None]  # (G_ema, its snapshot, kimg): computes, prints and logs the metrics
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Numbers of metrics by name, and the main metric's name if its number is the best so far."""
+
+    values: dict[str, float]
+    best: str | None
+
+
+# (names of metrics, G_ema, its snapshot if one was written, kimg): computes, prints and logs them.
+Evaluate = Callable[[Sequence[str], Any, Path | None, float], Evaluation]
 
 
 class Progress:
@@ -81,9 +94,9 @@ class ImageGrids:
             return
         name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
         if trainer.tick.is_first:
-            with _going_on():
+            with going_on():
                 save_grid(self._real_images(trainer), self.run_dir / "reals.png")
-        with _going_on():
+        with going_on():
             save_grid(self._generate(trainer), self.run_dir / name)
 
     def _count(self, trainer: Trainer) -> int:
@@ -145,15 +158,98 @@ class Requests:
 
 
 class Metrics:
-    """Evaluates the averaged generator at every snapshot."""
+    """Evaluates the averaged generator, and keeps the best one so far as network-best-<metric>.pkl.
 
-    def __init__(self, run_dir: Path, snapshot_ticks: int, evaluate: Evaluate) -> None:
-        self.run_dir, self.snapshot_ticks, self.evaluate = run_dir, snapshot_ticks, evaluate
+    `schedule` says every how many ticks which metrics are due.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        schedule: Sequence[tuple[int, Sequence[str]]],
+        snapshot_ticks: int,
+        evaluate: Evaluate,
+        board: TensorBoardLog | None,
+    ) -> None:
+        self.run_dir, self.schedule, self.snapshot_ticks = run_dir, schedule, snapshot_ticks
+        self.evaluate, self.board = evaluate, board
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is not None and trainer.tick.reached(self.snapshot_ticks):
-            snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
-            self.evaluate(trainer.ema.module, snapshot, trainer.state.nimg / 1000)
+        tick = trainer.tick
+        if tick is None:
+            return
+        names = [name for every, names in self.schedule if tick.reached(every) for name in names]
+        if not names:
+            return
+        snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
+        is_written = tick.reached(self.snapshot_ticks)
+        kimg = trainer.state.nimg / 1000
+        evaluation = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg)
+        if self.board:
+            values = {f"Metrics/{name}": value for name, value in evaluation.values.items()}
+            self.board.add(values, trainer.state.nimg)
+        if evaluation.best and distributed.is_main():
+            best = self.run_dir / f"network-best-{evaluation.best}.pkl"
+            with going_on():
+                write_network(best, capture_snapshot(trainer))
+                print(f"Best {evaluation.best} so far, kept as {best.name}", flush=True)
+
+
+class Overfitting:
+    """How D tells images that it was trained with from held-out ones (Karras et al. 2020b, equation 1).
+
+        r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
+
+    0 is no overfitting, 1 is complete. All under the augmentation of the moment, on about NUM_IMAGES of each, which
+    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real.
+    """
+
+    NUM_IMAGES = 1024
+
+    def __init__(self, holdout: ImageDataset) -> None:
+        self.holdout = holdout
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is None:
+            return
+        sides = {"train": trainer.dataset, "holdout": self.holdout, "generated": None}
+        scores = {name: self._mean_scores(trainer, name, source) for name, source in sides.items()}
+        values = {f"Overfitting/score_{name}": score for name, (score, _) in scores.items()}
+        values |= {f"Overfitting/sign_{name}": sign for name, (_, sign) in scores.items()}
+        train, held_out, generated = (score for score, _ in scores.values())
+        values["Overfitting/r_t"] = scores["train"][1]
+        if train != generated:
+            values["Overfitting/r_v"] = (train - held_out) / (train - generated)
+        trainer.tick.values.update({name: value for name, value in values.items() if math.isfinite(value)})
+
+    @torch.no_grad()
+    def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
+        """Return the mean of D's logits and of their signs over random images of a set, or generated ones."""
+        batch, together = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
+        rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // together, 1)
+        sums = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+        for i in range(rounds):
+            position = i * together + distributed.rank() * batch
+            seed_step(trainer.config.seed, f"overfitting {name}", trainer.state.nimg + position)
+            logits = self._logits(trainer, source, position)
+            sums += torch.stack([logits.sum(), logits.sign().sum()])
+        score, sign = (distributed.all_reduce(sums) / (rounds * together)).tolist()
+        return score, sign
+
+    @staticmethod
+    def _logits(trainer: Trainer, source: ImageDataset | None, position: int) -> torch.Tensor:
+        """D of one batch, from a place in a fixed random order of the set's images; generated ones get labels alike."""
+        dataset = source or trainer.dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        indices = order[torch.arange(position, position + trainer.batch_gpu) % len(dataset)]
+        c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
+        if source is None:
+            z = torch.randn([len(c), trainer.G.z_dim], device=trainer.device)
+            img = trainer.G(z, c, noise_mode="random")
+        else:
+            img = source.images(indices).to(trainer.device).float() / 127.5 - 1
+        logits: torch.Tensor = trainer.D(trainer.augment(img), c)
+        return logits.double()
 
 
 class JsonLog:
@@ -169,7 +265,7 @@ class JsonLog:
         for name, stat in trainer.tick.stats.items():
             mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
             line[name] = {"mean": mean, "std": std, "num": stat.count}
-        with _going_on():
+        with going_on():
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
@@ -184,10 +280,14 @@ class TensorBoardLog:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None:
             return
-        figures = trainer.tick.values | {name: stat.mean for name, stat in trainer.tick.stats.items()}
-        with _going_on():
+        means = {name: stat.mean for name, stat in trainer.tick.stats.items()}
+        self.add(trainer.tick.values | means, trainer.state.nimg)
+
+    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+        """Write figures by name."""
+        with going_on():
             for name, value in figures.items():
-                self.writer.add_scalar(name, value, trainer.state.nimg)
+                self.writer.add_scalar(name, value, nimg)
             self.writer.flush()
 
 
@@ -214,7 +314,7 @@ class Profile:
 
 
 @contextmanager
-def _going_on() -> Iterator[None]:
+def going_on() -> Iterator[None]:
     """Warn when a file that nothing depends on cannot be written inside, and go on."""
     try:
         yield

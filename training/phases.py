@@ -59,9 +59,11 @@ class Learner:
         """Let these parameters, and no others, collect gradients."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        yield
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
 
     def step(self, skip: Tensor) -> None:
         """Move the parameters by their gradients unless `skip`, a truth value on the device, says no."""

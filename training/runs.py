@@ -62,7 +62,7 @@ def choose_start(request: Request) -> Start:
         raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a snapshot file")
     if not list_states(path):
         raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
-    start = _continue(path, request)
+    start = _continue(path, request, adopt=True)
     if start is None and not request.override:
         raise UserError(
             f"--resume={path}: that run was started with other options; give the same ones, or --override:\n"
@@ -74,7 +74,7 @@ def choose_start(request: Request) -> Start:
 def _choose_latest(request: Request) -> Start | None:
     """How to go on with the newest run that has a state and the requested options, None when there is none."""
     with_states = [run_dir for run_dir in reversed(_list_runs(request.outdir)) if list_states(run_dir)]
-    continued = (_continue(run_dir, request) for run_dir in with_states)
+    continued = (_continue(run_dir, request, adopt) for adopt in (False, True) for run_dir in with_states)
     start = next((start for start in continued if start), None)
     newest = next((run_dir for run_dir in with_states if _is_readable(run_dir)), None)
     if start or newest is None:
@@ -98,13 +98,16 @@ def _override(run_dir: Path, request: Request) -> Start:
 def _list_changes(run_dir: Path, request: Request) -> str:
     """The options in which a request differs from a saved run, one per line."""
     saved = _saved_config(run_dir)
-    variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request)]
+    variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request, adopt=True)]
     changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
     return "\n  ".join(changed or ["nothing that computes"])
 
 
-def _continue(run_dir: Path, request: Request) -> Start | None:
-    """How to go on with a run, None when it has no state or computes something else than what is requested."""
+def _continue(run_dir: Path, request: Request, adopt: bool) -> Start | None:
+    """How to go on with a run, None when it has no state or computes something else than what is requested.
+
+    `adopt` as in `_requested_there`.
+    """
     if not list_states(run_dir):
         return None
     try:
@@ -112,17 +115,21 @@ def _continue(run_dir: Path, request: Request) -> Start | None:
     except UserError as error:
         print(f"Warning: {error}", file=sys.stderr)
         return None
-    if not any(same_training(saved, config) for config in _requested_there(saved, request)):
+    if not any(same_training(saved, config) for config in _requested_there(saved, request, adopt)):
         return None
     return Start(config=resolve(replace(saved, run=request.plain.run), request.about), run_dir=run_dir)
 
 
-def _requested_there(saved: TrainConfig, request: Request) -> Iterator[TrainConfig]:
-    """What the request comes to on the machine of a saved run, as plain training and as transfer learning."""
+def _requested_there(saved: TrainConfig, request: Request, adopt: bool) -> Iterator[TrainConfig]:
+    """What the request comes to with the processes of a saved run, as plain training and as transfer learning.
+
+    With `adopt`, a precision that was not asked for becomes the run's, if another machine could have chosen it.
+    """
     there: dict[str, Any] = {"run.num_gpus": saved.run.num_gpus, "run.batch_gpu": saved.run.batch_gpu}
-    for name in ("precision", "channels_last"):
-        if getattr(request.plain, name) is None:
-            there[name] = getattr(saved, name)
+    if adopt and request.plain.precision is None and saved.precision in ("fp32", "bf16"):
+        there["precision"] = saved.precision
+        if request.plain.channels_last is None:
+            there["channels_last"] = saved.channels_last
     for config in (request.plain, request.transfer):
         try:
             yield resolve(override(config, there), request.about)
@@ -213,7 +220,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     """Resume from the newest training state that is whole. Raises UserError when none is."""
     chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
     same_data = trainer.resume(chosen)
-    trainer.last_saved = chosen
+    trainer.last_snapshot = max(run_dir.glob("network-snapshot-*.pkl"), default=None)
     if distributed.is_main():
         if not same_data:
             print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)

@@ -27,6 +27,7 @@ class Saver:
         self.run_dir, self.run = run_dir, run
         self.writer = BackgroundWriter()
         self.saved_nimg = 0  # where the newest training state stands
+        self.last_snapshot: Path | None = None  # that was written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
         """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted."""
@@ -35,7 +36,7 @@ class Saver:
         nimg, jobs = trainer.state.nimg, []
         if snapshot:
             path = self.run_dir / f"network-snapshot-{nimg // 1000:06d}.pkl"
-            jobs.append(partial(_write_snapshot, path, _capture_snapshot(trainer)))
+            jobs.append(partial(self._write_snapshot, path, capture_snapshot(trainer)))
         if nimg != self.saved_nimg:
             path = self.run_dir / f"training-state-{nimg // 1000:06d}.pt"
             jobs.append(partial(self._write_state, path, trainer.capture()))
@@ -48,7 +49,12 @@ class Saver:
     def report(self, trainer: Trainer) -> None:
         """Warn of what could not be written; note what was."""
         self._warn(self.writer.collect())
-        trainer.last_saved = self.writer.newest or trainer.last_saved
+        trainer.last_snapshot = self.last_snapshot or trainer.last_snapshot
+
+    def settled(self, snapshot: Path | None) -> Path | None:
+        """Wait until a snapshot that is being written is; None where it could not be."""
+        self.writer.wait()
+        return snapshot if snapshot == self.last_snapshot else None
 
     def finish(self) -> None:
         """Wait for the last files. Raises WriteError when they could not be written."""
@@ -57,11 +63,14 @@ class Saver:
         if failed:
             raise failed[-1]
 
-    def _write_state(self, path: Path, payload: dict[str, object]) -> Path:
+    def _write_snapshot(self, path: Path, payload: dict[str, object]) -> None:
+        write_network(path, payload)
+        self.last_snapshot = path
+
+    def _write_state(self, path: Path, payload: dict[str, object]) -> None:
         Checkpoint.write(path, payload)
         for old in obsolete(list_states(self.run_dir), self.run.keep_last, self.run.keep_every):
             old.unlink(missing_ok=True)
-        return path
 
     @staticmethod
     def _warn(failed: Sequence[WriteError]) -> None:
@@ -85,7 +94,8 @@ def obsolete(states: Sequence[Path], keep_last: int, keep_every: float | None) -
     return [path for path in states if path not in kept]
 
 
-def _capture_snapshot(trainer: Trainer) -> dict[str, object]:
+def capture_snapshot(trainer: Trainer) -> dict[str, object]:
+    """Return a snapshot of the networks as they are, a copy."""
     return capture_network(
         config=trainer.config,
         G=trainer.G,
@@ -96,19 +106,13 @@ def _capture_snapshot(trainer: Trainer) -> dict[str, object]:
     )
 
 
-def _write_snapshot(path: Path, payload: dict[str, object]) -> Path:
-    write_network(path, payload)
-    return path
-
-
-def _run_all(jobs: Sequence[Callable[[], Path]]) -> Path:
-    """Run every job, also after one that failed. Raises the first WriteError; returns the last path."""
-    paths, errors = [], []
+def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run every job, also after one that failed. Raises the first WriteError."""
+    errors = []
     for job in jobs:
         try:
-            paths.append(job())
+            job()
         except WriteError as error:
             errors.append(error)
     if errors:
         raise errors[0]
-    return paths[-1]

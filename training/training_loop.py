@@ -117,7 +117,8 @@ class RunningMean(nn.Module):
 
 
 def set_arithmetic(config: TrainConfig) -> None:
-    """Set what PyTorch keeps for the whole process: TF32, and how cuDNN and cuBLAS choose algorithms."""
+    """Set what PyTorch keeps for the whole process: TF32, sums in full precision, how libraries choose algorithms."""
+    execution.sum_in_float32()
     deterministic = config.run.deterministic
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic
     torch.use_deterministic_algorithms(deterministic)
@@ -153,7 +154,7 @@ class Trainer:
         self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
         self._build_phases()
         self.execution = execution.Execution(
-            reduced=execution.REDUCED[config.precision or "fp32"],
+            reduced=execution.REDUCED[config.precision],
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
         )
@@ -163,7 +164,7 @@ class Trainer:
         self.state = TrainState()
         self.stats = Stats()
         self.failures = Failures(device)
-        self.last_saved: Path | None = None  # the newest snapshot or training state, for messages
+        self.last_snapshot: Path | None = None  # for messages
         self.stopwatch = Stopwatch(device)
         # Batch means that losses return (LossTerms.means) -> the running state that they drive.
         self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
@@ -230,22 +231,25 @@ class Trainer:
 
         Each micro-batch draws its random numbers from (seed, phase, position of its first image in the run), and
         running state moves once, by the mean over all micro-batches of all processes: so the result does not depend
-        on how many processes share the batch. Where anything is not finite, the optimizer and the running state stay.
+        on how many processes share the batch. Where anything is not finite, optimizer and running state stay as they
+        are and nothing enters the statistics.
         """
         learner, first = phase.learner, self.state.nimg + distributed.rank() * len(img)
         with learner.learning(), execution.using(self.execution):
             accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
             learner.gradients.zero()
+            found = Stats()
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
                 report = accumulate(x, y)
-                self.stats.add_moments(report.moments)
+                found.add_moments(report.moments)
 
         norm, is_bad = learner.gradients.reduce()
         learner.step(skip=is_bad)
         for name, value in report.split(learner.gradients.means):
             self.trackers[name](value, is_bad)
-        self.stats.add({f"Gradients/{phase.name}_norm": norm})
+        found.add({f"Gradients/{phase.name}_norm": norm})
+        self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
@@ -324,12 +328,16 @@ class Trainer:
         failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
-            raise UserError(
-                f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
-                "its update was left out, and training stops. "
-                f"Last good file: {self.last_saved or 'none written yet'}. Go on from it with a higher --gamma, lower "
-                "--glr and --dlr, or --precision=fp32; --nan=skip leaves such updates out and goes on"
-            )
+            distributed.from_main(lambda: self._stop(phase, step))
+
+    def _stop(self, phase: str, step: int) -> None:
+        known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
+        start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
+        raise UserError(
+            f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
+            f"its update was left out, and training stops. {known}; {start} with a higher --gamma, lower --glr and "
+            "--dlr, or --precision=fp32. Or go on with --resume=latest --nan=skip, which leaves such updates out"
+        )
 
     def _progress(self) -> dict[str, float]:
         values = {
@@ -374,6 +382,6 @@ class Trainer:
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:
-    if config.batch_size is None or config.run.batch_gpu is None:
+    if config.batch_size is None or config.run.batch_gpu is None or config.precision is None:
         raise ConfigError("batch_size", config.batch_size, "not resolved")
     return config.batch_size, config.run.batch_gpu

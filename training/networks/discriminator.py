@@ -166,7 +166,8 @@ class StyleGAN2Discriminator(nn.Module):
             x = execution.run_block(block, x)  # (B, ch, H/2^level, W/2^level)
             if self.is_skip:
                 img = downsample2d(img, self.resample_filter)
-                x = x + self.fromrgb[level](img.to(x.dtype))
+                small = execution.cast(img, (img.shape[2], img.shape[3]))
+                x = x.to(small.dtype) + self.fromrgb[level](small)
 
         logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, cmap_dim)
         if self.mapping is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # What --precision says, and the type of activations that it means; None leaves them alone.
-REDUCED = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+REDUCED: dict[str | None, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,12 @@ class Execution:
 
 
 current = Execution()
+
+
+def sum_in_float32() -> None:
+    """Let matrix products of 16-bit numbers add their partial sums in float32, which is not PyTorch's default."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @contextmanager

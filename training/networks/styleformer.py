@@ -183,7 +183,11 @@ class EncoderBlock(nn.Module):
         gain_q, gain_k, gain_v = demodulation(qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
         x = F.layer_norm(x * style_input.unsqueeze(1).to(x.dtype), (C,)).to(dtype)
         q, k, v = F.linear(x, qkv_weight.to(dtype)).chunk(3, dim=2)  # each (B, N, C)
-        q = q * (gain_q * gain_k).to(dtype)
+        gain_qk = gain_q * gain_k
+        if dtype == torch.float16:  # small styles make it large
+            gain_qk = gain_qk.sqrt()
+            k = k * gain_qk.to(dtype)
+        q = q * gain_qk.to(dtype)
         v = v * (gain_v * style_value.unsqueeze(1)).to(dtype)
 
         gain_out = demodulation(out_weight, style_value).unsqueeze(1).to(dtype)  # (B, 1, C_out)

@@ -1,0 +1,433 @@
+"""Feature networks: which file each comes from, and how it sees an image, which is part of the metric.
+
+The networks are those of well-kept libraries: Inception, VGG16 and LPIPS of torch-fidelity, DINOv2 of transformers. A
+user's own network is a program (.pt2 of torch.export, or TorchScript): uint8 images [B, C, H, W] in, features [B, F]
+and optionally class logits [B, K] out. A program can do anything, so only `--detector` names one, never a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnnlib.config import UserError
+from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
+
+Role = Literal["inception", "vgg16", "lpips", "dinov2"]
+Output = tuple[Tensor, Tensor | None]  # features (B, F) and logits (B, K), both float32
+
+FILES: Mapping[Role, tuple[WeightFile, ...]] = {
+    "inception": (INCEPTION,),
+    "vgg16": (VGG16,),
+    "lpips": (VGG16, LPIPS),
+    "dinov2": (),
+}
+PACKAGES: Mapping[Role, str] = {
+    "inception": "torch_fidelity",
+    "vgg16": "torch_fidelity",
+    "lpips": "torch_fidelity",
+    "dinov2": "transformers",
+}
+DESCRIPTIONS = {
+    "inception, stylegan": "Inception of 2015-12-05, TensorFlow's bilinear resize to 299 px without antialiasing",
+    "inception, clean": "Inception of 2015-12-05, antialiased bicubic resize to 299 px as in clean-fid",
+    "vgg16": "fc2 of torchvision's VGG16, TensorFlow's bilinear resize to 224 px",
+    "lpips": "LPIPS of torch-fidelity on torchvision's VGG16",
+    "dinov2": "class token of DINOv2, antialiased bicubic resize to 224 px",
+}
+REPLACED_BY_A_PROGRAM: tuple[Role, ...] = ("inception", "vgg16")
+PROTOCOLS = ("stylegan", "clean")
+
+DINOV2_FOLDER = "dinov2-large"
+DINOV2_SIZE = 224
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """A feature network on its device: uint8 images [B, C, H, W] -> features and, where it has classes, logits."""
+
+    name: str
+    network: Callable[[Tensor], Output] = field(repr=False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Output:
+        with full_float32():
+            return self.network(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSetup:
+    """Which networks the metrics use: the user's files where given, else the cache's; and by which protocol."""
+
+    program: Path | None = None
+    dinov2: Path | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)  # WeightFile.name -> file
+    protocol: str = "stylegan"
+
+    def uses_program(self, role: Role) -> bool:
+        """Whether the user's own network stands in for this one."""
+        return self.program is not None and role in REPLACED_BY_A_PROGRAM
+
+    def missing(self, role: Role) -> str | None:
+        """Return what a network lacks on this machine, with the remedy; None when it is there. Fetches nothing."""
+        if self.uses_program(role):
+            return None
+        for file in FILES[role]:
+            if file.name not in self.weights and not file.path.is_file():
+                return f"{file.describe()} is not in {file.path.parent}"
+        if role == "dinov2" and not (self._dinov2_folder() / "config.json").is_file():
+            return (
+                f"{self._dinov2_folder()} does not hold DINOv2: put config.json and model.safetensors of "
+                "facebook/dinov2-large there, or name a folder that has them with --detector=FOLDER"
+            )
+        if importlib.util.find_spec(PACKAGES[role]) is None:
+            return f"the package {PACKAGES[role].replace('_', '-')} is not installed: pip install '.[metrics]'"
+        return None
+
+    def prepare(self, role: Role) -> None:
+        """Fetch and check what a network needs, before anything is generated. Raises UserError saying what is not."""
+        if self.uses_program(role):
+            return
+        for file in FILES[role]:
+            self._path_of(file)
+        missing = self.missing(role)
+        if missing:
+            raise UserError(missing)
+        _import(PACKAGES[role])
+
+    def identity(self, role: Role) -> dict[str, str]:
+        """Return the name of a network and the sha256 of its files: with them its features are determined."""
+        if self.uses_program(role):
+            assert self.program is not None
+            return {"detector": self.program.name, "detector_sha256": sha256_of(self.program)}
+        if role == "dinov2":
+            folder = self._dinov2_folder()
+            return {"detector": _dinov2_name(folder), "detector_sha256": sha256_of(folder)}
+        paths = [self._path_of(file) for file in FILES[role]]
+        name = {"inception": "inception-2015-12-05", "vgg16": "torchvision VGG16", "lpips": "LPIPS, torchvision VGG16"}
+        return {"detector": name[role], "detector_sha256": " ".join(sha256_of(path) for path in paths)}
+
+    def describe(self, role: Role) -> str:
+        """Return in words which network sees the images, and how."""
+        if self.uses_program(role):
+            assert self.program is not None
+            return f"features of {self.program.name}"
+        return DESCRIPTIONS.get(f"{role}, {self.protocol}") or DESCRIPTIONS[role]
+
+    def load(self, role: Role, device: torch.device) -> Detector:
+        """Build a feature network. Raises UserError for files that cannot be used."""
+        if self.uses_program(role):
+            assert self.program is not None
+            return load_program(self.program, device)
+        if role == "dinov2":
+            return load_dinov2(self._dinov2_folder(), device)
+        state = load_state_dict(self._path_of(FILES[role][0]))
+        if role == "vgg16":
+            return load_vgg16(state, device)
+        return load_inception(state, device, clean=self.protocol == "clean")
+
+    def load_similarity(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Build LPIPS: two batches of RGB images with values in 0..255 -> distances (B,)."""
+        states = [load_state_dict(self._path_of(file)) for file in FILES["lpips"]]
+        return load_lpips(states[0], states[1], device)
+
+    def _path_of(self, file: WeightFile) -> Path:
+        return check(file, self.weights[file.name]) if file.name in self.weights else fetch(file)
+
+    def _dinov2_folder(self) -> Path:
+        return self.dinov2 or detector_dir() / DINOV2_FOLDER
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute in float32, not in TF32, whatever the network that is measured was trained with."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _dinov2_name(folder: Path) -> str:
+    """Return which DINOv2 a folder holds. The published distances are those of ViT-L/14."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({_first_line(error)})") from None
+    if (width, depth, patch) == (1024, 24, 14):
+        return "DINOv2 ViT-L/14"
+    return f"DINOv2 of width {width}, {depth} layers, patches {patch}: does not compare with ViT-L/14"
+
+
+def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> DetectorSetup:
+    """Say what each --detector is: a program, a known weight file, or a folder of DINOv2. Raises UserError."""
+    program = dinov2 = None
+    weights = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--detector={path}: no such file or folder")
+        if path.is_dir():
+            dinov2 = path.resolve()
+        elif _is_program(path):
+            if program:
+                raise UserError(f"--detector={path}: {program} is given already; one program at a time")
+            program = path.resolve()
+        else:
+            weights[_recognise(path).name] = path.resolve()
+    return DetectorSetup(program=program, dinov2=dinov2, weights=weights, protocol=protocol)
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file is an exported program or TorchScript, which holds code, rather than a state dict."""
+    if path.suffix == ".pt2":
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _recognise(path: Path) -> WeightFile:
+    """Return the known weight file that this is, by its name or else by its checksum."""
+    for file in KNOWN:
+        if path.name == file.name or (file.sha256 and sha256_of(path).startswith(file.sha256)):
+            check(file, path)
+            return file
+    known = ", ".join(file.name for file in KNOWN)
+    raise UserError(
+        f"--detector={path}: neither a program (.pt2, or TorchScript) nor a folder of DINOv2 nor one of {known}"
+    )
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Repeat a gray channel three times. Raises UserError for images that are neither gray nor RGB."""
+    channels = images.shape[1]
+    if channels == 1:
+        return images.expand(-1, 3, -1, -1)
+    if channels != 3:
+        raise UserError(
+            f"this detector sees RGB and the images have {channels} channels: "
+            "build the data set with dataset_tool.py --channels=3, or give a network of your own with --detector"
+        )
+    return images
+
+
+def load_inception(state: Mapping[str, Tensor], device: torch.device, *, clean: bool) -> Detector:
+    """Return the Inception of 2015-12-05: pool features (2048) and the 1008 logits without their bias.
+
+    It enlarges images to 299x299 as TensorFlow 1 did (bilinear, corners not centred), which is the StyleGAN family's
+    protocol. `clean` puts an antialiased bicubic resize in its place (Parmar et al. 2022).
+    """
+    module = _import("torch_fidelity.feature_extractor_inceptionv3")
+    with _replaced(module, load_state_dict_from_url=lambda *_, **__: state), _no_trace():
+        network = _built(
+            lambda: module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"]), "Inception"
+        )
+    network.to(device)
+
+    def see(images: Tensor) -> Output:
+        resize = {"interpolate_bilinear_2d_like_tensorflow1x": clean_resize} if clean else {}
+        with _replaced(module, **resize):
+            features, logits = network(to_rgb(images))
+        return features, logits
+
+    return Detector(name="inception-2015-12-05", network=see)
+
+
+def clean_resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Resize float images by the antialiased bicubic filter of Pillow, without rounding."""
+    return F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=align_corners).clamp(0, 255)
+
+
+def load_vgg16(state: Mapping[str, Tensor], device: torch.device) -> Detector:
+    """Return torchvision's VGG16: its second layer of 4096 after the ReLU, images enlarged to 224x224."""
+    module = _import("torch_fidelity.feature_extractor_vgg16")
+    with _replaced(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
+        network = module.FeatureExtractorVGG16("vgg16", ["fc2_relu"]).to(device)
+    return Detector(name="torchvision VGG16", network=lambda images: (network(to_rgb(images))[0], None))
+
+
+def load_lpips(
+    vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return LPIPS on torchvision's VGG16: float images with values in 0..255, twice (B, 3, H, W) -> (B,)."""
+    module = _import("torch_fidelity.sample_similarity_lpips")
+    replaced = {
+        "load_state_dict_from_url": lambda *_, **__: linear,
+        "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
+    }
+    with _replaced(module, **replaced), _no_trace():
+        network = _built(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad(), full_float32():
+            result: Tensor = network(one, other).reshape(-1)
+        return result
+
+    return distance
+
+
+def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
+    torchvision = _import("torchvision")
+    with _no_trace(), torch.device("meta"):
+        network: nn.Module = torchvision.models.vgg16(init_weights=False)
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"VGG16: its weights do not fit ({str(error).splitlines()[0]})") from None
+    return network.eval()
+
+
+def load_dinov2(folder: Path, device: torch.device) -> Detector:
+    """Return DINOv2 from a folder of transformers: the class token after the last norm, images resized to 224x224."""
+    transformers = _import("transformers")
+    try:
+        with _no_trace(), _quiet(transformers):
+            network, info = transformers.Dinov2Model.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # of the library, of safetensors, of JSON
+        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({_first_line(error)})") from None
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
+    network = network.eval().requires_grad_(False).to(device)
+
+    def see(images: Tensor) -> Output:
+        return network(pixel_values=dinov2_input(images)).last_hidden_state[:, 0].float(), None
+
+    return Detector(name=f"DINOv2 from {folder.name}", network=see)
+
+
+def dinov2_input(images: Tensor) -> Tensor:
+    """Resize uint8 images as Pillow does (bicubic, antialiased) and normalise them.
+
+    Pillow resizes the rows, rounds to 8 bits, resizes the columns and rounds again.
+    """
+    x = to_rgb(images).float()
+    for size in ((x.shape[2], DINOV2_SIZE), (DINOV2_SIZE, DINOV2_SIZE)):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    x = x / 255
+    mean, std = (x.new_tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
+
+
+def load_program(path: Path, device: torch.device) -> Detector:
+    """Return a user's own network. Loading it runs its code: the caller has made sure that the user asked for it.
+
+    TorchScript files of the StyleGAN family take `return_features=True`, without which they return probabilities.
+    """
+    options: dict[str, Any] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still what users have
+            if path.suffix == ".pt2":
+                module = torch.export.load(path).module().to(device)
+            else:
+                module = torch.jit.load(path, map_location=device).eval()
+                if "return_features" in [argument.name for argument in module.forward.schema.arguments]:
+                    options["return_features"] = True
+    except Exception as error:
+        raise UserError(f"--detector={path}: cannot be loaded ({_first_line(error)})") from None
+
+    def see(images: Tensor) -> Output:
+        shape = f"uint8 images {tuple(images.shape)}"
+        try:
+            output = module(images, **options)
+        except Exception as error:
+            raise UserError(f"--detector={path}: failed on {shape} ({_first_line(error)})") from None
+        return _checked_output(output, len(images), f"--detector={path}: for {shape}")
+
+    return Detector(name=path.name, network=see)
+
+
+def _checked_output(output: Any, count: int, where: str) -> Output:
+    parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    if not 1 <= len(parts) <= 2 or not all(isinstance(x, Tensor) and x.ndim == 2 and len(x) == count for x in parts):
+        shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
+        raise UserError(f"{where} it returned {shown}: wanted are features [B, F] and optionally logits [B, K]")
+    features, logits = parts[0].float(), parts[1].float() if len(parts) == 2 else None
+    return features, logits
+
+
+def load_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """Read tensors from a file without running any code. Raises UserError naming a file that holds anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old file formats; what cannot be read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a state dict ({_first_line(error)})") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds something else than a state dict")
+    return state
+
+
+def _built(build: Callable[[], Any], name: str) -> Any:
+    try:
+        return build()
+    except RuntimeError as error:
+        raise UserError(f"{name}: its weights do not fit ({_first_line(error)})") from None
+
+
+def _import(name: str) -> ModuleType:
+    """Import what only detectors need. A torchvision that was built for another torch raises RuntimeError."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        package = name.split(".")[0].replace("_", "-")
+        raise UserError(
+            f"the package {package} cannot be imported ({_first_line(error)}): pip install '.[metrics]'"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Give a module other functions for a while: torch-fidelity has no argument for weights in memory, or a resize."""
+    kept = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+@contextmanager
+def _no_trace() -> Iterator[None]:
+    """Leave the random numbers alone that the initial weights of a network would use up."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Keep the library from reporting on stderr what is raised as an error here."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -1,0 +1,354 @@
+"""Statistics of features, streamed over batches and processes, and kept on disk for sets of real images.
+
+A metric says what it wants: `Want(of="fake", role="inception", count=50_000, recipe=Moments())`. `collect` groups the
+wants of all metrics, so that a set of images is generated or read once, passes through each network once, and feeds
+every recipe. A recipe's result is a dict of tensors, the same on every process whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.config import UserError
+from metrics.detectors import Detector, Role
+from metrics.sampling import (
+    Batches,
+    Generator,
+    MetricContext,
+    choose_reals,
+    fake_batches,
+    gather_rows,
+    own_shard,
+    random_stream,
+    real_batches,
+)
+from torch_utils.checkpoint import read_file, write_file
+from torch_utils.distributed import all_reduce, from_main, is_main
+
+Result = dict[str, Tensor]
+
+FORMAT = "metric-statistics"
+VERSION = 1
+
+
+class Accumulator(Protocol):
+    """What a recipe becomes for one pass. `add` gets rows at consecutive positions of the set, perhaps none of them."""
+
+    def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None: ...
+
+    def finish(self) -> Result:
+        """Return the result over all processes. A collective call."""
+        ...
+
+
+class Recipe(Protocol):
+    """A frozen dataclass whose repr names the statistic, as part of the key under which it is kept."""
+
+    def start(self, count: int) -> Accumulator:
+        """Begin with a set of `count` images."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Want:
+    """A statistic of the features of `count` images (None: all reals)."""
+
+    of: Literal["real", "fake"]
+    role: Role
+    count: int | None
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance (divided by N) in float64: `count`, `mean` (F,), `cov` (F, F)."""
+
+    def start(self, count: int) -> Accumulator:
+        return _MomentSums()
+
+
+class _MomentSums:
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []  # number of rows (1,), their sum (F,), the sum of their outer products (F, F)
+
+    def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
+        x = features.double()
+        sums = [x.new_full([1], len(x)), x.sum(dim=0), x.T @ x]
+        self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)] if self.sums else sums
+
+    def finish(self) -> Result:
+        count, total, outer = (all_reduce(x) for x in self.sums)
+        mean = total / count
+        return {"count": count, "mean": mean, "cov": outer / count - mean.outer(mean)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All features as they are, or in float16: `rows` (N, F)."""
+
+    half: bool = False
+
+    def start(self, count: int) -> Accumulator:
+        return _KeptRows(torch.float16 if self.half else torch.float32)
+
+
+class _KeptRows:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.parts: list[Tensor] = []
+
+    def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
+        self.parts.append(features.to(self.dtype))
+
+    def finish(self) -> Result:
+        return {"rows": gather_rows(torch.cat(self.parts))}
+
+
+@dataclass(frozen=True)
+class SubsetRows:
+    """The features in `number` random subsets of `size` images: `rows` (U, F) of all of them, `index` (number, size).
+
+    The subsets are drawn before the pass, so that no more than number * size rows are held of any set.
+    """
+
+    number: int
+    size: int
+    stream: str
+    seed: int
+
+    def start(self, count: int) -> Accumulator:
+        stream = random_stream(self.seed, self.stream)
+        return _SubsetSums(np.stack([stream.choice(count, self.size, replace=False) for _ in range(self.number)]))
+
+
+class _SubsetSums:
+    def __init__(self, subsets: np.ndarray) -> None:
+        self.kept, index = np.unique(subsets, return_inverse=True)
+        self.index = torch.from_numpy(index.reshape(subsets.shape))
+        self.rows = _KeptRows(torch.float32)
+
+    def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
+        first, last = np.searchsorted(self.kept, [positions.start, positions.start + len(features)])
+        self.rows.add(positions, features[self.kept[first:last] - positions.start], logits)
+
+    def finish(self) -> Result:
+        return {**self.rows.finish(), "index": self.index}
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """For each of `splits` equal parts of the set, from softmax p of the logits: `count` (S,), `p` (S, K) = sum of p,
+    `plogp` (S,) = sum of p log p, all float64."""
+
+    splits: int
+
+    def start(self, count: int) -> Accumulator:
+        return _ClassSums(self.splits, count)
+
+
+class _ClassSums:
+    def __init__(self, splits: int, count: int) -> None:
+        self.splits, self.total = splits, count
+        self.sums: list[Tensor] = []
+
+    def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
+        if logits is None:
+            raise UserError("the detector returns no class logits: an inception score needs a network with classes")
+        p, log_p = logits.double().softmax(dim=1), logits.double().log_softmax(dim=1)
+        # Split i holds the positions from i * N // splits on, up to where the next begins.
+        bounds = torch.arange(1, self.splits, device=p.device) * self.total // self.splits
+        position = torch.arange(positions.start, positions.start + len(p), device=p.device)
+        split = torch.bucketize(position, bounds, right=True)
+        ones = p.new_zeros(self.splits)
+        sums = [
+            ones.index_add(0, split, torch.ones_like(p[:, 0])),
+            p.new_zeros(self.splits, p.shape[1]).index_add(0, split, p),
+            ones.index_add(0, split, (p * log_p).sum(dim=1)),
+        ]
+        self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)] if self.sums else sums
+
+    def finish(self) -> Result:
+        count, p, plogp = (all_reduce(x) for x in self.sums)
+        return {"count": count, "p": p, "plogp": plogp}
+
+
+def statistics_of(context: MetricContext) -> Statistics:
+    """Return the statistics that the metrics of a context share."""
+    shared: Statistics = context.shared.setdefault("statistics", Statistics(context))
+    return shared
+
+
+def with_network(context: MetricContext, G: Generator) -> MetricContext:
+    """Return a context for another network on the same data; detectors and statistics of the reals are kept."""
+    old = statistics_of(context)
+    following = replace(context, G=G, shared={})
+    new = statistics_of(following)
+    new.detectors = old.detectors
+    new.results = {want: result for want, result in old.results.items() if want.of == "real"}
+    new.seconds = {want: 0.0 for want in new.results}
+    return following
+
+
+class Statistics:
+    """The statistics that the metrics of one network share, by what was wanted; `seconds` is what each pass took."""
+
+    def __init__(self, context: MetricContext) -> None:
+        self.context = context
+        self.results: dict[Want, Result] = {}
+        self.seconds: dict[Want, float] = {}
+        self.detectors: dict[Role, Detector] = {}
+
+    def __getitem__(self, want: Want) -> Result:
+        self.collect([want])
+        return self.results[self._normal(want)]
+
+    def seconds_of(self, wants: Iterable[Want]) -> float:
+        """Return how long the passes took in which these wants were met, each shared pass in full."""
+        passes = {want.of: self.seconds[want] for want in map(self._normal, wants)}
+        return sum(passes.values())
+
+    def _normal(self, want: Want) -> Want:
+        """Name all reals in one way, so that a count that is no restriction shares their pass."""
+        is_all = want.of == "real" and want.count is not None and want.count >= len(self.context.images)
+        return replace(want, count=None) if is_all else want
+
+    def collect(self, wants: Iterable[Want]) -> None:
+        """Make what is wanted and not there yet: one pass over all fakes, one over each size of set of reals."""
+        todo = [want for want in dict.fromkeys(map(self._normal, wants)) if want not in self.results]
+        self._run([want for want in todo if want.of == "fake"])
+        for want in [want for want in todo if want.of == "real"]:
+            kept = self._load(want)
+            if kept is not None:
+                self.results[want], self.seconds[want] = kept, 0.0
+        for count in dict.fromkeys(want.count for want in todo if want.of == "real"):
+            group = [want for want in todo if want.of == "real" and want.count == count and want not in self.results]
+            self._run(group)
+            for want in group:
+                self._save(want)
+
+    def _run(self, wants: list[Want]) -> None:
+        """Send one set of images, of the largest size that is wanted, through the networks that are wanted."""
+        if not wants:
+            return
+        start = time.perf_counter()
+        sizes = {want: self.size(want) for want in wants}
+        total = max(sizes.values())
+        accumulators = {want: want.recipe.start(sizes[want]) for want in wants}
+        broken: dict[Role, Tensor] = {}  # on the device, so that the host does not wait in every batch
+        for positions, images in self._batches(wants[0], total):
+            for role in dict.fromkeys(want.role for want in wants):
+                features, logits = self._detector(role)(images)
+                is_broken = features.isfinite().all().logical_not()
+                broken[role] = broken[role] | is_broken if role in broken else is_broken
+                for want in [want for want in wants if want.role == role]:
+                    inside = min(max(sizes[want] - positions.start, 0), len(features))
+                    part = slice(0, inside if len(positions) else 0)
+                    accumulators[want].add(positions, features[part], None if logits is None else logits[part])
+        for role, is_broken in broken.items():
+            if is_broken:
+                raise UserError(f"the detector {self._detector(role).name} returns features that are not finite")
+        for want in wants:
+            self.results[want] = accumulators[want].finish()
+        for want in wants:
+            self.seconds[want] = time.perf_counter() - start
+
+    def _batches(self, want: Want, total: int) -> Batches:
+        """Yield this process's images in the detector's batches; a process without any gets one blank image.
+
+        So every process learns the sizes of the features. The blank image stands at no position.
+        """
+        context = self.context
+        if want.of == "fake":
+            batches = fake_batches(context, total)
+        else:
+            batches = real_batches(context, choose_reals(context, total))
+        share = own_shard(total)
+        if not share:
+            blank = torch.zeros(1, *context.images.img_shape, dtype=torch.uint8, device=context.device)
+            return iter([(range(share.start, share.start), blank)])
+        return rebatched(batches, context.detector_batch)
+
+    def size(self, want: Want) -> int:
+        """Return how many images a want comes to."""
+        everything = len(self.context.images)
+        if want.of == "fake":
+            assert want.count is not None
+            return want.count
+        if everything == 0:
+            raise UserError("the data set holds no images: metrics need some to compare with")
+        return everything if want.count is None else min(want.count, everything)
+
+    def _detector(self, role: Role) -> Detector:
+        if role not in self.detectors:
+            self.detectors[role] = self.context.setup.load(role, self.context.device)
+        return self.detectors[role]
+
+    # Statistics of reals on disk. The first process reads and writes; others may not see its disk.
+
+    def _path(self, want: Want) -> Path | None:
+        context = self.context
+        if context.cache is None:
+            return None
+        size = self.size(want)
+        key = {
+            "version": VERSION,
+            "data": context.images.content_hash,
+            "chosen": None if size == len(context.images) else [size, context.seed],
+            "detector": context.setup.identity(want.role)["detector_sha256"],
+            "protocol": context.setup.protocol,
+            "recipe": repr(want.recipe),
+        }
+        return context.cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.pt"
+
+    def _load(self, want: Want) -> Result | None:
+        def read() -> Result | None:
+            path = self._path(want)
+            if path is None or not path.exists():
+                return None
+            try:
+                return read_file(path, FORMAT, VERSION, {})
+            except UserError as error:
+                print(f"Warning: {error}: it is made again", file=sys.stderr)
+                return None
+
+        kept = from_main(read)
+        return None if kept is None else {name: x.to(self.context.device) for name, x in kept.items()}
+
+    def _save(self, want: Want) -> None:
+        path = self._path(want) if is_main() else None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, FORMAT, VERSION, self.results[want])
+        except (OSError, UserError) as error:
+            print(f"Warning: statistics of the real images are not kept ({error})", file=sys.stderr)
+
+
+def rebatched(batches: Batches, size: int) -> Iterator[tuple[range, Tensor]]:
+    """Cut a stream of consecutive images into batches of `size`, whatever batches it comes in."""
+    waiting: list[Tensor] = []
+    start = count = 0
+    for positions, images in batches:
+        if not waiting:
+            start = positions.start
+        waiting.append(images)
+        count += len(images)
+        while count >= size:
+            joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            yield range(start, start + size), joined[:size]
+            waiting = [joined[size:]] if count > size else []
+            start, count = start + size, count - size
+    if count:
+        yield range(start, start + count), torch.cat(waiting)

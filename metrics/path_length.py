@@ -1,0 +1,148 @@
+"""Perceptual path length: how far an image moves for a small step in latent space (Karras et al. 2019, 2020a).
+
+    E[d(G(x(t)), G(x(t + eps))) / eps^2],    eps = 1e-4, d = LPIPS, x(t) between two random points in w or in z
+
+t is 0 (`end`) or uniform in 0..1 (`full`). Images are averaged down to 256 pixels; distances outside the 1st to the
+99th percentile are left out. The four older metrics look at FFHQ's faces alone, as published: rows 3/8 to 7/8, columns
+2/8 to 6/8 of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnnlib.config import UserError
+from metrics.frechet import NUM_IMAGES
+from metrics.registry import Measurement, register_metric
+from metrics.sampling import MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
+
+EPSILON = 1e-4
+MAX_SIDE = 256
+MIN_SIDE = 16  # VGG16 halves an image four times before LPIPS looks last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Where the steps are taken: in which space, at t = 0 only, and on which part of the image they are judged."""
+
+    space: Literal["w", "z"]
+    at_end: bool
+    crop: bool
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Return the point at t of the great circle from a to b, (B, z_dim), at the length that lies between theirs."""
+    lengths = torch.lerp(a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True), t)
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    cosine = (a * b).sum(dim=1, keepdim=True)
+    across = F.normalize(b - cosine * a, dim=1)
+    angle = t * cosine.clamp(-1, 1).acos()
+    return lengths * (angle.cos() * a + angle.sin() * across)
+
+
+def trimmed_mean(distances: np.ndarray) -> float:
+    """Return the mean of what lies between the 1st and the 99th percentile, both included."""
+    low = np.percentile(distances, 1, method="lower")
+    high = np.percentile(distances, 99, method="higher")
+    return float(distances[(low <= distances) & (distances <= high)].mean())
+
+
+def judged_part(img: Tensor, crop: bool) -> Tensor:
+    """Return images (B, C, H, W) in [-1, 1] as LPIPS sees them: RGB in 0..255, no larger than 256 pixels."""
+    if crop:
+        H, W = img.shape[2:]
+        img = img[:, :, 3 * H // 8 : 7 * H // 8, 2 * W // 8 : 6 * W // 8]
+    if min(img.shape[2:]) < MIN_SIDE:
+        part = " of the face's part" if crop else ""
+        raise UserError(f"LPIPS needs images of {MIN_SIDE} pixels a side, and here it has {min(img.shape[2:])}{part}")
+    factor = min(img.shape[2:]) // MAX_SIDE
+    if factor > 1:
+        img = F.avg_pool2d(img, factor)
+    if img.shape[1] not in (1, 3):
+        raise UserError(f"LPIPS sees RGB or gray images, and these have {img.shape[1]} channels")
+    return ((img + 1) * 127.5).expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def steps(context: MetricContext, walk: Walk, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's share of the pairs of images at the two ends of a step, in [-1, 1]."""
+    G: Any = context.network
+    share = own_shard(count)
+    for positions in cut(share, max(context.batch_size // 2, 1)):
+        z0, z1 = (_rows(context, "normal", G.z_dim, f"path {end}", positions) for end in ("from", "to"))
+        t = 0 * z0[:, :1] if walk.at_end else _rows(context, "uniform", 1, "path t", positions)
+        c = random_labels(context, positions)
+        if walk.space == "w":
+            w0, w1 = (G.mapping(z, c, truncation_psi=context.truncation_psi) for z in (z0, z1))  # (B, num_ws, w_dim)
+            ws = [torch.lerp(w0, w1, at.unsqueeze(2)) for at in (t, t + EPSILON)]
+            img = G.synthesis(torch.cat(ws), noise_mode=context.noise_mode)
+        else:
+            z = torch.cat([slerp(z0, z1, at) for at in (t, t + EPSILON)])
+            psi, mode = context.truncation_psi, context.noise_mode
+            img = G(z, torch.cat([c, c]), truncation_psi=psi, noise_mode=mode)
+        one, other = img.float().chunk(2)
+        yield one, other
+        context.progress("steps", positions.stop - share.start, len(share))
+
+
+def _rows(context: MetricContext, kind: str, width: int, purpose: str, positions: range) -> Tensor:
+    def draw(stream: np.random.RandomState, count: int) -> np.ndarray:
+        return stream.standard_normal((count, width)) if kind == "normal" else stream.uniform(size=(count, width))
+
+    return random_rows(draw, context.seed, purpose, positions).to(context.device, torch.float32)
+
+
+def check_walk(context: MetricContext, walk: Walk) -> None:
+    """Raise UserError when the network cannot be walked through in this way."""
+    G = context.network
+    if walk.space == "w" and not (hasattr(G, "mapping") and hasattr(G, "synthesis")):
+        raise UserError(f"{type(G).__name__} has no style space w to walk through: use ppl_zend or ppl_zfull")
+    if context.noise_mode == "random":
+        raise UserError("both ends of a step need the same noise: use --noise-mode=const or none")
+
+
+def path_length(context: MetricContext, name: str, count: int, walk: Walk) -> Measurement:
+    """Return the trimmed mean over `count` steps."""
+    check_walk(context, walk)
+    distance = context.setup.load_similarity(context.device)
+    parts = [torch.zeros(0, device=context.device)]
+    for one, other in steps(context, walk, count):
+        parts.append(distance(judged_part(one, walk.crop), judged_part(other, walk.crop)) / EPSILON**2)
+    distances = gather_rows(torch.cat(parts)[:, None])[:, 0].cpu().double().numpy()
+    if not np.isfinite(distances).all():
+        raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
+    return Measurement(values={name: trimmed_mean(distances)}, num_real=0, num_fake=2 * count)
+
+
+def _register(pattern: str, walk: Walk, help: str) -> None:
+    start, part = "t = 0" if walk.at_end else "t in 0..1", "FFHQ's face crop" if walk.crop else "no crop"
+
+    def plan(context: MetricContext, count: int | None) -> tuple[()]:
+        check_walk(context, walk)
+        return ()
+
+    @register_metric(
+        f"{pattern}<N>",
+        help=f"{help}; recorded as {pattern}_tvgg16, does not compare with the StyleGAN family's vgg16.pt",
+        protocol=f"{start}, eps 1e-4, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
+        paper="Karras et al. 2020a" if pattern == "ppl2_wend" else "Karras et al. 2019",
+        roles=("lpips",),
+        plan=plan,
+        library_suffix="_tvgg16",
+    )
+    def measure(context: MetricContext, name: str, count: int | None) -> Measurement:
+        return path_length(context, name, count or NUM_IMAGES, walk)
+
+
+_register("ppl2_wend", Walk(space="w", at_end=True, crop=False), "perceptual path length in w from w on, StyleGAN2's")
+_register("ppl_wend", Walk(space="w", at_end=True, crop=True), "the same on faces, StyleGAN's")
+_register("ppl_wfull", Walk(space="w", at_end=False, crop=True), "perceptual path length in w all along, on faces")
+_register("ppl_zend", Walk(space="z", at_end=True, crop=True), "perceptual path length in z from z on, on faces")
+_register("ppl_zfull", Walk(space="z", at_end=False, crop=True), "perceptual path length in z all along, on faces")

@@ -1,0 +1,78 @@
+"""How results are shown: progress with the time left, a table, a curve."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dnnlib.config import UserError
+from dnnlib.util import format_time
+from torch_utils import distributed
+
+Record = dict[str, Any]  # as registry.result_to_json returns it
+
+
+class Progress:
+    """Says on stderr how far the first process is with its share of the images, and how long the rest takes."""
+
+    def __init__(self) -> None:
+        self.what, self.start, self.shown = "", 0.0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not distributed.is_main():
+            return
+        now, on_screen = time.monotonic(), sys.stderr.isatty()
+        if what != self.what:
+            self.what, self.start, self.shown = what, now, now
+        text = f"{what}: {done} of {total}"
+        if done == total:
+            self.what = ""
+        elif now - self.shown > (0.5 if on_screen else 30):
+            self.shown = now
+            text += f", {format_time((now - self.start) * (total - done) / done)} left"
+        else:
+            return
+        print(f"\r{text:<78}" if on_screen else text, end="" if on_screen and done < total else "\n", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def to_table(records: Sequence[Record]) -> str:
+    """Return one line for each number: what of, kimg, its name and value."""
+    rows = [("network", "kimg", "metric", "value")]
+    for record in records:
+        kimg = "" if record["kimg"] is None else f"{record['kimg']:g}"
+        rows += [(record["snapshot"], kimg, name, f"{value:.5g}") for name, value in record["results"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
+
+
+def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png.
+
+    Raises UserError without matplotlib, and for records of images, which have no kimg.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    for name in dict.fromkeys(record["metric"] for record in records):
+        own = [record for record in records if record["metric"] == name and record["kimg"] is not None]
+        if not own:
+            raise UserError("--plot: images have no kimg to draw a metric against")
+        number = next(iter(own[0]["results"]))
+        points = sorted((record["kimg"], record["results"][number]) for record in own)
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set(xlabel="kimg", ylabel=number, title=own[0]["data"])
+        axes.grid(alpha=0.3)
+        paths.append(folder / f"metric-{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+        pyplot.close(figure)
+    return paths

@@ -1,0 +1,425 @@
+"""FID, KID, IS, precision/recall, density/coverage: closed forms, torch-fidelity, sharing, caching, independence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from metric_helpers import SmallDetector, script_program
+from test_metrics import ArrayImages, Stripes, natural_images
+from torch import Tensor
+
+import metrics
+from dnnlib.config import UserError
+from metrics import feature_stats
+from metrics.detectors import DetectorSetup, read_detectors
+from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, rebatched
+from metrics.frechet import distance_of, frechet_distance, wants_of
+from metrics.inception_score import inception_score
+from metrics.kernel import kernel_distance, squared_mmd
+from metrics.precision_recall import density_coverage, precision_recall
+from metrics.registry import compute_all
+from metrics.sampling import MetricContext, choose_fakes
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+
+def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
+    """Correlated, skewed features in float32."""
+    stream = np.random.RandomState(seed)
+    mix = np.random.RandomState(99).standard_normal((dimensions, dimensions)) / math.sqrt(dimensions)
+    rows = np.maximum(stream.standard_normal((count, dimensions)) @ mix + shift, 0)
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batch: int = 37) -> Result:
+    accumulator = recipe.start(len(rows))
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        positions = range(start, min(start + batch, len(rows)))
+        accumulator.add(positions, rows[part], None if logits is None else logits[part])
+    result: Result = accumulator.finish()
+    return result
+
+
+# The distances.
+
+
+def test_frechet_distance_of_two_gaussians() -> None:
+    stream = np.random.RandomState(0)
+    mean1, mean2 = stream.standard_normal((2, 8))
+    a, b = stream.standard_normal((2, 8, 8))
+    cov1, cov2 = a @ a.T, b @ b.T
+    tensors = [torch.from_numpy(x) for x in (mean1, cov1, mean2, cov2)]
+    root = scipy.linalg.sqrtm(cov1 @ cov2)
+    expected = ((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root.real)
+    assert frechet_distance(*tensors) == pytest.approx(expected, rel=1e-10)
+
+    variances = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 0.0])
+    diagonal = frechet_distance(torch.zeros(3), variances[0].diag(), torch.tensor([3.0, 0, 4.0]), variances[1].diag())
+    assert diagonal == pytest.approx(25 + 1 + 0 + 9, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [20, 400])  # singular and regular covariances
+def test_frechet_distance_of_identical_sets_is_zero_and_symmetric(count: int) -> None:
+    one, other = (stream_through(Moments(), features(count, 48, seed)) for seed in (1, 2))
+    assert distance_of(one, one) == pytest.approx(0, abs=1e-9)
+    assert distance_of(one, other) == pytest.approx(distance_of(other, one), rel=1e-9)
+    assert distance_of(one, other) > 0.1
+
+
+def test_frechet_distance_is_torch_fidelitys_up_to_the_divisor_of_the_covariance() -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    sets = features(500, 24, 1), features(300, 24, 2, shift=0.3)
+    ours = [stream_through(Moments(), x) for x in sets]
+    theirs = [fid_features_to_statistics(x.double()) for x in sets]
+    expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert distance_of(*ours, unbiased=True) == pytest.approx(expected, rel=1e-8)
+
+    for statistics, x in zip(theirs, sets, strict=True):
+        statistics["sigma"] *= (len(x) - 1) / len(x)
+    expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert distance_of(*ours) == pytest.approx(expected, rel=1e-8)
+    assert distance_of(*ours) != pytest.approx(distance_of(*ours, unbiased=True), rel=1e-5)
+
+
+def test_kernel_distance_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    real, fake = features(120, 32, 1), features(90, 32, 2, shift=0.2)
+    expected = kid_features_to_metric(fake, real, kid_subsets=7, kid_subset_size=50, rng_seed=3, verbose=False)
+    stream, index = np.random.RandomState(3), []
+    for _ in range(7):  # in the order in which torch-fidelity draws
+        index.append([stream.choice(len(x), 50, replace=False) for x in (fake, real)])
+    fakes, reals = (torch.from_numpy(np.stack(one)) for one in zip(*index, strict=True))
+    mean, std = kernel_distance({"rows": real, "index": reals}, {"rows": fake, "index": fakes})
+    assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-5)
+    assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
+
+
+def test_kernel_distance_against_its_definition() -> None:
+    x, y = (features(9, 5, seed).double() for seed in (1, 2))
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return float((a @ b / 5 + 1) ** 3)
+
+    pairs = [(i, j) for i in range(9) for j in range(9)]
+    within = [kernel(s[i], s[j]) for s in (x, y) for i, j in pairs if i != j]
+    between = [kernel(x[i], y[j]) for i, j in pairs]
+    assert float(squared_mmd(x, y)) == pytest.approx(sum(within) / 72 - 2 * sum(between) / 81, rel=1e-12)
+
+
+def test_subsets_hold_the_rows_that_they_name() -> None:
+    rows = torch.arange(100.0)[:, None]
+    result = stream_through(SubsetRows(number=3, size=10, stream="test", seed=0), rows)
+    drawn = result["rows"][result["index"]][:, :, 0]  # (3, 10)
+    assert len(result["rows"]) <= 30
+    assert all(len(subset.unique()) == 10 for subset in drawn)
+    assert not torch.equal(drawn[0], drawn[1])
+    again = stream_through(SubsetRows(number=3, size=10, stream="test", seed=0), rows, batch=7)
+    assert torch.equal(again["rows"], result["rows"])
+    assert len(result["rows"]) < 100
+
+
+def test_inception_score_of_known_predictions() -> None:
+    rows = torch.zeros(100, 1)
+    uniform = stream_through(ClassSums(10), rows, torch.zeros(100, 5))
+    assert inception_score(uniform) == pytest.approx((1, 0))
+    one_hot = 1000 * torch.nn.functional.one_hot(torch.arange(100) % 5, 5).float()
+    assert inception_score(stream_through(ClassSums(10), rows, one_hot)) == pytest.approx((5, 0))
+    constant = 1000 * torch.nn.functional.one_hot(torch.zeros(100, dtype=torch.int64), 5).float()
+    assert inception_score(stream_through(ClassSums(10), rows, constant)) == pytest.approx((1, 0))
+
+
+@pytest.mark.parametrize("count", [200, 207])  # splits of equal and of unequal size
+def test_inception_score_is_torch_fidelitys(count: int) -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 2 * features(count, 7, 1)
+    expected = isc_features_to_metric(logits, splits=10, shuffle=False)
+    mean, std = inception_score(stream_through(ClassSums(10), torch.zeros(count, 1), logits))
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-10)
+    assert std == pytest.approx(expected["inception_score_std"], rel=1e-8)
+
+
+def test_precision_and_recall_are_torch_fidelitys() -> None:
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    real, fake = features(300, 8, 1), features(200, 8, 2, shift=0.3)
+    expected = calculate_precision_recall_full(fake, real, neighborhood=3)  # fakes come first there
+    assert precision_recall(real, fake) == pytest.approx(expected, rel=1e-5)
+    assert 0.1 < expected[0] < 0.95
+    assert expected[0] != pytest.approx(expected[1], abs=0.05)
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    real = torch.cat([features(100, 4, 1), features(100, 4, 2) + 100])
+    half = features(100, 4, 3)  # fakes that know one of two modes
+    precision, recall = precision_recall(real, half)
+    assert precision > 0.9
+    assert 0.3 < recall < 0.6
+    assert precision_recall(half, real)[0] == recall
+
+
+def test_precision_and_recall_in_float16_are_near_those_in_float32() -> None:
+    real, fake = features(300, 64, 1), features(300, 64, 2)
+    half = precision_recall(real.half(), fake.half())
+    assert half == pytest.approx(precision_recall(real, fake), abs=0.03)
+
+
+def test_density_and_coverage_against_their_definition() -> None:
+    real, fake = features(80, 5, 1).double().numpy(), features(60, 5, 2, shift=0.1).double().numpy()
+    radius = [np.sort(np.linalg.norm(real - centre, axis=1))[5] for centre in real]
+    counts = [[np.linalg.norm(y - x) <= r for y in fake] for x, r in zip(real, radius, strict=True)]
+    expected = np.sum(counts) / (5 * 60), np.mean([any(row) for row in counts])
+    measured = density_coverage(torch.from_numpy(real).float(), torch.from_numpy(fake).float())
+    assert measured == pytest.approx(expected, rel=1e-6)
+
+
+def test_distances_survive_a_common_offset() -> None:
+    """|x|^2 + |y|^2 - 2 x y would lose them; precision and recall depend on distances alone."""
+    real, fake = features(200, 8, 1), features(200, 8, 2)
+    assert precision_recall(real + 1000, fake + 1000) == pytest.approx(precision_recall(real, fake), abs=0.02)
+
+
+def test_blocks_do_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = features(50, 5, 1, shift=5), features(40, 5, 2, shift=5)
+    whole = precision_recall(real, fake), density_coverage(real, fake)
+    monkeypatch.setattr("metrics.precision_recall.BLOCK", 7)
+    assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
+
+
+def test_too_few_images_have_no_neighbours() -> None:
+    with pytest.raises(UserError, match="3 images have no 3 neighbours each"):
+        precision_recall(features(3, 4, 1), features(9, 4, 2))
+
+
+# Statistics.
+
+
+def test_moments_are_numpys() -> None:
+    rows = features(203, 6, 1, shift=5)
+    result = stream_through(Moments(), rows)
+    np.testing.assert_allclose(result["mean"], rows.double().numpy().mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(result["cov"], np.cov(rows.double().numpy(), rowvar=False, bias=True), rtol=1e-9)
+
+
+def test_rebatched_keeps_order_and_positions() -> None:
+    parts = [(range(a, b), torch.arange(a, b)) for a, b in ((5, 6), (6, 16), (16, 18), (18, 31))]
+    out = list(rebatched(iter(parts), 4))
+    assert [len(images) for _, images in out] == [4] * 6 + [2]
+    assert torch.cat([images for _, images in out]).tolist() == list(range(5, 31))
+    assert all(images.tolist() == list(positions) for positions, images in out)
+
+
+class CountedImages(ArrayImages):
+    """Counts how many images are read."""
+
+    read = 0
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        self.read += len(indices)
+        return super().images(indices)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
+
+
+@pytest.fixture(scope="module")
+def setup(program: Path) -> DetectorSetup:
+    return read_detectors((str(program),))
+
+
+NAMES = "fid60_full,fid40,kid50_full,is60,pr603_full,dc30"
+
+
+def build(setup: DetectorSetup, **changes: Any) -> MetricContext:
+    settings: dict[str, Any] = {"G": Stripes(), "images": CountedImages(natural_images(90)), "setup": setup}
+    return MetricContext(**(settings | {"device": torch.device("cpu")} | changes))
+
+
+def results(context: MetricContext, names: str = NAMES) -> dict[str, float]:
+    return {key: value for result in compute_all(names.split(","), context) for key, value in result.results.items()}
+
+
+def test_metrics_share_one_pass_over_the_fakes_and_one_over_the_reals(setup: DetectorSetup) -> None:
+    context = build(setup)
+    results(context)
+    G, images = context.network, context.images
+    assert isinstance(G, Stripes)
+    assert isinstance(images, CountedImages)
+    assert sum(map(len, G.latents)) == 60
+    assert images.read == 90 + 40 + 30  # the whole set for the _full metrics, and one of 40 and one of 30
+
+
+def test_values_do_not_depend_on_the_batches_nor_on_what_else_is_computed(setup: DetectorSetup) -> None:
+    whole = results(build(setup))
+    assert results(build(setup, batch_size=7, detector_batch=16)) == pytest.approx(whole, rel=1e-4)
+    assert len(whole) == 1 + 1 + 2 + 2 + 2 + 2
+    for name in NAMES.split(","):
+        alone = results(build(setup), name)
+        assert alone == pytest.approx({key: whole[key] for key in alone}, rel=1e-9)
+
+
+def test_the_distance_is_that_of_all_reals_and_the_first_fakes(setup: DetectorSetup) -> None:
+    """The whole path once more, in NumPy: images -> features -> means and covariances -> distance."""
+    context = build(setup)
+    detector = SmallDetector()
+    real = detector(natural_images(90))[0].double().numpy()
+    [(_, images)] = metrics.sampling.fake_batches(build(setup), 60)
+    fake = detector(images)[0].double().numpy()
+    covs = [np.cov(x, rowvar=False, bias=True) for x in (real, fake)]
+    root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+    expected = ((real.mean(0) - fake.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
+    assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_of_reals_are_read_from_disk_the_second_time(setup: DetectorSetup, tmp_path: Path) -> None:
+    first = build(setup, cache=tmp_path)
+    expected = results(first)
+    second = build(setup, cache=tmp_path)
+    assert results(second) == expected
+    assert isinstance(second.images, CountedImages)
+    assert second.images.read == 0
+
+    other = CountedImages(natural_images(90, seed=5))
+    other.content_hash = "other"
+    changed = build(setup, cache=tmp_path, images=other)
+    assert results(changed)["fid60_full"] != expected["fid60_full"]
+    assert other.read > 0
+
+
+def test_a_cut_off_cache_file_is_named_and_made_again(
+    setup: DetectorSetup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = results(build(setup, cache=tmp_path), "fid60_full")
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert results(build(setup, cache=tmp_path), "fid60_full") == expected
+    assert f"Warning: {file}: damaged" in capsys.readouterr().err
+    assert results(build(setup, cache=tmp_path), "fid60_full") == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: DetectorSetup, tmp_path: Path) -> None:
+    results(build(setup, cache=tmp_path), "fid60_full")
+    results(build(setup, cache=tmp_path), "fid40")
+    results(build(setup, cache=tmp_path, seed=1), "fid40")  # other 40 reals
+    other = script_program(tmp_path / "other.pt", torch.nn.Sequential(SmallDetector()))
+    results(build(read_detectors((str(other),)), cache=tmp_path), "fid60_full")
+    clean = read_detectors((str(setup.program),), protocol="clean")  # Inception would see another resize
+    results(build(clean, cache=tmp_path), "fid60_full")
+    assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 5
+
+
+def test_a_set_with_fewer_images_than_dimensions_is_warned_of(setup: DetectorSetup) -> None:
+    [result] = compute_all(["fid6_full"], build(setup))
+    assert "6 images for 6 feature dimensions" in result.warnings[0]
+    [result] = compute_all(["fid60_full"], build(setup))
+    assert result.warnings == ()
+    assert (result.detector, len(result.detector_sha256 or "")) == ("small.pt", 64)
+
+
+def test_images_instead_of_a_network(setup: DetectorSetup) -> None:
+    fakes = ArrayImages(natural_images(70, seed=3))
+    context = build(setup, G=None, fakes=fakes)
+    chosen = choose_fakes(context, fakes, 70)
+    assert sorted(chosen) == list(range(70))
+    assert chosen != sorted(chosen)
+    measured = results(context, "fid60_full,swd30")
+    assert measured["fid60_full"] > 0
+    same = build(setup, G=None, fakes=ArrayImages(natural_images(90)))
+    assert results(same, "fid90_full")["fid90_full"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="100 generated images are asked for and the set holds 70"):
+        results(context, "fid100_full")
+    with pytest.raises(UserError, match="the generated set holds images of 3x16x16"):
+        build(setup, G=None, fakes=ArrayImages(natural_images(4, (3, 16, 16))))
+
+
+def test_a_detector_without_classes_has_no_inception_score(tmp_path: Path) -> None:
+    class FeaturesOnly(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.float().mean(dim=(2, 3))
+
+    path = script_program(tmp_path / "plain.pt", FeaturesOnly())
+    with pytest.raises(UserError, match="returns no class logits"):
+        results(build(read_detectors((str(path),))), "is50")
+    assert results(build(read_detectors((str(path),))), "fid50")["fid50"] > 0
+
+
+def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> None:
+    assert metrics.resolve("pr50k3_full,dc50k,fid50k_full") == ["pr50k3_full_tvgg16", "dc50k_tvgg16", "fid50k_full"]
+    assert metrics.resolve("pr50k3_full_tvgg16") == ["pr50k3_full_tvgg16"]
+    assert metrics.resolve("pr50k3_full", setup) == ["pr50k3_full"]
+    with pytest.raises(UserError, match="leave out the suffix"):
+        metrics.resolve("pr50k3_full_tvgg16", setup)
+    with pytest.raises(UserError, match=r"--protocol=clean: metric is50k has no such protocol, only fid<N>,"):
+        metrics.resolve("is50k", DetectorSetup(protocol="clean"))
+    assert metrics.registry.find("pr50k3_full")[1] == 50_000
+    assert metrics.registry.find("pr5003")[1] == 500
+
+
+def test_subsets_of_reals_and_fakes_are_drawn_independently(setup: DetectorSetup) -> None:
+    """Otherwise images given in the order of the reals would be compared with themselves."""
+    context = build(setup)
+    results(context, "kid50")
+    real, fake = feature_stats.statistics_of(context).results.values()
+    assert real["index"].shape == fake["index"].shape == (100, 50)
+    assert not torch.equal(real["index"], fake["index"])
+
+
+def test_a_process_without_images_still_learns_the_shape_of_the_features(
+    setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sums are zero and of the right size, so that they can be added to those of the others."""
+    monkeypatch.setattr(feature_stats, "own_shard", lambda count: range(0, 0))
+    context = build(setup)
+    statistics = feature_stats.statistics_of(context)
+    statistics.collect([feature_stats.Want(of="fake", role="inception", count=20, recipe=Rows())])
+    [result] = statistics.results.values()
+    assert result["rows"].shape == (0, 6)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    class Overflow(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            x = images.float().mean(dim=(2, 3))
+            return x / (x - x)
+
+    path = script_program(tmp_path / "overflow.pt", Overflow())
+    with pytest.raises(UserError, match=r"the detector overflow\.pt returns features that are not finite"):
+        results(build(read_detectors((str(path),))), "fid50")
+
+
+def test_clean_divides_by_one_less(program: Path) -> None:
+    context = build(read_detectors((str(program),), protocol="clean"))
+    usual = build(read_detectors((str(program),)))
+    statistics = feature_stats.statistics_of(usual)
+    expected = [
+        distance_of(*map(statistics.__getitem__, wants_of("inception", None, 60)), unbiased=u) for u in (False, True)
+    ]
+    assert results(usual, "fid60_full")["fid60_full"] == pytest.approx(expected[0], rel=1e-9)
+    assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected[1], rel=1e-9)
+    assert expected[1] > expected[0]
+    [result] = compute_all(["fid60_full"], context)
+    assert result.protocol == "clean: features of small.pt; covariance over N-1 (Parmar et al. 2022)"
+
+
+def test_features_too_large_for_float16_are_refused(tmp_path: Path) -> None:
+    class Large(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 1000 * images.float().mean(dim=(2, 3))
+
+    context = build(read_detectors((str(script_program(tmp_path / "large.pt", Large())),)))
+    with pytest.raises(UserError, match="metric pr503_full: the detector's features are too large"):
+        results(context, "pr503_full")
+    assert results(context, "dc50_full")["dc50_full_density"] >= 0

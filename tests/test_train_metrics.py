@@ -1,0 +1,214 @@
+"""Metrics while training: when they are due, where they go, the best network, overfitting signals, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import SMALL
+from metric_helpers import SmallDetector, script_program
+from torch import Tensor
+
+import train
+from dnnlib.config import ConfigError
+from metrics.registry import MetricResult, is_best
+from training import hooks
+from training.dataset import DatasetConfig, ImageDataset
+from training.snapshot import load_network
+
+SHORT = [*SMALL, "--kimg=0.064", "--tick=0.016", "--snap=2", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(train.main, [str(argument) for argument in arguments])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
+    shapes_zip: Path, program: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--detector={program}"]
+    arguments += ["--metrics=fid60_full,is60", "--metrics-every=3", "--tick-metrics=swd20", "--mirror", "--subset=100"]
+    result = run(*arguments, "--holdout=32")
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    [run_dir] = (tmp_path / "runs").iterdir()
+    fid = lines(run_dir / "metric-fid60_full.jsonl")
+    assert [line["kimg"] for line in fid] == [0.0, 0.048, 0.064]
+    assert [line["kimg"] for line in lines(run_dir / "metric-is60.jsonl")] == [0.0, 0.048, 0.064]
+    assert [line["kimg"] for line in lines(run_dir / "metric-swd20.jsonl")] == [0.0, 0.016, 0.032, 0.048, 0.064]
+    assert [line["snapshot"] for line in fid] == ["network-snapshot-000000.pkl", None, "network-snapshot-000000.pkl"]
+    assert fid[0]["num_real"] == 512  # all images and their flips, though it trains on fewer
+    assert fid[0]["detector"] == "small.pt"
+
+    values = [line["results"]["fid60_full"] for line in fid]
+    best = load_network(run_dir / "network-best-fid60_full.pkl")
+    assert best.kimg == fid[values.index(min(values))]["kimg"]
+    assert result.output.count("Best fid60_full so far") == sum(
+        value == min(values[: number + 1]) for number, value in enumerate(values)
+    )
+    events = EventAccumulator(str(run_dir)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("Metrics/fid60_full")]
+    assert [step for step, _ in logged] == [0, 48, 64]
+    assert [value for _, value in logged] == pytest.approx(values)
+    assert len(events.Scalars("Metrics/swd20")) == 5
+
+    ticks = lines(run_dir / "stats.jsonl")
+    for tick in ticks:
+        scores = [tick[f"Overfitting/score_{name}"] for name in ("train", "holdout", "generated")]
+        expected = (scores[0] - scores[1]) / (scores[0] - scores[2])
+        assert tick["Overfitting/r_v"] == pytest.approx(expected)
+        assert -1 <= tick["Overfitting/r_t"] == tick["Overfitting/sign_train"] <= 1
+    assert len({tick["Overfitting/score_train"] for tick in ticks}) == len(ticks)
+
+
+def test_what_cannot_be_computed_is_refused_before_training(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("metrics.weights.urllib.request.urlopen", offline)
+    for option in ("--metrics=fid50k_full", "--tick-metrics=fid5k"):
+        result = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, option)
+        assert result.exit_code == 2
+        assert "weights-inception-2015-12-05-6726825d.pth" in result.output
+    wrong = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--detector=no/such.pt")
+    assert wrong.exit_code == 2
+    assert "--detector=no/such.pt: no such file" in wrong.output
+    few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
+    assert few.exit_code == 2
+    assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_path: Path) -> None:
+    """The same images to train with, with and without the hook."""
+    states = []
+    for name in ("with", "without"):
+        arguments = [f"--outdir={tmp_path / name}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=16"]
+        if name == "without":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(hooks.Overfitting, "__call__", lambda self, trainer: None)
+                assert run(*arguments).exit_code == 0
+        else:
+            assert run(*arguments).exit_code == 0
+        [run_dir] = (tmp_path / name).iterdir()
+        states.append(load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.slow
+def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_path: Path) -> None:
+    logs = []
+    for gpus in (1, 2):
+        arguments = [
+            f"--outdir={tmp_path / str(gpus)}",
+            f"--data={shapes_zip}",
+            *SHORT,
+            f"--gpus={gpus}",
+            "--kimg=0.016",
+        ]
+        arguments += ["--batch-gpu=8", "--mbstd=4", "--holdout=48", f"--detector={program}", "--cond"]
+        arguments += ["--metrics=fid61_full,kid61,pr613,fid61_class"]
+        result = run(*arguments)
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        [run_dir] = (tmp_path / str(gpus)).iterdir()
+        figures = {
+            f"{path.stem} {i}": line["results"]
+            for path in run_dir.glob("metric-*")
+            for i, line in enumerate(lines(path))
+        }
+        for i, tick in enumerate(lines(run_dir / "stats.jsonl")):
+            figures[f"tick {i}"] = {name: value for name, value in tick.items() if name.startswith("Overfitting/")}
+        logs.append(figures)
+    assert len(logs[0]) == 4 * 2 + 2
+    assert logs[1].keys() == logs[0].keys()
+    for name, values in logs[0].items():
+        assert logs[1][name] == pytest.approx(values, rel=2e-3, abs=1e-3), name
+
+
+# Held-out images.
+
+
+def test_held_out_images_are_the_rest(shapes_zip: Path) -> None:
+    config = DatasetConfig(path=str(shapes_zip), holdout=56, mirror=True)
+    training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
+    assert (len(training), len(held_out)) == (400, 112)
+    chosen = [set(dataset._subset.tolist()) for dataset in (training, held_out)]
+    assert not chosen[0] & chosen[1]
+    assert chosen[0] | chosen[1] == set(range(256))
+    assert training.content_hash != held_out.content_hash
+    few = ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=56, max_images=10))
+    assert len(few) == 10
+    assert not set(few._subset.tolist()) & chosen[1]
+    with pytest.raises(ConfigError, match="the data set has 256 images: leave some to train with"):
+        ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=256))
+
+
+def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
+    """A discriminator that looks at the brightness: its means are known."""
+    config = DatasetConfig(path=str(shapes_zip), holdout=56)
+    training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
+
+    def brightness(img: Tensor, c: Tensor) -> Tensor:
+        return img.mean(dim=(1, 2, 3)).unsqueeze(1) + 0.1
+
+    def generator(z: Tensor, c: Tensor, noise_mode: str) -> Tensor:
+        return torch.full((len(z), 3, 32, 32), 0.7)
+
+    generator.z_dim, generator.c_dim = 4, 0  # type: ignore[attr-defined]
+    tick = SimpleNamespace(values={})
+    trainer: Any = SimpleNamespace(
+        tick=tick, dataset=training, device=torch.device("cpu"), batch_gpu=8, G=generator, D=brightness,
+        augment=lambda img: img, config=SimpleNamespace(seed=0), state=SimpleNamespace(nimg=0),
+    )  # fmt: skip
+    hooks.Overfitting(held_out)(trainer)
+    values = tick.values
+    every = held_out.images(range(56)).double() / 127.5 - 1
+    means = every.mean(dim=(1, 2, 3)) + 0.1
+    assert values["Overfitting/score_holdout"] == pytest.approx(float(means.mean()), rel=1e-5)
+    assert values["Overfitting/sign_holdout"] == pytest.approx(float(means.sign().mean()))
+    assert values["Overfitting/score_generated"] == pytest.approx(0.8)
+    train_score, held = values["Overfitting/score_train"], values["Overfitting/score_holdout"]
+    assert values["Overfitting/r_v"] == pytest.approx((train_score - held) / (train_score - 0.8))
+
+
+# The best.
+
+
+@pytest.mark.parametrize(("metric", "number", "better"), [("fid5k", "fid5k", 1.0), ("is5k", "is5k_mean", 3.0)])
+def test_best_is_less_for_distances_and_more_for_scores(
+    tmp_path: Path, metric: str, number: str, better: float
+) -> None:
+    def result(value: float) -> MetricResult:
+        return MetricResult(
+            metric=metric, results={number: value}, seconds=0, num_real=1, num_fake=1, seed=0, truncation_psi=1,
+            noise_mode="const", protocol="p", detector=None, detector_sha256=None, warnings=(),
+        )  # fmt: skip
+
+    assert is_best(result(5), tmp_path)
+    (tmp_path / f"metric-{metric}.jsonl").write_text(json.dumps({"results": {number: 2.0}}) + "\n")
+    assert is_best(result(better), tmp_path)
+    assert not is_best(result(4 - better), tmp_path)
+    assert not is_best(result(2.0), tmp_path)
