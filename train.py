@@ -52,6 +52,8 @@ OPTIONS = (
     option("--holdout", field="data.holdout", type=int, metavar="INT",
            help="Leave out so many images and log how D tells them from those it was trained with. [0]"),
     switch("--mirror", field="data.mirror", help="Also show every image flipped left to right."),
+    option("--timeout", field="run.timeout", type=float, metavar="SEC",
+           help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
            help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
     # How long and how loud
@@ -193,7 +195,7 @@ def main(context: click.Context, **options: Any) -> None:
         if is_first:
             _print_plan(config, dataset)
         return
-    distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type)
+    distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
 
 
 def train_worker(request: runs.Request) -> None:
@@ -216,6 +218,7 @@ def _train(request: runs.Request, signals: Signals) -> bool:
     dataset = ImageDataset(config.data)
     trainer = Trainer(config, dataset, device)
     origin = runs.load(trainer, start)
+    trainer.synchronise()
     run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():

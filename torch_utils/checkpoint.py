@@ -69,6 +69,10 @@ class Checkpoint:
         """Write what `capture` returned. Raises WriteError."""
         write_file(path, cls.FORMAT, cls.VERSION, payload)
 
+    def fingerprints(self) -> dict[str, int]:
+        """Return a number per part that is equal where all its bits are: the sums of its tensors' bit patterns."""
+        return {name: _sum_of_bits(part.state_dict()) for name, part in self.parts.items()}
+
     def load(self, path: Path) -> dict[str, Any]:
         """Restore all parts from a file and return its payload. Raises UserError naming the file if it is unfit.
 
@@ -92,6 +96,17 @@ class Checkpoint:
     def read(cls, path: Path) -> dict[str, Any]:
         """Return the verified payload of a training state."""
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _sum_of_bits(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return int(value.detach().contiguous().view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -48,12 +48,13 @@ class RunConfig:
     compile: bool = False  # torch.compile for the phases that are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
+    timeout: float = 1800  # seconds that processes wait for one that has stopped
     deterministic: bool = False  # only algorithms that give the same bits every time
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
-        for name in (*positive, "keep_last", "keep_every"):
+        for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(name, value, "must be positive")
@@ -350,6 +351,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.compile": False,
     "run.graphs": False,
     "run.deterministic": False,
+    "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
     "run.metrics_every": None,

@@ -30,7 +30,11 @@ class Saver:
         self.last_snapshot: Path | None = None  # that was written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
-        """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted."""
+        """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted.
+
+        Every process calls this. Raises UserError when they do not hold the same.
+        """
+        trainer.check_replicas()
         if not distributed.is_main():
             return
         nimg, jobs = trainer.state.nimg, []

@@ -357,6 +357,31 @@ class Trainer:
             values["Timing/sec_per_kimg"] = values["Timing/sec_per_tick"] * 1000 / done
         return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
 
+    def synchronise(self) -> None:
+        """Give every process the weights of rank 0."""
+        for module in (self.G, self.D, self.ema.module):
+            distributed.broadcast([*module.parameters(), *module.buffers()])
+
+    def check_replicas(self) -> None:
+        """Raise UserError naming what differs between processes, which all compute the same. A collective call."""
+        if distributed.world_size() == 1:
+            return
+        own = self.checkpoint.fingerprints()
+        del own["state"]  # times differ
+        sums = [x % 2**62 for x in own.values()]
+        highest = distributed.maximum([*sums, *(-x for x in sums)])
+        lowest = [-x for x in highest[len(sums) :]]
+        differing = [name for name, low, high in zip(own, lowest, highest, strict=False) if low != high]
+        if differing:
+            distributed.from_main(lambda: self._refuse(differing))
+
+    def _refuse(self, differing: Sequence[str]) -> None:
+        raise UserError(
+            f"the processes differ in {', '.join(differing)} at kimg {self.state.nimg / 1000:g}, so nothing is saved: "
+            "a GPU or its memory is faulty, or machines have different libraries. --resume=latest goes on from the "
+            "last training state"
+        )
+
     def save(self, path: Path) -> None:
         """Write a training state that `resume` goes on from."""
         self.checkpoint.write(path, self.capture())
