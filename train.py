@@ -16,7 +16,7 @@ import torch
 import dnnlib.cli
 import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
-from dnnlib.config import ConfigError, override, to_json
+from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.registry import MetricResult, is_best
@@ -226,10 +226,24 @@ def _train(request: runs.Request, signals: Signals) -> bool:
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
         saver = Saver(run_dir, config.run)
         trainer.hooks = [*build_hooks(trainer, run_dir, saver), hooks.Requests(saver, signals)]
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            raise UserError(_too_large(config)) from None
         distributed.from_main(saver.finish)
         _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
+
+
+def _too_large(config: TrainConfig) -> str:
+    """What to do when the GPU's memory is not enough."""
+    assert config.run.batch_gpu is not None
+    smaller = (
+        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
+    )
+    smaller += [] if config.run.recompute else ["--grad-checkpoint"]
+    smaller += [] if config.generator.linformer else ["--linformer (another network)"]
+    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
 
 
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:

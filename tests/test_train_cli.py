@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
 from PIL import Image
@@ -20,6 +21,7 @@ from dnnlib.config import from_json, override, to_json
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
 from training.snapshot import load_network
+from training.training_loop import Trainer
 
 SHORT = [*SMALL, "--kimg=0.064", "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]
 
@@ -384,3 +386,18 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     for misfit in ("--cbase=512", "--freezed=2"):
         refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
+
+
+def test_out_of_memory_is_answered_with_the_flags_that_help(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "run_phase", too_much)
+    result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: out of GPU memory with --batch-gpu=16: choose --batch-gpu=8, --grad-checkpoint, "
+        "--linformer (another network)"
+    )

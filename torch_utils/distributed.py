@@ -247,7 +247,9 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 @functools.cache
 def _host_group() -> Any:
     """A group for tensors on the CPU: the group of all, or one beside it where that is for GPUs. Made collectively."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog is quicker
 
 
 def from_main(function: Callable[[], T]) -> T:
