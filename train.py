@@ -27,6 +27,7 @@ from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.networks import GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -104,9 +105,11 @@ OPTIONS = (
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
     # Generator
+    option("--gen", field="generator.family", metavar="NAME",
+           help=f"Family: {', '.join(GENERATORS)}. [the preset's; most have {next(iter(GENERATORS))}]"),
     option("--g_dict", field="generator.widths", type=IntList(), help="Hidden size per resolution, lowest first."),
     option("--num_layers", field="generator.layers", type=IntList(), help="Encoder blocks per resolution."),
-    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 8 or 8x12. [8]"),
+    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 4, 8 or 8x12."),
     option("--depth", field="generator.depth", type=int, metavar="INT", help="Channels per attention head. [32]"),
     option("--minimum_head", field="generator.minimum_head", type=int, metavar="INT",
            help="Least number of heads. [1]"),
@@ -115,6 +118,14 @@ OPTIONS = (
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
            help="Tokens from which on it applies. [1024]"),
+    option("--handover", field="generator.handover", type=int, metavar="RES",
+           help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
+    option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
+           help="Architecture of StyleGAN2. [skip]"),
+    option("--g-cbase", field="generator.channel_base", type=int, metavar="INT",
+           help="Channels of its convolutions x resolution."),
+    option("--g-cmax", field="generator.channel_max", type=int, metavar="INT",
+           help="Upper bound of these channels. [512]"),
     option("--z-dim", field="generator.z_dim", type=int, metavar="INT", help="Size of the latent z. [512]"),
     option("--w-dim", field="generator.w_dim", type=int, metavar="INT", help="Size of the style w. [512]"),
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
@@ -153,7 +164,7 @@ OPTIONS = (
 @dnnlib.cli.with_options(OPTIONS)
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
-    """Train a Styleformer against a StyleGAN2 discriminator under adaptive augmentation.
+    """Train a Styleformer, or another generator, against a StyleGAN2 discriminator under adaptive augmentation.
 
     What is not given comes from the preset (--cfg); [brackets] show what most presets say.
 
@@ -242,7 +253,7 @@ def _too_large(config: TrainConfig) -> str:
         [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
     )
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
-    smaller += [] if config.generator.linformer else ["--linformer (another network)"]
+    smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
     return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
 
 

@@ -16,25 +16,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torch_utils.misc import tune_allocator
 from training.networks.discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
-from training.networks.styleformer import StyleformerConfig, StyleformerGenerator
+from training.networks.generator import Generator, GeneratorConfig
+from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config
 
-CONFIGS: dict[str, StyleformerConfig | StyleGAN2DiscriminatorConfig] = {
+CONFIGS: dict[str, GeneratorConfig | StyleGAN2DiscriminatorConfig] = {
     "styleformer 32 px, layers 1,2,2": StyleformerConfig(layers=(1, 2, 2)),
     "styleformer 32 px, layers 1,3,3": StyleformerConfig(),
     "styleformer 64 px, linformer": StyleformerConfig(widths=(512, 256, 128, 64), layers=(1, 2, 1, 1), linformer=True),
     "styleformer 128 px, linformer": StyleformerConfig(
         widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True
     ),
+    "stylegan2 32 px": StyleGAN2Config(),
     "stylegan2 discriminator 32 px, orig": StyleGAN2DiscriminatorConfig(architecture="orig", mbstd_group_size=32),
 }
 
 
 def random_pass(
-    config: StyleformerConfig | StyleGAN2DiscriminatorConfig, batch: int, device: str
+    config: GeneratorConfig | StyleGAN2DiscriminatorConfig, batch: int, device: str
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network of a config on a device, and its forward pass on `batch` random inputs."""
     with torch.device(device):
-        network: StyleformerGenerator | StyleGAN2Discriminator = config.build()
+        network: Generator | StyleGAN2Discriminator = config.build()
         if isinstance(network, StyleGAN2Discriminator):
             D, img = network, torch.randn(batch, *network.img_shape)
             return D, lambda: D(img, None)
@@ -42,7 +45,7 @@ def random_pass(
         return G, lambda: G(z, None, noise_mode="random")
 
 
-def gflop_per_image(config: StyleformerConfig | StyleGAN2DiscriminatorConfig) -> float:
+def gflop_per_image(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> float:
     """Multiplications and additions of the matrix products and convolutions in one forward pass."""
     _, forward = random_pass(config, 1, "meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 import dataset_tool
 from dnnlib.cli import IntList, NameList, Script, option
-from dnnlib.config import UserError, override
+from dnnlib.config import ConfigError, UserError, override, to_json
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import tune_allocator
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
@@ -134,9 +134,10 @@ def with_synthetic_images(
     config: TrainConfig, resolution: int | None, folder: Path, *, on_gpu: bool
 ) -> tuple[TrainConfig, Circumstances]:
     """Make a data set of drawn scenes that suits the generator; return what `resolve` takes."""
-    if resolution is None and not config.generator.widths:
-        raise UserError(f"--preset={config.preset} is for images of any size: give --resolution")
-    height, width = (resolution, resolution) if resolution else config.generator.img_size
+    try:
+        height, width = (resolution, resolution) if resolution else config.generator.img_size
+    except ConfigError:
+        raise UserError(f"--preset={config.preset} is for images of any size: give --resolution") from None
     config = override(config, {"data.path": str(folder / "scenes.zip")})
     size = [f"--width={width}", f"--height={height}", f"--max-images={NUM_IMAGES}"]
     with contextlib.redirect_stdout(sys.stderr):
@@ -217,8 +218,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "benchmark": "train_step",
         "preset": config.preset,
-        "widths": config.generator.widths,
-        "layers": config.generator.layers,
+        **{name: value for name, value in to_json(config.generator).items() if name in ("widths", "layers")},
         "img_shape": trainer.dataset.img_shape,
         "batch": trainer.batch_size,
         "mode": settings.mode,

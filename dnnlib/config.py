@@ -2,9 +2,10 @@
 
 A field that can hold one of several dataclasses (the families of generators, say) names them in its metadata:
 
-    generator: StyleformerConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
+    generator: GeneratorConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
 
-Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}.
+Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}. The
+path generator.family overrides it: the class of that name makes its configuration `in_place_of(the old one)`.
 """
 
 from __future__ import annotations
@@ -46,23 +47,27 @@ class ConfigError(UserError):
 def override(config: T, values: Mapping[str, Any]) -> T:
     """Return `config` with the fields at the given dotted paths replaced, e.g. {"loss.r1_gamma": 10}.
 
-    All values that belong to one dataclass are replaced together, so that its validation sees them together.
-    Raises ConfigError for a path that does not exist and for values that the dataclass refuses.
+    All values that belong to one dataclass are replaced together, so that its validation sees them together; another
+    family comes first. Raises ConfigError for a path that does not exist and for values that the dataclass refuses.
     """
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
-    names = field_names(config)
     for path, value in values.items():
         name, _, rest = path.partition(".")
-        if name not in names:
-            raise ConfigError(path, value, f"{type(config).__name__} has no such field; it has {', '.join(names)}")
+        if name not in fields:
+            raise ConfigError(path, value, f"{type(config).__name__} has no such field; it has {', '.join(fields)}")
         if rest:
             nested.setdefault(name, {})[rest] = value
         else:
             own[name] = value
     for name, inner in nested.items():
-        with _within(name):
-            own[name] = override(getattr(config, name), inner)
+        with within(name):
+            inner_config = getattr(config, name)
+            if families := fields[name].metadata.get("families"):
+                inner_config = _choose_family(inner_config, inner, families)
+                inner.pop("family", None)
+            own[name] = override(inner_config, inner)
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 
@@ -96,6 +101,15 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
     return config_class(**values)
 
 
+@contextmanager
+def within(name: str) -> Iterator[None]:
+    """Prefix the field of a ConfigError raised inside with the name of the field that holds it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error.field}", error.value, error.problem) from None
+
+
 def field_names(config: Any) -> tuple[str, ...]:
     """Return the names of the fields of a config or a config class, in order."""
     return tuple(field.name for field in dataclasses.fields(config))
@@ -113,17 +127,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-@contextmanager
-def _within(name: str) -> Iterator[None]:
-    """Prefix the field of a ConfigError raised inside with the name of the field it happened in."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error.field}", error.value, error.problem) from None
-
-
 def _family_of(config: Any, families: Mapping[str, type]) -> str:
     return next(name for name, family in families.items() if family is type(config))
+
+
+def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str, Any]) -> Any:
+    """Return `config`, or what takes its place in the family that `values` name; refuse what that has no field for."""
+    name = values.get("family", _family_of(config, families))
+    _check_family(name, families)
+    for path, value in values.items():
+        setting = path.partition(".")[0]
+        if setting != "family" and setting not in field_names(families[name]):
+            others = [other for other, family in families.items() if setting in field_names(family)]
+            known = f"; {', '.join(others)} can take it" if others else f", which has {', '.join(field_names(config))}"
+            raise ConfigError(path, value, f"is no setting of the family {name}{known}")
+    return config if families[name] is type(config) else families[name].in_place_of(config)
+
+
+def _check_family(name: Any, families: Mapping[str, Any]) -> None:
+    if name not in families:
+        raise ConfigError("family", name, f"unknown family; known are {', '.join(families)}")
 
 
 def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
@@ -131,11 +154,11 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if families:
         data = dict(value)
         family = data.pop("family", None)
-        if family not in families:
-            raise ConfigError(f"{field.name}.family", family, f"unknown family; known are {', '.join(families)}")
+        with within(field.name):
+            _check_family(family, families)
         hint, value = families[family], data
     if dataclasses.is_dataclass(hint):
-        with _within(field.name):
+        with within(field.name):
             return from_json(typing.cast(type, hint), value)
     if isinstance(value, list):
         value = tuple(value)

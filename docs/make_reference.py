@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from dnnlib.cli import ConfigOption  # noqa: E402
+from dnnlib.config import override, to_json  # noqa: E402
 from training.config import PRESETS, TrainConfig  # noqa: E402
 
 HEADER = """# Configuration
@@ -28,6 +29,9 @@ a frozen dataclass beside the class that it configures. `train.py` starts from a
 options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
 every snapshot and every training state. `python train.py ... -n` prints it without training.
 
+The generator can be of several families (`--gen`): the other families' fields take the place of the preset's, open
+where they can be, and only latents, mapping network and clamp stay. A flag that the family has no field for is refused.
+
 `--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
 where and how loud, and changes nothing in what a step computes.
 """
@@ -38,6 +42,8 @@ CHOSEN_BY_RESOLVE = {
     "generator.linformer",
     "generator.widths",
     "generator.layers",
+    "generator.resolutions",
+    "generator.channel_base",
     "discriminator.channel_base",
     "g_optimizer.lr",
     "d_optimizer.lr",
@@ -67,28 +73,34 @@ def train_help() -> str:
 def configuration() -> str:
     """Return a table of all fields with their flags, and one of the presets."""
     flags = {option.field: option.opts[0] for option in train.main.params if isinstance(option, ConfigOption)}
-    tables = [_fields_table(name, config, flags) for name, config in _parts()]
+    tables = [_fields_table(*part, flags) for part in _parts()]
     return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", _presets_table()])
 
 
-def _parts() -> list[tuple[str, Any]]:
-    """The configurations within TrainConfig by path, its own fields first."""
+def _parts() -> list[tuple[str, str, Any]]:
+    """(title, path, configuration) of the parts of TrainConfig, its own fields first, and of each family of a part."""
     config = PRESETS["auto"]
-    nested = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(TrainConfig)]
-    return [("", config)] + [(name, value) for name, value in nested if dataclasses.is_dataclass(value)]
+    parts: list[tuple[str, str, Any]] = [("TrainConfig", "", config)]
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        families = field.metadata.get("families", {})
+        for family in families if len(families) > 1 else ():
+            chosen = getattr(override(config, {f"{field.name}.family": family}), field.name)
+            parts.append((f"{field.name}: {family}", field.name, chosen))
+        if dataclasses.is_dataclass(value) and len(families) < 2:
+            parts.append((field.name, field.name, value))
+    return parts
 
 
-def _fields_table(name: str, config: Any, flags: dict[str | None, str]) -> str:
-    heading = (
-        f"### {name or 'TrainConfig'}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
-    )
+def _fields_table(title: str, path: str, config: Any, flags: dict[str | None, str]) -> str:
+    heading = f"### {title}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
     rows = ["| field | flag | default |", "|---|---|---|"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not dataclasses.is_dataclass(value) and field.name != "preset":
-            path = f"{name}.{field.name}" if name else field.name
-            flag = f"`{flags[path]}`" if path in flags else ""
-            rows.append(f"| {field.name} | {flag} | {_show(path, value)} |")
+            full = f"{path}.{field.name}" if path else field.name
+            flag = f"`{flags[full]}`" if full in flags else ""
+            rows.append(f"| {field.name} | {flag} | {_show(full, value)} |")
     return "\n".join([heading, *rows, ""])
 
 
@@ -104,10 +116,12 @@ def _summary(config: Any) -> str:
 def _presets_table() -> str:
     columns = {
         "batch": "batch_size",
+        "G": "generator.family",
         "widths": "generator.widths",
         "layers": "generator.layers",
         "base": "generator.base",
         "Linformer": "generator.linformer",
+        "G channels": "generator.channel_base",
         "mapping": "generator.mapping_layers",
         "D": "discriminator.architecture",
         "D channels": "discriminator.channel_base",
@@ -122,17 +136,21 @@ def _presets_table() -> str:
     }
     rows = [f"| `--cfg` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, config in PRESETS.items():
-        rows.append(f"| {name} | {' | '.join(_show(path, _get(config, path)) for path in columns.values())} |")
+        data = to_json(config)
+        rows.append(f"| {name} | {' | '.join(_show(path, _get(data, path)) for path in columns.values())} |")
     return "\n".join(rows) + "\n"
 
 
-def _get(config: Any, path: str) -> Any:
+def _get(data: Any, path: str) -> Any:
+    """The value at a path, "" where the family lacks the field."""
     for name in path.split("."):
-        config = getattr(config, name)
-    return config
+        data = data.get(name, "")
+    return tuple(data) if isinstance(data, list) else data
 
 
 def _show(path: str, value: Any) -> str:
+    if value == "" and path.startswith("generator."):
+        return ""
     if path in CHOSEN_BY_RESOLVE and value in (None, (), 0) and value is not False:
         return "auto"
     if value is None or value == "":

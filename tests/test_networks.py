@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dnnlib.config import ConfigError
 from training.networks import GENERATORS
 from training.networks.attention import SelfAttention
+from training.networks.generator import Generator, GeneratorConfig
 from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
 from training.networks.mapping import MappingNetwork
-from training.networks.styleformer import EncoderBlock, StyleformerConfig, StyleformerGenerator, ToRGB, base_grids
+from training.networks.styleformer import EncoderBlock, StyleformerConfig, ToRGB, base_grids
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]
@@ -35,7 +36,7 @@ VARIANTS = {
 }
 
 
-def build(config: StyleformerConfig) -> StyleformerGenerator:
+def build(config: StyleformerConfig) -> Generator:
     """A float64 generator in which no parameter or buffer is trivial."""
     torch.manual_seed(0)
     G = config.build().double()
@@ -136,6 +137,11 @@ def ref_up2(x: Array) -> Array:
 
 
 def ref_synthesis(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> Array:
+    return ref_encode(ws, state, config, noise)[1]
+
+
+def ref_encode(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> tuple[Array, Array]:
+    """Tokens (B, N, C) and image (B, C, H, W) after the last encoder block."""
     B = len(ws)
     x = np.stack([state["const"]] * B)
     rgb: Array | None = None
@@ -154,10 +160,10 @@ def ref_synthesis(ws: Array, state: State, config: StyleformerConfig, noise: boo
         if r + 1 < len(config.widths):
             x = ref_up2(x.reshape(B, height, width, -1)).reshape(B, 4 * height * width, -1)
     assert rgb is not None
-    return rgb.transpose(0, 3, 1, 2)
+    return x, rgb.transpose(0, 3, 1, 2)
 
 
-def inputs(config: StyleformerConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
+def inputs(config: GeneratorConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(1)
     z = torch.randn(batch, config.z_dim, dtype=torch.float64)
     c = torch.eye(config.c_dim, dtype=torch.float64)[torch.arange(batch) % config.c_dim] if config.c_dim else None

@@ -20,6 +20,7 @@ from dnnlib.cli import ConfigOption
 from dnnlib.config import from_json, override, to_json
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
+from training.networks import GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -47,18 +48,32 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
-    """Options default to None (the preset decides), and their fields exist."""
+    """Options default to None (the preset decides), and their fields exist, those of a generator in some family."""
     scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
-    values: dict[str, Any] = {}
     given = train.main.make_context("train.py", []).params
+    found: set[str] = set()
+    wanted: set[str] = set()
     for option in train.main.params:
         assert option.name is not None
         if isinstance(option, ConfigOption) and option.field:
             assert given[option.name] is None, option.name
-            values[option.field] = _get(PRESETS["cifar"], option.field)
+            wanted.add(option.field)
         else:
             assert option.name in scripted
-    assert override(PRESETS["cifar"], values) == PRESETS["cifar"]
+    for family in GENERATORS:
+        config = override(PRESETS["cifar"], {"generator.family": family})
+        values = {path: _get(config, path) for path in wanted if _has(config, path)}
+        assert override(config, {"generator.family": family, **values}) == config
+        found |= {"generator.family", *values}
+    assert found == wanted
+
+
+def _has(config: Any, path: str) -> bool:
+    try:
+        _get(config, path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _get(config: Any, path: str) -> Any:

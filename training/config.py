@@ -8,14 +8,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, from_json, override
+from dnnlib.config import ConfigError, from_json, override, within
 from training.augment import AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config, default_channel_base
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -76,7 +78,7 @@ class TrainConfig:
     preset: str
     seed: int = 0
     data: DatasetConfig = field(default_factory=DatasetConfig)
-    generator: StyleformerConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
+    generator: GeneratorConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
     discriminator: StyleGAN2DiscriminatorConfig = field(
         default_factory=StyleGAN2DiscriminatorConfig, metadata={"families": DISCRIMINATORS}
     )
@@ -117,29 +119,15 @@ class Circumstances:
     has_bf16: bool = False  # in its matrix units
 
 
-# Widths and blocks per resolution, by the number of resolutions, where a preset leaves them open (widths=()).
-DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    1: ((256,), (2,)),
-    2: ((256, 64), (1, 3)),
-    3: ((256, 64, 16), (1, 3, 3)),
-    4: ((512, 256, 128, 64), (1, 2, 1, 1)),
-    5: ((512, 256, 128, 64, 32), (1, 2, 1, 1, 1)),
-    6: ((512, 256, 128, 64, 32, 32), (1, 2, 1, 1, 1, 1)),
-    7: ((512, 256, 128, 64, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1)),
-    8: ((512, 256, 128, 64, 32, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1, 1)),
-}
-
-
 def _presets() -> dict[str, TrainConfig]:
-    open_widths = StyleformerConfig(widths=(), layers=(), linformer=None)
     auto = TrainConfig(
         preset="auto",
-        generator=open_widths,
+        generator=StyleformerConfig(**StyleformerConfig.OPEN),
         discriminator=StyleGAN2DiscriminatorConfig(channel_base=0),
     )
     stylegan2 = TrainConfig(
         preset="stylegan2",
-        generator=replace(open_widths, mapping_layers=8),
+        generator=StyleGAN2Config(mapping_layers=8, resolutions=None),
         discriminator=StyleGAN2DiscriminatorConfig(mbstd_group_size=4),
         batch_size=32,
         g_optimizer=AdamConfig(lr=0.002),
@@ -164,12 +152,14 @@ def _presets() -> dict[str, TrainConfig]:
         "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
         "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
         "cifar": cifar,
+        "cifar-stylegan2": replace(cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None)),
         "cifar-large": override(cifar, _styleformer("cifar-large", (1024, 512, 512), (1, 3, 3))),
         "stl10-medium": override(cifar, _styleformer("stl10-medium", (1024, 256, 64), (1, 3, 3), base=(12, 12))),
         "celeba64-l": override(cifar, _styleformer("celeba64-l", (1024, 256, 64, 64), (1, 2, 1, 1), linformer=True)),
         "church128-l": override(
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
+        "styleformer-c256": _compositional(stylegan2),
         "tiny": _tiny(),
     }
 
@@ -179,6 +169,7 @@ def _paper(name: str, *, batch: int, mbstd: int, fmaps: float, lr: float, gamma:
     return {
         "preset": name,
         "batch_size": batch,
+        "generator.channel_base": int(fmaps * 32768),
         "discriminator.mbstd_group_size": mbstd,
         "discriminator.channel_base": int(fmaps * 32768),
         "g_optimizer.lr": lr,
@@ -204,6 +195,15 @@ def _styleformer(
         "generator.linformer": linformer,
         "augment.max_p": 0.7 if linformer else 1.0,
     }
+
+
+def _compositional(stylegan2: TrainConfig) -> TrainConfig:
+    """Styleformer-C for scenes of many objects at 256x256, such as CLEVR's, under the schedule of paper256.
+
+    The published widths and schedule are not known: these are this project's choice.
+    """
+    paper256 = _paper("styleformer-c256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)
+    return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
 def _tiny() -> TrainConfig:
@@ -266,30 +266,14 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     if config.loss.r1_gamma is None:
         values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
     if config.discriminator.channel_base == 0:
-        values["discriminator.channel_base"] = 32768 if resolution >= 512 else 16384
-    values |= _default_widths(config.generator, height, width)
+        values["discriminator.channel_base"] = default_channel_base(resolution)
     resolved = override(config, values)
-    resolved.generator.check_img_size(height, width)
+    with within("generator"):
+        resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     _check_batches(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
-
-
-def _default_widths(generator: StyleformerConfig, height: int, width: int) -> dict[str, Any]:
-    """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
-    (h, w), count = generator.base, 1
-    while h < height and w < width:
-        h, w, count = 2 * h, 2 * w, count + 1
-    widths, layers = DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
-    if generator.layers and not generator.widths and len(generator.layers) != len(widths):
-        problem = f"must have one entry per resolution, {len(widths)} for images of {height}x{width}"
-        raise ConfigError("generator.layers", generator.layers, problem)
-    return {
-        "generator.widths": generator.widths or widths,
-        "generator.layers": generator.layers or layers,
-        "generator.linformer": count > 3 if generator.linformer is None else generator.linformer,
-    }
 
 
 def _check_batches(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.util import write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from training.config import Circumstances, TrainConfig, read_config, resolve, same_training
+from training.config import PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
 from training.dataset import ImageDataset
 from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
@@ -173,7 +173,8 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
-    words += ["linformer"] if config.generator.linformer else []
+    words += [to_json(config)["generator"]["family"]] if _has_other_generator(config) else []
+    words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
     run_dir = outdir / f"{number:05d}-{'-'.join(words)}"
@@ -184,6 +185,11 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
             raise
         return _make_run_dir(outdir, config, dataset)  # another run took the number in this moment
     return run_dir
+
+
+def _has_other_generator(config: TrainConfig) -> bool:
+    """Whether the family of the generator is not the preset's."""
+    return config.preset in PRESETS and type(PRESETS[config.preset].generator) is not type(config.generator)
 
 
 def load(trainer: Trainer, start: Start) -> str:

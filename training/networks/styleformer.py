@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
 from training.networks.attention import SelfAttention
+from training.networks.generator import (
+    Generator,
+    GeneratorConfig,
+    Grid,
+    NoiseMode,
+    base_grids,
+    check_synthesis_inputs,
+    doubled_grids,
+)
 from training.networks.layers import (
     FullyConnected,
     demodulation,
@@ -25,20 +35,22 @@ from training.networks.layers import (
     to_map,
     to_tokens,
 )
-from training.networks.mapping import MappingNetwork
 
-NoiseMode = Literal["const", "random", "none"]
-
-
-def base_grids(height: int, width: int) -> list[tuple[tuple[int, int], int]]:
-    """Every (base grid, number of widths) that makes images of this size, from the largest grid down."""
-    halvings = math.gcd(height, width)
-    count = (halvings & -halvings).bit_length()  # 1 + how often both sides can be halved
-    return [((height >> n, width >> n), n + 1) for n in range(count)]
+# Widths and blocks per resolution, by the number of resolutions, where a configuration leaves them open.
+DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    1: ((256,), (2,)),
+    2: ((256, 64), (1, 3)),
+    3: ((256, 64, 16), (1, 3, 3)),
+    4: ((512, 256, 128, 64), (1, 2, 1, 1)),
+    5: ((512, 256, 128, 64, 32), (1, 2, 1, 1, 1)),
+    6: ((512, 256, 128, 64, 32, 32), (1, 2, 1, 1, 1, 1)),
+    7: ((512, 256, 128, 64, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1)),
+    8: ((512, 256, 128, 64, 32, 32, 32, 32), (1, 2, 1, 1, 1, 1, 1, 1)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleformerConfig:
+class StyleformerConfig(GeneratorConfig):
     """A Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
 
     `widths` and `layers` hold one number per resolution, from the base grid up: the hidden size and the number of
@@ -47,12 +59,7 @@ class StyleformerConfig:
     still to be made; such a config cannot be built.
     """
 
-    z_dim: int = 512
-    c_dim: int = 0
-    w_dim: int = 512
-    mapping_layers: int = 2
-    img_channels: int = 3
-    base: tuple[int, int] = (8, 8)
+    base: Grid = (8, 8)
     widths: tuple[int, ...] = (256, 64, 16)
     layers: tuple[int, ...] = (1, 3, 3)
     depth: int = 32
@@ -60,15 +67,13 @@ class StyleformerConfig:
     linformer: bool | None = False  # None: still to be chosen, as with widths=()
     linformer_k: int = 256
     linformer_min_tokens: int = 1024
-    conv_clamp: float | None = 256.0
+
+    OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": (), "linformer": None}
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "z_dim", "w_dim", "mapping_layers", "img_channels", "depth", "minimum_head")
-        require_at_least(self, 1, "linformer_k", "linformer_min_tokens")
-        require_at_least(self, 0, "c_dim")
+        super().__post_init__()
+        require_at_least(self, 1, "depth", "minimum_head", "linformer_k", "linformer_min_tokens")
         require_size(self, "base")
-        if self.conv_clamp is not None and self.conv_clamp <= 0:
-            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
         if any(count < 1 for count in self.layers):
             raise ConfigError("layers", self.layers, "every resolution needs at least one encoder block")
         if self.widths and len(self.layers) != len(self.widths):
@@ -96,13 +101,17 @@ class StyleformerConfig:
         return max(self.minimum_head, width // self.depth)
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of every resolution, from the base up."""
-        height, width = self.base
-        return tuple((height << n, width << n) for n in range(len(self.widths)))
+    def grids(self) -> tuple[Grid, ...]:
+        """(height, width) of every resolution that has encoder blocks, from the base up."""
+        return doubled_grids(self.base, len(self.widths))
 
     @property
-    def img_size(self) -> tuple[int, int]:
+    def folder_words(self) -> tuple[str, ...]:
+        """Whether attention is Linformer's."""
+        return ("linformer",) if self.linformer else ()
+
+    @property
+    def img_size(self) -> Grid:
         """(height, width) of the images. Raises ConfigError while `widths` is empty."""
         self._require_widths()
         return self.grids[-1]
@@ -111,6 +120,27 @@ class StyleformerConfig:
     def num_ws(self) -> int:
         """One style per encoder block, and one more for the last ToRGB."""
         return sum(self.layers) + 1
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
+        (h, w), count = self.base, 1
+        while h < height and w < width:
+            h, w, count = 2 * h, 2 * w, count + 1
+        fitted = self._with_defaults(count, f"for images of {height}x{width}")
+        fitted.check_img_size(height, width)
+        return fitted
+
+    def _with_defaults(self, count: int, where: str) -> Self:
+        """Choose what is open for `count` resolutions; `where` says in a message why there are so many."""
+        widths, layers = self._default_widths(count)
+        if self.layers and not self.widths and len(self.layers) != len(widths):
+            raise ConfigError("layers", self.layers, f"must have one entry per resolution, {len(widths)} {where}")
+        linformer = count > 3 if self.linformer is None else self.linformer
+        return replace(self, widths=self.widths or widths, layers=self.layers or layers, linformer=linformer)
+
+    def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths and blocks for `count` resolutions."""
+        return DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
 
     def check_img_size(self, height: int, width: int) -> None:
         """Raise ConfigError when this generator makes images of another size, naming what would fit."""
@@ -124,7 +154,7 @@ class StyleformerConfig:
             f"what does: {', '.join(options)}",
         )
 
-    def build(self) -> StyleformerGenerator:
+    def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""
         self._require_widths()
         return StyleformerGenerator(self)
@@ -276,16 +306,12 @@ class SynthesisNetwork(nn.Module):
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
 
     def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
-        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W), about [-1, 1].
+        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
+        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+        return self.encode(ws, noise_mode)[1]
 
-        Noise is 'const' (the same image for the same ws), 'random' (fresh, from torch's global generator) or
-        'none'. Raises ValueError for another mode or shape.
-        """
-        if ws.shape[1:] != (self.num_ws, self.w_dim):
-            raise ValueError(f"ws has shape {tuple(ws.shape)}, this network needs (batch, {self.num_ws}, {self.w_dim})")
-        if noise_mode not in get_args(NoiseMode):
-            raise ValueError(f"noise_mode={noise_mode!r} is not one of {', '.join(get_args(NoiseMode))}")
-
+    def encode(self, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) after the last encoder block, and the image so far."""
         x = self.const.expand(len(ws), -1, -1)  # (B, N, C)
         rgb = None
         first = 0
@@ -293,36 +319,11 @@ class SynthesisNetwork(nn.Module):
             x, rgb = stage(x, rgb, ws[:, first : first + num_blocks + 1], noise_mode)
             first += num_blocks
         assert rgb is not None
-        return rgb
+        return x, rgb
 
 
-class StyleformerGenerator(nn.Module):
-    """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1]."""
+class StyleformerGenerator(Generator):
+    """Mapping and Styleformer synthesis."""
 
-    def __init__(self, config: StyleformerConfig) -> None:
-        super().__init__()
-        self.z_dim = config.z_dim
-        self.c_dim = config.c_dim
-        self.w_dim = config.w_dim
-        self.num_ws = config.num_ws
-        self.img_shape = (config.img_channels, *config.img_size)
-        self.mapping = MappingNetwork(
-            z_dim=config.z_dim,
-            c_dim=config.c_dim,
-            w_dim=config.w_dim,
-            num_ws=config.num_ws,
-            num_layers=config.mapping_layers,
-        )
-        self.synthesis = SynthesisNetwork(config)
-
-    def forward(
-        self,
-        z: Tensor,
-        c: Tensor | None,
-        truncation_psi: float = 1,
-        truncation_cutoff: int | None = None,
-        noise_mode: NoiseMode = "const",
-    ) -> Tensor:
-        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)  # (B, num_ws, w_dim)
-        img: Tensor = self.synthesis(ws, noise_mode)
-        return img
+    def build_synthesis(self, config: StyleformerConfig) -> SynthesisNetwork:
+        return SynthesisNetwork(config)

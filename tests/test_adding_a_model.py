@@ -1,0 +1,82 @@
+"""docs/adding_a_model.md: the family that it adds trains, resumes and generates from what stands on the page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import generate
+import train
+from training.networks import GENERATORS, execution
+from training.snapshot import load_network
+
+PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
+NAME = "training.networks.film"
+
+
+@pytest.fixture
+def film(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of the page, with the page's line in the table."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    module = ModuleType(NAME)
+    monkeypatch.setitem(sys.modules, NAME, module)
+    exec(compile(code, "film.py", "exec"), module.__dict__)
+    ((family, config),) = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTILINE)
+    monkeypatch.setitem(GENERATORS, family, getattr(module, config))
+    return module
+
+
+def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Path) -> None:
+    (line,) = re.findall(r"python train\.py (.*)", PAGE)
+    command = [item for item in shlex.split(line) if not item.startswith(("--outdir", "--data"))]
+    command += [f"--outdir={tmp_path}", f"--data={shapes_zip}", "--z-dim=16", "--w-dim=16", "--cmax=8", "--tick=0.016"]
+    command += ["--pl-weight=2", "--pl-interval=1", "--snap=1", "--metrics=none", "--device=cpu", "--workers=0"]
+    for kimg in ("0.016", "0.032"):
+        result = CliRunner().invoke(train.main, [*command, f"--kimg={kimg}", "--resume=latest"])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    (run_dir,) = tmp_path.glob("0*")
+    assert run_dir.name == "00000-shapes-tiny-film-gpus1-batch8"
+    snapshot = run_dir / "network-snapshot-000000.pkl"
+    loaded = load_network(snapshot)
+    assert loaded.kimg == 0.032
+    assert loaded.config.generator == film.FilmConfig(z_dim=16, w_dim=16, base=(8, 8), resolutions=3)
+
+    arguments = [f"--network={snapshot}", "--seeds=0-1", f"--outdir={tmp_path / 'out'}", "--device=cpu"]
+    result = CliRunner().invoke(generate.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "seed0001.png").exists()
+
+
+def test_flags_of_other_families_are_refused(film: ModuleType, shapes_zip: Path) -> None:
+    result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--gen=film", "--depth=8", "-n"])
+    assert result.exit_code == 2
+    assert "--depth=8: is no setting of the family film; styleformer, styleformer-c can take it" in result.stderr
+
+
+def test_what_the_page_says_of_the_network_is_true(film: ModuleType) -> None:
+    """Reduced precision, recomputation and the second derivative."""
+    torch.manual_seed(0)
+    G, z = film.FilmConfig(z_dim=8, w_dim=8, width=16).build(), torch.randn(2, 8)
+    exact = G(z, None)
+    with execution.using(reduced=torch.bfloat16):
+        assert 0 < (G(z, None) - exact).std() < 0.05 * exact.std()
+    with execution.using(recompute=True):
+        assert torch.equal(G(z, None), exact)
+
+    block = film.FilmBlock(film.FilmConfig(w_dim=2, width=2)).double()
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 2, 3, 3), (1, 2)))
+    assert torch.autograd.gradgradcheck(block, (x, w))
+
+
+def test_the_example_is_as_short_as_is_said() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 60
+    assert all(len(line) <= 120 for line in lines)

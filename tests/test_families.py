@@ -1,0 +1,165 @@
+"""Generator families are chosen by name: options, presets, refusals, and a short training of each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import dataset_tool
+import generate
+import train
+from dnnlib.config import ConfigError, from_json, override, to_json
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.networks import GENERATORS
+from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config
+from training.snapshot import load_network
+
+# Options of train.py that make each family tiny, for 32x32 images; test_train_cli.py has the Styleformer's.
+TINY = {
+    "stylegan2": ["--g-cmax=16", "--g-cbase=256"],
+    "styleformer-c": ["--handover=16", "--g_dict=16,16", "--num_layers=1,2", "--g-cmax=8"],
+}
+COMMON = ["--cfg=tiny", "--cbase=256", "--cmax=16", "--workers=0", "--batch=8", "--metrics=none", "--device=cpu"]
+COMMON += ["--kimg=0.032", "--tick=0.016", "--snap=1", "--pl-weight=2", "--pl-interval=2", "--r1-interval=2"]
+
+
+def about(resolution: int) -> Circumstances:
+    return Circumstances(img_shape=(3, resolution, resolution), c_dim=0)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(train.main, [str(argument) for argument in arguments])
+
+
+def run_ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result.stdout
+
+
+def plan(data: Path, *arguments: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(run_ok("--outdir=x", f"--data={data}", "--device=cpu", "-n", *arguments))
+    return loaded
+
+
+def test_cifar_with_stylegan2_is_the_published_model(shapes_zip: Path) -> None:
+    for arguments in (["--cfg=cifar-stylegan2"], ["--cfg=cifar", "--gen=stylegan2"]):
+        assert plan(shapes_zip, *arguments)["parameters"] == {"G": 19_947_539, "D": 20_720_641}
+
+
+@pytest.mark.parametrize(
+    ("preset", "resolution", "parameters"),
+    [
+        ("stylegan2", 128, 29_328_669),
+        ("paper256", 256, 24_767_458),
+        ("paper1024", 1024, 30_370_060),
+    ],
+)
+def test_presets_of_stylegan2_have_its_generator(preset: str, resolution: int, parameters: int) -> None:
+    config = resolve(PRESETS[preset], about(resolution))
+    with torch.device("meta"):
+        G = config.generator.build()
+    assert sum(p.numel() for p in G.parameters()) == parameters
+
+
+@pytest.mark.parametrize("preset", ["stylegan2", "paper256", "paper512", "paper1024"])
+def test_the_same_presets_with_a_styleformer(preset: str) -> None:
+    config = override(PRESETS[preset], {"generator.family": "styleformer"})
+    assert config.generator == StyleformerConfig(widths=(), layers=(), linformer=None, mapping_layers=8)
+    assert config.preset == preset
+    resolved = resolve(config, about(64)).generator
+    assert isinstance(resolved, StyleformerConfig)
+    assert (resolved.widths, resolved.layers, resolved.linformer) == ((512, 256, 128, 64), (1, 2, 1, 1), True)
+
+
+@pytest.mark.parametrize("preset", ["auto", "cifar", "tiny"])
+def test_other_presets_stay_styleformers(preset: str) -> None:
+    assert type(PRESETS[preset].generator) is StyleformerConfig
+
+
+def test_another_family_keeps_what_the_families_share() -> None:
+    config = override(PRESETS["tiny"], {"generator.family": "stylegan2", "generator.w_dim": 32})
+    assert config.generator == StyleGAN2Config(z_dim=64, w_dim=32, resolutions=None, channel_base=0)
+    assert override(PRESETS["tiny"], {"generator.family": "styleformer"}) == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("family", GENERATORS)
+def test_every_family_survives_json(family: str) -> None:
+    config = resolve(override(PRESETS["auto"], {"generator.family": family}), about(64))
+    data = json.loads(json.dumps(to_json(config)))
+    assert data["generator"]["family"] == family
+    assert from_json(TrainConfig, data) == config
+
+
+def test_unknown_families_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"generator\.family='biggan'.*styleformer, stylegan2"):
+        override(PRESETS["auto"], {"generator.family": "biggan"})
+    with pytest.raises(ConfigError, match=r"generator\.wdth=3: .*, which has z_dim"):
+        override(PRESETS["auto"], {"generator.wdth": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gen=stylegan2", "--g_dict=32,16"], "--g_dict=32,16: is no setting of the family stylegan2; styleformer"),
+        (["--cfg=paper256", "--linformer"], "--linformer=True: is no setting of the family stylegan2"),
+        (["--cfg=cifar", "--g-arch=skip"], "--g-arch=skip: is no setting of the family styleformer; stylegan2"),
+        (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
+        (["--gen=stylegan2", "--handover=16"], "--handover=16: is no setting of the family stylegan2; styleformer-c"),
+        (["--gen=styleformer-c"], "--handover=32: is no grid below 32x32 that base=(8, 8) comes by; what is: 8, 16"),
+        (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
+        (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
+        (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),
+        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel for images of 32"),
+        (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
+        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel for images of 32x32"),
+        (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at img_size=(32, 32)"),
+    ],
+)
+def test_flags_that_the_family_cannot_take_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:
+    result = run("--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: Path, family: str) -> None:
+    common = [f"--data={shapes_zip}", f"--gen={family}", *COMMON, *TINY[family]]
+    run_ok(f"--outdir={tmp_path / 'whole'}", *common)
+    run_ok(f"--outdir={tmp_path / 'parts'}", *common, "--kimg=0.016")
+    run_ok(f"--outdir={tmp_path / 'parts'}", *common, "--resume=latest")
+    (whole,), (parts,) = ([*(tmp_path / name).iterdir()] for name in ("whole", "parts"))
+    assert whole.name.startswith(f"00000-shapes-tiny-{family}-")
+    trained, resumed = (load_network(path / "network-snapshot-000000.pkl") for path in (whole, parts))
+    assert type(trained.config.generator) is GENERATORS[family]
+    assert trained.kimg == resumed.kimg == 0.032
+    for a, b in zip(trained.G_ema.parameters(), resumed.G_ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = [json.loads(line) for line in (whole / "stats.jsonl").read_text().splitlines()]
+    for name in ("Loss/G/loss", "Loss/D/loss", "Loss/G/reg", "Loss/D/reg"):
+        assert lines[-1][name]["mean"] is not None
+
+    arguments = [f"--network={whole / 'network-snapshot-000000.pkl'}", "--seeds=0-2", f"--outdir={tmp_path / 'out'}"]
+    result = CliRunner().invoke(generate.main, [*arguments, "--device=cpu", "--trunc=0.5"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "seed0002.png").exists()
+
+
+def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
+    data = tmp_path / "scenes.zip"
+    make = ["--source=shapes", f"--dest={data}", "--max-images=16", "--width=128", "--height=128", "--workers=1"]
+    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    options = ["--cfg=styleformer-c256", "--g_dict=16,16,16", "--num_layers=1,1,1", "--g-cmax=8", "--cmax=8"]
+    options += ["--z-dim=32", "--w-dim=32", "--batch=4", "--mbstd=4", "--kimg=0.008", "--metrics=none"]
+    options += ["--workers=0", "--device=cpu"]
+    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *options)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name == "00000-scenes-styleformer-c256-gpus1-batch4"
+    G = load_network(run_dir / "network-snapshot-000000.pkl").G_ema
+    assert G.img_shape == (3, 128, 128)
+    assert torch.isfinite(G(torch.randn(2, 32), None)).all()

@@ -1,0 +1,178 @@
+"""What all generators share: the configuration of latents and mapping network, and mapping and synthesis as one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError, field_names
+from training.networks.layers import require_at_least, require_size
+from training.networks.mapping import MappingNetwork
+
+NoiseMode = Literal["const", "random", "none"]
+Grid = tuple[int, int]  # (height, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(ABC):
+    """The part of a generator's configuration that all families share.
+
+    `conv_clamp` bounds activations; None is no clamp. A family adds its own fields. Some of them may be open, to be
+    chosen from the data by `fit`; a configuration with open fields cannot be built.
+    """
+
+    z_dim: int = 512
+    c_dim: int = 0
+    w_dim: int = 512
+    mapping_layers: int = 2
+    img_channels: int = 3
+    conv_clamp: float | None = 256.0
+
+    OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "z_dim", "w_dim", "mapping_layers", "img_channels")
+        require_at_least(self, 0, "c_dim")
+        if self.conv_clamp is not None and self.conv_clamp <= 0:
+            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
+
+    @classmethod
+    def in_place_of(cls, other: GeneratorConfig) -> Self:
+        """Return this family with the shared fields of `other`, and open where it can be."""
+        return cls(**{name: getattr(other, name) for name in field_names(GeneratorConfig)}, **cls.OPEN)
+
+    @property
+    def folder_words(self) -> tuple[str, ...]:
+        """Words that tell a run's folder from others with the same preset."""
+        return ()
+
+    @property
+    @abstractmethod
+    def img_size(self) -> Grid:
+        """(height, width) of the images. Raises ConfigError while it is open."""
+
+    @property
+    @abstractmethod
+    def num_ws(self) -> int:
+        """How many styles the synthesis network reads."""
+
+    @abstractmethod
+    def fit(self, height: int, width: int) -> Self:
+        """Return the configuration with all that is open chosen for images of this size.
+
+        Raises ConfigError, naming what would fit, when this generator cannot make them.
+        """
+
+    @abstractmethod
+    def build(self) -> Generator:
+        """A generator with weights from torch's global random generator. Raises ConfigError while fields are open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoublingConfig(GeneratorConfig):
+    """A generator whose grid doubles from resolution to resolution: images of base * 2^(resolutions - 1) pixels.
+
+    `resolutions` None stands for a choice that is still to be made.
+    """
+
+    base: Grid = (4, 4)
+    resolutions: int | None = 4
+
+    OPEN: ClassVar[Mapping[str, Any]] = {"resolutions": None}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_size(self, "base")
+        if self.resolutions is not None:
+            require_at_least(self, 1, "resolutions")
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(height, width) of every resolution, from the base up. Raises ConfigError while `resolutions` is open."""
+        if self.resolutions is None:
+            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
+        return doubled_grids(self.base, self.resolutions)
+
+    @property
+    def img_size(self) -> Grid:
+        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
+        return self.grids[-1]
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose the number of resolutions for images of this size. Raises ConfigError naming bases that can."""
+        return replace(self, resolutions=count_resolutions(self.base, height, width))
+
+
+class Generator(nn.Module):
+    """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1].
+
+    `synthesis` is called with ws (B, num_ws, w_dim) and a noise mode: 'const' (the same image for the same ws),
+    'random' (fresh, from torch's global generator) or 'none'.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.z_dim = config.z_dim
+        self.c_dim = config.c_dim
+        self.w_dim = config.w_dim
+        self.num_ws = config.num_ws
+        self.img_shape = (config.img_channels, *config.img_size)
+        self.mapping = MappingNetwork(
+            z_dim=config.z_dim,
+            c_dim=config.c_dim,
+            w_dim=config.w_dim,
+            num_ws=config.num_ws,
+            num_layers=config.mapping_layers,
+        )
+        self.synthesis = self.build_synthesis(config)
+
+    def build_synthesis(self, config: Any) -> nn.Module:
+        """The synthesis network of the family."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "const",
+    ) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)  # (B, num_ws, w_dim)
+        img: Tensor = self.synthesis(ws, noise_mode)
+        return img
+
+
+def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str) -> None:
+    """Raise ValueError unless ws is (B, num_ws, w_dim) and the noise mode is one."""
+    if ws.shape[1:] != (num_ws, w_dim):
+        raise ValueError(f"ws has shape {tuple(ws.shape)}, this network needs (batch, {num_ws}, {w_dim})")
+    if noise_mode not in get_args(NoiseMode):
+        raise ValueError(f"noise_mode={noise_mode!r} is not one of {', '.join(get_args(NoiseMode))}")
+
+
+def base_grids(height: int, width: int) -> list[tuple[Grid, int]]:
+    """Every (base grid, number of resolutions) that makes images of this size, from the largest grid down."""
+    halvings = math.gcd(height, width)
+    count = (halvings & -halvings).bit_length()  # 1 + how often both sides can be halved
+    return [((height >> n, width >> n), n + 1) for n in range(count)]
+
+
+def doubled_grids(base: Grid, count: int) -> tuple[Grid, ...]:
+    """(height, width) of `count` resolutions, from the base grid up."""
+    return tuple((base[0] << n, base[1] << n) for n in range(count))
+
+
+def count_resolutions(base: Grid, height: int, width: int) -> int:
+    """Return how many resolutions from `base` up make images of this size. Raises ConfigError naming bases that can."""
+    bases = dict(base_grids(height, width))
+    if base not in bases:
+        options = ", ".join(f"{h}x{w}" for h, w in bases)
+        problem = f"doubled again and again does not become {height}x{width} (height x width); what does: {options}"
+        raise ConfigError("base", base, problem)
+    return bases[base]

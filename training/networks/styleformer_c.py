@@ -1,0 +1,136 @@
+"""Styleformer-C: encoder blocks lay out the scene, StyleGAN2's convolutions paint it (Park & Kim 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError
+from training.networks import styleformer, stylegan2
+from training.networks.generator import (
+    Generator,
+    Grid,
+    NoiseMode,
+    check_synthesis_inputs,
+    count_resolutions,
+    doubled_grids,
+)
+from training.networks.layers import require_at_least, to_map
+from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import channels_on_grid, check_channel_base, default_channel_base
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleformerCConfig(StyleformerConfig):
+    """A generator of encoder blocks on grids up to `handover`, the longer side, and StyleGAN2 stages above.
+
+    `widths` and `layers` hold one number per resolution up to the hand-over, as in a Styleformer; above it a grid whose
+    longer side is R has min(channel_base // R, channel_max) channels. `resolutions` counts those of both parts. It is
+    open as None, `channel_base` as 0.
+    """
+
+    widths: tuple[int, ...] = (512, 256, 256)
+    layers: tuple[int, ...] = (1, 2, 2)
+    handover: int = 32
+    resolutions: int | None = 5
+    channel_base: int = 16384
+    channel_max: int = 512
+
+    OPEN: ClassVar[Mapping[str, Any]] = {**StyleformerConfig.OPEN, "resolutions": None, "channel_base": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "handover", "channel_max")
+        require_at_least(self, 0, "channel_base")
+        if self.widths and max(self.grids[-1]) != self.handover:
+            last, count = max(self.grids[-1]), len(self.widths)
+            problem = f"base={self.base} and {count} widths end at {last}: choose that, or another number of widths"
+            raise ConfigError("handover", self.handover, problem)
+        if self.resolutions is not None:
+            if self.resolutions <= len(self.widths):
+                problem = f"leaves none of {self.resolutions} resolutions to StyleGAN2 stages: choose a smaller one"
+                raise ConfigError("handover", self.handover, problem)
+            check_channel_base(self, self.img_size)
+
+    @property
+    def img_size(self) -> Grid:
+        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
+        if self.resolutions is None:
+            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
+        return doubled_grids(self.base, self.resolutions)[-1]
+
+    @property
+    def conv_grids(self) -> tuple[Grid, ...]:
+        """(height, width) of every resolution that has convolutions, from the one above the hand-over up."""
+        return doubled_grids(self.base, self.resolutions or 0)[len(self.widths) :]
+
+    @property
+    def num_layout_ws(self) -> int:
+        """How many styles, the first ones, the encoder blocks read; the others colour what they laid out."""
+        return sum(self.layers)
+
+    @property
+    def num_ws(self) -> int:
+        """One style per encoder block and per convolution, and one more for the last ToRGB."""
+        return self.num_layout_ws + 2 * len(self.conv_grids) + 1
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose what is open for images of this size."""
+        resolutions = count_resolutions(self.base, height, width)
+        sides = [max(grid) for grid in doubled_grids(self.base, resolutions)]
+        if self.handover not in sides[:-1]:
+            options = ", ".join(map(str, sides[:-1])) or "nothing, for want of a smaller base"
+            problem = f"is no grid below {height}x{width} that base={self.base} comes by; what is: {options}"
+            raise ConfigError("handover", self.handover, problem)
+        fitted = self._with_defaults(sides.index(self.handover) + 1, f"up to handover={self.handover}")
+        channel_base = self.channel_base or default_channel_base(max(height, width))
+        return replace(fitted, resolutions=resolutions, channel_base=channel_base)
+
+    def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The last width stays large, because the convolutions start from it."""
+        return (512, *[256] * (count - 1)), (1, *[2] * (count - 1))
+
+    def build(self) -> Generator:
+        """A generator with weights from torch's global random generator."""
+        self._require_widths()
+        if not self.channel_base:
+            raise ConfigError("channel_base", self.channel_base, "not chosen yet")
+        return StyleformerCGenerator(self)
+
+
+class SynthesisNetwork(styleformer.SynthesisNetwork):
+    """A Styleformer up to the hand-over, whose tokens become the map that StyleGAN2's stages go on from.
+
+    There is one image for both: each stage upsamples it and adds its own. Encoder blocks read ws[:, :num_layout_ws].
+    The ToRGB at the hand-over shares its style with the first convolution: it is the first that colours.
+    """
+
+    def __init__(self, config: StyleformerCConfig) -> None:
+        super().__init__(config)
+        self.num_layout_ws = config.num_layout_ws
+        self.handover = config.grids[-1]
+        channels = [config.widths[-1], *(channels_on_grid(config, grid) for grid in config.conv_grids)]
+        self.conv_stages = nn.ModuleList(
+            stylegan2.Stage(config, before, after, grid)
+            for before, after, grid in zip(channels[:-1], channels[1:], config.conv_grids, strict=True)
+        )
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
+        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
+        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+        x, rgb = self.encode(ws, noise_mode)  # (B, N, C)
+        x = to_map(x, self.handover)  # (B, C, h, w)
+        for level, stage in enumerate(self.conv_stages):
+            first = self.num_layout_ws + 2 * level
+            x, rgb = stage(x, rgb, ws[:, first : first + 3], noise_mode)
+        return rgb
+
+
+class StyleformerCGenerator(Generator):
+    """Mapping and Styleformer-C synthesis."""
+
+    def build_synthesis(self, config: StyleformerCConfig) -> SynthesisNetwork:
+        return SynthesisNetwork(config)

@@ -1,0 +1,308 @@
+"""The StyleGAN2 generator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnnlib.config import ConfigError
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.upfirdn2d import upfirdn2d, upsample2d
+from training.networks import execution, winograd
+from training.networks.generator import (
+    DoublingConfig,
+    Generator,
+    GeneratorConfig,
+    Grid,
+    NoiseMode,
+    check_synthesis_inputs,
+)
+from training.networks.layers import (
+    ACTIVATION_GAINS,
+    FullyConnected,
+    limit_rows,
+    require_at_least,
+    resample_filter,
+)
+
+Architecture = Literal["orig", "skip", "resnet"]
+
+
+def default_channel_base(resolution: int) -> int:
+    """Channels times resolution where a configuration leaves it open (StyleGAN2-ADA's `auto`)."""
+    return 32768 if resolution >= 512 else 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleGAN2Config(DoublingConfig):
+    """A StyleGAN2 generator for images of base * 2^(resolutions - 1) pixels.
+
+    A grid whose longer side is R has min(channel_base // R, channel_max) channels. 'skip' adds up an image from every
+    resolution; 'resnet' and 'orig' read it from the last one, 'resnet' with a linear shortcut around each pair of
+    convolutions. `resolutions` None and `channel_base` 0 stand for choices that are still to be made.
+    """
+
+    architecture: Architecture = "skip"
+    channel_base: int = 32768
+    channel_max: int = 512
+
+    OPEN: ClassVar[Mapping[str, Any]] = {**DoublingConfig.OPEN, "channel_base": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "channel_max")
+        require_at_least(self, 0, "channel_base")
+        if self.resolutions is not None:
+            check_channel_base(self, self.img_size)
+        if self.architecture not in get_args(Architecture):
+            raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
+
+    @property
+    def num_ws(self) -> int:
+        """One style per convolution, one for the base grid and two above, and one more for the last ToRGB."""
+        return 2 * len(self.grids)
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose the number of resolutions, and the channels if they are open, for images of this size."""
+        channel_base = self.channel_base or default_channel_base(max(height, width))
+        return replace(super().fit(height, width), channel_base=channel_base)
+
+    def build(self) -> StyleGAN2Generator:
+        """A generator with weights from torch's global random generator."""
+        if not self.channel_base:
+            raise ConfigError("channel_base", self.channel_base, "not chosen yet")
+        return StyleGAN2Generator(self)
+
+
+def channels_on_grid(config: Any, grid: Grid) -> int:
+    """How many channels `channel_base` and `channel_max` give a grid."""
+    channels: int = min(config.channel_base // max(grid), config.channel_max)
+    return channels
+
+
+def check_channel_base(config: Any, img_size: Grid) -> None:
+    """Raise ConfigError when `channel_base`, if chosen, leaves a grid of this size without channels."""
+    if 0 < config.channel_base < max(img_size):
+        problem = f"leaves no channel for images of {img_size[0]}x{img_size[1]}: must be at least {max(img_size)}"
+        raise ConfigError("channel_base", config.channel_base, problem)
+
+
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, *, up_filter: Tensor | None = None, fused: bool = False
+) -> Tensor:
+    """Convolution whose weights are modulated by the style of each image and demodulated; plus noise.
+
+        W'_boikl = s_bi W_oikl,   W''_boikl = W'_boikl (sum_ikl W'_boikl^2 + 1e-8)^(-1/2)        StyleGAN2, section 2.2
+
+    x (B, I, H, W), weight (O, I, k, k), style (B, I) -> (B, O, H, W) of x's type; styles and demodulation in the type
+    of `style`. With `up_filter` the convolution is transposed, y[2i + k, 2j + l] += W''_kl x[i, j], and filtered: then
+    the output is (B, O, 2H, 2W). `noise` must broadcast to the output.
+
+    By default inputs and outputs are scaled instead of the weights, so that all images share one convolution. `fused`
+    takes the definition at its word: weights per image, and a convolution with a group for each. It is the slower form
+    on a CPU, but makes no scaled copy of x.
+    """
+    if x.dtype == torch.float16:  # its largest number is 65,504; the demodulation undoes these scalings
+        weight = limit_rows(weight.flatten(1)).view_as(weight) / math.sqrt(weight[0].numel())
+        style = limit_rows(style)
+    gain = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # (B, O)
+    if fused:
+        weights = weight * style[:, None, :, None, None] * gain[:, :, None, None, None]  # (B, O, I, k, k)
+        y = _convolve(x.flatten(0, 1).unsqueeze(0), weights.flatten(0, 1).to(x.dtype), len(x), up_filter)
+        return y.unflatten(1, (len(x), -1)).squeeze(0) + noise
+
+    y = _convolve(x * style[:, :, None, None].to(x.dtype), weight.to(x.dtype), 1, up_filter)
+    return torch.addcmul(noise, y, gain[:, :, None, None].to(x.dtype))
+
+
+def _convolve(x: Tensor, weight: Tensor, groups: int, up_filter: Tensor | None) -> Tensor:
+    """Correlate x (B, groups I, H, W) with weight (groups O, I, k, k), or transpose that with stride 2 and filter."""
+    if up_filter is not None:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (groups I, O, k, k)
+        x = F.conv_transpose2d(x, weight, stride=2, groups=groups)  # (B, groups O, 2H + 1, 2W + 1)
+        return upfirdn2d(x, up_filter, padding=1, gain=4)
+    if groups == 1 and winograd.pays(x, weight):
+        return winograd.conv3x3(x, weight)
+    return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=groups)
+
+
+class ModulatedConv(nn.Module):
+    """A layer of the synthesis network: modulated 3x3 convolution, noise, bias, leaky ReLU with gain sqrt(2), clamp.
+
+    `gain` multiplies the output and the clamp. up=2 doubles the grid of the input; `grid` is that of the output.
+    """
+
+    noise_const: Tensor
+    up_filter: Tensor
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        in_channels: int,
+        out_channels: int,
+        grid: Grid,
+        *,
+        up: Literal[1, 2] = 1,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.up = up
+        self.gain = ACTIVATION_GAINS["lrelu"] * gain
+        self.clamp = None if config.conv_clamp is None else config.conv_clamp * gain
+        self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("noise_const", torch.randn(*grid))
+        self.register_buffer("up_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
+        """x (B, C, H, W), w (B, w_dim) -> (B, C_out, up H, up W), computed in x's type."""
+        noise = self._noise(len(x), noise_mode).to(x.dtype)
+        up_filter = self.up_filter if self.up == 2 else None
+        x = modulated_conv2d(x, self.weight, self.affine(w), noise, up_filter=up_filter)
+        return bias_act(x, self.bias, act="lrelu", gain=self.gain, clamp=self.clamp)
+
+    def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
+        """Noise (B or 1, 1, H, W), the same for all channels of a pixel."""
+        noise = self.noise_const[None, None]
+        if mode == "none":
+            return torch.zeros_like(noise)
+        if mode == "random":
+            noise = torch.randn(batch, 1, *self.noise_const.shape, dtype=noise.dtype, device=noise.device)
+        return noise * self.noise_strength
+
+
+class ToRGB(nn.Module):
+    """Modulated, not demodulated, linear map from channels to image channels, with clamp.
+
+    y_o = clamp(sum_i W_oi s_i x_i + b_o),   s = affine(w) / sqrt(C)
+    """
+
+    def __init__(self, config: GeneratorConfig, channels: int) -> None:
+        super().__init__()
+        self.clamp = config.conv_clamp
+        self.affine = FullyConnected(config.w_dim, channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(config.img_channels, channels))
+        self.bias = nn.Parameter(torch.zeros(config.img_channels))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x (B, C, H, W), w (B, w_dim) -> (B, img_channels, H, W), in float32 whatever x's type."""
+        x = execution.full_precision(x)
+        # With so few outputs, weights per image are far smaller than a modulated copy of x.
+        weight = self.weight * (self.affine(w) / math.sqrt(x.shape[1])).unsqueeze(1)  # (B, img_channels, C)
+        y = (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return bias_act(y, self.bias, clamp=self.clamp)
+
+
+class Shortcut(nn.Module):
+    """The linear way around two convolutions in 'resnet': 1x1 convolution, upsampling, gain sqrt(1/2)."""
+
+    up_filter: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight_gain = math.sqrt(0.5 / in_channels)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.register_buffer("up_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A pointwise convolution commutes with the upsampling: do it on the smaller grid.
+        return upsample2d(F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
+
+
+class Stage(nn.Module):
+    """All that happens at one resolution: two convolutions, the first of which doubles the grid, and ToRGB.
+
+    `in_channels` None: the first stage, which starts from a constant and has one convolution.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        in_channels: int | None,
+        channels: int,
+        grid: Grid,
+        *,
+        has_torgb: bool = True,
+        has_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.shortcut = None
+        layers = []
+        gain = 1.0
+        if in_channels is not None:
+            layers.append(ModulatedConv(config, in_channels, channels, grid, up=2))
+            if has_shortcut:
+                self.shortcut = Shortcut(in_channels, channels)
+                gain = math.sqrt(0.5)  # both branches of the sum carry it, which keeps its variance
+        layers.append(ModulatedConv(config, channels, channels, grid, gain=gain))
+        self.convs = nn.ModuleList(layers)
+        self.torgb = ToRGB(config, channels) if has_torgb else None
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor | None]:
+        """x and rgb (None: none yet) at half this resolution, ws (B, number of convs + 1, w_dim) -> x, rgb."""
+        x = execution.run_block(self._features, execution.cast(x, self.grid), ws, noise_mode)  # (B, C, H, W)
+        if self.torgb is None:
+            return x, rgb
+        y: Tensor = self.torgb(x, ws[:, -1])  # (B, img_channels, H, W)
+        return x, y if rgb is None else upsample2d(rgb, self.resample_filter) + y
+
+    def _features(self, x: Tensor, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
+        y = x
+        for conv, w in zip(self.convs, ws.unbind(dim=1), strict=False):
+            y = conv(y, w, noise_mode)
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+class SynthesisNetwork(nn.Module):
+    """From a learned constant on the base grid to the image, one stage per resolution.
+
+    Convolution i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first.
+    """
+
+    def __init__(self, config: StyleGAN2Config) -> None:
+        super().__init__()
+        self.num_ws, self.w_dim = config.num_ws, config.w_dim
+        grids = config.grids
+        channels = [channels_on_grid(config, grid) for grid in grids]
+        self.const = nn.Parameter(torch.randn(channels[0], *config.base))
+        self.stages = nn.ModuleList(
+            Stage(
+                config,
+                before,
+                after,
+                grid,
+                has_torgb=config.architecture == "skip" or grid == grids[-1],
+                has_shortcut=config.architecture == "resnet",
+            )
+            for before, after, grid in zip([None, *channels], channels, grids, strict=False)
+        )
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
+        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
+        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+        x = self.const.expand(len(ws), -1, -1, -1)  # (B, C, h, w)
+        rgb = None
+        for level, stage in enumerate(self.stages):
+            first = max(2 * level - 1, 0)  # the first stage has one convolution, the others two
+            x, rgb = stage(x, rgb, ws[:, first : 2 * level + 2], noise_mode)
+        assert rgb is not None
+        return rgb
+
+
+class StyleGAN2Generator(Generator):
+    """Mapping and StyleGAN2 synthesis."""
+
+    def build_synthesis(self, config: StyleGAN2Config) -> SynthesisNetwork:
+        return SynthesisNetwork(config)
