@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import dnnlib
-from dnnlib.config import UserError
+from dnnlib.config import UserError, WriteError
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import Want, statistics_of
 from metrics.sampling import Images, MetricContext
@@ -292,14 +292,14 @@ def is_best(result: MetricResult, folder: Path) -> bool:
 def append_result(folder: Path, record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`. Call it on the main process only.
 
-    Raises UserError when the file cannot be written.
+    Raises WriteError when the file cannot be written.
     """
     path = folder / f"metric-{record['metric']}.jsonl"
     try:
         with path.open("a") as file:
             file.write(to_line(record) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: the result cannot be appended ({error.strerror})") from None
+        raise WriteError(f"{path}: the result cannot be appended ({error.strerror})") from None
 
 
 def to_line(record: dict[str, Any]) -> str:
