@@ -15,7 +15,7 @@ import torch
 import dnnlib.cli
 import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
-from dnnlib.config import ConfigError, override, to_json
+from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
@@ -24,10 +24,12 @@ from metrics.report import Progress
 from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
+from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import GENERATORS
+from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
 # fmt: off
@@ -41,6 +43,7 @@ OPTIONS = (
     option("--resume", field=None, metavar="latest|DIR|PKL",
            help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or "
                 "start from the weights of a snapshot (transfer learning)."),
+    switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
            help="Print the resolved options and parameter counts; write nothing."),
@@ -51,6 +54,8 @@ OPTIONS = (
     option("--holdout", field="data.holdout", type=int, metavar="INT",
            help="Leave out so many images and log how D tells them from those it was trained with. [0]"),
     switch("--mirror", field="data.mirror", help="Also show every image flipped left to right."),
+    option("--timeout", field="run.timeout", type=float, metavar="SEC",
+           help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
            help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
     # How long and how loud
@@ -68,6 +73,9 @@ OPTIONS = (
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
+    option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
+    option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
+           help="Keep one every so many kimg for ever. [none]"),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
            help="Write a Chrome trace of so many steps."),
     # Training
@@ -102,7 +110,7 @@ OPTIONS = (
            help=f"Family: {', '.join(GENERATORS)}. [the preset's; most have {next(iter(GENERATORS))}]"),
     option("--g_dict", field="generator.widths", type=IntList(), help="Hidden size per resolution, lowest first."),
     option("--num_layers", field="generator.layers", type=IntList(), help="Encoder blocks per resolution."),
-    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 4, 8 or 8x12."),
+    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 8 or 8x12."),
     option("--depth", field="generator.depth", type=int, metavar="INT", help="Channels per attention head. [32]"),
     option("--minimum_head", field="generator.minimum_head", type=int, metavar="INT",
            help="Least number of heads. [1]"),
@@ -147,6 +155,7 @@ OPTIONS = (
     switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
+    switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
     switch("--nobench", field=None, help="Do not let cuDNN try out its algorithms."),
 )
 # fmt: on
@@ -176,7 +185,14 @@ def main(context: click.Context, **options: Any) -> None:
         has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
     outdir = Path(options["outdir"])
-    request = runs.Request(outdir=outdir, resume=options["resume"], plain=plain, transfer=transfer, about=about)
+    request = runs.Request(
+        outdir=outdir,
+        resume=options["resume"],
+        override=bool(options["override"]),
+        plain=plain,
+        transfer=transfer,
+        about=about,
+    )
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
@@ -191,12 +207,21 @@ def main(context: click.Context, **options: Any) -> None:
         if is_first:
             _print_plan(config, dataset)
         return
-    distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type)
+    distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
 
 
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
+    with Signals() as signals:
+        is_stopped = _train(request, signals)
+        distributed.barrier()  # or the launcher would end the others when the first has gone
+    if is_stopped:
+        raise SystemExit(EXIT_STOPPED)
+
+
+def _train(request: runs.Request, signals: Signals) -> bool:
+    """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request))
     config = start.config
     device = distributed.choose_device(config.run.device)
@@ -205,17 +230,35 @@ def train_worker(request: runs.Request) -> None:
     dataset = ImageDataset(config.data)
     trainer = Trainer(config, dataset, device)
     origin = runs.load(trainer, start)
+    trainer.synchronise()
     run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():
             print(_describe(trainer))
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        trainer.hooks = build_hooks(trainer, run_dir)
-        trainer.train()
-        _say(f"Done: {run_dir}")
+        saver = Saver(run_dir, config.run)
+        trainer.hooks = [*build_hooks(trainer, run_dir, saver), hooks.Requests(saver, signals)]
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            raise UserError(_too_large(config)) from None
+        distributed.from_main(saver.finish)
+        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+    return trainer.is_stopped
 
 
-def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
+def _too_large(config: TrainConfig) -> str:
+    """What to do when the GPU's memory is not enough."""
+    assert config.run.batch_gpu is not None
+    smaller = (
+        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
+    )
+    smaller += [] if config.run.recompute else ["--grad-checkpoint"]
+    smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
+    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
+
+
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
@@ -227,7 +270,7 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
             chain.append(board)
         except ImportError:
             _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(run_dir, run.snapshot_ticks)]
+    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     setup = read_detectors(run.detectors)
@@ -235,12 +278,12 @@ def build_hooks(trainer: Trainer, run_dir: Path) -> list[Any]:
     schedule = [(run.metrics_every or run.snapshot_ticks, names), (1, run.tick_metrics)]
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
-        evaluate = _evaluator(trainer, run_dir, setup, main_metric)
+        evaluate = _evaluator(trainer, saver, setup, main_metric)
         chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, board))
     return chain
 
 
-def _evaluator(trainer: Trainer, run_dir: Path, setup: DetectorSetup, main_metric: str) -> hooks.Evaluate:
+def _evaluator(trainer: Trainer, saver: Saver, setup: DetectorSetup, main_metric: str) -> hooks.Evaluate:
     """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
     data = trainer.config.data
     whole = replace(data, max_images=None, holdout=0)  # as published: all reals, even if it trains on fewer
@@ -265,12 +308,16 @@ def _evaluator(trainer: Trainer, run_dir: Path, setup: DetectorSetup, main_metri
         for result in metrics.registry.compute_all(names, context):
             values |= result.results
             if distributed.is_main():
+                written = saver.settled(snapshot)
                 record = metrics.registry.result_to_json(
-                    result, snapshot=snapshot, kimg=kimg, data=data.path, images=images, mirror=data.mirror
+                    result, snapshot=written, kimg=kimg, data=data.path, images=images, mirror=data.mirror
                 )
-                if result.metric == main_metric and is_best(record, run_dir, higher_is_better=higher_is_better):
-                    keep(main_metric)
-                metrics.registry.append_result(run_dir, record)
+                with hooks.going_on():
+                    if result.metric == main_metric and is_best(
+                        record, saver.run_dir, higher_is_better=higher_is_better
+                    ):
+                        keep(main_metric)
+                    metrics.registry.append_result(saver.run_dir, record)
                 _say(_describe_result(result, kimg))
         return values
 

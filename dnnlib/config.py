@@ -24,6 +24,10 @@ class UserError(ValueError):
     """Something that the user gave cannot be used; the message names it, its value and the remedy."""
 
 
+class WriteError(UserError):
+    """A file could not be written; what was there before is intact."""
+
+
 class ConfigError(UserError):
     """A configuration field holds a value that cannot work.
 

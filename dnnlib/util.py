@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from dnnlib.config import UserError
+from dnnlib.config import UserError, WriteError
 
 
 def format_time(seconds: float) -> str:
@@ -35,18 +36,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises UserError when it cannot be written."""
+    """Add a line to a text file. Raises WriteError when it cannot be written."""
     try:
         with path.open("a") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 class TeeLog:
     """While active, everything printed to stdout and stderr also goes to a file, except lines that '\\r' redraws.
 
-    The file ends with the error, if one ended the block.
+    The file ends with the error, if one ended the block. What the disk has no room for is on the screen only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,11 +62,13 @@ class TeeLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.stdout, sys.stderr = self.streams
-        if isinstance(error, UserError):
-            self.file.write(f"Error: {error}\n")
-        elif error is not None:
-            self.file.write("".join(traceback.format_exception(error)))
-        self.file.close()
+        with suppress(OSError):
+            if isinstance(error, UserError):
+                self.file.write(f"Error: {error}\n")
+            elif error is not None:
+                self.file.write("".join(traceback.format_exception(error)))
+        with suppress(OSError):
+            self.file.close()
 
 
 class _Tee:
@@ -74,7 +77,8 @@ class _Tee:
 
     def write(self, text: str) -> int:
         if not text.startswith("\r"):
-            self.file.write(text)
+            with suppress(OSError):
+                self.file.write(text)
         return self.stream.write(text)
 
     def flush(self) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import dnnlib
-from dnnlib.config import UserError
+from dnnlib.config import UserError, WriteError
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import Want, statistics_of
 from metrics.sampling import Images, MetricContext
@@ -299,9 +299,7 @@ def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> 
     The file may also hold what calc_metrics.py made of other data, detectors or seeds.
     """
     name, value = next(iter(record["results"].items()))
-    earlier = [
-        other for other in _read_records(folder / f"metric-{record['metric']}.jsonl") if name in other["results"]
-    ]
+    earlier = _read_records(folder / f"metric-{record['metric']}.jsonl")
     others = [other["results"][name] for other in earlier if _circumstances(other) == _circumstances(record)]
     return all(value > other if higher_is_better else value < other for other in others)
 
@@ -322,14 +320,14 @@ def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
 def append_result(folder: Path, record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`. Call it on the main process only.
 
-    Raises UserError when the file cannot be written.
+    Raises WriteError when the file cannot be written.
     """
     path = folder / f"metric-{record['metric']}.jsonl"
     try:
         with path.open("a") as file:
             file.write(to_line(record) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: the result cannot be appended ({error.strerror})") from None
+        raise WriteError(f"{path}: the result cannot be appended ({error.strerror})") from None
 
 
 def to_line(record: dict[str, Any]) -> str:

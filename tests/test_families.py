@@ -163,3 +163,17 @@ def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
     G = load_network(run_dir / "network-snapshot-000000.pkl").G_ema
     assert G.img_shape == (3, 128, 128)
     assert torch.isfinite(G(torch.randn(2, 32), None)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path, family: str) -> None:
+    trained = []
+    for gpus in (1, 2):
+        outdir = tmp_path / str(gpus)
+        options = [*COMMON, *TINY[family], f"--gen={family}", "--mixing=0.9", "--batch-gpu=4", f"--gpus={gpus}"]
+        run_ok(f"--outdir={outdir}", f"--data={shapes_zip}", *options)
+        (snapshot,) = outdir.glob("*/network-snapshot-000000.pkl")
+        trained.append(load_network(snapshot).G)
+    for a, b in zip(*(G.parameters() for G in trained), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

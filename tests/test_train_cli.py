@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
 from PIL import Image
@@ -20,6 +22,7 @@ from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
 from training.networks import GENERATORS
 from training.snapshot import load_network
+from training.training_loop import Trainer
 
 SHORT = [*SMALL, "--kimg=0.064", "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]
 
@@ -46,7 +49,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
     """Options default to None (the preset decides), and their fields exist, those of a generator in some family."""
-    scripted = {"outdir", "cfg", "resume", "dry_run", "fp32", "nobench", "help"}
+    scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
     given = train.main.make_context("train.py", []).params
     found: set[str] = set()
     wanted: set[str] = set()
@@ -131,6 +134,8 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert ticks[1]["Loss/scores/real"]["num"] == 32
     metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
+    written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
+    assert metrics[-1]["snapshot_sha256"] == written  # though it is written in the background
     assert "kimg 0.1" in (run_dir / "log.txt").read_text()
     with Image.open(run_dir / "reals.png") as picture:
         assert picture.size == (16 * 32, 16 * 32)
@@ -208,6 +213,8 @@ def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
+        (["--keep-last=0"], "--keep-last=0: must be positive"),
+        (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -367,3 +374,48 @@ def test_latest_prefers_the_run_of_the_asked_precision(shapes_zip: Path, tmp_pat
     assert "/00001-" in resumed()
     shutil.rmtree(next(tmp_path.glob("00001-*")))
     assert "/00002-" in resumed()
+
+
+def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_path: Path) -> None:
+    """Learning rates and a fixed p are in the training state as well: the options win."""
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--aug=fixed"]
+    run_ok(*common, "--p=0.25", "--kimg=0.016")
+    (run_dir,) = run_dirs(tmp_path)
+    other = ["--p=0.5", "--glr=0.003", "--gamma=2"]
+    plain = run(*common, *other, "--kimg=0.016", "--resume=latest")
+    assert plain.exit_code == 0
+    assert f"so a new one starts. --override goes on with {run_dir}" in plain.stderr
+    assert "g_optimizer.lr: 0.001 -> 0.003" in plain.stderr
+    shutil.rmtree(run_dirs(tmp_path)[1])
+    refused = run(*common, *other, f"--resume={run_dir}")
+    assert refused.exit_code == 2
+    for line in ("augment.p: 0.25 -> 0.5", "g_optimizer.lr: 0.001 -> 0.003", "loss.r1_gamma: 0.5 -> 2.0"):
+        assert line in refused.stderr
+
+    for resume, kimg in (("latest", 0.032), (run_dir, 0.048)):
+        told = run(*common, *other, f"--kimg={kimg}", f"--resume={resume}", "--override")
+        assert told.exit_code == 0, told.output
+    assert run_dirs(tmp_path) == [run_dir]
+    state = last_state(run_dir)
+    assert state["state"]["nimg"] == 48
+    assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
+    assert float(state["ada"]["p"]) == 0.5
+    assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
+    for misfit in ("--cbase=512", "--freezed=2"):
+        refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
+        assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
+
+
+def test_out_of_memory_is_answered_with_the_flags_that_help(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "run_phase", too_much)
+    result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: out of GPU memory with --batch-gpu=16: choose --batch-gpu=8, --grad-checkpoint, "
+        "--linformer (another network)"
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,16 @@ import pytest
 import torch
 from conftest import small_config
 
-from dnnlib.config import UserError
+from dnnlib.config import ConfigError, UserError
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.stats import Stats
 from training import runs
-from training.config import TrainConfig
+from training.config import Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase
-from training.training_loop import Trainer
+from training.training_loop import Trainer, set_arithmetic
 
 # All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
 EVERYTHING = {
@@ -35,7 +38,7 @@ EVERYTHING = {
 
 
 def everything(data: Path, **changes: object) -> TrainConfig:
-    return small_config(data, **{name.replace(".", "__"): value for name, value in EVERYTHING.items()}, **changes)
+    return small_config(data, **{name.replace(".", "__"): value for name, value in EVERYTHING.items()} | changes)
 
 
 def new_trainer(config: TrainConfig) -> Trainer:
@@ -321,3 +324,52 @@ def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path
     assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(trainer))
     train_steps(again, 1)
     assert all(x.isfinite().all() for x in again.G.state_dict().values())
+
+
+@pytest.fixture
+def _default_arithmetic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_default_arithmetic")
+def test_all_of_training_has_deterministic_algorithms(shapes_zip: Path) -> None:
+    """On a CPU; the next test asks a GPU."""
+    config = everything(shapes_zip, run__deterministic=True)
+    set_arithmetic(config)
+    assert torch.are_deterministic_algorithms_enabled()
+    train_steps(new_trainer(config), 1)
+    set_arithmetic(everything(shapes_zip))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("pipe", "is_refused"), [("bgc", True), ("filter", True), ("blit", True), ("color", False)])
+def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(
+    shapes_zip: Path, pipe: str, is_refused: bool
+) -> None:
+    config = small_config(shapes_zip, augment__pipe=pipe, run__deterministic=True)
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
+        resolve(config, about)
+    resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_default_arithmetic")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
+    shapes_zip: Path, tmp_path: Path, precision: str
+) -> None:
+    config = everything(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
+    set_arithmetic(config)
+
+    def trainer() -> Trainer:
+        return Trainer(config, ImageDataset(config.data), torch.device("cuda"))
+
+    straight, first, second = trainer(), trainer(), trainer()
+    train_steps(straight, 10)
+    train_steps(first, 5)
+    first.save(tmp_path / "state.pt")
+    second.resume(tmp_path / "state.pt")
+    train_steps(second, 5)
+    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import dnnlib
-from dnnlib.config import UserError
+from dnnlib.config import UserError, WriteError
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -57,8 +57,21 @@ class Checkpoint:
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write all parts, and `extra` plain values beside them."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(path, self.FORMAT, self.VERSION, {"parts": state, **extra})
+        self.write(path, self.capture(**extra))
+
+    def capture(self, **extra: Any) -> dict[str, Any]:
+        """Return a copy of all parts as they are now, to be written while they change."""
+        parts: dict[str, Any] = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()})
+        return {"parts": parts, **extra}
+
+    @classmethod
+    def write(cls, path: Path, payload: dict[str, Any]) -> None:
+        """Write what `capture` returned. Raises WriteError."""
+        write_file(path, cls.FORMAT, cls.VERSION, payload)
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a number per part that is equal where all its bits are: the sums of its tensors' bit patterns."""
+        return {name: _sum_of_bits(part.state_dict()) for name, part in self.parts.items()}
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore all parts from a file and return its payload. Raises UserError naming the file if it is unfit.
@@ -73,13 +86,27 @@ class Checkpoint:
             if isinstance(part, nn.Module) and _shapes(part.state_dict()) != _shapes(saved[name]):
                 raise UserError(f"{path}: the tensors of {name} do not fit; it was trained with other options")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            try:
+                part.load_state_dict(saved[name])
+            except ValueError as error:  # of an optimizer for other parameters
+                raise UserError(f"{path}: {name} does not fit ({error}); it was trained with other options") from None
         return payload
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
         """Return the verified payload of a training state."""
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _sum_of_bits(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return int(value.detach().contiguous().view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -89,9 +116,9 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def write_file(path: Path, file_format: str, version: int, payload: dict[str, Any]) -> None:
     """Write a checksummed file in one step: a crash or a full disk leaves the old file, or none, never a part.
 
-    Raises UserError when the folder cannot be written or the disk is full.
+    Raises WriteError when the folder cannot be written or the disk is full.
     """
-    payload = _to_cpu(payload)
+    payload = copy_to_cpu(payload, always=False)
     document = {
         "format": file_format,
         "version": version,
@@ -108,7 +135,7 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
+        raise WriteError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -176,12 +203,12 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(f"{type(value).__name__} {value!r};".encode())
 
 
-def _to_cpu(value: Any) -> Any:
-    """Copy nested containers with every tensor detached and on the CPU."""
+def copy_to_cpu(value: Any, *, always: bool = True) -> Any:
+    """Copy nested containers and their tensors; unless `always`, tensors on the CPU are shared instead."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", copy=always)
     if isinstance(value, Mapping):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: copy_to_cpu(item, always=always) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(item) for item in value)
+        return type(value)(copy_to_cpu(item, always=always) for item in value)
     return value

@@ -6,12 +6,18 @@ this machine) and `torchrun --nnodes=... train.py` (which has started it already
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnnlib.config import UserError
+from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
+DEFAULT_TIMEOUT = 1800.0  # seconds
 
 
 def rank() -> int:
@@ -79,21 +87,30 @@ def check_processes(count: int, requested: str | None, device: torch.device) -> 
         raise UserError(f"--gpus={count}: this machine has {torch.cuda.device_count()}")
 
 
-def launch(function: Callable[..., None], num_processes: int, *args: Any, device_type: str = "cpu") -> None:
+def launch(
+    function: Callable[..., None],
+    num_processes: int,
+    *args: Any,
+    device_type: str = "cpu",
+    timeout: float = DEFAULT_TIMEOUT,
+) -> None:
     """Call `function(*args)` in `num_processes` processes that form one group and return when all are done.
 
     One process is this one. Under torchrun this process is one of them already. `function` and `args` must be
-    picklable. Raises SystemExit with a worker's exit code when a worker fails, after it was printed why.
+    picklable. Raises SystemExit with a worker's exit code when a worker fails, after it was printed why. A process that
+    keeps the others waiting for `timeout` seconds is named and ends all.
     """
     if launched_world_size() is not None:
-        _work(function, args, device_type)
+        _work(function, args, device_type, timeout)
     elif num_processes == 1:
         function(*args)
     else:
-        _launch_local(function, num_processes, args, device_type)
+        _launch_local(function, num_processes, args, device_type, timeout)
 
 
-def _launch_local(function: Callable[..., None], num_processes: int, args: tuple[Any, ...], device_type: str) -> None:
+def _launch_local(
+    function: Callable[..., None], num_processes: int, args: tuple[Any, ...], device_type: str, timeout: float
+) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -101,7 +118,9 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
-    with tempfile.TemporaryDirectory() as log_dir:
+    # Workers note SIGTERM and go on to the end of a step, which never comes when one of them has failed.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    with tempfile.TemporaryDirectory() as log_dir, _signals_passed_on():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -114,9 +133,10 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
             monitor_interval=0.2,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            signals_to_handle="SIGHUP,SIGQUIT",  # of the others, elastic would give workers 30 s to live
         )
         try:
-            elastic_launch(config, _work)(function, args, device_type)
+            elastic_launch(config, _work)(function, args, device_type, timeout)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
@@ -127,7 +147,40 @@ def _launch_local(function: Callable[..., None], num_processes: int, args: tuple
             raise SystemExit(128 + error.sigval) from None
 
 
-def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str) -> None:
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """While active, pass signals on to the workers and wait for what they do; a second SIGINT ends all at once.
+
+    SIGINT goes on as SIGTERM, because a terminal has sent it to the workers already.
+    """
+    interrupts = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        at_once = interrupts > 1
+        for worker in multiprocessing.active_children():
+            if worker.pid:
+                os.kill(worker.pid, signal.SIGKILL if at_once else _PASSED_ON[number])
+        if at_once:
+            raise SystemExit(128 + signal.SIGINT)
+
+    previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_PASSED_ON: dict[int, int] = {
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+}
+
+
+def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float) -> None:
     """One worker: join the group, run, leave. A UserError becomes one line and exit code 2."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device_type == "cuda":
@@ -136,7 +189,10 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
         # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    patience = timedelta(seconds=2 * timeout)  # the watchdog speaks first, and knows more
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=patience)
+    watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls)
+    watchdog.start()
     try:
         function(*args)
         barrier()
@@ -150,14 +206,50 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
             traceback.print_exc()
         sys.exit(1)
     finally:
+        watchdog.stop()
         dist.destroy_process_group()
+
+
+_calls = 0  # collective calls that this process has entered, as the process group itself one for the process
+
+
+def _enter_call() -> None:
+    global _calls
+    _calls += 1
 
 
 def all_reduce(x: Tensor) -> Tensor:
     """Sum `x` over all processes, in place."""
     if world_size() > 1:
+        _enter_call()
         dist.all_reduce(x)
     return x
+
+
+def maximum(values: Sequence[int]) -> list[int]:
+    """Return the largest of each value over all processes. Does not wait for GPUs."""
+    if world_size() == 1:
+        return list(values)
+    _enter_call()
+    table = torch.tensor(values)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_host_group())
+    return [int(x) for x in table.tolist()]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every process the values of rank 0, in place."""
+    if world_size() > 1:
+        for x in tensors:
+            _enter_call()
+            dist.broadcast(x, src=0)
+
+
+@functools.cache
+def _host_group() -> Any:
+    """A group for tensors on the CPU: the group of all, or one beside it where that is for GPUs. Made collectively."""
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog is quicker
 
 
 def from_main(function: Callable[[], T]) -> T:
@@ -167,6 +259,7 @@ def from_main(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
+    _enter_call()
     box: list[Any] = [None, None]  # result, error
     if is_main():
         try:
@@ -182,4 +275,5 @@ def from_main(function: Callable[[], T]) -> T:
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
+        _enter_call()
         dist.barrier()

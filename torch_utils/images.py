@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dnnlib.config import UserError
+from dnnlib.config import WriteError
 
 
 def to_uint8(img: Tensor) -> Tensor:
@@ -19,14 +19,14 @@ def to_uint8(img: Tensor) -> Tensor:
 
 
 def save_image(img: Tensor, path: Path) -> None:
-    """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG: whole or not at all, then UserError."""
+    """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG: whole or not at all, then WriteError."""
     pixels = img.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(temporary, "PNG")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

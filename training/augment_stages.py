@@ -233,6 +233,7 @@ class Stage(nn.Module):
     """
 
     groups: ClassVar[tuple[str, ...]]
+    is_deterministic: ClassVar[bool] = True  # on CUDA, with its derivatives
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -284,6 +285,7 @@ class GeometryStage(Stage):
     """
 
     groups = ("blit", "geom")
+    is_deterministic = False  # grid_sample adds up gradients in no fixed order
     taps: Tensor
     up_x: Tensor
     up_y: Tensor
@@ -392,6 +394,7 @@ class FilterStage(Stage):
     """Amplify or weaken four frequency bands, while the expected power of a natural image stays the same."""
 
     groups = ("filter",)
+    is_deterministic = False  # nor does padding by reflection
     bank: Tensor
     power: Tensor
 

@@ -34,6 +34,8 @@ class RunConfig:
     total_kimg: float = 25_000
     tick_kimg: float = 4
     snapshot_ticks: int = 50
+    keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
+    keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
@@ -48,10 +50,13 @@ class RunConfig:
     compile: bool = False  # torch.compile for the phases that are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
+    timeout: float = 1800  # seconds that processes wait for one that has stopped
+    deterministic: bool = False  # only algorithms that give the same bits every time
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu"):
+        positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
+        for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(name, value, "must be positive")
@@ -307,7 +312,12 @@ def _check_holdout(config: TrainConfig) -> None:
 
 
 def _check_parts(config: TrainConfig, about: Circumstances) -> None:
-    AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that its transforms cannot treat
+    pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
+    if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
+        problem = (
+            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+        )
+        raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
         num_layers = len(config.discriminator.build().layers_from_image())
     if config.freeze_layers > num_layers:
@@ -324,6 +334,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.recompute": False,
     "run.compile": False,
     "run.graphs": False,
+    "run.deterministic": False,
+    "run.timeout": 1800,
+    "run.keep_last": 2,
+    "run.keep_every": None,
     "run.metrics_every": None,
     "run.tick_metrics": (),
     "run.detectors": (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -270,6 +271,7 @@ def batches(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_main_process if workers else None,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     for batch in loader:
@@ -310,6 +312,12 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
         return False
     free, _ = torch.cuda.mem_get_info(device)
     return dataset.num_originals * prod(dataset.img_shape) <= min(RESIDENT_BYTES, free / 4)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ignore what asks training to stop and reaches all its processes: the last steps need their batches."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):

@@ -10,23 +10,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnnlib.config import WriteError
 from dnnlib.util import append_line, format_time
 from torch_utils import distributed
 from torch_utils.images import save_grid, to_uint8
 from torch_utils.misc import seed_step
+from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
-from training.runs import list_states
-from training.snapshot import save_network
+from training.saving import Saver, capture_snapshot
+from training.snapshot import write_network
 from training.training_loop import Trainer
-
-KEEP_STATES = 2  # training states kept: the newest, and one to fall back on should it be damaged
-
 
 Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
 
@@ -87,8 +87,10 @@ class ImageGrids:
             return
         name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
         if trainer.tick.is_first:
-            save_grid(self._real_images(trainer), self.run_dir / "reals.png")
-        save_grid(self._generate(trainer), self.run_dir / name)
+            with going_on():
+                save_grid(self._real_images(trainer), self.run_dir / "reals.png")
+        with going_on():
+            save_grid(self._generate(trainer), self.run_dir / name)
 
     def _count(self, trainer: Trainer) -> int:
         """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""
@@ -117,31 +119,35 @@ class ImageGrids:
 class Snapshots:
     """network-snapshot-<kimg>.pkl and training-state-<kimg>.pt, every `snapshot_ticks` ticks and at the end."""
 
-    def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
-        self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
+    def __init__(self, saver: Saver, snapshot_ticks: int) -> None:
+        self.saver, self.snapshot_ticks = saver, snapshot_ticks
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
+        if trainer.tick is None:
             return
-        trainer.last_snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
-        save_snapshot(trainer, trainer.last_snapshot)
-        if trainer.state.step:
-            trainer.save(self.run_dir / f"training-state-{_kimg(trainer)}.pt")
-            for old in list_states(self.run_dir)[:-KEEP_STATES]:
-                old.unlink()
+        self.saver.report(trainer)
+        if trainer.tick.reached(self.snapshot_ticks):
+            self.saver.save(trainer, snapshot=True)
 
 
-def save_snapshot(trainer: Trainer, path: Path) -> None:
-    """Write the networks as they are."""
-    save_network(
-        path,
-        config=trainer.config,
-        G=trainer.G,
-        D=trainer.D,
-        G_ema=trainer.ema.module,
-        nimg=trainer.state.nimg,
-        ada_p=float(trainer.augment.p),
-    )
+class Requests:
+    """Writes a training state when a signal asks for it, and stops training if it asks for that."""
+
+    def __init__(self, saver: Saver, signals: Signals) -> None:
+        self.saver, self.signals = saver, signals
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.state.nimg >= trainer.total_nimg:
+            return
+        request = self.signals.agree(trainer.state.step)
+        if request.stop is None and not request.save:
+            return
+        trainer.stop_if_failed()  # or what is saved would go on beyond the failure in silence
+        self.saver.save(trainer, snapshot=False)
+        name = request.stop.name if request.stop else "SIGUSR1"
+        if distributed.is_main():
+            print(f"{name} at kimg {trainer.state.nimg / 1000:g}: writing a training state", flush=True)
+        trainer.is_stopped = request.stop is not None
 
 
 class Metrics:
@@ -174,8 +180,9 @@ class Metrics:
 
         def keep(metric: str) -> None:
             best = self.run_dir / f"network-best-{metric}.pkl"
-            save_snapshot(trainer, best)
-            print(f"Best {metric} so far, kept as {best.name}", flush=True)
+            with going_on():
+                write_network(best, capture_snapshot(trainer))
+                print(f"Best {metric} so far, kept as {best.name}", flush=True)
 
         values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
         if self.board:
@@ -252,7 +259,8 @@ class JsonLog:
         for name, stat in trainer.tick.stats.items():
             mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
             line[name] = {"mean": mean, "std": std, "num": stat.count}
-        append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
+        with going_on():
+            append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
 class TensorBoardLog:
@@ -271,9 +279,10 @@ class TensorBoardLog:
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
         """Write figures by name."""
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, nimg)
-        self.writer.flush()
+        with going_on():
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, nimg)
+            self.writer.flush()
 
 
 class Profile:
@@ -296,6 +305,15 @@ class Profile:
             self.profiler.export_chrome_trace(str(self.path))
             self.profiler = None
             print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Warn when a file that nothing depends on cannot be written inside, and go on."""
+    try:
+        yield
+    except (OSError, WriteError) as error:
+        print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
 
 
 def _kimg(trainer: Trainer) -> str:

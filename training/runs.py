@@ -26,6 +26,7 @@ class Request:
 
     outdir: Path
     resume: str | None
+    override: bool = False  # go on with a run that was started with other options
     plain: TrainConfig  # the options over the preset
     transfer: TrainConfig  # the options over the preset as transfer learning changes it
     about: Circumstances
@@ -48,12 +49,12 @@ class Start:
 def choose_start(request: Request) -> Start:
     """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
     new = Start(config=resolve(request.config, request.about))
+    if request.override and (request.resume is None or Path(request.resume).is_file()):
+        raise UserError("--override: changes the options of a run that goes on; give --resume=latest or its folder")
     if request.resume is None:
         return new
     if request.resume == "latest":
-        run_dirs = _list_runs(request.outdir)[::-1]
-        continued = (_continue(run_dir, request, adopt) for adopt in (False, True) for run_dir in run_dirs)
-        return next((start for start in continued if start), new)
+        return _choose_latest(request) or new
     path = Path(request.resume)
     if path.is_file():
         return replace(new, snapshot=path)
@@ -62,14 +63,44 @@ def choose_start(request: Request) -> Start:
     if not list_states(path):
         raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
     start = _continue(path, request, adopt=True)
-    if start is None:
-        saved = _saved_config(path)
-        requested = _requested_there(saved, request, adopt=True)
-        variants = [differences(to_json(saved), to_json(config)) for config in requested]
-        changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
-        lines = "\n  ".join(changed)
-        raise UserError(f"--resume={path}: that run was started with other options; give the same ones:\n  {lines}")
-    return start
+    if start is None and not request.override:
+        raise UserError(
+            f"--resume={path}: that run was started with other options; give the same ones, or --override:\n"
+            f"  {_list_changes(path, request)}"
+        )
+    return start or _override(path, request)
+
+
+def _choose_latest(request: Request) -> Start | None:
+    """How to go on with the newest run that has a state and the requested options, None when there is none."""
+    with_states = [run_dir for run_dir in reversed(_list_runs(request.outdir)) if list_states(run_dir)]
+    continued = (_continue(run_dir, request, adopt) for adopt in (False, True) for run_dir in with_states)
+    start = next((start for start in continued if start), None)
+    newest = next((run_dir for run_dir in with_states if _is_readable(run_dir)), None)
+    if start or newest is None:
+        return start
+    if request.override:
+        return _override(newest, request)
+    print(
+        f"Warning: --resume=latest: no run in {request.outdir} has these options, so a new one starts. "
+        f"--override goes on with {newest} and changes\n  {_list_changes(newest, request)}",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _override(run_dir: Path, request: Request) -> Start:
+    """Go on with a run under the requested options, whatever it was started with."""
+    print(f"--override: going on with {run_dir} and changing\n  {_list_changes(run_dir, request)}", file=sys.stderr)
+    return Start(config=resolve(request.plain, request.about), run_dir=run_dir)
+
+
+def _list_changes(run_dir: Path, request: Request) -> str:
+    """The options in which a request differs from a saved run, one per line."""
+    saved = _saved_config(run_dir)
+    variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request, adopt=True)]
+    changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
+    return "\n  ".join(changed or ["nothing that computes"])
 
 
 def _continue(run_dir: Path, request: Request, adopt: bool) -> Start | None:
@@ -117,6 +148,14 @@ def _saved_config(run_dir: Path) -> TrainConfig:
         return read_config(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, ConfigError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _is_readable(run_dir: Path) -> bool:
+    try:
+        _saved_config(run_dir)
+    except UserError:
+        return False
+    return True
 
 
 def create(start: Start, outdir: Path, dataset: ImageDataset) -> Path:
@@ -191,6 +230,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     if distributed.is_main():
         if not same_data:
             print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
+        _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             _cut_log(log, trainer.state.nimg / 1000)
     return chosen
@@ -204,6 +244,13 @@ def _newest_whole_state(run_dir: Path) -> Path:
         except UserError as error:
             print(f"Warning: {error}", file=sys.stderr)
     raise UserError(f"{run_dir}: holds no whole training state to resume from")
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in run_dir.iterdir():
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _cut_log(path: Path, kimg: float) -> None:

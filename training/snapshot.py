@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dnnlib.config import ConfigError, UserError, to_json
-from torch_utils.checkpoint import Migration, read_file, write_file
+from torch_utils.checkpoint import Migration, copy_to_cpu, read_file, write_file
 from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
@@ -52,9 +52,27 @@ def save_network(
     ada_p: float = 0.0,
 ) -> None:
     """Write a snapshot; without G and D it serves for generation and metrics only, at a fraction of the size."""
+    write_network(path, capture_network(config=config, G_ema=G_ema, G=G, D=D, nimg=nimg, ada_p=ada_p))
+
+
+def capture_network(
+    *,
+    config: TrainConfig,
+    G_ema: nn.Module,
+    G: nn.Module | None = None,
+    D: nn.Module | None = None,
+    nimg: int = 0,
+    ada_p: float = 0.0,
+) -> dict[str, Any]:
+    """Return the content of a snapshot, a copy that can be written while training goes on."""
     networks = {"G": G, "D": D, "G_ema": G_ema}
-    states = {name: net.state_dict() for name, net in networks.items() if net is not None}
-    write_file(path, FORMAT, VERSION, {"config": to_json(config), "nimg": nimg, "ada_p": ada_p, "networks": states})
+    states = copy_to_cpu({name: net.state_dict() for name, net in networks.items() if net is not None})
+    return {"config": to_json(config), "nimg": nimg, "ada_p": ada_p, "networks": states}
+
+
+def write_network(path: Path, payload: dict[str, Any]) -> None:
+    """Write what `capture_network` returned. Raises WriteError."""
+    write_file(path, FORMAT, VERSION, payload)
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,8 +75,13 @@ class Failures:
 
     def collect(self) -> dict[str, tuple[int, int]]:
         """Return (count, first step) of the phases that failed since the last call, and start afresh."""
-        rows = {name: row.tolist() for name, row in self.table.items()}
+        failures = self.peek()
         self.table = {}
+        return failures
+
+    def peek(self) -> dict[str, tuple[int, int]]:
+        """Return what `collect` would."""
+        rows = {name: row.tolist() for name, row in self.table.items()}
         return {name: (count, first) for name, (count, first) in rows.items() if count}
 
 
@@ -111,9 +117,13 @@ class RunningMean(nn.Module):
 
 
 def set_arithmetic(config: TrainConfig) -> None:
-    """Set what PyTorch keeps for the whole process: TF32, sums in full precision, cuDNN's trials of its algorithms."""
+    """Set what PyTorch keeps for the whole process: TF32, sums in full precision, how libraries choose algorithms."""
     execution.sum_in_float32()
-    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
+    deterministic = config.run.deterministic
+    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
@@ -131,6 +141,7 @@ class Trainer:
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Callable[[Trainer], None]] = ()
         self.tick: Tick | None = None
+        self.is_stopped = False  # by a hook, before the end
 
         seed_step(config.seed, "init", 0)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -195,13 +206,13 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Train to the configured number of images, calling the hooks on the way."""
+        """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
         data = self._batches()
         began = time.time() - self.state.elapsed
         self._start_tick()
         if self.state.step == 0:
             self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
-        while self.state.nimg < self.total_nimg:
+        while self.state.nimg < self.total_nimg and not self.is_stopped:
             with self.stopwatch.section("data"):
                 img, c = next(data)
             for phase in self.phases:
@@ -309,11 +320,15 @@ class Trainer:
 
     def _check_failures(self) -> dict[str, float]:
         """Return how many updates each phase has left out in this tick. Raises UserError if any, unless nan='skip'."""
-        failures = self.failures.collect()
+        self.stop_if_failed()
+        return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
+
+    def stop_if_failed(self) -> None:
+        """Raise UserError if any value of this tick was not finite, unless nan='skip'. Waits for the device."""
+        failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
             distributed.from_main(lambda: self._stop(phase, step))
-        return {f"Skipped/{phase}": float(count) for phase, (count, _) in failures.items()}
 
     def _stop(self, phase: str, step: int) -> None:
         known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
@@ -342,13 +357,53 @@ class Trainer:
             values["Timing/sec_per_kimg"] = values["Timing/sec_per_tick"] * 1000 / done
         return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
 
+    def synchronise(self) -> None:
+        """Give every process the weights of rank 0."""
+        for module in (self.G, self.D, self.ema.module):
+            distributed.broadcast([*module.parameters(), *module.buffers()])
+
+    def check_replicas(self) -> None:
+        """Raise UserError naming what differs between processes, which all compute the same. A collective call."""
+        if distributed.world_size() == 1:
+            return
+        own = self.checkpoint.fingerprints()
+        del own["state"]  # times differ
+        sums = [x % 2**62 for x in own.values()]
+        highest = distributed.maximum([*sums, *(-x for x in sums)])
+        lowest = [-x for x in highest[len(sums) :]]
+        differing = [name for name, low, high in zip(own, lowest, highest, strict=False) if low != high]
+        if differing:
+            distributed.from_main(lambda: self._refuse(differing))
+
+    def _refuse(self, differing: Sequence[str]) -> None:
+        raise UserError(
+            f"the processes differ in {', '.join(differing)} at kimg {self.state.nimg / 1000:g}, so nothing is saved: "
+            "a GPU or its memory is faulty, or machines have different libraries. --resume=latest goes on from the "
+            "last training state"
+        )
+
     def save(self, path: Path) -> None:
         """Write a training state that `resume` goes on from."""
-        self.checkpoint.save(path, config=to_json(self.config), data_hash=self.dataset.content_hash)
+        self.checkpoint.write(path, self.capture())
+
+    def capture(self) -> dict[str, Any]:
+        """Return a copy of the training state as it is now, which can be written while training goes on."""
+        return self.checkpoint.capture(config=to_json(self.config), data_hash=self.dataset.content_hash)
 
     def resume(self, path: Path) -> bool:
-        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit."""
-        return bool(self.checkpoint.load(path)["data_hash"] == self.dataset.content_hash)
+        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit.
+
+        Settings that a state holds beside what has been learned are not taken from there: the configuration rules.
+        """
+        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        settings = [{name: group[name] for name in ("lr", "betas", "eps")} for group in groups]
+        payload = self.checkpoint.load(path)
+        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        for group, chosen in zip(groups, settings, strict=True):
+            group.update(chosen)
+        if self.config.augment.p is not None:
+            self.augment.p.fill_(self.config.augment.p)
+        return bool(payload["data_hash"] == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:

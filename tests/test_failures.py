@@ -1,0 +1,84 @@
+"""Several processes of which one fails: all end soon, and what is printed says who and why."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+
+from torch_utils import distributed
+from torch_utils.watchdog import Sign, find_stopped
+from training.dataset import ImageDataset
+from training.training_loop import Trainer
+
+
+def _one_raises() -> None:
+    if distributed.rank() == 1:
+        raise ArithmeticError("out of numbers")
+    distributed.all_reduce(torch.zeros(1))
+
+
+def test_one_process_that_raises_ends_all_with_one_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        distributed.launch(_one_raises, 3)
+    assert stop.value.code == 1
+    assert time.monotonic() - began < 30  # mostly for starting
+    printed = capfd.readouterr().err
+    assert printed.count("Traceback") == 1
+    assert "ArithmeticError: out of numbers" in printed
+
+
+def _one_stops() -> None:
+    for _ in range(3):
+        distributed.all_reduce(torch.zeros(1))
+    if distributed.rank() == 0:
+        time.sleep(60)
+    distributed.all_reduce(torch.zeros(1))
+
+
+def test_a_process_that_stops_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also when it is the one that prints otherwise."""
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        distributed.launch(_one_stops, 2, timeout=1.0)
+    assert stop.value.code == 1
+    assert time.monotonic() - began < 40
+    printed = capfd.readouterr().err
+    assert printed.count("Error: process 0 on ") == printed.count("Error: process") == 1
+    assert "stopped 1 seconds ago, and the others wait" in printed
+
+
+def test_only_who_is_behind_has_stopped() -> None:
+    def stopped(*positions: int) -> list[int]:
+        return find_stopped({rank: Sign(position, "here") for rank, position in enumerate(positions)})
+
+    assert stopped(5, 5, 5) == []
+    assert stopped(5, 4, 5) == [1]
+    assert stopped(3, 7, 3) == [0, 2]
+
+
+def _differ(data: Path) -> None:
+    config = small_config(data, run__num_gpus=2)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+    with torch.no_grad():
+        trainer.G.synthesis.const[0] += distributed.rank()
+    trainer.synchronise()
+    trainer.check_replicas()
+    with torch.no_grad():
+        trainer.D.epilogue.out.weight.view(-1)[0].view(torch.int32).bitwise_xor_(distributed.rank())
+    trainer.check_replicas()
+
+
+def test_processes_begin_alike_and_one_bit_that_differs_later_is_found(
+    shapes_zip: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        distributed.launch(_differ, 2, shapes_zip)
+    assert stop.value.code == 2
+    printed = capfd.readouterr().err
+    assert printed.count("Error") == 1
+    assert "Error: the processes differ in D at kimg 0, so nothing is saved" in printed

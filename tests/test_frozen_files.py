@@ -1,0 +1,73 @@
+"""Files of earlier versions can be read for ever.
+
+tests/data holds what release 0.1.0 wrote, with format version 1: a training state, a snapshot of the same moment and
+one of a step later, the images of the first snapshot, and the data set. Never make them anew; add files of later
+versions. The step is one without regularisers: of parameters that a loss does not reach, Adam took no notice then.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torch_utils.checkpoint import Checkpoint
+from torch_utils.images import to_uint8
+from training import runs
+from training.config import read_config
+from training.dataset import ImageDataset
+from training.snapshot import load_network
+from training.training_loop import Trainer
+
+DATA = Path(__file__).parent / "data"
+
+
+def new_trainer() -> Trainer:
+    config = read_config(Checkpoint.read(DATA / "training-state-v1.pt")["config"])
+    config = replace(config, data=replace(config.data, path=str(DATA / "shapes.zip")))
+    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+
+
+def test_the_files_are_as_old_as_they_say() -> None:
+    for name in ("training-state-v1.pt", "network-snapshot-v1.pkl"):
+        document = torch.load(DATA / name, weights_only=True)
+        assert (document["version"], document["written_by"]) == (1, "0.1.0")
+
+
+def test_a_snapshot_of_version_1_makes_the_images_that_it_made() -> None:
+    snapshot = load_network(DATA / "network-snapshot-v1.pkl")
+    assert (snapshot.nimg, snapshot.config.data.path) == (104, "shapes.zip")
+    assert snapshot.ada_p == pytest.approx(0.14)
+    z = torch.randn(5, snapshot.G_ema.z_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        images = to_uint8(snapshot.G_ema(z, torch.eye(5), noise_mode="const"))
+    grid = images.permute(2, 0, 3, 1).reshape(16, 5 * 16, 3).int()
+    with Image.open(DATA / "network-snapshot-v1.png") as picture:
+        expected = torch.from_numpy(np.array(picture)).int()
+    assert expected.float().std() > 10
+    assert (grid - expected).abs().max() <= 1
+
+
+def test_training_goes_on_from_version_1_as_it_went_on_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(DATA / "training-state-v1.pt", tmp_path / "training-state-000000.pt")
+    trainer = new_trainer()
+    assert runs.load_latest(trainer, tmp_path) == tmp_path / "training-state-000000.pt"
+    assert capsys.readouterr().err == ""  # the data have not changed, says their hash
+    assert (trainer.state.nimg, trainer.state.step) == (104, 13)
+    assert float(trainer.augment.p) == pytest.approx(0.14)
+    before = {name: x.clone() for name, x in trainer.D.state_dict().items()}
+    trainer.total_nimg = 112
+    trainer.train()
+    later = load_network(DATA / "network-snapshot-v1-later.pkl")
+    assert trainer.state.nimg == later.nimg
+    for ours, theirs in ((trainer.G, later.G), (trainer.D, later.D), (trainer.ema.module, later.G_ema)):
+        expected = theirs.state_dict()
+        for name, x in ours.state_dict().items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+    moved = max((before[name] - x).abs().max().item() for name, x in trainer.D.state_dict().items())
+    assert moved > 2e-3

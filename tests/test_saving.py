@@ -1,0 +1,159 @@
+"""Writing in the background: what is written is what was copied, what fails is told, and the right files are kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+
+from dnnlib.config import WriteError
+from dnnlib.util import TeeLog
+from torch_utils.background import BackgroundWriter
+from torch_utils.checkpoint import Checkpoint, digest
+from training import hooks
+from training.dataset import ImageDataset
+from training.saving import Saver, obsolete
+from training.training_loop import Trainer
+
+
+def new_trainer(data: Path, **changes: object) -> Trainer:
+    config = small_config(data, run__snapshot_ticks=1, run__tick_kimg=0.016, **changes)
+    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+
+
+def train_steps(trainer: Trainer, steps: int) -> None:
+    trainer.total_nimg = trainer.state.nimg + steps * trainer.batch_size
+    trainer.train()
+
+
+def fill_the_disk(path: Path) -> None:
+    """Let what is going to be written to a file's temporary end on a device that is always full."""
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
+
+
+def test_a_state_is_written_as_it_was_when_it_was_copied(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(shapes_zip)
+    saver = Saver(tmp_path, trainer.config.run)
+    train_steps(trainer, 1)
+    expected = digest(trainer.capture()["parts"])
+    go_on = threading.Event()
+    write = Checkpoint.write
+
+    def write_later(path: Path, payload: dict[str, Any]) -> None:
+        assert go_on.wait(60)
+        write(path, payload)
+
+    monkeypatch.setattr(Checkpoint, "write", write_later)
+    saver.save(trainer, snapshot=False)
+    train_steps(trainer, 2)  # the writer still waits
+    assert not (tmp_path / "training-state-000000.pt").exists()
+    go_on.set()
+    saver.finish()
+    assert digest(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]) == expected
+    assert digest(trainer.capture()["parts"]) != expected
+
+
+def test_one_write_is_in_flight_at_most() -> None:
+    running, most = [], []
+
+    def job(number: int) -> None:
+        running.append(number)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.remove(number)
+
+    writer = BackgroundWriter()
+    for number in range(4):
+        writer.submit(partial(job, number))
+        assert writer.job  # not waited for
+    assert writer.join() == []
+    assert most == [1, 1, 1, 1]
+
+
+def test_mistakes_of_a_job_are_raised_and_full_disks_reported() -> None:
+    def broken(error: Exception) -> None:
+        raise error
+
+    writer = BackgroundWriter()
+    writer.submit(lambda: broken(WriteError("f: the disk is full")))
+    writer.submit(lambda: None)
+    assert [str(error) for error in writer.join()] == ["f: the disk is full"]
+    assert writer.join() == []
+    writer.submit(lambda: broken(TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):
+        writer.join()
+
+
+def test_training_goes_on_when_the_disk_is_full(
+    shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = new_trainer(shapes_zip)
+    saver = Saver(tmp_path, trainer.config.run)
+    for name in ("training-state-000000.pt", "network-snapshot-000000.pkl"):
+        fill_the_disk(tmp_path / name)
+    (tmp_path / "stats.jsonl").symlink_to("/dev/full")
+    fill_the_disk(tmp_path / "reals.png")
+    trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), hooks.ImageGrids(tmp_path, 100)]
+    train_steps(trainer, 3)
+    saver.finish()  # of the third step: the disk has room again, as a failed write takes its temporary away
+    assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
+    messages = capsys.readouterr().err
+    for name in ("network-snapshot-000000.pkl", "training-state-000000.pt", "stats.jsonl", "reals.png"):
+        assert f"{name}: cannot be written" in messages
+    assert "(the disk is full); earlier files are intact; training goes on" in messages
+    saver.saved_nimg = 0
+    fill_the_disk(tmp_path / "training-state-000000.pt")
+    saver.save(trainer, snapshot=False)
+    with pytest.raises(WriteError, match="the disk is full"):
+        saver.finish()
+    assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with TeeLog(tmp_path / "log.txt"):
+        print("on the screen")
+    assert capsys.readouterr().out == "on the screen\n"
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [(2, None, [9, 10]), (1, 4, [4, 8, 10]), (3, 100, [8, 9, 10]), (1, 2.5, [3, 5, 8, 10]), (99, None, range(1, 11))],
+)
+def test_the_last_states_are_kept_and_some_for_ever(last: int, every: float | None, kept: list[int]) -> None:
+    """The same whether files go one by one, as in a run, or all at once."""
+
+    def path(kimg: int) -> Path:
+        return Path(f"training-state-{kimg:06d}.pt")
+
+    expected = [path(kimg) for kimg in kept]
+    states: list[Path] = []
+    for kimg in range(1, 11):
+        states.append(path(kimg))
+        states = [state for state in states if state not in obsolete(states, last, every)]
+    assert states == expected
+    everything = [path(kimg) for kimg in range(1, 11)]
+    assert [state for state in everything if state not in obsolete(everything, last, every)] == expected
+
+
+def test_a_run_keeps_as_many_states_as_it_is_told(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip, run__keep_last=1)
+    for kimg in (3, 5):
+        trainer.save(tmp_path / f"training-state-{kimg:06d}.pt")
+    saver = Saver(tmp_path, trainer.config.run)
+    trainer.hooks = [hooks.Snapshots(saver, 1)]
+    trainer.state.nimg = 8000
+    train_steps(trainer, 1)
+    saver.finish()
+    assert [path.name for path in sorted(tmp_path.glob("*.pt"))] == ["training-state-000008.pt"]
+    saver.report(trainer)
+    assert trainer.last_snapshot == tmp_path / "network-snapshot-000008.pkl"

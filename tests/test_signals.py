@@ -1,0 +1,129 @@
+"""Signals: noted, agreed on by all processes, acted upon after the step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+
+from dnnlib.config import UserError
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint, digest
+from torch_utils.signals import EXIT_INTERRUPTED, INTERVAL, REPEAT_SECONDS, Signals
+from training import hooks
+from training.dataset import DatasetConfig, ImageDataset, batches
+from training.saving import Saver
+from training.training_loop import Trainer
+
+
+def new_trainer(data: Path) -> Trainer:
+    config = small_config(data)
+    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+
+
+def at_step(step: int, number: signal.Signals) -> Callable[[Trainer], None]:
+    """A hook that signals its own process."""
+
+    def hook(trainer: Trainer) -> None:
+        if trainer.state.step == step:
+            signal.raise_signal(number)
+
+    return hook
+
+
+def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer, straight = new_trainer(shapes_zip), new_trainer(shapes_zip)
+    before = signal.getsignal(signal.SIGTERM)
+    saver = Saver(tmp_path, trainer.config.run)
+    seen: list[int] = []
+
+    def look(trainer: Trainer) -> None:
+        saver.writer.join()
+        if list(tmp_path.glob("*.pt")):
+            seen.append(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"])
+
+    signals = Signals()
+    requests = hooks.Requests(saver, signals)
+    with signals:
+        trainer.hooks = [at_step(2, signal.SIGUSR1), at_step(4, signal.SIGTERM), requests, look]
+        trainer.train()
+        signals.stop = 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert seen == [32, 32, 64]
+    assert trainer.is_stopped
+    straight.total_nimg = 64
+    straight.train()
+    ours, theirs = trainer.capture()["parts"], straight.capture()["parts"]
+    assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
+
+
+def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip)
+    with torch.no_grad():
+        trainer.D.epilogue.out.weight.fill_(float("nan"))
+    with Signals() as signals:
+        requests = hooks.Requests(Saver(tmp_path, trainer.config.run), signals)
+        trainer.hooks = [at_step(1, signal.SIGUSR1), requests]
+        with pytest.raises(UserError, match="G_main met values that are not finite at step 0"):
+            trainer.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Signals() as signals:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert (codes, signals.agree(1).stop) == ([], signal.SIGTERM)
+        clock[0] += REPEAT_SECONDS + 0.1
+        signal.raise_signal(signal.SIGTERM)
+        assert codes == []
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [EXIT_INTERRUPTED]
+        signals.stop = 0
+
+
+def _step_and_agree(out: Path) -> None:
+    """What each of two processes does in the test below: only the second one is signalled, at its own time."""
+    heard = {}
+    with Signals() as signals:
+        for step in range(1, 2 * INTERVAL + 1):
+            if distributed.rank() == 1 and step in (1, INTERVAL + 2):
+                signal.raise_signal(signal.SIGUSR1 if step == 1 else signal.SIGTERM)
+            request = signals.agree(step)
+            if request.save or request.stop:
+                heard[step] = [request.save, request.stop]
+        (out / f"{distributed.rank()}.json").write_text(json.dumps(heard))
+
+
+def test_all_processes_hear_of_a_signal_at_the_same_step(tmp_path: Path) -> None:
+    distributed.launch(_step_and_agree, 2, tmp_path)
+    expected = {str(INTERVAL): [True, None], str(2 * INTERVAL): [False, int(signal.SIGTERM)]}
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [expected, expected]
+
+
+def test_the_data_loaders_processes_outlive_a_signal_to_all(shapes_zip: Path) -> None:
+    import multiprocessing
+
+    dataset = ImageDataset(DatasetConfig(path=str(shapes_zip)))
+    others = set(multiprocessing.active_children())
+    stream = batches(dataset, seed=0, position=0, batch_size=4, workers=1)
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - others
+    assert worker.pid
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    ahead = 8  # more than are prefetched
+    expected = batches(dataset, seed=0, position=4, batch_size=4)
+    for _ in range(ahead):
+        assert torch.equal(next(stream)[0], next(expected)[0])

@@ -1,0 +1,122 @@
+"""Writing a run's snapshots and training states while training goes on, and which training states are kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from dnnlib.config import WriteError
+from torch_utils import distributed
+from torch_utils.background import BackgroundWriter
+from torch_utils.checkpoint import Checkpoint
+from training.config import RunConfig
+from training.runs import list_states
+from training.snapshot import capture_network, write_network
+from training.training_loop import Trainer
+
+
+class Saver:
+    """Copies what is to be saved at a step and writes it in the background, on rank 0.
+
+    A file that cannot be written is reported at the next tick; training goes on, and earlier files are intact.
+    """
+
+    def __init__(self, run_dir: Path, run: RunConfig) -> None:
+        self.run_dir, self.run = run_dir, run
+        self.writer = BackgroundWriter()
+        self.saved_nimg = 0  # where the newest training state stands
+        self.last_snapshot: Path | None = None  # that was written
+
+    def save(self, trainer: Trainer, *, snapshot: bool) -> None:
+        """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted.
+
+        Every process calls this. Raises UserError when they do not hold the same.
+        """
+        trainer.check_replicas()
+        if not distributed.is_main():
+            return
+        nimg, jobs = trainer.state.nimg, []
+        if snapshot:
+            path = self.run_dir / f"network-snapshot-{nimg // 1000:06d}.pkl"
+            jobs.append(partial(self._write_snapshot, path, capture_snapshot(trainer)))
+        if nimg != self.saved_nimg:
+            path = self.run_dir / f"training-state-{nimg // 1000:06d}.pt"
+            jobs.append(partial(self._write_state, path, trainer.capture()))
+            self.saved_nimg = nimg
+        if jobs:
+            self.writer.submit(partial(_run_all, jobs))
+        if nimg == 0:
+            self._warn(self.writer.join())  # now: the data loader forks next, which goes badly with a thread at work
+
+    def report(self, trainer: Trainer) -> None:
+        """Warn of what could not be written; note what was."""
+        self._warn(self.writer.collect())
+        trainer.last_snapshot = self.last_snapshot or trainer.last_snapshot
+
+    def settled(self, snapshot: Path | None) -> Path | None:
+        """Wait until a snapshot that is being written is; None where it could not be."""
+        self.writer.wait()
+        return snapshot if snapshot == self.last_snapshot else None
+
+    def finish(self) -> None:
+        """Wait for the last files. Raises WriteError when they could not be written."""
+        failed = self.writer.join()
+        self._warn(failed[:-1])
+        if failed:
+            raise failed[-1]
+
+    def _write_snapshot(self, path: Path, payload: dict[str, object]) -> None:
+        write_network(path, payload)
+        self.last_snapshot = path
+
+    def _write_state(self, path: Path, payload: dict[str, object]) -> None:
+        Checkpoint.write(path, payload)
+        for old in obsolete(list_states(self.run_dir), self.run.keep_last, self.run.keep_every):
+            old.unlink(missing_ok=True)
+
+    @staticmethod
+    def _warn(failed: Sequence[WriteError]) -> None:
+        for error in failed:
+            print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
+
+
+def obsolete(states: Sequence[Path], keep_last: int, keep_every: float | None) -> list[Path]:
+    """Return those of a run's training states, oldest first, that are not to be kept.
+
+    Kept are the last ones, and the first at or after each multiple of `keep_every` thousand images.
+    """
+    kept = set(states[-keep_last:])
+    if keep_every is not None:
+        period = 0
+        for path in states:
+            now = int(int(path.stem.rpartition("-")[2]) // keep_every)
+            if now > period:
+                kept.add(path)
+            period = now
+    return [path for path in states if path not in kept]
+
+
+def capture_snapshot(trainer: Trainer) -> dict[str, object]:
+    """Return a snapshot of the networks as they are, a copy."""
+    return capture_network(
+        config=trainer.config,
+        G=trainer.G,
+        D=trainer.D,
+        G_ema=trainer.ema.module,
+        nimg=trainer.state.nimg,
+        ada_p=float(trainer.augment.p),
+    )
+
+
+def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run every job, also after one that failed. Raises the first WriteError."""
+    errors = []
+    for job in jobs:
+        try:
+            job()
+        except WriteError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
