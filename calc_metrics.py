@@ -84,7 +84,7 @@ class MetricScript(Script):
     default=(),
     show_default=False,
     metavar="FILE,...",
-    help="A feature network of your own (.pt2, TorchScript), weight files, a folder of DINOv2.",
+    help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2.",
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
 @option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")

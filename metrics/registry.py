@@ -29,7 +29,7 @@ import torch
 import dnnlib
 from dnnlib.config import UserError, WriteError
 from metrics.detectors import DetectorSetup, Role
-from metrics.feature_stats import Want, statistics_of
+from metrics.feature_stats import ClassSums, Want, statistics_of
 from metrics.sampling import Images, MetricContext
 
 COMPARABLE = (  # two records of a metric compare when these are equal
@@ -153,10 +153,13 @@ def registered_metrics() -> tuple[MetricSpec, ...]:
     return tuple(_METRICS[pattern] for pattern in sorted(_METRICS))
 
 
-def find(name: str) -> tuple[MetricSpec, int | None]:
-    """Return the metric that a name asks for and the count in it. Raises UserError for an unknown name."""
+def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | None]:
+    """Return the metric that a name asks for, as given or as recorded, and the count in it.
+
+    Raises UserError for an unknown name.
+    """
     for spec in registered_metrics():
-        match = spec.match(name)
+        match = spec.match(name.removesuffix(_suffix(spec, setup)))
         if match:
             count = match.groupdict().get("N")
             return spec, int(count.replace("k", "000")) if count else None
@@ -177,23 +180,30 @@ def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list
 
 def _recorded_name(name: str, setup: DetectorSetup) -> str:
     """Return the name with the suffix of the network that its numbers come from."""
-    spec, _ = find(name)
+    spec, _ = find(name, setup)
     if setup.protocol == "clean" and spec.clean is None:
         with_clean = ", ".join(spec.pattern for spec in registered_metrics() if spec.clean)
         raise UserError(f"--protocol=clean: metric {name} has no such protocol, only {with_clean}")
-    if not spec.library_suffix:
-        return name
-    own = any(setup.uses_program(role) for role in spec.roles)
-    if own and name.endswith(spec.library_suffix):
+    if spec.library_suffix and name.endswith(spec.library_suffix) and _has_program(spec, setup):
         raise UserError(
             f"metric {name}: its name promises another network than that of --detector; leave out the suffix"
         )
-    return name if own or name.endswith(spec.library_suffix) else name + spec.library_suffix
+    suffix = _suffix(spec, setup) or ("" if _has_program(spec, setup) else spec.library_suffix)
+    return name.removesuffix(suffix) + suffix if suffix else name
+
+
+def _has_program(spec: MetricSpec, setup: DetectorSetup) -> bool:
+    return any(setup.program_of(role) for role in spec.roles)
+
+
+def _suffix(spec: MetricSpec, setup: DetectorSetup) -> str:
+    """What the names of a metric's numbers end in when they come from a program that is not bound to a role."""
+    return next(filter(None, map(setup.suffix_of, spec.roles)), "")
 
 
 def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
     """Fetch what a metric needs and is not there. Raises UserError when something cannot be had."""
-    spec = find(name)[0]
+    spec = find(name, setup)[0]
     with _naming(name):
         for role in spec.roles:
             setup.prepare(role)
@@ -207,7 +217,24 @@ def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], s
     missing = find("fid50k_full")[0].missing(setup)
     if missing:
         return ("swd",), f"computing swd instead of fid50k_full, because {missing}"
-    return ("fid50k_full",), "computing fid50k_full, whose detector is there"
+    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is there"
+
+
+def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Want, ...]]:
+    """Find out what metrics need, before anything is generated: fetch it, try it out, and return their plans.
+
+    Raises UserError for what is missing or does not work, and for data that a metric cannot use.
+    """
+    plans = {}
+    for name in resolve(names, context.setup):
+        check_available(name, context.setup)
+        spec, count = find(name, context.setup)
+        with _naming(name):
+            plans[name] = tuple(spec.plan(context, count))
+            for role in spec.roles:
+                with_classes = any(isinstance(want.recipe, ClassSums) for want in plans[name])
+                statistics_of(context).try_out(role, with_classes=with_classes)
+    return plans
 
 
 def compute(name: str, context: MetricContext) -> MetricResult:
@@ -221,13 +248,8 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     Every process calls it with its own copies and gets the same results. Raises UserError for an unknown name, for
     something missing, and for data that a metric cannot use.
     """
-    specs = {name: find(name) for name in resolve(names, context.setup)}
-    for name in specs:
-        check_available(name, context.setup)
-    plans = {}
-    for name, (spec, count) in specs.items():
-        with _naming(name):
-            plans[name] = tuple(spec.plan(context, count))
+    specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
+    plans = prepare(specs, context)
     statistics = statistics_of(context)
     statistics.collect(want for plan in plans.values() for want in plan)
     for name, (spec, count) in specs.items():

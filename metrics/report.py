@@ -40,13 +40,21 @@ class Progress:
 
 
 def to_table(records: Sequence[Record]) -> str:
-    """Return one line for each number: what of, kimg, its name and value."""
+    """Return one line for each number (what of, kimg, its name and value), and for each metric what it means."""
     rows = [("network", "kimg", "metric", "value")]
     for record in records:
         kimg = "" if record["kimg"] is None else f"{record['kimg']:g}"
         rows += [(record["snapshot"], kimg, name, f"{value:.5g}") for name, value in record["results"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+    seen = {record["metric"]: f"{record['metric']}: {_origin(record)}" for record in records}
+    return "\n".join([*lines, *seen.values()])
+
+
+def _origin(record: Record) -> str:
+    """Say which network the images were shown to, and by which protocol."""
+    detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
+    return detector + str(record["protocol"])
 
 
 def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:

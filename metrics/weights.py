@@ -95,10 +95,11 @@ def _sha256_of_file(path: Path, changed: int, size: int) -> str:
 def check(file: WeightFile, path: Path) -> Path:
     """Return `path` when it holds `file`. Raises UserError for another checksum."""
     found = sha256_of(path)
+    again = "; delete it, and it is fetched again" if path == file.path else ""
     if not found.startswith(file.sha256):
         raise UserError(
             f"{path}: its sha256 is {found[:16]}..., that of {file.name} begins with {file.sha256}: the file is "
-            "damaged, cut off or another one; delete it, and it is fetched again"
+            f"damaged, cut off or another one{again}"
         )
     return path
 

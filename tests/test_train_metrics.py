@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
-from metric_helpers import SmallDetector, script_program
+from metric_helpers import SmallDetector, bound, script_program
 from torch import Tensor
 
 import train
@@ -50,7 +50,12 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--detector={program}"]
+    arguments = [
+        f"--outdir={tmp_path / 'runs'}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        bound(program),
+    ]
     arguments += ["--metrics=fid60_full,is60", "--metrics-every=3", "--tick-metrics=swd20", "--mirror", "--subset=100"]
     result = run(*arguments, "--holdout=32")
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
@@ -98,6 +103,15 @@ def test_what_cannot_be_computed_is_refused_before_training(
     wrong = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--detector=no/such.pt")
     assert wrong.exit_code == 2
     assert "--detector=no/such.pt: no such file" in wrong.output
+    for name, network, metric, problem in (
+        ("gray", SmallDetector(1), "fid60_full", "failed on uint8 images (2, 3, 32, 32)"),
+        ("plain", torch.nn.Flatten(), "is60", "returns no class logits"),
+    ):
+        path = script_program(tmp_path / f"{name}.pt", network)
+        unfit = run(*[f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT], f"--detector={path}",
+                    f"--tick-metrics={metric}")  # fmt: skip
+        assert unfit.exit_code == 2
+        assert problem in unfit.output
     few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
     assert few.exit_code == 2
     assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
@@ -131,7 +145,13 @@ def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_pa
             f"--gpus={gpus}",
             "--kimg=0.016",
         ]
-        arguments += ["--batch-gpu=8", "--mbstd=4", "--holdout=48", f"--detector={program}", "--cond"]
+        arguments += [
+            "--batch-gpu=8",
+            "--mbstd=4",
+            "--holdout=48",
+            bound(program),
+            "--cond",
+        ]
         arguments += ["--metrics=fid61_full,kid61,pr613,fid61_class"]
         result = run(*arguments)
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
@@ -243,15 +263,26 @@ def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(
 def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
     shapes_zip: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads: list[str] = []
-    reads: list[int] = []
-    batches: list[int] = []
-    load, choose, latents = DetectorSetup.load, feature_stats.choose_reals, sampling.latents
-    monkeypatch.setattr(DetectorSetup, "load", lambda *a: (loads.append(a[1]), load(*a))[1])
-    monkeypatch.setattr(feature_stats, "choose_reals", lambda *a: (reads.append(a[1]), choose(*a))[1])
-    monkeypatch.setattr(sampling, "latents", lambda *a: (batches.append(len(a[1])), latents(*a))[1])
-    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--detector={program}"]
+    seen: dict[str, list[Any]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        function, calls = getattr(owner, name), seen.setdefault(name, [])
+
+        def watched(*arguments: Any) -> Any:
+            calls.append(arguments[1])
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((DetectorSetup, "load"), (feature_stats, "choose_reals"), (sampling, "latents")):
+        watch(owner, name)
+    arguments = [
+        f"--outdir={tmp_path / 'runs'}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        bound(program),
+    ]
     result = run(*arguments, "--metrics=none", "--tick-metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
     assert result.exit_code == 0, result.output
-    assert (len(loads), len(reads)) == (1, 1)
-    assert max(batches) == 8
+    assert (len(seen["load"]), len(seen["choose_reals"])) == (1, 1)
+    assert max(map(len, seen["latents"])) == 8
