@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -57,23 +58,24 @@ def _origin(record: Record) -> str:
     return detector + str(record["protocol"])
 
 
-def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png.
+def check_plot(*, with_kimg: bool) -> None:
+    """Raise UserError when nothing can be drawn: without matplotlib, or for images, which have no kimg."""
+    if not with_kimg:
+        raise UserError("--plot: images have no kimg to draw a metric against")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'")
 
-    Raises UserError without matplotlib, and for records of images, which have no kimg.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'") from None
+
+def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     paths = []
     for name in dict.fromkeys(record["metric"] for record in records):
-        own = [record for record in records if record["metric"] == name and record["kimg"] is not None]
-        if not own:
-            raise UserError("--plot: images have no kimg to draw a metric against")
+        own = [record for record in records if record["metric"] == name]
         number = next(iter(own[0]["results"]))
         points = sorted((record["kimg"], record["results"][number]) for record in own)
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

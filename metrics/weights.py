@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -114,9 +115,13 @@ def fetch(file: WeightFile) -> Path:
         print(f"Fetching {file.url} ...", file=sys.stderr, flush=True)
         with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as out:
             shutil.copyfileobj(answer, out, 1 << 20)
+            wanted = answer.headers.get("Content-Length")
+        found = temporary.stat().st_size
+        if wanted is not None and found != int(wanted):
+            raise ValueError(f"cut off after {found} of {wanted} bytes")
         check(file, temporary)
         os.replace(temporary, file.path)
-    except (OSError, ValueError) as error:  # UserError, of a wrong checksum, is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # UserError, of a wrong checksum, is a ValueError
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"{file.describe()} is not in {file.path.parent} and could not be fetched from {file.url} ({reason}): "

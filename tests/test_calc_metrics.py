@@ -277,6 +277,51 @@ def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, p
     assert lines(third)[0]["results"] == second["results"] == first["results"]
 
 
+def test_a_result_that_cannot_be_appended_does_not_stop_the_others(
+    calc: CalcMetrics, snapshot: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / snapshot.name
+    copy.write_bytes(snapshot.read_bytes())
+    (tmp_path / "metric-swd12.jsonl").mkdir()
+    result = calc("--metrics=swd12,swd13", network=copy)
+    assert result.exit_code == 1
+    assert "Warning: " in result.stderr
+    assert "metric-swd12.jsonl: the result cannot be appended" in result.stderr
+    assert len(result.stdout.splitlines()) == 2
+    assert (tmp_path / "metric-swd13.jsonl").exists()
+
+
+def test_a_damaged_snapshot_of_a_run_is_left_out_of_its_curve(
+    calc: CalcMetrics, snapshot: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "network-snapshot-000001.pkl").write_bytes(snapshot.read_bytes()[:1000])
+    (tmp_path / "network-snapshot-000003.pkl").write_bytes(snapshot.read_bytes())
+    result = calc("--metrics=swd12", network=tmp_path)
+    assert result.exit_code == 1
+    assert "network-snapshot-000001.pkl" in result.stderr
+    assert [json.loads(line)["kimg"] for line in result.stdout.splitlines()] == [3.21]
+
+
+def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    trained = load_network(snapshot)
+    path = tmp_path / "network-snapshot-000001.pkl"
+    config = override(trained.config, {"data.path": str(tmp_path / "gone")})
+    save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
+    result = calc("--metrics=swd12", network=path)
+    assert result.exit_code == 2
+    assert f"(what {path} was trained with): name the real images with --data" in result.stderr
+
+
+def test_plots_of_images_are_refused_at_once(
+    calc: CalcMetrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
+    fakes = write_images(tmp_path / "theirs", 16, labels=False)
+    result = calc("--metrics=swd12", f"--data={fakes}", "--plot", network=fakes)
+    assert result.exit_code == 2
+    assert "--plot: images have no kimg" in result.stderr
+
+
 def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")

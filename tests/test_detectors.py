@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
+import io
 import logging
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -60,6 +63,26 @@ def test_a_wrong_download_is_not_kept(tmp_path: Path, cache: Path) -> None:
     source.write_bytes(b"an error page")
     with pytest.raises(UserError, match=r"could not be fetched .*its sha256 is"):
         weights.fetch(published(source, sha256="00000000"))
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_download_that_was_cut_off_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    """Also where no checksum is published, as for LPIPS."""
+
+    class Answer(io.BytesIO):
+        headers: ClassVar = {"Content-Length": "9"} if is_announced else {}
+
+        def read(self, size: int | None = -1) -> bytes:
+            if not is_announced:
+                raise http.client.IncompleteRead(b"weig")
+            return super().read(size)
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", lambda *_, **__: Answer(b"weig"))
+    with pytest.raises(UserError, match="cut off after 4 of 9 bytes" if is_announced else "IncompleteRead"):
+        weights.fetch(weights.LPIPS)
     assert list(cache.iterdir()) == []
 
 

@@ -24,7 +24,7 @@ from metrics.frechet import distance_of, frechet_distance, wants_of
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.precision_recall import density_coverage, precision_recall
-from metrics.registry import compute_all
+from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, choose_fakes
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -397,7 +397,7 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
 def test_subsets_of_reals_and_fakes_are_drawn_independently(setup: DetectorSetup) -> None:
     """Otherwise images given in the order of the reals would be compared with themselves."""
     context = build(setup)
-    results(context, "kid50")
+    results(context, "kid50_full")
     real, fake = feature_stats.statistics_of(context).results.values()
     assert real["index"].shape == fake["index"].shape == (100, 50)
     assert not torch.equal(real["index"], fake["index"])
@@ -440,6 +440,33 @@ def test_logits_and_values_that_are_not_finite_are_refused(
     monkeypatch.setattr("metrics.frechet.distance_of", lambda *_, **__: math.nan)
     with pytest.raises(UserError, match="metric fid50: fid50 is nan"):
         results(build(setup), "fid50")
+
+
+def test_the_kernel_distance_of_whole_sets_has_one_subset(setup: DetectorSetup) -> None:
+    assert set(results(build(setup), "kid60")) == {"kid60"}
+    assert set(results(build(setup), "kid60_full")) == {"kid60_full", "kid60_full_std"}
+
+
+def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup) -> None:
+    context = build(setup)
+    [score] = find("is50")[0].plan(context, 50)
+    assert score.recipe == ClassSums(10)
+    for name, half in (("pr503_full", True), ("pr503", True), ("dc50_full", False), ("dc50", False)):
+        assert [want.recipe for want in find(name)[0].plan(context, 50)] == [Rows(half), Rows(half)]
+
+
+def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    context = build(read_detectors((str(tmp_path / "dino"),)))
+    measured = results(context, "fd10_dinov2")["fd10_dinov2"]
+    statistics = feature_stats.statistics_of(context)
+    moments = [statistics[want] for want in wants_of("dinov2", None, 10)]
+    assert measured == pytest.approx(distance_of(*moments, unbiased=True), rel=1e-9)
+    assert measured != pytest.approx(distance_of(*moments), rel=1e-4)
 
 
 def test_clean_divides_by_one_less(program: Path) -> None:

@@ -221,7 +221,7 @@ def test_distances_of_classes_are_those_of_their_own_images() -> None:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> DetectorSetup:
     path = script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
-    return read_detectors((str(path),))
+    return read_detectors((f"inception:{path}",))
 
 
 def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) -> None:
@@ -246,6 +246,14 @@ def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) ->
     [zero] = compute_all(["fid60_class"], same)
     assert zero.results["fid60_class"] == pytest.approx(0, abs=1e-9)
     assert zero.warnings == ()
+
+
+def test_a_class_without_fakes_is_refused_before_any_is_made(setup: DetectorSetup) -> None:
+    data = ArrayImages(natural_images(60), torch.arange(60) % 3, c_dim=3)
+    G = Stripes(c_dim=3)
+    with pytest.raises(UserError, match=r"metric fid4_class: class \d has 20 reals and [01] fakes"):
+        metrics.compute("fid4_class", MetricContext(G=G, images=data, device=CPU, setup=setup))
+    assert G.latents == []
 
 
 def test_fid_per_class_needs_classes(setup: DetectorSetup) -> None:
