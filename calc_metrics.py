@@ -199,7 +199,8 @@ def run(job: Job) -> None:
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each snapshot and metric, or why a snapshot of several cannot be read.
 
-    The statistics of the reals serve all snapshots of a run."""
+    The statistics of the reals serve all snapshots of a run.
+    """
     context: MetricContext | None = None
     dataset, data = None, None
     for path in paths:
