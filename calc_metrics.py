@@ -11,7 +11,7 @@ import click
 import torch
 
 from dnnlib.cli import NameList, Script, config_values, option, switch
-from dnnlib.config import UserError, override
+from dnnlib.config import UserError, WriteError, override
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
@@ -24,7 +24,7 @@ from metrics.registry import (
     result_to_json,
     to_line,
 )
-from metrics.report import Progress, plot_records, to_table
+from metrics.report import Progress, check_plot, plot_records, to_table
 from metrics.sampling import MetricContext
 from metrics.weights import cache_dir
 from torch_utils import distributed
@@ -84,7 +84,7 @@ class MetricScript(Script):
     default=(),
     show_default=False,
     metavar="FILE,...",
-    help="A feature network of your own (.pt2, TorchScript), weight files, a folder of DINOv2.",
+    help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2.",
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
 @option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")
@@ -127,6 +127,8 @@ def main(
     subjects = list_subjects(network)
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
+    if options["plot"]:
+        check_plot(with_kimg=subjects is not None)
     for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
         check_available(name, setup)
 
@@ -168,34 +170,54 @@ def run(job: Job) -> None:
     device = distributed.choose_device(job.device)
     subjects = list_subjects(job.network)
     folder = job.network if subjects and job.network.is_dir() else job.network.parent
-    records = []
+    records, is_complete = [], True
     for record in measure_images(job, device) if subjects is None else measure_snapshots(job, subjects, device):
+        if isinstance(record, UserError):
+            is_complete = False
+            if distributed.is_main():
+                click.echo(f"Warning: {record}: left out", err=True)
+            continue
         records.append(record)
         if distributed.is_main():
             click.echo(to_line(record))
             for warning in record["warnings"]:
                 click.echo(f"Warning: {record['metric']}: {warning}", err=True)
-            append_result(folder, record)
+            try:
+                append_result(folder, record)
+            except WriteError as error:
+                click.echo(f"Warning: {error}", err=True)
+                is_complete = False
     if distributed.is_main():
         click.echo(to_table(records), err=True)
         if job.plot:
             for path in plot_records(records, folder):
                 click.echo(f"Drawn: {path}", err=True)
+    if not distributed.from_main(lambda: is_complete):
+        raise SystemExit(1)
 
 
-def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield a record for each snapshot and metric. The statistics of the reals serve all snapshots of a run."""
+def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
+    """Yield a record for each snapshot and metric, or why a snapshot of several cannot be read.
+
+    The statistics of the reals serve all snapshots of a run.
+    """
     context: MetricContext | None = None
     dataset, data = None, None
     for path in paths:
-        snapshot = load_network(path, device)
+        try:
+            snapshot = load_network(path, device)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            yield error
+            continue
         if snapshot.G_ema is None:
             raise UserError(f"{path}: holds no averaged generator (G_ema), which metrics are computed of")
         config = snapshot_config(job, snapshot)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
         if context is None or config.data != data:
-            dataset, data = ImageDataset(config.data), config.data
+            dataset, data = open_reals(job, path, config.data), config.data
             context = build_context(job, device, G=snapshot.G_ema, images=dataset)
         else:
             context = with_network(context, snapshot.G_ema)
@@ -210,12 +232,22 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             )
 
 
+def open_reals(job: Job, snapshot: Path, data: DatasetConfig) -> ImageDataset:
+    """Open the real images. Raises UserError, which says where a path came from that the user did not give."""
+    try:
+        return ImageDataset(data)
+    except UserError as error:
+        if "data.path" in job.changes:
+            raise
+        raise UserError(f"{error} (what {snapshot} was trained with): name the real images with --data") from None
+
+
 def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
     """Return a snapshot's configuration with the user's changes, and all reals even if it was trained on a subset."""
     return override(snapshot.config, {"data.max_images": None, "data.holdout": 0} | job.changes)
 
 
-def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
+def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each metric of a set of images."""
     data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
     images, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ from dnnlib.cli import IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
+from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
+from metrics.report import Progress
+from metrics.sampling import MetricContext
 from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import GENERATORS
 from training.saving import Saver
@@ -230,13 +232,15 @@ def _train(request: runs.Request, signals: Signals) -> bool:
     trainer = Trainer(config, dataset, device)
     origin = runs.load(trainer, start)
     trainer.synchronise()
+    context = build_context(trainer)
+    metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
     run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():
             print(_describe(trainer))
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
         saver = Saver(run_dir, config.run)
-        trainer.hooks = [*build_hooks(trainer, run_dir, saver), hooks.Requests(saver, signals)]
+        trainer.hooks = [*build_hooks(trainer, run_dir, saver, context), hooks.Requests(saver, signals)]
         try:
             trainer.train()
         except torch.OutOfMemoryError:
@@ -257,7 +261,7 @@ def _too_large(config: TrainConfig) -> str:
     return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
@@ -272,41 +276,61 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver) -> list[Any]:
     chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
-    setup = read_detectors(run.detectors)
-    names = metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
+    names = metric_names(run, context.setup)
     schedule = [(run.metrics_every or run.snapshot_ticks, names), (1, run.tick_metrics)]
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
-        evaluate = _evaluator(trainer, saver, setup, main_metric)
+        evaluate = _evaluator(trainer, saver, context, main_metric)
         chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, board))
     return chain
 
 
-def _evaluator(trainer: Trainer, saver: Saver, setup: DetectorSetup, main_metric: str) -> hooks.Evaluate:
-    """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
-    data = trainer.config.data
-    whole = replace(data, max_images=None, holdout=0)  # as published: all reals, even if it trains on fewer
-    images = trainer.dataset if whole == data else ImageDataset(whole)
+def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
+    """Return the metrics of --metrics, or those that are computed without it."""
+    return metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
 
-    def evaluate(names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float) -> hooks.Evaluation:
-        context = metrics.registry.MetricContext(
-            G=G_ema, images=images, device=trainer.device, setup=setup, cache=cache_dir() / "statistics"
-        )
+
+def build_context(trainer: Trainer) -> MetricContext:
+    """Return what metrics see of a run: all reals, as published, even if it trains on fewer."""
+    data = trainer.config.data
+    whole = replace(data, max_images=None, holdout=0)
+    return MetricContext(
+        G=trainer.ema.module,
+        images=trainer.dataset if whole == data else ImageDataset(whole),
+        device=trainer.device,
+        batch_size=trainer.batch_gpu,
+        setup=read_detectors(trainer.config.run.detectors),
+        cache=cache_dir() / "statistics",
+        progress=Progress(),
+    )
+
+
+def _evaluator(trainer: Trainer, saver: Saver, context: MetricContext, main_metric: str) -> hooks.Evaluate:
+    """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
+    data, images = trainer.config.data, context.images
+    higher_is_better = metrics.registry.find(main_metric, context.setup)[0].higher_is_better
+
+    def evaluate(
+        names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float, keep: hooks.Keep
+    ) -> dict[str, float]:
+        nonlocal context  # whose detectors and statistics of the reals serve all ticks
+        context = with_network(context, G_ema)
         values: dict[str, float] = {}
-        best = None
         for result in metrics.registry.compute_all(names, context):
             values |= result.results
-            if result.metric == main_metric and distributed.from_main(partial(is_best, result, saver.run_dir)):
-                best = main_metric
             if distributed.is_main():
                 written = saver.settled(snapshot)
                 record = metrics.registry.result_to_json(
                     result, snapshot=written, kimg=kimg, data=data.path, images=images, mirror=data.mirror
                 )
                 with hooks.going_on():
+                    if result.metric == main_metric and is_best(
+                        record, saver.run_dir, higher_is_better=higher_is_better
+                    ):
+                        keep(main_metric)
                     metrics.registry.append_result(saver.run_dir, record)
                 _say(_describe_result(result, kimg))
-        return hooks.Evaluation(values=values, best=best)
+        return values
 
     return evaluate
 

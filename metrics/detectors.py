@@ -8,8 +8,11 @@ and optionally class logits [B, K] out. A program can do anything, so only `--de
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -74,18 +77,25 @@ class Detector:
 class DetectorSetup:
     """Which networks the metrics use: the user's files where given, else the cache's; and by which protocol."""
 
-    program: Path | None = None
+    program: Path | None = None  # in place of every network that can be replaced
+    bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that are these networks, as the user says
     dinov2: Path | None = None
     weights: Mapping[str, Path] = field(default_factory=dict)  # WeightFile.name -> file
     protocol: str = "stylegan"
 
-    def uses_program(self, role: Role) -> bool:
-        """Whether the user's own network stands in for this one."""
-        return self.program is not None and role in REPLACED_BY_A_PROGRAM
+    def program_of(self, role: Role) -> Path | None:
+        """Return the user's own network that stands in for this one."""
+        return self.bound.get(role) or (self.program if role in REPLACED_BY_A_PROGRAM else None)
+
+    def suffix_of(self, role: Role) -> str:
+        """Return what the names of numbers end in when they come from another network than the role's."""
+        if self.program is None or role in self.bound or role not in REPLACED_BY_A_PROGRAM:
+            return ""
+        return "_" + re.sub(r"[^A-Za-z0-9]+", "-", self.program.stem)
 
     def missing(self, role: Role) -> str | None:
         """Return what a network lacks on this machine, with the remedy; None when it is there. Fetches nothing."""
-        if self.uses_program(role):
+        if self.program_of(role):
             return None
         for file in FILES[role]:
             if file.name not in self.weights and not file.path.is_file():
@@ -101,7 +111,7 @@ class DetectorSetup:
 
     def prepare(self, role: Role) -> None:
         """Fetch and check what a network needs, before anything is generated. Raises UserError saying what is not."""
-        if self.uses_program(role):
+        if self.program_of(role):
             return
         for file in FILES[role]:
             self._path_of(file)
@@ -112,9 +122,9 @@ class DetectorSetup:
 
     def identity(self, role: Role) -> dict[str, str]:
         """Return the name of a network and the sha256 of its files: with them its features are determined."""
-        if self.uses_program(role):
-            assert self.program is not None
-            return {"detector": self.program.name, "detector_sha256": sha256_of(self.program)}
+        program = self.program_of(role)
+        if program:
+            return {"detector": program.name, "detector_sha256": sha256_of(program)}
         if role == "dinov2":
             folder = self._dinov2_folder()
             return {"detector": _dinov2_name(folder), "detector_sha256": sha256_of(folder)}
@@ -122,18 +132,24 @@ class DetectorSetup:
         name = {"inception": "inception-2015-12-05", "vgg16": "torchvision VGG16", "lpips": "LPIPS, torchvision VGG16"}
         return {"detector": name[role], "detector_sha256": " ".join(sha256_of(path) for path in paths)}
 
+    def library_of(self, role: Role) -> str | None:
+        """Return which version of which package makes a network and resizes its images; None for a program."""
+        if self.program_of(role):
+            return None
+        return f"{PACKAGES[role]} {importlib.metadata.version(PACKAGES[role])}"
+
     def describe(self, role: Role) -> str:
         """Return in words which network sees the images, and how."""
-        if self.uses_program(role):
-            assert self.program is not None
-            return f"features of {self.program.name}"
+        program = self.program_of(role)
+        if program:
+            return f"features of {program.name}"
         return DESCRIPTIONS.get(f"{role}, {self.protocol}") or DESCRIPTIONS[role]
 
     def load(self, role: Role, device: torch.device) -> Detector:
         """Build a feature network. Raises UserError for files that cannot be used."""
-        if self.uses_program(role):
-            assert self.program is not None
-            return load_program(self.program, device)
+        program = self.program_of(role)
+        if program:
+            return load_program(program, device)
         if role == "dinov2":
             return load_dinov2(self._dinov2_folder(), device)
         state = load_state_dict(self._path_of(FILES[role][0]))
@@ -179,19 +195,36 @@ def _dinov2_name(folder: Path) -> str:
 def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> DetectorSetup:
     """Say what each --detector is: a program, a known weight file, or a folder of DINOv2. Raises UserError."""
     program = dinov2 = None
+    bound: dict[Role, Path] = {}
     weights = {}
-    for path in map(Path, paths):
+    for given in paths:
+        role, path = _split_role(given)
         if not path.exists():
-            raise UserError(f"--detector={path}: no such file or folder")
-        if path.is_dir():
+            raise UserError(f"--detector={given}: no such file or folder")
+        if role and (path.is_dir() or not _is_program(path)):
+            raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); leave out `{role}:`")
+        if role:
+            bound[role] = path.resolve()
+        elif path.is_dir():
             dinov2 = path.resolve()
         elif _is_program(path):
             if program:
-                raise UserError(f"--detector={path}: {program} is given already; one program at a time")
+                raise UserError(
+                    f"--detector={path}: {program} is given already; say with inception:FILE or vgg16:FILE which one "
+                    "is which network"
+                )
             program = path.resolve()
         else:
             weights[_recognise(path).name] = path.resolve()
-    return DetectorSetup(program=program, dinov2=dinov2, weights=weights, protocol=protocol)
+    return DetectorSetup(program=program, bound=bound, dinov2=dinov2, weights=weights, protocol=protocol)
+
+
+def _split_role(given: str) -> tuple[Role | None, Path]:
+    """Return the network that a program is said to be, as in vgg16:FILE, and the file."""
+    for role in REPLACED_BY_A_PROGRAM:
+        if given.startswith(f"{role}:"):
+            return role, Path(given.removeprefix(f"{role}:"))
+    return None, Path(given)
 
 
 def _is_program(path: Path) -> bool:
@@ -335,7 +368,7 @@ def load_program(path: Path, device: torch.device) -> Detector:
     """
     options: dict[str, Any] = {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_export():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still what users have
             if path.suffix == ".pt2":
                 module = torch.export.load(path).module().to(device)
@@ -419,6 +452,18 @@ def _no_trace() -> Iterator[None]:
     """Leave the random numbers alone that the initial weights of a network would use up."""
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep torch.export from logging the traceback of what is raised as an error here."""
+    logger = logging.getLogger("torch.export")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

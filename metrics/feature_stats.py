@@ -40,6 +40,7 @@ Result = dict[str, Tensor]
 
 FORMAT = "metric-statistics"
 VERSION = 1
+NO_CLASSES = "the detector returns no class logits: an inception score needs a network with classes"
 
 
 class Accumulator(Protocol):
@@ -140,7 +141,8 @@ class _SubsetSums:
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
         first, last = np.searchsorted(self.kept, [positions.start, positions.start + len(features)])
-        self.rows.add(positions, features[self.kept[first:last] - positions.start], logits)
+        chosen = torch.from_numpy(self.kept[first:last] - positions.start).to(features.device, non_blocking=True)
+        self.rows.add(positions, features[chosen], logits)
 
     def finish(self) -> Result:
         return {**self.rows.finish(), "index": self.index}
@@ -164,7 +166,7 @@ class _ClassSums:
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
         if logits is None:
-            raise UserError("the detector returns no class logits: an inception score needs a network with classes")
+            raise UserError(NO_CLASSES)
         p, log_p = logits.double().softmax(dim=1), logits.double().log_softmax(dim=1)
         # Split i holds the positions from i * N // splits on, up to where the next begins.
         bounds = torch.arange(1, self.splits, device=p.device) * self.total // self.splits
@@ -237,6 +239,19 @@ class Statistics:
             for want in group:
                 self._save(want)
 
+    def try_out(self, role: Role, *, with_classes: bool) -> None:
+        """Show a user's own network blank images of the data's shape: two, then one, which a fixed batch size fails on.
+
+        Raises UserError for a program that does not work, or has no classes where they are needed.
+        """
+        if self.context.setup.program_of(role) is None:
+            return
+        for count in (2, 1):
+            blank = torch.zeros(count, *self.context.images.img_shape, dtype=torch.uint8, device=self.context.device)
+            _, logits = self._detector(role)(blank)
+        if with_classes and logits is None:
+            raise UserError(NO_CLASSES)
+
     def _run(self, wants: list[Want]) -> None:
         """Send one set of images, of the largest size that is wanted, through the networks that are wanted."""
         if not wants:
@@ -245,19 +260,21 @@ class Statistics:
         sizes = {want: self.size(want) for want in wants}
         total = max(sizes.values())
         accumulators = {want: want.recipe.start(sizes[want]) for want in wants}
-        broken: dict[Role, Tensor] = {}  # on the device, so that the host does not wait in every batch
+        broken: dict[tuple[Role, str], Tensor] = {}  # on the device, so that the host does not wait in every batch
         for positions, images in self._batches(wants[0], total):
             for role in dict.fromkeys(want.role for want in wants):
                 features, logits = self._detector(role)(images)
-                is_broken = features.isfinite().all().logical_not()
-                broken[role] = broken[role] | is_broken if role in broken else is_broken
+                for key, x in (((role, "features"), features), ((role, "class logits"), logits)):
+                    if x is not None:
+                        is_broken = x.isfinite().all().logical_not()
+                        broken[key] = broken[key] | is_broken if key in broken else is_broken
                 for want in [want for want in wants if want.role == role]:
                     inside = min(max(sizes[want] - positions.start, 0), len(features))
                     part = slice(0, inside if len(positions) else 0)
                     accumulators[want].add(positions, features[part], None if logits is None else logits[part])
-        for role, is_broken in broken.items():
+        for (role, what), is_broken in broken.items():
             if is_broken:
-                raise UserError(f"the detector {self._detector(role).name} returns features that are not finite")
+                raise UserError(f"the detector {self._detector(role).name} returns {what} that are not finite")
         for want in wants:
             self.results[want] = accumulators[want].finish()
         for want in wants:
@@ -306,6 +323,7 @@ class Statistics:
             "data": context.images.content_hash,
             "chosen": None if size == len(context.images) else [size, context.seed],
             "detector": context.setup.identity(want.role)["detector_sha256"],
+            "library": context.setup.library_of(want.role),
             "protocol": context.setup.protocol,
             "recipe": repr(want.recipe),
         }

@@ -132,8 +132,8 @@ def fd_dinov2(context: MetricContext, name: str, count: int | None) -> Measureme
 
 
 def _plan_class(context: MetricContext, count: int | None) -> list[Want]:
-    _classes_of(context)
-    reals = min(len(context.images), MAX_REALS)
+    classes, reals = _classes_of(context), min(len(context.images), MAX_REALS)
+    _present(*_labels(context, reals, count or NUM_IMAGES), classes)
     return [
         Want(of="real", role="inception", count=reals, recipe=Rows()),
         Want(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
@@ -153,19 +153,32 @@ def _classes_of(context: MetricContext) -> int:
     return classes
 
 
+def _labels(context: MetricContext, num_real: int, num_fake: int) -> tuple[Tensor, Tensor]:
+    """Return the classes of the reals and of the fakes, which are known before any is made."""
+    real = context.images.labels[choose_reals(context, num_real)].to(context.device)
+    if context.fakes is None:
+        return real, random_labels(context, range(num_fake)).argmax(dim=1)
+    return real, context.fakes.labels[choose_fakes(context, context.fakes, num_fake)].to(context.device)
+
+
+def _present(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
+    """Return the classes that have images. Raises UserError for one with a single image, or on one side only."""
+    counts = [labels.bincount(minlength=classes).tolist() for labels in (real_class, fake_class)]
+    present = []
+    for number, found in enumerate(zip(*counts, strict=True)):
+        if any(found) and min(found) < 2:
+            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+        if any(found):
+            present.append(number)
+    return present
+
+
 def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:
     """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64, nan where it has none.
 
     The processes share out the classes. Raises UserError for a class with a single image, or images on one side only.
     """
-    present = []
-    for number in range(classes):
-        found = [int((labels == number).sum()) for labels in (real_class, fake_class)]
-        if not any(found):
-            continue
-        present.append(number)
-        if min(found) < 2:
-            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+    present = _present(real_class, fake_class, classes)
     distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
     for number in (present[position] for position in own_shard(len(present))):
         sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]
@@ -189,11 +202,7 @@ def fid_class(context: MetricContext, name: str, count: int | None) -> Measureme
     """Return the mean, the largest, and every class's distance."""
     wants = _plan_class(context, count)
     real, fake = (statistics_of(context)[want]["rows"] for want in wants)
-    real_class = context.images.labels[choose_reals(context, len(real))].to(real.device)
-    if context.fakes is not None:
-        fake_class = context.fakes.labels[choose_fakes(context, context.fakes, len(fake))].to(real.device)
-    else:
-        fake_class = random_labels(context, range(len(fake))).argmax(dim=1)
+    real_class, fake_class = _labels(context, len(real), len(fake))
     distances = class_distances(real, real_class, fake, fake_class, _classes_of(context))
     present = distances.isfinite().nonzero()[:, 0].tolist()  # a data set may name classes that it has no images of
     values = {name: float(distances[present].mean()), f"{name}_worst": float(distances[present].max())}

@@ -41,6 +41,6 @@ def score(context: MetricContext, name: str, count: int | None) -> Measurement:
     [want] = _plan(context, count)
     assert want.count is not None
     if want.count < SPLITS:
-        raise UserError(f"metric {name}: {SPLITS} splits need at least {SPLITS} images")
+        raise UserError(f"{SPLITS} splits need at least {SPLITS} images")
     mean, std = inception_score(statistics_of(context)[want])
     return Measurement(values={f"{name}_mean": mean, f"{name}_std": std}, num_real=0, num_fake=want.count)

@@ -42,7 +42,8 @@ def _wants(context: MetricContext, num_real: int | None, num_fake: int) -> list[
     size = min(total if num_real is None else min(num_real, total), num_fake, SUBSET_SIZE)
     if size < 2:
         raise UserError(f"a kernel distance needs at least 2 images on each side, here it has {size}")
-    real, fake = (SubsetRows(SUBSETS, size, f"kid-{of}", context.seed) for of in ("real", "fake"))
+    whole = num_fake == size == (total if num_real is None else min(num_real, total))  # then all subsets are the same
+    real, fake = (SubsetRows(1 if whole else SUBSETS, size, f"kid-{of}", context.seed) for of in ("real", "fake"))
     return [
         Want(of="real", role="inception", count=num_real, recipe=real),
         Want(of="fake", role="inception", count=num_fake, recipe=fake),
@@ -61,7 +62,8 @@ def _measure(context: MetricContext, name: str, wants: list[Want]) -> Measuremen
     real, fake = (statistics_of(context)[want] for want in wants)
     mean, std = kernel_distance(real, fake)
     num_real, num_fake = (statistics_of(context).size(want) for want in wants)
-    return Measurement(values={name: mean, f"{name}_std": std}, num_real=num_real, num_fake=num_fake)
+    values = {name: mean} if len(real["index"]) == 1 else {name: mean, f"{name}_std": std}
+    return Measurement(values=values, num_real=num_real, num_fake=num_fake)
 
 
 _KID: dict[str, Any] = {"roles": ("inception",), "paper": "Binkowski et al. 2018", "clean": CLEAN}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import UserError
+from metrics.detectors import full_float32
 from metrics.frechet import NUM_IMAGES
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
@@ -79,14 +80,15 @@ def steps(context: MetricContext, walk: Walk, count: int) -> Iterator[tuple[Tens
         z0, z1 = (_rows(context, "normal", G.z_dim, f"path {end}", positions) for end in ("from", "to"))
         t = 0 * z0[:, :1] if walk.at_end else _rows(context, "uniform", 1, "path t", positions)
         c = random_labels(context, positions)
-        if walk.space == "w":
-            w0, w1 = (G.mapping(z, c, truncation_psi=context.truncation_psi) for z in (z0, z1))  # (B, num_ws, w_dim)
-            ws = [torch.lerp(w0, w1, at.unsqueeze(2)) for at in (t, t + EPSILON)]
-            img = G.synthesis(torch.cat(ws), noise_mode=context.noise_mode)
-        else:
-            z = torch.cat([slerp(z0, z1, at) for at in (t, t + EPSILON)])
-            psi, mode = context.truncation_psi, context.noise_mode
-            img = G(z, torch.cat([c, c]), truncation_psi=psi, noise_mode=mode)
+        psi, mode = context.truncation_psi, context.noise_mode
+        with full_float32():  # a step is smaller than the last digit of TF32
+            if walk.space == "w":
+                w0, w1 = (G.mapping(z, c, truncation_psi=psi) for z in (z0, z1))  # (B, num_ws, w_dim)
+                ws = [torch.lerp(w0, w1, at.unsqueeze(2)) for at in (t, t + EPSILON)]
+                img = G.synthesis(torch.cat(ws), noise_mode=mode)
+            else:
+                z = torch.cat([slerp(z0, z1, at) for at in (t, t + EPSILON)])
+                img = G(z, torch.cat([c, c]), truncation_psi=psi, noise_mode=mode)
         one, other = img.float().chunk(2)
         yield one, other
         context.progress("steps", positions.stop - share.start, len(share))
@@ -131,7 +133,7 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
     @register_metric(
         f"{pattern}<N>",
         help=f"{help}; recorded as {pattern}_tvgg16, does not compare with the StyleGAN family's vgg16.pt",
-        protocol=f"{start}, eps 1e-4, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
+        protocol=f"{start}, eps 1e-4, no TF32, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
         paper="Karras et al. 2020a" if pattern == "ppl2_wend" else "Karras et al. 2019",
         roles=("lpips",),
         plan=plan,

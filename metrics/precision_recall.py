@@ -29,10 +29,15 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     |x|^2 + |y|^2 - 2 x y around the mean of y, because what features have in common would cost digits.
     """
     centre = y.mean(dim=0, dtype=torch.float32)
-    x32, y32 = x.float() - centre, y.float() - centre
-    with full_float32():
-        squares = torch.addmm(y32.square().sum(dim=1), x32, y32.T, alpha=-2) + x32.square().sum(dim=1, keepdim=True)
-    return squares.clamp(min=0).sqrt().to(x.dtype)
+    x32 = x.float() - centre
+    squares = x32.square().sum(dim=1, keepdim=True)
+    distances = x.new_empty(len(x), len(y))
+    for start in range(0, len(y), BLOCK):  # so that y is never held in float32 as a whole
+        y32 = y[start : start + BLOCK].float() - centre
+        with full_float32():
+            part = torch.addmm(y32.square().sum(dim=1), x32, y32.T, alpha=-2) + squares
+        distances[:, start : start + BLOCK] = part.clamp(min=0).sqrt()
+    return distances
 
 
 def radii(x: Tensor, neighbours: int) -> Tensor:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import sys
@@ -28,9 +29,20 @@ import torch
 import dnnlib
 from dnnlib.config import UserError, WriteError
 from metrics.detectors import DetectorSetup, Role
-from metrics.feature_stats import Want, statistics_of
+from metrics.feature_stats import ClassSums, Want, statistics_of
 from metrics.sampling import Images, MetricContext
 
+COMPARABLE = (  # two records of a metric compare when these are equal
+    "detector_sha256",
+    "protocol",
+    "data_hash",
+    "mirror",
+    "seed",
+    "truncation_psi",
+    "noise_mode",
+    "num_real",
+    "num_fake",
+)
 STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN family's protocol
 
 
@@ -141,10 +153,13 @@ def registered_metrics() -> tuple[MetricSpec, ...]:
     return tuple(_METRICS[pattern] for pattern in sorted(_METRICS))
 
 
-def find(name: str) -> tuple[MetricSpec, int | None]:
-    """Return the metric that a name asks for and the count in it. Raises UserError for an unknown name."""
+def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | None]:
+    """Return the metric that a name asks for, as given or as recorded, and the count in it.
+
+    Raises UserError for an unknown name.
+    """
     for spec in registered_metrics():
-        match = spec.match(name)
+        match = spec.match(name.removesuffix(_suffix(spec, setup)))
         if match:
             count = match.groupdict().get("N")
             return spec, int(count.replace("k", "000")) if count else None
@@ -165,23 +180,30 @@ def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list
 
 def _recorded_name(name: str, setup: DetectorSetup) -> str:
     """Return the name with the suffix of the network that its numbers come from."""
-    spec, _ = find(name)
+    spec, _ = find(name, setup)
     if setup.protocol == "clean" and spec.clean is None:
         with_clean = ", ".join(spec.pattern for spec in registered_metrics() if spec.clean)
         raise UserError(f"--protocol=clean: metric {name} has no such protocol, only {with_clean}")
-    if not spec.library_suffix:
-        return name
-    own = any(setup.uses_program(role) for role in spec.roles)
-    if own and name.endswith(spec.library_suffix):
+    if spec.library_suffix and name.endswith(spec.library_suffix) and _has_program(spec, setup):
         raise UserError(
             f"metric {name}: its name promises another network than that of --detector; leave out the suffix"
         )
-    return name if own or name.endswith(spec.library_suffix) else name + spec.library_suffix
+    suffix = _suffix(spec, setup) or ("" if _has_program(spec, setup) else spec.library_suffix)
+    return name.removesuffix(suffix) + suffix if suffix else name
+
+
+def _has_program(spec: MetricSpec, setup: DetectorSetup) -> bool:
+    return any(setup.program_of(role) for role in spec.roles)
+
+
+def _suffix(spec: MetricSpec, setup: DetectorSetup) -> str:
+    """What the names of a metric's numbers end in when they come from a program that is not bound to a role."""
+    return next(filter(None, map(setup.suffix_of, spec.roles)), "")
 
 
 def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
     """Fetch what a metric needs and is not there. Raises UserError when something cannot be had."""
-    spec = find(name)[0]
+    spec = find(name, setup)[0]
     with _naming(name):
         for role in spec.roles:
             setup.prepare(role)
@@ -195,7 +217,24 @@ def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], s
     missing = find("fid50k_full")[0].missing(setup)
     if missing:
         return ("swd",), f"computing swd instead of fid50k_full, because {missing}"
-    return ("fid50k_full",), "computing fid50k_full, whose detector is there"
+    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is there"
+
+
+def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Want, ...]]:
+    """Find out what metrics need, before anything is generated: fetch it, try it out, and return their plans.
+
+    Raises UserError for what is missing or does not work, and for data that a metric cannot use.
+    """
+    plans = {}
+    for name in resolve(names, context.setup):
+        check_available(name, context.setup)
+        spec, count = find(name, context.setup)
+        with _naming(name):
+            plans[name] = tuple(spec.plan(context, count))
+            for role in spec.roles:
+                with_classes = any(isinstance(want.recipe, ClassSums) for want in plans[name])
+                statistics_of(context).try_out(role, with_classes=with_classes)
+    return plans
 
 
 def compute(name: str, context: MetricContext) -> MetricResult:
@@ -209,19 +248,17 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     Every process calls it with its own copies and gets the same results. Raises UserError for an unknown name, for
     something missing, and for data that a metric cannot use.
     """
-    specs = {name: find(name) for name in resolve(names, context.setup)}
-    for name in specs:
-        check_available(name, context.setup)
-    plans = {}
-    for name, (spec, count) in specs.items():
-        with _naming(name):
-            plans[name] = tuple(spec.plan(context, count))
+    specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
+    plans = prepare(specs, context)
     statistics = statistics_of(context)
     statistics.collect(want for plan in plans.values() for want in plan)
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         with _naming(name):
             measured = spec.function(context, name, count)
+            for key, value in measured.values.items():
+                if not math.isfinite(value):
+                    raise UserError(f"{key} is {value}: the features are too large or too few to compute it")
         identity = context.setup.identity(spec.roles[0]) if spec.roles else {"detector": None, "detector_sha256": None}
         yield MetricResult(
             metric=name,
@@ -278,15 +315,28 @@ def result_to_json(
     }
 
 
-def is_best(result: MetricResult, folder: Path) -> bool:
-    """Whether a result is better than all of its metric that metric-<name>.jsonl in `folder` has so far."""
-    path = folder / f"metric-{result.metric}.jsonl"
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    name, value = next(iter(result.results.items()))
-    others = [record["results"][name] for record in earlier]
-    if find(result.metric)[0].higher_is_better:
-        return all(value > other for other in others)
-    return all(value < other for other in others)
+def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> bool:
+    """Whether a record is better than all that it compares with in metric-<name>.jsonl of `folder`.
+
+    The file may also hold what calc_metrics.py made of other data, detectors or seeds.
+    """
+    name, value = next(iter(record["results"].items()))
+    earlier = _read_records(folder / f"metric-{record['metric']}.jsonl")
+    others = [other["results"][name] for other in earlier if _circumstances(other) == _circumstances(record)]
+    return all(value > other if higher_is_better else value < other for other in others)
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; a line that was cut short is none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in COMPARABLE)
 
 
 def append_result(folder: Path, record: dict[str, Any]) -> None:

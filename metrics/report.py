@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -40,32 +41,41 @@ class Progress:
 
 
 def to_table(records: Sequence[Record]) -> str:
-    """Return one line for each number: what of, kimg, its name and value."""
+    """Return one line for each number (what of, kimg, its name and value), and for each metric what it means."""
     rows = [("network", "kimg", "metric", "value")]
     for record in records:
         kimg = "" if record["kimg"] is None else f"{record['kimg']:g}"
         rows += [(record["snapshot"], kimg, name, f"{value:.5g}") for name, value in record["results"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+    seen = {record["metric"]: f"{record['metric']}: {_origin(record)}" for record in records}
+    return "\n".join([*lines, *seen.values()])
+
+
+def _origin(record: Record) -> str:
+    """Say which network the images were shown to, and by which protocol."""
+    detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
+    return detector + str(record["protocol"])
+
+
+def check_plot(*, with_kimg: bool) -> None:
+    """Raise UserError when nothing can be drawn: without matplotlib, or for images, which have no kimg."""
+    if not with_kimg:
+        raise UserError("--plot: images have no kimg to draw a metric against")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'")
 
 
 def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png.
+    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png."""
+    import matplotlib
 
-    Raises UserError without matplotlib, and for records of images, which have no kimg.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     paths = []
     for name in dict.fromkeys(record["metric"] for record in records):
-        own = [record for record in records if record["metric"] == name and record["kimg"] is not None]
-        if not own:
-            raise UserError("--plot: images have no kimg to draw a metric against")
+        own = [record for record in records if record["metric"] == name]
         number = next(iter(own[0]["results"]))
         points = sorted((record["kimg"], record["results"][number]) for record in own)
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

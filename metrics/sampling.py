@@ -199,6 +199,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 @torch.no_grad()
 def _generate_batches(context: MetricContext, G: Generator, count: int) -> Batches:
     share = own_shard(count)
+    is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # there, so that the host does not wait for it
     for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))
@@ -208,10 +209,11 @@ def _generate_batches(context: MetricContext, G: Generator, count: int) -> Batch
                 truncation_psi=context.truncation_psi,
                 noise_mode=context.noise_mode,
             )
-        if not img.isfinite().all():
-            raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
+        is_finite &= img.isfinite().all()
         yield positions, to_uint8(img)
         context.progress("generated images", positions.stop - share.start, len(share))
+    if not is_finite:
+        raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
 
 
 def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -95,10 +96,11 @@ def _sha256_of_file(path: Path, changed: int, size: int) -> str:
 def check(file: WeightFile, path: Path) -> Path:
     """Return `path` when it holds `file`. Raises UserError for another checksum."""
     found = sha256_of(path)
+    again = "; delete it, and it is fetched again" if path == file.path else ""
     if not found.startswith(file.sha256):
         raise UserError(
             f"{path}: its sha256 is {found[:16]}..., that of {file.name} begins with {file.sha256}: the file is "
-            "damaged, cut off or another one; delete it, and it is fetched again"
+            f"damaged, cut off or another one{again}"
         )
     return path
 
@@ -113,9 +115,13 @@ def fetch(file: WeightFile) -> Path:
         print(f"Fetching {file.url} ...", file=sys.stderr, flush=True)
         with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as out:
             shutil.copyfileobj(answer, out, 1 << 20)
+            wanted = answer.headers.get("Content-Length")
+        found = temporary.stat().st_size
+        if wanted is not None and found != int(wanted):
+            raise ValueError(f"cut off after {found} of {wanted} bytes")
         check(file, temporary)
         os.replace(temporary, file.path)
-    except (OSError, ValueError) as error:  # UserError, of a wrong checksum, is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # UserError, of a wrong checksum, is a ValueError
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"{file.describe()} is not in {file.path.parent} and could not be fetched from {file.url} ({reason}): "

@@ -34,6 +34,11 @@ def export_program(path: Path, module: nn.Module, images: Tensor) -> Path:
     return path
 
 
+def bound(program: Path) -> str:
+    """The option that says that a program is Inception and VGG16, so that the names of metrics are plain."""
+    return f"--detector=inception:{program},vgg16:{program}"
+
+
 def script_program(path: Path, module: nn.Module) -> Path:
     """Write a module as TorchScript."""
     with warnings.catch_warnings():

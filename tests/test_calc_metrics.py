@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from metric_helpers import SmallDetector, random_inception, script_program
+from metric_helpers import SmallDetector, bound, random_inception, script_program
 from PIL import Image
 from test_metrics import natural_images
 
@@ -205,7 +205,12 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
             parameter.data.mul_(strength)
         name = f"network-snapshot-{nimg // 1000:06d}.pkl"
         save_network(run / name, config=first.config, G_ema=first.G_ema, nimg=nimg)
-    result = calc("--metrics=fid30_full,kid30_full,swd12", f"--detector={program}", "--plot", network=run)
+    result = calc(
+        "--metrics=fid30_full,kid30_full,swd12",
+        bound(program),
+        "--plot",
+        network=run,
+    )
     records = lines(result)
     assert [(record["metric"], record["kimg"]) for record in records] == [
         (name, kimg) for kimg in (0.0, 4.0) for name in ("fid30_full", "kid30_full", "swd12")
@@ -229,7 +234,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
 def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
     data = load_network(snapshot).config.data.path
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
-    arguments = ["--metrics=fid21_full,swd12", f"--detector={program}", f"--data={data}"]
+    arguments = ["--metrics=fid21_full,swd12", bound(program), f"--data={data}"]
     fid, swd = lines(calc(*arguments, network=fakes))
     assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # they are the same images
     assert swd["results"]["swd12"] > 0  # other twelve of them
@@ -237,7 +242,7 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
     assert (tmp_path / "metric-fid21_full.jsonl").exists()
 
-    few = calc("--metrics=fid5k_full", f"--detector={program}", f"--data={data}", network=fakes)
+    few = calc("--metrics=fid5k_full", bound(program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
     assert "5000 generated images are asked for and the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
@@ -250,14 +255,19 @@ def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Pa
     config = override(trained.config, {"data.max_images": 5})
     path = tmp_path / "network-snapshot-000001.pkl"
     save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
-    arguments = [f"--network={path}", "--device=cpu", "--metrics=fid30_full", f"--detector={program}"]
+    arguments = [
+        f"--network={path}",
+        "--device=cpu",
+        "--metrics=fid30_full",
+        bound(program),
+    ]
     [record] = lines(CliRunner().invoke(calc_metrics.main, arguments))
     assert record["num_real"] == 2 * NUM_IMAGES
 
 
 def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, program: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "statistics"
-    arguments = ["--metrics=fid30_full", f"--detector={program}"]
+    arguments = ["--metrics=fid30_full", bound(program)]
     [first] = lines(calc(*arguments, "--no-cache"))
     assert not folder.exists()
     [second] = lines(calc(*arguments))
@@ -265,6 +275,51 @@ def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, p
     third = calc(*arguments)
     assert "real images" not in third.stderr
     assert lines(third)[0]["results"] == second["results"] == first["results"]
+
+
+def test_a_result_that_cannot_be_appended_does_not_stop_the_others(
+    calc: CalcMetrics, snapshot: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / snapshot.name
+    copy.write_bytes(snapshot.read_bytes())
+    (tmp_path / "metric-swd12.jsonl").mkdir()
+    result = calc("--metrics=swd12,swd13", network=copy)
+    assert result.exit_code == 1
+    assert "Warning: " in result.stderr
+    assert "metric-swd12.jsonl: the result cannot be appended" in result.stderr
+    assert len(result.stdout.splitlines()) == 2
+    assert (tmp_path / "metric-swd13.jsonl").exists()
+
+
+def test_a_damaged_snapshot_of_a_run_is_left_out_of_its_curve(
+    calc: CalcMetrics, snapshot: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "network-snapshot-000001.pkl").write_bytes(snapshot.read_bytes()[:1000])
+    (tmp_path / "network-snapshot-000003.pkl").write_bytes(snapshot.read_bytes())
+    result = calc("--metrics=swd12", network=tmp_path)
+    assert result.exit_code == 1
+    assert "network-snapshot-000001.pkl" in result.stderr
+    assert [json.loads(line)["kimg"] for line in result.stdout.splitlines()] == [3.21]
+
+
+def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    trained = load_network(snapshot)
+    path = tmp_path / "network-snapshot-000001.pkl"
+    config = override(trained.config, {"data.path": str(tmp_path / "gone")})
+    save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
+    result = calc("--metrics=swd12", network=path)
+    assert result.exit_code == 2
+    assert f"(what {path} was trained with): name the real images with --data" in result.stderr
+
+
+def test_plots_of_images_are_refused_at_once(
+    calc: CalcMetrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
+    fakes = write_images(tmp_path / "theirs", 16, labels=False)
+    result = calc("--metrics=swd12", f"--data={fakes}", "--plot", network=fakes)
+    assert result.exit_code == 2
+    assert "--plot: images have no kimg" in result.stderr
 
 
 def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,10 +361,10 @@ def test_two_processes_agree_with_one_on_every_detector_metric(
 ) -> None:
     """Two processes share fakes and reals, gather features, and share out rows of distances; one fake is left over."""
     names = "--metrics=fid31_full,kid31,is31,pr313_full,dc20,fid1_full"
-    alone = lines(calc(names, f"--detector={program}", "--no-cache"))
+    alone = lines(calc(names, bound(program), "--no-cache"))
     command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", names]
     together = subprocess.run(
-        [*command, f"--detector={program}", "--gpus=2", "--batch=5", "--detector-batch=7"],
+        [*command, bound(program), "--gpus=2", "--batch=5", "--detector-batch=7"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert together.returncode == 0, together.stderr

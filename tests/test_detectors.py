@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
+import io
+import logging
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -59,6 +63,26 @@ def test_a_wrong_download_is_not_kept(tmp_path: Path, cache: Path) -> None:
     source.write_bytes(b"an error page")
     with pytest.raises(UserError, match=r"could not be fetched .*its sha256 is"):
         weights.fetch(published(source, sha256="00000000"))
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_download_that_was_cut_off_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    """Also where no checksum is published, as for LPIPS."""
+
+    class Answer(io.BytesIO):
+        headers: ClassVar = {"Content-Length": "9"} if is_announced else {}
+
+        def read(self, size: int | None = -1) -> bytes:
+            if not is_announced:
+                raise http.client.IncompleteRead(b"weig")
+            return super().read(size)
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", lambda *_, **__: Answer(b"weig"))
+    with pytest.raises(UserError, match="cut off after 4 of 9 bytes" if is_announced else "IncompleteRead"):
+        weights.fetch(weights.LPIPS)
     assert list(cache.iterdir()) == []
 
 
@@ -250,7 +274,7 @@ def test_a_program_of_the_stylegan_family_is_asked_for_features(tmp_path: Path) 
     assert logits is None
 
 
-def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path) -> None:
+def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Flat(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.float().mean(dim=(1, 2, 3))
@@ -261,9 +285,20 @@ def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path) -> None:
     gray_only = export_program(tmp_path / "gray.pt2", SmallDetector(1), natural_images(2, (1, 16, 16)))
     with pytest.raises(UserError, match=r"gray\.pt2: failed on uint8 images \(2, 3, 16, 16\)"):
         detectors.load_program(gray_only, CPU)(natural_images(2, (3, 16, 16)))
-    (tmp_path / "broken.pt2").write_bytes(b"nothing")
+    (tmp_path / "broken.pt2").write_bytes(gray_only.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"broken\.pt2: cannot be loaded"):
         detectors.load_program(tmp_path / "broken.pt2", CPU)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_program_for_one_number_of_images_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    images = natural_images(2, (3, 16, 16))
+    path = tmp_path / "fixed.pt2"
+    torch.export.save(torch.export.export(SmallDetector().eval(), (images,)), path)
+    context = context_of(images, setup=read_detectors((str(path),)))
+    with pytest.raises(UserError, match=r"fid50_full_fixed: .*fixed\.pt2: failed on uint8 images \(1, 3, 16, 16\)"):
+        metrics.compute("fid50_full", context)
+    assert context.network.latents == []  # type: ignore[attr-defined]
 
 
 def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,11 +316,16 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
     program = script_program(tmp_path / "net.pt", SmallDetector())
     with pytest.raises(UserError, match="no such file"):
         read_detectors((str(tmp_path / "missing.pt"),))
-    with pytest.raises(UserError, match="one program at a time"):
+    with pytest.raises(UserError, match="is given already; say with inception:FILE or vgg16:FILE"):
         read_detectors((str(program), str(program)))
+    with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; leave out `vgg16:`"):
+        read_detectors((f"vgg16:{tmp_path}",))
+    other = script_program(tmp_path / "other.pt", SmallDetector())
+    setup = read_detectors((str(program), f"vgg16:{other}"))
+    assert [setup.identity(role)["detector"] for role in ("inception", "vgg16")] == ["net.pt", "other.pt"]
     wrong = tmp_path / INCEPTION.name
     wrong.write_bytes(b"not the weights")
-    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d"):
+    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d.*another one$"):
         read_detectors((str(wrong),))
     unknown = tmp_path / "other.pth"
     torch.save({"x": torch.zeros(1)}, unknown)

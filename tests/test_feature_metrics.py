@@ -24,7 +24,7 @@ from metrics.frechet import distance_of, frechet_distance, wants_of
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.precision_recall import density_coverage, precision_recall
-from metrics.registry import compute_all
+from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, choose_fakes
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -36,6 +36,11 @@ def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tens
     mix = np.random.RandomState(99).standard_normal((dimensions, dimensions)) / math.sqrt(dimensions)
     rows = np.maximum(stream.standard_normal((count, dimensions)) @ mix + shift, 0)
     return torch.from_numpy(rows.astype(np.float32))
+
+
+def bound_to(program: Path, protocol: str = "stylegan") -> DetectorSetup:
+    """A program that is said to be Inception and VGG16, so that names are plain."""
+    return read_detectors((f"inception:{program}", f"vgg16:{program}"), protocol)
 
 
 def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batch: int = 37) -> Result:
@@ -236,7 +241,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def setup(program: Path) -> DetectorSetup:
-    return read_detectors((str(program),))
+    return bound_to(program)
 
 
 NAMES = "fid60_full,fid40,kid50_full,is60,pr603_full,dc30"
@@ -315,10 +320,22 @@ def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: Detec
     results(build(setup, cache=tmp_path), "fid40")
     results(build(setup, cache=tmp_path, seed=1), "fid40")  # other 40 reals
     other = script_program(tmp_path / "other.pt", torch.nn.Sequential(SmallDetector()))
-    results(build(read_detectors((str(other),)), cache=tmp_path), "fid60_full")
-    clean = read_detectors((str(setup.program),), protocol="clean")  # Inception would see another resize
+    results(build(bound_to(other), cache=tmp_path), "fid60_full")
+    clean = bound_to(setup.bound["inception"], protocol="clean")  # Inception would see another resize
     results(build(clean, cache=tmp_path), "fid60_full")
     assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 5
+
+
+def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetectorSetup, "identity", lambda *_: {"detector_sha256": "0"})
+    statistics = feature_stats.statistics_of(build(DetectorSetup(), cache=tmp_path))
+    want = wants_of("inception", None, 60)[0]
+    paths = [statistics._path(want)]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
+    paths.append(statistics._path(want))
+    assert paths[0] != paths[1]
 
 
 def test_a_set_with_fewer_images_than_dimensions_is_warned_of(setup: DetectorSetup) -> None:
@@ -352,8 +369,8 @@ def test_a_detector_without_classes_has_no_inception_score(tmp_path: Path) -> No
 
     path = script_program(tmp_path / "plain.pt", FeaturesOnly())
     with pytest.raises(UserError, match="returns no class logits"):
-        results(build(read_detectors((str(path),))), "is50")
-    assert results(build(read_detectors((str(path),))), "fid50")["fid50"] > 0
+        results(build(bound_to(path)), "is50")
+    assert results(build(bound_to(path)), "fid50")["fid50"] > 0
 
 
 def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> None:
@@ -362,6 +379,15 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
     assert metrics.resolve("pr50k3_full", setup) == ["pr50k3_full"]
     with pytest.raises(UserError, match="leave out the suffix"):
         metrics.resolve("pr50k3_full_tvgg16", setup)
+    own = read_detectors((str(setup.bound["inception"]),))
+    recorded = ["fid50k_full_small", "pr50k3_full_small", "ppl2_wend_tvgg16", "swd"]
+    assert metrics.resolve("fid50k_full,pr50k3_full,ppl2_wend,swd", own) == recorded
+    assert metrics.resolve(recorded, own) == recorded
+    half = read_detectors((f"vgg16:{setup.bound['vgg16']}",))
+    assert metrics.resolve("fid50k_full,pr50k3_full", half) == ["fid50k_full", "pr50k3_full"]
+    assert half.program_of("inception") is None
+    [result] = compute_all(["fid50_full"], build(own))
+    assert list(result.results) == [result.metric] == ["fid50_full_small"]
     with pytest.raises(UserError, match=r"--protocol=clean: metric is50k has no such protocol, only fid<N>,"):
         metrics.resolve("is50k", DetectorSetup(protocol="clean"))
     assert metrics.registry.find("pr50k3_full")[1] == 50_000
@@ -371,7 +397,7 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
 def test_subsets_of_reals_and_fakes_are_drawn_independently(setup: DetectorSetup) -> None:
     """Otherwise images given in the order of the reals would be compared with themselves."""
     context = build(setup)
-    results(context, "kid50")
+    results(context, "kid50_full")
     real, fake = feature_stats.statistics_of(context).results.values()
     assert real["index"].shape == fake["index"].shape == (100, 50)
     assert not torch.equal(real["index"], fake["index"])
@@ -397,12 +423,55 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
     path = script_program(tmp_path / "overflow.pt", Overflow())
     with pytest.raises(UserError, match=r"the detector overflow\.pt returns features that are not finite"):
-        results(build(read_detectors((str(path),))), "fid50")
+        results(build(bound_to(path)), "fid50")
+
+
+def test_logits_and_values_that_are_not_finite_are_refused(
+    setup: DetectorSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overflow(torch.nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            x = images.float().mean(dim=(2, 3))
+            return x, x / 0
+
+    path = script_program(tmp_path / "overflow.pt", Overflow())
+    with pytest.raises(UserError, match=r"overflow\.pt returns class logits that are not finite"):
+        results(build(bound_to(path)), "is50")
+    monkeypatch.setattr("metrics.frechet.distance_of", lambda *_, **__: math.nan)
+    with pytest.raises(UserError, match="metric fid50: fid50 is nan"):
+        results(build(setup), "fid50")
+
+
+def test_the_kernel_distance_of_whole_sets_has_one_subset(setup: DetectorSetup) -> None:
+    assert set(results(build(setup), "kid60")) == {"kid60"}
+    assert set(results(build(setup), "kid60_full")) == {"kid60_full", "kid60_full_std"}
+
+
+def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup) -> None:
+    context = build(setup)
+    [score] = find("is50")[0].plan(context, 50)
+    assert score.recipe == ClassSums(10)
+    for name, half in (("pr503_full", True), ("pr503", True), ("dc50_full", False), ("dc50", False)):
+        assert [want.recipe for want in find(name)[0].plan(context, 50)] == [Rows(half), Rows(half)]
+
+
+def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    context = build(read_detectors((str(tmp_path / "dino"),)))
+    measured = results(context, "fd10_dinov2")["fd10_dinov2"]
+    statistics = feature_stats.statistics_of(context)
+    moments = [statistics[want] for want in wants_of("dinov2", None, 10)]
+    assert measured == pytest.approx(distance_of(*moments, unbiased=True), rel=1e-9)
+    assert measured != pytest.approx(distance_of(*moments), rel=1e-4)
 
 
 def test_clean_divides_by_one_less(program: Path) -> None:
-    context = build(read_detectors((str(program),), protocol="clean"))
-    usual = build(read_detectors((str(program),)))
+    context = build(bound_to(program, protocol="clean"))
+    usual = build(bound_to(program))
     statistics = feature_stats.statistics_of(usual)
     expected = [
         distance_of(*map(statistics.__getitem__, wants_of("inception", None, 60)), unbiased=u) for u in (False, True)
@@ -419,7 +488,7 @@ def test_features_too_large_for_float16_are_refused(tmp_path: Path) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return 1000 * images.float().mean(dim=(2, 3))
 
-    context = build(read_detectors((str(script_program(tmp_path / "large.pt", Large())),)))
+    context = build(bound_to(script_program(tmp_path / "large.pt", Large())))
     with pytest.raises(UserError, match="metric pr503_full: the detector's features are too large"):
         results(context, "pr503_full")
     assert results(context, "dc50_full")["dc50_full_density"] >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 import metrics
 from dnnlib.config import UserError
 from metrics import detectors, path_length
-from metrics.detectors import DetectorSetup, read_detectors
+from metrics.detectors import Detector, DetectorSetup, read_detectors
 from metrics.frechet import class_distances, frechet_distance
 from metrics.path_length import EPSILON, slerp, trimmed_mean
+from metrics.precision_recall import precision_recall
 from metrics.registry import compute_all
 from metrics.sampling import MetricContext, fake_batches, random_labels
 
@@ -86,6 +88,38 @@ def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch)
 def test_path_length_does_not_depend_on_the_batches() -> None:
     one, other = (next(compute_all(["ppl_zend50"], build(Linear(), batch_size=size))) for size in (100, 7))
     assert one.results == pytest.approx(other.results, rel=1e-2)
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_tf32_is_off_wherever_a_metric_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On for the network as a snapshot of --allow-tf32 sets it, off in both ends of a step, and on again after."""
+    seen: list[bool] = []
+
+    def look(function: Any) -> Any:
+        def looking(*args: Any, **options: Any) -> Any:
+            seen.extend([torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32])
+            return function(*args, **options)
+
+        return looking
+
+    for owner, name in ((Linear, "mapping"), (Linear, "synthesis"), (torch, "addmm")):
+        monkeypatch.setattr(owner, name, look(getattr(owner, name)))
+    for name in ("ppl2_wend8", "ppl_zfull8"):
+        next(compute_all([name], build(Linear())))
+    precision_recall(torch.rand(9, 4), torch.rand(9, 4))
+    Detector(name="any", network=look(lambda images: (images, None)))(torch.zeros(1))
+    assert len(seen) == 2 * (3 + 2 + 4 + 1)
+    assert not any(seen)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_slerp_goes_along_the_great_circle() -> None:
@@ -187,7 +221,7 @@ def test_distances_of_classes_are_those_of_their_own_images() -> None:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> DetectorSetup:
     path = script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
-    return read_detectors((str(path),))
+    return read_detectors((f"inception:{path}",))
 
 
 def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) -> None:
@@ -212,6 +246,14 @@ def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) ->
     [zero] = compute_all(["fid60_class"], same)
     assert zero.results["fid60_class"] == pytest.approx(0, abs=1e-9)
     assert zero.warnings == ()
+
+
+def test_a_class_without_fakes_is_refused_before_any_is_made(setup: DetectorSetup) -> None:
+    data = ArrayImages(natural_images(60), torch.arange(60) % 3, c_dim=3)
+    G = Stripes(c_dim=3)
+    with pytest.raises(UserError, match=r"metric fid4_class: class \d has 20 reals and [01] fakes"):
+        metrics.compute("fid4_class", MetricContext(G=G, images=data, device=CPU, setup=setup))
+    assert G.latents == []
 
 
 def test_fid_per_class_needs_classes(setup: DetectorSetup) -> None:

@@ -302,12 +302,15 @@ def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_p
     (run_dir,) = run_dirs(tmp_path)
     with (run_dir / "stats.jsonl").open("a") as log:
         log.write('{"Progress/ti')
+    of_images = '{"metric": "fid50k_full", "kimg": null}\n'  # as calc_metrics.py writes it beside a folder of images
+    (run_dir / "metric-fid50k_full.jsonl").write_text(of_images + '{"metric": "fid50k_full", "kimg": 9}\n')
     (tmp_path / "00001-other").mkdir()
     (tmp_path / "00001-other" / "training-state-000000.pt").touch()
     (tmp_path / "00001-other" / "training_options.json").write_text("[]")
     run_ok(*common, "--resume=latest")
     ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert ticks == [0.0, 0.032, 0.064]
+    assert (run_dir / "metric-fid50k_full.jsonl").read_text() == of_images
 
 
 def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
-from metric_helpers import SmallDetector, script_program
+from metric_helpers import SmallDetector, bound, script_program
 from torch import Tensor
 
 import train
 from dnnlib.config import ConfigError
-from metrics.registry import MetricResult, is_best
+from metrics import feature_stats, sampling
+from metrics.detectors import DetectorSetup
+from metrics.registry import find, is_best
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset
 from training.snapshot import load_network
@@ -48,7 +50,12 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--detector={program}"]
+    arguments = [
+        f"--outdir={tmp_path / 'runs'}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        bound(program),
+    ]
     arguments += ["--metrics=fid60_full,is60", "--metrics-every=3", "--tick-metrics=swd20", "--mirror", "--subset=100"]
     result = run(*arguments, "--holdout=32")
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
@@ -96,6 +103,15 @@ def test_what_cannot_be_computed_is_refused_before_training(
     wrong = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--detector=no/such.pt")
     assert wrong.exit_code == 2
     assert "--detector=no/such.pt: no such file" in wrong.output
+    for name, network, metric, problem in (
+        ("gray", SmallDetector(1), "fid60_full", "failed on uint8 images (2, 3, 32, 32)"),
+        ("plain", torch.nn.Flatten(), "is60", "returns no class logits"),
+    ):
+        path = script_program(tmp_path / f"{name}.pt", network)
+        unfit = run(*[f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT], f"--detector={path}",
+                    f"--tick-metrics={metric}")  # fmt: skip
+        assert unfit.exit_code == 2
+        assert problem in unfit.output
     few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
     assert few.exit_code == 2
     assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
@@ -129,7 +145,13 @@ def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_pa
             f"--gpus={gpus}",
             "--kimg=0.016",
         ]
-        arguments += ["--batch-gpu=8", "--mbstd=4", "--holdout=48", f"--detector={program}", "--cond"]
+        arguments += [
+            "--batch-gpu=8",
+            "--mbstd=4",
+            "--holdout=48",
+            bound(program),
+            "--cond",
+        ]
         arguments += ["--metrics=fid61_full,kid61,pr613,fid61_class"]
         result = run(*arguments)
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
@@ -201,14 +223,66 @@ def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
 def test_best_is_less_for_distances_and_more_for_scores(
     tmp_path: Path, metric: str, number: str, better: float
 ) -> None:
-    def result(value: float) -> MetricResult:
-        return MetricResult(
-            metric=metric, results={number: value}, seconds=0, num_real=1, num_fake=1, seed=0, truncation_psi=1,
-            noise_mode="const", protocol="p", detector=None, detector_sha256=None, warnings=(),
-        )  # fmt: skip
+    higher_is_better = find(metric)[0].higher_is_better
 
-    assert is_best(result(5), tmp_path)
-    (tmp_path / f"metric-{metric}.jsonl").write_text(json.dumps({"results": {number: 2.0}}) + "\n")
-    assert is_best(result(better), tmp_path)
-    assert not is_best(result(4 - better), tmp_path)
-    assert not is_best(result(2.0), tmp_path)
+    def wins(value: float, **changes: Any) -> bool:
+        return is_best(record(metric, number, value) | changes, tmp_path, higher_is_better=higher_is_better)
+
+    assert wins(5)
+    (tmp_path / f"metric-{metric}.jsonl").write_text(json.dumps(record(metric, number, 2.0)) + '\n{"metric": "cut')
+    assert wins(better)
+    assert not wins(4 - better)
+    assert not wins(2.0)
+    for key, other in {
+        "detector_sha256": "f", "protocol": "clean", "data_hash": "other", "mirror": True, "seed": 1,
+        "truncation_psi": 0.7, "noise_mode": "none", "num_real": 9, "num_fake": 9,
+    }.items():  # fmt: skip
+        assert wins(4 - better, **{key: other}), key
+
+
+def record(metric: str, number: str, value: float) -> dict[str, Any]:
+    return {
+        "metric": metric, "results": {number: value}, "num_real": 1, "num_fake": 1, "seed": 0, "truncation_psi": 1.0,
+        "noise_mode": "const", "protocol": "p", "detector_sha256": None, "data_hash": "d", "mirror": False,
+    }  # fmt: skip
+
+
+def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metrics.registry.append_result", interrupted)
+    run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20")
+    [run_dir] = (tmp_path / "runs").iterdir()
+    assert not (run_dir / "metric-swd20.jsonl").exists()
+    assert load_network(run_dir / "network-best-swd20.pkl").kimg == 0
+
+
+def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
+    shapes_zip: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        function, calls = getattr(owner, name), seen.setdefault(name, [])
+
+        def watched(*arguments: Any) -> Any:
+            calls.append(arguments[1])
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((DetectorSetup, "load"), (feature_stats, "choose_reals"), (sampling, "latents")):
+        watch(owner, name)
+    arguments = [
+        f"--outdir={tmp_path / 'runs'}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        bound(program),
+    ]
+    result = run(*arguments, "--metrics=none", "--tick-metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
+    assert result.exit_code == 0, result.output
+    assert (len(seen["load"]), len(seen["choose_reals"])) == (1, 1)
+    assert max(map(len, seen["latents"])) == 8

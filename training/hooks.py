@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,11 @@ from training.saving import Saver, capture_snapshot
 from training.snapshot import write_network
 from training.training_loop import Trainer
 
+Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Numbers of metrics by name, and the main metric's name if its number is the best so far."""
-
-    values: dict[str, float]
-    best: str | None
-
-
-# (names of metrics, G_ema, its snapshot if one was written, kimg): computes, prints and logs them.
-Evaluate = Callable[[Sequence[str], Any, Path | None, float], Evaluation]
+# (names of metrics, G_ema, its snapshot if one was written, kimg, keep): computes, prints and logs them, and returns
+# the numbers by name. The best network is kept before its number is logged, so that no interruption loses it.
+Evaluate = Callable[[Sequence[str], Any, Path | None, float, Keep], dict[str, float]]
 
 
 class Progress:
@@ -184,15 +177,16 @@ class Metrics:
         snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
         is_written = tick.reached(self.snapshot_ticks)
         kimg = trainer.state.nimg / 1000
-        evaluation = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg)
-        if self.board:
-            values = {f"Metrics/{name}": value for name, value in evaluation.values.items()}
-            self.board.add(values, trainer.state.nimg)
-        if evaluation.best and distributed.is_main():
-            best = self.run_dir / f"network-best-{evaluation.best}.pkl"
+
+        def keep(metric: str) -> None:
+            best = self.run_dir / f"network-best-{metric}.pkl"
             with going_on():
                 write_network(best, capture_snapshot(trainer))
-                print(f"Best {evaluation.best} so far, kept as {best.name}", flush=True)
+                print(f"Best {metric} so far, kept as {best.name}", flush=True)
+
+        values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
+        if self.board:
+            self.board.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
 
 
 class Overfitting:

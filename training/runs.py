@@ -263,6 +263,7 @@ def _cut_log(path: Path, kimg: float) -> None:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if entry.get("Progress/kimg", entry.get("kimg", 0)) <= kimg:
+        age = entry.get("Progress/kimg", entry.get("kimg"))
+        if age is None or age <= kimg:  # a metric of images has no age
             kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept))
