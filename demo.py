@@ -1,7 +1,8 @@
 """The whole way in one command: data set, training, images, a metric - on this machine, without a network.
 
 Every step is a command of this project, printed before it runs, so that it can be repeated by hand with other options.
-Fails when the generator has not learned: its distance to the data must be at most half of what it was untrained.
+Fails when the generator has not learned: its distance to the data must be at most 0.6 of what it was untrained. (Three
+runs came to 0.38, 0.45 and 0.48; another processor rounds otherwise, and a run is as good as another seed's.)
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def main(outdir: Path, device: str | None) -> None:
     print(f"The snapshot:          {snapshot}")
     print(f"The run:               {run_dir}/log.txt, stats.jsonl, metric-{METRIC}.jsonl")
     print(f"All of it took {format_time(time.time() - began)}.")
-    if not trained <= untrained / 2:
-        sys.exit("Error: the generator has not learned: its distance is more than half of the untrained one")
+    if not trained <= 0.6 * untrained:
+        sys.exit("Error: the generator has not learned: its distance is more than 0.6 of the untrained one")
 
 
 def run(*command: str) -> None:
