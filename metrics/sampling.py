@@ -220,7 +220,8 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
     """Yield this process's share of a set, decoded ahead in threads, so that the device does not wait for the disk."""
 
     def read(positions: range) -> Tensor:
-        return images.images([indices[position] for position in positions])
+        batch = images.images([indices[position] for position in positions])
+        return batch.pin_memory() if context.device.type == "cuda" else batch
 
     share = own_shard(len(indices))
     waiting: deque[tuple[range, Future[Tensor]]] = deque()
@@ -232,7 +233,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
             is_last = positions.stop == share.stop
             while waiting and (is_last or len(waiting) > 2 * READERS):
                 done, future = waiting.popleft()
-                yield done, future.result().to(context.device)
+                yield done, future.result().to(context.device, non_blocking=True)
                 context.progress(what, done.stop - share.start, len(share))
 
 
