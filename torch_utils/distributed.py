@@ -6,6 +6,7 @@ this machine) and `torchrun --nnodes=... train.py` (which has started it already
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import multiprocessing
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -193,21 +194,37 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=patience)
     watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls)
     watchdog.start()
+    codes = [0]
+    # gloo's destructors abort a process now and then when it ends in the usual way.
+    atexit.register(lambda: _leave(codes[-1]))
     try:
         function(*args)
         barrier()
     except UserError as error:
         print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except SystemExit as error:
+        if error.code == 2:  # rank 0 has refused something, and says it
+            _leave(2)
+        codes.append(error.code if isinstance(error.code, int) else 1)
+        watchdog.stop()
+        dist.destroy_process_group()
+        raise
     except Exception as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # who failed first says more
             print(f"Error (process {rank()}): lost contact with another process", file=sys.stderr)
         else:
             traceback.print_exc()
-        sys.exit(1)
-    finally:
-        watchdog.stop()
-        dist.destroy_process_group()
+        _leave(1)
+    watchdog.stop()
+    dist.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once: gloo aborts a process that takes its time while others have gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _calls = 0  # collective calls that this process has entered, as the process group itself one for the process
