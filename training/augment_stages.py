@@ -12,6 +12,7 @@ add another kind, write a Stage and give it a place in STAGES. Randomness comes 
 same number of draws whatever fires; nothing here waits for the device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -226,7 +227,7 @@ COLOR = (
 # Stages
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """A part of the pipeline, used when one of its `groups` is on.
 
     Built from the pipe's name and the shape (C, H, W) of the images; raises ConfigError when it cannot treat them.
@@ -241,13 +242,13 @@ class Stage(nn.Module):
         self.channels, *size = img_shape
         self.size: Size = (size[0], size[1])
 
+    @abstractmethod
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Draw a value for each of the images [B, C, H, W], the neutral one with probability 1 - p."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         """Apply the values [B, ...], one for each of the images [B, C, H, W]."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor, p: Tensor) -> Tensor:
         return self.transform(images, self.draw(images, p))

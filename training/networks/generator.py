@@ -108,7 +108,7 @@ class DoublingConfig(GeneratorConfig):
         return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1].
 
     `synthesis` is called with ws (B, num_ws, w_dim) and a noise mode: 'const' (the same image for the same ws),
@@ -131,9 +131,9 @@ class Generator(nn.Module):
         )
         self.synthesis = self.build_synthesis(config)
 
+    @abstractmethod
     def build_synthesis(self, config: Any) -> nn.Module:
         """The synthesis network of the family."""
-        raise NotImplementedError
 
     def forward(
         self,
