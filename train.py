@@ -26,7 +26,7 @@ from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs
+from training import hooks, runs, trouble
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import GENERATORS
@@ -269,7 +269,7 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
-    chain += [hooks.Progress(), hooks.JsonLog(run_dir)]
+    chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
     board = None
     if distributed.is_main():
         try:

@@ -50,8 +50,6 @@ class Progress:
                 if name.startswith("Skipped/"):
                     phase = name.partition("/")[2]
                     print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
-            if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
-                print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
