@@ -37,6 +37,7 @@ class RunConfig:
     snapshot_ticks: int = 50
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
+    keep_best: bool = False  # beside those, the one of the best network by the main metric
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
@@ -64,6 +65,8 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.keep_best and self.metrics == () and not self.tick_metrics:
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
         for name in ("graphs", "compile"):
@@ -338,6 +341,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
     "run.detectors": (),
