@@ -14,10 +14,11 @@ from training.dataset import DatasetConfig
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
-from training.networks.discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
-from training.networks.stylegan2 import StyleGAN2Config, default_channel_base
+from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -79,7 +80,7 @@ class TrainConfig:
     seed: int = 0
     data: DatasetConfig = field(default_factory=DatasetConfig)
     generator: GeneratorConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
-    discriminator: StyleGAN2DiscriminatorConfig = field(
+    discriminator: DiscriminatorConfig = field(
         default_factory=StyleGAN2DiscriminatorConfig, metadata={"families": DISCRIMINATORS}
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -123,7 +124,7 @@ def _presets() -> dict[str, TrainConfig]:
     auto = TrainConfig(
         preset="auto",
         generator=StyleformerConfig(**StyleformerConfig.OPEN),
-        discriminator=StyleGAN2DiscriminatorConfig(channel_base=0),
+        discriminator=StyleGAN2DiscriminatorConfig(**StyleGAN2DiscriminatorConfig.OPEN),
     )
     stylegan2 = TrainConfig(
         preset="stylegan2",
@@ -257,7 +258,6 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "generator.img_channels": channels,
         "generator.c_dim": about.c_dim,
         "discriminator.img_channels": channels,
-        "discriminator.img_size": (height, width),
         "discriminator.c_dim": about.c_dim,
         "g_optimizer.lr": config.g_optimizer.lr or lr,
         "d_optimizer.lr": config.d_optimizer.lr or lr,
@@ -265,11 +265,11 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     }
     if config.loss.r1_gamma is None:
         values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
-    if config.discriminator.channel_base == 0:
-        values["discriminator.channel_base"] = default_channel_base(resolution)
     resolved = override(config, values)
     with within("generator"):
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
+    with within("discriminator"):
+        resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
     _check_batches(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, about)
@@ -288,7 +288,7 @@ def _check_batches(config: TrainConfig) -> None:
             f"must be a multiple of {per_round} ({gpus} GPUs x {batch_gpu} images at a time); "
             f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
         )
-    group = min(config.discriminator.mbstd_group_size, batch_gpu)
+    group = min(config.discriminator.group_size, batch_gpu)
     if group and batch_gpu % group:
         raise ConfigError(
             "batch_gpu",
