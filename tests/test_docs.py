@@ -77,7 +77,8 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
         result = CliRunner().invoke(generate.main, arguments)
         assert result.exit_code == 0, result.output
-        assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "3-9.png").exists()
 
 
 def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
