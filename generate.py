@@ -6,20 +6,23 @@ python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, IntRanges, Script, option, switch, with_options
 from dnnlib.config import UserError
+from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
 from exploration.mixing import choose_styles, framed, mix, spell
-from exploration.model import BATCH_MULTIPLE, Model, read_styles, seed_latents
+from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, seed_latents
+from exploration.sheets import to_rgb
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
@@ -209,6 +212,64 @@ def mix_command(
     table = framed(model.images(row_ws), model.images(col_ws), made.unflatten(0, (len(row_names), len(cols))))
     save_grid(table, outdir / "grid.png", columns=len(cols) + 1)
     click.echo(f"{len(names)} mixtures in {outdir}, all together in grid.png: styles {spell(chosen)} of the columns")
+
+
+@main.command("attention", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the images.")
+@PROJECTED
+@option(
+    "--query",
+    "queries",
+    multiple=True,
+    default=("most:3",),
+    show_default=True,
+    help="Whose attention: a pixel X,Y; grid:N, the centres of N x N cells; most:N, those that are attended to most. "
+    "Can be repeated.",
+)
+@option("--heads", is_flag=True, help="Also draw every head of every block.")
+@OUTDIR
+def attention_command(
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    queries: tuple[str, ...],
+    heads: bool,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Draw what positions of an image attend to, in every transformer block.
+
+    \b
+    python generate.py attention --network=docs/shapes.pkl --seeds=0-3 --query=16,16 --query=most:2 --outdir=out
+    """
+    model = open_model(**options)
+    check_seeds("--seeds", seeds)
+    names, ws = gather_styles(model, seeds, projected_w)
+    records, img = record(model, ws[:1])
+    choose_pixels(queries, records, 0, model.G.img_shape[1:])  # refuses what cannot be before anything is written
+    make_outdir(outdir)
+    with tqdm(total=len(names), unit="img") as progress:
+        for part, part_names in zip(ws.split(model.batch), _cut(names, model.batch), strict=True):
+            records, img = record(model, part)
+            for image, name in enumerate(part_names):
+                pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
+                found = attention_maps(records, image, pixels, model.G.img_shape[1:])
+                picture = to_rgb(to_uint8(img[image]).permute(1, 2, 0).cpu().numpy())
+                save_arrays(outdir / f"{name}-attention.npz", found.arrays())
+                save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
+                for block in found.maps if heads else ():
+                    save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
+                progress.update()
+    click.echo(f"{len(names)} sheets in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files")
+
+
+def _cut(items: list[str], size: int) -> Iterator[list[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def save_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Write a picture (H, W, 3)."""
+    save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
 def open_network(network: Path, device: str | None) -> tuple[Snapshot, torch.device]:
