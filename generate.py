@@ -20,9 +20,18 @@ from tqdm import tqdm
 from dnnlib.cli import DefaultGroup, IntRanges, Script, option, switch, with_options
 from dnnlib.config import UserError
 from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
+from exploration.directions import (
+    between,
+    check_ending,
+    factorise,
+    principal,
+    read_direction,
+    sampled_w,
+    save_directions,
+)
 from exploration.mixing import choose_styles, framed, mix, spell
 from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, seed_latents
-from exploration.sheets import to_rgb
+from exploration.sheets import enlarged, sheet, to_rgb
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
@@ -113,6 +122,8 @@ def main() -> None:
 @TRUNC
 @CLASS
 @option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
+@option("--direction", metavar="FILE:INDEX", help="Edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far, in standard deviations of w.  [default: 1]")
 @option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
 @BATCH
 @PRECISION
@@ -127,6 +138,8 @@ def images(
     trunc: float,
     class_index: int | None,
     noise_mode: str,
+    direction: str | None,
+    strength: float | None,
     grid: bool,
     batch: int,
     precision: str,
@@ -146,7 +159,9 @@ def images(
     c = _one_class(G.c_dim, class_index).to(where)
     check_seeds("--seeds", seeds)
     how = execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
-    if projected_w is None:
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+    if projected_w is None and direction is None:
         if seeds is None:
             raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
         if use_compile or use_graphs:
@@ -157,9 +172,12 @@ def images(
         batches: Iterable[Tensor] = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
     else:
         if use_compile or use_graphs or noise_mode == "random":
-            raise UserError(f"--projected-w={projected_w}: goes with none of --compile, --graphs, --noise-mode=random")
+            raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
         model = Model(G=G, device=where, c=c, truncation_psi=trunc, noise_mode=noise_mode, batch=batch, execution=how)
         names, ws = gather_styles(model, seeds, projected_w)
+        if direction is not None:
+            found, index = read_direction(direction, G)
+            ws = found.edit(ws, index, 1.0 if strength is None else strength)
         batches = model.render(ws)
     make_outdir(outdir)
     with torch.no_grad(), execution.using(how):
@@ -212,6 +230,82 @@ def mix_command(
     table = framed(model.images(row_ws), model.images(col_ws), made.unflatten(0, (len(row_names), len(cols))))
     save_grid(table, outdir / "grid.png", columns=len(cols) + 1)
     click.echo(f"{len(names)} mixtures in {outdir}, all together in grid.png: styles {spell(chosen)} of the columns")
+
+
+@main.command("directions", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option(
+    "--method",
+    type=click.Choice(["sefa", "pca", "mean", "linear"]),
+    default="sefa",
+    show_default=True,
+    help="sefa: eigenvectors of the layers' weights; pca: principal components of w; mean, linear: from --negative to "
+    "--positive, by the means or by a linear classifier.",
+)
+@option("--styles", default="all", show_default=True, help="Which styles to look at and to move, as for mix.")
+@option("--components", type=click.IntRange(min=1), help="How many, of sefa and pca.  [default: 5]")
+@option("--samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="w drawn for their spread.")
+@option("--positive", type=IntRanges(), help="Seeds of images that have an attribute.")
+@option("--negative", type=IntRanges(), help="Seeds of images that do not have it.")
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the images to edit.")
+@PROJECTED
+@option("--strength", type=float, default=3.0, show_default=True, help="Largest edit, in standard deviations of w.")
+@option("--steps", type=click.IntRange(min=2), default=7, show_default=True, help="Edits of each image.")
+@option("--save", type=click.Path(path_type=Path), help=".npz or .safetensors.  [default: directions.npz in --outdir]")
+@OUTDIR
+def directions_command(
+    method: str,
+    styles: str,
+    components: int | None,
+    samples: int,
+    positive: tuple[int, ...] | None,
+    negative: tuple[int, ...] | None,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    strength: float,
+    steps: int,
+    save: Path | None,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Find directions of w that change images in one way, and draw strips of edits.
+
+    \b
+    python generate.py directions --network=docs/shapes.pkl --method=sefa --styles=coarse --seeds=0-3 --outdir=out
+    python generate.py --network=docs/shapes.pkl --seeds=7 --direction=out/directions.npz:0 --strength=2 --outdir=out
+    """
+    save = save or outdir / "directions.npz"
+    check_ending(save)
+    by_groups = method in ("mean", "linear")
+    if by_groups and not (positive and negative):
+        raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
+    if not by_groups and (positive or negative):
+        raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
+    if by_groups and components is not None:
+        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+    model = open_model(**options)
+    for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
+        check_seeds(flag, given)
+    names, ws = gather_styles(model, seeds, projected_w)
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    drawn, count = sampled_w(model, samples), min(components or 5, model.G.w_dim)
+    if positive and negative:
+        has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
+        found = between(has, lacks, drawn, chosen, linear=method == "linear")
+    else:
+        found = factorise(model, chosen, count, drawn) if method == "sefa" else principal(drawn, chosen, count)
+    make_outdir(outdir)
+    save_directions(save, found)
+    strengths = torch.linspace(-strength, strength, steps)
+    for index in tqdm(range(len(found.directions)), unit="direction"):
+        edited = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
+        tiles = [enlarged(to_rgb(image)) for image in model.images(edited).permute(0, 2, 3, 1).numpy()]
+        rows = [tiles[start : start + steps] for start in range(0, len(tiles), steps)]
+        save_pixels(sheet(rows, [f"{value:+.1f}" for value in strengths]), outdir / f"direction{index:02d}.png")
+    click.echo(
+        f"{len(found.directions)} directions for styles {spell(chosen)} in {save}; a strip of edits of "
+        f"{', '.join(names)} for each in {outdir}"
+    )
 
 
 @main.command("attention", cls=Script)

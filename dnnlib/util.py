@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from dnnlib.config import UserError, WriteError
 
@@ -33,6 +34,15 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
 
 
 def append_line(path: Path, line: str) -> None:
