@@ -29,6 +29,7 @@ from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs, trouble
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.loggers import Loggers, choose_loggers
 from training.networks import GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
@@ -72,6 +73,8 @@ OPTIONS = (
            help="Those metrics every so many ticks. [at snapshots]"),
     option("--tick-metrics", field="run.tick_metrics", type=NameList(),
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
+    option("--log", field="run.log", type=NameList(),
+           help="Show figures and pictures in tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
@@ -198,6 +201,7 @@ def main(context: click.Context, **options: Any) -> None:
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
+    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
         setup = read_detectors(config.run.detectors)
@@ -244,12 +248,13 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         if start.state:  # what --resume=latest then goes on from
             saver.save(trainer, snapshot=False)
             distributed.from_main(saver.finish)
-        trainer.hooks = [*build_hooks(trainer, run_dir, saver, context), hooks.Requests(saver, signals)]
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            raise UserError(_too_large(config)) from None
-        distributed.from_main(saver.finish)
+        with open_loggers(run_dir, config) as loggers:
+            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
+            try:
+                trainer.train()
+            except torch.OutOfMemoryError:
+                raise UserError(_too_large(config)) from None
+            distributed.from_main(saver.finish)
         _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
@@ -265,19 +270,13 @@ def _too_large(config: TrainConfig) -> str:
     return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
     chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
-    board = None
-    if distributed.is_main():
-        try:
-            board = hooks.TensorBoardLog(run_dir)
-            chain.append(board)
-        except ImportError:
-            _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
+    chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
+    chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     names = metric_names(run, context.setup)
@@ -285,8 +284,18 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
         evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, board))
+        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
     return chain
+
+
+def open_loggers(run_dir: Path, config: TrainConfig) -> Loggers:
+    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    if not distributed.is_main():
+        return Loggers((), run_dir, config)
+    names = choose_loggers(config.run.log)
+    if not names and config.run.log is None:
+        _say("TensorBoard events are not written: the package tensorboard is not installed")
+    return Loggers(names, run_dir, config)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class RunConfig:
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
@@ -69,6 +71,9 @@ class RunConfig:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
+        for name in self.log or ():
+            if name not in LOGGERS:
+                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -344,6 +349,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
+    "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
 }
