@@ -48,6 +48,8 @@ CHOSEN_BY_RESOLVE = {
     "g_optimizer.lr",
     "d_optimizer.lr",
     "loss.r1_gamma",
+    "loss.gp_weight",
+    "loss.drift_weight",
     "ema.kimg",
     "run.metrics",
     "run.device",
@@ -72,7 +74,8 @@ def train_help() -> str:
 
 def configuration() -> str:
     """Return a table of all fields with their flags, and one of the presets."""
-    flags = {option.field: option.opts[0] for option in train.main.params if isinstance(option, ConfigOption)}
+    options = [option for option in train.main.params if isinstance(option, ConfigOption)]
+    flags = {field: option.opts[0] for option in options for field in option.fields}
     tables = [_fields_table(*part, flags) for part in _parts()]
     return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", _presets_table()])
 
@@ -92,7 +95,7 @@ def _parts() -> list[tuple[str, str, Any]]:
     return parts
 
 
-def _fields_table(title: str, path: str, config: Any, flags: dict[str | None, str]) -> str:
+def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> str:
     heading = f"### {title}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
     rows = ["| field | flag | default |", "|---|---|---|"]
     for field in dataclasses.fields(config):
@@ -127,6 +130,7 @@ def _presets_table() -> str:
         "D channels": "discriminator.channel_base",
         "mbstd": "discriminator.mbstd_group_size",
         "lr": "g_optimizer.lr",
+        "loss": "loss.objective",
         "gamma": "loss.r1_gamma",
         "path length": "loss.pl_weight",
         "mixing": "loss.style_mixing",
