@@ -30,7 +30,7 @@ from training import hooks, runs
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
 from training.dataset import ImageDataset
 from training.loss import Objective
-from training.networks import GENERATORS
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -147,6 +147,8 @@ OPTIONS = (
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
            help="Layers of the mapping network."),
     # Discriminator
+    option("--disc", field="discriminator.family", metavar="NAME",
+           help=f"Family: {', '.join(DISCRIMINATORS)}. [the preset's; most have {next(iter(DISCRIMINATORS))}]"),
     option("--d-arch", field="discriminator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture. [resnet]"),
     option("--cbase", field="discriminator.channel_base", type=int, metavar="INT", help="Channels of D x resolution."),

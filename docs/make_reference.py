@@ -29,8 +29,9 @@ a frozen dataclass beside the class that it configures. `train.py` starts from a
 options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
 every snapshot and every training state. `python train.py ... -n` prints it without training.
 
-The generator can be of several families (`--gen`): the other families' fields take the place of the preset's, open
-where they can be, and only latents, mapping network and clamp stay. A flag that the family has no field for is refused.
+Generator and discriminator can be of several families (`--gen`, `--disc`): the other families' fields take the place of
+the preset's, open where they can be; of a generator only latents, mapping network and clamp stay, of a discriminator
+nothing. A flag that the family has no field for is refused.
 
 `--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
 where and how loud, and changes nothing in what a step computes.
@@ -126,7 +127,8 @@ def _presets_table() -> str:
         "Linformer": "generator.linformer",
         "G channels": "generator.channel_base",
         "mapping": "generator.mapping_layers",
-        "D": "discriminator.architecture",
+        "D": "discriminator.family",
+        "D architecture": "discriminator.architecture",
         "D channels": "discriminator.channel_base",
         "mbstd": "discriminator.mbstd_group_size",
         "lr": "g_optimizer.lr",
@@ -153,7 +155,7 @@ def _get(data: Any, path: str) -> Any:
 
 
 def _show(path: str, value: Any) -> str:
-    if value == "" and path.startswith("generator."):
+    if value == "" and path.startswith(("generator.", "discriminator.")):
         return ""
     if path in CHOSEN_BY_RESOLVE and value in (None, (), 0) and value is not False:
         return "auto"
