@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,9 +14,9 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, NameList, Size, option, switch
+from dnnlib.cli import IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import FolderLock, TeeLog
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
@@ -26,8 +26,17 @@ from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs, trouble
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
+from training import hooks, rehearsal, runs, trouble
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    micro_batches,
+    resolve,
+)
 from training.dataset import ImageDataset
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
@@ -60,7 +69,7 @@ OPTIONS = (
     option("--timeout", field="run.timeout", type=float, metavar="SEC",
            help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
-           help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
+           help="Processes that decode images, per GPU; none for images that stay on the device. [2; 0 on a CPU]"),
     # How long and how loud
     option("--kimg", field="run.total_kimg", type=float, metavar="KIMG",
            help="Length of the training in thousands of real images."),
@@ -86,8 +95,8 @@ OPTIONS = (
            help="Write a Chrome trace of so many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
-    option("--batch-gpu", field="run.batch_gpu", type=int, metavar="INT",
-           help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
+    option("--batch-gpu", field="run.batch_gpu", type=IntOrAuto(),
+           help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
     option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
@@ -245,45 +254,62 @@ def train_worker(request: runs.Request) -> None:
 def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request, lock))
-    config = start.config
-    device = distributed.choose_device(config.run.device)
+    device = distributed.choose_device(start.config.run.device)
     operators = custom_ops.prepare(device)
-    set_arithmetic(config)
-    dataset = ImageDataset(config.data)
-    trainer = Trainer(config, dataset, device)
-    origin = runs.load(trainer, start)
-    trainer.synchronise()
-    context = build_context(trainer)
-    metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
-    with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
-        if distributed.is_main():
-            print(_describe(trainer))
-        _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        saver = Saver(run_dir, config.run)
-        if start.state:  # what --resume=latest then goes on from
-            saver.save(trainer, snapshot=False)
-            distributed.from_main(saver.finish)
-        with open_loggers(run_dir, config) as loggers:
+    set_arithmetic(start.config)
+    dataset = ImageDataset(start.config.data)
+    if start.is_to_fit:
+        sizes = micro_batches(start.config)
+        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+    config = start.config
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        origin = runs.load(trainer, start)
+        trainer.synchronise()
+        context = build_context(trainer)
+        metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
+        run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
+        with log, open_loggers(run_dir, config) as loggers:
+            if distributed.is_main():
+                print(_describe(trainer))
+            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+            saver = Saver(run_dir, config.run)
+            if start.state:  # what --resume=latest then goes on from
+                saver.save(trainer, snapshot=False)
+                distributed.from_main(saver.finish)
             trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
-            try:
-                trainer.train()
-            except torch.OutOfMemoryError:
-                raise UserError(_too_large(config)) from None
+            trainer.train()
             distributed.from_main(saver.finish)
-        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
 
-def _too_large(config: TrainConfig) -> str:
-    """What to do when the GPU's memory is not enough."""
-    assert config.run.batch_gpu is not None
-    smaller = (
-        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
-    )
+@contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise UserError, which says what to do, where memory is not enough inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(config, error)) from None
+
+
+def _too_large(config: TrainConfig, error: BaseException) -> str:
+    """What to do when memory is not enough."""
+    batch_gpu = config.run.batch_gpu
+    assert isinstance(batch_gpu, int)
+    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
-    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
+    if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
+    return (
+        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"{', '.join(smaller)}, or fewer --workers"
+    )
 
 
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
@@ -384,6 +410,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
+    if values.get("run.data_on_gpu") and values.get("run.workers"):
+        raise ConfigError("run.workers", values["run.workers"], "has no work with --data-on-gpu: give one of the two")
     setup = read_detectors(values.get("run.detectors", ()))
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:

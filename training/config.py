@@ -46,7 +46,7 @@ class RunConfig:
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
-    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
+    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
@@ -63,7 +63,7 @@ class RunConfig:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
         for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
@@ -277,7 +277,9 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
+    share = -(-batch_size // num_gpus)
+    is_auto = config.run.batch_gpu == "auto"
+    batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
     precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
@@ -300,6 +302,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    if is_auto:
+        resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
     _check_holdout(resolved)
@@ -307,10 +311,28 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     return resolved
 
 
+def micro_batches(config: TrainConfig) -> list[int]:
+    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+
+    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    """
+    assert config.batch_size is not None
+    share = config.batch_size // config.run.num_gpus
+    group = max(min(config.discriminator.group_size, share), 1)
+    sizes = []
+    for size in range(share // group * group, 0, -group):
+        try:
+            _check_batches(override(config, {"run.batch_gpu": size}))
+            sizes.append(size)
+        except ConfigError:
+            continue
+    return sizes
+
+
 def _check_batches(config: TrainConfig) -> None:
     batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert batch_gpu is not None
+    assert isinstance(batch_gpu, int)
     per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
@@ -339,7 +361,8 @@ def _check_styles(config: TrainConfig) -> None:
 
 
 def _check_holdout(config: TrainConfig) -> None:
-    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    assert isinstance(config.run.batch_gpu, int)
+    per_round = config.run.batch_gpu * config.run.num_gpus
     if 0 < config.data.holdout < per_round:
         raise ConfigError(
             "data.holdout",
