@@ -342,16 +342,23 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.tick_metrics": (),
     "run.detectors": (),
     "data.holdout": 0,
+    "discriminator.cmap_dim": None,
 }
+# Those of one family of networks only.
+_FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
     if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
+        parts = ("run", "data", "discriminator")
+        data = {**data, **{part: {**data.get(part, {})} for part in parts}}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
-            (data[parents[0]] if parents else data).setdefault(name, value)
+            part = data[parents[0]] if parents else data
+            families = _FAMILIES_OF_ADDED.get(path)
+            if families is None or part.get("family") in families:
+                part.setdefault(name, value)
     return from_json(TrainConfig, data)
 
 

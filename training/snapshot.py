@@ -86,13 +86,14 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     states = payload["networks"]
     kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
-        name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in kinds.items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
 
 
-def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+    """Return the network of a configuration with these tensors. Raises UserError beginning with `name` otherwise."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
         network: nn.Module = config.build()
     try:

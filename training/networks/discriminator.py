@@ -31,8 +31,9 @@ class StyleGAN2DiscriminatorConfig:
     """A StyleGAN2 discriminator for images of `img_size` (height, width).
 
     The grid is halved while both sides are even and larger than 4. A grid whose longer side is R has
-    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers`
-    matters with labels only. `channel_base` 0 means "not chosen yet": such a config cannot be built.
+    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers` and
+    `cmap_dim`, the width of the label's projection (None: the channels of the smallest grid), matter with labels only.
+    `channel_base` 0 means "not chosen yet": such a config cannot be built.
     """
 
     img_channels: int = 3
@@ -42,12 +43,15 @@ class StyleGAN2DiscriminatorConfig:
     channel_base: int = 32768
     channel_max: int = 512
     mapping_layers: int = 8
+    cmap_dim: int | None = None
     mbstd_group_size: int = 4
     conv_clamp: float | None = 256.0
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "img_channels", "channel_max", "mapping_layers")
         require_at_least(self, 0, "c_dim", "channel_base", "mbstd_group_size")
+        if self.cmap_dim is not None:
+            require_at_least(self, 1, "cmap_dim")
         require_size(self, "img_size")
         if self.architecture not in get_args(Architecture):
             raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
@@ -147,7 +151,7 @@ class StyleGAN2Discriminator(nn.Module):
             for C, clamp in zip(channels[:num_inputs], clamps[:num_inputs], strict=True)
         )
         self.blocks = nn.ModuleList(DiscriminatorBlock(config, C, C_out) for C, C_out in itertools.pairwise(channels))
-        self.cmap_dim = channels[-1]
+        self.cmap_dim = config.cmap_dim or channels[-1]
         self.epilogue = DiscriminatorEpilogue(config, self.cmap_dim if config.c_dim else 1)
         self.mapping = None
         if config.c_dim:
