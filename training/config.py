@@ -411,7 +411,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.drift_weight": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
+    "discriminator.cmap_dim": None,
 }
+# Those of one family of networks only.
+_FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
 
 
 def read_config(data: Any) -> TrainConfig:
@@ -421,7 +424,8 @@ def read_config(data: Any) -> TrainConfig:
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
-            if isinstance(part, dict):
+            families = _FAMILIES_OF_ADDED.get(path)
+            if isinstance(part, dict) and (families is None or part.get("family") in families):
                 part.setdefault(name, value)
     return from_json(TrainConfig, data)
 
