@@ -27,8 +27,9 @@ from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
+from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
 from training.dataset import ImageDataset
+from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.grid_attention import Form
 from training.networks.vit import Norm, Position
@@ -87,7 +88,20 @@ OPTIONS = (
            help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
-    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT", help="Weight of R1."),
+    option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
+           help="Bound of the norm of each network's gradient. [none]"),
+    option("--loss", field="loss.objective", type=click.Choice(get_args(Objective)),
+           help="What the networks play for. [logistic]"),
+    option("--n-critic", field="loss.n_critic", type=int, metavar="STEPS",
+           help="The generator moves every so many steps of the discriminator. [1]"),
+    option("--g-batch-scale", field="loss.g_batch_scale", type=int, metavar="INT",
+           help="Its batch is so many times the discriminator's. [1]"),
+    option("--gp-weight", field="loss.gp_weight", type=float, metavar="FLOAT",
+           help="Weight of wgangp-eps's gradient penalty. [10]"),
+    option("--drift-weight", field="loss.drift_weight", type=float, metavar="FLOAT",
+           help="Weight of its squared mean logit of reals. [0.001]"),
+    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT",
+           help="Weight of R1; with relativistic, of R1 and R2."),
     option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS", help="Steps between R1 phases. [16]"),
     option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT", help="Weight of path length, 0 = off."),
     option("--pl-interval", field="loss.pl_interval", type=int, metavar="STEPS",
@@ -192,7 +206,7 @@ OPTIONS = (
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
     switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
-    switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
+    switch("--compile", field="run.compile", help="torch.compile for what G_main and D_main differentiate once."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
     switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
@@ -405,7 +419,7 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         given = values.setdefault("run.num_gpus", launched)
         if given != launched:
             raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
-    return override(override(PRESETS[context.params["cfg"]], base), values)
+    return customise(override(PRESETS[context.params["cfg"]], base), values)
 
 
 def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:

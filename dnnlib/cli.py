@@ -17,11 +17,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class ConfigOption(click.Option):
-    """A click option that knows which config field it sets; `field=None` says that it sets none."""
+    """A click option that knows which config field it sets; `field=None` says that it sets none.
 
-    def __init__(self, *args: Any, field: str | None = None, **kwargs: Any) -> None:
+    It may set others to the same value `also`.
+    """
+
+    def __init__(self, *args: Any, field: str | None = None, also: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.field = field
+        self.fields = (field, *also) if field else ()
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show one spelling of each flag."""
@@ -33,7 +37,10 @@ class ConfigOption(click.Option):
 
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
-    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets."""
+    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
+
+    `also` are further paths that it sets to the same value.
+    """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
@@ -73,9 +80,10 @@ def _other_spelling(flag: str) -> str:
 def config_values(context: click.Context) -> dict[str, Any]:
     """Return {config path: value} for the options that the user gave."""
     return {
-        parameter.field: context.params[parameter.name]
+        field: context.params[parameter.name]
         for parameter in context.command.params
-        if isinstance(parameter, ConfigOption) and parameter.field and context.params[parameter.name or ""] is not None
+        if isinstance(parameter, ConfigOption) and context.params[parameter.name or ""] is not None
+        for field in parameter.fields
     }
 
 
