@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnnlib.config import ConfigError
+from training.config import PRESETS, Circumstances, resolve
 from training.networks import execution
 from training.networks.grid_attention import (
     AxisAttention,
@@ -516,6 +517,42 @@ def test_every_parameter_learns(config: Any) -> None:
 def count(config: Any) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in config.build().parameters())
+
+
+# Published numbers of parameters in millions; those of the CelebA presets are not, see docs/transgan.md.
+@pytest.mark.parametrize(
+    ("preset", "size", "published", "g_count", "d_count"),
+    [
+        ("transgan-cifar", 32, ("83.3", "10.2"), 83_287_407, 10_200_025),
+        ("transgan-stl10", 48, ("168.5", "10.3"), 168_466_623, 10_341_529),
+        ("transgan-celeba64", 64, None, 202_953_927, 16_396_617),
+        ("transgan-celeba128", 128, None, 204_215_447, 17_709_641),
+        ("transgan-church256", 256, ("205.3", "17.8"), 205_291_927, 17_754_569),
+        ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_235, 13_334_593),
+    ],
+)
+def test_presets_have_the_published_numbers_of_parameters(
+    preset: str, size: int, published: tuple[str, str] | None, g_count: int, d_count: int
+) -> None:
+    config = resolve(PRESETS[preset], Circumstances(img_shape=(3, size, size), c_dim=0))
+    counts = count(config.generator), count(config.discriminator)
+    assert counts == (g_count, d_count)
+    assert published is None or tuple(f"{n / 1e6:.1f}" for n in counts) == published
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("transgan")])
+def test_presets_have_the_published_schedule(preset: str) -> None:
+    config = PRESETS[preset]
+    is_stl10 = preset == "transgan-stl10"
+    loss = config.loss
+    assert (loss.objective, loss.n_critic, loss.g_batch_scale) == ("wgangp-eps", 5 if is_stl10 else 4, 2)
+    assert config.batch_size == (32 if is_stl10 else 64)
+    for adam in (config.g_optimizer, config.d_optimizer):
+        assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
+    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    assert (config.ema.kimg, config.ema.rampup, config.data.mirror) == (500, None, True)
+    fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
+    assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
 
 
 def test_initial_weights() -> None:
