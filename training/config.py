@@ -19,6 +19,8 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -170,6 +172,7 @@ def _presets() -> dict[str, TrainConfig]:
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
         "styleformer-c256": _compositional(stylegan2),
+        **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
     }
 
@@ -214,6 +217,71 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     """
     paper256 = _paper("styleformer-c256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
+
+
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    cifar = TrainConfig(
+        preset="transgan-cifar",
+        data=DatasetConfig(mirror=True),
+        generator=TransGANConfig(z_dim=256, w_dim=256),
+        discriminator=TransGANDiscriminatorConfig(norm="token"),
+        loss=LossConfig(
+            objective="wgangp-eps",
+            n_critic=4,
+            g_batch_scale=2,
+            r1_interval=None,
+            pl_weight=0,
+            pl_interval=None,
+            style_mixing=0,
+        ),
+        g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        ema=EMAConfig(kimg=500, rampup=None),
+        batch_size=64,
+    )
+    stl10 = replace(
+        cifar,
+        preset="transgan-stl10",
+        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
+        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
+        loss=replace(cifar.loss, n_critic=5),
+        batch_size=32,
+    )
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
+    three_scales = TransGANDiscriminatorConfig(
+        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
+    )
+    church = replace(
+        cifar,
+        preset="transgan-church256",
+        generator=TransGANConfig(widths=widths, layers=layers),
+        discriminator=three_scales,
+    )
+    celebahq = replace(
+        church,
+        preset="transgan-celebahq256",
+        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+        discriminator=replace(
+            three_scales,
+            patch=2,
+            overlap=True,
+            widths=(96, 96, 192),
+            local_layers=(3, 2, 0),
+            window=4,
+            position="absolute",
+        ),
+    )
+    celeba64, celeba128 = (
+        replace(
+            church,
+            preset=f"transgan-celeba{size}",
+            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
+            discriminator=replace(three_scales, img_size=(size, size), patch=2),
+        )
+        for size, count in ((64, 4), (128, 5))
+    )
+    return [cifar, stl10, celeba64, celeba128, church, celebahq]
 
 
 def _tiny() -> TrainConfig:
