@@ -88,6 +88,25 @@ class Script(click.Command):
         except UserError as error:
             fail(self, error)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the other commands after the help of a group's default, which is what the group's --help shows."""
+        group = ctx.parent.command if ctx.parent else None
+        if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
+            others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
+            with formatter.section("Other commands (COMMAND --help)"):
+                formatter.write_dl(others)
+
+
+class DefaultGroup(click.Group):
+    """A group whose command `default` need not be typed: `generate.py --seeds=0` is `generate.py images --seeds=0`."""
+
+    def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default, *args])
+
 
 class Failure(click.ClickException):
     """One line on stderr and exit code 2."""

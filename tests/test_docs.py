@@ -82,7 +82,22 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
         result = CliRunner().invoke(generate.main, arguments)
         assert result.exit_code == 0, result.output
-        assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "3-9.png").exists()
+
+
+def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one folder and in order, because some need what others wrote."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    text = (ROOT / "docs" / "exploring.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    python generate.py (.*)", text, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        result = CliRunner().invoke(generate.main, shlex.split(command, comments=True))
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, {})
 
 
 def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
