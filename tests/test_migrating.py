@@ -39,7 +39,8 @@ METRICS += ["ppl_zfull", "ppl_wfull", "ppl_zend", "ppl_wend"]
 
 OURS: dict[str, click.Command] = {
     "train.py": train.main,
-    "generate.py": generate.main,
+    "generate.py": generate.main.commands["images"],
+    "style_mixing.py": generate.main.commands["mix"],
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.build,
 }
@@ -51,7 +52,7 @@ def section(title: str) -> str:
 
 
 def table(title: str) -> dict[str, str]:
-    """What the tables of a section say of each name: same, changed, moved or refused."""
+    """What the tables of a section say of each name: same, changed or refused."""
     rows = re.findall(r"^\| (`.*?) \| (\w+) \|", section(title), re.MULTILINE)
     return {name: status for names, status in rows for name in re.findall(r"`(.*?)`", names)}
 
