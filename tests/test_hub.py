@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,14 @@ def test_damage_is_refused(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"G_ema\.safetensors: damaged"):
         HubModel.from_pretrained(folder)
+
+
+def test_without_the_package_the_extra_is_named(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "training.hub")
+    monkeypatch.delattr(training, "hub")
+    result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
+    assert (result.exit_code, "pip install '.[hub]'" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())
