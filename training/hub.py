@@ -30,7 +30,6 @@ try:
 except ImportError as error:
     raise UserError(f"the package huggingface-hub cannot be imported ({error}): pip install '.[hub]'") from None
 
-NUM_SAMPLES = 16
 SAMPLES = "samples.png"
 
 
@@ -107,11 +106,16 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=data, run=replace(config.run, detectors=detectors))
 
 
+def num_samples(G: Any) -> int:
+    """Return how many images the picture has: 16, of large ones 4."""
+    return 16 if max(G.img_shape[1:]) <= 256 else 4
+
+
 def sample_images(G: Any) -> torch.Tensor:
-    """Return uint8 images of the seeds 0 to 15, of a conditional network from its classes in turn."""
-    device = next(G.parameters()).device
-    z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(NUM_SAMPLES)])
-    c = torch.eye(G.c_dim, device=device)[torch.arange(NUM_SAMPLES) % G.c_dim] if G.c_dim else None
+    """Return uint8 images of the first seeds, of a conditional network from its classes in turn."""
+    device, count = next(G.parameters()).device, num_samples(G)
+    z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
+    c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim] if G.c_dim else None
     with torch.no_grad():
         return to_uint8(G(torch.from_numpy(z).float().to(device), c))
 
@@ -156,10 +160,10 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
     how = f"trained on {data} for {snapshot.kimg:g} thousand images (preset `{config.preset}`)"
     return f"""# {Path(snapshot.path).stem}
 
-![The first {NUM_SAMPLES} seeds]({SAMPLES})
+![Samples]({SAMPLES})
 
 {what}, {how}.
-The picture shows the seeds 0 to {NUM_SAMPLES - 1} without truncation.
+The picture shows the seeds 0 to {num_samples(G) - 1} without truncation.
 
 ## Use
 
@@ -196,7 +200,8 @@ def _table(snapshot: Path) -> str:
     rows = []
     for record in read_records(snapshot):
         images = f"{Path(record['data']).name}: {record['num_real']} real, {record['num_fake']} generated"
-        how = f"{record['detector'] or ''} | {record['protocol']}"
+        protocol = record["protocol"].replace("<", "&lt;")
+        how = f"{record['detector'] or ''} | {protocol}"
         rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]
     head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) if rows else "None are recorded."
