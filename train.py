@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, NameList, Size, option, switch
+from dnnlib.cli import IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import FolderLock, TeeLog
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
@@ -26,11 +26,21 @@ from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs, trouble
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
+from training import hooks, rehearsal, runs, trouble
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    micro_batches,
+    resolve,
+)
 from training.dataset import ImageDataset
 from training.loggers import Loggers, choose_loggers
-from training.networks import GENERATORS
+from training.loss import Objective
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -59,7 +69,7 @@ OPTIONS = (
     option("--timeout", field="run.timeout", type=float, metavar="SEC",
            help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
-           help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
+           help="Processes that decode images, per GPU; none for images that stay on the device. [2; 0 on a CPU]"),
     # How long and how loud
     option("--kimg", field="run.total_kimg", type=float, metavar="KIMG",
            help="Length of the training in thousands of real images."),
@@ -85,11 +95,24 @@ OPTIONS = (
            help="Write a Chrome trace of so many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
-    option("--batch-gpu", field="run.batch_gpu", type=int, metavar="INT",
-           help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
+    option("--batch-gpu", field="run.batch_gpu", type=IntOrAuto(),
+           help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
-    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT", help="Weight of R1."),
+    option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
+           help="Bound of the norm of each network's gradient. [none]"),
+    option("--loss", field="loss.objective", type=click.Choice(get_args(Objective)),
+           help="What the networks play for. [logistic]"),
+    option("--n-critic", field="loss.n_critic", type=int, metavar="STEPS",
+           help="The generator moves every so many steps of the discriminator. [1]"),
+    option("--g-batch-scale", field="loss.g_batch_scale", type=int, metavar="INT",
+           help="Its batch is so many times the discriminator's. [1]"),
+    option("--gp-weight", field="loss.gp_weight", type=float, metavar="FLOAT",
+           help="Weight of wgangp-eps's gradient penalty. [10]"),
+    option("--drift-weight", field="loss.drift_weight", type=float, metavar="FLOAT",
+           help="Weight of its squared mean logit of reals. [0.001]"),
+    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT",
+           help="Weight of R1; with relativistic, of R1 and R2."),
     option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS", help="Steps between R1 phases. [16]"),
     option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT", help="Weight of path length, 0 = off."),
     option("--pl-interval", field="loss.pl_interval", type=int, metavar="STEPS",
@@ -137,6 +160,8 @@ OPTIONS = (
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
            help="Layers of the mapping network."),
     # Discriminator
+    option("--disc", field="discriminator.family", metavar="NAME",
+           help=f"Family: {', '.join(DISCRIMINATORS)}. [the preset's; most have {next(iter(DISCRIMINATORS))}]"),
     option("--d-arch", field="discriminator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture. [resnet]"),
     option("--cbase", field="discriminator.channel_base", type=int, metavar="INT", help="Channels of D x resolution."),
@@ -157,7 +182,7 @@ OPTIONS = (
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
     switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
-    switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
+    switch("--compile", field="run.compile", help="torch.compile for what G_main and D_main differentiate once."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
     switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
@@ -229,45 +254,62 @@ def train_worker(request: runs.Request) -> None:
 def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request, lock))
-    config = start.config
-    device = distributed.choose_device(config.run.device)
+    device = distributed.choose_device(start.config.run.device)
     operators = custom_ops.prepare(device)
-    set_arithmetic(config)
-    dataset = ImageDataset(config.data)
-    trainer = Trainer(config, dataset, device)
-    origin = runs.load(trainer, start)
-    trainer.synchronise()
-    context = build_context(trainer)
-    metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
-    with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
-        if distributed.is_main():
-            print(_describe(trainer))
-        _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        saver = Saver(run_dir, config.run)
-        if start.state:  # what --resume=latest then goes on from
-            saver.save(trainer, snapshot=False)
-            distributed.from_main(saver.finish)
-        with open_loggers(run_dir, config) as loggers:
+    set_arithmetic(start.config)
+    dataset = ImageDataset(start.config.data)
+    if start.is_to_fit:
+        sizes = micro_batches(start.config)
+        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+    config = start.config
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        origin = runs.load(trainer, start)
+        trainer.synchronise()
+        context = build_context(trainer)
+        metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
+        run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
+        with log, open_loggers(run_dir, config) as loggers:
+            if distributed.is_main():
+                print(_describe(trainer))
+            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+            saver = Saver(run_dir, config.run)
+            if start.state:  # what --resume=latest then goes on from
+                saver.save(trainer, snapshot=False)
+                distributed.from_main(saver.finish)
             trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
-            try:
-                trainer.train()
-            except torch.OutOfMemoryError:
-                raise UserError(_too_large(config)) from None
+            trainer.train()
             distributed.from_main(saver.finish)
-        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
 
-def _too_large(config: TrainConfig) -> str:
-    """What to do when the GPU's memory is not enough."""
-    assert config.run.batch_gpu is not None
-    smaller = (
-        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
-    )
+@contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise UserError, which says what to do, where memory is not enough inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(config, error)) from None
+
+
+def _too_large(config: TrainConfig, error: BaseException) -> str:
+    """What to do when memory is not enough."""
+    batch_gpu = config.run.batch_gpu
+    assert isinstance(batch_gpu, int)
+    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
-    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
+    if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
+    return (
+        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"{', '.join(smaller)}, or fewer --workers"
+    )
 
 
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
@@ -368,6 +410,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
+    if values.get("run.data_on_gpu") and values.get("run.workers"):
+        raise ConfigError("run.workers", values["run.workers"], "has no work with --data-on-gpu: give one of the two")
     setup = read_detectors(values.get("run.detectors", ()))
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:
@@ -379,7 +423,7 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         given = values.setdefault("run.num_gpus", launched)
         if given != launched:
             raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
-    return override(override(PRESETS[context.params["cfg"]], base), values)
+    return customise(override(PRESETS[context.params["cfg"]], base), values)
 
 
 def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:

@@ -29,7 +29,8 @@ LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named afte
 class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
-    The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
+    The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
+    one piece at a time;
     nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
@@ -45,7 +46,7 @@ class RunConfig:
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
-    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
+    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
@@ -62,7 +63,7 @@ class RunConfig:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
         for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
@@ -243,6 +244,28 @@ PRESETS: Mapping[str, TrainConfig] = _presets()
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
+def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return a preset under a user's options, {config path: value}.
+
+    What the preset says of regularisers gives way where an option makes it impossible: R1 where --loss says that there
+    is none, path length and style mixing where --gen chooses a generator without styles. What the options say does not.
+    """
+    if "loss.objective" in values:
+        preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    chosen = override(preset, values)
+    if "generator.family" in values and not _has_styles(chosen.generator):
+        styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
+        chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
+    return chosen
+
+
+def _has_styles(generator: GeneratorConfig) -> bool:
+    try:
+        return generator.num_ws > 1
+    except ConfigError:  # the number follows from the images
+        return True
+
+
 def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     """Fill in what depends on the data or the machine, and check that the parts fit together.
 
@@ -254,7 +277,9 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
+    share = -(-batch_size // num_gpus)
+    is_auto = config.run.batch_gpu == "auto"
+    batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
     precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
@@ -271,23 +296,43 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
-    if config.loss.r1_gamma is None:
-        values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
     resolved = override(config, values)
+    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    if is_auto:
+        resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
+    _check_styles(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
 
 
+def micro_batches(config: TrainConfig) -> list[int]:
+    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+
+    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    """
+    assert config.batch_size is not None
+    share = config.batch_size // config.run.num_gpus
+    group = max(min(config.discriminator.group_size, share), 1)
+    sizes = []
+    for size in range(share // group * group, 0, -group):
+        try:
+            _check_batches(override(config, {"run.batch_gpu": size}))
+            sizes.append(size)
+        except ConfigError:
+            continue
+    return sizes
+
+
 def _check_batches(config: TrainConfig) -> None:
     batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert batch_gpu is not None
+    assert isinstance(batch_gpu, int)
     per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
@@ -296,21 +341,28 @@ def _check_batches(config: TrainConfig) -> None:
             f"must be a multiple of {per_round} ({gpus} GPUs x {batch_gpu} images at a time); "
             f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
         )
-    group = min(config.discriminator.group_size, batch_gpu)
-    if group and batch_gpu % group:
-        raise ConfigError(
-            "batch_gpu",
-            batch_gpu,
-            f"cannot be cut into minibatch-std groups of {group}; choose a multiple of it",
-        )
+    for count in {batch_gpu, batch_gpu * config.loss.g_batch_scale}:
+        group = min(config.discriminator.group_size, count)
+        if group and count % group:
+            images = "" if count == batch_gpu else f"with --g-batch-scale={config.loss.g_batch_scale}, {count} images "
+            problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of it"
+            raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
             "run.batch_gpu", batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
         )
 
 
+def _check_styles(config: TrainConfig) -> None:
+    for name, remedy in (("pl_weight", "--pl-weight=0"), ("style_mixing", "--mixing=0")):
+        value = getattr(config.loss, name)
+        if value and config.generator.num_ws == 1:
+            raise ConfigError(f"loss.{name}", value, f"this generator has no styles per layer: give {remedy}")
+
+
 def _check_holdout(config: TrainConfig) -> None:
-    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    assert isinstance(config.run.batch_gpu, int)
+    per_round = config.run.batch_gpu * config.run.num_gpus
     if 0 < config.data.holdout < per_round:
         raise ConfigError(
             "data.holdout",
@@ -352,16 +404,25 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
+    "loss.objective": "logistic",
+    "loss.n_critic": 1,
+    "loss.g_batch_scale": 1,
+    "loss.gp_weight": None,
+    "loss.drift_weight": None,
+    "g_optimizer.clip_norm": None,
+    "d_optimizer.clip_norm": None,
 }
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
-    if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
+    if isinstance(data, dict):
+        data = {name: {**part} if isinstance(part, dict) else part for name, part in data.items()}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
-            (data[parents[0]] if parents else data).setdefault(name, value)
+            part = data.get(parents[0]) if parents else data
+            if isinstance(part, dict):
+                part.setdefault(name, value)
     return from_json(TrainConfig, data)
 
 
