@@ -14,7 +14,7 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, IntOrAuto, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
@@ -27,6 +27,7 @@ from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
+from training.augment import Mode
 from training.config import (
     PRESETS,
     TRANSFER_LEARNING,
@@ -38,6 +39,7 @@ from training.config import (
     resolve,
 )
 from training.dataset import ImageDataset
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -126,12 +128,15 @@ OPTIONS = (
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
            help="Freeze-D: layers of D that keep their weights. [0]"),
     # Augmentation
-    option("--aug", field="augment.mode", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation. [ada]"),
+    option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
+           help="Augmentation; none is another word for noaug. [ada]"),
     option("--p", field="augment.p", type=float, metavar="0..1", help="Probability, for --aug=fixed."),
     option("--target", field="augment.target", type=float, metavar="0..1",
            help="Target of ADA: mean sign of D(real). [0.6]"),
     option("--augpipe", field="augment.pipe", metavar="NAME",
            help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+    option("--diffaug", field="augment.policy", type=NameList(),
+           help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),

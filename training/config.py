@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from dnnlib.config import ConfigError, from_json, override, within
-from training.augment import AugmentConfig, AugmentPipe
+from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
+from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -315,16 +316,29 @@ TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup":
 def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset under a user's options, {config path: value}.
 
-    What the preset says of regularisers gives way where an option makes it impossible: R1 where --loss says that there
-    is none, path length and style mixing where --gen chooses a generator without styles. What the options say does not.
+    What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
+    length and style mixing where --gen chooses a generator without styles, a probability or a policy where --aug has
+    none. What the options say does not; those that would do nothing are refused.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
+        preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
+    _check_augment_options(chosen.augment.mode, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
         chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
     return chosen
+
+
+def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
+    """Refuse options that the mode of augmentation does not read."""
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if part == "augment" and name not in ("mode", *MODE_FIELDS[mode]):
+            modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
+            raise ConfigError(path, value, f"--aug={mode} does not read it: leave it out, or give --aug={modes[0]}")
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -364,6 +378,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
+    if config.augment.mode == "diffaug" and config.augment.policy is None:
+        values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
@@ -443,7 +459,8 @@ def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (
-            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+            "not all of the augmentation is, on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
+            "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
@@ -477,6 +494,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
