@@ -16,7 +16,7 @@ import dnnlib.cli
 import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import TeeLog
+from dnnlib.util import FolderLock, TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
@@ -26,9 +26,10 @@ from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs
+from training import hooks, runs, trouble
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.loggers import Loggers, choose_loggers
 from training.networks import GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
@@ -41,9 +42,9 @@ OPTIONS = (
     option("--cfg", field=None, type=click.Choice(list(PRESETS)), default="auto", show_default=True, help="Preset."),
     option("--gpus", field="run.num_gpus", type=int, metavar="INT", help="Processes on this machine, one per GPU. [1]"),
     option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
-    option("--resume", field=None, metavar="latest|DIR|PKL",
-           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or "
-                "start from the weights of a snapshot (transfer learning)."),
+    option("--resume", field=None, metavar="latest|DIR|PT|PKL",
+           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
+                "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
@@ -72,11 +73,14 @@ OPTIONS = (
            help="Those metrics every so many ticks. [at snapshots]"),
     option("--tick-metrics", field="run.tick_metrics", type=NameList(),
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
+    option("--log", field="run.log", type=NameList(),
+           help="Show figures and pictures in tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
            help="Keep one every so many kimg for ever. [none]"),
+    switch("--keep-best", field="run.keep_best", help="Keep the one of the best network by the first of --metrics."),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
            help="Write a Chrome trace of so many steps."),
     # Training
@@ -197,6 +201,7 @@ def main(context: click.Context, **options: Any) -> None:
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
+    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
         setup = read_detectors(config.run.detectors)
@@ -214,16 +219,16 @@ def main(context: click.Context, **options: Any) -> None:
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
-    with Signals() as signals:
-        is_stopped = _train(request, signals)
+    with Signals() as signals, FolderLock() as lock:
+        is_stopped = _train(request, signals, lock)
         distributed.barrier()  # or the launcher would end the others when the first has gone
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
 
-def _train(request: runs.Request, signals: Signals) -> bool:
+def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
-    start = distributed.from_main(lambda: runs.choose_start(request))
+    start = distributed.from_main(lambda: runs.choose_start(request, lock))
     config = start.config
     device = distributed.choose_device(config.run.device)
     operators = custom_ops.prepare(device)
@@ -234,18 +239,22 @@ def _train(request: runs.Request, signals: Signals) -> bool:
     trainer.synchronise()
     context = build_context(trainer)
     metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
+    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():
             print(_describe(trainer))
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
         saver = Saver(run_dir, config.run)
-        trainer.hooks = [*build_hooks(trainer, run_dir, saver, context), hooks.Requests(saver, signals)]
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            raise UserError(_too_large(config)) from None
-        distributed.from_main(saver.finish)
+        if start.state:  # what --resume=latest then goes on from
+            saver.save(trainer, snapshot=False)
+            distributed.from_main(saver.finish)
+        with open_loggers(run_dir, config) as loggers:
+            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
+            try:
+                trainer.train()
+            except torch.OutOfMemoryError:
+                raise UserError(_too_large(config)) from None
+            distributed.from_main(saver.finish)
         _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
@@ -261,19 +270,13 @@ def _too_large(config: TrainConfig) -> str:
     return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
-    chain += [hooks.Progress(), hooks.JsonLog(run_dir)]
-    board = None
-    if distributed.is_main():
-        try:
-            board = hooks.TensorBoardLog(run_dir)
-            chain.append(board)
-        except ImportError:
-            _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
+    chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
+    chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
+    chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     names = metric_names(run, context.setup)
@@ -281,8 +284,18 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
         evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, board))
+        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
     return chain
+
+
+def open_loggers(run_dir: Path, config: TrainConfig) -> Loggers:
+    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    if not distributed.is_main():
+        return Loggers((), run_dir, config)
+    names = choose_loggers(config.run.log)
+    if not names and config.run.log is None:
+        _say("TensorBoard events are not written: the package tensorboard is not installed")
+    return Loggers(names, run_dir, config)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ CHOSEN_BY_RESOLVE = {
     "loss.r1_gamma",
     "ema.kimg",
     "run.metrics",
+    "run.log",
     "run.device",
     "run.workers",
     "run.data_on_gpu",

@@ -22,6 +22,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,11 @@ class RunConfig:
     snapshot_ticks: int = 50
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
+    keep_best: bool = False  # beside those, the one of the best network by the main metric
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
     batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
@@ -64,8 +67,13 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.keep_best and self.metrics == () and not self.tick_metrics:
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
+        for name in self.log or ():
+            if name not in LOGGERS:
+                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -338,8 +346,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
+    "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
 }
