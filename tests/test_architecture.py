@@ -13,6 +13,7 @@ ALLOWED = {
     "torch_utils": {"dnnlib", "torch_utils"},
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
+    "reporting": {"dnnlib", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import calc_metrics
 import dataset_tool
 import generate
+import report
 import train
 from training.snapshot import load_network
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate.py": generate.main,
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.main,
+    "report.py": report.main,
 }
 
 
