@@ -5,7 +5,8 @@
 Runs the tests marked `gpu`, the benchmarks, and a short training with the README's options; measures its snapshots.
 A part that fails or runs out of time is recorded and does not stop the others. Writes results.json, summary.md (tables
 for docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's lines.
-With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing.
+With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset it trains
+that preset instead, for longer, and measures nothing else: this is how families are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ FULL = Sizes(
         "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
         "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
         "operators, compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
+        "training step, stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", *LONG),
+        "training step, transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
+        "training step, styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", *LONG),
         "training step, options": step(
             "cifar", 64, "tf32,fp16+graphs,bf16+nchw,bf16+compile+graphs", *README_MODEL, *LONG
         ),
@@ -109,6 +113,12 @@ QUICK = Sizes(
     num_images=256,
     num_fakes=64,
 )
+
+
+def only_training(sizes: Sizes, preset: str) -> Sizes:
+    """The sizes for training a preset: its step, which says how far the time goes, is all that is measured before."""
+    steps = step(preset, sizes.batch, TRAINING_MODE, "--steps=10", "--warmup=3")
+    return replace(sizes, preset=preset, model=[], benchmarks={f"training step, {preset}": steps})
 
 
 @dataclass(kw_only=True)
@@ -339,9 +349,9 @@ def summary(results: dict[str, Any]) -> str:
     lines = [
         f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
     ]
-    tests = results.get("tests", {})
-    lines += ["", f"Tests marked `gpu`: {cell(tests.get('counts', {}))}; exit code {tests.get('code')}.", ""]
-    lines += [f"- {failure}" for failure in tests.get("failures", [])]
+    if tests := results.get("tests"):
+        lines += ["", f"Tests marked `gpu`: {cell(tests.get('counts', {}))}; exit code {tests.get('code')}.", ""]
+        lines += [f"- {failure}" for failure in tests.get("failures", [])]
     runs = results.get("benchmarks", {}).get("runs", {})
     rows = [row for run in runs.values() for row in run["rows"]]
     for benchmark, keys in COLUMNS.items():
@@ -409,6 +419,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Everything stops before this is over.")
 @click.option("--train-seconds", type=float, default=100.0, show_default=True, help="Length of the training.")
+@click.option("--preset", help="Train this one, and do nothing else.")
 @click.option("--commit", help="What is measured. [what git says]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
 def main(
@@ -418,6 +429,7 @@ def main(
     device: str,
     minutes: float,
     train_seconds: float,
+    preset: str | None,
     commit: str | None,
     quick: bool,
 ) -> None:
@@ -427,8 +439,9 @@ def main(
     outdir.mkdir(parents=True, exist_ok=True)
     (outdir / "log.txt").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as workdir:
+        sizes = QUICK if quick else FULL
         suite = Suite(
-            sizes=QUICK if quick else FULL,
+            sizes=only_training(sizes, preset) if preset else sizes,
             device=device,
             data=data,
             detector=detector,
@@ -439,6 +452,8 @@ def main(
             results={"machine": describe_machine(device, commit)},
         )
         for name, part in PARTS.items():
+            if preset and name == "tests":
+                continue
             try:
                 suite.results[name] = part(suite)
             except Exception:  # a part that fails must not take the results of the others with it
