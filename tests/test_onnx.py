@@ -22,8 +22,13 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("noise_mode", "c_dim"), [("const", 0), ("none", 3)])
-@pytest.mark.parametrize("family", GENERATORS)
+CASES = [pytest.param(family, "const", 0) for family in GENERATORS]
+CASES += [
+    pytest.param(family, "none", 3, marks=() if family == "styleformer" else pytest.mark.slow) for family in GENERATORS
+]
+
+
+@pytest.mark.parametrize(("family", "noise_mode", "c_dim"), CASES)
 def test_exported_graphs_compute_what_the_networks_compute(
     tmp_path: Path, family: str, noise_mode: Any, c_dim: int
 ) -> None:
