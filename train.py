@@ -14,19 +14,20 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, IntOrAuto, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
+from dnnlib.download import cache_dir
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
+from training.augment import Mode
 from training.config import (
     PRESETS,
     TRANSFER_LEARNING,
@@ -38,9 +39,12 @@ from training.config import (
     resolve,
 )
 from training.dataset import ImageDataset
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.grid_attention import Form
+from training.networks.vit import Norm, Position
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -124,12 +128,15 @@ OPTIONS = (
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
            help="Freeze-D: layers of D that keep their weights. [0]"),
     # Augmentation
-    option("--aug", field="augment.mode", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation. [ada]"),
+    option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
+           help="Augmentation; none is another word for noaug. [ada]"),
     option("--p", field="augment.p", type=float, metavar="0..1", help="Probability, for --aug=fixed."),
     option("--target", field="augment.target", type=float, metavar="0..1",
            help="Target of ADA: mean sign of D(real). [0.6]"),
     option("--augpipe", field="augment.pipe", metavar="NAME",
            help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+    option("--diffaug", field="augment.policy", type=NameList(),
+           help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
@@ -155,6 +162,23 @@ OPTIONS = (
            help="Channels of its convolutions x resolution."),
     option("--g-cmax", field="generator.channel_max", type=int, metavar="INT",
            help="Upper bound of these channels. [512]"),
+    option("--attention", field="generator.attention", type=click.Choice(get_args(Form)),
+           help="TransGAN's attention where there are many tokens. [grid]"),
+    option("--full-upto", field="generator.full_upto", type=int, metavar="RES",
+           help="Last grid on which it is among all tokens whatever --attention says. [32]"),
+    option("--window", field="generator.window", type=int, metavar="INT",
+           help="Side of the windows of --attention=grid, in tokens. [16]"),
+    option("--landmarks", field="generator.landmarks", type=int, metavar="INT",
+           help="Landmarks of --attention=nystrom. [64]"),
+    option("--heads", field="generator.num_heads", type=int, metavar="INT", help="Its attention heads. [4]"),
+    option("--norm", field="generator.norm", type=click.Choice(get_args(Norm)),
+           help="Its normalisation: token-wise or LayerNorm. [token]"),
+    option("--position", field="generator.position", type=click.Choice(get_args(Position)),
+           help="Its positions: an embedding per token, a bias per offset, or both. [both]"),
+    option("--latent-tokens", field="generator.latent_tokens", type=int, metavar="INT",
+           help="Tokens made from z that every block also attends to. [0]"),
+    option("--antialias", field="generator.antialias", type=int, metavar="INT",
+           help="How many of its upsamplings, the last ones, are low-pass filtered. [0]"),
     option("--z-dim", field="generator.z_dim", type=int, metavar="INT", help="Size of the latent z. [512]"),
     option("--w-dim", field="generator.w_dim", type=int, metavar="INT", help="Size of the style w. [512]"),
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
@@ -169,6 +193,24 @@ OPTIONS = (
            help="Upper bound of D's channels. [512]"),
     option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group of minibatch-std, 0 = off."),
+    option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
+           help="Side of the finest patches of TransGAN's D, in pixels."),
+    option("--d-widths", field="discriminator.widths", type=IntList(),
+           help="Channels that each of its scales adds, finest first."),
+    option("--d-layers", field="discriminator.layers", type=IntList(), help="Its blocks per scale."),
+    option("--d-local", field="discriminator.local_layers", type=IntList(),
+           help="How many of these, the first, attend as --d-attention says; the others among all tokens."),
+    option("--d-attention", field="discriminator.attention", type=click.Choice(get_args(Form)),
+           help="As --attention. [grid]"),
+    option("--d-window", field="discriminator.window", type=int, metavar="INT", help="As --window. [16]"),
+    option("--d-landmarks", field="discriminator.landmarks", type=int, metavar="INT", help="As --landmarks. [64]"),
+    option("--d-heads", field="discriminator.num_heads", type=int, metavar="INT", help="As --heads. [4]"),
+    option("--d-norm", field="discriminator.norm", type=click.Choice(get_args(Norm)), help="As --norm. [layer]"),
+    option("--d-position", field="discriminator.position", type=click.Choice(get_args(Position)),
+           help="As --position. [both]"),
+    switch("--multi-scale", field="discriminator.multi_scale",
+           help="Patches of the image join at every scale; off: at the finest alone. [on]"),
+    switch("--overlap", field="discriminator.overlap", help="The finest patches overlap by half. [off]"),
     # Arithmetic, speed and memory
     option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),
            help="Of activations in training. [bf16 on GPUs that have it, else fp32]"),
