@@ -39,6 +39,9 @@ def test_exported_graphs_compute_what_the_networks_compute(
     for path in paths:
         model = onnx.load(path)
         assert {node.domain for node in model.graph.node} == {""}  # standard operators only
+        sizes = [value.type.tensor_type.shape.dim[0].dim_param for value in [*model.graph.input, *model.graph.output]]
+        assert {*sizes} <= {"batch", ""}
+        assert b".py" not in path.read_bytes()  # no stack of whoever exported it
         assert {p.key: p.value for p in model.metadata_props}["noise_mode"] == noise_mode
     mapping, synthesis = map(session, paths)
     cutoff = 1
