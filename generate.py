@@ -478,7 +478,6 @@ def attention_command(
     "--detector",
     "detectors",
     type=NameList(),
-    default=(),
     metavar="FILE,...",
     help="A program (.pt2, TorchScript) for features, or the two files of weights of LPIPS.",
 )
@@ -494,7 +493,7 @@ def attention_command(
 def project_command(
     target: Path,
     loss: str | None,
-    detectors: tuple[str, ...],
+    detectors: tuple[str, ...] | None,
     num_steps: int,
     space: Literal["w", "w+"],
     lr: float,
@@ -514,7 +513,7 @@ def project_command(
     python generate.py --network=SNAPSHOT --projected-w=out/projected_w.npz --outdir=out
     """
     model = open_model(**options)
-    setup = read_detectors(detectors)
+    setup = read_detectors(detectors or ())
     loss = loss or ("features" if setup.program else "lpips")
     towards = choose_distance(loss, setup, model.device)
     names, targets = read_targets(target, model.G.img_shape)

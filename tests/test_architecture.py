@@ -14,6 +14,7 @@ ALLOWED = {
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
     "exploration": {"dnnlib", "torch_utils", "training", "exploration"},
+    "reporting": {"dnnlib", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 

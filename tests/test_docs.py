@@ -19,6 +19,7 @@ import calc_metrics
 import dataset_tool
 import generate
 import legacy
+import report
 import train
 from training.snapshot import load_network
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.main,
     "legacy.py": legacy.main,
+    "report.py": report.main,
 }
 
 

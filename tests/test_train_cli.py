@@ -24,7 +24,7 @@ from dnnlib.config import from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
-from training.networks import GENERATORS
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -52,7 +52,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
-    """Options default to None (the preset decides), and their fields exist, those of a generator in some family."""
+    """Options default to None (the preset decides), and their fields exist, those of a network in some family."""
     scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
     given = train.main.make_context("train.py", []).params
     found: set[str] = set()
@@ -61,14 +61,15 @@ def test_every_option_sets_a_field_of_the_configuration() -> None:
         assert option.name is not None
         if isinstance(option, ConfigOption) and option.field:
             assert given[option.name] is None, option.name
-            wanted.add(option.field)
+            wanted |= {*option.fields}
         else:
             assert option.name in scripted
-    for family in GENERATORS:
-        config = override(PRESETS["cifar"], {"generator.family": family})
-        values = {path: _get(config, path) for path in wanted if _has(config, path)}
-        assert override(config, {"generator.family": family, **values}) == config
-        found |= {"generator.family", *values}
+    for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        for family in families:
+            config = override(PRESETS["cifar"], {f"{part}.family": family})
+            values = {path: _get(config, path) for path in wanted if _has(config, path)}
+            assert override(config, {f"{part}.family": family, **values}) == config
+            found |= {f"{part}.family", *values}
     assert found == wanted
 
 
@@ -217,6 +218,7 @@ def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
+        (["--workers=2", "--data-on-gpu"], "--workers=2: has no work with --data-on-gpu"),
         (["--keep-last=0"], "--keep-last=0: must be positive"),
         (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
@@ -461,3 +463,14 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
     assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
     refused = run(*scored, "--glr=0.1", f"--resume={best}")
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
+
+
+def test_lists_that_are_given_several_times_are_joined(shapes_zip: Path) -> None:
+    arguments = ["--outdir=x", f"--data={shapes_zip}", "--cfg=tiny", "--device=cpu", "-n"]
+
+    def planned(*options: str) -> Any:
+        return json.loads(run_ok(*arguments, *options))["options"]["run"]["metrics"]
+
+    assert planned("--metrics=swd100", "--metrics=swd60,swd100") == ["swd100", "swd60"]
+    assert planned("--metrics=none") == planned("--metrics=none", "--metrics=none") == []
+    assert planned("--metrics=none", "--metrics=swd60") == ["swd60"]

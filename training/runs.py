@@ -14,7 +14,7 @@ from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.util import FolderLock, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from training.config import PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
+from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
 from training.dataset import ImageDataset
 from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
@@ -50,6 +50,7 @@ class Start:
     run_dir: Path | None = None
     state: Path | None = None
     snapshot: Path | None = None
+    is_to_fit: bool = False  # whether the micro-batch is to be found (rehearsal.py)
 
 
 def choose_start(request: Request, lock: FolderLock) -> Start:
@@ -60,7 +61,16 @@ def choose_start(request: Request, lock: FolderLock) -> Start:
     start = _choose_start(request)
     if start.run_dir:
         lock.acquire(start.run_dir)
-    return start
+    return _keep_micro_batch(start) if request.plain.run.batch_gpu == "auto" and request.about.on_gpu else start
+
+
+def _keep_micro_batch(start: Start) -> Start:
+    """Take over the micro-batch of a run that goes on with as many processes; else let it be found."""
+    if start.run_dir:
+        saved = _saved_config(start.run_dir).run
+        if saved.num_gpus == start.config.run.num_gpus and saved.batch_gpu in micro_batches(start.config):
+            return replace(start, config=override(start.config, {"run.batch_gpu": saved.batch_gpu}))
+    return replace(start, is_to_fit=True)
 
 
 def _choose_start(request: Request) -> Start:
@@ -203,7 +213,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
-    words += [to_json(config)["generator"]["family"]] if _has_other_generator(config) else []
+    words += _departures(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
@@ -217,9 +227,12 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     return run_dir
 
 
-def _has_other_generator(config: TrainConfig) -> bool:
-    """Whether the family of the generator is not the preset's."""
-    return config.preset in PRESETS and type(PRESETS[config.preset].generator) is not type(config.generator)
+def _departures(config: TrainConfig) -> list[str]:
+    """The names of the families and the objective that are not the preset's."""
+    new, old = to_json(config), to_json(PRESETS.get(config.preset, config))
+    names = {"generator.family": "", "discriminator.family": "d-", "loss.objective": ""}
+    paths = [(path.split("."), prefix) for path, prefix in names.items()]
+    return [prefix + new[part][name] for (part, name), prefix in paths if new[part][name] != old[part][name]]
 
 
 def load(trainer: Trainer, start: Start) -> str:
