@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib.cli import DefaultGroup, IntRanges, Script, option, switch, with_options
+from dnnlib.cli import DefaultGroup, IntRanges, NameList, Script, option, switch, with_options
 from dnnlib.config import UserError
 from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
 from exploration.directions import (
@@ -31,7 +32,7 @@ from exploration.directions import (
     save_directions,
 )
 from exploration.mixing import choose_styles, framed, mix, spell
-from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, seed_latents
+from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, save_styles, seed_latents
 from exploration.morphing import (
     Interpolation,
     Timing,
@@ -41,8 +42,11 @@ from exploration.morphing import (
     through_seeds,
     through_styles,
 )
+from exploration.projection import ProjectionConfig, Towards, pixels_towards, project, read_targets
 from exploration.sheets import enlarged, sheet, to_rgb
 from exploration.video import check_encoder, open_video
+from metrics.detectors import DetectorSetup, read_detectors
+from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
@@ -459,6 +463,129 @@ def attention_command(
                     save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
                 progress.update()
     click.echo(f"{len(names)} sheets in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files")
+
+
+@main.command("project", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
+@option(
+    "--loss",
+    type=click.Choice(["lpips", "features", "pixels"]),
+    help="Distance: LPIPS, of features of --detector's program, or of pixels at several scales.  [default: features if "
+    "there is a program, else lpips]",
+)
+@option(
+    "--detector",
+    "detectors",
+    type=NameList(),
+    metavar="FILE,...",
+    help="A program (.pt2, TorchScript) for features, or the two files of weights of LPIPS.",
+)
+@option("--num-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of the optimisation.")
+@option(
+    "--space", type=click.Choice(["w", "w+"]), default="w", show_default=True, help="One style for all layers, or each."
+)
+@option("--lr", type=float, default=0.1, show_default=True, help="Largest learning rate.")
+@option("--fix-noise", is_flag=True, help="Leave the network's noise as it is, instead of looking for it too.")
+@option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
+@switch("--save-video", help="Also film the optimisation beside its target: proj00.mp4.")
+@OUTDIR
+def project_command(
+    target: Path,
+    loss: str | None,
+    detectors: tuple[str, ...] | None,
+    num_steps: int,
+    space: Literal["w", "w+"],
+    lr: float,
+    fix_noise: bool,
+    seed: int,
+    save_video: bool | None,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Look for the styles of given images.
+
+    They are written to projected_w.npz, which other commands take as --projected-w, and their images to proj00.png and
+    so on. Those are made with the noise of the network, like all others.
+
+    \b
+    python generate.py project --network=SNAPSHOT --target=photos --outdir=out
+    python generate.py --network=SNAPSHOT --projected-w=out/projected_w.npz --outdir=out
+    """
+    model = open_model(**options)
+    setup = read_detectors(detectors or ())
+    loss = loss or ("features" if setup.program else "lpips")
+    towards = choose_distance(loss, setup, model.device)
+    names, targets = read_targets(target, model.G.img_shape)
+    config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
+    if save_video:
+        check_encoder(outdir / "proj00.mp4")
+    make_outdir(outdir)
+    found = []
+    for start in range(0, len(names), model.batch):
+        part = slice(start, start + model.batch)
+        ws, before, after = project_some(model, targets[part], towards, config, start, outdir, save_video)
+        for index, name in enumerate(names[part]):
+            change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
+            click.echo(f"proj{start + index:02d}: {name}, {change}")
+        found.append(ws)
+    ws = torch.cat(found)
+    save_styles(outdir / "projected_w.npz", ws)
+    for index, image in enumerate(model.images(ws)):
+        save_image(image, outdir / f"proj{index:02d}.png")
+    click.echo(f"{len(names)} projections in {outdir}; their styles are in projected_w.npz, for --projected-w")
+
+
+def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Towards:
+    """Return the distance that --loss and --detector name. Raises UserError for one that cannot be had."""
+    if loss == "features":
+        if setup.program is None:
+            raise UserError("--loss=features: of which network? name its program with --detector=FILE")
+        return features_towards(setup.program, device)
+    if setup.program is not None:
+        raise UserError(f"--detector={setup.program}: --loss={loss} has no use for a program; use --loss=features")
+    if loss == "pixels":
+        return pixels_towards
+    try:
+        setup.prepare("lpips")
+    except UserError as error:
+        raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of your own --detector") from None
+    return lpips_towards(setup, device)
+
+
+def project_some(
+    model: Model,
+    targets: Tensor,
+    towards: Towards,
+    config: ProjectionConfig,
+    first: int,
+    outdir: Path,
+    save_video: bool | None,
+) -> tuple[Tensor, list[float], list[float]]:
+    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
+
+    Return styles (B, num_ws, w_dim), and the distances of the first step and of the styles' images, which have the
+    network's own noise.
+    """
+    goals = ((targets.float() - 128) / 127.5).to(model.device)
+    scale = -(-128 // max(model.G.img_shape[1:]))
+    before: list[float] = []
+    with ExitStack() as stack:
+        paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
+        films = [stack.enter_context(open_video(path, fps=30)) for path in paths]
+        progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
+        for number, step in enumerate(project(model, goals, towards, config, first)):
+            before = before or step.distances.tolist()
+            if films:
+                pairs = torch.cat([targets, to_uint8(step.images).cpu()], dim=3).permute(0, 2, 3, 1).numpy()
+                for add, pair in zip(films, pairs, strict=True):
+                    add(to_rgb(pair).repeat(scale, axis=0).repeat(scale, axis=1))
+            if number % 50 == 0 or number + 1 == config.num_steps:
+                progress.set_postfix(distance=f"{step.distances.mean().item():.4f}")
+            progress.update()
+    with torch.no_grad():
+        img = model.G.synthesis(step.ws, noise_mode=model.noise_mode)
+        return step.ws, before, towards(goals)(img).tolist()
 
 
 def _cut(items: list[str], size: int) -> Iterator[list[str]]:

@@ -562,7 +562,7 @@ def info(file: Path) -> None:
 
 
 @main.command(cls=Script)
-@option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Snapshot, or its folder.")
+@option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Snapshot or folder.")
 @option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="What to write; see above.")
 @option(
     "--format",
@@ -578,7 +578,7 @@ def convert(source: Path, dest: Path, kind: str | None, noise_mode: FixedNoise |
     """Write a snapshot in another form. Nothing that exists is written over.
 
     \b
-    --dest=NAME.pkl           a snapshot, from a folder
+    --dest=NAME.pkl           a snapshot, of a folder or of another project's file
     --dest=NAME               a folder of safetensors and config.json, without any loss
     --dest=NAME.onnx          NAME-mapping.onnx and NAME-synthesis.onnx, of the averaged generator
     --dest=NAME --format=hub  a folder to upload: averaged generator, model card, samples

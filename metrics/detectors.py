@@ -159,8 +159,15 @@ class DetectorSetup:
 
     def load_similarity(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Build LPIPS: two batches of RGB images with values in 0..255 -> distances (B,)."""
-        states = [load_state_dict(self._path_of(file)) for file in FILES["lpips"]]
-        return load_lpips(states[0], states[1], device)
+        return load_lpips(*self._lpips_states(), device)
+
+    def load_lpips_network(self, device: torch.device) -> Any:
+        """Build the network that LPIPS compares activations of."""
+        return load_lpips_network(*self._lpips_states(), device)
+
+    def _lpips_states(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        vgg16, linear = (load_state_dict(self._path_of(file)) for file in FILES["lpips"])
+        return vgg16, linear
 
     def _path_of(self, file: WeightFile) -> Path:
         return check(file, self.weights[file.name]) if file.name in self.weights else fetch(file)
@@ -301,13 +308,7 @@ def load_lpips(
     vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return LPIPS on torchvision's VGG16: float images with values in 0..255, twice (B, 3, H, W) -> (B,)."""
-    module = _import("torch_fidelity.sample_similarity_lpips")
-    replaced = {
-        "load_state_dict_from_url": lambda *_, **__: linear,
-        "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
-    }
-    with _replaced(module, **replaced), _no_trace():
-        network = _built(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
+    network = load_lpips_network(vgg16, linear, device)
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad(), full_float32():
@@ -315,6 +316,17 @@ def load_lpips(
         return result
 
     return distance
+
+
+def load_lpips_network(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Return torch-fidelity's module of LPIPS: `normalize` for images with values in 0..255, `net`, `lins`."""
+    module = _import("torch_fidelity.sample_similarity_lpips")
+    replaced = {
+        "load_state_dict_from_url": lambda *_, **__: linear,
+        "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
+    }
+    with _replaced(module, **replaced), _no_trace():
+        return _built(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
 
 
 def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
@@ -366,18 +378,8 @@ def load_program(path: Path, device: torch.device) -> Detector:
 
     TorchScript files of the StyleGAN family take `return_features=True`, without which they return probabilities.
     """
-    options: dict[str, Any] = {}
-    try:
-        with warnings.catch_warnings(), _quiet_export():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still what users have
-            if path.suffix == ".pt2":
-                module = torch.export.load(path).module().to(device)
-            else:
-                module = torch.jit.load(path, map_location=device).eval()
-                if "return_features" in [argument.name for argument in module.forward.schema.arguments]:
-                    options["return_features"] = True
-    except Exception as error:
-        raise UserError(f"--detector={path}: cannot be loaded ({_first_line(error)})") from None
+    module, arguments = load_module(path, device)
+    options = {"return_features": True} if "return_features" in arguments else {}
 
     def see(images: Tensor) -> Output:
         shape = f"uint8 images {tuple(images.shape)}"
@@ -388,6 +390,19 @@ def load_program(path: Path, device: torch.device) -> Detector:
         return _checked_output(output, len(images), f"--detector={path}: for {shape}")
 
     return Detector(name=path.name, network=see)
+
+
+def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
+    """Return a program as a module, and the names of its arguments. Raises UserError when it cannot be loaded."""
+    try:
+        with warnings.catch_warnings(), _quiet_export():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still what users have
+            if path.suffix == ".pt2":
+                return torch.export.load(path).module().to(device), []
+            module = torch.jit.load(path, map_location=device).eval()
+            return module, [argument.name for argument in module.forward.schema.arguments]
+    except Exception as error:
+        raise UserError(f"--detector={path}: cannot be loaded ({_first_line(error)})") from None
 
 
 def _checked_output(output: Any, count: int, where: str) -> Output:

@@ -16,6 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "styleformer": {"base": (4, 4), "widths": (16, 8), "layers": (1, 2), "linformer_k": 4, "linformer_min_tokens": 64},
     "stylegan2": {"channel_max": 8},
     "styleformer-c": {"base": (4, 4), "handover": 4, "widths": (16,), "layers": (2,), "channel_max": 8},
+    "transgan": {"base": (4, 4), "widths": (64, 16), "layers": (1, 1)},
 }
 
 

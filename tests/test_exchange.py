@@ -12,7 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
+from foreign_files import write
 from snapshot_helpers import make_snapshot
+from test_legacy import generator_module
 
 import dnnlib.util
 import legacy
@@ -20,7 +22,7 @@ from dnnlib.config import UserError, to_json
 from torch_utils.checkpoint import digest
 from training.exchange import load_folder, save_folder
 from training.networks import GENERATORS
-from training.snapshot import Snapshot
+from training.snapshot import Snapshot, load_network
 
 
 def convert(*arguments: object) -> Result:
@@ -76,6 +78,19 @@ def test_scripts_can_load_a_folder_like_a_snapshot(folder: Path, snapshot: Snaps
     z = torch.randn(2, 16)
     assert torch.equal(loaded.G_ema(z, None), snapshot.G_ema(z, None))
     assert (loaded.config, loaded.nimg, loaded.ada_p) == (snapshot.config, snapshot.nimg, snapshot.ada_p)
+
+
+def test_a_foreign_snapshot_becomes_one_of_ours(tmp_path: Path) -> None:
+    """Which `load_network` of training/ reads, and a folder of the same."""
+    path = write(tmp_path / "network-snapshot-000120.pkl", {"G_ema": generator_module()})
+    theirs = legacy.load_network(path)
+    for source, dest in ((path, "ours.pkl"), (path, "folder"), (tmp_path / "ours.pkl", "again")):
+        assert convert(f"--source={source}", f"--dest={tmp_path / dest}").exit_code == 0
+    z = torch.randn(2, theirs.G_ema.z_dim)
+    ours = load_network(tmp_path / "ours.pkl")
+    for snapshot in (ours, load_folder(tmp_path / "folder"), load_folder(tmp_path / "again")):
+        assert (snapshot.G, snapshot.D, snapshot.nimg, snapshot.config) == (None, None, 120_000, theirs.config)
+        assert torch.equal(snapshot.G_ema(z, None), theirs.G_ema(z, None))
 
 
 Tensors = dict[str, torch.Tensor]

@@ -114,7 +114,7 @@ def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None
         "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | &lt;N> images |",
         "| swd5k | 1.5 | cars.zip: 1000 real, 5000 generated |  | &lt;N> images |",
     ]
-    for words in ("`cars.zip`", "12.345 thousand images", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
+    for words in ("`cars.zip`", "12.345 kimg", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
         assert words in card.text
 
 

@@ -41,6 +41,7 @@ OURS: dict[str, click.Command] = {
     "train.py": train.main,
     "generate.py": generate.main.commands["images"],
     "style_mixing.py": generate.main.commands["mix"],
+    "projector.py": generate.main.commands["project"],
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.build,
 }
@@ -65,7 +66,7 @@ def flags_of(command: click.Command) -> set[str]:
 def test_every_flag_of_theirs_is_there_with_what_is_true(script: str) -> None:
     statuses = table(f"`{script}`")
     assert statuses.keys() == set(THEIRS[script].split())
-    known = flags_of(OURS[script]) if script in OURS else set()
+    known = flags_of(OURS[script])
     for flag, status in statuses.items():
         assert status in ("same", "changed", "refused")
         assert (status != "refused") == (flag in known), f"{script} {flag}: {status}"

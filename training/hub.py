@@ -157,7 +157,7 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
     classes = f" of {G.c_dim} classes" if G.c_dim else ""
     data = f"`{Path(config.data.path).name}`" if config.data.path else "a data set of unknown name"
     what = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
-    how = f"trained on {data} for {snapshot.kimg:g} thousand images (preset `{config.preset}`)"
+    how = f"trained on {data} for {snapshot.kimg:g} kimg (preset `{config.preset}`)"
     return f"""# {Path(snapshot.path).stem}
 
 ![Samples]({SAMPLES})

@@ -77,6 +77,7 @@ def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const"
     synthesis = _trace(_Synthesis(G, noise_mode), {"ws": torch.randn(2, G.num_ws, G.w_dim)}, "img")
     about = {"written_by": f"styleformer {dnnlib.__version__}", "kimg": f"{snapshot.kimg:g}", "noise_mode": noise_mode}
     for part, program in zip(paths, (mapping, synthesis), strict=True):
+        _strip(program)
         program.model.metadata_props.update(about)
         _save(program, part)
     return paths
@@ -85,11 +86,28 @@ def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const"
 def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any:
     """Return the ONNX program of a network; inputs of more than one dimension begin with the batch."""
     batch = torch.export.Dim("batch")
+    first = next(iter(inputs))
     shapes = {name: {0: batch} if x.ndim > 1 else None for name, x in inputs.items()}
     with torch.no_grad(), custom_ops.implementation("reference"):
         # Strict, because otherwise len(x) would fix the size of the batch.
         program = torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=True)
-        return torch.onnx.export(program, dynamo=True, verbose=False, input_names=list(inputs), output_names=[output])
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=dict.fromkeys(inputs) | {first: shapes[first]},  # for its name, which all batches share
+        )
+
+
+def _strip(program: Any) -> None:
+    """Remove what the exporter notes beside the graph: each operator's stack, with the paths of this machine."""
+    passes = import_extra("onnx_ir.passes.common", "onnx")
+    passes.ClearMetadataAndDocStringPass()(program.model)
+    graph = program.model.graph
+    for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:
+        value.metadata_props.clear()
 
 
 def _save(program: Any, path: Path) -> None:

@@ -236,7 +236,7 @@ class EncoderBlock(nn.Module):
 
     def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
         """Noise (B or 1, N, 1), the same for all channels of a token."""
-        noise = self.noise_const.unsqueeze(0)
+        noise = self.noise_const.reshape(-1, *self.noise_const.shape[-2:])  # whoever projects has one for each image
         if mode == "none":
             return torch.zeros_like(noise)
         if mode == "random":

@@ -177,7 +177,7 @@ class ModulatedConv(nn.Module):
 
     def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
         """Noise (B or 1, 1, H, W), the same for all channels of a pixel."""
-        noise = self.noise_const[None, None]
+        noise = self.noise_const.reshape(-1, 1, *self.noise_const.shape[-2:])  # a projection has one for each image
         if mode == "none":
             return torch.zeros_like(noise)
         if mode == "random":

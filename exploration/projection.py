@@ -1,0 +1,190 @@
+"""Projection: the styles whose image is closest to a given one (Karras et al. 2020, StyleGAN2, appendix D)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from dnnlib.config import UserError
+from exploration.directions import sampled_w
+from exploration.model import Model
+from torch_utils.misc import derive_seed
+from training.data_sources.codec import IMAGE_SUFFIXES, BrokenImageError, decode_image
+from training.data_sources.convert import Conversion
+from training.data_sources.files import open_store
+from training.networks import execution
+
+# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
+Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+SMALLEST = 8  # the grid of the last scale of pixels, and of noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionConfig:
+    """How to look: 'w' is one style for all layers, 'w+' one for each.
+
+    The learning rate rises linearly over the first `ramp_up` of the steps and falls along a cosine over the last
+    `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades until `explore_until`.
+    The noise maps of the network are looked for too, unless `fix_noise`; `noise_weight` keeps signal out of them.
+    """
+
+    num_steps: int = 1000
+    space: Literal["w", "w+"] = "w"
+    learning_rate: float = 0.1
+    ramp_up: float = 0.05
+    ramp_down: float = 0.25
+    exploration: float = 0.05
+    explore_until: float = 0.75
+    noise_weight: float = 1e5
+    fix_noise: bool = False
+    num_samples: int = 10_000  # w drawn for their mean and spread
+    seed: int = 0
+
+    def rate_at(self, t: float) -> float:
+        """The learning rate when t of the steps are done, 0 to 1."""
+        falling = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / self.ramp_down))
+        return self.learning_rate * falling * min(1.0, t / self.ramp_up)
+
+    def exploration_at(self, t: float) -> float:
+        """The noise on w, in standard deviations, when t of the steps are done."""
+        return self.exploration * max(0.0, 1 - t / self.explore_until) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where a projection is: the images (B, C, H, W) in [-1, 1] of this step, their distances (B,), and its styles."""
+
+    images: Tensor
+    distances: Tensor
+    ws: Tensor
+
+
+def project(
+    model: Model, targets: Tensor, towards: Towards, config: ProjectionConfig, first: int = 0
+) -> Iterator[Step]:
+    """Look for the styles of targets (B, C, H, W) in [-1, 1], all at once, step by step; the last one is the result.
+
+    What is drawn for a target depends on the seed and on its number, `first` and up.
+    """
+    w_avg, spread = mean_and_spread(model, config.num_samples)
+    width = 1 if config.space == "w" else model.G.num_ws
+    w = w_avg.expand(len(targets), width, -1).clone().requires_grad_()  # (B, 1 or num_ws, w_dim)
+    noises = {} if config.fix_noise or model.noise_mode == "none" else noise_maps(model, len(targets))
+    optimizer = torch.optim.Adam([w, *noises.values()], lr=config.learning_rate, betas=(0.9, 0.999))
+    generators = [
+        torch.Generator().manual_seed(derive_seed(config.seed, "project", first + index))
+        for index in range(len(targets))
+    ]
+    distance = towards(targets)
+    for step in range(config.num_steps):
+        t = step / config.num_steps
+        optimizer.param_groups[0]["lr"] = config.rate_at(t)
+        drawn = torch.stack([torch.randn(w.shape[1:], generator=generator) for generator in generators])
+        with torch.enable_grad(), execution.using(model.execution):
+            ws = w + drawn.to(w) * (spread * config.exploration_at(t))
+            ws = ws.expand(-1, model.G.num_ws, -1)
+            images = functional_call(model.G.synthesis, noises, (ws,), {"noise_mode": model.noise_mode})
+            distances = distance(images)
+            loss = distances.sum() + config.noise_weight * sum(
+                noise_correlation(as_map(noise, model.G.img_shape[1:])) for noise in noises.values()
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        normalise(noises)
+        yield Step(
+            images=images.detach(), distances=distances.detach(), ws=w.detach().clone().expand(-1, model.G.num_ws, -1)
+        )
+
+
+def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The mean of w (w_dim,) over random latents of the model's class, and sqrt(E |w - mean|^2)."""
+    samples = sampled_w(model, num_samples)
+    mean = samples.mean(dim=0)
+    spread = (samples - mean).square().sum(dim=1).mean().sqrt()
+    return mean.float().to(model.device), spread.float().to(model.device)
+
+
+def noise_maps(model: Model, batch: int) -> dict[str, Tensor]:
+    """Copies of the synthesis network's noise buffers for each image, (batch, ...), by their names."""
+    found = {name: x for name, x in model.G.synthesis.named_buffers() if name.endswith("noise_const")}
+    return {name: x.expand(batch, *x.shape).clone().requires_grad_() for name, x in found.items()}
+
+
+def as_map(noise: Tensor, img_size: tuple[int, int]) -> Tensor:
+    """Noise (B, H, W), or (B, N, 1) in the proportions of the image, as (B, 1, H, W)."""
+    if noise.shape[2] == 1:
+        rows = round(img_size[0] * math.sqrt(noise.shape[1] / math.prod(img_size)))
+        return noise.reshape(len(noise), 1, rows, -1)
+    return noise.unsqueeze(1)
+
+
+def noise_correlation(noise: Tensor) -> Tensor:
+    """Sum over images and scales of the squared correlation of noise (B, 1, H, W) with itself one row and column on.
+
+    Each scale halves the sides while they have more than SMALLEST positions: means of 2x2 values times 2, which keeps
+    the variance of white noise.
+    """
+    total = noise.new_zeros(())
+    while True:
+        for axis in (2, 3):
+            total = total + (noise * noise.roll(1, dims=axis)).mean(dim=(1, 2, 3)).square().sum()
+        if min(noise.shape[2:]) <= SMALLEST:
+            return total
+        noise = 2 * F.avg_pool2d(noise, 2)
+
+
+@torch.no_grad()
+def normalise(noises: dict[str, Tensor]) -> None:
+    """Bring each image's noise maps back to mean 0 and mean square 1."""
+    for noise in noises.values():
+        axes = tuple(range(1, noise.ndim))
+        noise -= noise.mean(dim=axes, keepdim=True)
+        noise *= noise.square().mean(dim=axes, keepdim=True).rsqrt()
+
+
+def pixels_towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean squared difference of images, averaged over scales: each halves the sides, down to SMALLEST."""
+    scales = [targets]
+    while min(scales[-1].shape[2:]) >= 2 * SMALLEST:
+        scales.append(F.avg_pool2d(scales[-1], 2))
+
+    def distance(img: Tensor) -> Tensor:
+        total = img.new_zeros(len(img))
+        for number, goal in enumerate(scales):
+            img = F.avg_pool2d(img, 2) if number else img
+            total = total + (img - goal).square().mean(dim=(1, 2, 3))
+        return total / len(scales)
+
+    return distance
+
+
+def read_targets(path: Path, img_shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
+    """Read an image, or those of a folder or zip file: their names, and uint8 (n, C, H, W), cropped and resized to fit.
+
+    Raises UserError naming a file that cannot be read.
+    """
+    C, H, W = img_shape
+    if C not in (1, 3, 4):
+        raise UserError(f"--target={path}: this network makes images of {C} channels, which no picture file has")
+    conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        names, read = [path.name], lambda name: path.read_bytes()
+    else:
+        store = open_store(path)
+        names, read = list(store.names), store.read
+    images = []
+    for name in names:
+        try:
+            images.append(torch.from_numpy(conversion(decode_image(read(name))).copy()).permute(2, 0, 1))
+        except (OSError, BrokenImageError) as error:
+            raise UserError(f"--target={path}: {name} cannot be read ({error})") from None
+    return names, torch.stack(images)

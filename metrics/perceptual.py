@@ -1,0 +1,94 @@
+"""Distances between images that have a gradient, for those who look for an image: LPIPS, and features of a program.
+
+Each is a function of targets that returns a function of images: what depends on the targets is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnnlib.config import UserError
+from metrics.detectors import DetectorSetup, full_float32, load_module
+from metrics.path_length import judged_part
+
+# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,).
+Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+def lpips_towards(setup: DetectorSetup, device: torch.device) -> Towards:
+    """LPIPS of torch-fidelity on RGB or gray images, averaged down to 256 pixels.
+
+    sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2        Zhang et al. 2018
+
+    Raises UserError when its weights are not there.
+    """
+    network = setup.load_lpips_network(device)
+
+    def units(img: Tensor) -> list[Tensor]:
+        activations = network.net(network.normalize(judged_part(img, crop=False)))  # five of (B, C, H, W)
+        return [x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in activations]
+
+    def towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad(), full_float32():
+            goals = units(targets)
+
+        def distance(img: Tensor) -> Tensor:
+            with full_float32():
+                layers = zip(network.lins, units(img), goals, strict=True)
+                parts = [lin.model((x - goal).square()).mean(dim=(1, 2, 3)) for lin, x, goal in layers]
+            return torch.stack(parts).sum(dim=0)
+
+        return distance
+
+    return towards
+
+
+def features_towards(path: Path, device: torch.device) -> Towards:
+    """|f(img) - f(target)|^2 / |f(target)|^2 of a program's features f, which is given float pixels in 0..255.
+
+    Of a program that takes `return_lpips`, as the StyleGAN family's VGG16 does, f is what it returns with it: squared
+    distances of that are LPIPS, so they are not divided. Raises UserError for a program that gives no gradient.
+    """
+    module, arguments = load_module(path, device)
+    if path.suffix == ".pt2":
+        _admit_floats(module)
+    is_lpips = "return_lpips" in arguments
+    options: dict[str, bool] = {"return_features": True} if "return_features" in arguments else {}
+    if is_lpips:
+        options = {"resize_images": False, "return_lpips": True}
+
+    def features(img: Tensor) -> Tensor:
+        pixels = judged_part(img, crop=False) if is_lpips else (img * 127.5 + 128).clamp(0, 255)
+        try:
+            with full_float32():
+                output: Any = module(pixels, **options)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            raise UserError(
+                f"--detector={path}: cannot see float images of {tuple(img.shape)} ({reason}); use --loss=pixels"
+            ) from None
+        return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
+
+    def towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
+        if not features(targets.clone().requires_grad_()).requires_grad:
+            raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
+        with torch.no_grad():
+            goal = features(targets)
+        unit = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
+        return lambda img: (features(img) - goal).square().sum(dim=1) / unit
+
+    return towards
+
+
+def _admit_floats(module: Any) -> None:
+    """Take from an exported program what insists on the type of its inputs: they are turned into floats behind that."""
+    for node in list(module.graph.nodes):
+        is_guard = node.op == "call_module" and "guards" in str(node.target)
+        if is_guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()

@@ -1,0 +1,237 @@
+"""generate.py project: its terms against formulas; images that the generator made are found again."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+from metric_helpers import SmallDetector, export_program, script_program
+from PIL import Image
+from test_metrics import natural_images
+from test_video import decode
+from torch import Tensor, nn
+
+from dnnlib.config import UserError
+from exploration import projection
+from exploration.projection import ProjectionConfig, as_map, noise_correlation, pixels_towards, project
+from metrics import detectors
+from metrics.detectors import DetectorSetup
+from metrics.path_length import judged_part
+from metrics.perceptual import features_towards, lpips_towards
+from training.networks.styleformer import EncoderBlock
+from training.networks.stylegan2 import ModulatedConv
+
+CPU = torch.device("cpu")
+
+
+def test_schedules_follow_the_paper() -> None:
+    """1000 steps: the rate rises over the first 50 and falls over the last 250; noise is gone after 750."""
+    config = ProjectionConfig()
+    assert [config.rate_at(t / 1000) for t in (0, 25, 50, 400, 750)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
+    assert config.rate_at(0.875) == pytest.approx(0.1 * (0.5 + 0.5 * math.cos(math.pi / 2)))
+    assert config.rate_at(1) == pytest.approx(0)
+    assert [config.exploration_at(t) for t in (0, 0.375, 0.75, 1)] == pytest.approx([0.05, 0.0125, 0, 0])
+
+
+def test_noise_correlation_is_its_formula() -> None:
+    noise = torch.randn(2, 1, 32, 16, dtype=torch.float64)
+    expected, x = 0.0, noise[:, 0].numpy()
+    while True:
+        for image in x:
+            rows = np.mean([image[i] * image[i - 1] for i in range(len(image))])
+            columns = np.mean([image[:, i] * image[:, i - 1] for i in range(image.shape[1])])
+            expected += rows**2 + columns**2
+        if min(x.shape[1:]) <= 8:
+            break
+        x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 2
+    assert noise_correlation(noise).item() == pytest.approx(expected)
+    tokens = torch.arange(32.0).reshape(1, 32, 1)
+    assert torch.equal(as_map(tokens, (16, 32)), torch.arange(32.0).reshape(1, 1, 4, 8))
+    assert torch.equal(as_map(noise[:, 0], (64, 32)), noise)
+
+
+def test_pixels_are_compared_at_every_scale() -> None:
+    goal, img = torch.rand(2, 3, 40, 24), torch.rand(2, 3, 40, 24)
+    difference = (img - goal).numpy()
+    halved = difference.reshape(2, 3, 20, 2, 12, 2).mean(axis=(3, 5))
+    expected = [(np.square(difference[i]).mean() + np.square(halved[i]).mean()) / 2 for i in range(2)]
+    np.testing.assert_allclose(pixels_towards(goal)(img), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [EncoderBlock, ModulatedConv])
+def test_layers_take_a_noise_map_for_each_image(layer: Any) -> None:
+    model = make_model("styleformer" if layer is EncoderBlock else "stylegan2")
+    ws = model.styles_of((1, 1))
+    noises = projection.noise_maps(model, 2)
+    with torch.no_grad():
+        for noise in noises.values():
+            noise[1].normal_()
+    both = torch.func.functional_call(model.G.synthesis, noises, (ws,))
+    for image in range(2):
+        for name, noise in noises.items():
+            model.G.synthesis.get_buffer(name).copy_(noise[image])
+        torch.testing.assert_close(both[image : image + 1], model.G.synthesis(ws[:1]))
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fix_noise", [True, False])
+def test_images_of_the_generator_are_found_again(family: str, fix_noise: bool) -> None:
+    """Of an untrained generator, where some end in a local minimum; with noise that is looked for and thrown away."""
+    model = make_model(family)
+    config = ProjectionConfig(num_steps=150, fix_noise=fix_noise, num_samples=500)
+    w_avg, _ = projection.mean_and_spread(model, config.num_samples)
+    with torch.no_grad():
+        goals = model.G.synthesis(model.styles_of((4, 5, 6)))
+        *_, last = project(model, goals, pixels_towards, config)
+        start, end = (
+            pixels_towards(goals)(model.G.synthesis(ws)) for ws in (w_avg.expand(3, model.G.num_ws, -1), last.ws)
+        )
+    assert (end < start / 4).all()
+    assert (end / start).median() < 1 / 10
+    if fix_noise:
+        assert (end / start).min() < 1 / 1000
+    assert torch.equal(last.ws, last.ws[:, :1].expand_as(last.ws))
+
+
+def test_each_image_goes_its_own_way() -> None:
+    """Projected alone or beside another, from the same number on, to rounding."""
+    model = make_model()
+    with torch.no_grad():
+        goals = model.G.synthesis(model.styles_of((4, 5)))
+    config = ProjectionConfig(num_steps=5, space="w+", num_samples=100)
+    *_, both = project(model, goals, pixels_towards, config)
+    *_, alone = project(model, goals[1:], pixels_towards, config, first=1)
+    *_, other = project(model, goals[1:], pixels_towards, config, first=7)
+    torch.testing.assert_close(both.ws[1:], alone.ws, rtol=1e-3, atol=1e-3)
+    assert (other.ws - alone.ws).abs().max() > 0.01
+    assert not torch.equal(both.ws[:, 0], both.ws[:, 1])
+
+
+@pytest.mark.parametrize("kind", ["pt", "pt2"])
+def test_features_of_programs_have_gradients(kind: str, tmp_path: Path) -> None:
+    detector = SmallDetector()
+    uint8 = natural_images(3, (3, 32, 32))
+    if kind == "pt":
+        path = script_program(tmp_path / "d.pt", detector)
+    else:
+        path = export_program(tmp_path / "d.pt2", detector, uint8)
+    goals = (uint8.float() - 128) / 127.5
+    img = (goals + 0.2 * torch.randn(goals.shape)).requires_grad_()
+    distances = features_towards(path, CPU)(goals)(img)
+    f, g = detector((img * 127.5 + 128).clamp(0, 255))[0], detector(uint8)[0]
+    torch.testing.assert_close(distances, (f - g).square().sum(dim=1) / g.square().sum(dim=1))
+    distances.sum().backward()
+    assert img.grad is not None
+    assert img.grad.flatten(1).any(dim=1).all()
+
+
+class LikeTheFamilys(nn.Module):
+    """A VGG16 of the StyleGAN family, as it is called: features whose squared distance is LPIPS."""
+
+    def forward(
+        self, img: Tensor, resize_images: bool = True, return_features: bool = False, return_lpips: bool = False
+    ) -> Tensor:
+        if return_lpips and not resize_images:
+            return img.flatten(1) / 100
+        return img.flatten(1) * 0
+
+
+class WithoutGradient(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).round().to(torch.uint8).float()
+
+
+class Picky(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8, "wants uint8"
+        return images.flatten(1).float()
+
+
+def test_programs_of_other_kinds(tmp_path: Path) -> None:
+    goals, img = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    lpips = features_towards(script_program(tmp_path / "vgg.pt", LikeTheFamilys()), CPU)(goals)(img)
+    expected = ((judged_part(img, False) - judged_part(goals, False)) / 100).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(lpips, expected)
+    for module, message in ((WithoutGradient(), "have no gradient"), (Picky(), "cannot see float images")):
+        path = script_program(tmp_path / "x.pt", module)
+        with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
+            features_towards(path, CPU)(goals)
+
+
+def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_fidelity")
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(init_weights=False).eval().state_dict()
+    widths = (64, 128, 256, 512, 512)
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(widths)}
+    monkeypatch.setattr(DetectorSetup, "_lpips_states", lambda self: (vgg, linear))
+    images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
+    img = images[2:].clone().requires_grad_()
+    distances = lpips_towards(DetectorSetup(), CPU)(images[:2])(img)
+    expected = detectors.load_lpips(vgg, linear, CPU)((images[:2] + 1) * 127.5, (images[2:] + 1) * 127.5)
+    torch.testing.assert_close(distances.detach(), expected, rtol=1e-4, atol=1e-6)
+    distances.sum().backward()
+    assert img.grad is not None
+    assert img.grad.flatten(1).any(dim=1).all()
+
+
+def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")
+    large = Image.open(tmp_path / "in" / "seed0002.png").resize((64, 64), Image.Resampling.NEAREST)
+    large.save(tmp_path / "in" / "seed0002.png")
+    common = [f"--network={network}", "--num-steps=60", "--loss=pixels", "--fix-noise"]
+    output = run_ok("project", *common, f"--target={tmp_path / 'in'}", "--batch=2", "--save-video", f"--outdir={out}")
+    with np.load(out / "projected_w.npz") as file:
+        assert file["w"].shape == (3, 5, 12)
+    lines = re.findall(r"(proj\d\d): (\S+), distance ([\d.]+) at the start, ([\d.]+) at the end", output)
+    assert [line[:2] for line in lines] == [(f"proj{i:02d}", f"seed{i:04d}.png") for i in range(3)]
+    assert all(float(end) < float(start) / 2 for *_, start, end in lines)
+    assert decode(out / "proj01.mp4")[0].shape == (60, 128, 256, 3)
+    assert sorted(path.suffix for path in out.iterdir()) == [".mp4"] * 3 + [".npz"] + [".png"] * 3
+    run_ok(
+        "images", f"--network={network}", f"--projected-w={out / 'projected_w.npz'}", f"--outdir={tmp_path / 'again'}"
+    )
+    for index in range(3):
+        name = f"proj{index:02d}.png"
+        assert np.array_equal(pixels(out / name), pixels(tmp_path / "again" / name))
+
+    run_ok("project", *common, f"--target={tmp_path / 'in' / 'seed0000.png'}", f"--outdir={tmp_path / 'one'}")
+    found, goal = pixels(tmp_path / "one" / "proj00.png"), pixels(tmp_path / "in" / "seed0000.png")
+    average = tmp_path / "average"
+    run_ok("images", f"--network={network}", "--seeds=0", "--trunc=0", f"--outdir={average}")
+    before = np.square(pixels(average / "seed0000.png") / 255 - goal / 255).mean()
+    assert np.square(found / 255 - goal / 255).mean() < before / 2
+
+
+def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    (tmp_path / "bad.png").write_text("no")
+    program = script_program(tmp_path / "d.pt", SmallDetector())
+    good = tmp_path / "good.png"
+    Image.new("RGB", (40, 32)).save(good)
+    for arguments, message in [
+        ([f"--target={tmp_path / 'bad.png'}", "--loss=pixels"], "bad.png cannot be read (not a PNG"),
+        (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
+        (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
+        ([f"--target={good}", "--loss=features"], "name its program with --detector=FILE"),
+        ([f"--target={good}", "--loss=pixels", f"--detector={program}"], "has no use for a program"),
+    ]:
+        result = run("project", f"--network={network}", f"--outdir={out}", *arguments)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+
+    def missing(self: DetectorSetup, role: str) -> None:
+        raise UserError("not there")
+
+    monkeypatch.setattr(DetectorSetup, "prepare", missing)
+    result = run("project", f"--network={network}", f"--outdir={out}", f"--target={good}")
+    assert (result.exit_code, "--loss=lpips: not there; or use --loss=pixels" in result.output) == (2, True)
+    assert not out.exists()
