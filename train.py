@@ -33,6 +33,7 @@ from training.dataset import ImageDataset
 from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.styleformer import LayerNormPlace
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -139,6 +140,12 @@ OPTIONS = (
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
            help="Tokens from which on it applies. [1024]"),
+    switch("--ffn", field="generator.ffn", help="A feed-forward network in every encoder block. [0]"),
+    option("--layernorm", field="generator.layernorm", type=Choice(get_args(LayerNormPlace)),
+           help="LayerNorm before queries, keys and values, or after attention. [before]"),
+    switch("--style-attention", field="generator.style_attention",
+           help="Styles modulate the input of attention, besides its values. [1]"),
+    switch("--residual", field="generator.residual", help="The way around attention, from the values. [1]"),
     option("--handover", field="generator.handover", type=int, metavar="RES",
            help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
     option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, from_json, override, within
+from dnnlib.config import ConfigError, field_names, from_json, override, within
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY
@@ -162,6 +162,12 @@ def _presets() -> dict[str, TrainConfig]:
         "church128-l": override(
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
+        "ablation-ffn": override(cifar, {"preset": "ablation-ffn", "generator.ffn": True}),
+        "ablation-depth16": override(cifar, {"preset": "ablation-depth16", "generator.depth": 16}),
+        "ablation-depth64": override(cifar, {"preset": "ablation-depth64", "generator.depth": 64}),
+        "ablation-norm-after": override(cifar, {"preset": "ablation-norm-after", "generator.layernorm": "after"}),
+        "ablation-no-style": override(cifar, {"preset": "ablation-no-style", "generator.style_attention": False}),
+        "ablation-no-residual": override(cifar, {"preset": "ablation-no-residual", "generator.residual": False}),
         "styleformer-c256": _compositional(stylegan2),
         "tiny": _tiny(),
     }
@@ -393,6 +399,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "generator.ffn": False,
+    "generator.layernorm": "before",
+    "generator.style_attention": True,
+    "generator.residual": True,
     "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
@@ -406,9 +416,15 @@ def read_config(data: Any) -> TrainConfig:
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
-            if isinstance(part, dict):
+            if isinstance(part, dict) and (not parents or _has_field(parents[0], part, name)):
                 part.setdefault(name, value)
     return from_json(TrainConfig, data)
+
+
+def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
+    """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
+    families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
+    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:
