@@ -20,9 +20,12 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,14 @@ class RunConfig:
     snapshot_ticks: int = 50
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
+    keep_best: bool = False  # beside those, the one of the best network by the main metric
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
-    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
+    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
@@ -61,13 +66,18 @@ class RunConfig:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
         for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.keep_best and self.metrics == () and not self.tick_metrics:
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
+        for name in self.log or ():
+            if name not in LOGGERS:
+                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -169,6 +179,7 @@ def _presets() -> dict[str, TrainConfig]:
         "ablation-no-style": override(cifar, {"preset": "ablation-no-style", "generator.style_attention": False}),
         "ablation-no-residual": override(cifar, {"preset": "ablation-no-residual", "generator.residual": False}),
         "styleformer-c256": _compositional(stylegan2),
+        **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
     }
 
@@ -213,6 +224,71 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     """
     paper256 = _paper("styleformer-c256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
+
+
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    cifar = TrainConfig(
+        preset="transgan-cifar",
+        data=DatasetConfig(mirror=True),
+        generator=TransGANConfig(z_dim=256, w_dim=256),
+        discriminator=TransGANDiscriminatorConfig(norm="token"),
+        loss=LossConfig(
+            objective="wgangp-eps",
+            n_critic=4,
+            g_batch_scale=2,
+            r1_interval=None,
+            pl_weight=0,
+            pl_interval=None,
+            style_mixing=0,
+        ),
+        g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        ema=EMAConfig(kimg=500, rampup=None),
+        batch_size=64,
+    )
+    stl10 = replace(
+        cifar,
+        preset="transgan-stl10",
+        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
+        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
+        loss=replace(cifar.loss, n_critic=5),
+        batch_size=32,
+    )
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
+    three_scales = TransGANDiscriminatorConfig(
+        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
+    )
+    church = replace(
+        cifar,
+        preset="transgan-church256",
+        generator=TransGANConfig(widths=widths, layers=layers),
+        discriminator=three_scales,
+    )
+    celebahq = replace(
+        church,
+        preset="transgan-celebahq256",
+        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+        discriminator=replace(
+            three_scales,
+            patch=2,
+            overlap=True,
+            widths=(96, 96, 192),
+            local_layers=(3, 2, 0),
+            window=4,
+            position="absolute",
+        ),
+    )
+    celeba64, celeba128 = (
+        replace(
+            church,
+            preset=f"transgan-celeba{size}",
+            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
+            discriminator=replace(three_scales, img_size=(size, size), patch=2),
+        )
+        for size, count in ((64, 4), (128, 5))
+    )
+    return [cifar, stl10, celeba64, celeba128, church, celebahq]
 
 
 def _tiny() -> TrainConfig:
@@ -289,7 +365,9 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
+    share = -(-batch_size // num_gpus)
+    is_auto = config.run.batch_gpu == "auto"
+    batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
     precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
@@ -314,6 +392,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    if is_auto:
+        resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
     _check_holdout(resolved)
@@ -321,10 +401,28 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     return resolved
 
 
+def micro_batches(config: TrainConfig) -> list[int]:
+    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+
+    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    """
+    assert config.batch_size is not None
+    share = config.batch_size // config.run.num_gpus
+    group = max(min(config.discriminator.group_size, share), 1)
+    sizes = []
+    for size in range(share // group * group, 0, -group):
+        try:
+            _check_batches(override(config, {"run.batch_gpu": size}))
+            sizes.append(size)
+        except ConfigError:
+            continue
+    return sizes
+
+
 def _check_batches(config: TrainConfig) -> None:
     batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert batch_gpu is not None
+    assert isinstance(batch_gpu, int)
     per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
@@ -353,7 +451,8 @@ def _check_styles(config: TrainConfig) -> None:
 
 
 def _check_holdout(config: TrainConfig) -> None:
-    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    assert isinstance(config.run.batch_gpu, int)
+    per_round = config.run.batch_gpu * config.run.num_gpus
     if 0 < config.data.holdout < per_round:
         raise ConfigError(
             "data.holdout",
@@ -390,8 +489,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
+    "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
     "loss.objective": "logistic",
@@ -406,6 +507,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
+    "discriminator.cmap_dim": None,
 }
 
 
