@@ -241,7 +241,8 @@ class EncoderBlock(nn.Module):
         B, _, C = x.shape
         dtype = x.dtype
         style_input, style_value = self._styles(w)  # each (B, C)
-        weights = [self.qkv_weight, self.out_weight, *([] if self.residual_weight is None else [self.residual_weight])]
+        weights: list[Tensor] = [self.qkv_weight, self.out_weight]
+        weights += [] if self.residual_weight is None else [self.residual_weight]
         if dtype == torch.float16:  # its largest number is 65,504; the demodulations undo these scalings
             x, style_value, weights = x.float(), limit_rows(style_value), [limit_rows(weight) for weight in weights]
         qkv_weight, out_weight, *residual_weight = weights
