@@ -44,6 +44,7 @@ from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.grid_attention import Form
+from training.networks.styleformer import LayerNormPlace
 from training.networks.vit import Norm, Position
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
@@ -154,6 +155,12 @@ OPTIONS = (
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
            help="Tokens from which on it applies. [1024]"),
+    switch("--ffn", field="generator.ffn", help="A feed-forward network in every encoder block. [0]"),
+    option("--layernorm", field="generator.layernorm", type=Choice(get_args(LayerNormPlace)),
+           help="LayerNorm before queries, keys and values, or after attention. [before]"),
+    switch("--style-attention", field="generator.style_attention",
+           help="Styles modulate the input of attention, besides its values. [1]"),
+    switch("--residual", field="generator.residual", help="The way around attention, from the values. [1]"),
     option("--handover", field="generator.handover", type=int, metavar="RES",
            help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
     option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
@@ -194,10 +201,10 @@ OPTIONS = (
     option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group of minibatch-std, 0 = off."),
     option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
-           help="Side of the finest patches of TransGAN's D, in pixels."),
+           help="Side of the (finest) patches of a transformer D, in pixels."),
     option("--d-widths", field="discriminator.widths", type=IntList(),
-           help="Channels that each of its scales adds, finest first."),
-    option("--d-layers", field="discriminator.layers", type=IntList(), help="Its blocks per scale."),
+           help="Channels that each scale of TransGAN's D adds, finest first."),
+    option("--d-layers", field="discriminator.layers", type=IntList(), help="Its blocks per scale or grid."),
     option("--d-local", field="discriminator.local_layers", type=IntList(),
            help="How many of these, the first, attend as --d-attention says; the others among all tokens."),
     option("--d-attention", field="discriminator.attention", type=click.Choice(get_args(Form)),
@@ -210,6 +217,12 @@ OPTIONS = (
            help="As --position. [both]"),
     switch("--multi-scale", field="discriminator.multi_scale",
            help="Patches of the image join at every scale; off: at the finest alone. [on]"),
+    option("--d-depth", field="discriminator.depth", type=int, metavar="INT",
+           help="Channels per attention head of the styleformer D. [32]"),
+    option("--d-linformer-k", field="discriminator.linformer_k", type=int, metavar="INT",
+           help="As --linformer-k. [256]"),
+    option("--d-linformer-tokens", field="discriminator.linformer_min_tokens", type=int, metavar="INT",
+           help="As --linformer-tokens. [1024]"),
     switch("--overlap", field="discriminator.overlap", help="The finest patches overlap by half. [off]"),
     # Arithmetic, speed and memory
     option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),

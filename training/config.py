@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, from_json, override, within
+from dnnlib.config import ConfigError, field_names, from_json, override, within
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
-from training.loss import LossConfig
+from training.loss import LAZY_R1, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
@@ -172,6 +172,12 @@ def _presets() -> dict[str, TrainConfig]:
         "church128-l": override(
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
+        "ablation-ffn": override(cifar, {"preset": "ablation-ffn", "generator.ffn": True}),
+        "ablation-depth16": override(cifar, {"preset": "ablation-depth16", "generator.depth": 16}),
+        "ablation-depth64": override(cifar, {"preset": "ablation-depth64", "generator.depth": 64}),
+        "ablation-norm-after": override(cifar, {"preset": "ablation-norm-after", "generator.layernorm": "after"}),
+        "ablation-no-style": override(cifar, {"preset": "ablation-no-style", "generator.style_attention": False}),
+        "ablation-no-residual": override(cifar, {"preset": "ablation-no-residual", "generator.residual": False}),
         "styleformer-c256": _compositional(stylegan2),
         **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
@@ -326,10 +332,21 @@ def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
     _check_augment_options(chosen.augment.mode, values)
+    _check_intervals(chosen, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
         chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
     return chosen
+
+
+def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
+    """Refuse weights of regularisers that would never be due."""
+    intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
+    for weight, interval in intervals.items():
+        if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
+            flag = interval.replace("_", "-")
+            problem = f"has no effect without an interval, which --cfg={config.preset} leaves out: give --{flag} too"
+            raise ConfigError(f"loss.{weight}", values[f"loss.{weight}"], problem)
 
 
 def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
@@ -494,13 +511,15 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "generator.ffn": False,
+    "generator.layernorm": "before",
+    "generator.style_attention": True,
+    "generator.residual": True,
     "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
 }
-# Those of one family of networks only.
-_FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
 
 
 def read_config(data: Any) -> TrainConfig:
@@ -510,10 +529,15 @@ def read_config(data: Any) -> TrainConfig:
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
-            families = _FAMILIES_OF_ADDED.get(path)
-            if isinstance(part, dict) and (families is None or part.get("family") in families):
+            if isinstance(part, dict) and (not parents or _has_field(parents[0], part, name)):
                 part.setdefault(name, value)
     return from_json(TrainConfig, data)
+
+
+def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
+    """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
+    families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
+    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:
