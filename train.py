@@ -14,7 +14,7 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.util import TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
@@ -27,11 +27,14 @@ from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, runs
+from training.augment import Mode
 from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
 from training.dataset import ImageDataset
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.grid_attention import Form
+from training.networks.styleformer import LayerNormPlace
 from training.networks.vit import Norm, Position
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
@@ -113,12 +116,15 @@ OPTIONS = (
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
            help="Freeze-D: layers of D that keep their weights. [0]"),
     # Augmentation
-    option("--aug", field="augment.mode", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation. [ada]"),
+    option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
+           help="Augmentation; none is another word for noaug. [ada]"),
     option("--p", field="augment.p", type=float, metavar="0..1", help="Probability, for --aug=fixed."),
     option("--target", field="augment.target", type=float, metavar="0..1",
            help="Target of ADA: mean sign of D(real). [0.6]"),
     option("--augpipe", field="augment.pipe", metavar="NAME",
            help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+    option("--diffaug", field="augment.policy", type=NameList(),
+           help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
@@ -136,6 +142,12 @@ OPTIONS = (
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
            help="Tokens from which on it applies. [1024]"),
+    switch("--ffn", field="generator.ffn", help="A feed-forward network in every encoder block. [0]"),
+    option("--layernorm", field="generator.layernorm", type=Choice(get_args(LayerNormPlace)),
+           help="LayerNorm before queries, keys and values, or after attention. [before]"),
+    switch("--style-attention", field="generator.style_attention",
+           help="Styles modulate the input of attention, besides its values. [1]"),
+    switch("--residual", field="generator.residual", help="The way around attention, from the values. [1]"),
     option("--handover", field="generator.handover", type=int, metavar="RES",
            help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
     option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),

@@ -166,6 +166,17 @@ class NameList(click.ParamType):
         return () if value == "none" else tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
+class Choice(click.Choice):
+    """One of some names; `aliases` are other words for them that are understood too."""
+
+    def __init__(self, choices: Iterable[str], **aliases: str) -> None:
+        super().__init__([*choices])
+        self.aliases = aliases
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self.aliases.get(value, value), param, ctx)
+
+
 class IntRanges(click.ParamType):
     """Integers and ranges, e.g. 0-35,40."""
 

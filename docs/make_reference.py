@@ -55,6 +55,7 @@ CHOSEN_BY_RESOLVE = {
     "loss.r1_gamma",
     "loss.gp_weight",
     "loss.drift_weight",
+    "augment.policy",
     "ema.kimg",
     "run.metrics",
     "run.device",

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib.config import ConfigError
-from training.networks import GENERATORS
+from training.config import PRESETS
+from training.networks import GENERATORS, execution
 from training.networks.attention import SelfAttention
 from training.networks.generator import Generator, GeneratorConfig
 from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
@@ -33,6 +35,13 @@ VARIANTS = {
     "one resolution": dataclasses.replace(TINY, widths=(8,), layers=(2,), minimum_head=4),
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
     "no clamp": dataclasses.replace(TINY, conv_clamp=None),
+    "ffn": dataclasses.replace(TINY, ffn=True),
+    "norm after": dataclasses.replace(TINY, layernorm="after"),
+    "no style in attention": dataclasses.replace(TINY, style_attention=False),
+    "no residual": dataclasses.replace(TINY, residual=False),
+    "all ablations": dataclasses.replace(
+        TINY, ffn=True, layernorm="after", style_attention=False, residual=False, linformer=True, linformer_k=5
+    ),
 }
 
 
@@ -93,13 +102,19 @@ def ref_demodulated(x: Array, weight: Array, style: Array) -> Array:
     return np.einsum("bni,ji->bnj", x, weight) / np.sqrt((modulated**2).sum(axis=2) + 1e-8)[:, None, :]
 
 
-def ref_block(x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array) -> Array:
+def ref_layer_norm(x: Array) -> Array:
+    return (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
+
+
+def ref_block(
+    x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array, norm_after: bool = False
+) -> Array:
     B, N, C = x.shape
     styles = ref_fc(w, below(state, "affine."))
-    s1, s2 = styles[:, :C], styles[:, C:]
+    s1, s2 = (styles[:, :C], styles[:, C:]) if styles.shape[1] == 2 * C else (np.ones([B, C]), styles)
     Wq, Wk, Wv = state["qkv_weight"][:C], state["qkv_weight"][C : 2 * C], state["qkv_weight"][2 * C :]
     x = x * s1[:, None, :]
-    x = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
+    x = x if norm_after else ref_layer_norm(x)
     q, k, v = (ref_demodulated(x, W, s1) for W in (Wq, Wk, Wv))
     v = v * s2[:, None, :]
     keys, values = k, v
@@ -113,10 +128,21 @@ def ref_block(x: Array, w: Array, state: State, heads: int, clamp: float | None,
             part = slice(h * D, (h + 1) * D)
             scores = np.exp(q[b, :, part] @ keys[b, :, part].T / np.sqrt(D))
             attended[b, :, part] = scores / scores.sum(axis=1, keepdims=True) @ values[b, :, part]
-    y = ref_demodulated(attended, state["out_weight"], s2) + ref_demodulated(v, state["residual_weight"], s2)
+    y = ref_demodulated(attended, state["out_weight"], s2)
+    if "residual_weight" in state:
+        y = y + ref_demodulated(v, state["residual_weight"], s2)
+    y = ref_layer_norm(y) if norm_after else y
+    if "ffn.weight1" in state:
+        y = y + ref_feed_forward(ref_layer_norm(y), below(state, "ffn."))
     y = y + state["noise_strength"] * noise + state["bias"]
     y = np.where(y > 0, y, 0.2 * y)
     return y if clamp is None else np.clip(y, -clamp, clamp)
+
+
+def ref_feed_forward(x: Array, state: State) -> Array:
+    hidden = np.einsum("bni,oi->bno", x, state["weight1"]) + state["bias1"]
+    hidden = hidden * (1 + scipy.special.erf(hidden / np.sqrt(2))) / 2
+    return np.einsum("bni,oi->bno", hidden, state["weight2"]) + state["bias2"]
 
 
 def ref_torgb(x: Array, w: Array, state: State) -> Array:
@@ -153,7 +179,8 @@ def ref_encode(ws: Array, state: State, config: StyleformerConfig, noise: bool) 
         for j in range(num_blocks):
             block = below(stage, f"blocks.{j}.")
             heads = max(config.minimum_head, C // config.depth)
-            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"] * noise)
+            after = config.layernorm == "after"
+            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"] * noise, after)
             i += 1
         y = ref_torgb(x, ws[:, i], below(stage, "torgb.")).reshape(B, height, width, -1)
         rgb = y if rgb is None else ref_up2(rgb) + y
@@ -192,6 +219,23 @@ def test_parameter_counts_of_the_published_models(config: StyleformerConfig, cou
     with torch.device("meta"):
         G = config.build()
     assert sum(parameter.numel() for parameter in G.parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["ffn", "norm-after", "no-style", "no-residual", "depth16", "depth64"])
+def test_parameter_counts_of_the_ablations(name: str) -> None:
+    """By hand from the preset: C and C' are the widths before and after a block."""
+    config = PRESETS[f"ablation-{name}"].generator
+    blocks = [(256, 64), (64, 64), (64, 64), (64, 16), (16, 16), (16, 16), (16, 16)]
+    more = {
+        "ffn": sum(8 * C2**2 + 5 * C2 for _, C2 in blocks),
+        "no-style": -sum(C * 513 for C, _ in blocks),
+        "no-residual": -sum(C * C2 for C, C2 in blocks),
+    }
+    with torch.device("meta"):
+        G = config.build()
+    assert sum(parameter.numel() for parameter in G.parameters()) == 1_438_064 + more.get(name, 0)
+    heads = [module.num_heads for module in G.modules() if isinstance(module, SelfAttention)]
+    assert heads == [max(1, C // {"depth16": 16, "depth64": 64}.get(name, 32)) for C, _ in blocks]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -336,14 +380,28 @@ def test_same_seed_same_generator() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_double_backward_of_a_block() -> None:
-    config = dataclasses.replace(TINY, linformer=True, linformer_k=2, linformer_min_tokens=6)
+@pytest.mark.parametrize("name", ["plain", "all ablations"])
+def test_double_backward_of_a_block(name: str) -> None:
+    config = dataclasses.replace(VARIANTS[name], linformer=True, linformer_k=2, linformer_min_tokens=6)
     block = EncoderBlock(config, (2, 3), 4, 4).double()
     randomize(block)
     x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(lambda x, w: block(x, w, "const"), (x, w))
+
+
+@pytest.mark.parametrize("name", ["ffn", "norm after", "no style in attention", "no residual"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ablations_in_reduced_precision_are_close(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    G, z = VARIANTS[name].build(), torch.randn(4, TINY.z_dim)
+    exact = G(z, None)
+    with execution.using(reduced=dtype):
+        reduced = G(z, None)
+    assert 0 < (reduced - exact).std() < 0.05 * exact.std()
+    with execution.using(recompute=True):
+        assert torch.equal(G(z, None), exact)
 
 
 @pytest.mark.parametrize("name", ["plain", "linformer"])

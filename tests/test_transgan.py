@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dnnlib.config import ConfigError
 from training.config import PRESETS, Circumstances, resolve
+from training.diffaugment import DEFAULT_POLICY
 from training.networks import execution
 from training.networks.grid_attention import (
     AxisAttention,
@@ -550,6 +551,9 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     for adam in (config.g_optimizer, config.d_optimizer):
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
     assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    extra = ("filter", "hue") if preset == "transgan-celebahq256" else ()
+    policy = config.augment.policy or DEFAULT_POLICY
+    assert (config.augment.mode, policy) == ("diffaug", ("translation", "cutout", "color", *extra))
     assert (config.ema.kimg, config.ema.rampup, config.data.mirror) == (500, None, True)
     fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)

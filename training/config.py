@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, from_json, override, within
-from training.augment import AugmentConfig, AugmentPipe
+from dnnlib.config import ConfigError, field_names, from_json, override, within
+from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
+from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -163,6 +164,12 @@ def _presets() -> dict[str, TrainConfig]:
         "church128-l": override(
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
+        "ablation-ffn": override(cifar, {"preset": "ablation-ffn", "generator.ffn": True}),
+        "ablation-depth16": override(cifar, {"preset": "ablation-depth16", "generator.depth": 16}),
+        "ablation-depth64": override(cifar, {"preset": "ablation-depth64", "generator.depth": 64}),
+        "ablation-norm-after": override(cifar, {"preset": "ablation-norm-after", "generator.layernorm": "after"}),
+        "ablation-no-style": override(cifar, {"preset": "ablation-no-style", "generator.style_attention": False}),
+        "ablation-no-residual": override(cifar, {"preset": "ablation-no-residual", "generator.residual": False}),
         "styleformer-c256": _compositional(stylegan2),
         **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
@@ -218,6 +225,7 @@ def _transgans() -> list[TrainConfig]:
         data=DatasetConfig(mirror=True),
         generator=TransGANConfig(z_dim=256, w_dim=256),
         discriminator=TransGANDiscriminatorConfig(norm="token"),
+        augment=AugmentConfig(mode="diffaug"),
         loss=LossConfig(
             objective="wgangp-eps",
             n_critic=4,
@@ -263,6 +271,7 @@ def _transgans() -> list[TrainConfig]:
             window=4,
             position="absolute",
         ),
+        augment=AugmentConfig(mode="diffaug", policy=("translation", "cutout", "color", "filter", "hue")),
     )
     celeba64, celeba128 = (
         replace(
@@ -307,16 +316,29 @@ TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup":
 def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset under a user's options, {config path: value}.
 
-    What the preset says of regularisers gives way where an option makes it impossible: R1 where --loss says that there
-    is none, path length and style mixing where --gen chooses a generator without styles. What the options say does not.
+    What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
+    length and style mixing where --gen chooses a generator without styles, a probability or a policy where --aug has
+    none. What the options say does not; those that would do nothing are refused.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
+        preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
+    _check_augment_options(chosen.augment.mode, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
         chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
     return chosen
+
+
+def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
+    """Refuse options that the mode of augmentation does not read."""
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if part == "augment" and name not in ("mode", *MODE_FIELDS[mode]):
+            modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
+            raise ConfigError(path, value, f"--aug={mode} does not read it: leave it out, or give --aug={modes[0]}")
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -354,6 +376,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
+    if config.augment.mode == "diffaug" and config.augment.policy is None:
+        values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
@@ -412,7 +436,8 @@ def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (
-            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+            "not all of the augmentation is, on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
+            "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
@@ -444,6 +469,11 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "generator.ffn": False,
+    "generator.layernorm": "before",
+    "generator.style_attention": True,
+    "generator.residual": True,
+    "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
 }
@@ -456,9 +486,15 @@ def read_config(data: Any) -> TrainConfig:
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
-            if isinstance(part, dict):
+            if isinstance(part, dict) and (not parents or _has_field(parents[0], part, name)):
                 part.setdefault(name, value)
     return from_json(TrainConfig, data)
+
+
+def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
+    """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
+    families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
+    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:

@@ -402,8 +402,8 @@ class Trainer:
         groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
         for group, chosen in zip(groups, settings, strict=True):
             group.update(chosen)
-        if self.config.augment.p is not None:
-            self.augment.p.fill_(self.config.augment.p)
+        if self.config.augment.constant_p is not None:
+            self.augment.p.fill_(self.config.augment.constant_p)
         return bool(payload["data_hash"] == self.dataset.content_hash)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
+LayerNormPlace = Literal["before", "after"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StyleformerConfig(GeneratorConfig):
     """A Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
@@ -56,7 +59,8 @@ class StyleformerConfig(GeneratorConfig):
     `widths` and `layers` hold one number per resolution, from the base grid up: the hidden size and the number of
     encoder blocks. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks of at least
     `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `widths=()` stands for a choice that is
-    still to be made; such a config cannot be built.
+    still to be made; such a config cannot be built. `ffn`, `layernorm`, `style_attention` and `residual` are the
+    paper's ablations: EncoderBlock says what each is.
     """
 
     base: Grid = (8, 8)
@@ -67,6 +71,10 @@ class StyleformerConfig(GeneratorConfig):
     linformer: bool | None = False  # None: still to be chosen, as with widths=()
     linformer_k: int = 256
     linformer_min_tokens: int = 1024
+    ffn: bool = False
+    layernorm: LayerNormPlace = "before"
+    style_attention: bool = True
+    residual: bool = True
 
     OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": (), "linformer": None}
 
@@ -74,6 +82,8 @@ class StyleformerConfig(GeneratorConfig):
         super().__post_init__()
         require_at_least(self, 1, "depth", "minimum_head", "linformer_k", "linformer_min_tokens")
         require_size(self, "base")
+        if self.layernorm not in get_args(LayerNormPlace):
+            raise ConfigError("layernorm", self.layernorm, f"must be one of {', '.join(get_args(LayerNormPlace))}")
         if any(count < 1 for count in self.layers):
             raise ConfigError("layers", self.layers, "every resolution needs at least one encoder block")
         if self.widths and len(self.layers) != len(self.widths):
@@ -170,6 +180,21 @@ def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
 
+class FeedForward(nn.Module):
+    """X + gelu(LayerNorm(X) W1^T + b1) W2^T + b2, four times as wide inside: what other transformers have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight1, self.bias1 = uniform_weight(4 * width, width), nn.Parameter(torch.zeros(4 * width))
+        self.weight2, self.bias2 = uniform_weight(width, 4 * width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, C), in x's type."""
+        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2))
+        hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[2:]), weight1, bias1))  # (B, N, 4C)
+        return x + F.linear(hidden, weight2, bias2)
+
+
 class EncoderBlock(nn.Module):
     """Attention with modulated, demodulated linear maps; no feed-forward network. Styleformer, figure 2.
 
@@ -181,6 +206,9 @@ class EncoderBlock(nn.Module):
     with styles s1, s2 affine in w and demodulations d (d_q, d_k, d_v by s1, d_o, d_u by s2). The residual branch
     starts at V, not at X: after demodulation the attention output has a standard deviation of sqrt(sum A^2), which
     vanishes for long sequences. The leaky ReLU has no gain.
+
+    Ablations: without `style_attention`, s1 = 1; with `layernorm` after, X' = s1 X, and Y is normalised before noise
+    and bias join it; without `residual`, Y has no term in U; with `ffn`, Y then passes through a FeedForward.
     """
 
     noise_const: Tensor
@@ -190,11 +218,14 @@ class EncoderBlock(nn.Module):
         N = math.prod(grid)
         use_linformer = config.linformer and config.linformer_min_tokens <= N
         self.conv_clamp = config.conv_clamp
-        self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
+        self.style_attention = config.style_attention
+        self.norm_after = config.layernorm == "after"
+        self.affine = FullyConnected(config.w_dim, 2 * width if config.style_attention else width, bias_init=1.0)
         self.qkv_weight = uniform_weight(3 * width, width)
         self.attention = SelfAttention(config.num_heads(width), N, config.linformer_k if use_linformer else None)
         self.out_weight = uniform_weight(out_width, width)
-        self.residual_weight = uniform_weight(out_width, width)
+        self.residual_weight = uniform_weight(out_width, width) if config.residual else None
+        self.ffn = FeedForward(out_width) if config.ffn else None
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_width))
         self.register_buffer("noise_const", torch.randn(N, 1))
@@ -203,15 +234,16 @@ class EncoderBlock(nn.Module):
         """x (B, N, C), w (B, w_dim) -> (B, N, C_out), computed in x's type; styles and demodulations in float32."""
         B, _, C = x.shape
         dtype = x.dtype
-        style_input, style_value = self.affine(w).chunk(2, dim=1)  # each (B, C)
-        weights: tuple[Tensor, ...] = self.qkv_weight, self.out_weight, self.residual_weight
+        style_input, style_value = self._styles(w)  # each (B, C)
+        weights = [self.qkv_weight, self.out_weight, *([] if self.residual_weight is None else [self.residual_weight])]
         if dtype == torch.float16:  # its largest number is 65,504; the demodulations undo these scalings
-            x, style_value, weights = x.float(), limit_rows(style_value), tuple(map(limit_rows, weights))
-        qkv_weight, out_weight, residual_weight = weights
+            x, style_value, weights = x.float(), limit_rows(style_value), [limit_rows(weight) for weight in weights]
+        qkv_weight, out_weight, *residual_weight = weights
 
         # Gains per channel: those of Q and K meet in the dot product, so Q carries both.
         gain_q, gain_k, gain_v = demodulation(qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
-        x = F.layer_norm(x * style_input.unsqueeze(1).to(x.dtype), (C,)).to(dtype)
+        x = x * style_input.unsqueeze(1).to(x.dtype)
+        x = (x if self.norm_after else F.layer_norm(x, (C,))).to(dtype)
         q, k, v = F.linear(x, qkv_weight.to(dtype)).chunk(3, dim=2)  # each (B, N, C)
         gain_qk = gain_q * gain_k
         if dtype == torch.float16:  # small styles make it large
@@ -221,12 +253,30 @@ class EncoderBlock(nn.Module):
         v = v * (gain_v * style_value.unsqueeze(1)).to(dtype)
 
         gain_out = demodulation(out_weight, style_value).unsqueeze(1).to(dtype)  # (B, 1, C_out)
-        gain_residual = demodulation(residual_weight, style_value).unsqueeze(1).to(dtype)
         attended = F.linear(self.attention(q, k, v), out_weight.to(dtype))  # (B, N, C_out)
-        residual = F.linear(v, residual_weight.to(dtype))
         noise = self._noise(B, noise_mode).to(dtype)
-        x = torch.addcmul(torch.addcmul(noise, attended, gain_out), residual, gain_residual)
+        is_complete = self.ffn is None and not self.norm_after
+        x = torch.addcmul(noise, attended, gain_out) if is_complete else attended * gain_out
+        for weight in residual_weight:  # one or none
+            gain = demodulation(weight, style_value).unsqueeze(1).to(dtype)
+            x = torch.addcmul(x, F.linear(v, weight.to(dtype)), gain)
+        if not is_complete:
+            x = self._after_attention(x) + noise
         return bias_act(x, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
+
+    def _styles(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The styles of the input and of the values, (B, C) each."""
+        styles: Tensor = self.affine(w)
+        if not self.style_attention:
+            return torch.ones_like(styles), styles
+        style_input, style_value = styles.chunk(2, dim=1)
+        return style_input, style_value
+
+    def _after_attention(self, x: Tensor) -> Tensor:
+        """What ablations do to Y."""
+        if self.norm_after:
+            x = F.layer_norm(x, x.shape[2:])
+        return x if self.ffn is None else self.ffn(x)
 
     def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
         """Noise (B or 1, N, 1), the same for all channels of a token."""
