@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,14 +95,14 @@ def test_windows_need_less_memory_than_the_whole_grid() -> None:
 
 def test_grid_attention_measures_the_networks_own_code() -> None:
     """The forms are modules of the networks; small cases of the same kind go before what is measured."""
-    sizes = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
+    sizes: dict[str, Any] = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
     for form in grid_attention.FORMS:
         case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)
         inputs, run = case.prepare(torch.device("cpu"))
         assert run().shape == inputs[0].shape == (2, 64, 8)
         attention.differentiate(case, inputs, run)  # every input has both derivatives
         assert len(inputs) == 3 + {"full": 1, "grid": 1, "axis": 2, "nystrom": 0}[form]
-        assert case.small().matrix_gib() <= case.matrix_gib()
+        assert case.small().matrix_gib() < 0.1
 
 
 @pytest.mark.parametrize(
