@@ -65,6 +65,7 @@ VARIANTS = {
     "conditional": dataclasses.replace(TINY, c_dim=3),
     "mapping network, conditional": dataclasses.replace(TINY, mapping_layers=2, w_dim=6, c_dim=3),
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
+    "bicubic after pixel shuffle, without blocks": dataclasses.replace(TINY, widths=(16, 4, 4), layers=(1, 0, 0)),
     "two pixel shuffles": dataclasses.replace(TINY, widths=(32, 8, 2), antialias=2),
 }
 TINY_D = TransGANDiscriminatorConfig(
@@ -516,6 +517,21 @@ def test_every_parameter_learns(config: Any) -> None:
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
+def test_on_a_gpu(form: Any) -> None:
+    """Images, logits and the gradients of a penalty are those of the CPU."""
+    torch.manual_seed(0)
+    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
+    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
+    z, img = torch.randn(4, 32), torch.randn(4, 3, 32, 32)
+    expected = [G(z, None), D(img, None), *penalty(D, img)]
+    found = [G.cuda()(z.cuda(), None), D.cuda()(img.cuda(), None), *penalty(D, img.cuda())]
+    for a, b in zip(found, expected, strict=True):
+        if b is not None:
+            assert (a.cpu() - b).norm() <= 1e-3 * b.norm() + 1e-7
 
 
 # Configurations.
