@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,23 +14,33 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import Choice, IntList, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import TeeLog
+from dnnlib.download import cache_dir
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs
+from training import hooks, rehearsal, runs, trouble
 from training.augment import Mode
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    micro_batches,
+    resolve,
+)
 from training.dataset import ImageDataset
 from training.diffaugment import DEFAULT_POLICY, DIFFAUG
+from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.grid_attention import Form
@@ -47,9 +57,9 @@ OPTIONS = (
     option("--cfg", field=None, type=click.Choice(list(PRESETS)), default="auto", show_default=True, help="Preset."),
     option("--gpus", field="run.num_gpus", type=int, metavar="INT", help="Processes on this machine, one per GPU. [1]"),
     option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
-    option("--resume", field=None, metavar="latest|DIR|PKL",
-           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or "
-                "start from the weights of a snapshot (transfer learning)."),
+    option("--resume", field=None, metavar="latest|DIR|PT|PKL",
+           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
+                "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
@@ -64,7 +74,7 @@ OPTIONS = (
     option("--timeout", field="run.timeout", type=float, metavar="SEC",
            help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
-           help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
+           help="Processes that decode images, per GPU; none for images that stay on the device. [2; 0 on a CPU]"),
     # How long and how loud
     option("--kimg", field="run.total_kimg", type=float, metavar="KIMG",
            help="Length of the training in thousands of real images."),
@@ -78,17 +88,20 @@ OPTIONS = (
            help="Those metrics every so many ticks. [at snapshots]"),
     option("--tick-metrics", field="run.tick_metrics", type=NameList(),
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
+    option("--log", field="run.log", type=NameList(),
+           help="Show figures and pictures in tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
            help="Keep one every so many kimg for ever. [none]"),
+    switch("--keep-best", field="run.keep_best", help="Keep the one of the best network by the first of --metrics."),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
            help="Write a Chrome trace of so many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
-    option("--batch-gpu", field="run.batch_gpu", type=int, metavar="INT",
-           help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
+    option("--batch-gpu", field="run.batch_gpu", type=IntOrAuto(),
+           help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
     option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
@@ -262,6 +275,7 @@ def main(context: click.Context, **options: Any) -> None:
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
+    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
         setup = read_detectors(config.run.detectors)
@@ -279,66 +293,81 @@ def main(context: click.Context, **options: Any) -> None:
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
-    with Signals() as signals:
-        is_stopped = _train(request, signals)
+    with Signals() as signals, FolderLock() as lock:
+        is_stopped = _train(request, signals, lock)
         distributed.barrier()  # or the launcher would end the others when the first has gone
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
 
-def _train(request: runs.Request, signals: Signals) -> bool:
+def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
-    start = distributed.from_main(lambda: runs.choose_start(request))
-    config = start.config
-    device = distributed.choose_device(config.run.device)
+    start = distributed.from_main(lambda: runs.choose_start(request, lock))
+    device = distributed.choose_device(start.config.run.device)
     operators = custom_ops.prepare(device)
-    set_arithmetic(config)
-    dataset = ImageDataset(config.data)
-    trainer = Trainer(config, dataset, device)
-    origin = runs.load(trainer, start)
-    trainer.synchronise()
-    context = build_context(trainer)
-    metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
-    with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
-        if distributed.is_main():
-            print(_describe(trainer))
-        _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        saver = Saver(run_dir, config.run)
-        trainer.hooks = [*build_hooks(trainer, run_dir, saver, context), hooks.Requests(saver, signals)]
-        try:
+    set_arithmetic(start.config)
+    dataset = ImageDataset(start.config.data)
+    if start.is_to_fit:
+        sizes = micro_batches(start.config)
+        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+    config = start.config
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        origin = runs.load(trainer, start)
+        trainer.synchronise()
+        context = build_context(trainer)
+        metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
+        run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
+        with log, open_loggers(run_dir, config) as loggers:
+            if distributed.is_main():
+                print(_describe(trainer))
+            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+            saver = Saver(run_dir, config.run)
+            if start.state:  # what --resume=latest then goes on from
+                saver.save(trainer, snapshot=False)
+                distributed.from_main(saver.finish)
+            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
             trainer.train()
-        except torch.OutOfMemoryError:
-            raise UserError(_too_large(config)) from None
-        distributed.from_main(saver.finish)
-        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            distributed.from_main(saver.finish)
+            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
 
-def _too_large(config: TrainConfig) -> str:
-    """What to do when the GPU's memory is not enough."""
-    assert config.run.batch_gpu is not None
-    smaller = (
-        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
-    )
+@contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise UserError, which says what to do, where memory is not enough inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(config, error)) from None
+
+
+def _too_large(config: TrainConfig, error: BaseException) -> str:
+    """What to do when memory is not enough."""
+    batch_gpu = config.run.batch_gpu
+    assert isinstance(batch_gpu, int)
+    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
-    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
+    if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
+    return (
+        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"{', '.join(smaller)}, or fewer --workers"
+    )
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
-    chain += [hooks.Progress(), hooks.JsonLog(run_dir)]
-    board = None
-    if distributed.is_main():
-        try:
-            board = hooks.TensorBoardLog(run_dir)
-            chain.append(board)
-        except ImportError:
-            _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
+    chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
+    chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
+    chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     names = metric_names(run, context.setup)
@@ -346,8 +375,18 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
         evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, board))
+        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
     return chain
+
+
+def open_loggers(run_dir: Path, config: TrainConfig) -> Loggers:
+    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    if not distributed.is_main():
+        return Loggers((), run_dir, config)
+    names = choose_loggers(config.run.log)
+    if not names and config.run.log is None:
+        _say("TensorBoard events are not written: the package tensorboard is not installed")
+    return Loggers(names, run_dir, config)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
@@ -420,6 +459,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
+    if values.get("run.data_on_gpu") and values.get("run.workers"):
+        raise ConfigError("run.workers", values["run.workers"], "has no work with --data-on-gpu: give one of the two")
     setup = read_detectors(values.get("run.detectors", ()))
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:

@@ -59,6 +59,7 @@ CHOSEN_BY_RESOLVE = {
     "augment.policy",
     "ema.kimg",
     "run.metrics",
+    "run.log",
     "run.device",
     "run.workers",
     "run.data_on_gpu",

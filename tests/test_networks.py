@@ -367,6 +367,7 @@ def test_initial_values() -> None:
     assert Conv2d(40, 40, 3).weight.std().item() == pytest.approx(1, rel=0.02)
 
     block = EncoderBlock(StyleformerConfig(linformer=True), (32, 32), 64, 64)
+    assert block.residual_weight is not None
     for weight, fan_in in [(block.qkv_weight, 64), (block.residual_weight, 64)]:
         assert weight.abs().max().item() <= 1 / math.sqrt(fan_in)
         assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.05)

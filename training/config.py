@@ -25,6 +25,7 @@ from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,14 @@ class RunConfig:
     snapshot_ticks: int = 50
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
+    keep_best: bool = False  # beside those, the one of the best network by the main metric
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
-    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
+    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
@@ -63,13 +66,18 @@ class RunConfig:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
         for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.keep_best and self.metrics == () and not self.tick_metrics:
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
+        for name in self.log or ():
+            if name not in LOGGERS:
+                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -359,7 +367,9 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
+    share = -(-batch_size // num_gpus)
+    is_auto = config.run.batch_gpu == "auto"
+    batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
     precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
@@ -384,6 +394,8 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    if is_auto:
+        resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
     _check_holdout(resolved)
@@ -391,10 +403,28 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     return resolved
 
 
+def micro_batches(config: TrainConfig) -> list[int]:
+    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+
+    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    """
+    assert config.batch_size is not None
+    share = config.batch_size // config.run.num_gpus
+    group = max(min(config.discriminator.group_size, share), 1)
+    sizes = []
+    for size in range(share // group * group, 0, -group):
+        try:
+            _check_batches(override(config, {"run.batch_gpu": size}))
+            sizes.append(size)
+        except ConfigError:
+            continue
+    return sizes
+
+
 def _check_batches(config: TrainConfig) -> None:
     batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert batch_gpu is not None
+    assert isinstance(batch_gpu, int)
     per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
@@ -423,7 +453,8 @@ def _check_styles(config: TrainConfig) -> None:
 
 
 def _check_holdout(config: TrainConfig) -> None:
-    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    assert isinstance(config.run.batch_gpu, int)
+    per_round = config.run.batch_gpu * config.run.num_gpus
     if 0 < config.data.holdout < per_round:
         raise ConfigError(
             "data.holdout",
@@ -460,8 +491,10 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
+    "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
     "loss.objective": "logistic",
@@ -476,6 +509,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
+    "discriminator.cmap_dim": None,
 }
 
 

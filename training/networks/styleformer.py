@@ -131,6 +131,12 @@ class StyleformerConfig(GeneratorConfig):
         """One style per encoder block, and one more for the last ToRGB."""
         return sum(self.layers) + 1
 
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """The grid of each block, and of the last ToRGB."""
+        blocks = [grid for grid, count in zip(self.grids, self.layers, strict=True) for _ in range(count)]
+        return (*blocks, self.grids[-1])
+
     def fit(self, height: int, width: int) -> Self:
         """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
         (h, w), count = self.base, 1
@@ -235,7 +241,8 @@ class EncoderBlock(nn.Module):
         B, _, C = x.shape
         dtype = x.dtype
         style_input, style_value = self._styles(w)  # each (B, C)
-        weights = [self.qkv_weight, self.out_weight, *([] if self.residual_weight is None else [self.residual_weight])]
+        weights: list[Tensor] = [self.qkv_weight, self.out_weight]
+        weights += [] if self.residual_weight is None else [self.residual_weight]
         if dtype == torch.float16:  # its largest number is 65,504; the demodulations undo these scalings
             x, style_value, weights = x.float(), limit_rows(style_value), [limit_rows(weight) for weight in weights]
         qkv_weight, out_weight, *residual_weight = weights
