@@ -29,7 +29,7 @@ from attention import BLOCKS, DTYPES, MATRICES, memory_limit, result
 from common import emit
 from torch import Tensor
 
-from dnnlib.cli import IntList, NameList, Script, option
+from dnnlib.cli import IntList, Script, option
 from dnnlib.config import ConfigError, UserError
 from torch_utils import distributed
 from training.networks import execution
@@ -96,7 +96,7 @@ class GridCase:
 
 @click.command(cls=Script, help=__doc__)
 @option("--resolutions", type=IntList(), default="16,32,64,128,256", show_default=True, help="Sides of the grid.")
-@option("--forms", type=NameList(), default=",".join(FORMS), show_default=True, help="What to measure.")
+@option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
 @option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both.")
 @option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B.")
 @option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Heads H.")
@@ -114,7 +114,7 @@ class GridCase:
 )
 def main(
     resolutions: tuple[int, ...],
-    forms: tuple[str, ...],
+    forms: str,
     derivatives: tuple[int, ...],
     batch: int,
     heads: int,
@@ -130,15 +130,16 @@ def main(
     where = distributed.choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if unknown := sorted(set(forms) - set(FORMS)):
-        raise UserError(f"--forms={','.join(forms)}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
+    chosen = forms.split(",")
+    if unknown := sorted(set(chosen) - set(FORMS)):
+        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
     if set(derivatives) - {1, 2}:
         raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
     limit = memory_limit(where, max_gib)
     sizes = partial(GridCase, batch=batch, heads=heads, head_dim=head_dim, window=window, landmarks=landmarks)
     cases = [
         sizes(form=form, derivatives=order, resolution=resolution, dtype=dtype)
-        for form in forms
+        for form in chosen
         for order in derivatives
         for resolution in resolutions
     ]

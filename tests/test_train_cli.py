@@ -20,7 +20,7 @@ import dataset_tool
 import metrics.registry
 import train
 from dnnlib.cli import ConfigOption
-from dnnlib.config import from_json, override, to_json
+from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
@@ -74,11 +74,8 @@ def test_every_option_sets_a_field_of_the_configuration() -> None:
 
 
 def _has(config: Any, path: str) -> bool:
-    try:
-        _get(config, path)
-    except AttributeError:
-        return False
-    return True
+    *parents, name = path.split(".")
+    return name in field_names(_get(config, ".".join(parents)) if parents else config)
 
 
 def _get(config: Any, path: str) -> Any:
