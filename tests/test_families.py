@@ -36,6 +36,7 @@ TINY = {
     ],
 }
 TINY_D = {
+    "styleformer": ["--cbase=256", "--cmax=16", "--d-patch=4", "--d-layers=2,1", "--d-depth=8"],
     "stylegan2": ["--cbase=256", "--cmax=16"],
     "transgan": ["--d-widths=8,8", "--d-layers=2,1", "--d-local=1,0", "--d-window=8", "--d-heads=2"],
 }

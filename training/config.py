@@ -13,7 +13,7 @@ from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
-from training.loss import LossConfig
+from training.loss import LAZY_R1, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
@@ -334,10 +334,21 @@ def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
     _check_augment_options(chosen.augment.mode, values)
+    _check_intervals(chosen, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
         chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
     return chosen
+
+
+def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
+    """Refuse weights of regularisers that would never be due."""
+    intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
+    for weight, interval in intervals.items():
+        if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
+            flag = interval.replace("_", "-")
+            problem = f"has no effect without an interval, which --cfg={config.preset} leaves out: give --{flag} too"
+            raise ConfigError(f"loss.{weight}", values[f"loss.{weight}"], problem)
 
 
 def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:

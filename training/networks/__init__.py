@@ -10,6 +10,7 @@ from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
+from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.transgan import TransGANConfig
@@ -23,5 +24,6 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
 }
 DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {
     "stylegan2": StyleGAN2DiscriminatorConfig,
+    "styleformer": StyleformerDiscriminatorConfig,
     "transgan": TransGANDiscriminatorConfig,
 }

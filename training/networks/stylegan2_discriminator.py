@@ -111,15 +111,16 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Minibatch-std and the last layers, from the smallest grid to (B, out_dim)."""
+    """Minibatch-std in groups of `group_size` (0: without) and the last layers, from the last grid to (B, out_dim)."""
 
-    def __init__(self, config: StyleGAN2DiscriminatorConfig, out_dim: int) -> None:
+    def __init__(
+        self, channels: int, grid: tuple[int, int], out_dim: int, *, group_size: int, clamp: float | None
+    ) -> None:
         super().__init__()
-        grid = config.grids[-1]
-        C = config.num_channels(grid)
-        self.mbstd = MinibatchStd(config.mbstd_group_size) if config.mbstd_group_size else None
+        C = channels
+        self.mbstd = MinibatchStd(group_size) if group_size else None
         extra = 0 if self.mbstd is None else 1
-        self.conv = Conv2d(C + extra, C, 3, activation="lrelu", clamp=config.conv_clamp)
+        self.conv = Conv2d(C + extra, C, 3, activation="lrelu", clamp=clamp)
         self.fc = FullyConnected(C * math.prod(grid), C, activation="lrelu")
         self.out = FullyConnected(C, out_dim)
 
@@ -149,7 +150,13 @@ class StyleGAN2Discriminator(Discriminator):
         )
         self.blocks = nn.ModuleList(DiscriminatorBlock(config, C, C_out) for C, C_out in itertools.pairwise(channels))
         self.cmap_dim = config.cmap_dim or channels[-1]
-        self.epilogue = DiscriminatorEpilogue(config, self.cmap_dim if config.c_dim else 1)
+        self.epilogue = DiscriminatorEpilogue(
+            channels[-1],
+            config.grids[-1],
+            self.cmap_dim if config.c_dim else 1,
+            group_size=config.mbstd_group_size,
+            clamp=config.conv_clamp,
+        )
         self.mapping = None
         if config.c_dim:
             self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=self.cmap_dim, num_layers=config.mapping_layers)

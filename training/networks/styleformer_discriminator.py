@@ -1,0 +1,222 @@
+"""A transformer discriminator in the spirit of the Styleformer generator: this project's own design.
+
+No published result is reproduced here. The generator's encoder block without what a discriminator has no use for
+(styles, demodulation, noise), in the opposite order of resolutions, under the StyleGAN2 discriminator's epilogue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnnlib.config import ConfigError
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.upfirdn2d import downsample2d
+from training.networks import execution
+from training.networks.attention import SelfAttention
+from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
+from training.networks.generator import Grid
+from training.networks.layers import Conv2d, require_at_least, resample_filter, to_map, to_tokens
+from training.networks.mapping import LabelMapping
+from training.networks.stylegan2_discriminator import DiscriminatorEpilogue
+
+CHANNEL_BASE = 4096  # where it is left open
+FINEST_GRID = 64  # tokens along the longer side, where the patch is left open
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleformerDiscriminatorConfig(DiscriminatorConfig):
+    """A transformer discriminator for images of `img_size` (height, width), which it reads in patches.
+
+    A patch has `patch` pixels a side. The grid of patches is halved while both sides are even and larger than 4;
+    `layers` holds the encoder blocks per grid, from the image down. A grid whose longer side is R has
+    min(channel_base // R, channel_max) channels, less what keeps them from being a multiple of `depth`, in heads of
+    `depth`. Blocks of at least `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `patch` 0,
+    `layers` () and `channel_base` 0 stand for choices that are still to be made.
+    """
+
+    patch: int = 2
+    layers: tuple[int, ...] = (2, 2, 2)
+    channel_base: int = CHANNEL_BASE
+    channel_max: int = 512
+    depth: int = 32
+    linformer_k: int = 256
+    linformer_min_tokens: int = 1024
+    mapping_layers: int = 8
+    mbstd_group_size: int = 4
+    conv_clamp: float | None = 256.0
+
+    OPEN: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "channel_max", "depth", "linformer_k", "linformer_min_tokens", "mapping_layers")
+        require_at_least(self, 0, "patch", "channel_base", "mbstd_group_size")
+        if any(count < 1 for count in self.layers):
+            raise ConfigError("layers", self.layers, "every grid needs at least one encoder block")
+        if self.conv_clamp is not None and self.conv_clamp <= 0:
+            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
+
+    def _check_grids(self) -> None:
+        """Raise ConfigError where patches, blocks or channels do not fit the images."""
+        height, width = self.img_size
+        if height % self.patch or width % self.patch:
+            raise ConfigError("patch", self.patch, f"does not divide images of {height}x{width}: choose one that does")
+        if len(self.layers) != len(self.grids):
+            problem = f"must have one entry per grid, {len(self.grids)} for images of {height}x{width} in patches of"
+            raise ConfigError("layers", self.layers, f"{problem} {self.patch}")
+        if self.channel_base < max(self.grids[0]):
+            problem = f"leaves no channel on a grid of {max(self.grids[0])}: must be at least that"
+            raise ConfigError("channel_base", self.channel_base, problem)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(height, width) of the tokens at every level, from the image down to the epilogue."""
+        height, width = self.img_size[0] // self.patch, self.img_size[1] // self.patch
+        grids = [(height, width)]
+        while height % 2 == 0 and width % 2 == 0 and min(height, width) > 4:
+            height, width = height // 2, width // 2
+            grids.append((height, width))
+        return tuple(grids)
+
+    def num_channels(self, grid: Grid) -> int:
+        """How many channels a grid of this size has."""
+        channels = min(self.channel_base // max(grid), self.channel_max)
+        return channels - channels % min(self.depth, channels)
+
+    @property
+    def group_size(self) -> int:
+        return self.mbstd_group_size
+
+    def fit(self, height: int, width: int) -> Self:
+        """Choose what is open: patches of 2 or more pixels for at most 64 along a side, 2 blocks per grid, channels."""
+        halvings = math.gcd(height, width) & -math.gcd(height, width)  # the largest power of two in both
+        wanted = max(2, 2 ** math.ceil(math.log2(max(height, width) / FINEST_GRID)))
+        patch = self.patch or min(wanted, halvings)
+        sized = replace(self, img_size=(height, width), patch=patch, channel_base=self.channel_base or CHANNEL_BASE)
+        fitted = replace(sized, layers=self.layers or (2,) * len(sized.grids))
+        fitted._check_grids()
+        return fitted
+
+    def build(self) -> StyleformerDiscriminator:
+        for name, opened in self.OPEN.items():
+            if getattr(self, name) == opened:
+                raise ConfigError(name, opened, "not chosen yet")
+        self._check_grids()
+        return StyleformerDiscriminator(self)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of an image as tokens: one linear map of a patch's pixels, equal to a convolution with its stride."""
+
+    def __init__(self, config: StyleformerDiscriminatorConfig) -> None:
+        super().__init__()
+        self.patch, self.grid = config.patch, config.grids[0]
+        self.conv = Conv2d(config.img_channels * config.patch**2, config.num_channels(self.grid), 1)
+
+    def forward(self, img: Tensor) -> Tensor:
+        """img (B, C_img, H, W) -> tokens (B, N, C)."""
+        patches = F.pixel_unshuffle(execution.cast(img, self.grid), self.patch)  # (B, C_img patch^2, h, w)
+        return to_tokens(self.conv(patches))
+
+
+class EncoderBlock(nn.Module):
+    """Attention with a residual branch that starts at the values; no feed-forward network.
+
+        X'  = LayerNorm(X + P)
+        Q, K, V = X' Wq^T, X' Wk^T, X' Wv^T
+        Y   = Attention(Q, K, V) Wo^T + V U^T
+        out = clamp(sqrt(2) lrelu(Y + b))
+
+    P is a learned position embedding, from N(0, 1), in the first block of a grid: with it no token is constant over its
+    channels, as that of a blank patch would be, where LayerNorm has no bounded slope. Weights have equalised learning
+    rates, as in StyleGAN2's discriminator, so that both train at the same --dlr.
+    """
+
+    def __init__(
+        self, config: StyleformerDiscriminatorConfig, grid: Grid, width: int, out_width: int, *, is_first: bool
+    ) -> None:
+        super().__init__()
+        N = math.prod(grid)
+        self.grid = grid
+        self.clamp = config.conv_clamp
+        self.weight_gain = 1 / math.sqrt(width)
+        self.pos_embedding = nn.Parameter(torch.randn(1, N, width)) if is_first else None
+        self.qkv_weight = nn.Parameter(torch.randn(3 * width, width))
+        projected = config.linformer_k if config.linformer_min_tokens <= N else None
+        self.attention = SelfAttention(max(1, width // config.depth), N, projected)
+        self.out_weight = nn.Parameter(torch.randn(out_width, width))
+        self.residual_weight = nn.Parameter(torch.randn(out_width, width))
+        self.bias = nn.Parameter(torch.zeros(out_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, C_out), in the type of the grid."""
+        x = execution.cast(x, self.grid)
+        if self.pos_embedding is not None:
+            x = x + self.pos_embedding.to(x.dtype)
+        qkv_weight, out_weight, residual_weight = (
+            (weight * self.weight_gain).to(x.dtype)
+            for weight in (self.qkv_weight, self.out_weight, self.residual_weight)
+        )
+        q, k, v = F.linear(F.layer_norm(x, x.shape[2:]), qkv_weight).chunk(3, dim=2)  # each (B, N, C)
+        y = F.linear(self.attention(q, k, v), out_weight) + F.linear(v, residual_weight)  # (B, N, C_out)
+        return bias_act(y, self.bias, dim=2, act="lrelu", clamp=self.clamp)
+
+
+class StyleformerDiscriminator(Discriminator):
+    """Patches, then encoder blocks on smaller and smaller grids, then minibatch-std and the epilogue of StyleGAN2.
+
+    The last block of a grid maps to the next one's width, and its output is filtered and halved. With labels it is a
+    projection discriminator.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(self, config: StyleformerDiscriminatorConfig) -> None:
+        super().__init__(config)
+        self.grids = config.grids
+        widths = [config.num_channels(grid) for grid in self.grids]
+        self.embedding = PatchEmbedding(config)
+        self.stages = nn.ModuleList()
+        for grid, count, width, following in zip(
+            self.grids, config.layers, widths, [*widths[1:], widths[-1]], strict=True
+        ):
+            outs = [width] * (count - 1) + [following]
+            blocks = (EncoderBlock(config, grid, width, out, is_first=i == 0) for i, out in enumerate(outs))
+            self.stages.append(nn.ModuleList(blocks))
+        self.epilogue = DiscriminatorEpilogue(
+            widths[-1],
+            self.grids[-1],
+            widths[-1] if config.c_dim else 1,
+            group_size=config.mbstd_group_size,
+            clamp=config.conv_clamp,
+        )
+        self.mapping = None
+        if config.c_dim:
+            self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=widths[-1], num_layers=config.mapping_layers)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
+
+    def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
+        self.check_inputs(img, c)
+        x: Tensor = self.embedding(img)  # (B, N, C)
+        for stage, grid in zip(self.stages, self.grids, strict=True):
+            for block in stage.children():
+                x = execution.run_block(block, x)
+            x = to_map(x, grid)  # (B, C_out, h, w)
+            if grid != self.grids[-1]:
+                x = to_tokens(downsample2d(x, self.resample_filter))  # (B, N/4, C_out)
+
+        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, C)
+        if self.mapping is not None:
+            logits = project(logits, self.mapping(c))
+        return logits
+
+    def layers_from_image(self) -> list[nn.Module]:
+        """The embedding, then the blocks; the epilogue is not among them."""
+        return [self.embedding, *(block for stage in self.stages for block in stage.children())]
