@@ -26,9 +26,11 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -81,6 +83,15 @@ class Case:
         keys = self.projected_tokens if self.form == "linformer" else self.tokens
         return MATRICES[self.derivatives] * self.batch * self.heads * self.tokens * keys * 4 / 2**30
 
+    def small(self) -> Case:
+        """Return a case of the same kind that needs next to nothing."""
+        return replace(self, tokens=16)
+
+    def prepare(self, device: torch.device) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        """Return random inputs and a function that computes the output (B, H, N, D) from them."""
+        inputs = make_inputs(self, device, self.tokens)
+        return inputs, partial(attend, self, inputs)
+
 
 @click.command(cls=Script, help=__doc__)
 @option(
@@ -127,10 +138,7 @@ def main(
         raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
     if set(derivatives) - {1, 2}:
         raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
-    if where.type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        raise UserError(f"--device={where}: the peak of resident memory is read from Linux's /proc, missing here")
-    if max_gib is None:
-        max_gib = host_gib() / 2 if where.type == "cpu" else math.inf
+    max_gib = memory_limit(where, max_gib)
     sizes: dict[str, Any] = {"batch": batch, "heads": heads, "head_dim": head_dim}
     sizes |= {"projected_tokens": projected_tokens, "dtype": dtype}
 
@@ -141,12 +149,21 @@ def main(
                 emit({"benchmark": "attention", **asdict(case), **result(case, where, repeats, max_gib)}, where)
 
 
+def memory_limit(device: torch.device, max_gib: float | None) -> float:
+    """Return the GiB above which nothing is started. Raises UserError where the peak of memory cannot be read."""
+    if device.type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        raise UserError(f"--device={device}: the peak of resident memory is read from Linux's /proc, missing here")
+    if max_gib is not None:
+        return max_gib
+    return host_gib() / 2 if device.type == "cpu" else math.inf
+
+
 def host_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def result(case: Case, device: torch.device, repeats: int, max_gib: float) -> dict[str, Any]:
-    """Milliseconds and peak memory of a case, or the problem with it."""
+def result(case: Any, device: torch.device, repeats: int, max_gib: float) -> dict[str, Any]:
+    """Milliseconds and peak memory of a case (a `Case`, or one with its methods), or the problem with it."""
     if case.matrix_gib() > max_gib:
         return {"problem": f"not started: needs matrices of about {case.matrix_gib():.3g} GiB, limit {max_gib:.3g}"}
     if device.type != "cpu":
@@ -159,29 +176,28 @@ def result(case: Case, device: torch.device, repeats: int, max_gib: float) -> di
             return {"problem": "out of memory"}
 
 
-def measure(case: Case, device: torch.device, repeats: int, threads: int) -> dict[str, Any]:
+def measure(case: Any, device: torch.device, repeats: int, threads: int) -> dict[str, Any]:
     """Run a case in this process: once for the peak of memory, then timed."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
-        few = make_inputs(case, device, tokens=16)
-        differentiate(case, few)  # loads libraries and kernels, which are not the case's memory
-        inputs = make_inputs(case, device, case.tokens)
+        differentiate(case, *case.small().prepare(device))  # loads libraries and kernels, not the case's memory
+        inputs, run = case.prepare(device)
         before = reset_peak(device)
-        differentiate(case, inputs)
+        differentiate(case, inputs, run)
         needed = peak(device) - before
         tune_allocator()
-        differentiate(case, inputs)
-        times = [seconds(case, inputs, device) for _ in range(repeats)]
+        differentiate(case, inputs, run)
+        times = [seconds(case, inputs, run, device) for _ in range(repeats)]
     except RuntimeError as error:
         return {"problem": explain(error)}
     return {"ms": round(statistics.median(times) * 1e3, 2), "peak_mib": round(needed, 1)}
 
 
-def seconds(case: Case, inputs: list[Tensor], device: torch.device) -> float:
+def seconds(case: Any, inputs: list[Tensor], run: Callable[[], Tensor], device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
-    differentiate(case, inputs)
+    differentiate(case, inputs, run)
     synchronize(device)
     return time.perf_counter() - start
 
@@ -205,9 +221,9 @@ def make_inputs(case: Case, device: torch.device, tokens: int) -> list[Tensor]:
     return [x.to(DTYPES[case.dtype]).requires_grad_() for x in inputs]
 
 
-def differentiate(case: Case, inputs: list[Tensor]) -> None:
+def differentiate(case: Any, inputs: list[Tensor], run: Callable[[], Tensor]) -> None:
     """Forward, and one or two derivatives by all inputs."""
-    out = attend(case, inputs)
+    out = run()
     y = torch.randn_like(out)
     gradients = torch.autograd.grad(out, inputs, y, create_graph=case.derivatives == 2)
     if case.derivatives == 2:

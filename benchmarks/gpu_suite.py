@@ -84,6 +84,7 @@ FULL = Sizes(
             "--channels-last",
         ],
         "attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
+        "attention on a grid": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
         "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
         "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
         "operators, compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
@@ -108,6 +109,7 @@ QUICK = Sizes(
         "generation": ["generation.py", "--batch=1,2", "--seconds=0.01"],
         "operators": ["operators.py", "--repeats=1", "--only=RGB pyramid up, 16 px"],
         "attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
+        "attention on a grid": ["grid_attention.py", "--resolutions=16", "--repeats=1", "--forms=grid"],
     },
     metric="swd32",
     num_images=256,
@@ -339,6 +341,7 @@ COLUMNS = {
     "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"],
     "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
     "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
+    "grid_attention": ["form", "derivatives", "resolution", "ms", "peak_mib", "problem"],
     "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
 }
 

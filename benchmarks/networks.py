@@ -20,6 +20,8 @@ from training.networks.generator import Generator, GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 
 CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "styleformer 32 px, layers 1,2,2": StyleformerConfig(layers=(1, 2, 2)),
@@ -29,6 +31,8 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
         widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True
     ),
     "stylegan2 32 px": StyleGAN2Config(),
+    "transgan 32 px": TransGANConfig(z_dim=256, w_dim=256),
+    "transgan discriminator 32 px": TransGANDiscriminatorConfig(norm="token"),
     "stylegan2 discriminator 32 px, orig": StyleGAN2DiscriminatorConfig(architecture="orig", mbstd_group_size=32),
 }
 

@@ -31,7 +31,8 @@ every snapshot and every training state. `python train.py ... -n` prints it with
 
 Generator and discriminator can be of several families (`--gen`, `--disc`): the other families' fields take the place of
 the preset's, open where they can be; of a generator only latents, mapping network and clamp stay, of a discriminator
-nothing. A flag that the family has no field for is refused.
+nothing. TransGAN has no mapping network either, unless `--map-depth` asks for one. A flag that the family has no field
+for is refused.
 
 `--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
 where and how loud, and changes nothing in what a step computes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_benchmarks import results
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import attention
+import grid_attention
 
 SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 
@@ -76,3 +78,47 @@ def test_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> 
     outcome = CliRunner().invoke(attention.main, [option, "--device=cpu"])
     assert outcome.exit_code == 2
     assert problem in outcome.output
+
+
+GRID = ["--device=cpu", "--repeats=1", "--head-dim=4", "--heads=2"]
+
+
+def test_windows_need_less_memory_than_the_whole_grid() -> None:
+    options = [*GRID, "--resolutions=48", "--forms=full,grid", "--derivatives=1"]
+    full, grid = results(grid_attention.main, *options)
+    assert (full["form"], grid["form"], grid["resolution"]) == ("full", "grid", 48)
+    matrix = 2 * 48**4 * 4 / 2**20  # of both heads
+    assert matrix < full["peak_mib"] < attention.MATRICES[1] * matrix
+    assert grid["peak_mib"] < full["peak_mib"] / 3
+    assert grid["ms"] > 0
+
+
+def test_grid_attention_measures_the_networks_own_code() -> None:
+    """The forms are modules of the networks; small cases of the same kind go before what is measured."""
+    sizes: dict[str, Any] = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
+    for form in grid_attention.FORMS:
+        case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)
+        inputs, run = case.prepare(torch.device("cpu"))
+        assert run().shape == inputs[0].shape == (2, 64, 8)
+        attention.differentiate(case, inputs, run)  # every input has both derivatives
+        assert len(inputs) == 3 + {"full": 1, "grid": 1, "axis": 2, "nystrom": 0}[form]
+        assert case.small().matrix_gib() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--forms=full,sparse", "no 'sparse'"),
+        ("--derivatives=3", "choose from 1,2"),
+        ("--window=10", "--window=10: does not divide the grid 16x16; what does: 16, 8, 4, 2"),
+    ],
+)
+def test_grid_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:
+    outcome = CliRunner().invoke(grid_attention.main, [option, "--device=cpu"])
+    assert outcome.exit_code == 2
+    assert problem in outcome.output
+
+
+def test_grid_attention_says_why_there_is_no_result() -> None:
+    (row,) = results(grid_attention.main, *GRID, "--resolutions=256", "--forms=full", "--derivatives=1", "--max-gib=1")
+    assert row["problem"] == "not started: needs matrices of about 128 GiB, limit 1"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy.special import erf
 from test_networks import below, close, ref_mapping, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dataset_tool
+import train
 from dnnlib.config import ConfigError
 from training.config import PRESETS, Circumstances, resolve
+from training.diffaugment import DEFAULT_POLICY
 from training.networks import execution
 from training.networks.grid_attention import (
     AxisAttention,
@@ -58,6 +65,7 @@ VARIANTS = {
     "conditional": dataclasses.replace(TINY, c_dim=3),
     "mapping network, conditional": dataclasses.replace(TINY, mapping_layers=2, w_dim=6, c_dim=3),
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
+    "bicubic after pixel shuffle, without blocks": dataclasses.replace(TINY, widths=(16, 4, 4), layers=(1, 0, 0)),
     "two pixel shuffles": dataclasses.replace(TINY, widths=(32, 8, 2), antialias=2),
 }
 TINY_D = TransGANDiscriminatorConfig(
@@ -511,6 +519,21 @@ def test_every_parameter_learns(config: Any) -> None:
         assert parameter.grad.any(), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
+def test_on_a_gpu(form: Any) -> None:
+    """Images, logits and the gradients of a penalty are those of the CPU."""
+    torch.manual_seed(0)
+    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
+    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
+    z, img = torch.randn(4, 32), torch.randn(4, 3, 32, 32)
+    expected = [G(z, None), D(img, None), *penalty(D, img)]
+    found = [G.cuda()(z.cuda(), None), D.cuda()(img.cuda(), None), *penalty(D, img.cuda())]
+    for a, b in zip(found, expected, strict=True):
+        if b is not None:
+            assert (a.cpu() - b).norm() <= 1e-3 * b.norm() + 1e-7
+
+
 # Configurations.
 
 
@@ -550,9 +573,50 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     for adam in (config.g_optimizer, config.d_optimizer):
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
     assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    extra = ("filter", "hue") if preset == "transgan-celebahq256" else ()
+    policy = config.augment.policy or DEFAULT_POLICY
+    assert (config.augment.mode, policy) == ("diffaug", ("translation", "cutout", "color", *extra))
     assert (config.ema.kimg, config.ema.rampup, config.data.mirror) == (500, None, True)
     fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "transgan.md").read_text()
+
+
+def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
+    rows = re.findall(r"--cfg=(transgan-\w+)` \| ([\d.]+)M / ([\d.]+)M", PAGE)
+    assert [name for name, *_ in rows] == [name for name in PRESETS if name.startswith("transgan")]
+    for name, g_count, d_count in rows:
+        config = PRESETS[name]
+        config = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0))
+        counts = count(config.generator), count(config.discriminator)
+        assert tuple(f"{n / 1e6:.1f}" for n in counts) == (g_count, d_count)
+
+
+def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
+    """As the page composes them: each of the first four has all the departures, each of the others one fewer."""
+    (baseline,) = re.findall(r"\| standard attention \| `(.*)` \|", PAGE)
+    data = tmp_path / "scenes.zip"
+    make = ["--source=shapes", f"--dest={data}", "--max-images=2", "--width=64", "--height=64", "--workers=1"]
+    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+
+    def plan(options: list[str]) -> Any:
+        common = ["--outdir=x", f"--data={data}", "--cfg=transgan-celeba64", "--device=cpu", "-n"]
+        result = CliRunner().invoke(train.main, [*common, *options])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["options"]
+
+    rows = [baseline.replace("=full", f"={form}").split() for form in ("full", "nystrom", "axis", "grid")]
+    for left_out in ("--multi-scale", "--norm", "position"):
+        rows.append([option for option in rows[-1] if left_out not in option])
+    plans = [plan(row) for row in rows]
+    forms = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
+    assert forms == [(form, form) for form in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]
+    assert [p["discriminator"]["multi_scale"] for p in plans] == [False] * 4 + [True] * 3
+    assert [p["generator"]["norm"] for p in plans] == ["layer"] * 5 + ["token"] * 2
+    assert [p["generator"]["position"] for p in plans] == ["absolute"] * 6 + ["both"]
+    assert plans[-1] == plan([])
 
 
 def test_initial_weights() -> None:

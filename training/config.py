@@ -233,6 +233,7 @@ def _transgans() -> list[TrainConfig]:
         data=DatasetConfig(mirror=True),
         generator=TransGANConfig(z_dim=256, w_dim=256),
         discriminator=TransGANDiscriminatorConfig(norm="token"),
+        augment=AugmentConfig(mode="diffaug"),
         loss=LossConfig(
             objective="wgangp-eps",
             n_critic=4,
@@ -278,6 +279,7 @@ def _transgans() -> list[TrainConfig]:
             window=4,
             position="absolute",
         ),
+        augment=AugmentConfig(mode="diffaug", policy=("translation", "cutout", "color", "filter", "hue")),
     )
     celeba64, celeba128 = (
         replace(

@@ -165,7 +165,7 @@ class BicubicUpsampling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, _, C = x.shape
         h, w = self.grid
-        x = self.rows.to(x.dtype) @ x.view(B, h, w * C)  # (B, 2h, w C)
+        x = self.rows.to(x.dtype) @ x.reshape(B, h, w * C)  # (B, 2h, w C)
         x = self.columns.to(x.dtype) @ x.view(B, 2 * h, w, C)  # (B, 2h, 2w, C)
         return x.flatten(1, 2)
 

@@ -1,0 +1,156 @@
+"""Memory and time of TransGAN's forms of attention against the side of the grid, as in figure 8 of its paper.
+
+\b
+full      among all tokens, as the paper's standard attention
+grid      inside windows of --window x --window tokens
+axis      within rows, then columns
+nystrom   by --landmarks landmarks
+
+All but nystrom have a relative position per head, which is learned. Derivatives, `peak_mib`, times and problems are
+those of benchmarks/attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid
+and axis go over blocks of their matrices. The networks' own code computes (training/networks/grid_attention.py).
+
+\b
+    python benchmarks/grid_attention.py --device=cuda --batch=8
+    python benchmarks/grid_attention.py --resolutions=16,32,64 --derivatives=1
+
+Prints one line of JSON for each form, number of derivatives and resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import click
+import torch
+from attention import BLOCKS, DTYPES, MATRICES, memory_limit, result
+from common import emit
+from torch import Tensor
+
+from dnnlib.cli import IntList, Script, option
+from dnnlib.config import ConfigError, UserError
+from torch_utils import distributed
+from training.networks import execution
+from training.networks.blockwise import BLOCK_BYTES
+from training.networks.vit import BlockConfig
+
+FORMS = ("full", "grid", "axis", "nystrom")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridCase:
+    """One line of the results: a form of attention on a square grid, how often it is differentiated, and the sizes."""
+
+    form: str
+    derivatives: int
+    resolution: int
+    batch: int
+    heads: int
+    head_dim: int
+    window: int
+    landmarks: int
+    dtype: str
+
+    def block_config(self) -> BlockConfig:
+        """The configuration of a block with this attention. Raises ConfigError for what does not fit the grid."""
+        config = BlockConfig(
+            num_heads=self.heads,
+            attention=self.form,  # type: ignore[arg-type]
+            window=self.window,
+            landmarks=self.landmarks,
+        )
+        config.check_blocks()
+        config.check_grid((self.resolution, self.resolution))
+        return config
+
+    def matrix_gib(self) -> float:
+        """Predict what the attention matrices and the relative positions take, before they are made."""
+        tokens = self.resolution**2
+        keys = {"full": tokens, "grid": self.window**2, "axis": 2 * self.resolution, "nystrom": 2 * self.landmarks}
+        matrix = self.heads * tokens * keys[self.form] * 4 / 2**30
+        if self.derivatives == 2 and self.form != "nystrom":
+            return BLOCKS * BLOCK_BYTES["cpu"] / 2**30 + (MATRICES[1] * matrix if self.form == "full" else 0)
+        return MATRICES[self.derivatives] * self.batch * matrix
+
+    def small(self) -> GridCase:
+        """Return a case of the same kind that needs next to nothing."""
+        return replace(self, form="full" if self.form == "grid" else self.form, resolution=8, landmarks=4)
+
+    def prepare(self, device: torch.device) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        """Return queries, keys, values and the tables of positions, and a function that computes the output."""
+        grid = (self.resolution, self.resolution)
+        attention = self.block_config().build_attention(grid, is_full=False).to(device)
+        shape = (self.batch, self.resolution**2, self.heads * self.head_dim)
+        tokens = [torch.randn(shape, device=device, dtype=DTYPES[self.dtype], requires_grad=True) for _ in range(3)]
+        twice = self.derivatives == 2
+
+        def run() -> Tensor:
+            with execution.using(twice_differentiable=twice):
+                out: Tensor = attention(*tokens)
+            return out
+
+        return [*tokens, *attention.parameters()], run
+
+
+@click.command(cls=Script, help=__doc__)
+@option("--resolutions", type=IntList(), default="16,32,64,128,256", show_default=True, help="Sides of the grid.")
+@option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
+@option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both.")
+@option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B.")
+@option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Heads H.")
+@option("--head-dim", type=click.IntRange(min=1), default=16, show_default=True, help="Channels per head D.")
+@option("--window", type=click.IntRange(min=1), default=16, show_default=True, help="Side of a window, in tokens.")
+@option("--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks of nystrom.")
+@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs.")
+@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
+@option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts.")
+@option(
+    "--max-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
+)
+def main(
+    resolutions: tuple[int, ...],
+    forms: str,
+    derivatives: tuple[int, ...],
+    batch: int,
+    heads: int,
+    head_dim: int,
+    window: int,
+    landmarks: int,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    repeats: int,
+    max_gib: float | None,
+) -> None:
+    where = distributed.choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = forms.split(",")
+    if unknown := sorted(set(chosen) - set(FORMS)):
+        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
+    if set(derivatives) - {1, 2}:
+        raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
+    limit = memory_limit(where, max_gib)
+    sizes = partial(GridCase, batch=batch, heads=heads, head_dim=head_dim, window=window, landmarks=landmarks)
+    cases = [
+        sizes(form=form, derivatives=order, resolution=resolution, dtype=dtype)
+        for form in chosen
+        for order in derivatives
+        for resolution in resolutions
+    ]
+    for case in cases:
+        try:
+            case.block_config()
+        except ConfigError as error:
+            raise UserError(f"--{error.field}={error.value}: {error.problem}") from None
+    for case in cases:
+        emit({"benchmark": "grid_attention", **asdict(case), **result(case, where, repeats, limit)}, where)
+
+
+if __name__ == "__main__":
+    main()
