@@ -41,6 +41,7 @@ OURS: dict[str, click.Command] = {
     "train.py": train.main,
     "generate.py": generate.main.commands["images"],
     "style_mixing.py": generate.main.commands["mix"],
+    "projector.py": generate.main.commands["project"],
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.build,
 }
