@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
+from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import spell  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
 from training.networks.attention import SelfAttention  # noqa: E402
@@ -70,7 +71,10 @@ def entries(G: Any) -> Iterator[Entry]:
             commands=("attention --seeds=0 --query=most:2 --outdir=out",),
             pictures=(("out/seed0000-attention.png", "attention.png"),),
         )
-    for method, text in (("pca", "The first two principal components of w"), ("sefa", "The first two of SeFa")):
+    methods = {"pca": "The first two principal components of w"}
+    if any(style_layers(G.synthesis, G.num_ws, G.w_dim)):
+        methods["sefa"] = "The first two of SeFa"
+    for method, text in methods.items():
         yield Entry(
             title=f"Directions: {method}",
             text=f"{text}, from -3 to +3 standard deviations.",
