@@ -129,11 +129,8 @@ PRECISION = option(
     help="Of activations: bf16 and fp16 are faster on a GPU and change images slightly.",
 )
 # Of the commands that look into a model: an image is a function of its styles, so noise is never random.
-MODEL_OPTIONS = (
-    *(NETWORK, TRUNC, CLASS),
-    option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True),
-    *(BATCH, PRECISION, DEVICE),
-)
+FIXED_NOISE = option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True)
+MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, FIXED_NOISE, BATCH, PRECISION, DEVICE)
 
 
 @click.group(cls=DefaultGroup, default="images")
@@ -276,7 +273,7 @@ def mix_command(
 )
 @option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
 @option("--fps", type=click.FloatRange(min=1), default=30, show_default=True, help="Frames per second.")
-@option("--loop", type=bool, default=True, show_default=True, help="Return to the first keyframe at the end.")
+@switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
 @option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
 @option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction that `directions` found.")
@@ -466,7 +463,7 @@ def attention_command(
 
 
 @main.command("project", cls=Script)
-@with_options(MODEL_OPTIONS)
+@with_options((NETWORK, CLASS, FIXED_NOISE, BATCH, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
 @option(
     "--loss",
@@ -611,12 +608,12 @@ def open_network(network: Path, device: str | None) -> tuple[Snapshot, torch.dev
 def open_model(
     *,
     network: Path,
-    trunc: float,
     class_index: int | None,
     noise_mode: str,
     batch: int,
     precision: str,
     device: str | None,
+    trunc: float = 1.0,
 ) -> Model:
     """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
     snapshot, where = open_network(network, device)

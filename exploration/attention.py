@@ -111,13 +111,15 @@ def recording(network: nn.Module, img_size: Grid) -> Iterator[list[BlockRecord]]
 def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
     """Run the synthesis once: the records of all blocks, and the images (n, C, H, W) in [-1, 1].
 
-    Raises UserError for a network without self-attention.
+    Raises UserError for a network without `SelfAttention`.
     """
     synthesis = model.G.synthesis
     with torch.no_grad(), execution.using(model.execution), recording(synthesis, model.G.img_shape[1:]) as records:
         img = synthesis(fill_up(ws).to(model.device), noise_mode=model.noise_mode)[: len(ws)]
     if not records:
-        raise UserError(f"{type(model.G).__name__} has no self-attention whose maps could be drawn")
+        raise UserError(
+            f"{type(model.G).__name__} has no attention whose maps could be drawn: that takes Styleformer blocks"
+        )
     return records, img
 
 

@@ -55,7 +55,9 @@ def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[Fully
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FullyConnected)
-        readers[int(args[0][0, 0])].append(module)
+        x = args[0]
+        if x.ndim == 2 and (x == x[0, 0]).all() and x[0, 0] in range(num_ws):
+            readers[int(x[0, 0])].append(module)
 
     modules = [m for m in network.modules() if isinstance(m, FullyConnected) and m.weight.shape[1] == w_dim]
     handles = [module.register_forward_pre_hook(note) for module in modules]

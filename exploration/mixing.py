@@ -27,7 +27,9 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
             chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
         else:
             names = ", ".join(["all", *(f"{name} ({spell(indices)})" for name, indices in groups.items())])
-            raise UserError(f"--styles={text}: {part!r} is no choice; this network has 0-{num_ws - 1}, or {names}")
+            raise UserError(
+                f"--styles={text}: {part!r} is no choice; this network has {spell(range(num_ws))}, or {names}"
+            )
     return tuple(sorted(chosen))
 
 

@@ -75,10 +75,11 @@ def features_towards(path: Path, device: torch.device) -> Towards:
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
     def towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
-        if not features(targets.clone().requires_grad_()).requires_grad:
+        with torch.enable_grad():  # of TorchScript, a result may carry a graph even without
+            goal = features(targets.clone().requires_grad_())
+        if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
-        with torch.no_grad():
-            goal = features(targets)
+        goal = goal.detach()
         unit = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
         return lambda img: (features(img) - goal).square().sum(dim=1) / unit
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,17 +46,18 @@ def readme_commands(script: str) -> list[list[str]]:
     return [command for command in commands if "..." not in command and command != ["--help"]]
 
 
-def load_make_reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_generated_reference_is_up_to_date() -> None:
-    reference = load_make_reference()
+    reference = load_script("make_reference")
     assert (ROOT / "docs" / "train-help.txt").read_text() == reference.train_help(), "run `make docs`"
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.configuration(), "run `make docs`"
 
@@ -152,6 +154,29 @@ def test_every_script_has_help(name: str) -> None:
     result = CliRunner().invoke(COMMANDS[name], ["--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_the_gallery_is_what_its_script_writes_and_small() -> None:
+    gallery = load_script("make_gallery")
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    (network,) = set(re.findall(r"--network=([\w./-]+)", text))
+    assert text == gallery.page(load_network(ROOT / network), network), "run docs/make_gallery.py"
+    pictures = {path.name: path.stat().st_size for path in (ROOT / "docs" / "gallery").iterdir()}
+    assert set(pictures) == set(re.findall(r"\(gallery/(.*?)\)", text))
+    assert sum(pictures.values()) <= gallery.MAX_BYTES
+
+
+def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One section of it, in another folder."""
+    gallery = load_script("make_gallery")
+    some = [
+        entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
+    ]
+    monkeypatch.setattr(gallery, "entries", lambda G: some)
+    result = CliRunner().invoke(gallery.main, [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"])
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "gallery").iterdir()] == ["mix-coarse.png"]
+    assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

@@ -212,6 +212,22 @@ def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Pat
     assert np.square(found / 255 - goal / 255).mean() < before / 2
 
 
+@pytest.mark.parametrize("mode", [1, 3, 4])
+def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_zip: Path, tmp_path: Path) -> None:
+    """An RGBA picture of another shape for a network of 1, 3 or 4 channels."""
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=mode)
+    program = script_program(tmp_path / "d.pt", SmallDetector(mode))
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 50, 4), np.uint8)).save(tmp_path / "x.png")
+    arguments = [f"--network={network}", f"--target={tmp_path / 'x.png'}", f"--detector={program}", "--num-steps=20"]
+    output = run_ok("project", *arguments, "--space=w+", f"--outdir={tmp_path}")
+    match = re.search(r"proj00: x.png, distance ([\d.]+) at the start, ([\d.]+) at the end", output)
+    assert match
+    assert float(match[2]) < float(match[1]) / 2
+    assert pixels(tmp_path / "proj00.png").shape == ((32, 32) if mode == 1 else (32, 32, mode))
+    with np.load(tmp_path / "projected_w.npz") as file:
+        assert not np.array_equal(file["w"][0, 0], file["w"][0, 1])
+
+
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     (tmp_path / "bad.png").write_text("no")
