@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dnnlib.cli
-from dnnlib.cli import IntRanges, option, switch
+from dnnlib.cli import FileOrURL, IntRanges, option, switch
 from dnnlib.config import UserError
+from legacy import load_network
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
-from training.snapshot import load_network
 
 # On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
 # all batches are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
@@ -81,7 +81,7 @@ def seed_images(
 
 
 @click.command(cls=dnnlib.cli.Script)
-@option("--network", required=True, type=click.Path(path_type=Path), help="Snapshot: network-snapshot-*.pkl.")
+@option("--network", required=True, type=FileOrURL(), help="Snapshot, network-snapshot-*.pkl; see docs/snapshots.md.")
 @option("--seeds", "--seed", required=True, type=IntRanges(), help="Seeds, e.g. 0-35,40; the same one, the same image.")
 @option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
 @option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average image.")
@@ -100,7 +100,7 @@ def seed_images(
 @switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(
-    network: Path,
+    network: Path | str,
     seeds: tuple[int, ...],
     outdir: Path,
     trunc: float,

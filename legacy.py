@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import training.snapshot
-from dnnlib.cli import Script
+from dnnlib.cli import FileOrURL, Script
 from dnnlib.config import ConfigError, UserError
+from dnnlib.download import is_url, open_url
 from torch_utils.pickles import PickledModule, is_pickle, read_pickle
 from training.augment import AugmentConfig
 from training.augment_stages import PIPES
@@ -51,8 +52,11 @@ class Foreign:
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or of an unknown kind."""
-    path = Path(path)
+    """Read a snapshot, ours or a foreign one, from a path or an address on the web.
+
+    Raises UserError naming the file when it is missing, damaged, or of an unknown kind.
+    """
+    path = local_file(path)
     if not is_foreign(path):
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
@@ -63,6 +67,11 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         for name, kind in kinds.items()
     }
     return Snapshot(**networks, config=config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
+
+
+def local_file(path: str | Path) -> Path:
+    """Return the path, or where the file behind an address is kept; it is fetched the first time."""
+    return open_url(str(path)) if is_url(path) else Path(path)
 
 
 def is_foreign(path: Path) -> bool:
@@ -546,8 +555,8 @@ def main() -> None:
 
 
 @main.command(cls=Script)
-@click.argument("file", type=click.Path(path_type=Path))
-def info(file: Path) -> None:
+@click.argument("file", type=FileOrURL())
+def info(file: Path | str) -> None:
     """Print what FILE, a snapshot, holds."""
     snapshot = load_network(file)
     click.echo(f"{file}: kimg {snapshot.kimg:g}, preset {snapshot.config.preset}")

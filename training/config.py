@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, from_json, override, within
+from dnnlib.config import ConfigError, from_json, override, to_json, within
 from training.augment import AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
@@ -19,6 +19,7 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config, default_channel_base
 from training.phases import AdamConfig
+from training.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -94,6 +95,7 @@ class TrainConfig:
     reduced_from: int = 0  # grids of this longer side and larger compute in `precision`
     allow_tf32: bool = False
     channels_last: bool | None = None  # None: with reduced precision on a GPU
+    origin: Origin = field(default_factory=Origin)  # recorded, not chosen: what the weights were at first
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -343,6 +345,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.detectors": (),
     "data.holdout": 0,
     "discriminator.cmap_dim": None,
+    "origin": Origin(),
 }
 # Those of one family of networks only.
 _FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
@@ -358,10 +361,10 @@ def read_config(data: Any) -> TrainConfig:
             part = data[parents[0]] if parents else data
             families = _FAMILIES_OF_ADDED.get(path)
             if families is None or part.get("family") in families:
-                part.setdefault(name, value)
+                part.setdefault(name, to_json(value) if is_dataclass(value) else value)
     return from_json(TrainConfig, data)
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:
-    """Whether two configurations compute the same steps, however long they run and report."""
-    return replace(old, run=new.run) == new
+    """Whether two configurations compute the same steps, however long they run, whatever they started from."""
+    return replace(old, run=new.run, origin=new.origin) == new

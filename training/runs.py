@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
+from dnnlib.download import is_url
 from dnnlib.util import write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from training.config import PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
 from training.dataset import ImageDataset
-from training.snapshot import copy_weights, load_network
+from training.snapshot import Snapshot
 from training.training_loop import Trainer
+from training.transfer import Origin, check_frozen, copy_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Request:
     @property
     def config(self) -> TrainConfig:
         """The configuration of a new run."""
-        return self.transfer if self.resume is not None and Path(self.resume).is_file() else self.plain
+        return self.transfer if _is_snapshot(self.resume) else self.plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +45,21 @@ class Start:
 
     config: TrainConfig
     run_dir: Path | None = None
-    snapshot: Path | None = None
+    snapshot: str | None = None
 
 
 def choose_start(request: Request) -> Start:
     """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
     new = Start(config=resolve(request.config, request.about))
-    if request.override and (request.resume is None or Path(request.resume).is_file()):
+    if request.override and (request.resume is None or _is_snapshot(request.resume)):
         raise UserError("--override: changes the options of a run that goes on; give --resume=latest or its folder")
     if request.resume is None:
         return new
     if request.resume == "latest":
         return _choose_latest(request) or new
+    if _is_snapshot(request.resume):
+        return replace(new, snapshot=request.resume)
     path = Path(request.resume)
-    if path.is_file():
-        return replace(new, snapshot=path)
     if not path.is_dir():
         raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a snapshot file")
     if not list_states(path):
@@ -69,6 +71,11 @@ def choose_start(request: Request) -> Start:
             f"  {_list_changes(path, request)}"
         )
     return start or _override(path, request)
+
+
+def _is_snapshot(resume: str | None) -> bool:
+    """Whether --resume names a snapshot to start from, here or on the web."""
+    return resume is not None and (is_url(resume) or Path(resume).is_file())
 
 
 def _choose_latest(request: Request) -> Start | None:
@@ -92,14 +99,15 @@ def _choose_latest(request: Request) -> Start | None:
 def _override(run_dir: Path, request: Request) -> Start:
     """Go on with a run under the requested options, whatever it was started with."""
     print(f"--override: going on with {run_dir} and changing\n  {_list_changes(run_dir, request)}", file=sys.stderr)
-    return Start(config=resolve(request.plain, request.about), run_dir=run_dir)
+    config = replace(resolve(request.plain, request.about), origin=_saved_config(run_dir).origin)
+    return Start(config=config, run_dir=run_dir)
 
 
 def _list_changes(run_dir: Path, request: Request) -> str:
     """The options in which a request differs from a saved run, one per line."""
     saved = _saved_config(run_dir)
     variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request, adopt=True)]
-    changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
+    changed = [line for line in min(variants, key=len, default=[]) if not line.startswith(("run.", "origin."))]
     return "\n  ".join(changed or ["nothing that computes"])
 
 
@@ -192,8 +200,8 @@ def _has_other_generator(config: TrainConfig) -> bool:
     return config.preset in PRESETS and type(PRESETS[config.preset].generator) is not type(config.generator)
 
 
-def load(trainer: Trainer, start: Start) -> str:
-    """Give the trainer the state that the run starts from; return what was done, for the log.
+def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]) -> str:
+    """Give the trainer the state that the run starts from, and its configuration where that is; return what was done.
 
     Raises UserError when that is damaged or does not fit.
     """
@@ -201,19 +209,32 @@ def load(trainer: Trainer, start: Start) -> str:
         path = load_latest(trainer, start.run_dir)
         return f"Resuming from {path} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
-        return _transfer(trainer, start.snapshot)
+        return _transfer(trainer, start.snapshot, load_network(start.snapshot))
     return "Starting from random weights"
 
 
-def _transfer(trainer: Trainer, path: Path) -> str:
+def _transfer(trainer: Trainer, name: str, snapshot: Snapshot) -> str:
     """Copy the weights of a snapshot, as far as they fit."""
-    snapshot = load_network(path)
-    lines = [f"Starting from {path} (kimg {snapshot.kimg:g}):"]
-    pairs = (("G", snapshot.G, trainer.G), ("D", snapshot.D, trainer.D), ("G_ema", snapshot.G_ema, trainer.ema.module))
-    for name, source, target in pairs:
-        if source is None:
-            raise UserError(f"--resume={path}: holds no {name}, as it was written for generation only")
-        lines += copy_weights(source, target, name)
+    if snapshot.G is None or snapshot.D is None:
+        raise UserError(f"--resume={name}: holds no G or no D, as it was written for generation only")
+    copied = {
+        "G": copy_weights(snapshot.G, trainer.G, "G"),
+        "D": copy_weights(snapshot.D, trainer.D, "D"),
+        "G_ema": copy_weights(snapshot.G_ema, trainer.ema.module, "G_ema"),
+    }
+    check_frozen(trainer.D, trainer.config.freeze_layers, copied["D"])
+    origin = Origin(
+        source=name,
+        kimg=snapshot.kimg,
+        copied_g=copied["G"].share,
+        copied_d=copied["D"].share,
+        copied_g_ema=copied["G_ema"].share,
+        partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
+        new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
+    )
+    trainer.config = replace(trainer.config, origin=origin)
+    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):"]
+    lines += [line for net, what in copied.items() for line in what.describe(net)]
     return "\n  ".join(lines)
 
 

@@ -101,29 +101,3 @@ def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: t
     except RuntimeError as error:
         raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
     return network.eval().requires_grad_(False).to(device)
-
-
-def copy_weights(source: nn.Module, target: nn.Module, name: str) -> list[str]:
-    """Copy every tensor that has the same name and shape, for transfer learning. Return lines that say what happened.
-
-    Raises UserError when less than half of the target's parameters are found: that snapshot does not fit.
-    """
-    old, new = source.state_dict(), target.state_dict()
-    loaded = [key for key, x in new.items() if key in old and old[key].shape == x.shape]
-    resized = [key for key, x in new.items() if key in old and old[key].shape != x.shape]
-    missing = [key for key in new if key not in old]
-    parameters = dict(target.named_parameters())
-    share = sum(parameters[key].numel() for key in loaded if key in parameters) / sum(
-        x.numel() for x in parameters.values()
-    )
-    if share < 0.5:
-        raise UserError(
-            f"{name}: only {share:.0%} of the parameters are in the snapshot; it was trained with another configuration"
-        )
-    with torch.no_grad():
-        for key in loaded:
-            new[key].copy_(old[key])
-    lines = [f"{name}: {len(loaded)} of {len(new)} tensors loaded ({share:.1%} of the parameters)"]
-    lines += [f"{name}: skipped {key}: shape {tuple(old[key].shape)}, here {tuple(new[key].shape)}" for key in resized]
-    lines += [f"{name}: skipped {key}: not in the snapshot" for key in missing]
-    return lines
