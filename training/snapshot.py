@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dnnlib.config import ConfigError, UserError, to_json
-from torch_utils.checkpoint import Migration, copy_to_cpu, read_file, write_file
+from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, write_file
 from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
@@ -78,11 +78,8 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
-    payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
-    try:
-        config = read_config(payload["config"])
-    except ConfigError as error:
-        raise UserError(f"{path}: its configuration cannot be read ({error})") from None
+    document, config = read_network(path)
+    payload = document["payload"]
     states = payload["networks"]
     kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
@@ -90,6 +87,15 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         for name, kind in kinds.items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+
+
+def read_network(path: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Return the content of a snapshot, as `read_document` does, and its configuration. Raises UserError."""
+    document = read_document(path, FORMAT, VERSION, MIGRATIONS)
+    try:
+        return document, read_config(document["payload"]["config"])
+    except ConfigError as error:
+        raise UserError(f"{path}: its configuration cannot be read ({error})") from None
 
 
 def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
