@@ -98,13 +98,15 @@ class Match:
 def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
     """Copy what fits from one network to the other.
 
-    Raises UserError when too little does: less than half of what both have a place for, not counting the mapping
-    networks, which nearly always fit, or less than a tenth of it all. The target is unchanged then.
+    Raises UserError for styles of another size, and when too little fits: less than half of what both have a place for,
+    not counting the mapping networks, which nearly always fit, or less than a tenth of it all. The target is unchanged
+    then.
     """
     matches = _match(source, target)
     sizes = {key: x.numel() for key, x in target.named_parameters()}
     copied = {key: match for key, match in matches.items() if match.part is not None}
     share = sum(match.count for key, match in copied.items() if key in sizes) / sum(sizes.values())
+    _check_styles(source, target, name)
     _check_enough(matches, sizes, f"{name}: only {share:.0%} of the parameters are in the snapshot")
     with torch.no_grad():
         for match in copied.values():
@@ -129,6 +131,13 @@ def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
             gain = gains.get(theirs, 1.0) / own_gains.get(key, 1.0)
             matches[key] = Match(place, old[theirs], new[key], gain, fit(old[theirs], new[key], sizes))
     return matches
+
+
+def _check_styles(source: Any, target: Any, name: str) -> None:
+    """Layers fit whatever the size of the style, but would all be driven by random ones."""
+    there, here = (getattr(network, "w_dim", None) for network in (source, target))
+    if there != here:
+        raise UserError(f"{name}: the snapshot has styles of {there} numbers, here they have {here}: --w-dim={there}")
 
 
 def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], problem: str) -> None:
