@@ -82,12 +82,21 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
         assert (tmp_path / "out" / "seed0035.png").exists()
 
 
-def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/snapshots.md"])
+def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     exec(code, scope)
     assert tuple(scope["img"].shape) == (4, 3, 32, 32)  # type: ignore[attr-defined]
+
+
+def test_the_readmes_info_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (command,) = readme_commands("legacy.py")
+    result = CliRunner().invoke(legacy.main, command)
+    assert result.exit_code == 0, result.output
+    assert "styleformer, 292,428 parameters" in result.output
 
 
 @pytest.mark.parametrize("script", COMMANDS)
