@@ -83,8 +83,6 @@ class MetricScript(Script):
     "--detector",
     "detectors",
     type=NameList(),
-    default=(),
-    show_default=False,
     metavar="FILE,...",
     help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2.",
 )
@@ -103,7 +101,7 @@ def main(
     context: click.Context,
     network: Path | str,
     names: tuple[str, ...] | None,
-    detectors: tuple[str, ...],
+    detectors: tuple[str, ...] | None,
     protocol: str,
     gpus: int,
     no_cache: bool,
@@ -119,7 +117,7 @@ def main(
     python calc_metrics.py --network=runs/00000-run --metrics=fid50k_full,kid50k_full --plot
     python calc_metrics.py --network=their-images.zip --data=data/mine.zip --metrics=fid10k_full
     """
-    setup = read_detectors(detectors, protocol)
+    setup = read_detectors(detectors or (), protocol)
     if names is None:
         names, why = default_metrics(setup)
         click.echo(f"No --metrics given; {why}", err=True)

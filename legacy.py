@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
 
 import training.snapshot
 from dnnlib.cli import FileOrURL, Script, option
-from dnnlib.config import to_json
+from dnnlib.config import UserError, to_json
 from dnnlib.download import is_url, open_url, sha256_of_file
 from metrics.registry import results_of
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
+from training.exchange import is_folder, load_folder, save_folder, save_snapshot
 from training.foreign import is_foreign, read_foreign
+from training.onnx_export import FixedNoise, export_onnx
 from training.snapshot import Snapshot, read_network, rebuild
+
+# What --format says, by the ending of --dest that means it; a name without one is a folder.
+FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Read a snapshot, ours or a foreign one, from a path or an address on the web.
+    """Read a snapshot, ours, a folder of safetensors or a foreign one, from a path or an address on the web.
 
     Raises UserError naming the file when it is missing, damaged, or of an unknown kind.
     """
     path = local_file(path)
+    if is_folder(path):
+        return load_folder(path, device)
     if not is_foreign(path):
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
@@ -46,7 +53,63 @@ def local_file(path: str | Path) -> Path:
 
 @click.group()
 def main() -> None:
-    """Say what a snapshot holds."""
+    """Say what a snapshot holds, and convert it."""
+
+
+@main.command(cls=Script)
+@option("--source", type=FileOrURL(), required=True, help="Snapshot, or its folder.")
+@option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="What to write; see above.")
+@option(
+    "--format",
+    "kind",
+    type=click.Choice([*FORMATS.values(), "hub"]),
+    help="hub: a folder for the Hugging Face Hub.  [default: by the name of --dest]",
+)
+@option("--noise-mode", type=click.Choice(get_args(FixedNoise)), help="Of ONNX graphs.  [default: const]")
+@option(
+    "--license", metavar="NAME", help="For the Hub: licence of the weights, such as cc-by-4.0.  [default: left open]"
+)
+def convert(
+    source: Path | str, dest: Path, kind: str | None, noise_mode: FixedNoise | None, license: str | None
+) -> None:
+    """Write a snapshot in another form. Nothing that exists is written over.
+
+    \b
+    --dest=NAME.pkl           a snapshot, from a folder
+    --dest=NAME               a folder of safetensors and config.json, without any loss
+    --dest=NAME.onnx          NAME-mapping.onnx and NAME-synthesis.onnx, of the averaged generator
+    --dest=NAME --format=hub  a folder to upload: averaged generator, model card, samples
+    """
+    kind = kind or kind_of(dest)
+    for name, value, of in (("--noise-mode", noise_mode, "onnx"), ("--license", license, "hub")):
+        if value is not None and kind != of:
+            raise UserError(f"{name}={value}: is for --format={of}, this is {kind}; leave it out")
+    snapshot = load_network(source)
+    if kind == "onnx":
+        for path in export_onnx(dest, snapshot, noise_mode or "const"):
+            click.echo(f"Written: {path}")
+        return
+    if kind == "snapshot":
+        save_snapshot(dest, snapshot)
+    elif kind == "safetensors":
+        save_folder(dest, snapshot)
+    else:
+        from training.hub import save_hub_folder  # which needs the package
+
+        save_hub_folder(dest, snapshot, license)
+    click.echo(f"Written: {dest}")
+    if kind == "hub":
+        click.echo(f"To upload it: hf upload NAME/MODEL {dest}")
+
+
+def kind_of(dest: Path) -> str:
+    """Return which form a name means. Raises UserError for one that means none."""
+    if dest.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"--dest={dest}: which form is that? .pkl is a snapshot, .onnx ONNX, a name without ending a folder of "
+            "safetensors; or give --format"
+        )
+    return FORMATS[dest.suffix.lower()]
 
 
 @main.command(cls=Script)
@@ -63,6 +126,8 @@ def info(file: Path | str, as_json: bool) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """Return what a snapshot holds, as plain values for JSON. Raises UserError."""
+    if is_folder(path):
+        raise UserError(f"{path}: a folder of safetensors, not a snapshot; its config.json says what is in it")
     sha256 = sha256_of_file(path) if path.is_file() else ""
     config, about = _describe_foreign(path) if is_foreign(path) else _describe_ours(path)
     names = about.pop("networks")

@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_utils.misc import tune_allocator
-from training.networks.discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
+from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 
-CONFIGS: dict[str, GeneratorConfig | StyleGAN2DiscriminatorConfig] = {
+CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "styleformer 32 px, layers 1,2,2": StyleformerConfig(layers=(1, 2, 2)),
     "styleformer 32 px, layers 1,3,3": StyleformerConfig(),
     "styleformer 64 px, linformer": StyleformerConfig(widths=(512, 256, 128, 64), layers=(1, 2, 1, 1), linformer=True),
@@ -33,19 +34,19 @@ CONFIGS: dict[str, GeneratorConfig | StyleGAN2DiscriminatorConfig] = {
 
 
 def random_pass(
-    config: GeneratorConfig | StyleGAN2DiscriminatorConfig, batch: int, device: str
+    config: GeneratorConfig | DiscriminatorConfig, batch: int, device: str
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network of a config on a device, and its forward pass on `batch` random inputs."""
     with torch.device(device):
-        network: Generator | StyleGAN2Discriminator = config.build()
-        if isinstance(network, StyleGAN2Discriminator):
+        network: Generator | Discriminator = config.build()
+        if isinstance(network, Discriminator):
             D, img = network, torch.randn(batch, *network.img_shape)
             return D, lambda: D(img, None)
         G, z = network, torch.randn(batch, network.z_dim)
         return G, lambda: G(z, None, noise_mode="random")
 
 
-def gflop_per_image(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> float:
+def gflop_per_image(config: GeneratorConfig | DiscriminatorConfig) -> float:
     """Multiplications and additions of the matrix products and convolutions in one forward pass."""
     _, forward = random_pass(config, 1, "meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

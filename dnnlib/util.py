@@ -1,14 +1,18 @@
-"""Small helpers without torch: durations as text, a log that goes to the screen and to a file."""
+"""Small helpers without torch: durations as text, files and folders, a log that goes to the screen and to a file."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import importlib
 import os
+import socket
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from dnnlib.config import UserError, WriteError
 
@@ -25,14 +29,36 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old content or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python, of torch or of the libraries below it, says that memory is not enough."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def append_line(path: Path, line: str) -> None:
@@ -42,6 +68,51 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+class FolderLock:
+    """Keeps a folder for this process, until it ends in whatever way or leaves the block.
+
+    A record lock (fcntl) on the file `.lock` in it: the kernel gives it back, processes that are forked do not inherit
+    it, and NFS knows it.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self) -> None:
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def acquire(self, folder: Path) -> None:
+        """Take the lock. Raises UserError naming the process that has it; warns where the file system has no locks."""
+        try:
+            self.file = (folder / self.NAME).open("a+")
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if self.file is None:
+                raise WriteError(f"{folder}: cannot be written ({error.strerror})") from None
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.file.seek(0)
+                raise UserError(
+                    f"{folder}: in use by another program ({self.file.read().strip() or 'unknown'}): stop that one or "
+                    "wait for its end; without --resume a new run starts beside it"
+                ) from None
+            print(
+                f"Warning: {folder}: this file system has no locks ({error.strerror}): see to it that no other program "
+                "goes on with this run",
+                file=sys.stderr,
+            )
+            return
+        with suppress(OSError):  # of a full disk; the lock holds all the same
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.file.flush()
 
 
 class TeeLog:

@@ -121,7 +121,7 @@ def test_auto_follows_resolution_and_gpus(
     assert resolved.loss.r1_gamma == pytest.approx(gamma)
     assert resolved.ema.kimg == pytest.approx(batch * 10 / 32)
     assert resolved.g_optimizer.lr == 0.0025
-    assert resolved.discriminator.channel_base == channel_base
+    assert to_json(resolved)["discriminator"]["channel_base"] == channel_base
     assert resolved.generator.img_size == (resolution, resolution)
 
 

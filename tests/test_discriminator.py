@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dnnlib.config import ConfigError
 from training.networks import DISCRIMINATORS, winograd
-from training.networks.discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 from training.networks.layers import Conv2d, MinibatchStd
 from training.networks.mapping import LabelMapping
+from training.networks.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]

@@ -35,9 +35,9 @@ import training.snapshot
 from dnnlib.config import UserError, from_json, to_json
 from training.config import TrainConfig
 from training.foreign import TRANSFORMS
-from training.networks.discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.snapshot import Snapshot, save_network
 
 Z, W, LAYERS = 5, 6, 2

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError, from_json, to_json
-from training.networks.discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.transfer import Origin, check_frozen, copy_weights, fit, places
 
 G32 = StyleformerConfig(z_dim=8, w_dim=8, widths=(24, 16, 8), layers=(1, 2, 1))

@@ -24,10 +24,10 @@ from training.augment import AugmentConfig
 from training.augment_stages import PIPES
 from training.config import TrainConfig
 from training.dataset import DatasetConfig
-from training.networks.discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
 
@@ -225,7 +225,7 @@ def _read_generator(module: PickledModule, name: str) -> Read:
     config, rename = read(synthesis, tensors, resolution, {**shared, "conv_clamp": clamp})
     for part in (mapping, synthesis, arguments):
         part.finish()
-    return Read(config=config, state=convert(config, tensors, rename, name), values=values)
+    return Read(config=config, state=convert_state(config, tensors, rename, name), values=values)
 
 
 def _read_mapping(arguments: Arguments, width: int) -> int:
@@ -402,10 +402,10 @@ def _read_discriminator(module: PickledModule) -> Read:
         name = re.sub(r"^blocks\.(\d+)", lambda match: f"b{config.grids[int(match[1])][0]}", name)
         return _rename_mapping(name)
 
-    return Read(config=config, state=convert(config, module.tensors(), rename, "D"), values=values)
+    return Read(config=config, state=convert_state(config, module.tensors(), rename, "D"), values=values)
 
 
-def convert(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
+def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
     """Return the state of the network of `config`. Raises UserError for tensors missing, unfit or left over."""
     with torch.device("meta"):
         wanted = config.build().state_dict()

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 from dnnlib.config import WriteError
 from dnnlib.util import append_line, format_time
 from torch_utils import distributed
-from torch_utils.images import save_grid, to_uint8
+from torch_utils.images import make_grid, save_image, to_uint8
 from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
-from training.saving import Saver, capture_snapshot
-from training.snapshot import write_network
+from training.loggers import Loggers
+from training.saving import Saver
 from training.training_loop import Trainer
 
 Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
@@ -51,8 +51,6 @@ class Progress:
                 if name.startswith("Skipped/"):
                     phase = name.partition("/")[2]
                     print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
-            if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
-                print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
@@ -79,18 +77,22 @@ class Progress:
 class ImageGrids:
     """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
 
-    def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
-        self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
+    def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
+        self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
         name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
         if trainer.tick.is_first:
-            with going_on():
-                save_grid(self._real_images(trainer), self.run_dir / "reals.png")
+            self._show("reals", self._real_images(trainer), self.run_dir / "reals.png", trainer)
+        self._show("fakes", self._generate(trainer), self.run_dir / name, trainer)
+
+    def _show(self, name: str, images: torch.Tensor, path: Path, trainer: Trainer) -> None:
+        grid = make_grid(images)
         with going_on():
-            save_grid(self._generate(trainer), self.run_dir / name)
+            save_image(grid, path)
+        self.loggers.add_picture(f"Images/{name}", grid, trainer.state.nimg)
 
     def _count(self, trainer: Trainer) -> int:
         """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""
@@ -151,21 +153,21 @@ class Requests:
 
 
 class Metrics:
-    """Evaluates the averaged generator, and keeps the best one so far as network-best-<metric>.pkl.
+    """Evaluates the averaged generator, and keeps the best one so far (Saver.keep_best).
 
     `schedule` says every how many ticks which metrics are due.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        saver: Saver,
         schedule: Sequence[tuple[int, Sequence[str]]],
         snapshot_ticks: int,
         evaluate: Evaluate,
-        board: TensorBoardLog | None,
+        loggers: Loggers,
     ) -> None:
-        self.run_dir, self.schedule, self.snapshot_ticks = run_dir, schedule, snapshot_ticks
-        self.evaluate, self.board = evaluate, board
+        self.saver, self.schedule, self.snapshot_ticks = saver, schedule, snapshot_ticks
+        self.evaluate, self.loggers = evaluate, loggers
 
     def __call__(self, trainer: Trainer) -> None:
         tick = trainer.tick
@@ -174,19 +176,19 @@ class Metrics:
         names = [name for every, names in self.schedule if tick.reached(every) for name in names]
         if not names:
             return
-        snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
+        if self.saver.run.keep_best:
+            trainer.check_replicas()
+        snapshot = self.saver.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
         is_written = tick.reached(self.snapshot_ticks)
         kimg = trainer.state.nimg / 1000
 
         def keep(metric: str) -> None:
-            best = self.run_dir / f"network-best-{metric}.pkl"
             with going_on():
-                write_network(best, capture_snapshot(trainer))
-                print(f"Best {metric} so far, kept as {best.name}", flush=True)
+                self.saver.keep_best(trainer, metric)
+                print(f"Best {metric} so far, kept as network-best-{metric}.pkl", flush=True)
 
         values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
-        if self.board:
-            self.board.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
+        self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
 
 
 class Overfitting:
@@ -263,26 +265,17 @@ class JsonLog:
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
-class TensorBoardLog:
-    """TensorBoard events, every tick. Needs the package tensorboard."""
+class Log:
+    """The same figures for TensorBoard, Weights & Biases (training/loggers.py), every tick."""
 
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir))
+    def __init__(self, loggers: Loggers) -> None:
+        self.loggers = loggers
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None:
             return
         means = {name: stat.mean for name, stat in trainer.tick.stats.items()}
-        self.add(trainer.tick.values | means, trainer.state.nimg)
-
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        """Write figures by name."""
-        with going_on():
-            for name, value in figures.items():
-                self.writer.add_scalar(name, value, nimg)
-            self.writer.flush()
+        self.loggers.add(trainer.tick.values | means, trainer.state.nimg)
 
 
 class Profile:

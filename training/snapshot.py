@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dnnlib.config import ConfigError, UserError, to_json
-from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, write_file
+from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
 from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
@@ -78,24 +78,37 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
-    document, config = read_network(path)
-    payload = document["payload"]
+    return restore_network(read_file(path, FORMAT, VERSION, MIGRATIONS), path, device)
+
+
+def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
+    config = config_in(payload, path)
     states = payload["networks"]
-    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
         name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in kinds.items()
+        for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
 
 
-def read_network(path: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """Return the content of a snapshot, as `read_document` does, and its configuration. Raises UserError."""
-    document = read_document(path, FORMAT, VERSION, MIGRATIONS)
+def config_in(payload: Mapping[str, Any], path: Path) -> TrainConfig:
+    """Return the configuration in the content of a snapshot. Raises UserError naming `path`."""
     try:
-        return document, read_config(document["payload"]["config"])
+        return read_config(payload["config"])
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
+
+
+def read_network(path: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Return all of a snapshot's file, as `read_document` does, and its configuration. Raises UserError."""
+    document = read_document(path, FORMAT, VERSION, MIGRATIONS)
+    return document, config_in(document["payload"], path)
+
+
+def network_configs(config: TrainConfig) -> dict[str, Any]:
+    """Return what builds each network that a snapshot can hold."""
+    return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
 
 
 def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:

@@ -245,12 +245,26 @@ class Trainer:
                 found.add_moments(report.moments)
 
         norm, is_bad = learner.gradients.reduce()
+        learner.clip(norm)
         learner.step(skip=is_bad)
         for name, value in report.split(learner.gradients.means):
             self.trackers[name](value, is_bad)
         found.add({f"Gradients/{phase.name}_norm": norm})
         self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
+
+    def rehearse(self) -> None:
+        """Compute every phase twice on this process alone, and throw the gradients away: to see what memory it takes.
+
+        The optimizers leave their steps out, but have their moments, and the data are loaded.
+        """
+        data = self._batches()
+        img, c = next(data)
+        x, y = img[: self.batch_gpu], c[: self.batch_gpu]
+        for phase in self.phases * 2:
+            with phase.learner.learning(), execution.using(self.execution):
+                self._accumulator(phase, x, y)(x, y)
+            phase.learner.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
@@ -265,7 +279,7 @@ class Trainer:
         """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
-        (terms.loss * (phase.interval * share)).backward()
+        (terms.loss * (phase.weight * share)).backward()
         means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)])
         phase.learner.gradients.means[: len(means)] += means * share
         return Report(
@@ -401,12 +415,12 @@ class Trainer:
         groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
         for group, chosen in zip(groups, settings, strict=True):
             group.update(chosen)
-        if self.config.augment.p is not None:
-            self.augment.p.fill_(self.config.augment.p)
+        if self.config.augment.constant_p is not None:
+            self.augment.p.fill_(self.config.augment.constant_p)
         return bool(payload["data_hash"] == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:
-    if config.batch_size is None or config.run.batch_gpu is None or config.precision is None:
+    if config.batch_size is None or not isinstance(config.run.batch_gpu, int) or config.precision is None:
         raise ConfigError("batch_size", config.batch_size, "not resolved")
     return config.batch_size, config.run.batch_gpu

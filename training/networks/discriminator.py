@@ -1,204 +1,80 @@
-"""The StyleGAN2 discriminator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
+"""What all discriminators share: the images and labels that they judge, and the projection onto labels."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
-from torch_utils.ops.upfirdn2d import downsample2d
-from training.networks import execution
-from training.networks.layers import (
-    Conv2d,
-    FullyConnected,
-    MinibatchStd,
-    check_labels,
-    require_at_least,
-    require_size,
-    resample_filter,
-)
-from training.networks.mapping import LabelMapping
-
-Architecture = Literal["orig", "skip", "resnet"]
+from dnnlib.config import field_names
+from training.networks.layers import check_labels, require_at_least, require_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleGAN2DiscriminatorConfig:
-    """A StyleGAN2 discriminator for images of `img_size` (height, width).
+class DiscriminatorConfig(ABC):
+    """The part of a discriminator's configuration that all families share: it judges images of `img_size`.
 
-    The grid is halved while both sides are even and larger than 4. A grid whose longer side is R has
-    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers` and
-    `cmap_dim`, the width of the label's projection (None: the channels of the smallest grid), matter with labels only.
-    `channel_base` 0 means "not chosen yet": such a config cannot be built.
+    A family adds its own fields. Some of them may be open, to be chosen from the data by `fit`; a configuration with
+    open fields cannot be built.
     """
 
     img_channels: int = 3
-    img_size: tuple[int, int] = (32, 32)
+    img_size: tuple[int, int] = (32, 32)  # (height, width)
     c_dim: int = 0
-    architecture: Architecture = "resnet"
-    channel_base: int = 32768
-    channel_max: int = 512
-    mapping_layers: int = 8
-    cmap_dim: int | None = None
-    mbstd_group_size: int = 4
-    conv_clamp: float | None = 256.0
+
+    OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "img_channels", "channel_max", "mapping_layers")
-        require_at_least(self, 0, "c_dim", "channel_base", "mbstd_group_size")
-        if self.cmap_dim is not None:
-            require_at_least(self, 1, "cmap_dim")
+        require_at_least(self, 1, "img_channels")
+        require_at_least(self, 0, "c_dim")
         require_size(self, "img_size")
-        if self.architecture not in get_args(Architecture):
-            raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
-        if self.conv_clamp is not None and self.conv_clamp <= 0:
-            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
-        if len(self.grids) == 1:
-            problem = "cannot be halved: both sides must be even and larger than 4, so resize the images"
-            raise ConfigError("img_size", self.img_size, problem)
-        if 0 < self.channel_base < max(self.img_size):
-            problem = f"leaves no channel at img_size={self.img_size}: must be at least {max(self.img_size)}"
-            raise ConfigError("channel_base", self.channel_base, problem)
+
+    @classmethod
+    def in_place_of(cls, other: DiscriminatorConfig) -> Self:
+        """Return this family with the shared fields of `other`, and open where it can be."""
+        return cls(**{name: getattr(other, name) for name in field_names(DiscriminatorConfig)}, **cls.OPEN)
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) at every level, from the image down to the epilogue."""
-        height, width = self.img_size
-        grids = [(height, width)]
-        while height % 2 == 0 and width % 2 == 0 and min(height, width) > 4:
-            height, width = height // 2, width // 2
-            grids.append((height, width))
-        return tuple(grids)
+    def group_size(self) -> int:
+        """How many images of a batch are compared with each other; 0 where each is judged alone."""
+        return 0
 
-    def num_channels(self, grid: tuple[int, int]) -> int:
-        """How many channels a grid of this size has."""
-        return min(self.channel_base // max(grid), self.channel_max)
+    def fit(self, height: int, width: int) -> Self:
+        """Return the configuration for images of this size, with all that is open chosen.
 
-    def build(self) -> StyleGAN2Discriminator:
-        """A discriminator with weights from torch's global random generator."""
-        if not self.channel_base:
-            raise ConfigError("channel_base", self.channel_base, "not chosen yet")
-        return StyleGAN2Discriminator(self)
+        Raises ConfigError, naming what would fit, when this discriminator cannot judge them.
+        """
+        return replace(self, img_size=(height, width))
+
+    @abstractmethod
+    def build(self) -> Discriminator:
+        """A discriminator with weights from torch's global generator. Raises ConfigError while fields are open."""
 
 
-class FromRGB(Conv2d):
-    """The convolution that reads the image on one grid."""
+class Discriminator(nn.Module, ABC):
+    """Images (B, C, H, W) and labels (B, c_dim), or None without labels -> logits (B, 1): high for real ones."""
 
-    def __init__(
-        self, config: StyleGAN2DiscriminatorConfig, grid: tuple[int, int], channels: int, clamp: float | None
-    ) -> None:
-        super().__init__(config.img_channels, channels, 1, activation="lrelu", clamp=clamp)
-        self.place = "{}x{}".format(*grid)
-
-
-class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions that halve the grid; for 'resnet' a filtered linear shortcut around them.
-
-    Both branches of the sum carry sqrt(1/2), which keeps its variance.
-    """
-
-    def __init__(
-        self, config: StyleGAN2DiscriminatorConfig, grid: tuple[int, int], channels: int, out_channels: int
-    ) -> None:
-        super().__init__()
-        self.place = "{}x{}".format(*grid)
-        clamp = config.conv_clamp
-        gain = math.sqrt(0.5) if config.architecture == "resnet" else 1.0
-        self.conv0 = Conv2d(channels, channels, 3, activation="lrelu", clamp=clamp)
-        self.conv1 = Conv2d(channels, out_channels, 3, down=2, activation="lrelu", gain=gain, clamp=clamp)
-        self.skip = None
-        if config.architecture == "resnet":
-            self.skip = Conv2d(channels, out_channels, 1, down=2, bias=False, gain=gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C_out, H/2, W/2)."""
-        x = execution.cast(x, (x.shape[2], x.shape[3]))
-        y: Tensor = self.conv1(self.conv0(x))
-        return y if self.skip is None else y + self.skip(x)
-
-
-class DiscriminatorEpilogue(nn.Module):
-    """Minibatch-std and the last layers, from the smallest grid to (B, out_dim)."""
-
-    def __init__(self, config: StyleGAN2DiscriminatorConfig, out_dim: int) -> None:
-        super().__init__()
-        grid = config.grids[-1]
-        C = config.num_channels(grid)
-        self.mbstd = MinibatchStd(config.mbstd_group_size) if config.mbstd_group_size else None
-        extra = 0 if self.mbstd is None else 1
-        self.conv = Conv2d(C + extra, C, 3, activation="lrelu", clamp=config.conv_clamp)
-        self.fc = FullyConnected(C * math.prod(grid), C, activation="lrelu")
-        self.out = FullyConnected(C, out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mbstd is not None:
-            x = self.mbstd(x)  # (B, C+1, h, w)
-        x = self.conv(x).flatten(1)  # (B, C h w)
-        out: Tensor = self.out(self.fc(x))  # (B, out_dim)
-        return out
-
-
-class StyleGAN2Discriminator(nn.Module):
-    """Images (B, C, H, W) and labels (B, c_dim), or None without labels -> logits (B, 1).
-
-    With labels it is a projection discriminator: logit = sum_j out_j map(c)_j / sqrt(dim). fromRGB is read at the
-    image's resolution, for 'skip' at every resolution of an image pyramid, including the epilogue's.
-    """
-
-    resample_filter: Tensor
-
-    def __init__(self, config: StyleGAN2DiscriminatorConfig) -> None:
+    def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.c_dim = config.c_dim
         self.img_shape = (config.img_channels, *config.img_size)
-        self.is_skip = config.architecture == "skip"
-        channels = [config.num_channels(grid) for grid in config.grids]
-        clamps = [config.conv_clamp] * (len(channels) - 1) + [None]  # the epilogue's fromRGB has no clamp
-        num_inputs = len(channels) if self.is_skip else 1
-        self.fromrgb = nn.ModuleList(
-            FromRGB(config, grid, C, clamp)
-            for grid, C, clamp in zip(config.grids[:num_inputs], channels, clamps, strict=False)
-        )
-        self.blocks = nn.ModuleList(
-            DiscriminatorBlock(config, grid, C, C_out)
-            for grid, (C, C_out) in zip(config.grids, itertools.pairwise(channels), strict=False)
-        )
-        self.cmap_dim = config.cmap_dim or channels[-1]
-        self.epilogue = DiscriminatorEpilogue(config, self.cmap_dim if config.c_dim else 1)
-        self.mapping = None
-        if config.c_dim:
-            self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=self.cmap_dim, num_layers=config.mapping_layers)
-        self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
-    def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
-        """Raises ValueError when the shape of img or c does not fit."""
+    def check_inputs(self, img: Tensor, c: Tensor | None) -> None:
+        """Raise ValueError when the shape of img or c does not fit."""
         if tuple(img.shape[1:]) != self.img_shape:
             needed = ", ".join(map(str, self.img_shape))
             raise ValueError(f"images have shape {tuple(img.shape)}, this network needs (batch, {needed})")
         check_labels(c, self.c_dim, len(img))
 
-        x: Tensor = self.fromrgb[0](execution.cast(img, (img.shape[2], img.shape[3])))  # (B, ch, H, W)
-        for level, block in enumerate(self.blocks, start=1):
-            x = execution.run_block(block, x)  # (B, ch, H/2^level, W/2^level)
-            if self.is_skip:
-                img = downsample2d(img, self.resample_filter)
-                small = execution.cast(img, (img.shape[2], img.shape[3]))
-                x = x.to(small.dtype) + self.fromrgb[level](small)
-
-        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, cmap_dim)
-        if self.mapping is not None:
-            logits = (logits * self.mapping(c)).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
-        return logits
-
+    @abstractmethod
     def layers_from_image(self) -> list[nn.Module]:
-        """The layers in the order in which Freeze-D (Mo et al. 2020) freezes them; the epilogue is not among them."""
-        layers: list[nn.Module] = []
-        for level, block in enumerate(self.blocks):
-            if level < len(self.fromrgb):
-                layers.append(self.fromrgb[level])
-            layers.extend(block.children())  # conv0, conv1, skip
-        return layers
+        """The layers in the order in which Freeze-D (Mo et al. 2020) freezes them; the last ones are not among them."""
+
+
+def project(out: Tensor, embedding: Tensor) -> Tensor:
+    """sum_j out_j embedding_j / sqrt(dim): (B, dim) twice -> logits (B, 1) (Miyato & Koyama 2018)."""
+    return (out * embedding).sum(dim=1, keepdim=True) / math.sqrt(out.shape[1])
