@@ -128,8 +128,8 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what a snapshot holds, as plain values for JSON. Raises UserError."""
     if is_folder(path):
         raise UserError(f"{path}: a folder of safetensors, not a snapshot; its config.json says what is in it")
-    sha256 = sha256_of_file(path) if path.is_file() else ""
     config, about = _describe_foreign(path) if is_foreign(path) else _describe_ours(path)
+    sha256 = sha256_of_file(path)
     names = about.pop("networks")
     return {
         "file": str(path),

@@ -50,8 +50,11 @@ def is_foreign(path: Path) -> bool:
     """Whether a file is a pickle, and so none of ours. Raises UserError for a page of HTML."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if re.match(rb"\s*<(!doctype html|html)", start, re.IGNORECASE):
         raise UserError(f"{path}: a page of HTML, not a snapshot; was it saved in place of a download?")
     return is_pickle(path)
