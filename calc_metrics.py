@@ -10,9 +10,10 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.cli import NameList, Script, config_values, option, switch
+from dnnlib.cli import FileOrURL, NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, WriteError, override
-from dnnlib.download import cache_dir
+from dnnlib.download import cache_dir, is_url
+from legacy import load_network, local_file
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
@@ -30,7 +31,7 @@ from metrics.sampling import MetricContext
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
-from training.snapshot import Snapshot, load_network
+from training.snapshot import Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Job:
     """What to compute; `changes` are config paths and values that replace those of the snapshot's configuration."""
 
     network: Path
+    folder: Path | None  # for lines of JSON and plots
     changes: dict[str, Any]
     metric_names: tuple[str, ...]
     setup: DetectorSetup
@@ -69,8 +71,8 @@ class MetricScript(Script):
 @click.command(cls=MetricScript, context_settings={"max_content_width": 110, "show_default": True})
 @option(
     "--network",
-    metavar="PKL|RUN|IMAGES",
-    type=click.Path(path_type=Path),
+    metavar="PKL|URL|RUN|IMAGES",
+    type=FileOrURL(),
     required=True,
     help="Snapshot; folder of a run, for all its snapshots; or zip or folder of images made by other means.",
 )
@@ -97,7 +99,7 @@ class MetricScript(Script):
 @click.pass_context
 def main(
     context: click.Context,
-    network: Path,
+    network: Path | str,
     names: tuple[str, ...] | None,
     detectors: tuple[str, ...] | None,
     protocol: str,
@@ -107,8 +109,8 @@ def main(
 ) -> None:
     """Compute metrics of a network snapshot against its data.
 
-    Each result is one line of JSON on stdout, appended to metric-<name>.jsonl beside the snapshot; a table follows on
-    stderr.
+    Each result is one line of JSON on stdout, appended to metric-<name>.jsonl beside the snapshot, if that is a file
+    here; a table follows on stderr.
 
     \b
     python calc_metrics.py --network=runs/00000-run/network-snapshot-000200.pkl --metrics=swd5k
@@ -122,9 +124,13 @@ def main(
     names = tuple(resolve(names, setup))
     if not names:
         raise UserError("--metrics names nothing to compute; leave it out for the default")
-    subjects = list_subjects(network)
+    path = local_file(network)
+    subjects = list_subjects(path)
+    folder = None if is_url(network) else path if subjects and path.is_dir() else path.parent
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
+    if options["plot"] and folder is None:
+        raise UserError("--plot: draws beside the snapshot, which an address has no place for; fetch it to a folder")
     if options["plot"]:
         check_plot(with_kimg=subjects is not None)
     for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
@@ -135,7 +141,8 @@ def main(
     options.pop("data")
     options.pop("mirror")
     job = Job(
-        network=network,
+        network=path,
+        folder=folder,
         changes=config_values(context),
         metric_names=names,
         setup=setup,
@@ -167,7 +174,6 @@ def run(job: Job) -> None:
     tune_allocator()
     device = distributed.choose_device(job.device)
     subjects = list_subjects(job.network)
-    folder = job.network if subjects and job.network.is_dir() else job.network.parent
     records, is_complete = [], True
     for record in measure_images(job, device) if subjects is None else measure_snapshots(job, subjects, device):
         if isinstance(record, UserError):
@@ -181,14 +187,15 @@ def run(job: Job) -> None:
             for warning in record["warnings"]:
                 click.echo(f"Warning: {record['metric']}: {warning}", err=True)
             try:
-                append_result(folder, record)
+                if job.folder:
+                    append_result(job.folder, record)
             except WriteError as error:
                 click.echo(f"Warning: {error}", err=True)
                 is_complete = False
     if distributed.is_main():
         click.echo(to_table(records), err=True)
-        if job.plot:
-            for path in plot_records(records, folder):
+        if job.plot and job.folder:
+            for path in plot_records(records, job.folder):
                 click.echo(f"Drawn: {path}", err=True)
     if not distributed.from_main(lambda: is_complete):
         raise SystemExit(1)

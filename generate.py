@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib.cli import DefaultGroup, IntRanges, NameList, Script, option, switch, with_options
+from dnnlib.cli import DefaultGroup, FileOrURL, IntRanges, NameList, Script, option, switch, with_options
 from dnnlib.config import UserError
 from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
 from exploration.directions import (
@@ -45,6 +45,7 @@ from exploration.morphing import (
 from exploration.projection import ProjectionConfig, Towards, pixels_towards, project, read_targets
 from exploration.sheets import enlarged, sheet, to_rgb
 from exploration.video import check_encoder, open_video
+from legacy import load_network
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
@@ -52,7 +53,7 @@ from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
-from training.snapshot import Snapshot, load_network
+from training.snapshot import Snapshot
 
 
 class GridSize(click.ParamType):
@@ -114,7 +115,7 @@ def seed_images(
     return to_uint8(img[: len(seeds)])
 
 
-NETWORK = option("--network", required=True, type=click.Path(path_type=Path), help="Snapshot: network-snapshot-*.pkl.")
+NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its address.")
 OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 TRUNC = option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average.")
 CLASS = option("--class", "class_index", type=int, help="Class of a conditional network.")
@@ -155,7 +156,7 @@ def main() -> None:
 @switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
 @DEVICE
 def images(
-    network: Path,
+    network: Path | str,
     seeds: tuple[int, ...] | None,
     projected_w: Path | None,
     outdir: Path,
@@ -594,7 +595,7 @@ def save_pixels(pixels: np.ndarray, path: Path) -> None:
     save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
-def open_network(network: Path, device: str | None) -> tuple[Snapshot, torch.device]:
+def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
     """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
     tune_allocator()
     where = distributed.choose_device(device)
@@ -607,7 +608,7 @@ def open_network(network: Path, device: str | None) -> tuple[Snapshot, torch.dev
 
 def open_model(
     *,
-    network: Path,
+    network: Path | str,
     class_index: int | None,
     noise_mode: str,
     batch: int,

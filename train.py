@@ -13,10 +13,11 @@ import click
 import torch
 
 import dnnlib.cli
+import legacy
 import metrics.registry
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.download import cache_dir
+from dnnlib.download import cache_dir, is_url, open_url
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
@@ -57,7 +58,7 @@ OPTIONS = (
     option("--cfg", field=None, type=click.Choice(list(PRESETS)), default="auto", show_default=True, help="Preset."),
     option("--gpus", field="run.num_gpus", type=int, metavar="INT", help="Processes on this machine, one per GPU. [1]"),
     option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
-    option("--resume", field=None, metavar="latest|DIR|PT|PKL",
+    option("--resume", field=None, metavar="latest|DIR|PT|PKL|URL",
            help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
                 "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
@@ -293,6 +294,8 @@ def main(context: click.Context, **options: Any) -> None:
         if is_first:
             _print_plan(config, dataset)
         return
+    if is_url(options["resume"]):
+        open_url(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
 
 
@@ -320,7 +323,8 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     config = start.config
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
-        origin = runs.load(trainer, start)
+        origin = runs.load(trainer, start, legacy.load_network)
+        start = replace(start, config=trainer.config)
         trainer.synchronise()
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)

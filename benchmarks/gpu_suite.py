@@ -5,8 +5,8 @@
 Runs the tests marked `gpu`, the benchmarks, and a short training with the README's options; measures its snapshots.
 A part that fails or runs out of time is recorded and does not stop the others. Writes results.json, summary.md (tables
 for docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's lines.
-With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset it trains
-that preset instead, for longer, and measures nothing else: this is how families are compared.
+With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset it
+trains that preset instead and measures nothing else: this is how families are compared.
 """
 
 from __future__ import annotations

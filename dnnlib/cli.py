@@ -6,11 +6,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from dnnlib.config import ConfigError, UserError
+from dnnlib.download import is_url
 from dnnlib.util import describe_error, is_out_of_memory
 
 # Decorators of click are untyped functions over functions.
@@ -158,6 +160,15 @@ class FiniteFloat(click.types.FloatParamType):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+class FileOrURL(click.ParamType):
+    """The path of a file or folder, or an address on the web, which stays text."""
+
+    name = "PATH|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        return value if isinstance(value, Path) or is_url(value) else Path(value)
 
 
 class IntList(click.ParamType):

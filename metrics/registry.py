@@ -315,6 +315,12 @@ def result_to_json(
     }
 
 
+def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
+    """Return the records of a snapshot, oldest first, from the files metric-<name>.jsonl beside it."""
+    records = [record for path in sorted(snapshot.parent.glob("metric-*.jsonl")) for record in _read_records(path)]
+    return [record for record in records if record.get("snapshot_sha256") == sha256]
+
+
 def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> bool:
     """Whether a record is better than all that it compares with in metric-<name>.jsonl of `folder`.
 

@@ -106,12 +106,21 @@ def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch:
         exec(code, {})
 
 
-def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/snapshots.md"])
+def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     exec(code, scope)
     assert tuple(scope["img"].shape) == (4, 3, 32, 32)  # type: ignore[attr-defined]
+
+
+def test_the_readmes_info_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (command,) = [command for command in readme_commands("legacy.py") if command[0] == "info"]
+    result = CliRunner().invoke(legacy.main, command)
+    assert result.exit_code == 0, result.output
+    assert "styleformer, 292,428 parameters" in result.output
 
 
 def test_the_commands_and_the_python_of_the_page_on_exchange_run(

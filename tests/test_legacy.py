@@ -34,6 +34,7 @@ import legacy
 import training.snapshot
 from dnnlib.config import UserError, from_json, to_json
 from training.config import TrainConfig
+from training.foreign import TRANSFORMS
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -269,7 +270,7 @@ def whole(tmp_path: Path) -> Path:
     config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
     D = module("Discriminator", discriminator_tensors(config), **kwargs, channel_base=48, channel_max=8)
-    transforms = [name for group in ("blit", "geom", "color") for name in legacy.TRANSFORMS[group]]
+    transforms = [name for group in ("blit", "geom", "color") for name in TRANSFORMS[group]]
     augment = module("AugmentPipe", {"p": torch.tensor(0.25)}, (), **dict.fromkeys(transforms, 1))
     content = {"G": generator_module(), "D": D, "G_ema": generator_module(), "augment_pipe": augment}
     return write(tmp_path / "network-snapshot-000120.pkl", content)

@@ -171,8 +171,8 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
     source = run_dirs(tmp_path / "a")[0] / "network-snapshot-000000.pkl"
     arguments = [f"--outdir={tmp_path / 'b'}", f"--data={shapes_zip}", *SHORT, "--kimg=0.016", f"--resume={source}"]
     output = run_ok(*arguments, "--cond")
-    assert "not in the snapshot" in output  # the label embedding is new
-    assert "G: skipped mapping.embed.weight" in output
+    assert "G: new: mapping.embed.weight" in output
+    assert "G: copied in part: mapping.layers.0.weight" in output  # it reads the label too
     (run_dir,) = run_dirs(tmp_path / "b")
     options = json.loads((run_dir / "training_options.json").read_text())
     assert options["augment"]["ada_kimg"] == 100

@@ -142,6 +142,12 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
 
 def read_file(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
     """Return the payload of a file on the CPU, upgraded to `version`. Raises UserError naming the file otherwise."""
+    payload: dict[str, Any] = read_document(path, file_format, version, migrations)["payload"]
+    return payload
+
+
+def read_document(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
+    """Return the payload and, as they were written, format, version, project version and checksum of the file."""
     document = _read_document(path)
     if not isinstance(document, dict) or not {"format", "version", "sha256", "payload"} <= document.keys():
         raise UserError(f"{path}: not a file of this project")
@@ -157,7 +163,7 @@ def read_file(path: Path, file_format: str, version: int, migrations: Mapping[in
     payload: dict[str, Any] = document["payload"]
     for old in range(document["version"], version):
         payload = migrations[old](payload)
-    return payload
+    return {**document, "payload": payload}
 
 
 def _read_document(path: Path) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from dnnlib.config import ConfigError, field_names, from_json, override, within
+from dnnlib.config import ConfigError, field_names, from_json, override, to_json, within
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY
@@ -23,6 +23,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 from training.networks.transgan import TransGANConfig
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
+from training.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
@@ -107,6 +108,7 @@ class TrainConfig:
     reduced_from: int = 0  # grids of this longer side and larger compute in `precision`
     allow_tf32: bool = False
     channels_last: bool | None = None  # None: with reduced precision on a GPU
+    origin: Origin = field(default_factory=Origin)  # recorded, not chosen: what the weights were at first
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -521,6 +523,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
+    "origin": Origin(),
 }
 
 
@@ -532,7 +535,7 @@ def read_config(data: Any) -> TrainConfig:
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
             if isinstance(part, dict) and (not parents or _has_field(parents[0], part, name)):
-                part.setdefault(name, value)
+                part.setdefault(name, to_json(value) if is_dataclass(value) else value)
     return from_json(TrainConfig, data)
 
 
@@ -543,5 +546,5 @@ def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:
-    """Whether two configurations compute the same steps, however long they run and report."""
-    return replace(old, run=new.run) == new
+    """Whether two configurations compute the same steps, however long they run, whatever they started from."""
+    return replace(old, run=new.run, origin=new.origin) == new

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
+from dnnlib.download import is_url
 from dnnlib.util import FolderLock, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
 from training.dataset import ImageDataset
-from training.snapshot import copy_weights, load_network
+from training.snapshot import Snapshot
 from training.training_loop import Trainer
+from training.transfer import Origin, check_frozen, copy_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,10 @@ class Request:
 
     @property
     def transfers(self) -> bool:
-        """Whether a run starts from the weights of a snapshot: --resume is a file, and not a training state."""
-        return self.resume is not None and Path(self.resume).is_file() and Path(self.resume).suffix != ".pt"
+        """Whether a run starts from the weights of a snapshot: an address, or a file that is no training state."""
+        if self.resume is None or is_url(self.resume):
+            return self.resume is not None
+        return Path(self.resume).is_file() and Path(self.resume).suffix != ".pt"
 
     @property
     def config(self) -> TrainConfig:
@@ -49,7 +53,7 @@ class Start:
     config: TrainConfig
     run_dir: Path | None = None
     state: Path | None = None
-    snapshot: Path | None = None
+    snapshot: str | None = None  # a path or an address
     is_to_fit: bool = False  # whether the micro-batch is to be found (rehearsal.py)
 
 
@@ -83,7 +87,7 @@ def _choose_start(request: Request) -> Start:
         return _choose_latest(request) or new
     path = Path(request.resume)
     if request.transfers:
-        return replace(new, snapshot=path)
+        return replace(new, snapshot=request.resume)
     if path.is_file():
         return _choose_named(path, _config_in(path), request)
     if not path.is_dir():
@@ -141,13 +145,13 @@ def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
 def _override(path: Path, saved: TrainConfig, request: Request) -> Start:
     """Go on with a run, or from a training state, under the requested options, whatever it was started with."""
     print(f"--override: going on with {path} and changing\n  {_list_changes(saved, request)}", file=sys.stderr)
-    return _start_at(path, resolve(request.plain, request.about))
+    return _start_at(path, replace(resolve(request.plain, request.about), origin=saved.origin))
 
 
 def _list_changes(saved: TrainConfig, request: Request) -> str:
     """The options in which a request differs from a saved run, one per line."""
     variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request, adopt=True)]
-    changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
+    changed = [line for line in min(variants, key=len, default=[]) if not line.startswith(("run.", "origin."))]
     return "\n  ".join(changed or ["nothing that computes"])
 
 
@@ -235,8 +239,8 @@ def _departures(config: TrainConfig) -> list[str]:
     return [prefix + new[part][name] for (part, name), prefix in paths if new[part][name] != old[part][name]]
 
 
-def load(trainer: Trainer, start: Start) -> str:
-    """Give the trainer the state that the run starts from; return what was done, for the log.
+def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]) -> str:
+    """Give the trainer the state that the run starts from, and its configuration where that is; return what was done.
 
     Raises UserError when that is damaged or does not fit.
     """
@@ -247,19 +251,32 @@ def load(trainer: Trainer, start: Start) -> str:
         _resume(trainer, start.state)
         return f"Starting from {start.state} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
-        return _transfer(trainer, start.snapshot)
+        return _transfer(trainer, start.snapshot, load_network(start.snapshot))
     return "Starting from random weights"
 
 
-def _transfer(trainer: Trainer, path: Path) -> str:
+def _transfer(trainer: Trainer, name: str, snapshot: Snapshot) -> str:
     """Copy the weights of a snapshot, as far as they fit."""
-    snapshot = load_network(path)
-    lines = [f"Starting from {path} (kimg {snapshot.kimg:g}):"]
-    pairs = (("G", snapshot.G, trainer.G), ("D", snapshot.D, trainer.D), ("G_ema", snapshot.G_ema, trainer.ema.module))
-    for name, source, target in pairs:
-        if source is None:
-            raise UserError(f"--resume={path}: holds no {name}, as it was written for generation only")
-        lines += copy_weights(source, target, name)
+    if snapshot.G is None or snapshot.D is None:
+        raise UserError(f"--resume={name}: holds no G or no D, as it was written for generation only")
+    copied = {
+        "G": copy_weights(snapshot.G, trainer.G, "G"),
+        "D": copy_weights(snapshot.D, trainer.D, "D"),
+        "G_ema": copy_weights(snapshot.G_ema, trainer.ema.module, "G_ema"),
+    }
+    check_frozen(trainer.D, trainer.config.freeze_layers, copied["D"])
+    origin = Origin(
+        source=name,
+        kimg=snapshot.kimg,
+        copied_g=copied["G"].share,
+        copied_d=copied["D"].share,
+        copied_g_ema=copied["G_ema"].share,
+        partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
+        new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
+    )
+    trainer.config = replace(trainer.config, origin=origin)
+    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):"]
+    lines += [line for net, what in copied.items() for line in what.describe(net)]
     return "\n  ".join(lines)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dnnlib.config import ConfigError, UserError, to_json
-from torch_utils.checkpoint import Migration, copy_to_cpu, read_file, write_file
+from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
 from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
@@ -83,16 +83,27 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
-    try:
-        config = read_config(payload["config"])
-    except ConfigError as error:
-        raise UserError(f"{path}: its configuration cannot be read ({error})") from None
+    config = config_in(payload, path)
     states = payload["networks"]
     networks = {
         name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+
+
+def config_in(payload: Mapping[str, Any], path: Path) -> TrainConfig:
+    """Return the configuration in the content of a snapshot. Raises UserError naming `path`."""
+    try:
+        return read_config(payload["config"])
+    except ConfigError as error:
+        raise UserError(f"{path}: its configuration cannot be read ({error})") from None
+
+
+def read_network(path: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Return all of a snapshot's file, as `read_document` does, and its configuration. Raises UserError."""
+    document = read_document(path, FORMAT, VERSION, MIGRATIONS)
+    return document, config_in(document["payload"], path)
 
 
 def network_configs(config: TrainConfig) -> dict[str, Any]:
@@ -109,29 +120,3 @@ def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: t
     except RuntimeError as error:
         raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
     return network.eval().requires_grad_(False).to(device)
-
-
-def copy_weights(source: nn.Module, target: nn.Module, name: str) -> list[str]:
-    """Copy every tensor that has the same name and shape, for transfer learning. Return lines that say what happened.
-
-    Raises UserError when less than half of the target's parameters are found: that snapshot does not fit.
-    """
-    old, new = source.state_dict(), target.state_dict()
-    loaded = [key for key, x in new.items() if key in old and old[key].shape == x.shape]
-    resized = [key for key, x in new.items() if key in old and old[key].shape != x.shape]
-    missing = [key for key in new if key not in old]
-    parameters = dict(target.named_parameters())
-    share = sum(parameters[key].numel() for key in loaded if key in parameters) / sum(
-        x.numel() for x in parameters.values()
-    )
-    if share < 0.5:
-        raise UserError(
-            f"{name}: only {share:.0%} of the parameters are in the snapshot; it was trained with another configuration"
-        )
-    with torch.no_grad():
-        for key in loaded:
-            new[key].copy_(old[key])
-    lines = [f"{name}: {len(loaded)} of {len(new)} tensors loaded ({share:.1%} of the parameters)"]
-    lines += [f"{name}: skipped {key}: shape {tuple(old[key].shape)}, here {tuple(new[key].shape)}" for key in resized]
-    lines += [f"{name}: skipped {key}: not in the snapshot" for key in missing]
-    return lines

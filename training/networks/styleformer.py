@@ -325,6 +325,7 @@ class Stage(nn.Module):
         super().__init__()
         self.is_last = index + 1 == len(config.widths)
         self.grid = config.grids[index]
+        self.place = "{}x{}".format(*self.grid)
         width = config.widths[index]
         out_width = width if self.is_last else config.widths[index + 1]  # the last block already changes the width
         num_blocks = config.layers[index]

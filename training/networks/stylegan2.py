@@ -159,6 +159,7 @@ class ModulatedConv(nn.Module):
     ) -> None:
         super().__init__()
         self.up = up
+        self.place = "up" if up == 2 else "same"
         self.gain = ACTIVATION_GAINS["lrelu"] * gain
         self.clamp = None if config.conv_clamp is None else config.conv_clamp * gain
         self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1.0)
@@ -243,6 +244,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
+        self.place = "{}x{}".format(*grid)
         self.shortcut = None
         layers = []
         gain = 1.0

@@ -87,14 +87,27 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
         return StyleGAN2Discriminator(self)
 
 
+class FromRGB(Conv2d):
+    """The convolution that reads the image on one grid."""
+
+    def __init__(
+        self, config: StyleGAN2DiscriminatorConfig, grid: tuple[int, int], channels: int, clamp: float | None
+    ) -> None:
+        super().__init__(config.img_channels, channels, 1, activation="lrelu", clamp=clamp)
+        self.place = "{}x{}".format(*grid)
+
+
 class DiscriminatorBlock(nn.Module):
     """Two 3x3 convolutions that halve the grid; for 'resnet' a filtered linear shortcut around them.
 
     Both branches of the sum carry sqrt(1/2), which keeps its variance.
     """
 
-    def __init__(self, config: StyleGAN2DiscriminatorConfig, channels: int, out_channels: int) -> None:
+    def __init__(
+        self, config: StyleGAN2DiscriminatorConfig, grid: tuple[int, int], channels: int, out_channels: int
+    ) -> None:
         super().__init__()
+        self.place = "{}x{}".format(*grid)
         clamp = config.conv_clamp
         gain = math.sqrt(0.5) if config.architecture == "resnet" else 1.0
         self.conv0 = Conv2d(channels, channels, 3, activation="lrelu", clamp=clamp)
@@ -145,10 +158,13 @@ class StyleGAN2Discriminator(Discriminator):
         clamps = [config.conv_clamp] * (len(channels) - 1) + [None]  # the epilogue's fromRGB has no clamp
         num_inputs = len(channels) if self.is_skip else 1
         self.fromrgb = nn.ModuleList(
-            Conv2d(config.img_channels, C, 1, activation="lrelu", clamp=clamp)
-            for C, clamp in zip(channels[:num_inputs], clamps[:num_inputs], strict=True)
+            FromRGB(config, grid, C, clamp)
+            for grid, C, clamp in zip(config.grids[:num_inputs], channels, clamps, strict=False)
         )
-        self.blocks = nn.ModuleList(DiscriminatorBlock(config, C, C_out) for C, C_out in itertools.pairwise(channels))
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(config, grid, C, C_out)
+            for grid, (C, C_out) in zip(config.grids, itertools.pairwise(channels), strict=False)
+        )
         self.cmap_dim = config.cmap_dim or channels[-1]
         self.epilogue = DiscriminatorEpilogue(
             channels[-1],

@@ -1,0 +1,197 @@
+"""Transfer learning: start networks from those of a snapshot, as far as they fit.
+
+Tensors are matched by what they do, not by where they stand in a list: the blocks of a grid go to the blocks of that
+grid, whatever the resolution of the images. A module says its part in this as `place`, which takes the place of its
+index. What the other network has more or less of, classes and image channels, is copied as far as it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import ConfigError, UserError
+
+MIN_FITTING = 0.5  # of the parameters that both networks have a place for; less, and it is another configuration
+MIN_COPIED = 0.1  # of all parameters; less, and nothing of use is left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run started from. `copied_...` are shares of the parameters of G, D and the averaged G.
+
+    `partial` and `new` name the tensors that were copied in part and not at all. `source` None: random weights.
+    """
+
+    source: str | None = None
+    kimg: float = 0.0
+    copied_g: float = 0.0
+    copied_d: float = 0.0
+    copied_g_ema: float = 0.0
+    partial: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("copied_g", "copied_d", "copied_g_ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(name, getattr(self, name), "a share lies between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """What `copy_weights` did: the share of the parameters that it copied, and the names of tensors by outcome."""
+
+    share: float
+    whole: tuple[str, ...]
+    partial: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def describe(self, name: str) -> list[str]:
+        """Return lines for the log."""
+        count = len(self.whole) + len(self.partial) + len(self.new)
+        lines = [f"{name}: {len(self.whole)} of {count} tensors copied ({self.share:.1%} of the parameters)"]
+        lines += [f"{name}: copied in part: {key}" for key in self.partial]
+        return lines + [f"{name}: new: {key}" for key in self.new]
+
+
+def places(network: nn.Module) -> dict[str, str]:
+    """Return the tensors of a network, {name: what it does}: the name, with places for indices where there are any."""
+    paths = {"": ""}
+    for path, module in network.named_modules(remove_duplicate=False):
+        if path:
+            parent, _, name = path.rpartition(".")
+            paths[path] = f"{paths[parent]}{getattr(module, 'place', name)}."
+    return {key: f"{paths[key.rpartition('.')[0]]}{key.rpartition('.')[2]}" for key in network.state_dict()}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A tensor of the target with the one in its place in the source, and the part that can be copied, if any."""
+
+    place: str
+    old: Tensor
+    new: Tensor
+    gain: float  # of the source's layer over that of the target's
+    part: tuple[slice, ...] | None
+
+    @property
+    def count(self) -> int:
+        """How many numbers can be copied."""
+        return 0 if self.part is None else self.new[self.part].numel()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether that is all."""
+        return self.part is not None and self.old.shape == self.new.shape
+
+    def copy(self) -> None:
+        """Copy that part. Where a layer has other inputs, its weights make up for the gain that changes with them."""
+        assert self.part is not None
+        x = self.old[self.part]
+        self.new[self.part].copy_(x if self.is_whole else x * self.gain)
+
+
+def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
+    """Copy what fits from one network to the other.
+
+    Raises UserError for styles of another size, and when too little fits: less than half of what both have a place for,
+    not counting the mapping networks, which nearly always fit, or less than a tenth of it all. The target is unchanged
+    then.
+    """
+    matches = _match(source, target)
+    sizes = {key: x.numel() for key, x in target.named_parameters()}
+    copied = {key: match for key, match in matches.items() if match.part is not None}
+    share = sum(match.count for key, match in copied.items() if key in sizes) / sum(sizes.values())
+    _check_styles(source, target, name)
+    _check_enough(matches, sizes, f"{name}: only {share:.0%} of the parameters are in the snapshot")
+    with torch.no_grad():
+        for match in copied.values():
+            match.copy()
+    here = places(target)
+    return Copied(
+        share=share,
+        whole=tuple(match.place for match in copied.values() if match.is_whole),
+        partial=tuple(match.place for match in copied.values() if not match.is_whole),
+        new=tuple(place for key, place in here.items() if key not in copied),
+    )
+
+
+def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
+    """Return the tensors of the target whose place the source has too, by their names."""
+    old, new = source.state_dict(), target.state_dict()
+    there, gains, own_gains = {place: key for key, place in places(source).items()}, _gains(source), _gains(target)
+    sizes = _adjustable_sizes(source, target)
+    matches = {}
+    for key, place in places(target).items():
+        if theirs := there.get(place):
+            gain = gains.get(theirs, 1.0) / own_gains.get(key, 1.0)
+            matches[key] = Match(place, old[theirs], new[key], gain, fit(old[theirs], new[key], sizes))
+    return matches
+
+
+def _check_styles(source: Any, target: Any, name: str) -> None:
+    """Layers fit whatever the size of the style, but would all be driven by random ones."""
+    there, here = (getattr(network, "w_dim", None) for network in (source, target))
+    if there != here:
+        raise UserError(f"{name}: the snapshot has styles of {there} numbers, here they have {here}: --w-dim={there}")
+
+
+def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], problem: str) -> None:
+    sizes = {key: size for key, size in sizes.items() if not key.startswith("mapping.")}
+    shared = {key: match for key, match in matches.items() if key in sizes}
+    fitting = sum(match.count for match in shared.values())
+    if fitting >= max(MIN_FITTING * sum(sizes[key] for key in shared), MIN_COPIED * sum(sizes.values())):
+        return
+    misfit = next((match for match in shared.values() if match.part is None), None)
+    example = ""
+    if misfit:
+        example = f": {misfit.place} has shape {tuple(misfit.old.shape)} there and {tuple(misfit.new.shape)} here"
+    raise UserError(f"{problem}; it was trained with another configuration{example}")
+
+
+def fit(old: Tensor, new: Tensor, sizes: set[tuple[int, int]]) -> tuple[slice, ...] | None:
+    """Return the part that can be copied: tensors may differ along one axis, in one of these pairs of sizes."""
+    if old.ndim != new.ndim:
+        return None
+    pairs = list(zip(old.shape, new.shape, strict=True))
+    different = [pair for pair in pairs if pair[0] != pair[1]]
+    if len(different) > 1 or not set(different) <= sizes:
+        return None
+    return tuple(slice(min(pair)) for pair in pairs)
+
+
+def _adjustable_sizes(source: Any, target: Any) -> set[tuple[int, int]]:
+    """Pairs of sizes, there and here, in which the leading part means the same: channels, classes, z before a label."""
+    pairs = {(source.img_shape[0], target.img_shape[0])}
+    if source.c_dim and target.c_dim:
+        pairs.add((source.c_dim, target.c_dim))
+    elif hasattr(target, "z_dim"):
+        pairs.add((_mapping_inputs(source), _mapping_inputs(target)))
+    return pairs
+
+
+def _mapping_inputs(G: Any) -> int:
+    return int(G.z_dim + (G.w_dim if G.c_dim else 0))
+
+
+def _gains(network: nn.Module) -> dict[str, float]:
+    """What the weights of layers with equalised learning rate are multiplied by, by their names."""
+    modules = network.named_modules()
+    return {f"{path}.weight": module.weight_gain for path, module in modules if hasattr(module, "weight_gain")}
+
+
+def check_frozen(D: Any, count: int, copied: Copied) -> None:
+    """Raise UserError when Freeze-D would keep layers at random weights."""
+    names = places(D)
+    frozen = {id(x) for layer in D.layers_from_image()[:count] for x in layer.parameters()}
+    whole = set(copied.whole)
+    fresh = [names[key] for key, x in D.named_parameters() if id(x) in frozen and names[key] not in whole]
+    if fresh:
+        raise UserError(
+            f"--freezed={count}: would keep {', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} as random as it is, "
+            "because the snapshot does not have it; leave --freezed out, or take images like the snapshot's"
+        )
