@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -16,7 +16,7 @@ import dnnlib.cli
 import metrics.registry
 from dnnlib.cli import IntList, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import TeeLog
+from dnnlib.util import FolderLock, TeeLog
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
@@ -26,11 +26,12 @@ from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, resolve
+from training import hooks, runs, trouble
+from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
 from training.dataset import ImageDataset
 from training.loggers import Loggers, choose_loggers
-from training.networks import GENERATORS
+from training.loss import Objective
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -42,9 +43,9 @@ OPTIONS = (
     option("--cfg", field=None, type=click.Choice(list(PRESETS)), default="auto", show_default=True, help="Preset."),
     option("--gpus", field="run.num_gpus", type=int, metavar="INT", help="Processes on this machine, one per GPU. [1]"),
     option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
-    option("--resume", field=None, metavar="latest|DIR|PKL",
-           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or "
-                "start from the weights of a snapshot (transfer learning)."),
+    option("--resume", field=None, metavar="latest|DIR|PT|PKL",
+           help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
+                "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
@@ -80,6 +81,7 @@ OPTIONS = (
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
            help="Keep one every so many kimg for ever. [none]"),
+    switch("--keep-best", field="run.keep_best", help="Keep the one of the best network by the first of --metrics."),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
            help="Write a Chrome trace of so many steps."),
     # Training
@@ -88,7 +90,20 @@ OPTIONS = (
            help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
-    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT", help="Weight of R1."),
+    option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
+           help="Bound of the norm of each network's gradient. [none]"),
+    option("--loss", field="loss.objective", type=click.Choice(get_args(Objective)),
+           help="What the networks play for. [logistic]"),
+    option("--n-critic", field="loss.n_critic", type=int, metavar="STEPS",
+           help="The generator moves every so many steps of the discriminator. [1]"),
+    option("--g-batch-scale", field="loss.g_batch_scale", type=int, metavar="INT",
+           help="Its batch is so many times the discriminator's. [1]"),
+    option("--gp-weight", field="loss.gp_weight", type=float, metavar="FLOAT",
+           help="Weight of wgangp-eps's gradient penalty. [10]"),
+    option("--drift-weight", field="loss.drift_weight", type=float, metavar="FLOAT",
+           help="Weight of its squared mean logit of reals. [0.001]"),
+    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT",
+           help="Weight of R1; with relativistic, of R1 and R2."),
     option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS", help="Steps between R1 phases. [16]"),
     option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT", help="Weight of path length, 0 = off."),
     option("--pl-interval", field="loss.pl_interval", type=int, metavar="STEPS",
@@ -136,6 +151,8 @@ OPTIONS = (
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
            help="Layers of the mapping network."),
     # Discriminator
+    option("--disc", field="discriminator.family", metavar="NAME",
+           help=f"Family: {', '.join(DISCRIMINATORS)}. [the preset's; most have {next(iter(DISCRIMINATORS))}]"),
     option("--d-arch", field="discriminator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture. [resnet]"),
     option("--cbase", field="discriminator.channel_base", type=int, metavar="INT", help="Channels of D x resolution."),
@@ -156,7 +173,7 @@ OPTIONS = (
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
     switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
-    switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
+    switch("--compile", field="run.compile", help="torch.compile for what G_main and D_main differentiate once."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
     switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
@@ -218,16 +235,16 @@ def main(context: click.Context, **options: Any) -> None:
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     tune_allocator()
-    with Signals() as signals:
-        is_stopped = _train(request, signals)
+    with Signals() as signals, FolderLock() as lock:
+        is_stopped = _train(request, signals, lock)
         distributed.barrier()  # or the launcher would end the others when the first has gone
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
 
-def _train(request: runs.Request, signals: Signals) -> bool:
+def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
-    start = distributed.from_main(lambda: runs.choose_start(request))
+    start = distributed.from_main(lambda: runs.choose_start(request, lock))
     config = start.config
     device = distributed.choose_device(config.run.device)
     operators = custom_ops.prepare(device)
@@ -238,12 +255,15 @@ def _train(request: runs.Request, signals: Signals) -> bool:
     trainer.synchronise()
     context = build_context(trainer)
     metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset))
+    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
     with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
         if distributed.is_main():
             print(_describe(trainer))
         _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
         saver = Saver(run_dir, config.run)
+        if start.state:  # what --resume=latest then goes on from
+            saver.save(trainer, snapshot=False)
+            distributed.from_main(saver.finish)
         with open_loggers(run_dir, config) as loggers:
             trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
             try:
@@ -270,7 +290,7 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
-    chain += [hooks.Progress(), hooks.JsonLog(run_dir)]
+    chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
     chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
     chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
     if run.profile_steps and distributed.is_main():
@@ -280,7 +300,7 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
         evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(run_dir, schedule, run.snapshot_ticks, evaluate, loggers))
+        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
     return chain
 
 
@@ -375,7 +395,7 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         given = values.setdefault("run.num_gpus", launched)
         if given != launched:
             raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
-    return override(override(PRESETS[context.params["cfg"]], base), values)
+    return customise(override(PRESETS[context.params["cfg"]], base), values)
 
 
 def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:

@@ -17,11 +17,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class ConfigOption(click.Option):
-    """A click option that knows which config field it sets; `field=None` says that it sets none."""
+    """A click option that knows which config field it sets; `field=None` says that it sets none.
 
-    def __init__(self, *args: Any, field: str | None = None, **kwargs: Any) -> None:
+    It may set others to the same value `also`.
+    """
+
+    def __init__(self, *args: Any, field: str | None = None, also: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.field = field
+        self.fields = (field, *also) if field else ()
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show one spelling of each flag."""
@@ -33,7 +37,10 @@ class ConfigOption(click.Option):
 
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
-    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets."""
+    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
+
+    `also` are further paths that it sets to the same value.
+    """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
@@ -73,9 +80,10 @@ def _other_spelling(flag: str) -> str:
 def config_values(context: click.Context) -> dict[str, Any]:
     """Return {config path: value} for the options that the user gave."""
     return {
-        parameter.field: context.params[parameter.name]
+        field: context.params[parameter.name]
         for parameter in context.command.params
-        if isinstance(parameter, ConfigOption) and parameter.field and context.params[parameter.name or ""] is not None
+        if isinstance(parameter, ConfigOption) and context.params[parameter.name or ""] is not None
+        for field in parameter.fields
     }
 
 
@@ -87,6 +95,25 @@ class Script(click.Command):
             return super().invoke(ctx)
         except UserError as error:
             fail(self, error)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the other commands after the help of a group's default, which is what the group's --help shows."""
+        group = ctx.parent.command if ctx.parent else None
+        if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
+            others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
+            with formatter.section("Other commands (COMMAND --help)"):
+                formatter.write_dl(others)
+
+
+class DefaultGroup(click.Group):
+    """A group whose command `default` need not be typed: `generate.py --seeds=0` is `generate.py images --seeds=0`."""
+
+    def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default, *args])
 
 
 class Failure(click.ClickException):

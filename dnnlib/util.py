@@ -1,14 +1,18 @@
-"""Small helpers without torch: durations as text, a log that goes to the screen and to a file."""
+"""Small helpers without torch: durations as text, files and folders, a log that goes to the screen and to a file."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import importlib
 import os
+import socket
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from dnnlib.config import UserError, WriteError
 
@@ -35,6 +39,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def import_extra(module: str, extra: str) -> Any:
+    """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file. Raises WriteError when it cannot be written."""
     try:
@@ -42,6 +55,51 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+class FolderLock:
+    """Keeps a folder for this process, until it ends in whatever way or leaves the block.
+
+    A record lock (fcntl) on the file `.lock` in it: the kernel gives it back, processes that are forked do not inherit
+    it, and NFS knows it.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self) -> None:
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def acquire(self, folder: Path) -> None:
+        """Take the lock. Raises UserError naming the process that has it; warns where the file system has no locks."""
+        try:
+            self.file = (folder / self.NAME).open("a+")
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if self.file is None:
+                raise WriteError(f"{folder}: cannot be written ({error.strerror})") from None
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.file.seek(0)
+                raise UserError(
+                    f"{folder}: in use by another program ({self.file.read().strip() or 'unknown'}): stop that one or "
+                    "wait for its end; without --resume a new run starts beside it"
+                ) from None
+            print(
+                f"Warning: {folder}: this file system has no locks ({error.strerror}): see to it that no other program "
+                "goes on with this run",
+                file=sys.stderr,
+            )
+            return
+        with suppress(OSError):  # of a full disk; the lock holds all the same
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.file.flush()
 
 
 class TeeLog:

@@ -1,4 +1,4 @@
-"""Who may import whom: dnnlib <- torch_utils <- {training, metrics} <- scripts."""
+"""Who may import whom: dnnlib <- torch_utils <- {training <- exploration, metrics} <- scripts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ALLOWED = {
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
     "reporting": {"dnnlib", "metrics", "reporting"},
+    "exploration": {"dnnlib", "torch_utils", "training", "exploration"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from conftest import SMALL
 from PIL import Image
 
 import dataset_tool
+import metrics.registry
 import train
 from dnnlib.cli import ConfigOption
 from dnnlib.config import from_json, override, to_json
+from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
-from training.networks import GENERATORS
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -48,7 +52,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
-    """Options default to None (the preset decides), and their fields exist, those of a generator in some family."""
+    """Options default to None (the preset decides), and their fields exist, those of a network in some family."""
     scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
     given = train.main.make_context("train.py", []).params
     found: set[str] = set()
@@ -57,14 +61,15 @@ def test_every_option_sets_a_field_of_the_configuration() -> None:
         assert option.name is not None
         if isinstance(option, ConfigOption) and option.field:
             assert given[option.name] is None, option.name
-            wanted.add(option.field)
+            wanted |= {*option.fields}
         else:
             assert option.name in scripted
-    for family in GENERATORS:
-        config = override(PRESETS["cifar"], {"generator.family": family})
-        values = {path: _get(config, path) for path in wanted if _has(config, path)}
-        assert override(config, {"generator.family": family, **values}) == config
-        found |= {"generator.family", *values}
+    for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        for family in families:
+            config = override(PRESETS["cifar"], {f"{part}.family": family})
+            values = {path: _get(config, path) for path in wanted if _has(config, path)}
+            assert override(config, {f"{part}.family": family, **values}) == config
+            found |= {f"{part}.family", *values}
     assert found == wanted
 
 
@@ -208,7 +213,7 @@ def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
         (["--metrics=fud5k"], "unknown metric 'fud5k'"),
         (["--aug=fixed"], "needs the probability"),
         (["--freezed=99"], "--freezed=99: this discriminator has 10 layers"),
-        (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a snapshot file"),
+        (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a training state or snapshot"),
         (["--device=gpu"], "--device=gpu: no such kind of device"),
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
@@ -419,3 +424,41 @@ def test_out_of_memory_is_answered_with_the_flags_that_help(
         "Error: out of GPU memory with --batch-gpu=16: choose --batch-gpu=8, --grad-checkpoint, "
         "--linformer (another network)"
     )
+
+
+def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By scores 3, 1, 2 and, after a stop, 4: the best stays that of the second tick, and latest is still latest."""
+    scores = iter([3.0, 1.0, 2.0, 4.0, 0.5])
+    compute_all = metrics.registry.compute_all
+
+    def compute(*args: Any) -> Iterator[MetricResult]:
+        for result in compute_all(*args):
+            yield replace(result, results={result.metric: next(scores)})
+
+    monkeypatch.setattr(metrics.registry, "compute_all", compute)
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--keep-last=1", "--keep-best"]
+    scored = [*common, "--metrics=swd100"]
+    run_ok(*scored, "--kimg=0.064")
+    assert "at kimg 0.064" in run_ok(*scored, "--kimg=0.096", "--resume=latest")
+    (run_dir,) = run_dirs(tmp_path)
+    best = run_dir / "state-best-swd100.pt"
+    assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32
+    assert load_network(run_dir / "network-best-swd100.pkl").kimg == 0.032
+
+    output = run_ok(*scored, "--kimg=0.064", f"--resume={best}")
+    assert f"Starting from {best} at kimg 0.032" in output
+    new = run_dirs(tmp_path)[1]
+    assert last_state(new)["state"]["nimg"] == 64
+    assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32
+    straight = tmp_path / "straight"
+    run_ok(f"--outdir={straight}", f"--data={shapes_zip}", *SHORT)
+    assert digest(last_state(new)) == digest(last_state(run_dirs(straight)[0]))
+    run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # nothing left to do
+    assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # its own copy, for --resume=latest
+
+    refused = run(*common, "--metrics=none")
+    assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
+    refused = run(*scored, "--glr=0.1", f"--resume={best}")
+    assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)

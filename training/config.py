@@ -29,7 +29,8 @@ LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named afte
 class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
-    The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
+    The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
+    one piece at a time;
     nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
@@ -38,6 +39,7 @@ class RunConfig:
     snapshot_ticks: int = 50
     keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
     keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
+    keep_best: bool = False  # beside those, the one of the best network by the main metric
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
@@ -66,6 +68,8 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        if self.keep_best and self.metrics == () and not self.tick_metrics:
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
         for name in self.log or ():
@@ -240,6 +244,28 @@ PRESETS: Mapping[str, TrainConfig] = _presets()
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
+def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return a preset under a user's options, {config path: value}.
+
+    What the preset says of regularisers gives way where an option makes it impossible: R1 where --loss says that there
+    is none, path length and style mixing where --gen chooses a generator without styles. What the options say does not.
+    """
+    if "loss.objective" in values:
+        preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    chosen = override(preset, values)
+    if "generator.family" in values and not _has_styles(chosen.generator):
+        styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
+        chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
+    return chosen
+
+
+def _has_styles(generator: GeneratorConfig) -> bool:
+    try:
+        return generator.num_ws > 1
+    except ConfigError:  # the number follows from the images
+        return True
+
+
 def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     """Fill in what depends on the data or the machine, and check that the parts fit together.
 
@@ -268,14 +294,14 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
-    if config.loss.r1_gamma is None:
-        values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
     resolved = override(config, values)
+    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
     _check_batches(resolved)
+    _check_styles(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
@@ -293,17 +319,23 @@ def _check_batches(config: TrainConfig) -> None:
             f"must be a multiple of {per_round} ({gpus} GPUs x {batch_gpu} images at a time); "
             f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
         )
-    group = min(config.discriminator.group_size, batch_gpu)
-    if group and batch_gpu % group:
-        raise ConfigError(
-            "batch_gpu",
-            batch_gpu,
-            f"cannot be cut into minibatch-std groups of {group}; choose a multiple of it",
-        )
+    for count in {batch_gpu, batch_gpu * config.loss.g_batch_scale}:
+        group = min(config.discriminator.group_size, count)
+        if group and count % group:
+            images = "" if count == batch_gpu else f"with --g-batch-scale={config.loss.g_batch_scale}, {count} images "
+            problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of it"
+            raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
             "run.batch_gpu", batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
         )
+
+
+def _check_styles(config: TrainConfig) -> None:
+    for name, remedy in (("pl_weight", "--pl-weight=0"), ("style_mixing", "--mixing=0")):
+        value = getattr(config.loss, name)
+        if value and config.generator.num_ws == 1:
+            raise ConfigError(f"loss.{name}", value, f"this generator has no styles per layer: give {remedy}")
 
 
 def _check_holdout(config: TrainConfig) -> None:
@@ -343,21 +375,31 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,
+    "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
     "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
+    "loss.objective": "logistic",
+    "loss.n_critic": 1,
+    "loss.g_batch_scale": 1,
+    "loss.gp_weight": None,
+    "loss.drift_weight": None,
+    "g_optimizer.clip_norm": None,
+    "d_optimizer.clip_norm": None,
 }
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
-    if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
+    if isinstance(data, dict):
+        data = {name: {**part} if isinstance(part, dict) else part for name, part in data.items()}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
-            (data[parents[0]] if parents else data).setdefault(name, value)
+            part = data.get(parents[0]) if parents else data
+            if isinstance(part, dict):
+                part.setdefault(name, value)
     return from_json(TrainConfig, data)
 
 

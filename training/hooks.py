@@ -25,8 +25,7 @@ from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
 from training.loggers import Loggers
-from training.saving import Saver, capture_snapshot
-from training.snapshot import write_network
+from training.saving import Saver
 from training.training_loop import Trainer
 
 Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
@@ -52,8 +51,6 @@ class Progress:
                 if name.startswith("Skipped/"):
                     phase = name.partition("/")[2]
                     print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
-            if not trainer.tick.is_last and trainer.ada.is_saturated(trainer.tick.values["Progress/augment"]):
-                print("Warning: ADA's p is at its upper bound; the data set may be too small for this run", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
@@ -156,20 +153,20 @@ class Requests:
 
 
 class Metrics:
-    """Evaluates the averaged generator, and keeps the best one so far as network-best-<metric>.pkl.
+    """Evaluates the averaged generator, and keeps the best one so far (Saver.keep_best).
 
     `schedule` says every how many ticks which metrics are due.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        saver: Saver,
         schedule: Sequence[tuple[int, Sequence[str]]],
         snapshot_ticks: int,
         evaluate: Evaluate,
         loggers: Loggers,
     ) -> None:
-        self.run_dir, self.schedule, self.snapshot_ticks = run_dir, schedule, snapshot_ticks
+        self.saver, self.schedule, self.snapshot_ticks = saver, schedule, snapshot_ticks
         self.evaluate, self.loggers = evaluate, loggers
 
     def __call__(self, trainer: Trainer) -> None:
@@ -179,15 +176,16 @@ class Metrics:
         names = [name for every, names in self.schedule if tick.reached(every) for name in names]
         if not names:
             return
-        snapshot = self.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
+        if self.saver.run.keep_best:
+            trainer.check_replicas()
+        snapshot = self.saver.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
         is_written = tick.reached(self.snapshot_ticks)
         kimg = trainer.state.nimg / 1000
 
         def keep(metric: str) -> None:
-            best = self.run_dir / f"network-best-{metric}.pkl"
             with going_on():
-                write_network(best, capture_snapshot(trainer))
-                print(f"Best {metric} so far, kept as {best.name}", flush=True)
+                self.saver.keep_best(trainer, metric)
+                print(f"Best {metric} so far, kept as network-best-{metric}.pkl", flush=True)
 
         values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
         self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)

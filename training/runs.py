@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
-from dnnlib.util import write_atomically
+from dnnlib.util import FolderLock, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from training.config import PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
@@ -32,92 +32,120 @@ class Request:
     about: Circumstances
 
     @property
+    def transfers(self) -> bool:
+        """Whether a run starts from the weights of a snapshot: --resume is a file, and not a training state."""
+        return self.resume is not None and Path(self.resume).is_file() and Path(self.resume).suffix != ".pt"
+
+    @property
     def config(self) -> TrainConfig:
         """The configuration of a new run."""
-        return self.transfer if self.resume is not None and Path(self.resume).is_file() else self.plain
+        return self.transfer if self.transfers else self.plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a run begins: its configuration, and the run that it goes on with or the snapshot that it starts from."""
+    """How a run begins: its configuration, and the run that it goes on with, or the file that a new one starts from."""
 
     config: TrainConfig
     run_dir: Path | None = None
+    state: Path | None = None
     snapshot: Path | None = None
 
 
-def choose_start(request: Request) -> Start:
-    """Decide between going on, transferring and starting afresh. Raises UserError for a --resume that is nothing."""
+def choose_start(request: Request, lock: FolderLock) -> Start:
+    """Decide between going on, transferring and starting afresh; lock the folder of a run that goes on.
+
+    Raises UserError for a --resume that is nothing, and for a run that another program goes on with.
+    """
+    start = _choose_start(request)
+    if start.run_dir:
+        lock.acquire(start.run_dir)
+    return start
+
+
+def _choose_start(request: Request) -> Start:
     new = Start(config=resolve(request.config, request.about))
-    if request.override and (request.resume is None or Path(request.resume).is_file()):
+    if request.override and (request.resume is None or request.transfers):
         raise UserError("--override: changes the options of a run that goes on; give --resume=latest or its folder")
     if request.resume is None:
         return new
     if request.resume == "latest":
         return _choose_latest(request) or new
     path = Path(request.resume)
-    if path.is_file():
+    if request.transfers:
         return replace(new, snapshot=path)
+    if path.is_file():
+        return _choose_named(path, _config_in(path), request)
     if not path.is_dir():
-        raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a snapshot file")
+        raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a training state or snapshot")
     if not list_states(path):
         raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
-    start = _continue(path, request, adopt=True)
-    if start is None and not request.override:
+    return _choose_named(path, _saved_config(path), request)
+
+
+def _choose_named(path: Path, saved: TrainConfig, request: Request) -> Start:
+    """How to go on with the run in a folder, or from a training state, which `saved` tells how it was started."""
+    config = _continued_config(saved, request, adopt=True)
+    if config is None and not request.override:
         raise UserError(
             f"--resume={path}: that run was started with other options; give the same ones, or --override:\n"
-            f"  {_list_changes(path, request)}"
+            f"  {_list_changes(saved, request)}"
         )
-    return start or _override(path, request)
+    return _start_at(path, config) if config else _override(path, saved, request)
+
+
+def _start_at(path: Path, config: TrainConfig) -> Start:
+    return Start(config=config, run_dir=path) if path.is_dir() else Start(config=config, state=path)
 
 
 def _choose_latest(request: Request) -> Start | None:
     """How to go on with the newest run that has a state and the requested options, None when there is none."""
-    with_states = [run_dir for run_dir in reversed(_list_runs(request.outdir)) if list_states(run_dir)]
-    continued = (_continue(run_dir, request, adopt) for adopt in (False, True) for run_dir in with_states)
-    start = next((start for start in continued if start), None)
-    newest = next((run_dir for run_dir in with_states if _is_readable(run_dir)), None)
-    if start or newest is None:
-        return start
+    runs = [*_readable_runs(request.outdir)]
+    for adopt in (False, True):
+        for run_dir, saved in runs:
+            if config := _continued_config(saved, request, adopt):
+                return Start(config=config, run_dir=run_dir)
+    if not runs:
+        return None
+    newest, saved = runs[0]
     if request.override:
-        return _override(newest, request)
+        return _override(newest, saved, request)
     print(
         f"Warning: --resume=latest: no run in {request.outdir} has these options, so a new one starts. "
-        f"--override goes on with {newest} and changes\n  {_list_changes(newest, request)}",
+        f"--override goes on with {newest} and changes\n  {_list_changes(saved, request)}",
         file=sys.stderr,
     )
     return None
 
 
-def _override(run_dir: Path, request: Request) -> Start:
-    """Go on with a run under the requested options, whatever it was started with."""
-    print(f"--override: going on with {run_dir} and changing\n  {_list_changes(run_dir, request)}", file=sys.stderr)
-    return Start(config=resolve(request.plain, request.about), run_dir=run_dir)
+def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
+    """The runs that have a training state, newest first, and how they were started; warns where that is not known."""
+    for run_dir in reversed(_list_runs(outdir)):
+        if list_states(run_dir):
+            try:
+                yield run_dir, _saved_config(run_dir)
+            except UserError as error:
+                print(f"Warning: {error}", file=sys.stderr)
 
 
-def _list_changes(run_dir: Path, request: Request) -> str:
+def _override(path: Path, saved: TrainConfig, request: Request) -> Start:
+    """Go on with a run, or from a training state, under the requested options, whatever it was started with."""
+    print(f"--override: going on with {path} and changing\n  {_list_changes(saved, request)}", file=sys.stderr)
+    return _start_at(path, resolve(request.plain, request.about))
+
+
+def _list_changes(saved: TrainConfig, request: Request) -> str:
     """The options in which a request differs from a saved run, one per line."""
-    saved = _saved_config(run_dir)
     variants = [differences(to_json(saved), to_json(config)) for config in _requested_there(saved, request, adopt=True)]
     changed = [line for line in min(variants, key=len, default=[]) if not line.startswith("run.")]
     return "\n  ".join(changed or ["nothing that computes"])
 
 
-def _continue(run_dir: Path, request: Request, adopt: bool) -> Start | None:
-    """How to go on with a run, None when it has no state or computes something else than what is requested.
-
-    `adopt` as in `_requested_there`.
-    """
-    if not list_states(run_dir):
-        return None
-    try:
-        saved = _saved_config(run_dir)
-    except UserError as error:
-        print(f"Warning: {error}", file=sys.stderr)
-        return None
+def _continued_config(saved: TrainConfig, request: Request, adopt: bool) -> TrainConfig | None:
+    """The configuration to go on with where a run computes what is requested, else None. `adopt`: _requested_there."""
     if not any(same_training(saved, config) for config in _requested_there(saved, request, adopt)):
         return None
-    return Start(config=resolve(replace(saved, run=request.plain.run), request.about), run_dir=run_dir)
+    return resolve(replace(saved, run=request.plain.run), request.about)
 
 
 def _requested_there(saved: TrainConfig, request: Request, adopt: bool) -> Iterator[TrainConfig]:
@@ -150,18 +178,20 @@ def _saved_config(run_dir: Path) -> TrainConfig:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _is_readable(run_dir: Path) -> bool:
+def _config_in(state: Path) -> TrainConfig:
+    """The configuration in a training state."""
     try:
-        _saved_config(run_dir)
-    except UserError:
-        return False
-    return True
+        return read_config(Checkpoint.read(state)["config"])
+    except (KeyError, ConfigError) as error:
+        raise UserError(f"{state}: its configuration cannot be read ({error})") from None
 
 
-def create(start: Start, outdir: Path, dataset: ImageDataset) -> Path:
-    """Return the run's folder with the resolved options in it; make it if it is new."""
+def create(start: Start, outdir: Path, dataset: ImageDataset, lock: FolderLock) -> Path:
+    """Return the run's folder with the resolved options in it; make and lock it if it is new."""
     try:
         run_dir = start.run_dir or _make_run_dir(outdir, start.config, dataset)
+        if start.run_dir is None:
+            lock.acquire(run_dir)
         write_atomically(run_dir / "training_options.json", json.dumps(to_json(start.config), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
@@ -173,7 +203,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
-    words += [to_json(config)["generator"]["family"]] if _has_other_generator(config) else []
+    words += _departures(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
@@ -187,9 +217,12 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     return run_dir
 
 
-def _has_other_generator(config: TrainConfig) -> bool:
-    """Whether the family of the generator is not the preset's."""
-    return config.preset in PRESETS and type(PRESETS[config.preset].generator) is not type(config.generator)
+def _departures(config: TrainConfig) -> list[str]:
+    """The names of the families and the objective that are not the preset's."""
+    new, old = to_json(config), to_json(PRESETS.get(config.preset, config))
+    names = {"generator.family": "", "discriminator.family": "d-", "loss.objective": ""}
+    paths = [(path.split("."), prefix) for path, prefix in names.items()]
+    return [prefix + new[part][name] for (part, name), prefix in paths if new[part][name] != old[part][name]]
 
 
 def load(trainer: Trainer, start: Start) -> str:
@@ -200,6 +233,9 @@ def load(trainer: Trainer, start: Start) -> str:
     if start.run_dir:
         path = load_latest(trainer, start.run_dir)
         return f"Resuming from {path} at kimg {trainer.state.nimg / 1000:g}"
+    if start.state:
+        _resume(trainer, start.state)
+        return f"Starting from {start.state} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
         return _transfer(trainer, start.snapshot)
     return "Starting from random weights"
@@ -225,15 +261,18 @@ def list_states(run_dir: Path) -> list[Path]:
 def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     """Resume from the newest training state that is whole. Raises UserError when none is."""
     chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
-    same_data = trainer.resume(chosen)
+    _resume(trainer, chosen)
     trainer.last_snapshot = max(run_dir.glob("network-snapshot-*.pkl"), default=None)
     if distributed.is_main():
-        if not same_data:
-            print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
         _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             _cut_log(log, trainer.state.nimg / 1000)
     return chosen
+
+
+def _resume(trainer: Trainer, state: Path) -> None:
+    if not trainer.resume(state) and distributed.is_main():
+        print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
 
 
 def _newest_whole_state(run_dir: Path) -> Path:

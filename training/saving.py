@@ -55,6 +55,16 @@ class Saver:
         self._warn(self.writer.collect())
         trainer.last_snapshot = self.last_snapshot or trainer.last_snapshot
 
+    def keep_best(self, trainer: Trainer, metric: str) -> None:
+        """Write the networks as they are as network-best-<metric>.pkl, with run.keep_best the state beside them.
+
+        On rank 0, at once. Raises WriteError.
+        """
+        write_network(self.run_dir / f"network-best-{metric}.pkl", capture_snapshot(trainer))
+        if self.run.keep_best:
+            self.writer.wait()  # for memory's sake
+            trainer.save(self.run_dir / f"state-best-{metric}.pt")
+
     def settled(self, snapshot: Path | None) -> Path | None:
         """Wait until a snapshot that is being written is; None where it could not be."""
         self.writer.wait()

@@ -78,18 +78,26 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
-    payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
+    return restore_network(read_file(path, FORMAT, VERSION, MIGRATIONS), path, device)
+
+
+def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
     try:
         config = read_config(payload["config"])
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states = payload["networks"]
-    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
         name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in kinds.items()
+        for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+
+
+def network_configs(config: TrainConfig) -> dict[str, Any]:
+    """Return what builds each network that a snapshot can hold."""
+    return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
 
 
 def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:

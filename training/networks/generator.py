@@ -61,6 +61,25 @@ class GeneratorConfig(ABC):
     def num_ws(self) -> int:
         """How many styles the synthesis network reads."""
 
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """For each style, the grid of the first block or convolution that reads it; () where a family does not say."""
+        return ()
+
+    def style_groups(self) -> dict[str, tuple[int, ...]]:
+        """Styles by name: coarse, middle and fine are those of the lower, middle and upper third of the resolutions.
+
+        Of two resolutions the first is coarse and the second fine; a single one is coarse.
+        """
+        grids = sorted(set(self.style_grids))
+        first = max(len(grids) // 3, 1)
+        second = max(2 * len(grids) // 3, first)
+        thirds = {"coarse": grids[:first], "middle": grids[first:second], "fine": grids[second:]}
+        members = {
+            name: [i for i, grid in enumerate(self.style_grids) if grid in part] for name, part in thirds.items()
+        }
+        return {name: tuple(indices) for name, indices in members.items() if indices}
+
     @abstractmethod
     def fit(self, height: int, width: int) -> Self:
         """Return the configuration with all that is open chosen for images of this size.
@@ -122,6 +141,7 @@ class Generator(nn.Module, ABC):
         self.w_dim = config.w_dim
         self.num_ws = config.num_ws
         self.img_shape = (config.img_channels, *config.img_size)
+        self.style_groups = config.style_groups()
         self.mapping = MappingNetwork(
             z_dim=config.z_dim,
             c_dim=config.c_dim,

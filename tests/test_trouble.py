@@ -1,0 +1,130 @@
+"""Warnings about a training that goes wrong: each condition on ticks made for it, and runs that do go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import SMALL, small_config
+
+import train
+from training import trouble
+from training.dataset import ImageDataset
+from training.training_loop import Tick, Trainer
+from training.trouble import CONDITIONS, Figures, Trouble
+
+ROOT = Path(__file__).parent.parent
+# Of a run that goes well, and what the figures become when it does not.
+HEALTHY = {
+    "Loss/scores/real": 1.5,
+    "Loss/scores/fake": -1.0,
+    "Loss/signs/real": 0.6,
+    "Loss/signs/fake": -0.6,
+    "Loss/D/loss": 0.7,
+    "Images/diversity": 0.9,
+    "ADA/is_saturated": 0.0,
+}
+TROUBLES: list[tuple[str, dict[str, float]]] = [
+    ("D tells all", {"Loss/signs/real": 1.0, "Loss/signs/fake": -1.0}),
+    ("D tells all", {"Loss/scores/real": 8.0, "Loss/scores/fake": -9.0, "Loss/D/loss": 0.001}),
+    ("D tells nothing", {"Loss/scores/real": -0.5, "Loss/scores/fake": 1.6, "Loss/D/loss": 3.0}),
+    ("D tells nothing", {"Loss/scores/real": 0.001, "Loss/scores/fake": 0.001, "Loss/D/loss": 1.386}),
+    ("Images are the same", {"Images/diversity": 0.01}),
+    ("p is at its bound", {"ADA/is_saturated": 1.0}),
+]
+
+
+def names(watch: Trouble, figures: dict[str, float]) -> list[str]:
+    return [condition.name for condition in watch.begun(Figures(figures))]
+
+
+@pytest.mark.parametrize(("name", "change"), TROUBLES)
+def test_each_condition_is_told_once_until_it_has_cleared(name: str, change: dict[str, float]) -> None:
+    (patience,) = (condition.patience for condition in CONDITIONS if condition.name == name)
+    watch, bad = Trouble(), HEALTHY | change
+    told = [names(watch, figures) for figures in [HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 4]]
+    expected: list[list[str]] = [[]] * 12
+    for begins in (1, 8):
+        expected[begins + patience - 1] = [name]
+    assert told == expected
+
+
+def test_every_condition_has_ticks_above_and_a_section_in_the_documentation() -> None:
+    described = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for condition in CONDITIONS:
+        assert condition.name in dict(TROUBLES)
+        assert f"\n### {condition.name}\n" in described
+
+
+@pytest.mark.parametrize("left_out", HEALTHY)
+def test_figures_that_a_loss_does_not_report_are_no_trouble(left_out: str) -> None:
+    watch = Trouble()
+    partial = {name: value for name, value in HEALTHY.items() if name != left_out}
+    assert [names(watch, partial) for _ in range(5)] == [[]] * 5
+
+
+@pytest.mark.parametrize("p", [0.5, 0.25])
+def test_adas_bound_is_read_from_the_controller(shapes_zip: Path, capsys: pytest.CaptureFixture[str], p: float) -> None:
+    config = small_config(shapes_zip, augment__max_p=0.5)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+    trainer.tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": p})
+    Trouble()(trainer)
+    assert ("ADA's p is at its upper bound" in capsys.readouterr().out) == (p == 0.5)
+
+
+def test_diversity_is_the_spread_of_fakes_over_that_of_reals(shapes_zip: Path) -> None:
+    """A generator that repeats images of the data set, scaled by s about their mean: the diversity is s."""
+    data = ImageDataset(small_config(shapes_zip).data)
+    reals = data.images([k * 8 for k in range(32)]).float() / 127.5 - 1  # those that it looks at, of 256
+    asked: list[tuple[int, Any]] = []
+
+    def look(G: Any) -> float:
+        tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={})
+        at: Any = SimpleNamespace(tick=tick, dataset=data, G=G, device=torch.device("cpu"), batch_gpu=16)
+        trouble.Diversity()(at)
+        return tick.values["Images/diversity"]
+
+    class Repeats:
+        z_dim, c_dim = 3, 0
+
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+        def __call__(self, z: torch.Tensor, c: torch.Tensor, noise_mode: str) -> torch.Tensor:
+            start = sum(count for count, _ in asked) % 32
+            asked.append((len(z), noise_mode))
+            return reals[start : start + len(z)] * self.scale
+
+    assert [look(Repeats(scale)) for scale in (1.0, 0.25, 0.0)] == pytest.approx([1.0, 0.25, 0.0], abs=1e-6)
+    assert asked == [(16, "const")] * 6
+    assert look(Repeats(1e6)) == pytest.approx(
+        reals.sign().double().std(dim=0, correction=0).mean() / trouble.spread(reals)
+    )
+
+
+SHORT = [*SMALL, "--metrics=none", "--device=cpu", "--tick=0.032", "--snap=99", "--kimg=0.256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], set()),
+        (["--glr=1"], {"Images are the same"}),
+        (["--gamma=0", "--dlr=0.3", "--tick=0.016"], {"D tells nothing"}),
+        (
+            ["--subset=16", "--aug=noaug", "--glr=1e-12", "--dlr=0.01", "--gamma=0", "--tick=0.016", "--kimg=0.48"],
+            {"D tells all"},
+        ),
+    ],
+)
+def test_runs_that_go_wrong_are_told_about(
+    shapes_zip: Path, tmp_path: Path, options: list[str], expected: set[str]
+) -> None:
+    result = CliRunner().invoke(train.main, [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, *options])
+    assert result.exit_code == 0, result.output
+    told = {line.rpartition(', "')[2].rstrip('")') for line in result.stdout.splitlines() if "Warning" in line}
+    assert told == expected, result.stdout
