@@ -12,6 +12,7 @@ import torch
 
 from dnnlib.cli import NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, WriteError, override
+from dnnlib.download import cache_dir
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
@@ -26,7 +27,6 @@ from metrics.registry import (
 )
 from metrics.report import Progress, check_plot, plot_records, to_table
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
@@ -81,8 +81,6 @@ class MetricScript(Script):
     "--detector",
     "detectors",
     type=NameList(),
-    default=(),
-    show_default=False,
     metavar="FILE,...",
     help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2.",
 )
@@ -101,7 +99,7 @@ def main(
     context: click.Context,
     network: Path,
     names: tuple[str, ...] | None,
-    detectors: tuple[str, ...],
+    detectors: tuple[str, ...] | None,
     protocol: str,
     gpus: int,
     no_cache: bool,
@@ -117,7 +115,7 @@ def main(
     python calc_metrics.py --network=runs/00000-run --metrics=fid50k_full,kid50k_full --plot
     python calc_metrics.py --network=their-images.zip --data=data/mine.zip --metrics=fid10k_full
     """
-    setup = read_detectors(detectors, protocol)
+    setup = read_detectors(detectors or (), protocol)
     if names is None:
         names, why = default_metrics(setup)
         click.echo(f"No --metrics given; {why}", err=True)

@@ -6,6 +6,7 @@ python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,35 @@ from exploration.directions import (
 )
 from exploration.mixing import choose_styles, framed, mix, spell
 from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, seed_latents
+from exploration.morphing import (
+    Interpolation,
+    Timing,
+    film,
+    sweep_direction,
+    sweep_truncation,
+    through_seeds,
+    through_styles,
+)
 from exploration.sheets import enlarged, sheet, to_rgb
+from exploration.video import check_encoder, open_video
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
 from training.snapshot import Snapshot, load_network
+
+
+class GridSize(click.ParamType):
+    """Columns and rows, e.g. 3x2."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a number of columns and rows such as 3x2", param, ctx)
+        return int(match[1]), int(match[2])
 
 
 class FastGenerator:
@@ -230,6 +253,87 @@ def mix_command(
     table = framed(model.images(row_ws), model.images(col_ws), made.unflatten(0, (len(row_names), len(cols))))
     save_grid(table, outdir / "grid.png", columns=len(cols) + 1)
     click.echo(f"{len(names)} mixtures in {outdir}, all together in grid.png: styles {spell(chosen)} of the columns")
+
+
+@main.command("video", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the keyframes.")
+@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as keyframes before those of --seeds.")
+@option("--output", required=True, type=click.Path(path_type=Path), help="Video to write: .mp4 or .gif.")
+@option(
+    "--interpolation",
+    type=click.Choice(["w", "z", "spline"]),
+    default="w",
+    show_default=True,
+    help="Between keyframes: straight in w, on great circles in z, or a cubic spline in w.",
+)
+@option(
+    "--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are shared out in order."
+)
+@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
+@option("--fps", type=click.FloatRange(min=1), default=30, show_default=True, help="Frames per second.")
+@option("--loop", type=bool, default=True, show_default=True, help="Return to the first keyframe at the end.")
+@option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
+@option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
+@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far to both sides, in standard deviations of w.  [default: 3]")
+@option("--scale", type=click.IntRange(min=1), help="Enlarge pixels.  [default: images to 128 pixels or more a side]")
+def video_command(
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    output: Path,
+    interpolation: Interpolation,
+    grid: tuple[int, int],
+    frames: int,
+    fps: float,
+    loop: bool,
+    classes: tuple[int, ...] | None,
+    trunc_to: float | None,
+    direction: str | None,
+    strength: float | None,
+    scale: int | None,
+    **options: Any,
+) -> None:
+    """Film the way from image to image.
+
+    \b
+    python generate.py video --network=docs/shapes.pkl --seeds=0-5 --grid=3x2 --trunc-to=0.2 --output=out/sweep.gif
+    python generate.py video --network=SNAPSHOT --seeds=7 --classes=0-9 --interpolation=spline --output=out/classes.mp4
+    """
+    check_encoder(output)
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+    if projected_w is not None and (interpolation == "z" or trunc_to is not None or classes):
+        raise UserError(
+            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
+        )
+    if classes and options["class_index"] is not None:
+        raise UserError("--classes and --class: give one of them")
+    model = open_model(**options | {"class_index": classes[0] if classes else options["class_index"]})
+    check_seeds("--seeds", seeds)
+    psi = model.truncation_psi if trunc_to is None else 1.0
+    cells = grid[0] * grid[1]
+    if projected_w is None and seeds is not None:
+        timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=frames, loop=loop)
+        labels = [_one_class(model.G.c_dim, index) for index in classes] if classes else [model.c] * timing.num_keys
+        c = torch.cat(labels).to(model.device)  # (keys, c_dim)
+        way = through_seeds(model, seeds, c, interpolation, timing, cells, psi)
+    else:
+        names, ws = gather_styles(model, seeds, projected_w)
+        timing = Timing(num_keys=keys_per_cell(len(names), cells, None), steps=frames, loop=loop)
+        way = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
+    if trunc_to is not None:
+        way = sweep_truncation(way, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
+    if direction is not None:
+        found, index = read_direction(direction, model.G)
+        way = sweep_direction(way, found, index, 3.0 if strength is None else strength, timing)
+    scale = scale or -(-128 // max(model.G.img_shape[1:]))
+    make_outdir(output.parent, flag=f"--output={output}")
+    with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
+        for frame in film(model, way, timing, grid, scale):
+            add(frame)
+            progress.update()
+    click.echo(f"{timing.num_frames} frames in {output}, {timing.num_frames / fps:.1f} s")
 
 
 @main.command("directions", cls=Script)
@@ -428,12 +532,26 @@ def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
         raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
 
 
-def make_outdir(outdir: Path) -> None:
+def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
+    """Return how many keyframes each cell of a video has. Raises UserError when they cannot be shared out."""
+    if num_given % cells:
+        raise UserError(f"--grid: {num_given} keyframes cannot be shared by {cells} cells equally")
+    if not classes or num_given == cells * len(classes):
+        return num_given // cells
+    if num_given != cells:
+        raise UserError(
+            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give as many of both, or one "
+            "seed per cell"
+        )
+    return len(classes)
+
+
+def make_outdir(outdir: Path, flag: str | None = None) -> None:
     """Make the folder for results. Raises UserError when it cannot be."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{flag or f'--outdir={outdir}'}: cannot be written ({error.strerror})") from None
 
 
 def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, keep: bool) -> list[Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,24 +14,37 @@ import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.util import FolderLock, TeeLog
+from dnnlib.download import cache_dir
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, runs, trouble
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, customise, resolve
+from training import hooks, rehearsal, runs, trouble
+from training.augment import Mode
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    micro_batches,
+    resolve,
+)
 from training.dataset import ImageDataset
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.grid_attention import Form
+from training.networks.vit import Norm, Position
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -60,7 +73,7 @@ OPTIONS = (
     option("--timeout", field="run.timeout", type=float, metavar="SEC",
            help="How long processes wait for one that has stopped before they name it and end. [1800]"),
     option("--workers", field="run.workers", type=int, metavar="INT",
-           help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
+           help="Processes that decode images, per GPU; none for images that stay on the device. [2; 0 on a CPU]"),
     # How long and how loud
     option("--kimg", field="run.total_kimg", type=float, metavar="KIMG",
            help="Length of the training in thousands of real images."),
@@ -86,8 +99,8 @@ OPTIONS = (
            help="Write a Chrome trace of so many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
-    option("--batch-gpu", field="run.batch_gpu", type=int, metavar="INT",
-           help="Images at a time per GPU; gradients accumulate. [batch/gpus]"),
+    option("--batch-gpu", field="run.batch_gpu", type=IntOrAuto(),
+           help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
     option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
@@ -115,12 +128,15 @@ OPTIONS = (
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
            help="Freeze-D: layers of D that keep their weights. [0]"),
     # Augmentation
-    option("--aug", field="augment.mode", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation. [ada]"),
+    option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
+           help="Augmentation; none is another word for noaug. [ada]"),
     option("--p", field="augment.p", type=float, metavar="0..1", help="Probability, for --aug=fixed."),
     option("--target", field="augment.target", type=float, metavar="0..1",
            help="Target of ADA: mean sign of D(real). [0.6]"),
     option("--augpipe", field="augment.pipe", metavar="NAME",
            help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+    option("--diffaug", field="augment.policy", type=NameList(),
+           help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
@@ -146,6 +162,23 @@ OPTIONS = (
            help="Channels of its convolutions x resolution."),
     option("--g-cmax", field="generator.channel_max", type=int, metavar="INT",
            help="Upper bound of these channels. [512]"),
+    option("--attention", field="generator.attention", type=click.Choice(get_args(Form)),
+           help="TransGAN's attention where there are many tokens. [grid]"),
+    option("--full-upto", field="generator.full_upto", type=int, metavar="RES",
+           help="Last grid on which it is among all tokens whatever --attention says. [32]"),
+    option("--window", field="generator.window", type=int, metavar="INT",
+           help="Side of the windows of --attention=grid, in tokens. [16]"),
+    option("--landmarks", field="generator.landmarks", type=int, metavar="INT",
+           help="Landmarks of --attention=nystrom. [64]"),
+    option("--heads", field="generator.num_heads", type=int, metavar="INT", help="Its attention heads. [4]"),
+    option("--norm", field="generator.norm", type=click.Choice(get_args(Norm)),
+           help="Its normalisation: token-wise or LayerNorm. [token]"),
+    option("--position", field="generator.position", type=click.Choice(get_args(Position)),
+           help="Its positions: an embedding per token, a bias per offset, or both. [both]"),
+    option("--latent-tokens", field="generator.latent_tokens", type=int, metavar="INT",
+           help="Tokens made from z that every block also attends to. [0]"),
+    option("--antialias", field="generator.antialias", type=int, metavar="INT",
+           help="How many of its upsamplings, the last ones, are low-pass filtered. [0]"),
     option("--z-dim", field="generator.z_dim", type=int, metavar="INT", help="Size of the latent z. [512]"),
     option("--w-dim", field="generator.w_dim", type=int, metavar="INT", help="Size of the style w. [512]"),
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
@@ -160,6 +193,24 @@ OPTIONS = (
            help="Upper bound of D's channels. [512]"),
     option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group of minibatch-std, 0 = off."),
+    option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
+           help="Side of the finest patches of TransGAN's D, in pixels."),
+    option("--d-widths", field="discriminator.widths", type=IntList(),
+           help="Channels that each of its scales adds, finest first."),
+    option("--d-layers", field="discriminator.layers", type=IntList(), help="Its blocks per scale."),
+    option("--d-local", field="discriminator.local_layers", type=IntList(),
+           help="How many of these, the first, attend as --d-attention says; the others among all tokens."),
+    option("--d-attention", field="discriminator.attention", type=click.Choice(get_args(Form)),
+           help="As --attention. [grid]"),
+    option("--d-window", field="discriminator.window", type=int, metavar="INT", help="As --window. [16]"),
+    option("--d-landmarks", field="discriminator.landmarks", type=int, metavar="INT", help="As --landmarks. [64]"),
+    option("--d-heads", field="discriminator.num_heads", type=int, metavar="INT", help="As --heads. [4]"),
+    option("--d-norm", field="discriminator.norm", type=click.Choice(get_args(Norm)), help="As --norm. [layer]"),
+    option("--d-position", field="discriminator.position", type=click.Choice(get_args(Position)),
+           help="As --position. [both]"),
+    switch("--multi-scale", field="discriminator.multi_scale",
+           help="Patches of the image join at every scale; off: at the finest alone. [on]"),
+    switch("--overlap", field="discriminator.overlap", help="The finest patches overlap by half. [off]"),
     # Arithmetic, speed and memory
     option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),
            help="Of activations in training. [bf16 on GPUs that have it, else fp32]"),
@@ -245,45 +296,62 @@ def train_worker(request: runs.Request) -> None:
 def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request, lock))
-    config = start.config
-    device = distributed.choose_device(config.run.device)
+    device = distributed.choose_device(start.config.run.device)
     operators = custom_ops.prepare(device)
-    set_arithmetic(config)
-    dataset = ImageDataset(config.data)
-    trainer = Trainer(config, dataset, device)
-    origin = runs.load(trainer, start)
-    trainer.synchronise()
-    context = build_context(trainer)
-    metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-    run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
-    with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
-        if distributed.is_main():
-            print(_describe(trainer))
-        _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-        saver = Saver(run_dir, config.run)
-        if start.state:  # what --resume=latest then goes on from
-            saver.save(trainer, snapshot=False)
-            distributed.from_main(saver.finish)
-        with open_loggers(run_dir, config) as loggers:
+    set_arithmetic(start.config)
+    dataset = ImageDataset(start.config.data)
+    if start.is_to_fit:
+        sizes = micro_batches(start.config)
+        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+    config = start.config
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        origin = runs.load(trainer, start)
+        trainer.synchronise()
+        context = build_context(trainer)
+        metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
+        run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
+        with log, open_loggers(run_dir, config) as loggers:
+            if distributed.is_main():
+                print(_describe(trainer))
+            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+            saver = Saver(run_dir, config.run)
+            if start.state:  # what --resume=latest then goes on from
+                saver.save(trainer, snapshot=False)
+                distributed.from_main(saver.finish)
             trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
-            try:
-                trainer.train()
-            except torch.OutOfMemoryError:
-                raise UserError(_too_large(config)) from None
+            trainer.train()
             distributed.from_main(saver.finish)
-        _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
 
-def _too_large(config: TrainConfig) -> str:
-    """What to do when the GPU's memory is not enough."""
-    assert config.run.batch_gpu is not None
-    smaller = (
-        [f"--batch-gpu={config.run.batch_gpu // 2}"] if config.run.batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
-    )
+@contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise UserError, which says what to do, where memory is not enough inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(config, error)) from None
+
+
+def _too_large(config: TrainConfig, error: BaseException) -> str:
+    """What to do when memory is not enough."""
+    batch_gpu = config.run.batch_gpu
+    assert isinstance(batch_gpu, int)
+    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
-    return f"out of GPU memory with --batch-gpu={config.run.batch_gpu}: choose {', '.join(smaller)}"
+    if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
+    return (
+        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"{', '.join(smaller)}, or fewer --workers"
+    )
 
 
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
@@ -384,6 +452,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         raise ConfigError("precision", values["precision"], "contradicts --fp32: give one of the two")
     if context.params["nobench"]:
         values["run.cudnn_benchmark"] = False
+    if values.get("run.data_on_gpu") and values.get("run.workers"):
+        raise ConfigError("run.workers", values["run.workers"], "has no work with --data-on-gpu: give one of the two")
     setup = read_detectors(values.get("run.detectors", ()))
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import click
 
 from dnnlib.config import ConfigError, UserError
+from dnnlib.util import describe_error, is_out_of_memory
 
 # Decorators of click are untyped functions over functions.
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -39,11 +40,19 @@ class ConfigOption(click.Option):
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
 
-    `also` are further paths that it sets to the same value.
+    `also` are further paths that it sets to the same value. Lists of names that are given several times are joined; of
+    other options the last counts, as usual.
     """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
+    if isinstance(kwargs.get("type"), NameList):
+        kwargs |= {"multiple": True, "callback": _join_lists}
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
+
+
+def _join_lists(context: click.Context, parameter: click.Parameter, given: Sequence[Sequence[str]]) -> Any:
+    """One list of all that was given; None without any."""
+    return tuple(name for names in given for name in names) if given else None
 
 
 def switch(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
@@ -88,13 +97,17 @@ def config_values(context: click.Context) -> dict[str, Any]:
 
 
 class Script(click.Command):
-    """A command that turns UserError and ConfigError into one line on stderr and exit code 2, in one place."""
+    """A command that turns UserError, ConfigError and a lack of memory into one line on stderr and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
             fail(self, error)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fail(self, UserError(f"out of memory ({describe_error(error)}): give it less at a time"))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the other commands after the help of a group's default, which is what the group's --help shows."""
@@ -160,6 +173,15 @@ class IntList(click.ParamType):
         return tuple(int(item) for item in str(value).split(","))
 
 
+class IntOrAuto(click.ParamType):
+    """An integer, or the word auto."""
+
+    name = "INT|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return "auto" if value == "auto" else int(click.INT.convert(value, param, ctx))
+
+
 class Size(click.ParamType):
     """A height and width as 8 or 8x12."""
 
@@ -183,6 +205,17 @@ class NameList(click.ParamType):
         if isinstance(value, tuple):
             return value
         return () if value == "none" else tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+class Choice(click.Choice):
+    """One of some names; `aliases` are other words for them that are understood too."""
+
+    def __init__(self, choices: Iterable[str], **aliases: str) -> None:
+        super().__init__([*choices])
+        self.aliases = aliases
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self.aliases.get(value, value), param, ctx)
 
 
 class IntRanges(click.ParamType):

@@ -52,6 +52,19 @@ def import_extra(module: str, extra: str) -> Any:
         raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python, of torch or of the libraries below it, says that memory is not enough."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file. Raises WriteError when it cannot be written."""
     try:

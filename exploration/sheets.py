@@ -12,11 +12,11 @@ MIN_TILE = 96
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, C) of 1, 3 or 4 channels -> (H, W, 3); transparency shows white."""
-    if pixels.shape[2] == 4:
-        alpha = pixels[:, :, 3:] / 255
-        pixels = np.rint(pixels[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    """uint8 (..., C) of 1, 3 or 4 channels -> (..., 3); transparency shows white."""
+    if pixels.shape[-1] == 4:
+        alpha = pixels[..., 3:] / 255
+        pixels = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ ALLOWED = {
     "torch_utils": {"dnnlib", "torch_utils"},
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
-    "reporting": {"dnnlib", "metrics", "reporting"},
     "exploration": {"dnnlib", "torch_utils", "training", "exploration"},
+    "reporting": {"dnnlib", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
         "metric": name,
         "results": {name: value},
         "detector": "inception",
-        "protocol": "the usual one",
+        "protocol": "<N> images",
         "num_real": 1000,
         "num_fake": 5000,
         "data": "/home/me/secret/cars.zip",
@@ -110,8 +111,8 @@ def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None
     assert results == {"fid50k_full": (12.345, "cars.zip"), "swd5k": (1.5, "cars.zip")}
     rows = [line for line in card.text.splitlines() if line.startswith(("| fid", "| swd", "| is"))]
     assert rows == [
-        "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | the usual one |",
-        "| swd5k | 1.5 | cars.zip: 1000 real, 5000 generated |  | the usual one |",
+        "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | &lt;N> images |",
+        "| swd5k | 1.5 | cars.zip: 1000 real, 5000 generated |  | &lt;N> images |",
     ]
     for words in ("`cars.zip`", "12.345 thousand images", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
         assert words in card.text
@@ -180,3 +181,14 @@ def test_damage_is_refused(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"G_ema\.safetensors: damaged"):
         HubModel.from_pretrained(folder)
+
+
+def test_without_the_package_the_extra_is_named(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "training.hub")
+    monkeypatch.delattr(training, "hub")
+    result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
+    assert (result.exit_code, "pip install '.[hub]'" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())

@@ -218,6 +218,7 @@ def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
+        (["--workers=2", "--data-on-gpu"], "--workers=2: has no work with --data-on-gpu"),
         (["--keep-last=0"], "--keep-last=0: must be positive"),
         (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
@@ -462,3 +463,14 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
     assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
     refused = run(*scored, "--glr=0.1", f"--resume={best}")
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
+
+
+def test_lists_that_are_given_several_times_are_joined(shapes_zip: Path) -> None:
+    arguments = ["--outdir=x", f"--data={shapes_zip}", "--cfg=tiny", "--device=cpu", "-n"]
+
+    def planned(*options: str) -> Any:
+        return json.loads(run_ok(*arguments, *options))["options"]["run"]["metrics"]
+
+    assert planned("--metrics=swd100", "--metrics=swd60,swd100") == ["swd100", "swd60"]
+    assert planned("--metrics=none") == planned("--metrics=none", "--metrics=none") == []
+    assert planned("--metrics=none", "--metrics=swd60") == ["swd60"]

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnnlib.config import UserError
+from dnnlib.util import describe_error, is_out_of_memory
 from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -212,6 +213,9 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
         dist.destroy_process_group()
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            print(f"Error (process {rank()}): out of memory ({describe_error(error)})", file=sys.stderr)
+            _leave(2)
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # who failed first says more
             print(f"Error (process {rank()}): lost contact with another process", file=sys.stderr)
         else:

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from dnnlib.config import ConfigError, from_json, override, within
-from training.augment import AugmentConfig, AugmentPipe
+from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
+from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -19,6 +20,8 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -46,7 +49,7 @@ class RunConfig:
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
-    batch_gpu: int | None = None  # images at a time per process; None: its whole share of the batch
+    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
@@ -63,7 +66,7 @@ class RunConfig:
         positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
         for name in (*positive, "keep_last", "keep_every", "timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and value != "auto" and not value > 0:
                 raise ConfigError(name, value, "must be positive")
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
@@ -170,6 +173,7 @@ def _presets() -> dict[str, TrainConfig]:
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
         "styleformer-c256": _compositional(stylegan2),
+        **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
     }
 
@@ -216,6 +220,71 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    cifar = TrainConfig(
+        preset="transgan-cifar",
+        data=DatasetConfig(mirror=True),
+        generator=TransGANConfig(z_dim=256, w_dim=256),
+        discriminator=TransGANDiscriminatorConfig(norm="token"),
+        loss=LossConfig(
+            objective="wgangp-eps",
+            n_critic=4,
+            g_batch_scale=2,
+            r1_interval=None,
+            pl_weight=0,
+            pl_interval=None,
+            style_mixing=0,
+        ),
+        g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        ema=EMAConfig(kimg=500, rampup=None),
+        batch_size=64,
+    )
+    stl10 = replace(
+        cifar,
+        preset="transgan-stl10",
+        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
+        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
+        loss=replace(cifar.loss, n_critic=5),
+        batch_size=32,
+    )
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
+    three_scales = TransGANDiscriminatorConfig(
+        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
+    )
+    church = replace(
+        cifar,
+        preset="transgan-church256",
+        generator=TransGANConfig(widths=widths, layers=layers),
+        discriminator=three_scales,
+    )
+    celebahq = replace(
+        church,
+        preset="transgan-celebahq256",
+        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+        discriminator=replace(
+            three_scales,
+            patch=2,
+            overlap=True,
+            widths=(96, 96, 192),
+            local_layers=(3, 2, 0),
+            window=4,
+            position="absolute",
+        ),
+    )
+    celeba64, celeba128 = (
+        replace(
+            church,
+            preset=f"transgan-celeba{size}",
+            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
+            discriminator=replace(three_scales, img_size=(size, size), patch=2),
+        )
+        for size, count in ((64, 4), (128, 5))
+    )
+    return [cifar, stl10, celeba64, celeba128, church, celebahq]
+
+
 def _tiny() -> TrainConfig:
     """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores.
 
@@ -247,16 +316,29 @@ TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup":
 def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset under a user's options, {config path: value}.
 
-    What the preset says of regularisers gives way where an option makes it impossible: R1 where --loss says that there
-    is none, path length and style mixing where --gen chooses a generator without styles. What the options say does not.
+    What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
+    length and style mixing where --gen chooses a generator without styles, a probability or a policy where --aug has
+    none. What the options say does not; those that would do nothing are refused.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
+        preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
+    _check_augment_options(chosen.augment.mode, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
         chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
     return chosen
+
+
+def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
+    """Refuse options that the mode of augmentation does not read."""
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if part == "augment" and name not in ("mode", *MODE_FIELDS[mode]):
+            modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
+            raise ConfigError(path, value, f"--aug={mode} does not read it: leave it out, or give --aug={modes[0]}")
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -277,7 +359,9 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
-    batch_gpu = config.run.batch_gpu or -(-batch_size // num_gpus)
+    share = -(-batch_size // num_gpus)
+    is_auto = config.run.batch_gpu == "auto"
+    batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
     precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
 
@@ -294,12 +378,16 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
+    if config.augment.mode == "diffaug" and config.augment.policy is None:
+        values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
         resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    if is_auto:
+        resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
     _check_holdout(resolved)
@@ -307,10 +395,28 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     return resolved
 
 
+def micro_batches(config: TrainConfig) -> list[int]:
+    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+
+    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    """
+    assert config.batch_size is not None
+    share = config.batch_size // config.run.num_gpus
+    group = max(min(config.discriminator.group_size, share), 1)
+    sizes = []
+    for size in range(share // group * group, 0, -group):
+        try:
+            _check_batches(override(config, {"run.batch_gpu": size}))
+            sizes.append(size)
+        except ConfigError:
+            continue
+    return sizes
+
+
 def _check_batches(config: TrainConfig) -> None:
     batch_gpu, gpus = config.run.batch_gpu, config.run.num_gpus
     assert config.batch_size is not None
-    assert batch_gpu is not None
+    assert isinstance(batch_gpu, int)
     per_round = batch_gpu * gpus
     if config.batch_size % per_round:
         raise ConfigError(
@@ -339,7 +445,8 @@ def _check_styles(config: TrainConfig) -> None:
 
 
 def _check_holdout(config: TrainConfig) -> None:
-    per_round = (config.run.batch_gpu or 0) * config.run.num_gpus
+    assert isinstance(config.run.batch_gpu, int)
+    per_round = config.run.batch_gpu * config.run.num_gpus
     if 0 < config.data.holdout < per_round:
         raise ConfigError(
             "data.holdout",
@@ -352,7 +459,8 @@ def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (
-            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+            "not all of the augmentation is, on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
+            "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
@@ -386,9 +494,13 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "augment.policy": None,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
+    "discriminator.cmap_dim": None,
 }
+# Those of one family of networks only.
+_FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
 
 
 def read_config(data: Any) -> TrainConfig:
@@ -398,7 +510,8 @@ def read_config(data: Any) -> TrainConfig:
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
-            if isinstance(part, dict):
+            families = _FAMILIES_OF_ADDED.get(path)
+            if isinstance(part, dict) and (families is None or part.get("family") in families):
                 part.setdefault(name, value)
     return from_json(TrainConfig, data)
 

@@ -30,7 +30,6 @@ try:
 except ImportError as error:
     raise UserError(f"the package huggingface-hub cannot be imported ({error}): pip install '.[hub]'") from None
 
-NUM_SAMPLES = 16
 SAMPLES = "samples.png"
 
 
@@ -107,12 +106,18 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=data, run=replace(config.run, detectors=detectors))
 
 
+def num_samples(G: Any) -> int:
+    """Return how many images the picture has: 16, of large ones 4."""
+    return 16 if max(G.img_shape[1:]) <= 256 else 4
+
+
 def sample_images(G: Any) -> torch.Tensor:
-    """Return uint8 images of the seeds 0 to 15, of a conditional network from its classes in turn."""
-    z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(NUM_SAMPLES)])
-    c = torch.eye(G.c_dim)[torch.arange(NUM_SAMPLES) % G.c_dim] if G.c_dim else None
+    """Return uint8 images of the first seeds, of a conditional network from its classes in turn."""
+    device, count = next(G.parameters()).device, num_samples(G)
+    z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
+    c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim] if G.c_dim else None
     with torch.no_grad():
-        return to_uint8(G(torch.from_numpy(z).float(), c))
+        return to_uint8(G(torch.from_numpy(z).float().to(device), c))
 
 
 def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
@@ -148,15 +153,17 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
     G = snapshot.G_ema
     C, H, W = G.img_shape
     options = json.dumps(to_json(without_paths(config)), indent=2)
-    c = f"torch.eye({G.c_dim})[[0, 1, 2, 3]]" if G.c_dim > 3 else f"torch.eye({G.c_dim})[[0] * 4]"
-    classes = f", of one of {G.c_dim} classes" if G.c_dim else ""
+    c = f"torch.eye({G.c_dim})[torch.arange(4) % {G.c_dim}]" if G.c_dim else "None"
+    classes = f" of {G.c_dim} classes" if G.c_dim else ""
+    data = f"`{Path(config.data.path).name}`" if config.data.path else "a data set of unknown name"
+    what = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
+    how = f"trained on {data} for {snapshot.kimg:g} thousand images (preset `{config.preset}`)"
     return f"""# {Path(snapshot.path).stem}
 
-![The first {NUM_SAMPLES} seeds]({SAMPLES})
+![Samples]({SAMPLES})
 
-A generator of {W}x{H} images with {C} channel{"s" * (C > 1)}{classes}, trained with Styleformer on
-`{Path(config.data.path).name}` for {snapshot.kimg:g} thousand images (preset `{config.preset}`). The picture shows the
-seeds 0 to {NUM_SAMPLES - 1} without truncation.
+{what}, {how}.
+The picture shows the seeds 0 to {num_samples(G) - 1} without truncation.
 
 ## Use
 
@@ -167,7 +174,7 @@ import torch
 from training.hub import HubModel
 
 G = HubModel.from_pretrained("NAME/MODEL").G_ema  # this repository, or a folder with its files
-img = G(torch.randn(4, G.z_dim), {c if G.c_dim else None}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]
+img = G(torch.randn(4, G.z_dim), {c}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]
 ```
 
 `python legacy.py convert --source=FOLDER --dest=model.pkl` makes a snapshot for `generate.py` of a folder with its
@@ -193,7 +200,8 @@ def _table(snapshot: Path) -> str:
     rows = []
     for record in read_records(snapshot):
         images = f"{Path(record['data']).name}: {record['num_real']} real, {record['num_fake']} generated"
-        how = f"{record['detector'] or ''} | {record['protocol']}"
+        protocol = record["protocol"].replace("<", "&lt;")
+        how = f"{record['detector'] or ''} | {protocol}"
         rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]
     head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) if rows else "None are recorded."

@@ -14,7 +14,7 @@ from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.util import FolderLock, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from training.config import PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
+from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
 from training.dataset import ImageDataset
 from training.snapshot import copy_weights, load_network
 from training.training_loop import Trainer
@@ -50,6 +50,7 @@ class Start:
     run_dir: Path | None = None
     state: Path | None = None
     snapshot: Path | None = None
+    is_to_fit: bool = False  # whether the micro-batch is to be found (rehearsal.py)
 
 
 def choose_start(request: Request, lock: FolderLock) -> Start:
@@ -60,7 +61,16 @@ def choose_start(request: Request, lock: FolderLock) -> Start:
     start = _choose_start(request)
     if start.run_dir:
         lock.acquire(start.run_dir)
-    return start
+    return _keep_micro_batch(start) if request.plain.run.batch_gpu == "auto" and request.about.on_gpu else start
+
+
+def _keep_micro_batch(start: Start) -> Start:
+    """Take over the micro-batch of a run that goes on with as many processes; else let it be found."""
+    if start.run_dir:
+        saved = _saved_config(start.run_dir).run
+        if saved.num_gpus == start.config.run.num_gpus and saved.batch_gpu in micro_batches(start.config):
+            return replace(start, config=override(start.config, {"run.batch_gpu": saved.batch_gpu}))
+    return replace(start, is_to_fit=True)
 
 
 def _choose_start(request: Request) -> Start:

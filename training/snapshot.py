@@ -89,7 +89,7 @@ def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states = payload["networks"]
     networks = {
-        name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
@@ -100,7 +100,8 @@ def network_configs(config: TrainConfig) -> dict[str, Any]:
     return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
 
 
-def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+    """Return the network of a configuration with these tensors. Raises UserError beginning with `name` otherwise."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
         network: nn.Module = config.build()
     try:

@@ -252,6 +252,19 @@ class Trainer:
         self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
 
+    def rehearse(self) -> None:
+        """Compute every phase twice on this process alone, and throw the gradients away: to see what memory it takes.
+
+        The optimizers leave their steps out, but have their moments, and the data are loaded.
+        """
+        data = self._batches()
+        img, c = next(data)
+        x, y = img[: self.batch_gpu], c[: self.batch_gpu]
+        for phase in self.phases * 2:
+            with phase.learner.learning(), execution.using(self.execution):
+                self._accumulator(phase, x, y)(x, y)
+            phase.learner.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
+
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
         accumulate = partial(self._accumulate, phase)
@@ -403,12 +416,12 @@ class Trainer:
         groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
         for group, chosen in zip(groups, settings, strict=True):
             group.update(chosen)
-        if self.config.augment.p is not None:
-            self.augment.p.fill_(self.config.augment.p)
+        if self.config.augment.constant_p is not None:
+            self.augment.p.fill_(self.config.augment.constant_p)
         return bool(payload["data_hash"] == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:
-    if config.batch_size is None or config.run.batch_gpu is None or config.precision is None:
+    if config.batch_size is None or not isinstance(config.run.batch_gpu, int) or config.precision is None:
         raise ConfigError("batch_size", config.batch_size, "not resolved")
     return config.batch_size, config.run.batch_gpu

@@ -1,0 +1,225 @@
+"""--batch-gpu=auto: which sizes are tried, that all processes agree, that nothing remains of it; lack of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import SMALL, small_config
+
+import train
+from dnnlib.config import ConfigError, UserError, override
+from dnnlib.util import is_out_of_memory
+from torch_utils import distributed
+from torch_utils.checkpoint import digest
+from training import rehearsal
+from training.config import Circumstances, TrainConfig, micro_batches
+from training.dataset import ImageDataset
+from training.training_loop import Trainer
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus", "group", "pl_weight", "sizes"),
+    [
+        (64, 2, 4, 0, [32, 16, 8, 4]),
+        (24, 1, 4, 0, [24, 12, 8, 4]),
+        (32, 1, 32, 0, [32]),  # smaller pieces would have smaller groups
+        (16, 1, 32, 0, [16]),
+        (6, 1, 0, 0, [6, 3, 2, 1]),
+        (6, 1, 0, 2, [6, 3, 2]),  # path length takes half a piece
+    ],
+)
+def test_micro_batches_are_cut_as_minibatch_std_allows(
+    shapes_zip: Path, batch: int, gpus: int, group: int, pl_weight: float, sizes: list[int]
+) -> None:
+    values = {"batch_size": batch, "run__num_gpus": gpus, "loss__pl_weight": pl_weight, "loss__pl_interval": 4}
+    config = small_config(shapes_zip, **values, discriminator__mbstd_group_size=group, run__batch_gpu="auto")
+    assert micro_batches(config) == sizes
+    assert config.run.batch_gpu == sizes[0]  # before anything is tried, and on a CPU for good
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_as_ever(shapes_zip: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of 18"):
+        small_config(shapes_zip, batch_size=17, run__num_gpus=3, run__batch_gpu="auto")
+
+
+def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> list[tuple[str, int]]:
+    """Let a phase fail with more than so many images; return where what is computed will be noted."""
+    computed: list[tuple[str, int]] = []
+    accumulate = Trainer._accumulate
+
+    def limited(self: Trainer, phase: Any, img: torch.Tensor, c: torch.Tensor) -> Any:
+        if phase.name == phase_name and len(img) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        computed.append((phase.name, len(img)))
+        return accumulate(self, phase, img, c)
+
+    monkeypatch.setattr(Trainer, "_accumulate", limited)
+    return computed
+
+
+@pytest.mark.parametrize("phase", ["G_main", "G_reg", "D_main", "D_reg"])
+def test_every_phase_is_tried_out(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    config = small_config(shapes_zip, batch_size=8, loss__pl_weight=2.0, loss__pl_interval=4, run__batch_gpu="auto")
+    computed = lack_memory(monkeypatch, phase, most=4)
+    chosen = rehearsal.choose_batch_gpu(config, ImageDataset(config.data), CPU)
+    assert chosen == override(config, {"run.batch_gpu": 4})
+    assert [name for name, size in computed if size == 4] == ["G_main", "G_reg", "D_main", "D_reg"] * 2
+    assert rehearsal.describe_choice(chosen, micro_batches(config)) == (
+        "--batch-gpu=auto: 4 images at a time (8 did not fit)"
+    )
+
+
+def test_nothing_remains_of_a_rehearsal(shapes_zip: Path) -> None:
+    """Not in the rehearsing trainer's weights, and not in the training that follows."""
+
+    def trained() -> dict[str, Any]:
+        trainer = Trainer(config, dataset, CPU)
+        trainer.total_nimg = 32
+        trainer.train()
+        return trainer.capture()["parts"] | {"state": None}
+
+    config = small_config(shapes_zip, run__batch_gpu=8, loss__pl_weight=2.0, loss__pl_interval=2)
+    dataset = ImageDataset(config.data)
+    expected = digest(trained())
+    trainer = Trainer(config, dataset, CPU)
+    parts = ("G", "D", "G_ema", "ada", "pl_mean", "state")
+    before = [digest(trainer.capture()["parts"][part]) for part in parts]
+    trainer.rehearse()
+    assert [digest(trainer.capture()["parts"][part]) for part in parts] == before
+    assert rehearsal.fits_in_memory(config, dataset, CPU)
+    assert digest(trained()) == expected
+
+
+def test_what_fits_nowhere_and_other_errors_are_told(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(shapes_zip, run__batch_gpu="auto")
+    dataset = ImageDataset(config.data)
+    lack_memory(monkeypatch, "D_reg", most=0)
+    with pytest.raises(UserError, match=r"out of memory even with 4 images at a time \(tried 16, 8, 4\)"):
+        rehearsal.choose_batch_gpu(config, dataset, CPU)
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Trainer, "_accumulate", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        rehearsal.choose_batch_gpu(config, dataset, CPU)
+
+
+def _choose(config: TrainConfig, out: Path) -> None:
+    def fits(candidate: TrainConfig, dataset: None, device: torch.device) -> bool:
+        limit = 4 if distributed.rank() == 1 else 8
+        assert isinstance(candidate.run.batch_gpu, int)
+        return candidate.run.batch_gpu <= limit
+
+    chosen = rehearsal.choose_batch_gpu(config, None, CPU, fits)  # type: ignore[arg-type]
+    (out / f"{distributed.rank()}").write_text(str(chosen.run.batch_gpu))
+
+
+def test_the_smallest_of_all_processes_counts(shapes_zip: Path, tmp_path: Path) -> None:
+    config = small_config(shapes_zip, batch_size=32, run__num_gpus=2, run__batch_gpu="auto")
+    distributed.launch(_choose, 2, config, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4", "4"]
+
+
+SHORT = [*SMALL, "--batch-gpu=auto", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
+
+
+def test_a_run_records_what_was_found_and_keeps_it(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*options: str) -> tuple[str, int]:
+        arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, *options]
+        result = CliRunner().invoke(train.main, arguments)
+        assert result.exit_code == 0, result.output
+        options_file = max(tmp_path.iterdir()) / "training_options.json"
+        return result.stdout, json.loads(options_file.read_text())["run"]["batch_gpu"]
+
+    assert run("--kimg=0.016")[1] == 16  # on a CPU
+    monkeypatch.setattr(train, "Circumstances", lambda **about: Circumstances(**about | {"on_gpu": True}))
+    computed = lack_memory(monkeypatch, "D_main", most=8)
+    printed, chosen = run("--kimg=0.016", "--seed=1")
+    assert ("--batch-gpu=auto: 8 images at a time (16 did not fit)" in printed, chosen) == (True, 8)
+    computed.clear()
+    printed, chosen = run("--kimg=0.032", "--seed=1", "--resume=latest")
+    assert ("auto" in printed, chosen) == (False, 8)
+    assert ("Resuming" in printed, [size for _, size in computed]) == (True, [8] * 4)  # G_main, D_main, in two pieces
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_little_memory_gets_small_micro_batches(shapes_zip: Path) -> None:
+    device = torch.device("cuda", 0)
+    config = small_config(shapes_zip, batch_size=256, run__batch_gpu="auto")
+    dataset = ImageDataset(config.data)
+    assert rehearsal.choose_batch_gpu(config, dataset, device).run.batch_gpu == 256
+    reserved = torch.cuda.max_memory_reserved(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(reserved / total / 2, device)
+    try:
+        chosen = rehearsal.choose_batch_gpu(config, dataset, device)
+        assert chosen.run.batch_gpu in (128, 64, 32, 16)
+        trainer = Trainer(chosen, dataset, device)
+        trainer.total_nimg = 512
+        trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lack_of_memory_is_recognised(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_a_machine_without_enough_memory_gets_one_line(shapes_zip: Path, tmp_path: Path) -> None:
+    """The program's address space is limited to 2 GiB more than it has once it is loaded; one step takes more."""
+    limited = """
+import resource, sys
+import train
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
+sys.argv = ["train.py", *sys.argv[1:]]
+train.main()
+"""
+    options = [
+        "--cfg=tiny",
+        "--batch=4096",
+        "--cmax=512",
+        "--cbase=16384",
+        "--kimg=5",
+        "--metrics=none",
+        "--device=cpu",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", limited, f"--outdir={tmp_path}", f"--data={shapes_zip}", *options],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: out of memory, that of the machine, with --batch-gpu=4096 (")
+    assert "choose --batch-gpu=2048, --grad-checkpoint, or fewer --workers" in last
