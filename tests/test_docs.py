@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -149,6 +150,18 @@ def test_every_script_has_help(name: str) -> None:
     result = CliRunner().invoke(COMMANDS[name], ["--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set()
+    for pattern in ("*.md", "*.yml", "*.py", "docs/*.md", "docs/*.ipynb", "*/*.py", "*/*/*.py"):
+        for file in ROOT.glob(pattern):
+            if ".venv" not in file.parts:
+                named |= {
+                    name for found in re.findall(r"\.\[([a-z,]+)\]", file.read_text()) for name in found.split(",")
+                }
+    assert {"metrics", "wandb"} <= named <= set(extras)
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
