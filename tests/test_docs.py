@@ -152,6 +152,20 @@ def test_every_script_has_help(name: str) -> None:
     assert "Usage:" in result.output
 
 
+def test_the_tutorials_data_set_and_plan_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (100 + 10 * i, 90), (50 * i, 0, 0)).save(f"pictures/{i}.jpg")
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    commands = re.findall(r"^    python (\w+\.py) (.*)", text[: text.index("## 3.")], re.MULTILINE)
+    assert [script for script, _ in commands] == ["dataset_tool.py", "dataset_tool.py", "train.py"]
+    for script, arguments in commands:
+        result = CliRunner().invoke(COMMANDS[script], shlex.split(arguments))
+        assert result.exit_code == 0, f"{script} {arguments}\n{result.output}"
+    assert '"images": 8' in result.output  # and their mirror images
+
+
 def test_every_extra_that_is_named_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = set()
