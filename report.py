@@ -22,7 +22,7 @@ from reporting.runs import find_runs, read_run
     "--outdir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where to write.  [default: `report` in the run's folder; of several runs, beside the first one]",
+    help="Where to write.  [default: `report` in the folder; of several, beside the first one]",
 )
 @option("--images", "max_images", type=click.IntRange(min=2), default=40, help="Grids of images in the page, per run.")
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
@@ -44,7 +44,7 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
             click.echo(f"Warning: {run.path}: nothing to show yet, left out", err=True)
     if not shown:
         raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
-    outdir = outdir or (shown[0].path if len(folders) == 1 else folders[0].parent) / "report"
+    outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
     pictures = list(draw(shown))
     page = build_page(shown, pictures, max_images)
     for run in shown:

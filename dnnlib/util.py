@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib
 import os
 import socket
@@ -15,6 +14,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dnnlib.config import UserError, WriteError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def format_time(seconds: float) -> str:
@@ -93,6 +97,8 @@ class FolderLock:
         """Take the lock. Raises UserError naming the process that has it; warns where the file system has no locks."""
         try:
             self.file = (folder / self.NAME).open("a+")
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no fcntl")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if self.file is None:

@@ -37,6 +37,7 @@ CHARTS = (
     Chart("augment", "Probability p of the augmentation", ("Progress/augment",)),
     Chart("gradients", "Norms of the gradients", ("Gradients/*",), is_log=True),
     Chart("regularisers", "Regularisers and other terms of the losses", ("Loss/*",), is_log=True),
+    Chart("diversity", "How much generated images differ, as a share of how much real ones do", ("Images/diversity",)),
     Chart("overfitting", "Overfitting of D: 0 is none, 1 is complete", ("Overfitting/r_*",)),
     Chart("pace", "Seconds per kimg", ("Timing/sec_per_kimg",)),
     Chart("", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,6 +187,32 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "gallery").iterdir()] == ["mix-coarse.png"]
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
+
+
+def test_the_tutorials_data_set_and_plan_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (100 + 10 * i, 90), (50 * i, 0, 0)).save(f"pictures/{i}.jpg")
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    commands = re.findall(r"^    python (\w+\.py) (.*)", text[: text.index("## 3.")], re.MULTILINE)
+    assert [script for script, _ in commands] == ["dataset_tool.py", "dataset_tool.py", "train.py"]
+    for script, arguments in commands:
+        result = CliRunner().invoke(COMMANDS[script], shlex.split(arguments))
+        assert result.exit_code == 0, f"{script} {arguments}\n{result.output}"
+    assert '"images": 8' in result.output  # and their mirror images
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set()
+    for pattern in ("*.md", "*.yml", "*.py", "docs/*.md", "docs/*.ipynb", "*/*.py", "*/*/*.py"):
+        for file in ROOT.glob(pattern):
+            if ".venv" not in file.parts:
+                named |= {
+                    name for found in re.findall(r"\.\[([a-z,]+)\]", file.read_text()) for name in found.split(",")
+                }
+    assert {"metrics", "wandb"} <= named <= set(extras)
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

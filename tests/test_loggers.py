@@ -40,8 +40,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def read_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
     """Yield what W&B keeps offline: a log in blocks of 32 KiB, records headed by CRC-32, length and kind."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its process writes the last of it when it ends
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         data, place, whole = path.read_bytes(), 7, b""
         while place + 7 <= len(data):

@@ -257,6 +257,19 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_undrawn")
+def test_a_report_goes_into_the_folder_that_was_named(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "runs" / "a", ticks=2), make_run(tmp_path / "others" / "b", ticks=2)
+    for arguments, folder in (
+        ([first], first),
+        ([tmp_path / "runs"], tmp_path / "runs"),
+        ([second, first], second.parent),
+    ):
+        assert run_report(*arguments).exit_code == 0
+        assert (folder / "report" / "report.html").exists()
+        shutil.rmtree(folder / "report")
+
+
+@pytest.mark.usefixtures("_undrawn")
 def test_of_many_grids_some_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2, grids=())
     for kimg in range(1, 30):

@@ -178,8 +178,9 @@ def _signals_passed_on() -> Iterator[None]:
 _PASSED_ON: dict[int, int] = {
     signal.SIGINT: signal.SIGTERM,
     signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
 }
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    _PASSED_ON[signal.SIGUSR1] = signal.SIGUSR1
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float) -> None:

@@ -51,6 +51,16 @@ def tune_allocator() -> None:
     mallopt(M_TRIM_THRESHOLD, largest)
 
 
+def peak_memory() -> int | None:
+    """Return the most bytes of memory that this process has had; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return how many numbers the module learns or has learned; tensors that sub-modules share count once."""
     return sum(parameter.numel() for parameter in module.parameters())

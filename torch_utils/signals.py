@@ -18,6 +18,7 @@ from torch_utils import distributed
 EXIT_STOPPED = 3  # stopped by a signal with everything saved: the same command with --resume=latest goes on
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # stopped at once
 
+SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has none
 INTERVAL = 4  # steps between agreements of several processes; one process looks at every step
 REPEAT_SECONDS = 1.0  # Ctrl-C reaches a worker from the terminal and from its launcher: that is one SIGINT, not two
 
@@ -36,7 +37,7 @@ class Signals:
     Only the main thread of a program may enter. Where it was asked to stop, it goes on to note signals afterwards.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    HANDLED = (signal.SIGTERM, signal.SIGINT, *SAVING)
 
     def __init__(self) -> None:
         self.save, self.stop = False, 0
@@ -55,7 +56,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
+        if number in SAVING:
             self.save = True
             return
         self.stop = number

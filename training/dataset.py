@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dnnlib.config import ConfigError, UserError
+from torch_utils.signals import Signals
 from training.data_sources.codec import BrokenImageError, decode_as, decode_image, read_shape
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
 
@@ -316,7 +317,7 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ignore what asks training to stop and reaches all its processes: the last steps need their batches."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in Signals.HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -70,7 +70,8 @@ class Progress:
             if name in tick.stats:
                 parts.append(f"{label} {tick.stats[name].mean:<6.3f}")
         parts.append(f"p {tick.values['Progress/augment']:.3f}")
-        parts.append(f"mem {tick.values.get('Resources/peak_gpu_mem_gb', tick.values['Resources/cpu_mem_gb']):.1f} GB")
+        memory = tick.values.get("Resources/peak_gpu_mem_gb", tick.values.get("Resources/cpu_mem_gb"))
+        parts += [] if memory is None else [f"mem {memory:.1f} GB"]
         return "  ".join(parts)
 
 

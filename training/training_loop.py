@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.graphs import Captured
-from torch_utils.misc import seed_step
+from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
 from training.augment import AdaController, AugmentPipe
@@ -361,8 +360,10 @@ class Trainer:
             "Progress/augment": float(self.augment.p),
             "Timing/total_sec": self.state.elapsed,
             "Timing/maintenance_sec": self.maintenance,
-            "Resources/cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+        peak = peak_memory()
+        if peak:
+            values["Resources/cpu_mem_gb"] = peak / 2**30
         if self.device.type == "cuda":
             values["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         done = self.state.nimg - self.tick_nimg_began

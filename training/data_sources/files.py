@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from training.data_sources.codec import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenI
 Label = int | list[float]
 
 _MAX_JSON_BYTES = 1 << 30
+_TURNS = threading.Lock()
 
 
 def _is_image(name: str) -> bool:
@@ -61,7 +63,7 @@ class FolderStore:
 class ZipStore:
     """Images in a zip file, by their name in it; `names` is sorted, `num_ignored` counts other files.
 
-    Members are read with os.pread at their place in the file, which costs a few microseconds and, having no file
+    Members are read at their place in the file (`_read_at`), which costs a few microseconds and, having no file
     position, is safe across forked workers and threads. Names are only ever keys, never paths.
     """
 
@@ -112,16 +114,25 @@ class ZipStore:
 
     def _read_compressed(self, info: zipfile.ZipInfo) -> bytes:
         if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             # Local header (PKWARE APPNOTE 4.3.7): 30 bytes, the last four are the lengths of the name and extra field.
-            lengths = os.pread(self._file, 4, info.header_offset + 26)
+            lengths = _read_at(self._file, 4, info.header_offset + 26)
             start = (
                 info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             )
-            return os.pread(self._file, info.compress_size, start)
+            return _read_at(self._file, info.compress_size, start)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
+
+
+def _read_at(file: int, size: int, place: int) -> bytes:
+    """Read at a place of a file. Windows has no pread; it forks no workers either, so that threads taking turns do."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    with _TURNS:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.read(file, size)
 
 
 def _inflate(data: bytes, size: int) -> bytes:
