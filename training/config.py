@@ -65,6 +65,9 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        for name, most in (("workers", 1024), ("timeout", 1e8)):
+            if (getattr(self, name) or 0) > most:
+                raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
@@ -374,8 +377,8 @@ ADDED_FIELDS: Mapping[str, Any] = {
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
-    if isinstance(data, dict) and isinstance(data.get("run"), dict):
-        data = {**data, "run": {**data["run"]}, "data": {**data.get("data", {})}}
+    if isinstance(data, dict) and isinstance(data.get("run"), dict) and isinstance(data.get("data"), dict):
+        data = {**data, "run": {**data["run"]}, "data": {**data["data"]}}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
             (data[parents[0]] if parents else data).setdefault(name, value)

@@ -80,16 +80,18 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     path = Path(path)
     payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
     try:
-        config = read_config(payload["config"])
+        config = read_config(payload.get("config"))
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
-    states = payload["networks"]
+    states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
+    if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
+        raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
     kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
         name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in kinds.items()
     }
-    return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+    return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
 
 
 def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
@@ -97,7 +99,7 @@ def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: 
         network: nn.Module = config.build()
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
     return network.eval().requires_grad_(False).to(device)
 

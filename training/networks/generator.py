@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, field_names
-from training.networks.layers import require_at_least, require_size
+from training.networks.layers import require_at_least, require_reasonable, require_size
 from training.networks.mapping import MappingNetwork
 
 NoiseMode = Literal["const", "random", "none"]
@@ -36,6 +36,7 @@ class GeneratorConfig(ABC):
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
+        require_reasonable(self)
         require_at_least(self, 1, "z_dim", "w_dim", "mapping_layers", "img_channels")
         require_at_least(self, 0, "c_dim")
         if self.conv_clamp is not None and self.conv_clamp <= 0:
