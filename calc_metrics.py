@@ -12,6 +12,7 @@ import torch
 
 from dnnlib.cli import NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, WriteError, override
+from dnnlib.download import cache_dir
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
@@ -26,7 +27,6 @@ from metrics.registry import (
 )
 from metrics.report import Progress, check_plot, plot_records, to_table
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset

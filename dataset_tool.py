@@ -24,7 +24,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from dnnlib.cli import Script, option
+from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
 from training.data_sources.codec import BrokenImageError, decode_as, decode_image
 from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, Expected, convert_items, load
@@ -41,14 +41,7 @@ _SHAPES_COUNT = 4096
 Writer = Callable[[str, bytes], None]
 
 
-class DefaultGroup(click.Group):
-    """A group whose command `build` need not be typed: `dataset_tool.py --source=...`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["build", *args])
-
-
-@click.group(cls=DefaultGroup)
+@click.group(cls=DefaultGroup, default="build")
 def main() -> None:
     """Build a data set, or check one."""
 

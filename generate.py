@@ -1,7 +1,13 @@
-"""Generate images from a snapshot: one PNG per seed, and a grid of them."""
+"""Generate images from a snapshot, and look into the model that makes them.
+
+python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
+python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=coarse --outdir=out
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,25 +18,49 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import dnnlib.cli
-from dnnlib.cli import IntRanges, option, switch
+from dnnlib.cli import DefaultGroup, IntRanges, Script, option, switch, with_options
 from dnnlib.config import UserError
+from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
+from exploration.directions import (
+    between,
+    check_ending,
+    factorise,
+    principal,
+    read_direction,
+    sampled_w,
+    save_directions,
+)
+from exploration.mixing import choose_styles, framed, mix, spell
+from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, seed_latents
+from exploration.morphing import (
+    Interpolation,
+    Timing,
+    film,
+    sweep_direction,
+    sweep_truncation,
+    through_seeds,
+    through_styles,
+)
+from exploration.sheets import enlarged, sheet, to_rgb
+from exploration.video import check_encoder, open_video
 from torch_utils import custom_ops, distributed
 from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
-from training.snapshot import load_network
-
-# On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
-# all batches are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
-BATCH_MULTIPLE = 8
+from training.snapshot import Snapshot, load_network
 
 
-def seed_latents(seeds: tuple[int, ...], z_dim: int) -> Tensor:
-    """Return z (len(seeds), z_dim): for each seed what numpy's RandomState(seed).randn(1, z_dim) draws."""
-    z = np.concatenate([np.random.RandomState(seed).randn(1, z_dim) for seed in seeds])
-    return torch.from_numpy(z).to(torch.float32)
+class GridSize(click.ParamType):
+    """Columns and rows, e.g. 3x2."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a number of columns and rows such as 3x2", param, ctx)
+        return int(match[1]), int(match[2])
 
 
 class FastGenerator:
@@ -80,32 +110,59 @@ def seed_images(
     return to_uint8(img[: len(seeds)])
 
 
-@click.command(cls=dnnlib.cli.Script)
-@option("--network", required=True, type=click.Path(path_type=Path), help="Snapshot: network-snapshot-*.pkl.")
-@option("--seeds", "--seed", required=True, type=IntRanges(), help="Seeds, e.g. 0-35,40; the same one, the same image.")
-@option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
-@option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average image.")
-@option("--class", "class_index", type=int, help="Class of a conditional network.")
-@option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
-@option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
-@option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
-@option(
+NETWORK = option("--network", required=True, type=click.Path(path_type=Path), help="Snapshot: network-snapshot-*.pkl.")
+OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+TRUNC = option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average.")
+CLASS = option("--class", "class_index", type=int, help="Class of a conditional network.")
+BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
+DEVICE = option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+PROJECTED = option("--projected-w", type=click.Path(path_type=Path), help="Styles in a file that `project` wrote.")
+PRECISION = option(
     "--precision",
     type=click.Choice(list(execution.REDUCED)),
     default="fp32",
     show_default=True,
     help="Of activations: bf16 and fp16 are faster on a GPU and change images slightly.",
 )
+# Of the commands that look into a model: an image is a function of its styles, so noise is never random.
+MODEL_OPTIONS = (
+    *(NETWORK, TRUNC, CLASS),
+    option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True),
+    *(BATCH, PRECISION, DEVICE),
+)
+
+
+@click.group(cls=DefaultGroup, default="images")
+def main() -> None:
+    """Generate images from a snapshot, and look into the model."""
+
+
+@main.command(cls=Script)
+@NETWORK
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds, e.g. 0-35,40; the same one, the same image.")
+@PROJECTED
+@option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
+@TRUNC
+@CLASS
+@option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
+@option("--direction", metavar="FILE:INDEX", help="Edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far, in standard deviations of w.  [default: 1]")
+@option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
+@BATCH
+@PRECISION
 @switch("--compile", "use_compile", help="Compile the generator first: pays for thousands of images.")
 @switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
-@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-def main(
+@DEVICE
+def images(
     network: Path,
-    seeds: tuple[int, ...],
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
     outdir: Path,
     trunc: float,
     class_index: int | None,
     noise_mode: str,
+    direction: str | None,
+    strength: float | None,
     grid: bool,
     batch: int,
     precision: str,
@@ -118,39 +175,396 @@ def main(
     \b
     python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
     """
-    tune_allocator()
-    where = distributed.choose_device(device)
-    snapshot = load_network(network, where)
+    snapshot, where = open_network(network, device)
     G = snapshot.G_ema
     if use_graphs and where.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
-    if use_compile or use_graphs:
-        G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
     c = _one_class(G.c_dim, class_index).to(where)
-    if max(seeds) >= 2**32:
-        raise UserError(f"--seeds: {max(seeds)} is too large, seeds end at {2**32 - 1}")
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
+    check_seeds("--seeds", seeds)
+    how = execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+    if projected_w is None and direction is None:
+        if seeds is None:
+            raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
+        if use_compile or use_graphs:
+            G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
+        multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if use_compile or use_graphs else BATCH_MULTIPLE
+        names = [f"seed{seed:04d}" for seed in seeds]
+        parts = (seeds[start : start + batch] for start in range(0, len(seeds), batch))
+        batches: Iterable[Tensor] = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
+    else:
+        if use_compile or use_graphs or noise_mode == "random":
+            raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
+        model = Model(G=G, device=where, c=c, truncation_psi=trunc, noise_mode=noise_mode, batch=batch, execution=how)
+        names, ws = gather_styles(model, seeds, projected_w)
+        if direction is not None:
+            found, index = read_direction(direction, G)
+            ws = found.edit(ws, index, 1.0 if strength is None else strength)
+        batches = model.render(ws)
+    make_outdir(outdir)
+    with torch.no_grad(), execution.using(how):
+        made = save_batches(batches, names, outdir, keep=grid)
+    if grid:
+        save_grid(torch.cat(made), outdir / "grid.png")
+    click.echo(f"{len(names)} images in {outdir}")
 
+
+@main.command("mix", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--rows", type=IntRanges(), help="Seeds of the rows' images.")
+@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, for rows before those of --rows.")
+@option("--cols", required=True, type=IntRanges(), help="Seeds of the columns' images.")
+@option(
+    "--styles",
+    "--col-styles",
+    default="coarse",
+    show_default=True,
+    help="Which styles come from the column's image: 0-3,5, or names that the network has for them; all others are "
+    "the row's.",
+)
+@OUTDIR
+def mix_command(
+    rows: tuple[int, ...] | None,
+    projected_w: Path | None,
+    cols: tuple[int, ...],
+    styles: str,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Mix the styles of two images: a grid of rows and columns.
+
+    Coarse, middle and fine are the styles of the lower, middle and upper third of the resolutions; a Styleformer-C also
+    has transformer (layout) and conv (colour).
+
+    \b
+    python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=coarse --outdir=out
+    """
+    model = open_model(**options)
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    check_seeds("--rows", rows)
+    check_seeds("--cols", cols)
+    row_names, row_ws = gather_styles(model, rows, projected_w, flag="--rows", name="{}")
+    col_ws = model.styles_of(cols)
+    make_outdir(outdir)
+    mixed = mix(row_ws, col_ws, chosen)  # (R, C, num_ws, w_dim)
+    names = [f"{row}-{col}" for row in row_names for col in cols]
+    made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
+    table = framed(model.images(row_ws), model.images(col_ws), made.unflatten(0, (len(row_names), len(cols))))
+    save_grid(table, outdir / "grid.png", columns=len(cols) + 1)
+    click.echo(f"{len(names)} mixtures in {outdir}, all together in grid.png: styles {spell(chosen)} of the columns")
+
+
+@main.command("video", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the keyframes.")
+@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as keyframes before those of --seeds.")
+@option("--output", required=True, type=click.Path(path_type=Path), help="Video to write: .mp4 or .gif.")
+@option(
+    "--interpolation",
+    type=click.Choice(["w", "z", "spline"]),
+    default="w",
+    show_default=True,
+    help="Between keyframes: straight in w, on great circles in z, or a cubic spline in w.",
+)
+@option(
+    "--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are shared out in order."
+)
+@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
+@option("--fps", type=click.FloatRange(min=1), default=30, show_default=True, help="Frames per second.")
+@option("--loop", type=bool, default=True, show_default=True, help="Return to the first keyframe at the end.")
+@option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
+@option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
+@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far to both sides, in standard deviations of w.  [default: 3]")
+@option("--scale", type=click.IntRange(min=1), help="Enlarge pixels.  [default: images to 128 pixels or more a side]")
+def video_command(
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    output: Path,
+    interpolation: Interpolation,
+    grid: tuple[int, int],
+    frames: int,
+    fps: float,
+    loop: bool,
+    classes: tuple[int, ...] | None,
+    trunc_to: float | None,
+    direction: str | None,
+    strength: float | None,
+    scale: int | None,
+    **options: Any,
+) -> None:
+    """Film the way from image to image.
+
+    \b
+    python generate.py video --network=docs/shapes.pkl --seeds=0-5 --grid=3x2 --trunc-to=0.2 --output=out/sweep.gif
+    python generate.py video --network=SNAPSHOT --seeds=7 --classes=0-9 --interpolation=spline --output=out/classes.mp4
+    """
+    check_encoder(output)
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+    if projected_w is not None and (interpolation == "z" or trunc_to is not None or classes):
+        raise UserError(
+            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
+        )
+    if classes and options["class_index"] is not None:
+        raise UserError("--classes and --class: give one of them")
+    model = open_model(**options | {"class_index": classes[0] if classes else options["class_index"]})
+    check_seeds("--seeds", seeds)
+    psi = model.truncation_psi if trunc_to is None else 1.0
+    cells = grid[0] * grid[1]
+    if projected_w is None and seeds is not None:
+        timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=frames, loop=loop)
+        labels = [_one_class(model.G.c_dim, index) for index in classes] if classes else [model.c] * timing.num_keys
+        c = torch.cat(labels).to(model.device)  # (keys, c_dim)
+        way = through_seeds(model, seeds, c, interpolation, timing, cells, psi)
+    else:
+        names, ws = gather_styles(model, seeds, projected_w)
+        timing = Timing(num_keys=keys_per_cell(len(names), cells, None), steps=frames, loop=loop)
+        way = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
+    if trunc_to is not None:
+        way = sweep_truncation(way, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
+    if direction is not None:
+        found, index = read_direction(direction, model.G)
+        way = sweep_direction(way, found, index, 3.0 if strength is None else strength, timing)
+    scale = scale or -(-128 // max(model.G.img_shape[1:]))
+    make_outdir(output.parent, flag=f"--output={output}")
+    with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
+        for frame in film(model, way, timing, grid, scale):
+            add(frame)
+            progress.update()
+    click.echo(f"{timing.num_frames} frames in {output}, {timing.num_frames / fps:.1f} s")
+
+
+@main.command("directions", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option(
+    "--method",
+    type=click.Choice(["sefa", "pca", "mean", "linear"]),
+    default="sefa",
+    show_default=True,
+    help="sefa: eigenvectors of the layers' weights; pca: principal components of w; mean, linear: from --negative to "
+    "--positive, by the means or by a linear classifier.",
+)
+@option("--styles", default="all", show_default=True, help="Which styles to look at and to move, as for mix.")
+@option("--components", type=click.IntRange(min=1), help="How many, of sefa and pca.  [default: 5]")
+@option("--samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="w drawn for their spread.")
+@option("--positive", type=IntRanges(), help="Seeds of images that have an attribute.")
+@option("--negative", type=IntRanges(), help="Seeds of images that do not have it.")
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the images to edit.")
+@PROJECTED
+@option("--strength", type=float, default=3.0, show_default=True, help="Largest edit, in standard deviations of w.")
+@option("--steps", type=click.IntRange(min=2), default=7, show_default=True, help="Edits of each image.")
+@option("--save", type=click.Path(path_type=Path), help=".npz or .safetensors.  [default: directions.npz in --outdir]")
+@OUTDIR
+def directions_command(
+    method: str,
+    styles: str,
+    components: int | None,
+    samples: int,
+    positive: tuple[int, ...] | None,
+    negative: tuple[int, ...] | None,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    strength: float,
+    steps: int,
+    save: Path | None,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Find directions of w that change images in one way, and draw strips of edits.
+
+    \b
+    python generate.py directions --network=docs/shapes.pkl --method=sefa --styles=coarse --seeds=0-3 --outdir=out
+    python generate.py --network=docs/shapes.pkl --seeds=7 --direction=out/directions.npz:0 --strength=2 --outdir=out
+    """
+    save = save or outdir / "directions.npz"
+    check_ending(save)
+    by_groups = method in ("mean", "linear")
+    if by_groups and not (positive and negative):
+        raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
+    if not by_groups and (positive or negative):
+        raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
+    if by_groups and components is not None:
+        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+    model = open_model(**options)
+    for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
+        check_seeds(flag, given)
+    names, ws = gather_styles(model, seeds, projected_w)
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    drawn, count = sampled_w(model, samples), min(components or 5, model.G.w_dim)
+    if positive and negative:
+        has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
+        found = between(has, lacks, drawn, chosen, linear=method == "linear")
+    else:
+        found = factorise(model, chosen, count, drawn) if method == "sefa" else principal(drawn, chosen, count)
+    make_outdir(outdir)
+    save_directions(save, found)
+    strengths = torch.linspace(-strength, strength, steps)
+    for index in tqdm(range(len(found.directions)), unit="direction"):
+        edited = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
+        tiles = [enlarged(to_rgb(image)) for image in model.images(edited).permute(0, 2, 3, 1).numpy()]
+        rows = [tiles[start : start + steps] for start in range(0, len(tiles), steps)]
+        save_pixels(sheet(rows, [f"{value:+.1f}" for value in strengths]), outdir / f"direction{index:02d}.png")
+    click.echo(
+        f"{len(found.directions)} directions for styles {spell(chosen)} in {save}; a strip of edits of "
+        f"{', '.join(names)} for each in {outdir}"
+    )
+
+
+@main.command("attention", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the images.")
+@PROJECTED
+@option(
+    "--query",
+    "queries",
+    multiple=True,
+    default=("most:3",),
+    show_default=True,
+    help="Whose attention: a pixel X,Y; grid:N, the centres of N x N cells; most:N, those that are attended to most. "
+    "Can be repeated.",
+)
+@option("--heads", is_flag=True, help="Also draw every head of every block.")
+@OUTDIR
+def attention_command(
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    queries: tuple[str, ...],
+    heads: bool,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Draw what positions of an image attend to, in every transformer block.
+
+    \b
+    python generate.py attention --network=docs/shapes.pkl --seeds=0-3 --query=16,16 --query=most:2 --outdir=out
+    """
+    model = open_model(**options)
+    check_seeds("--seeds", seeds)
+    names, ws = gather_styles(model, seeds, projected_w)
+    records, img = record(model, ws[:1])
+    choose_pixels(queries, records, 0, model.G.img_shape[1:])  # refuses what cannot be before anything is written
+    make_outdir(outdir)
+    with tqdm(total=len(names), unit="img") as progress:
+        for part, part_names in zip(ws.split(model.batch), _cut(names, model.batch), strict=True):
+            records, img = record(model, part)
+            for image, name in enumerate(part_names):
+                pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
+                found = attention_maps(records, image, pixels, model.G.img_shape[1:])
+                picture = to_rgb(to_uint8(img[image]).permute(1, 2, 0).cpu().numpy())
+                save_arrays(outdir / f"{name}-attention.npz", found.arrays())
+                save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
+                for block in found.maps if heads else ():
+                    save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
+                progress.update()
+    click.echo(f"{len(names)} sheets in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files")
+
+
+def _cut(items: list[str], size: int) -> Iterator[list[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def save_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Write a picture (H, W, 3)."""
+    save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
+
+
+def open_network(network: Path, device: str | None) -> tuple[Snapshot, torch.device]:
+    """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
+    tune_allocator()
+    where = distributed.choose_device(device)
+    snapshot = load_network(network, where)
     if where.type == "cuda":
         click.echo(custom_ops.prepare(where))
     execution.sum_in_float32()
-    made: list[Tensor] = []
-    reduced = execution.using(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
-    multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if use_compile or use_graphs else BATCH_MULTIPLE
-    with torch.no_grad(), reduced, tqdm(total=len(seeds), unit="img") as progress:
-        for start in range(0, len(seeds), batch):
-            part = seeds[start : start + batch]
-            images = seed_images(G, part, c, trunc, noise_mode, multiple).cpu()
-            for seed, image in zip(part, images, strict=True):
-                save_image(image, outdir / f"seed{seed:04d}.png")
-            made += [images] if grid else []
-            progress.update(len(part))
-    if grid:
-        save_grid(torch.cat(made), outdir / "grid.png")
-    click.echo(f"{len(seeds)} images in {outdir}")
+    return snapshot, where
+
+
+def open_model(
+    *,
+    network: Path,
+    trunc: float,
+    class_index: int | None,
+    noise_mode: str,
+    batch: int,
+    precision: str,
+    device: str | None,
+) -> Model:
+    """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
+    snapshot, where = open_network(network, device)
+    G = snapshot.G_ema
+    return Model(
+        G=G,
+        device=where,
+        c=_one_class(G.c_dim, class_index).to(where),
+        truncation_psi=trunc,
+        noise_mode=noise_mode,
+        batch=batch,
+        execution=execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from),
+    )
+
+
+def gather_styles(
+    model: Model,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    *,
+    flag: str = "--seeds",
+    name: str = "seed{:04d}",
+) -> tuple[list[str], Tensor]:
+    """Return names and styles (n, num_ws, w_dim) of a file's images and of seeds, in this order."""
+    parts, names = [], []
+    if projected_w is not None:
+        parts.append(read_styles(projected_w, model.G).to(model.device))
+        names += [f"proj{index:02d}" for index in range(len(parts[0]))]
+    if seeds is not None:
+        parts.append(model.styles_of(seeds))
+        names += [name.format(seed) for seed in seeds]
+    if not parts:
+        raise UserError(f"{flag}: say which images, e.g. {flag}=0-3, or name saved styles with --projected-w")
+    return names, torch.cat(parts)
+
+
+def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
+    """Raise UserError for a seed that numpy cannot take."""
+    if seeds and max(seeds) >= 2**32:
+        raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
+
+
+def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
+    """Return how many keyframes each cell of a video has. Raises UserError when they cannot be shared out."""
+    if num_given % cells:
+        raise UserError(f"--grid: {num_given} keyframes cannot be shared by {cells} cells equally")
+    if not classes or num_given == cells * len(classes):
+        return num_given // cells
+    if num_given != cells:
+        raise UserError(
+            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give as many of both, or one "
+            "seed per cell"
+        )
+    return len(classes)
+
+
+def make_outdir(outdir: Path, flag: str | None = None) -> None:
+    """Make the folder for results. Raises UserError when it cannot be."""
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag or f'--outdir={outdir}'}: cannot be written ({error.strerror})") from None
+
+
+def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, keep: bool) -> list[Tensor]:
+    """Write uint8 images, which come in batches, as NAME.png while they come. Return the batches if `keep`."""
+    kept: list[Tensor] = []
+    left = iter(names)
+    with tqdm(total=len(names), unit="img") as progress:
+        for images in batches:
+            for image in images:
+                save_image(image, outdir / f"{next(left)}.png")
+            kept += [images] if keep else []
+            progress.update(len(images))
+    return kept
 
 
 def _one_class(c_dim: int, class_index: int | None) -> Tensor:

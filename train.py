@@ -7,29 +7,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
 
 import dnnlib.cli
 import metrics.registry
-from dnnlib.cli import IntList, IntOrAuto, NameList, Size, option, switch
+from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
+from dnnlib.download import cache_dir
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
-from metrics.weights import cache_dir
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
-from training.config import PRESETS, TRANSFER_LEARNING, Circumstances, RunConfig, TrainConfig, micro_batches, resolve
+from training.augment import Mode
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    micro_batches,
+    resolve,
+)
 from training.dataset import ImageDataset
-from training.networks import GENERATORS
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG
+from training.loggers import Loggers, choose_loggers
+from training.loss import Objective
+from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.grid_attention import Form
+from training.networks.vit import Norm, Position
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
@@ -72,6 +87,8 @@ OPTIONS = (
            help="Those metrics every so many ticks. [at snapshots]"),
     option("--tick-metrics", field="run.tick_metrics", type=NameList(),
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
+    option("--log", field="run.log", type=NameList(),
+           help="Show figures and pictures in tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
@@ -86,7 +103,20 @@ OPTIONS = (
            help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
-    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT", help="Weight of R1."),
+    option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
+           help="Bound of the norm of each network's gradient. [none]"),
+    option("--loss", field="loss.objective", type=click.Choice(get_args(Objective)),
+           help="What the networks play for. [logistic]"),
+    option("--n-critic", field="loss.n_critic", type=int, metavar="STEPS",
+           help="The generator moves every so many steps of the discriminator. [1]"),
+    option("--g-batch-scale", field="loss.g_batch_scale", type=int, metavar="INT",
+           help="Its batch is so many times the discriminator's. [1]"),
+    option("--gp-weight", field="loss.gp_weight", type=float, metavar="FLOAT",
+           help="Weight of wgangp-eps's gradient penalty. [10]"),
+    option("--drift-weight", field="loss.drift_weight", type=float, metavar="FLOAT",
+           help="Weight of its squared mean logit of reals. [0.001]"),
+    option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT",
+           help="Weight of R1; with relativistic, of R1 and R2."),
     option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS", help="Steps between R1 phases. [16]"),
     option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT", help="Weight of path length, 0 = off."),
     option("--pl-interval", field="loss.pl_interval", type=int, metavar="STEPS",
@@ -98,12 +128,15 @@ OPTIONS = (
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
            help="Freeze-D: layers of D that keep their weights. [0]"),
     # Augmentation
-    option("--aug", field="augment.mode", type=click.Choice(["noaug", "ada", "fixed"]), help="Augmentation. [ada]"),
+    option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
+           help="Augmentation; none is another word for noaug. [ada]"),
     option("--p", field="augment.p", type=float, metavar="0..1", help="Probability, for --aug=fixed."),
     option("--target", field="augment.target", type=float, metavar="0..1",
            help="Target of ADA: mean sign of D(real). [0.6]"),
     option("--augpipe", field="augment.pipe", metavar="NAME",
            help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+    option("--diffaug", field="augment.policy", type=NameList(),
+           help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
            help="In how many kimg ADA's p can move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
@@ -129,11 +162,30 @@ OPTIONS = (
            help="Channels of its convolutions x resolution."),
     option("--g-cmax", field="generator.channel_max", type=int, metavar="INT",
            help="Upper bound of these channels. [512]"),
+    option("--attention", field="generator.attention", type=click.Choice(get_args(Form)),
+           help="TransGAN's attention where there are many tokens. [grid]"),
+    option("--full-upto", field="generator.full_upto", type=int, metavar="RES",
+           help="Last grid on which it is among all tokens whatever --attention says. [32]"),
+    option("--window", field="generator.window", type=int, metavar="INT",
+           help="Side of the windows of --attention=grid, in tokens. [16]"),
+    option("--landmarks", field="generator.landmarks", type=int, metavar="INT",
+           help="Landmarks of --attention=nystrom. [64]"),
+    option("--heads", field="generator.num_heads", type=int, metavar="INT", help="Its attention heads. [4]"),
+    option("--norm", field="generator.norm", type=click.Choice(get_args(Norm)),
+           help="Its normalisation: token-wise or LayerNorm. [token]"),
+    option("--position", field="generator.position", type=click.Choice(get_args(Position)),
+           help="Its positions: an embedding per token, a bias per offset, or both. [both]"),
+    option("--latent-tokens", field="generator.latent_tokens", type=int, metavar="INT",
+           help="Tokens made from z that every block also attends to. [0]"),
+    option("--antialias", field="generator.antialias", type=int, metavar="INT",
+           help="How many of its upsamplings, the last ones, are low-pass filtered. [0]"),
     option("--z-dim", field="generator.z_dim", type=int, metavar="INT", help="Size of the latent z. [512]"),
     option("--w-dim", field="generator.w_dim", type=int, metavar="INT", help="Size of the style w. [512]"),
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
            help="Layers of the mapping network."),
     # Discriminator
+    option("--disc", field="discriminator.family", metavar="NAME",
+           help=f"Family: {', '.join(DISCRIMINATORS)}. [the preset's; most have {next(iter(DISCRIMINATORS))}]"),
     option("--d-arch", field="discriminator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture. [resnet]"),
     option("--cbase", field="discriminator.channel_base", type=int, metavar="INT", help="Channels of D x resolution."),
@@ -141,6 +193,24 @@ OPTIONS = (
            help="Upper bound of D's channels. [512]"),
     option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group of minibatch-std, 0 = off."),
+    option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
+           help="Side of the finest patches of TransGAN's D, in pixels."),
+    option("--d-widths", field="discriminator.widths", type=IntList(),
+           help="Channels that each of its scales adds, finest first."),
+    option("--d-layers", field="discriminator.layers", type=IntList(), help="Its blocks per scale."),
+    option("--d-local", field="discriminator.local_layers", type=IntList(),
+           help="How many of these, the first, attend as --d-attention says; the others among all tokens."),
+    option("--d-attention", field="discriminator.attention", type=click.Choice(get_args(Form)),
+           help="As --attention. [grid]"),
+    option("--d-window", field="discriminator.window", type=int, metavar="INT", help="As --window. [16]"),
+    option("--d-landmarks", field="discriminator.landmarks", type=int, metavar="INT", help="As --landmarks. [64]"),
+    option("--d-heads", field="discriminator.num_heads", type=int, metavar="INT", help="As --heads. [4]"),
+    option("--d-norm", field="discriminator.norm", type=click.Choice(get_args(Norm)), help="As --norm. [layer]"),
+    option("--d-position", field="discriminator.position", type=click.Choice(get_args(Position)),
+           help="As --position. [both]"),
+    switch("--multi-scale", field="discriminator.multi_scale",
+           help="Patches of the image join at every scale; off: at the finest alone. [on]"),
+    switch("--overlap", field="discriminator.overlap", help="The finest patches overlap by half. [off]"),
     # Arithmetic, speed and memory
     option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),
            help="Of activations in training. [bf16 on GPUs that have it, else fp32]"),
@@ -154,7 +224,7 @@ OPTIONS = (
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
     switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
-    switch("--compile", field="run.compile", help="torch.compile for G_main and D_main."),
+    switch("--compile", field="run.compile", help="torch.compile for what G_main and D_main differentiate once."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Compute activations again in the backward pass: less memory, a third more time."),
     switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
@@ -198,6 +268,7 @@ def main(context: click.Context, **options: Any) -> None:
     config = resolve(request.config, about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
+    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
     if config.run.metrics is None and is_first:
         setup = read_detectors(config.run.detectors)
@@ -241,7 +312,8 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
         run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
-        with TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext():
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
+        with log, open_loggers(run_dir, config) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
             _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
@@ -249,7 +321,7 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
-            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context), hooks.Requests(saver, signals)]
+            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
             trainer.train()
             distributed.from_main(saver.finish)
             _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
@@ -282,19 +354,13 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     )
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext) -> list[Any]:
+def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
     chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
     chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
-    board = None
-    if distributed.is_main():
-        try:
-            board = hooks.TensorBoardLog(run_dir)
-            chain.append(board)
-        except ImportError:
-            _say("TensorBoard events are not written: the package tensorboard is not installed")
-    chain += [hooks.ImageGrids(run_dir, run.snapshot_ticks), hooks.Snapshots(saver, run.snapshot_ticks)]
+    chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
+    chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
     if run.profile_steps and distributed.is_main():
         chain.append(hooks.Profile(run_dir, run.profile_steps))
     names = metric_names(run, context.setup)
@@ -302,8 +368,18 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     if names or run.tick_metrics:
         main_metric = (*names, *run.tick_metrics)[0]
         evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, board))
+        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
     return chain
+
+
+def open_loggers(run_dir: Path, config: TrainConfig) -> Loggers:
+    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    if not distributed.is_main():
+        return Loggers((), run_dir, config)
+    names = choose_loggers(config.run.log)
+    if not names and config.run.log is None:
+        _say("TensorBoard events are not written: the package tensorboard is not installed")
+    return Loggers(names, run_dir, config)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
@@ -389,7 +465,7 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         given = values.setdefault("run.num_gpus", launched)
         if given != launched:
             raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
-    return override(override(PRESETS[context.params["cfg"]], base), values)
+    return customise(override(PRESETS[context.params["cfg"]], base), values)
 
 
 def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:

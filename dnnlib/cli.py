@@ -24,11 +24,15 @@ MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 
 
 class ConfigOption(click.Option):
-    """A click option that knows which config field it sets; `field=None` says that it sets none."""
+    """A click option that knows which config field it sets; `field=None` says that it sets none.
 
-    def __init__(self, *args: Any, field: str | None = None, **kwargs: Any) -> None:
+    It may set others to the same value `also`.
+    """
+
+    def __init__(self, *args: Any, field: str | None = None, also: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.field = field
+        self.fields = (field, *also) if field else ()
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show one spelling of each flag."""
@@ -42,7 +46,8 @@ class ConfigOption(click.Option):
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
 
-    Lists of names that are given several times are joined; of other options the last counts, as usual.
+    `also` are further paths that it sets to the same value. Lists of names that are given several times are joined; of
+    other options the last counts, as usual.
     """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
@@ -90,9 +95,10 @@ def _other_spelling(flag: str) -> str:
 def config_values(context: click.Context) -> dict[str, Any]:
     """Return {config path: value} for the options that the user gave."""
     return {
-        parameter.field: context.params[parameter.name]
+        field: context.params[parameter.name]
         for parameter in context.command.params
-        if isinstance(parameter, ConfigOption) and parameter.field and context.params[parameter.name or ""] is not None
+        if isinstance(parameter, ConfigOption) and context.params[parameter.name or ""] is not None
+        for field in parameter.fields
     }
 
 
@@ -113,6 +119,25 @@ class Script(click.Command):
             if isinstance(error, OSError) and error.filename is not None:
                 fail(self, UserError(f"{error.filename}: cannot be used ({error.strerror})"))
             raise
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the other commands after the help of a group's default, which is what the group's --help shows."""
+        group = ctx.parent.command if ctx.parent else None
+        if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
+            others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
+            with formatter.section("Other commands (COMMAND --help)"):
+                formatter.write_dl(others)
+
+
+class DefaultGroup(click.Group):
+    """A group whose command `default` need not be typed: `generate.py --seeds=0` is `generate.py images --seeds=0`."""
+
+    def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default, *args])
 
 
 class Failure(click.ClickException):
@@ -191,6 +216,17 @@ class NameList(click.ParamType):
         if isinstance(value, tuple):
             return value
         return () if value == "none" else tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+class Choice(click.Choice):
+    """One of some names; `aliases` are other words for them that are understood too."""
+
+    def __init__(self, choices: Iterable[str], **aliases: str) -> None:
+        super().__init__([*choices])
+        self.aliases = aliases
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self.aliases.get(value, value), param, ctx)
 
 
 class IntRanges(click.ParamType):

@@ -29,8 +29,9 @@ a frozen dataclass beside the class that it configures. `train.py` starts from a
 options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
 every snapshot and every training state. `python train.py ... -n` prints it without training.
 
-The generator can be of several families (`--gen`): the other families' fields take the place of the preset's, open
-where they can be, and only latents, mapping network and clamp stay. A flag that the family has no field for is refused.
+Generator and discriminator can be of several families (`--gen`, `--disc`): the other families' fields take the place of
+the preset's, open where they can be; of a generator only latents, mapping network and clamp stay, of a discriminator
+nothing. A flag that the family has no field for is refused.
 
 `--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
 where and how loud, and changes nothing in what a step computes.
@@ -45,11 +46,19 @@ CHOSEN_BY_RESOLVE = {
     "generator.resolutions",
     "generator.channel_base",
     "discriminator.channel_base",
+    "discriminator.patch",
+    "discriminator.widths",
+    "discriminator.layers",
+    "discriminator.local_layers",
     "g_optimizer.lr",
     "d_optimizer.lr",
     "loss.r1_gamma",
+    "loss.gp_weight",
+    "loss.drift_weight",
+    "augment.policy",
     "ema.kimg",
     "run.metrics",
+    "run.log",
     "run.device",
     "run.workers",
     "run.data_on_gpu",
@@ -72,7 +81,8 @@ def train_help() -> str:
 
 def configuration() -> str:
     """Return a table of all fields with their flags, and one of the presets."""
-    flags = {option.field: option.opts[0] for option in train.main.params if isinstance(option, ConfigOption)}
+    options = [option for option in train.main.params if isinstance(option, ConfigOption)]
+    flags = {field: option.opts[0] for option in options for field in option.fields}
     tables = [_fields_table(*part, flags) for part in _parts()]
     return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", _presets_table()])
 
@@ -92,7 +102,7 @@ def _parts() -> list[tuple[str, str, Any]]:
     return parts
 
 
-def _fields_table(title: str, path: str, config: Any, flags: dict[str | None, str]) -> str:
+def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> str:
     heading = f"### {title}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
     rows = ["| field | flag | default |", "|---|---|---|"]
     for field in dataclasses.fields(config):
@@ -123,10 +133,12 @@ def _presets_table() -> str:
         "Linformer": "generator.linformer",
         "G channels": "generator.channel_base",
         "mapping": "generator.mapping_layers",
-        "D": "discriminator.architecture",
+        "D": "discriminator.family",
+        "D architecture": "discriminator.architecture",
         "D channels": "discriminator.channel_base",
         "mbstd": "discriminator.mbstd_group_size",
         "lr": "g_optimizer.lr",
+        "loss": "loss.objective",
         "gamma": "loss.r1_gamma",
         "path length": "loss.pl_weight",
         "mixing": "loss.style_mixing",
@@ -149,7 +161,7 @@ def _get(data: Any, path: str) -> Any:
 
 
 def _show(path: str, value: Any) -> str:
-    if value == "" and path.startswith("generator."):
+    if value == "" and path.startswith(("generator.", "discriminator.")):
         return ""
     if path in CHOSEN_BY_RESOLVE and value in (None, (), 0) and value is not False:
         return "auto"

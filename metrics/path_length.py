@@ -23,6 +23,7 @@ from metrics.detectors import full_float32
 from metrics.frechet import NUM_IMAGES
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
+from torch_utils.interpolation import slerp
 
 EPSILON = 1e-4
 MAX_SIDE = 256
@@ -36,16 +37,6 @@ class Walk:
     space: Literal["w", "z"]
     at_end: bool
     crop: bool
-
-
-def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Return the point at t of the great circle from a to b, (B, z_dim), at the length that lies between theirs."""
-    lengths = torch.lerp(a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True), t)
-    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    cosine = (a * b).sum(dim=1, keepdim=True)
-    across = F.normalize(b - cosine * a, dim=1)
-    angle = t * cosine.clamp(-1, 1).acos()
-    return lengths * (angle.cos() * a + angle.sin() * across)
 
 
 def trimmed_mean(distances: np.ndarray) -> float:

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.client
-import os
-import shutil
-import sys
-import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dnnlib.config import UserError
-
-TIMEOUT = 20  # seconds without an answer from the server
+from dnnlib.download import cache_dir, download, sha256_of_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +56,6 @@ LPIPS = WeightFile(
 KNOWN = (INCEPTION, VGG16, LPIPS)
 
 
-def cache_dir() -> Path:
-    """Return the folder for files that are fetched or computed once: DNNLIB_CACHE_DIR or ~/.cache/dnnlib."""
-    given = os.environ.get("DNNLIB_CACHE_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "dnnlib"
-
-
 def detector_dir() -> Path:
     """Return the folder of the weight files."""
     return cache_dir() / "detectors"
@@ -87,8 +76,7 @@ def sha256_of(path: Path) -> str:
 @functools.lru_cache
 def _sha256_of_file(path: Path, changed: int, size: int) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -109,24 +97,11 @@ def fetch(file: WeightFile) -> Path:
     """Return the checked file, fetching it the first time. Raises UserError saying where to put it when that fails."""
     if file.path.is_file():
         return check(file, file.path)
-    temporary = file.path.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Fetching {file.url} ...", file=sys.stderr, flush=True)
-        with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as out:
-            shutil.copyfileobj(answer, out, 1 << 20)
-            wanted = answer.headers.get("Content-Length")
-        found = temporary.stat().st_size
-        if wanted is not None and found != int(wanted):
-            raise ValueError(f"cut off after {found} of {wanted} bytes")
-        check(file, temporary)
-        os.replace(temporary, file.path)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # UserError, of a wrong checksum, is a ValueError
-        reason = getattr(error, "reason", None) or error
+        download(file.url, file.path, check=partial(check, file))
+    except UserError as error:
         raise UserError(
-            f"{file.describe()} is not in {file.path.parent} and could not be fetched from {file.url} ({reason}): "
-            "put it there by hand (DNNLIB_CACHE_DIR moves that folder), or name it with --detector=FILE"
+            f"{file.describe()} is not in {file.path.parent} and could not be fetched: {error}. Put it there by hand "
+            "(DNNLIB_CACHE_DIR moves that folder), or name it with --detector=FILE"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return file.path

@@ -1,4 +1,4 @@
-"""Who may import whom: dnnlib <- torch_utils <- {training, metrics} <- scripts."""
+"""Who may import whom: dnnlib <- torch_utils <- {training <- exploration, metrics} <- scripts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ALLOWED = {
     "torch_utils": {"dnnlib", "torch_utils"},
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
+    "exploration": {"dnnlib", "torch_utils", "training", "exploration"},
+    "reporting": {"dnnlib", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,39 @@ def test_derivatives_are_the_numerical_ones(shape: tuple[int, int, int, int, int
     arguments = inputs(*shape)
     assert torch.autograd.gradcheck(partial(blockwise_attention, block=block), arguments)
     assert torch.autograd.gradgradcheck(partial(blockwise_attention, block=block), arguments)
+
+
+@pytest.mark.parametrize(("shape", "block"), SHAPES[:2])
+def test_a_bias_has_both_derivatives(shape: tuple[int, int, int, int, int], block: int | None) -> None:
+    """Alone and together with queries, keys and values, and the same for all images."""
+    arguments = inputs(*shape)
+    _, H, N, M, _ = shape
+    bias = torch.randn(H, N, M, dtype=torch.float64, requires_grad=True)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return blockwise_attention(q, k, v, block, bias=bias)
+
+    q, k, v = arguments
+    out = attention(q, k, v, bias)
+    torch.testing.assert_close(out, ((q @ k.mT) / math.sqrt(q.shape[3]) + bias).softmax(dim=3) @ v)
+    assert torch.autograd.gradcheck(attention, (*arguments, bias))
+    assert torch.autograd.gradgradcheck(attention, (*arguments, bias))
+    assert torch.autograd.gradgradcheck(partial(attention, q.detach(), k.detach(), v.detach()), (bias,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_may_be_of_another_type(dtype: torch.dtype) -> None:
+    """As parameters are, that stay in float32: the errors are those of rounding what was given."""
+    arguments = inputs(2, 2, 40, 24, 8, dtype)
+    exact: Inputs = tuple(x.detach().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
+    bias = torch.randn(2, 40, 24, requires_grad=True)
+    slopes = []
+    for given in (arguments, exact):
+        out = blockwise_attention(*given, 16, bias=bias.to(torch.promote_types(given[0].dtype, torch.float32)))
+        (slope,) = torch.autograd.grad(out.double().sin().sum(), bias)
+        slopes.append(slope.double())
+    found, wanted = slopes
+    assert (found - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
 
 
 @pytest.mark.parametrize("block", [None, 1, 16, 50, 1000])

@@ -326,7 +326,7 @@ def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, mo
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr("metrics.weights.urllib.request.urlopen", offline)
+    monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
     monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
     result = calc("--metrics=swd12,fid50k_full")
     assert result.exit_code == 2

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import http.client
-import io
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from metric_helpers import SmallDetector, export_program, random_inception, scri
 from PIL import Image
 from test_metrics import context_of, natural_images
 from torch import Tensor, nn
+from web import Site
 
 import metrics
 from dnnlib.config import UserError
@@ -34,22 +33,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "detectors"
 
 
-def published(path: Path, **changes: str) -> WeightFile:
-    """A weight file whose publisher is this folder."""
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    return WeightFile(**({"name": path.name, "url": path.as_uri(), "sha256": checksum[:8], "holds": "test"} | changes))
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as site:
+        yield site
+
+
+def published(site: Site, name: str, data: bytes, **changes: str) -> WeightFile:
+    """A weight file whose publisher is this site."""
+    checksum = hashlib.sha256(data).hexdigest()
+    site.files[f"/{name}"] = data
+    return WeightFile(
+        **({"name": name, "url": f"{site.url}/{name}", "sha256": checksum[:8], "holds": "test"} | changes)
+    )
 
 
 # Fetching.
 
 
-def test_a_file_is_fetched_once_and_checked(tmp_path: Path, cache: Path) -> None:
-    source = tmp_path / "net.pth"
-    source.write_bytes(b"weights")
-    file = published(source)
+def test_a_file_is_fetched_once_and_checked(cache: Path, site: Site) -> None:
+    file = published(site, "net.pth", b"weights")
     assert weights.fetch(file) == cache / "net.pth"
     assert (cache / "net.pth").read_bytes() == b"weights"
-    source.unlink()
+    site.files.clear()
     assert weights.fetch(file) == cache / "net.pth"
     assert [path.name for path in cache.iterdir()] == ["net.pth"]
 
@@ -58,32 +64,19 @@ def test_a_file_is_fetched_once_and_checked(tmp_path: Path, cache: Path) -> None
         weights.fetch(file)
 
 
-def test_a_wrong_download_is_not_kept(tmp_path: Path, cache: Path) -> None:
-    source = tmp_path / "net.pth"
-    source.write_bytes(b"an error page")
-    with pytest.raises(UserError, match=r"could not be fetched .*its sha256 is"):
-        weights.fetch(published(source, sha256="00000000"))
+def test_a_wrong_download_is_not_kept(cache: Path, site: Site) -> None:
+    with pytest.raises(UserError, match=r"could not be fetched: .*its sha256 is"):
+        weights.fetch(published(site, "net.pth", b"an error page", sha256="00000000"))
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("is_announced", [True, False])
-def test_a_download_that_was_cut_off_is_not_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, is_announced: bool
-) -> None:
+def test_a_download_that_was_cut_off_is_not_kept(cache: Path, site: Site) -> None:
     """Also where no checksum is published, as for LPIPS."""
-
-    class Answer(io.BytesIO):
-        headers: ClassVar = {"Content-Length": "9"} if is_announced else {}
-
-        def read(self, size: int | None = -1) -> bytes:
-            if not is_announced:
-                raise http.client.IncompleteRead(b"weig")
-            return super().read(size)
-
-    monkeypatch.setattr(weights.urllib.request, "urlopen", lambda *_, **__: Answer(b"weig"))
-    with pytest.raises(UserError, match="cut off after 4 of 9 bytes" if is_announced else "IncompleteRead"):
-        weights.fetch(weights.LPIPS)
-    assert list(cache.iterdir()) == []
+    file = published(site, "net.pth", b"weights", sha256="")
+    site.breaks["/net.pth"] = [4, 0]
+    with pytest.raises(UserError, match="could not be fetched"):
+        weights.fetch(file)
+    assert not (cache / "net.pth").exists()
 
 
 def test_without_the_internet_the_message_says_which_file_goes_where(
@@ -92,7 +85,7 @@ def test_without_the_internet_the_message_says_which_file_goes_where(
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(weights.urllib.request, "urlopen", offline)
+    monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
     context = context_of(natural_images(2))
     with pytest.raises(UserError) as caught:
         metrics.compute("fid50k_full", context)
@@ -120,14 +113,14 @@ def inception_state() -> dict[str, Tensor]:
 
 
 def test_inception_is_torch_fidelitys_with_its_resize(
-    inception_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inception_state: dict[str, Tensor], tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded from a file through the cache; compared with the library's own loading of that file."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     source = tmp_path / INCEPTION.name
     torch.save(inception_state, source)
-    file = published(source)
+    file = published(site, source.name, source.read_bytes())
     monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
     images = natural_images(3, (3, 20, 24))
     torch.manual_seed(5)

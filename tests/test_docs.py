@@ -8,13 +8,18 @@ import re
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import calc_metrics
 import dataset_tool
 import generate
+import legacy
+import report
 import train
 from training.snapshot import load_network
 
@@ -25,6 +30,8 @@ COMMANDS = {
     "generate.py": generate.main,
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.main,
+    "legacy.py": legacy.main,
+    "report.py": report.main,
 }
 
 
@@ -77,7 +84,22 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
         result = CliRunner().invoke(generate.main, arguments)
         assert result.exit_code == 0, result.output
-        assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "seed0035.png").exists()
+    assert (tmp_path / "out" / "3-9.png").exists()
+
+
+def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one folder and in order, because some need what others wrote."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    text = (ROOT / "docs" / "exploring.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    python generate.py (.*)", text, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        result = CliRunner().invoke(generate.main, shlex.split(command, comments=True))
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, {})
 
 
 def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +108,28 @@ def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     scope: dict[str, object] = {}
     exec(code, scope)
     assert tuple(scope["img"].shape) == (4, 3, 32, 32)  # type: ignore[attr-defined]
+
+
+def test_the_commands_and_the_python_of_the_page_on_exchange_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the ONNX graphs make the image that generate.py makes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    page = (ROOT / "docs" / "exchange.md").read_text()
+    commands = re.findall(r"^    python legacy.py (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        result = CliRunner().invoke(legacy.main, shlex.split(command))
+        assert result.exit_code == 0, result.output
+    scope: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, scope)
+    assert tuple(scope["img"].shape) == (4, 3, 32, 32)
+    arguments = ["--network=out/shapes.pkl", "--seeds=0", "--trunc=0.7", "--outdir=out"]
+    assert CliRunner().invoke(generate.main, arguments).exit_code == 0
+    with Image.open("out/seed0000.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - scope["pixels"]).max() <= 1
 
 
 @pytest.mark.parametrize("script", COMMANDS)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_config
+from test_objectives import OBJECTIVES, SETTINGS
 from torch import Tensor
 
 from torch_utils import custom_ops
@@ -116,10 +117,24 @@ def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> Non
     assert (reference - plain).norm() < ROUNDING * spread
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # by torch.compile of itself
+@pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
+def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zip: Path, objective: str) -> None:
+    settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS[objective]}
+    source = build(shapes_zip, "cpu", **settings)
+    plain, compiled = (gradients(build(shapes_zip, "cpu", **settings, run__compile=on), source) for on in (False, True))
+    for phase, gradient in plain.items():
+        assert gradient.norm() > 0
+        assert (compiled[phase] - gradient).norm() < 1e-3 * gradient.norm(), phase
+
+
 @pytest.mark.gpu
-def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str) -> None:
     """Two batches with two seeds, one after the other: nothing of the first is left in the second."""
-    eager, graphs = (build(shapes_zip, "cuda", augment__pipe="color", run__graphs=on) for on in (False, True))
+    settings = {"augment__pipe": "color", "loss__objective": objective, **SETTINGS[objective]}
+    eager, graphs = (build(shapes_zip, "cuda", **settings, run__graphs=on) for on in (False, True))
     data = eager._batches()
     for position in (0, 1000):
         img, c = next(data)
@@ -155,22 +170,30 @@ def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpu])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision_adds_little_to_the_noise_of_a_batch(shapes_zip: Path, device: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "objective"),
+    [("bf16", "logistic"), ("fp16", "logistic"), ("bf16", "wgangp-eps"), ("bf16", "relativistic")],
+)
+def test_reduced_precision_adds_little_to_the_noise_of_a_batch(
+    shapes_zip: Path, device: str, precision: str, objective: str
+) -> None:
     """In every phase, those that are differentiated twice too, and at weights that have been trained a little.
 
-    The error of a gradient adds less than a tenth to its variance over images, latents and augmentations.
+    The error of a gradient adds less than a tenth to its variance over images, latents, augmentations; with a penalty
+    on the norm of D's gradient, whose direction rounding turns where D is almost flat, less than half.
     """
-    source = build(shapes_zip, device)
+    limit = 1 / 2 if objective == "wgangp-eps" else 1 / 10
+    settings = {"loss__objective": objective, **SETTINGS[objective]}
+    source = build(shapes_zip, device, **settings)
     source.total_nimg = 5 * source.batch_size
     source.train()
     exact, reduced, other = (
-        gradients(build(shapes_zip, device, **changes), source)
+        gradients(build(shapes_zip, device, **settings | changes), source)
         for changes in ({}, {"precision": precision}, {"seed": 1})
     )
     for phase, gradient in exact.items():
         error, noise = (reduced[phase] - gradient).norm(), (other[phase] - gradient).norm()
-        assert 0 < error**2 < noise**2 / 10, phase
+        assert 0 < error**2 < noise**2 * limit, phase
 
 
 def test_every_input_of_a_skip_discriminator_has_its_grids_type(shapes_zip: Path) -> None:

@@ -399,7 +399,8 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
 
     document = torch.load(STATE, weights_only=True)
     for key in document:
-        for value in (None, 2**70, -1, "x", [], {}, torch.zeros(1)):
+        strange: list[Any] = [None, 2**70, -1, "x", [], {}, torch.zeros(1)]
+        for value in strange:
             torch.save({**document, key: value}, path)
             assert refusal(lambda: Checkpoint.read(path)) is not None or key == "written_by"
         torch.save({name: value for name, value in document.items() if name != key}, path)

@@ -17,10 +17,11 @@ from dnnlib.config import UserError
 from metrics import detectors, path_length
 from metrics.detectors import Detector, DetectorSetup, read_detectors
 from metrics.frechet import class_distances, frechet_distance
-from metrics.path_length import EPSILON, slerp, trimmed_mean
+from metrics.path_length import EPSILON, trimmed_mean
 from metrics.precision_recall import precision_recall
 from metrics.registry import compute_all
 from metrics.sampling import MetricContext, fake_batches, random_labels
+from torch_utils.interpolation import slerp
 
 CPU = torch.device("cpu")
 

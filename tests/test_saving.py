@@ -19,6 +19,7 @@ from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks
 from training.dataset import ImageDataset
+from training.loggers import Loggers
 from training.saving import Saver, obsolete
 from training.training_loop import Trainer
 
@@ -102,7 +103,8 @@ def test_training_goes_on_when_the_disk_is_full(
         fill_the_disk(tmp_path / name)
     (tmp_path / "stats.jsonl").symlink_to("/dev/full")
     fill_the_disk(tmp_path / "reals.png")
-    trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), hooks.ImageGrids(tmp_path, 100)]
+    grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
+    trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
     train_steps(trainer, 3)
     saver.finish()  # of the third step: the disk has room again, as a failed write takes its temporary away
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48

@@ -24,7 +24,7 @@ from dnnlib.config import from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig
-from training.networks import GENERATORS
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -52,7 +52,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
-    """Options default to None (the preset decides), and their fields exist, those of a generator in some family."""
+    """Options default to None (the preset decides), and their fields exist, those of a network in some family."""
     scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
     given = train.main.make_context("train.py", []).params
     found: set[str] = set()
@@ -61,14 +61,15 @@ def test_every_option_sets_a_field_of_the_configuration() -> None:
         assert option.name is not None
         if isinstance(option, ConfigOption) and option.field:
             assert given[option.name] is None, option.name
-            wanted.add(option.field)
+            wanted |= {*option.fields}
         else:
             assert option.name in scripted
-    for family in GENERATORS:
-        config = override(PRESETS["cifar"], {"generator.family": family})
-        values = {path: _get(config, path) for path in wanted if _has(config, path)}
-        assert override(config, {"generator.family": family, **values}) == config
-        found |= {"generator.family", *values}
+    for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        for family in families:
+            config = override(PRESETS["cifar"], {f"{part}.family": family})
+            values = {path: _get(config, path) for path in wanted if _has(config, path)}
+            assert override(config, {f"{part}.family": family, **values}) == config
+            found |= {f"{part}.family", *values}
     assert found == wanted
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr("metrics.weights.urllib.request.urlopen", offline)
+    monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
     for option in ("--metrics=fid50k_full", "--tick-metrics=fid5k"):
         result = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, option)
         assert result.exit_code == 2

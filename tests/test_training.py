@@ -120,11 +120,11 @@ def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(sha
     torch.testing.assert_close(trainer.G.mapping.w_avg, 0.005 * torch.cat(seen).mean(dim=0))
 
 
-def test_a_phase_steps_by_interval_times_the_mean_gradient(shapes_zip: Path) -> None:
+def test_a_phase_steps_by_its_weight_times_the_mean_gradient(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, batch_size=8, run__batch_gpu=2))
     x = torch.nn.Parameter(torch.zeros(()))
     learner = Learner([x], torch.optim.SGD([x], lr=1.0, fused=True))
-    phase = Phase("x", learner, lambda img, c: LossTerms(x * img.mean()), interval=5)
+    phase = Phase("x", learner, lambda img, c: LossTerms(x * img.mean()), interval=3, weight=5)
     img = torch.arange(8.0).reshape(8, 1, 1, 1)
     trainer.run_phase(phase, img, torch.zeros(8, 0))
     assert x.item() == pytest.approx(-5 * img.mean().item())

@@ -32,11 +32,16 @@ def save_image(img: Tensor, path: Path) -> None:
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, row by row; without `columns` about as wide as high."""
+    """Write uint8 images (N, C, H, W) as one PNG, see `make_grid`."""
+    save_image(make_grid(images, columns), path)
+
+
+def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Return images (N, C, H, W) as one (C, rows H, columns W), row by row; without `columns` about square."""
     N, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = -(-N // columns)
     padded = images.new_zeros([rows * columns, C, H, W])
     padded[:N] = images
     grid = padded.reshape(rows, columns, C, H, W).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
-    save_image(grid.reshape(C, rows * H, columns * W), path)
+    return grid.reshape(C, rows * H, columns * W)

@@ -1,6 +1,7 @@
-"""Adaptive discriminator augmentation: what the discriminator sees, and how strongly.
+"""Augmentation: what the discriminator sees of images, and how strongly.
 
-Karras et al. 2020b, "Training generative adversarial networks with limited data".
+Adaptive discriminator augmentation (Karras et al. 2020b, "Training generative adversarial networks with limited data"),
+or DiffAugment (diffaugment.py).
 """
 
 from dataclasses import dataclass
@@ -11,22 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
-from training.augment_stages import PIPES, STAGES
+from training.augment_stages import PIPES, STAGES, Transform
+from training.diffaugment import DIFFAUG
 
-Mode = Literal["noaug", "ada", "fixed"]
+Mode = Literal["noaug", "ada", "fixed", "diffaug"]
+
+# The fields that each mode reads; the flags of the others are refused.
+MODE_FIELDS: dict[str, tuple[str, ...]] = {
+    "noaug": (),
+    "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
+    "fixed": ("pipe", "p"),
+    "diffaug": ("policy",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Which transforms the discriminator sees, and with which probability p each of them fires."""
 
-    mode: Mode = "ada"  # no augmentation, p from the controller, or constant p
+    mode: Mode = "ada"  # no augmentation, p from the controller, constant p, or DiffAugment
     pipe: str = "bgc"  # a key of PIPES: blit, geom, color, filter, noise, cutout, bg, ..., bgcfnc
     p: float | None = None  # 'fixed' only: the probability
     target: float = 0.6  # 'ada' only: the mean sign of D(real) to aim for
     ada_kimg: float = 500  # 'ada' only: thousands of images in which p can move by 1
     ada_interval: int = 4  # 'ada' only: steps between adjustments of p
     max_p: float = 1.0  # 'ada' only: upper bound of p
+    policy: tuple[str, ...] | None = None  # 'diffaug' only: keys of DIFFAUG, in order; None: translation,cutout,color
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -39,6 +50,8 @@ class AugmentConfig:
             raise ConfigError("p", self.p, f"mode '{self.mode}' takes no probability; leave it out or use 'fixed'")
         if self.p is not None and not 0 <= self.p <= 1:
             raise ConfigError("p", self.p, "a probability lies between 0 and 1")
+        if self.policy is not None:
+            self._check_policy(self.policy)
         if not 0 <= self.target <= 1:
             raise ConfigError("target", self.target, "the mean sign to aim for lies between 0 and 1")
         if not self.ada_kimg > 0:
@@ -48,13 +61,24 @@ class AugmentConfig:
         if not 0 < self.max_p <= 1:
             raise ConfigError("max_p", self.max_p, "the bound of a probability lies above 0 and is at most 1")
 
+    def _check_policy(self, policy: tuple[str, ...]) -> None:
+        if self.mode != "diffaug":
+            raise ConfigError("policy", policy, f"mode '{self.mode}' takes no policy; leave it out or use 'diffaug'")
+        if not policy or not set(policy) <= set(DIFFAUG) or len(set(policy)) < len(policy):
+            raise ConfigError("policy", policy, f"give some of {', '.join(DIFFAUG)}, each once")
+
+    @property
+    def constant_p(self) -> float | None:
+        """The probability that does not change in training, None where the controller or nobody reads it."""
+        return 1.0 if self.mode == "diffaug" else self.p
+
 
 class AugmentPipe(nn.Module):
     """Augment images [B, C, H, W] of `img_shape` (C, H, W) with values in about [-1, 1]; the shape stays.
 
-    Each transform fires for each image with probability `p`, a scalar on the device; at p = 0 images stay as they are.
-    Twice differentiable in the images. In mode 'noaug' there are no transforms. Raises ConfigError when the pipe cannot
-    treat images of this shape.
+    Each transform fires for each image with probability `p`, a scalar on the device, which is 1 in mode 'diffaug'; at
+    p = 0 images stay as they are. Twice differentiable in the images. In mode 'noaug' there are no transforms. Raises
+    ConfigError when pipe or policy cannot treat images of this shape.
     """
 
     p: Tensor
@@ -62,9 +86,8 @@ class AugmentPipe(nn.Module):
     def __init__(self, config: AugmentConfig, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
         # Not persistent: p belongs to the controller's state.
-        self.register_buffer("p", torch.tensor(config.p or 0.0, dtype=torch.float32), persistent=False)
-        active = set(PIPES[config.pipe]) if config.mode != "noaug" else set()
-        self.stages = nn.ModuleList(stage(config.pipe, img_shape) for stage in STAGES if active & set(stage.groups))
+        self.register_buffer("p", torch.tensor(config.constant_p or 0.0, dtype=torch.float32), persistent=False)
+        self.stages = nn.ModuleList(_build_stages(config, img_shape))
 
     def forward(self, images: Tensor) -> Tensor:
         for stage in self.stages:
@@ -72,13 +95,24 @@ class AugmentPipe(nn.Module):
         return images
 
 
+def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> list[Transform]:
+    if config.mode == "noaug":
+        return []
+    if config.mode == "diffaug":
+        if config.policy is None:
+            raise ConfigError("policy", None, "not resolved")
+        return [DIFFAUG[name](img_shape) for name in config.policy]
+    active = set(PIPES[config.pipe])
+    return [stage(config.pipe, img_shape) for stage in STAGES if active & set(stage.groups)]
+
+
 class AdaController:
     """Moves p of a pipe so that the discriminator's overfitting r = E[sign D(real)] stays at the target.
 
         p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
 
-    Karras et al. 2020b, section 3. r is the mean since the last adjustment. All of it stays on the device. In mode
-    'fixed' p never moves.
+    Karras et al. 2020b, section 3. r is the mean since the last adjustment. All of it stays on the device. In modes
+    other than 'ada' p never moves.
     """
 
     def __init__(self, config: AugmentConfig, pipe: AugmentPipe) -> None:

@@ -227,18 +227,13 @@ COLOR = (
 # Stages
 
 
-class Stage(nn.Module, ABC):
-    """A part of the pipeline, used when one of its `groups` is on.
+class Transform(nn.Module, ABC):
+    """Something that happens to images of the shape (C, H, W), in two parts: draws, and what follows from them."""
 
-    Built from the pipe's name and the shape (C, H, W) of the images; raises ConfigError when it cannot treat them.
-    """
-
-    groups: ClassVar[tuple[str, ...]]
     is_deterministic: ClassVar[bool] = True  # on CUDA, with its derivatives
 
-    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
+    def __init__(self, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.active = [group for group in self.groups if group in PIPES[pipe]]
         self.channels, *size = img_shape
         self.size: Size = (size[0], size[1])
 
@@ -252,6 +247,19 @@ class Stage(nn.Module, ABC):
 
     def forward(self, images: Tensor, p: Tensor) -> Tensor:
         return self.transform(images, self.draw(images, p))
+
+
+class Stage(Transform):
+    """A part of the pipeline, used when one of its `groups` is on.
+
+    Built from the pipe's name and the shape (C, H, W) of the images; raises ConfigError when it cannot treat them.
+    """
+
+    groups: ClassVar[tuple[str, ...]]
+
+    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
+        super().__init__(img_shape)
+        self.active = [group for group in self.groups if group in PIPES[pipe]]
 
 
 # Low-pass filter of the sym6 wavelet; divided by its sum below.

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from dnnlib.config import ConfigError, from_json, override, within
-from training.augment import AugmentConfig, AugmentPipe
+from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
+from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMAConfig
 from training.loss import LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -19,16 +20,20 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
-    The pieces of a batch (`batch_gpu`) matter to minibatch-std and path length, which look at one piece at a time;
+    The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
+    one piece at a time;
     nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
@@ -41,6 +46,7 @@ class RunConfig:
     metrics: tuple[str, ...] | None = None  # None: the default metric
     metrics_every: int | None = None  # ticks; None: at snapshots
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
+    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
     num_gpus: int = 1
     batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
@@ -72,6 +78,9 @@ class RunConfig:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
+        for name in self.log or ():
+            if name not in LOGGERS:
+                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -167,6 +176,7 @@ def _presets() -> dict[str, TrainConfig]:
             cifar, _styleformer("church128-l", (1024, 256, 64, 64, 64), (1, 2, 1, 1, 1), linformer=True)
         ),
         "styleformer-c256": _compositional(stylegan2),
+        **{config.preset: config for config in _transgans()},
         "tiny": _tiny(),
     }
 
@@ -213,6 +223,71 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    cifar = TrainConfig(
+        preset="transgan-cifar",
+        data=DatasetConfig(mirror=True),
+        generator=TransGANConfig(z_dim=256, w_dim=256),
+        discriminator=TransGANDiscriminatorConfig(norm="token"),
+        loss=LossConfig(
+            objective="wgangp-eps",
+            n_critic=4,
+            g_batch_scale=2,
+            r1_interval=None,
+            pl_weight=0,
+            pl_interval=None,
+            style_mixing=0,
+        ),
+        g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
+        ema=EMAConfig(kimg=500, rampup=None),
+        batch_size=64,
+    )
+    stl10 = replace(
+        cifar,
+        preset="transgan-stl10",
+        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
+        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
+        loss=replace(cifar.loss, n_critic=5),
+        batch_size=32,
+    )
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
+    three_scales = TransGANDiscriminatorConfig(
+        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
+    )
+    church = replace(
+        cifar,
+        preset="transgan-church256",
+        generator=TransGANConfig(widths=widths, layers=layers),
+        discriminator=three_scales,
+    )
+    celebahq = replace(
+        church,
+        preset="transgan-celebahq256",
+        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+        discriminator=replace(
+            three_scales,
+            patch=2,
+            overlap=True,
+            widths=(96, 96, 192),
+            local_layers=(3, 2, 0),
+            window=4,
+            position="absolute",
+        ),
+    )
+    celeba64, celeba128 = (
+        replace(
+            church,
+            preset=f"transgan-celeba{size}",
+            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
+            discriminator=replace(three_scales, img_size=(size, size), patch=2),
+        )
+        for size, count in ((64, 4), (128, 5))
+    )
+    return [cifar, stl10, celeba64, celeba128, church, celebahq]
+
+
 def _tiny() -> TrainConfig:
     """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores.
 
@@ -239,6 +314,41 @@ PRESETS: Mapping[str, TrainConfig] = _presets()
 
 # What transfer learning starts from, below the user's own options (Karras et al. 2020b).
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
+
+
+def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return a preset under a user's options, {config path: value}.
+
+    What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
+    length and style mixing where --gen chooses a generator without styles, a probability or a policy where --aug has
+    none. What the options say does not; those that would do nothing are refused.
+    """
+    if "loss.objective" in values:
+        preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
+    if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
+        preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
+    chosen = override(preset, values)
+    _check_augment_options(chosen.augment.mode, values)
+    if "generator.family" in values and not _has_styles(chosen.generator):
+        styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
+        chosen = override(chosen, {path: value for path, value in styles.items() if path not in values})
+    return chosen
+
+
+def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
+    """Refuse options that the mode of augmentation does not read."""
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if part == "augment" and name not in ("mode", *MODE_FIELDS[mode]):
+            modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
+            raise ConfigError(path, value, f"--aug={mode} does not read it: leave it out, or give --aug={modes[0]}")
+
+
+def _has_styles(generator: GeneratorConfig) -> bool:
+    try:
+        return generator.num_ws > 1
+    except ConfigError:  # the number follows from the images
+        return True
 
 
 def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
@@ -271,9 +381,10 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
     }
-    if config.loss.r1_gamma is None:
-        values["loss.r1_gamma"] = 0.0002 * resolution**2 / batch_size
+    if config.augment.mode == "diffaug" and config.augment.policy is None:
+        values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
+    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
     with within("generator"):
         resolved = replace(resolved, generator=resolved.generator.fit(height, width))
     with within("discriminator"):
@@ -281,6 +392,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
+    _check_styles(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
@@ -316,17 +428,23 @@ def _check_batches(config: TrainConfig) -> None:
             f"must be a multiple of {per_round} ({gpus} GPUs x {batch_gpu} images at a time); "
             f"choose --batch={-(-config.batch_size // per_round) * per_round} or another --batch-gpu",
         )
-    group = min(config.discriminator.group_size, batch_gpu)
-    if group and batch_gpu % group:
-        raise ConfigError(
-            "batch_gpu",
-            batch_gpu,
-            f"cannot be cut into minibatch-std groups of {group}; choose a multiple of it",
-        )
+    for count in {batch_gpu, batch_gpu * config.loss.g_batch_scale}:
+        group = min(config.discriminator.group_size, count)
+        if group and count % group:
+            images = "" if count == batch_gpu else f"with --g-batch-scale={config.loss.g_batch_scale}, {count} images "
+            problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of it"
+            raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
             "run.batch_gpu", batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
         )
+
+
+def _check_styles(config: TrainConfig) -> None:
+    for name, remedy in (("pl_weight", "--pl-weight=0"), ("style_mixing", "--mixing=0")):
+        value = getattr(config.loss, name)
+        if value and config.generator.num_ws == 1:
+            raise ConfigError(f"loss.{name}", value, f"this generator has no styles per layer: give {remedy}")
 
 
 def _check_holdout(config: TrainConfig) -> None:
@@ -344,7 +462,8 @@ def _check_parts(config: TrainConfig, about: Circumstances) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (
-            f"--augpipe={config.augment.pipe} is not, on a GPU: give --aug=noaug, or --augpipe=color, noise or cutout"
+            "not all of the augmentation is, on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
+            "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
     with torch.device("meta"):
@@ -370,18 +489,33 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.keep_best": False,
     "run.metrics_every": None,
     "run.tick_metrics": (),
+    "run.log": None,
     "run.detectors": (),
     "data.holdout": 0,
+    "loss.objective": "logistic",
+    "loss.n_critic": 1,
+    "loss.g_batch_scale": 1,
+    "loss.gp_weight": None,
+    "loss.drift_weight": None,
+    "augment.policy": None,
+    "g_optimizer.clip_norm": None,
+    "d_optimizer.clip_norm": None,
+    "discriminator.cmap_dim": None,
 }
+# Those of one family of networks only.
+_FAMILIES_OF_ADDED: Mapping[str, tuple[str, ...]] = {"discriminator.cmap_dim": ("stylegan2",)}
 
 
 def read_config(data: Any) -> TrainConfig:
     """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
-    if isinstance(data, dict) and isinstance(data.get("run"), dict) and isinstance(data.get("data"), dict):
-        data = {**data, "run": {**data["run"]}, "data": {**data["data"]}}
+    if isinstance(data, dict):
+        data = {name: {**part} if isinstance(part, dict) else part for name, part in data.items()}
         for path, value in ADDED_FIELDS.items():
             *parents, name = path.split(".")
-            (data[parents[0]] if parents else data).setdefault(name, value)
+            part = data.get(parents[0]) if parents else data
+            families = _FAMILIES_OF_ADDED.get(path)
+            if isinstance(part, dict) and (families is None or part.get("family") in families):
+                part.setdefault(name, value)
     return from_json(TrainConfig, data)
 
 

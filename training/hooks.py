@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import torch
 from dnnlib.config import WriteError
 from dnnlib.util import append_line, format_time
 from torch_utils import distributed
-from torch_utils.images import save_grid, to_uint8
+from torch_utils.images import make_grid, save_image, to_uint8
 from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
+from training.loggers import Loggers
 from training.saving import Saver
 from training.training_loop import Trainer
 
@@ -76,18 +77,22 @@ class Progress:
 class ImageGrids:
     """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
 
-    def __init__(self, run_dir: Path, snapshot_ticks: int) -> None:
-        self.run_dir, self.snapshot_ticks = run_dir, snapshot_ticks
+    def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
+        self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
         name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
         if trainer.tick.is_first:
-            with going_on():
-                save_grid(self._real_images(trainer), self.run_dir / "reals.png")
+            self._show("reals", self._real_images(trainer), self.run_dir / "reals.png", trainer)
+        self._show("fakes", self._generate(trainer), self.run_dir / name, trainer)
+
+    def _show(self, name: str, images: torch.Tensor, path: Path, trainer: Trainer) -> None:
+        grid = make_grid(images)
         with going_on():
-            save_grid(self._generate(trainer), self.run_dir / name)
+            save_image(grid, path)
+        self.loggers.add_picture(f"Images/{name}", grid, trainer.state.nimg)
 
     def _count(self, trainer: Trainer) -> int:
         """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""
@@ -159,10 +164,10 @@ class Metrics:
         schedule: Sequence[tuple[int, Sequence[str]]],
         snapshot_ticks: int,
         evaluate: Evaluate,
-        board: TensorBoardLog | None,
+        loggers: Loggers,
     ) -> None:
         self.saver, self.schedule, self.snapshot_ticks = saver, schedule, snapshot_ticks
-        self.evaluate, self.board = evaluate, board
+        self.evaluate, self.loggers = evaluate, loggers
 
     def __call__(self, trainer: Trainer) -> None:
         tick = trainer.tick
@@ -183,8 +188,7 @@ class Metrics:
                 print(f"Best {metric} so far, kept as network-best-{metric}.pkl", flush=True)
 
         values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
-        if self.board:
-            self.board.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
+        self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
 
 
 class Overfitting:
@@ -261,26 +265,17 @@ class JsonLog:
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
-class TensorBoardLog:
-    """TensorBoard events, every tick. Needs the package tensorboard."""
+class Log:
+    """The same figures for TensorBoard, Weights & Biases (training/loggers.py), every tick."""
 
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir))
+    def __init__(self, loggers: Loggers) -> None:
+        self.loggers = loggers
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None:
             return
         means = {name: stat.mean for name, stat in trainer.tick.stats.items()}
-        self.add(trainer.tick.values | means, trainer.state.nimg)
-
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        """Write figures by name."""
-        with going_on():
-            for name, value in figures.items():
-                self.writer.add_scalar(name, value, nimg)
-            self.writer.flush()
+        self.loggers.add(trainer.tick.values | means, trainer.state.nimg)
 
 
 class Profile:

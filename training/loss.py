@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,29 @@ from dnnlib.config import ConfigError
 from training.dataset import encode_labels
 from training.networks import execution
 
+Objective = Literal["logistic", "hinge", "wgangp-eps", "relativistic"]
+
+# With R1 as a phase of its own, every `r1_interval` steps. relativistic has R1 and R2 in every step,
+# wgangp-eps neither.
+LAZY_R1 = ("logistic", "hinge")
+# The weights that only one objective has, and what they are where nothing else is said.
+OWN_WEIGHTS: dict[str, dict[str, float]] = {"wgangp-eps": {"gp_weight": 10.0, "drift_weight": 1e-3}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The StyleGAN2 objective. r1_gamma None: chosen from resolution and batch size. An interval of None drops the
-    regulariser's correction of the optimizer; a weight of 0 drops the regulariser alone."""
+    """The objective, its regularisers, and how often the generator moves.
 
+    r1_gamma None: chosen from resolution and batch size. An interval of None drops the regulariser's correction of the
+    optimizer; a weight of 0 drops the regulariser alone. `gp_weight` and `drift_weight` belong to wgangp-eps. G moves
+    every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
+    """
+
+    objective: Objective = "logistic"
+    n_critic: int = 1
+    g_batch_scale: int = 1
+    gp_weight: float | None = None
+    drift_weight: float | None = None
     r1_gamma: float | None = None
     r1_interval: int | None = 16
     pl_weight: float = 2.0
@@ -35,16 +52,57 @@ class LossConfig:
     style_mixing: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("r1_gamma", "pl_weight"):
+        if self.objective not in get_args(Objective):
+            raise ConfigError("objective", self.objective, f"choose one of {', '.join(get_args(Objective))}")
+        for name in ("r1_gamma", "pl_weight", "gp_weight", "drift_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(name, value, "a weight cannot be negative; 0 turns the regulariser off")
+        for name in ("n_critic", "g_batch_scale"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
         for name in ("r1_interval", "pl_interval"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, value, "a phase cannot be due more often than every step; use 1 or more")
         if not 0 <= self.style_mixing <= 1:
             raise ConfigError("style_mixing", self.style_mixing, "a probability lies in 0..1")
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse what the objective has no use for."""
+        for owner, weights in OWN_WEIGHTS.items():
+            for name in weights:
+                if getattr(self, name) is not None and self.objective != owner:
+                    raise ConfigError(name, getattr(self, name), f"only --loss={owner} has it; leave it out")
+        if self.objective == "wgangp-eps" and self.r1_gamma:
+            problem = (
+                "wgangp-eps has a penalty of its own (--gp-weight): R1 needs --loss=logistic, hinge or relativistic"
+            )
+            raise ConfigError("r1_gamma", self.r1_gamma, problem)
+        if self.objective not in LAZY_R1 and self.r1_interval is not None:
+            problem = f"R1 of every so many steps goes with --loss={' or '.join(LAZY_R1)}; leave it out"
+            raise ConfigError("r1_interval", self.r1_interval, problem)
+        if self.objective == "relativistic" and self.g_batch_scale > 1:
+            problem = "relativistic compares each generated image with a real one of the batch: leave it at 1"
+            raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
+
+    def with_objective(self, objective: Objective) -> Self:
+        """Return this configuration with another objective: what only the old one had makes room for the new one's."""
+        values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
+        if (objective in LAZY_R1) != (self.objective in LAZY_R1):
+            values["r1_interval"] = 16 if objective in LAZY_R1 else None
+        if "wgangp-eps" in (objective, self.objective):
+            values["r1_gamma"] = None
+        if objective == "relativistic":
+            values["g_batch_scale"] = 1
+        return self if objective == self.objective else replace(self, **values)
+
+    def fit(self, resolution: int, batch_size: int) -> Self:
+        """Choose the weights that are open for images of this longer side and batches of this size."""
+        gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
+        weights: dict[str, Any] = {"r1_gamma": gamma, **OWN_WEIGHTS.get(self.objective, {})}
+        return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -99,9 +157,10 @@ class Players:
         from_other = mixed & (torch.arange(num_ws, device=z.device) >= cut)  # (num_ws,)
         return torch.where(from_other[:, None], other, ws), mean_w
 
-    def generate(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return generated images, their labels and the mean w."""
-        z, c = self.sample_latents(count)
+    def generate(self, count: int, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return generated images, their labels (c, or else drawn ones) and the mean w."""
+        z, drawn = self.sample_latents(count)
+        c = drawn if c is None else c
         ws, mean_w = self.sample_styles(z, c)
         return self.synthesize(ws, noise_mode="random"), c, mean_w
 
@@ -110,23 +169,106 @@ class Players:
         return self.discriminate(self.augment(img), c)
 
 
-def generator_logistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+def generator_logistic(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """softplus(-D(T(G(z)))): the non-saturating logistic loss (Goodfellow et al. 2014) under augmentation T."""
-    fake, fake_c, mean_w = players.generate(len(img))
+    fake, fake_c, mean_w = players.generate(batch_scale * len(img))
     logits = players.judge(fake, fake_c)
-    loss = F.softplus(-logits).mean()
-    stats = {"Loss/G/loss": loss, "Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()}
-    return LossTerms(loss, stats, {"w_avg": mean_w})
+    return _generator_terms(F.softplus(-logits).mean(), logits, mean_w)
 
 
 def discriminator_logistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
+    fake_logits, real_logits, mean_w = _judge_both(players, img, c)
+    loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+
+
+def generator_linear(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
+    """-D(T(G(z))): the generator's side of the hinge loss and of the Wasserstein distance."""
+    fake, fake_c, mean_w = players.generate(batch_scale * len(img))
+    logits = players.judge(fake, fake_c)
+    return _generator_terms(-logits.mean(), logits, mean_w)
+
+
+def discriminator_hinge(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+    """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
+    fake_logits, real_logits, mean_w = _judge_both(players, img, c)
+    loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
+    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+
+
+def discriminator_wgan(players: Players, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
+    """E[D(T(G(z)))] - E[D(T(x))] + gp_weight E[(|grad D(u)| - 1)^2] + drift_weight E[D(T(x))]^2.
+
+    u is a uniform interpolate of an augmented real and an augmented generated image (Gulrajani et al. 2017): what D
+    sees, so not augmented again. Both have the same labels, which are the interpolate's too. The drift keeps logits
+    near zero (Karras et al. 2018, who square them one by one; here, as in TransGAN, their mean over the micro-batch).
+    """
+    with torch.no_grad():
+        fake, _, mean_w = players.generate(len(img), c)
+        fake, real = players.augment(fake), players.augment(img)
+    fake_logits, real_logits = players.discriminate(fake, c), players.discriminate(real, c)
+    penalty = gradient_penalty(players, real, fake, c)
+    mean_real = real_logits.mean()
+    loss = fake_logits.mean() - mean_real + gp_weight * penalty.mean() + drift_weight * mean_real.square()
+    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
+    terms.stats["Loss/gradient_penalty"] = penalty
+    return terms
+
+
+def gradient_penalty(players: Players, real: Tensor, fake: Tensor, c: Tensor) -> Tensor:
+    """(|grad_u D(u)| - 1)^2 at u = real + t (fake - real), t ~ U(0, 1) per image: (B,)."""
+    t = torch.rand([len(real), 1, 1, 1], dtype=real.dtype, device=real.device)
+    between = real.lerp(fake, t).requires_grad_(True)
+    with execution.using(twice_differentiable=True):
+        (gradient,) = torch.autograd.grad(players.D(between, c).sum(), between, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square()
+
+
+def generator_relativistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+    """softplus(D(T(x)) - D(T(G(z)))) on pairs with the same labels (Jolicoeur-Martineau 2019; Huang et al. 2024)."""
+    fake, _, mean_w = players.generate(len(img), c)
+    with torch.no_grad():
+        real_logits = players.judge(img, c)
+    logits = players.judge(fake, c)
+    return _generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w)
+
+
+def discriminator_relativistic(players: Players, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
+    """softplus(D(T(G(z))) - D(T(x))) + gamma/2 (E[|grad_x D(T(x))|^2] + E[|grad D(T(G(z)))|^2]), on the same pairs.
+
+    Huang et al. 2024, "The GAN is dead; long live the GAN!": R1 and R2 in every step. Both are taken, as R1 elsewhere,
+    by the images before augmentation.
+    """
+    with torch.no_grad():
+        fake, _, mean_w = players.generate(len(img), c)
+    images = img.detach().requires_grad_(True), fake.requires_grad_(True)
+    with execution.using(twice_differentiable=True):
+        real_logits, fake_logits = (players.D(players.augment(x), c) for x in images)
+        gradients = torch.autograd.grad(real_logits.sum() + fake_logits.sum(), images, create_graph=True)
+    real_penalty, fake_penalty = (g.square().sum(dim=(1, 2, 3)) for g in gradients)  # each (B,)
+    loss = F.softplus(fake_logits - real_logits).mean() + gamma / 2 * (real_penalty + fake_penalty).mean()
+    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
+    terms.stats |= {"Loss/r1_penalty": real_penalty, "Loss/r2_penalty": fake_penalty}
+    return terms
+
+
+def _judge_both(players: Players, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return D's logits of as many generated images as there are real ones, those of the real ones, and the mean w."""
     with torch.no_grad():
         fake, fake_c, mean_w = players.generate(len(img))
-    fake_logits = players.judge(fake, fake_c)
-    real_logits = players.judge(img, c)
-    loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-    signs = real_logits.detach().sign()
+    return players.judge(fake, fake_c), players.judge(img, c), mean_w
+
+
+def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
+    stats = {"Loss/G/loss": loss, "Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()}
+    return LossTerms(loss, stats, {"w_avg": mean_w})
+
+
+def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:
+    """`margins` are positive where D is right about a real image: its logit, or where D only compares, the difference
+    to a generated one's. ADA steers by their signs."""
+    signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 

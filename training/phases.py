@@ -17,8 +17,13 @@ from training.loss import (
     LossConfig,
     LossTerms,
     Players,
+    discriminator_hinge,
     discriminator_logistic,
+    discriminator_relativistic,
+    discriminator_wgan,
+    generator_linear,
     generator_logistic,
+    generator_relativistic,
     path_length,
     r1_penalty,
 )
@@ -28,16 +33,19 @@ Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """Adam (Kingma & Ba 2015). lr None: chosen from the resolution."""
+    """Adam (Kingma & Ba 2015). lr None: chosen from the resolution. `clip_norm` bounds the norm of all gradients."""
 
     lr: float | None = None
     beta1: float = 0.0
     beta2: float = 0.99
     eps: float = 1e-8
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("lr", self.lr, "a learning rate must be positive")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("clip_norm", self.clip_norm, "a bound of a norm must be positive; leave it out for none")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must lie in 0..1, 1 excluded")
@@ -47,11 +55,19 @@ class Learner:
     """The parameters that training changes in one network, with their gradients and the optimizer that moves them.
 
     `num_means` is how many numbers the batch means of a loss (LossTerms.means and the loss itself) may have in all.
+    `clip_norm` bounds the norm of all gradients together; None does not.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, num_means: int = 8) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        num_means: int = 8,
+        clip_norm: float | None = None,
+    ) -> None:
         self.parameters = parameters
         self.optimizer: Any = optimizer
+        self.clip_norm = clip_norm
         self.gradients = FlatGradients(parameters, num_means)
 
     @contextmanager
@@ -65,6 +81,11 @@ class Learner:
             for parameter in self.parameters:
                 parameter.requires_grad_(False)
 
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients, whose norm is `norm`, down to a norm of clip_norm if it is larger."""
+        if self.clip_norm is not None:
+            self.gradients.gradients *= (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+
     def step(self, skip: Tensor) -> None:
         """Move the parameters by their gradients unless `skip`, a truth value on the device, says no."""
         self.optimizer.found_inf = skip.float()  # what gradient scalers tell a fused optimizer
@@ -73,12 +94,16 @@ class Learner:
 
 @dataclass
 class Phase:
-    """Every `interval` steps: the gradient of `interval * loss` to a learner, then one optimizer step."""
+    """Every `interval` steps: the gradient of `weight * loss` to a learner, then one optimizer step.
+
+    A regulariser's weight is how many steps of its network's main phase it stands for.
+    """
 
     name: str
     learner: Learner
     loss: Loss
     interval: int = 1
+    weight: int = 1
 
     def is_due(self, step: int) -> bool:
         """Whether the phase runs in this step, counted from 0."""
@@ -98,20 +123,58 @@ def build_learner(
     betas = (config.beta1**r, config.beta2**r)
     # Fused: one kernel for all parameters, and it can leave a step out without the host knowing.
     adam = torch.optim.Adam(parameters, lr=config.lr * r, betas=betas, eps=config.eps, fused=True)
-    return Learner(parameters, adam, num_means)
+    return Learner(parameters, adam, num_means, config.clip_norm)
+
+
+def _logistic(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
+    g_loss = partial(generator_logistic, players, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_logistic, players)
+
+
+def _hinge(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
+    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_hinge, players)
+
+
+def _wgangp_eps(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
+    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
+    gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
+    return g_loss, partial(discriminator_wgan, players, gp_weight=gp_weight, drift_weight=drift_weight)
+
+
+def _relativistic(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
+    d_loss = partial(discriminator_relativistic, players, gamma=_chosen(config, "r1_gamma"))
+    return partial(generator_relativistic, players), d_loss
+
+
+def _chosen(config: LossConfig, name: str) -> float:
+    value: float | None = getattr(config, name)
+    if value is None:
+        raise ConfigError(name, None, "not resolved")
+    return value
+
+
+# By objective: the losses of the main phases of G and D.
+MAIN_LOSSES: dict[str, Callable[[Players, LossConfig], tuple[Loss, Loss]]] = {
+    "logistic": _logistic,
+    "hinge": _hinge,
+    "wgangp-eps": _wgangp_eps,
+    "relativistic": _relativistic,
+}
 
 
 def build_phases(
     players: Players, config: LossConfig, g: Learner, d: Learner, *, use_compiled: bool = False
 ) -> list[Phase]:
-    """Return the phases of a step in their order; torch.compile serves those that are differentiated once."""
+    """Return the phases of a step in their order; torch.compile serves what is differentiated once."""
     main = players.compiled() if use_compiled else players
-    phases = [Phase("G_main", g, partial(generator_logistic, main))]
+    g_loss, d_loss = MAIN_LOSSES[config.objective](main, config)
+    phases = [Phase("G_main", g, g_loss, interval=config.n_critic)]
     if config.pl_weight and config.pl_interval:
         loss = partial(path_length, players, weight=config.pl_weight, decay=config.pl_decay)
-        phases.append(Phase("G_reg", g, loss, config.pl_interval))
-    phases.append(Phase("D_main", d, partial(discriminator_logistic, main)))
+        phases.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
+    phases.append(Phase("D_main", d, d_loss))
     if config.r1_gamma and config.r1_interval:
         penalty = partial(r1_penalty, players, gamma=config.r1_gamma)
-        phases.append(Phase("D_reg", d, penalty, config.r1_interval))
+        phases.append(Phase("D_reg", d, penalty, interval=config.r1_interval, weight=config.r1_interval))
     return phases

@@ -214,7 +214,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
-    words += [to_json(config)["generator"]["family"]] if _has_other_generator(config) else []
+    words += _departures(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
@@ -228,9 +228,12 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     return run_dir
 
 
-def _has_other_generator(config: TrainConfig) -> bool:
-    """Whether the family of the generator is not the preset's."""
-    return config.preset in PRESETS and type(PRESETS[config.preset].generator) is not type(config.generator)
+def _departures(config: TrainConfig) -> list[str]:
+    """The names of the families and the objective that are not the preset's."""
+    new, old = to_json(config), to_json(PRESETS.get(config.preset, config))
+    names = {"generator.family": "", "discriminator.family": "d-", "loss.objective": ""}
+    paths = [(path.split("."), prefix) for path, prefix in names.items()]
+    return [prefix + new[part][name] for (part, name), prefix in paths if new[part][name] != old[part][name]]
 
 
 def load(trainer: Trainer, start: Start) -> str:

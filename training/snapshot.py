@@ -78,7 +78,11 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
-    payload = read_file(path, FORMAT, VERSION, MIGRATIONS)
+    return restore_network(read_file(path, FORMAT, VERSION, MIGRATIONS), path, device)
+
+
+def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
     try:
         config = read_config(payload.get("config"))
     except ConfigError as error:
@@ -86,15 +90,20 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
     if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
         raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
-    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
-        name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in kinds.items()
+        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
 
 
-def _rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+def network_configs(config: TrainConfig) -> dict[str, Any]:
+    """Return what builds each network that a snapshot can hold."""
+    return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
+
+
+def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
+    """Return the network of a configuration with these tensors. Raises UserError beginning with `name` otherwise."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
         network: nn.Module = config.build()
     try:

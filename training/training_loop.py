@@ -248,6 +248,7 @@ class Trainer:
                 found.add_moments(report.moments)
 
         norm, is_bad = learner.gradients.reduce()
+        learner.clip(norm)
         learner.step(skip=is_bad)
         for name, value in report.split(learner.gradients.means):
             self.trackers[name](value, is_bad)
@@ -281,7 +282,7 @@ class Trainer:
         """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
-        (terms.loss * (phase.interval * share)).backward()
+        (terms.loss * (phase.weight * share)).backward()
         means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)])
         phase.learner.gradients.means[: len(means)] += means * share
         return Report(
@@ -417,8 +418,8 @@ class Trainer:
         groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
         for group, chosen in zip(groups, settings, strict=True):
             group.update(chosen)
-        if self.config.augment.p is not None:
-            self.augment.p.fill_(self.config.augment.p)
+        if self.config.augment.constant_p is not None:
+            self.augment.p.fill_(self.config.augment.constant_p)
         return bool(payload.get("data_hash") == self.dataset.content_hash)
 
 

@@ -226,7 +226,8 @@ def _resample(
     memory_format = torch.channels_last
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         memory_format = torch.contiguous_format
-        x = x.reshape(1, B * C, *x.shape[2:])  # a kernel per map: faster for few channels, and never slower
+        # A kernel per map: faster for few channels, and never slower. A graph for batches of any size cannot have that.
+        x = x.reshape(B * C, 1, *x.shape[2:]) if torch.compiler.is_exporting() else x.reshape(1, B * C, *x.shape[2:])
     channels = x.shape[1]
     rows, columns = kernel.shape
     kernel = kernel.to(x.dtype).expand(channels, 1, rows, columns)

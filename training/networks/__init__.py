@@ -12,10 +12,16 @@ from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 
 GENERATORS: dict[str, type[GeneratorConfig]] = {
     "styleformer": StyleformerConfig,
     "stylegan2": StyleGAN2Config,
     "styleformer-c": StyleformerCConfig,
+    "transgan": TransGANConfig,
 }
-DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {"stylegan2": StyleGAN2DiscriminatorConfig}
+DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {
+    "stylegan2": StyleGAN2DiscriminatorConfig,
+    "transgan": TransGANDiscriminatorConfig,
+}

@@ -12,6 +12,18 @@ from training.networks import execution
 from training.networks.blockwise import blockwise_attention
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v in the form that the phase needs; bias (H, N, M), the others (B, H, ., D)."""
+    if execution.current.twice_differentiable:
+        return blockwise_attention(q, k, v, bias=bias)
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype).unsqueeze(0))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Tokens (B, N, C), heads side by side in C -> (B, H, N, D)."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V per head; queries, keys and values come ready-made.
 
@@ -32,7 +44,6 @@ class SelfAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
         q, k, v = self._split(q), self._split(self._project(k)), self._split(self._project(v))  # (B, H, N or k, D)
-        attend = blockwise_attention if execution.current.twice_differentiable else F.scaled_dot_product_attention
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -44,4 +55,4 @@ class SelfAttention(nn.Module):
         return x if self.token_projection is None else self.token_projection.to(x.dtype) @ x
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return split_heads(x, self.num_heads)

@@ -12,12 +12,14 @@ simply the slopes of dQ, dK, dV and O where Q, K, V move along (a, b, c). Slopes
 
     S. = s (a K^T + Q b^T),   P. = J S.,   O. = P. V + P c,   dV. = P.^T G,   dP. = G c^T
     dS. = J (P. / P * (dP - rowsum(P * dP)) + dP.),   dQ. = s (dS. K + dS b),   dK. = s (dS.^T Q + dS^T a)
+
+A bias R that is added to S, the same for all images, has dR = sum over images of dS, and what moves it is added to S. .
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,69 +37,79 @@ MIN_BLOCK = 16  # rows: fewer make the matrix products too thin
 FORWARD_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with two derivatives; q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D).
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, block: int | None = None, *, bias: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v with two derivatives; q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D).
 
-    The derivatives hold (B, H, block, M) of the matrix; by default as many rows as the device's BLOCK_BYTES allow. They
-    compute in float32 (float64 for float64) and return the inputs' type. A third derivative raises RuntimeError. Where
-    one derivative is enough, `F.scaled_dot_product_attention` is faster. Raises ValueError for a block without rows.
+    `bias` (H, N, M) is shared by all images and has derivatives too. The derivatives hold (B, H, block, M) of the
+    matrix; by default as many rows as the device's BLOCK_BYTES allow. They compute in float32 (float64 for float64) and
+    return the inputs' type. A third derivative raises RuntimeError. Where one derivative is enough,
+    `F.scaled_dot_product_attention` is faster. Raises ValueError for a block without rows.
     """
     if block is None:
         B, H, M, _ = k.shape
         block = max(MIN_BLOCK, BLOCK_BYTES[k.device.type] // (4 * B * H * M))
     if block < 1:
         raise ValueError(f"block={block} rows of the attention matrix: give 1 or more")
-    return _Attention.apply(q, k, v, block)
+    return _Attention.apply(block, q, k, v, *(() if bias is None else (bias,)))
 
 
 class _Attention(torch.autograd.Function):
-    """The output O, by a fused kernel."""
+    """The output O, by a fused kernel; inputs are Q, K, V and perhaps a bias."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+    def forward(ctx: Any, block: int, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, *bias)
         ctx.block = block
+        mask = bias[0].to(q.dtype).unsqueeze(0) if bias else None
         with torch.autocast(q.device.type, enabled=False), sdpa_kernel(FORWARD_KERNELS):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_Gradient.apply(*ctx.saved_tensors, *grads, ctx.block), None)
+        return (None, *_Gradient.apply(ctx.block, *grads, *ctx.saved_tensors))
 
 
 class _Gradient(torch.autograd.Function):
-    """(dQ, dK, dV) from Q, K, V and G, block by block; and the derivative of that."""
+    """(dQ, dK, dV) and with a bias dR from G, Q, K, V and the bias, block by block; and the derivative of that."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, block: int) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(q, k, v, g)
+    def forward(ctx: Any, block: int, g: Tensor, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(g, q, k, v, *bias)
         ctx.block = block
         scale = 1 / math.sqrt(q.shape[3])
-        Q, K, V, G = map(_matrices, (q, k, v, g))  # each (B H, N or M, D)
+        G, Q, K, V = map(_matrices, (g, q, k, v))  # each (B H, N or M, D)
+        R = _wide(bias)  # (H, N, M) or empty
         Q = Q * scale
         dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        dR = [torch.empty_like(x) for x in R]
         with torch.autocast(q.device.type, enabled=False):
             for rows in _blocks(Q, block):
-                P = (Q[:, rows] @ K.mT).softmax(dim=2)  # (B H, block, M)
+                P = _add_to_images(Q[:, rows] @ K.mT, R, rows).softmax(dim=2)  # (B H, block, M)
                 dV.baddbmm_(P.mT, G[:, rows])
                 dS = _center(G[:, rows] @ V.mT, P).mul_(P)
                 dQ[:, rows] = scale * (dS @ K)
                 dK.baddbmm_(dS.mT, Q[:, rows])
-        return tuple(map(_shaped_like, (dQ, dK, dV), (q, k, v)))
+                _store_sum_of_images(dS, dR, rows)
+        return tuple(map(_shaped_like, (dQ, dK, dV, *dR), (q, k, v, *bias)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """From (a, b, c), the gradients at dQ, dK and dV, to the slopes of dQ, dK, dV and O."""
-        inputs = ctx.saved_tensors
-        scale = 1 / math.sqrt(inputs[0].shape[3])
-        Q, K, V, G, a, b, c = map(_matrices, (*inputs, *grads))
+        """From (a, b, c) and with a bias r, the gradients at dQ, dK, dV and dR, to the slopes of O and of those."""
+        g, q, k, v, *bias = inputs = ctx.saved_tensors
+        scale = 1 / math.sqrt(q.shape[3])
+        G, Q, K, V, a, b, c = map(_matrices, (g, q, k, v, *grads[:3]))
+        R, r = _wide(bias), _wide(grads[3:])
         Q, a = Q * scale, a * scale
-        slope_dQ, slope_dK, slope_dV, slope_O = (torch.zeros_like(x) for x in (Q, K, V, G))
+        slope_O, slope_dQ, slope_dK, slope_dV = (torch.zeros_like(x) for x in (G, Q, K, V))
+        slope_dR = [torch.empty_like(x) for x in R]
         with torch.autocast(Q.device.type, enabled=False):
             for rows in _blocks(Q, ctx.block):
-                P = (Q[:, rows] @ K.mT).softmax(dim=2)  # (B H, block, M)
-                slope = (a[:, rows] @ K.mT).baddbmm_(Q[:, rows], b.mT)  # of S
+                P = _add_to_images(Q[:, rows] @ K.mT, R, rows).softmax(dim=2)  # (B H, block, M)
+                slope = (a[:, rows] @ K.mT).baddbmm_(Q[:, rows], b.mT)
+                slope = _add_to_images(slope, r, rows)  # of S
                 slope = _center(slope, P).mul_(P)  # of P
                 slope_dV.baddbmm_(slope.mT, G[:, rows])
                 slope_O[:, rows] = (slope @ V).baddbmm_(P, c)
@@ -109,12 +121,31 @@ class _Gradient(torch.autograd.Function):
                 slope.addcmul_(P, slope.sum(dim=2, keepdim=True), value=-1)  # of dS
                 slope_dQ[:, rows] = scale * (slope @ K).baddbmm_(dS, b)
                 slope_dK.baddbmm_(slope.mT, Q[:, rows]).baddbmm_(dS.mT, a[:, rows])
-        return (*map(_shaped_like, (slope_dQ, slope_dK, slope_dV, slope_O), inputs), None)
+                _store_sum_of_images(slope, slope_dR, rows)
+        return (None, *map(_shaped_like, (slope_O, slope_dQ, slope_dK, slope_dV, *slope_dR), inputs))
 
 
 def _matrices(x: Tensor) -> Tensor:
     """One matrix per image and head, in at least float32: (B, H, N, D) -> (B H, N, D)."""
     return x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _wide(biases: Sequence[Tensor]) -> list[Tensor]:
+    """The bias, if there is one, in at least float32."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in biases]
+
+
+def _add_to_images(x: Tensor, biases: Sequence[Tensor], rows: slice) -> Tensor:
+    """Add these rows of the bias (H, N, M), if there is one, to every image of x (B H, rows, M), in place."""
+    for bias in biases:
+        x.unflatten(0, (-1, len(bias))).add_(bias[:, rows])
+    return x
+
+
+def _store_sum_of_images(x: Tensor, biases: Sequence[Tensor], rows: slice) -> None:
+    """Set these rows of a bias (H, N, M), if there is one, to the sum over images of x (B H, rows, M)."""
+    for bias in biases:
+        torch.sum(x.unflatten(0, (-1, len(bias))), dim=0, out=bias[:, rows])
 
 
 def _shaped_like(x: Tensor, like: Tensor) -> Tensor:

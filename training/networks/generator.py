@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, field_names
 from training.networks.layers import require_at_least, require_reasonable, require_size
-from training.networks.mapping import MappingNetwork
+from training.networks.mapping import MappingNetwork, StyleMapping
 
 NoiseMode = Literal["const", "random", "none"]
 Grid = tuple[int, int]  # (height, width)
@@ -34,18 +34,26 @@ class GeneratorConfig(ABC):
     conv_clamp: float | None = 256.0
 
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+    MIN_MAPPING_LAYERS: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require_reasonable(self)
-        require_at_least(self, 1, "z_dim", "w_dim", "mapping_layers", "img_channels")
+        require_at_least(self, 1, "z_dim", "w_dim", "img_channels")
         require_at_least(self, 0, "c_dim")
+        require_at_least(self, self.MIN_MAPPING_LAYERS, "mapping_layers")
         if self.conv_clamp is not None and self.conv_clamp <= 0:
             raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
 
     @classmethod
     def in_place_of(cls, other: GeneratorConfig) -> Self:
-        """Return this family with the shared fields of `other`, and open where it can be."""
-        return cls(**{name: getattr(other, name) for name in field_names(GeneratorConfig)}, **cls.OPEN)
+        """Return this family with the shared fields of `other`, and open where it can be.
+
+        Where `other` has no mapping network and this family needs one, it gets its own default.
+        """
+        shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
+        if other.mapping_layers < cls.MIN_MAPPING_LAYERS:
+            del shared["mapping_layers"]
+        return cls(**shared, **cls.OPEN)
 
     @property
     def folder_words(self) -> tuple[str, ...]:
@@ -61,6 +69,25 @@ class GeneratorConfig(ABC):
     @abstractmethod
     def num_ws(self) -> int:
         """How many styles the synthesis network reads."""
+
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """For each style, the grid of the first block or convolution that reads it; () where a family does not say."""
+        return ()
+
+    def style_groups(self) -> dict[str, tuple[int, ...]]:
+        """Styles by name: coarse, middle and fine are those of the lower, middle and upper third of the resolutions.
+
+        Of two resolutions the first is coarse and the second fine; a single one is coarse.
+        """
+        grids = sorted(set(self.style_grids))
+        first = max(len(grids) // 3, 1)
+        second = max(2 * len(grids) // 3, first)
+        thirds = {"coarse": grids[:first], "middle": grids[first:second], "fine": grids[second:]}
+        members = {
+            name: [i for i, grid in enumerate(self.style_grids) if grid in part] for name, part in thirds.items()
+        }
+        return {name: tuple(indices) for name, indices in members.items() if indices}
 
     @abstractmethod
     def fit(self, height: int, width: int) -> Self:
@@ -123,14 +150,19 @@ class Generator(nn.Module, ABC):
         self.w_dim = config.w_dim
         self.num_ws = config.num_ws
         self.img_shape = (config.img_channels, *config.img_size)
-        self.mapping = MappingNetwork(
+        self.style_groups = config.style_groups()
+        self.mapping = self.build_mapping(config)
+        self.synthesis = self.build_synthesis(config)
+
+    def build_mapping(self, config: Any) -> StyleMapping:
+        """The mapping network, for most families StyleGAN's."""
+        return MappingNetwork(
             z_dim=config.z_dim,
             c_dim=config.c_dim,
             w_dim=config.w_dim,
             num_ws=config.num_ws,
             num_layers=config.mapping_layers,
         )
-        self.synthesis = self.build_synthesis(config)
 
     @abstractmethod
     def build_synthesis(self, config: Any) -> nn.Module:

@@ -121,6 +121,12 @@ class StyleformerConfig(GeneratorConfig):
         """One style per encoder block, and one more for the last ToRGB."""
         return sum(self.layers) + 1
 
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """The grid of each block, and of the last ToRGB."""
+        blocks = [grid for grid, count in zip(self.grids, self.layers, strict=True) for _ in range(count)]
+        return (*blocks, self.grids[-1])
+
     def fit(self, height: int, width: int) -> Self:
         """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
         (h, w), count = self.base, 1

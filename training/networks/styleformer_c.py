@@ -77,6 +77,17 @@ class StyleformerCConfig(StyleformerConfig):
         """One style per encoder block and per convolution, and one more for the last ToRGB."""
         return self.num_layout_ws + 2 * len(self.conv_grids) + 1
 
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """The grid of each encoder block, of each convolution, and of the last ToRGB."""
+        convs = [grid for grid in self.conv_grids for _ in range(2)]
+        return (*super().style_grids[:-1], *convs, convs[-1])
+
+    def style_groups(self) -> dict[str, tuple[int, ...]]:
+        """Those by resolution, and those of both parts: transformer lays out, conv colours."""
+        parts = {"transformer": range(self.num_layout_ws), "conv": range(self.num_layout_ws, self.num_ws)}
+        return {**super().style_groups(), **{name: tuple(part) for name, part in parts.items()}}
+
     def fit(self, height: int, width: int) -> Self:
         """Choose what is open for images of this size."""
         resolutions = count_resolutions(self.base, height, width)

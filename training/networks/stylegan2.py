@@ -68,6 +68,12 @@ class StyleGAN2Config(DoublingConfig):
         """One style per convolution, one for the base grid and two above, and one more for the last ToRGB."""
         return 2 * len(self.grids)
 
+    @property
+    def style_grids(self) -> tuple[Grid, ...]:
+        """The grid of each convolution, and of the last ToRGB."""
+        base, *above = self.grids
+        return (base, *(grid for grid in above for _ in range(2)), self.grids[-1])
+
     def fit(self, height: int, width: int) -> Self:
         """Choose the number of resolutions, and the channels if they are open, for images of this size."""
         channel_base = self.channel_base or default_channel_base(max(height, width))

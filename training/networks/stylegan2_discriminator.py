@@ -26,14 +26,16 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     """A StyleGAN2 discriminator for images of `img_size` (height, width).
 
     The grid is halved while both sides are even and larger than 4. A grid whose longer side is R has
-    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers`
-    matters with labels only. `channel_base` 0 means "not chosen yet": such a config cannot be built.
+    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers` and
+    `cmap_dim`, the width of the label's projection (None: the channels of the smallest grid), matter with labels only.
+    `channel_base` 0 means "not chosen yet": such a config cannot be built.
     """
 
     architecture: Architecture = "resnet"
     channel_base: int = 32768
     channel_max: int = 512
     mapping_layers: int = 8
+    cmap_dim: int | None = None
     mbstd_group_size: int = 4
     conv_clamp: float | None = 256.0
 
@@ -43,6 +45,8 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
         super().__post_init__()
         require_at_least(self, 1, "channel_max", "mapping_layers")
         require_at_least(self, 0, "channel_base", "mbstd_group_size")
+        if self.cmap_dim is not None:
+            require_at_least(self, 1, "cmap_dim")
         if self.architecture not in get_args(Architecture):
             raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
         if self.conv_clamp is not None and self.conv_clamp <= 0:
@@ -144,7 +148,7 @@ class StyleGAN2Discriminator(Discriminator):
             for C, clamp in zip(channels[:num_inputs], clamps[:num_inputs], strict=True)
         )
         self.blocks = nn.ModuleList(DiscriminatorBlock(config, C, C_out) for C, C_out in itertools.pairwise(channels))
-        self.cmap_dim = channels[-1]
+        self.cmap_dim = config.cmap_dim or channels[-1]
         self.epilogue = DiscriminatorEpilogue(config, self.cmap_dim if config.c_dim else 1)
         self.mapping = None
         if config.c_dim:

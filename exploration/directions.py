@@ -1,0 +1,196 @@
+"""Directions in the space of styles that change images in one way: found in weights, in samples, between two groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import UserError
+from dnnlib.util import import_extra
+from exploration.model import Model, read_arrays, save_arrays, written_whole
+from training.networks.layers import FullyConnected
+
+RIDGE = 0.01  # of the mean variance of w: steadies a classifier of fewer images than dimensions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """Directions (n, w_dim) of length 1, for the styles of some layers.
+
+    values    (n,) how much each matters, by the method that found them, in descending order
+    sigmas    (n,) standard deviation of w along each: the unit of an edit's strength
+    styles    which of the ws are moved
+    """
+
+    directions: Tensor
+    values: Tensor
+    sigmas: Tensor
+    styles: tuple[int, ...]
+
+    def edit(self, ws: Tensor, index: int, strength: Tensor | float) -> Tensor:
+        """Return styles (n, num_ws, w_dim) moved by `strength`, a number or (n,), standard deviations along one."""
+        step = self.directions[index] * self.sigmas[index]
+        offsets = torch.as_tensor(strength, dtype=ws.dtype).reshape(-1, 1, 1) * step  # (n or 1, 1, w_dim)
+        moved = ws.clone()
+        moved[:, list(self.styles)] += offsets.to(ws)
+        return moved
+
+
+def sampled_w(model: Model, count: int) -> Tensor:
+    """Draw w (count, w_dim) without truncation, the same in every call."""
+    z = np.random.RandomState(0).randn(count, model.G.z_dim)
+    return model.map(torch.from_numpy(z).float(), psi=1)[:, 0].double().cpu()
+
+
+def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected]]:
+    """For each style, the layers that read it: found by running the synthesis once on styles that hold their index."""
+    readers: list[list[FullyConnected]] = [[] for _ in range(num_ws)]
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, FullyConnected)
+        readers[int(args[0][0, 0])].append(module)
+
+    modules = [m for m in network.modules() if isinstance(m, FullyConnected) and m.weight.shape[1] == w_dim]
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        some = next(network.parameters())
+        with torch.no_grad():
+            network(torch.arange(num_ws).to(some)[None, :, None].expand(1, -1, w_dim))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers
+
+
+def factorise(model: Model, styles: Sequence[int], count: int, samples: Tensor) -> Directions:
+    """Return the first eigenvectors of A^T A, A being the weights of all layers that read these styles.
+
+    They are the steps of w that change what these layers see most (Shen & Zhou 2021, "Closed-form factorization of
+    latent semantics in GANs"). Raises UserError when no layer reads the styles by a linear map.
+    """
+    layers = style_layers(model.G.synthesis, model.G.num_ws, model.G.w_dim)
+    weights = [layer.weight.double().cpu() * layer.weight_gain for style in styles for layer in layers[style]]
+    if not weights:
+        raise UserError(
+            f"{type(model.G).__name__}: no linear layer reads these styles, so --method=sefa has nothing to factorise"
+        )
+    A = torch.cat(weights)
+    return _strongest(A.t() @ A, count, samples, styles)
+
+
+def principal(samples: Tensor, styles: Sequence[int], count: int) -> Directions:
+    """Return the first principal components of w (Härkönen et al. 2020, "GANSpace"); values are variances."""
+    return _strongest(samples.t().cov(), count, samples, styles)
+
+
+def _strongest(matrix: Tensor, count: int, samples: Tensor, styles: Sequence[int]) -> Directions:
+    values, vectors = torch.linalg.eigh(matrix)
+    return _directions(vectors.t().flip(0)[:count], values.flip(0)[:count], samples, styles)
+
+
+def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequence[int], *, linear: bool) -> Directions:
+    """Return the direction from the negative to the positive w (n, w_dim): of their means, or of a linear classifier.
+
+    The classifier is a ridge regression of the signs: (X^T X + lambda I) d = X^T y of centred X and y. The value is the
+    distance of the means along the direction, in standard deviations of w.
+    """
+    positive, negative = positive.double().cpu(), negative.double().cpu()
+    d = positive.mean(dim=0) - negative.mean(dim=0)
+    gap = d
+    if linear:
+        X = torch.cat([positive, negative])
+        y = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).double()
+        X, y = X - X.mean(dim=0), y - y.mean()
+        ridge = RIDGE * len(X) * samples.var(dim=0).mean()
+        # In the space of the images, which are often fewer than dimensions: d = X^T (X X^T + lambda I)^-1 y.
+        d = X.t() @ torch.linalg.solve(X @ X.t() + ridge * torch.eye(len(X)).double(), y)
+    if not d.any():
+        raise UserError("--positive and --negative have the same mean: there is no direction between them")
+    d = d / d.norm()
+    sigma = (samples @ d).std()
+    return Directions(
+        directions=d[None].float(),
+        values=((gap @ d) / sigma)[None].float(),
+        sigmas=sigma[None].float(),
+        styles=tuple(styles),
+    )
+
+
+def _directions(vectors: Tensor, values: Tensor, samples: Tensor, styles: Sequence[int]) -> Directions:
+    """Give eigenvectors (n, w_dim) the sign with which their largest entry is positive."""
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    vectors = vectors * largest.sign()
+    sigmas = (samples @ vectors.t()).std(dim=0)
+    return Directions(directions=vectors.float(), values=values.float(), sigmas=sigmas.float(), styles=tuple(styles))
+
+
+def save_directions(path: Path, found: Directions) -> None:
+    """Write an .npz or .safetensors file. Raises UserError for other endings and WriteError."""
+    arrays = {
+        "directions": found.directions.numpy(),
+        "values": found.values.numpy(),
+        "sigmas": found.sigmas.numpy(),
+        "styles": np.array(found.styles, dtype=np.int64),
+    }
+    if path.suffix == ".npz":
+        save_arrays(path, arrays)
+    else:
+        safetensors = _safetensors(path)
+        with written_whole(path) as temporary:
+            safetensors.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+
+
+def check_ending(path: Path) -> None:
+    """Raise UserError for a file that `save_directions` could not write."""
+    if path.suffix != ".npz":
+        _safetensors(path)
+
+
+def read_direction(given: str, G: Any) -> tuple[Directions, int]:
+    """Read FILE:INDEX as `--direction` takes it. Raises UserError when it does not fit the network."""
+    where = f"--direction={given}"
+    match = re.fullmatch(r"(.+):(\d+)", given)
+    if not match:
+        raise UserError(f"{where}: say which direction of a file, e.g. {given}:0")
+    path, index = Path(match[1]), int(match[2])
+    arrays = _read(path, where)
+    try:
+        directions, values, sigmas = (
+            torch.from_numpy(arrays[name].astype(np.float32)) for name in ("directions", "values", "sigmas")
+        )
+        styles = tuple(int(style) for style in arrays["styles"])
+    except KeyError as error:
+        raise UserError(f"{where}: has no array {error}; `generate.py directions` writes such files") from None
+    if directions.ndim != 2 or directions.shape[1] != G.w_dim or not all(0 <= style < G.num_ws for style in styles):
+        raise UserError(
+            f"{where}: holds directions {tuple(directions.shape)} for styles up to {max(styles, default=0)}; this "
+            f"network has {G.num_ws} styles of {G.w_dim} numbers"
+        )
+    if index >= len(directions) or sigmas.shape != values.shape != (len(directions),):
+        raise UserError(f"{where}: the file has directions 0 to {len(directions) - 1}")
+    return Directions(directions=directions, values=values, sigmas=sigmas, styles=styles), index
+
+
+def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
+    if path.suffix == ".npz":
+        return read_arrays(path, where)
+    try:
+        arrays: dict[str, np.ndarray] = _safetensors(path).load_file(path)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except import_extra("safetensors", "safetensors").SafetensorError as error:
+        raise UserError(f"{where}: not a safetensors file ({error})") from None
+    return arrays
+
+
+def _safetensors(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: directions are kept in .npz or .safetensors files")
+    return import_extra("safetensors.numpy", "safetensors")

@@ -1,0 +1,139 @@
+"""A generator as the commands of generate.py use it: seeds and files become styles, styles become images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.config import UserError, WriteError
+from torch_utils.images import to_uint8
+from training.networks import execution
+
+# On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
+# all batches are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
+BATCH_MULTIPLE = 8
+MAPPED_AT_ONCE = 1024
+
+
+def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
+    """Return z (len(seeds), z_dim): for each seed what numpy's RandomState(seed).randn(1, z_dim) draws."""
+    z = np.concatenate([np.random.RandomState(seed).randn(1, z_dim) for seed in seeds])
+    return torch.from_numpy(z).to(torch.float32)
+
+
+def fill_up(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
+    """Repeat the last row of x (n, ...) until there is a multiple of so many."""
+    return torch.cat([x, x[-1:].expand(-len(x) % multiple, *x.shape[1:])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A generator on its device, and how it is to be called: labels c (1, c_dim), truncation, noise, images at a time.
+
+    Every result depends on the seed or the styles that it is made from alone, not on those beside it.
+    """
+
+    G: Any
+    device: torch.device
+    c: Tensor
+    truncation_psi: float = 1.0
+    noise_mode: str = "const"
+    batch: int = 16
+    execution: execution.Execution = field(default_factory=execution.Execution)
+
+    def __post_init__(self) -> None:
+        if not (hasattr(self.G, "mapping") and hasattr(self.G, "synthesis") and hasattr(self.G, "num_ws")):
+            raise UserError(f"{type(self.G).__name__} has no styles to look into: only whole images can be generated")
+
+    @torch.no_grad()
+    def map(self, z: Tensor, c: Tensor | None = None, psi: float | None = None) -> Tensor:
+        """Styles (n, num_ws, w_dim) of latents z (n, z_dim) and labels c (n, c_dim), else of the model's class."""
+        c = self.c.expand(len(z), -1) if c is None else c
+        psi = self.truncation_psi if psi is None else psi
+        parts = [
+            self.G.mapping(fill_up(some_z).to(self.device), fill_up(some_c).to(self.device), psi)[: len(some_z)]
+            for some_z, some_c in zip(z.split(MAPPED_AT_ONCE), c.split(MAPPED_AT_ONCE), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def styles_of(self, seeds: Sequence[int]) -> Tensor:
+        """Styles (n, num_ws, w_dim) of seeds."""
+        return self.map(seed_latents(seeds, self.G.z_dim))
+
+    @torch.no_grad()
+    def render(self, ws: Tensor) -> Iterator[Tensor]:
+        """Yield uint8 images (at most `batch`, C, H, W) of styles (n, num_ws, w_dim), on the CPU."""
+        for part in ws.split(self.batch):
+            with execution.using(self.execution):
+                img = self.G.synthesis(fill_up(part).to(self.device), noise_mode=self.noise_mode)
+            yield to_uint8(img[: len(part)]).cpu()
+
+    def images(self, ws: Tensor) -> Tensor:
+        """All images of styles at once."""
+        return torch.cat(list(self.render(ws)))
+
+
+def read_styles(path: Path, G: Any) -> Tensor:
+    """Read `w` (n, num_ws, w_dim) from a file of `save_styles`. One style per image, (n, 1, w_dim), goes to all layers.
+
+    Raises UserError naming the file when it holds something else, or styles of another network.
+    """
+    arrays = read_arrays(path, f"--projected-w={path}")
+    if "w" not in arrays:
+        raise UserError(f"--projected-w={path}: has no array w; `generate.py project` writes such files")
+    ws = torch.from_numpy(arrays["w"].astype(np.float32))
+    if ws.ndim != 3 or len(ws) == 0 or ws.shape[2] != G.w_dim or ws.shape[1] not in (1, G.num_ws):
+        raise UserError(
+            f"--projected-w={path}: w has shape {tuple(ws.shape)}, this network needs (n, {G.num_ws}, {G.w_dim})"
+        )
+    if not ws.isfinite().all():
+        raise UserError(f"--projected-w={path}: w holds values that are not finite")
+    return ws.expand(-1, G.num_ws, -1)
+
+
+def save_styles(path: Path, ws: Tensor, **others: np.ndarray) -> None:
+    """Write styles (n, num_ws, w_dim) as the array `w` of an .npz file, and further arrays beside it."""
+    save_arrays(path, {"w": ws.cpu().numpy(), **others})
+
+
+def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
+    """Read an .npz file. Raises UserError, beginning with `where`, when it is not one; runs no code from it."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            return dict(file)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # of zipfile, numpy, pickle
+        raise UserError(f"{where}: not an .npz file of arrays ({str(error).splitlines()[0]})") from None
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, of the same ending; the file appears under its own name when it is complete.
+
+    Raises WriteError when it cannot be written; what was there before is intact then.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

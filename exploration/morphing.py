@@ -1,0 +1,117 @@
+"""Ways through the space of latents: which styles each frame of a film is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exploration.directions import Directions
+from exploration.model import Model, seed_latents
+from exploration.sheets import to_rgb
+from torch_utils.interpolation import linear_weights, slerp, spline_weights
+
+Interpolation = Literal["w", "z", "spline"]
+StylesAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, cells, num_ws, w_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """`steps` frames from each of `num_keys` keyframes to the next, and from the last back to the first in a loop.
+
+    A single keyframe stands still for `steps` frames. What is not a loop ends with a frame for its end.
+    """
+
+    num_keys: int
+    steps: int
+    loop: bool
+
+    @property
+    def duration(self) -> int:
+        """The time from the first keyframe to the end; it is 1 from each to the next."""
+        return max(self.num_keys - (not self.loop), 1)
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames there are. In a loop the first one follows the last again."""
+        return self.duration * self.steps + (not self.loop)
+
+    def times(self) -> Tensor:
+        """When each frame is, (T,)."""
+        return torch.arange(self.num_frames) / self.steps
+
+
+def through_styles(keys: Tensor, interpolation: Interpolation, timing: Timing) -> StylesAt:
+    """The way through styles (cells, keys, num_ws, w_dim), in straight lines or along a spline."""
+    weigh = spline_weights if interpolation == "spline" else linear_weights
+
+    def styles_at(times: Tensor) -> Tensor:
+        weights = weigh(times, timing.num_keys, closed=timing.loop).to(keys)
+        return torch.einsum("tk,cknw->tcnw", weights, keys)
+
+    return styles_at
+
+
+def through_seeds(
+    model: Model, seeds: Sequence[int], c: Tensor, interpolation: Interpolation, timing: Timing, cells: int, psi: float
+) -> StylesAt:
+    """The way through seeds: shared out to the cells, one for each keyframe or for all; c (keys, c_dim)."""
+    z = seed_latents(seeds, model.G.z_dim).unflatten(0, (cells, -1)).expand(-1, timing.num_keys, -1)
+    if interpolation == "z":
+        return through_latents(model, z, c, timing, psi)
+    ws = model.map(z.flatten(0, 1), c.repeat(cells, 1), psi)
+    return through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
+
+
+def through_latents(model: Model, z: Tensor, c: Tensor, timing: Timing, psi: float) -> StylesAt:
+    """The way through latents z (cells, keys, z_dim) on great circles, and labels c (keys, c_dim) in straight lines."""
+
+    def styles_at(times: Tensor) -> Tensor:
+        before = times.floor().long().clamp(max=timing.num_keys - 1)
+        after = (before + 1) % timing.num_keys
+        t = (times - before).unsqueeze(1).repeat_interleave(len(z), dim=0)  # (T cells, 1)
+        a, b = (z[:, index].transpose(0, 1).flatten(0, 1) for index in (before, after))  # (T cells, z_dim)
+        labels = linear_weights(times, timing.num_keys, closed=timing.loop) @ c.cpu()
+        ws = model.map(slerp(a, b, t), labels.repeat_interleave(len(z), dim=0).to(c), psi)
+        return ws.unflatten(0, (len(times), len(z)))
+
+    return styles_at
+
+
+def sweep_truncation(way: StylesAt, w_avg: Tensor, first: float, last: float, timing: Timing) -> StylesAt:
+    """Truncate by a psi that goes from `first` to `last`, in a loop and back."""
+
+    def styles_at(times: Tensor) -> Tensor:
+        u = times / timing.duration
+        u = (1 - (2 * math.pi * u).cos()) / 2 if timing.loop else u
+        psi = (first + (last - first) * u).reshape(-1, 1, 1, 1).to(w_avg)
+        return w_avg + psi * (way(times) - w_avg)
+
+    return styles_at
+
+
+def sweep_direction(way: StylesAt, found: Directions, index: int, strength: float, timing: Timing) -> StylesAt:
+    """Edit along a direction from -strength to +strength; in a loop from 0 up, down and back."""
+
+    def styles_at(times: Tensor) -> Tensor:
+        ws = way(times)  # (T, cells, num_ws, w_dim)
+        u = times / timing.duration
+        strengths = strength * ((2 * math.pi * u).sin() if timing.loop else 2 * u - 1)
+        edited = found.edit(ws.flatten(0, 1), index, strengths.repeat_interleave(ws.shape[1]))
+        return edited.unflatten(0, ws.shape[:2])
+
+    return styles_at
+
+
+def film(model: Model, way: StylesAt, timing: Timing, grid: tuple[int, int], scale: int) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) of a way, cells on a grid of (columns, rows), pixels enlarged `scale` times."""
+    columns, rows = grid
+    for times in timing.times().split(max(model.batch // (columns * rows), 1)):
+        images = model.images(way(times).flatten(0, 1)).unflatten(0, (len(times), rows, columns))
+        pictures = images.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).numpy()  # (T, rows H, columns W, C)
+        yield from to_rgb(pictures).repeat(scale, axis=1).repeat(scale, axis=2)

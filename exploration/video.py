@@ -1,0 +1,102 @@
+"""Video files, written frame by frame: MP4 through ffmpeg, GIF through Pillow."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dnnlib.config import UserError, WriteError
+from dnnlib.util import import_extra
+from exploration.model import written_whole
+
+QUALITY = "16"  # x264's crf: 0 loses nothing, from about 18 on losses can be seen
+
+AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
+
+
+def check_encoder(path: Path) -> None:
+    """Raise UserError for a file that is neither .mp4 nor .gif, and where the encoder for it is missing."""
+    if path.suffix == ".mp4":
+        _ffmpeg(path)
+    elif path.suffix != ".gif":
+        raise UserError(f"{path}: videos are .mp4 or .gif files")
+
+
+@contextmanager
+def open_video(path: Path, fps: float) -> Iterator[AddFrame]:
+    """Yield what appends a frame to a new video, which is there under its name when all has ended without an error.
+
+    MP4 is H.264 in 4:2:0, which plays everywhere; an odd side is made even by repeating the last row or column. A GIF
+    repeats for ever, has 256 colours per frame, and is kept in memory until the end, one byte per pixel. Raises
+    WriteError, and UserError as `check_encoder` does.
+    """
+    check_encoder(path)
+    with _gif(path, fps) if path.suffix == ".gif" else _mp4(path, fps) as add:
+        yield add
+
+
+@contextmanager
+def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
+    encoder: Any = None
+
+    def add(frame: np.ndarray) -> None:
+        nonlocal encoder
+        H, W, _ = frame.shape
+        frame = np.pad(frame, ((0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+        if encoder is None:
+            encoder = _start_ffmpeg(path, temporary, frame.shape, fps)
+        try:
+            encoder.stdin.write(np.ascontiguousarray(frame))
+        except OSError:  # the encoder has ended: let it say why
+            _finish(encoder, path)
+
+    with written_whole(path) as temporary:
+        try:
+            yield add
+            _finish(encoder, path)
+        finally:
+            if encoder is not None and encoder.poll() is None:
+                encoder.kill()
+                encoder.communicate()
+
+
+def _start_ffmpeg(path: Path, temporary: Path, shape: tuple[int, ...], fps: float) -> Any:
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
+    result = ["-c:v", "libx264", "-crf", QUALITY, "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, str(temporary)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _finish(encoder: Any, path: Path) -> None:
+    """Wait for the encoder to write what it has. Raises WriteError with its words when it has failed."""
+    _, words = encoder.communicate()
+    if encoder.returncode:
+        reason = words.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise WriteError(f"{path}: ffmpeg cannot write it ({reason[-1]})")
+
+
+def _ffmpeg(path: Path) -> str:
+    try:
+        program: str = import_extra("imageio_ffmpeg", "video").get_ffmpeg_exe()
+    except (UserError, RuntimeError) as error:  # RuntimeError: the package has no ffmpeg for this machine
+        raise UserError(f"{path}: {error}; or write a .gif") from None
+    return program
+
+
+@contextmanager
+def _gif(path: Path, fps: float) -> Iterator[AddFrame]:
+    frames: list[Image.Image] = []
+
+    def add(frame: np.ndarray) -> None:
+        image = Image.fromarray(np.ascontiguousarray(frame))
+        frames.append(image.quantize(dither=Image.Dither.NONE))
+
+    with written_whole(path) as temporary:
+        yield add
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)

@@ -1,0 +1,619 @@
+"""Snapshots of this project and of others: read them without running any code in them, and say what is inside.
+
+The snapshots of the public Styleformer release and of StyleGAN2-ADA-PyTorch are pickles that carry the Python source of
+their networks and run it when they are opened. `load_network` takes the tensors and the arguments of the networks from
+such a file (torch_utils/pickles.py) and rebuilds networks of this project from them, which make the same images. What
+these cannot express is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from torch import Tensor
+
+import training.snapshot
+from dnnlib.cli import Script, option
+from dnnlib.config import ConfigError, UserError
+from torch_utils.pickles import PickledModule, is_pickle, read_pickle
+from training.augment import AugmentConfig
+from training.augment_stages import PIPES
+from training.config import TrainConfig
+from training.dataset import DatasetConfig
+from training.exchange import is_folder, load_folder, save_folder, save_snapshot
+from training.networks.generator import GeneratorConfig
+from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.onnx_export import FixedNoise, export_onnx
+from training.snapshot import Snapshot, rebuild
+
+PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
+
+Tensors = Mapping[str, Tensor]
+Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, several where ours is several side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What a snapshot of another project comes to here: a configuration, and tensors under our names by network."""
+
+    origin: str
+    config: TrainConfig
+    states: Mapping[str, dict[str, Tensor]]
+    nimg: int
+    ada_p: float
+
+
+# What --format says, by the ending of --dest that means it; a name without one is a folder.
+FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Read a snapshot, or a folder of safetensors. Raises UserError for what is missing, damaged or of another kind."""
+    path = Path(path)
+    if is_folder(path):
+        return load_folder(path, device)
+    if not is_foreign(path):
+        return training.snapshot.load_network(path, device)
+    foreign = read_foreign(path)
+    config, states = foreign.config, foreign.states
+    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
+    networks = {
+        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        for name, kind in kinds.items()
+    }
+    return Snapshot(**networks, config=config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is a pickle, and so none of ours. Raises UserError for a page of HTML."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(512)
+    if re.match(rb"\s*<(!doctype html|html)", start, re.IGNORECASE):
+        raise UserError(f"{path}: a page of HTML, not a snapshot; was it saved in place of a download?")
+    return is_pickle(path)
+
+
+def read_foreign(path: Path) -> Foreign:
+    """Read a snapshot of another project. Raises UserError naming the file and what in it cannot be read."""
+    content = read_pickle(path)
+    try:
+        return _interpret(content, path)
+    except ConfigError as error:
+        raise UserError(f"{path}: its networks cannot be built here ({error})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _interpret(content: Any, path: Path) -> Foreign:
+    kinds = {"training_set_kwargs": dict, "G": PickledModule, "D": PickledModule, "G_ema": PickledModule}
+    kinds["augment_pipe"] = PickledModule
+    if not isinstance(content, dict) or not isinstance(content.get("G_ema"), PickledModule):
+        raise UserError("not a snapshot of Styleformer or StyleGAN2-ADA (it holds no G_ema)")
+    for name, value in content.items():
+        if name not in kinds:
+            raise UserError(f"holds {str(name)[:80]!r}, which snapshots of Styleformer and StyleGAN2-ADA do not")
+        if value is not None and not isinstance(value, kinds[name]):
+            raise UserError(f"{name} is not what it is in snapshots of Styleformer and StyleGAN2-ADA")
+
+    read = {name: _read_generator(content[name], name) for name in ("G_ema", "G") if content.get(name)}
+    generator = read["G_ema"]
+    if any(other.config != generator.config for other in read.values()):
+        raise UserError("G and G_ema have different arguments")
+    values: dict[str, Any] = {"discriminator": _discriminator_beside(generator.config)}
+    if content.get("D"):
+        read["D"] = _read_discriminator(content["D"])
+        values |= {"discriminator": read["D"].config, **read["D"].values}
+    if (values["discriminator"].c_dim, *_image(values["discriminator"])) != (
+        generator.config.c_dim,
+        *_image(generator.config),
+    ):
+        raise UserError("G and D are for different images or labels")
+    augment, p = _read_augment(content.get("augment_pipe"), generator.config)
+    config = TrainConfig(
+        preset=PRESET,
+        generator=generator.config,
+        augment=augment,
+        data=_read_data(content.get("training_set_kwargs") or {}, generator.config),
+        **generator.values | values,
+    )
+    is_styleformer = isinstance(generator.config, StyleformerConfig)
+    kimg = re.fullmatch(r"network-snapshot-(\d+)\.pkl", path.name)
+    return Foreign(
+        origin="Styleformer, public release" if is_styleformer else "StyleGAN2-ADA, PyTorch",
+        config=config,
+        states={name: network.state for name, network in read.items()},
+        nimg=1000 * int(kimg[1]) if kimg else 0,
+        ada_p=p,
+    )
+
+
+def _image(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> tuple[int, tuple[int, int]]:
+    return config.img_channels, config.img_size
+
+
+def _discriminator_beside(generator: GeneratorConfig) -> StyleGAN2DiscriminatorConfig:
+    """What stands in for the configuration of a discriminator that is not there."""
+    channels, size = _image(generator)
+    return StyleGAN2DiscriminatorConfig(img_channels=channels, img_size=size, c_dim=generator.c_dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments: each is taken once, what nobody takes is unknown.
+
+
+class Arguments:
+    """Keyword arguments of a foreign network. Raises UserError for values that cannot be, and for unknown names."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{where} are no keyword arguments")
+        self.values, self.where = dict(values), where
+
+    def take(self, name: str, default: Any, is_valid: Callable[[Any], bool]) -> Any:
+        """Return an argument. Raises UserError when it is not valid."""
+        value = self.values.pop(name, default)
+        if not _is_plain(value) or not is_valid(value):
+            raise UserError(f"{self.where}: {name}={_show(value)} has no counterpart here")
+        return value
+
+    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 2**20) -> int:
+        """Return a whole number; without a default it has to be there."""
+        value: int = self.take(name, default, lambda x: type(x) is int and low <= x <= high)
+        return value
+
+    def clamp(self) -> float | None:
+        """Return conv_clamp."""
+        value = self.take("conv_clamp", None, lambda x: x is None or (type(x) in (int, float) and 0 < x < math.inf))
+        return None if value is None else float(value)
+
+    def only(self, name: str, *accepted: Any) -> None:
+        """Take an argument that can mean one thing only, or is not there."""
+        self.take(name, accepted[0], lambda x: (list(x) if isinstance(x, tuple) else x) in accepted)
+
+    def drop(self, *names: str) -> None:
+        """Take arguments that change nothing that is computed."""
+        for name in names:
+            self.values.pop(name, None)
+
+    def nested(self, name: str) -> Arguments:
+        """Return the arguments in an argument."""
+        return Arguments(self.values.pop(name, {}), f"{self.where}.{name}")
+
+    def finish(self) -> None:
+        """Refuse what is left."""
+        if self.values:
+            raise UserError(f"{self.where}: unknown argument {', '.join(str(name)[:80] for name in self.values)}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, None, or a short list or dict of such."""
+    if isinstance(value, (list, tuple, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return len(value) <= 100 and all(isinstance(x, (bool, int, float, str, type(None))) for x in items)
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _show(value: Any) -> str:
+    """A value as text, if it is a short and simple one."""
+    if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, type(None))) for x in value[:16]):
+        return f"{list(value[:16])}"
+    return repr(value)[:80] if isinstance(value, (str, int, float, type(None))) else f"of type {type(value).__name__}"
+
+
+def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) -> Arguments:
+    given, named = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
+    if not isinstance(given, (list, tuple)) or len(given) > len(positional) or not isinstance(named, dict):
+        raise UserError(f"{name}: says with too many or no arguments how it was made")
+    return Arguments({**dict(zip(positional, given, strict=False)), **named}, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A network: its configuration, its tensors under our names, and what else TrainConfig learns from it."""
+
+    config: Any
+    state: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def _read_generator(module: PickledModule, name: str) -> Read:
+    """Read a Styleformer or StyleGAN2 generator; the class of both is called Generator."""
+    tensors = module.tensors()
+    if "synthesis.input.weight" in tensors or any(key.startswith("synthesis.L0_") for key in tensors):
+        raise UserError(f"{name} is a StyleGAN3 generator, which this project does not have")
+    if module.class_name != "Generator":
+        raise UserError(f"{name} is of class {module.class_name}, expected Generator")
+    arguments = _arguments(module, name, ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"))
+    shared = {name: arguments.integer(name) for name in ("z_dim", "w_dim", "img_channels")}
+    shared["c_dim"] = arguments.integer("c_dim", low=0)
+    resolution = arguments.integer("img_resolution", low=4, high=2**14)
+    mapping, synthesis = arguments.nested("mapping_kwargs"), arguments.nested("synthesis_kwargs")
+    shared["mapping_layers"] = _read_mapping(mapping, shared["w_dim"])
+    rate = mapping.take("w_avg_beta", 0.995, lambda x: type(x) in (int, float) and 0 <= x <= 1)
+    values = {"w_avg_rate": round(1 - rate, 12), **_read_precision(synthesis, resolution)}
+    clamp = synthesis.clamp()
+    is_styleformer = any(re.match(r"synthesis\.b\d+_\d+\.", key) for key in tensors)
+    read = _read_styleformer if is_styleformer else _read_stylegan2
+    config, rename = read(synthesis, tensors, resolution, {**shared, "conv_clamp": clamp})
+    for part in (mapping, synthesis, arguments):
+        part.finish()
+    return Read(config=config, state=convert_state(config, tensors, rename, name), values=values)
+
+
+def _read_mapping(arguments: Arguments, width: int) -> int:
+    """Take what a mapping network is made of; return its number of layers."""
+    arguments.only("embed_features", None, width)
+    arguments.only("layer_features", None, width)
+    arguments.only("activation", "lrelu")
+    arguments.only("lr_multiplier", 0.01)
+    return arguments.integer("num_layers", 8, high=100)
+
+
+def _read_precision(arguments: Arguments, resolution: int) -> dict[str, Any]:
+    """In float16 were the highest resolutions, none below 8x8."""
+    count = arguments.integer("num_fp16_res", 0, low=0, high=16)
+    arguments.drop("fp16_channels_last")  # a layout in memory
+    return {"precision": "fp16", "reduced_from": max(2 * resolution >> count, 8)} if count else {"precision": "fp32"}
+
+
+def _read_stylegan2(
+    synthesis: Arguments, tensors: Tensors, resolution: int, shared: dict[str, Any]
+) -> tuple[StyleGAN2Config, Rename]:
+    if resolution & (resolution - 1):
+        raise UserError(f"StyleGAN2 makes images of 4, 8, 16, ... pixels, not of {resolution}")
+    _read_layers(synthesis)
+    synthesis.only("use_noise", True)
+    config = StyleGAN2Config(
+        **shared,
+        base=(4, 4),
+        resolutions=resolution.bit_length() - 2,
+        architecture=synthesis.take("architecture", "skip", lambda x: x in ("orig", "skip", "resnet")),
+        channel_base=synthesis.integer("channel_base", 32768, high=2**24),
+        channel_max=synthesis.integer("channel_max", 512),
+    )
+
+    def rename(name: str) -> tuple[str, ...]:
+        if name == "synthesis.const":
+            return ("synthesis.b4.const",)
+        if match := re.fullmatch(r"synthesis\.stages\.(\d+)\.(.+)", name):
+            level, rest = int(match[1]), match[2]
+            first = 1 if level == 0 else 0  # the lowest resolution has no conv0
+            rest = re.sub(r"^convs\.(\d)", lambda conv: f"conv{int(conv[1]) + first}", rest)
+            return (f"synthesis.b{4 << level}.{rest.replace('shortcut.', 'skip.')}",)
+        return _rename_mapping(name)
+
+    return config, rename
+
+
+def _read_layers(arguments: Arguments) -> None:
+    """Take what convolutional layers are made of and can only be in one way here."""
+    arguments.only("kernel_size", 3)
+    arguments.only("activation", "lrelu")
+    arguments.only("resample_filter", [1, 3, 3, 1])
+    arguments.drop("channels_last")
+
+
+def _read_styleformer(
+    synthesis: Arguments, tensors: Tensors, resolution: int, shared: dict[str, Any]
+) -> tuple[StyleformerConfig, Rename]:
+    """Widths and blocks are those of the tensors; arguments that contradict them are refused."""
+    blocks: dict[int, set[int]] = {}
+    for name in tensors:
+        if match := re.match(r"synthesis\.b(\d{1,5})_(\d{1,3})\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    sides = sorted(blocks)
+    if sides != [sides[0] << i for i in range(len(sides))] or sides[-1] != resolution or not sides[0]:
+        raise UserError(f"encoder blocks at {', '.join(map(str, sides))} do not make images of {resolution} pixels")
+    widths = tuple(_rows(tensors, f"synthesis.b{side}_0.enc.q_weight") for side in sides)
+    layers = tuple(len(blocks[side]) for side in sides)
+    projections = [x for name, x in tensors.items() if re.fullmatch(r"synthesis\.b\d+_\d+\.enc\.proj_weight", name)]
+    synthesis.drop("channel_base", "channel_max")  # its training script hands them over, and nothing reads them
+    _read_layers(synthesis)
+    _check_counts(synthesis, ("g_dict", "G_dict"), widths)
+    _check_counts(synthesis, ("num_layers",), layers)
+    linformer = bool(synthesis.take("linformer", bool(projections), lambda x: x in (True, False)))
+    config = StyleformerConfig(
+        **shared,
+        base=(sides[0], sides[0]),
+        widths=widths,
+        layers=layers,
+        depth=synthesis.integer("depth", 32),
+        minimum_head=synthesis.integer("minimum_head", 1),
+        linformer=linformer,
+        linformer_k=len(projections[0]) if projections and projections[0].ndim else 256,
+    )
+
+    def rename(name: str) -> tuple[str, ...]:
+        if name == "synthesis.const":
+            return (f"synthesis.b{sides[0]}_0.const",)
+        if match := re.fullmatch(r"synthesis\.stages\.(\d+)\.pos_embedding", name):
+            return (f"synthesis.b{sides[int(match[1])]}_0.pos_embedding",)
+        if match := re.fullmatch(r"synthesis\.stages\.(\d+)\.(torgb\..+)", name):
+            level = int(match[1])
+            return (f"synthesis.b{sides[level]}_{layers[level] - 1}.{match[2]}",)
+        if match := re.fullmatch(r"synthesis\.stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
+            block = f"synthesis.b{sides[int(match[1])]}_{match[2]}.enc"
+            return tuple(f"{block}.{rest}" for rest in _rename_encoder(match[3]))
+        return _rename_mapping(name)
+
+    return config, rename
+
+
+def _rows(tensors: Tensors, name: str) -> int:
+    if name not in tensors or tensors[name].ndim != 2:
+        raise UserError(f"{name} is missing or no matrix")
+    return len(tensors[name])
+
+
+def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
+    """Refuse an argument with a number per resolution that contradicts the tensors; longer ones were accepted there."""
+
+    def is_valid(value: Any) -> bool:
+        if isinstance(value, dict):
+            value = list(value.values())
+        return value is None or (isinstance(value, (list, tuple)) and tuple(value[: len(found)]) == found)
+
+    for name in names:
+        arguments.take(name, None, is_valid)
+
+
+def _rename_encoder(name: str) -> tuple[str, ...]:
+    if name == "qkv_weight":
+        return "q_weight", "k_weight", "v_weight"
+    theirs = {
+        "affine.weight": "affine1.weight",
+        "affine.bias": "affine1.bias",
+        "out_weight": "w_weight",
+        "residual_weight": "u_weight",
+        "attention.token_projection": "proj_weight",
+    }
+    return (theirs.get(name, name),)
+
+
+def _rename_mapping(name: str) -> tuple[str, ...]:
+    return (re.sub(r"^mapping\.layers\.", "mapping.fc", name),)
+
+
+def _read_discriminator(module: PickledModule) -> Read:
+    if module.class_name != "Discriminator":
+        raise UserError(f"D is of class {module.class_name}, expected Discriminator")
+    arguments = _arguments(module, "D", ("c_dim", "img_resolution", "img_channels"))
+    block, mapping, epilogue = (arguments.nested(f"{part}_kwargs") for part in ("block", "mapping", "epilogue"))
+    c_dim = arguments.integer("c_dim", low=0)
+    resolution = arguments.integer("img_resolution", low=4, high=2**14)
+    cmap_dim = arguments.take("cmap_dim", None, lambda x: x is None or (type(x) is int and 0 <= x <= 2**20))
+    if c_dim and cmap_dim == 0:
+        raise UserError("D: cmap_dim=0 has no counterpart here: labels that D does not look at")
+    mbstd_channels = epilogue.integer("mbstd_num_channels", 1, low=0, high=1)
+    config = StyleGAN2DiscriminatorConfig(
+        img_channels=arguments.integer("img_channels"),
+        img_size=(resolution, resolution),
+        c_dim=c_dim,
+        architecture=arguments.take("architecture", "resnet", lambda x: x in ("orig", "skip", "resnet")),
+        channel_base=arguments.integer("channel_base", 32768, high=2**24),
+        channel_max=arguments.integer("channel_max", 512),
+        cmap_dim=cmap_dim if c_dim else None,
+        mbstd_group_size=epilogue.integer("mbstd_group_size", 4) * mbstd_channels,
+        conv_clamp=arguments.clamp(),
+    )
+    smallest = config.grids[-1]
+    width = config.cmap_dim or config.num_channels(smallest)
+    config = replace(config, mapping_layers=_read_mapping(mapping, width))
+    mapping.drop("w_avg_beta")
+    _read_precision(arguments, resolution)
+    block.drop("fp16_channels_last")
+    _read_layers(block)
+    epilogue.only("activation", "lrelu")
+    values = {"freeze_layers": block.integer("freeze_layers", 0, low=0)}
+    for part in (block, mapping, epilogue, arguments):
+        part.finish()
+
+    def rename(name: str) -> tuple[str, ...]:
+        name = re.sub(r"^epilogue\.", f"b{smallest[0]}.", name)
+        name = re.sub(r"^fromrgb\.(\d+)", lambda match: f"b{config.grids[int(match[1])][0]}.fromrgb", name)
+        name = re.sub(r"^blocks\.(\d+)", lambda match: f"b{config.grids[int(match[1])][0]}", name)
+        return _rename_mapping(name)
+
+    return Read(config=config, state=convert_state(config, module.tensors(), rename, "D"), values=values)
+
+
+def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
+    """Return the state of the network of `config`. Raises UserError for tensors missing, unfit or left over."""
+    with torch.device("meta"):
+        wanted = config.build().state_dict()
+    state = {key: _assemble(tensors, rename(key), like, name) for key, like in wanted.items()}
+    used = {theirs for key in wanted for theirs in rename(key)}
+    for key, tensor in tensors.items():
+        if key not in used and not _is_redundant(key, tensor, tensors):
+            raise UserError(f"{name}: {key} has no place in the network that its arguments describe")
+    return state
+
+
+def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: str) -> Tensor:
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{network}: {name} is missing")
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{network}: {name} holds no real numbers")
+    shape = list(like.shape)
+    if len(names) > 1:
+        shape[0] //= len(names)
+    for name in names:
+        if _significant(tensors[name].shape) != _significant(shape):
+            found = tuple(tensors[name].shape)
+            raise UserError(f"{network}: {name} has shape {found}, its arguments ask for {tuple(shape)}")
+    parts = [tensors[name].reshape(shape).to(torch.float32) for name in names]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _significant(shape: Sequence[int]) -> list[int]:
+    """A shape without its dimensions of size 1: theirs are sometimes (3, C, 1, 1) where ours are (3, C)."""
+    return [size for size in shape if size != 1]
+
+
+def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
+    """Whether a tensor says nothing that is not known: the one resampling filter, a projection registered twice."""
+    if key.rpartition(".")[2] == "resample_filter":
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        expected = taps.outer(taps) if tensor.ndim == 2 else taps
+        return tensor.shape == expected.shape and torch.allclose(tensor.float(), expected, atol=1e-6)
+    if match := re.fullmatch(r"(synthesis\.b\d+_\d+\.)proj_weight", key):
+        twin = tensors.get(f"{match[1]}enc.proj_weight")
+        return twin is not None and torch.equal(twin, tensor)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation and data
+
+TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # their strengths, by our groups
+    "blit": ("xflip", "rotate90", "xint"),
+    "geom": ("scale", "rotate", "aniso", "xfrac"),
+    "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
+    "filter": ("imgfilter",),
+    "noise": ("noise",),
+    "cutout": ("cutout",),
+}
+AMOUNTS: Mapping[str, Any] = {  # how far transforms go, as published
+    "xint_max": 0.125,
+    "scale_std": 0.2,
+    "rotate_max": 1,
+    "aniso_std": 0.2,
+    "xfrac_std": 0.125,
+    "brightness_std": 0.2,
+    "contrast_std": 0.5,
+    "hue_max": 1,
+    "saturation_std": 1,
+    "imgfilter_bands": [1, 1, 1, 1],
+    "imgfilter_std": 1,
+    "noise_std": 0.1,
+    "cutout_size": 0.5,
+}
+
+
+def _read_augment(module: PickledModule | None, generator: GeneratorConfig) -> tuple[AugmentConfig, float]:
+    """Return the augmentation and p, which was never applied beyond the bound that it gets here."""
+    if module is None:
+        return AugmentConfig(mode="noaug"), 0.0
+    if module.class_name != "AugmentPipe":
+        raise UserError(f"augment_pipe is of class {module.class_name}, expected AugmentPipe")
+    arguments = _arguments(module, "augment_pipe", ())
+    groups = []
+    for group, names in TRANSFORMS.items():
+        strengths = {arguments.take(name, 0, lambda x: x in (0, 1)) for name in names}
+        if len(strengths) > 1:
+            raise UserError(f"augment_pipe: some of {', '.join(names)} are on and some are off, which cannot be here")
+        groups += [group] if 1 in strengths else []
+    for name, amount in AMOUNTS.items():
+        arguments.only(name, amount)
+    arguments.finish()
+    if not groups:
+        return AugmentConfig(mode="noaug"), 0.0
+    pipe = next((name for name, members in PIPES.items() if members == tuple(groups)), None)
+    if pipe is None:
+        raise UserError(f"augment_pipe: {', '.join(groups)} together are none of {', '.join(PIPES)}")
+    max_p = 0.7 if getattr(generator, "linformer", False) else 1.0
+    p = module.tensors().get("p", torch.zeros([]))
+    if p.numel() != 1 or not 0 <= p.item() < math.inf:
+        raise UserError("augment_pipe: p is no probability")
+    return AugmentConfig(pipe=pipe, max_p=max_p), min(p.item(), max_p)
+
+
+def _read_data(arguments: dict[str, Any], generator: GeneratorConfig) -> DatasetConfig:
+    """The data set, as far as it says something about the images."""
+    path = arguments.get("path")
+    return DatasetConfig(
+        path=path if isinstance(path, str) else "",
+        use_labels=generator.c_dim > 0,
+        mirror=arguments.get("xflip") is True,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@click.group()
+def main() -> None:
+    """Say what a snapshot holds, and convert it."""
+
+
+@main.command(cls=Script)
+@click.argument("file", type=click.Path(path_type=Path))
+def info(file: Path) -> None:
+    """Print what FILE, a snapshot, holds."""
+    snapshot = load_network(file)
+    click.echo(f"{file}: kimg {snapshot.kimg:g}, preset {snapshot.config.preset}")
+
+
+@main.command(cls=Script)
+@option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Snapshot, or its folder.")
+@option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="What to write; see above.")
+@option(
+    "--format",
+    "kind",
+    type=click.Choice([*FORMATS.values(), "hub"]),
+    help="hub: a folder for the Hugging Face Hub.  [default: by the name of --dest]",
+)
+@option("--noise-mode", type=click.Choice(get_args(FixedNoise)), help="Of ONNX graphs.  [default: const]")
+@option(
+    "--license", metavar="NAME", help="For the Hub: licence of the weights, such as cc-by-4.0.  [default: left open]"
+)
+def convert(source: Path, dest: Path, kind: str | None, noise_mode: FixedNoise | None, license: str | None) -> None:
+    """Write a snapshot in another form. Nothing that exists is written over.
+
+    \b
+    --dest=NAME.pkl           a snapshot, from a folder
+    --dest=NAME               a folder of safetensors and config.json, without any loss
+    --dest=NAME.onnx          NAME-mapping.onnx and NAME-synthesis.onnx, of the averaged generator
+    --dest=NAME --format=hub  a folder to upload: averaged generator, model card, samples
+    """
+    kind = kind or kind_of(dest)
+    for name, value, of in (("--noise-mode", noise_mode, "onnx"), ("--license", license, "hub")):
+        if value is not None and kind != of:
+            raise UserError(f"{name}={value}: is for --format={of}, this is {kind}; leave it out")
+    snapshot = load_network(source)
+    if kind == "onnx":
+        for path in export_onnx(dest, snapshot, noise_mode or "const"):
+            click.echo(f"Written: {path}")
+        return
+    if kind == "snapshot":
+        save_snapshot(dest, snapshot)
+    elif kind == "safetensors":
+        save_folder(dest, snapshot)
+    else:
+        from training.hub import save_hub_folder  # which needs the package
+
+        save_hub_folder(dest, snapshot, license)
+    click.echo(f"Written: {dest}")
+    if kind == "hub":
+        click.echo(f"To upload it: hf upload NAME/MODEL {dest}")
+
+
+def kind_of(dest: Path) -> str:
+    """Return which form a name means. Raises UserError for one that means none."""
+    if dest.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"--dest={dest}: which form is that? .pkl is a snapshot, .onnx ONNX, a name without ending a folder of "
+            "safetensors; or give --format"
+        )
+    return FORMATS[dest.suffix.lower()]
+
+
+if __name__ == "__main__":
+    main()

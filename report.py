@@ -1,0 +1,75 @@
+"""Show one or several runs: curves as PNG, and a page for the browser with curves and images, all in one file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dnnlib.cli import Script, option
+from dnnlib.config import UserError
+from dnnlib.util import write_atomically
+from reporting.charts import check_matplotlib, draw
+from reporting.page import build_page
+from reporting.runs import find_runs, read_run
+
+
+@click.command(cls=Script, context_settings={"max_content_width": 110, "show_default": True})
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where to write.  [default: `report` in the run's folder; of several runs, beside the first one]",
+)
+@option("--images", "max_images", type=click.IntRange(min=2), default=40, help="Grids of images in the page, per run.")
+def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
+    """Write report.html and a PNG for each group of curves, of one run or of several over each other.
+
+    RUN is the folder of a run, finished or not, or a folder of runs. What an earlier report wrote is replaced.
+
+    \b
+    python report.py runs/00000-mine-cifar-gpus1-batch32
+    python report.py runs/00000-mine-cifar-gpus1-batch32 runs/00001-mine-cifar-gpus1-batch32
+    python report.py runs --outdir=out/report
+    """
+    check_matplotlib()
+    folders = find_runs(paths)
+    runs = [read_run(path, name) for path, name in zip(folders, name_runs(folders), strict=True)]
+    shown = [run for run in runs if not run.is_empty]
+    for run in runs:
+        if run.is_empty:
+            click.echo(f"Warning: {run.path}: nothing to show yet, left out", err=True)
+    if not shown:
+        raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
+    outdir = outdir or (shown[0].path if len(folders) == 1 else folders[0].parent) / "report"
+    pictures = list(draw(shown))
+    page = build_page(shown, pictures, max_images)
+    for run in shown:
+        for problem in run.problems:
+            click.echo(f"Warning: {run.path}: {problem}", err=True)
+    write(outdir, {"report.html": page} | {f"{picture.name}.png": picture.png for picture in pictures})
+    click.echo(f"{outdir / 'report.html'}, and {len(pictures)} charts beside it as PNG")
+
+
+def name_runs(folders: Sequence[Path]) -> list[str]:
+    """Return what each run is called: its folder's name, with the folder around it where two have the same."""
+    folders = [path.resolve() for path in folders]
+    counts = Counter(path.name for path in folders)
+    return [path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in folders]
+
+
+def write(outdir: Path, files: dict[str, str | bytes]) -> None:
+    """Write files into a folder. Raises UserError when that cannot be."""
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(outdir / name, content)
+    except OSError as error:
+        raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    main()

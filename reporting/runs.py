@@ -1,0 +1,195 @@
+"""What a run's folder tells: its ticks, metrics, grids of images and options, also while the run is going on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.config import UserError
+from metrics.registry import COMPARABLE
+
+OPTIONS_FILE = "training_options.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A number that changes during a run, in ascending order of kimg; nan where a tick has none."""
+
+    kimg: Sequence[float]
+    seconds: Sequence[float]  # of training, pauses left out; nan where it is not known
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A picture of generated images."""
+
+    path: Path
+    kimg: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as far as it has come. `problems` says what of its files could not be read."""
+
+    name: str
+    path: Path
+    options: dict[str, Any]
+    ticks: dict[str, Curve]
+    metrics: dict[str, Curve]
+    grids: Sequence[Grid]
+    reals: Path | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show yet."""
+        return not (self.ticks or self.metrics or self.grids)
+
+    @property
+    def total_kimg(self) -> float:
+        """How long the run is meant to be; nan if that is not known."""
+        part = self.options.get("run")
+        total = part.get("total_kimg") if isinstance(part, dict) else None
+        return float(total) if isinstance(total, int | float) else math.nan
+
+    def last(self, name: str) -> float:
+        """The newest value of a tick's number; nan without any."""
+        return self.ticks[name].values[-1] if name in self.ticks else math.nan
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Return the folders of runs that paths stand for: themselves, or the runs in a folder of runs.
+
+    Raises UserError for what is neither.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; name the folder of a run, or one that holds runs")
+        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
+        if not inside:
+            raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")
+        found += [run for run in inside if run not in found]
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / OPTIONS_FILE).is_file() or (path / "stats.jsonl").is_file()
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read a run's folder. What is damaged is left out and listed in `problems`."""
+    problems: list[str] = []
+    ticks = _read_ticks(path / "stats.jsonl", problems)
+    clock = ticks.get("Timing/total_sec")
+    metrics = {}
+    for file in sorted(path.glob("metric-*.jsonl")):
+        curve = _read_metric(file, clock, problems)
+        if curve:
+            metrics[file.stem.removeprefix("metric-")] = curve
+    reals = path / "reals.png"
+    return Run(
+        name=name,
+        path=path,
+        options=_read_options(path / OPTIONS_FILE, problems),
+        ticks=ticks,
+        metrics=metrics,
+        grids=sorted(_list_grids(path), key=lambda grid: grid.kimg),
+        reals=reals if reals.is_file() else None,
+        problems=problems,
+    )
+
+
+def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
+    """Return a curve for each number in stats.jsonl."""
+    rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
+    kimg = sorted(rows)
+    seconds = [rows[x].get("Timing/total_sec", math.nan) for x in kimg]
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    return {
+        name: Curve(kimg=kimg, seconds=seconds, values=[rows[x].get(name, math.nan) for x in kimg])
+        for name in sorted(names)
+    }
+
+
+def _flatten(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a tick by name; of a loss term, whose mean and deviation are given, the mean."""
+    values = {name: value.get("mean") if isinstance(value, dict) else value for name, value in line.items()}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
+    """Return the main number of a metric against kimg, None where no line has one.
+
+    The file may also hold what calc_metrics.py made of other data or by other options: those that compare with the
+    newest line count.
+    """
+    records = [line for line in _read_lines(path, "kimg", problems) if _main_value(line) is not None]
+    if not records:
+        return None
+    comparable = [record for record in records if all(record.get(x) == records[-1].get(x) for x in COMPARABLE)]
+    if len(comparable) < len(records):
+        count = len(records) - len(comparable)
+        problems.append(
+            f"{path.name}: left out {count} lines that do not compare with the last one (other data or way)"
+        )
+    values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
+    kimg = sorted(values)
+    seconds = np.interp(kimg, clock.kimg, clock.values, right=math.nan) if clock else [math.nan] * len(kimg)
+    return Curve(kimg=kimg, seconds=list(seconds), values=[values[x] for x in kimg])
+
+
+def _main_value(record: dict[str, Any]) -> float | None:
+    results = record.get("results")
+    value = next(iter(results.values()), None) if isinstance(results, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file that have a number `age`; null is that of images, which have none.
+
+    A last line without its end is one that is being written.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(errors="replace")
+    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+    damaged = 0
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry[age] is not None and not math.isfinite(entry[age]):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):  # no JSON, no such number, no object
+            damaged += 1
+            continue
+        if entry[age] is not None:
+            yield entry
+    if damaged:
+        problems.append(f"{path.name}: left out {damaged} of {len(lines)} lines, which are damaged")
+
+
+def _list_grids(path: Path) -> Iterator[Grid]:
+    for file in path.glob("fakes*.png"):
+        match = re.fullmatch(r"fakes(_init|\d+)\.png", file.name)
+        if match:
+            yield Grid(path=file, kimg=0 if match[1] == "_init" else int(match[1]))
+
+
+def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        options = json.loads(path.read_text())
+        if isinstance(options, dict):
+            return options
+        problems.append(f"{path.name}: is no JSON object")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: cannot be read ({error})")
+    return {}

@@ -1,0 +1,224 @@
+"""Writes snapshots in the format of the public Styleformer release and of StyleGAN2-ADA-PyTorch, for tests.
+
+They are written from a description of the format: no class of those projects is needed, because a pickler of its own
+puts their names into the file. Tensors and numbers are pickled by torch and NumPy themselves.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+
+SOURCE = "raise SystemExit('the source in a snapshot was run')"
+
+
+class Name:
+    """A name in a pickle, e.g. os.system."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __call__(self, *_: Any) -> None:
+        raise AssertionError("names are written, not called")
+
+
+class Call:
+    """A call of a name in a pickle, with arguments, a state (BUILD) and items, as `__reduce__` has them."""
+
+    def __init__(self, name: Name, arguments: tuple[Any, ...] = (), state: Any = None, items: Any = None) -> None:
+        self.parts = (name, arguments, state, None, items)
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+PYTHONS_PICKLER: Any = pickle._Pickler  # the one in C cannot be told how to save
+
+
+class ForeignPickler(PYTHONS_PICKLER):
+    """The pickler in Python, which also writes `Name`, and NumPy's module under a spelling of choice."""
+
+    numpy_core = "numpy._core"
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if isinstance(obj, Name):
+            self.write_name(obj.module, obj.name)
+        else:
+            super().save(obj, save_persistent_id)
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if getattr(obj, "__name__", "") == "scalar":
+            self.write_name(f"{self.numpy_core}.multiarray", "scalar")
+        else:
+            super().save_global(obj, name)
+
+    def write_name(self, module: str, name: str) -> None:
+        if self.proto >= 4:
+            self.save(module)
+            self.save(name)
+            self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+
+
+def dumps(content: Any, protocol: int = 4, numpy_core: str = "numpy._core") -> bytes:
+    """Pickle `content`."""
+    file = io.BytesIO()
+    pickler = ForeignPickler(file, protocol)
+    pickler.numpy_core = numpy_core
+    pickler.dump(content)
+    return file.getvalue()
+
+
+def easy_dict(**values: Any) -> Call:
+    """dnnlib.util.EasyDict(values)."""
+    return Call(Name("dnnlib.util", "EasyDict"), (), None, iter(values.items()))
+
+
+def module(class_name: str, tensors: Tensors, frozen: tuple[str, ...] = (), **kwargs: Any) -> Call:
+    """A network that was made with `kwargs`, from its tensors by dotted name. Those in `frozen` lie among buffers."""
+    buffers = ("w_avg", "noise_const", "resample_filter", "p", *frozen)
+    own = {name: x for name, x in tensors.items() if "." not in name}
+    below: dict[str, Tensors] = {}
+    for name, x in tensors.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = x
+    state = {
+        "training": True,
+        "_parameters": collections.OrderedDict(
+            (name, None if x is None else nn.Parameter(x)) for name, x in own.items() if name not in buffers
+        ),
+        "_buffers": collections.OrderedDict((name, x) for name, x in own.items() if name in buffers),
+        "_non_persistent_buffers_set": set(),
+        "_backward_hooks": collections.OrderedDict(),
+        "_modules": collections.OrderedDict((name, module("Layer", part, frozen)) for name, part in below.items()),
+        "act_gain": np.sqrt(2),
+        "_init_args": (),
+        "_init_kwargs": easy_dict(**kwargs),
+    }
+    meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": class_name, "state": state}
+    return Call(Name("torch_utils.persistence", "_reconstruct_persistent_obj"), (meta,))
+
+
+def write(path: Path, content: dict[str, Any], **options: Any) -> Path:
+    """Write a snapshot of the networks in `content`."""
+    data = {"training_set_kwargs": easy_dict(path="their.zip", xflip=True, resolution=np.int64(16)), "G": None}
+    path.write_bytes(dumps({**data, "D": None, "augment_pipe": None, **content}, **options))
+    return path
+
+
+# The tensors of networks: names and shapes as published, values such that nothing is trivial.
+
+FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+
+
+def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
+    """Random tensors: multipliers around 1 for the biases of styles, large ones for the mapping's equalised weights."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=generator)
+        if name.endswith("resample_filter"):
+            x = FILTER.clone()
+        elif ".fc" in name and "mapping" in name:
+            x = 100 * x
+        elif "affine" in name and name.endswith("bias"):
+            x = 1 + 0.3 * x
+        elif name.endswith("proj_weight"):
+            x = x / shape[1] ** 0.5
+        tensors[name] = x
+    return tensors
+
+
+def mapping_shapes(z_dim: int, c_dim: int, w_dim: int, layers: int, w_avg: bool = True) -> dict[str, tuple[int, ...]]:
+    """Of a mapping network, of D's without z and w_avg."""
+    shapes: dict[str, tuple[int, ...]] = {"mapping.w_avg": (w_dim,)} if w_avg else {}
+    if c_dim:
+        shapes |= {"mapping.embed.weight": (w_dim, c_dim), "mapping.embed.bias": (w_dim,)}
+    for i in range(layers):
+        inputs = z_dim + (w_dim if c_dim else 0) if i == 0 else w_dim
+        shapes |= {f"mapping.fc{i}.weight": (w_dim, inputs), f"mapping.fc{i}.bias": (w_dim,)}
+    return shapes
+
+
+def styleformer_shapes(
+    widths: tuple[int, ...], layers: tuple[int, ...], base: int, w_dim: int, channels: int, linformer: bool
+) -> dict[str, tuple[int, ...]]:
+    """Of the synthesis network of a Styleformer."""
+    shapes: dict[str, tuple[int, ...]] = {f"synthesis.b{base}_0.const": (base**2, widths[0])}
+    for r, (width, count) in enumerate(zip(widths, layers, strict=True)):
+        side = base << r
+        shapes[f"synthesis.b{side}_0.pos_embedding"] = (1, side**2, width)
+        for j in range(count):
+            block = f"synthesis.b{side}_{j}"
+            out = widths[min(r + 1, len(widths) - 1)] if j == count - 1 else width
+            for name in "qkv":
+                shapes[f"{block}.enc.{name}_weight"] = (width, width)
+            shapes |= {f"{block}.enc.w_weight": (out, width), f"{block}.enc.u_weight": (out, width)}
+            shapes |= {f"{block}.enc.affine1.weight": (2 * width, w_dim), f"{block}.enc.affine1.bias": (2 * width,)}
+            shapes |= {f"{block}.enc.noise_strength": (), f"{block}.enc.noise_const": (side**2, 1)}
+            shapes |= {f"{block}.enc.bias": (out,), f"{block}.resample_filter": (4, 4)}
+            if linformer and side >= 32:
+                shapes[f"{block}.enc.proj_weight"] = (256, side**2)
+        shapes |= {f"{block}.torgb.weight": (channels, out), f"{block}.torgb.bias": (channels,)}
+        shapes |= {f"{block}.torgb.affine.weight": (out, w_dim), f"{block}.torgb.affine.bias": (out,)}
+    return shapes
+
+
+def stylegan2_shapes(
+    resolution: int, base: int, maximum: int, w_dim: int, channels: int, architecture: str
+) -> dict[str, tuple[int, ...]]:
+    """Of the synthesis network of StyleGAN2."""
+    shapes: dict[str, tuple[int, ...]] = {"synthesis.b4.const": (min(base // 4, maximum), 4, 4)}
+    side, before = 4, 0
+    while side <= resolution:
+        block, width = f"synthesis.b{side}", min(base // side, maximum)
+        shapes[f"{block}.resample_filter"] = (4, 4)
+        for name, inputs in (("conv0", before), ("conv1", width)):
+            if inputs:
+                shapes |= {f"{block}.{name}.weight": (width, inputs, 3, 3), f"{block}.{name}.bias": (width,)}
+                shapes |= {f"{block}.{name}.affine.weight": (inputs, w_dim), f"{block}.{name}.affine.bias": (inputs,)}
+                shapes |= {f"{block}.{name}.noise_strength": (), f"{block}.{name}.noise_const": (side, side)}
+                shapes[f"{block}.{name}.resample_filter"] = (4, 4)
+        if architecture == "skip" or side == resolution:
+            shapes |= {f"{block}.torgb.weight": (channels, width, 1, 1), f"{block}.torgb.bias": (channels,)}
+            shapes |= {f"{block}.torgb.affine.weight": (width, w_dim), f"{block}.torgb.affine.bias": (width,)}
+        if architecture == "resnet" and before:
+            shapes |= {f"{block}.skip.weight": (width, before, 1, 1), f"{block}.skip.resample_filter": (4, 4)}
+        side, before = 2 * side, width
+    return shapes
+
+
+def discriminator_shapes(
+    resolution: int, base: int, maximum: int, channels: int, architecture: str, mbstd: bool, out: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Of a discriminator without its mapping network."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    side = resolution
+    while side > 4:
+        block, width, below = f"b{side}", min(base // side, maximum), min(base // (side // 2), maximum)
+        shapes[f"{block}.resample_filter"] = (4, 4)
+        if side == resolution or architecture == "skip":
+            shapes |= {f"{block}.fromrgb.weight": (width, channels, 1, 1), f"{block}.fromrgb.bias": (width,)}
+        shapes |= {f"{block}.conv0.weight": (width, width, 3, 3), f"{block}.conv0.bias": (width,)}
+        shapes |= {f"{block}.conv1.weight": (below, width, 3, 3), f"{block}.conv1.bias": (below,)}
+        shapes[f"{block}.conv1.resample_filter"] = (4, 4)
+        if architecture == "resnet":
+            shapes |= {f"{block}.skip.weight": (below, width, 1, 1)}
+        side //= 2
+    width = min(base // 4, maximum)
+    if architecture == "skip":
+        shapes |= {"b4.fromrgb.weight": (width, channels, 1, 1), "b4.fromrgb.bias": (width,)}
+    shapes |= {"b4.conv.weight": (width, width + mbstd, 3, 3), "b4.conv.bias": (width,)}
+    shapes |= {"b4.fc.weight": (width, 16 * width), "b4.fc.bias": (width,)}
+    return shapes | {"b4.out.weight": (out, width), "b4.out.bias": (out,)}

@@ -1,0 +1,200 @@
+"""generate.py attention: maps and rollout against softmax over explicit matrices in float64, from the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import make_model, make_snapshot, pixels, run, run_ok
+from test_networks import TINY, Array, below, build, ref_block, ref_demodulated, ref_fc, ref_up2, state_of
+
+from dnnlib.config import UserError
+from exploration import attention
+from exploration.attention import attention_maps, choose_pixels, most_attended, record, tokens_of
+from exploration.model import Model
+from exploration.sheets import overlay, sheet
+from training.networks.styleformer import StyleformerConfig
+
+VARIANTS = {
+    "plain": dataclasses.replace(TINY, img_channels=3),
+    "linformer": dataclasses.replace(TINY, img_channels=3, linformer=True, linformer_k=5, linformer_min_tokens=24),
+}
+
+
+def model_of(config: StyleformerConfig) -> Model:
+    return Model(G=build(config), device=torch.device("cpu"), c=torch.zeros(1, 0))
+
+
+def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[tuple[int, int], Array, Array | None]]:
+    """Per block: grid, softmax weights (B, H, N, N or k), and E (k, N) where there is one."""
+    state = state_of(model.G.synthesis)
+    x = np.stack([state["const"]] * len(ws))
+    found, i = [], 0
+    for r, (C, num_blocks) in enumerate(zip(config.widths, config.layers, strict=True)):
+        grid, stage = config.grids[r], below(state, f"stages.{r}.")
+        x = x + stage["pos_embedding"]
+        heads = config.num_heads(C)
+        for j in range(num_blocks):
+            block = below(stage, f"blocks.{j}.")
+            style = ref_fc(ws[:, i], below(block, "affine."))[:, :C]
+            y = x * style[:, None]
+            y = (y - y.mean(axis=2, keepdims=True)) / np.sqrt(y.var(axis=2, keepdims=True) + 1e-5)
+            q, k = (ref_demodulated(y, W, style) for W in np.split(block["qkv_weight"], 3)[:2])
+            E = block.get("attention.token_projection")
+            k = k if E is None else np.einsum("kn,bnc->bkc", E, k)
+            q, k = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k))
+            scores = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(C / heads))
+            found.append((grid, scores / scores.sum(axis=3, keepdims=True), E))
+            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"])
+            i += 1
+        if r + 1 < len(config.widths):
+            x = ref_up2(x.reshape(len(ws), *grid, -1)).reshape(len(ws), 4 * math.prod(grid), -1)
+    return found
+
+
+def up_matrix(grid: tuple[int, int]) -> Array:
+    """The upsampling to twice the grid as a matrix (4N, N) with rows of sum 1."""
+    N = math.prod(grid)
+    matrix = ref_up2(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_maps_equal_the_explicit_softmax(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PIECE_BYTES", 300)  # the matrices go in many pieces
+    config = VARIANTS[name]
+    model = model_of(config)
+    ws = torch.randn(3, config.num_ws, config.w_dim, dtype=torch.float64)
+    records, img = record(model, ws)
+    torch.testing.assert_close(img, model.G.synthesis(ws))
+    expected = reference(config, model, ws.numpy())
+    assert [block.grid for block in records] == [grid for grid, *_ in expected]
+    assert [block.name for block in records] == ["2x3_0", "4x6_0", "4x6_1", "8x12_0"]
+
+    size = config.img_size
+    chosen = torch.tensor([[0, 0], [11, 7], [4, 3]])
+    found = attention_maps(records, 1, chosen, size)
+    assert set(found.projected) == ({"4x6_0", "4x6_1", "8x12_0"} if name == "linformer" else set())
+    for block, (grid, weights, E) in zip(records, expected, strict=True):
+        tokens = [(y * grid[0] // size[0]) * grid[1] + x * grid[1] // size[1] for x, y in chosen.tolist()]
+        assert tokens_of(chosen, grid, size).tolist() == tokens
+        maps = weights if E is None else np.einsum("bhnk,km->bhnm", weights, E)
+        np.testing.assert_allclose(
+            found.maps[block.name].reshape(maps[1][:, tokens].shape), maps[1][:, tokens], atol=1e-5
+        )
+        if E is not None:
+            np.testing.assert_allclose(found.projected[block.name], weights[1][:, tokens], atol=1e-5)
+        np.testing.assert_allclose(block.received(1).detach(), maps[1].mean(axis=(0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rollout_equals_the_product_of_matrices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PIECE_BYTES", 300)
+    config = VARIANTS[name]
+    model = model_of(config)
+    ws = torch.randn(2, config.num_ws, config.w_dim, dtype=torch.float64)
+    chosen = torch.tensor([[3, 5], [11, 0]])
+    found = attention_maps(record(model, ws)[0], 1, chosen, config.img_size)
+    total = np.eye(math.prod(config.img_size))[tokens_of(chosen, config.img_size, config.img_size)]
+    before = config.img_size
+    for block, (grid, weights, E) in zip(
+        reversed(found.rolled), reversed(reference(config, model, ws.numpy())), strict=True
+    ):
+        if grid != before:
+            total, before = total @ up_matrix(grid), grid
+        A = weights[1] if E is None else np.abs(weights[1] @ E)
+        A = (A / A.sum(axis=2, keepdims=True)).mean(axis=0)
+        total = total @ (A + np.eye(len(A))) / 2
+        np.testing.assert_allclose(found.rolled[block].reshape(total.shape), total, atol=1e-5)
+        np.testing.assert_allclose(total.sum(axis=1), 1)
+
+
+def test_recording_leaves_nothing_behind() -> None:
+    model = make_model()
+    ws = model.styles_of((0,))
+    record(model, ws)
+    assert not any(module._forward_hooks for module in model.G.modules())
+    with pytest.raises(RuntimeError), attention.recording(model.G.synthesis, (32, 32)):
+        raise RuntimeError
+    assert not any(module._forward_hooks for module in model.G.modules())
+
+
+def test_the_most_attended_pixel_is_where_keys_attract_all_queries() -> None:
+    """Keys are made so that all queries of every block look at one token; its corner of the image is found."""
+    model = make_model()
+    records, _ = record(model, model.styles_of((0,)))
+    made = []
+    for block in records:
+        height, width = block.grid
+        q, k = torch.ones_like(block.q), torch.zeros_like(block.k)
+        k[:, (height // 4) * width + 3 * width // 4] = 100
+        made.append(dataclasses.replace(block, q=q, k=k))
+    ((x, y),) = most_attended(made, 0, (32, 32), 1)
+    assert 24 <= x < 28
+    assert 8 <= y < 12
+    points = most_attended(records, 0, (32, 32), 5)
+    gaps = [max(abs(a - c), abs(b - d)) for i, (a, b) in enumerate(points) for c, d in points[:i]]
+    assert min(gaps) > 4
+    with pytest.raises(UserError, match="choose fewer"):
+        most_attended(records, 0, (32, 32), 100)
+
+
+def test_queries() -> None:
+    model = make_model()
+    records, _ = record(model, model.styles_of((0,)))
+    assert choose_pixels(["31,0", "grid:2"], records, 0, (32, 32)).tolist() == [
+        [31, 0],
+        [8, 8],
+        [24, 8],
+        [8, 24],
+        [24, 24],
+    ]
+    for query in ("32,0", "0,32", "grid:0", "5", "most", "-1,2"):
+        with pytest.raises(UserError, match=f"--query={query}"):
+            choose_pixels([query], records, 0, (32, 32))
+
+
+def test_pictures_show_the_weights() -> None:
+    image = np.full((4, 4, 3), 100, np.uint8)
+    drawn = overlay(image, np.array([[0, 1], [0.5, -1]]))
+    assert drawn[0, 0].tolist() == [35, 35, 35]  # the image alone, darker
+    assert drawn[1, 3].tolist() == [200, 200, 200]
+    assert drawn[3, 0].tolist() == [200, int(35 + 0.65 * 127.5), 35]
+    assert drawn[3, 3].tolist() == [35, 35, 35]
+    assert sheet([[image, drawn]] * 3).shape == (3 * 6 - 2, 2 * 6 - 2, 3)
+
+
+@pytest.mark.parametrize("family", ["styleformer", "styleformer-c"])
+def test_the_command_writes_sheets_and_arrays(family: str, shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(
+        tmp_path / "n.pkl", shapes_zip, family, linformer=True, linformer_k=7, linformer_min_tokens=256
+    )
+    arguments = [f"--network={network}", "--query=3,30", "--query=grid:2", "--heads"]
+    run_ok("attention", *arguments, "--seeds=4,5", "--batch=1", f"--outdir={tmp_path / 'one'}")
+    run_ok("attention", *arguments, "--seeds=5", f"--outdir={tmp_path / 'two'}")
+    with (
+        np.load(tmp_path / "one" / "seed0005-attention.npz") as one,
+        np.load(tmp_path / "two" / "seed0005-attention.npz") as two,
+    ):
+        assert one["queries"].tolist() == [[3, 30], [8, 8], [24, 8], [8, 24], [24, 24]]
+        assert one["map_8x8_0"].shape == (4, 5, 8, 8)
+        np.testing.assert_allclose(one["map_8x8_0"].sum(axis=(2, 3)), 1, rtol=1e-5)
+        assert one["projected_16x16_1"].shape == (2, 5, 7)
+        assert set(one) == set(two)
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert pixels(tmp_path / "one" / "seed0004-attention.png").ndim == 3
+    assert (tmp_path / "one" / "seed0004-16x16_1.png").exists()
+
+
+def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2"), tmp_path / "out"
+    result = run("attention", f"--network={network}", "--seeds=0", f"--outdir={out}")
+    assert (result.exit_code, "StyleGAN2Generator has no self-attention" in result.output) == (2, True)
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    result = run("attention", f"--network={network}", "--seeds=0", "--query=99,0", f"--outdir={out}")
+    assert (result.exit_code, "--query=99,0: the images are 32x32" in result.output) == (2, True)
+    assert not out.exists()

@@ -1,0 +1,259 @@
+"""DiffAugment: each transform against numpy, ranges of the draws, derivatives, and how options reach it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import small_config
+from torch import Tensor
+
+import train
+from dnnlib.config import ConfigError
+from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.config import Circumstances, resolve
+from training.dataset import ImageDataset
+from training.diffaugment import DEFAULT_POLICY, DIFFAUG, DiffColor, DiffCutout, DiffTranslation
+from training.training_loop import Trainer
+
+ONE = torch.tensor(1.0)
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def build(policy: tuple[str, ...], img_shape: tuple[int, int, int]) -> AugmentPipe:
+    return AugmentPipe(AugmentConfig(mode="diffaug", policy=policy), img_shape)
+
+
+def some_images(*shape: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_color(channels: int) -> None:
+    images = some_images(4, channels, 5, 6)
+    stage = DiffColor((channels, 5, 6))
+    values = stage.draw(images, ONE)
+    for image, (b, s, t), actual in zip(images, values, stage.transform(images, values), strict=True):
+        colors = 3 if channels == 4 else channels
+        x: Array = image.numpy()[:colors] + b.item()
+        m = x.mean(axis=0, keepdims=True)
+        x = m + s.item() * (x - m)
+        x = x.mean() + t.item() * (x - x.mean())
+        np.testing.assert_allclose(actual[:colors].numpy(), x, rtol=1e-12, atol=1e-12)
+        assert torch.equal(actual[colors:], image[colors:])
+
+
+def test_color_draws_fill_their_ranges() -> None:
+    values = DiffColor((3, 2, 2)).draw(torch.zeros(20_000, 3, 2, 2), ONE)
+    for column, (low, high) in zip(values.unbind(1), [(-0.5, 0.5), (0.0, 2.0), (0.5, 1.5)], strict=True):
+        width = high - low
+        assert low <= column.min() < low + 0.01 * width
+        assert high - 0.01 * width < column.max() <= high
+        assert column.std().item() == pytest.approx(width / 12**0.5, rel=0.03)
+    assert torch.corrcoef(values.T).triu(1).abs().max() < 0.03
+
+
+def test_translation_moves_pixels_and_lets_zeros_in() -> None:
+    images = some_images(9, 2, 16, 9)
+    stage = DiffTranslation((2, 16, 9))
+    values = torch.tensor([[dy, dx] for dy in (-2, 0, 2) for dx in (-1, 0, 1)])
+    for image, (dy, dx), actual in zip(images, values.tolist(), stage.transform(images, values), strict=True):
+        expected = np.zeros([2, 16, 9])
+        for y in range(16):
+            for x in range(9):
+                if 0 <= y - dy < 16 and 0 <= x - dx < 9:
+                    expected[:, y, x] = image[:, y - dy, x - dx]
+        assert np.array_equal(actual.numpy(), expected)
+
+
+@pytest.mark.parametrize(("size", "steps"), [((32, 32), (4, 4)), ((20, 8), (3, 1)), ((3, 4), (0, 1))])
+def test_translations_are_uniform_up_to_an_eighth(size: tuple[int, int], steps: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = DiffTranslation((1, *size)).draw(torch.zeros(6000, 1, *size), ONE)
+    for column, step in zip(values.unbind(1), steps, strict=True):
+        counts = torch.bincount(column + step, minlength=2 * step + 1)
+        assert len(counts) == 2 * step + 1
+        assert (counts - 6000 / (2 * step + 1)).abs().max() < 5 * (6000 / (2 * step + 1)) ** 0.5 + 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
+def test_cutout(size: tuple[int, int]) -> None:
+    H, W = size
+    half = [round(side / 2 + 1e-9) for side in size]  # half up
+    images = some_images(500, 2, H, W)
+    stage = DiffCutout((2, H, W))
+    values = stage.draw(images, ONE)
+    areas = []
+    for image, (top, left), actual in zip(images, values.tolist(), stage.transform(images, values), strict=True):
+        expected = image.numpy().copy()
+        expected[:, max(top, 0) : max(top + half[0], 0), max(left, 0) : max(left + half[1], 0)] = 0
+        assert np.array_equal(actual.numpy(), expected)
+        areas.append(int((expected == 0).all(axis=0).sum()))
+    assert max(areas) == half[0] * half[1]
+    assert min(areas) < 0.5 * max(areas)  # it may lie partly outside
+    centres = values + torch.tensor([side // 2 for side in half])
+    for column, side, cut in zip(centres.unbind(1), size, half, strict=True):
+        assert (column.min(), column.max()) == (0, side - cut % 2)
+
+
+def test_filter_and_hue_are_those_of_ada() -> None:
+    """A hue keeps the mean of the channels and the distance from it; a filter keeps constant images' scale alike."""
+    images = some_images(4, 3, 24, 24)
+    turned = build(("hue",), (3, 24, 24))(images)
+    torch.testing.assert_close(turned.mean(dim=1), images.mean(dim=1))
+    chroma, before = (x - x.mean(dim=1, keepdim=True) for x in (turned, images))
+    torch.testing.assert_close(chroma.square().sum(dim=1), before.square().sum(dim=1))
+    assert (turned - images).abs().mean(dim=(1, 2, 3)).min() > 0.01
+
+    flat = torch.ones(4, 3, 24, 24, dtype=torch.float64)
+    filtered = build(("filter",), (3, 24, 24))(flat)
+    assert filtered.std(dim=(1, 2, 3)).max() < 1e-9
+    assert filtered[:, 0, 0, 0].unique().numel() == 4
+
+
+def test_transforms_follow_the_order_of_the_policy() -> None:
+    images = some_images(3, 3, 8, 8)
+    stages: list[Any] = [*build(("cutout", "color"), (3, 8, 8)).stages]
+    assert [type(stage) for stage in stages] == [DiffCutout, DiffColor]
+    torch.manual_seed(4)
+    together = build(("cutout", "color"), (3, 8, 8))(images)
+    torch.manual_seed(4)
+    x = images
+    for stage in stages:
+        x = stage.transform(x, stage.draw(x, ONE))
+    assert torch.equal(together, x)
+    assert float(build(("color",), (3, 8, 8)).p) == 1
+
+
+@pytest.mark.parametrize("policy", [*((name,) for name in DIFFAUG), DEFAULT_POLICY])
+def test_second_derivatives_and_shapes(policy: tuple[str, ...]) -> None:
+    size = (22, 23) if "filter" in policy else (5, 6)
+    module = build(policy, (3, *size))
+
+    def seeded(images: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return module(images).square()
+
+    images = some_images(2, 3, *size).requires_grad_()
+    assert seeded(images).shape == images.shape
+    assert torch.autograd.gradcheck(seeded, images, fast_mode=True)
+    assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
+
+
+def test_no_value_is_read_by_the_host() -> None:
+    pipe = build((*DEFAULT_POLICY, "filter", "hue"), (3, 24, 32)).to("meta")  # on which reading a value raises
+    assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu_without_synchronisation() -> None:
+    images = torch.randn(4, 3, 32, 48)
+    policy = (*DEFAULT_POLICY, "filter", "hue")
+    cpu, cuda = build(policy, (3, 32, 48)), build(policy, (3, 32, 48)).cuda()
+    on_device = images.cuda()
+    cuda(on_device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cuda(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for stage_cpu, stage_cuda in zip(cpu.stages, cuda.stages, strict=True):
+        values = stage_cpu.draw(images, cpu.p)  # type: ignore[operator]
+        expected = stage_cpu.transform(images, values)  # type: ignore[operator]
+        actual = stage_cuda.transform(on_device, values.cuda()).cpu()  # type: ignore[operator]
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "img_shape", "message"),
+    [
+        (("filter",), (3, 21, 64), "at least 22 pixels a side, the images have 21x64; leave filter out"),
+        (("hue",), (1, 32, 32), "red, green and blue, the images have 1 channels"),
+    ],
+)
+def test_images_that_a_policy_cannot_treat(
+    policy: tuple[str, ...], img_shape: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(policy, img_shape)
+    assert caught.value.field == "policy"
+
+
+@pytest.mark.parametrize("policy", [(), ("colour",), ("color", "color")])
+def test_policies_that_are_none(policy: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="color, translation, cutout, filter, hue, each once"):
+        AugmentConfig(mode="diffaug", policy=policy)
+
+
+def test_every_field_belongs_to_a_mode() -> None:
+    fields = {field.name for field in dataclasses.fields(AugmentConfig)}
+    assert fields == {"mode"}.union(*MODE_FIELDS.values())
+
+
+def plan(data: Path, *arguments: str) -> Any:
+    result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={data}", "--device=cpu", "-n", *arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return json.loads(result.stdout)["options"]["augment"]
+
+
+def test_options(shapes_zip: Path) -> None:
+    assert plan(shapes_zip, "--aug=diffaug")["policy"] == ["translation", "cutout", "color"]
+    chosen = plan(shapes_zip, "--aug=diffaug", "--diffaug=color,hue")
+    assert (chosen["mode"], chosen["policy"], chosen["p"]) == ("diffaug", ["color", "hue"], None)
+    assert plan(shapes_zip, "--aug=none") == plan(shapes_zip, "--aug=noaug")
+    assert plan(shapes_zip, "--aug=none")["mode"] == "noaug"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--aug=diffaug", "--p=0.5"], "--p=0.5: mode 'diffaug' takes no probability"),
+        (
+            ["--aug=diffaug", "--target=0.5"],
+            "--target=0.5: --aug=diffaug does not read it: leave it out, or",
+        ),
+        (["--aug=diffaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=diffaug does not read it"),
+        (["--aug=none", "--max-p=0.5"], "--max-p=0.5: --aug=noaug does not read it"),
+        (["--aug=fixed", "--p=0.5", "--ada-kimg=5"], "--ada-kimg=5.0: --aug=fixed does not read it"),
+        (["--diffaug=color"], "--diffaug=color: mode 'ada' takes no policy; leave it out or use 'diffaug'"),
+        (["--aug=diffaug", "--diffaug=colour"], "--diffaug=colour: give some of color, translation"),
+        (["--aug=diff"], "is not one of"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> None:
+    config = small_config(shapes_zip, augment__mode="diffaug", batch_size=4, loss__r1_interval=1)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
+    assert config.augment.policy == DEFAULT_POLICY
+    calls: list[tuple[str, bool]] = []
+    batch = next(trainer._batches())
+    for phase in trainer.phases:
+        seen: list[Tensor] = []
+        handle = trainer.augment.register_forward_pre_hook(lambda module, x, seen=seen: seen.append(x[0]))
+        trainer.run_phase(phase, *batch)
+        handle.remove()
+        calls += [(phase.name, torch.equal(x.detach(), batch[0])) for x in seen]
+    assert calls == [("G_main", False), ("D_main", False), ("D_main", True), ("D_reg", True)]
+    trainer.total_nimg = 8
+    trainer.train()
+    assert float(trainer.augment.p) == 1
+
+
+def test_only_the_filter_is_not_deterministic_on_a_gpu(shapes_zip: Path) -> None:
+    config = small_config(shapes_zip, augment__mode="diffaug", run__deterministic=True)
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    resolve(config, about)
+    augment = dataclasses.replace(config.augment, policy=("filter",))
+    with pytest.raises(ConfigError, match="--aug=diffaug without filter"):
+        resolve(dataclasses.replace(config, augment=augment), about)

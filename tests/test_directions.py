@@ -1,0 +1,206 @@
+"""generate.py directions: against eigenvectors by other routes, planted directions, and what edits do to images."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+
+from dnnlib.config import UserError
+from exploration.directions import (
+    Directions,
+    between,
+    factorise,
+    principal,
+    read_direction,
+    sampled_w,
+    save_directions,
+    style_layers,
+)
+from training.snapshot import load_network
+
+# The affine layers that read each style, by their names, counted by hand from the docstrings of the networks.
+READERS = {
+    "styleformer": {0: ["blocks.0"], 1: ["torgb", "blocks.0"], 2: ["blocks.1"], 3: ["torgb", "blocks.0"], 4: ["torgb"]},
+    "styleformer-c": {
+        **{0: ["blocks.0"], 1: ["torgb", "blocks.0"], 2: ["blocks.1"]},
+        **{3: ["torgb", "convs.0"], 4: ["convs.1"], 5: ["torgb"]},
+    },
+    "stylegan2": {
+        **{0: ["convs.0"], 1: ["torgb", "convs.0"], 2: ["convs.1"], 3: ["torgb", "convs.0"], 4: ["convs.1"]},
+        **{5: ["torgb", "convs.0"], 6: ["convs.1"], 7: ["torgb"]},
+    },
+}
+
+
+def small(**changes: Any) -> Directions:
+    made = Directions(
+        directions=torch.eye(12)[:3], values=torch.ones(3), sigmas=torch.tensor([2.0, 1.0, 0.5]), styles=(1, 2)
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_style_finds_the_layers_that_read_it(family: str) -> None:
+    model = make_model(family)
+    names = {module: name for name, module in model.G.synthesis.named_modules()}
+    found = style_layers(model.G.synthesis, model.G.num_ws, model.G.w_dim)
+    parts = {
+        style: [names[layer].split(".", 2)[2].removesuffix(".affine") for layer in layers]
+        for style, layers in enumerate(found)
+    }
+    assert parts == READERS[family]
+    assert not any(module._forward_pre_hooks for module in model.G.modules())
+
+
+def test_sefa_is_the_singular_vectors_of_the_weights() -> None:
+    model = make_model()
+    G = model.G.synthesis
+    layers = [G.stages[1].blocks[1].affine, G.stages[1].torgb.affine, G.stages[2].blocks[0].affine]
+    A = np.concatenate([layer.weight.double().numpy() / np.sqrt(12) for layer in layers])
+    _, singular, vectors = np.linalg.svd(A)
+    samples = sampled_w(model, 500)
+    found = factorise(model, (2, 3), 4, samples)
+    np.testing.assert_allclose(found.values, singular[:4] ** 2, rtol=1e-5)
+    np.testing.assert_allclose((found.directions.numpy() * vectors[:4]).sum(axis=1) ** 2, 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.sigmas, (samples @ found.directions.double().t()).numpy().std(axis=0, ddof=1), rtol=1e-5
+    )
+    assert (found.directions.abs().amax(dim=1) == found.directions.amax(dim=1)).all()
+
+
+def test_principal_components_are_those_of_centred_samples() -> None:
+    samples = torch.randn(300, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    found = principal(samples, (0,), 6)
+    centred = samples.numpy() - samples.numpy().mean(axis=0)
+    _, singular, vectors = np.linalg.svd(centred)
+    np.testing.assert_allclose(found.sigmas, singular / np.sqrt(299), rtol=1e-5)
+    np.testing.assert_allclose(found.values, singular**2 / 299, rtol=1e-5)
+    np.testing.assert_allclose((found.directions.numpy() * vectors).sum(axis=1) ** 2, 1, rtol=1e-5)
+
+
+def test_samples_are_mapped_in_float32_and_the_same_every_time() -> None:
+    model = make_model(truncation_psi=0.5)
+    samples = sampled_w(model, 1500)
+    z = torch.from_numpy(np.random.RandomState(0).randn(1500, 16)).float()
+    torch.testing.assert_close(samples.float(), model.G.mapping(z, None)[:, 0])
+    assert torch.equal(samples, sampled_w(model, 1500))
+
+
+def test_groups_are_told_apart_along_a_planted_direction() -> None:
+    """Noise that is larger elsewhere misleads the means, and not the classifier, whose equation NumPy solves too."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.cat([torch.tensor([0.3]), torch.full((7,), 3.0)]).double()
+    samples = torch.randn(2000, 8, generator=generator, dtype=torch.float64) * spread
+    planted = torch.eye(8).double()[0]
+    positive, negative = samples[:60] + planted, samples[60:140] - planted
+    means = between(positive, negative, samples, (0, 1), linear=False)
+    linear = between(positive, negative, samples, (0, 1), linear=True)
+    assert means.directions[0, 0] > 0.5
+    assert linear.directions[0, 0] > 0.95 > means.directions[0, 0]
+    gap = (positive.mean(dim=0) - negative.mean(dim=0)).numpy()
+    np.testing.assert_allclose(means.directions[0], gap / np.linalg.norm(gap), rtol=1e-5)
+
+    X = torch.cat([positive, negative]).numpy()
+    y = np.array([1.0] * 60 + [-1.0] * 80)
+    X, y = X - X.mean(axis=0), y - y.mean()
+    penalty = 0.01 * 140 * samples.numpy().var(axis=0, ddof=1).mean()
+    d = np.linalg.solve(X.T @ X + penalty * np.eye(8), X.T @ y)
+    np.testing.assert_allclose(linear.directions[0], d / np.linalg.norm(d), rtol=1e-5)
+    with pytest.raises(UserError, match="the same mean"):
+        between(positive, positive, samples, (0,), linear=False)
+
+
+def test_edits_move_the_chosen_styles_by_standard_deviations() -> None:
+    ws = torch.randn(2, 5, 12)
+    moved = small().edit(ws, 0, torch.tensor([1.0, -3.0]))
+    difference = torch.zeros(2, 5, 12)
+    difference[0, 1:3, 0], difference[1, 1:3, 0] = 2, -6
+    torch.testing.assert_close(moved - ws, difference)
+    torch.testing.assert_close(small().edit(ws, 2, 2.0)[:, 2, 2], ws[:, 2, 2] + 1)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_files_keep_everything(tmp_path: Path, ending: str) -> None:
+    G, path = make_model().G, tmp_path / f"d{ending}"
+    save_directions(path, small())
+    found, index = read_direction(f"{path}:2", G)
+    assert (index, found.styles) == (2, (1, 2))
+    for name in ("directions", "values", "sigmas"):
+        assert torch.equal(getattr(found, name), getattr(small(), name))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    G = make_model().G
+    save_directions(tmp_path / "d.npz", small())
+    save_directions(tmp_path / "wide.npz", small(directions=torch.eye(13)[:3]))
+    save_directions(tmp_path / "long.npz", small(styles=(4, 5)))
+    np.savez(tmp_path / "w.npz", w=np.zeros(3))
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    for given, message in {
+        "d.npz": "say which direction of a file",
+        "d.npz:3": "the file has directions 0 to 2",
+        "wide.npz:0": "has 5 styles of 12 numbers",
+        "long.npz:0": "styles up to 5; this network has 5 styles",
+        "w.npz:0": "has no array 'directions'",
+        "none.npz:0": "cannot be read",
+        "none.safetensors:0": "cannot be read",
+        "x.safetensors:0": "not a safetensors file",
+        "d.txt:0": "are kept in .npz or .safetensors files",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_direction(f"{tmp_path}/{given}", G)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(UserError, match=r"pip install '.\[safetensors\]'"):
+        read_direction(f"{tmp_path}/x.safetensors:0", G)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, family), tmp_path / "out"
+    common = [f"--network={network}", "--samples=200"]
+    run_ok("directions", *common, "--components=2", "--styles=coarse", "--seeds=1,2", "--steps=3", f"--outdir={out}")
+    assert sorted(path.name for path in out.iterdir()) == ["direction00.png", "direction01.png", "directions.npz"]
+    strip = pixels(out / "direction01.png")
+    assert strip.shape == (14 + 2 * 96 + 2, 3 * 96 + 2 * 2, 3)
+
+    edit = [f"--network={network}", "--seeds=2", f"--direction={out / 'directions.npz'}:1"]
+    for strength in (-3, 0, 3):
+        run_ok("images", *edit, f"--strength={strength}", f"--outdir={tmp_path / str(strength)}")
+    run_ok("images", f"--network={network}", "--seeds=2", f"--outdir={tmp_path / 'plain'}")
+    images = {name: pixels(tmp_path / name / "seed0002.png") for name in ("-3", "0", "3", "plain")}
+    assert np.array_equal(images["0"], images["plain"])
+    assert not np.array_equal(images["3"], images["-3"])
+    for column, name in enumerate(("-3", "0", "3")):
+        tile = strip[14 + 98 :, 98 * column :][:96:3, :96:3]
+        assert np.array_equal(tile, images[name])
+
+    G = load_network(network).G_ema
+    with np.load(out / "directions.npz") as file:
+        assert tuple(file["styles"]) == G.style_groups["coarse"]
+    groups = ["--method=linear", "--positive=0-3", "--negative=4-9", "--seeds=1", f"--save={out / 'd.safetensors'}"]
+    assert "1 directions" in run_ok("directions", *common, *groups, f"--outdir={out}")
+    assert read_direction(f"{out / 'd.safetensors'}:0", G)[0].styles == tuple(range(G.num_ws))
+
+
+def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    for arguments, message in [
+        (["--method=mean"], "--method=mean: needs two lists of seeds"),
+        (["--positive=1"], "are for the methods mean and linear"),
+        (["--method=linear", "--positive=0", "--negative=1", "--components=2"], "finds one direction"),
+        (["--save=x.txt"], "x.txt: directions are kept in"),
+        (["--styles=9"], "--styles=9"),
+    ]:
+        result = run("directions", f"--network={network}", "--seeds=0", f"--outdir={out}", *arguments)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = run("images", f"--network={network}", "--seeds=0", f"--outdir={out}", "--strength=2")
+    assert (result.exit_code, "name one with --direction=FILE:INDEX" in result.output) == (2, True)
+    assert not out.exists()

@@ -1,0 +1,210 @@
+"""Downloads from a server in a thread: resumed, refused, checked, cached; and Google Drive's ways."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+from web import Site, send
+
+from dnnlib import download
+from dnnlib.config import UserError
+from dnnlib.download import cached_path, is_url, open_url
+
+DATA = bytes(range(256)) * 40
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "CHUNK", 100)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as site:
+        site.files["/models/net.pkl"] = DATA
+        yield site
+
+
+@pytest.fixture
+def drive(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The same server as Google Drive, which shows a page for /uc and has the file under /download."""
+    monkeypatch.setattr(download, "DRIVE_HOSTS", ("127.0.0.1",))
+    site.files = {"/download": DATA, "/uc": DATA}
+    site.confirm = "t0ken"
+    return site
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_fetched_once_and_its_checksum_recorded(site: Site, cache: Path) -> None:
+    url = f"{site.url}/models/net.pkl"
+    path = open_url(url)
+    assert path.read_bytes() == DATA
+    assert (path.name, path.parent.parent) == ("net.pkl", cache / "downloads")
+    assert names(path.parent) == ["net.pkl", "net.pkl.json"]
+    record = json.loads(path.with_name("net.pkl.json").read_text())
+    assert record == {"url": url, "sha256": hashlib.sha256(DATA).hexdigest(), "bytes": len(DATA)}
+    assert open_url(url) == path == cached_path(url)
+    assert len(site.requests) == 1
+    path.write_bytes(DATA[1:])
+    with pytest.raises(UserError, match="changed since it was fetched"):
+        open_url(url)
+
+
+def test_a_checksum_in_the_address_is_checked(site: Site) -> None:
+    url, digest = f"{site.url}/models/net.pkl", hashlib.sha256(DATA).hexdigest()
+    with pytest.raises(UserError, match=f"the file's sha256 is {digest}"):
+        open_url(f"{url}#sha256=00000000")
+    assert names(cached_path(url).parent) == []
+    assert open_url(f"{url}#sha256={digest}") == open_url(f"{url}#sha256={digest[:8]}") == open_url(url)
+    with pytest.raises(UserError, match="the file's sha256"):
+        open_url(f"{url}#sha256=00000000")
+    with pytest.raises(UserError, match="only sha256="):
+        open_url(f"{url}#md5=1234")
+
+
+def test_a_download_goes_on_where_it_broke_off(site: Site) -> None:
+    site.breaks["/models/net.pkl"] = [1000, 2000]
+    assert open_url(f"{site.url}/models/net.pkl").read_bytes() == DATA
+    assert [asked for _, asked in site.requests] == [None, "bytes=1000-", "bytes=3000-"]
+
+
+def test_a_download_goes_on_the_next_time(site: Site) -> None:
+    url = f"{site.url}/models/net.pkl"
+    site.breaks["/models/net.pkl"] = [1000, 0]
+    with pytest.raises(UserError, match=r"net\.pkl: could not be fetched"):
+        open_url(url)
+    assert names(cached_path(url).parent) == [".net.pkl.etag", ".net.pkl.part"]
+    assert open_url(url).read_bytes() == DATA
+    assert site.requests[-1][1] == "bytes=1000-"
+    assert names(cached_path(url).parent) == ["net.pkl", "net.pkl.json"]
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site) -> None:
+    url = f"{site.url}/models/net.pkl"
+    site.breaks["/models/net.pkl"] = [1000, 0]
+    with pytest.raises(UserError):
+        open_url(url)
+    site.files["/models/net.pkl"] = DATA[::-1]
+    assert open_url(url).read_bytes() == DATA[::-1]
+
+
+def test_without_a_version_nothing_is_joined(site: Site) -> None:
+    url = f"{site.url}/models/net.pkl"
+    site.has_etags = False
+    site.breaks["/models/net.pkl"] = [1000]
+    with pytest.raises(UserError, match="could not be fetched"):
+        open_url(url)
+    assert names(cached_path(url).parent) == []
+    assert open_url(url).read_bytes() == DATA
+
+
+def test_what_is_no_file_is_refused_by_name(site: Site, cache: Path) -> None:
+    site.pages["/login"] = (200, HTML, b"<html><title>Sign in &amp; wait</title></html>")
+    with pytest.raises(UserError, match=r"/login: the answer is a page of HTML \('Sign in & wait'\), not a file"):
+        open_url(f"{site.url}/login")
+    with pytest.raises(UserError, match=r"missing\.pkl: the server answers 404"):
+        open_url(f"{site.url}/missing.pkl")
+    site.server.server_close()
+    with pytest.raises(UserError, match="could not be fetched"):
+        open_url("http://127.0.0.1:9/net.pkl")
+    assert not list(cache.rglob("*.pkl"))
+
+
+def test_a_server_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(1)
+        send(handler, 200, {}, b"")
+
+    monkeypatch.setattr(site, "answer", answer)
+    with pytest.raises(UserError, match=r"could not be fetched \(no answer for 0\.2 seconds\)"):
+        open_url(f"{site.url}/models/net.pkl")
+
+
+def test_redirections_are_followed(site: Site) -> None:
+    site.pages["/moved"] = (302, {"Location": f"{site.url}/models/net.pkl"}, b"")
+    assert open_url(f"{site.url}/moved").read_bytes() == DATA
+
+
+def test_processes_fetch_together(site: Site) -> None:
+    url = f"{site.url}/models/net.pkl"
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        paths = pool.map(open_url, [url] * 4, chunksize=1)
+    assert {path.read_bytes() for path in paths} == {DATA}
+    assert len(site.requests) == 1
+
+
+LINKS = ["/file/d/FILE/view?usp=sharing", "/open?id=FILE", "/uc?id=FILE&export=download", "/uc?id=FILE"]
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_drive_small_files_come_at_once(drive: Site, link: str) -> None:
+    path = open_url(drive.url + link)
+    assert path.read_bytes() == DATA
+    assert path.name == "FILE.pkl"
+    assert drive.requests[-1][0] == "/uc?export=download&id=FILE"
+
+
+def test_drive_form(drive: Site) -> None:
+    form = (
+        '<html><title>Google Drive - Virus scan warning</title><form id="download-form" method="get" '
+        f'action="{drive.url}/download"><input type="hidden" name="id" value="FILE">'
+        '<input type="hidden" name="export" value="download"><input type="hidden" name="confirm" value="t0ken">'
+        '<input type="hidden" name="uuid" value="1-2-3"></form></html>'
+    )
+    drive.pages["/uc"] = (200, HTML, form.encode())
+    assert open_url(f"{drive.url}/file/d/FILE/view").read_bytes() == DATA
+    assert drive.requests[-1][0] == "/download?id=FILE&export=download&confirm=t0ken&uuid=1-2-3"
+
+
+def test_drive_link(drive: Site) -> None:
+    page = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
+    drive.pages["/uc"] = (200, HTML, page)
+    assert open_url(f"{drive.url}/open?id=FILE").read_bytes() == DATA
+
+
+def test_drive_cookie(drive: Site) -> None:
+    drive.pages["/uc"] = (200, HTML | {"Set-Cookie": "download_warning_13=t0ken"}, b"<html>Really?</html>")
+    assert open_url(f"{drive.url}/open?id=FILE").read_bytes() == DATA
+
+
+def test_drive_refusals(drive: Site) -> None:
+    drive.pages["/uc"] = (200, HTML, b"<html><title>Google Drive - Quota exceeded</title></html>")
+    with pytest.raises(UserError, match="Quota exceeded"):
+        open_url(f"{drive.url}/open?id=FILE")
+    with pytest.raises(UserError, match="names no file of Google Drive"):
+        open_url(f"{drive.url}/drive/my-drive")
+    elsewhere = b'<html><form action="http://localhost/x"><input name="id" value="FILE"></form></html>'
+    drive.pages["/uc"] = (200, HTML, elsewhere)
+    with pytest.raises(UserError, match="a page of HTML"):
+        open_url(f"{drive.url}/open?id=FILE")
+    drive.confirm = "never"
+    again = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
+    drive.pages["/uc"] = (200, HTML, again)
+    with pytest.raises(UserError, match="one page of HTML after the other"):
+        open_url(f"{drive.url}/open?id=FILE")
+
+
+def test_what_is_an_address() -> None:
+    assert is_url("https://example.org/a.pkl")
+    assert not is_url("a.pkl")
+    assert not is_url(Path("https://example.org"))
+    assert not is_url("s3://bucket/a.pkl")
+    assert cached_path("https://example.org/a%20b.pkl?x=1").name == "a_b.pkl"
+    assert cached_path("https://example.org/..").name == "file"
+    assert os.sep not in cached_path("https://example.org/a%2Fb").name

@@ -1,0 +1,199 @@
+"""Snapshots as folders of safetensors: nothing is lost on the way and back, and nothing that does not fit is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+from snapshot_helpers import make_snapshot
+
+import dnnlib.util
+import legacy
+from dnnlib.config import UserError, to_json
+from torch_utils.checkpoint import digest
+from training.exchange import load_folder, save_folder
+from training.networks import GENERATORS
+from training.snapshot import Snapshot
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(legacy.main, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return make_snapshot(tmp_path_factory.mktemp("net") / "n.pkl")
+
+
+@pytest.fixture
+def folder(snapshot: Snapshot, tmp_path: Path) -> Path:
+    save_folder(tmp_path / "folder", snapshot)
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("family", GENERATORS)
+def test_there_and_back_gives_the_same_snapshot(tmp_path: Path, family: str) -> None:
+    """To the last bit of weights, configuration, images seen and ADA's p: the checksum covers them."""
+    make_snapshot(tmp_path / "a.pkl", family)
+    for source, dest in (("a.pkl", "folder"), ("folder", "b.pkl")):
+        result = convert(f"--source={tmp_path / source}", f"--dest={tmp_path / dest}")
+        assert (result.exit_code, result.output) == (0, f"Written: {tmp_path / dest}\n")
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pkl", "b.pkl"))
+    assert digest(before["payload"]) == before["sha256"] == after["sha256"] == digest(after["payload"])
+    assert list(after["payload"]["networks"]) == ["G", "D", "G_ema"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "b.pkl", "folder"]
+
+
+def test_other_programs_can_read_the_folder(folder: Path, snapshot: Snapshot) -> None:
+    """By safetensors and JSON alone; the checksums are those of `sha256sum`."""
+    document = json.loads((folder / "config.json").read_text())
+    assert document["config"] == to_json(snapshot.config)
+    assert (document["nimg"], document["ada_p"]) == (12_345, 0.1 + 0.2)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "D.safetensors",
+        "G.safetensors",
+        "G_ema.safetensors",
+        "config.json",
+    ]
+    for name, checksum in document["files"].items():
+        path = folder / f"{name}.safetensors"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == checksum
+        state = getattr(snapshot, name).state_dict()
+        tensors = safetensors.torch.load_file(path)
+        assert tensors.keys() == state.keys()
+        assert all(torch.equal(tensors[key], x) and tensors[key].dtype == x.dtype for key, x in state.items())
+
+
+def test_scripts_can_load_a_folder_like_a_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    loaded = legacy.load_network(folder)
+    z = torch.randn(2, 16)
+    assert torch.equal(loaded.G_ema(z, None), snapshot.G_ema(z, None))
+    assert (loaded.config, loaded.nimg, loaded.ada_p) == (snapshot.config, snapshot.nimg, snapshot.ada_p)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def remove(tensors: Tensors) -> None:
+    del tensors["mapping.w_avg"]
+
+
+def add(tensors: Tensors) -> None:
+    tensors["extra.weight"] = torch.zeros(2)
+
+
+def reshape(tensors: Tensors) -> None:
+    tensors["mapping.w_avg"] = torch.zeros(15)
+
+
+def retype(tensors: Tensors) -> None:
+    tensors["mapping.w_avg"] = torch.zeros(16, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove, "the tensor mapping.w_avg is missing"),
+        (add, "the tensor extra.weight has no place in the network"),
+        (reshape, r"mapping.w_avg is \(15,\) of float32, the configuration says \(16,\) of float32"),
+        (retype, r"mapping.w_avg is \(16,\) of float16, the configuration says \(16,\) of float32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    folder: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    """Even where all checksums are right."""
+    path = folder / "G.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+    document = json.loads((folder / "config.json").read_text())
+    document["files"]["G"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    document["sha256"] = digest([{key: document[key] for key in ("config", "nimg", "ada_p")}, document["files"]])
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=rf"G\.safetensors: {message}"):
+        load_folder(folder)
+
+
+def edit(key: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        document = json.loads((folder / "config.json").read_text())
+        document[key] = value
+        (folder / "config.json").write_text(json.dumps(document))
+
+    return change
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "D.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "D.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "D.safetensors: damaged or changed"),
+        (lambda folder: (folder / "D.safetensors").write_bytes(b"short"), "D.safetensors: damaged or incomplete"),
+        (lambda folder: (folder / "D.safetensors").unlink(), "D.safetensors: no such file, and config.json names it"),
+        (edit("nimg", 5), "config.json: damaged or changed"),
+        (edit("config", {"preset": "cifar"}), "config.json: its configuration cannot be read"),
+        (edit("version", 99), "format version 99 was written by release"),
+        (edit("format", "other"), "config.json: not a file of this project"),
+        (edit("files", {"../G": "0"}), r"names the file ../G.safetensors; known are G, D, G_ema"),
+        (edit("files", 3), "config.json: not a file of this project"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged, not JSON"),
+    ],
+)
+def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dest={}/n.zip"], "which form is that? .pkl is a snapshot, .onnx ONNX"),
+        (["--dest={}/there"], "there exists and is not written over: remove it or choose another name"),
+        (["--dest={}/n.pkl"], "n.pkl exists and is not written over"),
+        (["--dest={}/g.onnx"], "g-synthesis.onnx exists and is not written over"),
+        (["--dest={}/there", "--format=hub"], "there exists and is not written over"),
+        (["--dest={}/new", "--license=mit"], "--license=mit: is for --format=hub, this is safetensors; leave it out"),
+        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: is for --format=onnx, this is snapshot"),
+        (["--dest=/proc/new"], "/proc/new: cannot be written"),
+        (["--dest=/proc/new/n.pkl"], "/proc/new/n.pkl: cannot be written"),
+        (["--dest=/proc/new", "--format=hub"], "/proc/new: cannot be written"),
+        (["--dest={}/new", "--source={}/none.pkl"], "none.pkl: no such file"),
+    ],
+)
+def test_mistakes_get_a_message_and_nothing_is_lost(
+    snapshot: Snapshot, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there/file", "n.pkl", "g-synthesis.onnx"):
+        (tmp_path / name).write_text("precious")
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    result = convert(f"--source={snapshot.path}", *(argument.format(tmp_path) for argument in arguments))
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'")
+
+    monkeypatch.setattr(dnnlib.util.importlib, "import_module", fail)
+    for dest, extra in (("folder", "safetensors"), ("g.onnx", "onnx")):
+        result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / dest}")
+        assert (result.exit_code, f"pip install '.[{extra}]'" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,194 @@
+"""Folders for the Hugging Face Hub: what they hold, what they do not, and that they load. Nothing here goes online."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.hub_mixin
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
+from PIL import Image
+from snapshot_helpers import make_snapshot
+
+import legacy
+import training.hub
+from dnnlib.config import UserError
+from training.hub import HubModel, save_hub_folder
+from training.snapshot import Snapshot, load_network
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(legacy.main, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return make_snapshot(
+        tmp_path_factory.mktemp("run") / "network-snapshot-000012.pkl", data="/home/me/secret/cars.zip"
+    )
+
+
+@pytest.fixture
+def folder(snapshot: Snapshot, tmp_path: Path) -> Path:
+    save_hub_folder(tmp_path / "cars", snapshot, "cc-by-4.0")
+    return tmp_path / "cars"
+
+
+@pytest.fixture(autouse=True)
+def _without_metrics(snapshot: Snapshot) -> Iterator[None]:
+    yield
+    for path in snapshot.path.parent.glob("metric-*"):
+        path.unlink()
+
+
+def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
+    """Append to metric-<name>.jsonl what calc_metrics.py would."""
+    entry = {
+        "metric": name,
+        "results": {name: value},
+        "detector": "inception",
+        "protocol": "<N> images",
+        "num_real": 1000,
+        "num_fake": 5000,
+        "data": "/home/me/secret/cars.zip",
+        "snapshot": snapshot.path.name,
+        "snapshot_sha256": hashlib.sha256(snapshot.path.read_bytes()).hexdigest(),
+    }
+    with (snapshot.path.parent / f"metric-{name}.jsonl").open("a") as file:
+        file.write(json.dumps(entry | changes) + "\n")
+
+
+def test_a_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_path: Path) -> None:
+    result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith(f"To upload it: hf upload NAME/MODEL {tmp_path / 'cars'}\n")
+    names = sorted(path.name for path in (tmp_path / "cars").iterdir())
+    assert names == ["G_ema.safetensors", "README.md", "config.json", "samples.png"]
+    model = HubModel.from_pretrained(tmp_path / "cars")
+    assert model.snapshot.nimg == snapshot.nimg
+    state = snapshot.G_ema.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.G_ema.state_dict().items())
+    assert convert(f"--source={tmp_path / 'cars'}", f"--dest={tmp_path / 'again.pkl'}").exit_code == 0
+    assert load_network(tmp_path / "again.pkl").D is None
+
+
+def test_nothing_of_the_machine_is_published(folder: Path) -> None:
+    for path in folder.iterdir():
+        assert b"secret" not in path.read_bytes(), path
+    assert HubModel.from_pretrained(folder).snapshot.config.data.path == "cars.zip"
+
+
+def test_the_picture_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:
+    with Image.open(folder / "samples.png") as image:
+        assert image.size == (32, 32)  # 4 x 4 images of 8x8
+        found = np.asarray(image)[8:16, 8:16].astype(int)  # the sixth
+    z = torch.from_numpy(np.random.RandomState(5).randn(1, 16)).float()
+    expected = snapshot.G_ema(z, None)[0].permute(1, 2, 0).numpy() * 127.5 + 128
+    assert np.abs(found - np.floor(expected.clip(0, 255))).max() <= 1
+
+
+def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None:
+    record(snapshot, "fid50k_full", 30.0, snapshot_sha256="of another network")
+    record(snapshot, "fid50k_full", 20.0)
+    record(snapshot, "fid50k_full", 12.345)
+    record(snapshot, "swd5k", 1.5, detector=None)
+    record(snapshot, "is50k", 9.0, snapshot_sha256=None)
+    save_hub_folder(tmp_path / "cars", snapshot, "cc-by-4.0")
+    card = ModelCard.load(tmp_path / "cars" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "styleformer")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    results = {result.metric_type: (result.metric_value, result.dataset_name) for result in card.data.eval_results}
+    assert results == {"fid50k_full": (12.345, "cars.zip"), "swd5k": (1.5, "cars.zip")}
+    rows = [line for line in card.text.splitlines() if line.startswith(("| fid", "| swd", "| is"))]
+    assert rows == [
+        "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | &lt;N> images |",
+        "| swd5k | 1.5 | cars.zip: 1000 real, 5000 generated |  | &lt;N> images |",
+    ]
+    for words in ("`cars.zip`", "12.345 thousand images", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
+        assert words in card.text
+
+
+@pytest.mark.parametrize("c_dim", [0, 2, 5])
+def test_the_code_in_the_card_runs(tmp_path: Path, c_dim: int) -> None:
+    save_hub_folder(tmp_path / "model", make_snapshot(tmp_path / "n.pkl", c_dim=c_dim))
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
+    assert len(code.split("\n\n")[1].splitlines()) + 2 <= 5
+    scope: dict[str, Any] = {}
+    exec(code.replace("NAME/MODEL", str(tmp_path / "model")), scope)
+    assert scope["img"].shape == (4, 3, 8, 8)
+
+
+def test_without_licence_and_metrics_the_card_says_so(snapshot: Snapshot, tmp_path: Path) -> None:
+    save_hub_folder(tmp_path / "cars", snapshot)
+    card = ModelCard.load(tmp_path / "cars" / "README.md")
+    assert card.data.license is None
+    assert "The author has chosen none yet." in card.text
+    assert "None are recorded." in card.text
+
+
+def test_a_damaged_line_of_metrics_is_named(snapshot: Snapshot, tmp_path: Path) -> None:
+    (snapshot.path.parent / "metric-fid5k.jsonl").write_text("{")
+    result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
+    assert (result.exit_code, "metric-fid5k.jsonl: damaged" in result.output) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_upload_and_download_go_through_the_library(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a folder in the place of the Hub."""
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            self.repo_id = ""
+
+        def create_repo(self, repo_id: str, **options: Any) -> Hub:
+            self.repo_id = repo_id
+            return self
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return "url"
+
+    def download(repo_id: str, **options: Any) -> str:
+        assert options["revision"] == "main"
+        return str(tmp_path / repo_id)
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+    monkeypatch.setattr(
+        huggingface_hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / repo_id / filename)
+    )
+    monkeypatch.setattr(training.hub, "snapshot_download", download)
+    assert HubModel(snapshot).push_to_hub("me/cars") == "url"
+    names = sorted(path.name for path in (tmp_path / "me" / "cars").iterdir())
+    assert names == ["G_ema.safetensors", "README.md", "config.json", "samples.png"]
+    loaded = HubModel.from_pretrained("me/cars", revision="main")
+    assert torch.equal(loaded.G_ema(torch.ones(1, 16), None), snapshot.G_ema(torch.ones(1, 16), None))
+
+
+def test_damage_is_refused(folder: Path) -> None:
+    path = folder / "G_ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"G_ema\.safetensors: damaged"):
+        HubModel.from_pretrained(folder)
+
+
+def test_without_the_package_the_extra_is_named(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "training.hub")
+    monkeypatch.delattr(training, "hub")
+    result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
+    assert (result.exit_code, "pip install '.[hub]'" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,407 @@
+"""Foreign snapshots: what the rebuilt networks compute, against float64 evaluations from the foreign tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_files import (
+    Call,
+    Name,
+    Tensors,
+    discriminator_shapes,
+    draw,
+    dumps,
+    easy_dict,
+    mapping_shapes,
+    module,
+    styleformer_shapes,
+    stylegan2_shapes,
+    write,
+)
+from test_discriminator import ref_discriminator
+from test_networks import Array, State, below, ref_mapping
+from test_networks import ref_synthesis as ref_styleformer
+from test_stylegan2 import ref_synthesis as ref_stylegan2
+
+import legacy
+import training.snapshot
+from dnnlib.config import UserError, from_json, to_json
+from training.config import TrainConfig
+from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.snapshot import Snapshot, save_network
+
+Z, W, LAYERS = 5, 6, 2
+
+
+def arrays(tensors: Tensors, names: dict[str, str]) -> State:
+    """The tensors in float64 under the names of the reference; `names` are patterns and what takes their place."""
+    state = {}
+    for name, x in tensors.items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        state[name] = x.double().numpy()
+    return state
+
+
+def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
+    """For the reference: resolutions by number, the three matrices of Q, K and V in one."""
+    sides = {str(grid[0]): level for level, grid in enumerate(config.grids)}
+    names = {
+        r"^synthesis\.b\d+_0\.const": "const",
+        r"^synthesis\.b(\d+)_0\.pos_embedding": r"stages.\1.pos_embedding",
+        r"^synthesis\.b(\d+)_\d+\.torgb": r"stages.\1.torgb",
+        r"^synthesis\.b(\d+)_(\d+)\.enc": r"stages.\1.blocks.\2",
+        r"affine1": "affine",
+        r"w_weight$": "out_weight",
+        r"u_weight$": "residual_weight",
+        r"proj_weight$": "attention.token_projection",
+    }
+    found = arrays(tensors, names)
+    state = {}
+    for name, x in found.items():
+        state[re.sub(r"^stages\.(\d+)", lambda match: f"stages.{sides[match[1]]}", name)] = x
+    for name in [name for name in state if name.endswith(".q_weight")]:
+        stem = name.removesuffix("q_weight")
+        state[f"{stem}qkv_weight"] = np.concatenate([state[f"{stem}{letter}_weight"] for letter in "qkv"])
+    return state
+
+
+def stylegan2_state(tensors: Tensors) -> State:
+    """For the reference: resolutions by number, the layers of each in a list."""
+
+    def place(match: re.Match[str]) -> str:
+        level = int(match[1]).bit_length() - 3
+        return f"stages.{level}." + re.sub(r"^conv(\d)", lambda c: f"convs.{int(c[1]) - (level == 0)}", match[2])
+
+    state = {}
+    for name, x in tensors.items():
+        name = name.replace("synthesis.b4.const", "const").replace(".skip.", ".shortcut.")
+        state[re.sub(r"^synthesis\.b(\d+)\.(.*)", place, name)] = x.double().numpy()
+    return {name: x[:, :, 0, 0] if name.endswith("torgb.weight") else x for name, x in state.items()}
+
+
+def mapping_state(tensors: Tensors) -> State:
+    return below(arrays(tensors, {r"mapping\.fc": "mapping.layers."}), "mapping.")
+
+
+def load_generator(path: Path, tensors: Tensors, **kwargs: Any) -> Snapshot:
+    return legacy.load_network(write(path, {"G_ema": module("Generator", tensors, **kwargs)}))
+
+
+def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> None:
+    """`expected` (ws, noise) -> images is the reference; with both noise modes, and truncated."""
+    G, config = snapshot.G_ema, snapshot.config.generator
+    z = torch.randn(2, config.z_dim, generator=torch.Generator().manual_seed(3))
+    c = torch.eye(config.c_dim)[:2] if config.c_dim else None
+    labels = None if c is None else c.double().numpy()
+    for psi, noise_mode in ((1.0, "const"), (0.7, "none"), (0.7, "const")):
+        layers = config.mapping_layers
+        ws = ref_mapping(z.double().numpy(), labels, mapping_state(tensors), config.num_ws, layers, psi)
+        wanted: Array = expected(ws, noise_mode == "const")
+        scale = np.abs(wanted).max()
+        img = G(z, c, truncation_psi=psi, noise_mode=noise_mode).double().numpy()
+        assert img.shape == wanted.shape == (2, *G.img_shape)
+        assert np.abs(img - wanted).max() <= 1e-4 * max(scale, 1)
+        assert scale > 0.3
+
+
+STYLEFORMERS: dict[str, tuple[StyleformerConfig, dict[str, Any]]] = {
+    "plain": (StyleformerConfig(widths=(12, 8), layers=(1, 3), depth=4), {}),
+    "linformer": (StyleformerConfig(widths=(8, 4, 4), layers=(1, 1, 2), depth=4, linformer=True), {"linformer": True}),
+    "conditional": (StyleformerConfig(widths=(8,), layers=(2,), c_dim=3), {}),
+    "one channel": (StyleformerConfig(widths=(8, 6), layers=(2, 1), img_channels=1), {}),
+    "heads": (StyleformerConfig(widths=(8, 4), layers=(1, 1), minimum_head=4), {"minimum_head": 4}),
+    "tight clamp": (StyleformerConfig(widths=(8,), layers=(2,), conv_clamp=0.5), {}),
+    "base 12": (StyleformerConfig(widths=(6, 4), layers=(1, 1), base=(12, 12)), {}),
+}
+
+
+@pytest.mark.parametrize("name", STYLEFORMERS)
+def test_styleformer_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+    config, extra = STYLEFORMERS[name]
+    config = dataclasses.replace(config, z_dim=Z, w_dim=W, mapping_layers=LAYERS)
+    side, channels = config.base[0], config.img_channels
+    shapes = mapping_shapes(Z, config.c_dim, W, LAYERS)
+    shapes |= styleformer_shapes(config.widths, config.layers, side, W, channels, bool(config.linformer))
+    tensors = draw(shapes)
+    twice = {key.replace(".enc.proj", ".proj"): x for key, x in tensors.items() if key.endswith("proj_weight")}
+    synthesis = {"depth": config.depth, "num_layers": list(config.layers), "conv_clamp": config.conv_clamp, **extra}
+    snapshot = load_generator(
+        tmp_path / "theirs.pkl",
+        tensors | twice,
+        z_dim=Z,
+        c_dim=config.c_dim,
+        w_dim=W,
+        img_resolution=config.img_size[0],
+        img_channels=channels,
+        mapping_kwargs=easy_dict(num_layers=LAYERS),
+        synthesis_kwargs=easy_dict(**synthesis),
+    )
+    assert snapshot.config.generator == config
+    state = styleformer_state(tensors, config)
+    assert_same_images(snapshot, lambda ws, noise: ref_styleformer(ws, state, config, noise), tensors)
+
+
+STYLEGAN2S: dict[str, StyleGAN2Config] = {
+    "skip": StyleGAN2Config(),
+    "resnet": StyleGAN2Config(architecture="resnet"),
+    "orig": StyleGAN2Config(architecture="orig"),
+    "conditional": StyleGAN2Config(c_dim=3),
+    "one channel": StyleGAN2Config(img_channels=1),
+    "tight clamp": StyleGAN2Config(architecture="resnet", conv_clamp=0.5),
+    "no clamp": StyleGAN2Config(conv_clamp=None),
+}
+
+
+@pytest.mark.parametrize("name", STYLEGAN2S)
+def test_stylegan2_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+    small = {"z_dim": Z, "w_dim": W, "mapping_layers": LAYERS, "resolutions": 3, "channel_base": 48, "channel_max": 5}
+    config: StyleGAN2Config = dataclasses.replace(STYLEGAN2S[name], **small)  # type: ignore[arg-type]
+    shapes = mapping_shapes(Z, config.c_dim, W, LAYERS)
+    shapes |= stylegan2_shapes(16, 48, 5, W, config.img_channels, config.architecture)
+    tensors = draw(shapes)
+    synthesis = {"channel_base": 48, "channel_max": 5, "num_fp16_res": 2, "conv_clamp": config.conv_clamp}
+    snapshot = load_generator(
+        tmp_path / "network-snapshot-000200.pkl",
+        tensors,
+        z_dim=Z,
+        c_dim=config.c_dim,
+        w_dim=W,
+        img_resolution=16,
+        img_channels=config.img_channels,
+        mapping_kwargs=easy_dict(num_layers=LAYERS),
+        synthesis_kwargs=easy_dict(**synthesis, architecture=config.architecture),
+    )
+    assert snapshot.config.generator == config
+    assert (snapshot.config.precision, snapshot.config.reduced_from, snapshot.kimg) == ("fp16", 8, 200)
+    state = stylegan2_state(tensors)
+    assert_same_images(snapshot, lambda ws, noise: ref_stylegan2(ws, state, config, noise), tensors)
+
+
+DISCRIMINATORS: dict[str, dict[str, Any]] = {
+    "orig": {"architecture": "orig"},
+    "skip": {"architecture": "skip", "conv_clamp": 0.7},
+    "resnet": {"architecture": "resnet", "conv_clamp": 0.7},
+    "group of 2": {"mbstd_group_size": 2},
+    "no minibatch-std": {"mbstd_group_size": 0},
+    "conditional": {"c_dim": 3, "mapping_layers": 8},
+    "conditional, cmap_dim": {"c_dim": 3, "cmap_dim": 7, "mapping_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Path) -> None:
+    small = {"img_size": (16, 16), "img_channels": 2, "channel_base": 48, "channel_max": 8, "conv_clamp": None}
+    config = StyleGAN2DiscriminatorConfig(**small | DISCRIMINATORS[name])  # type: ignore[arg-type]
+    c_dim, width = config.c_dim, config.cmap_dim or 8
+    tensors = discriminator_tensors(config)
+    epilogue = {"mbstd_group_size": config.mbstd_group_size} if config.mbstd_group_size else {"mbstd_num_channels": 0}
+    D = module(
+        "Discriminator",
+        tensors,
+        frozen=("weight",),  # as Freeze-D leaves them
+        c_dim=c_dim,
+        img_resolution=16,
+        img_channels=2,
+        architecture=config.architecture,
+        channel_base=48,
+        channel_max=8,
+        conv_clamp=config.conv_clamp,
+        cmap_dim=config.cmap_dim,
+        block_kwargs=easy_dict(freeze_layers=1),
+        mapping_kwargs=easy_dict(**{"num_layers": 2} if config.mapping_layers == 2 else {}),
+        epilogue_kwargs=easy_dict(**epilogue),
+    )
+    G_ema = generator_module(c_dim=c_dim, img_channels=2)
+    snapshot = legacy.load_network(write(tmp_path / "theirs.pkl", {"G_ema": G_ema, "D": D}))
+    assert snapshot.config.discriminator == config
+    assert snapshot.config.freeze_layers == 1
+
+    names = {r"mapping\.fc": "mapping.layers.", r"^b4\.(conv|fc|out)\.": r"epilogue.\1."}
+    for level, side in enumerate((16, 8, 4)):
+        names |= {rf"^b{side}\.fromrgb": f"fromrgb.{level}", rf"^b{side}\.": f"blocks.{level}."}
+    state = {key: x for key, x in arrays(tensors, names).items() if not key.endswith("resample_filter")}
+    img = 3 * torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(3))
+    c = torch.eye(3)[[0, 2, 1, 0]] if c_dim else None
+    wanted = ref_discriminator(img.double().numpy(), None if c is None else c.double().numpy(), state, config)
+    logits = snapshot.D(img, c).double().numpy()
+    assert np.abs(logits - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert np.ptp(wanted) > 0.002
+    assert width == snapshot.D.cmap_dim
+
+
+def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
+    width = config.cmap_dim or 8
+    out = width if config.c_dim else 1
+    mbstd = bool(config.mbstd_group_size)
+    shapes = discriminator_shapes(16, 48, 8, config.img_channels, config.architecture, mbstd, out)
+    if config.c_dim:
+        shapes |= mapping_shapes(0, config.c_dim, width, config.mapping_layers, w_avg=False)
+    return draw(shapes, seed=7)
+
+
+def generator_module(c_dim: int = 0, img_channels: int = 3, **changes: Any) -> Any:
+    """A small StyleGAN2 generator for 16x16."""
+    shapes = mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, img_channels, "skip")
+    kwargs: dict[str, Any] = {
+        "z_dim": Z,
+        "c_dim": c_dim,
+        "w_dim": W,
+        "img_resolution": 16,
+        "img_channels": img_channels,
+    }
+    kwargs |= {"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}}
+    return module("Generator", draw(shapes), **kwargs | changes)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A snapshot with everything."""
+    config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
+    kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
+    D = module("Discriminator", discriminator_tensors(config), **kwargs, channel_base=48, channel_max=8)
+    transforms = [name for group in ("blit", "geom", "color") for name in legacy.TRANSFORMS[group]]
+    augment = module("AugmentPipe", {"p": torch.tensor(0.25)}, (), **dict.fromkeys(transforms, 1))
+    content = {"G": generator_module(), "D": D, "G_ema": generator_module(), "augment_pipe": augment}
+    return write(tmp_path / "network-snapshot-000120.pkl", content)
+
+
+def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> None:
+    snapshot = legacy.load_network(whole)
+    config = snapshot.config
+    assert (snapshot.nimg, snapshot.ada_p, config.augment.pipe, config.augment.mode) == (120_000, 0.25, "bgc", "ada")
+    assert (config.data.path, config.data.mirror, config.preset) == ("their.zip", True, "foreign")
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+
+    networks = {name: getattr(snapshot, name) for name in ("G", "D", "G_ema")}
+    save_network(tmp_path / "ours.pkl", config=config, **networks, nimg=snapshot.nimg, ada_p=snapshot.ada_p)
+    again = training.snapshot.load_network(tmp_path / "ours.pkl")
+    assert again.config == config
+    for name, network in networks.items():
+        for key, x in network.state_dict().items():
+            assert torch.equal(x, getattr(again, name).state_dict()[key])
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("numpy_core", ["numpy.core", "numpy._core"])
+def test_protocols_and_both_spellings_of_numpy(protocol: int, numpy_core: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "n.pkl", {"G_ema": generator_module()}, protocol=protocol, numpy_core=numpy_core)
+    assert numpy_core.encode() in path.read_bytes()
+    assert legacy.load_network(path).G_ema.img_shape == (3, 16, 16)
+
+
+def test_our_own_snapshots_go_the_usual_way() -> None:
+    shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
+    ours, same = legacy.load_network(shapes), training.snapshot.load_network(shapes)
+    assert ours.config == same.config
+    with pytest.raises(UserError, match="no such file"):
+        legacy.load_network("missing.pkl")
+
+
+def refused(path: Path, *texts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        legacy.load_network(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    for text in texts:
+        assert text in message
+
+
+GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown argument": ({"magnitude_ema_beta": 0.999}, "G_ema: unknown argument magnitude_ema_beta"),
+    "nested unknown argument": ({"mapping_kwargs": {"x": 1}}, "G_ema.mapping_kwargs: unknown argument x"),
+    "other learning rate": ({"mapping_kwargs": {"num_layers": 2, "lr_multiplier": 0.1}}, "lr_multiplier=0.1"),
+    "other activation": ({"mapping_kwargs": {"num_layers": 2, "activation": "relu"}}, "activation='relu'"),
+    "hidden width": ({"mapping_kwargs": {"num_layers": 2, "layer_features": 9}}, "layer_features=9"),
+    "no noise": ({"synthesis_kwargs": {"use_noise": False}}, "use_noise=False"),
+    "other filter": ({"synthesis_kwargs": {"resample_filter": [1, 2, 1]}}, "resample_filter=[1, 2, 1]"),
+    "architecture": ({"synthesis_kwargs": {"architecture": "dense"}}, "architecture='dense'"),
+    "a tensor for a number": ({"z_dim": torch.zeros(3)}, "z_dim=of type Tensor"),
+    "no number": ({"z_dim": None}, "z_dim=None"),
+    "huge": ({"z_dim": 10**9}, "z_dim=1000000000"),
+    "endless": ({"mapping_kwargs": {"num_layers": 10**9}}, "num_layers=1000000000"),
+    "size": ({"img_resolution": 48}, "not of 48"),
+    "widths": ({"synthesis_kwargs": {"channel_max": 4}}, "(5, 4, 4), its arguments ask for (4, 4, 4)"),
+    "no arguments": ({"mapping_kwargs": 5}, "no keyword arguments"),
+    "fewer layers": ({"mapping_kwargs": {"num_layers": 1}}, "mapping.fc1.weight has no place"),
+    "more layers": ({"mapping_kwargs": {"num_layers": 3}}, "mapping.fc2.weight is missing"),
+}
+
+
+@pytest.mark.parametrize("name", GENERATOR_REFUSALS)
+def test_what_a_generator_cannot_be_here_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    changes, text = GENERATOR_REFUSALS[name]
+    refused(write(tmp_path / "n.pkl", {"G_ema": generator_module(**changes)}), text)
+
+
+def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
+    shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
+    kwargs: dict[str, Any] = {"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3}
+    kwargs |= {"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}}
+    tensors = draw(shapes)
+    changed: dict[str, Tensors] = {
+        "synthesis.b8.conv0.bias is missing": {k: x for k, x in tensors.items() if k != "synthesis.b8.conv0.bias"},
+        "synthesis.b8.extra has no place": tensors | {"synthesis.b8.extra": torch.zeros(1)},
+        "resample_filter has no place": tensors | {"synthesis.b8.resample_filter": torch.ones(4, 4)},
+        "holds no real numbers": tensors | {"synthesis.b8.conv0.noise_const": torch.zeros(8, 8, dtype=torch.int64)},
+    }
+    for text, altered in changed.items():
+        refused(write(tmp_path / "n.pkl", {"G_ema": module("Generator", altered, **kwargs)}), text)
+    without = {**tensors, "synthesis.b8.resample_filter": None, "mapping.unused": None}
+    path = write(tmp_path / "n.pkl", {"G_ema": module("Generator", without, **kwargs)})  # type: ignore[arg-type]
+    assert legacy.load_network(path).G_ema.num_ws == 6
+
+
+def test_other_systems_are_named(tmp_path: Path) -> None:
+    alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
+    refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
+    tensorflow = Call(Name("dnnlib.tflib.network", "Network"), ())
+    (tmp_path / "tf.pkl").write_bytes(dumps((tensorflow, tensorflow, tensorflow)))
+    refused(tmp_path / "tf.pkl", "TensorFlow")
+    refused(
+        write(tmp_path / "n.pkl", {"G_ema": module("Encoder", {}, z_dim=Z)}), "of class Encoder, expected Generator"
+    )
+    refused(write(tmp_path / "n.pkl", {"G_ema": None}), "not a snapshot of Styleformer or StyleGAN2-ADA")
+    refused(write(tmp_path / "n.pkl", {"G_ema": generator_module(), "E": None}), "holds 'E'")
+    other = generator_module(img_channels=1)
+    refused(
+        write(tmp_path / "n.pkl", {"G_ema": generator_module(), "G": other}), "G and G_ema have different arguments"
+    )
+    (tmp_path / "page.pkl").write_text("<!DOCTYPE html><html>Sign in</html>")
+    refused(tmp_path / "page.pkl", "a page of HTML")
+    (tmp_path / "list.pkl").write_bytes(dumps([1, 2]))
+    refused(tmp_path / "list.pkl", "not a snapshot of Styleformer")
+
+
+@pytest.mark.parametrize(
+    ("transforms", "expected"),
+    [
+        ({}, "noaug"),
+        ({"xflip": 1, "rotate90": 1, "xint": 1}, "blit"),
+        ({"imgfilter": 1, "imgfilter_bands": [1, 1, 1, 1]}, "filter"),
+        ({"xflip": 1}, "some of xflip, rotate90, xint are on"),
+        ({"xflip": 0.5}, "xflip=0.5"),
+        ({"noise": 1, "cutout": 1}, "noise, cutout together are none of"),
+        ({"noise": 1, "noise_std": 0.2}, "noise_std=0.2"),
+        ({"sharpen": 1}, "unknown argument sharpen"),
+    ],
+)
+def test_augmentation(transforms: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    augment = module("AugmentPipe", {"p": torch.tensor(1.5)}, **transforms)
+    path = write(tmp_path / "n.pkl", {"G_ema": generator_module(), "augment_pipe": augment})
+    if " " in expected or "=" in expected:
+        refused(path, expected)
+        return
+    snapshot = legacy.load_network(path)
+    config = snapshot.config.augment
+    assert expected in (config.mode, config.pipe)
+    assert snapshot.ada_p == (0 if config.mode == "noaug" else 1)

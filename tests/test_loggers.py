@@ -1,0 +1,181 @@
+"""Loggers: each is given the same figures and pictures, W&B goes on where it stopped, none can stop training."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import SMALL, small_config
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from training import loggers
+
+# Three ticks of one step and one evaluation more than the first picture.
+SHORT = [*SMALL, "--device=cpu", "--tick=0.016", "--snap=3"]
+LENGTH = 0.048
+
+
+def run_training(data: Path, outdir: Path, *options: str) -> Result:
+    return CliRunner().invoke(train.main, [f"--data={data}", f"--outdir={outdir}", *SHORT, *options])
+
+
+@pytest.fixture
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B without a service or an account, and without the user's own settings."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+
+
+def read_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what W&B keeps offline: a log in blocks of 32 KiB, records headed by CRC-32, length and kind."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        data, place, whole = path.read_bytes(), 7, b""
+        while place + 7 <= len(data):
+            left = 32768 - place % 32768
+            if left < 7:
+                place += left
+                continue
+            _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+            whole += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # the whole record, or its last part
+                record = wandb_internal_pb2.Record.FromString(whole)  # type: ignore[attr-defined]
+                yield record.WhichOneof("record_type"), record
+                whole = b""
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows that were logged to W&B."""
+    rows = [record.history.item for kind, record in read_records(run_dir) if kind == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+
+@pytest.mark.usefixtures("_offline")
+def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_path: Path) -> None:
+    options = (f"--kimg={LENGTH}", "--metrics=swd16", "--log=tensorboard,wandb")
+    result = run_training(shapes_zip, tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    (run_dir,) = tmp_path.glob("0*")
+    ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    metric = [json.loads(line) for line in (run_dir / "metric-swd16.jsonl").read_text().splitlines()]
+    history = read_history(run_dir)
+    board = EventAccumulator(str(run_dir), size_guidance={"images": 0}).Reload()
+
+    losses = [tick["Loss/D/loss"]["mean"] for tick in ticks[1:]]
+    assert [event.value for event in board.Scalars("Loss/D/loss")] == pytest.approx(losses)
+    assert [row["Loss/D/loss"] for row in history if "Loss/D/loss" in row] == pytest.approx(losses)
+    values = [record["results"]["swd16"] for record in metric]
+    assert [event.value for event in board.Scalars("Metrics/swd16")] == pytest.approx(values)
+    assert [row["Metrics/swd16"] for row in history if "Metrics/swd16" in row] == pytest.approx(values)
+    assert all("Progress/kimg" in row for row in history)
+
+    grid = np.asarray(Image.open(run_dir / "fakes000000.png"))
+    encoded = board.Images("Images/fakes")
+    assert [event.step for event in encoded] == [0, round(LENGTH * 1000)]
+    assert [event.step for event in board.Images("Images/reals")] == [0]
+    (tmp_path / "board.png").write_bytes(encoded[-1].encoded_image_string)
+    shown = sorted(
+        run_dir.glob("wandb/offline-run-*/files/media/images/Images/fakes_*.png"), key=lambda path: path.stat().st_mtime
+    )
+    assert len(shown) == 2
+    for path in (tmp_path / "board.png", shown[-1]):
+        assert np.array_equal(np.asarray(Image.open(path)), grid)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_run_that_goes_on_is_the_same_run_in_wandb(shapes_zip: Path, tmp_path: Path) -> None:
+    options = ("--metrics=none", "--log=wandb", "--resume=latest")
+    for kimg in (LENGTH, 2 * LENGTH):
+        result = run_training(shapes_zip, tmp_path, f"--kimg={kimg}", *options)
+        assert result.exit_code == 0, result.output
+    (run_dir,) = tmp_path.glob("0*")
+    runs = [record.run for kind, record in read_records(run_dir) if kind == "run"]
+    assert len(list(run_dir.glob("wandb/offline-run-*"))) == 2
+    assert {run.run_id for run in runs} == {(run_dir / "wandb-id.txt").read_text().strip()}
+    assert {(run.display_name, run.project) for run in runs} == {(run_dir.name, "styleformer")}
+    saved = json.loads((run_dir / "training_options.json").read_text())
+    shown = {item.key: json.loads(item.value_json) for item in runs[-1].config.update if item.key != "_wandb"}
+    assert shown == saved
+    ages = [row["Progress/kimg"] for row in read_history(run_dir) if "Loss/D/loss" in row]
+    assert ages == pytest.approx([0.016 * i for i in range(1, 7)])
+
+
+class Broken:
+    """A logger whose service has gone."""
+
+    def __init__(self, run_dir: Path, config: Any) -> None:
+        self.calls = 0
+
+    def add(self, figures: Any, nimg: int) -> None:
+        raise RuntimeError("the service\nhas gone")
+
+    def add_picture(self, name: str, picture: Any, nimg: int) -> None:
+        raise ConnectionError("no route")
+
+    def close(self, succeeded: bool) -> None:
+        raise TimeoutError("too late")
+
+
+def test_a_logger_that_fails_stops_neither_training_nor_others(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loggers._CLASSES, "wandb", Broken)
+    result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
+    assert result.exit_code == 0, result.output
+    for problem in ("RuntimeError: the service has gone", "ConnectionError: no route", "TimeoutError: too late"):
+        assert f"Warning: --log=wandb: {problem}; training goes on\n" in result.output
+    (run_dir,) = tmp_path.glob("0*")
+    assert len(EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")) == 3
+
+
+def test_a_logger_that_cannot_begin_is_left_out(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(run_dir: Path, config: Any) -> loggers.Logger:
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(loggers._CLASSES, "wandb", refuse)
+    with loggers.Loggers(("wandb",), tmp_path, small_config(shapes_zip)) as chosen:
+        chosen.add({"x": 1.0}, 0)
+        chosen.add_picture("x", torch.zeros([1, 2, 2], dtype=torch.uint8), 0)
+    assert capsys.readouterr().err == "Warning: --log=wandb: RuntimeError: api_key not configured; training goes on\n"
+
+
+def test_loggers_that_cannot_be_are_refused_before_anything_is_written(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_training(shapes_zip, tmp_path / "runs", "--log=wanddb")
+    assert result.exit_code == 2
+    assert "--log=wanddb: 'wanddb' is none of tensorboard, wandb; `none` logs nowhere" in result.output
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "wandb").mkdir()  # what W&B leaves behind where it was used is no package
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    assert loggers.choose_loggers(None) == ()
+    result = run_training(shapes_zip, tmp_path / "runs", "--log=wandb")
+    assert result.exit_code == 2
+    assert "--log=wandb: the package wandb is not installed: pip install '.[wandb]'" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_shown_where_nothing_was_asked_for(shapes_zip: Path, tmp_path: Path) -> None:
+    result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=none")
+    assert result.exit_code == 0, result.output
+    (run_dir,) = tmp_path.glob("0*")
+    assert not list(run_dir.glob("events.*"))
+    assert (run_dir / "stats.jsonl").exists()

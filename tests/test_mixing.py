@@ -1,0 +1,137 @@
+"""generate.py mix: which styles come from where, their names, and the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+
+from dnnlib.config import UserError
+from exploration.mixing import choose_styles, mix, spell
+from exploration.model import save_styles
+from training.networks.styleformer_c import StyleformerCConfig
+from training.networks.stylegan2 import StyleGAN2Config
+from training.snapshot import load_network
+
+
+def test_names_are_thirds_of_the_resolutions() -> None:
+    """StyleGAN2 at 256: 4 and 8 px are coarse, 16 and 32 middle; its first convolution alone reads style 0."""
+    groups = StyleGAN2Config(resolutions=7).style_groups()
+    assert groups == {"coarse": (0, 1, 2), "middle": (3, 4, 5, 6), "fine": tuple(range(7, 14))}
+    assert StyleGAN2Config(resolutions=2).style_groups() == {"coarse": (0,), "fine": (1, 2, 3)}
+    assert StyleGAN2Config(resolutions=1).style_groups() == {"coarse": (0, 1)}
+    assert FAMILIES["styleformer"].style_groups() == {"coarse": (0,), "middle": (1, 2), "fine": (3, 4)}
+    parts = StyleformerCConfig(widths=(32, 32), layers=(1, 2), handover=16, resolutions=3).style_groups()
+    assert (parts["transformer"], parts["conv"]) == ((0, 1, 2), (3, 4, 5))
+    assert (parts["coarse"], parts["middle"], parts["fine"]) == ((0,), (1, 2), (3, 4, 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_style_counts_with_the_grid_of_its_first_reader(family: str) -> None:
+    """The first thing that a style changes is a map of that size, or the image."""
+    config, model = FAMILIES[family], make_model(family)
+    assert len(config.style_grids) == config.num_ws
+    readers: dict[int, int] = {}  # style -> tokens or pixels of the first layer that sees it
+    ws = torch.arange(config.num_ws).float()[None, :, None].expand(1, -1, config.w_dim)
+
+    def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        size = out.shape[1] if out.ndim == 3 else out.shape[2] * out.shape[3]
+        readers.setdefault(int(args[1][0, 0]), size)
+
+    for module in model.G.synthesis.modules():
+        if type(module).__name__ in ("EncoderBlock", "ModulatedConv"):
+            module.register_forward_hook(note)
+    model.G.synthesis(ws)
+    assert readers == {index: h * w for index, (h, w) in enumerate(config.style_grids[:-1])}
+    assert config.style_grids[-1] == config.img_size
+
+
+def test_styles_by_number_range_and_name() -> None:
+    groups = {"coarse": (0, 1), "fine": (4, 5)}
+    assert choose_styles("3,coarse,0-1", 6, groups) == (0, 1, 3)
+    assert choose_styles("all", 3, {}) == (0, 1, 2)
+    assert spell((0, 1, 2, 4, 6, 7)) == "0-2,4,6-7"
+    for text in ("6", "2-1", "middle", "", "-1", "1-"):
+        with pytest.raises(UserError, match=r"this network has 0-5, or all, coarse \(0-1\), fine \(4-5\)"):
+            choose_styles(text, 6, groups)
+
+
+def test_mix_takes_the_chosen_styles_from_the_columns() -> None:
+    rows, cols = torch.randn(2, 5, 3), torch.randn(4, 5, 3)
+    mixed = mix(rows, cols, (1, 3))
+    for r in range(2):
+        for c in range(4):
+            for i in range(5):
+                assert torch.equal(mixed[r, c, i], cols[c, i] if i in (1, 3) else rows[r, i])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, family), tmp_path / "out"
+    run_ok("images", f"--network={network}", "--seeds=1,2,7,8,9", f"--outdir={tmp_path / 'pure'}")
+    output = run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", "--styles=coarse", f"--outdir={out}")
+    assert "6 mixtures" in output
+    grid = pixels(out / "grid.png")
+    assert grid.shape == (3 * 32, 4 * 32, 3)
+    for r, row in enumerate((1, 2), start=1):
+        assert np.array_equal(grid[32 * r :][:32, :32], pixels(tmp_path / "pure" / f"seed{row:04d}.png"))
+        for c, col in enumerate((7, 8, 9), start=1):
+            assert np.array_equal(grid[32 * r :][:32, 32 * c :][:, :32], pixels(out / f"{row}-{col}.png"))
+            assert np.array_equal(grid[:32, 32 * c :][:, :32], pixels(tmp_path / "pure" / f"seed{col:04d}.png"))
+    G = load_network(network).G_ema
+    ws = G.mapping(torch.from_numpy(np.random.RandomState(1).randn(1, G.z_dim)).float(), None).clone()
+    coarse = list(G.style_groups["coarse"])
+    ws[:, coarse] = G.mapping(torch.from_numpy(np.random.RandomState(8).randn(1, G.z_dim)).float(), None)[:, coarse]
+    expected = (G.synthesis(ws)[0] * 127.5 + 128).clamp(0, 255).floor().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(out / "1-8.png") - expected).max() <= 1
+    assert len(list(out.iterdir())) == 7
+
+
+def test_all_styles_of_the_column_are_the_column(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=0-4", f"--outdir={tmp_path}")
+    run_ok("images", f"--network={network}", "--seeds=7", f"--outdir={tmp_path}")
+    assert np.array_equal(pixels(tmp_path / "1-7.png"), pixels(tmp_path / "seed0007.png"))
+
+
+def test_saved_styles_take_the_place_of_seeds(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    model = make_model()
+    save_styles(tmp_path / "w.npz", model.styles_of((4, 5)))
+    arguments = [f"--network={network}", f"--projected-w={tmp_path / 'w.npz'}", f"--outdir={tmp_path}"]
+    run_ok("images", *arguments, "--seeds=4")
+    run_ok("mix", *arguments, "--rows=4", "--cols=9")
+    assert np.array_equal(pixels(tmp_path / "proj00.png"), pixels(tmp_path / "seed0004.png"))
+    assert np.array_equal(pixels(tmp_path / "proj00-9.png"), pixels(tmp_path / "4-9.png"))
+    assert not np.array_equal(pixels(tmp_path / "proj01-9.png"), pixels(tmp_path / "4-9.png"))
+
+
+def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    np.savez(tmp_path / "shape.npz", w=np.zeros((1, 5, 7)))
+    np.savez(tmp_path / "name.npz", x=np.zeros(3))
+    np.savez(tmp_path / "code.npz", w=np.array([{}]))
+    (tmp_path / "text.npz").write_text("no")
+    cases = {
+        "--styles=9": "this network has 0-4, or all, coarse (0), middle (1-2), fine (3-4)",
+        f"--projected-w={tmp_path / 'shape.npz'}": "w has shape (1, 5, 7), this network needs (n, 5, 12)",
+        f"--projected-w={tmp_path / 'name.npz'}": "has no array w",
+        f"--projected-w={tmp_path / 'code.npz'}": "not an .npz file of arrays",
+        f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file of arrays",
+        "--projected-w=/nowhere.npz": "--projected-w=/nowhere.npz: cannot be read",
+        "--rows=4294967296": "--rows: 4294967296 is too large",
+    }
+    for argument, message in cases.items():
+        result = run("mix", f"--network={network}", "--rows=0", "--cols=1", f"--outdir={out}", argument)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = run("mix", f"--network={network}", "--cols=1", f"--outdir={out}")
+    assert (result.exit_code, "--rows: say which images" in result.output) == (2, True)
+    assert not out.exists()
+
+
+def test_the_help_of_images_names_the_other_commands() -> None:
+    assert "Mix the styles" in run_ok("--help")
+    assert "Mix the styles" not in run_ok("mix", "--help").split("Options:")[1]

@@ -1,0 +1,411 @@
+"""The objectives besides the logistic one, and schedules: closed forms, refusals, exactness in training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_loss import H, LinearG, W, batch, players
+from test_training import _train_and_save, everything, everything_that_is_saved, new_trainer, train_steps
+from torch import Tensor, nn
+
+import train
+from dnnlib.config import ConfigError, from_json
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint, digest
+from training.config import PRESETS, TrainConfig, customise
+from training.loss import (
+    LossConfig,
+    Objective,
+    Players,
+    discriminator_hinge,
+    discriminator_relativistic,
+    discriminator_wgan,
+    generator_linear,
+    generator_relativistic,
+)
+from training.phases import AdamConfig, Learner, build_learner, build_phases
+from training.training_loop import Trainer
+
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+# What a configuration needs to say beside the objective when it was made for the logistic one.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "logistic": {"loss__r1_interval": 3},
+    "hinge": {"loss__r1_interval": 3},
+    "wgangp-eps": {"loss__r1_gamma": 0.0, "loss__r1_interval": None},
+    "relativistic": {"loss__r1_interval": None},
+}
+
+
+def softplus(x: Tensor) -> Tensor:
+    return (1 + x.exp()).log()
+
+
+def drawn(game: Players, count: int, c: Tensor | None = None) -> Tensor:
+    """The images that a loss draws first after this seed."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        fake: Tensor = game.generate(count, c)[0]
+    torch.manual_seed(5)
+    return fake
+
+
+def test_hinge_and_linear_losses() -> None:
+    game, (img, c) = players(), batch()
+    fake_logits, real_logits = game.D(drawn(game, 6), c)[:, 0], game.D(img, c)[:, 0]
+    terms = discriminator_hinge(game, img, c)
+    expected = sum(
+        max(0.0, 1 + f) + max(0.0, 1 - r) for f, r in zip(fake_logits.tolist(), real_logits.tolist(), strict=True)
+    )
+    assert terms.loss.item() == pytest.approx(expected / 6, rel=1e-10)
+    assert 0 < (real_logits < 1).sum() < 6  # both sides of the kink
+    assert terms.means["real_sign"].item() == pytest.approx(real_logits.sign().mean().item())
+    torch.manual_seed(5)
+    assert generator_linear(game, img, c).loss.item() == pytest.approx(-fake_logits.mean().item(), rel=1e-10)
+
+
+def test_wasserstein_loss_of_a_linear_critic() -> None:
+    """The gradient of <a, x> is a everywhere; the images are augmented once, so the penalty knows no factor of 5."""
+    game, (img, c) = players(augment=lambda x: 5 * x), batch()
+    fake_logits, real_logits = game.D(5 * drawn(game, 6, c), c), game.D(5 * img, c)
+    terms = discriminator_wgan(game, img, c, gp_weight=10.0, drift_weight=0.5)
+    penalty = (game.D.a.norm() - 1).square()
+    expected = fake_logits.mean() - real_logits.mean() + 10 * penalty + 0.5 * real_logits.mean() ** 2
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert terms.stats["Loss/gradient_penalty"].tolist() == pytest.approx([penalty.item()] * 6)
+    signs = (real_logits - fake_logits).sign().mean()
+    assert terms.means["real_sign"].item() == pytest.approx(signs.item())
+    expected.backward()
+    gradient = game.D.a.grad.clone()
+    game.D.a.grad = None
+    terms.loss.backward()
+    torch.testing.assert_close(game.D.a.grad, gradient)
+
+
+class Recorder(nn.Module):
+    """|x|^2 / 2, whose gradient is x; keeps what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, img: Tensor, c: Tensor) -> Tensor:
+        self.seen.append((img.detach(), c))
+        return img.square().sum(dim=(1, 2, 3))[:, None] / 2
+
+
+def test_interpolates_lie_between_augmented_images_and_are_not_augmented_again() -> None:
+    calls: list[Tensor] = []
+
+    def augment(x: Tensor) -> Tensor:
+        calls.append(x)
+        return torch.randn_like(x) + x  # fresh draws at each call
+
+    game = players(augment)
+    game = replace(game, D=Recorder())
+    img, _ = batch()
+    c = torch.arange(6.0)[:, None].expand(6, 0)
+    terms = discriminator_wgan(game, img, c, gp_weight=1.0, drift_weight=0.0)
+    assert len(calls) == 2
+    (fake, _), (real, _), (between, labels) = game.D.seen
+    t = ((between - real) / (fake - real)).flatten(1)
+    assert t.std(dim=1).max() < 1e-6  # one t per image
+    assert ((t >= 0) & (t <= 1)).all()
+    assert t[:, 0].std() > 0.1
+    assert labels is c
+    expected = (between.flatten(1).norm(dim=1) - 1).square()
+    torch.testing.assert_close(terms.stats["Loss/gradient_penalty"], expected)
+
+
+def test_a_flat_critic_has_a_finite_penalty() -> None:
+    game, (img, c) = players(), batch()
+    with torch.no_grad():
+        game.D.a.zero_()
+    terms = discriminator_wgan(game, img, c, gp_weight=10.0, drift_weight=0.0)
+    assert terms.stats["Loss/gradient_penalty"].tolist() == [1.0] * 6
+    terms.loss.backward()
+    assert game.D.a.grad.isfinite().all()
+
+
+def test_relativistic_losses_compare_pairs() -> None:
+    """R1 and R2 of <a, x / 5> are |a|^2 / 25 each, by the images before augmentation."""
+    game, (img, c) = players(augment=lambda x: x / 5), batch()
+    fake_logits, real_logits = game.D(drawn(game, 6, c) / 5, c), game.D(img / 5, c)
+    terms = discriminator_relativistic(game, img, c, gamma=3.0)
+    norm = 1 / 25 * game.D.a.square().sum()
+    expected = softplus(fake_logits - real_logits).mean() + 3 / 2 * (norm + norm)
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert terms.means["real_sign"].item() == pytest.approx((real_logits - fake_logits).sign().mean().item())
+    assert terms.stats["Loss/r1_penalty"].tolist() == pytest.approx([norm.item()] * 6)
+    assert terms.stats["Loss/r2_penalty"].tolist() == pytest.approx([norm.item()] * 6)
+    expected.backward()
+    gradient = game.D.a.grad.clone()
+    game.D.a.grad = None
+    terms.loss.backward()
+    torch.testing.assert_close(game.D.a.grad, gradient)
+
+    torch.manual_seed(5)
+    terms = generator_relativistic(game, img, c)
+    assert terms.loss.item() == pytest.approx(softplus(real_logits - fake_logits).mean().item(), rel=1e-10)
+    game.D.a.grad = None
+    terms.loss.backward()
+    assert game.G.A.grad.abs().sum() > 0
+
+
+class LabelledG(LinearG):
+    """An image is what its label says."""
+
+    c_dim = 1
+
+    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
+        return c.double()[:, None].expand(-1, self.num_ws, 3)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda game, img, c: discriminator_wgan(game, img, c, gp_weight=1.0, drift_weight=0.0),
+        lambda game, img, c: discriminator_relativistic(game, img, c, gamma=1.0),
+        generator_relativistic,
+    ],
+    ids=["wgan", "relativistic D", "relativistic G"],
+)
+def test_what_is_compared_has_the_same_labels(loss: Callable[..., Any]) -> None:
+    game = players()
+    c = torch.arange(6.0)[:, None]
+    img = torch.randn(6, 2, H, W, dtype=torch.float64)
+    G = LabelledG()
+    game = replace(game, G=G, D=Recorder(), labels=torch.full([10, 1], 99.0))
+    loss(game, img, c)
+    direction = G.synthesis(G.mapping(torch.zeros(1, 3), torch.ones(1, 1)), "random")[0]
+    expected = c.double().reshape(-1, 1, 1, 1) * direction
+    fakes = next(x for x, _ in game.D.seen if not torch.equal(x, img))
+    torch.testing.assert_close(fakes, expected.detach())
+    assert all(torch.equal(labels, c) for _, labels in game.D.seen)
+
+
+@pytest.mark.parametrize("objective", ["logistic", "hinge", "wgangp-eps"])
+def test_a_generator_can_have_a_larger_batch(objective: Objective) -> None:
+    game = replace(players(), D=Recorder())
+    parameters = [nn.Parameter(torch.zeros(1))]
+    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    config = settings(objective, g_batch_scale=3).fit(32, 6)
+    g_main, d_main = (phase for phase in build_phases(game, config, learner, learner) if phase.name.endswith("main"))
+    g_main.loss(*batch())
+    assert [len(x) for x, _ in game.D.seen] == [18]
+    d_main.loss(*batch())
+    assert {len(x) for x, _ in game.D.seen[1:]} == {6}
+
+
+def settings(objective: Objective, **changes: Any) -> LossConfig:
+    values = {name.removeprefix("loss__"): value for name, value in SETTINGS[objective].items()}
+    return LossConfig(objective=objective, **values | changes)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("logistic", [("G_main", 5, 1), ("G_reg", 20, 4), ("D_main", 1, 1), ("D_reg", 3, 3)]),
+        ("hinge", [("G_main", 5, 1), ("G_reg", 20, 4), ("D_main", 1, 1), ("D_reg", 3, 3)]),
+        ("wgangp-eps", [("G_main", 5, 1), ("G_reg", 20, 4), ("D_main", 1, 1)]),
+        ("relativistic", [("G_main", 5, 1), ("G_reg", 20, 4), ("D_main", 1, 1)]),
+    ],
+)
+def test_phases_their_intervals_and_weights(objective: Objective, expected: list[tuple[str, int, int]]) -> None:
+    """A critic that steps more often does not make the generator's steps larger."""
+    parameters = [nn.Parameter(torch.zeros(1))]
+    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    phases = build_phases(players(), settings(objective, n_critic=5).fit(32, 8), learner, learner)
+    assert [(phase.name, phase.interval, phase.weight) for phase in phases] == expected
+
+
+def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_zip: Path) -> None:
+    """w_ema = 0.5^(16 N / n) w_0 + sum of what each step adds: the half-life is n images whatever n_critic says."""
+    trainer = new_trainer(
+        everything(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
+    )
+    seen = [flat(trainer.G)]
+    trainer.hooks = [lambda trainer: seen.append(flat(trainer.G)) if trainer.state.step else None]
+    train_steps(trainer, 7)
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert moved == [True, False, False, True, False, False, True]
+
+    average = seen[0]
+    for weights, images in ((seen[1], 24), (seen[4], 24), (seen[7], 8)):  # 8 images a step
+        average = weights + 0.5 ** (images / 100) * (average - weights)
+    torch.testing.assert_close(flat(trainer.ema.module), average, rtol=1e-5, atol=1e-7)
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_clipping_is_that_of_torch(max_norm: float) -> None:
+    ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
+    learner = build_learner(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
+    torch.manual_seed(0)
+    for a, b in zip(ours, theirs, strict=True):
+        b.grad = torch.randn_like(b)
+        assert a.grad is not None
+        a.grad.copy_(b.grad)
+    learner.gradients.means.fill_(7.0)  # travel in the same buffer
+    norm, is_bad = learner.gradients.reduce()
+    learner.clip(norm)
+    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(theirs, max_norm), norm)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert (learner.gradients.means == 7).all()
+    assert not is_bad
+
+
+def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
+    p = nn.Parameter(torch.ones(3))
+    learner = build_learner([p], AdamConfig(lr=0.1, clip_norm=1.0), None)
+    learner.gradients.gradients[0] = float("inf")
+    norm, is_bad = learner.gradients.reduce()
+    learner.clip(norm)
+    learner.step(skip=is_bad)
+    assert is_bad
+    assert torch.equal(p.detach(), torch.ones(3))
+    assert not any(row["exp_avg_sq"].any() for row in learner.optimizer.state.values())
+
+
+def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
+    clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
+    trainer = new_trainer(everything(shapes_zip, **clip))
+    img, c = next(trainer._batches())
+    for phase in trainer.phases:
+        trainer.run_phase(phase, img, c)
+        bound = 1e-4 if phase.name.startswith("G") else 2e-4
+        assert phase.learner.gradients.gradients.norm().item() == pytest.approx(bound, rel=1e-2), phase.name
+
+
+def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
+    return everything(data, loss__objective=objective, **SETTINGS[objective] | changes)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_generators_step_leaves_nothing_in_the_discriminator(shapes_zip: Path, objective: str) -> None:
+    """D moves the same whether G has been at work before or not."""
+
+    def run_d_main(trainer: Trainer, *, after_g: bool) -> Tensor:
+        img, c = next(trainer._batches())
+        phases = {phase.name: phase for phase in trainer.phases}
+        before = {name: x.clone() for name, x in trainer.G.state_dict().items()}
+        if after_g:
+            trainer.run_phase(phases["G_main"], img, c)
+            assert all((p.grad == 0).all() for p in trainer.D.parameters())
+            assert any((p.grad != 0).any() for p in trainer.G.parameters())
+            trainer.G.load_state_dict(before)
+        trainer.run_phase(phases["D_main"], img, c)
+        return flat(trainer.D)
+
+    config = objective_config(shapes_zip, objective)
+    fresh = flat(new_trainer(config).D)
+    alone, after = (run_d_main(new_trainer(config), after_g=after_g) for after_g in (False, True))
+    assert torch.equal(alone, after)
+    assert not torch.equal(alone, fresh)
+
+
+@pytest.mark.parametrize("objective", ["hinge", "wgangp-eps", "relativistic"])
+def test_resuming_is_exact_with_every_objective(shapes_zip: Path, tmp_path: Path, objective: str) -> None:
+    changes = {"loss__n_critic": 2, "g_optimizer__clip_norm": 5.0, "d_optimizer__clip_norm": 5.0}
+    config = objective_config(shapes_zip, objective, data__use_labels=True, **changes)
+    straight, first, second = (new_trainer(config) for _ in range(3))
+    for trainer in (straight, first):
+        trainer.augment.p.fill_(0.5)
+    train_steps(straight, 5)
+    train_steps(first, 3)
+    first.save(tmp_path / "training-state-000000.pt")
+    second.resume(tmp_path / "training-state-000000.pt")
+    train_steps(second, 2)
+    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert float(straight.augment.p) != 0.5  # the controller was at work
+
+
+@pytest.mark.parametrize("objective", ["wgangp-eps", pytest.param("relativistic", marks=pytest.mark.slow)])
+def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, tmp_path: Path, objective: str) -> None:
+    changes: dict[str, Any] = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2, "d_optimizer__clip_norm": 1.0}
+    changes |= {"augment__mode": "fixed", "augment__p": 0.7, "loss__n_critic": 2, "data__use_labels": True}
+    changes |= {"loss__g_batch_scale": 2} if objective == "wgangp-eps" else {}
+    config = objective_config(shapes_zip, objective, **changes)
+    alone = new_trainer(config)
+    train_steps(alone, 3)
+    distributed.launch(_train_and_save, 2, config, 3, tmp_path / "two.pt")
+    one, two = everything_that_is_saved(alone), Checkpoint.read(tmp_path / "two.pt")["parts"]
+    for part in ("G", "D", "G_ema", "ada"):
+        for name, x in one[part].items():
+            torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "text"),
+    [
+        ({"objective": "lsgan"}, "objective", "logistic, hinge, wgangp-eps, relativistic"),
+        ({"n_critic": 0}, "n_critic", "at least 1"),
+        ({"g_batch_scale": 0}, "g_batch_scale", "at least 1"),
+        ({"gp_weight": 10.0}, "gp_weight", "only --loss=wgangp-eps has it"),
+        ({"drift_weight": 0.0}, "drift_weight", "only --loss=wgangp-eps has it"),
+        ({"objective": "wgangp-eps", "r1_interval": None, "r1_gamma": 1.0}, "r1_gamma", "penalty of its own"),
+        ({"objective": "wgangp-eps"}, "r1_interval", "logistic or hinge; leave it out"),
+        ({"objective": "relativistic"}, "r1_interval", "logistic or hinge; leave it out"),
+        ({"objective": "relativistic", "r1_interval": None, "g_batch_scale": 2}, "g_batch_scale", "leave it at 1"),
+        ({"objective": "wgangp-eps", "r1_interval": None, "gp_weight": -1.0}, "gp_weight", "cannot be negative"),
+    ],
+)
+def test_settings_that_an_objective_has_no_use_for_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        LossConfig(**changes)
+    assert caught.value.field == field
+    with pytest.raises(ConfigError, match="must be positive"):
+        AdamConfig(clip_norm=0.0)
+
+
+def plan(data: Path, *arguments: str) -> Any:
+    result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={data}", "--device=cpu", "-n", *arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return from_json(TrainConfig, json.loads(result.stdout)["options"])
+
+
+def test_an_objective_takes_its_place_in_a_preset(shapes_zip: Path) -> None:
+    base = plan(shapes_zip, "--cfg=cifar").loss
+    assert plan(shapes_zip, "--cfg=cifar", "--loss=logistic").loss == base
+    assert plan(shapes_zip, "--cfg=cifar", "--loss=hinge").loss == replace(base, objective="hinge")
+    wgan = plan(shapes_zip, "--cfg=cifar", "--loss=wgangp-eps", "--n-critic=4", "--g-batch-scale=2", "--clip=5")
+    without_r1: dict[str, Any] = {"r1_gamma": 0.0, "r1_interval": None}
+    weights: dict[str, Any] = {"gp_weight": 10.0, "drift_weight": 0.001, "n_critic": 4, "g_batch_scale": 2}
+    assert wgan.loss == replace(base, objective="wgangp-eps", **without_r1, **weights)
+    assert (wgan.g_optimizer.clip_norm, wgan.d_optimizer.clip_norm) == (5.0, 5.0)
+    relativistic = plan(shapes_zip, "--cfg=cifar", "--loss=relativistic", "--gamma=0.05").loss
+    assert relativistic == replace(base, objective="relativistic", r1_interval=None, r1_gamma=0.05)
+
+    back = customise(replace(PRESETS["auto"], loss=settings("wgangp-eps")), {"loss.objective": "hinge"}).loss
+    assert back == LossConfig(objective="hinge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
+        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: R1 of every so many steps goes with"),
+        (["--gp-weight=5"], "--gp-weight=5.0: only --loss=wgangp-eps has it; leave it out"),
+        (["--clip=-1"], "--clip=-1.0: a bound of a norm must be positive"),
+        (["--n-critic=0"], "--n-critic=0: must be at least 1"),
+        (
+            ["--batch=8", "--mbstd=6", "--g-batch-scale=3"],
+            "--batch-gpu=8: cannot be cut into minibatch-std groups of 6",
+        ),
+        (["--batch=4", "--mbstd=8", "--g-batch-scale=3"], "with --g-batch-scale=3, 12 images cannot be cut into"),
+    ],
+)
+def test_refusals_name_the_flag(shapes_zip: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

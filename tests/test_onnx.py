@@ -1,0 +1,58 @@
+"""Exported graphs compute what the networks compute, for every family, in batches of any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from snapshot_helpers import make_snapshot
+
+from dnnlib.config import UserError
+from training.networks import GENERATORS
+from training.onnx_export import export_onnx
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("noise_mode", "c_dim"), [("const", 0), ("none", 3)])
+@pytest.mark.parametrize("family", GENERATORS)
+def test_exported_graphs_compute_what_the_networks_compute(
+    tmp_path: Path, family: str, noise_mode: Any, c_dim: int
+) -> None:
+    snapshot = make_snapshot(tmp_path / "n.pkl", family, c_dim=c_dim)
+    G = snapshot.G_ema
+    paths = export_onnx(tmp_path / "g.onnx", snapshot, noise_mode)
+    assert [path.name for path in paths] == ["g-mapping.onnx", "g-synthesis.onnx"]
+    for path in paths:
+        model = onnx.load(path)
+        assert {node.domain for node in model.graph.node} == {""}  # standard operators only
+        assert {p.key: p.value for p in model.metadata_props}["noise_mode"] == noise_mode
+    mapping, synthesis = map(session, paths)
+    cutoff = 1
+    psi = np.ones(G.num_ws, np.float32)
+    psi[:cutoff] = 0.6
+    for batch in (1, 2, 5):
+        z = torch.randn(batch, G.z_dim)
+        c = torch.eye(3)[torch.arange(batch) % 3] if c_dim else None
+        inputs = {"z": z.numpy(), "truncation_psi": psi} | ({"c": c.numpy()} if c is not None else {})
+        (ws,) = mapping.run(["ws"], inputs)
+        np.testing.assert_allclose(ws, G.mapping(z, c, 0.6, cutoff), rtol=0, atol=1e-5)
+        (img,) = synthesis.run(["img"], {"ws": ws})
+        expected = G(z, c, 0.6, cutoff, noise_mode=noise_mode)
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(img, expected, rtol=0, atol=1e-4)
+
+
+def test_a_snapshot_without_an_averaged_generator_is_refused(tmp_path: Path) -> None:
+    snapshot = replace(make_snapshot(tmp_path / "n.pkl"), G_ema=None)
+    with pytest.raises(UserError, match=r"n\.pkl: holds no averaged generator \(G_ema\), which is what is exported"):
+        export_onnx(tmp_path / "g.onnx", snapshot)
+    assert [path.name for path in tmp_path.iterdir()] == ["n.pkl"]

@@ -1,0 +1,358 @@
+"""Hostile pickles: nothing in them runs, whatever they claim costs little, and each is refused with one message."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import random
+import struct
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_files import Call, Name, dumps
+
+from dnnlib.config import UserError
+from torch_utils.pickles import PickledModule, is_pickle, read_pickle
+
+LOAD = Name("torch.storage", "_load_from_bytes")
+REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
+PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Path:
+    """A file that code in a pickle would make."""
+    return tmp_path / "sentinel"
+
+
+def read(tmp_path: Path, data: bytes) -> Any:
+    path = tmp_path / "file.pkl"
+    path.write_bytes(data)
+    return read_pickle(path)
+
+
+def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 2) -> str:
+    """Read within seconds and little memory, and fail with one line that names the file."""
+    started = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=text) as caught:
+            read(tmp_path, data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'file.pkl'}: ")
+    assert "\n" not in message
+    assert len(message) < 400
+    assert peak < 50e6 + 50 * len(data)
+    assert time.monotonic() - started < seconds
+    return message
+
+
+def stored(x: torch.Tensor) -> bytes:
+    """What torch pickles the numbers of a tensor as."""
+    buffer = io.BytesIO()
+    torch.save(x.untyped_storage() if False else x.storage(), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
+def test_tensors_are_those_that_torch_wrote(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = (torch.randn(4, 3) * 9).to(dtype)
+    content = {"plain": x, "view": x.t()[1:], "parameter": torch.nn.Parameter(torch.randn(2)), "empty": x[:0]}
+    for protocol in (2, 3, 4, 5):
+        if protocol == 2:  # writes bytes as text, which no public snapshot does
+            continue
+        found = read(tmp_path, dumps(content, protocol))
+        for name, expected in content.items():
+            assert torch.equal(found[name], expected.detach()), name
+            assert found[name].dtype == expected.dtype
+    again = torch.load(io.BytesIO(stored(x)), weights_only=True)
+    assert torch.equal(torch.tensor(again.tolist()), torch.tensor(x.flatten().tolist()))
+
+
+def test_plain_values_come_out_as_pickle_reads_them(tmp_path: Path) -> None:
+    content = {
+        "numbers": [0, 1, -1, 255, 65536, -(2**40), 2**70, 1.5, True, None],
+        "text": ["", "é" * 300, "x" * 70_000],
+        "bytes": [b"", b"x" * 300],
+        "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+        "set": {1, 2, "three"},
+        "ordered": collections.OrderedDict([("b", 1), ("a", 2)]),
+        "nested": {"a": {"b": [{"c": 1}]}},
+        7: "a number for a key",
+    }
+    for protocol in (3, 4, 5):
+        assert read(tmp_path, dumps(content, protocol)) == pickle.loads(dumps(content, protocol))
+
+
+CODE: dict[str, Any] = {
+    "os.system": Call(Name("os", "system"), ("touch sentinel",)),
+    "posix.system": Call(Name("posix", "system"), ("touch sentinel",)),
+    "eval": Call(Name("builtins", "eval"), ("open('sentinel', 'w')",)),
+    "exec": Call(Name("builtins", "exec"), ("open('sentinel', 'w')",)),
+    "getattr chain": Call(Name("builtins", "getattr"), (Name("os", "path"), "os")),
+    "subclass": Call(Name("subprocess", "Popen"), (["touch", "sentinel"],)),
+    "torch.load": Call(Name("torch", "load"), ("sentinel",)),
+    "torch.save": Call(Name("torch", "save"), (1, "sentinel")),
+    "dotted": Call(Name("collections", "OrderedDict.fromkeys"), ([1],)),
+    "of an allowed module": Call(Name("torch.storage", "os"), ()),
+    "import_module": Call(Name("importlib", "import_module"), ("this",)),
+    "rebuild hook": Call(Name("torch._utils", "_rebuild_from_type_v2"), (1,)),
+    "numpy load": Call(Name("numpy", "load"), ("sentinel",)),
+    "our own": Call(Name("torch_utils.checkpoint", "write_file"), ("sentinel",)),
+    "pickle": Call(Name("pickle", "loads"), (b".",)),
+    "codecs": Call(Name("_codecs", "encode"), ("x", "latin1")),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_names_outside_of_the_table(
+    name: str, protocol: int, tmp_path: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    message = refused(
+        tmp_path, dumps({"G_ema": CODE[name]}, protocol), "which no snapshot needs; nothing of it was run"
+    )
+    assert CODE[name].parts[0].module in message
+    assert not sentinel.exists()
+    assert "this" not in set(sys.modules) - before
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_in_a_nested_stream(name: str, tmp_path: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(tmp_path, dumps(Call(LOAD, (dumps(CODE[name], 3),))), "which no snapshot needs")
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(2), buffer, pickle_protocol=2)
+    refused(tmp_path, dumps(Call(LOAD, (buffer.getvalue(),))), "instruction PERSID")  # a zip file begins with P
+    start = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    refused(tmp_path, dumps(Call(LOAD, (start + dumps(CODE[name], 3),))), "which no snapshot needs")
+    assert not sentinel.exists()
+
+
+def storage_stream(*, claimed: int = 2, count: int | None = None, data: bytes = b"\0" * 8, key: Any = None) -> bytes:
+    """A stream for a float tensor by hand; `claimed` elements in the pickle, `count` before the numbers."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if obj == "storage!":
+                return key or ("storage", torch.FloatStorage, "0", "cpu", claimed, None)
+            return None
+
+    buffer = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, "storage!", ["0"]):
+        Pickler(buffer, 2).dump(value)
+    return buffer.getvalue() + struct.pack("<q", claimed if count is None else count) + data
+
+
+def tensor(stream: bytes, offset: Any = 0, size: Any = (2,), stride: Any = (1,)) -> Call:
+    return Call(REBUILD, (Call(LOAD, (stream,)), offset, size, stride, False, collections.OrderedDict()))
+
+
+def test_the_stream_by_hand_is_one(tmp_path: Path) -> None:
+    data = struct.pack("<2f", 1.5, 2.5)
+    assert read(tmp_path, dumps(tensor(storage_stream(data=data)))).tolist() == [1.5, 2.5]
+
+
+HOSTILE_TENSORS: dict[str, Any] = {
+    "more than there is": tensor(storage_stream(claimed=2**40)),
+    "huge": tensor(storage_stream(claimed=2**62)),
+    "count contradicts": tensor(storage_stream(count=3)),
+    "too many bytes": tensor(storage_stream(data=b"\0" * 12)),
+    "no bytes": tensor(b""),
+    "no storage": Call(REBUILD, (5, 0, (2,), (1,), False, ())),
+    "too few arguments": Call(REBUILD, ()),
+    "negative size": tensor(storage_stream(), size=(-2,)),
+    "beyond the numbers": tensor(storage_stream(), size=(3,)),
+    "offset": tensor(storage_stream(), offset=1),
+    "negative offset": tensor(storage_stream(), offset=-1),
+    "stride": tensor(storage_stream(), size=(2, 2), stride=(2**39, 1)),
+    "negative stride": tensor(storage_stream(), stride=(-1,)),
+    "expanded": tensor(storage_stream(), size=(2**39,), stride=(0,)),
+    "overflow": tensor(storage_stream(), size=(2**39, 2**39, 2**39), stride=(0, 0, 0)),
+    "text": tensor(storage_stream(), size=("2",)),
+    "size of another kind": tensor(storage_stream(), size=[2]),
+    "dimensions": tensor(storage_stream(), size=(1,) * 1000, stride=(0,) * 1000),
+    "other key": tensor(storage_stream(key=("module", torch.FloatStorage, "0", "cpu", 2, None))),
+    "view": tensor(storage_stream(key=("storage", torch.FloatStorage, "0", "cpu", 2, ("1", 0, 2)))),
+    "type": tensor(storage_stream(key=("storage", "float", "0", "cpu", 2, None))),
+    "number for bytes": Call(LOAD, (5,)),
+    "parameter": Call(Name("torch._utils", "_rebuild_parameter"), ("x", True, ())),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TENSORS)
+def test_hostile_tensors(name: str, tmp_path: Path) -> None:
+    refused(tmp_path, dumps({"x": HOSTILE_TENSORS[name]}))
+
+
+HOSTILE_CALLS: dict[str, Any] = {
+    "module without meta": Call(PERSISTENT, (5,)),
+    "function": Call(PERSISTENT, ({"type": "func", "version": 6, "state": {}, "class_name": "f"},)),
+    "version": Call(PERSISTENT, ({"type": "class", "version": 7, "state": {}, "class_name": "f"},)),
+    "no state": Call(PERSISTENT, ({"type": "class", "version": 6, "class_name": "f"},)),
+    "no name": Call(PERSISTENT, ({"type": "class", "version": 6, "class_name": 5, "state": {}},)),
+    "dict of a number": Call(Name("collections", "OrderedDict"), (5,)),
+    "dict of numbers": Call(Name("collections", "OrderedDict"), ([5],)),
+    "set of text": Call(Name("builtins", "set"), ("abc",)),
+    "set of lists": Call(Name("builtins", "set"), ([[1]],)),
+    "object type": Call(Name("numpy", "dtype"), ("O8", False, True)),
+    "type list": Call(Name("numpy", "dtype"), ([("a", "O")],)),
+    "short scalar": Call(Name("numpy._core.multiarray", "scalar"), (Call(Name("numpy", "dtype"), ("f8",)), b"1234")),
+    "scalar of no type": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
+    "state of a dict": Call(Name("collections", "OrderedDict"), (), {"__class__": 1}),
+    "state of a module": Call(
+        PERSISTENT, ({"type": "class", "version": 6, "class_name": "f", "state": {}},), {"__class__": 1}
+    ),
+    "state of a type": Call(Name("numpy", "dtype"), ("f8",), (3, ">", None, None, None, -1, -1, 0)),
+    "short state": Call(Name("numpy", "dtype"), ("f8",), (3,)),
+    "call of a call": Call(Name("builtins", "set"), ([(1, 2)],)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CALLS)
+def test_allowed_names_with_hostile_arguments(name: str, tmp_path: Path) -> None:
+    refused(tmp_path, dumps({"x": HOSTILE_CALLS[name]}))
+
+
+PROTO = b"\x80\x04"
+BYTES: dict[str, tuple[bytes, str]] = {
+    "extension registry 1": (PROTO + b"\x82\x01.", "instruction EXT1"),
+    "extension registry 2": (PROTO + b"\x83\x01\x00.", "instruction EXT2"),
+    "extension registry 4": (PROTO + b"\x84\x01\x00\x00\x00.", "instruction EXT4"),
+    "persistent id": (PROTO + b"K\x01Q.", "persistent id"),
+    "persistent id as text": (PROTO + b"Pname\n.", "instruction PERSID"),
+    "INST": (PROTO + b"(ios\nsystem\n.", "instruction INST"),
+    "OBJ": (PROTO + b"(K\x01o.", "instruction OBJ"),
+    "NEWOBJ_EX": (PROTO + b"}}}\x92.", "instruction NEWOBJ_EX"),
+    "out-of-band buffer": (b"\x80\x05\x97.", "instruction NEXT_BUFFER"),
+    "byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".", "instruction BYTEARRAY8"),
+    "long text": (PROTO + b"\x8d" + struct.pack("<Q", 2**60) + b"x.", "damaged"),
+    "long bytes": (PROTO + b"\x8e" + struct.pack("<Q", 2**62) + b"x.", "damaged"),
+    "long number": (PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.", "instruction LONG4"),
+    "memo far away, unread": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "instruction POP"),
+    "memo that is not there": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
+    "2 GB of bytes": (PROTO + b"B" + struct.pack("<I", 2**31) + b"x.", "damaged"),
+    "2 GB of text": (PROTO + b"X" + struct.pack("<I", 2**31) + b"x.", "damaged"),
+    "nothing": (PROTO + b".", "one value"),
+    "two values": (PROTO + b"K\x01K\x02.", "one value"),
+    "open mark": (PROTO + b"K\x01(.", "one value"),
+    "no mark": (PROTO + b"t.", "mark"),
+    "append to a number": (PROTO + b"K\x01K\x02a.", "list"),
+    "item of a list": (PROTO + b"]K\x01K\x02s.", "dict"),
+    "append to the value below a mark": (PROTO + b"](K\x01a.", "value is missing"),
+    "key without value": (PROTO + b"}(K\x01u.", "key"),
+    "call of a number": (PROTO + b"K\x01)R.", "no name"),
+    "call without tuple": (PROTO + b"cbuiltins\nset\nK\x01R.", "no name"),
+    "name of numbers": (PROTO + b"K\x01K\x02\x93.", "no text"),
+    "class as a key": (PROTO + b"}cbuiltins\nset\nK\x01s.", "key of type"),
+    "unknown instruction": (PROTO + b"\xff.", "damaged"),
+    "protocol 9": (b"\x80\x09K\x01.", "protocol"),
+    "trailing data": (PROTO + b"K\x01.x", "follows"),
+    "empty": (b"", "empty"),
+    "STRING, whose escapes would be read": (PROTO + b"S'\\e'\n.", "instruction STRING"),
+    "GET": (PROTO + b"g1\n.", "instruction GET"),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_hostile_instructions(name: str, tmp_path: Path) -> None:
+    data, text = BYTES[name]
+    refused(tmp_path, data, text)
+
+
+@pytest.mark.parametrize("count", [1_000, 120_000])
+def test_deep_nesting(count: int, tmp_path: Path) -> None:
+    tuples, lists = PROTO + b")" + b"\x85" * count, PROTO + b"(" * count
+    refused(tmp_path, lists + b"l" * count + b".", "nested too deeply|instruction", 20)
+    refused(tmp_path, PROTO + b"}" + tuples[2:] + b"K\x01s.", "key of type tuple|more instructions", 20)
+    refused(tmp_path, PROTO + b"\x8f(" + tuples[2:] + b"\x90.", "key of type tuple|more instructions", 20)
+    refused(tmp_path, PROTO + b"]" * count + b".", "nested too deeply|one value", 20)
+    if count < 120_000:
+        assert isinstance(read(tmp_path, tuples + b"."), tuple)
+
+
+def test_more_instructions_than_any_file_needs(tmp_path: Path) -> None:
+    refused(tmp_path, PROTO + b"]" + b"K\x01a" * 260_000 + b".", "more instructions", 20)
+
+
+def test_bombs_of_references(tmp_path: Path) -> None:
+    stream = storage_stream(claimed=250_000, data=b"\0" * 1_000_000)
+    again = PROTO + b"]" + dumps(stream)[2:-1] + b"r\x63\x00\x00\x000".replace(b"0", b"")
+    load = b"ctorch.storage\n_load_from_bytes\nj\x63\x00\x00\x00\x85Ra"
+    refused(tmp_path, again + b"a" + load * 10_000 + b".", "more storage bytes")
+
+    pairs = dumps([("a", 1)] * 10_000)[2:-1] + b"r\x63\x00\x00\x00"
+    build = b"ccollections\nOrderedDict\nj\x63\x00\x00\x00\x85Ra"
+    refused(tmp_path, PROTO + b"]" + pairs + b"a" + build * 10_000 + b".", "more instructions")
+
+    view = tensor(storage_stream(claimed=10_000, data=b"\0" * 40_000), size=(10_000,))
+    views = [view] * 3  # pickled once and referred to twice
+    assert len(read(tmp_path, dumps(views))) == 3
+    storage = Call(LOAD, (storage_stream(claimed=10_000, data=b"\0" * 40_000),))
+    copies = [Call(REBUILD, (storage, 0, (10_000,), (1,), False, ())) for _ in range(100)]
+    refused(tmp_path, dumps(copies), "more numbers")
+
+
+def module_with(modules: dict[str, Any]) -> Call:
+    state = {"_parameters": {}, "_buffers": {}, "_modules": modules}
+    return Call(PERSISTENT, ({"type": "class", "version": 6, "class_name": "Layer", "state": state},))
+
+
+def test_modules_that_hold_each_other(tmp_path: Path) -> None:
+    top = module_with({})
+    for _ in range(25):
+        top = module_with({"a": top, "b": top})
+    found = read(tmp_path, dumps(top))
+    assert isinstance(found, PickledModule)
+    with pytest.raises(UserError, match="more than any network"):
+        found.tensors()
+    looped: dict[str, Any] = {}
+    module = PickledModule("Loop", {"_parameters": {}, "_buffers": {}, "_modules": looped})
+    looped["again"] = module
+    with pytest.raises(UserError, match="more than any network"):
+        module.tensors()
+    for kind, value, text in (("_parameters", 5, "no tensor"), ("_modules", 5, "no module")):
+        state: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}, kind: {"x": value}}
+        with pytest.raises(UserError, match=text):
+            PickledModule("Layer", state).tensors()
+    with pytest.raises(UserError, match="has no _parameters"):
+        PickledModule("Layer", {}).tensors()
+
+
+def test_files_that_are_cut_off_or_damaged(tmp_path: Path) -> None:
+    data = dumps({"x": torch.nn.Parameter(torch.arange(6.0)), "y": [1, "two", (3.0,)], "z": {1}})
+    for length in range(0, len(data), 3):
+        refused(tmp_path, data[:length])
+    rng = random.Random(0)
+    outcomes = collections.Counter[str]()
+    for _ in range(1000):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            read(tmp_path, bytes(damaged))
+            outcomes["read"] += 1  # a flip within a number or a text
+        except UserError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 250
+
+
+def test_what_counts_as_a_pickle(tmp_path: Path) -> None:
+    pickles = {b"\x80\x04N.": True, b"": False, b"\x80": False, b"PK\x03\x04": False, b"(lp0\n.": False}
+    for data, expected in pickles.items():
+        (tmp_path / "f").write_bytes(data)
+        assert is_pickle(tmp_path / "f") is expected

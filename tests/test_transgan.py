@@ -1,0 +1,674 @@
+"""TransGAN's networks: every layer and both networks against an independent float64 evaluation of their equations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import erf
+from test_networks import below, close, ref_mapping, state_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnnlib.config import ConfigError
+from training.config import PRESETS, Circumstances, resolve
+from training.networks import execution
+from training.networks.grid_attention import (
+    AxisAttention,
+    CellAttention,
+    NystromAttention,
+    RelativePosition,
+    from_cells,
+    pseudo_inverse,
+    to_cells,
+)
+from training.networks.styleformer import StyleformerConfig
+from training.networks.transgan import (
+    Antialias,
+    BicubicUpsampling,
+    PixelShuffle,
+    TransGANConfig,
+    published_stages,
+)
+from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
+from training.networks.vit import Block, BlockConfig
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+State = dict[str, Array]
+
+TINY = TransGANConfig(
+    z_dim=5, w_dim=5, img_channels=2, base=(2, 4), widths=(16, 16, 4), layers=(1, 2, 1), num_heads=2, full_upto=4,
+    window=4,
+)  # fmt: skip
+VARIANTS = {
+    "grid above 4": TINY,
+    "full": dataclasses.replace(TINY, attention="full"),
+    "axis": dataclasses.replace(TINY, attention="axis"),
+    "nystrom": dataclasses.replace(TINY, attention="nystrom", landmarks=8),
+    "layer norm": dataclasses.replace(TINY, norm="layer"),
+    "absolute positions": dataclasses.replace(TINY, position="absolute"),
+    "relative positions": dataclasses.replace(TINY, position="relative"),
+    "latent tokens, antialias, no blocks at first": dataclasses.replace(
+        TINY, latent_tokens=3, antialias=1, layers=(0, 1, 1)
+    ),
+    "conditional": dataclasses.replace(TINY, c_dim=3),
+    "mapping network, conditional": dataclasses.replace(TINY, mapping_layers=2, w_dim=6, c_dim=3),
+    "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
+    "two pixel shuffles": dataclasses.replace(TINY, widths=(32, 8, 2), antialias=2),
+}
+TINY_D = TransGANDiscriminatorConfig(
+    img_channels=2, img_size=(16, 32), patch=2, widths=(6, 2, 4), layers=(2, 1, 1), local_layers=(1, 0, 0),
+    num_heads=2, window=4,
+)  # fmt: skip
+D_VARIANTS = {
+    "grid": TINY_D,
+    "full": dataclasses.replace(TINY_D, attention="full"),
+    "axis": dataclasses.replace(TINY_D, attention="axis"),
+    "nystrom": dataclasses.replace(TINY_D, attention="nystrom", landmarks=16),
+    "token norm": dataclasses.replace(TINY_D, norm="token"),
+    "absolute positions": dataclasses.replace(TINY_D, position="absolute"),
+    "relative positions": dataclasses.replace(TINY_D, position="relative"),
+    "one scale": dataclasses.replace(TINY_D, multi_scale=False),
+    "overlapping patches": dataclasses.replace(TINY_D, overlap=True),
+    "conditional": dataclasses.replace(TINY_D, c_dim=3),
+}
+
+
+@torch.no_grad()
+def build(config: Any) -> Any:
+    """A float64 network in which no parameter is trivial or small."""
+    torch.manual_seed(0)
+    network = config.build().double()
+    for parameter in network.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    network.requires_grad_(True)
+    if isinstance(config, TransGANConfig):
+        network.mapping.w_avg.normal_()
+    return network
+
+
+# The reference: numpy, float64, from the equations, token by token.
+
+
+def ref_linear(x: Array, state: State, name: str) -> Array:
+    y = np.einsum("...i,oi->...o", x, state[f"{name}.weight"])
+    return y + state.get(f"{name}.bias", np.zeros(y.shape[-1]))
+
+
+def ref_norm(x: Array, state: State, name: str) -> Array:
+    """LayerNorm where there is a weight, else token-wise."""
+    if f"{name}.weight" not in state:
+        return x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-8)
+    centred = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
+    return centred * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def ref_softmax(x: Array) -> Array:
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def ref_attention(q: Array, k: Array, v: Array, heads: int, bias: Array | None = None) -> Array:
+    """Softmax attention, head by head; bias (heads, N, M), -inf where a query must not look."""
+    out = np.zeros_like(q)
+    D = q.shape[2] // heads
+    for b in range(len(q)):
+        for h in range(heads):
+            part = slice(h * D, (h + 1) * D)
+            scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(D)
+            out[b, :, part] = ref_softmax(scores if bias is None else scores + bias[h]) @ v[b, :, part]
+    return out
+
+
+def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
+    q, k, v = (x.detach().numpy() for x in tokens)
+    return ref_attention(q, k, v, 2, bias)
+
+
+def ref_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
+    """Bias of all pairs of tokens of the grid: -inf between cells, inside one the table's entry of their offset."""
+    height, width = grid
+    N = height * width
+    bias = np.full((heads, N, N), -np.inf)
+    for i in range(N):
+        for j in range(N):
+            (y, x), (v, u) = divmod(i, width), divmod(j, width)
+            if y // cell[0] == v // cell[0] and x // cell[1] == u // cell[1]:
+                bias[:, i, j] = 0 if table is None else table[y - v + cell[0] - 1, x - u + cell[1] - 1]
+    return bias
+
+
+def ref_nystrom(q: Array, k: Array, v: Array, heads: int, landmarks: int) -> Array:
+    out = np.zeros_like(q)
+    D, N = q.shape[2] // heads, q.shape[1]
+    segments = np.kron(np.eye(landmarks), np.ones((1, N // landmarks))) / (N // landmarks)
+    for b in range(len(q)):
+        for h in range(heads):
+            Q, K, V = (x[b, :, h * D : (h + 1) * D] for x in (q, k, v))
+            left, right = (segments @ Q), (segments @ K)
+            F, A, B = (ref_softmax(x @ y.T / math.sqrt(D)) for x, y in ((Q, right), (left, right), (left, K)))
+            Z = A.T / (np.linalg.norm(A, 1) * np.linalg.norm(A, np.inf))
+            one = np.eye(landmarks)
+            for _ in range(6):
+                AZ = A @ Z
+                Z = Z @ (13 * one - AZ @ (15 * one - AZ @ (7 * one - AZ))) / 4
+            out[b, :, h * D : (h + 1) * D] = F @ Z @ (B @ V)
+    return out
+
+
+def ref_form(
+    q: Array, k: Array, v: Array, state: State, config: BlockConfig, grid: tuple[int, int], form: str
+) -> Array:
+    """Attention as `form` says, windows as attention among all tokens under a mask."""
+    heads, (height, width) = config.num_heads, grid
+    if form == "nystrom":
+        return ref_nystrom(q, k, v, heads, config.landmarks)
+    if form == "axis":
+        rows, columns = (
+            ref_bias(state.get(f"{name}.relative.table"), grid, cell, heads)
+            for name, cell in (("rows", (1, width)), ("columns", (height, 1)))
+        )
+        return ref_attention(q, k, ref_attention(q, k, v, heads, rows), heads, columns)
+    cell = grid if form == "full" else (config.window, config.window)
+    return ref_attention(q, k, v, heads, ref_bias(state.get("relative.table"), grid, cell, heads))
+
+
+def ref_block(
+    x: Array,
+    state: State,
+    config: BlockConfig,
+    grid: tuple[int, int],
+    form: str,
+    latents: Array | None = None,
+    clamp: float | None = None,
+) -> Array:
+    C = x.shape[2]
+    qkv = ref_linear(ref_norm(x, state, "norm1"), state, "qkv")
+    q, k, v = qkv[:, :, :C], qkv[:, :, C : 2 * C], qkv[:, :, 2 * C :]
+    attended = ref_form(q, k, v, below(state, "attention."), config, grid, form)
+    x = x + ref_linear(attended, state, "out")
+    if latents is not None:
+        kv = ref_linear(latents, state, "cross.kv")
+        q = ref_linear(ref_norm(x, state, "cross_norm"), state, "cross.q")
+        x = x + ref_linear(ref_attention(q, kv[:, :, :C], kv[:, :, C:], config.num_heads), state, "cross.out")
+    hidden = ref_linear(ref_norm(x, state, "norm2"), state, "fc1")
+    x = x + ref_linear(hidden * (1 + erf(hidden / math.sqrt(2))) / 2, state, "fc2")
+    return x if clamp is None else np.clip(x, -clamp, clamp)
+
+
+def ref_bicubic(x: Array) -> Array:
+    """Twice as many samples along axis 1: Keys' kernel with a = -3/4, centres aligned, borders repeated."""
+
+    def kernel(t: float) -> float:
+        t, a = abs(t), -0.75
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+    n = x.shape[1]
+    out = np.zeros((x.shape[0], 2 * n, *x.shape[2:]))
+    for i in range(2 * n):
+        place = (i + 0.5) / 2 - 0.5
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            out[:, i] += kernel(place - j) * x[:, min(max(j, 0), n - 1)]
+    return out
+
+
+def ref_shuffle(x: Array) -> Array:
+    """Maps (B, h, w, C) to (B, 2h, 2w, C/4): pixel (2y + i, 2x + j), channel c is channel 4c + 2i + j of (y, x)."""
+    B, h, w, C = x.shape
+    out = np.zeros((B, 2 * h, 2 * w, C // 4))
+    for i in range(2):
+        for j in range(2):
+            out[:, i::2, j::2] = x[:, :, :, 2 * i + j :: 4]
+    return out
+
+
+def ref_low_pass(x: Array) -> Array:
+    for axis in (1, 2):
+        padded = np.pad(x, [(int(a == axis),) * 2 for a in range(4)])
+        before, here, after = (np.take(padded, range(s, s + x.shape[axis]), axis) for s in range(3))
+        x = before / 4 + here / 2 + after / 4
+    return x
+
+
+def ref_synthesis(w: Array, state: State, config: TransGANConfig) -> Array:
+    B = len(w)
+    x = ref_linear(w, state, "stem").reshape(B, *config.base, config.widths[0])
+    latents = None
+    if config.latent_tokens:
+        latents = ref_linear(w, state, "latent_stem").reshape(B, config.latent_tokens, config.widths[0])
+        latents = latents + state["latent_position"]
+    for index, (grid, width) in enumerate(zip(config.grids, config.widths, strict=True)):
+        stage = below(state, f"stages.{index}.")
+        if index and width == config.widths[index - 1]:
+            x = ref_bicubic(ref_bicubic(x).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+        elif index:
+            x = ref_shuffle(x)
+        if index and index >= len(config.widths) - config.antialias:
+            x = ref_low_pass(x)
+        tokens = x.reshape(B, -1, width) + stage.get("position", 0)
+        form = "full" if max(grid) <= config.full_upto else config.attention
+        for number in range(config.layers[index]):
+            block = below(stage, f"blocks.{number}.")
+            tokens = ref_block(tokens, block, config, grid, form, latents, config.conv_clamp)
+        x = tokens.reshape(B, *grid, width)
+    return ref_linear(x, state, "torgb").transpose(0, 3, 1, 2)
+
+
+def ref_patches(img: Array, state: State, patch: int, size: int) -> Array:
+    """A linear map of every patch of `size` pixels, `patch` apart, with zeros outside -> (B, h, w, C)."""
+    margin = (size - patch) // 2
+    img = np.pad(img, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
+    height, width = (img.shape[2] - size) // patch + 1, (img.shape[3] - size) // patch + 1
+    out = np.zeros((len(img), height, width, len(state["weight"])))
+    for y in range(height):
+        for x in range(width):
+            part = img[:, :, y * patch : y * patch + size, x * patch : x * patch + size]
+            out[:, y, x] = np.einsum("bchw,ochw->bo", part, state["weight"]) + state["bias"]
+    return out
+
+
+def ref_discriminate(img: Array, c: Array | None, state: State, config: TransGANDiscriminatorConfig) -> Array:
+    B, x = len(img), np.zeros((len(img), 0, 0, 0))
+    for index, grid in enumerate(config.grids):
+        embedding, blocks = below(state, f"embeddings.{index}."), below(state, f"scales.{index}.")
+        patch = config.patch * 2**index
+        if index:
+            x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+        if "conv.weight" in embedding:
+            size = 2 * patch if config.overlap and index == 0 else patch
+            seen = ref_patches(img, below(embedding, "conv."), patch, size)
+            x = seen if index == 0 else np.concatenate([x, seen], axis=3)
+        tokens = x.reshape(B, -1, x.shape[3]) + embedding.get("position", 0)
+        for number in range(config.layers[index]):
+            form = config.attention if number < config.local_layers[index] else "full"
+            tokens = ref_block(tokens, below(blocks, f"{number}."), config, grid, form)
+        x = tokens.reshape(B, *grid, -1)
+    tokens = np.concatenate([np.broadcast_to(state["cls"], (B, 1, x.shape[3])), tokens], axis=1)
+    tokens = ref_block(tokens, below(state, "last_block."), config, (1, tokens.shape[1]), "full")
+    features = ref_norm(tokens, state, "norm")[:, 0]
+    logits = ref_linear(features, state, "head")
+    if c is not None:
+        logits = logits + (features * (c @ state["embed"])).sum(axis=1, keepdims=True) / math.sqrt(features.shape[1])
+    return logits
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_generator_equals_the_equations(name: str) -> None:
+    config = VARIANTS[name]
+    G = build(config)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(3, config.z_dim))
+    c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
+    if config.mapping_layers:
+        w = ref_mapping(z, c, state_of(G.mapping), 1, config.mapping_layers)[:, 0]
+    else:
+        w = z if c is None else z + c @ state_of(G.mapping)["embed"]
+    expected = ref_synthesis(w, state_of(G.synthesis), config)
+    labels = None if c is None else torch.from_numpy(c)
+    close(G(torch.from_numpy(z), labels), expected)
+    assert expected.shape[1:] == G.img_shape == (2, 8, 16)
+    w_avg = state_of(G.mapping)["w_avg"]
+    truncated = ref_synthesis(w_avg + 0.6 * (w - w_avg), state_of(G.synthesis), config)
+    close(G(torch.from_numpy(z), labels, truncation_psi=0.6), truncated)
+
+
+@pytest.mark.parametrize("name", D_VARIANTS)
+def test_discriminator_equals_the_equations(name: str) -> None:
+    config = D_VARIANTS[name]
+    D = build(config)
+    img = np.random.default_rng(0).normal(size=(3, 2, *config.img_size))
+    c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
+    expected = ref_discriminate(img, c, state_of(D), config)
+    close(D(torch.from_numpy(img), None if c is None else torch.from_numpy(c)), expected)
+    assert expected.shape == (3, 1)
+    assert expected.std() > 1e-3
+
+
+def test_relative_positions_are_the_table_by_offset() -> None:
+    relative = RelativePosition(3, (3, 4)).double()
+    assert relative.table.shape == (5, 7, 3)
+    assert 0 < relative.table.std() < 0.04
+    close(relative(), ref_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
+
+
+def test_cells_are_windows_row_by_row() -> None:
+    x = torch.arange(4 * 6).view(1, 24, 1)
+    cells = to_cells(x, (4, 6), (2, 3))
+    assert cells.squeeze(2).tolist() == [
+        [0, 1, 2, 6, 7, 8],
+        [3, 4, 5, 9, 10, 11],
+        [12, 13, 14, 18, 19, 20],
+        [15, 16, 17, 21, 22, 23],
+    ]
+    assert torch.equal(from_cells(cells, (4, 6), (2, 3)), x)
+
+
+def qkv(N: int, C: int, size: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    return [torch.randn(2, N, C, generator=generator, dtype=torch.float64) * size for _ in range(3)]
+
+
+@pytest.mark.parametrize("use_relative", [False, True])
+def test_a_window_of_the_grids_size_is_full_attention(use_relative: bool) -> None:
+    attention = CellAttention(2, (4, 6), (4, 6), use_relative=use_relative).double()
+    table = None if attention.relative is None else attention.relative.table.detach().numpy()
+    q, k, v = qkv(24, 8)
+    close(attention(q, k, v), ref_two_heads([q, k, v], ref_bias(table, (4, 6), (4, 6), 2)))
+
+
+def test_axis_attention_reaches_every_token_by_two_steps() -> None:
+    """One token's value reaches its row by the first step and, from there, all columns."""
+    attention = AxisAttention(2, (3, 5), use_relative=True).double()
+    q, k, v = qkv(15, 4)
+    v.requires_grad_()
+    row = attention.rows(q, k, v)[0].sum(dim=1).view(3, 5)
+    (reached,) = torch.autograd.grad(row[1, 2], v, retain_graph=True)
+    assert torch.equal(reached[0].abs().sum(dim=1).view(3, 5) > 0, torch.arange(3)[:, None].expand(3, 5) == 1)
+    (reached,) = torch.autograd.grad(attention(q, k, v)[0, 7].sum(), v)
+    assert (reached[0].abs().sum(dim=1) > 0).all()
+
+
+def test_nystrom_with_all_tokens_as_landmarks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After enough iterations; with fewer landmarks it is an approximation, better than the mean of the values."""
+    q, k, v = qkv(16, 8)
+    exact = ref_two_heads([q, k, v])
+    monkeypatch.setattr(NystromAttention, "ITERATIONS", 20)
+    close(NystromAttention(2, 16)(q, k, v), exact)
+    smooth = [F.interpolate(x.mT, 64, mode="linear").mT / 4 for x in (q, k, v)]
+    wanted = torch.from_numpy(ref_two_heads(smooth))
+    error = (NystromAttention(2, 16)(*smooth) - wanted).norm()
+    assert error < 0.1 * (smooth[2].mean(dim=1, keepdim=True) - wanted).norm()
+
+
+def test_pseudo_inverse_is_numpys() -> None:
+    A = torch.rand(2, 3, 6, 6, dtype=torch.float64) + 2 * torch.eye(6)
+    close(pseudo_inverse(A, 20), np.linalg.pinv(A.numpy()))
+
+
+def test_upsamplings_equal_their_formulas() -> None:
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    maps = x.view(2, 3, 4, 8).numpy()
+    close(PixelShuffle((3, 4))(x), ref_shuffle(maps).reshape(2, 48, 2))
+    rows = ref_bicubic(maps)
+    expected = ref_bicubic(rows.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    close(BicubicUpsampling((3, 4)).double()(x), expected.reshape(2, 48, 8))
+    close(Antialias((3, 4))(x), ref_low_pass(maps).reshape(2, 12, 8))
+
+
+# Derivatives, precision, memory.
+
+
+@pytest.mark.parametrize(
+    ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
+)
+def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
+    """By the input and by all parameters, in the form of the phases that need them."""
+    config = BlockConfig(num_heads=2, norm=norm, attention=form, window=2, landmarks=2)
+    torch.manual_seed(0)
+    attention = config.build_attention((2, 4), is_full=False)
+    block = Block(config, 4, attention, other_width=3).double()
+    x, others = (torch.randn(1, n, C, dtype=torch.float64, requires_grad=True) for n, C in ((8, 4), (2, 3)))
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(x: Tensor, others: Tensor, *parameters: Tensor) -> Tensor:
+        with execution.using(twice_differentiable=True):
+            out: Tensor = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, others))
+        return out
+
+    parameters = [parameter.detach().requires_grad_() for parameter in block.parameters()]
+    assert torch.autograd.gradcheck(run, (x, others, *parameters))
+    chosen = [i for i, name in enumerate(names) if "table" in name or name in ("qkv.weight", "cross.kv.weight")]
+
+    def of_few(x: Tensor, *few: Tensor) -> Tensor:
+        mixed = list(parameters)
+        for i, parameter in zip(chosen, few, strict=True):
+            mixed[i] = parameter
+        return run(x, others.detach(), *mixed)
+
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    few = [parameters[i].clone().requires_grad_() for i in chosen]
+    assert torch.autograd.gradgradcheck(of_few, (x, *few))
+
+
+def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Gradients, by the parameters, of the squared gradient by the input, as in R1, path length and WGAN-GP."""
+    with execution.using(twice_differentiable=True):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(x, None).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), list(network.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_D, D_VARIANTS["axis"], VARIANTS["nystrom"]])
+def test_penalties_pass_through_both_networks(config: Any) -> None:
+    """Against finite differences of the penalty along the gradient that was found."""
+    network = build(config)
+    torch.manual_seed(1)
+    x = torch.randn(2, *(network.img_shape if network.__class__.__name__.endswith("Discriminator") else [5]))
+    slopes = [g if g is not None else torch.zeros_like(p) for g, p in zip(penalty(network, x.double()),
+              network.parameters(), strict=True)]  # fmt: skip
+    norm = math.sqrt(sum(g.square().sum().item() for g in slopes))
+
+    def value(step: float) -> float:
+        moved = {name: p.detach() + step / norm * g
+                 for (name, p), g in zip(network.named_parameters(), slopes, strict=True)}  # fmt: skip
+        with execution.using(twice_differentiable=True):
+            y = x.double().requires_grad_()
+            out = torch.func.functional_call(network, moved, (y, None))
+            (gradient,) = torch.autograd.grad(out.square().sum(), y)
+        return gradient.square().sum().item()
+
+    assert (value(1e-5) - value(-1e-5)) / 2e-5 == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["grid", "axis", "nystrom"])
+def test_reduced_precision_is_close(dtype: torch.dtype, form: Any) -> None:
+    torch.manual_seed(0)
+    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
+    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
+    with torch.no_grad():
+        img = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
+        logits = D(img, None)
+        with execution.using(reduced=dtype):
+            short = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
+            short_logits = D(img, None)
+    assert short.dtype == short_logits.dtype == torch.float32
+    assert 0 < (short - img).std() < 0.02 * img.std()
+    assert 0 < (short_logits - logits).abs().max() < 0.02 * logits.abs().max()
+
+
+@pytest.mark.parametrize("config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D])
+def test_recomputation_changes_nothing(config: Any) -> None:
+    network = build(config)
+    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (5,)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    gradients = []
+    for recompute in (False, True):
+        with execution.using(recompute=recompute):
+            out = network(x, None).square().sum()
+            gradients.append(torch.autograd.grad(out, list(network.parameters())[-3:]))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", [*VARIANTS.values(), *D_VARIANTS.values()], ids=[*VARIANTS, *D_VARIANTS])
+def test_every_parameter_learns(config: Any) -> None:
+    network = build(config)
+    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (config.z_dim,)
+    c = torch.eye(3, dtype=torch.float64)[:2] if config.c_dim else None
+    out = network(torch.randn(2, *shape, dtype=torch.float64), c)
+    (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+# Configurations.
+
+
+def count(config: Any) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.build().parameters())
+
+
+# Published numbers of parameters in millions; those of the CelebA presets are not, see docs/transgan.md.
+@pytest.mark.parametrize(
+    ("preset", "size", "published", "g_count", "d_count"),
+    [
+        ("transgan-cifar", 32, ("83.3", "10.2"), 83_287_407, 10_200_025),
+        ("transgan-stl10", 48, ("168.5", "10.3"), 168_466_623, 10_341_529),
+        ("transgan-celeba64", 64, None, 202_953_927, 16_396_617),
+        ("transgan-celeba128", 128, None, 204_215_447, 17_709_641),
+        ("transgan-church256", 256, ("205.3", "17.8"), 205_291_927, 17_754_569),
+        ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_235, 13_334_593),
+    ],
+)
+def test_presets_have_the_published_numbers_of_parameters(
+    preset: str, size: int, published: tuple[str, str] | None, g_count: int, d_count: int
+) -> None:
+    config = resolve(PRESETS[preset], Circumstances(img_shape=(3, size, size), c_dim=0))
+    counts = count(config.generator), count(config.discriminator)
+    assert counts == (g_count, d_count)
+    assert published is None or tuple(f"{n / 1e6:.1f}" for n in counts) == published
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("transgan")])
+def test_presets_have_the_published_schedule(preset: str) -> None:
+    config = PRESETS[preset]
+    is_stl10 = preset == "transgan-stl10"
+    loss = config.loss
+    assert (loss.objective, loss.n_critic, loss.g_batch_scale) == ("wgangp-eps", 5 if is_stl10 else 4, 2)
+    assert config.batch_size == (32 if is_stl10 else 64)
+    for adam in (config.g_optimizer, config.d_optimizer):
+        assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
+    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    assert (config.ema.kimg, config.ema.rampup, config.data.mirror) == (500, None, True)
+    fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
+    assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
+
+
+def test_initial_weights() -> None:
+    """Linear layers of G as PyTorch has them, those of D from N(0, 0.02^2), its convolutions Xavier's."""
+    torch.manual_seed(0)
+    G: Any = TransGANConfig(z_dim=32, w_dim=32, widths=(256,), layers=(1,)).build()
+    weight = G.synthesis.stages[0].blocks[0].fc1.weight
+    assert weight.abs().max() <= 1 / 16
+    assert weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.02)
+    D: Any = TransGANDiscriminatorConfig(widths=(256,), layers=(1,), local_layers=(0,), img_size=(16, 16)).build()
+    for linear in (D.scales[0][0].fc1, D.last_block.qkv):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not D.head.bias.any()
+    bound = math.sqrt(6 / (12 + 256 * 4))  # of U(-bound, bound), by fan-in and fan-out
+    assert 0.95 * bound < D.embeddings[0].conv.weight.abs().max() <= bound
+
+
+def test_freeze_d_takes_patches_and_blocks_from_the_image_on() -> None:
+    D: Any = TINY_D.build()
+    layers = D.layers_from_image()
+    assert len(layers) == 3 + 2 + 1 + 1
+    assert layers[0] is D.embeddings[0]
+    assert layers[1] is D.scales[0][0]
+    assert layers[3] is D.embeddings[1]
+    frozen = {id(p) for layer in layers for p in layer.parameters()}
+    left = {name.split(".")[0] for name, p in D.named_parameters() if id(p) not in frozen}
+    assert left == {"cls", "last_block", "norm", "head"}
+
+
+@pytest.mark.parametrize(
+    ("size", "widths", "layers"),
+    [
+        (8, (1024,), (5,)),
+        (32, (1024, 256, 64), (5, 4, 2)),
+        (64, (1024, 1024, 1024, 256), (5, 4, 4, 4)),
+        (256, (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)),
+        (512, (1024, 1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4, 4)),
+    ],
+)
+def test_fit_chooses_the_published_stages(size: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> None:
+    config = TransGANConfig(**TransGANConfig.OPEN).fit(size, size)
+    assert (config.widths, config.layers, config.img_size) == (widths, layers, (size, size))
+    assert published_stages(len(widths)) == (widths, layers)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "grids"),
+    [
+        ((8, 8), 2, ((4, 4), (2, 2))),
+        ((48, 48), 2, ((24, 24), (12, 12))),
+        ((64, 128), 2, ((32, 64), (16, 32), (8, 16))),
+        ((256, 256), 4, ((64, 64), (32, 32), (16, 16))),
+    ],
+)
+def test_fit_chooses_patches(size: tuple[int, int], patch: int, grids: Any) -> None:
+    config = TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.OPEN).fit(*size)
+    assert (config.patch, config.grids, config.img_size) == (patch, grids, size)
+
+
+def test_changing_between_families_keeps_what_they_share() -> None:
+    mapped = StyleformerConfig(z_dim=7, w_dim=9, mapping_layers=4, c_dim=2)
+    config = TransGANConfig.in_place_of(mapped)
+    assert (config.z_dim, config.w_dim, config.mapping_layers, config.c_dim) == (7, 7, 0, 2)
+    assert (config.widths, config.layers) == ((), ())
+    back = StyleformerConfig.in_place_of(config)
+    assert (back.z_dim, back.w_dim, back.mapping_layers) == (7, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "text"),
+    [
+        ({"widths": (16, 8, 4)}, "widths", r"after 16 comes 16 \(bicubic upsampling\) or 4 \(pixel shuffle\), not 8"),
+        ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
+        ({"layers": (1, 1)}, "layers", "one entry per resolution"),
+        ({"layers": (1, 1, -1)}, "layers", "fewer than 0 blocks"),
+        ({"w_dim": 6}, "w_dim", "without a mapping network w is z: must be z_dim=5"),
+        ({"window": 3}, "window", "does not divide the grid 4x8; what does: 4, 2"),
+        ({"attention": "nystrom"}, "landmarks", "does not divide the 32 tokens of the grid 4x8"),
+        ({"attention": "dense"}, "attention", "one of full, grid, axis, nystrom"),
+        ({"norm": "batch"}, "norm", "one of token, layer"),
+        ({"position": "none"}, "position", "one of absolute, relative, both"),
+        ({"antialias": 3}, "antialias", "only 2 upsamplings"),
+        ({"num_heads": 0}, "num_heads", "at least 1"),
+    ],
+)
+def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        dataclasses.replace(TINY, **changes)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "text"),
+    [
+        ({"widths": (5, 2, 4)}, "widths", "multiple of the 2 heads, 5 is not"),
+        ({"layers": (1, 1)}, "layers", "one entry per scale"),
+        ({"local_layers": (3, 0, 0)}, "local_layers", "between 0 and the number of blocks"),
+        ({"img_size": (12, 16)}, "img_size", "3 scales from patches of 2 need sides that 8 divides"),
+        ({"window": 3}, "window", "does not divide the grid 8x16; what does: 8, 4, 2"),
+        ({"patch": 1, "overlap": True}, "overlap", "patches of an even size"),
+    ],
+)
+def test_discriminator_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        dataclasses.replace(TINY_D, **changes)
+    assert caught.value.field == field
+
+
+def test_what_is_open_cannot_be_built() -> None:
+    for config in (
+        TransGANConfig(**TransGANConfig.OPEN),
+        TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.OPEN),
+    ):
+        with pytest.raises(ConfigError, match="chosen"):
+            config.build()
+    with pytest.raises(ConfigError, match=r"widths=\(16, 16, 4\).*32x64.*base=\(4, 8\) with 4 widths"):
+        TINY.fit(32, 64)
+    with pytest.raises(ConfigError, match=r"base=\(2, 4\)"):
+        TINY.fit(32, 32)

@@ -1,0 +1,228 @@
+"""generate.py video: ways against closed forms and SciPy; files decoded again: frames, first image, loop closure."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+from PIL import Image, ImageSequence
+from scipy.interpolate import CubicSpline
+from test_directions import small
+
+from dnnlib.config import UserError, WriteError
+from exploration.directions import save_directions
+from exploration.model import save_styles
+from exploration.morphing import Timing, film, sweep_direction, sweep_truncation, through_latents, through_styles
+from exploration.video import check_encoder, open_video
+from torch_utils.interpolation import linear_weights, spline_weights
+
+
+def decode(path: Path) -> tuple[np.ndarray, float]:
+    """Frames (T, H, W, 3) and frames per second of an MP4 or GIF file."""
+    if path.suffix == ".gif":
+        with Image.open(path) as gif:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+            return np.stack(frames), 1000 / gif.info["duration"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    match = re.search(r"Video: h264.*? (\d+)x(\d+)[ ,].*?([\d.]+) fps", done.stderr.decode())
+    assert match, done.stderr.decode()
+    width, height, fps = match.groups()
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3), float(fps)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("closed", [True, False])
+def test_splines_are_scipys(count: int, closed: bool) -> None:
+    points = torch.randn(count, 4, dtype=torch.float64)
+    times = torch.linspace(0, max(count - (not closed), 1), 50, dtype=torch.float64)
+    way = spline_weights(times, count, closed=closed) @ points
+    if count == 1:
+        expected = points.expand(50, -1)
+    else:
+        knots = torch.cat([points, points[:1]]) if closed else points
+        reference = CubicSpline(np.arange(len(knots)), knots, bc_type="periodic" if closed else "natural")
+        expected = torch.from_numpy(reference(times))
+    torch.testing.assert_close(way, expected)
+    straight = linear_weights(times, count, closed=closed) @ points
+    for i in range(4):
+        knots = torch.cat([points, points[:1]])[: count + closed, i] if closed else points[:, i]
+        np.testing.assert_allclose(straight[:, i], np.interp(times, np.arange(len(knots)), knots), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_great_circles_keep_their_angle(family: str) -> None:
+    """At equal steps between two latents, z has turned by equal angles; its ends are the seeds' own."""
+    model = make_model(family)
+    z = torch.randn(1, 2, 16)
+    turned: list[torch.Tensor] = []
+    model.G.mapping.register_forward_pre_hook(lambda module, args: turned.append(args[0]))
+    timing = Timing(num_keys=2, steps=4, loop=False)
+    ws = through_latents(model, z, torch.zeros(2, 0), timing, 1.0)(timing.times())
+    (made,) = turned
+    units = torch.nn.functional.normalize(made[:5].double(), dim=1)
+    steps = (units[1:] * units[:-1]).sum(dim=1).acos()
+    torch.testing.assert_close(steps, steps[:1].expand(4))
+    torch.testing.assert_close(ws[[0, -1], 0], model.map(z[0]))
+
+
+def test_sweeps_follow_their_formulas() -> None:
+    model = make_model()
+    keys, w_avg = torch.randn(2, 1, 5, 12), model.G.mapping.w_avg
+    for loop, psi, strengths in (
+        (True, [0.2, 0.6, 1.0, 0.6], [0, 2, 0, -2]),
+        (False, [0.2, 0.4, 0.6, 0.8, 1.0], [-2, -1, 0, 1, 2]),
+    ):
+        timing = Timing(num_keys=1, steps=4, loop=loop)
+        still = through_styles(keys, "w", timing)
+        swept = sweep_truncation(still, w_avg, 0.2, 1.0, timing)(timing.times())
+        edited = sweep_direction(still, small(), 1, 2.0, timing)(timing.times())
+        assert swept.shape == edited.shape == (len(psi), 2, 5, 12)
+        for i in range(len(psi)):
+            torch.testing.assert_close(swept[i], w_avg + psi[i] * (keys[:, 0] - w_avg))
+            expected = keys[:, 0].clone()
+            expected[:, 1:3, 1] += strengths[i]
+            torch.testing.assert_close(edited[i], expected)
+
+
+def test_a_loop_goes_on_where_it_began() -> None:
+    """The step from the last frame to the first is as long as those beside it, in w, z and on the spline."""
+    model = make_model()
+    timing = Timing(num_keys=3, steps=8, loop=True)
+    z = torch.randn(2, 3, 16)
+    keys = model.map(z.flatten(0, 1)).unflatten(0, (2, 3))
+    ways = [through_styles(keys, "w", timing), through_styles(keys, "spline", timing)]
+    ways.append(through_latents(model, z, torch.zeros(3, 0), timing, 1.0))
+    for way in ways:
+        ws = way(timing.times())
+        assert len(ws) == timing.num_frames == 24
+        torch.testing.assert_close(ws[[0, 8, 16]].transpose(0, 1), keys)
+        steps = (ws.roll(-1, dims=0) - ws).flatten(2).norm(dim=2)  # (24, cells)
+        assert (steps[-1] < 2 * steps[-2]).all()
+        assert (steps[-1] > 0.5 * steps[-2]).all()
+
+
+def test_cells_lie_in_rows() -> None:
+    model = make_model(batch=5)
+    timing = Timing(num_keys=2, steps=2, loop=True)
+    keys = torch.stack([model.styles_of((2 * cell, 2 * cell + 1)) for cell in range(6)])
+    frames = np.stack(list(film(model, through_styles(keys, "w", timing), timing, (3, 2), 2)))
+    assert frames.shape == (4, 2 * 64, 3 * 64, 3)
+    image = model.images(keys[4, 1:])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(frames[2, 64:128:2, 64:128:2], image)  # row 1, column 1
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) -> None:
+    """Keyframes are the seeds' images, but for what the codec loses; the last frame leads back to the first."""
+    network, path = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "new" / f"v.{ending}"
+    run_ok("video", f"--network={network}", "--seeds=1-3", "--frames=5", "--fps=10", "--scale=4", f"--output={path}")
+    run_ok("images", f"--network={network}", "--seeds=1-3", f"--outdir={tmp_path}")
+    frames, fps = decode(path)
+    assert frames.shape == (15, 128, 128, 3)
+    assert fps == 10
+    images = [pixels(tmp_path / f"seed{seed:04d}.png").repeat(4, axis=0).repeat(4, axis=1) for seed in (1, 2, 3)]
+    for key, image in enumerate(images):
+        distances = [np.abs(frame.astype(float) - image).mean() for frame in frames]
+        assert np.argmin(distances) == 5 * key
+        assert distances[5 * key] < 8
+    steps = np.abs(frames.astype(float) - np.roll(frames, -1, axis=0)).mean(axis=(1, 2, 3))
+    assert steps[-1] < 1.5 * steps[:-1].max()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
+    """A grayscale network of 24 x 40 pixels in three columns; videos of 3 x 5 pixels."""
+    network = make_snapshot(
+        tmp_path / "n.pkl", shapes_zip, img_channels=1, base=(3, 5), widths=(8, 8, 8, 8), layers=(1,) * 4
+    )
+    run_ok(
+        "video",
+        f"--network={network}",
+        "--seeds=0-2",
+        "--grid=3x1",
+        "--frames=3",
+        "--scale=1",
+        f"--output={tmp_path}/v.mp4",
+    )
+    assert decode(tmp_path / "v.mp4")[0].shape == (3, 24, 120, 3)
+    for ending, shape in (("mp4", (2, 4, 6, 3)), ("gif", (2, 3, 5, 3))):
+        with open_video(tmp_path / f"odd.{ending}", 25) as add:
+            for value in (0, 200):
+                add(np.full((3, 5, 3), value, np.uint8))
+        frames, _ = decode(tmp_path / f"odd.{ending}")
+        assert frames.shape == shape
+        assert abs(frames[1].astype(int) - 200).max() < 6
+
+
+def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
+    common = [f"--network={network}", "--frames=2", "--scale=4"]
+    for interpolation in ("w", "z", "spline"):
+        path = tmp_path / f"{interpolation}.gif"
+        run_ok("video", *common, "--seeds=5", "--classes=2,0", f"--interpolation={interpolation}", f"--output={path}")
+        frames, _ = decode(path)
+        for key, index in enumerate((2, 0)):
+            run_ok("images", f"--network={network}", "--seeds=5", f"--class={index}", f"--outdir={tmp_path}")
+            image = pixels(tmp_path / "seed0005.png").repeat(4, axis=0).repeat(4, axis=1)
+            assert np.abs(frames[2 * key].astype(float) - image).mean() < 8
+    result = run("video", *common, "--seeds=5-7", "--classes=2,0", f"--output={tmp_path}/x.gif")
+    assert (result.exit_code, "2 classes and 3 seeds per cell" in result.output) == (2, True)
+    result = run("video", *common, "--seeds=5", "--classes=1,3", f"--output={tmp_path}/x.gif")
+    assert (result.exit_code, "--class=3: this network has the classes 0..2" in result.output) == (2, True)
+
+
+def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    save_styles(tmp_path / "w.npz", make_model().styles_of((4,)))
+    save_directions(tmp_path / "d.npz", small())
+    common = [f"--network={network}", "--frames=4", "--scale=4", f"--direction={tmp_path}/d.npz:0", "--strength=2"]
+    for source, name in ((f"--projected-w={tmp_path}/w.npz", "w"), ("--seeds=4", "seed")):
+        run_ok("video", *common, source, f"--output={tmp_path}/{name}.gif")
+    ours, theirs = (decode(tmp_path / f"{name}.gif")[0] for name in ("w", "seed"))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours[1], ours[3])
+
+
+def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    for arguments, message in [
+        (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
+        (["--grid=2x1"], "--grid: 3 keyframes cannot be shared by 2 cells equally"),
+        (["--grid=2"], "is not a number of columns and rows such as 3x2"),
+        (["--strength=2"], "name one with --direction"),
+        (["--projected-w=w.npz", "--interpolation=z"], "saved styles go with none of --interpolation=z"),
+        (["--classes=0", "--class=0"], "--classes and --class: give one of them"),
+        (["--output=/proc/x/v.gif"], "--output=/proc/x/v.gif: cannot be written"),
+    ]:
+        result = run("video", f"--network={network}", "--seeds=0-2", f"--output={out}/v.gif", *arguments)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert not out.exists()
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match=r"pip install '.\[video\]'; or write a .gif"):
+        check_encoder(tmp_path / "v.mp4")
+
+
+def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
+    def write(path: Path, count: int, error: type[Exception] | None = None) -> None:
+        with open_video(path, 10) as add:
+            for _ in range(count):
+                add(np.zeros((16, 16, 3), np.uint8))
+            if error:
+                raise error
+
+    for path in (tmp_path / "v.mp4", tmp_path / "v.gif"):
+        path.write_text("old")
+        with pytest.raises(KeyError):
+            write(path, 1, KeyError)
+        assert path.read_text() == "old"
+    with pytest.raises(WriteError, match="ffmpeg cannot write it"):
+        write(tmp_path / "none" / "v.mp4", 100_000)
+    assert len(list(tmp_path.iterdir())) == 2

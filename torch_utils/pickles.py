@@ -1,0 +1,501 @@
+"""Read pickled modules of other projects as plain data: nothing is imported, called or compiled.
+
+A pickle is a program for a small stack machine, and what makes it dangerous is that it may import any function and call
+it. `read_pickle` is a machine of its own that knows the instructions and the names that a pickled module needs, and no
+others. A name stands for a piece of data here, never for the function or class that it names elsewhere:
+
+    torch_utils.persistence._reconstruct_persistent_obj   -> PickledModule: the name of a class and its attributes;
+                                                             the Python source that comes along is dropped unread
+    torch._utils._rebuild_tensor_v2, _rebuild_parameter   -> a tensor
+    torch.storage._load_from_bytes                        -> the numbers of a tensor, from a second stream that the same
+                                                             machine reads
+    dnnlib.util.EasyDict, collections.OrderedDict         -> a dict
+    builtins.set, numpy's dtype and scalar                -> a set, a number
+
+What a file may cost is bounded by its own size: tensors cannot hold more numbers than the file has bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.config import UserError
+
+MAX_BYTES = 8 * 2**30  # of a file
+MAX_INSTRUCTIONS = 500_000  # in all streams of a file; the largest published networks take less than a tenth
+MAX_NESTING = 100  # containers that are open at a time
+MAX_STACK = 100_000  # values that wait to be put into one
+MAX_DIMS = 8  # of a tensor
+MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
+MAX_NAME = 100  # letters in the name of one
+
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch's own format before zip files begins with
+_TORCH_PROTOCOL = 1001
+
+STORAGES: Mapping[str, torch.dtype] = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+
+
+@dataclass(frozen=True)
+class PickledModule:
+    """A module as it was pickled: what its class was called, and its attributes."""
+
+    class_name: str
+    state: Mapping[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers of this module and those below by their dotted names. Raises UserError."""
+        found: dict[str, Tensor] = {}
+        queue, visited = [("", self)], 0
+        while queue:
+            prefix, module = queue.pop()
+            visited += 1 + sum(len(module.children(kind)) for kind in ("_parameters", "_buffers", "_modules"))
+            if visited > MAX_ENTRIES or prefix.count(".") > MAX_NESTING:
+                raise UserError("its modules hold more than any network does")
+            for kind in ("_parameters", "_buffers"):
+                for name, value in module.children(kind).items():
+                    if value is not None and not isinstance(value, Tensor):
+                        raise UserError(f"{prefix}{name} is no tensor")
+                    if value is not None:
+                        found[prefix + name] = value
+            for name, child in module.children("_modules").items():
+                if child is not None and not isinstance(child, PickledModule):
+                    raise UserError(f"{prefix}{name} is no module")
+                if child is not None:
+                    queue.append((f"{prefix}{name}.", child))
+        return found
+
+    def children(self, kind: str) -> dict[str, Any]:
+        """Return the dict '_parameters', '_buffers' or '_modules'. Raises UserError when there is none."""
+        value = self.state.get(kind)
+        if not isinstance(value, dict) or not all(type(name) is str and len(name) <= MAX_NAME for name in value):
+            raise UserError(f"a module of class {self.class_name} has no {kind}")
+        return value
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that the file refers to, and what a call of it stands for here."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+@dataclass
+class _NumpyType:
+    """numpy.dtype(code)."""
+
+    code: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The numbers of one or several tensors."""
+
+    numbers: Tensor
+
+
+@dataclass
+class _Budget:
+    """What is left of the instructions and bytes that a file may cost."""
+
+    num_bytes: int
+    instructions: int = MAX_INSTRUCTIONS
+    storage_bytes: int = field(init=False)
+    numbers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.storage_bytes = self.numbers = self.num_bytes
+
+    def spend(self, kind: str, amount: int) -> None:
+        left = getattr(self, kind) - amount
+        if left < 0:
+            raise UserError(f"it claims more {kind.replace('_', ' ')} than a file of {self.num_bytes} bytes can need")
+        setattr(self, kind, left)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as pickles of protocol 2 and later do."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+
+
+def read_pickle(path: Path) -> Any:
+    """Return what a file holds. Raises UserError naming the file, and what is in it that is not read, for all else."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(f"{path}: {size} bytes are more than any snapshot has")
+    try:
+        if not size:
+            raise UserError("empty")
+        # Mapped, not read: a file's read(n) would allocate whatever n the file claims.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+            budget = _Budget(size)
+            content = _Machine(stream, _names(budget), budget).run()
+            if stream.tell() != size:
+                raise UserError("something follows its end")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; nothing of it was run") from None
+    return content
+
+
+class _Machine:
+    """Runs one stream: builds numbers, strings, containers, and what `names` say. Without `load` no persistent ids."""
+
+    def __init__(
+        self,
+        stream: mmap.mmap | BytesIO,
+        names: Mapping[tuple[str, str], Any],
+        budget: _Budget,
+        load: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.stream, self.names, self.budget, self.load = stream, names, budget, load
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # where on the stack each open container begins
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Return the value that the stream stands for. Raises UserError for everything else."""
+        while (opcode := self._next()).name != "STOP":
+            argument = None if opcode.arg is None else self._read_argument(opcode)
+            self.budget.spend("instructions", 1)
+            _STEPS[opcode.name](self, argument)
+            if len(self.stack) > MAX_STACK or len(self.marks) > MAX_NESTING:
+                raise UserError("its containers are nested too deeply")
+        if len(self.stack) != 1 or self.marks:
+            raise UserError("damaged (it does not end with one value)")
+        return self.stack[0]
+
+    def _next(self) -> Any:
+        """Return the next instruction, whose argument is not read before it is known to be one of ours."""
+        code = self.stream.read(1)
+        opcode = _OPCODES.get(code.decode("latin-1"))
+        if opcode is None:
+            raise UserError("damaged (no instruction where one is due)" if code else "cut off")
+        if opcode.name not in _STEPS and opcode.name != "STOP":
+            raise UserError(f"it uses the instruction {opcode.name}, which snapshots do not")
+        return opcode
+
+    def _read_argument(self, opcode: Any) -> Any:
+        try:
+            if opcode.name == "GLOBAL":  # as they are: pickletools would take a backslash for an escape
+                return " ".join(self.stream.readline().decode().removesuffix("\n") for _ in range(2))
+            return opcode.arg.reader(self.stream)
+        except (ValueError, OverflowError) as error:
+            reason = str(error).partition("\n")[0][:100]
+            raise UserError(f"damaged or cut off ({reason})") from None
+
+    def _pop(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise UserError("damaged (a value is missing)")
+        return self.stack.pop()
+
+    def _pop_to_mark(self) -> list[Any]:
+        if not self.marks:
+            raise UserError("damaged (a mark is missing)")
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def _top(self, kind: type, what: str) -> Any:
+        value = self._pop()
+        if type(value) is not kind:
+            raise UserError(f"damaged (a {kind.__name__} is missing for {what})")
+        self.stack.append(value)
+        return value
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def check_protocol(self, version: int) -> None:
+        if not 2 <= version <= 5:
+            raise UserError(f"its pickle protocol is {version}, expected 2 to 5")
+
+    def mark(self, _: None) -> None:
+        self.marks.append(len(self.stack))
+
+    def append(self, _: None) -> None:
+        value = self._pop()
+        self._top(list, "its items").append(value)
+
+    def extend(self, _: None) -> None:
+        values = self._pop_to_mark()
+        self._top(list, "its items").extend(values)
+
+    def add_items(self, _: None) -> None:
+        values = self._pop_to_mark()
+        self._top(set, "its items").update(map(_check_key, values))
+
+    def set_item(self, _: None) -> None:
+        value, key = self._pop(), self._pop()
+        self._top(dict, "its items")[_check_key(key)] = value
+
+    def set_items(self, _: None) -> None:
+        values = self._pop_to_mark()
+        if len(values) % 2:
+            raise UserError("damaged (a key without a value)")
+        self._top(dict, "its items").update(zip(map(_check_key, values[::2]), values[1::2], strict=True))
+
+    def make_tuple(self, _: None) -> None:
+        self.stack.append(tuple(self._pop_to_mark()))
+
+    def make_short_tuple(self, length: int) -> None:
+        self.stack.append(tuple([self._pop() for _ in range(length)][::-1]))
+
+    def memoize(self, _: None) -> None:
+        self.put(len(self.memo))
+
+    def put(self, index: int) -> None:
+        value = self._pop()
+        self.memo[index] = value
+        self.stack.append(value)
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise UserError("damaged (it refers to a value that it does not have)")
+        self.stack.append(self.memo[index])
+
+    def push_name(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        self._push_name(module, name)
+
+    def push_name_of_stack(self, _: None) -> None:
+        name, module = self._pop(), self._pop()
+        self._push_name(module, name)
+
+    def _push_name(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise UserError("it refers to a name that is no text")
+        if module.startswith("dnnlib.tflib"):
+            raise UserError("a TensorFlow pickle: convert it to the PyTorch format of StyleGAN2-ADA first")
+        if (module, name) not in self.names:
+            raise UserError(f"it refers to {_shorten(f'{module}.{name}')}, which no snapshot needs")
+        self.stack.append(self.names[module, name])
+
+    def call(self, _: None) -> None:
+        """Let a name make what it stands for."""
+        arguments, function = self._pop(), self._pop()
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise UserError("it calls something that has no name")
+        try:
+            self.stack.append(function.call(*arguments))
+        except (TypeError, AttributeError, OverflowError, RuntimeError) as error:  # of arguments that no snapshot has
+            reason = str(error).partition("\n")[0][:100]
+            raise UserError(f"{function.name} with arguments that no snapshot has ({reason})") from None
+
+    def set_state(self, _: None) -> None:
+        """Of all that a file needs, only NumPy's types are given a state; it says the byte order."""
+        state, value = self._pop(), self._pop()
+        if not isinstance(value, _NumpyType) or not isinstance(state, tuple) or len(state) != 8:
+            raise UserError("it sets the state of something that has none")
+        if not isinstance(state[1], str) or state[1] not in "<|":
+            raise UserError("its numbers have another byte order")
+        self.stack.append(value)
+
+    def load_outside(self, _: None) -> None:
+        key = self._pop()
+        if self.load is None:
+            raise UserError("it refers to something outside of the file (a persistent id)")
+        self.stack.append(self.load(key))
+
+
+_Step = Callable[[_Machine, Any], None]
+# All instructions that there are here, but for STOP.
+_STEPS: Mapping[str, _Step] = {
+    "PROTO": _Machine.check_protocol,
+    "FRAME": lambda machine, length: None,  # for buffering only
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _Machine.push),
+    "MARK": _Machine.mark,
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.extend,
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "EMPTY_SET": lambda machine, _: machine.push(set()),
+    "ADDITEMS": _Machine.add_items,
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE1": lambda machine, _: machine.make_short_tuple(1),
+    "TUPLE2": lambda machine, _: machine.make_short_tuple(2),
+    "TUPLE3": lambda machine, _: machine.make_short_tuple(3),
+    "TUPLE": _Machine.make_tuple,
+    "MEMOIZE": _Machine.memoize,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "GLOBAL": _Machine.push_name,
+    "STACK_GLOBAL": _Machine.push_name_of_stack,
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": _Machine.load_outside,
+}
+
+
+def _check_key(key: Any) -> Any:
+    if type(key) not in (str, int):
+        raise UserError(f"a key of type {type(key).__name__}, expected text or a whole number")
+    return key
+
+
+def _shorten(text: str) -> str:
+    return repr(text[:80])[1:-1]
+
+
+def _names(budget: _Budget) -> dict[tuple[str, str], _Name]:
+    """The names that a file may refer to, all of them."""
+
+    def load_storage(data: bytes) -> _Storage:
+        return _read_storage(data, budget)
+
+    def rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        return _view(storage, offset, size, stride, budget)
+
+    def make_dict(pairs: Any = ()) -> dict[Any, Any]:
+        budget.spend("instructions", len(pairs))
+        if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+            raise UserError("a dict that is made of something else than pairs")
+        return {_check_key(key): value for key, value in pairs}
+
+    def make_set(items: Any = ()) -> set[Any]:
+        if not isinstance(items, (list, tuple)):
+            raise UserError("a set that is made of something else than a list")
+        budget.spend("instructions", len(items))
+        return set(map(_check_key, items))
+
+    calls: dict[tuple[str, str], Callable[..., Any]] = {
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): _make_module,
+        ("dnnlib.util", "EasyDict"): make_dict,
+        ("collections", "OrderedDict"): make_dict,
+        ("builtins", "set"): make_set,
+        ("numpy", "dtype"): _make_numpy_type,
+        ("numpy.core.multiarray", "scalar"): _make_scalar,
+        ("numpy._core.multiarray", "scalar"): _make_scalar,
+        ("torch._utils", "_rebuild_parameter"): _make_parameter,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch.storage", "_load_from_bytes"): load_storage,
+    }
+    return {key: _Name(".".join(key), call) for key, call in calls.items()}
+
+
+def _make_module(meta: dict[str, Any]) -> PickledModule:
+    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
+        raise UserError("a persistent object that is no module")
+    if meta.get("version") != 6:
+        raise UserError("a persistent object of another version than 6")
+    name = meta.get("class_name")
+    if not isinstance(name, str):
+        raise UserError("a persistent object without a class")
+    return PickledModule(_shorten(name), meta["state"])
+
+
+def _make_numpy_type(code: str, *_: Any) -> _NumpyType:
+    if not isinstance(code, str) or code not in SCALARS:
+        raise UserError("a NumPy type that is no number")
+    return _NumpyType(code)
+
+
+def _make_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
+    if not isinstance(kind, _NumpyType) or not isinstance(data, bytes):
+        raise UserError("a NumPy scalar that is no number")
+    dtype = np.dtype(f"<{kind.code}")
+    if len(data) != dtype.itemsize:
+        raise UserError("a NumPy scalar of another length than its type")
+    value: bool | int | float = np.frombuffer(data, dtype)[0].item()
+    return value
+
+
+def _make_parameter(tensor: Tensor, *_: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise UserError("a parameter that is no tensor")
+    return tensor
+
+
+def _read_storage(data: bytes, budget: _Budget) -> _Storage:
+    """The numbers in a file of torch's format before zip files: magic, protocol, machine, storage, keys, numbers.
+
+    torch.load would allocate whatever size the stream claims before it reads; here the size has to be what follows.
+    """
+    if not isinstance(data, bytes):
+        raise UserError("a tensor that is not made of bytes")
+    budget.spend("storage_bytes", len(data))
+    stream = BytesIO(data)
+    names = {("torch", name): dtype for name, dtype in STORAGES.items()}
+    found: list[tuple[str, torch.dtype, int]] = []
+
+    def load(key: Any) -> _Storage | None:
+        found.append(_storage_key(key))
+        return None
+
+    magic, protocol, machine = (_Machine(stream, names, budget).run() for _ in range(3))
+    is_torch = magic == _TORCH_MAGIC and protocol == _TORCH_PROTOCOL
+    if not is_torch or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise UserError("a tensor that is not in torch's format")
+    stored = _Machine(stream, names, budget, load).run()
+    keys = _Machine(stream, names, budget).run()
+    if stored is not None or len(found) != 1 or not isinstance(keys, list) or keys != [found[0][0]]:
+        raise UserError("a stream for a tensor that holds something else")
+    _, dtype, count = found[0]
+    size = dtype.itemsize
+    start = stream.tell()
+    if len(data) - start != 8 + count * size or int.from_bytes(data[start : start + 8], "little") != count:
+        raise UserError(f"a tensor of {count} numbers of {size} bytes in {max(len(data) - start - 8, 0)} bytes")
+    if not count:
+        return _Storage(torch.empty(0, dtype=dtype))
+    return _Storage(torch.frombuffer(bytearray(memoryview(data)[start + 8 :]), dtype=dtype))
+
+
+def _storage_key(key: Any) -> tuple[str, torch.dtype, int]:
+    """Key, type and number of elements in ('storage', type, key, device, elements, None)."""
+    if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] != "storage" or key[5:] not in ((), (None,)):
+        raise UserError("a stream for a tensor that refers to something else")
+    _, dtype, name, _, count = key[:5]
+    if not isinstance(dtype, torch.dtype) or not isinstance(name, str) or type(count) is not int or count < 0:
+        raise UserError("a stream for a tensor that refers to something else")
+    return name, dtype, count
+
+
+def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budget) -> Tensor:
+    if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+        raise UserError("a tensor without numbers or shape")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
+        raise UserError("a tensor of an impossible shape")
+    count = 1
+    for length in size:
+        count *= length
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if count and last >= len(storage.numbers):
+        raise UserError(f"a tensor of shape {size} that is larger than its numbers")
+    budget.spend("numbers", count)
+    return storage.numbers.as_strided(size, stride, offset) if count else storage.numbers.new_empty(size)

@@ -1,0 +1,207 @@
+"""Snapshots as folders of safetensors, which other programs read without this project, and back without any loss.
+
+shapes/config.json            configuration, images seen, ADA's p, and a checksum for each of the other files
+shapes/G_ema.safetensors      one file per network: its tensors, under the names of its state_dict
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dnnlib
+from dnnlib.config import ConfigError, UserError, WriteError
+from dnnlib.util import import_extra
+from torch_utils.checkpoint import digest
+from training.config import read_config
+from training.snapshot import (
+    MIGRATIONS,
+    VERSION,
+    Snapshot,
+    capture_network,
+    network_configs,
+    restore_network,
+    write_network,
+)
+
+FORMAT = "styleformer-folder"
+NETWORKS = ("G", "D", "G_ema")
+KEYS = {"format", "version", "written_by", "sha256", "config", "nimg", "ada_p", "files"}
+
+
+def save_folder(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot as a folder. Raises UserError if there is something by this name, WriteError if it cannot be."""
+    with new_folder(folder) as temporary:
+        write_folder(temporary, snapshot)
+
+
+def write_folder(folder: Path, snapshot: Snapshot) -> None:
+    """Write the files of a snapshot into a folder that exists. Raises WriteError."""
+    safetensors = import_extra("safetensors.torch", "safetensors")
+    payload = capture_snapshot(snapshot)
+    files = {name: safetensors.save(state, {"format": "pt"}) for name, state in payload.pop("networks").items()}
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "written_by": dnnlib.__version__,
+        "sha256": digest([payload, checksums]),
+        **payload,
+        "files": checksums,
+    }
+    with _reported(folder):
+        for name, content in files.items():
+            (folder / f"{name}.safetensors").write_bytes(content)
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def save_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot as network-snapshot-*.pkl are. Raises UserError if there is a file of this name, WriteError."""
+    refuse_existing(path)
+    make_parent(path)
+    write_network(path, capture_snapshot(snapshot))
+
+
+def capture_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the content of a snapshot, as `capture_network` does."""
+    networks = {name: getattr(snapshot, name) for name in NETWORKS}
+    return capture_network(config=snapshot.config, **networks, nimg=snapshot.nimg, ada_p=snapshot.ada_p)
+
+
+def load_folder(folder: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+    """Read what `save_folder` wrote.
+
+    Raises UserError, naming the file, when one is missing, damaged or was changed, and naming the tensor that is
+    missing, not known, or of another shape or type than the configuration says.
+    """
+    folder = Path(folder)
+    document = _read_document(folder / "config.json")
+    payload = {key: document[key] for key in ("config", "nimg", "ada_p")}
+    states = {name: _read_tensors(folder / f"{name}.safetensors") for name in document["files"]}
+    full = {**payload, "networks": states}
+    for old in range(document["version"], VERSION):
+        full = MIGRATIONS[old](full)
+    _check_tensors(folder, full)
+    for name, expected in document["files"].items():
+        if _sha256(folder / f"{name}.safetensors") != expected:
+            raise UserError(f"{folder / name}.safetensors: damaged or changed: not what config.json has a checksum of")
+    if digest([payload, document["files"]]) != document["sha256"]:
+        raise UserError(f"{folder / 'config.json'}: damaged or changed (its content does not match its checksum)")
+    return restore_network(full, folder, device)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `folder` at the end, or disappears if there was an error.
+
+    Raises UserError when something by this name is there, WriteError when a folder cannot be made.
+    """
+    refuse_existing(folder)
+    make_parent(folder)
+    whole = folder.absolute()
+    temporary = whole.with_name(f".{whole.name}.{os.getpid()}")
+    try:
+        with _reported(folder):
+            temporary.mkdir()
+        yield temporary
+        with _reported(folder):
+            os.replace(temporary, whole)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError when there is a file or a folder with content by this name."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{path} exists and is not written over: remove it or choose another name")
+
+
+def make_parent(path: Path) -> None:
+    """Make the folder that `path` goes into. Raises WriteError."""
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Raise WriteError for what the file system refuses to do for `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder with a config.json, as `save_folder` writes them."""
+    return (path / "config.json").is_file()
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a folder of safetensors has one")
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: damaged, not JSON ({error})") from None
+    is_ours = isinstance(document, dict) and document.keys() >= KEYS and document["format"] == FORMAT
+    if not is_ours or not isinstance(document["version"], int) or not isinstance(document["files"], dict):
+        raise UserError(f"{path}: not a file of this project, which has {', '.join(sorted(KEYS))}")
+    if document["version"] > VERSION:
+        raise UserError(
+            f"{path}: format version {document['version']} was written by release {document['written_by']}, "
+            f"this is {dnnlib.__version__}; update to read it"
+        )
+    for name in document["files"]:
+        if name not in NETWORKS:
+            raise UserError(f"{path}: names the file {name}.safetensors; known are {', '.join(NETWORKS)}")
+    return document
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    safetensors = import_extra("safetensors.torch", "safetensors")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, and config.json names it")
+    try:
+        tensors: dict[str, Tensor] = safetensors.load(path.read_bytes())
+    except (OSError, import_extra("safetensors", "safetensors").SafetensorError) as error:
+        raise UserError(f"{path}: damaged or incomplete ({error}); use another copy") from None
+    return tensors
+
+
+def _check_tensors(folder: Path, payload: Mapping[str, Any]) -> None:
+    """Raise UserError for the first tensor that does not fit the configuration."""
+    try:
+        configs = network_configs(read_config(payload["config"]))
+    except ConfigError as error:
+        raise UserError(f"{folder / 'config.json'}: its configuration cannot be read ({error})") from None
+    for name, tensors in payload["networks"].items():
+        path = folder / f"{name}.safetensors"
+        with torch.device("meta"):
+            expected = configs[name].build().state_dict()
+        for key in [*expected, *tensors]:
+            if key not in tensors:
+                raise UserError(f"{path}: the tensor {key} is missing, which the configuration asks for")
+            if key not in expected:
+                raise UserError(f"{path}: the tensor {key} has no place in the network that the configuration says")
+            if _kind(tensors[key]) != _kind(expected[key]):
+                raise UserError(
+                    f"{path}: {key} is {_kind(tensors[key])}, the configuration says {_kind(expected[key])}"
+                )
+
+
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

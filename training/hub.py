@@ -1,0 +1,207 @@
+"""Snapshots as models of the Hugging Face Hub: a folder of safetensors with a picture and a model card.
+
+    HubModel(load_network("network-snapshot-000200.pkl"), license="cc-by-4.0").save_pretrained("shapes")
+    G = HubModel.from_pretrained("shapes").G_ema                # a folder, or NAME/MODEL on the Hub
+
+It holds G_ema alone, and of the data set no more than its name. What was measured comes from metric-*.jsonl beside the
+snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.config import UserError, to_json
+from torch_utils.images import save_grid, to_uint8
+from training.config import TrainConfig
+from training.exchange import load_folder, new_folder, write_folder
+from training.snapshot import Snapshot
+
+try:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+except ImportError as error:
+    raise UserError(f"the package huggingface-hub cannot be imported ({error}): pip install '.[hub]'") from None
+
+SAMPLES = "samples.png"
+
+
+class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="unconditional-image-generation"):
+    """A snapshot that is published, or was; `license` is a name that the Hub knows, None leaves the choice open."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> HubModel:
+        """Leave out the mixin's own, which makes a configuration of the arguments: config.json has a better one."""
+        return object.__new__(cls)
+
+    def __init__(self, snapshot: Snapshot, license: str | None = None) -> None:
+        if snapshot.G_ema is None:
+            raise UserError(f"{snapshot.path}: holds no averaged generator (G_ema), which is what is published")
+        self.snapshot, self.license = snapshot, license
+
+    @property
+    def G_ema(self) -> Any:
+        """The averaged generator."""
+        return self.snapshot.G_ema
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        public = replace(self.snapshot, G=None, D=None, config=without_paths(self.snapshot.config))
+        write_folder(save_directory, public)
+        save_grid(sample_images(self.G_ema), save_directory / SAMPLES)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,
+    ) -> HubModel:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        return cls(load_folder(folder))
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the card: samples, measurements, how to load the model, configuration."""
+        snapshot, config = self.snapshot, self.snapshot.config
+        data = ModelCardData(
+            **self._hub_mixin_info.model_card_data.to_dict() | {"license": self.license},
+            model_name=Path(snapshot.path).stem,
+            eval_results=[result for record in read_records(snapshot.path) for result in _to_results(record)] or None,
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_describe(snapshot, config, self.license)}")
+
+
+def save_hub_folder(folder: Path, snapshot: Snapshot, license: str | None = None) -> None:
+    """Write a folder to upload. Raises UserError if there is something by this name, WriteError if it cannot be."""
+    model = HubModel(snapshot, license)
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+
+
+def without_paths(config: TrainConfig) -> TrainConfig:
+    """Return a configuration in which files and folders of the machine that it was used on have their names only."""
+    data = replace(config.data, path=Path(config.data.path).name)
+    detectors = tuple(Path(name).name for name in config.run.detectors)
+    return replace(config, data=data, run=replace(config.run, detectors=detectors))
+
+
+def num_samples(G: Any) -> int:
+    """Return how many images the picture has: 16, of large ones 4."""
+    return 16 if max(G.img_shape[1:]) <= 256 else 4
+
+
+def sample_images(G: Any) -> torch.Tensor:
+    """Return uint8 images of the first seeds, of a conditional network from its classes in turn."""
+    device, count = next(G.parameters()).device, num_samples(G)
+    z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
+    c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim] if G.c_dim else None
+    with torch.no_grad():
+        return to_uint8(G(torch.from_numpy(z).float().to(device), c))
+
+
+def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
+    """Yield, for each metric-*.jsonl beside a snapshot, the last record of this very file."""
+    if not snapshot.is_file():
+        return
+    with snapshot.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not a line of JSON each ({error})") from None
+        own = [record for record in records if record.get("snapshot_sha256") == sha256]
+        yield from own[-1:]
+
+
+def _to_results(record: dict[str, Any]) -> list[EvalResult]:
+    name = Path(record["data"]).name
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in record["results"].items()
+    ]
+
+
+def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> str:
+    G = snapshot.G_ema
+    C, H, W = G.img_shape
+    options = json.dumps(to_json(without_paths(config)), indent=2)
+    c = f"torch.eye({G.c_dim})[torch.arange(4) % {G.c_dim}]" if G.c_dim else "None"
+    classes = f" of {G.c_dim} classes" if G.c_dim else ""
+    data = f"`{Path(config.data.path).name}`" if config.data.path else "a data set of unknown name"
+    what = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
+    how = f"trained on {data} for {snapshot.kimg:g} thousand images (preset `{config.preset}`)"
+    return f"""# {Path(snapshot.path).stem}
+
+![Samples]({SAMPLES})
+
+{what}, {how}.
+The picture shows the seeds 0 to {num_samples(G) - 1} without truncation.
+
+## Use
+
+In a checkout of Styleformer, with `pip install '.[hub]'`:
+
+```python
+import torch
+from training.hub import HubModel
+
+G = HubModel.from_pretrained("NAME/MODEL").G_ema  # this repository, or a folder with its files
+img = G(torch.randn(4, G.z_dim), {c}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]
+```
+
+`python legacy.py convert --source=FOLDER --dest=model.pkl` makes a snapshot for `generate.py` of a folder with its
+files.
+
+## Measurements
+
+{_table(snapshot.path)}
+
+## Licence
+
+{f"`{license}`, chosen by the author." if license else "The author has chosen none yet."}
+
+## Configuration
+
+```json
+{options}
+```
+"""
+
+
+def _table(snapshot: Path) -> str:
+    rows = []
+    for record in read_records(snapshot):
+        images = f"{Path(record['data']).name}: {record['num_real']} real, {record['num_fake']} generated"
+        protocol = record["protocol"].replace("<", "&lt;")
+        how = f"{record['detector'] or ''} | {protocol}"
+        rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]
+    head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else "None are recorded."

@@ -1,0 +1,164 @@
+"""Where the figures and pictures of a run go beside its folder: TensorBoard, Weights & Biases.
+
+A logger has `add(figures, nimg)`, `add_picture(name, picture, nimg)` and `close(succeeded)`; LOGGERS names all there
+are. `Loggers` gives all of a run the same, and one that fails never stops training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+from dnnlib.config import UserError, to_json
+from dnnlib.util import write_atomically
+from training.config import LOGGERS, TrainConfig
+
+
+class Logger(Protocol):
+    """What shows the figures of a run."""
+
+    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+        """Show figures by name."""
+
+    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+        """Show a picture, uint8 (C, H, W)."""
+
+    def close(self, succeeded: bool) -> None:
+        """Write what is left; `succeeded` says whether the run ended without an error."""
+
+
+class TensorBoard:
+    """Events in the run's folder, for `tensorboard --logdir`. Needs the package tensorboard."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir))
+
+    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, nimg)
+        self.writer.flush()
+
+    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+        self.writer.add_image(name, picture, nimg)
+        self.writer.flush()
+
+    def close(self, succeeded: bool) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, named after the folder. Needs the package wandb; WANDB_* variables apply.
+
+    Its id is kept in the folder, so that a run that goes on does so there too. The axis is Progress/kimg and not W&B's
+    own step, which cannot go back to the training state that a killed run goes on from.
+    """
+
+    ID_FILE = "wandb-id.txt"
+    PROJECT = "styleformer"  # unless WANDB_PROJECT says otherwise
+
+    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", self.PROJECT),
+            name=run_dir.name,
+            id=self._run_id(run_dir),
+            resume="allow",
+            dir=run_dir,
+            config=to_json(config),
+            allow_val_change=True,  # a run may go on under other options
+            settings=wandb.Settings(console="off"),  # log.txt has it
+        )
+        self.run.define_metric("*", step_metric="Progress/kimg")
+
+    def _run_id(self, run_dir: Path) -> str:
+        path = run_dir / self.ID_FILE
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(4) + "\n")
+        return path.read_text().strip()
+
+    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+        self.run.log({**figures, "Progress/kimg": nimg / 1000})
+
+    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+        pixels = picture.permute(1, 2, 0).numpy()  # (H, W, C)
+        self.run.log({name: self.wandb.Image(pixels), "Progress/kimg": nimg / 1000})
+
+    def close(self, succeeded: bool) -> None:
+        self.run.finish(exit_code=0 if succeeded else 1)
+
+
+_CLASSES: Mapping[str, Callable[[Path, TrainConfig], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+assert tuple(_CLASSES) == LOGGERS
+
+
+def choose_loggers(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the loggers to use: without `names` TensorBoard, where its package is installed.
+
+    Raises UserError for one that was named and whose package is missing; each is named after its package.
+    """
+    if names is None:
+        return tuple(filter(_is_installed, LOGGERS[:1]))
+    for name in names:
+        if not _is_installed(name):
+            raise UserError(f"--log={name}: the package {name} is not installed: pip install '.[{name}]'")
+    return tuple(names)
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name, as W&B leaves behind, has none
+
+
+class Loggers:
+    """All loggers of a run, on its first process; elsewhere `names` is empty. Closes them at the end of a block."""
+
+    def __init__(self, names: Sequence[str], run_dir: Path, config: TrainConfig) -> None:
+        self.loggers: dict[str, Logger] = {}
+        for name in names:
+            with _going_on_without(name):
+                self.loggers[name] = _CLASSES[name](run_dir, config)
+
+    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+        """Show figures by name."""
+        for name, logger in self.loggers.items():
+            with _going_on_without(name):
+                logger.add(figures, nimg)
+
+    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+        """Show a picture, uint8 (C, H, W)."""
+        for logger_name, logger in self.loggers.items():
+            with _going_on_without(logger_name):
+                logger.add_picture(name, picture.cpu(), nimg)
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, logger in self.loggers.items():
+            with _going_on_without(name):
+                logger.close(error is None)
+
+
+@contextmanager
+def _going_on_without(name: str) -> Iterator[None]:
+    """Warn of whatever goes wrong inside, in code and services that are not ours, and go on."""
+    try:
+        yield
+    except Exception as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"Warning: --log={name}: {problem}; training goes on", file=sys.stderr, flush=True)

@@ -1,0 +1,133 @@
+"""Forms of self-attention over the tokens of a grid: of cells of it, along its axes, by landmarks.
+
+Each is a module whose queries, keys and values come ready-made, (B, N, C) with the heads side by side in C and token
+y W + x at pixel (y, x), as for `attention.SelfAttention`. TransGAN compares them (Jiang et al. 2021, table 3).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from training.networks import execution
+from training.networks.attention import attend, split_heads
+from training.networks.generator import Grid
+
+Form = Literal["full", "grid", "axis", "nystrom"]
+
+
+class RelativePosition(nn.Module):
+    """A learned bias per head and offset between two tokens (Shaw et al. 2018; as a table, Liu et al. 2021).
+
+    R_h[(y, x), (y', x')] = T[y - y' + H - 1, x - x' + W - 1, h]        T (2H - 1, 2W - 1, heads) ~ N(0, 0.02^2)
+    """
+
+    def __init__(self, num_heads: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        height, width = grid
+        self.table = nn.Parameter(torch.empty(2 * height - 1, 2 * width - 1, num_heads))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self) -> Tensor:
+        """The bias (heads, N, N) of all queries and keys."""
+        height, width = self.grid
+        windows = self.table.unfold(0, height, 1).unfold(1, width, 1)  # [y, x, h, H-1-y', W-1-x']
+        return windows.flip(3, 4).permute(2, 0, 1, 3, 4).flatten(3, 4).flatten(1, 2)
+
+
+class CellAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D) + R) V among the tokens of each cell of the grid.
+
+    A cell of the grid's size is attention among all tokens; smaller ones are TransGAN's grid self-attention, whose cost
+    is linear in their number. R is the relative position, if there is one, the same in all cells.
+    """
+
+    def __init__(self, num_heads: int, grid: Grid, cell: Grid, *, use_relative: bool) -> None:
+        super().__init__()
+        self.num_heads, self.grid, self.cell = num_heads, grid, cell
+        self.relative = RelativePosition(num_heads, cell) if use_relative else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = None if self.relative is None else self.relative()
+        q, k, v = (split_heads(to_cells(x, self.grid, self.cell), self.num_heads) for x in (q, k, v))
+        y = attend(q, k, v, bias).transpose(1, 2).flatten(2)  # (B cells, tokens of a cell, C)
+        return from_cells(y, self.grid, self.cell)
+
+
+class AxisAttention(nn.Module):
+    """Attention within the rows, then within the columns of what that gives (Ho et al. 2019, "Axial attention").
+
+        V'[y, x] = sum_x' A_row[y; x, x'] V[y, x'],   out[y, x] = sum_y' A_column[x; y, y'] V'[y', x]
+
+    Both read the same queries and keys, so that a block has the weights that it has with any other form.
+    """
+
+    def __init__(self, num_heads: int, grid: Grid, *, use_relative: bool) -> None:
+        super().__init__()
+        height, width = grid
+        self.rows = CellAttention(num_heads, grid, (1, width), use_relative=use_relative)
+        self.columns = CellAttention(num_heads, grid, (height, 1), use_relative=use_relative)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.columns(q, k, self.rows(q, k, v))
+        return out
+
+
+class NystromAttention(nn.Module):
+    """Attention by way of landmarks, with a cost that is linear in N (Xiong et al. 2021, "Nystroemformer").
+
+        F = softmax(Q K~^T / sqrt(D)),   A = softmax(Q~ K~^T / sqrt(D)),   B = softmax(Q~ K^T / sqrt(D))
+        out = F A+ (B V)
+
+    Q~ and K~ (landmarks, D) are means over segments of consecutive tokens; A+ is A's pseudo-inverse, by ITERATIONS of
+
+        Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4,   Z_0 = A^T / (|A|_1 |A|_inf)
+
+    With one token per landmark it is exact as far as these converge. There is no convolution of the values, and no
+    relative position, as landmarks have none. A and its inverse are computed in float32.
+    """
+
+    ITERATIONS = 6
+
+    def __init__(self, num_heads: int, landmarks: int) -> None:
+        super().__init__()
+        self.num_heads, self.landmarks = num_heads, landmarks
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))  # each (B, H, N, D)
+        q = q / math.sqrt(q.shape[3])
+        q_mean, k_mean = (x.unflatten(2, (self.landmarks, -1)).mean(dim=3) for x in (q, k))  # (B, H, landmarks, D)
+        inverse = pseudo_inverse(
+            (execution.full_precision(q_mean) @ execution.full_precision(k_mean).mT).softmax(dim=3), self.ITERATIONS
+        )
+        summary = (q_mean @ k.mT).softmax(dim=3) @ v  # (B, H, landmarks, D)
+        y = (q @ k_mean.mT).softmax(dim=3) @ (inverse @ execution.full_precision(summary)).to(v.dtype)
+        return y.transpose(1, 2).flatten(2)
+
+
+def pseudo_inverse(A: Tensor, iterations: int) -> Tensor:
+    """The iteration in `NystromAttention` for matrices A (..., n, n); of third order (Razavi et al. 2014)."""
+    norms = A.abs().sum(dim=-2).amax(dim=-1) * A.abs().sum(dim=-1).amax(dim=-1)
+    Z = A.mT / norms[..., None, None]
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    for _ in range(iterations):
+        AZ = A @ Z
+        Z = Z @ (13 * one - AZ @ (15 * one - AZ @ (7 * one - AZ))) / 4
+    return Z
+
+
+def to_cells(x: Tensor, grid: Grid, cell: Grid) -> Tensor:
+    """Tokens of a grid (B, H W, C) to those of its cells, row by row (B cells, h w, C)."""
+    (H, W), (h, w) = grid, cell
+    cells = x.unflatten(1, (H // h, h, W // w, w)).transpose(2, 3)
+    return cells.reshape(-1, h * w, x.shape[2])
+
+
+def from_cells(x: Tensor, grid: Grid, cell: Grid) -> Tensor:
+    """The inverse of `to_cells`."""
+    (H, W), (h, w) = grid, cell
+    return x.reshape(-1, H // h, W // w, h, w, x.shape[2]).transpose(2, 3).reshape(-1, H * W, x.shape[2])

@@ -1,0 +1,105 @@
+"""The averaged generator as two ONNX graphs, for programs that run without this project and without PyTorch.
+
+    NAME-mapping.onnx     z (batch, z_dim), truncation_psi (num_ws), c (batch, c_dim) of a conditional network -> ws
+    NAME-synthesis.onnx   ws (batch, num_ws, w_dim) -> img (batch, channels, height, width) in about [-1, 1]
+
+Both take batches of any size, compute in float32 and consist of standard operators. There is a psi for each style, so
+that they say what truncation and its cut-off say: the first ones 0.7 and the others 1, for example.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import dnnlib
+from dnnlib.config import UserError, WriteError
+from dnnlib.util import import_extra
+from torch_utils import custom_ops
+from training.exchange import make_parent, refuse_existing
+from training.snapshot import Snapshot
+
+FixedNoise = Literal["const", "none"]  # an ONNX graph has no random generator that all runtimes share
+
+
+class _Mapping(nn.Module):
+    """A generator's mapping network with truncation as an input."""
+
+    def __init__(self, G: Any) -> None:
+        super().__init__()
+        self.mapping = G.mapping
+
+    def forward(self, z: Tensor, truncation_psi: Tensor, c: Tensor | None = None) -> Tensor:
+        w_avg = self.mapping.w_avg
+        ws = self.mapping(z, c)  # (B, num_ws, w_dim)
+        return w_avg + truncation_psi[:, None] * (ws - w_avg)
+
+
+class _Synthesis(nn.Module):
+    """A generator's synthesis network with one noise mode."""
+
+    def __init__(self, G: Any, noise_mode: FixedNoise) -> None:
+        super().__init__()
+        self.synthesis, self.noise_mode = G.synthesis, noise_mode
+
+    def forward(self, ws: Tensor) -> Tensor:
+        img: Tensor = self.synthesis(ws, self.noise_mode)
+        return img
+
+
+def onnx_paths(path: Path) -> tuple[Path, Path]:
+    """Return the files for the mapping and the synthesis network of NAME.onnx."""
+    mapping, synthesis = (path.with_name(f"{path.stem}-{part}.onnx") for part in ("mapping", "synthesis"))
+    return mapping, synthesis
+
+
+def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const") -> tuple[Path, Path]:
+    """Write both graphs of `snapshot.G_ema`, which is on the CPU; return `onnx_paths(path)`.
+
+    Raises UserError when one of the files is there or the packages are not, WriteError when they cannot be written.
+    """
+    import_extra("onnxscript", "onnx")
+    paths = onnx_paths(path)
+    for part in paths:
+        refuse_existing(part)
+    G = snapshot.G_ema
+    if G is None:
+        raise UserError(f"{snapshot.path}: holds no averaged generator (G_ema), which is what is exported")
+    inputs = {"z": torch.randn(2, G.z_dim), "truncation_psi": torch.ones(G.num_ws), "c": torch.zeros(2, G.c_dim)}
+    if not G.c_dim:
+        del inputs["c"]
+    mapping = _trace(_Mapping(G), inputs, "ws")
+    synthesis = _trace(_Synthesis(G, noise_mode), {"ws": torch.randn(2, G.num_ws, G.w_dim)}, "img")
+    about = {"written_by": f"styleformer {dnnlib.__version__}", "kimg": f"{snapshot.kimg:g}", "noise_mode": noise_mode}
+    for part, program in zip(paths, (mapping, synthesis), strict=True):
+        program.model.metadata_props.update(about)
+        _save(program, part)
+    return paths
+
+
+def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any:
+    """Return the ONNX program of a network; inputs of more than one dimension begin with the batch."""
+    batch = torch.export.Dim("batch")
+    shapes = {name: {0: batch} if x.ndim > 1 else None for name, x in inputs.items()}
+    with torch.no_grad(), custom_ops.implementation("reference"):
+        # Strict, because otherwise len(x) would fix the size of the batch.
+        program = torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=True)
+        return torch.onnx.export(program, dynamo=True, verbose=False, input_names=list(inputs), output_names=[output])
+
+
+def _save(program: Any, path: Path) -> None:
+    """Write a program: whole or not at all, then WriteError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    make_parent(path)
+    try:
+        program.save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
