@@ -206,7 +206,7 @@ def use(path: Path) -> list[str | None]:
     return outcome
 
 
-@draws(60, 3000)
+@draws(60, 1500)
 def test_damaged_zip_files(tmp_path: Path, examples: int) -> None:
     path = tmp_path / "set.zip"
     path.write_bytes(good_zip())
@@ -218,7 +218,7 @@ def test_damaged_zip_files(tmp_path: Path, examples: int) -> None:
         use(path)
 
 
-@draws(60, 3000)
+@draws(60, 1500)
 def test_strange_images_in_a_zip_file(tmp_path: Path, examples: int) -> None:
     members = st.lists(st.sampled_from(range(len(image_corpus()))), min_size=1, max_size=3)
 
@@ -236,7 +236,7 @@ def test_strange_images_in_a_zip_file(tmp_path: Path, examples: int) -> None:
             assert use(made)[0] is None
 
 
-@draws(60, 3000)
+@draws(60, 1500)
 def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
     names = [f"00000/img{k}.png" for k in range(3)]
     good = {"labels": [[name, k] for k, name in enumerate(names)], "class_names": ["a", "b", "c"], "width": 8}
@@ -355,7 +355,7 @@ def test_pickles_run_nothing_wherever_they_are_given(
     assert not (tmp_path / "runs").exists()
 
 
-@draws(150, 10_000)
+@draws(150, 5000)
 def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examples: int) -> None:
     """A byte may not matter (in padding of the zip file); then what is read is what was written, to the last bit."""
     kinds: list[tuple[Path, Callable[[Path], Any]]] = [
@@ -377,7 +377,7 @@ def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examp
         assert refused is None or str(path) in refused
 
 
-@draws(100, 5000)
+@draws(100, 1000)
 def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, examples: int) -> None:
     """With a right checksum, as whoever writes them can make it."""
     config = read_config(Checkpoint.read(STATE)["config"])
@@ -410,7 +410,7 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
 # --- the files of a run
 
 
-@draws(60, 5000)
+@draws(60, 1500)
 def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
     """training_options.json is refused or has the meaning of a configuration; strange lines of logs are left out."""
     config = read_config(snapshot.read_file(SNAPSHOT, snapshot.FORMAT, snapshot.VERSION, {})["config"])
@@ -458,6 +458,9 @@ WORDS += [
 LEFT_OUT = {"use_compile", "use_graphs", "help"}  # the first takes long in earnest; nothing is wrong with it
 
 
+ONE_STAGE_LESS = ["--g_dict=32,16", "--num_layers=1,1", "--metrics=none", "--device=cpu"]  # 16x16 pixels
+
+
 def every_option(command: click.Command) -> list[str]:
     options = [option for option in command.params if isinstance(option, ConfigOption)]
     return [option.opts[0] for option in options if option.name not in LEFT_OUT]
@@ -472,14 +475,14 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@draws(150, 20_000)
+@draws(150, 3000)
 def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").mkdir()
     network = tmp_path / "network.pkl"
     network.write_bytes(SNAPSHOT.read_bytes())
     scripts: dict[str, tuple[click.Command, list[str]]] = {
-        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]),
+        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, *ONE_STAGE_LESS, "-n"]),
         "generate": (
             generate.main,
             [f"--network={network}", "--class=0", "--seeds=0", "--outdir=work/out", "--device=cpu"],
@@ -496,7 +499,11 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
     table = [(name, flag) for name, (command, _) in scripts.items() for flag in every_option(command)]
     assert len(table) > 100
     before = {path: path.read_bytes() for path in (few, network)}
-    values = st.sampled_from(WORDS) | st.text(st.characters(exclude_characters="\0"), max_size=12)
+    for command, arguments in scripts.values():
+        assert run(command, *arguments) == 0
+    numbers = st.integers(-2, 70) | st.integers() | st.sampled_from([0.1, 0.5, 1.0, 2e-3]) | st.floats()
+    words = st.sampled_from(WORDS) | st.text(st.characters(exclude_characters="\0"), max_size=12)
+    values = numbers.map(str) | words
 
     @for_all(examples, st.sampled_from(table), values)
     def check(entry: tuple[str, str], value: str) -> None:
@@ -506,6 +513,7 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
             return  # starts as many processes
         if flag in ("--dest", "--outdir"):
             value = f"work/{value}"  # what is written stays in there
+        (tmp_path / "work" / "set.zip").unlink(missing_ok=True)
         run(command, *arguments, f"{flag}={value}")
         assert {path: path.read_bytes() for path in before} == before
 
@@ -514,7 +522,8 @@ def test_options_that_belong_together(few: Path, tmp_path: Path) -> None:
     """Pairs of hostile values, from a seed: a check of one option that relies on another one's."""
     chosen = random.Random(0)
     flags = every_option(train.main)
-    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
+    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, *ONE_STAGE_LESS, "-n"]
+    assert run(train.main, *base) == 0
     for _ in range(40):
         run(train.main, *base, *(f"{chosen.choice(flags)}={chosen.choice(WORDS)}" for _ in range(2)))
     assert not (tmp_path / "runs").exists()
