@@ -45,4 +45,4 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
 
 clean:
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -129,6 +129,8 @@ def build(
 
 
 def refuse_existing(dest: Path) -> None:
+    if not dest.name:
+        raise UserError(f"--dest={dest}: give the name of a .zip file or folder to write")
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"--dest={dest} exists: remove it or choose another name")
 

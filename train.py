@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -347,10 +348,16 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
 
 @contextmanager
 def _memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Raise UserError, which says what to do, where memory is not enough inside."""
+    """Raise UserError, which says what to do, where memory is not enough inside, or a worker is killed for that."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
+        if "DataLoader worker" in str(error):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader's handler would raise in what follows
+            raise UserError(
+                f"a process that decodes images has ended ({describe_error(error)}): by hand, or the machine ran out "
+                "of memory. --resume=latest goes on; if it happens again, choose fewer --workers"
+            ) from None
         if not is_out_of_memory(error):
             raise
         raise UserError(_too_large(config, error)) from None

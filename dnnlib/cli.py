@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,11 @@ from dnnlib.util import describe_error, is_out_of_memory
 
 # Decorators of click are untyped functions over functions.
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+FLOAT32_MAX = 3.4028234663852886e38
+MOST_DIGITS = 18  # of an integer: it fits into 64 bits
+MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 
 
 class ConfigOption(click.Option):
@@ -99,17 +105,22 @@ def config_values(context: click.Context) -> dict[str, Any]:
 
 
 class Script(click.Command):
-    """A command that turns UserError, ConfigError and a lack of memory into one line on stderr and exit code 2."""
+    """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
+    and folders that cannot be used, a lack of memory."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
         try:
             return super().invoke(ctx)
         except UserError as error:
             fail(self, error)
         except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            fail(self, UserError(f"out of memory ({describe_error(error)}): give it less at a time"))
+            if is_out_of_memory(error):
+                fail(self, UserError(f"out of memory ({describe_error(error)}): give it less at a time"))
+            if isinstance(error, OSError) and error.filename is not None:
+                fail(self, UserError(f"{error.filename}: cannot be used ({error.strerror})"))
+            raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the other commands after the help of a group's default, which is what the group's --help shows."""
@@ -153,12 +164,12 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
 
 
 class FiniteFloat(click.types.FloatParamType):
-    """A float that is neither nan nor infinite."""
+    """A float that is neither nan nor infinite, and becomes neither in a tensor."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if not abs(number) <= FLOAT32_MAX:
+            self.fail(f"{value!r} is not a finite number of single precision", param, ctx)
         return number
 
 
@@ -179,7 +190,7 @@ class IntList(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        if not re.fullmatch(r"\d+(,\d+)*", str(value)):
+        if not re.fullmatch(rf"\d{{1,{MOST_DIGITS}}}(,\d{{1,{MOST_DIGITS}}})*", str(value), re.ASCII):
             self.fail(f"{value!r} is not a comma-separated list of integers such as 256,64,16", param, ctx)
         return tuple(int(item) for item in str(value).split(","))
 
@@ -201,7 +212,7 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        match = re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(?:x(\d{{1,{MOST_DIGITS}}}))?", str(value), re.ASCII)
         if not match:
             self.fail(f"{value!r} is not a size such as 8 or 8x12 (height x width)", param, ctx)
         return int(match[1]), int(match[2] or match[1])
@@ -239,11 +250,13 @@ class IntRanges(click.ParamType):
             return value
         numbers: list[int] = []
         for part in str(value).split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            match = re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(?:-(\d{{1,{MOST_DIGITS}}}))?", part.strip(), re.ASCII)
             if not match:
                 self.fail(f"{part!r} in {value!r} is neither a number nor a range such as 0-35", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"the range {part!r} runs backwards: write {last}-{first}", param, ctx)
+            if len(numbers) + last - first >= MOST_NUMBERS:
+                self.fail(f"{value!r} is more than {MOST_NUMBERS} numbers", param, ctx)
             numbers += range(first, last + 1)
         return tuple(numbers)

@@ -35,7 +35,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{field}={value!r}: {problem}")
+        super().__init__(f"{field}={value!r:.200}: {problem}")
         self.field = field
         self.value = value
         self.problem = problem
@@ -145,13 +145,15 @@ def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str
 
 
 def _check_family(name: Any, families: Mapping[str, Any]) -> None:
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise ConfigError("family", name, f"unknown family; known are {', '.join(families)}")
 
 
 def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     families = field.metadata.get("families")
     if families:
+        if not isinstance(value, Mapping):
+            raise ConfigError(field.name, value, "expected a JSON object")
         data = dict(value)
         family = data.pop("family", None)
         with within(field.name):

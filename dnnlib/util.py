@@ -128,7 +128,7 @@ class TeeLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, errors="backslashreplace")
         self.streams = (sys.stdout, sys.stderr)
 
     def __enter__(self) -> TeeLog:

@@ -328,17 +328,20 @@ def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> 
     """
     name, value = next(iter(record["results"].items()))
     earlier = _read_records(folder / f"metric-{record['metric']}.jsonl")
-    others = [other["results"][name] for other in earlier if _circumstances(other) == _circumstances(record)]
+    others = [other["results"].get(name) for other in earlier if _circumstances(other) == _circumstances(record)]
+    others = [other for other in others if isinstance(other, (int, float))]
     return all(value > other if higher_is_better else value < other for other in others)
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file; a line that was cut short is none."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    """Yield the records of a file; a line that was cut short, or is anything else, is none."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("results"), dict):
+            yield record
 
 
 def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_config
+from test_torture import start
 
 from torch_utils import distributed
 from torch_utils.watchdog import Sign, find_stopped
@@ -82,3 +85,20 @@ def test_processes_begin_alike_and_one_bit_that_differs_later_is_found(
     printed = capfd.readouterr().err
     assert printed.count("Error") == 1
     assert "Error: the processes differ in D at kimg 0, so nothing is saved" in printed
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(shapes_zip: Path, tmp_path: Path) -> None:
+    options = ["--workers=1", "--kimg=99", "--resume=latest", "--snap=999"]
+    program = start(tmp_path / "runs", shapes_zip, *options)
+    try:
+        program.wait_for("tick 1 ")
+        pid = program.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+        assert program.finish() == 2
+    finally:
+        program.kill()
+    printed = program.output.read_text()
+    assert "Traceback" not in printed
+    assert "Error: a process that decodes images has ended (DataLoader worker" in printed.splitlines()[-1]

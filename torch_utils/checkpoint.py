@@ -79,17 +79,20 @@ class Checkpoint:
         Nothing has changed then when the parts or the tensors of a network do not fit.
         """
         payload = self.read(path)
-        saved = payload["parts"]
+        saved = payload.get("parts")
+        if not isinstance(saved, dict) or not all(isinstance(state, dict) for state in saved.values()):
+            raise UserError(f"{path}: holds no parts of a training; use another copy")
         if saved.keys() != self.parts.keys():
-            raise UserError(f"{path}: holds the parts {sorted(saved)}, expected {sorted(self.parts)}")
+            raise UserError(f"{path}: holds the parts {sorted(map(str, saved))}, expected {sorted(self.parts)}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and _shapes(part.state_dict()) != _shapes(saved[name]):
                 raise UserError(f"{path}: the tensors of {name} do not fit; it was trained with other options")
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved[name])
-            except ValueError as error:  # of an optimizer for other parameters
-                raise UserError(f"{path}: {name} does not fit ({error}); it was trained with other options") from None
+            except _MISFITS as error:  # an optimizer's, for other parameters, is a ValueError
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
         return payload
 
     @classmethod
@@ -98,6 +101,8 @@ class Checkpoint:
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
 
 
+# What reading values of a wrong kind out of a file ends in.
+_MISFITS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -109,8 +114,8 @@ def _sum_of_bits(value: Any) -> int:
     return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in state.items()}
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: tuple(x.shape) if isinstance(x, Tensor) else None for name, x in state.items()}
 
 
 def write_file(path: Path, file_format: str, version: int, payload: dict[str, Any]) -> None:
@@ -149,7 +154,8 @@ def read_file(path: Path, file_format: str, version: int, migrations: Mapping[in
 def read_document(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
     """Return the payload and, as they were written, format, version, project version and checksum of the file."""
     document = _read_document(path)
-    if not isinstance(document, dict) or not {"format", "version", "sha256", "payload"} <= document.keys():
+    kinds = {"format": str, "version": int, "sha256": str, "payload": dict, "written_by": str}
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: not a file of this project")
     if document["format"] != file_format:
         raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file")
@@ -158,11 +164,15 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
             f"{path}: format version {document['version']} was written by release {document['written_by']}, "
             f"this is {dnnlib.__version__}; update to read it"
         )
-    if digest(document["payload"]) != document["sha256"]:
-        raise UserError(f"{path}: damaged (its content does not match its checksum); use another copy")
     payload: dict[str, Any] = document["payload"]
-    for old in range(document["version"], version):
-        payload = migrations[old](payload)
+    try:
+        if digest(payload) != document["sha256"]:
+            raise UserError(f"{path}: damaged (its content does not match its checksum); use another copy")
+        for old in range(document["version"], version):
+            payload = migrations[old](payload)
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:  # too deep is a RuntimeError
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: does not hold what a {file_format} file holds ({reason}); use another copy") from None
     return {**document, "payload": payload}
 
 
@@ -180,7 +190,7 @@ def _read_document(path: Path) -> Any:
             f"{path}: not a file of this project. Pickles of other projects can run code when they are opened, "
             "so they are not"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # torch raises RuntimeError, EOFError, IndexError, TypeError, ... on damaged files
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
         raise UserError(f"{path}: damaged or incomplete ({reason}); use another copy") from None
 

@@ -31,6 +31,7 @@ from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0  # seconds
+MOST_ON_A_CPU = 16  # processes, however few cores there are
 
 
 def rank() -> int:
@@ -80,8 +81,11 @@ def choose_device(requested: str | None = None) -> torch.device:
 
 
 def check_processes(count: int, requested: str | None, device: torch.device) -> None:
-    """Raise UserError when `count` processes on this machine cannot have a device each."""
+    """Raise UserError when `count` processes on this machine cannot have a device each, or are too many for a CPU."""
     if device.type != "cuda":
+        most = max(MOST_ON_A_CPU, os.cpu_count() or 1)
+        if launched_world_size() is None and count > most:
+            raise UserError(f"--gpus={count}: too many processes for this machine without GPUs; at most {most}")
         return
     if count > 1 and requested is not None and ":" in requested:
         raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")

@@ -72,6 +72,9 @@ class RunConfig:
         for name in ("workers", "profile_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(name, getattr(self, name), "cannot be negative")
+        for name, most in (("workers", 1024), ("timeout", 1e8)):
+            if (getattr(self, name) or 0) > most:
+                raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
         if self.nan not in ("stop", "skip"):

@@ -275,11 +275,14 @@ def batches(
         worker_init_fn=_leave_signals_to_the_main_process if workers else None,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        images, labels = batch
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            images, labels = batch
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # while the loader was talking to it
+        raise RuntimeError(f"DataLoader worker has gone ({error})") from error
 
 
 def resident_batches(

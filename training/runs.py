@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -188,15 +189,15 @@ def _saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "training_options.json"
     try:
         return read_config(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError, ConfigError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _config_in(state: Path) -> TrainConfig:
     """The configuration in a training state."""
     try:
-        return read_config(Checkpoint.read(state)["config"])
-    except (KeyError, ConfigError) as error:
+        return read_config(Checkpoint.read(state).get("config"))
+    except ConfigError as error:
         raise UserError(f"{state}: its configuration cannot be read ({error})") from None
 
 
@@ -324,12 +325,12 @@ def _cut_log(path: Path, kimg: float) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        age = entry.get("Progress/kimg", entry.get("kimg"))
-        if age is None or age <= kimg:  # a metric of images has no age
+        age = entry.get("Progress/kimg", entry.get("kimg")) if isinstance(entry, dict) else math.inf
+        if age is None or (isinstance(age, (int, float)) and age <= kimg):  # a metric of images has no age
             kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept))

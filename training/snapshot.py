@@ -84,18 +84,20 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
     config = config_in(payload, path)
-    states = payload["networks"]
+    states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
+    if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
+        raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
     networks = {
         name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in network_configs(config).items()
     }
-    return Snapshot(**networks, config=config, nimg=payload["nimg"], ada_p=payload["ada_p"], path=path)
+    return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
 
 
 def config_in(payload: Mapping[str, Any], path: Path) -> TrainConfig:
     """Return the configuration in the content of a snapshot. Raises UserError naming `path`."""
     try:
-        return read_config(payload["config"])
+        return read_config(payload.get("config"))
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
 
@@ -117,6 +119,6 @@ def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: t
         network: nn.Module = config.build()
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
     return network.eval().requires_grad_(False).to(device)

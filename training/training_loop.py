@@ -41,7 +41,10 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.nimg, self.step, self.elapsed = state["nimg"], state["step"], state["elapsed"]
+        numbers = [state[name] for name in ("nimg", "step", "elapsed")]
+        if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in numbers):
+            raise ValueError(f"the state of training is {state}")
+        self.nimg, self.step, self.elapsed = int(numbers[0]), int(numbers[1]), float(numbers[2])
 
 
 @dataclass(frozen=True)
@@ -418,7 +421,7 @@ class Trainer:
             group.update(chosen)
         if self.config.augment.constant_p is not None:
             self.augment.p.fill_(self.config.augment.constant_p)
-        return bool(payload["data_hash"] == self.dataset.content_hash)
+        return bool(payload.get("data_hash") == self.dataset.content_hash)
 
 
 def _cut_batch(config: TrainConfig) -> tuple[int, int]:

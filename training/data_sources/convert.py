@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.config import UserError
-from training.data_sources.codec import MAX_IMAGE_BYTES, BrokenImageError, decode_image, encode_png
+from training.data_sources.codec import BrokenImageError, decode_image, encode_png
+from training.data_sources.files import read_regular_file
 from training.data_sources.sources import Item
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
@@ -128,17 +129,8 @@ def load(item: Item) -> np.ndarray:
     if isinstance(content, np.ndarray):
         return content
     if isinstance(content, Path):
-        content = _read_file(content)
+        content = read_regular_file(content)
     return decode_image(content)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise BrokenImageError(f"larger than {MAX_IMAGE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BrokenImageError(str(error)) from error
 
 
 def convert_items(items: list[Item], conversion: Conversion, expected: Expected) -> list[bytes | BrokenImageError]:

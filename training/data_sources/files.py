@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import threading
 import zipfile
 import zlib
@@ -30,6 +31,19 @@ def _refuse_folder(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions") from error
 
 
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises BrokenImageError, also for what would never end: a device, a pipe."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise BrokenImageError("not a regular file")
+        if about.st_size > MAX_IMAGE_BYTES:
+            raise BrokenImageError(f"{about.st_size} bytes, more than the {MAX_IMAGE_BYTES} that one file may have")
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenImageError(str(error)) from error
+
+
 class FolderStore:
     """Images below a folder, by their path relative to it; `names` is sorted, `num_ignored` counts other files."""
 
@@ -46,18 +60,18 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises BrokenImageError when it cannot be read."""
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise BrokenImageError(str(error)) from error
+        return read_regular_file(self.path / name)
 
     def read_json(self) -> bytes:
         return (self.path / "dataset.json").read_bytes()
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size."""
-        stat = (self.path / name).stat()
-        return stat.st_size, stat.st_mtime_ns
+        try:
+            about = (self.path / name).stat()
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be read ({error.strerror}): repair or remove it") from error
+        return about.st_size, about.st_mtime_ns
 
 
 class ZipStore:
@@ -72,7 +86,7 @@ class ZipStore:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
         self._members = members
         self.names = sorted(filter(_is_image, members))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from dnnlib.config import field_names
-from training.networks.layers import check_labels, require_at_least, require_size
+from training.networks.layers import check_labels, require_at_least, require_reasonable, require_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class DiscriminatorConfig(ABC):
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
+        require_reasonable(self)
         require_at_least(self, 1, "img_channels")
         require_at_least(self, 0, "c_dim")
         require_size(self, "img_size")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, field_names
-from training.networks.layers import require_at_least, require_size
+from training.networks.layers import require_at_least, require_reasonable, require_size
 from training.networks.mapping import MappingNetwork, StyleMapping
 
 NoiseMode = Literal["const", "random", "none"]
@@ -37,6 +37,7 @@ class GeneratorConfig(ABC):
     MIN_MAPPING_LAYERS: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        require_reasonable(self)
         require_at_least(self, 1, "z_dim", "w_dim", "img_channels")
         require_at_least(self, 0, "c_dim")
         require_at_least(self, self.MIN_MAPPING_LAYERS, "mapping_layers")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, field_names
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import winograd
@@ -30,6 +30,20 @@ def require_at_least(config: object, minimum: int, *fields: str) -> None:
         value = getattr(config, field)
         if value < minimum:
             raise ConfigError(field, value, f"must be at least {minimum}")
+
+
+# No network that a machine of today holds is beyond these. Without them one number in a file would fill its memory.
+_MOST_LAYERS, _MOST_ANYTHING = 1000, 2**20
+
+
+def require_reasonable(config: Any) -> None:
+    """Raise ConfigError for the first number in a field of `config` that is beyond all networks."""
+    for name in field_names(config):
+        value = getattr(config, name)
+        most = _MOST_LAYERS if "layers" in name or name == "resolutions" else _MOST_ANYTHING
+        items = value if isinstance(value, tuple) else (value,)
+        if len(items) > _MOST_LAYERS or any(isinstance(item, int) and item > most for item in items):
+            raise ConfigError(name, value, f"no network is that large: the most is {most}")
 
 
 def require_size(config: object, field: str) -> None:

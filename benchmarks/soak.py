@@ -1,0 +1,129 @@
+"""Train for minutes with tiny steps and watch from outside what the process holds: memory, files, threads, processes.
+
+python benchmarks/soak.py --seconds=150
+
+Everything that a run does beside steps happens all the time: a tick every 50 steps, and at each a snapshot, a training
+state, pictures and a metric, while two workers decode the images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import ROOT, emit
+
+NETWORKS = ["--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1", "--linformer=0", "--cbase=128", "--cmax=16"]
+OPTIONS = [*NETWORKS, "--batch=4", "--tick=0.2", "--snap=1", "--metrics=swd60", "--kimg=1000000", "--device=cpu"]
+EXIT_STOPPED = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process holds at a moment."""
+
+    steps: int
+    rss_mb: float
+    files: int
+    threads: int
+    children: int
+
+
+def take_sample(pid: int, run_dir: Path) -> Sample:
+    """Look into /proc. Raises OSError when the process has gone."""
+    proc = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    children = (proc / "task" / str(pid) / "children").read_text().split()
+    last = (run_dir / "stats.jsonl").read_text().splitlines()[-1:]
+    return Sample(
+        steps=int(json.loads(last[0])["Progress/step"]) if last else 0,
+        rss_mb=int(status["VmRSS"].split()[0]) / 1024,
+        files=len(list((proc / "fd").iterdir())),
+        threads=int(status["Threads"]),
+        children=len(children),
+    )
+
+
+def watch(folder: Path, data: Path, seconds: float, options: Sequence[str] = ()) -> tuple[list[Sample], int]:
+    """Train for so long, then stop by SIGTERM; return samples, one a second, and how many processes outlived it."""
+    command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2", *options]
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    samples: list[Sample] = []
+    try:
+        while not list(folder.glob("*/stats.jsonl")):
+            if process.poll() is not None:
+                raise click.ClickException(f"train.py ended with code {process.returncode}")
+            time.sleep(0.2)
+        (run_dir,) = folder.iterdir()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            samples.append(take_sample(process.pid, run_dir))
+            time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        if process.wait(120) != EXIT_STOPPED:
+            raise click.ClickException(f"train.py ended with code {process.returncode}")
+        return samples, count_session(process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+
+
+def count_session(session: int) -> int:
+    """How many processes of a session there are."""
+    found = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found += int(stat.read_text().rpartition(")")[2].split()[3]) == session
+        except OSError:  # it has gone in this moment
+            continue
+    return found
+
+
+def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
+    """Compare the second quarter of a run with the last one: the least of what comes and goes, the median of memory."""
+    quarter = len(samples) // 4
+    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+
+    def both(name: str) -> list[float]:
+        return [min(getattr(sample, name) for sample in part) for part in (early, late)]
+
+    rss = [sorted(sample.rss_mb for sample in part)[len(part) // 2] for part in (early, late)]
+    return {
+        "benchmark": "soak",
+        "steps": samples[-1].steps,
+        "steps_between": late[len(late) // 2].steps - early[len(early) // 2].steps,
+        "rss_mb": [round(x, 1) for x in rss],
+        "rss_mb_highest": round(max(sample.rss_mb for sample in samples), 1),
+        "files": both("files"),
+        "python_and_native_threads": both("threads"),
+        "children": both("children"),
+        "processes_left": outlived,
+    }
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(min=8), default=150, show_default=True, help="How long to train.")
+def main(seconds: float) -> None:
+    """Print one line of JSON: pairs are of the second and of the last quarter of the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.zip"
+        make = ["--source=shapes", f"--dest={data}", "--max-images=256", "--width=16", "--height=16", "--workers=1"]
+        subprocess.run([sys.executable, "dataset_tool.py", *make], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        emit(summarise(*watch(Path(folder) / "runs", data, seconds)), torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()
