@@ -159,6 +159,17 @@ def test_relativistic_losses_compare_pairs() -> None:
     assert game.G.A.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_a_classifier_reports_signs_of_generated_images(objective: Objective) -> None:
+    """Where D compares, its logits have no zero: their signs would say that it tells all when it does as it should."""
+    parameters = [nn.Parameter(torch.zeros(1))]
+    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    phases = build_phases(players(), settings(objective).fit(32, 6), learner, learner)
+    stats = next(phase for phase in phases if phase.name == "G_main").loss(*batch()).stats
+    assert stats.keys() >= {"Loss/G/loss", "Loss/scores/fake"}
+    assert ("Loss/signs/fake" in stats) == (objective in ("logistic", "hinge"))
+
+
 class LabelledG(LinearG):
     """An image is what its label says."""
 
