@@ -258,6 +258,14 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
 
 
+def test_weights_do_not_decay_and_no_option_says_so() -> None:
+    p = nn.Parameter(torch.ones(3))
+    learner = build_learner([p], AdamConfig(lr=0.1), None)
+    learner.step(skip=torch.tensor(False))
+    assert torch.equal(p.detach(), torch.ones(3))  # the gradient is zero
+    assert not any("decay" in flag for parameter in train.main.params for flag in parameter.opts)
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
     ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
