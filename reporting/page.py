@@ -70,7 +70,8 @@ for (const box of document.querySelectorAll(".frames")) {
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
     """Return the page; of a run's grids it has about `max_images`, evenly spaced, with the first and the last."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>", _overview(runs), "<h2>Generated images</h2>"]
+    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>", _overview(runs)]
+    parts.append("<h2>Generated images</h2>")
     parts += [_grids(run, max_images) for run in runs]
     parts.append("<h2>Curves</h2>")
     curves = [
