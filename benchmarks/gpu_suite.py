@@ -338,7 +338,7 @@ COLUMNS = {
         "ms",
         "peak_mib",
     ],
-    "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"],
+    "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s", "peak_mib"],
     "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
     "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
     "grid_attention": ["form", "derivatives", "resolution", "ms", "peak_mib", "problem"],

@@ -1,15 +1,18 @@
-"""Speed of the networks alone: images per second, parameters and GFLOP, as one JSON object per line.
+"""Speed and memory of the networks alone, parameters and GFLOP, as one JSON object per line.
 
 python benchmarks/networks.py --batch=8 --device=cpu --threads=2
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import click
 import torch
-from common import emit, images_per_second
+from common import emit, images_per_second, peak_mib
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +21,8 @@ from torch_utils.misc import tune_allocator
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer_c import StyleformerCConfig
+from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.transgan import TransGANConfig
@@ -30,9 +35,11 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "styleformer 128 px, linformer": StyleformerConfig(
         widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True
     ),
+    "styleformer-c 128 px": StyleformerCConfig(),
     "stylegan2 32 px": StyleGAN2Config(),
     "transgan 32 px": TransGANConfig(z_dim=256, w_dim=256),
     "transgan discriminator 32 px": TransGANDiscriminatorConfig(norm="token"),
+    "styleformer discriminator 32 px": StyleformerDiscriminatorConfig(),
     "stylegan2 discriminator 32 px, orig": StyleGAN2DiscriminatorConfig(architecture="orig", mbstd_group_size=32),
 }
 
@@ -64,29 +71,44 @@ def gflop_per_image(config: GeneratorConfig | DiscriminatorConfig) -> float:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: PyTorch's choice]")
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="Time per measurement")
 def main(batch: int, device: str, threads: int | None, seconds: float) -> None:
-    tune_allocator()
+    where = torch.device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    where = torch.device(device)
-    torch.manual_seed(0)
-
     for name, config in CONFIGS.items():
-        network, forward = random_pass(config, batch, device)
+        run = measure if where.type == "cuda" else in_own_process
+        result = run(config, batch, device, torch.get_num_threads(), seconds)
+        result |= {"gflop_per_image": round(gflop_per_image(config), 3), "batch": batch}
+        emit({"benchmark": "networks", "network": name, **result}, where)
 
-        def backward(network: nn.Module = network, forward: Callable[[], Tensor] = forward) -> None:
-            network.zero_grad(set_to_none=True)
-            forward().sum().backward()
 
-        result = {
-            "benchmark": "networks",
-            "network": name,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "gflop_per_image": round(gflop_per_image(config), 3),
-            "forward_img_per_s": round(images_per_second(torch.no_grad()(forward), batch, where, seconds), 1),
-            "forward_backward_img_per_s": round(images_per_second(backward, batch, where, seconds), 1),
-            "batch": batch,
-        }
-        emit(result, where)
+def in_own_process(*args: Any) -> dict[str, Any]:
+    """Measure in a fresh process, whose peak of memory no other network has made."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def measure(
+    config: GeneratorConfig | DiscriminatorConfig, batch: int, device: str, threads: int, seconds: float
+) -> dict[str, Any]:
+    """Parameters, speed and peak of memory of one network."""
+    tune_allocator()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    network, forward = random_pass(config, batch, device)
+
+    def backward() -> None:
+        network.zero_grad(set_to_none=True)
+        forward().sum().backward()
+
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "forward_img_per_s": round(images_per_second(torch.no_grad()(forward), batch, where, seconds), 1),
+        "forward_backward_img_per_s": round(images_per_second(backward, batch, where, seconds), 1),
+        "peak_mib": peak_mib(where),
+    }
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import swd
 import train_step
 
 from training.config import PRESETS
-from training.networks import winograd
+from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshot import save_network
 
 CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}
@@ -140,6 +140,12 @@ def test_networks_count_parameters_and_operations(monkeypatch: pytest.MonkeyPatc
     (row,) = results(networks.main, "--batch=2", "--seconds=0.01")
     assert row["parameters"] == sum(p.numel() for p in config.build().parameters())
     assert row.keys() >= {"gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"}
+    assert row["peak_mib"] * 2**20 > 8 * row["parameters"]  # they and their gradients
+
+
+def test_networks_of_every_family_are_measured() -> None:
+    found = {type(config) for config in networks.CONFIGS.values()}
+    assert found == {*GENERATORS.values(), *DISCRIMINATORS.values()}
 
 
 def test_operators() -> None:

@@ -159,6 +159,17 @@ def test_relativistic_losses_compare_pairs() -> None:
     assert game.G.A.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_a_classifier_reports_signs_of_generated_images(objective: Objective) -> None:
+    """Where D compares, its logits have no zero: their signs would say that it tells all when it does as it should."""
+    parameters = [nn.Parameter(torch.zeros(1))]
+    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    phases = build_phases(players(), settings(objective).fit(32, 6), learner, learner)
+    stats = next(phase for phase in phases if phase.name == "G_main").loss(*batch()).stats
+    assert stats.keys() >= {"Loss/G/loss", "Loss/scores/fake"}
+    assert ("Loss/signs/fake" in stats) == (objective in ("logistic", "hinge"))
+
+
 class LabelledG(LinearG):
     """An image is what its label says."""
 
@@ -245,6 +256,14 @@ def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_
 
 def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
+
+
+def test_weights_do_not_decay_and_no_option_says_so() -> None:
+    p = nn.Parameter(torch.ones(3))
+    learner = build_learner([p], AdamConfig(lr=0.1), None)
+    learner.step(skip=torch.tensor(False))
+    assert torch.equal(p.detach(), torch.ones(3))  # the gradient is zero
+    assert not any("decay" in flag for parameter in train.main.params for flag in parameter.opts)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, UserError, from_json, to_json
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
+from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.transgan import TransGANConfig
 from training.transfer import Origin, check_frozen, copy_weights, fit, places
 
 G32 = StyleformerConfig(z_dim=8, w_dim=8, widths=(24, 16, 8), layers=(1, 2, 1))
@@ -69,6 +71,29 @@ def test_blocks_of_a_grid_go_to_the_blocks_of_that_grid(architecture: Any, is_up
     expected = {f"fromrgb.{grid}.weight", f"fromrgb.{grid}.bias"} if is_up or architecture != "skip" else set()
     expected |= {f"blocks.{grid}.{key}" for key in high.blocks[0].state_dict()} if is_up else set()
     assert set(copied.new) == expected
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_encoder_blocks_of_a_discriminator_go_to_their_grid(is_up: bool) -> None:
+    small = StyleformerDiscriminatorConfig(img_size=(16, 16), layers=(1, 1), channel_base=64, channel_max=16, depth=4)
+    large = dataclasses.replace(small, img_size=(32, 32), layers=(1, 1, 1))
+    source, target = pair(small, large) if is_up else pair(large, small)
+    copied = copy_weights(source, target, "D")
+    low, high = (source, target) if is_up else (target, source)
+    for i in range(2):
+        for key, x in low.stages[i].state_dict().items():
+            assert torch.equal(x, high.stages[i + 1].state_dict()[key]), key
+    assert {name.split(".")[1] for name in copied.new if name.startswith("stages")} == ({"16x16"} if is_up else set())
+
+
+def test_stages_of_a_transgan_go_to_their_grid() -> None:
+    small = TransGANConfig(z_dim=8, w_dim=8, base=(8, 8), widths=(16, 16), layers=(1, 1))
+    source, target = pair(small, dataclasses.replace(small, base=(4, 4), widths=(16, 16, 16), layers=(1, 1, 1)))
+    copied = copy_weights(source, target, "G")
+    for i in range(2):
+        for key, x in source.synthesis.stages[i].state_dict().items():
+            assert torch.equal(x, target.synthesis.stages[i + 1].state_dict()[key]), key
+    assert {name.split(".")[2] for name in copied.new if "stages" in name} == {"4x4"}
 
 
 def test_a_generator_for_larger_images_starts_as_the_one_for_smaller() -> None:

@@ -67,6 +67,14 @@ def test_figures_that_a_loss_does_not_report_are_no_trouble(left_out: str) -> No
     assert [names(watch, partial) for _ in range(5)] == [[]] * 5
 
 
+def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> None:
+    """What wgangp-eps and relativistic report: signs of differences, and none of generated images."""
+    watch = Trouble()
+    scores = {"Loss/scores/real": 30.0, "Loss/scores/fake": -20.0, "Loss/D/loss": -45.0, "Loss/signs/real": 1.0}
+    figures = {name: value for name, value in (HEALTHY | scores).items() if name != "Loss/signs/fake"}
+    assert [names(watch, figures) for _ in range(5)] == [[]] * 5
+
+
 @pytest.mark.parametrize("p", [0.5, 0.25])
 def test_adas_bound_is_read_from_the_controller(shapes_zip: Path, capsys: pytest.CaptureFixture[str], p: float) -> None:
     config = small_config(shapes_zip, augment__max_p=0.5)

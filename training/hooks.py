@@ -198,7 +198,8 @@ class Overfitting:
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
     0 is no overfitting, 1 is complete. All under the augmentation of the moment, on about NUM_IMAGES of each, which
-    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real.
+    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real, of a difference
+    where D only compares; there the scores mean something, and r_t does not.
     """
 
     NUM_IMAGES = 1024

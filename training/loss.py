@@ -190,6 +190,11 @@ def generator_linear(players: Players, img: Tensor, c: Tensor, batch_scale: int 
     return _generator_terms(-logits.mean(), logits, mean_w)
 
 
+def generator_wgan(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
+    """-D(T(G(z))), of which the Wasserstein distance knows no zero."""
+    return _without_signs(generator_linear(players, img, c, batch_scale))
+
+
 def discriminator_hinge(players: Players, img: Tensor, c: Tensor) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
     fake_logits, real_logits, mean_w = _judge_both(players, img, c)
@@ -231,7 +236,7 @@ def generator_relativistic(players: Players, img: Tensor, c: Tensor) -> LossTerm
     with torch.no_grad():
         real_logits = players.judge(img, c)
     logits = players.judge(fake, c)
-    return _generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w)
+    return _without_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
 
 
 def discriminator_relativistic(players: Players, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
@@ -263,6 +268,12 @@ def _judge_both(players: Players, img: Tensor, c: Tensor) -> tuple[Tensor, Tenso
 def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
     stats = {"Loss/G/loss": loss, "Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()}
     return LossTerms(loss, stats, {"w_avg": mean_w})
+
+
+def _without_signs(terms: LossTerms) -> LossTerms:
+    """The terms of a generator whose D only compares: no logit is right or wrong by itself."""
+    stats = {name: value for name, value in terms.stats.items() if name != "Loss/signs/fake"}
+    return replace(terms, stats=stats)
 
 
 def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:

@@ -24,6 +24,7 @@ from training.loss import (
     generator_linear,
     generator_logistic,
     generator_relativistic,
+    generator_wgan,
     path_length,
     r1_penalty,
 )
@@ -137,7 +138,7 @@ def _hinge(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
 
 
 def _wgangp_eps(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
-    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
+    g_loss = partial(generator_wgan, players, batch_scale=config.g_batch_scale)
     gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
     return g_loss, partial(discriminator_wgan, players, gp_weight=gp_weight, drift_weight=drift_weight)
 

@@ -351,8 +351,9 @@ class Trainer:
         start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
             f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
-            f"its update was left out, and training stops. {known}; {start} with a higher --gamma, lower --glr and "
-            "--dlr, or --precision=fp32. Or go on with --resume=latest --nan=skip, which leaves such updates out"
+            f"its update was left out, and training stops. {known}; {start} with a higher --gamma (or "
+            "--gp-weight), lower --glr and --dlr, or --precision=fp32. Or go on with --resume=latest --nan=skip, which "
+            "leaves such updates out"
         )
 
     def _progress(self) -> dict[str, float]:

@@ -46,7 +46,11 @@ def _gap(x: Figures) -> float:
 
 
 def _tells_all(x: Figures) -> bool:
-    """D's signs are those of a classifier without mistakes, or its loss is almost 0 because scores lie far apart."""
+    """D's signs are those of a classifier without mistakes, or its loss is almost 0 because scores lie far apart.
+
+    A D that only compares is no classifier: its objectives report no signs of generated images. The critic of a
+    Wasserstein distance is even meant to rank all reals above all generated ones.
+    """
     is_sure = x["Loss/signs/real"] > 0.99 and x["Loss/signs/fake"] < -0.99
     return is_sure or (_gap(x) > 4 and abs(x["Loss/D/loss"]) < 0.02)
 
@@ -64,14 +68,14 @@ CONDITIONS = (
         holds=lambda x: _gap(x) < 0.01,
         patience=3,
         message="D's scores of real images are no higher than those of generated ones, so it is of no use to G: lower "
-        "--dlr or --gamma",
+        "--dlr, or --gamma (or --gp-weight)",
     ),
     Condition(
         name="Images are the same",
         holds=lambda x: x["Images/diversity"] < 0.05,
         patience=2,
         message="generated images hardly differ from each other (G has collapsed, or its output is saturated): lower "
-        "--glr, raise --gamma, or go back to an earlier training state",
+        "--glr, raise --gamma (or --gp-weight), or go back to an earlier training state",
     ),
     Condition(
         name="p is at its bound",

@@ -7,7 +7,7 @@ No published result is reproduced here. The generator's encoder block without wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -169,6 +169,17 @@ class EncoderBlock(nn.Module):
         return bias_act(y, self.bias, dim=2, act="lrelu", clamp=self.clamp)
 
 
+class Stage(nn.ModuleList):
+    """The encoder blocks of one grid."""
+
+    def __init__(self, config: StyleformerDiscriminatorConfig, grid: Grid, out_widths: Sequence[int]) -> None:
+        width = config.num_channels(grid)
+        super().__init__(
+            EncoderBlock(config, grid, width, out, is_first=index == 0) for index, out in enumerate(out_widths)
+        )
+        self.place = "{}x{}".format(*grid)
+
+
 class StyleformerDiscriminator(Discriminator):
     """Patches, then encoder blocks on smaller and smaller grids, then minibatch-std and the epilogue of StyleGAN2.
 
@@ -188,8 +199,7 @@ class StyleformerDiscriminator(Discriminator):
             self.grids, config.layers, widths, [*widths[1:], widths[-1]], strict=True
         ):
             outs = [width] * (count - 1) + [following]
-            blocks = (EncoderBlock(config, grid, width, out, is_first=i == 0) for i, out in enumerate(outs))
-            self.stages.append(nn.ModuleList(blocks))
+            self.stages.append(Stage(config, grid, outs))
         self.epilogue = DiscriminatorEpilogue(
             widths[-1],
             self.grids[-1],

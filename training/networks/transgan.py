@@ -197,6 +197,7 @@ class Stage(nn.Module):
     def __init__(self, config: TransGANConfig, index: int) -> None:
         super().__init__()
         self.grid, width = config.grids[index], config.widths[index]
+        self.place = "{}x{}".format(*self.grid)
         self.upsampling: nn.Module = nn.Identity()
         if index > 0:
             below = config.grids[index - 1]
