@@ -367,9 +367,12 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     """What to do when memory is not enough."""
     batch_gpu = config.run.batch_gpu
     assert isinstance(batch_gpu, int)
-    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
+    sizes = [size for size in micro_batches(config) if size < batch_gpu]
+    half = next((size for size in sizes if size <= batch_gpu / 2), sizes[-1] if sizes else None)
+    smaller = [] if half is None else [f"--batch-gpu={half}"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
+    smaller = smaller or ["a smaller network"]
     if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
         return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
     return (
