@@ -331,15 +331,17 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
         run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
         log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
-        with log, open_loggers(run_dir, config) as loggers:
+        with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
             _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
-            saver = Saver(run_dir, config.run)
+            saver = Saver(run_dir, config.run, trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
             trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
+            if start.run_dir:
+                _catch_up(trainer)
             trainer.train()
             distributed.from_main(saver.finish)
             _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
@@ -367,9 +369,12 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     """What to do when memory is not enough."""
     batch_gpu = config.run.batch_gpu
     assert isinstance(batch_gpu, int)
-    smaller = [f"--batch-gpu={batch_gpu // 2}"] if batch_gpu % 2 == 0 else ["a smaller --batch-gpu"]
+    sizes = [size for size in micro_batches(config) if size < batch_gpu]
+    half = next((size for size in sizes if size <= batch_gpu / 2), sizes[-1] if sizes else None)
+    smaller = [] if half is None else [f"--batch-gpu={half}"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
+    smaller = smaller or ["a smaller network"]
     if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
         return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
     return (
@@ -396,14 +401,21 @@ def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricCo
     return chain
 
 
-def open_loggers(run_dir: Path, config: TrainConfig) -> Loggers:
+def _catch_up(trainer: Trainer) -> None:
+    """Compute the metrics that a run which was killed still owes of the step where it goes on."""
+    for hook in trainer.hooks:
+        if isinstance(hook, hooks.Metrics):
+            hook.catch_up(trainer)
+
+
+def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:
     """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
     if not distributed.is_main():
         return Loggers((), run_dir, config)
     names = choose_loggers(config.run.log)
     if not names and config.run.log is None:
         _say("TensorBoard events are not written: the package tensorboard is not installed")
-    return Loggers(names, run_dir, config)
+    return Loggers(names, run_dir, config, nimg)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:

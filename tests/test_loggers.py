@@ -116,10 +116,24 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(shapes_zip: Path, tmp_path:
     assert ages == pytest.approx([0.016 * i for i in range(1, 7)])
 
 
+def test_tensorboard_shows_a_tick_once_after_a_run_was_killed(shapes_zip: Path, tmp_path: Path) -> None:
+    options = ("--metrics=none", "--log=tensorboard", "--resume=latest")
+    assert run_training(shapes_zip, tmp_path, "--kimg=0.032", *options).exit_code == 0
+    (run_dir,) = tmp_path.glob("0*")
+    (state,) = run_dir.glob("training-state-*.pt")
+    earlier = state.read_bytes()
+    assert run_training(shapes_zip, tmp_path, "--kimg=0.064", *options).exit_code == 0
+    state.write_bytes(earlier)  # as if it had been killed before the last one was written
+    result = run_training(shapes_zip, tmp_path, "--kimg=0.064", *options)
+    assert "at kimg 0.032" in result.output, result.output
+    steps = [event.step for event in EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")]
+    assert steps == [16, 32, 48, 64]
+
+
 class Broken:
     """A logger whose service has gone."""
 
-    def __init__(self, run_dir: Path, config: Any) -> None:
+    def __init__(self, run_dir: Path, config: Any, nimg: int) -> None:
         self.calls = 0
 
     def add(self, figures: Any, nimg: int) -> None:
@@ -147,7 +161,7 @@ def test_a_logger_that_fails_stops_neither_training_nor_others(
 def test_a_logger_that_cannot_begin_is_left_out(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(run_dir: Path, config: Any) -> loggers.Logger:
+    def refuse(run_dir: Path, config: Any, nimg: int) -> loggers.Logger:
         raise RuntimeError("api_key not configured")
 
     monkeypatch.setitem(loggers._CLASSES, "wandb", refuse)

@@ -147,6 +147,23 @@ def test_the_last_states_are_kept_and_some_for_ever(last: int, every: float | No
     assert [state for state in everything if state not in obsolete(everything, last, every)] == expected
 
 
+def test_damaged_states_ahead_of_a_run_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
+    """A run that went on from before them would otherwise throw away what it writes."""
+    trainer = new_trainer(shapes_zip, run__keep_last=1)
+    for kimg in (7, 9):
+        (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")
+    saver = Saver(tmp_path, trainer.config.run)
+    trainer.hooks = [hooks.Snapshots(saver, 1)]
+    trainer.state.nimg = 8000
+    train_steps(trainer, 1)
+    saver.finish()
+    assert [path.name for path in sorted(tmp_path.glob("*.pt"))] == [
+        "training-state-000008.pt",
+        "training-state-000009.pt",
+    ]
+    assert Checkpoint.read(tmp_path / "training-state-000008.pt")["parts"]["state"]["nimg"] == 8016
+
+
 def test_a_run_keeps_as_many_states_as_it_is_told(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (3, 5):

@@ -422,6 +422,13 @@ def test_out_of_memory_is_answered_with_the_flags_that_help(
         "Error: out of GPU memory with --batch-gpu=16: choose --batch-gpu=8, --grad-checkpoint, "
         "--linformer (another network)"
     )
+    for options, answer in (
+        (["--batch-gpu=2"], "choose --grad-checkpoint, --linformer"),  # path length takes half of it
+        (["--mbstd=8", "--batch=24", "--batch-gpu=24"], "choose --batch-gpu=8, --grad-checkpoint"),  # 12 has no groups
+        (["--batch-gpu=2", "--linformer=1", "--grad-checkpoint"], "choose a smaller network\n"),
+    ):
+        result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--pl-weight=2", *options)
+        assert (result.exit_code, answer in result.stderr) == (2, True), result.stderr
 
 
 def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(

@@ -89,6 +89,26 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     assert len({tick["Overfitting/score_train"] for tick in ticks}) == len(ticks)
 
 
+def test_a_metric_that_a_run_was_killed_in_is_computed_when_it_goes_on(shapes_zip: Path, tmp_path: Path) -> None:
+    """The training state of a tick is written while its metrics are computed."""
+    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20", "--resume=latest"]
+    assert run(*arguments, "--tick-metrics=swd30").exit_code == 0
+    [run_dir] = (tmp_path / "runs").iterdir()
+    log, best = run_dir / "metric-swd20.jsonl", run_dir / "network-best-swd20.pkl"
+    whole = lines(log)
+    worse = [line | {"results": {"swd20": 1e9}} for line in whole[:-1]]
+    log.write_text("".join(json.dumps(line) + "\n" for line in worse))
+    best.unlink()
+    result = run(*arguments, "--tick-metrics=swd30")
+    assert result.exit_code == 0, result.output
+    again = lines(log)[-1]
+    assert [again[key] for key in ("results", "kimg")] == [whole[-1][key] for key in ("results", "kimg")]
+    assert again["snapshot"] == whole[-1]["snapshot"] == "network-snapshot-000000.pkl"
+    assert len(lines(log)) == len(whole)
+    assert load_network(best).kimg == 0.064
+    assert len(lines(run_dir / "metric-swd30.jsonl")) == 5  # nothing of it was missing
+
+
 def test_what_cannot_be_computed_is_refused_before_training(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,9 @@ from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
 from training.loggers import Loggers
+from training.runs import read_ages
 from training.saving import Saver
-from training.training_loop import Trainer
+from training.training_loop import Tick, Trainer
 
 Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
 
@@ -171,10 +172,24 @@ class Metrics:
         self.evaluate, self.loggers = evaluate, loggers
 
     def __call__(self, trainer: Trainer) -> None:
-        tick = trainer.tick
+        if trainer.tick is not None:
+            self._evaluate(trainer, trainer.tick, self._due(trainer.tick))
+
+    def catch_up(self, trainer: Trainer) -> None:
+        """Evaluate what is due where a run goes on and is not logged: it was killed while that was computed."""
+        tick = trainer.tick_here()
         if tick is None:
             return
-        names = [name for every, names in self.schedule if tick.reached(every) for name in names]
+        folder, kimg = self.saver.run_dir, trainer.state.nimg / 1000
+        missing = distributed.from_main(
+            lambda: [name for name in self._due(tick) if kimg not in read_ages(folder / f"metric-{name}.jsonl")]
+        )
+        self._evaluate(trainer, tick, missing)
+
+    def _due(self, tick: Tick) -> list[str]:
+        return [name for every, names in self.schedule if tick.reached(every) for name in names]
+
+    def _evaluate(self, trainer: Trainer, tick: Tick, names: Sequence[str]) -> None:
         if not names:
             return
         if self.saver.run.keep_best:

@@ -39,10 +39,11 @@ class Logger(Protocol):
 class TensorBoard:
     """Events in the run's folder, for `tensorboard --logdir`. Needs the package tensorboard."""
 
-    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
+    def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir))
+        # What lies beyond the training state that a killed run goes on from is not shown.
+        self.writer = SummaryWriter(str(run_dir), purge_step=nimg + 1 if nimg else None)
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
         for name, value in figures.items():
@@ -67,7 +68,7 @@ class WeightsAndBiases:
     ID_FILE = "wandb-id.txt"
     PROJECT = "styleformer"  # unless WANDB_PROJECT says otherwise
 
-    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
+    def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         import wandb
 
         self.wandb = wandb
@@ -100,7 +101,10 @@ class WeightsAndBiases:
         self.run.finish(exit_code=0 if succeeded else 1)
 
 
-_CLASSES: Mapping[str, Callable[[Path, TrainConfig], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+_CLASSES: Mapping[str, Callable[[Path, TrainConfig, int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 assert tuple(_CLASSES) == LOGGERS
 
 
@@ -123,13 +127,16 @@ def _is_installed(package: str) -> bool:
 
 
 class Loggers:
-    """All loggers of a run, on its first process; elsewhere `names` is empty. Closes them at the end of a block."""
+    """All loggers of a run, on its first process; elsewhere `names` is empty. Closes them at the end of a block.
 
-    def __init__(self, names: Sequence[str], run_dir: Path, config: TrainConfig) -> None:
+    `nimg` is where the run goes on.
+    """
+
+    def __init__(self, names: Sequence[str], run_dir: Path, config: TrainConfig, nimg: int = 0) -> None:
         self.loggers: dict[str, Logger] = {}
         for name in names:
             with _going_on_without(name):
-                self.loggers[name] = _CLASSES[name](run_dir, config)
+                self.loggers[name] = _CLASSES[name](run_dir, config, nimg)
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
         """Show figures by name."""

@@ -297,7 +297,9 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     """Resume from the newest training state that is whole. Raises UserError when none is."""
     chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
     _resume(trainer, chosen)
-    trainer.last_snapshot = max(run_dir.glob("network-snapshot-*.pkl"), default=None)
+    newest = run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
+    snapshots = [path for path in run_dir.glob("network-snapshot-*.pkl") if path <= newest]
+    trainer.last_snapshot = max(snapshots, default=None)
     if distributed.is_main():
         _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
@@ -329,15 +331,23 @@ def _remove_leftovers(run_dir: Path) -> None:
 
 def _cut_log(path: Path, kimg: float) -> None:
     """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short."""
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [line for line, age in _read_log(path) if age is None or age <= kimg]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def read_ages(path: Path) -> set[float]:
+    """Return the kimg of the lines of stats.jsonl or metric-<name>.jsonl; none where there is no such file."""
+    return {age for _, age in _read_log(path) if age is not None} if path.exists() else set()
+
+
+def _read_log(path: Path) -> Iterator[tuple[str, float | None]]:
+    """Yield the whole lines of a log with their kimg. A metric of images has none."""
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
         age = entry.get("Progress/kimg", entry.get("kimg")) if isinstance(entry, dict) else math.inf
-        if age is None or (isinstance(age, (int, float)) and age <= kimg):  # a metric of images has no age
-            kept.append(line)
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+        if age is None or isinstance(age, (int, float)):
+            yield line, age

@@ -23,11 +23,11 @@ class Saver:
     A file that cannot be written is reported at the next tick; training goes on, and earlier files are intact.
     """
 
-    def __init__(self, run_dir: Path, run: RunConfig) -> None:
+    def __init__(self, run_dir: Path, run: RunConfig, last_snapshot: Path | None = None) -> None:
         self.run_dir, self.run = run_dir, run
         self.writer = BackgroundWriter()
         self.saved_nimg = 0  # where the newest training state stands
-        self.last_snapshot: Path | None = None  # that was written
+        self.last_snapshot = last_snapshot  # that was written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
         """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted.
@@ -83,7 +83,9 @@ class Saver:
 
     def _write_state(self, path: Path, payload: dict[str, object]) -> None:
         Checkpoint.write(path, payload)
-        for old in obsolete(list_states(self.run_dir), self.run.keep_last, self.run.keep_every):
+        # Later ones are what a run left behind that went on from an earlier state, because they are damaged.
+        states = [state for state in list_states(self.run_dir) if state <= path]
+        for old in obsolete(states, self.run.keep_last, self.run.keep_every):
             old.unlink(missing_ok=True)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,16 +323,22 @@ class Trainer:
         """Begin to measure a tick; `maintenance` is the time that the hooks took at the end of the last one."""
         self.tick_began, self.tick_nimg_began, self.maintenance = time.time(), self.state.nimg, maintenance
 
-    def _finish_tick(self) -> Tick | None:
-        """Return the tick's figures when one has just ended."""
+    def tick_here(self) -> Tick | None:
+        """Return the tick that ends at this step, without its figures; None where none does."""
         number = self.state.nimg // self.tick_nimg
         previous = (self.state.nimg - self.batch_size) // self.tick_nimg
         is_last = self.state.nimg >= self.total_nimg
         if number == previous and not is_last:
             return None
+        return Tick(number, previous, is_first=False, is_last=is_last, stats={}, values={})
+
+    def _finish_tick(self) -> Tick | None:
+        """Return the tick's figures when one has just ended."""
+        tick = self.tick_here()
+        if tick is None:
+            return None
         stats = self.stats.collect()
-        values = self._progress() | self._check_failures()
-        return Tick(number, previous, is_first=False, is_last=is_last, stats=stats, values=values)
+        return replace(tick, stats=stats, values=self._progress() | self._check_failures())
 
     def _check_failures(self) -> dict[str, float]:
         """Return how many updates each phase has left out in this tick. Raises UserError if any, unless nan='skip'."""
