@@ -143,7 +143,7 @@ def measure(
         rate = numbers * x.element_size() / seconds / 1e9
         return {
             "ms": round(seconds * 1e3, 4),
-            "gb_per_s": round(rate, 2),
+            "gb_per_s": round(rate, 4),
             "of_copy": round(rate / (copied / copy / 1e9), 3),
         }
 

@@ -6,7 +6,6 @@ work as they are shared: its page that asks whether a large file is really wante
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import html.parser
 import json
@@ -25,6 +24,11 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.util import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 20  # seconds without a byte from the server
 ATTEMPTS = 5  # to go on after a break; without any progress there is no further one
@@ -135,7 +139,10 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
 
 @contextmanager
 def _alone(part: Path) -> Iterator[None]:
-    """Wait until no other process fetches this file."""
+    """Wait until no other process fetches this file; without fcntl nothing waits."""
+    if fcntl is None:
+        yield
+        return
     lock = part.with_suffix(".lock")
     while True:
         with lock.open("w") as file:
