@@ -31,6 +31,7 @@ from metrics.sampling import MetricContext
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
+from training.exchange import is_folder
 from training.snapshot import Snapshot
 
 
@@ -74,7 +75,8 @@ class MetricScript(Script):
     metavar="PKL|URL|RUN|IMAGES",
     type=FileOrURL(),
     required=True,
-    help="Snapshot; folder of a run, for all its snapshots; or zip or folder of images made by other means.",
+    help="Snapshot or folder of safetensors; folder of a run, for all its snapshots; or zip or folder of images made "
+    "by other means.",
 )
 @option("--metrics", "names", type=NameList(), help="What to compute, see below.  [default: fid50k_full or swd]")
 @option("--data", field="data.path", metavar="PATH", help="Real images, zip or folder.  [default: the training images]")
@@ -126,7 +128,7 @@ def main(
         raise UserError("--metrics names nothing to compute; leave it out for the default")
     path = local_file(network)
     subjects = list_subjects(path)
-    folder = None if is_url(network) else path if subjects and path.is_dir() else path.parent
+    folder = None if is_url(network) else path if subjects and path not in subjects else path.parent
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
     if options["plot"] and folder is None:
@@ -161,7 +163,7 @@ def list_subjects(network: Path) -> list[Path] | None:
         raise UserError(f"--network={network}: no such file or folder")
     if network.suffix.lower() == ".zip":
         return None
-    if network.is_file():
+    if network.is_file() or is_folder(network):
         return [network]
     snapshots = sorted(network.glob("network-snapshot-*.pkl"))
     if not snapshots and (network / "training_options.json").exists():

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,24 +30,25 @@ from exploration.directions import (
     save_directions,
 )
 from exploration.mixing import choose_styles, framed, mix, spell
-from exploration.model import BATCH_MULTIPLE, Model, read_styles, save_arrays, save_styles, seed_latents
+from exploration.model import BATCH_MULTIPLE, Model, check_seeds, gather_styles, label_of, save_arrays, save_styles
 from exploration.morphing import (
     Interpolation,
     Timing,
     film,
+    keys_per_cell,
     sweep_direction,
     sweep_truncation,
     through_seeds,
     through_styles,
 )
-from exploration.projection import ProjectionConfig, Towards, pixels_towards, project, read_targets
+from exploration.projection import ProjectionConfig, Towards, pixels_towards, project_batch, read_targets
+from exploration.sampling import FastGenerator, seed_images
 from exploration.sheets import enlarged, sheet, to_rgb
 from exploration.video import check_encoder, open_video
 from legacy import load_network
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
-from torch_utils.graphs import Captured
 from torch_utils.images import save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
@@ -66,53 +65,6 @@ class GridSize(click.ParamType):
         if not match:
             self.fail(f"{value!r} is not a number of columns and rows such as 3x2", param, ctx)
         return int(match[1]), int(match[2])
-
-
-class FastGenerator:
-    """A generator that is called through torch.compile, or as CUDA graphs, one for each batch size and setting.
-
-    Of CUDA graphs the next call overwrites what a call returned.
-    """
-
-    def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
-        self.z_dim, self.c_dim, self.img_shape = G.z_dim, G.c_dim, G.img_shape
-        self.network = torch.compile(G, dynamic=False, options={"fallback_random": True}) if use_compile else G
-        self.pool = torch.cuda.graph_pool_handle() if use_graphs else None
-        self.graphs: dict[tuple[Any, ...], Captured[Tensor]] = {}
-
-    def __call__(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, *, noise_mode: str = "const") -> Tensor:
-        run = partial(self.network, truncation_psi=truncation_psi, noise_mode=noise_mode)
-        if self.pool is None:
-            return run(z, c)
-        key = (len(z), truncation_psi, noise_mode, execution.current)
-        if key not in self.graphs:
-            with torch.random.fork_rng([z.device]):  # recording draws noise
-                self.graphs[key] = Captured(run, z, c, pool=self.pool)
-        return self.graphs[key](z, c)
-
-
-def seed_images(
-    G: Any,
-    seeds: tuple[int, ...],
-    c: Tensor,
-    truncation_psi: float = 1.0,
-    noise_mode: str = "const",
-    batch_multiple: int = BATCH_MULTIPLE,
-) -> Tensor:
-    """Return uint8 images (len(seeds), C, H, W) of one class c (1, c_dim). Each depends on its own seed only.
-
-    G is called with batches that are multiples of `batch_multiple`. Noise 'random' is drawn per seed too, so those
-    images are made one by one, in the smallest batches.
-    """
-    if noise_mode == "random":
-        batch_multiple = BATCH_MULTIPLE
-        if len(seeds) > 1:
-            return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
-    torch.manual_seed(seeds[0])
-    padding = -len(seeds) % batch_multiple
-    z = seed_latents(seeds + seeds[-1:] * padding, G.z_dim).to(c.device)
-    img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
-    return to_uint8(img[: len(seeds)])
 
 
 NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its address.")
@@ -181,7 +133,7 @@ def images(
     G = snapshot.G_ema
     if use_graphs and where.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
-    c = _one_class(G.c_dim, class_index).to(where)
+    c = label_of(G.c_dim, class_index).to(where)
     check_seeds("--seeds", seeds)
     how = execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
     if strength is not None and direction is None:
@@ -317,7 +269,7 @@ def video_command(
     cells = grid[0] * grid[1]
     if projected_w is None and seeds is not None:
         timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=frames, loop=loop)
-        labels = [_one_class(model.G.c_dim, index) for index in classes] if classes else [model.c] * timing.num_keys
+        labels = [label_of(model.G.c_dim, index) for index in classes] if classes else [model.c] * timing.num_keys
         c = torch.cat(labels).to(model.device)  # (keys, c_dim)
         way = through_seeds(model, seeds, c, interpolation, timing, cells, psi)
     else:
@@ -522,15 +474,14 @@ def project_command(
     found = []
     for start in range(0, len(names), model.batch):
         part = slice(start, start + model.batch)
-        ws, before, after = project_some(model, targets[part], towards, config, start, outdir, save_video)
+        ws, before, after = project_batch(model, targets[part], towards, config, start, outdir, save_video)
         for index, name in enumerate(names[part]):
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
             click.echo(f"proj{start + index:02d}: {name}, {change}")
         found.append(ws)
-    ws = torch.cat(found)
-    save_styles(outdir / "projected_w.npz", ws)
-    for index, image in enumerate(model.images(ws)):
-        save_image(image, outdir / f"proj{index:02d}.png")
+        save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
+        for index, image in enumerate(model.images(ws), start):
+            save_image(image, outdir / f"proj{index:02d}.png")
     click.echo(f"{len(names)} projections in {outdir}; their styles are in projected_w.npz, for --projected-w")
 
 
@@ -549,41 +500,6 @@ def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> To
     except UserError as error:
         raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of your own --detector") from None
     return lpips_towards(setup, device)
-
-
-def project_some(
-    model: Model,
-    targets: Tensor,
-    towards: Towards,
-    config: ProjectionConfig,
-    first: int,
-    outdir: Path,
-    save_video: bool | None,
-) -> tuple[Tensor, list[float], list[float]]:
-    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
-
-    Return styles (B, num_ws, w_dim), and the distances of the first step and of the styles' images, which have the
-    network's own noise.
-    """
-    goals = ((targets.float() - 128) / 127.5).to(model.device)
-    scale = -(-128 // max(model.G.img_shape[1:]))
-    before: list[float] = []
-    with ExitStack() as stack:
-        paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
-        films = [stack.enter_context(open_video(path, fps=30)) for path in paths]
-        progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
-        for number, step in enumerate(project(model, goals, towards, config, first)):
-            before = before or step.distances.tolist()
-            if films:
-                pairs = torch.cat([targets, to_uint8(step.images).cpu()], dim=3).permute(0, 2, 3, 1).numpy()
-                for add, pair in zip(films, pairs, strict=True):
-                    add(to_rgb(pair).repeat(scale, axis=0).repeat(scale, axis=1))
-            if number % 50 == 0 or number + 1 == config.num_steps:
-                progress.set_postfix(distance=f"{step.distances.mean().item():.4f}")
-            progress.update()
-    with torch.no_grad():
-        img = model.G.synthesis(step.ws, noise_mode=model.noise_mode)
-        return step.ws, before, towards(goals)(img).tolist()
 
 
 def _cut(items: list[str], size: int) -> Iterator[list[str]]:
@@ -622,53 +538,12 @@ def open_model(
     return Model(
         G=G,
         device=where,
-        c=_one_class(G.c_dim, class_index).to(where),
+        c=label_of(G.c_dim, class_index).to(where),
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,
         execution=execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from),
     )
-
-
-def gather_styles(
-    model: Model,
-    seeds: tuple[int, ...] | None,
-    projected_w: Path | None,
-    *,
-    flag: str = "--seeds",
-    name: str = "seed{:04d}",
-) -> tuple[list[str], Tensor]:
-    """Return names and styles (n, num_ws, w_dim) of a file's images and of seeds, in this order."""
-    parts, names = [], []
-    if projected_w is not None:
-        parts.append(read_styles(projected_w, model.G).to(model.device))
-        names += [f"proj{index:02d}" for index in range(len(parts[0]))]
-    if seeds is not None:
-        parts.append(model.styles_of(seeds))
-        names += [name.format(seed) for seed in seeds]
-    if not parts:
-        raise UserError(f"{flag}: say which images, e.g. {flag}=0-3, or name saved styles with --projected-w")
-    return names, torch.cat(parts)
-
-
-def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
-    """Raise UserError for a seed that numpy cannot take."""
-    if seeds and max(seeds) >= 2**32:
-        raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
-
-
-def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
-    """Return how many keyframes each cell of a video has. Raises UserError when they cannot be shared out."""
-    if num_given % cells:
-        raise UserError(f"--grid: {num_given} keyframes cannot be shared by {cells} cells equally")
-    if not classes or num_given == cells * len(classes):
-        return num_given // cells
-    if num_given != cells:
-        raise UserError(
-            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give as many of both, or one "
-            "seed per cell"
-        )
-    return len(classes)
 
 
 def make_outdir(outdir: Path, flag: str | None = None) -> None:
@@ -690,19 +565,6 @@ def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, k
             kept += [images] if keep else []
             progress.update(len(images))
     return kept
-
-
-def _one_class(c_dim: int, class_index: int | None) -> Tensor:
-    """Return the label (1, c_dim). Raises UserError for a class that is missing, not there or not needed."""
-    if c_dim == 0:
-        if class_index is not None:
-            raise UserError(f"--class={class_index}: this network was trained without labels; leave it out")
-        return torch.zeros(1, 0)
-    if class_index is None:
-        raise UserError(f"--class: this network is conditional; give one of its classes 0..{c_dim - 1}")
-    if not 0 <= class_index < c_dim:
-        raise UserError(f"--class={class_index}: this network has the classes 0..{c_dim - 1}")
-    return torch.nn.functional.one_hot(torch.tensor([class_index]), c_dim).float()
 
 
 if __name__ == "__main__":

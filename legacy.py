@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,14 +13,14 @@ import torch
 import training.snapshot
 from dnnlib.cli import FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
-from dnnlib.download import is_url, open_url, sha256_of_file
-from metrics.registry import results_of
+from dnnlib.download import is_url, open_url
+from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
-from training.exchange import is_folder, load_folder, save_folder, save_snapshot
+from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
 from training.foreign import is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import Snapshot, read_network, rebuild
+from training.snapshot import Snapshot, parts_of, read_network, rebuild
 
 # What --format says, by the ending of --dest that means it; a name without one is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
@@ -116,7 +116,7 @@ def kind_of(dest: Path) -> str:
 @click.argument("file", type=FileOrURL())
 @option("--json", "as_json", is_flag=True, help="All of it, with the whole configuration, as JSON.")
 def info(file: Path | str, as_json: bool) -> None:
-    """Print what FILE holds, a snapshot of this project or a foreign one, or the address of one on the web.
+    """Print what FILE holds: a snapshot of this project or a foreign one, its address, or a folder of safetensors.
 
     No network is built, and no code in the file is run.
     """
@@ -127,13 +127,17 @@ def info(file: Path | str, as_json: bool) -> None:
 def describe(path: Path) -> dict[str, Any]:
     """Return what a snapshot holds, as plain values for JSON. Raises UserError."""
     if is_folder(path):
-        raise UserError(f"{path}: a folder of safetensors, not a snapshot; its config.json says what is in it")
-    config, about = _describe_foreign(path) if is_foreign(path) else _describe_ours(path)
-    sha256 = sha256_of_file(path)
+        document = read_folder(path)
+        config, about = _describe_ours(document, path)
+        size = sum(file.stat().st_size for file in path.iterdir())
+    else:
+        config, about = _describe_foreign(path) if is_foreign(path) else _describe_ours(read_network(path), path)
+        size = path.stat().st_size
+    sha256 = sha256_of_snapshot(path)
     names = about.pop("networks")
     return {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "sha256": sha256,
         **about,
         "networks": {name: _describe_network(config, name) for name in ("G", "D", "G_ema") if name in names},
@@ -142,16 +146,15 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_ours(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    document, config = read_network(path)
-    payload = document["payload"]
+def _describe_ours(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    config, states, nimg, ada_p = parts_of(document["payload"], path)
     return config, {
         "source": "Styleformer, this project",
         "format_version": document["version"],
         "written_by": document["written_by"],
-        "kimg": payload["nimg"] / 1000,
-        "ada_p": payload["ada_p"],
-        "networks": list(payload["networks"]),
+        "kimg": nimg / 1000,
+        "ada_p": ada_p,
+        "networks": list(states),
     }
 
 

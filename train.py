@@ -65,7 +65,7 @@ OPTIONS = (
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
-           help="Print the resolved options and parameter counts; write nothing."),
+           help="Print the resolved options, parameter counts, and what a --resume would start from; write nothing."),
     # Data
     switch("--cond", field="data.use_labels", help="Condition on the labels of the data set."),
     option("--subset", field="data.max_images", type=int, metavar="INT",
@@ -293,7 +293,7 @@ def main(context: click.Context, **options: Any) -> None:
             metrics.registry.check_available(name, setup)
     if options["dry_run"]:
         if is_first:
-            _print_plan(config, dataset)
+            _print_plan(runs.find_start(request), dataset)
         return
     if is_url(options["resume"]):
         open_url(options["resume"])
@@ -492,10 +492,15 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
     return customise(override(PRESETS[context.params["cfg"]], base), values)
 
 
-def _print_plan(config: TrainConfig, dataset: ImageDataset) -> None:
+def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
+    """What would be trained, and from which weights; what is on the web is not fetched for it."""
+    config = start.config
     with torch.device("meta"):
-        counts = {"G": config.generator.build(), "D": config.discriminator.build()}
-    parameters = {name: count_parameters(network) for name, network in counts.items()}
+        networks = {"G": config.generator.build(), "D": config.discriminator.build()}
+    parameters = {name: count_parameters(network) for name, network in networks.items()}
+    if start.snapshot and not is_url(start.snapshot):
+        networks["G_ema"] = networks["G"]
+        config, _ = runs.transfer(config, networks, start.snapshot, legacy.load_network(start.snapshot))
     plan = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}
     click.echo(json.dumps(plan, indent=2))
 

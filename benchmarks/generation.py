@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import UserError
-from generate import FastGenerator, seed_images
+from exploration.sampling import FastGenerator, seed_images
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
 from training.networks import execution

@@ -54,7 +54,8 @@ def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
     if isinstance(kwargs.get("type"), NameList):
-        kwargs |= {"multiple": True, "callback": _join_lists}
+        default = kwargs.get("default")
+        kwargs |= {"multiple": True, "callback": _join_lists, "default": None if default is None else (default,)}
     return click.option(*with_both_spellings(flags), cls=ConfigOption, field=field, **kwargs)
 
 

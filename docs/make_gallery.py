@@ -52,8 +52,8 @@ def entries(G: Any) -> Iterator[Entry]:
     """The sections that a network can fill."""
     yield Entry(
         title="Images",
-        text="Seeds 0 to 31, moved a little towards the average.",
-        commands=("--seeds=0-31 --trunc=0.8 --outdir=out --grid",),
+        text="Seeds 0 to 35, moved a little towards the average.",
+        commands=("--seeds=0-35 --trunc=0.8 --outdir=out --grid",),
         pictures=(("out/grid.png", "images.png"),),
     )
     for name, styles in G.style_groups.items():

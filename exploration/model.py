@@ -99,6 +99,46 @@ def read_styles(path: Path, G: Any) -> Tensor:
     return ws.expand(-1, G.num_ws, -1)
 
 
+def gather_styles(
+    model: Model,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    *,
+    flag: str = "--seeds",
+    name: str = "seed{:04d}",
+) -> tuple[list[str], Tensor]:
+    """Return names and styles (n, num_ws, w_dim) of a file's images and of seeds, in this order."""
+    parts, names = [], []
+    if projected_w is not None:
+        parts.append(read_styles(projected_w, model.G).to(model.device))
+        names += [f"proj{index:02d}" for index in range(len(parts[0]))]
+    if seeds is not None:
+        parts.append(model.styles_of(seeds))
+        names += [name.format(seed) for seed in seeds]
+    if not parts:
+        raise UserError(f"{flag}: say which images, e.g. {flag}=0-3, or name saved styles with --projected-w")
+    return names, torch.cat(parts)
+
+
+def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
+    """Raise UserError for a seed that numpy cannot take."""
+    if seeds and max(seeds) >= 2**32:
+        raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
+
+
+def label_of(c_dim: int, class_index: int | None) -> Tensor:
+    """Return the label (1, c_dim). Raises UserError for a class that is missing, not there or not needed."""
+    if c_dim == 0:
+        if class_index is not None:
+            raise UserError(f"--class={class_index}: this network was trained without labels; leave it out")
+        return torch.zeros(1, 0)
+    if class_index is None:
+        raise UserError(f"--class: this network is conditional; give one of its classes 0..{c_dim - 1}")
+    if not 0 <= class_index < c_dim:
+        raise UserError(f"--class={class_index}: this network has the classes 0..{c_dim - 1}")
+    return torch.nn.functional.one_hot(torch.tensor([class_index]), c_dim).float()
+
+
 def save_styles(path: Path, ws: Tensor, **others: np.ndarray) -> None:
     """Write styles (n, num_ws, w_dim) as the array `w` of an .npz file, and further arrays beside it."""
     save_arrays(path, {"w": ws.cpu().numpy(), **others})

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnnlib.config import UserError
 from exploration.directions import Directions
 from exploration.model import Model, seed_latents
 from exploration.sheets import to_rgb
@@ -44,6 +45,20 @@ class Timing:
     def times(self) -> Tensor:
         """When each frame is, (T,)."""
         return torch.arange(self.num_frames) / self.steps
+
+
+def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
+    """Return how many keyframes each cell of a video has. Raises UserError when they cannot be shared out."""
+    if num_given % cells:
+        raise UserError(f"--grid: {num_given} keyframes cannot be shared by {cells} cells equally")
+    if not classes or num_given == cells * len(classes):
+        return num_given // cells
+    if num_given != cells:
+        raise UserError(
+            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give as many of both, or one "
+            "seed per cell"
+        )
+    return len(classes)
 
 
 def through_styles(keys: Tensor, interpolation: Interpolation, timing: Timing) -> StylesAt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from dnnlib.config import UserError
 from exploration.directions import sampled_w
 from exploration.model import Model
+from exploration.sheets import to_rgb
+from exploration.video import open_video
+from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 from training.data_sources.codec import IMAGE_SUFFIXES, BrokenImageError, decode_image
 from training.data_sources.convert import Conversion
@@ -103,6 +108,41 @@ def project(
         yield Step(
             images=images.detach(), distances=distances.detach(), ws=w.detach().clone().expand(-1, model.G.num_ws, -1)
         )
+
+
+def project_batch(
+    model: Model,
+    targets: Tensor,
+    towards: Towards,
+    config: ProjectionConfig,
+    first: int,
+    outdir: Path,
+    save_video: bool | None,
+) -> tuple[Tensor, list[float], list[float]]:
+    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
+
+    Return styles (B, num_ws, w_dim), and the distances of the first step and of the styles' images, which have the
+    network's own noise.
+    """
+    goals = ((targets.float() - 128) / 127.5).to(model.device)
+    scale = -(-128 // max(model.G.img_shape[1:]))
+    before: list[float] = []
+    with ExitStack() as stack:
+        paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
+        films = [stack.enter_context(open_video(path, fps=30)) for path in paths]
+        progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
+        for number, step in enumerate(project(model, goals, towards, config, first)):
+            before = before or step.distances.tolist()
+            if films:
+                pairs = torch.cat([targets, to_uint8(step.images).cpu()], dim=3).permute(0, 2, 3, 1).numpy()
+                for add, pair in zip(films, pairs, strict=True):
+                    add(to_rgb(pair).repeat(scale, axis=0).repeat(scale, axis=1))
+            if number % 50 == 0 or number + 1 == config.num_steps:
+                progress.set_postfix(distance=f"{step.distances.mean().item():.4f}")
+            progress.update()
+    with torch.no_grad(), execution.using(model.execution):
+        img = model.G.synthesis(step.ws, noise_mode=model.noise_mode)
+        return step.ws, before, towards(goals)(img).tolist()
 
 
 def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:

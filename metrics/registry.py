@@ -9,7 +9,6 @@ A metric is one file in this folder with one decorated function; `metrics/__init
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,6 +27,7 @@ import torch
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
+from dnnlib.download import sha256_of_file
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, Want, statistics_of
 from metrics.sampling import Images, MetricContext
@@ -303,7 +303,7 @@ def result_to_json(
         "seconds": round(result.seconds, 3),
         "warnings": list(result.warnings),
         "snapshot": snapshot.name if snapshot else None,
-        "snapshot_sha256": _sha256(snapshot) if snapshot and not fakes else None,
+        "snapshot_sha256": sha256_of_snapshot(snapshot) if snapshot and not fakes else None,
         "fakes_hash": fakes.content_hash if fakes else None,
         "kimg": kimg,
         "data": data,
@@ -313,6 +313,11 @@ def result_to_json(
         "versions": _versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def sha256_of_snapshot(path: Path) -> str:
+    """Return a snapshot's sha256; of a folder of safetensors that of its config.json, which has those of the others."""
+    return sha256_of_file(path / "config.json" if path.is_dir() else path)
 
 
 def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
@@ -371,8 +376,3 @@ def _versions() -> dict[str, str]:
     own = {"styleformer": dnnlib.__version__, "torch": torch.__version__, "python": platform.python_version()}
     packages = ("torch_fidelity", "torchvision", "transformers")
     return own | {name: importlib.metadata.version(name) for name in packages if name in sys.modules}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

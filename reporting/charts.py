@@ -108,7 +108,8 @@ def _draw(title: str, lines: dict[tuple[str, str], Curve], runs: Sequence[str], 
     left.set_xlabel("kimg")
     right.set_xlabel(f"{unit} of training")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     _add_legend(figure, left, runs, numbers)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -28,16 +28,27 @@ HEAD = """<!DOCTYPE html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; background: #fff }}
-img {{ max-width: 100% }}
-table {{ border-collapse: collapse }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .2em .8em .2em 0; text-align: left; vertical-align: top }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1140px; padding: 1.5em 1em 4em; color: #24292f;
+ background: #f3f4f6 }}
+h1 {{ font-size: 1.7em; margin: .4em 0; overflow-wrap: anywhere }}
+h2 {{ font-size: 1.2em; margin: 2em 0 .6em }}
+h3 {{ font-size: 1em; margin: 0 0 .8em; overflow-wrap: anywhere }}
+img {{ max-width: 100%; display: block }}
+.card {{ background: #fff; border: 1px solid #e1e4e8; border-radius: 8px; padding: 1em; margin: 0 0 1em;
+ overflow-x: auto; box-shadow: 0 1px 3px #0000000f }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
+th, td {{ border-bottom: 1px solid #e1e4e8; padding: .4em 1em .4em 0; text-align: left; vertical-align: top }}
+th {{ color: #57606a; font-weight: 600; font-size: .9em }}
+tr:last-child td {{ border-bottom: none }}
 figure {{ margin: 0 }}
+figure img {{ border-radius: 4px; width: 100% }}
+figcaption {{ color: #57606a; font-size: .9em; padding-top: .4em }}
+summary {{ cursor: pointer }}
 .grids {{ display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-end }}
 .grids input {{ width: 100% }}
 .grids > div {{ flex: 1 1 320px; max-width: 530px }}
-pre {{ overflow-x: auto; background: #f6f6f6; padding: 1em }}
-.problems {{ color: #a00 }}
+pre {{ overflow-x: auto; background: #f6f8fa; border-radius: 6px; padding: 1em }}
+.problems {{ color: #a40e26; list-style-position: inside }}
 </style>
 </head>
 <body>
@@ -59,16 +70,20 @@ for (const box of document.querySelectorAll(".frames")) {
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
     """Return the page; of a run's grids it has about `max_images`, evenly spaced, with the first and the last."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>", _overview(runs), "<h2>Curves</h2>"]
-    curves = [f'<img src="{_data_uri(picture.png, "png")}" alt="{escape(picture.title)}">' for picture in pictures]
-    parts += curves or ["<p>No figures yet: the first come with the first tick.</p>"]
+    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>", _overview(runs)]
     parts.append("<h2>Generated images</h2>")
     parts += [_grids(run, max_images) for run in runs]
+    parts.append("<h2>Curves</h2>")
+    curves = [
+        f'<div class="card"><img src="{_data_uri(picture.png, "png")}" alt="{escape(picture.title)}"></div>'
+        for picture in pictures
+    ]
+    parts += curves or ["<p>No figures yet: the first come with the first tick.</p>"]
     parts += ["<h2>Options</h2>", _options(runs)]
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if problems:  # the last to be known, the first to be read
         items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-        parts.insert(2, f'<ul class="problems">{items}</ul>')
+        parts.insert(2, f'<ul class="card problems">{items}</ul>')
     return "\n".join([*parts, SCRIPT, "</body>\n</html>\n"])
 
 
@@ -104,7 +119,7 @@ def _number(value: float) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = ["".join(f"<CELL>{escape(cell)}</CELL>" for cell in row) for row in rows]
     lines = [head.replace("CELL>", "th>"), *(row.replace("CELL>", "td>") for row in body)]
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    return '<div class="card"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
 
 
 def _grids(run: Run, max_images: int) -> str:
@@ -117,7 +132,7 @@ def _grids(run: Run, max_images: int) -> str:
                 _figure(uri, f"kimg {grid.kimg:g}, {grid.path.name}", f"{run.name}: generated at kimg {grid.kimg:g}")
             )
     reals = _shrunk(run.reals, run.problems) if run.reals else None
-    parts = [f"<h3>{escape(run.name)}</h3>", '<div class="grids">']
+    parts = [f'<div class="card"><h3>{escape(run.name)}</h3>', '<div class="grids">']
     if reals:
         parts.append(f"<div>{_figure(reals, 'real images', f'{run.name}: real images')}</div>")
     if frames:
@@ -126,7 +141,7 @@ def _grids(run: Run, max_images: int) -> str:
         parts.append(f'<div class="frames">{slider}{"".join(frames)}</div>')
     else:
         parts.append("<p>None yet: the next come with the next snapshot.</p>")
-    return "\n".join([*parts, "</div>"])
+    return "\n".join([*parts, "</div></div>"])
 
 
 def _spread(items: Sequence[Grid], count: int) -> list[Grid]:
@@ -168,8 +183,10 @@ def _options(runs: Sequence[Run]) -> str:
     for run in others:
         changed = differences(first.options, run.options)
         text = "\n".join(changed) or "nothing"
-        parts.append(f"<p>{escape(run.name)} differs from {escape(first.name)} in:</p><pre>{escape(text)}</pre>")
+        sentence = f"{escape(run.name)} differs from {escape(first.name)} in:"
+        parts.append(f'<div class="card">{sentence}<pre>{escape(text)}</pre></div>')
     for run in runs:
         text = json.dumps(run.options, indent=2)
-        parts.append(f"<details><summary>{escape(run.name)}: all options</summary><pre>{escape(text)}</pre></details>")
+        summary = f"<summary>{escape(run.name)}: all options</summary>"
+        parts.append(f'<details class="card">{summary}<pre>{escape(text)}</pre></details>')
     return "\n".join(parts)

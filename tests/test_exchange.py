@@ -16,6 +16,8 @@ from foreign_files import write
 from snapshot_helpers import make_snapshot
 from test_legacy import generator_module
 
+import calc_metrics
+import dataset_tool
 import dnnlib.util
 import legacy
 from dnnlib.config import UserError, to_json
@@ -78,6 +80,28 @@ def test_scripts_can_load_a_folder_like_a_snapshot(folder: Path, snapshot: Snaps
     z = torch.randn(2, 16)
     assert torch.equal(loaded.G_ema(z, None), snapshot.G_ema(z, None))
     assert (loaded.config, loaded.nimg, loaded.ada_p) == (snapshot.config, snapshot.nimg, snapshot.ada_p)
+
+
+def test_info_says_of_a_folder_what_it_says_of_the_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    about, same = legacy.describe(folder), legacy.describe(snapshot.path)
+    for key in ("source", "kimg", "ada_p", "networks", "config"):
+        assert about[key] == same[key]
+    assert about["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    (folder / "D.safetensors").unlink()
+    result = CliRunner().invoke(legacy.main, ["info", str(folder)])
+    assert (result.exit_code, "D.safetensors: no such file" in result.stderr) == (2, True)
+
+
+def test_metrics_of_a_folder_are_recorded_beside_it(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shapes.zip"
+    make = ["--source=shapes", f"--dest={data}", "--max-images=40", "--width=8", "--height=8", "--workers=1"]
+    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    arguments = [f"--network={folder}", f"--data={data}", "--metrics=swd32", "--device=cpu", "--no-cache"]
+    result = CliRunner().invoke(calc_metrics.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert (folder.parent / "metric-swd32.jsonl").exists()
+    (record,) = legacy.describe(folder)["metrics"]
+    assert record["results"] == json.loads(result.stdout.splitlines()[0])["results"]
 
 
 def test_a_foreign_snapshot_becomes_one_of_ours(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_training_at_another_resolution(theirs: Path, tmp_path: Path) -> None:
     assert f"started from   {theirs}" in run_ok(legacy.main, "info", run_dir / "network-snapshot-000000.pkl")
 
 
+def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
+    common = [f"--data={shapes_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
+    (tmp_path / "text.pkl").write_text("text")
+    wrong = {"nonsense": "neither `latest` nor", str(tmp_path / "text.pkl"): "not a file of this project"}
+    for name, message in wrong.items():
+        result = run(train.main, *common, f"--resume={name}")
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    unfit = run(train.main, *common, f"--resume={theirs}", "--w-dim=32")
+    assert (unfit.exit_code, "the snapshot has styles of 64 numbers" in unfit.stderr) == (2, True), unfit.output
+
+    origin = json.loads(run_ok(train.main, *common, f"--resume={theirs}"))["options"]["origin"]
+    assert (origin["source"], origin["kimg"], origin["copied_d"], origin["new"]) == (str(theirs), 2000, 1, [])
+    folder = tmp_path / "folder"
+    run_ok(legacy.main, "convert", f"--source={theirs}", f"--dest={folder}")
+    origin = json.loads(run_ok(train.main, *common, f"--resume={folder}"))["options"]["origin"]
+    assert (origin["source"], origin["copied_g"]) == (str(folder), 1)
+    assert json.loads(run_ok(train.main, *common, "--resume=latest"))["options"]["origin"]["source"] is None
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_wrong_file_is_refused_before_anything_is_written(shapes_zip: Path, tmp_path: Path) -> None:
     path = tmp_path / "generation.pkl"
     write(path, {"G_ema": styleformer()})

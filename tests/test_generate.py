@@ -14,6 +14,7 @@ from PIL import Image
 
 import generate
 from dnnlib.config import override
+from exploration import sampling
 from training.snapshot import load_network, save_network
 
 
@@ -183,16 +184,16 @@ def test_graphs_need_a_gpu(snapshot: Path, tmp_path: Path) -> None:
 def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
     G = load_network(snapshot, "cuda").G_ema
     c = torch.zeros(1, 0, device="cuda")
-    fast = generate.FastGenerator(G, use_graphs=True)
+    fast = sampling.FastGenerator(G, use_graphs=True)
     with torch.no_grad():
         for seeds in ((0, 1, 2), (7, 8, 9)):
-            plain = generate.seed_images(G, seeds, c, 0.7, noise_mode)
-            assert torch.equal(generate.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
+            plain = sampling.seed_images(G, seeds, c, 0.7, noise_mode)
+            assert torch.equal(sampling.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
 
 
 def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snapshot: Path) -> None:
     G, c = load_network(snapshot).G_ema, torch.zeros(1, 0)
     with torch.no_grad():
-        alone = generate.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
-        among = generate.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
+        alone = sampling.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
+        among = sampling.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
     assert torch.equal(alone[0], among[0])

@@ -35,6 +35,7 @@ from PIL import Image
 import calc_metrics
 import dataset_tool
 import generate
+import legacy
 import train
 from dnnlib.cli import ConfigOption
 from dnnlib.config import UserError, to_json
@@ -335,12 +336,12 @@ def test_pickles_run_nothing_wherever_they_are_given(
     for number, (call, arguments) in enumerate(calls):
         harm = Harm(call, *arguments)
         files = {f"plain{protocol}": pickle.dumps({"payload": harm}, protocol) for protocol in range(6)}
-        for name, legacy in (("torch", True), ("old-torch", False)):
+        for name, is_zip in (("torch", True), ("old-torch", False)):
             buffer = io.BytesIO()
             torch.save(
                 {**document, "payload": {**document["payload"], "nimg": harm}},
                 buffer,
-                _use_new_zipfile_serialization=legacy,
+                _use_new_zipfile_serialization=is_zip,
             )
             files[name] = buffer.getvalue()
         for name, data in files.items():
@@ -395,6 +396,8 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
         else:
             write_file(path, snapshot.FORMAT, snapshot.VERSION, payload)
             refused = refusal(lambda: snapshot.load_network(path))
+            described = refusal(lambda: legacy.describe(path))
+            assert described is None or str(path) in described
         assert refused is None or str(path) in refused
 
     document = torch.load(STATE, weights_only=True)

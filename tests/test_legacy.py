@@ -34,7 +34,7 @@ import legacy
 import training.snapshot
 from dnnlib.config import UserError, from_json, to_json
 from training.config import TrainConfig
-from training.foreign import TRANSFORMS
+from training.foreign import TRANSFORMS, WHOLE_BATCH
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -196,6 +196,8 @@ DISCRIMINATORS: dict[str, dict[str, Any]] = {
     "no minibatch-std": {"mbstd_group_size": 0},
     "conditional": {"c_dim": 3, "mapping_layers": 8},
     "conditional, cmap_dim": {"c_dim": 3, "cmap_dim": 7, "mapping_layers": 2},
+    "conditional, embedding alone": {"c_dim": 3, "mapping_layers": 0},
+    "one group": {"mbstd_group_size": WHOLE_BATCH},
 }
 
 
@@ -205,7 +207,14 @@ def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Pa
     config = StyleGAN2DiscriminatorConfig(**small | DISCRIMINATORS[name])  # type: ignore[arg-type]
     c_dim, width = config.c_dim, config.cmap_dim or 8
     tensors = discriminator_tensors(config)
-    epilogue = {"mbstd_group_size": config.mbstd_group_size} if config.mbstd_group_size else {"mbstd_num_channels": 0}
+    group = None if config.mbstd_group_size == WHOLE_BATCH else config.mbstd_group_size
+    epilogue = {"mbstd_num_channels": 0} if group == 0 else {"mbstd_group_size": group}
+    # Converted from TensorFlow, they say how the mapping's layers learn even where there are none.
+    mapping = {"num_layers": 0, "lr_multiplier": 0.1, "w_avg_beta": None} if config.mapping_layers == 0 else {}
+    if not c_dim:
+        mapping = {"num_layers": 0, "layer_features": 512, "lr_multiplier": 0.1}
+    elif config.mapping_layers == 2:
+        mapping = {"num_layers": 2}
     D = module(
         "Discriminator",
         tensors,
@@ -219,7 +228,7 @@ def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Pa
         conv_clamp=config.conv_clamp,
         cmap_dim=config.cmap_dim,
         block_kwargs=easy_dict(freeze_layers=1),
-        mapping_kwargs=easy_dict(**{"num_layers": 2} if config.mapping_layers == 2 else {}),
+        mapping_kwargs=easy_dict(**mapping),
         epilogue_kwargs=easy_dict(**epilogue),
     )
     G_ema = generator_module(c_dim=c_dim, img_channels=2)
@@ -250,17 +259,16 @@ def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
     return draw(shapes, seed=7)
 
 
+GENERATOR_ARGUMENTS: dict[str, Any] = {
+    **{"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3},
+    **{"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}},
+}
+
+
 def generator_module(c_dim: int = 0, img_channels: int = 3, **changes: Any) -> Any:
     """A small StyleGAN2 generator for 16x16."""
     shapes = mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, img_channels, "skip")
-    kwargs: dict[str, Any] = {
-        "z_dim": Z,
-        "c_dim": c_dim,
-        "w_dim": W,
-        "img_resolution": 16,
-        "img_channels": img_channels,
-    }
-    kwargs |= {"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}}
+    kwargs = GENERATOR_ARGUMENTS | {"c_dim": c_dim, "img_channels": img_channels}
     return module("Generator", draw(shapes), **kwargs | changes)
 
 
@@ -346,8 +354,7 @@ def test_what_a_generator_cannot_be_here_is_refused_by_name(name: str, tmp_path:
 
 def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
-    kwargs: dict[str, Any] = {"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3}
-    kwargs |= {"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}}
+    kwargs = GENERATOR_ARGUMENTS
     tensors = draw(shapes)
     changed: dict[str, Tensors] = {
         "synthesis.b8.conv0.bias is missing": {k: x for k, x in tensors.items() if k != "synthesis.b8.conv0.bias"},
@@ -362,9 +369,22 @@ def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
     assert legacy.load_network(path).G_ema.num_ws == 6
 
 
+def test_one_tensor_in_several_places_is_refused(tmp_path: Path) -> None:
+    """A file of a megabyte could describe blocks that fill all memory, if they could share their matrices."""
+    shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
+    tensors = draw(shapes)
+    G_ema = module("Generator", tensors, **GENERATOR_ARGUMENTS)
+    layers = G_ema.parts[1][0]["state"]["_modules"]["mapping"].parts[1][0]["state"]["_modules"]
+    bias = layers["fc0"].parts[1][0]["state"]["_parameters"]["bias"]
+    layers["fc1"].parts[1][0]["state"]["_parameters"]["bias"] = bias
+    refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are one tensor")
+
+
 def test_other_systems_are_named(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
+    array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))
+    refused(write(tmp_path / "n.pkl", {"G_ema": array}), "StyleGAN3")
     tensorflow = Call(Name("dnnlib.tflib.network", "Network"), ())
     (tmp_path / "tf.pkl").write_bytes(dumps((tensorflow, tensorflow, tensorflow)))
     refused(tmp_path / "tf.pkl", "TensorFlow")

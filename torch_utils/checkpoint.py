@@ -15,7 +15,6 @@ import hashlib
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
+from torch_utils.pickles import is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -178,21 +178,29 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
 
 def _read_document(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    _check_kind(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; a file that cannot be read is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        if zipfile.is_zipfile(path):
-            raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
-        raise UserError(
-            f"{path}: not a file of this project. Pickles of other projects can run code when they are opened, "
-            "so they are not"
-        ) from None
+        raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, IndexError, TypeError, ... on damaged files
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
         raise UserError(f"{path}: damaged or incomplete ({reason}); use another copy") from None
+
+
+def _check_kind(path: Path) -> None:
+    """Raise UserError for what does not begin as a zip file does, which `torch.save` writes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if start != b"PK\x03\x04":
+        what = "a pickle, which could run code when it is opened, so it is not" if is_pickle(path) else "another kind"
+        raise UserError(f"{path}: not a file of this project: {what if start else 'empty'}")
 
 
 def digest(value: Any) -> str:

@@ -55,6 +55,7 @@ STORAGES: Mapping[str, torch.dtype] = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+ARRAYS = {("numpy", "ndarray")} | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
 
 
@@ -292,6 +293,8 @@ class _Machine:
             raise UserError("it refers to a name that is no text")
         if module.startswith("dnnlib.tflib"):
             raise UserError("a TensorFlow pickle: convert it to the PyTorch format of StyleGAN2-ADA first")
+        if (module, name) in ARRAYS:
+            raise UserError("it holds arrays of NumPy, as snapshots of StyleGAN3 do; its networks are not here")
         if (module, name) not in self.names:
             raise UserError(f"it refers to {_shorten(f'{module}.{name}')}, which no snapshot needs")
         self.stack.append(self.names[module, name])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import dnnlib
 from dnnlib.config import ConfigError, UserError, WriteError
+from dnnlib.download import sha256_of_file
 from dnnlib.util import import_extra
 from torch_utils.checkpoint import digest
 from training.config import read_config
@@ -84,6 +85,11 @@ def load_folder(folder: str | Path, device: torch.device | str = "cpu") -> Snaps
     missing, not known, or of another shape or type than the configuration says.
     """
     folder = Path(folder)
+    return restore_network(read_folder(folder)["payload"], folder, device)
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Return config.json with the content as it is in a snapshot under 'payload'. Raises UserError as load_folder."""
     document = _read_document(folder / "config.json")
     payload = {key: document[key] for key in ("config", "nimg", "ada_p")}
     states = {name: _read_tensors(folder / f"{name}.safetensors") for name in document["files"]}
@@ -92,11 +98,11 @@ def load_folder(folder: str | Path, device: torch.device | str = "cpu") -> Snaps
         full = MIGRATIONS[old](full)
     _check_tensors(folder, full)
     for name, expected in document["files"].items():
-        if _sha256(folder / f"{name}.safetensors") != expected:
+        if sha256_of_file(folder / f"{name}.safetensors") != expected:
             raise UserError(f"{folder / name}.safetensors: damaged or changed: not what config.json has a checksum of")
     if digest([payload, document["files"]]) != document["sha256"]:
         raise UserError(f"{folder / 'config.json'}: damaged or changed (its content does not match its checksum)")
-    return restore_network(full, folder, device)
+    return {**document, "payload": full}
 
 
 @contextmanager
@@ -200,8 +206,3 @@ def _check_tensors(folder: Path, payload: Mapping[str, Any]) -> None:
 
 def _kind(x: Tensor) -> str:
     return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

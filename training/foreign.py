@@ -29,6 +29,7 @@ from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 
+WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
 
 Tensors = Mapping[str, Tensor]
@@ -231,13 +232,17 @@ def _read_generator(module: PickledModule, name: str) -> Read:
     return Read(config=config, state=convert_state(config, tensors, rename, name), values=values)
 
 
-def _read_mapping(arguments: Arguments, width: int) -> int:
+def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
     """Take what a mapping network is made of; return its number of layers."""
     arguments.only("embed_features", None, width)
-    arguments.only("layer_features", None, width)
-    arguments.only("activation", "lrelu")
-    arguments.only("lr_multiplier", 0.01)
-    return arguments.integer("num_layers", 8, high=100)
+    count = arguments.integer("num_layers", 8, low=fewest, high=100)
+    if count:
+        arguments.only("layer_features", None, width)
+        arguments.only("activation", "lrelu")
+        arguments.only("lr_multiplier", 0.01)
+    else:
+        arguments.drop("layer_features", "activation", "lr_multiplier")
+    return count
 
 
 def _read_precision(arguments: Arguments, resolution: int) -> dict[str, Any]:
@@ -376,6 +381,7 @@ def _read_discriminator(module: PickledModule) -> Read:
     if c_dim and cmap_dim == 0:
         raise UserError("D: cmap_dim=0 has no counterpart here: labels that D does not look at")
     mbstd_channels = epilogue.integer("mbstd_num_channels", 1, low=0, high=1)
+    group = epilogue.take("mbstd_group_size", 4, lambda x: x is None or (type(x) is int and 1 <= x <= WHOLE_BATCH))
     config = StyleGAN2DiscriminatorConfig(
         img_channels=arguments.integer("img_channels"),
         img_size=(resolution, resolution),
@@ -384,19 +390,21 @@ def _read_discriminator(module: PickledModule) -> Read:
         channel_base=arguments.integer("channel_base", 32768, high=2**24),
         channel_max=arguments.integer("channel_max", 512),
         cmap_dim=cmap_dim if c_dim else None,
-        mbstd_group_size=epilogue.integer("mbstd_group_size", 4) * mbstd_channels,
+        mbstd_group_size=(WHOLE_BATCH if group is None else group) * mbstd_channels,
         conv_clamp=arguments.clamp(),
     )
     smallest = config.grids[-1]
-    width = config.cmap_dim or config.num_channels(smallest)
-    config = replace(config, mapping_layers=_read_mapping(mapping, width))
-    mapping.drop("w_avg_beta")
+    if c_dim:
+        width = config.cmap_dim or config.num_channels(smallest)
+        config = replace(config, mapping_layers=_read_mapping(mapping, width, fewest=0))
+        mapping.drop("w_avg_beta")
+        mapping.finish()  # without labels there is none, whatever its arguments
     _read_precision(arguments, resolution)
     block.drop("fp16_channels_last")
     _read_layers(block)
     epilogue.only("activation", "lrelu")
     values = {"freeze_layers": block.integer("freeze_layers", 0, low=0)}
-    for part in (block, mapping, epilogue, arguments):
+    for part in (block, epilogue, arguments):
         part.finish()
 
     def rename(name: str) -> tuple[str, ...]:
@@ -412,12 +420,22 @@ def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> d
     """Return the state of the network of `config`. Raises UserError for tensors missing, unfit or left over."""
     with torch.device("meta"):
         wanted = config.build().state_dict()
-    state = {key: _assemble(tensors, rename(key), like, name) for key, like in wanted.items()}
     used = {theirs for key in wanted for theirs in rename(key)}
+    _check_distinct(tensors, used, name)
+    state = {key: _assemble(tensors, rename(key), like, name) for key, like in wanted.items()}
     for key, tensor in tensors.items():
         if key not in used and not _is_redundant(key, tensor, tensors):
             raise UserError(f"{name}: {key} has no place in the network that its arguments describe")
     return state
+
+
+def _check_distinct(tensors: Tensors, names: set[str], network: str) -> None:
+    """Refuse a tensor that stands in several places: a small file could describe a network beyond all memory so."""
+    first: dict[int, str] = {}
+    for name in sorted(names & tensors.keys()):
+        other = first.setdefault(id(tensors[name]), name)
+        if other != name:
+            raise UserError(f"{network}: {other} and {name} are one tensor")
 
 
 def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: str) -> Tensor:

@@ -9,7 +9,6 @@ snapshot.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from dnnlib.config import UserError, to_json
+from dnnlib.download import sha256_of_file
 from torch_utils.images import save_grid, to_uint8
 from training.config import TrainConfig
 from training.exchange import load_folder, new_folder, write_folder
@@ -124,8 +124,7 @@ def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
     """Yield, for each metric-*.jsonl beside a snapshot, the last record of this very file."""
     if not snapshot.is_file():
         return
-    with snapshot.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of_file(snapshot)
     for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
         try:
             records = [json.loads(line) for line in path.read_text().splitlines()]

@@ -6,10 +6,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
@@ -18,6 +20,7 @@ from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
 from training.dataset import ImageDataset
+from training.exchange import is_folder
 from training.snapshot import Snapshot
 from training.training_loop import Trainer
 from training.transfer import Origin, check_frozen, copy_weights
@@ -36,10 +39,11 @@ class Request:
 
     @property
     def transfers(self) -> bool:
-        """Whether a run starts from the weights of a snapshot: an address, or a file that is no training state."""
+        """Whether a run starts from the weights of a snapshot: an address, or a file or folder that is no state."""
         if self.resume is None or is_url(self.resume):
             return self.resume is not None
-        return Path(self.resume).is_file() and Path(self.resume).suffix != ".pt"
+        path = Path(self.resume)
+        return is_folder(path) or (path.is_file() and path.suffix != ".pt")
 
     @property
     def config(self) -> TrainConfig:
@@ -63,7 +67,7 @@ def choose_start(request: Request, lock: FolderLock) -> Start:
 
     Raises UserError for a --resume that is nothing, and for a run that another program goes on with.
     """
-    start = _choose_start(request)
+    start = find_start(request)
     if start.run_dir:
         lock.acquire(start.run_dir)
     return _keep_micro_batch(start) if request.plain.run.batch_gpu == "auto" and request.about.on_gpu else start
@@ -78,7 +82,8 @@ def _keep_micro_batch(start: Start) -> Start:
     return replace(start, is_to_fit=True)
 
 
-def _choose_start(request: Request) -> Start:
+def find_start(request: Request) -> Start:
+    """Decide as `choose_start` does, and lock nothing."""
     new = Start(config=resolve(request.config, request.about))
     if request.override and (request.resume is None or request.transfers):
         raise UserError("--override: changes the options of a run that goes on; give --resume=latest or its folder")
@@ -252,20 +257,23 @@ def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]
         _resume(trainer, start.state)
         return f"Starting from {start.state} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
-        return _transfer(trainer, start.snapshot, load_network(start.snapshot))
+        networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
+        trainer.config, report = transfer(trainer.config, networks, start.snapshot, load_network(start.snapshot))
+        return report
     return "Starting from random weights"
 
 
-def _transfer(trainer: Trainer, name: str, snapshot: Snapshot) -> str:
-    """Copy the weights of a snapshot, as far as they fit."""
+def transfer(
+    config: TrainConfig, networks: Mapping[str, nn.Module], name: str, snapshot: Snapshot
+) -> tuple[TrainConfig, str]:
+    """Copy the weights of a snapshot to G, D and G_ema, as far as they fit; return the configuration with their origin.
+
+    And what was done, for the log. Raises UserError when the snapshot, whose name is given, does not fit.
+    """
     if snapshot.G is None or snapshot.D is None:
         raise UserError(f"--resume={name}: holds no G or no D, as it was written for generation only")
-    copied = {
-        "G": copy_weights(snapshot.G, trainer.G, "G"),
-        "D": copy_weights(snapshot.D, trainer.D, "D"),
-        "G_ema": copy_weights(snapshot.G_ema, trainer.ema.module, "G_ema"),
-    }
-    check_frozen(trainer.D, trainer.config.freeze_layers, copied["D"])
+    copied = {net: copy_weights(getattr(snapshot, net), network, net) for net, network in networks.items()}
+    check_frozen(networks["D"], config.freeze_layers, copied["D"])
     origin = Origin(
         source=name,
         kimg=snapshot.kimg,
@@ -275,10 +283,9 @@ def _transfer(trainer: Trainer, name: str, snapshot: Snapshot) -> str:
         partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
         new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
     )
-    trainer.config = replace(trainer.config, origin=origin)
     lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):"]
     lines += [line for net, what in copied.items() for line in what.describe(net)]
-    return "\n  ".join(lines)
+    return replace(config, origin=origin), "\n  ".join(lines)
 
 
 def list_states(run_dir: Path) -> list[Path]:

@@ -83,10 +83,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
-    config = config_in(payload, path)
-    states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
-    if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
-        raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
+    config, states, nimg, ada_p = parts_of(payload, path)
     networks = {
         name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
         for name, kind in network_configs(config).items()
@@ -94,18 +91,24 @@ def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device
     return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
 
 
-def config_in(payload: Mapping[str, Any], path: Path) -> TrainConfig:
-    """Return the configuration in the content of a snapshot. Raises UserError naming `path`."""
+def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any], int, float]:
+    """Return configuration, tensors by network, images seen and ADA's p in the content of a snapshot.
+
+    Raises UserError naming `path` where there are none.
+    """
     try:
-        return read_config(payload.get("config"))
+        config = read_config(payload.get("config"))
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
+    states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
+    if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
+        raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
+    return config, states, nimg, ada_p
 
 
-def read_network(path: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """Return all of a snapshot's file, as `read_document` does, and its configuration. Raises UserError."""
-    document = read_document(path, FORMAT, VERSION, MIGRATIONS)
-    return document, config_in(document["payload"], path)
+def read_network(path: Path) -> dict[str, Any]:
+    """Return all of a snapshot's file, as `read_document` does. Raises UserError."""
+    return read_document(path, FORMAT, VERSION, MIGRATIONS)
 
 
 def network_configs(config: TrainConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ LR_MULTIPLIER = 0.01  # of every mapping layer; StyleGAN, appendix C
 
 def _mapping_layers(in_features: int, width: int, num_layers: int) -> nn.Sequential:
     """`num_layers` leaky-ReLU layers in_features -> width -> ... -> width at a reduced learning rate."""
-    sizes = [in_features] + [width] * (num_layers - 1)
+    sizes = [in_features, *[width] * num_layers][:num_layers]
     return nn.Sequential(*(FullyConnected(size, width, activation="lrelu", multiplier=LR_MULTIPLIER) for size in sizes))
 
 

@@ -43,8 +43,8 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "channel_max", "mapping_layers")
-        require_at_least(self, 0, "channel_base", "mbstd_group_size")
+        require_at_least(self, 1, "channel_max")
+        require_at_least(self, 0, "channel_base", "mapping_layers", "mbstd_group_size")
         if self.cmap_dim is not None:
             require_at_least(self, 1, "cmap_dim")
         if self.architecture not in get_args(Architecture):
