@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from exploration.morphing import (
     through_seeds,
     through_styles,
 )
+from exploration.play import HOST, Player, open_server
 from exploration.projection import ProjectionConfig, Towards, pixels_towards, project_batch, read_targets
 from exploration.sampling import FastGenerator, seed_images
 from exploration.sheets import enlarged, sheet, to_rgb
@@ -485,6 +487,23 @@ def project_command(
     click.echo(f"{len(names)} projections in {outdir}; their styles are in projected_w.npz, for --projected-w")
 
 
+@main.command("play", cls=Script)
+@with_options((NETWORK, BATCH, PRECISION, DEVICE))
+@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+def play_command(network: Path | str, port: int, batch: int, precision: str, device: str | None) -> None:
+    """Play with seeds, truncation, mixing and attention in a browser on this machine.
+
+    \b
+    python generate.py play --network=docs/shapes.pkl
+    """
+    snapshot, where = open_network(network, device)
+    every_class = torch.zeros(1, snapshot.G_ema.c_dim)  # questions name theirs
+    model = build_model(snapshot, where, every_class, batch=batch, precision=precision)
+    with open_server(Player(model), port) as server, suppress(KeyboardInterrupt):
+        click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
+        server.serve_forever()
+
+
 def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Towards:
     """Return the distance that --loss and --detector name. Raises UserError for one that cannot be had."""
     if loss == "features":
@@ -534,11 +553,25 @@ def open_model(
 ) -> Model:
     """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
     snapshot, where = open_network(network, device)
-    G = snapshot.G_ema
+    c = label_of(snapshot.G_ema.c_dim, class_index)
+    return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+
+
+def build_model(
+    snapshot: Snapshot,
+    where: torch.device,
+    c: Tensor,
+    *,
+    batch: int,
+    precision: str,
+    noise_mode: str = "const",
+    trunc: float = 1.0,
+) -> Model:
+    """Return the averaged generator of a snapshot for labels c (1, c_dim)."""
     return Model(
-        G=G,
+        G=snapshot.G_ema,
         device=where,
-        c=label_of(G.c_dim, class_index).to(where),
+        c=c.to(where),
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,

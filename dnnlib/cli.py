@@ -1,4 +1,4 @@
-"""What the five scripts share: options that carry a config path, both spellings of a flag, one place for errors."""
+"""What the scripts share: options that carry a config path, both spellings of a flag, one place for errors."""
 
 from __future__ import annotations
 

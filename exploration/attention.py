@@ -118,7 +118,7 @@ def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
         img = synthesis(fill_up(ws).to(model.device), noise_mode=model.noise_mode)[: len(ws)]
     if not records:
         raise UserError(
-            f"{type(model.G).__name__} has no attention whose maps could be drawn: that takes Styleformer blocks"
+            f"{type(model.G).__name__} has no blocks with Styleformer's self-attention, the form whose maps are drawn"
         )
     return records, img
 
@@ -172,7 +172,7 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
     height, width = img_size
     pixels: list[tuple[int, int]] = []
     for query in queries:
-        match = re.fullmatch(r"(\d+),(\d+)|(grid|most):([1-9]\d*)", query)
+        match = re.fullmatch(r"(\d{1,9}),(\d{1,9})|(grid|most):([1-9]\d{0,2})", query)
         if not match:
             raise UserError(f"--query={query}: give a pixel as X,Y, or grid:N, or most:N for those attended to most")
         x, y, kind, count = match.groups()

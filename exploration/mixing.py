@@ -18,7 +18,7 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
     """
     chosen: set[int] = set()
     for part in map(str.strip, text.split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if part == "all":
             chosen |= set(range(num_ws))
         elif part in groups:

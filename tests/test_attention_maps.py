@@ -193,7 +193,7 @@ def test_the_command_writes_sheets_and_arrays(family: str, shapes_zip: Path, tmp
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2"), tmp_path / "out"
     result = run("attention", f"--network={network}", "--seeds=0", f"--outdir={out}")
-    assert (result.exit_code, "StyleGAN2Generator has no attention whose maps" in result.output) == (2, True)
+    assert (result.exit_code, "StyleGAN2Generator has no blocks with" in result.output) == (2, True)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     result = run("attention", f"--network={network}", "--seeds=0", "--query=99,0", f"--outdir={out}")
     assert (result.exit_code, "--query=99,0: the images are 32x32" in result.output) == (2, True)

@@ -86,6 +86,8 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
     commands = [command for command in readme_commands("generate.py") if not any("--class" in item for item in command)]
     assert len(commands) >= 2
     for command in commands:
+        if command[0] == "play":  # has no end; test_play.py has it
+            continue
         arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
         result = CliRunner().invoke(generate.main, arguments)
         assert result.exit_code == 0, result.output
@@ -101,6 +103,8 @@ def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch:
     commands = re.findall(r"^    python generate.py (.*)", text, re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
+        if command.startswith("play "):  # has no end; test_play.py has it
+            continue
         result = CliRunner().invoke(generate.main, shlex.split(command, comments=True))
         assert result.exit_code == 0, f"{command}\n{result.output}"
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -321,12 +321,16 @@ def refused(path: Path, *texts: str) -> None:
         legacy.load_network(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+    assert len(message) < len(str(path)) + 600
     for text in texts:
         assert text in message
 
 
 GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown argument": ({"magnitude_ema_beta": 0.999}, "G_ema: unknown argument magnitude_ema_beta"),
+    "names for a terminal": ({"a\n\033[2J": 1}, "unknown argument a\\n\\x1b[2J"),
+    "many": ({f"argument {i}": 1 for i in range(9000)}, "unknown argument argument 0, argument 1, "),
     "nested unknown argument": ({"mapping_kwargs": {"x": 1}}, "G_ema.mapping_kwargs: unknown argument x"),
     "other learning rate": ({"mapping_kwargs": {"num_layers": 2, "lr_multiplier": 0.1}}, "lr_multiplier=0.1"),
     "other activation": ({"mapping_kwargs": {"num_layers": 2, "activation": "relu"}}, "activation='relu'"),

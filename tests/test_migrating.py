@@ -15,6 +15,7 @@ from snapshot_helpers import make_snapshot
 import calc_metrics
 import dataset_tool
 import generate
+import legacy
 import train
 from metrics.detectors import DetectorSetup
 from metrics.registry import resolve
@@ -27,10 +28,11 @@ THEIRS = {
         --kimg --batch --aug --p --target --augpipe --resume --freezed --fp32 --nhwc --nobench --allow-tf32 --workers
         --g_dict --num_layers --depth --minimum_head --linformer""",
     "generate.py": "--network --seeds --trunc --class --noise-mode --projected-w --outdir",
-    "style_mixing.py": "--rows --cols --styles",
-    "projector.py": "--target --num-steps --seed --save-video",
+    "style_mixing.py": "--network --rows --cols --styles --trunc --noise-mode --outdir",
+    "projector.py": "--network --target --num-steps --seed --save-video --outdir",
     "calc_metrics.py": "--network --metrics --data --mirror --gpus --verbose",
     "dataset_tool.py": "--source --dest --max-images --resize-filter --transform --width --height",
+    "legacy.py": "--source --dest --force-fp16",
 }
 FILES = {"training_options.json", "log.txt", "stats.jsonl", "metric-*.jsonl", "network-snapshot-*.pkl", "reals.png"}
 FILES |= {"fakes*.png", "dataset.json"}
@@ -44,7 +46,9 @@ OURS: dict[str, click.Command] = {
     "projector.py": generate.main.commands["project"],
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.build,
+    "legacy.py": legacy.main.commands["convert"],
 }
+SNAPSHOTS = {"train.py": "--resume", "legacy.py": "--source"}  # the flags that name one, elsewhere --network
 
 
 def section(title: str) -> str:
@@ -70,6 +74,17 @@ def test_every_flag_of_theirs_is_there_with_what_is_true(script: str) -> None:
     for flag, status in statuses.items():
         assert status in ("same", "changed", "refused")
         assert (status != "refused") == (flag in known), f"{script} {flag}: {status}"
+
+
+@pytest.mark.parametrize("script", [script for script in OURS if script != "dataset_tool.py"])
+def test_rows_about_snapshots_say_what_the_flags_take(script: str) -> None:
+    """That they take addresses and foreign files is tested in test_foreign_tools.py."""
+    flag = SNAPSHOTS.get(script, "--network")
+    (option,) = (option for option in OURS[script].params if flag in option.opts)
+    assert "URL" in option.make_metavar(click.Context(OURS[script]))
+    (row,) = re.findall(rf"^\| `{flag}` \| \w+ \| (.*) \|$", section(f"`{script}`"), re.MULTILINE)
+    assert "path or URL" in row
+    assert "theirs are read as they are" in row
 
 
 def test_every_file_of_theirs_is_there() -> None:

@@ -307,6 +307,16 @@ def test_bombs_of_references(tmp_path: Path) -> None:
     refused(tmp_path, dumps(copies), "more numbers")
 
 
+def test_keys_that_collide(tmp_path: Path) -> None:
+    """Python's hash of whole numbers is their remainder by 2^61 - 1, and n equal ones take n^2 comparisons."""
+    keys = [number * (2**61 - 1) for number in range(30_000)]
+    items = PROTO + b"}(" + b"".join(dumps(key, 3)[2:-1] + b"N" for key in keys) + b"u."
+    refused(tmp_path, items, "a key that is larger")
+    refused(tmp_path, dumps({"x": Call(Name("builtins", "set"), (keys,))}), "a key that is larger")
+    refused(tmp_path, dumps({"x": Call(Name("collections", "OrderedDict"), ([(key, 0) for key in keys],))}), "larger")
+    assert read(tmp_path, dumps({2**32: -(2**32)})) == {2**32: -(2**32)}
+
+
 def module_with(modules: dict[str, Any]) -> Call:
     state = {"_parameters": {}, "_buffers": {}, "_modules": modules}
     return Call(PERSISTENT, ({"type": "class", "version": 6, "class_name": "Layer", "state": state},))

@@ -17,8 +17,10 @@ from test_metrics import natural_images
 from test_video import decode
 from torch import Tensor, nn
 
+import generate
 from dnnlib.config import UserError
 from exploration import projection
+from exploration.model import Model
 from exploration.projection import ProjectionConfig, as_map, noise_correlation, pixels_towards, project
 from metrics import detectors
 from metrics.detectors import DetectorSetup
@@ -210,6 +212,26 @@ def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Pat
     run_ok("images", f"--network={network}", "--seeds=0", "--trunc=0", f"--outdir={average}")
     before = np.square(pixels(average / "seed0000.png") / 255 - goal / 255).mean()
     assert np.square(found / 255 - goal / 255).mean() < before / 2
+
+
+def test_what_was_found_is_kept_when_a_later_batch_fails(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")
+    original = generate.project_batch
+
+    def failing(model: Model, targets: Tensor, *others: Any) -> Any:
+        if len(targets) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return original(model, targets, *others)
+
+    monkeypatch.setattr(generate, "project_batch", failing)
+    options = ("--num-steps=2", "--loss=pixels", "--batch=2", f"--target={tmp_path / 'in'}", f"--outdir={out}")
+    assert run("project", f"--network={network}", *options).exit_code != 0
+    with np.load(out / "projected_w.npz") as file:
+        assert len(file["w"]) == 2
+    assert sorted(path.name for path in out.glob("*.png")) == ["proj00.png", "proj01.png"]
 
 
 @pytest.mark.parametrize("mode", [1, 3, 4])

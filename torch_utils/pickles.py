@@ -35,6 +35,7 @@ MAX_BYTES = 8 * 2**30  # of a file
 MAX_INSTRUCTIONS = 500_000  # in all streams of a file; the largest published networks take less than a tenth
 MAX_NESTING = 100  # containers that are open at a time
 MAX_STACK = 100_000  # values that wait to be put into one
+MAX_KEY = 2**32  # among numbers; those modulo 2^61 - 1 collide in a dict, and many of them would take hours
 MAX_DIMS = 8  # of a tensor
 MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
 MAX_NAME = 100  # letters in the name of one
@@ -368,6 +369,8 @@ _STEPS: Mapping[str, _Step] = {
 def _check_key(key: Any) -> Any:
     if type(key) not in (str, int):
         raise UserError(f"a key of type {type(key).__name__}, expected text or a whole number")
+    if type(key) is int and abs(key) > MAX_KEY:
+        raise UserError("a key that is larger than any in a snapshot")
     return key
 
 

@@ -67,9 +67,14 @@ def read_foreign(path: Path) -> Foreign:
     try:
         return _interpret(content, path)
     except ConfigError as error:
-        raise UserError(f"{path}: its networks cannot be built here ({error})") from None
+        raise UserError(f"{path}: its networks cannot be built here ({_printable(error)})") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {_printable(error)}") from None
+
+
+def _printable(error: UserError) -> str:
+    """A message of reasonable length on one line, whatever the names in the file are."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error)[:500])
 
 
 def _interpret(content: Any, path: Path) -> Foreign:
@@ -532,7 +537,7 @@ def _read_data(arguments: dict[str, Any], generator: GeneratorConfig) -> Dataset
     """The data set, as far as it says something about the images."""
     path = arguments.get("path")
     return DatasetConfig(
-        path=path if isinstance(path, str) else "",
+        path=path if isinstance(path, str) and path.isprintable() and len(path) < 1000 else "",
         use_labels=generator.c_dim > 0,
         mirror=arguments.get("xflip") is True,
     )

@@ -1,0 +1,240 @@
+"""A page to play with a generator: seeds, truncation, mixing and attention, for browsers on this machine alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dnnlib.config import UserError
+from exploration.attention import BlockRecord, record, tokens_of
+from exploration.mixing import choose_styles, mix, spell
+from exploration.model import Model, label_of, seed_latents
+from exploration.sheets import enlarged, marked, overlay, to_rgb
+from training.networks.attention import SelfAttention
+
+HOST = "127.0.0.1"
+PATHS = ("/images", "/attention")
+MOST_IMAGES = 64  # in one answer
+MOST_KEPT = 4096
+LARGEST_SEED = 2**32 - 1
+LARGEST_PSI = 2.0
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The images of `count` seeds from `seed` on, each with some `styles` of the seed `other`, if one is given."""
+
+    seed: int
+    count: int
+    psi: float
+    class_index: int | None
+    other: int | None
+    styles: tuple[int, ...]
+
+
+class Player:
+    """Answers questions about a model. Images are made in batches, and kept for the next question."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.lock = Lock()  # a model computes for one request at a time
+        self.images: OrderedDict[Any, Tensor] = OrderedDict()
+        self.records: tuple[Any, list[BlockRecord]] | None = None
+
+    def page(self) -> str:
+        """The page, with what it has to know of the model."""
+        G = self.model.G
+        facts = {
+            "name": type(G).__name__,
+            "size": G.img_shape[1:],
+            "groups": {name: spell(styles) for name, styles in G.style_groups.items()},
+            "classes": G.c_dim,
+            "attention": any(isinstance(module, SelfAttention) for module in G.synthesis.modules()),
+        }
+        page = Path(__file__).with_name("play.html").read_text(encoding="utf-8")
+        return page.replace("__MODEL__", json.dumps(facts).replace("<", "\\u003c"))
+
+    def answer(self, path: str, query: str) -> Mapping[str, Any]:
+        """The answer to a request to one of PATHS. Raises UserError when it is not understood."""
+        given = read_query(query)
+        with self.lock:
+            return self._images(given) if path == "/images" else self._attention(given)
+
+    def _images(self, given: dict[str, str]) -> Mapping[str, Any]:
+        question = self._question(given)
+        return {"images": [data_uri(pixels_of(img)) for img in self._made(question)]}
+
+    def _attention(self, given: dict[str, str]) -> Mapping[str, Any]:
+        """The maps of all blocks for the pixel x, y, averaged over heads, drawn over the image."""
+        height, width = self.model.G.img_shape[1:]
+        x, y = whole(given, "x", 0, width - 1), whole(given, "y", 0, height - 1)
+        question = self._question(given)
+        if question.count != 1:
+            raise UserError("count: attention is of one image")
+        if self.records is None or self.records[0] != question:
+            self.records = question, record(self.model, self._styles(question, [question.seed]))[0]
+        picture = pixels_of(self._made(question)[0])
+        image = enlarged(picture)
+        maps = [{"block": "the position", "image": data_uri(marked(image, x, y, (height, width)))}]
+        with torch.no_grad():
+            for block in self.records[1]:
+                rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
+                weights = block.maps(0, rows).mean(dim=0).unflatten(1, block.grid)[0].cpu().numpy()
+                maps.append({"block": block.name, "image": data_uri(overlay(image, weights))})
+        return {"maps": maps}
+
+    def _question(self, given: dict[str, str]) -> Question:
+        """Take what all requests can say out of `given`. Raises UserError when something is left."""
+        G = self.model.G
+        count = whole(given, "count", 1, MOST_IMAGES, default=1)
+        other = whole(given, "other", 0, LARGEST_SEED) if "other" in given else None
+        if (other is None) != ("styles" not in given):
+            raise UserError("other, styles: give both or none")
+        class_index = whole(given, "class", 0, max(G.c_dim - 1, 0)) if "class" in given else None
+        label_of(G.c_dim, class_index)  # refuses what the network does not have
+        question = Question(
+            seed=whole(given, "seed", 0, LARGEST_SEED - count + 1),
+            count=count,
+            psi=psi_of(given.pop("trunc", "1")),
+            class_index=class_index,
+            other=other,
+            styles=() if other is None else choose_styles(given.pop("styles"), G.num_ws, G.style_groups),
+        )
+        if given:
+            raise UserError(f"{', '.join(given)}: not understood here")
+        return question
+
+    def _made(self, question: Question) -> list[Tensor]:
+        """Images (C, H, W), those that are not there yet made together."""
+        seeds = range(question.seed, question.seed + question.count)
+        rest = (question.psi, question.class_index, question.other, question.styles)
+        missing = [seed for seed in seeds if (seed, rest) not in self.images]
+        if missing:
+            for seed, img in zip(missing, self.model.images(self._styles(question, missing)), strict=True):
+                self.images[seed, rest] = img
+        for seed in seeds:
+            self.images.move_to_end((seed, rest))
+        found = [self.images[seed, rest] for seed in seeds]
+        while len(self.images) > MOST_KEPT:
+            self.images.popitem(last=False)
+        return found
+
+    def _styles(self, question: Question, seeds: list[int]) -> Tensor:
+        others = [] if question.other is None else [question.other]
+        z = seed_latents([*seeds, *others], self.model.G.z_dim)
+        c = label_of(self.model.G.c_dim, question.class_index).to(self.model.device).expand(len(z), -1)
+        ws = self.model.map(z, c, question.psi)  # (n, num_ws, w_dim)
+        return mix(ws[: len(seeds)], ws[len(seeds) :], question.styles)[:, 0] if others else ws
+
+
+def read_query(query: str) -> dict[str, str]:
+    """Return the values of a query string by name. Raises UserError for what is none or names a value twice."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, max_num_fields=20, errors="strict")
+    except ValueError as error:
+        raise UserError(f"the query is not one: {error}") from None
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise UserError("the query says something twice")
+    return given
+
+
+def whole(given: dict[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+    """Take a whole number out of `given`. Raises UserError unless it is from low to high."""
+    text = given.pop(name, None)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise UserError(f"{name}: is missing, a whole number from {low} to {high}")
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
+        raise UserError(f"{name}={text}: must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def psi_of(text: str) -> float:
+    """Read a truncation psi. Raises UserError."""
+    try:
+        psi = float(text)
+    except ValueError:
+        psi = math.nan
+    if not abs(psi) <= LARGEST_PSI:
+        raise UserError(f"trunc={text}: must be a number from {-LARGEST_PSI:g} to {LARGEST_PSI:g}")
+    return psi
+
+
+def pixels_of(img: Tensor) -> np.ndarray:
+    """uint8 (C, H, W) -> (H, W, 3)."""
+    return to_rgb(img.permute(1, 2, 0).numpy())
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """A picture (H, W, 3) as PNG that a page can show."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def open_server(player: Player, port: int) -> ThreadingHTTPServer:
+    """A server on this machine's own address; port 0 is any free one. Raises UserError when it cannot listen."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self._host() not in (HOST, "localhost"):  # another site's name that leads here
+                return self._send(403, {"error": f"this page is for {HOST} and localhost alone"})
+            try:
+                parts = urlsplit(self.path)
+                if parts.path in PATHS:
+                    return self._send(200, player.answer(parts.path, parts.query))
+            except UserError as error:
+                return self._send(400, {"error": str(error)})
+            except ValueError:  # of urlsplit
+                return self._send(400, {"error": "the address is none"})
+            if parts.path == "/":
+                return self._send(200, player.page())
+            return self._send(404, {"error": "there is no such page"})
+
+        def _host(self) -> str:
+            return (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
+
+        def _send(self, status: int, content: str | Mapping[str, Any]) -> None:
+            is_page = isinstance(content, str)
+            body = (content if isinstance(content, str) else json.dumps(content)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html; charset=utf-8" if is_page else "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Security-Policy", POLICY)
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Requests are nothing to tell."""
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A browser that has gone away is nothing to tell; other errors are."""
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(request, client_address)
+
+    try:
+        return Server((HOST, port), Handler)
+    except OSError as error:
+        raise UserError(f"--port={port}: cannot be used ({error.strerror}); choose another one") from None

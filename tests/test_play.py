@@ -1,0 +1,239 @@
+"""generate.py play: what the page asks for is answered as the other commands would, and nonsense with 400."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+import torch
+from exploration_helpers import build, make_model, make_snapshot, run, run_ok
+from PIL import Image
+
+from exploration.attention import attention_maps, record
+from exploration.mixing import mix
+from exploration.model import Model, label_of, seed_latents
+from exploration.play import LARGEST_SEED, Player, open_server
+from exploration.sheets import enlarged, overlay
+from training.networks.stylegan2 import StyleGAN2Config
+
+
+@contextmanager
+def served(player: Player) -> Iterator[int]:
+    """The port of a page that is there meanwhile."""
+    with open_server(player, 0) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def get(port: int, address: str, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", address, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def ask(port: int, path: str, **query: Any) -> Any:
+    status, body = get(port, f"/{path}?{urlencode(query)}")
+    assert status == 200, body
+    return json.loads(body)
+
+
+def decoded(uri: str) -> np.ndarray:
+    kind, data = uri.split(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def as_pixels(img: torch.Tensor) -> np.ndarray:
+    return img.permute(1, 2, 0).numpy()
+
+
+def test_images_are_those_of_their_seeds_and_mixtures() -> None:
+    model = make_model(truncation_psi=0.7)
+    ws = model.styles_of([4, 5, 6, 9])
+    styles = model.G.style_groups["coarse"]
+    plain, mixed = model.images(ws[:3]), model.images(mix(ws[:3], ws[3:], styles)[:, 0])
+    with served(Player(make_model())) as port:
+        found = ask(port, "images", seed=4, count=3, trunc=0.7)["images"]
+        also_mixed = ask(port, "images", seed=4, count=3, trunc=0.7, other=9, styles="coarse")["images"]
+    for uris, images in ((found, plain), (also_mixed, mixed)):
+        assert len(uris) == 3
+        for uri, img in zip(uris, images, strict=True):
+            assert np.array_equal(decoded(uri), as_pixels(img))
+    assert not torch.equal(plain, mixed)
+
+
+def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    player, render = Player(make_model()), Model.images
+    sizes: list[int] = []
+
+    def counted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ws))
+        return render(model, ws)
+
+    monkeypatch.setattr(Model, "images", counted)
+    monkeypatch.setattr("exploration.play.MOST_KEPT", 4)
+    for query in ("seed=0&count=3", "seed=0&count=3", "seed=1&count=3", "seed=1&count=3&trunc=0.5", "seed=0"):
+        player.answer("/images", query)
+    assert sizes == [3, 1, 3, 1]  # the last one was no longer kept
+    assert len(player.images) == 4
+
+
+def test_classes_are_the_questions_own() -> None:
+    G = build(StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64))
+    model = Model(G=G, device=torch.device("cpu"), c=label_of(3, 2))
+    expected = model.images(model.map(seed_latents([5], 16)))[0]
+    with served(Player(model)) as port:
+        assert np.array_equal(decoded(ask(port, "images", **{"seed": 5, "class": 2})["images"][0]), as_pixels(expected))
+        for query in ("seed=5", "seed=5&class=3"):
+            assert get(port, f"/images?{query}")[0] == 400
+        status, body = get(port, "/attention?seed=5&class=1&x=0&y=0")
+    assert (status, b"no blocks with" in body) == (400, True)
+
+
+def test_attention_is_that_of_the_command() -> None:
+    model, size = make_model(), (32, 32)
+    records, _ = record(model, model.styles_of([3]))
+    maps = attention_maps(records, 0, torch.tensor([[7, 20]]), size).maps
+    with served(Player(model)) as port:
+        position, *found = ask(port, "attention", seed=3, x=7, y=20)["maps"]
+        moved = ask(port, "attention", seed=4, x=7, y=20)["maps"]
+        picture = enlarged(decoded(ask(port, "images", seed=3)["images"][0]))
+    assert [one["block"] for one in found] == list(maps)
+    for one in found:
+        assert np.array_equal(decoded(one["image"]), overlay(picture, maps[one["block"]].mean(axis=0)[0]))
+    assert tuple(decoded(position["image"])[20 * 3 - 2, 7 * 3]) == (0, 255, 255)
+    assert moved[1] != found[0]
+
+
+NONSENSE = (
+    "images",
+    "images?",
+    "images?seed",
+    "images?seed=",
+    "images?seed=-1",
+    "images?seed=1.5",
+    "images?seed=%D9%A3",
+    "images?seed=%ff",
+    "images?seed=" + "9" * 5000,
+    f"images?seed={LARGEST_SEED}&count=2",
+    "images?seed=0&count=0",
+    "images?seed=0&count=65",
+    "images?seed=0&seed=1",
+    "images?seed=0&trunc=nan",
+    "images?seed=0&trunc=1e9",
+    "images?seed=0&trunc=__import__",
+    "images?seed=0&class=0",
+    "images?seed=0&other=1",
+    "images?seed=0&styles=all",
+    "images?seed=0&other=1&styles=conv",
+    "images?seed=0&other=1&styles=" + "9" * 5000,
+    "images?seed=0&other=1&styles=..%2f..%2fetc",
+    "images?seed=0&x=3",
+    "images?" + "&".join(f"a{i}=1" for i in range(50)),
+    "attention?seed=0",
+    "attention?seed=0&x=32&y=0",
+    "attention?seed=0&x=0&y=-1",
+    "attention?seed=0&count=2&x=0&y=0",
+)
+
+
+def test_nonsense_is_answered_with_400() -> None:
+    player = Player(make_model())
+    with served(player) as port:
+        for query in NONSENSE:
+            status, body = get(port, f"/{query}")
+            assert (status, list(json.loads(body))) == (400, ["error"]), query
+        assert not player.images
+        for path in ("images/", "../images", "favicon.ico", "exploration/play.py"):
+            assert get(port, f"/{path}")[0] == 404
+        assert get(port, "/", Host="elsewhere.example:80")[0] == 403
+        assert get(port, "/", Host=f"localhost:{port}")[0] == 200
+
+
+def test_the_page_tells_only_what_the_network_has() -> None:
+    for family, groups, has_attention in (
+        ("styleformer-c", {"transformer", "conv"}, True),
+        ("stylegan2", set(), False),
+    ):
+        page = Player(make_model(family)).page()
+        facts = json.loads(re.search(r"MODEL = (\{.*\}), COUNT", page)[1])  # type: ignore[index]
+        assert facts["attention"] is has_attention
+        assert groups <= set(facts["groups"])
+        assert not re.search(r"(src|href)=.?https?:", page)
+
+
+def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+
+    def interrupted(server: ThreadingHTTPServer) -> None:
+        assert server.server_address[0] == "127.0.0.1"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+        assert re.search(r"http://127\.0\.0\.1:\d+/ until", run_ok("play", f"--network={network}", "--port=0"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("play", f"--network={network}", f"--port={port}")
+    assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
+
+
+def test_a_browser_mixes_and_shows_attention() -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    probe = """<script>
+      const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
+      (async () => {
+        await until(() => cells.every(cell => cell.src) && $("large").src);
+        const large = $("large"), before = large.src;
+        cells[2].onclick({shiftKey: true});
+        document.querySelector("#styles input").click();
+        await until(() => large.src != before);
+        const box = large.getBoundingClientRect();
+        large.onclick({clientX: box.left + box.width / 2, clientY: box.top + 1});
+        await until(() => document.querySelectorAll("#maps img").length);
+        const maps = document.querySelectorAll("#maps img").length;
+        document.body.dataset.found = JSON.stringify([maps, pixel, $("what").textContent, $("problem").textContent]);
+      })();
+    </script></body>"""
+
+    class Probed(Player):
+        def page(self) -> str:
+            return super().page().replace("</body>", probe)
+
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
+    with served(Probed(make_model())) as port:
+        command = [browser, *options, f"http://127.0.0.1:{port}/"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    found = re.search(r'data-found="([^"]*)"', dom.stdout)
+    assert found, dom.stdout[-2000:]
+    maps, pixel, what, problem = json.loads(found[1].replace("&quot;", '"'))
+    assert (maps, pixel, problem) == (5, [16, 0], "")  # the position, and four blocks
+    assert "with coarse of seed 2" in what
