@@ -6,13 +6,15 @@ python benchmarks/networks.py --batch=8 --device=cpu --threads=2
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import click
 import torch
-from common import emit, images_per_second, peak_mib
+from attention import peak, reset_peak
+from common import emit, images_per_second
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,13 +92,13 @@ def in_own_process(*args: Any) -> dict[str, Any]:
 def measure(
     config: GeneratorConfig | DiscriminatorConfig, batch: int, device: str, threads: int, seconds: float
 ) -> dict[str, Any]:
-    """Parameters, speed and peak of memory of one network."""
+    """Parameters, speed, and the peak of memory beyond what was in use before (None: not known) of one network."""
     tune_allocator()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
+    has_peak = where.type == "cuda" or os.access("/proc/self/clear_refs", os.W_OK)
+    before = reset_peak(where) if has_peak else 0.0
     network, forward = random_pass(config, batch, device)
 
     def backward() -> None:
@@ -107,7 +109,7 @@ def measure(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "forward_img_per_s": round(images_per_second(torch.no_grad()(forward), batch, where, seconds), 1),
         "forward_backward_img_per_s": round(images_per_second(backward, batch, where, seconds), 1),
-        "peak_mib": peak_mib(where),
+        "peak_mib": round(peak(where) - before) if has_peak else None,
     }
 
 
