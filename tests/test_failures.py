@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import small_config
 from test_torture import start
 
 from torch_utils import distributed
-from torch_utils.watchdog import Sign, find_stopped
+from torch_utils.watchdog import Pulse, Sign, find_stopped
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
@@ -62,6 +63,33 @@ def test_only_who_is_behind_has_stopped() -> None:
     assert stopped(5, 5, 5) == []
     assert stopped(5, 4, 5) == [1]
     assert stopped(3, 7, 3) == [0, 2]
+
+
+def test_who_gives_no_sign_of_life_has_stopped_wherever_it_is() -> None:
+    signs = {rank: Sign(5, "here") for rank in range(3)}
+    assert find_stopped(signs, silent=[2]) == [2]
+    pulse = Pulse(timeout=10)
+    assert pulse.find_silent({0: 1, 1: 1}, now=100) == []
+    assert pulse.find_silent({0: 2, 1: 1}, now=110) == []
+    assert pulse.find_silent({0: 3, 1: 1}, now=111) == [1]
+    assert pulse.find_silent({0: 3, 1: 2}, now=112) == []
+
+
+def _one_freezes_in_a_call() -> None:
+    if distributed.rank() == 1:
+        own = os.getpid()
+        # Frozen, it would not hear the launcher either, which waits for half a minute before it kills.
+        subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {own}; sleep 12; kill -CONT {own}"])
+    distributed.from_main(lambda: time.sleep(60))
+
+
+@pytest.mark.slow
+def test_a_process_that_freezes_where_the_others_are_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        distributed.launch(_one_freezes_in_a_call, 2, timeout=6.0)
+    assert stop.value.code == 1
+    printed = capfd.readouterr().err
+    assert printed.count("Error: process 1 on ") == printed.count("Error: process") == 1
 
 
 def _differ(data: Path) -> None:

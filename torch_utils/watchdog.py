@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import distributed as dist
+
+LEAST_SILENCE = 5.0  # seconds; who is silent for less may be slow on a busy machine
 
 
 @dataclass(frozen=True)
@@ -21,22 +24,41 @@ class Sign:
     host: str
 
 
-def find_stopped(signs: dict[int, Sign]) -> list[int]:
-    """Return the ranks that the others wait for: those that have entered the fewest collective calls.
+def find_stopped(signs: dict[int, Sign], silent: Collection[int] = ()) -> list[int]:
+    """Return the ranks that the others wait for: the `silent` ones, which give no sign of life any more, or else those
+    that have entered the fewest collective calls.
 
-    There are none when all are equally far: they compute, or wait for something outside.
+    There are none when all are alive and equally far: they compute, or wait for something outside.
     """
+    if silent:
+        return sorted(silent)
     positions = [sign.position for sign in signs.values()]
     if min(positions) == max(positions):
         return []
     return [rank for rank, sign in signs.items() if sign.position == min(positions)]
 
 
+class Pulse:
+    """When each rank was last seen to be alive, by a clock of this process: its beats are numbers that change."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.beats: dict[int, tuple[int, float]] = {}  # by rank: the last beat, and when it came
+
+    def find_silent(self, beats: dict[int, int], now: float) -> list[int]:
+        """Take in the beats at a time, in seconds; return the ranks whose last one is longer ago than the timeout."""
+        for rank, beat in beats.items():
+            if rank not in self.beats or self.beats[rank][0] != beat:
+                self.beats[rank] = beat, now
+        return [rank for rank, (_, since) in self.beats.items() if now - since > self.timeout]
+
+
 class Watchdog:
     """A thread on every rank that tells the others, through the launcher's store, how far its process has come.
 
-    When a rank has kept the others waiting for `timeout` seconds, the lowest of those prints which, and ends its
-    process; the launcher then ends all.
+    When a rank has kept the others waiting for `timeout` seconds, or has said nothing for as long, because it is frozen
+    inside a call that all have entered, the lowest of the others prints which, and ends its process; the launcher then
+    ends all.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, position: Callable[[], int]) -> None:
@@ -59,18 +81,24 @@ class Watchdog:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             shared = dist.PrefixStore("watchdog", store)
             everyone = [str(rank) for rank in range(self.world_size)]
+            pulse = Pulse(max(self.timeout, LEAST_SILENCE))
             last: dict[int, Sign] = {}
             since = time.monotonic()
-            while not self.over.wait(self.pause):
-                shared.set(str(self.rank), f"{self.position()} {socket.gethostname()}")
+            for beat in itertools.count():
+                if self.over.wait(self.pause):
+                    return
+                shared.set(str(self.rank), f"{beat} {self.position()} {socket.gethostname()}")
                 if not shared.check(everyone):
                     continue
-                signs = {rank: _read(shared.get(str(rank))) for rank in range(self.world_size)}
+                received = {rank: _read(shared.get(str(rank))) for rank in range(self.world_size)}
+                signs = {rank: sign for rank, (_, sign) in received.items()}
+                now = time.monotonic()
                 if signs != last:
-                    last, since = signs, time.monotonic()
-                stopped = find_stopped(signs)
+                    last, since = signs, now
+                silent = pulse.find_silent({rank: number for rank, (number, _) in received.items()}, now)
+                stopped = find_stopped(signs, silent) if silent or now - since > self.timeout else []
                 # Of the ranks that wait, the lowest speaks.
-                if stopped and time.monotonic() - since > self.timeout and self.rank == min(set(signs) - set(stopped)):
+                if stopped and self.rank == min(set(signs) - set(stopped), default=None):
                     self._give_up(stopped, signs)
         except RuntimeError:  # the store has gone, and with it the launcher
             return
@@ -87,6 +115,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _read(text: bytes) -> Sign:
-    position, _, host = text.decode().partition(" ")
-    return Sign(int(position), host)
+def _read(text: bytes) -> tuple[int, Sign]:
+    """Return what a rank has told: its beat, and its sign."""
+    beat, position, host = text.decode().split(" ", 2)
+    return int(beat), Sign(int(position), host)
