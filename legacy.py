@@ -20,7 +20,7 @@ from training.config import TrainConfig
 from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
 from training.foreign import is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import Snapshot, parts_of, read_network, rebuild
+from training.snapshot import Snapshot, network_configs, parts_of, read_network, rebuild
 
 # What --format says, by the ending of --dest that means it; a name without one is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
@@ -38,10 +38,9 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
     config, states = foreign.config, foreign.states
-    kinds = {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
     networks = {
         name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in kinds.items()
+        for name, kind in network_configs(config).items()
     }
     return Snapshot(**networks, config=config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
 

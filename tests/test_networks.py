@@ -17,10 +17,10 @@ from dnnlib.config import ConfigError
 from training.config import PRESETS
 from training.networks import GENERATORS, execution
 from training.networks.attention import SelfAttention
-from training.networks.generator import Generator, GeneratorConfig
+from training.networks.generator import Generator, GeneratorConfig, base_grids
 from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
 from training.networks.mapping import MappingNetwork
-from training.networks.styleformer import EncoderBlock, StyleformerConfig, ToRGB, base_grids
+from training.networks.styleformer import EncoderBlock, StyleformerConfig, ToRGB
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]

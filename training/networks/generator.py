@@ -136,6 +136,52 @@ class DoublingConfig(GeneratorConfig):
         return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StagedConfig(GeneratorConfig):
+    """A generator of images of base * 2^(len(widths) - 1) pixels, with a hidden size and blocks for each resolution.
+
+    `widths` and `layers` hold one number per resolution, from the base grid up. `widths=()` stands for a choice that is
+    still to be made.
+    """
+
+    base: Grid = (8, 8)
+    widths: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_size(self, "base")
+        if self.widths and len(self.layers) != len(self.widths):
+            problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
+            raise ConfigError("layers", self.layers, problem)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(height, width) of every resolution that has blocks, from the base up."""
+        return doubled_grids(self.base, len(self.widths))
+
+    @property
+    def img_size(self) -> Grid:
+        """(height, width) of the images. Raises ConfigError while `widths` is empty."""
+        self.require_widths()
+        return self.grids[-1]
+
+    def require_widths(self) -> None:
+        """Raise ConfigError while `widths` is empty."""
+        if not self.widths:
+            raise ConfigError("widths", self.widths, "no widths chosen: give one hidden size per resolution")
+
+    def check_img_size(self, height: int, width: int) -> None:
+        """Raise ConfigError when this generator makes images of another size, naming what would fit."""
+        if self.widths and self.img_size == (height, width):
+            return
+        options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
+        problem = f"with base={self.base} this does not make images of {height}x{width} (height x width); what does"
+        raise ConfigError("widths", self.widths, f"{problem}: {', '.join(options)}")
+
+
 class Generator(nn.Module, ABC):
     """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1].
 

@@ -18,19 +18,16 @@ from training.networks import execution
 from training.networks.attention import SelfAttention
 from training.networks.generator import (
     Generator,
-    GeneratorConfig,
     Grid,
     NoiseMode,
-    base_grids,
+    StagedConfig,
     check_synthesis_inputs,
-    doubled_grids,
 )
 from training.networks.layers import (
     FullyConnected,
     demodulation,
     limit_rows,
     require_at_least,
-    require_size,
     resample_filter,
     to_map,
     to_tokens,
@@ -53,7 +50,7 @@ LayerNormPlace = Literal["before", "after"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleformerConfig(GeneratorConfig):
+class StyleformerConfig(StagedConfig):
     """A Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
 
     `widths` and `layers` hold one number per resolution, from the base grid up: the hidden size and the number of
@@ -63,7 +60,6 @@ class StyleformerConfig(GeneratorConfig):
     paper's ablations: EncoderBlock says what each is.
     """
 
-    base: Grid = (8, 8)
     widths: tuple[int, ...] = (256, 64, 16)
     layers: tuple[int, ...] = (1, 3, 3)
     depth: int = 32
@@ -76,19 +72,15 @@ class StyleformerConfig(GeneratorConfig):
     style_attention: bool = True
     residual: bool = True
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": (), "linformer": None}
+    OPEN: ClassVar[Mapping[str, Any]] = {**StagedConfig.OPEN, "linformer": None}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "depth", "minimum_head", "linformer_k", "linformer_min_tokens")
-        require_size(self, "base")
         if self.layernorm not in get_args(LayerNormPlace):
             raise ConfigError("layernorm", self.layernorm, f"must be one of {', '.join(get_args(LayerNormPlace))}")
         if any(count < 1 for count in self.layers):
             raise ConfigError("layers", self.layers, "every resolution needs at least one encoder block")
-        if self.widths and len(self.layers) != len(self.widths):
-            problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
-            raise ConfigError("layers", self.layers, problem)
         for width in self.widths:
             self._check_width(width)
 
@@ -111,20 +103,9 @@ class StyleformerConfig(GeneratorConfig):
         return max(self.minimum_head, width // self.depth)
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution that has encoder blocks, from the base up."""
-        return doubled_grids(self.base, len(self.widths))
-
-    @property
     def folder_words(self) -> tuple[str, ...]:
         """Whether attention is Linformer's."""
         return ("linformer",) if self.linformer else ()
-
-    @property
-    def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `widths` is empty."""
-        self._require_widths()
-        return self.grids[-1]
 
     @property
     def num_ws(self) -> int:
@@ -158,26 +139,10 @@ class StyleformerConfig(GeneratorConfig):
         """Widths and blocks for `count` resolutions."""
         return DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
 
-    def check_img_size(self, height: int, width: int) -> None:
-        """Raise ConfigError when this generator makes images of another size, naming what would fit."""
-        if self.widths and self.img_size == (height, width):
-            return
-        options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
-        raise ConfigError(
-            "widths",
-            self.widths,
-            f"with base={self.base} this does not make images of {height}x{width} (height x width); "
-            f"what does: {', '.join(options)}",
-        )
-
     def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""
-        self._require_widths()
+        self.require_widths()
         return StyleformerGenerator(self)
-
-    def _require_widths(self) -> None:
-        if not self.widths:
-            raise ConfigError("widths", self.widths, "no widths chosen: give one hidden size per resolution")
 
 
 def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:

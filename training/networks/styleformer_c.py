@@ -106,7 +106,7 @@ class StyleformerCConfig(StyleformerConfig):
 
     def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""
-        self._require_widths()
+        self.require_widths()
         if not self.channel_base:
             raise ConfigError("channel_base", self.channel_base, "not chosen yet")
         return StyleformerCGenerator(self)

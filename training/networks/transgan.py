@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,17 @@ from training.networks.generator import (
     GeneratorConfig,
     Grid,
     NoiseMode,
-    base_grids,
+    StagedConfig,
     check_synthesis_inputs,
     count_resolutions,
-    doubled_grids,
 )
-from training.networks.layers import require_at_least, require_size, to_map, to_tokens
+from training.networks.layers import require_at_least, to_map, to_tokens
 from training.networks.mapping import LatentMapping, StyleMapping
 from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransGANConfig(BlockConfig, GeneratorConfig):
+class TransGANConfig(BlockConfig, StagedConfig):
     """A TransGAN generator for images of base * 2^(len(widths) - 1) pixels.
 
     `widths` and `layers` hold one number per resolution, from the base grid up: channels and blocks. A width is that of
@@ -42,20 +40,17 @@ class TransGANConfig(BlockConfig, GeneratorConfig):
     """
 
     mapping_layers: int = 0
-    base: Grid = (8, 8)
     widths: tuple[int, ...] = (1024, 256, 64)
     layers: tuple[int, ...] = (5, 4, 2)
     full_upto: int = 32
     latent_tokens: int = 0
     antialias: int = 0
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
     MIN_MAPPING_LAYERS: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_blocks()
-        require_size(self, "base")
         require_at_least(self, 0, "full_upto", "latent_tokens", "antialias")
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
             problem = f"without a mapping network w is z: must be z_dim={self.z_dim}, or add --map-depth"
@@ -66,9 +61,6 @@ class TransGANConfig(BlockConfig, GeneratorConfig):
             self._check_stages()
 
     def _check_stages(self) -> None:
-        if len(self.layers) != len(self.widths):
-            problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
-            raise ConfigError("layers", self.layers, problem)
         if self.antialias >= len(self.widths):
             raise ConfigError("antialias", self.antialias, f"there are only {len(self.widths) - 1} upsamplings")
         for width in self.widths:
@@ -88,17 +80,6 @@ class TransGANConfig(BlockConfig, GeneratorConfig):
         return cls(**(shared | {"mapping_layers": 0, "w_dim": other.z_dim}), **cls.OPEN)
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution, from the base up."""
-        return doubled_grids(self.base, len(self.widths))
-
-    @property
-    def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `widths` is empty."""
-        self._require_widths()
-        return self.grids[-1]
-
-    @property
     def num_ws(self) -> int:
         """The stem alone reads the style."""
         return 1
@@ -112,20 +93,13 @@ class TransGANConfig(BlockConfig, GeneratorConfig):
                 problem = f"must have one entry per resolution, {count} for images of {height}x{width}"
                 raise ConfigError("layers", self.layers, problem)
             return replace(self, widths=widths, layers=self.layers or layers)
-        if len(self.widths) != count:
-            options = [f"base={grid} with {n} width{'s' * (n > 1)}" for grid, n in base_grids(height, width)]
-            problem = f"with base={self.base} this does not make images of {height}x{width} (height x width); what does"
-            raise ConfigError("widths", self.widths, f"{problem}: {', '.join(options)}")
+        self.check_img_size(height, width)
         return self
 
     def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""
-        self._require_widths()
+        self.require_widths()
         return TransGANGenerator(self)
-
-    def _require_widths(self) -> None:
-        if not self.widths:
-            raise ConfigError("widths", self.widths, "no widths chosen: give one hidden size per resolution")
 
 
 def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
