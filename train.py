@@ -334,6 +334,8 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
+                with hooks.going_on():
+                    print(runs.note_start(run_dir, trainer))
             _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
             saver = Saver(run_dir, config.run, trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
