@@ -53,7 +53,10 @@ class TransGANConfig(BlockConfig, StagedConfig):
         self.check_blocks()
         require_at_least(self, 0, "full_upto", "latent_tokens", "antialias")
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
-            problem = f"without a mapping network w is z: must be z_dim={self.z_dim}, or add --map-depth"
+            problem = (
+                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and --w-dim the same "
+                "value, or add a mapping network (--map-depth)"
+            )
             raise ConfigError("w_dim", self.w_dim, problem)
         if any(count < 0 for count in self.layers):
             raise ConfigError("layers", self.layers, "a resolution cannot have fewer than 0 blocks")
