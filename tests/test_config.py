@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,14 @@ def test_a_configuration_from_before_a_field_is_read_as_what_it_was() -> None:
     assert read_config(data) == override(config, {**ADDED_FIELDS})
     with pytest.raises(ConfigError, match="missing"):
         read_config({key: value for key, value in data.items() if key != "seed"})
+
+
+@pytest.mark.parametrize("family", [None, 3, [], {}, "biggan"])
+def test_a_family_in_a_file_that_is_none_is_refused(family: Any) -> None:
+    data = to_json(resolve(PRESETS["tiny"], Circumstances(img_shape=(3, 32, 32), c_dim=0)))
+    for part in ("generator", "discriminator"):
+        with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; known are style"):
+            read_config(data | {part: data[part] | {"family": family}})
 
 
 def test_precision_and_layout_follow_the_machine() -> None:
