@@ -207,8 +207,8 @@ def mix_command(
     mixed = mix(row_ws, col_ws, chosen)  # (R, C, num_ws, w_dim)
     names = [f"{row}-{col}" for row in row_names for col in cols]
     made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
-    pure = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
-    save_pixels(mixing_sheet(*pure, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
+    left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
+    save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
     click.echo(
         f"{counted(len(names), 'mixture')} in {outdir}, with styles {spell(chosen)} of the columns; "
         "all of them in grid.png"

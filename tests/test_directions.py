@@ -144,7 +144,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
     save_directions(tmp_path / "long.npz", small(styles=(4, 5)))
     save_directions(tmp_path / "few.npz", small(values=torch.ones(2), sigmas=torch.ones(2)))
     save_directions(tmp_path / "nan.npz", small(sigmas=torch.full((3,), torch.nan)))
-    arrays = {"directions": np.eye(12), "values": np.ones(12), "sigmas": np.ones(12), "styles": np.zeros((2, 2), int)}
+    arrays: dict[str, Any] = {
+        "directions": np.eye(12),
+        "values": np.ones(12),
+        "sigmas": np.ones(12),
+        "styles": np.zeros((2, 2), int),
+    }
     np.savez(tmp_path / "styles.npz", **arrays)
     np.savez(tmp_path / "words.npz", **arrays | {"values": np.array(["a"] * 12), "styles": np.zeros(1, int)})
     np.savez(tmp_path / "w.npz", w=np.zeros(3))
