@@ -211,14 +211,16 @@ def test_a_browser_mixes_and_shows_attention() -> None:
     probe = """<script>
       const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
       (async () => {
-        await until(() => cells.every(cell => cell.src) && $("large").src);
+        await until(() => cells.every(cell => cell.firstChild.src) && $("large").src);
         const large = $("large"), before = large.src;
-        cells[2].onclick({shiftKey: true});
-        document.querySelector("#styles input").click();
+        $("pick").click();
+        cells[2].click();
         await until(() => large.src != before);
         const box = large.getBoundingClientRect();
         large.onclick({clientX: box.left + box.width / 2, clientY: box.top + 1});
         await until(() => document.querySelectorAll("#maps img").length);
+        large.onkeydown(new KeyboardEvent("keydown", {key: "ArrowDown"}));
+        await until(() => !("maps" in waiting));
         const maps = document.querySelectorAll("#maps img").length;
         document.body.dataset.found = JSON.stringify([maps, pixel, $("what").textContent, $("problem").textContent]);
       })();
@@ -235,5 +237,5 @@ def test_a_browser_mixes_and_shows_attention() -> None:
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found, dom.stdout[-2000:]
     maps, pixel, what, problem = json.loads(found[1].replace("&quot;", '"'))
-    assert (maps, pixel, problem) == (5, [16, 0], "")  # the position, and four blocks
+    assert (maps, pixel, problem) == (5, [16, 1], "")  # the position, and four blocks
     assert "with coarse of seed 2" in what
