@@ -34,8 +34,8 @@ class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
-    one piece at a time;
-    nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
+    one piece at a time. Nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and
+    skipped steps (`nan`).
     """
 
     total_kimg: float = 25_000
@@ -231,17 +231,25 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
-def _transgans() -> list[TrainConfig]:
-    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
-    cifar = TrainConfig(
-        preset="transgan-cifar",
+def _transgan(
+    name: str,
+    generator: TransGANConfig,
+    discriminator: TransGANDiscriminatorConfig,
+    *,
+    n_critic: int = 4,
+    batch: int = 64,
+    policy: tuple[str, ...] | None = None,
+) -> TrainConfig:
+    """TransGAN's training. The papers' models differ in their networks, and in what the arguments say."""
+    return TrainConfig(
+        preset=name,
         data=DatasetConfig(mirror=True),
-        generator=TransGANConfig(z_dim=256, w_dim=256),
-        discriminator=TransGANDiscriminatorConfig(norm="token"),
-        augment=AugmentConfig(mode="diffaug"),
+        generator=generator,
+        discriminator=discriminator,
+        augment=AugmentConfig(mode="diffaug", policy=policy),
         loss=LossConfig(
             objective="wgangp-eps",
-            n_critic=4,
+            n_critic=n_critic,
             g_batch_scale=2,
             r1_interval=None,
             pl_weight=0,
@@ -251,51 +259,44 @@ def _transgans() -> list[TrainConfig]:
         g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
         d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
         ema=EMAConfig(kimg=500, rampup=None),
-        batch_size=64,
+        batch_size=batch,
     )
-    stl10 = replace(
-        cifar,
-        preset="transgan-stl10",
-        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
-        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
-        loss=replace(cifar.loss, n_critic=5),
-        batch_size=32,
-    )
-    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
-    three_scales = TransGANDiscriminatorConfig(
-        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
-    )
-    church = replace(
-        cifar,
-        preset="transgan-church256",
-        generator=TransGANConfig(widths=widths, layers=layers),
-        discriminator=three_scales,
-    )
-    celebahq = replace(
-        church,
-        preset="transgan-celebahq256",
-        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
-        discriminator=replace(
-            three_scales,
-            patch=2,
-            overlap=True,
-            widths=(96, 96, 192),
-            local_layers=(3, 2, 0),
-            window=4,
-            position="absolute",
+
+
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    G, D = TransGANConfig, TransGANDiscriminatorConfig
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)  # from 8x8 to 256x256
+    small = D(norm="token")
+    large = D(img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0))
+    finer = replace(large, patch=2, overlap=True, widths=(96, 96, 192), local_layers=(3, 2, 0), window=4)
+    return [
+        _transgan("transgan-cifar", G(z_dim=256, w_dim=256), small),
+        _transgan(
+            "transgan-stl10",
+            G(base=(12, 12), layers=(7, 5, 3), attention="full"),
+            replace(small, img_size=(48, 48)),
+            n_critic=5,
+            batch=32,
         ),
-        augment=AugmentConfig(mode="diffaug", policy=("translation", "cutout", "color", "filter", "hue")),
-    )
-    celeba64, celeba128 = (
-        replace(
-            church,
-            preset=f"transgan-celeba{size}",
-            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
-            discriminator=replace(three_scales, img_size=(size, size), patch=2),
-        )
-        for size, count in ((64, 4), (128, 5))
-    )
-    return [cifar, stl10, celeba64, celeba128, church, celebahq]
+        _transgan(
+            "transgan-celeba64",
+            G(widths=widths[:4], layers=layers[:4]),
+            replace(large, img_size=(64, 64), patch=2),
+        ),
+        _transgan(
+            "transgan-celeba128",
+            G(widths=widths[:5], layers=layers[:5]),
+            replace(large, img_size=(128, 128), patch=2),
+        ),
+        _transgan("transgan-church256", G(widths=widths, layers=layers), large),
+        _transgan(
+            "transgan-celebahq256",
+            G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+            replace(finer, position="absolute"),
+            policy=("translation", "cutout", "color", "filter", "hue"),
+        ),
+    ]
 
 
 def _tiny() -> TrainConfig:
@@ -545,7 +546,10 @@ def read_config(data: Any) -> TrainConfig:
 def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
     """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
     families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
-    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
+    family = data.get("family")
+    if not families or not isinstance(family, str) or family not in families:
+        return True  # from_json refuses a family that is none
+    return name in field_names(families[family])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:
