@@ -13,6 +13,8 @@ from dnnlib.config import override
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 
+PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
