@@ -154,8 +154,8 @@ def test_their_other_commands_are_understood(script: str) -> None:
         resolve(context.params.get("names", ()), DetectorSetup())
 
 
-def test_refused_names_of_networks_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
-    arguments = ["--cfg=tiny", "--metrics=none", "--device=cpu", f"--outdir={tmp_path}", f"--data={shapes_zip}"]
+def test_refused_names_of_networks_are_refused(shapes32_zip: Path, tmp_path: Path) -> None:
+    arguments = ["--cfg=tiny", "--metrics=none", "--device=cpu", f"--outdir={tmp_path}", f"--data={shapes32_zip}"]
     result = CliRunner().invoke(train.main, [*arguments, "--resume=ffhq256"])
     assert (result.exit_code, "--resume=ffhq256: neither" in result.output) == (2, True), result.output
     assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from exploration_helpers import build, make_model, make_snapshot, run, run_ok
 from PIL import Image
 
@@ -46,7 +47,7 @@ def served(player: Player) -> Iterator[int]:
 
 
 def get(port: int, address: str, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("GET", address, headers=headers)
         answer = connection.getresponse()
@@ -233,7 +234,7 @@ def test_a_browser_mixes_and_shows_attention() -> None:
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
     with served(Probed(make_model())) as port:
         command = [browser, *options, f"http://127.0.0.1:{port}/"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found, dom.stdout[-2000:]
     maps, pixel, what, problem = json.loads(found[1].replace("&quot;", '"'))
