@@ -272,36 +272,25 @@ def main(context: click.Context, **options: Any) -> None:
     plain, transfer = (_requested_config(context, base) for base in ({}, TRANSFER_LEARNING))
     dataset = ImageDataset(plain.data)
     device = distributed.choose_device(plain.run.device)
-    about = Circumstances(
-        img_shape=dataset.img_shape,
-        c_dim=dataset.c_dim,
-        on_gpu=device.type == "cuda",
-        has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-    )
-    outdir = Path(options["outdir"])
     request = runs.Request(
-        outdir=outdir,
+        outdir=Path(options["outdir"]),
         resume=options["resume"],
         override=bool(options["override"]),
         plain=plain,
         transfer=transfer,
-        about=about,
+        about=_circumstances(dataset, device),
     )
-    config = resolve(request.config, about)
+    config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
     choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
-    if config.run.metrics is None and is_first:
-        setup = read_detectors(config.run.detectors)
-        names, why = metrics.registry.default_metrics(setup)
-        click.echo(f"No --metrics given; {why}", err=True)
-        for name in () if options["dry_run"] else names:
-            metrics.registry.check_available(name, setup)
     if options["dry_run"]:
         if is_first:
             _print_plan(runs.find_start(request), dataset)
         return
+    if config.run.metrics is None and is_first:
+        _prepare_default_metrics(config.run)
     if is_url(options["resume"]):
         open_url(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
@@ -487,6 +476,23 @@ def _require(context: click.Context, name: str) -> None:
     for parameter in context.command.params:
         if name in (parameter.name, getattr(parameter, "field", None)) and context.params[parameter.name or ""] is None:
             raise click.UsageError(f"missing option {parameter.opts[0]}", context)
+
+
+def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances:
+    on_gpu = device.type == "cuda"
+    return Circumstances(
+        img_shape=dataset.img_shape,
+        c_dim=dataset.c_dim,
+        on_gpu=on_gpu,
+        has_bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+    )
+
+
+def _prepare_default_metrics(run: RunConfig) -> None:
+    """Fetch what the metrics that are computed without --metrics need."""
+    setup = read_detectors(run.detectors)
+    for name in metrics.registry.default_metrics(setup)[0]:
+        metrics.registry.check_available(name, setup)
 
 
 def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainConfig:

@@ -131,10 +131,10 @@ def test_unknown_families_are_refused() -> None:
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
         (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),
-        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel for images of 32"),
+        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel at 32x32"),
         (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
-        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel for images of 32x32"),
-        (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at img_size=(32, 32)"),
+        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel at 32x32"),
+        (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at 32x32"),
     ],
 )
 def test_flags_that_the_family_cannot_take_are_refused(shapes32_zip: Path, arguments: list[str], message: str) -> None:

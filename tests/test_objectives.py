@@ -454,7 +454,7 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
     ("arguments", "message"),
     [
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
-        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: R1 of every so many steps goes with"),
+        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: only --loss=logistic and hinge have R1"),
         (["--gp-weight=5"], "--gp-weight=5.0: only --loss=wgangp-eps has it; leave it out"),
         (["--clip=-1"], "--clip=-1.0: a bound of a norm must be positive"),
         (["--n-critic=0"], "--n-critic=0: must be at least 1"),

@@ -226,7 +226,7 @@ def test_open_choices_follow_the_images(size: tuple[int, int], patch: int, grids
     [
         ({"patch": 3}, "patch", "does not divide images of 32x32"),
         ({"layers": (1, 1)}, "layers", "one entry per grid, 3 for images of 32x32 in patches of 2"),
-        ({"channel_base": 8}, "channel_base", "leaves no channel on a grid of 16"),
+        ({"channel_base": 8}, "channel_base", "leaves no channel at 16x16"),
         ({"layers": ()}, "layers", "not chosen yet"),
         ({"layers": (1, 0, 1)}, "layers", "at least one encoder block"),
         ({"depth": 0}, "depth", "at least 1"),

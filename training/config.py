@@ -57,8 +57,8 @@ class RunConfig:
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
-    recompute: bool = False  # activations again in the backward pass instead of keeping them
-    compile: bool = False  # torch.compile for the phases that are differentiated once
+    recompute: bool = False  # gradient checkpointing: activations again in the backward pass instead of keeping them
+    compile: bool = False  # torch.compile for the main phases, which are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
     timeout: float = 1800  # seconds that processes wait for one that has stopped

@@ -77,7 +77,7 @@ class Progress:
 
 
 class ImageGrids:
-    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
+    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; the latents are the same in all of them."""
 
     def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
         self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
@@ -212,9 +212,9 @@ class Overfitting:
 
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
-    0 is no overfitting, 1 is complete. All under the augmentation of the moment, on about NUM_IMAGES of each, which
-    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real, of a difference
-    where D only compares; there the scores mean something, and r_t does not.
+    0 is no overfitting, 1 is complete. Each mean is over about NUM_IMAGES images, shared out over the processes, under
+    the current augmentation. (Loss/signs/real is the mean sign over all reals since the last tick. Where D only
+    compares, that of differences of scores; then r_v means something and r_t does not.)
     """
 
     NUM_IMAGES = 1024
