@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import PATIENCE
 from PIL import Image
 
 import report
@@ -398,7 +399,8 @@ def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: p
     page = tmp_path / "probe.html"
     page.write_text((run / "report" / "report.html").read_text().replace("</body>", probe))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
-    dom = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    command = [browser, *options, page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found
     before, after, narrowest, count, reading = json.loads(found[1].replace("&quot;", '"'))
