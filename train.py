@@ -330,6 +330,8 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
+                with hooks.going_on():
+                    print(runs.note_start(run_dir, trainer))
             _say("\n".join([operators, origin, *_notes(config)]))
             _say(f"Training on {device} in {run_dir}, {config.precision}")
             saver = Saver(run_dir, config.run, trainer.last_snapshot)

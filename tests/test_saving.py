@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from conftest import PATIENCE, small_config
 
 from dnnlib.config import WriteError
-from dnnlib.util import TeeLog
+from dnnlib.util import TeeLog, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks
@@ -125,6 +126,20 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsy
     with TeeLog(tmp_path / "log.txt"):
         print("on the screen")
     assert capsys.readouterr().out == "on the screen\n"
+
+
+def test_redrawn_lines_give_way_to_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "21")
+    with TeeLog(tmp_path / "log.txt"):
+        redraw("kimg 1.0 of 2, 9 img/s", sys.stdout)
+        redraw("kimg 1.1 of 2", sys.stdout)
+        print("tick 1")
+        print("tick 2")
+    blank = 20 * " "  # the terminal but for its last column
+    assert capsys.readouterr().out == f"\rkimg 1.0 of 2, 9 img\r\rkimg 1.1 of 2       \r\r{blank}\rtick 1\ntick 2\n"
+    assert (tmp_path / "log.txt").read_text() == "tick 1\ntick 2\n"
 
 
 @pytest.mark.parametrize(

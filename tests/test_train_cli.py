@@ -141,7 +141,7 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert "Minibatch-std: groups of 16 instead of 32" in output
     names = {path.name for path in run_dir.iterdir()}
     expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png"}
-    expected |= {"metric-swd100.jsonl", "trace.json"}
+    expected |= {"environment.jsonl", "metric-swd100.jsonl", "trace.json"}
     assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "THE DATA SET HAS LABELS" in output
@@ -159,7 +159,7 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
     written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
     assert metrics[-1]["snapshot_sha256"] == written  # though it is written in the background
-    assert "kimg 0.1" in (run_dir / "log.txt").read_text()
+    assert "kimg 0.064" in (run_dir / "log.txt").read_text()
     with Image.open(run_dir / "reals.png") as picture:
         assert picture.size == (16 * 16, 16 * 16)
 

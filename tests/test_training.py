@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from conftest import small_config
 from dnnlib.config import ConfigError, UserError
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest, write_file
-from torch_utils.stats import Stats
-from training import runs
+from torch_utils.stats import Stat, Stats
+from training import hooks, runs
 from training.config import Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase
-from training.training_loop import Trainer, set_arithmetic
+from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
 # All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
 EVERYTHING = {
@@ -381,3 +382,24 @@ def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
     second.resume(tmp_path / "state.pt")
     train_steps(second, 5)
     assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+
+
+def test_the_time_left_counts_metrics_and_files_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1000.0, 1060.0, 1060.0])
+    monkeypatch.setattr(hooks.time, "time", lambda: next(clock))
+    trainer: Any = SimpleNamespace(tick=None, total_nimg=10_000, state=TrainState(nimg=100))
+    progress = hooks.Progress()
+    progress(trainer)  # the first step is done
+    stats = {name: Stat(mean=-1.2345, std=0.0, count=8) for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real")}
+    values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
+    trainer.tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
+    trainer.state = TrainState(nimg=1100, elapsed=3600.0)
+    progress(trainer)  # 1 kimg in 60 seconds, 20 of them training
+    line = capsys.readouterr().out
+    assert "kimg 1.1 " in line
+    assert "left 8m 54s" in line
+    assert "sec/kimg 20.00" in line
+    assert "p 0.120  mem 12.3 GB" in line
+    assert len(line.rstrip()) <= 120
