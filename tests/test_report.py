@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import PATIENCE
 from PIL import Image
 
 import report
@@ -303,7 +304,8 @@ def test_a_browser_shows_every_picture_and_the_slider_moves(tmp_path: Path) -> N
     page = tmp_path / "probe.html"
     page.write_text((run / "report" / "report.html").read_text().replace("</body>", probe))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
-    dom = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    command = [browser, *options, page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found
     before, after, narrowest, count = json.loads(found[1].replace("&quot;", '"'))

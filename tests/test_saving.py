@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import PATIENCE, small_config
 from PIL import Image
 
 from dnnlib.config import WriteError
@@ -53,7 +53,7 @@ def test_a_state_is_written_as_it_was_when_it_was_copied(
     write = Checkpoint.write
 
     def write_later(path: Path, payload: dict[str, Any]) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         write(path, payload)
 
     monkeypatch.setattr(Checkpoint, "write", write_later)

@@ -77,7 +77,7 @@ class Progress:
 
 
 class ImageGrids:
-    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
+    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; the latents are the same in all of them."""
 
     def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
         self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
@@ -212,9 +212,9 @@ class Overfitting:
 
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
-    0 is no overfitting, 1 is complete. All under the augmentation of the moment, on about NUM_IMAGES of each, which
-    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real, of a difference
-    where D only compares; there the scores mean something, and r_t does not.
+    0 is no overfitting, 1 is complete. Each mean is over about NUM_IMAGES images, shared out over the processes, under
+    the current augmentation. (Loss/signs/real is the mean sign over all reals since the last tick. Where D only
+    compares, that of differences of scores; then r_v means something and r_t does not.)
     """
 
     NUM_IMAGES = 1024
@@ -237,32 +237,28 @@ class Overfitting:
 
     @torch.no_grad()
     def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
-        """Return the mean of D's logits and of their signs over random images of a set, or generated ones."""
+        """Return the mean of D's logits and of their signs over the first images of a set in a fixed random order.
+
+        Without a set they are of generated images, with the labels of as many of the training set.
+        """
+        dataset = source or trainer.dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         batch, together = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
         rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // together, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         for i in range(rounds):
             position = i * together + distributed.rank() * batch
             seed_step(trainer.config.seed, f"overfitting {name}", trainer.state.nimg + position)
-            logits = self._logits(trainer, source, position)
+            indices = order[torch.arange(position, position + batch) % len(order)]
+            c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
+            if source is None:
+                img = trainer.G(torch.randn([batch, trainer.G.z_dim], device=trainer.device), c, noise_mode="random")
+            else:
+                img = source.images(indices).to(trainer.device).float() / 127.5 - 1
+            logits = trainer.D(trainer.augment(img), c).double()
             sums += torch.stack([logits.sum(), logits.sign().sum()])
         score, sign = (distributed.all_reduce(sums) / (rounds * together)).tolist()
         return score, sign
-
-    @staticmethod
-    def _logits(trainer: Trainer, source: ImageDataset | None, position: int) -> torch.Tensor:
-        """D of one batch, from a place in a fixed random order of the set's images; generated ones get labels alike."""
-        dataset = source or trainer.dataset
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        indices = order[torch.arange(position, position + trainer.batch_gpu) % len(dataset)]
-        c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
-        if source is None:
-            z = torch.randn([len(c), trainer.G.z_dim], device=trainer.device)
-            img = trainer.G(z, c, noise_mode="random")
-        else:
-            img = source.images(indices).to(trainer.device).float() / 127.5 - 1
-        logits: torch.Tensor = trainer.D(trainer.augment(img), c)
-        return logits.double()
 
 
 class JsonLog:
