@@ -326,6 +326,15 @@ def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
     assert not any(row["exp_avg_sq"].any() for row in learner.optimizer.state.values())
 
 
+def test_batch_means_that_are_not_finite_are_bad_too() -> None:
+    """They travel with the gradients, and would stay in a running mean for ever."""
+    learner = build_learner([nn.Parameter(torch.ones(3))], AdamConfig(lr=0.1), None)
+    assert not learner.gradients.reduce()[1]
+    learner.gradients.means[0] = float("nan")
+    norm, is_bad = learner.gradients.reduce()
+    assert (norm, bool(is_bad)) == (0, True)
+
+
 def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
     clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
     trainer = new_trainer(everything(shapes_zip, **clip))
