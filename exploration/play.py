@@ -107,7 +107,7 @@ class Player:
         if (other is None) != ("styles" not in given):
             raise UserError("other, styles: give both or none")
         class_index = whole(given, "class", 0, max(G.c_dim - 1, 0)) if "class" in given else None
-        label_of(G.c_dim, class_index)  # refuses what the network does not have
+        label_of(G.c_dim, class_index, "class")  # refuses what the network does not have
         question = Question(
             seed=whole(given, "seed", 0, LARGEST_SEED - count + 1),
             count=count,

@@ -29,11 +29,11 @@ class Stats:
         self.moments: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in every element of each tensor. Stays on the device."""
+        """Add every element of each tensor to the sums, on the device."""
         self.add_moments({name: moments(value) for name, value in values.items()})
 
     def add_moments(self, table: Mapping[str, Tensor]) -> None:
-        """Take in values by their `moments`."""
+        """Add values by their `moments`."""
         for name, row in table.items():
             if name in self.moments:
                 self.moments[name] += row
@@ -47,16 +47,16 @@ class Stats:
         return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
 
     def gather(self) -> None:
-        """Leave with rank 0 what all ranks have taken in, so that its `state_dict` has it all. A collective call."""
+        """Move the sums of all ranks to rank 0, whose `state_dict` then is that of all. A collective call."""
         names, table = self._sum_over_ranks()
         self.load_state_dict(dict(zip(names, table, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank has taken in since the last `collect`."""
+        """The sums of this rank since the last `collect`."""
         return {name: self.moments[name] for name in sorted(self.moments)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the state of rank 0, which counts once: the other ranks begin with nothing."""
+        """Go on from the state of rank 0. It counts once: the other ranks start from zero."""
         if any(row.shape != (3,) or row.dtype != torch.float64 for row in state.values()):
             raise ValueError("moments are three numbers in float64")
         share = 1 if distributed.is_main() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
@@ -49,14 +50,15 @@ class RunConfig:
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
+    desc: str = ""  # a word for the name of the run's folder
     num_gpus: int = 1
     batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
-    recompute: bool = False  # activations again in the backward pass instead of keeping them
-    compile: bool = False  # torch.compile for the phases that are differentiated once
+    recompute: bool = False  # gradient checkpointing: activations again in the backward pass instead of keeping them
+    compile: bool = False  # torch.compile for the main phases, which are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
     timeout: float = 1800  # seconds that processes wait for one that has stopped
@@ -77,6 +79,8 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
+        if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
+            raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
         for name in self.log or ():
@@ -170,7 +174,9 @@ def _presets() -> dict[str, TrainConfig]:
         "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
         "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
         "cifar": cifar,
-        "cifar-stylegan2": replace(cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None)),
+        "cifar-stylegan2": replace(
+            cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None), batch_size=64
+        ),
         "cifar-large": override(cifar, _styleformer("cifar-large", (1024, 512, 512), (1, 3, 3))),
         "stl10-medium": override(cifar, _styleformer("stl10-medium", (1024, 256, 64), (1, 3, 3), base=(12, 12))),
         "celeba64-l": override(cifar, _styleformer("celeba64-l", (1024, 256, 64, 64), (1, 2, 1, 1), linformer=True)),
@@ -513,6 +519,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.tick_metrics": (),
     "run.log": None,
     "run.detectors": (),
+    "run.desc": "",
     "data.holdout": 0,
     "loss.objective": "logistic",
     "loss.n_critic": 1,

@@ -49,7 +49,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Report:
-    """What a micro-batch tells: the batch means that it has added up, one behind the other, and its statistics."""
+    """What a micro-batch reports: the shapes of the batch means that it has added up, in order, and its statistics."""
 
     shapes: dict[str, torch.Size]
     moments: dict[str, Tensor]
@@ -78,7 +78,7 @@ class Failures:
         self.table = {name: row.to(self.device) for name, row in state.items()}
 
     def note(self, name: str, step: int, is_bad: Tensor) -> None:
-        """Take in whether a phase failed at a step; both stay on the device."""
+        """Record whether a phase failed at a step; `is_bad`, a boolean scalar, stays on the device."""
         row = self.table.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))  # count, first step
         row[1] = torch.where(is_bad & (row[0] == 0), step, row[1])
         row[0] += is_bad
@@ -122,7 +122,7 @@ class RunningMean(nn.Module):
         self.rate = rate
 
     def update(self, mean: Tensor, skip: Tensor) -> None:
-        """Move towards the mean over a global batch unless `skip`, a truth value on the device, says no."""
+        """Move towards the mean over a global batch unless `skip`, a boolean scalar on the device, is true."""
         self.value.copy_(torch.where(skip, self.value, self.value.lerp(mean.to(self.value.dtype), self.rate)))
 
 
