@@ -274,7 +274,7 @@ def test_a_result_that_cannot_be_appended_does_not_stop_the_others(
     result = calc("--metrics=swd12,swd13", network=copy)
     assert result.exit_code == 1
     assert "Warning: " in result.stderr
-    assert "metric-swd12.jsonl: the result cannot be appended" in result.stderr
+    assert "metric-swd12.jsonl: cannot be written" in result.stderr
     assert len(result.stdout.splitlines()) == 2
     assert (tmp_path / "metric-swd13.jsonl").exists()
 

@@ -479,5 +479,5 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
 
 
 def test_a_result_that_cannot_be_appended_says_where(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metric-swd.jsonl: the result cannot be appended"):
+    with pytest.raises(UserError, match=r"metric-swd.jsonl: cannot be written"):
         metrics.append_result(tmp_path / "missing", {"metric": "swd"})

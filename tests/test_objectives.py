@@ -29,6 +29,7 @@ from training.loss import (
     discriminator_wgan,
     generator_linear,
     generator_relativistic,
+    path_length,
 )
 from training.phases import AdamConfig, Learner, build_learner, build_phases
 from training.training_loop import Trainer
@@ -217,6 +218,35 @@ def test_a_generator_can_have_a_larger_batch(objective: Objective) -> None:
 def settings(objective: Objective, **changes: Any) -> LossConfig:
     values = {name.removeprefix("loss__"): value for name, value in SETTINGS[objective].items()}
     return LossConfig(objective=objective, **values | changes)
+
+
+def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None:
+    """On linear networks, whose penalties follow from |a|; other tests check the losses with numbers of their own."""
+    game, (img, c) = players(), batch()
+    norm, mean = game.D.a.detach().norm().item(), game.D(img, c).mean().item()
+    g, d = (build_learner([nn.Parameter(torch.zeros(1))], AdamConfig(lr=0.1), None) for _ in range(2))
+
+    def loss_of(name: str, config: LossConfig) -> float:
+        phases = build_phases(game, config, g, d)
+        assert all(phase.learner is {"G": g, "D": d}[phase.name[0]] for phase in phases)
+        torch.manual_seed(5)
+        return next(phase for phase in phases if phase.name == name).loss(img, c).loss.item()
+
+    for objective in ("logistic", "hinge"):
+        config = settings(objective, r1_gamma=3.0, pl_weight=5.0, pl_decay=0.25)
+        assert loss_of("D_reg", config) == pytest.approx(3 / 2 * norm**2)
+        torch.manual_seed(5)
+        expected = path_length(game, img, c, weight=5.0, decay=0.25).loss.item()
+        assert loss_of("G_reg", config) == pytest.approx(expected)
+
+    plain, penalised, drifting = (
+        loss_of("D_main", settings("wgangp-eps", gp_weight=gp_weight, drift_weight=drift_weight))
+        for gp_weight, drift_weight in ((0.0, 0.0), (7.0, 0.0), (0.0, 3.0))
+    )
+    assert penalised - plain == pytest.approx(7 * (norm - 1) ** 2)
+    assert drifting - plain == pytest.approx(3 * mean**2)
+    plain, penalised = (loss_of("D_main", settings("relativistic", r1_gamma=gamma)) for gamma in (0.0, 3.0))
+    assert penalised - plain == pytest.approx(3 * norm**2)
 
 
 @pytest.mark.parametrize(

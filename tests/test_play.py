@@ -112,7 +112,7 @@ def test_classes_are_the_questions_own() -> None:
         for query in ("seed=5", "seed=5&class=3"):
             assert get(port, f"/images?{query}")[0] == 400
         status, body = get(port, "/attention?seed=5&class=1&x=0&y=0")
-    assert (status, b"no blocks with" in body) == (400, True)
+    assert (status, b"has no self-attention" in body) == (400, True)
 
 
 def test_attention_is_that_of_the_command() -> None:

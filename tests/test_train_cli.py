@@ -22,7 +22,7 @@ from dnnlib.cli import ConfigOption
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
-from training.config import PRESETS, TrainConfig
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
@@ -113,10 +113,32 @@ def test_switches_take_values_as_in_older_commands(shapes32_zip: Path) -> None:
     assert plan["images"] == 512
 
 
+def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(metrics.registry, "check_available", fetch)
+    for arguments in ([], ["--metrics=fid50k_full", "--tick-metrics=is5k"]):
+        assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", *arguments).exit_code == 0
+    assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
+
+
+def test_a_run_without_metrics_says_what_it_computes_and_why(shapes_zip: Path) -> None:
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
+    config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes_zip)}), about)
+    (note,) = train._notes(config)
+    assert note.startswith("No --metrics given; computing ")
+    assert train._notes(override(config, {"run.metrics": ()})) == []
+
+
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
-    output = run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9")
+    described = ["--desc=first.try", "--mbstd-group=32"]
+    output = run_ok(
+        f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9", *described
+    )
     (run_dir,) = run_dirs(tmp_path)
-    assert run_dir.name == "00000-shapes-tiny-gpus1-batch16"
+    assert run_dir.name == "00000-shapes-tiny-gpus1-batch16-first.try"
+    assert "Minibatch-std: groups of 16 instead of 32" in output
     names = {path.name for path in run_dir.iterdir()}
     expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png"}
     expected |= {"metric-swd100.jsonl", "trace.json"}
@@ -193,6 +215,7 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--g_dict=32"], "--num_layers=1,1: must have one entry per resolution"),
         (["--g_dict=32,33", "--minimum_head=2"], "33 is not a multiple of its 2 heads"),
         (["--base=12"], "--g_dict=32,16: with base=(12, 12) this does not make images of 16x16"),
+        (["--desc=a/b"], "--desc=a/b: at most 60 letters"),
         (["--batch=30", "--batch-gpu=8"], "--batch=30: must be a multiple of 8"),
         (["--metrics=fud5k"], "unknown metric 'fud5k'"),
         (["--aug=fixed"], "needs the probability"),

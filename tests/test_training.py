@@ -215,8 +215,11 @@ def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
     """Train, and save the state with the statistics of a figure that is each process's number, twice."""
     trainer = new_trainer(config)
     train_steps(trainer, steps)
-    statistics = Stats()
+    statistics = Stats(torch.device("cpu"))
     statistics.add({"rank": torch.full([2], float(distributed.rank()))})
+    statistics.gather()
+    saved = {name: x.clone() for name, x in statistics.state_dict().items()}
+    assert saved["rank"].tolist() == ([4, 2, 2] if distributed.is_main() else [0, 0, 0])
     collected = statistics.collect()["rank"]
     if distributed.is_main():
         trainer.checkpoint.save(path, rank_mean=collected.mean, rank_std=collected.std, count=collected.count)

@@ -139,15 +139,13 @@ def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
 
 def ref_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
     """Bias of all pairs of tokens of the grid: -inf between cells, inside one the table's entry of their offset."""
-    height, width = grid
-    N = height * width
-    bias = np.full((heads, N, N), -np.inf)
-    for i in range(N):
-        for j in range(N):
-            (y, x), (v, u) = divmod(i, width), divmod(j, width)
-            if y // cell[0] == v // cell[0] and x // cell[1] == u // cell[1]:
-                bias[:, i, j] = 0 if table is None else table[y - v + cell[0] - 1, x - u + cell[1] - 1]
-    return bias
+    y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
+    dy, dx = np.subtract.outer(y, y), np.subtract.outer(x, x)  # query minus key
+    together = np.equal.outer(y // cell[0], y // cell[0]) & np.equal.outer(x // cell[1], x // cell[1])
+    values = np.zeros((heads, len(y), len(y)))
+    if table is not None:
+        values[:, together] = table[dy[together] + cell[0] - 1, dx[together] + cell[1] - 1].T
+    return np.where(together, values, -np.inf)
 
 
 def ref_nystrom(q: Array, k: Array, v: Array, heads: int, landmarks: int) -> Array:
@@ -692,7 +690,7 @@ def test_changing_between_families_keeps_what_they_share() -> None:
         ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per resolution"),
         ({"layers": (1, 1, -1)}, "layers", "fewer than 0 blocks"),
-        ({"w_dim": 6}, "w_dim", "without a mapping network w is z: must be z_dim=5"),
+        ({"w_dim": 6}, "w_dim", "without a mapping network w is z, of z_dim=5 numbers: give --z-dim and --w-dim"),
         ({"window": 3}, "window", "does not divide the grid 4x8; what does: 4, 2"),
         ({"attention": "nystrom"}, "landmarks", "does not divide the 32 tokens of the grid 4x8"),
         ({"attention": "dense"}, "attention", "one of full, grid, axis, nystrom"),

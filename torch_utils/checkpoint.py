@@ -45,12 +45,19 @@ def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
     return payload
 
 
+def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
+    """From version 3 on a state holds what a tick has gathered so far, should it be saved within one."""
+    payload["parts"] |= {"stats": {}, "failures": {}}
+    return payload
+
+
 class Checkpoint:
     """Everything that changes during training, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
-    VERSION = 2
-    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers}  # version -> from its payload to that of the next
+    VERSION = 3
+    # version -> function from its payload to that of the next
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts

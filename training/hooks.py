@@ -237,32 +237,28 @@ class Overfitting:
 
     @torch.no_grad()
     def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
-        """Return the mean of D's logits and of their signs over random images of a set, or generated ones."""
+        """Return the mean of D's logits and of their signs over the first images of a set in a fixed random order.
+
+        Without a set they are of generated images, with the labels of as many of the training set.
+        """
+        dataset = source or trainer.dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         batch, together = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
         rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // together, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         for i in range(rounds):
             position = i * together + distributed.rank() * batch
             seed_step(trainer.config.seed, f"overfitting {name}", trainer.state.nimg + position)
-            logits = self._logits(trainer, source, position)
+            indices = order[torch.arange(position, position + batch) % len(order)]
+            c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
+            if source is None:
+                img = trainer.G(torch.randn([batch, trainer.G.z_dim], device=trainer.device), c, noise_mode="random")
+            else:
+                img = source.images(indices).to(trainer.device).float() / 127.5 - 1
+            logits = trainer.D(trainer.augment(img), c).double()
             sums += torch.stack([logits.sum(), logits.sign().sum()])
         score, sign = (distributed.all_reduce(sums) / (rounds * together)).tolist()
         return score, sign
-
-    @staticmethod
-    def _logits(trainer: Trainer, source: ImageDataset | None, position: int) -> torch.Tensor:
-        """D of one batch, from a place in a fixed random order of the set's images; generated ones get labels alike."""
-        dataset = source or trainer.dataset
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        indices = order[torch.arange(position, position + trainer.batch_gpu) % len(dataset)]
-        c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
-        if source is None:
-            z = torch.randn([len(c), trainer.G.z_dim], device=trainer.device)
-            img = trainer.G(z, c, noise_mode="random")
-        else:
-            img = source.images(indices).to(trainer.device).float() / 127.5 - 1
-        logits: torch.Tensor = trainer.D(trainer.augment(img), c)
-        return logits.double()
 
 
 class JsonLog:

@@ -226,6 +226,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words += _departures(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
+    words += [config.run.desc] if config.run.desc else []
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
     run_dir = outdir / f"{number:05d}-{'-'.join(words)}"
     try:
