@@ -63,6 +63,7 @@ OPTIONS = (
            help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
                 "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
+    option("--desc", field="run.desc", metavar="WORD", help="A word at the end of the name of the run's folder."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
            help="Print the resolved options, parameter counts, and what a --resume would start from; write nothing."),
@@ -205,7 +206,7 @@ OPTIONS = (
            help="Channel base of D: channels x resolution."),
     option("--cmax", field="discriminator.channel_max", type=int, metavar="INT",
            help="Maximum number of D's channels. [512]"),
-    option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
+    option("--mbstd", "--mbstd-group", field="discriminator.mbstd_group_size", type=int, metavar="INT",
            help="Group size of minibatch-std, 0 = off."),
     option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
            help="Side of the (finest) patches of a transformer D, in pixels."),
@@ -284,12 +285,12 @@ def main(context: click.Context, **options: Any) -> None:
     dataset.check_shapes()
     choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
-    if config.run.metrics is None and is_first:
-        _check_default_metrics(config.run)
     if options["dry_run"]:
         if is_first:
             _print_plan(runs.find_start(request), dataset)
         return
+    if config.run.metrics is None and is_first:
+        _prepare_default_metrics(config.run)
     if is_url(options["resume"]):
         open_url(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
@@ -329,7 +330,10 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
-            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+                with hooks.going_on():
+                    print(runs.note_start(run_dir, trainer))
+            _say("\n".join([operators, origin, *_notes(config)]))
+            _say(f"Training on {device} in {run_dir}, {config.precision}")
             saver = Saver(run_dir, config.run, trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
@@ -486,12 +490,10 @@ def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances
     )
 
 
-def _check_default_metrics(run: RunConfig) -> None:
-    """Say which metrics are computed without --metrics, and fetch what they need."""
+def _prepare_default_metrics(run: RunConfig) -> None:
+    """Fetch what the metrics that are computed without --metrics need."""
     setup = read_detectors(run.detectors)
-    names, why = metrics.registry.default_metrics(setup)
-    click.echo(f"No --metrics given; {why}", err=True)
-    for name in names:
+    for name in metrics.registry.default_metrics(setup)[0]:
         metrics.registry.check_available(name, setup)
 
 
@@ -508,7 +510,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:
             values[field] = tuple(metrics.registry.resolve(values[field], setup))
-            for name in values[field] if distributed.launched_rank() == 0 else ():  # one process fetches
+            is_to_fetch = distributed.launched_rank() == 0 and not context.params["dry_run"]  # one process does
+            for name in values[field] if is_to_fetch else ():
                 metrics.registry.check_available(name, setup)
     launched = distributed.launched_world_size()
     if launched is not None:
@@ -541,6 +544,17 @@ def _describe(trainer: Trainer) -> str:
     z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
     lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
     return "\n".join(lines)
+
+
+def _notes(config: TrainConfig) -> list[str]:
+    """What the options come to that a paper's reader would want to know."""
+    group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
+    notes = []
+    if isinstance(batch_gpu, int) and batch_gpu < group:
+        notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, as a GPU has no more at a time")
+    if config.run.metrics is None:
+        notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
+    return notes
 
 
 def _say(text: str) -> None:

@@ -129,8 +129,8 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         signals.stop = 0
 
 
-def _step_and_agree(out: Path) -> None:
-    """What each of two processes does in the test below: only the second one is signalled, at its own time."""
+def in_two_processes(folder: Path, data: Path) -> None:
+    """Only the second one is signalled, at its own time."""
     heard = {}
     with Signals() as signals:
         for step in range(1, 2 * INTERVAL + 1):
@@ -139,13 +139,14 @@ def _step_and_agree(out: Path) -> None:
             request = signals.agree(step)
             if request.save or request.stop:
                 heard[step] = [request.save, request.stop]
-        (out / f"{distributed.rank()}.json").write_text(json.dumps(heard))
+        signals.stop = 0
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(heard))
 
 
-def test_all_processes_hear_of_a_signal_at_the_same_step(tmp_path: Path) -> None:
-    distributed.launch(_step_and_agree, 2, tmp_path)
+def test_all_processes_hear_of_a_signal_at_the_same_step(together: Path) -> None:
     expected = {str(INTERVAL): [True, None], str(2 * INTERVAL): [False, int(signal.SIGTERM)]}
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [expected, expected]
+    heard = [json.loads((together / "test_signals" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert heard == [expected, expected]
 
 
 def test_the_data_loaders_processes_outlive_a_signal_to_all(shapes_zip: Path) -> None:

@@ -239,9 +239,9 @@ def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
     assert caught.value.field == field
 
 
-def test_options(shapes_zip: Path) -> None:
+def test_options(shapes32_zip: Path) -> None:
     def run(*arguments: str) -> Any:
-        command = ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", "--disc=styleformer", *arguments]
+        command = ["--outdir=x", f"--data={shapes32_zip}", "--device=cpu", "-n", "--disc=styleformer", *arguments]
         return CliRunner().invoke(train.main, command)
 
     result = run("--cfg=cifar", "--d-patch=4", "--d-layers=3,1", "--cmax=256", "--d-depth=64", "--mbstd=8")

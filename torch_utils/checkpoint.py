@@ -98,6 +98,8 @@ class Checkpoint:
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    _match_layouts(part)
             except _MISFITS as error:  # an optimizer's, for other parameters, is a ValueError
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
@@ -120,6 +122,20 @@ def _sum_of_bits(value: Any) -> int:
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what an optimizer remembers of each parameter as that is in memory, not as it was where it was saved.
+
+    Fused optimizers go through both in the order of storage: on a CPU without a check, on a GPU they refuse. Raises
+    ValueError for another shape.
+    """
+    for parameter, memory in optimizer.state.items():
+        for name, x in memory.items():
+            if name != "step" and isinstance(x, Tensor):
+                if x.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(x.shape)}, its parameter {tuple(parameter.shape)}")
+                memory[name] = torch.empty_like(parameter, dtype=x.dtype).copy_(x)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:

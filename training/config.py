@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
@@ -49,6 +50,7 @@ class RunConfig:
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
+    desc: str = ""  # a word for the name of the run's folder
     num_gpus: int = 1
     batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
@@ -77,6 +79,8 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
+        if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
+            raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
         for name in self.log or ():
@@ -170,7 +174,9 @@ def _presets() -> dict[str, TrainConfig]:
         "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
         "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
         "cifar": cifar,
-        "cifar-stylegan2": replace(cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None)),
+        "cifar-stylegan2": replace(
+            cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None), batch_size=64
+        ),
         "cifar-large": override(cifar, _styleformer("cifar-large", (1024, 512, 512), (1, 3, 3))),
         "stl10-medium": override(cifar, _styleformer("stl10-medium", (1024, 256, 64), (1, 3, 3), base=(12, 12))),
         "celeba64-l": override(cifar, _styleformer("celeba64-l", (1024, 256, 64, 64), (1, 2, 1, 1), linformer=True)),
@@ -513,6 +519,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.tick_metrics": (),
     "run.log": None,
     "run.detectors": (),
+    "run.desc": "",
     "data.holdout": 0,
     "loss.objective": "logistic",
     "loss.n_critic": 1,
@@ -546,7 +553,10 @@ def read_config(data: Any) -> TrainConfig:
 def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
     """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
     families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
-    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
+    family = data.get("family")
+    if not families or not isinstance(family, str) or family not in families:
+        return True  # from_json refuses a family that is none
+    return name in field_names(families[family])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:

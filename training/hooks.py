@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dnnlib.config import WriteError
-from dnnlib.util import append_line, format_time
+from dnnlib.util import append_line, format_time, redraw
 from torch_utils import distributed
 from torch_utils.images import make_grid, save_image, to_uint8
 from torch_utils.misc import seed_step
@@ -37,15 +37,21 @@ Evaluate = Callable[[Sequence[str], Any, Path | None, float, Keep], dict[str, fl
 
 
 class Progress:
-    """A line per tick, and on a terminal one that is redrawn in between: rate, time left, ADA's p, losses."""
+    """A line per tick, and on a terminal one that is redrawn in between.
+
+    The time left comes from the pace since the program began, with pictures, snapshots and metrics.
+    """
 
     def __init__(self) -> None:
         self.drawn = time.time()
+        self.began: tuple[float, int] | None = None  # when the first step was done, and the images until then
 
     def __call__(self, trainer: Trainer) -> None:
         if not distributed.is_main():
             return
         now, nimg = time.time(), trainer.state.nimg
+        if self.began is None and not (trainer.tick and trainer.tick.is_first):
+            self.began = now, nimg
         if trainer.tick is not None:
             print(self._tick_line(trainer), flush=True)
             for name, count in trainer.tick.values.items():
@@ -54,22 +60,27 @@ class Progress:
                     print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
-            left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
-            line = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}, {rate:.1f} img/s, {left} left"
-            print(f"\r{line:<78}", end="\r", flush=True)
+            kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
+            redraw(f"{kimg}, {rate:.1f} img/s, {self._left(trainer)} left", sys.stdout)
             self.drawn = now
+
+    def _left(self, trainer: Trainer) -> str:
+        """How long the rest takes; '?' after the first step."""
+        began, nimg = self.began or (0.0, trainer.state.nimg)
+        done = trainer.state.nimg - nimg
+        left = max(trainer.total_nimg - trainer.state.nimg, 0)
+        return format_time((time.time() - began) / done * left) if done else "?"
 
     def _tick_line(self, trainer: Trainer) -> str:
         tick, nimg = trainer.tick, trainer.state.nimg
         assert tick is not None
+        parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<7g} time {format_time(trainer.state.elapsed):<7s}"]
         pace = tick.values.get("Timing/sec_per_kimg")
-        parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<8.1f} time {format_time(trainer.state.elapsed):<9s}"]
         if pace:
-            left = format_time(max(trainer.total_nimg - nimg, 0) / 1000 * pace)
-            parts.append(f"{pace:<6.1f} sec/kimg  {1000 / pace:<6.1f} img/s  left {left:<9s}")
+            parts.append(f"left {self._left(trainer):<7s} sec/kimg {pace:<6.2f}")
         for label, name in (("G", "Loss/G/loss"), ("D", "Loss/D/loss"), ("sign", "Loss/signs/real")):
             if name in tick.stats:
-                parts.append(f"{label} {tick.stats[name].mean:<6.3f}")
+                parts.append(f"{label} {tick.stats[name].mean:<6.4g}")
         parts.append(f"p {tick.values['Progress/augment']:.3f}")
         memory = tick.values.get("Resources/peak_gpu_mem_gb", tick.values.get("Resources/cpu_mem_gb"))
         parts += [] if memory is None else [f"mem {memory:.1f} GB"]
@@ -287,7 +298,7 @@ class Log:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None:
             return
-        means = {name: stat.mean for name, stat in trainer.tick.stats.items()}
+        means = {name: stat.mean for name, stat in trainer.tick.stats.items() if math.isfinite(stat.mean)}
         self.loggers.add(trainer.tick.values | means, trainer.state.nimg)
 
 

@@ -22,7 +22,7 @@ from training.networks.generator import (
     check_synthesis_inputs,
     count_resolutions,
 )
-from training.networks.layers import require_at_least, to_map, to_tokens
+from training.networks.layers import Resampling, require_at_least, to_map, to_tokens
 from training.networks.mapping import LatentMapping, StyleMapping
 from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 
@@ -113,18 +113,16 @@ def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (*[1024] * first, 256, 64, 16)[:count], (5, *[4] * (count - 1))
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(Resampling):
     """Tokens (B, h w, C) to (B, 2h 2w, C / 4): channels 4c to 4c + 3 become a square of pixels (Shi et al. 2016)."""
 
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+    GROUP = 4
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(F.pixel_shuffle(to_map(x, self.grid), 2))
 
 
-class BicubicUpsampling(nn.Module):
+class BicubicUpsampling(Resampling):
     """Tokens (B, h w, C) to (B, 2h 2w, C) by bicubic interpolation, as the product of a matrix per axis.
 
     Products have derivatives of any order that are deterministic on every device; `F.interpolate` has not.
@@ -134,8 +132,7 @@ class BicubicUpsampling(nn.Module):
     columns: Tensor
 
     def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+        super().__init__(grid)
         self.register_buffer("rows", bicubic_matrix(grid[0]), persistent=False)
         self.register_buffer("columns", bicubic_matrix(grid[1]), persistent=False)
 
@@ -154,14 +151,13 @@ def bicubic_matrix(n: int) -> Tensor:
     return doubled[0, :, :, 0].t().contiguous()
 
 
-class Antialias(nn.Module):
+class Antialias(Resampling):
     """The low-pass filter [1, 2, 1] / 4 along both axes, with zeros outside (Zhang 2019)."""
 
     taps: Tensor
 
     def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+        super().__init__(grid)
         self.register_buffer("taps", torch.tensor([1.0, 2.0, 1.0]) / 4, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
