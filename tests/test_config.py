@@ -136,8 +136,8 @@ def test_auto_follows_resolution_and_gpus(
     assert resolved.generator.img_size == (resolution, resolution)
 
 
-# StyleGAN2-ADA's presets: side, batch, group of minibatch-std, feature maps, learning rate, gamma, EMA kimg and ramp-up,
-# depth of the mapping, kimg. The Styleformer paper's models were trained as "cifar".
+# StyleGAN2-ADA's presets: side, batch, group of minibatch-std, feature maps, learning rate, gamma, EMA kimg and
+# ramp-up, depth of the mapping, kimg. The Styleformer paper's models were trained as "cifar".
 SCHEDULES = {
     "auto": (256, 64, 4, 0.5, 0.0025, 0.0002 * 256**2 / 64, 20, 0.05, 2, 25_000),
     "stylegan2": (256, 32, 4, 1, 0.002, 10, 10, None, 8, 25_000),
