@@ -233,9 +233,7 @@ LEARNING = {
 
 def distances(tmp_path: Path, side: int, *options: str) -> tuple[float, float]:
     """The sliced Wasserstein distance to drawn scenes of this side of an untrained generator, and after training."""
-    data = tmp_path / "scenes.zip"
-    make = ["--source=shapes", f"--dest={data}", "--max-images=2048", f"--width={side}", f"--height={side}"]
-    assert CliRunner().invoke(dataset_tool.main, [*make, "--workers=1"]).exit_code == 0
+    data = make_shapes(tmp_path / "scenes.zip", side, 2048)
     common = ["--cfg=tiny", "--aug=none", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
     run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *common, *options)
     (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
