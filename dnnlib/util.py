@@ -64,9 +64,9 @@ def import_extra(module: str, extra: str) -> Any:
     """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
-        raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        package, problem = module.partition(".")[0].replace("_", "-"), describe_error(error)
+        raise UserError(f"the package {package} cannot be imported ({problem}): pip install '.[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -78,8 +78,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """Return the first line of an error's message, at most 200 letters of it, or the name of its class without one."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def append_line(path: Path, line: str) -> None:

@@ -188,7 +188,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     run = tmp_path / "00000-run"
     run.mkdir()
     first = load_network(snapshot)
-    for nimg, strength in ((0, 0.1), (4000, 1.0)):
+    for nimg, strength in ((0, 0.1), (4000, 10.0)):
         for parameter in first.G_ema.synthesis.parameters():
             parameter.data.mul_(strength)
         name = f"network-snapshot-{nimg // 1000:06d}.pkl"
@@ -217,6 +217,13 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     assert (fid["num_real"], fid["num_fake"]) == (2 * NUM_IMAGES, 30)
     assert fid["protocol"] == "stylegan: features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
     assert result.stderr.count("real images:") == 3  # swd12 of each reads them; the detector's statistics serve both
+    for number, kimg in enumerate((0, 4)):  # each network has its own values
+        alone = lines(
+            calc("--metrics=fid30_full,swd12", bound(program), network=run / f"network-snapshot-{kimg:06d}.pkl")
+        )
+        for record, expected in zip((records[3 * number], records[3 * number + 2]), alone, strict=True):
+            assert record["results"] == expected["results"]
+    assert records[0]["results"] != records[3]["results"]
 
 
 def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
@@ -229,6 +236,8 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
     assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
     assert (tmp_path / "metric-fid21_full.jsonl").exists()
+    [mirrored] = lines(calc("--metrics=fid21_full", bound(program), f"--data={data}", "--mirror", network=fakes))
+    assert (mirrored["num_real"], mirrored["num_fake"], mirrored["mirror"]) == (2 * NUM_IMAGES, NUM_IMAGES, True)
 
     few = calc("--metrics=fid5k_full", bound(program), f"--data={data}", network=fakes)
     assert few.exit_code == 2

@@ -231,14 +231,19 @@ LEARNING = {
 }
 
 
+def distances(tmp_path: Path, side: int, *options: str) -> tuple[float, float]:
+    """The sliced Wasserstein distance to drawn scenes of this side of an untrained generator, and after training."""
+    data = make_shapes(tmp_path / "scenes.zip", side, 2048)
+    common = ["--cfg=tiny", "--aug=none", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
+    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *common, *options)
+    (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
+    untrained, *_, trained = (json.loads(line)["results"]["swd200"] for line in log.read_text().splitlines())
+    return untrained, trained
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", LEARNING, ids="-".join)
 def test_every_family_halves_its_distance_to_drawn_scenes(tmp_path: Path, pair: tuple[str, str]) -> None:
-    data = tmp_path / "scenes.zip"
-    make_shapes(data, 16, 2048)
-    options = ["--cfg=tiny", f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--aug=none"]
-    options += ["--kimg=3", "--tick=3", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
-    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *options)
-    (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
-    untrained, *_, trained = (json.loads(line)["results"]["swd200"] for line in log.read_text().splitlines())
+    options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--kimg=3", "--tick=3"]
+    untrained, trained = distances(tmp_path, 16, *options)
     assert trained <= untrained / 2

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from click.testing import CliRunner
+from test_families import SMALL_D, SMALL_G, distances
 from test_loss import H, LinearG, W, batch, players
 from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
 from torch import Tensor, nn
@@ -326,6 +327,15 @@ def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
     assert not any(row["exp_avg_sq"].any() for row in learner.optimizer.state.values())
 
 
+def test_batch_means_that_are_not_finite_are_bad_too() -> None:
+    """They travel with the gradients, and would stay in a running mean for ever."""
+    learner = build_learner([nn.Parameter(torch.ones(3))], AdamConfig(lr=0.1), None)
+    assert not learner.gradients.reduce()[1]
+    learner.gradients.means[0] = float("nan")
+    norm, is_bad = learner.gradients.reduce()
+    assert (norm, bool(is_bad)) == (0, True)
+
+
 def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
     clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
     trainer = new_trainer(everything(shapes_zip, **clip))
@@ -403,6 +413,24 @@ def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, to
     for part in ("G", "D", "G_ema", "ada"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+
+
+# Side of the images and options with which an objective learns to draw scenes: TransGAN's with both of its networks and
+# n_critic, but with larger steps than the paper's, since there are few of them.
+SMALL_TRANSGANS = ["--gen=transgan", "--base=4", "--z-dim=32", "--w-dim=32", "--g_dict=64,16", "--num_layers=1,1"]
+SMALL_TRANSGANS += ["--disc=transgan", "--d-widths=32,16", "--d-layers=1,1", "--d-local=0,0", "--clip=5"]
+LEARNING: dict[str, tuple[int, list[str]]] = {
+    "wgangp-eps": (8, [*SMALL_TRANSGANS, "--n-critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"]),
+    "relativistic": (16, ["--gen=stylegan2", *SMALL_G, *SMALL_D, "--kimg=1"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", LEARNING)
+def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: Path, objective: str) -> None:
+    side, options = LEARNING[objective]
+    untrained, trained = distances(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
+    assert trained <= untrained / 2
 
 
 @pytest.mark.parametrize(

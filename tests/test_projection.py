@@ -185,6 +185,29 @@ def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyP
     assert img.grad.flatten(1).any(dim=1).all()
 
 
+def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
+    pytest.importorskip("torch_fidelity")
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(init_weights=False).eval()
+    weights = [torch.rand(width) for width in (64, 128, 256, 512, 512)]
+    linear = {f"lin{i}.model.1.weight": weight.reshape(1, -1, 1, 1) for i, weight in enumerate(weights)}
+    monkeypatch.setattr(DetectorSetup, "_lpips_states", lambda self: (vgg.state_dict(), linear))
+    images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
+    distances = lpips_towards(DetectorSetup(), CPU)(images[:2])(images[2:])
+
+    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])  # of the published LPIPS
+    x, expected = ((images - mean[:, None, None]) / std[:, None, None]).double(), torch.zeros(2).double()
+    for index, layer in enumerate(vgg.features.double()):
+        x = layer(x)
+        if index in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+            f, g = (x / x.norm(dim=1, keepdim=True)).split(2)
+            weight = weights[(3, 8, 15, 22, 29).index(index)].double()
+            expected += torch.einsum("c,bchw->b", weight, (f - g).square()) / math.prod(x.shape[2:])
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")

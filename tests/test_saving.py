@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE, small_config
+from PIL import Image
 
 from dnnlib.config import WriteError
 from dnnlib.util import TeeLog, redraw
@@ -22,6 +24,7 @@ from training import hooks
 from training.dataset import ImageDataset
 from training.loggers import Loggers
 from training.saving import Saver, obsolete
+from training.snapshot import load_network
 from training.training_loop import Trainer
 
 
@@ -62,6 +65,48 @@ def test_a_state_is_written_as_it_was_when_it_was_copied(
     saver.finish()
     assert digest(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]) == expected
     assert digest(trainer.capture()["parts"]) != expected
+
+
+def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip)
+    trainer.augment.p.fill_(0.25)
+    train_steps(trainer, 2)
+    saver = Saver(tmp_path, trainer.config.run)
+    saver.save(trainer, snapshot=True)
+    saver.finish()
+    snapshot = load_network(tmp_path / "network-snapshot-000000.pkl")
+    networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
+    assert len({digest(network.state_dict()) for network in networks.values()}) == 3
+    for name, network in networks.items():
+        assert digest(getattr(snapshot, name).state_dict()) == digest(network.state_dict()), name
+    assert (snapshot.nimg, snapshot.ada_p) == (32, float(trainer.augment.p))
+    assert snapshot.ada_p != 0
+    assert not any(getattr(snapshot, name).training for name in networks)
+
+
+def test_metrics_and_pictures_are_those_of_the_averaged_network(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(shapes_zip, ema__rampup=None)
+    evaluated: list[Any] = []
+
+    def evaluate(names: Any, G: Any, *others: Any) -> dict[str, float]:
+        evaluated.append(G)
+        return {}
+
+    loggers = Loggers((), tmp_path, trainer.config)
+    pictures = hooks.ImageGrids(tmp_path, 1, loggers)
+    monkeypatch.setattr(pictures, "_count", lambda trainer: 16)
+    trainer.hooks = [hooks.Metrics(Saver(tmp_path, trainer.config.run), [(1, ["any"])], 1, evaluate, loggers), pictures]
+    train_steps(trainer, 1)
+    assert all(G is trainer.ema.module for G in evaluated)
+    assert len(evaluated) == 2
+    with Image.open(tmp_path / "fakes000000.png") as file:
+        first = torch.from_numpy(np.array(file))[:32, :32].permute(2, 0, 1)
+    z = torch.randn([16, trainer.G.z_dim], generator=torch.Generator().manual_seed(trainer.config.seed))
+    expected, other = (G(z, torch.zeros(16, 0))[0] for G in (trainer.ema.module, trainer.G))
+    assert (first - (expected * 127.5 + 128).clamp(0, 255)).abs().max() <= 1
+    assert (expected - other).abs().max() > 0.02
 
 
 def test_one_write_is_in_flight_at_most() -> None:

@@ -113,19 +113,19 @@ def test_switches_take_values_as_in_older_commands(shapes32_zip: Path) -> None:
     assert plan["images"] == 512
 
 
-def test_a_dry_run_fetches_nothing(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*_: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(metrics.registry, "check_available", fetch)
     for arguments in ([], ["--metrics=fid50k_full", "--tick-metrics=is5k"]):
-        assert run("--outdir=x", f"--data={shapes_zip}", "--cfg=cifar", "-n", *arguments).exit_code == 0
-    assert run("--outdir=x", f"--data={shapes_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
+        assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", *arguments).exit_code == 0
+    assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
 
 
-def test_a_run_without_metrics_says_what_it_computes_and_why(shapes_zip: Path) -> None:
+def test_a_run_without_metrics_says_what_it_computes_and_why(shapes32_zip: Path) -> None:
     about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
-    config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes_zip)}), about)
+    config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
     (note,) = train._notes(config)
     assert note.startswith("No --metrics given; computing ")
     assert train._notes(override(config, {"run.metrics": ()})) == []
@@ -417,7 +417,7 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
     assert float(state["ada"]["p"]) == 0.5
     assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
-    for misfit in ("--cbase=512", "--freezed=2"):
+    for misfit in ("--cbase=128", "--freezed=2"):
         refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
 

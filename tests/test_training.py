@@ -173,11 +173,13 @@ def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
     untouched.phases = untouched.phases[:2]  # the generator's
     spoil(trainer.phases[2], trainer, step=0)
     trainer.phases = trainer.phases[:3]
-    figures: list[dict[str, float]] = []
-    trainer.hooks = [lambda trainer: figures.append(trainer.tick.values) if trainer.tick else None]
+    ticks: list[Tick] = []
+    trainer.hooks = [lambda trainer: ticks.append(trainer.tick) if trainer.tick else None]
     train_steps(untouched, 1)
     train_steps(trainer, 2)
-    assert [line.get("Skipped/D_main") for line in figures] == [None, 1.0, None]
+    assert [tick.values.get("Skipped/D_main") for tick in ticks] == [None, 1.0, None]
+    for name, counts in (("Loss/scores/real", [0, 8]), ("Loss/scores/fake", [8, 8])):  # of D_main, of G_main
+        assert [tick.stats[name].count for tick in ticks[1:]] == counts
 
     again = new_trainer(config)
     spoil(again.phases[2], again, step=0)

@@ -410,6 +410,20 @@ def test_upsamplings_equal_their_formulas() -> None:
 # Derivatives, precision, memory.
 
 
+def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() -> None:
+    torch.manual_seed(0)
+    attention = CellAttention(2, (2, 4), (2, 2), use_relative=True).double()
+    q, k, v = torch.randn(3, 2, 8, 6, dtype=torch.float64)
+    assert attention.relative is not None
+    with torch.no_grad():
+        attention.relative.table.normal_()
+        with execution.using(twice_differentiable=True):
+            twice = attention(q, k, v)
+        torch.testing.assert_close(twice, attention(q, k, v))
+        attention.relative = None
+        assert not torch.allclose(twice, attention(q, k, v), atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
+from dnnlib.util import describe_error
 from torch_utils.pickles import is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -97,6 +98,8 @@ class Checkpoint:
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    _match_layouts(part)
             except _MISFITS as error:  # an optimizer's, for other parameters, is a ValueError
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
@@ -119,6 +122,20 @@ def _sum_of_bits(value: Any) -> int:
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what an optimizer remembers of each parameter as that is in memory, not as it was where it was saved.
+
+    Fused optimizers go through both in the order of storage: on a CPU without a check, on a GPU they refuse. Raises
+    ValueError for another shape.
+    """
+    for parameter, memory in optimizer.state.items():
+        for name, x in memory.items():
+            if name != "step" and isinstance(x, Tensor):
+                if x.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(x.shape)}, its parameter {tuple(parameter.shape)}")
+                memory[name] = torch.empty_like(parameter, dtype=x.dtype).copy_(x)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -146,7 +163,7 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error).partition("\n")[0]
+        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else describe_error(error)
         raise WriteError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -194,8 +211,7 @@ def _read_document(path: Path) -> Any:
     except pickle.UnpicklingError:
         raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, IndexError, TypeError, ... on damaged files
-        reason = str(error).partition("\n")[0][:100] or type(error).__name__
-        raise UserError(f"{path}: damaged or incomplete ({reason}); use another copy") from None
+        raise UserError(f"{path}: damaged or incomplete ({describe_error(error)}); use another copy") from None
 
 
 def _check_kind(path: Path) -> None:
