@@ -150,7 +150,7 @@ class Reference:
     def g_reg(self, img: Tensor, c: Tensor) -> Terms:
         ws, _, mean_w = self.styles(MICRO // 2)
         fake = self.G.synthesis(ws, "random")
-        y = torch.randn_like(fake) / 16  # sqrt(H W)
+        y = torch.randn_like(fake) / fake[0, 0].numel() ** 0.5  # sqrt(H W)
         (gradient,) = torch.autograd.grad((fake * y).sum(), ws, create_graph=True)
         lengths = torch.stack([sum((w @ w for w in image), torch.zeros([])) / len(image) for image in gradient]).sqrt()
         mean = (1 - PL_DECAY) * self.running["length"] + PL_DECAY * lengths.mean()
