@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
+from exploration.attention import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import spell  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
-from training.networks.attention import SelfAttention  # noqa: E402
 from training.snapshot import Snapshot, load_network  # noqa: E402
 
 WIDTH = 780  # pixels of a picture on the page, at most; small ones are enlarged as far as that goes
@@ -63,7 +63,7 @@ def entries(G: Any) -> Iterator[Entry]:
             commands=(f"mix --rows=0-3 --cols=4-9 --styles={name} --outdir=out",),
             pictures=(("out/grid.png", f"mix-{name}.png"),),
         )
-    if any(isinstance(module, SelfAttention) for module in G.modules()):
+    if has_attention(G.synthesis):
         yield Entry(
             title="Attention",
             text="What the two pixels that are attended to most, framed, attend to themselves: for each, maps of every "

@@ -409,7 +409,7 @@ def _checked_output(output: Any, count: int, where: str) -> Output:
     parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
     if not 1 <= len(parts) <= 2 or not all(isinstance(x, Tensor) and x.ndim == 2 and len(x) == count for x in parts):
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
-        raise UserError(f"{where} it returned {shown}: wanted are features [B, F] and optionally logits [B, K]")
+        raise UserError(f"{where} it returned {shown}, expected features [B, F] and optionally logits [B, K]")
     features, logits = parts[0].float(), parts[1].float() if len(parts) == 2 else None
     return features, logits
 

@@ -140,3 +140,45 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"holds the parts \['model', 'optimizer'\], expected \['model'\]"):
         Checkpoint(model=other).load(tmp_path / "f")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("change", ["to contiguous", "to channels last"])
+def test_a_fused_optimizer_goes_on_in_another_memory_layout(tmp_path: Path, device: str, change: str) -> None:
+    """Its moments follow their parameters: the next step is the one that would have come without the change."""
+    there, here = torch.channels_last, torch.contiguous_format
+    if change == "to channels last":
+        there, here = here, there
+
+    def parts(layout: torch.memory_format) -> tuple[nn.Conv2d, torch.optim.Optimizer]:
+        model = nn.Conv2d(4, 8, 3).to(device).to(memory_format=layout)
+        return model, torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+
+    def step(model: nn.Conv2d, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        for p in model.parameters():
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            p.grad = torch.empty_like(p).copy_(gradient)
+        optimizer.step()
+
+    stays, changes = parts(there), parts(here)
+    assert stays[0].weight.stride() != changes[0].weight.stride()
+    for seed in range(3):
+        step(*stays, seed)
+    Checkpoint(model=stays[0], optimizer=stays[1]).save(tmp_path / "f")
+    Checkpoint(model=changes[0], optimizer=changes[1]).load(tmp_path / "f")
+    step(*stays, 3)
+    step(*changes, 3)
+    torch.testing.assert_close(changes[0].weight, stays[0].weight, rtol=1e-6, atol=1e-6)
+
+
+def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    checkpoint = Checkpoint(optimizer=optimizer)
+    payload = checkpoint.capture()
+    payload["parts"]["optimizer"]["state"][1]["exp_avg"] = torch.zeros(1)
+    Checkpoint.write(tmp_path / "f", payload)
+    with pytest.raises(UserError, match=r"optimizer does not fit .*exp_avg has shape \(1,\), its parameter \(2,\)"):
+        checkpoint.load(tmp_path / "f")

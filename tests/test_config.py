@@ -136,7 +136,7 @@ def test_auto_follows_resolution_and_gpus(
     assert resolved.generator.img_size == (resolution, resolution)
 
 
-# StyleGAN2-ADA's presets: side, batch, group of minibatch-std, feature maps, learning rate, gamma, EMA kimg and
+# StyleGAN2-ADA's presets: side, batch, group of minibatch-std, feature maps, learning rate, gamma, EMA kimg and its
 # ramp-up, depth of the mapping, kimg. The Styleformer paper's models were trained as "cifar".
 SCHEDULES = {
     "auto": (256, 64, 4, 0.5, 0.0025, 0.0002 * 256**2 / 64, 20, 0.05, 2, 25_000),
@@ -145,7 +145,7 @@ SCHEDULES = {
     "paper512": (512, 64, 8, 1, 0.0025, 0.5, 20, None, 8, 25_000),
     "paper1024": (1024, 32, 4, 1, 0.002, 2, 10, None, 8, 25_000),
     "cifar": (32, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
-    "cifar-stylegan2": (32, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "cifar-stylegan2": (32, 64, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
     "cifar-large": (32, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
     "stl10-medium": (48, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
     "celeba64-l": (64, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),

@@ -48,7 +48,7 @@ def test_what_a_network_cannot_do_is_said() -> None:
     assert model.images(model.styles_of((0, 1))).shape == (2, 3, 8, 8)
     with pytest.raises(UserError, match="Other: no linear layer reads these styles, so --method=sefa"):
         factorise(model, (0,), 2, sampled_w(model, 10))
-    with pytest.raises(UserError, match="Other has no blocks with Styleformer's self-attention"):
+    with pytest.raises(UserError, match="Other has no self-attention"):
         record(model, model.styles_of((0,)))
     with pytest.raises(UserError, match="Linear has no styles to look into"):
         model_of(nn.Linear(2, 2))

@@ -234,6 +234,15 @@ def test_what_was_found_is_kept_when_a_later_batch_fails(
     assert sorted(path.name for path in out.glob("*.png")) == ["proj00.png", "proj01.png"]
 
 
+def test_a_search_that_leaves_all_finite_numbers_is_no_result(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    options = ("--num-steps=3", "--loss=pixels", "--lr=1e30", f"--target={tmp_path / 'x.png'}", f"--outdir={out}")
+    result = run("project", f"--network={network}", *options)
+    assert (result.exit_code, "--lr=1e+30: the search left all finite numbers" in result.output) == (2, True)
+    assert not any(out.iterdir())
+
+
 @pytest.mark.parametrize("mode", [1, 3, 4])
 def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_zip: Path, tmp_path: Path) -> None:
     """An RGBA picture of another shape for a network of 1, 3 or 4 channels."""
@@ -260,6 +269,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         ([f"--target={tmp_path / 'bad.png'}", "--loss=pixels"], "bad.png cannot be read (not a PNG"),
         (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
         (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
+        ([f"--target={good}", "--loss=pixels", "--lr=0"], "--lr=0: must be positive"),
         ([f"--target={good}", "--loss=features"], "name its program with --detector=FILE"),
         ([f"--target={good}", "--loss=pixels", f"--detector={program}"], "has no use for a program"),
     ]:

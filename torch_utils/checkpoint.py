@@ -45,12 +45,19 @@ def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
     return payload
 
 
+def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
+    """From version 3 on a state holds what a tick has gathered so far, should it be saved within one."""
+    payload["parts"] |= {"stats": {}, "failures": {}}
+    return payload
+
+
 class Checkpoint:
     """Everything that changes during training, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
-    VERSION = 2
-    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers}  # version -> from its payload to that of the next
+    VERSION = 3
+    # version -> function from its payload to that of the next
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts
@@ -90,6 +97,8 @@ class Checkpoint:
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    _match_layouts(part)
             except _MISFITS as error:  # an optimizer's, for other parameters, is a ValueError
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
@@ -112,6 +121,20 @@ def _sum_of_bits(value: Any) -> int:
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return sum(map(_sum_of_bits, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what an optimizer remembers of each parameter as that is in memory, not as it was where it was saved.
+
+    Fused optimizers go through both in the order of storage: on a CPU without a check, on a GPU they refuse. Raises
+    ValueError for another shape.
+    """
+    for parameter, memory in optimizer.state.items():
+        for name, x in memory.items():
+            if name != "step" and isinstance(x, Tensor):
+                if x.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(x.shape)}, its parameter {tuple(parameter.shape)}")
+                memory[name] = torch.empty_like(parameter, dtype=x.dtype).copy_(x)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
