@@ -130,7 +130,7 @@ def main(
     repeats: int,
     max_gib: float | None,
 ) -> None:
-    where = distributed.choose_device(device)
+    where = distributed.use_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = forms.split(",")
