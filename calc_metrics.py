@@ -28,10 +28,11 @@ from metrics.registry import (
 )
 from metrics.report import Progress, check_plot, plot_records, to_table
 from metrics.sampling import MetricContext
-from torch_utils import distributed
+from torch_utils import custom_ops, distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
 from training.exchange import is_folder
+from training.networks import execution
 from training.snapshot import Snapshot
 
 
@@ -174,7 +175,10 @@ def list_subjects(network: Path) -> list[Path] | None:
 def run(job: Job) -> None:
     """Compute a job's metrics; every process takes its share, the first one prints and records."""
     tune_allocator()
-    device = distributed.choose_device(job.device)
+    device = distributed.use_device(job.device)
+    operators = custom_ops.prepare(device)
+    if device.type == "cuda" and distributed.is_main():
+        click.echo(operators, err=True)
     subjects = list_subjects(job.network)
     records, is_complete = [], True
     for record in measure_images(job, device) if subjects is None else measure_snapshots(job, subjects, device):
@@ -221,8 +225,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
         if snapshot.G_ema is None:
             raise UserError(f"{path}: holds no averaged generator (G_ema), which metrics are computed of")
         config = snapshot_config(job, snapshot)
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
         if context is None or config.data != data:
             dataset, data = open_reals(job, path, config.data), config.data
             context = build_context(job, device, G=snapshot.G_ema, images=dataset)

@@ -559,14 +559,14 @@ def save_pixels(pixels: np.ndarray, path: Path) -> None:
 def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
     """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
     tune_allocator()
-    where = distributed.choose_device(device)
+    where = distributed.use_device(device)
     snapshot = load_network(network, where)
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, and picture files 1, 3 or 4")
     if where.type == "cuda":
         click.echo(custom_ops.prepare(where))
-    execution.sum_in_float32()
+    execution.set_gpu_arithmetic()
     return snapshot, where
 
 

@@ -309,7 +309,7 @@ def train_worker(request: runs.Request) -> None:
 def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped it before the end."""
     start = distributed.from_main(lambda: runs.choose_start(request, lock))
-    device = distributed.choose_device(start.config.run.device)
+    device = distributed.use_device(start.config.run.device)
     operators = custom_ops.prepare(device)
     set_arithmetic(start.config)
     dataset = ImageDataset(start.config.data)
@@ -486,7 +486,7 @@ def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
         on_gpu=on_gpu,
-        has_bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        has_bf16=distributed.has_bf16(device),
     )
 
 

@@ -158,7 +158,7 @@ def run_cases(
     benchmark: str, cases: Sequence[Any], device: str | None, threads: int | None, repeats: int, max_gib: float | None
 ) -> None:
     """Measure cases (a `Case` each, or one with its methods) and print a line of JSON for each."""
-    where = distributed.choose_device(device)
+    where = distributed.use_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     limit = memory_limit(where, max_gib)

@@ -42,7 +42,7 @@ from training.dataset import DatasetConfig, ImageDataset
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(images: int, detector: Path | None, batch: int, detector_batch: int, device: str | None) -> None:
     tune_allocator()
-    where = distributed.choose_device(device)
+    where = distributed.use_device(device)
     torch.manual_seed(0)
     network = load_program(detector, where) if detector else random_inception(where)
     with tempfile.TemporaryDirectory() as folder:

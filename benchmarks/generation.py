@@ -49,7 +49,8 @@ def main(
     if min(batches) < 1:
         raise UserError(f"--batch={','.join(map(str, batches))}: a batch has at least 1 image")
     tune_allocator()
-    where = distributed.choose_device(device)
+    where = distributed.use_device(device)
+    execution.set_gpu_arithmetic()
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_suite.py --data=cifar10-images.zip --outdir=out/gpu_suite
 
-Runs the tests marked `gpu`, the benchmarks, and a short training with the README's options; measures its snapshots.
-A part that fails or runs out of time is recorded and does not stop the others. Writes results.json, summary.md (tables
-for docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's lines.
+Builds the kernels, runs the tests marked `gpu`, the benchmarks, and a short training with the README's options;
+measures its snapshots. A part that fails or runs out of time is recorded and does not stop the others: the time is too
+short for all benchmarks, and --only runs those that were left. Writes results.json, summary.md (tables for
+docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's lines.
 With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset it
 trains that preset instead and measures nothing else: this is how families are compared.
 """
@@ -56,8 +57,10 @@ class Sizes:
     metric: str
     num_images: int | None  # of the training set; None takes all
     num_fakes: int
-    tests_limit: float = 120
+    build_limit: float = 200
+    tests_limit: float = 200
     benchmark_limit: float = 60
+    benchmark_limits: dict[str, float] = field(default_factory=dict)  # by name, where it is another
     data_limit: float = 60
 
 
@@ -71,9 +74,17 @@ FULL = Sizes(
     model=README_MODEL,
     batch=64,
     benchmarks={
+        # First something for each table.
         "training step, batch 64": step("cifar", 64, "plain,bf16,bf16+graphs,fp32", *README_MODEL, *LONG),
-        "training step, cifar-large, batch 64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
+        "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
+        "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
+        "attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
+        "attention on a grid": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
         "operators": ["operators.py", "--repeats=20", "--dtype=float32,bfloat16", "--impl=cuda,reference"],
+        "training step, cifar-large, batch 64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
+        "training step, stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", *LONG),
+        "training step, transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
+        "training step, styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", *LONG),
         "training step, batch 32": step("cifar", 32, "plain,bf16,bf16+graphs", *README_MODEL, *LONG),
         "training step, cifar-large, batch 32": step("cifar-large", 32, "plain,bf16+graphs", *LONG),
         "operators, channels last": [
@@ -83,18 +94,11 @@ FULL = Sizes(
             "--impl=cuda,reference",
             "--channels-last",
         ],
-        "attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
-        "attention on a grid": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
-        "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
-        "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
+        "training step, options": step("cifar", 64, "tf32,fp16+graphs,bf16+nchw", *README_MODEL, *LONG),
+        "training step, compiled": step("cifar", 64, "bf16+compile+graphs", *README_MODEL, *LONG),
         "operators, compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
-        "training step, stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", *LONG),
-        "training step, transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
-        "training step, styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", *LONG),
-        "training step, options": step(
-            "cifar", 64, "tf32,fp16+graphs,bf16+nchw,bf16+compile+graphs", *README_MODEL, *LONG
-        ),
     },
+    benchmark_limits={"training step, batch 64": 120, "training step, compiled": 150, "operators, compiled": 150},
     metric="swd1k",
     num_images=None,
     num_fakes=10_000,
@@ -123,11 +127,21 @@ def only_training(sizes: Sizes, preset: str) -> Sizes:
     return replace(sizes, preset=preset, model=[], benchmarks={f"training step, {preset}": steps})
 
 
+def only_benchmarks(sizes: Sizes, texts: Sequence[str]) -> Sizes:
+    """The sizes with the benchmarks whose names contain one of `texts`, and no others."""
+    chosen = {name: run for name, run in sizes.benchmarks.items() if any(text in name for text in texts)}
+    if not chosen:
+        names = "; ".join(sizes.benchmarks)
+        raise click.UsageError(f"--only={','.join(texts)}: no benchmark has that in its name: {names}")
+    return replace(sizes, benchmarks=chosen)
+
+
 @dataclass(kw_only=True)
 class Suite:
     """What the parts share: settings, the clock, the log, and the results so far."""
 
     sizes: Sizes
+    parts: Sequence[str]
     device: str
     data: Path | None
     detector: Path | None
@@ -189,6 +203,11 @@ def wait_or_kill(process: subprocess.Popen[bytes], limit: float) -> int | None:
             process.wait()
 
 
+def build(suite: Suite) -> dict[str, Any]:
+    """Build the kernels, which a test that is stopped at its limit would take along."""
+    return suite.run(["-m", "torch_utils.custom_ops"], suite.sizes.build_limit)
+
+
 def run_tests(suite: Suite) -> dict[str, Any]:
     """Run the tests that need a GPU and count outcomes."""
     command = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
@@ -203,9 +222,10 @@ def run_benchmarks(suite: Suite) -> dict[str, Any]:
     """Run the scripts beside this one; each result is the list of its lines of JSON."""
     runs: dict[str, Any] = {}
     for name, (script, *options) in suite.sizes.benchmarks.items():
-        for_training = suite.train_seconds * EVALUATIONS + FOR_SNAPSHOTS
+        for_training = suite.train_seconds * EVALUATIONS + FOR_SNAPSHOTS if "training" in suite.parts else 0
+        limit = suite.sizes.benchmark_limits.get(name, suite.sizes.benchmark_limit)
         command = [f"benchmarks/{script}", *options, f"--device={suite.device}"]
-        finished = suite.run(command, min(suite.sizes.benchmark_limit, suite.left() - for_training))
+        finished = suite.run(command, min(limit, suite.left() - for_training))
         rows = [json.loads(line) for line in finished.pop("lines") if line.startswith("{")]
         runs[name] = {**finished, "rows": rows}
     return {"runs": runs}
@@ -272,8 +292,10 @@ def measure_snapshots(suite: Suite) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from torch_utils.images import to_uint8
     from training.dataset import DatasetConfig, ImageDataset
+    from training.networks import execution
     from training.snapshot import load_network
 
+    execution.set_gpu_arithmetic()
     device = torch.empty(0, device=suite.device).device  # with the GPU's index
     features = load_detector(suite.detector, device)
     images = ImageDataset(DatasetConfig(path=str(suite.workdir / "data.zip")))
@@ -352,6 +374,8 @@ def summary(results: dict[str, Any]) -> str:
     lines = [
         f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
     ]
+    if reported := results.get("build", {}).get("lines"):
+        lines += ["", f"Kernels: {reported[-1].partition(':')[2].strip()}."]
     if tests := results.get("tests"):
         lines += ["", f"Tests marked `gpu`: {cell(tests.get('counts', {}))}; exit code {tests.get('code')}.", ""]
         lines += [f"- {failure}" for failure in tests.get("failures", [])]
@@ -406,6 +430,7 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
+    "build": build,
     "tests": run_tests,
     "benchmarks": run_benchmarks,
     "training": train,
@@ -423,6 +448,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Everything stops before this is over.")
 @click.option("--train-seconds", type=float, default=100.0, show_default=True, help="Length of the training.")
 @click.option("--preset", help="Train this one, and do nothing else.")
+@click.option("--only", metavar="TEXT,...", help="Run the benchmarks with one of these in their names, nothing else.")
 @click.option("--commit", help="What is measured. [what git says]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
 def main(
@@ -433,18 +459,26 @@ def main(
     minutes: float,
     train_seconds: float,
     preset: str | None,
+    only: str | None,
     commit: str | None,
     quick: bool,
 ) -> None:
     deadline = time.monotonic() + minutes * 60 - SHORTEST
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise click.UsageError(f"--device={device}: PyTorch sees no GPU; --device=cpu --quick tries the suite without")
+    if preset and only:
+        raise click.UsageError("--preset and --only: give one of the two")
+    sizes, skipped = QUICK if quick else FULL, set() if device.startswith("cuda") else {"build"}
+    if preset:
+        sizes, skipped = only_training(sizes, preset), skipped | {"tests"}
+    if only:
+        sizes, skipped = only_benchmarks(sizes, only.split(",")), skipped | {"tests", "training", "snapshots"}
     outdir.mkdir(parents=True, exist_ok=True)
     (outdir / "log.txt").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as workdir:
-        sizes = QUICK if quick else FULL
         suite = Suite(
-            sizes=only_training(sizes, preset) if preset else sizes,
+            sizes=sizes,
+            parts=[name for name in PARTS if name not in skipped],
             device=device,
             data=data,
             detector=detector,
@@ -454,11 +488,9 @@ def main(
             workdir=Path(workdir),
             results={"machine": describe_machine(device, commit)},
         )
-        for name, part in PARTS.items():
-            if preset and name == "tests":
-                continue
+        for name in suite.parts:
             try:
-                suite.results[name] = part(suite)
+                suite.results[name] = PARTS[name](suite)
             except Exception:  # a part that fails must not take the results of the others with it
                 suite.results[name] = {"problem": traceback.format_exc()}
             suite.save()

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_utils.misc import tune_allocator
+from training.networks import execution
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
@@ -94,6 +95,7 @@ def measure(
 ) -> dict[str, Any]:
     """Parameters, speed, and the peak of memory beyond what was in use before (None: not known) of one network."""
     tune_allocator()
+    execution.set_gpu_arithmetic()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     where = torch.device(device)

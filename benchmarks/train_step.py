@@ -197,7 +197,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         config = override(config, CHANGES[word])
     config = resolve(config, settings.about)
     torch.set_num_threads(settings.threads)
-    device = distributed.choose_device(config.run.device)
+    device = distributed.use_device(config.run.device)
     if device.type == "cpu" and "no-allocator" not in words:
         tune_allocator()
     set_arithmetic(config)

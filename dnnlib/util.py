@@ -70,11 +70,17 @@ def import_extra(module: str, extra: str) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of Python, of torch or of the libraries below it, says that memory is not enough."""
+    """Whether an error, of Python, of torch or of the libraries below it, says that memory is not enough.
+
+    Or was raised, where that had been said, by what had to end early: the recording of a CUDA graph.
+    """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    if not isinstance(error, RuntimeError):
+        return False
+    before = None if error.__suppress_context__ else error.__context__
+    return any(sign in str(error) for sign in signs) or (before is not None and is_out_of_memory(before))
 
 
 def describe_error(error: BaseException) -> str:

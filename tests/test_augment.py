@@ -142,8 +142,7 @@ def test_second_derivatives_of_the_filter() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_equals_cpu_without_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_cuda_equals_cpu_without_synchronisation() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 48)
     cpu = build("bgcfnc", (3, 32, 48), p=0.7)

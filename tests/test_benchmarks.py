@@ -234,6 +234,7 @@ def test_the_suite_takes_mean_and_covariance_over_all_batches() -> None:
 def new_suite(tmp_path: Path, seconds: float = 60) -> gpu_suite.Suite:
     return gpu_suite.Suite(
         sizes=gpu_suite.QUICK,
+        parts=list(gpu_suite.PARTS),
         device="cpu",
         data=None,
         detector=None,
@@ -282,6 +283,53 @@ def export_detector(path: Path) -> Path:
     program = torch.export.export(Detector(), (images,), dynamic_shapes=({0: torch.export.Dim("B", min=1)},))
     torch.export.save(program, path)
     return path
+
+
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> list[tuple[str, float]]:
+    """The commands that the suite starts on a machine with a GPU, and their limits."""
+    commands: list[tuple[str, float]] = []
+
+    def run(suite: gpu_suite.Suite, command: list[str], limit: float) -> dict[str, Any]:
+        commands.append((" ".join(command), limit))
+        return {"lines": ["result:        built"], "code": 0}
+
+    machine = {"device": "a GPU", "torch": "2", "date": "today", "commit": "this"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "describe_machine", lambda *_: machine)
+    monkeypatch.setattr(gpu_suite.Suite, "run", run)
+    outcome = CliRunner().invoke(gpu_suite.main, [f"--outdir={tmp_path}", *options], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return commands
+
+
+def test_the_suite_builds_the_kernels_before_anything_needs_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second, third, *_ = started(monkeypatch, tmp_path)
+    assert first == ("-m torch_utils.custom_ops", 200)
+    assert second[0].startswith("-m pytest -m gpu")
+    assert third[0].startswith("benchmarks/train_step.py --preset=cifar --batch=64 --modes=plain,bf16,")
+    assert third[1] == 120
+    assert "Kernels: built." in (tmp_path / "summary.md").read_text()
+    assert started(monkeypatch, tmp_path, "--preset=tiny")[0] == first
+
+
+def test_the_suite_runs_chosen_benchmarks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands = [command.split()[:2] for command, _ in started(monkeypatch, tmp_path, "--only=networks,compiled")]
+    assert commands == [
+        ["-m", "torch_utils.custom_ops"],
+        ["benchmarks/networks.py", "--batch=64"],
+        ["benchmarks/train_step.py", "--preset=cifar"],
+        ["benchmarks/operators.py", "--repeats=20"],
+    ]
+    outcome = CliRunner().invoke(gpu_suite.main, ["--device=cpu", "--only=nothing"])
+    assert outcome.exit_code == 2
+    assert "no benchmark has that in its name" in outcome.output
+
+
+def test_the_suite_measures_something_for_each_table_first() -> None:
+    scripts = [command[0] for command in gpu_suite.FULL.benchmarks.values()]
+    assert {f"{name}.py" for name in gpu_suite.COLUMNS} == set(scripts[: len(gpu_suite.COLUMNS)])
 
 
 @pytest.mark.slow

@@ -97,6 +97,24 @@ def test_prints_and_appends_a_line_for_each_metric(calc: CalcMetrics, snapshot: 
     assert swd["mirror"] is True
 
 
+def test_the_kernels_are_prepared_for_all_processes_before_anything_computes(
+    calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            events.append(name)
+            return function(*args)
+
+        return noted
+
+    for owner, name in ((calc_metrics.custom_ops, "prepare"), (calc_metrics, "load_network")):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    assert calc("--metrics=swd12").exit_code == 0
+    assert events == ["prepare", "load_network"]
+
+
 def test_default_metric_says_why_and_uses_the_snapshots_data(calc: CalcMetrics) -> None:
     result = calc()
     [record] = lines(result)

@@ -59,6 +59,13 @@ def test_a_seed_gives_the_same_image_in_batches_of_any_size(snapshot: Path, tmp_
     assert not np.array_equal(pixels(tmp_path / "1" / "seed0000.png"), pixels(tmp_path / "1" / "seed0001.png"))
 
 
+def test_images_are_made_in_float32_and_not_in_tf32(snapshot: Path, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    assert run(f"--network={snapshot}", "--seed=5", f"--outdir={tmp_path}").exit_code == 0
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_noise_modes_differ(snapshot: Path, tmp_path: Path) -> None:
     for mode in ("const", "random", "none"):
         run(f"--network={snapshot}", "--seed=5", f"--noise-mode={mode}", f"--outdir={tmp_path / mode}")

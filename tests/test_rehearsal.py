@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -187,6 +188,29 @@ def test_a_gpu_with_little_memory_gets_small_micro_batches(shapes_zip: Path) -> 
 )
 def test_a_lack_of_memory_is_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
+
+
+def raised_while_handling(first: Exception, cause: Exception | None = None) -> Exception:
+    """What comes out of the end of a CUDA graph's recording when something was raised in it."""
+    recording = contextlib.ExitStack()
+
+    def end() -> None:
+        error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        if cause:
+            raise error from cause
+        raise error
+
+    recording.callback(end)
+    with pytest.raises(RuntimeError, match="during capture") as caught, recording:
+        raise first
+    return caught.value
+
+
+def test_a_lack_of_memory_is_recognised_behind_the_end_of_a_recording() -> None:
+    lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert is_out_of_memory(raised_while_handling(lack))
+    assert not is_out_of_memory(raised_while_handling(lack, cause=ValueError("another reason")))
+    assert not is_out_of_memory(raised_while_handling(ValueError("a shape")))
 
 
 def test_a_machine_without_enough_memory_gets_one_line(shapes32_zip: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from scipy.special import erf
 from test_networks import below, close, ref_mapping, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dataset_tool
 import train
@@ -24,6 +25,7 @@ from dnnlib.config import ConfigError
 from training.config import PRESETS, Circumstances, resolve
 from training.diffaugment import DEFAULT_POLICY
 from training.networks import execution
+from training.networks.attention import attend, split_heads
 from training.networks.grid_attention import (
     AxisAttention,
     CellAttention,
@@ -358,6 +360,41 @@ def test_cells_are_windows_row_by_row() -> None:
 def qkv(N: int, C: int, size: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(N)
     return [torch.randn(2, N, C, generator=generator, dtype=torch.float64) * size for _ in range(3)]
+
+
+def small_heads(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Array]:
+    """Tokens of two heads of 4 channels, a bias, and what attention makes of them."""
+    tokens, bias = [x.to(dtype) for x in qkv(6, 8)], torch.randn(2, 6, 6).to(dtype)
+    return tokens, bias, ref_two_heads([x.double() for x in tokens], bias.double().numpy())
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4)])
+def test_small_heads_of_16_bits_are_filled_up_with_zeros(
+    dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To what the kernel asks for that keeps no matrix of weights; the result is that of the heads as they are."""
+    fused, sizes = F.scaled_dot_product_attention, set()
+
+    def look(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
+        sizes.update(x.shape[3] for x in (q, k, v))
+        return fused(q, k, v, bias, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    tokens, bias, expected = small_heads(dtype)
+    q, k, v = (split_heads(x, 2) for x in tokens)
+    y = attend(q, k, v, bias).transpose(1, 2).flatten(2)
+    assert sizes == {D}
+    np.testing.assert_allclose(y.double().numpy(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_heads_of_16_bits_have_a_kernel_without_a_matrix_of_weights(dtype: torch.dtype) -> None:
+    tokens, bias, expected = small_heads(dtype)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # or nothing
+        q, k, v = (split_heads(x.cuda(), 2) for x in tokens)
+        y = attend(q, k, v, bias.cuda()).transpose(1, 2).flatten(2)
+    np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("use_relative", [False, True])

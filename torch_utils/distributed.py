@@ -7,7 +7,6 @@ this machine) and `torchrun --nnodes=... train.py` (which has started it already
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import multiprocessing
 import os
@@ -60,7 +59,10 @@ def launched_rank() -> int:
 
 
 def choose_device(requested: str | None = None) -> torch.device:
-    """Return the requested device, or this process's GPU, or the CPU. Raises UserError for one that is not there."""
+    """Return the requested device, or this process's GPU, or the CPU. Raises UserError for one that is not there.
+
+    Does not touch it: a process that only launches others would hold memory of a GPU.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if requested is None:
         requested = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +78,20 @@ def choose_device(requested: str | None = None) -> torch.device:
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has matrix units for bfloat16: NVIDIA GPUs from compute capability 8.0 on, and those of AMD."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
+def use_device(requested: str | None = None) -> torch.device:
+    """Return what `choose_device` does, made the one that "cuda" means in this process."""
+    device = choose_device(requested)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -189,15 +205,11 @@ if hasattr(signal, "SIGUSR1"):  # Windows has none
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float) -> None:
     """One worker: join the group, run, leave. A UserError becomes one line and exit code 2."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    else:
-        # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
-    patience = timedelta(seconds=2 * timeout)  # the watchdog speaks first, and knows more
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=patience)
+    try:
+        _join(device_type, timedelta(seconds=2 * timeout))  # the watchdog speaks first, and knows more
+    except UserError as error:
+        print(f"Error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
+        _leave(2)
     watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls)
     watchdog.start()
     codes = [0]
@@ -229,6 +241,28 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     dist.destroy_process_group()
 
 
+def _join(device_type: str, timeout: timedelta) -> None:
+    """Form the group of all processes, and that for tensors on the CPU. Raises UserError if gloo finds no network."""
+    global _host_group
+    try:
+        if device_type == "cuda":
+            device = use_device("cuda")
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        else:
+            # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            dist.init_process_group("gloo", timeout=timeout)
+        _host_group = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"the processes cannot reach each other over TCP ({describe_error(error)}): set GLOO_SOCKET_IFNAME to the "
+            "network interface that they share, as `ip addr` lists them; lo for one machine alone"
+        ) from None
+
+
 def _leave(code: int) -> NoReturn:
     """End this process at once: gloo aborts a process that takes its time while others have gone."""
     sys.stdout.flush()
@@ -236,6 +270,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+_host_group: Any = None  # of all processes, for tensors on the CPU
 _calls = 0  # collective calls that this process has entered, as the process group itself one for the process
 
 
@@ -258,7 +293,7 @@ def maximum(values: Sequence[int]) -> list[int]:
         return list(values)
     _enter_call()
     table = torch.tensor(values)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_host_group())
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_host_group)
     return [int(x) for x in table.tolist()]
 
 
@@ -268,14 +303,6 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
         for x in tensors:
             _enter_call()
             dist.broadcast(x, src=0)
-
-
-@functools.cache
-def _host_group() -> Any:
-    """A group for tensors on the CPU: the group of all, or one beside it where that is for GPUs. Made collectively."""
-    if dist.get_backend() == "gloo":
-        return dist.group.WORLD
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog is quicker
 
 
 def from_main(function: Callable[[], T]) -> T:

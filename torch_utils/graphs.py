@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +31,7 @@ class Captured(Generic[T]):
             for _ in range(WARMUPS):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
+        gc.collect()  # what is freed while the graph is recorded, another graph say, would end the recording
         self.graph = torch.cuda.CUDAGraph()
         # Thread-local: the thread that pins memory for the data loader may go on with its own calls.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):

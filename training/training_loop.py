@@ -128,14 +128,12 @@ class RunningMean(nn.Module):
 
 def set_arithmetic(config: TrainConfig) -> None:
     """Set what PyTorch keeps for the whole process: TF32, sums in full precision, how libraries choose algorithms."""
-    execution.sum_in_float32()
+    execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)
     deterministic = config.run.deterministic
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
 
 class Trainer:

@@ -37,8 +37,14 @@ class Execution:
 current = Execution()
 
 
-def sum_in_float32() -> None:
-    """Let matrix products of 16-bit numbers add their partial sums in float32, which is not PyTorch's default."""
+def set_gpu_arithmetic(*, allow_tf32: bool = False) -> None:
+    """Say for the whole process how GPUs compute products and convolutions of float32: exactly, or in TF32.
+
+    PyTorch's default is TF32 for convolutions alone. Products of 16-bit numbers add their partial sums in float32, not
+    PyTorch's default either.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
