@@ -373,7 +373,8 @@ def test_small_heads_of_16_bits_are_filled_up_with_zeros(
     dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To what the kernel asks for that keeps no matrix of weights; the result is that of the heads as they are."""
-    fused, sizes = F.scaled_dot_product_attention, set()
+    fused = F.scaled_dot_product_attention
+    sizes: set[int] = set()
 
     def look(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
         sizes.update(x.shape[3] for x in (q, k, v))
