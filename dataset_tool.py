@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import zipfile
 from collections import deque
@@ -63,6 +64,7 @@ def main() -> None:
 @option(
     "--height", type=click.IntRange(min=1), help="Height of the result in pixels [default: as it is; 32 for shapes]"
 )
+@option("--resolution", metavar="WxH", help="Width and height in one, such as 256x256")
 @option(
     "--transform",
     type=click.Choice(TRANSFORMS),
@@ -91,6 +93,7 @@ def build(
     dest: Path,
     width: int | None,
     height: int | None,
+    resolution: str | None,
     transform: str | None,
     resize_filter: str,
     channels: str | None,
@@ -100,6 +103,8 @@ def build(
     seed: int,
     workers: int | None,
 ) -> None:
+    if resolution is not None:
+        width, height = read_resolution(resolution, width, height)
     conversion = Conversion(
         width=width,
         height=height,
@@ -126,6 +131,16 @@ def build(
             labels.append([name, item.label])
         write("dataset.json", json.dumps(describe(images, conversion, expected, labels)).encode())
     report(dest, images, expected, labels, skipped)
+
+
+def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
+    """Width and height of e.g. 256x128. Raises UserError for anything else, and where one of them is given already."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if not match:
+        raise UserError(f"--resolution={text}: give width and height in pixels, such as 256x256")
+    if any(others):
+        raise UserError(f"--resolution={text}: give it, or --width and --height")
+    return int(match[1]), int(match[2])
 
 
 def refuse_existing(dest: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from exploration.directions import (
     sampled_w,
     save_directions,
 )
-from exploration.mixing import choose_styles, framed, mix, spell
+from exploration.mixing import choose_styles, mix, mixing_sheet, spell
 from exploration.model import BATCH_MULTIPLE, Model, check_seeds, gather_styles, label_of, save_arrays, save_styles
 from exploration.morphing import (
     Interpolation,
@@ -43,9 +44,9 @@ from exploration.morphing import (
     through_styles,
 )
 from exploration.play import HOST, Player, open_server
-from exploration.projection import ProjectionConfig, Towards, pixels_towards, project_batch, read_targets
+from exploration.projection import FILM_FPS, ProjectionConfig, Towards, pixels_towards, project_batch, read_targets
 from exploration.sampling import FastGenerator, seed_images
-from exploration.sheets import enlarged, sheet, to_rgb
+from exploration.sheets import sheet, tiles_of, to_rgb
 from exploration.video import check_encoder, open_video
 from legacy import load_network
 from metrics.detectors import DetectorSetup, read_detectors
@@ -163,7 +164,7 @@ def images(
         made = save_batches(batches, names, outdir, keep=grid)
     if grid:
         save_grid(torch.cat(made), outdir / "grid.png")
-    click.echo(f"{len(names)} images in {outdir}")
+    click.echo(f"{counted(len(names), 'image')} in {outdir}")
 
 
 @main.command("mix", cls=Script)
@@ -206,9 +207,12 @@ def mix_command(
     mixed = mix(row_ws, col_ws, chosen)  # (R, C, num_ws, w_dim)
     names = [f"{row}-{col}" for row in row_names for col in cols]
     made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
-    table = framed(model.images(row_ws), model.images(col_ws), made.unflatten(0, (len(row_names), len(cols))))
-    save_grid(table, outdir / "grid.png", columns=len(cols) + 1)
-    click.echo(f"{len(names)} mixtures in {outdir}, all together in grid.png: styles {spell(chosen)} of the columns")
+    left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
+    save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
+    click.echo(
+        f"{counted(len(names), 'mixture')} in {outdir}, with styles {spell(chosen)} of the columns; "
+        "all of them in grid.png"
+    )
 
 
 @main.command("video", cls=Script)
@@ -256,7 +260,7 @@ def video_command(
     python generate.py video --network=docs/shapes.pkl --seeds=0-5 --grid=3x2 --trunc-to=0.2 --output=out/sweep.gif
     python generate.py video --network=SNAPSHOT --seeds=7 --classes=0-9 --interpolation=spline --output=out/classes.mp4
     """
-    check_encoder(output)
+    check_encoder(output, fps)
     if strength is not None and direction is None:
         raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
     if projected_w is not None and (interpolation == "z" or trunc_to is not None or classes):
@@ -265,13 +269,19 @@ def video_command(
         )
     if classes and options["class_index"] is not None:
         raise UserError("--classes and --class: give one of them")
-    model = open_model(**options | {"class_index": classes[0] if classes else options["class_index"]})
+    if classes:
+        options |= {"class_index": classes[0], "class_flag": "--classes"}
+    model = open_model(**options)
     check_seeds("--seeds", seeds)
     psi = model.truncation_psi if trunc_to is None else 1.0
     cells = grid[0] * grid[1]
     if projected_w is None and seeds is not None:
         timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=frames, loop=loop)
-        labels = [label_of(model.G.c_dim, index) for index in classes] if classes else [model.c] * timing.num_keys
+        labels = (
+            [label_of(model.G.c_dim, index, "--classes") for index in classes]
+            if classes
+            else [model.c] * timing.num_keys
+        )
         c = torch.cat(labels).to(model.device)  # (keys, c_dim)
         way = through_seeds(model, seeds, c, interpolation, timing, cells, psi)
     else:
@@ -289,7 +299,7 @@ def video_command(
         for frame in film(model, way, timing, grid, scale):
             add(frame)
             progress.update()
-    click.echo(f"{timing.num_frames} frames in {output}, {timing.num_frames / fps:.1f} s")
+    click.echo(f"{counted(timing.num_frames, 'frame')} in {output}, {timing.num_frames / fps:.1f} s")
 
 
 @main.command("directions", cls=Script)
@@ -348,7 +358,10 @@ def directions_command(
         check_seeds(flag, given)
     names, ws = gather_styles(model, seeds, projected_w)
     chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
-    drawn, count = sampled_w(model, samples), min(components or 5, model.G.w_dim)
+    most = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
+    if components is not None and components > most:
+        raise UserError(f"--components={components}: --method={method} finds {most} here")
+    count, drawn = components or min(5, most), sampled_w(model, samples)
     if positive and negative:
         has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
         found = between(has, lacks, drawn, chosen, linear=method == "linear")
@@ -356,15 +369,14 @@ def directions_command(
         found = factorise(model, chosen, count, drawn) if method == "sefa" else principal(drawn, chosen, count)
     make_outdir(outdir)
     save_directions(save, found)
-    strengths = torch.linspace(-strength, strength, steps)
+    strengths = torch.arange(1 - steps, steps, 2) * (strength / (steps - 1))
     for index in tqdm(range(len(found.directions)), unit="direction"):
         edited = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
-        tiles = [enlarged(to_rgb(image)) for image in model.images(edited).permute(0, 2, 3, 1).numpy()]
-        rows = [tiles[start : start + steps] for start in range(0, len(tiles), steps)]
-        save_pixels(sheet(rows, [f"{value:+.1f}" for value in strengths]), outdir / f"direction{index:02d}.png")
+        rows = [tiles_of(images) for images in model.images(edited).split(steps)]
+        save_pixels(sheet(rows, [signed(value) for value in strengths.tolist()]), outdir / f"direction{index:02d}.png")
     click.echo(
-        f"{len(found.directions)} directions for styles {spell(chosen)} in {save}; a strip of edits of "
-        f"{', '.join(names)} for each in {outdir}"
+        f"{counted(len(found.directions), 'direction')} for styles {spell(chosen)} in {save}; edits of "
+        f"{counted(len(names), 'image')} along each in {outdir}"
     )
 
 
@@ -414,7 +426,9 @@ def attention_command(
                 for block in found.maps if heads else ():
                     save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
                 progress.update()
-    click.echo(f"{len(names)} sheets in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files")
+    click.echo(
+        f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files"
+    )
 
 
 @main.command("project", cls=Script)
@@ -469,9 +483,11 @@ def project_command(
     loss = loss or ("features" if setup.program else "lpips")
     towards = choose_distance(loss, setup, model.device)
     names, targets = read_targets(target, model.G.img_shape)
+    if lr <= 0:
+        raise UserError(f"--lr={lr:g}: must be positive")
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
     if save_video:
-        check_encoder(outdir / "proj00.mp4")
+        check_encoder(outdir / "proj00.mp4", FILM_FPS)
     make_outdir(outdir)
     found = []
     for start in range(0, len(names), model.batch):
@@ -484,7 +500,7 @@ def project_command(
         save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
         for index, image in enumerate(model.images(ws), start):
             save_image(image, outdir / f"proj{index:02d}.png")
-    click.echo(f"{len(names)} projections in {outdir}; their styles are in projected_w.npz, for --projected-w")
+    click.echo(f"{counted(len(names), 'projection')} in {outdir}; the styles are in projected_w.npz, for --projected-w")
 
 
 @main.command("play", cls=Script)
@@ -525,6 +541,16 @@ def _cut(items: list[str], size: int) -> Iterator[list[str]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
+def counted(number: int, thing: str) -> str:
+    """E.g. 1 image, 2 images."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def signed(number: float) -> str:
+    """A caption: +1.5, -3, 0."""
+    return f"{number:+.4g}" if number else "0"
+
+
 def save_pixels(pixels: np.ndarray, path: Path) -> None:
     """Write a picture (H, W, 3)."""
     save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
@@ -535,6 +561,9 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     tune_allocator()
     where = distributed.use_device(device)
     snapshot = load_network(network, where)
+    channels = snapshot.G_ema.img_shape[0]
+    if channels not in (1, 3, 4):
+        raise UserError(f"--network={network}: its images have {channels} channels, and picture files 1, 3 or 4")
     if where.type == "cuda":
         click.echo(custom_ops.prepare(where))
     execution.set_gpu_arithmetic()
@@ -550,10 +579,11 @@ def open_model(
     precision: str,
     device: str | None,
     trunc: float = 1.0,
+    class_flag: str = "--class",
 ) -> Model:
     """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
     snapshot, where = open_network(network, device)
-    c = label_of(snapshot.G_ema.c_dim, class_index)
+    c = label_of(snapshot.G_ema.c_dim, class_index, class_flag)
     return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
 
 
@@ -588,16 +618,25 @@ def make_outdir(outdir: Path, flag: str | None = None) -> None:
 
 
 def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, keep: bool) -> list[Tensor]:
-    """Write uint8 images, which come in batches, as NAME.png while they come. Return the batches if `keep`."""
+    """Write uint8 images, in batches, as NAME.png, while the next batch is made. Return the batches if `keep`."""
     kept: list[Tensor] = []
-    left = iter(names)
-    with tqdm(total=len(names), unit="img") as progress:
+    writing: list[Future[None]] = []
+    paths = (outdir / f"{name}.png" for name in names)
+    with ThreadPoolExecutor() as pool, tqdm(total=len(names), unit="img") as progress:
         for images in batches:
-            for image in images:
-                save_image(image, outdir / f"{next(left)}.png")
+            finish(writing)
+            files = {path: image for image, path in zip(images, paths, strict=False)}  # a seed given twice is one file
+            writing = [pool.submit(save_image, image, path) for path, image in files.items()]
             kept += [images] if keep else []
             progress.update(len(images))
+        finish(writing)
     return kept
+
+
+def finish(jobs: Iterable[Future[None]]) -> None:
+    """Wait for all jobs. Raises what one of them raised."""
+    for job in jobs:
+        job.result()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from training.config import TrainConfig
 from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
 from training.foreign import is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import Snapshot, network_configs, parts_of, read_network, rebuild
+from training.snapshot import Snapshot, build_networks, parts_of, read_network
 
 # What --format says, by the ending of --dest that means it; a name without one is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
@@ -29,7 +29,8 @@ FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot, ours, a folder of safetensors or a foreign one, from a path or an address on the web.
 
-    Raises UserError naming the file when it is missing, damaged, or of an unknown kind.
+    Raises UserError naming the file when it is missing, damaged, of an unknown kind, or holds values that are not
+    finite.
     """
     path = local_file(path)
     if is_folder(path):
@@ -37,12 +38,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     if not is_foreign(path):
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
-    config, states = foreign.config, foreign.states
-    networks = {
-        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in network_configs(config).items()
-    }
-    return Snapshot(**networks, config=config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
+    networks = build_networks(foreign.config, foreign.states, path, device)
+    return Snapshot(**networks, config=foreign.config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
 
 
 def local_file(path: str | Path) -> Path:

@@ -11,7 +11,8 @@ import click
 from dnnlib.cli import Script, option
 from dnnlib.config import UserError
 from dnnlib.util import write_atomically
-from reporting.charts import check_matplotlib, draw
+from reporting.charts import find_charts
+from reporting.drawing import check_matplotlib, draw
 from reporting.page import build_page
 from reporting.runs import find_runs, read_run
 
@@ -24,7 +25,7 @@ from reporting.runs import find_runs, read_run
     type=click.Path(path_type=Path),
     help="Where to write.  [default: `report` in the folder; of several, beside the first one]",
 )
-@option("--images", "max_images", type=click.IntRange(min=2), default=40, help="Grids of images in the page, per run.")
+@option("--images", "max_images", type=click.IntRange(min=2), default=60, help="Grids of images in the page, at most.")
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     """Write report.html and a PNG for each group of curves, of one run or of several over each other.
 
@@ -45,12 +46,12 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     if not shown:
         raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
     outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
-    pictures = list(draw(shown))
+    pictures = [draw(chart) for chart in find_charts(shown)]
     page = build_page(shown, pictures, max_images)
     for run in shown:
         for problem in run.problems:
             click.echo(f"Warning: {run.path}: {problem}", err=True)
-    write(outdir, {"report.html": page} | {f"{picture.name}.png": picture.png for picture in pictures})
+    write(outdir, {"report.html": page} | {f"{picture.chart.name}.png": picture.png for picture in pictures})
     click.echo(f"{outdir / 'report.html'}, and {len(pictures)} charts beside it as PNG")
 
 

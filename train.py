@@ -63,15 +63,16 @@ OPTIONS = (
            help="Go on with the newest run of this configuration in --outdir, or with the run in a folder; or start a "
                 "new run from a training state, or from the weights of a snapshot (transfer learning)."),
     switch("--override", field=None, help="Go on with a run although options differ from those it was started with."),
+    option("--desc", field="run.desc", metavar="WORD", help="A word at the end of the name of the run's folder."),
     option("--seed", field="seed", type=int, metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
     option("-n", "--dry-run", field=None, is_flag=True,
            help="Print the resolved options, parameter counts, and what a --resume would start from; write nothing."),
     # Data
     switch("--cond", field="data.use_labels", help="Condition on the labels of the data set."),
     option("--subset", field="data.max_images", type=int, metavar="INT",
-           help="Train with a random subset of so many images."),
+           help="Train with a random subset of this many images."),
     option("--holdout", field="data.holdout", type=int, metavar="INT",
-           help="Leave out so many images and log how D tells them from those it was trained with. [0]"),
+           help="Hold out this many images, and log how D tells them from those it was trained with. [0]"),
     switch("--mirror", field="data.mirror", help="Also show every image flipped left to right."),
     option("--timeout", field="run.timeout", type=float, metavar="SEC",
            help="How long processes wait for one that has stopped before they name it and end. [1800]"),
@@ -81,25 +82,25 @@ OPTIONS = (
     option("--kimg", field="run.total_kimg", type=float, metavar="KIMG",
            help="Length of the training in thousands of real images."),
     option("--tick", field="run.tick_kimg", type=float, metavar="KIMG",
-           help="Progress and statistics every so many kimg. [4]"),
+           help="Interval of progress lines and statistics. [4]"),
     option("--snap", field="run.snapshot_ticks", type=int, metavar="TICKS",
-           help="Snapshots, pictures, metrics every so many ticks. [50]"),
+           help="Interval of snapshots, image grids and metrics. [50]"),
     option("--metrics", field="run.metrics", type=NameList(),
            help="Metrics at every snapshot, or none; the best network by the first one is kept. [fid50k_full or swd]"),
     option("--metrics-every", field="run.metrics_every", type=int, metavar="TICKS",
-           help="Those metrics every so many ticks. [at snapshots]"),
+           help="Interval of these metrics. [at snapshots]"),
     option("--tick-metrics", field="run.tick_metrics", type=NameList(),
            help="Cheap metrics at every tick, e.g. fid5k. [none]"),
     option("--log", field="run.log", type=NameList(),
-           help="Show figures and pictures in tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
+           help="Log statistics and image grids to tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
            help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
-           help="Keep one every so many kimg for ever. [none]"),
-    switch("--keep-best", field="run.keep_best", help="Keep the one of the best network by the first of --metrics."),
+           help="Also keep the first one at or after each multiple of this. [none]"),
+    switch("--keep-best", field="run.keep_best", help="Also keep that of the best network by the first of --metrics."),
     option("--profile", field="run.profile_steps", type=int, metavar="STEPS",
-           help="Write a Chrome trace of so many steps."),
+           help="Write a Chrome trace of this many steps."),
     # Training
     option("--batch", field="batch_size", type=int, metavar="INT", help="Images per step, over all GPUs."),
     option("--batch-gpu", field="run.batch_gpu", type=IntOrAuto(),
@@ -107,29 +108,32 @@ OPTIONS = (
     option("--glr", field="g_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the generator."),
     option("--dlr", field="d_optimizer.lr", type=float, metavar="FLOAT", help="Learning rate of the discriminator."),
     option("--clip", field="g_optimizer.clip_norm", also=("d_optimizer.clip_norm",), type=float, metavar="FLOAT",
-           help="Bound of the norm of each network's gradient. [none]"),
+           help="Clip the norm of each network's gradient to this. [none]"),
     option("--loss", field="loss.objective", type=click.Choice(get_args(Objective)),
-           help="What the networks play for. [logistic]"),
+           help="Training objective. [logistic]"),
     option("--n-critic", field="loss.n_critic", type=int, metavar="STEPS",
-           help="The generator moves every so many steps of the discriminator. [1]"),
+           help="Discriminator steps per generator step. [1]"),
     option("--g-batch-scale", field="loss.g_batch_scale", type=int, metavar="INT",
-           help="Its batch is so many times the discriminator's. [1]"),
+           help="Batch of the generator, as a multiple of the discriminator's. [1]"),
     option("--gp-weight", field="loss.gp_weight", type=float, metavar="FLOAT",
-           help="Weight of wgangp-eps's gradient penalty. [10]"),
+           help="Weight of the gradient penalty of wgangp-eps. [10]"),
     option("--drift-weight", field="loss.drift_weight", type=float, metavar="FLOAT",
-           help="Weight of its squared mean logit of reals. [0.001]"),
+           help="Weight of its drift term, the squared mean logit of reals. [0.001]"),
     option("--gamma", field="loss.r1_gamma", type=float, metavar="FLOAT",
-           help="Weight of R1; with relativistic, of R1 and R2."),
-    option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS", help="Steps between R1 phases. [16]"),
-    option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT", help="Weight of path length, 0 = off."),
+           help="Weight of R1 regularisation; with relativistic, of R1 and R2."),
+    option("--r1-interval", field="loss.r1_interval", type=int, metavar="STEPS",
+           help="Lazy regularisation: interval of R1. [16]"),
+    option("--pl-weight", field="loss.pl_weight", type=float, metavar="FLOAT",
+           help="Weight of path length regularisation, 0 = off."),
     option("--pl-interval", field="loss.pl_interval", type=int, metavar="STEPS",
-           help="Steps between path-length phases. [4]"),
+           help="Lazy regularisation: interval of path length. [4]"),
     option("--mixing", field="loss.style_mixing", type=float, metavar="0..1", help="Probability of style mixing."),
-    option("--ema-kimg", field="ema.kimg", type=float, metavar="KIMG", help="Half-life of the averaged generator."),
+    option("--ema-kimg", field="ema.kimg", type=float, metavar="KIMG",
+           help="Half-life of the averaged generator, G_ema."),
     option("--ema-rampup", field="ema.rampup", type=float, metavar="FLOAT",
-           help="Its ramp-up, as a share of the images so far."),
+           help="Ramp-up of the half-life, as a fraction of the images so far."),
     option("--freezed", field="freeze_layers", type=int, metavar="INT",
-           help="Freeze-D: layers of D that keep their weights. [0]"),
+           help="Freeze-D: freeze this many layers of D, counted from the image. [0]"),
     # Augmentation
     option("--aug", field="augment.mode", type=Choice(get_args(Mode), none="noaug"),
            help="Augmentation; none is another word for noaug. [ada]"),
@@ -141,40 +145,41 @@ OPTIONS = (
     option("--diffaug", field="augment.policy", type=NameList(),
            help=f"For --aug=diffaug: transforms in their order, of {', '.join(DIFFAUG)}. [{','.join(DEFAULT_POLICY)}]"),
     option("--ada-kimg", field="augment.ada_kimg", type=float, metavar="KIMG",
-           help="In how many kimg ADA's p can move by 1. [500]"),
+           help="Speed of ADA: how long p takes at least to move by 1. [500]"),
     option("--max-p", field="augment.max_p", type=float, metavar="0..1", help="Upper bound of ADA's p."),
     # Generator
     option("--gen", field="generator.family", metavar="NAME",
            help=f"Family: {', '.join(GENERATORS)}. [the preset's; most have {next(iter(GENERATORS))}]"),
     option("--g_dict", field="generator.widths", type=IntList(), help="Hidden size per resolution, lowest first."),
     option("--num_layers", field="generator.layers", type=IntList(), help="Encoder blocks per resolution."),
-    option("--base", field="generator.base", type=Size(), help="Grid that the generator starts from: 8 or 8x12."),
+    option("--base", field="generator.base", type=Size(),
+           help="Lowest resolution of the generator: 8, or 8x12 for height x width."),
     option("--depth", field="generator.depth", type=int, metavar="INT", help="Channels per attention head. [32]"),
     option("--minimum_head", field="generator.minimum_head", type=int, metavar="INT",
-           help="Least number of heads. [1]"),
+           help="Minimum number of heads. [1]"),
     switch("--linformer", field="generator.linformer", help="Linformer attention where there are many tokens."),
     option("--linformer-k", field="generator.linformer_k", type=int, metavar="INT",
            help="Tokens that keys and values are projected to. [256]"),
     option("--linformer-tokens", field="generator.linformer_min_tokens", type=int, metavar="INT",
-           help="Tokens from which on it applies. [1024]"),
+           help="Minimum number of tokens for it to apply. [1024]"),
     switch("--ffn", field="generator.ffn", help="A feed-forward network in every encoder block. [0]"),
     option("--layernorm", field="generator.layernorm", type=Choice(get_args(LayerNormPlace)),
            help="LayerNorm before queries, keys and values, or after attention. [before]"),
     switch("--style-attention", field="generator.style_attention",
            help="Styles modulate the input of attention, besides its values. [1]"),
-    switch("--residual", field="generator.residual", help="The way around attention, from the values. [1]"),
+    switch("--residual", field="generator.residual", help="Residual connection around attention, from the values. [1]"),
     option("--handover", field="generator.handover", type=int, metavar="RES",
-           help="Last grid of encoder blocks in Styleformer-C; StyleGAN2's convolutions are above. [32]"),
+           help="Highest resolution of encoder blocks in Styleformer-C; above it are StyleGAN2's convolutions. [32]"),
     option("--g-arch", field="generator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture of StyleGAN2. [skip]"),
     option("--g-cbase", field="generator.channel_base", type=int, metavar="INT",
-           help="Channels of its convolutions x resolution."),
+           help="Channel base of its convolutions: channels x resolution."),
     option("--g-cmax", field="generator.channel_max", type=int, metavar="INT",
-           help="Upper bound of these channels. [512]"),
+           help="Maximum number of these channels. [512]"),
     option("--attention", field="generator.attention", type=click.Choice(get_args(Form)),
            help="TransGAN's attention where there are many tokens. [grid]"),
     option("--full-upto", field="generator.full_upto", type=int, metavar="RES",
-           help="Last grid on which it is among all tokens whatever --attention says. [32]"),
+           help="Highest resolution with attention among all tokens, whatever --attention says. [32]"),
     option("--window", field="generator.window", type=int, metavar="INT",
            help="Side of the windows of --attention=grid, in tokens. [16]"),
     option("--landmarks", field="generator.landmarks", type=int, metavar="INT",
@@ -187,7 +192,7 @@ OPTIONS = (
     option("--latent-tokens", field="generator.latent_tokens", type=int, metavar="INT",
            help="Tokens made from z that every block also attends to. [0]"),
     option("--antialias", field="generator.antialias", type=int, metavar="INT",
-           help="How many of its upsamplings, the last ones, are low-pass filtered. [0]"),
+           help="Low-pass filter this many of its upsamplings, the last ones. [0]"),
     option("--z-dim", field="generator.z_dim", type=int, metavar="INT", help="Size of the latent z. [512]"),
     option("--w-dim", field="generator.w_dim", type=int, metavar="INT", help="Size of the style w. [512]"),
     option("--map-depth", field="generator.mapping_layers", type=int, metavar="INT",
@@ -197,11 +202,12 @@ OPTIONS = (
            help=f"Family: {', '.join(DISCRIMINATORS)}. [the preset's; most have {next(iter(DISCRIMINATORS))}]"),
     option("--d-arch", field="discriminator.architecture", type=click.Choice(["orig", "skip", "resnet"]),
            help="Architecture. [resnet]"),
-    option("--cbase", field="discriminator.channel_base", type=int, metavar="INT", help="Channels of D x resolution."),
+    option("--cbase", field="discriminator.channel_base", type=int, metavar="INT",
+           help="Channel base of D: channels x resolution."),
     option("--cmax", field="discriminator.channel_max", type=int, metavar="INT",
-           help="Upper bound of D's channels. [512]"),
-    option("--mbstd", field="discriminator.mbstd_group_size", type=int, metavar="INT",
-           help="Group of minibatch-std, 0 = off."),
+           help="Maximum number of D's channels. [512]"),
+    option("--mbstd", "--mbstd-group", field="discriminator.mbstd_group_size", type=int, metavar="INT",
+           help="Group size of minibatch-std, 0 = off."),
     option("--d-patch", field="discriminator.patch", type=int, metavar="INT",
            help="Side of the (finest) patches of a transformer D, in pixels."),
     option("--d-widths", field="discriminator.widths", type=IntList(),
@@ -228,22 +234,23 @@ OPTIONS = (
     switch("--overlap", field="discriminator.overlap", help="The finest patches overlap by half. [off]"),
     # Arithmetic, speed and memory
     option("--precision", field="precision", type=click.Choice(["fp32", "bf16", "fp16"]),
-           help="Of activations in training. [bf16 on GPUs that have it, else fp32]"),
+           help="Precision of activations in training. [bf16 on GPUs that have it, else fp32]"),
     switch("--fp32", field=None, help="The same as --precision=fp32."),
     option("--reduced-from", field="reduced_from", type=int, metavar="RES",
-           help="Grids from this size on use --precision, smaller ones float32. [0]"),
-    switch("--allow-tf32", field="allow_tf32", help="TF32 matrix units for float32."),
+           help="Lowest resolution that uses --precision; lower ones use float32. [0]"),
+    switch("--allow-tf32", field="allow_tf32", help="Allow TF32 in float32 matrix products and convolutions."),
     option("--nan", field="run.nan", type=click.Choice(["stop", "skip"]),
            help="After values that are not finite: stop at the tick, or go on without their updates. [stop]"),
     switch("--nhwc", field="channels_last", help="Channels-last memory layout. [on GPUs, unless fp32]"),
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
-    switch("--graphs", field="run.graphs", help="CUDA graphs of whole phases: no time between small kernels."),
-    switch("--compile", field="run.compile", help="torch.compile for what G_main and D_main differentiate once."),
+    switch("--graphs", field="run.graphs", help="Record whole phases as CUDA graphs: no launch overhead."),
+    switch("--compile", field="run.compile", help="torch.compile for the main phases."),
     switch("--grad-checkpoint", field="run.recompute",
-           help="Compute activations again in the backward pass: less memory, a third more time."),
-    switch("--deterministic", field="run.deterministic", help="The same bits every time, also on a GPU; slower."),
-    switch("--nobench", field=None, help="Do not let cuDNN try out its algorithms."),
+           help="Gradient checkpointing: recompute activations in the backward pass; less memory, more time."),
+    switch("--deterministic", field="run.deterministic",
+           help="Bit-identical results every time, also on a GPU; slower."),
+    switch("--nobench", field=None, help="Turn off cuDNN benchmarking."),
 )
 # fmt: on
 
@@ -265,36 +272,25 @@ def main(context: click.Context, **options: Any) -> None:
     plain, transfer = (_requested_config(context, base) for base in ({}, TRANSFER_LEARNING))
     dataset = ImageDataset(plain.data)
     device = distributed.choose_device(plain.run.device)
-    about = Circumstances(
-        img_shape=dataset.img_shape,
-        c_dim=dataset.c_dim,
-        on_gpu=device.type == "cuda",
-        has_bf16=distributed.has_bf16(device),
-    )
-    outdir = Path(options["outdir"])
     request = runs.Request(
-        outdir=outdir,
+        outdir=Path(options["outdir"]),
         resume=options["resume"],
         override=bool(options["override"]),
         plain=plain,
         transfer=transfer,
-        about=about,
+        about=_circumstances(dataset, device),
     )
-    config = resolve(request.config, about)
+    config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     dataset.check_shapes()
     choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
-    if config.run.metrics is None and is_first:
-        setup = read_detectors(config.run.detectors)
-        names, why = metrics.registry.default_metrics(setup)
-        click.echo(f"No --metrics given; {why}", err=True)
-        for name in names:
-            metrics.registry.check_available(name, setup)
     if options["dry_run"]:
         if is_first:
             _print_plan(runs.find_start(request), dataset)
         return
+    if config.run.metrics is None and is_first:
+        _prepare_default_metrics(config.run)
     if is_url(options["resume"]):
         open_url(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
@@ -334,7 +330,10 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
-            _say(f"{operators}\n{origin}\nTraining on {device} in {run_dir}, {config.precision}")
+                with hooks.going_on():
+                    print(runs.note_start(run_dir, trainer))
+            _say("\n".join([operators, origin, *_notes(config)]))
+            _say(f"Training on {device} in {run_dir}, {config.precision}")
             saver = Saver(run_dir, config.run, trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
@@ -481,6 +480,22 @@ def _require(context: click.Context, name: str) -> None:
             raise click.UsageError(f"missing option {parameter.opts[0]}", context)
 
 
+def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances:
+    return Circumstances(
+        img_shape=dataset.img_shape,
+        c_dim=dataset.c_dim,
+        on_gpu=device.type == "cuda",
+        has_bf16=distributed.has_bf16(device),
+    )
+
+
+def _prepare_default_metrics(run: RunConfig) -> None:
+    """Fetch what the metrics that are computed without --metrics need."""
+    setup = read_detectors(run.detectors)
+    for name in metrics.registry.default_metrics(setup)[0]:
+        metrics.registry.check_available(name, setup)
+
+
 def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainConfig:
     """The preset, changed by `base`, the launcher and the options, in this order. Refuses metrics that cannot be."""
     values = dnnlib.cli.config_values(context)
@@ -494,7 +509,8 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
     for field in ("run.metrics", "run.tick_metrics"):
         if field in values:
             values[field] = tuple(metrics.registry.resolve(values[field], setup))
-            for name in values[field] if distributed.launched_rank() == 0 else ():  # one process fetches
+            is_to_fetch = distributed.launched_rank() == 0 and not context.params["dry_run"]  # one process does
+            for name in values[field] if is_to_fetch else ():
                 metrics.registry.check_available(name, setup)
     launched = distributed.launched_world_size()
     if launched is not None:
@@ -527,6 +543,17 @@ def _describe(trainer: Trainer) -> str:
     z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
     lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
     return "\n".join(lines)
+
+
+def _notes(config: TrainConfig) -> list[str]:
+    """What the options come to that a paper's reader would want to know."""
+    group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
+    notes = []
+    if isinstance(batch_gpu, int) and batch_gpu < group:
+        notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, as a GPU has no more at a time")
+    if config.run.metrics is None:
+        notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
+    return notes
 
 
 def _say(text: str) -> None:

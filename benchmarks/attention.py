@@ -26,7 +26,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dnnlib.cli import IntList, Script, option
+from dnnlib.cli import IntList, Script, option, with_options
 from dnnlib.config import UserError
 from torch_utils import distributed
 from torch_utils.misc import tune_allocator
@@ -93,6 +93,23 @@ class Case:
         return inputs, partial(attend, self, inputs)
 
 
+SHARED = (  # options of every benchmark of attention
+    option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both."),
+    option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B."),
+    option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs."),
+    option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
+    option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]"),
+    option(
+        "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts."
+    ),
+    option(
+        "--max-gib",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
+    ),
+)
+
+
 @click.command(cls=Script, help=__doc__)
 @option(
     "--tokens",
@@ -102,51 +119,51 @@ class Case:
     help="Numbers of tokens N; R x R pixels are R^2.",
 )
 @option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
-@option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both.")
-@option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B.")
 @option("--heads", type=click.IntRange(min=1), default=1, show_default=True, help="Heads H.")
 @option("--head-dim", type=click.IntRange(min=1), default=32, show_default=True, help="Channels per head D.")
 @option("--projected-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Linformer's number k.")
-@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs.")
-@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-@option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
-@option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts.")
-@option(
-    "--max-gib",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
-)
+@with_options(SHARED)
 def main(
     tokens: tuple[int, ...],
     forms: str,
-    derivatives: tuple[int, ...],
-    batch: int,
     heads: int,
     head_dim: int,
     projected_tokens: int,
+    derivatives: tuple[int, ...],
+    batch: int,
     dtype: str,
-    device: str | None,
-    threads: int | None,
-    repeats: int,
-    max_gib: float | None,
+    **machine: Any,
 ) -> None:
+    sizes = partial(Case, batch=batch, heads=heads, head_dim=head_dim, projected_tokens=projected_tokens, dtype=dtype)
+    cases = [
+        sizes(form=form, derivatives=order, tokens=N)
+        for form in check_choices(forms, FORMS, derivatives)
+        for order in derivatives
+        for N in tokens
+    ]
+    run_cases("attention", cases, **machine)
+
+
+def check_choices(forms: str, known: Sequence[str], derivatives: Sequence[int]) -> list[str]:
+    """Return the forms of a comma-separated list. Raises UserError for an unknown one, and for other derivatives."""
+    chosen = forms.split(",")
+    if unknown := sorted(set(chosen) - set(known)):
+        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(known)}")
+    if set(derivatives) - {1, 2}:
+        raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
+    return chosen
+
+
+def run_cases(
+    benchmark: str, cases: Sequence[Any], device: str | None, threads: int | None, repeats: int, max_gib: float | None
+) -> None:
+    """Measure cases (a `Case` each, or one with its methods) and print a line of JSON for each."""
     where = distributed.use_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = forms.split(",")
-    if unknown := sorted(set(chosen) - set(FORMS)):
-        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
-    if set(derivatives) - {1, 2}:
-        raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
-    max_gib = memory_limit(where, max_gib)
-    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "head_dim": head_dim}
-    sizes |= {"projected_tokens": projected_tokens, "dtype": dtype}
-
-    for form in chosen:
-        for order in derivatives:
-            for N in tokens:
-                case = Case(form=form, derivatives=order, tokens=N, **sizes)
-                emit({"benchmark": "attention", **asdict(case), **result(case, where, repeats, max_gib)}, where)
+    limit = memory_limit(where, max_gib)
+    for case in cases:
+        emit({"benchmark": benchmark, **asdict(case), **result(case, where, repeats, limit)}, where)
 
 
 def memory_limit(device: torch.device, max_gib: float | None) -> float:

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.config import override
+from torch_utils.misc import device_name
 from training.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,18 +51,6 @@ def emit(result: Mapping[str, Any], device: torch.device) -> None:
     }
     click.echo(json.dumps({**result, **circumstances}))
     sys.stdout.flush()
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or `cpu (model of the processor)`."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{device.type} ({models[0]})" if models else device.type
 
 
 def images_per_second(run: Callable[[], object], batch: int, device: torch.device, seconds: float) -> float:

@@ -20,18 +20,17 @@ Prints one line of JSON for each form, number of derivatives and resolution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import click
 import torch
-from attention import BLOCKS, DTYPES, MATRICES, memory_limit, result
-from common import emit
+from attention import BLOCKS, DTYPES, MATRICES, SHARED, check_choices, run_cases
 from torch import Tensor
 
-from dnnlib.cli import IntList, Script, option
+from dnnlib.cli import IntList, Script, option, with_options
 from dnnlib.config import ConfigError, UserError
-from torch_utils import distributed
 from training.networks import execution
 from training.networks.blockwise import BLOCK_BYTES
 from training.networks.vit import BlockConfig
@@ -97,49 +96,27 @@ class GridCase:
 @click.command(cls=Script, help=__doc__)
 @option("--resolutions", type=IntList(), default="16,32,64,128,256", show_default=True, help="Sides of the grid.")
 @option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
-@option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both.")
-@option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B.")
 @option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Heads H.")
 @option("--head-dim", type=click.IntRange(min=1), default=16, show_default=True, help="Channels per head D.")
 @option("--window", type=click.IntRange(min=1), default=16, show_default=True, help="Side of a window, in tokens.")
 @option("--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks of nystrom.")
-@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs.")
-@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-@option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
-@option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts.")
-@option(
-    "--max-gib",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
-)
+@with_options(SHARED)
 def main(
     resolutions: tuple[int, ...],
     forms: str,
-    derivatives: tuple[int, ...],
-    batch: int,
     heads: int,
     head_dim: int,
     window: int,
     landmarks: int,
+    derivatives: tuple[int, ...],
+    batch: int,
     dtype: str,
-    device: str | None,
-    threads: int | None,
-    repeats: int,
-    max_gib: float | None,
+    **machine: Any,
 ) -> None:
-    where = distributed.use_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = forms.split(",")
-    if unknown := sorted(set(chosen) - set(FORMS)):
-        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(FORMS)}")
-    if set(derivatives) - {1, 2}:
-        raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
-    limit = memory_limit(where, max_gib)
     sizes = partial(GridCase, batch=batch, heads=heads, head_dim=head_dim, window=window, landmarks=landmarks)
     cases = [
         sizes(form=form, derivatives=order, resolution=resolution, dtype=dtype)
-        for form in chosen
+        for form in check_choices(forms, FORMS, derivatives)
         for order in derivatives
         for resolution in resolutions
     ]
@@ -148,8 +125,7 @@ def main(
             case.block_config()
         except ConfigError as error:
             raise UserError(f"--{error.field}={error.value}: {error.problem}") from None
-    for case in cases:
-        emit({"benchmark": "grid_attention", **asdict(case), **result(case, where, repeats, limit)}, where)
+    run_cases("grid_attention", cases, **machine)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import click
 import torch
-from common import PEAK_TFLOPS, README_EXAMPLE, device_name, emit, peak_mib
+from common import PEAK_TFLOPS, README_EXAMPLE, emit, peak_mib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ import dataset_tool
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import ConfigError, UserError, override, to_json
 from torch_utils import custom_ops, distributed
-from torch_utils.misc import tune_allocator
+from torch_utils.misc import device_name, tune_allocator
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import winograd

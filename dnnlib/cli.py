@@ -133,14 +133,15 @@ class Script(click.Command):
 
 
 class DefaultGroup(click.Group):
-    """A group whose command `default` need not be typed: `generate.py --seeds=0` is `generate.py images --seeds=0`."""
+    """A group whose command `default`, which takes options alone, need not be typed: `generate.py --seeds=0` is
+    `generate.py images --seeds=0`."""
 
     def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.default = default
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default, *args])
+        return super().parse_args(ctx, args if args and not args[0].startswith("-") else [self.default, *args])
 
 
 class Failure(click.ClickException):

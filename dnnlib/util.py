@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,13 +47,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def source_commit() -> str | None:
+    """Return the commit of these sources, with `-dirty` if they were changed since; None where git knows none."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed as a package; the folders around may belong to something else
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
 def import_extra(module: str, extra: str) -> Any:
     """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
-        raise UserError(f"the package {package} cannot be imported ({error}): pip install '.[{extra}]'") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        package, problem = module.partition(".")[0].replace("_", "-"), describe_error(error)
+        raise UserError(f"the package {package} cannot be imported ({problem}): pip install '.[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -67,8 +84,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """Return the first line of an error's message, at most 200 letters of it, or the name of its class without one."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def append_line(path: Path, line: str) -> None:
@@ -78,6 +95,20 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file that has one a line, none where there is no file.
+
+    A line that was cut short, or holds anything else, is left out.
+    """
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
 
 
 class FolderLock:
@@ -127,18 +158,27 @@ class FolderLock:
             self.file.flush()
 
 
-class TeeLog:
-    """While active, everything printed to stdout and stderr also goes to a file, except lines that '\\r' redraws.
+def redraw(text: str, stream: TextIO) -> None:
+    """Show a line on a terminal in the place of the last one that was shown so; an empty one leaves nothing there."""
+    width = shutil.get_terminal_size().columns - 1  # a terminal that is full goes to the next line
+    stream.write(f"\r{text[:width]:<{width}}\r")
+    stream.flush()
 
-    The file ends with the error, if one ended the block. What the disk has no room for is on the screen only.
+
+class TeeLog:
+    """While active, everything printed to stdout and stderr also goes to a file, except lines that are redrawn.
+
+    Those give way on the screen to what is printed next. The file ends with the error, if one ended the block. What
+    the disk has no room for is on the screen only.
     """
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", buffering=1, errors="backslashreplace")
         self.streams = (sys.stdout, sys.stderr)
+        self.redrawn: TextIO | None = None  # where a line stands that what comes next takes the place of
 
     def __enter__(self) -> TeeLog:
-        sys.stdout, sys.stderr = (_Tee(stream, self.file) for stream in self.streams)
+        sys.stdout, sys.stderr = (_Tee(stream, self) for stream in self.streams)
         return self
 
     def __exit__(
@@ -155,13 +195,18 @@ class TeeLog:
 
 
 class _Tee:
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
-        self.stream, self.file = stream, file
+    def __init__(self, stream: TextIO, log: TeeLog) -> None:
+        self.stream, self.log = stream, log
 
     def write(self, text: str) -> int:
-        if not text.startswith("\r"):
-            with suppress(OSError):
-                self.file.write(text)
+        if text.startswith("\r"):
+            self.log.redrawn = self.stream
+            return self.stream.write(text)
+        if self.log.redrawn:
+            redraw("", self.log.redrawn)
+            self.log.redrawn = None
+        with suppress(OSError):
+            self.log.file.write(text)
         return self.stream.write(text)
 
     def flush(self) -> None:

@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
+from exploration.attention import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import spell  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
-from training.networks.attention import SelfAttention  # noqa: E402
 from training.snapshot import Snapshot, load_network  # noqa: E402
 
 WIDTH = 780  # pixels of a picture on the page, at most; small ones are enlarged as far as that goes
@@ -52,22 +52,22 @@ def entries(G: Any) -> Iterator[Entry]:
     """The sections that a network can fill."""
     yield Entry(
         title="Images",
-        text="Seeds 0 to 35, moved a little towards the average.",
+        text="Seeds 0 to 35, with a little truncation.",
         commands=("--seeds=0-35 --trunc=0.8 --outdir=out --grid",),
         pictures=(("out/grid.png", "images.png"),),
     )
     for name, styles in G.style_groups.items():
         yield Entry(
             title=f"Style mixing: {name}",
-            text=f"Every image has the styles {spell(styles)} of its column and all others of its row.",
+            text=f"Each image has the styles {spell(styles)} of its column and the others of its row.",
             commands=(f"mix --rows=0-3 --cols=4-9 --styles={name} --outdir=out",),
             pictures=(("out/grid.png", f"mix-{name}.png"),),
         )
-    if any(isinstance(module, SelfAttention) for module in G.modules()):
+    if has_attention(G.synthesis):
         yield Entry(
             title="Attention",
-            text="What the two pixels that are attended to most, framed, attend to themselves: for each, maps of every "
-            "block, averaged over heads, and the rollout below.",
+            text="What the two pixels that receive most attention (framed) attend to: for each, the maps of every "
+            "block, averaged over heads, and below them the rollout.",
             commands=("attention --seeds=0 --query=most:2 --outdir=out",),
             pictures=(("out/seed0000-attention.png", "attention.png"),),
         )
@@ -89,7 +89,7 @@ def entries(G: Any) -> Iterator[Entry]:
     )
     yield Entry(
         title="Projection",
-        text="Above, images that the generator made; below, what was found from the pixels alone.",
+        text="Top: images of the generator. Bottom: their projections, found from the pixels alone.",
         commands=(
             "--seeds=40-45 --outdir=out/targets",
             "project --target=out/targets --loss=pixels --num-steps=300 --outdir=out",
@@ -177,7 +177,7 @@ def head(snapshot: Snapshot, shown: str) -> str:
         "# Gallery\n\n"
         f"*Written by `python docs/make_gallery.py --network={shown}`.*\n\n"
         f"A {family} for images of {width}x{height} pixels after {snapshot.kimg:g} thousand images, and what the\n"
-        "commands of [exploring.md](exploring.md) show of it.\n"
+        "commands of [exploring.md](exploring.md) show.\n"
     )
 
 

@@ -150,6 +150,8 @@ def _presets_table() -> str:
     rows = [f"| `--cfg` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, config in PRESETS.items():
         data = to_json(config)
+        if config.loss.objective == "wgangp-eps":
+            data["loss"]["r1_gamma"] = ""  # it has no R1
         rows.append(f"| {name} | {' | '.join(_show(path, _get(data, path)) for path in columns.values())} |")
     return "\n".join(rows) + "\n"
 

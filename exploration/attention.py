@@ -1,10 +1,9 @@
-"""Where transformer blocks look: attention maps of chosen positions, per resolution, block and head, and their rollout.
+"""Where transformer blocks look: attention maps of chosen positions, per resolution, block and head, and rollout.
 
-A record holds the queries and keys of a block; maps are computed from them for the rows that are asked for, in pieces
-where all rows are needed, so that no matrix of N x N numbers exists.
-
-With Linformer a query attends to k projected keys. As the output is A (E V) = (A E) V, the row of A E says with which
-weight each position's value enters: the *pull-back* of the map. Its weights can be negative and need not sum to one.
+Whatever its form, the output of attention is linear in the values: A V for each head. So a row of A is the gradient of
+V for a unit cotangent, at the cost of running the block once; no matrix of N x N numbers is ever made. With Linformer A
+is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions, with Nystroem's landmarks F A+ B, and
+along axes the product of columns and rows. Weights of the first two can be negative and need not sum to one.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ from torch.nn import functional as F
 from dnnlib.config import UserError
 from exploration.model import Model, fill_up
 from exploration.sheets import enlarged, marked, overlay, sheet
-from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
-from training.networks.attention import SelfAttention
+from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
-from training.networks.layers import resample_filter
-
-PIECE_BYTES = 2**26  # of one piece of an attention matrix in float32
+from training.networks.layers import Resampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """Queries and keys (B, N, C) of a block, the `index`-th on its grid, in float32."""
+    """Queries and keys (B, N, C) of a block, the `index`-th on its grid, in float32.
 
-    module: SelfAttention
+    `resamplings` led from the block before to this one's grid.
+    """
+
+    module: Attention
+    resamplings: tuple[Resampling, ...]
     grid: Grid
     index: int
     q: Tensor
@@ -47,60 +47,56 @@ class BlockRecord:
         """E.g. 16x16_0, as height x width."""
         return f"{self.grid[0]}x{self.grid[1]}_{self.index}"
 
-    @property
-    def is_projected(self) -> bool:
-        """Whether attention goes to Linformer's projected keys."""
-        return self.module.token_projection is not None
-
-    def weights(self, image: int, rows: Tensor | slice) -> Tensor:
-        """Attention weights (H, Q, N or k) of some query positions of an image."""
-        return self.module.weights(self.q[image : image + 1, rows], self.k[image : image + 1])[0]
-
-    def maps(self, image: int, rows: Tensor | slice) -> Tensor:
-        """The weight (H, Q, N) with which each position's value enters: `weights`, pulled back if projected."""
-        return self._pulled_back(self.weights(image, rows))
-
-    def _pulled_back(self, weights: Tensor) -> Tensor:
-        E = self.module.token_projection
-        return weights if E is None else weights @ E.float()
+    def maps(self, image: int, rows: Tensor) -> Tensor:
+        """The weights (H, Q, N) with which the values of all positions enter those of some query positions (Q,)."""
+        return self.pulled_back(image, F.one_hot(rows, self.q.shape[1]).float())
 
     def received(self, image: int) -> Tensor:
         """The weight of each position (N,), averaged over all queries and heads."""
-        parts = [self.weights(image, rows).mean(dim=0).sum(dim=0, keepdim=True) for rows in self._pieces(self.k)]
-        total: Tensor = torch.stack(parts).sum(dim=0)  # (1, N or k)
-        return self._pulled_back(total)[0] / self.q.shape[1]
-
-    def step_back(self, image: int, relevance: Tensor) -> Tensor:
-        """Return relevance (Q, N) of the block's outputs as that of its inputs: r (A + I) / 2, see `rollout`."""
-        result = torch.zeros_like(relevance)
-        for rows in self._pieces(self.q):
-            maps = self.maps(image, rows)
-            maps = F.normalize(maps.abs(), p=1, dim=2) if self.is_projected else maps
-            result += relevance[:, rows] @ maps.mean(dim=0)
-        return (result + relevance) / 2
-
-    def _pieces(self, columns: Tensor) -> Iterator[slice]:
-        """Slices of the queries whose maps over the tokens of `columns` take about PIECE_BYTES."""
         N = self.q.shape[1]
-        size = max(PIECE_BYTES // (4 * self.module.num_heads * columns.shape[1]), 1)
-        return (slice(start, start + size) for start in range(0, N, size))
+        return self.pulled_back(image, self.q.new_full((1, N), 1 / N)).mean(dim=0)[0]
+
+    def pulled_back(self, image: int, outputs: Tensor) -> Tensor:
+        """r A for weights r (Q, N) of the outputs of an image, the same for every head: (H, Q, N)."""
+        q, k = self.q[image : image + 1], self.k[image : image + 1]  # (1, N, C)
+        heads = self.module.num_heads
+        room = q.shape[2] // heads  # a head's channels do not mix, so each of them carries another r
+        parts = []
+        for some in outputs.split(room):
+            cotangent = F.pad(some, (0, 0, 0, room - len(some))).repeat(heads, 1).t()[None]  # (1, N, C)
+            with torch.enable_grad():
+                v = torch.zeros_like(q, requires_grad=True)
+                (gradient,) = torch.autograd.grad(self.module(q, k, v), v, cotangent)
+            parts.append(gradient[0].t().unflatten(0, (heads, room))[:, : len(some)])
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def projected(self, image: int, rows: Tensor) -> Tensor | None:
+        """Linformer: the weights (H, Q, k) of the projected keys, else None."""
+        if not isinstance(self.module, SelfAttention) or self.module.token_projection is None:
+            return None
+        return self.module.weights(self.q[image : image + 1, rows], self.k[image : image + 1])[0]
 
 
 @contextmanager
 def recording(network: nn.Module, img_size: Grid) -> Iterator[list[BlockRecord]]:
     """While active, add a record to the list for each self-attention of `network` that runs. Leaves nothing behind."""
     records: list[BlockRecord] = []
+    resamplings: list[Resampling] = []  # since the last block
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, SelfAttention)
+        if isinstance(module, Resampling):
+            return resamplings.append(module)
+        assert isinstance(module, Attention)
         q, k = (x.detach().float() for x in args[:2])
         scale = math.sqrt(q.shape[1] / math.prod(img_size))  # grids have the proportions of the image
         grid = (round(img_size[0] * scale), round(img_size[1] * scale))
         index = sum(record.grid == grid for record in records)
-        records.append(BlockRecord(module=module, grid=grid, index=index, q=q, k=k))
+        record = BlockRecord(module=module, resamplings=tuple(resamplings), grid=grid, index=index, q=q, k=k)
+        records.append(record)
+        resamplings.clear()
 
-    modules = [module for module in network.modules() if isinstance(module, SelfAttention)]
-    handles = [module.register_forward_hook(note) for module in modules]
+    handles = [module.register_forward_hook(note) for module in recorded_modules(network)]
     try:
         yield records
     finally:
@@ -108,53 +104,60 @@ def recording(network: nn.Module, img_size: Grid) -> Iterator[list[BlockRecord]]
             handle.remove()
 
 
+def recorded_modules(network: nn.Module) -> list[nn.Module]:
+    """All attention and resampling of tokens in a network, but no attention that others are made of."""
+    found = [module for module in network.modules() if isinstance(module, Attention | Resampling)]
+    parts = {part for module in found for part in module.modules() if part is not module}
+    return [module for module in found if module not in parts]
+
+
+def has_attention(network: nn.Module) -> bool:
+    """Whether there is anything to draw."""
+    return any(isinstance(module, Attention) for module in network.modules())
+
+
 def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
     """Run the synthesis once: the records of all blocks, and the images (n, C, H, W) in [-1, 1].
 
-    Raises UserError for a network without `SelfAttention`.
+    Raises UserError for a network without self-attention.
     """
     synthesis = model.G.synthesis
+    if not has_attention(synthesis):
+        raise UserError(f"{type(model.G).__name__} has no self-attention, so there are no maps of it")
     with torch.no_grad(), execution.using(model.execution), recording(synthesis, model.G.img_shape[1:]) as records:
         img = synthesis(fill_up(ws).to(model.device), noise_mode=model.noise_mode)[: len(ws)]
-    if not records:
-        raise UserError(
-            f"{type(model.G).__name__} has no blocks with Styleformer's self-attention, the form whose maps are drawn"
-        )
     return records, img
 
 
-@torch.no_grad()
 def rollout(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> list[Tensor]:
     """For each block, how much of the chosen pixels (Q, 2) comes from each position of its input: (Q, N) of sum 1.
 
     Attention rollout (Abnar & Zuidema 2020): relevance starts at the token of the last grid that holds the pixel and
-    goes back block by block, r <- r (A + I) / 2, A averaged over heads; I stands for the residual branch, which starts
-    at the token's own value. Where resolutions join, r <- r U: U has the weights of the upsampling between them, its
-    rows brought to the sum 1 at the border. With Linformer A is |A E|, its rows brought to the sum 1.
+    goes back block by block, r <- (n(r A) + r) / 2, A averaged over heads; the second r stands for the residual branch,
+    which starts at the token's own value. Where resolutions join, r <- n(r U), U being the upsampling between them.
+    n takes absolute values and brings their sum to 1. Attention among all, in windows and along axes has that already.
     """
     relevance = F.one_hot(tokens_of(pixels, records[-1].grid, img_size), math.prod(records[-1].grid)).float()
-    grid = records[-1].grid
     steps = []
     for block in reversed(records):
-        while grid != block.grid:
-            relevance = _downsampled(relevance, grid)
-            grid = (grid[0] // 2, grid[1] // 2)
-        relevance = block.step_back(image, relevance)
+        relevance = (_normalized(block.pulled_back(image, relevance).mean(dim=0)) + relevance) / 2
         steps.append(relevance)
+        for resampling in reversed(block.resamplings):
+            relevance = _normalized(_resampled_back(resampling, relevance))
     return steps[::-1]
 
 
-def _downsampled(relevance: Tensor, grid: Grid) -> Tensor:
-    """Relevance (Q, N) on a grid as that (Q, N / 4) on the grid that was upsampled to it."""
-    rows, columns = (_upsampling(side // 2).to(relevance) for side in grid)  # (2n, n)
-    return torch.einsum("qyx,yi,xj->qij", relevance.unflatten(1, grid), rows, columns).flatten(1)
+def _normalized(weights: Tensor) -> Tensor:
+    """|weights| (Q, N) with rows of sum 1."""
+    return F.normalize(weights.abs(), p=1, dim=1)
 
 
-def _upsampling(n: int) -> Tensor:
-    """The matrix (2n, n) of upsampling by [1, 3, 3, 1] along one axis, with rows that sum to 1."""
-    unit_columns = torch.eye(n)[:, None, :, None]  # n images of n x 1 pixels
-    matrix = upsample2d(unit_columns, resample_filter())[:, 0, :, 0].t()
-    return matrix / matrix.sum(dim=1, keepdim=True)
+def _resampled_back(resampling: Resampling, outputs: Tensor) -> Tensor:
+    """r U for weights r (Q, M) of the outputs of a resampling: (Q, N)."""
+    with torch.enable_grad():
+        x = outputs.new_zeros(1, math.prod(resampling.grid), len(outputs) * resampling.GROUP, requires_grad=True)
+        (gradient,) = torch.autograd.grad(resampling(x), x, outputs.t()[None])
+    return gradient[0].t().unflatten(0, (-1, resampling.GROUP)).sum(dim=1)
 
 
 def tokens_of(pixels: Tensor, grid: Grid, img_size: Grid) -> Tensor:
@@ -192,7 +195,6 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
     return torch.tensor(pixels, device=records[0].q.device)
 
 
-@torch.no_grad()
 def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, count: int) -> list[tuple[int, int]]:
     """Return the pixels (x, y) that receive most attention over all blocks, no two within an eighth of the image.
 
@@ -218,8 +220,8 @@ def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, co
 class AttentionMaps:
     """What the chosen pixels (Q, 2) of one image attend to.
 
-    maps        block name -> (H, Q, h, w), pulled back where keys are projected
-    projected   block name -> (H, Q, k), of the blocks whose keys are
+    maps        block name -> (H, Q, h, w)
+    projected   block name -> (H, Q, k), of the blocks whose keys are projected
     rolled      block name -> (Q, h, w), of the block's input
     """
 
@@ -235,15 +237,15 @@ class AttentionMaps:
         return {"queries": self.pixels, **found}
 
 
-@torch.no_grad()
 def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> AttentionMaps:
     """Compute the maps of all blocks, and their rollout, for some pixels of an image."""
     maps, projected, rolled = {}, {}, {}
     for block, relevance in zip(records, rollout(records, image, pixels, img_size), strict=True):
         rows = tokens_of(pixels, block.grid, img_size)
         maps[block.name] = block.maps(image, rows).unflatten(2, block.grid).cpu().numpy()
-        if block.is_projected:
-            projected[block.name] = block.weights(image, rows).cpu().numpy()
+        weights = block.projected(image, rows)
+        if weights is not None:
+            projected[block.name] = weights.cpu().numpy()
         rolled[block.name] = relevance.unflatten(1, block.grid).cpu().numpy()
     return AttentionMaps(pixels=pixels.cpu().numpy(), maps=maps, projected=projected, rolled=rolled)
 

@@ -170,13 +170,19 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
         styles = tuple(int(style) for style in arrays["styles"])
     except KeyError as error:
         raise UserError(f"{where}: has no array {error}; `generate.py directions` writes such files") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: its arrays are not numbers as `generate.py directions` writes them") from None
     if directions.ndim != 2 or directions.shape[1] != G.w_dim or not all(0 <= style < G.num_ws for style in styles):
         raise UserError(
             f"{where}: holds directions {tuple(directions.shape)} for styles up to {max(styles, default=0)}; this "
             f"network has {G.num_ws} styles of {G.w_dim} numbers"
         )
-    if index >= len(directions) or sigmas.shape != values.shape != (len(directions),):
+    if not sigmas.shape == values.shape == (len(directions),):
+        raise UserError(f"{where}: holds {len(directions)} directions, and not one value and sigma for each")
+    if index >= len(directions):
         raise UserError(f"{where}: the file has directions 0 to {len(directions) - 1}")
+    if not (directions.isfinite().all() and sigmas.isfinite().all()):
+        raise UserError(f"{where}: holds values that are not finite")
     return Directions(directions=directions, values=values, sigmas=sigmas, styles=styles), index
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from dnnlib.config import UserError
+from exploration.sheets import sheet, tiles_of
 
 
 def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
@@ -54,7 +55,8 @@ def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
     return mixed
 
 
-def framed(rows: Tensor, cols: Tensor, mixed: Tensor) -> Tensor:
-    """Arrange images (N, ...) for a grid of C + 1 columns: an empty one, the columns'; each row's, and its mixtures."""
-    table = [torch.cat([image[None], mixtures]) for image, mixtures in zip(rows, mixed, strict=True)]
-    return torch.cat([torch.zeros_like(rows[:1]), cols, *table])
+def mixing_sheet(rows: Tensor, cols: Tensor, mixed: Tensor) -> np.ndarray:
+    """Draw uint8 images: those of the rows (R, C, H, W) on the left, of the columns on top, their mixtures between."""
+    lines = [[left, *tiles_of(mixtures)] for left, mixtures in zip(tiles_of(rows), mixed, strict=True)]
+    corner = np.full_like(lines[0][0], 255)
+    return sheet([[corner, *tiles_of(cols)], *lines], has_frame=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ def read_styles(path: Path, G: Any) -> Tensor:
     arrays = read_arrays(path, f"--projected-w={path}")
     if "w" not in arrays:
         raise UserError(f"--projected-w={path}: has no array w; `generate.py project` writes such files")
+    if arrays["w"].dtype.kind not in "fiu":
+        raise UserError(f"--projected-w={path}: w holds {arrays['w'].dtype}, not numbers")
     ws = torch.from_numpy(arrays["w"].astype(np.float32))
     if ws.ndim != 3 or len(ws) == 0 or ws.shape[2] != G.w_dim or ws.shape[1] not in (1, G.num_ws):
         raise UserError(
@@ -126,16 +129,16 @@ def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
         raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
 
 
-def label_of(c_dim: int, class_index: int | None) -> Tensor:
-    """Return the label (1, c_dim). Raises UserError for a class that is missing, not there or not needed."""
+def label_of(c_dim: int, class_index: int | None, flag: str = "--class") -> Tensor:
+    """Return the label (1, c_dim). Raises UserError, with the flag, for a class that is missing, unknown or useless."""
     if c_dim == 0:
         if class_index is not None:
-            raise UserError(f"--class={class_index}: this network was trained without labels; leave it out")
+            raise UserError(f"{flag}={class_index}: this network was trained without labels; leave it out")
         return torch.zeros(1, 0)
     if class_index is None:
-        raise UserError(f"--class: this network is conditional; give one of its classes 0..{c_dim - 1}")
+        raise UserError(f"{flag}: this network is conditional; give one of its classes 0..{c_dim - 1}")
     if not 0 <= class_index < c_dim:
-        raise UserError(f"--class={class_index}: this network has the classes 0..{c_dim - 1}")
+        raise UserError(f"{flag}={class_index}: this network has the classes 0..{c_dim - 1}")
     return torch.nn.functional.one_hot(torch.tensor([class_index]), c_dim).float()
 
 
@@ -171,6 +174,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()  # what cannot be written is known before the work
         yield temporary
         os.replace(temporary, path)
     except OSError as error:

@@ -23,11 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib.config import UserError
-from exploration.attention import BlockRecord, record, tokens_of
+from exploration.attention import BlockRecord, has_attention, record, tokens_of
 from exploration.mixing import choose_styles, mix, spell
 from exploration.model import Model, label_of, seed_latents
 from exploration.sheets import enlarged, marked, overlay, to_rgb
-from training.networks.attention import SelfAttention
 
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
@@ -67,7 +66,7 @@ class Player:
             "size": G.img_shape[1:],
             "groups": {name: spell(styles) for name, styles in G.style_groups.items()},
             "classes": G.c_dim,
-            "attention": any(isinstance(module, SelfAttention) for module in G.synthesis.modules()),
+            "attention": has_attention(G.synthesis),
         }
         page = Path(__file__).with_name("play.html").read_text(encoding="utf-8")
         return page.replace("__MODEL__", json.dumps(facts).replace("<", "\\u003c"))
@@ -94,11 +93,10 @@ class Player:
         picture = pixels_of(self._made(question)[0])
         image = enlarged(picture)
         maps = [{"block": "the position", "image": data_uri(marked(image, x, y, (height, width)))}]
-        with torch.no_grad():
-            for block in self.records[1]:
-                rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
-                weights = block.maps(0, rows).mean(dim=0).unflatten(1, block.grid)[0].cpu().numpy()
-                maps.append({"block": block.name, "image": data_uri(overlay(image, weights))})
+        for block in self.records[1]:
+            rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
+            weights = block.maps(0, rows).mean(dim=0).unflatten(1, block.grid)[0].cpu().numpy()
+            maps.append({"block": block.name, "image": data_uri(overlay(image, weights))})
         return {"maps": maps}
 
     def _question(self, given: dict[str, str]) -> Question:
@@ -109,7 +107,7 @@ class Player:
         if (other is None) != ("styles" not in given):
             raise UserError("other, styles: give both or none")
         class_index = whole(given, "class", 0, max(G.c_dim - 1, 0)) if "class" in given else None
-        label_of(G.c_dim, class_index)  # refuses what the network does not have
+        label_of(G.c_dim, class_index, "class")  # refuses what the network does not have
         question = Question(
             seed=whole(given, "seed", 0, LARGEST_SEED - count + 1),
             count=count,

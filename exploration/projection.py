@@ -29,6 +29,7 @@ from training.networks import execution
 
 # Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
 Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+FILM_FPS = 30
 SMALLEST = 8  # the grid of the last scale of pixels, and of noise
 
 
@@ -122,14 +123,14 @@ def project_batch(
     """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
 
     Return styles (B, num_ws, w_dim), and the distances of the first step and of the styles' images, which have the
-    network's own noise.
+    network's own noise. Raises UserError when these are not finite.
     """
     goals = ((targets.float() - 128) / 127.5).to(model.device)
     scale = -(-128 // max(model.G.img_shape[1:]))
     before: list[float] = []
     with ExitStack() as stack:
         paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
-        films = [stack.enter_context(open_video(path, fps=30)) for path in paths]
+        films = [stack.enter_context(open_video(path, fps=FILM_FPS)) for path in paths]
         progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
         for number, step in enumerate(project(model, goals, towards, config, first)):
             before = before or step.distances.tolist()
@@ -142,7 +143,10 @@ def project_batch(
             progress.update()
     with torch.no_grad(), execution.using(model.execution):
         img = model.G.synthesis(step.ws, noise_mode=model.noise_mode)
-        return step.ws, before, towards(goals)(img).tolist()
+        after = towards(goals)(img)
+    if not after.isfinite().all():
+        raise UserError(f"--lr={config.learning_rate:g}: the search left all finite numbers; choose a smaller one")
+    return step.ws, before, after.tolist()
 
 
 def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -213,8 +217,6 @@ def read_targets(path: Path, img_shape: tuple[int, int, int]) -> tuple[list[str]
     Raises UserError naming a file that cannot be read.
     """
     C, H, W = img_shape
-    if C not in (1, 3, 4):
-        raise UserError(f"--target={path}: this network makes images of {C} channels, which no picture file has")
     conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         names, read = [path.name], lambda name: path.read_bytes()

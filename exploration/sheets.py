@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-CAPTION = 14  # pixels of height for a line of the default font
 MIN_TILE = 96
+GAP = 2  # pixels between tiles
+FRAME_GAP = 10  # pixels between a sheet's frame and the rest
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -23,6 +26,11 @@ def enlarged(pixels: np.ndarray) -> np.ndarray:
     """Repeat the pixels of (H, W, ...) until the longer side has at least MIN_TILE."""
     factor = -(-MIN_TILE // max(pixels.shape[:2]))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def tiles_of(images: Tensor) -> list[np.ndarray]:
+    """uint8 images (n, C, h, w) -> tiles (H, W, 3)."""
+    return [enlarged(to_rgb(pixels)) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -43,15 +51,29 @@ def marked(image: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarr
     return np.array(picture)
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> np.ndarray:
-    """Put tiles (H, W, 3) of one size into rows, with 2 pixels between them and a caption above each column."""
+def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), *, has_frame: bool = False) -> np.ndarray:
+    """Put tiles (H, W, 3) of one size into rows, on white, with a caption above the middle of each column.
+
+    Where the sheet has a frame, its first row and its first column stand apart from the rest.
+    """
     H, W, _ = rows[0][0].shape
-    top = CAPTION if captions else 0
-    width, height = len(rows[0]) * (W + 2) - 2, top + len(rows) * (H + 2) - 2
-    canvas = Image.new("RGB", (width, height), "white")
-    for r, row in enumerate(rows):
-        for c, tile in enumerate(row):
-            canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (c * (W + 2), top + r * (H + 2)))
-    for c, caption in enumerate(captions):
-        ImageDraw.Draw(canvas).text((c * (W + 2) + 2, 1), caption, fill="black")
+    size = _text_size(captions, H, W) if captions else 0
+    top = math.ceil(1.4 * size)
+    apart = FRAME_GAP - GAP if has_frame else 0
+    xs = [c * (W + GAP) + apart * (c > 0) for c in range(len(rows[0]))]
+    ys = [top + r * (H + GAP) + apart * (r > 0) for r in range(len(rows))]
+    canvas = Image.new("RGB", (xs[-1] + W, ys[-1] + H), "white")
+    for y, row in zip(ys, rows, strict=True):
+        for x, tile in zip(xs, row, strict=True):
+            canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (x, y))
+    for x, caption in zip(xs, captions, strict=False):
+        where = (x + W / 2, top - 0.35 * size)  # of the middle of the line on which letters stand
+        ImageDraw.Draw(canvas).text(where, caption, fill="black", font_size=size, anchor="ms")
     return np.array(canvas)
+
+
+def _text_size(captions: Sequence[str], height: int, width: int) -> float:
+    """The size of letters: an eighth of the longer side, or what lets every caption fit into the width."""
+    measure = ImageFont.load_default(100)
+    widest = max(measure.getlength(caption) / 100 for caption in captions)  # at size 1
+    return min(max(height, width) / 8, width / widest)

@@ -16,16 +16,19 @@ from dnnlib.util import import_extra
 from exploration.model import written_whole
 
 QUALITY = "16"  # x264's crf: 0 loses nothing, from about 18 on losses can be seen
+GIF_FPS = 50  # above, browsers show a GIF at 10
 
 AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 
 
-def check_encoder(path: Path) -> None:
-    """Raise UserError for a file that is neither .mp4 nor .gif, and where the encoder for it is missing."""
+def check_encoder(path: Path, fps: float) -> None:
+    """Raise UserError for a file that is neither .mp4 nor .gif, or cannot be so fast, or whose encoder is missing."""
     if path.suffix == ".mp4":
         _ffmpeg(path)
     elif path.suffix != ".gif":
         raise UserError(f"{path}: videos are .mp4 or .gif files")
+    elif fps > GIF_FPS:
+        raise UserError(f"--fps={fps:g}: browsers show no more than {GIF_FPS} frames of a GIF per second")
 
 
 @contextmanager
@@ -33,10 +36,11 @@ def open_video(path: Path, fps: float) -> Iterator[AddFrame]:
     """Yield what appends a frame to a new video, which is there under its name when all has ended without an error.
 
     MP4 is H.264 in 4:2:0, which plays everywhere; an odd side is made even by repeating the last row or column. A GIF
-    repeats for ever, has 256 colours per frame, and is kept in memory until the end, one byte per pixel. Raises
-    WriteError, and UserError as `check_encoder` does.
+    repeats for ever, has 256 colours per frame, shows each for whole hundredths of a second, which keep time on
+    average, and is kept in memory until the end, one byte per pixel. Raises WriteError, and UserError as
+    `check_encoder` does.
     """
-    check_encoder(path)
+    check_encoder(path, fps)
     with _gif(path, fps) if path.suffix == ".gif" else _mp4(path, fps) as add:
         yield add
 
@@ -99,4 +103,6 @@ def _gif(path: Path, fps: float) -> Iterator[AddFrame]:
 
     with written_whole(path) as temporary:
         yield add
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+        ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]  # in hundredths of a second
+        durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0)

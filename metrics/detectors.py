@@ -7,7 +7,6 @@ and optionally class logits [B, K] out. A program can do anything, so only `--de
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.config import UserError
+from dnnlib.util import describe_error, import_extra
 from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
 
 Role = Literal["inception", "vgg16", "lpips", "dinov2"]
@@ -118,7 +118,7 @@ class DetectorSetup:
         missing = self.missing(role)
         if missing:
             raise UserError(missing)
-        _import(PACKAGES[role])
+        import_extra(PACKAGES[role], "metrics")
 
     def identity(self, role: Role) -> dict[str, str]:
         """Return the name of a network and the sha256 of its files: with them its features are determined."""
@@ -193,7 +193,7 @@ def _dinov2_name(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text())
         width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({_first_line(error)})") from None
+        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
     if (width, depth, patch) == (1024, 24, 14):
         return "DINOv2 ViT-L/14"
     return f"DINOv2 of width {width}, {depth} layers, patches {patch}: does not compare with ViT-L/14"
@@ -275,7 +275,7 @@ def load_inception(state: Mapping[str, Tensor], device: torch.device, *, clean: 
     It enlarges images to 299x299 as TensorFlow 1 did (bilinear, corners not centred), which is the StyleGAN family's
     protocol. `clean` puts an antialiased bicubic resize in its place (Parmar et al. 2022).
     """
-    module = _import("torch_fidelity.feature_extractor_inceptionv3")
+    module = import_extra("torch_fidelity.feature_extractor_inceptionv3", "metrics")
     with _replaced(module, load_state_dict_from_url=lambda *_, **__: state), _no_trace():
         network = _built(
             lambda: module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"]), "Inception"
@@ -298,7 +298,7 @@ def clean_resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) 
 
 def load_vgg16(state: Mapping[str, Tensor], device: torch.device) -> Detector:
     """Return torchvision's VGG16: its second layer of 4096 after the ReLU, images enlarged to 224x224."""
-    module = _import("torch_fidelity.feature_extractor_vgg16")
+    module = import_extra("torch_fidelity.feature_extractor_vgg16", "metrics")
     with _replaced(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
         network = module.FeatureExtractorVGG16("vgg16", ["fc2_relu"]).to(device)
     return Detector(name="torchvision VGG16", network=lambda images: (network(to_rgb(images))[0], None))
@@ -320,7 +320,7 @@ def load_lpips(
 
 def load_lpips_network(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device) -> Any:
     """Return torch-fidelity's module of LPIPS: `normalize` for images with values in 0..255, `net`, `lins`."""
-    module = _import("torch_fidelity.sample_similarity_lpips")
+    module = import_extra("torch_fidelity.sample_similarity_lpips", "metrics")
     replaced = {
         "load_state_dict_from_url": lambda *_, **__: linear,
         "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
@@ -330,26 +330,23 @@ def load_lpips_network(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor]
 
 
 def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
-    torchvision = _import("torchvision")
+    torchvision = import_extra("torchvision", "metrics")
     with _no_trace(), torch.device("meta"):
         network: nn.Module = torchvision.models.vgg16(init_weights=False)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"VGG16: its weights do not fit ({str(error).splitlines()[0]})") from None
+    _built(lambda: network.load_state_dict(state, assign=True), "VGG16")
     return network.eval()
 
 
 def load_dinov2(folder: Path, device: torch.device) -> Detector:
     """Return DINOv2 from a folder of transformers: the class token after the last norm, images resized to 224x224."""
-    transformers = _import("transformers")
+    transformers = import_extra("transformers", "metrics")
     try:
         with _no_trace(), _quiet(transformers):
             network, info = transformers.Dinov2Model.from_pretrained(
                 str(folder), local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # of the library, of safetensors, of JSON
-        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({_first_line(error)})") from None
+        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
     if info["missing_keys"]:
         raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
@@ -386,7 +383,7 @@ def load_program(path: Path, device: torch.device) -> Detector:
         try:
             output = module(images, **options)
         except Exception as error:
-            raise UserError(f"--detector={path}: failed on {shape} ({_first_line(error)})") from None
+            raise UserError(f"--detector={path}: failed on {shape} ({describe_error(error)})") from None
         return _checked_output(output, len(images), f"--detector={path}: for {shape}")
 
     return Detector(name=path.name, network=see)
@@ -402,14 +399,14 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
     except Exception as error:
-        raise UserError(f"--detector={path}: cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
 
 
 def _checked_output(output: Any, count: int, where: str) -> Output:
     parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
     if not 1 <= len(parts) <= 2 or not all(isinstance(x, Tensor) and x.ndim == 2 and len(x) == count for x in parts):
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
-        raise UserError(f"{where} it returned {shown}: wanted are features [B, F] and optionally logits [B, K]")
+        raise UserError(f"{where} it returned {shown}, expected features [B, F] and optionally logits [B, K]")
     features, logits = parts[0].float(), parts[1].float() if len(parts) == 2 else None
     return features, logits
 
@@ -421,7 +418,7 @@ def load_state_dict(path: Path) -> Mapping[str, Tensor]:
             warnings.simplefilter("ignore")  # of old file formats; what cannot be read is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a state dict ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a state dict ({describe_error(error)})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds something else than a state dict")
     return state
@@ -431,22 +428,7 @@ def _built(build: Callable[[], Any], name: str) -> Any:
     try:
         return build()
     except RuntimeError as error:
-        raise UserError(f"{name}: its weights do not fit ({_first_line(error)})") from None
-
-
-def _import(name: str) -> ModuleType:
-    """Import what only detectors need. A torchvision that was built for another torch raises RuntimeError."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
-        package = name.split(".")[0].replace("_", "-")
-        raise UserError(
-            f"the package {package} cannot be imported ({_first_line(error)}): pip install '.[metrics]'"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{name}: its weights do not fit ({describe_error(error)})") from None
 
 
 @contextmanager

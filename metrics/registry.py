@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 import dnnlib
-from dnnlib.config import UserError, WriteError
+from dnnlib.config import UserError
 from dnnlib.download import sha256_of_file
+from dnnlib.util import append_line, read_json_lines
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, Want, statistics_of
 from metrics.sampling import Images, MetricContext
@@ -339,14 +340,7 @@ def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> 
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file; a line that was cut short, or is anything else, is none."""
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("results"), dict):
-            yield record
+    return (record for record in read_json_lines(path) if isinstance(record.get("results"), dict))
 
 
 def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -358,12 +352,7 @@ def append_result(folder: Path, record: dict[str, Any]) -> None:
 
     Raises WriteError when the file cannot be written.
     """
-    path = folder / f"metric-{record['metric']}.jsonl"
-    try:
-        with path.open("a") as file:
-            file.write(to_line(record) + "\n")
-    except OSError as error:
-        raise WriteError(f"{path}: the result cannot be appended ({error.strerror})") from None
+    append_line(folder / f"metric-{record['metric']}.jsonl", to_line(record))
 
 
 def to_line(record: dict[str, Any]) -> str:

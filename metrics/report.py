@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import UserError
-from dnnlib.util import format_time
+from dnnlib.util import format_time, redraw
 from torch_utils import distributed
 
 Record = dict[str, Any]  # as registry.result_to_json returns it
@@ -31,13 +31,16 @@ class Progress:
         text = f"{what}: {done} of {total}"
         if done == total:
             self.what = ""
+            if on_screen:
+                redraw("", sys.stderr)
+            print(text, file=sys.stderr, flush=True)
         elif now - self.shown > (0.5 if on_screen else 30):
             self.shown = now
             text += f", {format_time((now - self.start) * (total - done) / done)} left"
-        else:
-            return
-        print(f"\r{text:<78}" if on_screen else text, end="" if on_screen and done < total else "\n", file=sys.stderr)
-        sys.stderr.flush()
+            if on_screen:
+                redraw(text, sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
 
 def to_table(records: Sequence[Record]) -> str:

@@ -1,142 +1,205 @@
-"""Curves of one or several runs as pictures: against kimg on the left, against the time of training on the right."""
+"""Which numbers of which runs are drawn into which chart, as lines of their own colour and dashes."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dnnlib.config import UserError
+from metrics import registry
 from reporting.runs import Curve, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Numbers that are drawn into one picture: those that match a pattern and that no earlier chart has."""
+class Group:
+    """Numbers that belong into one chart: those that match a pattern and that no earlier group has."""
 
     name: str
     title: str
+    unit: str
     patterns: tuple[str, ...]
     is_log: bool = False
 
 
-CHARTS = (
-    Chart("losses", "Losses of G and D", ("Loss/G/loss", "Loss/D/loss")),
-    Chart("signs", "Mean sign of D's logits: 1 is real, -1 is generated", ("Loss/signs/*",)),
-    Chart("scores", "D's logits", ("Loss/scores/*",)),
-    Chart("augment", "Probability p of the augmentation", ("Progress/augment",)),
-    Chart("gradients", "Norms of the gradients", ("Gradients/*",), is_log=True),
-    Chart("regularisers", "Regularisers and other terms of the losses", ("Loss/*",), is_log=True),
-    Chart("diversity", "How much generated images differ, as a share of how much real ones do", ("Images/diversity",)),
-    Chart("overfitting", "Overfitting of D: 0 is none, 1 is complete", ("Overfitting/r_*",)),
-    Chart("pace", "Seconds per kimg", ("Timing/sec_per_kimg",)),
-    Chart("", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn
-    Chart("others", "Other figures", ("*",)),
+GROUPS = (
+    Group("losses", "Losses of G and D", "loss", ("Loss/G/loss", "Loss/D/loss")),
+    Group("signs", "Signs of D's logits: 1 is real, -1 is generated", "mean sign", ("Loss/signs/*",)),
+    Group("scores", "D's logits", "mean logit", ("Loss/scores/*",)),
+    Group("augment", "Probability p of the augmentation", "p", ("Progress/augment",)),
+    Group("gradients", "Norms of the gradients", "norm", ("Gradients/*",), is_log=True),
+    Group("regularisers", "Regularisers and other terms of the losses", "mean", ("Loss/*",), is_log=True),
+    Group("diversity", "Spread of generated images: 1 is that of real ones", "share", ("Images/diversity",)),
+    Group("overfitting", "Overfitting of D: 0 is none, 1 is complete", "r", ("Overfitting/r_*",)),
+    Group("holdout", "D's logits of held-out and other images", "mean logit", ("Overfitting/score_*",)),
+    Group("holdout-signs", "Signs of D's logits of held-out and other images", "mean sign", ("Overfitting/sign_*",)),
+    Group("skipped", "Updates left out: their values were not finite", "updates per tick", ("Skipped/*",)),
+    Group("pace", "Pace", "seconds per kimg", ("Timing/sec_per_kimg",)),
+    Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn
+    Group("others", "Other figures", "", ("*",)),
 )
-STYLES = ("-", "--", ":", "-.")
-FEW = 40  # points: fewer are drawn as such
+# Okabe and Ito's colours, which colour-blind people tell apart as well, but for those that are faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = ("-", "--", ":", "-.")
+MANY = 200  # points: of more a running mean is drawn, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A number of a run: the points of its curve that are finite, and how they are drawn."""
+
+    run: str
+    number: str
+    curve: Curve
+    colour: str
+    dashes: str = DASHES[0]
+    best: int | None = None  # the place of a metric's best value
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether `trend` is something else than the curve."""
+        return len(self.curve.values) > MANY
+
+    def trend(self) -> Curve:
+        """Of many points the mean over the fiftieth of the curve around each, at its ends over what there is of it."""
+        if not self.is_smoothed:
+            return self.curve
+        half = len(self.curve.values) // 100
+        sums = np.concatenate([[0.0], np.cumsum(self.curve.values)])
+        places = np.arange(len(self.curve.values))
+        first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(places))
+        return replace(self.curve, values=(sums[end] - sums[first]) / (end - first))
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A chart, drawn: PNG."""
+class Entry:
+    """A line of the legend; without a colour it stands for all that have these dashes."""
+
+    label: str
+    colour: str | None
+    dashes: str = DASHES[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Lines over each other; `compares` says whether they are of several runs."""
 
     name: str
     title: str
-    png: bytes
+    unit: str
+    is_log: bool
+    compares: bool
+    lines: tuple[Line, ...]
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What is drawn, by name."""
+        return tuple(dict.fromkeys(line.number for line in self.lines))
+
+    @property
+    def note(self) -> str:
+        """What faint and strong lines are, where there are both."""
+        if any(line.is_smoothed for line in self.lines):
+            return "faint: every tick; strong: the mean over a fiftieth of the run"
+        return ""
+
+    def label(self, line: Line) -> str:
+        """What tells a line from the others."""
+        if not self.compares:
+            return line.number
+        return f"{line.run} {line.number}" if len(self.numbers) > 1 else line.run
+
+    def legend(self) -> list[Entry]:
+        """Of one run its numbers by colour; of several the runs by colour, then the numbers by dashes."""
+        if not self.compares:
+            return [Entry(line.number + _best_of(line), line.colour) for line in self.lines]
+        runs = {line.run: Entry(line.run + _best_of(line), line.colour) for line in self.lines}
+        numbers = {line.number: Entry(line.number, None, line.dashes) for line in self.lines}
+        return [*runs.values(), *(numbers.values() if len(numbers) > 1 else ())]
 
 
-def check_matplotlib() -> None:
-    """Raise UserError when nothing can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the package matplotlib is not installed: pip install '.[metrics]'")
-
-
-def draw(runs: Sequence[Run]) -> Iterator[Picture]:
+def find_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield the charts that any of the runs has numbers for, metrics first."""
-    everyone = [run.name for run in runs]
     for name in dict.fromkeys(name for run in runs for name in run.metrics):
-        lines = {(run.name, name): run.metrics[name] for run in runs if name in run.metrics}
-        yield Picture(f"metric-{name}", name, _draw(f"Metric {name}", lines, everyone))
-    names = dict.fromkeys(name for run in runs for name in run.ticks)
-    taken: set[str] = set()
-    for chart in CHARTS:
-        matching = [name for name in names if name not in taken and _matches(name, chart)]
-        taken.update(matching)
-        lines = {(run.name, name): run.ticks[name] for name in matching for run in runs if name in run.ticks}
-        lines = {key: curve for key, curve in lines.items() if np.isfinite(curve.values).any()}
-        if chart.name and lines:
-            yield Picture(chart.name, chart.title, _draw(chart.title, lines, everyone, is_log=chart.is_log))
+        yield _metric_chart(name, runs)
+    names = sorted({name for run in runs for name in run.ticks})
+    for group in GROUPS:
+        matching = [name for name in names if any(fnmatchcase(name, pattern) for pattern in group.patterns)]
+        names = [name for name in names if name not in matching]
+        lines = _lines([(run.name, run.ticks) for run in runs], matching)
+        if group.name and lines:
+            yield Chart(
+                name=group.name,
+                title=group.title,
+                unit=group.unit,
+                is_log=group.is_log and _is_positive(lines),
+                compares=len(runs) > 1,
+                lines=lines,
+            )
 
 
-def _matches(name: str, chart: Chart) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in chart.patterns)
+def _metric_chart(name: str, runs: Sequence[Run]) -> Chart:
+    """The chart of a metric, logarithmic where low values are good and span more than a factor of ten."""
+    higher = higher_is_better(name)
+    lines = _lines([(run.name, run.metrics) for run in runs], [name])
+    values = np.concatenate([line.curve.values for line in lines])
+    if higher is not None:
+        lines = tuple(replace(line, best=place_of_best(line.curve, higher=higher)) for line in lines)
+    return Chart(
+        name=f"metric-{name}",
+        title=f"Metric {name}" + ("" if higher is None else f": {'higher' if higher else 'lower'} is better"),
+        unit=name,
+        is_log=higher is False and _is_positive(lines) and values.max() > 10 * values.min(),
+        compares=len(runs) > 1,
+        lines=lines,
+    )
 
 
-def _draw(title: str, lines: dict[tuple[str, str], Curve], runs: Sequence[str], *, is_log: bool = False) -> bytes:
-    """Draw curves by (run, number). Of several runs the colour says which, and the dashes say which number."""
-    from matplotlib.figure import Figure
-
-    numbers = list(dict.fromkeys(number for _, number in lines))
-    longest = max((x for curve in lines.values() for x in curve.seconds if math.isfinite(x)), default=0)
-    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
-    figure = Figure(figsize=(11, 3.6 + 0.2 * max(len(runs), len(numbers))), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for (run, number), curve in lines.items():
-        i, j = runs.index(run), numbers.index(number)
-        style = (
-            {"color": _colour(i, runs), "linestyle": _dashes(j)} if len(runs) > 1 else {"color": _colour(j, numbers)}
-        )
-        known = np.isfinite(curve.values)  # a number that not every tick has is a line too
-        x, y = np.asarray(curve.kimg)[known], np.asarray(curve.values)[known]
-        marker = "." if len(x) < FEW else None
-        left.plot(x, y, label=number, linewidth=1.2, marker=marker, **style)
-        right.plot(np.asarray(curve.seconds)[known] / seconds, y, linewidth=1.2, marker=marker, **style)
-        if is_log and (y > 0).all():
-            left.set_yscale("log")
-    left.set_xlabel("kimg")
-    right.set_xlabel(f"{unit} of training")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    _add_legend(figure, left, runs, numbers)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+def higher_is_better(metric: str) -> bool | None:
+    """Whether high values of a metric are good; None if that is not known here."""
+    for name in (metric, metric.rpartition("_")[0]):  # a detector of one's own is named behind the last "_"
+        try:
+            return registry.find(name)[0].higher_is_better
+        except UserError:
+            continue
+    return None
 
 
-def _add_legend(figure: Figure, axes: Axes, runs: Sequence[str], numbers: Sequence[str]) -> None:
-    """Below the curves: of one run its numbers; of several the runs by colour, then the numbers by dashes."""
-    from matplotlib.lines import Line2D
-
-    style: dict[str, Any] = {"fontsize": 8, "frameon": False}
-    if len(runs) == 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, **style)
-        return
-    handles = [Line2D([], [], color=_colour(i, runs)) for i in range(len(runs))]
-    figure.legend(handles, runs, loc="outside lower left", ncols=1, **style)
-    if len(numbers) > 1:
-        handles = [Line2D([], [], color="black", linestyle=_dashes(j)) for j in range(len(numbers))]
-        figure.legend(handles, numbers, loc="outside lower right", ncols=1, **style)
+def place_of_best(curve: Curve, *, higher: bool) -> int:
+    """Where in a curve its best value is, the first of equal ones."""
+    return int(curve.values.argmax() if higher else curve.values.argmin())
 
 
-def _colour(i: int, items: Sequence[str]) -> Any:
-    """The colour of the i-th of some things: matplotlib's ten, or steps of a colour map if there are more."""
-    import matplotlib
+def _best_of(line: Line) -> str:
+    if line.best is None:
+        return ""
+    return f" (best {line.curve.values[line.best]:.5g} at {line.curve.kimg[line.best]:g} kimg)"
 
-    return f"C{i}" if len(items) <= 10 else matplotlib.colormaps["turbo"](i / (len(items) - 1))
+
+def _is_positive(lines: Sequence[Line]) -> bool:
+    return all((line.curve.values > 0).all() for line in lines)
 
 
-def _dashes(j: int) -> Any:
-    return STYLES[j % len(STYLES)]
+def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str]) -> tuple[Line, ...]:
+    """What runs have of these numbers. Of several runs the colour says which, and the dashes say which number."""
+    lines = []
+    for i, (run, curves) in enumerate(runs):
+        for j, number in enumerate(numbers):
+            curve = curves[number].finite() if number in curves else None
+            if curve is None or not len(curve.values):
+                continue
+            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(numbers))
+            dashes = DASHES[j % len(DASHES)] if len(runs) > 1 else DASHES[0]
+            lines.append(Line(run=run, number=number, curve=curve, colour=colour, dashes=dashes))
+    return tuple(lines)
+
+
+def _colour(i: int, count: int) -> str:
+    """The colour of the i-th of some things: one of COLOURS, or if there are more, steps of a scale."""
+    if count <= len(COLOURS):
+        return COLOURS[i]
+    from matplotlib import colormaps, colors
+
+    return colors.to_hex(colormaps["viridis"](0.9 * i / (count - 1)))

@@ -6,131 +6,102 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from dnnlib.config import differences
 from dnnlib.util import format_time
-from reporting.charts import Picture
+from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
+from reporting.drawing import Panel, Picture
 from reporting.runs import Curve, Grid, Run
 
+TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # pixels of a grid in the page
-
-HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1140px; padding: 1.5em 1em 4em; color: #24292f;
- background: #f3f4f6 }}
-h1 {{ font-size: 1.7em; margin: .4em 0; overflow-wrap: anywhere }}
-h2 {{ font-size: 1.2em; margin: 2em 0 .6em }}
-h3 {{ font-size: 1em; margin: 0 0 .8em; overflow-wrap: anywhere }}
-img {{ max-width: 100%; display: block }}
-.card {{ background: #fff; border: 1px solid #e1e4e8; border-radius: 8px; padding: 1em; margin: 0 0 1em;
- overflow-x: auto; box-shadow: 0 1px 3px #0000000f }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
-th, td {{ border-bottom: 1px solid #e1e4e8; padding: .4em 1em .4em 0; text-align: left; vertical-align: top }}
-th {{ color: #57606a; font-weight: 600; font-size: .9em }}
-tr:last-child td {{ border-bottom: none }}
-figure {{ margin: 0 }}
-figure img {{ border-radius: 4px; width: 100% }}
-figcaption {{ color: #57606a; font-size: .9em; padding-top: .4em }}
-summary {{ cursor: pointer }}
-.grids {{ display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-end }}
-.grids input {{ width: 100% }}
-.grids > div {{ flex: 1 1 320px; max-width: 530px }}
-pre {{ overflow-x: auto; background: #f6f8fa; border-radius: 6px; padding: 1em }}
-.problems {{ color: #a40e26; list-style-position: inside }}
-</style>
-</head>
-<body>
-"""
-
-# The slider shows one grid of its box; without scripts all of them stand below each other.
-SCRIPT = """<script>
-for (const box of document.querySelectorAll(".frames")) {
-  const slider = box.querySelector("input"), frames = box.querySelectorAll("figure");
-  const show = () => frames.forEach((frame, i) => { frame.hidden = i != slider.value; });
-  slider.hidden = false;
-  slider.addEventListener("input", show);
-  show();
-}
-</script>
-"""
+READ = 300  # points of a line whose values are shown under the pointer
+DASHES = {"-": "", "--": "5 2", ":": "1 2", "-.": "5 2 1 2"}  # of SVG, for those of matplotlib
 
 
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
-    """Return the page; of a run's grids it has about `max_images`, evenly spaced, with the first and the last."""
+    """Return the page, with about `max_images` grids of all runs together."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>", _overview(runs)]
-    parts.append("<h2>Generated images</h2>")
-    parts += [_grids(run, max_images) for run in runs]
-    parts.append("<h2>Curves</h2>")
-    curves = [
-        f'<div class="card"><img src="{_data_uri(picture.png, "png")}" alt="{escape(picture.title)}"></div>'
-        for picture in pictures
-    ]
-    parts += curves or ["<p>No figures yet: the first come with the first tick.</p>"]
-    parts += ["<h2>Options</h2>", _options(runs)]
-    problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
-    if problems:  # the last to be known, the first to be read
-        items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-        parts.insert(2, f'<ul class="card problems">{items}</ul>')
-    return "\n".join([*parts, SCRIPT, "</body>\n</html>\n"])
+    per_run = max(max_images // len(runs), 2)
+    grids = [_grids(run, per_run) for run in runs]
+    parts = [f"<h1>{escape(title)}</h1>", _problems(runs), _overview(runs), "<h2>Generated images</h2>", *grids]
+    parts += ["<h2>Curves</h2>", *map(_chart, pictures)]
+    parts += ["<h2>Options</h2>", _differing_options(runs), *map(_all_options, runs)]
+    parts.append(_environments(runs))
+    written = f"Written {_date(datetime.now(UTC).timestamp())} by report.py."
+    body = "\n".join(filter(None, [*parts, f'<p class="quiet">{written}</p>']))
+    return TEMPLATE.read_text(encoding="utf-8").replace("$title", escape(title)).replace("$body", body)
+
+
+def _problems(runs: Sequence[Run]) -> str:
+    """What of the files could not be read, and what the runs themselves warned of."""
+    items = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    items += [f"{run.name}: {line}" for run in runs for line in run.warnings]
+    lines = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<ul class="card alarm" style="padding-left: 2em">{lines}</ul>' if items else ""
 
 
 def _overview(runs: Sequence[Run]) -> str:
     """How far each run has come, and where its metrics stand."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    rows = [["run", "kimg", "time", "sec/kimg", *(f"{name}, last (lowest, highest)" for name in metrics)]]
+    rows = [["run", "kimg", "time of training", "sec/kimg", "p", "last tick"]]
+    rows[0] += [head for name in metrics for head in (f"{name}, best", "last")]
     for run in runs:
         seconds = run.last("Timing/total_sec")
         rows.append(
             [
                 run.name,
                 f"{_number(run.last('Progress/kimg'))} of {_number(run.total_kimg)}",
-                format_time(seconds) if math.isfinite(seconds) else "",
+                format_time(seconds) if math.isfinite(seconds) else "?",
                 _number(run.last("Timing/sec_per_kimg")),
-                *(_summary(run.metrics.get(name)) for name in metrics),
+                _number(run.last("Progress/augment")),
+                _date(run.last("timestamp")),
+                *(cell for name in metrics for cell in _best_and_last(name, run.metrics.get(name))),
             ]
         )
     return _table(rows)
 
 
-def _summary(curve: Curve | None) -> str:
+def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
     if curve is None:
-        return ""
-    last, low, high = curve.values[-1], min(curve.values), max(curve.values)
-    return f"{last:.5g} ({low:.5g}, {high:.5g})"
+        return "", ""
+    last = f"{curve.values[-1]:.5g}"
+    higher = higher_is_better(name)
+    if higher is None:
+        return "?", last
+    best = place_of_best(curve, higher=higher)
+    return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "?"
 
 
+def _date(timestamp: float) -> str:
+    return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC" if math.isfinite(timestamp) else "?"
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = ["".join(f"<CELL>{escape(cell)}</CELL>" for cell in row) for row in rows]
     lines = [head.replace("CELL>", "th>"), *(row.replace("CELL>", "td>") for row in body)]
-    return '<div class="card"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
+    return '<div class="card wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
 
 
-def _grids(run: Run, max_images: int) -> str:
-    """The real images beside a slider over the generated ones."""
+def _grids(run: Run, count: int) -> str:
+    """The real images beside a slider over the generated ones, about `count` of them."""
     frames = []
-    for grid in _spread(run.grids, max_images):
+    for grid in _spread(run.grids, count):
         uri = _shrunk(grid.path, run.problems)
         if uri:
-            frames.append(
-                _figure(uri, f"kimg {grid.kimg:g}, {grid.path.name}", f"{run.name}: generated at kimg {grid.kimg:g}")
-            )
+            caption = f"kimg {grid.kimg:g}, {grid.path.name}"
+            frames.append(_figure(uri, caption, f"{run.name}: generated at kimg {grid.kimg:g}"))
     reals = _shrunk(run.reals, run.problems) if run.reals else None
     parts = [f'<div class="card"><h3>{escape(run.name)}</h3>', '<div class="grids">']
     if reals:
@@ -169,24 +140,78 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
         image = Image.alpha_composite(white, image).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return _data_uri(buffer.getvalue(), "jpeg")
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _chart(picture: Picture) -> str:
+    """The panels of a chart, its legend, and what the pointer shows."""
+    chart = picture.chart
+    lines = escape(json.dumps([_readings(chart, line) for line in chart.lines], separators=(",", ":")))
+    legend = "".join(f"<li>{_swatch(entry)}{escape(entry.label)}</li>" for entry in chart.legend())
+    legend += f'<li class="quiet">{chart.note}</li>' if chart.note else ""
+    panels = "".join(map(_panel, picture.panels))
+    return (
+        f'<section class="card chart" aria-label="{escape(chart.title)}" data-lines="{lines}">\n'
+        f'<h3>{escape(chart.title)}</h3><div class="panels">{panels}</div><ul class="legend">{legend}</ul></section>'
+    )
 
 
-def _options(runs: Sequence[Run]) -> str:
-    """What the other runs have otherwise than the first, and all options of each."""
-    first, *others = runs
-    parts = []
-    for run in others:
-        changed = differences(first.options, run.options)
-        text = "\n".join(changed) or "nothing"
-        sentence = f"{escape(run.name)} differs from {escape(first.name)} in:"
-        parts.append(f'<div class="card">{sentence}<pre>{escape(text)}</pre></div>')
-    for run in runs:
-        text = json.dumps(run.options, indent=2)
-        summary = f"<summary>{escape(run.name)}: all options</summary>"
-        parts.append(f'<details class="card">{summary}<pre>{escape(text)}</pre></details>')
-    return "\n".join(parts)
+def _readings(chart: Chart, line: Line) -> dict[str, Any]:
+    trend = line.trend()
+    places = np.unique(np.linspace(0, len(trend.values) - 1, READ).round().astype(int))
+    columns = {"kimg": trend.kimg, "seconds": trend.seconds, "values": trend.values}
+    return {"label": chart.label(line), "colour": line.colour} | {
+        name: [float(f"{x:.5g}") if math.isfinite(x) else None for x in column[places].tolist()]
+        for name, column in columns.items()
+    }
+
+
+def _panel(panel: Panel) -> str:
+    """A drawing, and for the script which part of it is what."""
+    ruler, unit = panel.ruler, panel.ruler.unit
+    told = {"name": ruler.name, "label": ruler.label, "unit": unit, "left": panel.left, "right": panel.right}
+    told |= {"first": panel.first * unit, "last": panel.last * unit}
+    return f'<div class="panel" data-ruler="{escape(json.dumps(told))}">{panel.svg}</div>'
+
+
+def _swatch(entry: Entry) -> str:
+    line = f'<line x2="26" y1="4" y2="4" stroke="{entry.colour or "currentColor"}" stroke-width="2"'
+    return f'<svg width="26" height="8">{line} stroke-dasharray="{DASHES[entry.dashes]}"/></svg>'
+
+
+def _known(value: object) -> str:
+    return "?" if value is None else str(value)
+
+
+def _differing_options(runs: Sequence[Run]) -> str:
+    """A row for each option that is not the same in all runs."""
+    if len(runs) == 1:
+        return ""
+    flat = [dict(_leaves(run.options)) for run in runs]
+    rows = [["option", *(run.name for run in runs)]]
+    for name in sorted(set().union(*flat)):
+        if any(options.get(name) != flat[0].get(name) for options in flat):
+            rows.append([name, *(json.dumps(options[name]) if name in options else "" for options in flat)])
+    return _table(rows) if len(rows) > 1 else '<p class="card">All runs have the same options.</p>'
+
+
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options by their path."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _all_options(run: Run) -> str:
+    text = escape(json.dumps(run.options, indent=2))
+    return f'<details class="card"><summary>{escape(run.name)}: all options</summary><pre>{text}</pre></details>'
+
+
+def _environments(runs: Sequence[Run]) -> str:
+    """What each run was computed with, from each start on."""
+    names = list(dict.fromkeys(name for run in runs for start in run.starts for name in start))
+    rows = [["run", *names]]
+    rows += [[run.name, *(_known(start.get(name, "")) for name in names)] for run in runs for start in run.starts]
+    return "<h2>Computed with</h2>\n" + _table(rows) if len(rows) > 1 else ""

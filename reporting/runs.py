@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,21 @@ from dnnlib.config import UserError
 from metrics.registry import COMPARABLE
 
 OPTIONS_FILE = "training_options.json"
+SHOWN_WARNINGS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """A number that changes during a run, in ascending order of kimg; nan where a tick has none."""
 
-    kimg: Sequence[float]
-    seconds: Sequence[float]  # of training, pauses left out; nan where it is not known
-    values: Sequence[float]
+    kimg: np.ndarray
+    seconds: np.ndarray  # of training, pauses left out; nan where it is not known
+    values: np.ndarray
+
+    def finite(self) -> Curve:
+        """The points that have a finite value."""
+        known = np.isfinite(self.values)
+        return Curve(kimg=self.kimg[known], seconds=self.seconds[known], values=self.values[known])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,11 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as far as it has come. `problems` says what of its files could not be read."""
+    """A run as far as it has come.
+
+    `starts` says what each start was computed with, `warnings` what the log warns of, and `problems` what of the files
+    could not be read.
+    """
 
     name: str
     path: Path
@@ -46,6 +57,8 @@ class Run:
     metrics: dict[str, Curve]
     grids: Sequence[Grid]
     reals: Path | None
+    starts: Sequence[dict[str, Any]] = ()
+    warnings: Sequence[str] = ()
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +117,8 @@ def read_run(path: Path, name: str) -> Run:
         metrics=metrics,
         grids=sorted(_list_grids(path), key=lambda grid: grid.kimg),
         reals=reals if reals.is_file() else None,
+        starts=list(_read_lines(path / "environment.jsonl", "kimg", problems)),
+        warnings=_read_warnings(path / "log.txt"),
         problems=problems,
     )
 
@@ -111,13 +126,12 @@ def read_run(path: Path, name: str) -> Run:
 def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
     """Return a curve for each number in stats.jsonl."""
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
-    kimg = sorted(rows)
-    seconds = [rows[x].get("Timing/total_sec", math.nan) for x in kimg]
     names = dict.fromkeys(name for row in rows.values() for name in row)
-    return {
-        name: Curve(kimg=kimg, seconds=seconds, values=[rows[x].get(name, math.nan) for x in kimg])
-        for name in sorted(names)
-    }
+    ordered = [rows[kimg] for kimg in sorted(rows)]
+    columns = {name: np.array([row.get(name, math.nan) for row in ordered]) for name in sorted(names)}
+    kimg = columns.get("Progress/kimg", np.zeros(0))
+    seconds = columns.get("Timing/total_sec", np.full(len(kimg), math.nan))
+    return {name: Curve(kimg=kimg, seconds=seconds, values=values) for name, values in columns.items()}
 
 
 def _flatten(line: dict[str, Any]) -> dict[str, float]:
@@ -142,9 +156,9 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
             f"{path.name}: left out {count} lines that do not compare with the last one (other data or way)"
         )
     values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
-    kimg = sorted(values)
-    seconds = np.interp(kimg, clock.kimg, clock.values, right=math.nan) if clock else [math.nan] * len(kimg)
-    return Curve(kimg=kimg, seconds=list(seconds), values=[values[x] for x in kimg])
+    kimg = np.array(sorted(values), dtype=float)
+    seconds = np.interp(kimg, clock.kimg, clock.values, right=math.nan) if clock else np.full(len(kimg), math.nan)
+    return Curve(kimg=kimg, seconds=seconds, values=np.array([values[x] for x in kimg.tolist()]))
 
 
 def _main_value(record: dict[str, Any]) -> float | None:
@@ -158,9 +172,13 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
 
     A last line without its end is one that is being written.
     """
-    if not path.exists():
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
         return
-    text = path.read_text(errors="replace")
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
+        return
     lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
     damaged = 0
     for line in lines:
@@ -175,6 +193,16 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
             yield entry
     if damaged:
         problems.append(f"{path.name}: left out {damaged} of {len(lines)} lines, which are damaged")
+
+
+def _read_warnings(path: Path) -> list[str]:
+    """The last warnings and errors in a log, each once, with the number of the lines that say so."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    counts = Counter(line for line in lines if line.startswith(("Warning: ", "Error: ")))
+    return [line + (f" ({count} times)" if count > 1 else "") for line, count in counts.items()][-SHOWN_WARNINGS:]
 
 
 def _list_grids(path: Path) -> Iterator[Grid]:

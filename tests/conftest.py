@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from together import MODULES, work
 
 import dataset_tool
 from dnnlib.config import override
+from torch_utils import distributed
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+
+PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,14 +33,34 @@ def _float32_on_gpus() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture(scope="session")
-def shapes_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """256 labelled scenes of 32x32 pixels."""
-    path = tmp_path_factory.mktemp("data") / "shapes.zip"
-    arguments = ["--source=shapes", f"--dest={path}", "--max-images=256", "--workers=1"]
-    result = CliRunner().invoke(dataset_tool.main, arguments)
+def make_shapes(path: Path, side: int, count: int) -> Path:
+    """Write labelled scenes of side x side pixels."""
+    options = [f"--max-images={count}", f"--width={side}", f"--height={side}", "--workers=1"]
+    result = CliRunner().invoke(dataset_tool.main, ["--source=shapes", f"--dest={path}", *options])
     assert result.exit_code == 0, result.output
     return path
+
+
+@pytest.fixture(scope="session")
+def shapes_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """256 scenes of 16x16 pixels, which the configuration of SMALL trains on."""
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 16, 256)
+
+
+@pytest.fixture(scope="session")
+def shapes32_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """256 scenes of 32x32 pixels, which presets make."""
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 32, 256)
+
+
+@pytest.fixture(scope="session")
+def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each of MODULES, with what its `in_two_processes` has written."""
+    folder = tmp_path_factory.mktemp("together")
+    for name in MODULES:
+        (folder / name).mkdir()
+    distributed.launch(work, 2, folder, shapes_zip)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,15 +72,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Options for train.py that make the preset `tiny` smaller still.
-SMALL = ["--cfg=tiny", "--g_dict=32,16,16", "--num_layers=1,1,1", "--cbase=256", "--cmax=16", "--workers=0"]
+SMALL = ["--cfg=tiny", "--g_dict=32,16", "--num_layers=1,1", "--cbase=256", "--cmax=16", "--workers=0"]
 SMALL += ["--batch=16", "--linformer=0", "--gamma=0.5"]
 
 
 def small_config(data: Path, **changes: object) -> TrainConfig:
     """The configuration of SMALL for a data set, resolved; `changes` are config paths with __ for the dots."""
     values = {
-        "generator.widths": (32, 16, 16),
-        "generator.layers": (1, 1, 1),
+        "generator.widths": (32, 16),
+        "generator.layers": (1, 1),
         "discriminator.channel_base": 256,
         "discriminator.channel_max": 16,
         "data.path": str(data),

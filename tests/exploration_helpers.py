@@ -18,6 +18,7 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.transgan import TransGANConfig
 from training.snapshot import save_network
 
 SIZES: dict[str, Any] = {"z_dim": 16, "w_dim": 12}
@@ -28,6 +29,9 @@ FAMILIES: dict[str, GeneratorConfig] = {
         **SIZES, widths=(16, 8), layers=(1, 2), depth=4, handover=16, resolutions=3, channel_base=128
     ),
 }
+TRANSGAN = TransGANConfig(  # whose latent is its only style
+    z_dim=16, w_dim=16, widths=(32, 8, 8), layers=(1, 1, 1), num_heads=2, full_upto=16, window=8
+)
 
 
 def run(command: str, *arguments: object) -> Result:
@@ -53,9 +57,11 @@ def build(config: GeneratorConfig) -> Any:
 
 
 def make_snapshot(path: Path, data: Path, family: str = "styleformer", **changes: Any) -> Path:
-    generator = dataclasses.replace(FAMILIES[family], **changes)
-    config = dataclasses.replace(small_config(data), generator=generator)
-    save_network(path, config=config, G_ema=build(generator))
+    return save_untrained(path, data, dataclasses.replace(FAMILIES[family], **changes))
+
+
+def save_untrained(path: Path, data: Path, generator: GeneratorConfig) -> Path:
+    save_network(path, config=dataclasses.replace(small_config(data), generator=generator), G_ema=build(generator))
     return path
 
 

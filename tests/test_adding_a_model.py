@@ -46,7 +46,7 @@ def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Pa
     snapshot = run_dir / "network-snapshot-000000.pkl"
     loaded = load_network(snapshot)
     assert loaded.kimg == 0.032
-    assert loaded.config.generator == film.FilmConfig(z_dim=16, w_dim=16, base=(8, 8), resolutions=3)
+    assert loaded.config.generator == film.FilmConfig(z_dim=16, w_dim=16, base=(8, 8), resolutions=2)
 
     arguments = [f"--network={snapshot}", "--seeds=0-1", f"--outdir={tmp_path / 'out'}", "--device=cpu"]
     result = CliRunner().invoke(generate.main, arguments)

@@ -1,16 +1,19 @@
-"""generate.py attention: maps and rollout against softmax over explicit matrices in float64, from the weights."""
+"""generate.py attention: maps and rollout against explicit matrices in float64."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exploration_helpers import make_model, make_snapshot, pixels, run, run_ok
+from exploration_helpers import TRANSGAN, make_model, make_snapshot, pixels, run, run_ok, save_untrained
 from test_networks import TINY, Array, below, build, ref_block, ref_demodulated, ref_fc, ref_up2, state_of
+from test_transgan import build as build_transgan
+from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
 
 from dnnlib.config import UserError
 from exploration import attention
@@ -18,6 +21,7 @@ from exploration.attention import attention_maps, choose_pixels, most_attended, 
 from exploration.model import Model
 from exploration.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig
+from training.networks.transgan import TransGANConfig
 
 VARIANTS = {
     "plain": dataclasses.replace(TINY, img_channels=3),
@@ -57,15 +61,17 @@ def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[
 
 
 def up_matrix(grid: tuple[int, int]) -> Array:
-    """The upsampling to twice the grid as a matrix (4N, N) with rows of sum 1."""
+    """The upsampling to twice the grid as a matrix (4N, N)."""
     N = math.prod(grid)
-    matrix = ref_up2(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
-    return matrix / matrix.sum(axis=1, keepdims=True)
+    return ref_up2(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
+
+
+def normalized(weights: Array) -> Array:
+    return np.abs(weights) / np.abs(weights).sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_maps_equal_the_explicit_softmax(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PIECE_BYTES", 300)  # the matrices go in many pieces
+def test_maps_equal_the_explicit_softmax(name: str) -> None:
     config = VARIANTS[name]
     model = model_of(config)
     ws = torch.randn(3, config.num_ws, config.w_dim, dtype=torch.float64)
@@ -76,7 +82,7 @@ def test_maps_equal_the_explicit_softmax(name: str, monkeypatch: pytest.MonkeyPa
     assert [block.name for block in records] == ["2x3_0", "4x6_0", "4x6_1", "8x12_0"]
 
     size = config.img_size
-    chosen = torch.tensor([[0, 0], [11, 7], [4, 3]])
+    chosen = torch.tensor([[0, 0], [11, 7], [4, 3], [5, 6], [10, 0]])  # more than a head has channels
     found = attention_maps(records, 1, chosen, size)
     assert set(found.projected) == ({"4x6_0", "4x6_1", "8x12_0"} if name == "linformer" else set())
     for block, (grid, weights, E) in zip(records, expected, strict=True):
@@ -88,12 +94,11 @@ def test_maps_equal_the_explicit_softmax(name: str, monkeypatch: pytest.MonkeyPa
         )
         if E is not None:
             np.testing.assert_allclose(found.projected[block.name], weights[1][:, tokens], atol=1e-5)
-        np.testing.assert_allclose(block.received(1).detach(), maps[1].mean(axis=(0, 1)), atol=1e-5)
+        np.testing.assert_allclose(block.received(1), maps[1].mean(axis=(0, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_rollout_equals_the_product_of_matrices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PIECE_BYTES", 300)
+def test_rollout_equals_the_product_of_matrices(name: str) -> None:
     config = VARIANTS[name]
     model = model_of(config)
     ws = torch.randn(2, config.num_ws, config.w_dim, dtype=torch.float64)
@@ -105,12 +110,75 @@ def test_rollout_equals_the_product_of_matrices(name: str, monkeypatch: pytest.M
         reversed(found.rolled), reversed(reference(config, model, ws.numpy())), strict=True
     ):
         if grid != before:
-            total, before = total @ up_matrix(grid), grid
-        A = weights[1] if E is None else np.abs(weights[1] @ E)
-        A = (A / A.sum(axis=2, keepdims=True)).mean(axis=0)
-        total = total @ (A + np.eye(len(A))) / 2
+            total, before = normalized(total @ up_matrix(grid)), grid
+        A = (weights[1] if E is None else weights[1] @ E).mean(axis=0)
+        total = (normalized(total @ A) + total) / 2
         np.testing.assert_allclose(found.rolled[block].reshape(total.shape), total, atol=1e-5)
         np.testing.assert_allclose(total.sum(axis=1), 1)
+
+
+TINY_TRANSGAN = TransGANConfig(
+    z_dim=5, w_dim=5, base=(2, 2), widths=(8, 8, 8, 2), layers=(0, 1, 2, 1), num_heads=2, full_upto=4, window=4,
+    landmarks=8, antialias=2, latent_tokens=3,
+)  # fmt: skip
+TRANSGAN_VARIANTS = {
+    "full": dataclasses.replace(TINY_TRANSGAN, attention="full", position="absolute"),
+    "grid": TINY_TRANSGAN,
+    "axis": dataclasses.replace(TINY_TRANSGAN, attention="axis", position="relative"),
+    "nystrom": dataclasses.replace(TINY_TRANSGAN, attention="nystrom"),
+}
+
+
+def attention_matrix(block: attention.BlockRecord, config: TransGANConfig) -> Array:
+    """A (H, N, N) of the first image, column by column: what comes out when one token has the value 1."""
+    q, k = (x[:1].double().numpy() for x in (block.q, block.k))
+    form = "full" if max(block.grid) <= config.full_upto else config.attention
+    state, D, columns = state_of(block.module), q.shape[2] // config.num_heads, []
+    for first in range(0, q.shape[1], D):  # a head's channels take one token each
+        v = np.zeros((1, q.shape[1], config.num_heads, D))
+        v[0, first : first + D] = np.eye(D)[:, None]
+        out = ref_form(q, k, v.reshape(q.shape), state, config, block.grid, form)
+        columns.append(out.reshape(-1, config.num_heads, D).transpose(1, 0, 2))
+    return np.concatenate(columns, axis=2)
+
+
+def resampled_back(relevance: Array, config: TransGANConfig, stage: int) -> Array:
+    """Relevance of the tokens at a stage as that of the tokens at the one below."""
+    below = config.grids[stage - 1]
+    N = math.prod(below)
+    impulses = np.eye(N).reshape(N, *below, 1)
+    if config.widths[stage] == config.widths[stage - 1]:
+        maps = ref_bicubic(ref_bicubic(impulses).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    else:
+        maps = ref_shuffle(impulses.repeat(4, axis=3))
+    if stage >= len(config.widths) - config.antialias:
+        M = 4 * N
+        filtered = ref_low_pass(np.eye(M).reshape(M, *config.grids[stage], 1)).reshape(M, M).T
+        relevance = normalized(relevance @ filtered)
+    return normalized(relevance @ maps.reshape(N, -1).T)
+
+
+@pytest.mark.parametrize("name", TRANSGAN_VARIANTS)
+def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None:
+    config = TRANSGAN_VARIANTS[name]
+    G: Any = build_transgan(config).requires_grad_(False)
+    model = Model(G=G, device=torch.device("cpu"), c=torch.zeros(1, 0))
+    records, _ = record(model, torch.randn(1, 1, config.w_dim, dtype=torch.float64))
+    G.float()  # as are the records
+    assert [block.name for block in records] == ["4x4_0", "8x8_0", "8x8_1", "16x16_0"]
+    chosen = torch.tensor([[0, 0], [15, 7], [4, 13]])
+    found = attention_maps(records, 0, chosen, (16, 16))
+    total = np.eye(256)[tokens_of(chosen, (16, 16), (16, 16))]
+    for index, block in reversed(list(enumerate(records))):
+        A = attention_matrix(block, config)
+        expected = A[:, tokens_of(chosen, block.grid, (16, 16))].reshape(found.maps[block.name].shape)
+        np.testing.assert_allclose(found.maps[block.name], expected, atol=1e-4)
+        np.testing.assert_allclose(block.received(0), A.mean(axis=(0, 1)), atol=1e-4)
+        total = (normalized(total @ A.mean(axis=0)) + total) / 2
+        np.testing.assert_allclose(found.rolled[block.name].reshape(total.shape), total, atol=1e-4)
+        if index == 0 or records[index - 1].grid != block.grid:
+            total = resampled_back(total, config, config.grids.index(block.grid))
+    assert not found.projected
 
 
 def test_recording_leaves_nothing_behind() -> None:
@@ -168,6 +236,16 @@ def test_pictures_show_the_weights() -> None:
     assert sheet([[image, drawn]] * 3).shape == (3 * 6 - 2, 2 * 6 - 2, 3)
 
 
+def test_the_command_draws_transgan(shapes_zip: Path, tmp_path: Path) -> None:
+    network = save_untrained(tmp_path / "n.pkl", shapes_zip, TRANSGAN)
+    run_ok("attention", f"--network={network}", "--query=20,20", "--seeds=4", f"--outdir={tmp_path / 'out'}")
+    with np.load(tmp_path / "out" / "seed0004-attention.npz") as arrays:
+        inside = arrays["map_32x32_0"][:, 0]
+        assert arrays["rollout_8x8_0"].shape == (1, 8, 8)
+    assert inside[:, 16:24, 16:24].sum(axis=(1, 2)) == pytest.approx(1, rel=1e-5)
+    assert inside.sum(axis=(1, 2)) == pytest.approx(1, rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["styleformer", "styleformer-c"])
 def test_the_command_writes_sheets_and_arrays(family: str, shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(
@@ -193,7 +271,7 @@ def test_the_command_writes_sheets_and_arrays(family: str, shapes_zip: Path, tmp
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2"), tmp_path / "out"
     result = run("attention", f"--network={network}", "--seeds=0", f"--outdir={out}")
-    assert (result.exit_code, "StyleGAN2Generator has no blocks with" in result.output) == (2, True)
+    assert (result.exit_code, "StyleGAN2Generator has no self-attention" in result.output) == (2, True)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     result = run("attention", f"--network={network}", "--seeds=0", "--query=99,0", f"--outdir={out}")
     assert (result.exit_code, "--query=99,0: the images are 32x32" in result.output) == (2, True)

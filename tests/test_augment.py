@@ -6,6 +6,7 @@ from math import cos, pi, sin, sqrt
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -98,6 +99,14 @@ def test_only_the_groups_of_the_pipe_are_built() -> None:
     blit = build("blit", (3, 32, 32), p=1.0).stages[0]
     assert isinstance(blit, GeometryStage)
     assert [t.name for t in blit.transforms] == ["xflip", "rotate90", "xint"]
+
+
+def test_a_pipe_is_named_after_its_groups() -> None:
+    groups = ["blit", "geom", "color", "filter", "noise", "cutout"]
+    for pipe in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"):
+        assert list(PIPES[pipe]) == groups[: len(pipe)]
+        assert pipe == "".join(group[0] for group in PIPES[pipe])
+    assert {pipe: PIPES[pipe] for pipe in groups} == {group: (group,) for group in groups}
 
 
 def test_without_augmentation_nothing_is_built_or_refused() -> None:
@@ -453,6 +462,16 @@ def test_filter_against_scipy() -> None:
         expected = scipy.ndimage.convolve1d(images[b].numpy(), taps, axis=-1, mode="mirror")
         expected = scipy.ndimage.convolve1d(expected, taps, axis=-2, mode="mirror")
         np.testing.assert_allclose(filtered[b].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_filter_amplifies_bands_by_powers_of_two() -> None:
+    """t = 2^N: the logarithm of the ratio of two bands' gains, in which their normalisation cancels, has variance 2."""
+    stage = FilterStage("filter", (1, 22, 22))
+    torch.manual_seed(0)
+    gains = stage.draw(torch.zeros(20000, 1, 1, 1, dtype=torch.float64), torch.tensor(1.0))
+    for one, other in ((0, 1), (2, 3)):
+        ratio = (gains[:, one] / gains[:, other]).log2() / sqrt(2)
+        assert scipy.stats.kstest(ratio.numpy(), "norm").pvalue > 0.01
 
 
 def test_filter_gates_bands_apart() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from dnnlib.config import ConfigError, differences, from_json, override, to_json
+from training.augment import AugmentConfig
 from training.config import ADDED_FIELDS, PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
+from training.phases import AdamConfig
 
 CIFAR = Circumstances(img_shape=(3, 32, 32), c_dim=0)
 
@@ -80,6 +83,14 @@ def test_a_configuration_from_before_a_field_is_read_as_what_it_was() -> None:
         read_config({key: value for key, value in data.items() if key != "seed"})
 
 
+@pytest.mark.parametrize("family", [None, 3, [], {}, "biggan"])
+def test_a_family_in_a_file_that_is_none_is_refused(family: Any) -> None:
+    data = to_json(resolve(PRESETS["tiny"], Circumstances(img_shape=(3, 32, 32), c_dim=0)))
+    for part in ("generator", "discriminator"):
+        with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; known are style"):
+            read_config(data | {part: data[part] | {"family": family}})
+
+
 def test_precision_and_layout_follow_the_machine() -> None:
     def resolved(**machine: bool) -> tuple[str | None, bool | None]:
         config = resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 32, 32), c_dim=0, **machine))
@@ -123,6 +134,43 @@ def test_auto_follows_resolution_and_gpus(
     assert resolved.g_optimizer.lr == 0.0025
     assert to_json(resolved)["discriminator"]["channel_base"] == channel_base
     assert resolved.generator.img_size == (resolution, resolution)
+
+
+# StyleGAN2-ADA's presets: side, batch, group of minibatch-std, feature maps, learning rate, gamma, EMA kimg and its
+# ramp-up, depth of the mapping, kimg. The Styleformer paper's models were trained as "cifar".
+SCHEDULES = {
+    "auto": (256, 64, 4, 0.5, 0.0025, 0.0002 * 256**2 / 64, 20, 0.05, 2, 25_000),
+    "stylegan2": (256, 32, 4, 1, 0.002, 10, 10, None, 8, 25_000),
+    "paper256": (256, 64, 8, 0.5, 0.0025, 1, 20, None, 8, 25_000),
+    "paper512": (512, 64, 8, 1, 0.0025, 0.5, 20, None, 8, 25_000),
+    "paper1024": (1024, 32, 4, 1, 0.002, 2, 10, None, 8, 25_000),
+    "cifar": (32, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "cifar-stylegan2": (32, 64, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "cifar-large": (32, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "stl10-medium": (48, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "celeba64-l": (64, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+    "church128-l": (128, 32, 32, 1, 0.0025, 0.01, 500, 0.05, 2, 100_000),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_presets_have_the_published_schedule(name: str) -> None:
+    side, batch, group, fmaps, lr, gamma, ema_kimg, rampup, depth, kimg = SCHEDULES[name]
+    config = override(PRESETS[name], {"run.num_gpus": 8 if name == "auto" else 1})
+    config = resolve(config, Circumstances(img_shape=(3, side, side), c_dim=0))
+    D, loss, is_cifar = to_json(config)["discriminator"], config.loss, kimg == 100_000
+    assert (config.batch_size, D["mbstd_group_size"], D["channel_base"]) == (batch, group, fmaps * 32768)
+    assert config.g_optimizer == config.d_optimizer == AdamConfig(lr=lr, beta1=0.0, beta2=0.99, eps=1e-8)
+    assert loss.r1_gamma == pytest.approx(gamma)
+    assert (loss.objective, loss.n_critic, loss.r1_interval, loss.pl_interval) == ("logistic", 1, 16, 4)
+    assert (loss.pl_weight, loss.style_mixing) == ((0, 0) if is_cifar else (2, 0.9))
+    assert (config.ema.kimg, config.ema.rampup) == (ema_kimg, rampup)
+    assert config.generator.mapping_layers == depth
+    assert (D["architecture"], config.data.mirror) == ("orig" if is_cifar else "resnet", False)
+    augment = AugmentConfig(mode="ada", pipe="bgc", target=0.6, ada_kimg=500, ada_interval=4)
+    assert replace(config.augment, max_p=1.0) == augment
+    assert config.augment.max_p == (0.7 if name in ("celeba64-l", "church128-l") else 1)
+    assert (config.run.total_kimg, config.run.tick_kimg, config.run.snapshot_ticks) == (kimg, 4, 50)
 
 
 def test_resolve_takes_channels_labels_and_size_from_the_data() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PATIENCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib.config import UserError
@@ -215,13 +216,13 @@ def test_prepare_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line == "CUDA operators: using the PyTorch reference: no compiler; get one"
 
 
-def worker(folder: str) -> None:
-    """One of two processes: prepare while the build fails here, there, or nowhere; write down what came of it."""
+def in_two_processes(folder: Path, data: Path) -> None:
+    """Prepare while the build fails here, there, or nowhere; write down what came of it."""
     rank = distributed.rank()
     results = []
     for fails in (None, 0, 1):
         custom_ops._state = custom_ops._State()
-        marker = Path(folder) / f"built-{fails}"
+        marker = folder / f"built-{fails}"
 
         def build(fails: int | None = fails, marker: Path = marker) -> Any:
             early = not marker.exists()
@@ -236,7 +237,7 @@ def worker(folder: str) -> None:
         line = custom_ops._prepare_together(torch.device("cpu"))
         kernels = custom_ops.load()
         results.append({"line": line, "came_first": kernels.path if isinstance(kernels, Loaded) else None})
-    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(results))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results))
 
 
 class Loaded:
@@ -250,9 +251,9 @@ class Loaded:
         return 0
 
 
-def test_processes_agree_and_rank_0_builds_first(tmp_path: Path) -> None:
-    distributed.launch(worker, 2, str(tmp_path))
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+def test_processes_agree_and_rank_0_builds_first(together: Path) -> None:
+    written = (together / "test_custom_ops" / f"rank-{rank}.json" for rank in range(2))
+    first, second = (json.loads(path.read_text()) for path in written)
     loaded = "CUDA operators: kernels loaded"
     fallback = "CUDA operators: using the PyTorch reference: "
     assert first[0] == {"line": loaded, "came_first": "True"}
@@ -266,7 +267,7 @@ def test_processes_agree_and_rank_0_builds_first(tmp_path: Path) -> None:
 def run_module(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch_utils.custom_ops", *options]
     root = Path(custom_ops.__file__).parent.parent
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=root)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=root)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dnnlib.config import ConfigError, UserError
 from training.data_sources.codec import decode_image, read_shape
-from training.dataset import DatasetConfig, EpochSampler, ImageDataset, batches, encode_labels
+from training.dataset import DatasetConfig, EpochSampler, ImageDataset, batches, encode_labels, resident_batches
 
 
 def random_images(count: int, height: int = 6, width: int = 5, channels: int = 3) -> np.ndarray:
@@ -295,6 +295,16 @@ def test_ranks_share_the_global_batch(labelled: ImageDataset) -> None:
         assert torch.equal(torch.cat([share[step][1] for share in shares]), labels)
     with pytest.raises(ValueError, match="6 images cannot be shared by 4"):
         take(1, labelled, position=0, batch_size=6, world_size=4)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, mirror: bool) -> None:
+    path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
+    dataset = open_set(path, use_labels=True, mirror=mirror)
+    share: dict[str, Any] = {"position": 3, "batch_size": 6, "rank": 1, "world_size": 2}
+    stream = resident_batches(dataset, seed=5, **share)
+    for expected in take(8, dataset, **share):
+        assert all(torch.equal(*pair) for pair in zip(next(stream), expected, strict=True))
 
 
 def test_batches_leave_the_global_generator_alone(labelled: ImageDataset) -> None:

@@ -392,6 +392,8 @@ def test_shapes(tmp_path: Path) -> None:
     build("shapes", tmp_path / "b.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     assert build("shapes", tmp_path / "c.zip", "--max-images=2")[0].shape == (2, 32, 32, 3)
+    found, _ = build("shapes", tmp_path / "d.zip", "--max-images=40", "--seed=7", "--resolution=24x16")
+    np.testing.assert_array_equal(found, draw_scenes(np.arange(40), seed=7, width=24, height=16))
 
 
 def test_scenes_depend_on_seed_and_number_only() -> None:
@@ -528,6 +530,8 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         output = refused(tmp_path, tmp_path / name)
         assert message in output
         assert name in output
+    assert "give width and height in pixels, such as 256x256" in refused(tmp_path, "shapes", "--resolution=256")
+    assert "or --width and --height" in refused(tmp_path, "shapes", "--resolution=32x32", "--width=32")
     assert "--labels-from-folders needs a folder" in refused(tmp_path, "shapes", "--labels-from-folders")
     source = write_files(tmp_path / "mixed", {"a/1.png": b"", "2.png": b""})
     assert "'2.png' is in none" in refused(tmp_path, source, "--labels-from-folders")

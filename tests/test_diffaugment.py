@@ -252,7 +252,7 @@ def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> Non
 
 def test_only_the_filter_is_not_deterministic_on_a_gpu(shapes_zip: Path) -> None:
     config = small_config(shapes_zip, augment__mode="diffaug", run__deterministic=True)
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    about = Circumstances(img_shape=(3, 16, 16), c_dim=0, on_gpu=True)
     resolve(config, about)
     augment = dataclasses.replace(config.augment, policy=("filter",))
     with pytest.raises(ConfigError, match="--aug=diffaug without filter"):

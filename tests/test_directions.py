@@ -142,6 +142,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
     save_directions(tmp_path / "d.npz", small())
     save_directions(tmp_path / "wide.npz", small(directions=torch.eye(13)[:3]))
     save_directions(tmp_path / "long.npz", small(styles=(4, 5)))
+    save_directions(tmp_path / "few.npz", small(values=torch.ones(2), sigmas=torch.ones(2)))
+    save_directions(tmp_path / "nan.npz", small(sigmas=torch.full((3,), torch.nan)))
+    arrays: dict[str, Any] = {
+        "directions": np.eye(12),
+        "values": np.ones(12),
+        "sigmas": np.ones(12),
+        "styles": np.zeros((2, 2), int),
+    }
+    np.savez(tmp_path / "styles.npz", **arrays)
+    np.savez(tmp_path / "words.npz", **arrays | {"values": np.array(["a"] * 12), "styles": np.zeros(1, int)})
     np.savez(tmp_path / "w.npz", w=np.zeros(3))
     (tmp_path / "x.safetensors").write_bytes(b"no")
     for given, message in {
@@ -149,6 +159,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
         "d.npz:3": "the file has directions 0 to 2",
         "wide.npz:0": "has 5 styles of 12 numbers",
         "long.npz:0": "styles up to 5; this network has 5 styles",
+        "few.npz:0": "holds 3 directions, and not one value and sigma for each",
+        "nan.npz:0": "values that are not finite",
+        "styles.npz:0": "not numbers as `generate.py directions` writes them",
+        "words.npz:0": "not numbers as `generate.py directions` writes them",
         "w.npz:0": "has no array 'directions'",
         "none.npz:0": "cannot be read",
         "none.safetensors:0": "cannot be read",
@@ -169,7 +183,7 @@ def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_pat
     run_ok("directions", *common, "--components=2", "--styles=coarse", "--seeds=1,2", "--steps=3", f"--outdir={out}")
     assert sorted(path.name for path in out.iterdir()) == ["direction00.png", "direction01.png", "directions.npz"]
     strip = pixels(out / "direction01.png")
-    assert strip.shape == (14 + 2 * 96 + 2, 3 * 96 + 2 * 2, 3)
+    assert strip.shape == (17 + 2 * 96 + 2, 3 * 96 + 2 * 2, 3)
 
     edit = [f"--network={network}", "--seeds=2", f"--direction={out / 'directions.npz'}:1"]
     for strength in (-3, 0, 3):
@@ -179,14 +193,14 @@ def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_pat
     assert np.array_equal(images["0"], images["plain"])
     assert not np.array_equal(images["3"], images["-3"])
     for column, name in enumerate(("-3", "0", "3")):
-        tile = strip[14 + 98 :, 98 * column :][:96:3, :96:3]
+        tile = strip[17 + 98 :, 98 * column :][:96:3, :96:3]
         assert np.array_equal(tile, images[name])
 
     G = load_network(network).G_ema
     with np.load(out / "directions.npz") as file:
         assert tuple(file["styles"]) == G.style_groups["coarse"]
     groups = ["--method=linear", "--positive=0-3", "--negative=4-9", "--seeds=1", f"--save={out / 'd.safetensors'}"]
-    assert "1 directions" in run_ok("directions", *common, *groups, f"--outdir={out}")
+    assert "1 direction for styles" in run_ok("directions", *common, *groups, f"--outdir={out}")
     assert read_direction(f"{out / 'd.safetensors'}:0", G)[0].styles == tuple(range(G.num_ws))
 
 
@@ -196,6 +210,8 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         (["--method=mean"], "--method=mean: needs two lists of seeds"),
         (["--positive=1"], "are for the methods mean and linear"),
         (["--method=linear", "--positive=0", "--negative=1", "--components=2"], "finds one direction"),
+        (["--components=13"], "--components=13: --method=sefa finds 12 here"),
+        (["--components=3", "--method=pca", "--samples=3"], "--components=3: --method=pca finds 2 here"),
         (["--save=x.txt"], "x.txt: directions are kept in"),
         (["--styles=9"], "--styles=9"),
     ]:

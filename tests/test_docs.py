@@ -25,10 +25,14 @@ import generate
 import legacy
 import report
 import train
+from dnnlib.cli import DefaultGroup
+from metrics.registry import registered_metrics
+from training.config import PRESETS
 from training.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "train.py": train.main,
     "generate.py": generate.main,
@@ -77,7 +81,9 @@ def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
         arguments = [f"--data={data}" if item.startswith("--data=") else item for item in command]
         result = CliRunner().invoke(train.main, [*arguments, "--device=cpu", "-n"])
         assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["parameters"]["G"] > 1_000_000
+        (row,) = (line for line in README.splitlines() if f"python train.py {shlex.join(command)}" in line)
+        for millions in re.findall(r"(\d+\.\d)M \|", row):
+            assert f"{json.loads(result.stdout)['parameters']['G'] / 1e6:.1f}" == millions, row
 
 
 def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,13 +160,45 @@ def test_the_commands_and_the_python_of_the_page_on_exchange_run(
 @pytest.mark.parametrize("script", COMMANDS)
 def test_every_flag_in_the_documentation_exists(script: str) -> None:
     command = COMMANDS[script]
-    subcommands = [command, *getattr(command, "commands", {}).values()]
-    known = {flag for one in subcommands for option in one.params for flag in option.opts} | {"--help"}
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    commands = getattr(command, "commands", {})
+    default = commands[command.default] if isinstance(command, DefaultGroup) else command
+    lines = 0
+    for page in [*PAGES, ROOT / "docs" / "colab.ipynb"]:
         text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(rf"{re.escape(script)} ([^`\n]*)", text):
-            used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line.split("#")[0]))
+        for line in re.findall(rf"{re.escape(script)}\s+([^`\n]*)", text):
+            one = commands.get(line.partition(" ")[0], default)
+            known = {flag for option in one.params for flag in option.opts} | {"--help"}
+            used = flags(line)
             assert used <= known, f"{page.name}: {script} {line}"
+            lines += bool(used)
+    assert lines, f"{script} is nowhere in the documentation"
+
+
+def flags(line: str) -> set[str]:
+    """The long flags of a command."""
+    return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line.split("#")[0]))
+
+
+def test_every_flag_of_a_benchmark_exists() -> None:
+    lines = 0
+    for page in PAGES:
+        for script, line in re.findall(r"python (benchmarks/\w+\.py) (.*)", page.read_text().replace("\\\n", " ")):
+            source = (ROOT / script).read_text()
+            if "from attention import" in source:  # whose options the two share
+                source += (ROOT / "benchmarks" / "attention.py").read_text()
+            assert {flag for flag in flags(line) if f'"{flag}"' not in source} == set(), f"{page.name}: {script} {line}"
+            lines += 1
+    assert lines > 5
+
+
+def test_every_preset_metric_and_make_target_that_is_named_exists() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"--cfg=([\w-]+)", text)) <= set(PRESETS)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= set(targets)
+    named = set(re.findall(r"`(.*?)`", (ROOT / "docs" / "metrics.md").read_text()))
+    for spec in registered_metrics():
+        assert named & {spec.pattern, spec.pattern.replace("<N>", "50k")}, spec.pattern
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -220,9 +258,33 @@ def test_every_extra_that_is_named_exists() -> None:
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    """To files that exist, and to headings that do."""
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in headings(target), f"{page.name}: {link}"
+
+
+def headings(page: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+def test_the_index_has_every_page() -> None:
+    listed = set(re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE))
+    pages = {path.name for pattern in ("*.md", "*.ipynb") for path in (ROOT / "docs").glob(pattern)}
+    assert listed == pages - {"README.md"} | {"../CHANGELOG.md"}
+
+
+def test_every_file_of_the_tree_that_is_named_exists() -> None:
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:benchmarks|docs|exploration|metrics|tests|torch_utils|training)/[\w/.]+)`", page.read_text()
+        ):
+            assert (ROOT / path).exists() or path == "training/networks/film.py", f"{page.name}: {path}"
 
 
 def test_the_shipped_snapshot_is_small_and_names_no_machine() -> None:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
+import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from web import Site, send
+from conftest import PATIENCE
+from web import Site
 
 from dnnlib import download
 from dnnlib.config import UserError
@@ -127,13 +128,17 @@ def test_what_is_no_file_is_refused_by_name(site: Site, cache: Path) -> None:
 def test_a_server_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
 
+    given_up = threading.Event()
+
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(1)
-        send(handler, 200, {}, b"")
+        assert given_up.wait(PATIENCE)
 
     monkeypatch.setattr(site, "answer", answer)
-    with pytest.raises(UserError, match=r"could not be fetched \(no answer for 0\.2 seconds\)"):
-        open_url(f"{site.url}/models/net.pkl")
+    try:
+        with pytest.raises(UserError, match=r"could not be fetched \(no answer for 0\.2 seconds\)"):
+            open_url(f"{site.url}/models/net.pkl")
+    finally:
+        given_up.set()
 
 
 def test_redirections_are_followed(site: Site) -> None:

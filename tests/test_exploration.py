@@ -15,6 +15,7 @@ from dnnlib.config import UserError, WriteError
 from exploration.attention import record
 from exploration.directions import factorise, sampled_w
 from exploration.model import Model, read_styles, save_styles, seed_latents
+from exploration.sheets import sheet
 from training.networks.mapping import MappingNetwork
 
 
@@ -48,7 +49,7 @@ def test_what_a_network_cannot_do_is_said() -> None:
     assert model.images(model.styles_of((0, 1))).shape == (2, 3, 8, 8)
     with pytest.raises(UserError, match="Other: no linear layer reads these styles, so --method=sefa"):
         factorise(model, (0,), 2, sampled_w(model, 10))
-    with pytest.raises(UserError, match="Other has no blocks with Styleformer's self-attention"):
+    with pytest.raises(UserError, match="Other has no self-attention"):
         record(model, model.styles_of((0,)))
     with pytest.raises(UserError, match="Linear has no styles to look into"):
         model_of(nn.Linear(2, 2))
@@ -65,6 +66,22 @@ def test_images_depend_on_their_styles_alone(family: str) -> None:
     with torch.no_grad():
         img = several.G(seed_latents((7,), several.G.z_dim), None)
     assert (images[7] - (img[0] * 127.5 + 128).clamp(0, 255).to(torch.uint8).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (96, 48), (40, 256)])
+def test_captions_stand_above_the_middle_of_their_columns(height: int, width: int) -> None:
+    captions = ["x", "attention, rollout", "+0.5"]
+    tile = np.full((height, width, 3), 255, np.uint8)
+    drawn = sheet([[tile] * 3] * 2, captions)
+    top = drawn.shape[0] - 2 * height - 2
+    assert drawn.shape[1] == 3 * width + 2 * 2
+    assert (drawn[top:] == 255).all()
+    for column in range(3):
+        band = drawn[:top, column * (width + 2) :][:, :width].min(axis=(0, 2))
+        (dark,) = np.nonzero(band < 200)
+        assert abs((dark.min() + dark.max() + 1) / 2 - width / 2) <= 2
+    gaps = [drawn[:top, (column + 1) * (width + 2) - 2 :][:, :2] for column in range(2)]
+    assert min(gap.min() for gap in gaps) > 200
 
 
 def test_one_style_per_image_goes_to_all_layers(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import PATIENCE, small_config
 from test_torture import start
 
 from torch_utils import distributed
@@ -26,11 +26,9 @@ def _one_raises() -> None:
 
 
 def test_one_process_that_raises_ends_all_with_one_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         distributed.launch(_one_raises, 3)
     assert stop.value.code == 1
-    assert time.monotonic() - began < 30  # mostly for starting
     printed = capfd.readouterr().err
     assert printed.count("Traceback") == 1
     assert "ArithmeticError: out of numbers" in printed
@@ -40,7 +38,7 @@ def _one_stops() -> None:
     for _ in range(3):
         distributed.all_reduce(torch.zeros(1))
     if distributed.rank() == 0:
-        time.sleep(60)
+        time.sleep(PATIENCE)
     distributed.all_reduce(torch.zeros(1))
 
 
@@ -48,12 +46,12 @@ def test_a_process_that_stops_is_named(capfd: pytest.CaptureFixture[str]) -> Non
     """Also when it is the one that prints otherwise."""
     began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        distributed.launch(_one_stops, 2, timeout=1.0)
+        distributed.launch(_one_stops, 2, timeout=3.0)
     assert stop.value.code == 1
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < PATIENCE
     printed = capfd.readouterr().err
     assert printed.count("Error: process 0 on ") == printed.count("Error: process") == 1
-    assert "stopped 1 seconds ago, and the others wait" in printed
+    assert "stopped 3 seconds ago, and the others wait" in printed
 
 
 def test_only_who_is_behind_has_stopped() -> None:
@@ -80,7 +78,7 @@ def _one_freezes_in_a_call() -> None:
         own = os.getpid()
         # Frozen, it would not hear the launcher either, which waits for half a minute before it kills.
         subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {own}; sleep 12; kill -CONT {own}"])
-    distributed.from_main(lambda: time.sleep(60))
+    distributed.from_main(lambda: time.sleep(PATIENCE))
 
 
 @pytest.mark.slow

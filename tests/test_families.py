@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import make_shapes
 
-import dataset_tool
 import generate
 import train
 from dnnlib.config import ConfigError, from_json, override, to_json
@@ -20,14 +20,14 @@ from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.snapshot import load_network
 
-# Options of train.py that make each family tiny, for 32x32 images.
-STYLEFORMER = ["--g_dict=16,16,16", "--num_layers=1,1,1"]  # test_train_cli.py does the rest
+# Options of train.py that make each family tiny, for 16x16 images.
+STYLEFORMER = ["--g_dict=16,16", "--num_layers=1,1"]  # test_train_cli.py does the rest
 TINY = {
     "stylegan2": ["--g-cmax=16", "--g-cbase=256"],
-    "styleformer-c": ["--handover=16", "--g_dict=16,16", "--num_layers=1,2", "--g-cmax=8"],
+    "styleformer-c": ["--handover=8", "--g_dict=16", "--num_layers=2", "--g-cmax=8"],
     "transgan": [
-        "--g_dict=16,16,4",
-        "--num_layers=1,1,1",
+        "--g_dict=16,4",
+        "--num_layers=1,1",
         "--heads=2",
         "--full-upto=8",
         "--window=8",
@@ -36,9 +36,9 @@ TINY = {
     ],
 }
 TINY_D = {
-    "styleformer": ["--cbase=256", "--cmax=16", "--d-patch=4", "--d-layers=2,1", "--d-depth=8"],
+    "styleformer": ["--cbase=256", "--cmax=16", "--d-patch=2", "--d-layers=2,1", "--d-depth=8"],
     "stylegan2": ["--cbase=256", "--cmax=16"],
-    "transgan": ["--d-widths=8,8", "--d-layers=2,1", "--d-local=1,0", "--d-window=8", "--d-heads=2"],
+    "transgan": ["--d-widths=8,8", "--d-layers=2,1", "--d-local=1,0", "--d-window=4", "--d-heads=2"],
 }
 COMMON = ["--cfg=tiny", "--workers=0", "--batch=8", "--metrics=none", "--device=cpu"]
 COMMON += ["--kimg=0.032", "--tick=0.016", "--snap=1", "--pl-weight=2", "--pl-interval=2", "--r1-interval=2"]
@@ -63,9 +63,9 @@ def plan(data: Path, *arguments: str) -> dict[str, Any]:
     return loaded
 
 
-def test_cifar_with_stylegan2_is_the_published_model(shapes_zip: Path) -> None:
+def test_cifar_with_stylegan2_is_the_published_model(shapes32_zip: Path) -> None:
     for arguments in (["--cfg=cifar-stylegan2"], ["--cfg=cifar", "--gen=stylegan2"]):
-        assert plan(shapes_zip, *arguments)["parameters"] == {"G": 19_947_539, "D": 20_720_641}
+        assert plan(shapes32_zip, *arguments)["parameters"] == {"G": 19_947_539, "D": 20_720_641}
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_unknown_families_are_refused() -> None:
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
         (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),
-        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel for images of 32"),
+        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel at 32x32"),
         (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
-        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel for images of 32x32"),
-        (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at img_size=(32, 32)"),
+        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel at 32x32"),
+        (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at 32x32"),
     ],
 )
-def test_flags_that_the_family_cannot_take_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:
-    result = run("--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments)
+def test_flags_that_the_family_cannot_take_are_refused(shapes32_zip: Path, arguments: list[str], message: str) -> None:
+    result = run("--outdir=x", f"--data={shapes32_zip}", "--device=cpu", "-n", *arguments)
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
@@ -192,8 +192,7 @@ def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: P
 
 def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
     data = tmp_path / "scenes.zip"
-    make = ["--source=shapes", f"--dest={data}", "--max-images=16", "--width=128", "--height=128", "--workers=1"]
-    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    make_shapes(data, 128, 16)
     options = ["--cfg=styleformer-c256", "--g_dict=16,16,16", "--num_layers=1,1,1", "--g-cmax=8", "--cmax=8"]
     options += ["--z-dim=32", "--w-dim=32", "--batch=4", "--mbstd=4", "--kimg=0.008", "--metrics=none"]
     options += ["--workers=0", "--device=cpu"]
@@ -232,15 +231,19 @@ LEARNING = {
 }
 
 
+def distances(tmp_path: Path, side: int, *options: str) -> tuple[float, float]:
+    """The sliced Wasserstein distance to drawn scenes of this side of an untrained generator, and after training."""
+    data = make_shapes(tmp_path / "scenes.zip", side, 2048)
+    common = ["--cfg=tiny", "--aug=none", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
+    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *common, *options)
+    (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
+    untrained, *_, trained = (json.loads(line)["results"]["swd200"] for line in log.read_text().splitlines())
+    return untrained, trained
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", LEARNING, ids="-".join)
 def test_every_family_halves_its_distance_to_drawn_scenes(tmp_path: Path, pair: tuple[str, str]) -> None:
-    data = tmp_path / "scenes.zip"
-    make = ["--source=shapes", f"--dest={data}", "--max-images=2048", "--width=16", "--height=16", "--workers=1"]
-    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
-    options = ["--cfg=tiny", f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--aug=none"]
-    options += ["--kimg=3", "--tick=3", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
-    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *options)
-    (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
-    untrained, *_, trained = (json.loads(line)["results"]["swd200"] for line in log.read_text().splitlines())
+    options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--kimg=3", "--tick=3"]
+    untrained, trained = distances(tmp_path, 16, *options)
     assert trained <= untrained / 2

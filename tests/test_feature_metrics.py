@@ -19,7 +19,7 @@ import metrics
 from dnnlib.config import UserError
 from metrics import feature_stats
 from metrics.detectors import DetectorSetup, read_detectors
-from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, rebatched
+from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, Want, rebatched
 from metrics.frechet import distance_of, frechet_distance, wants_of
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
@@ -324,6 +324,11 @@ def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: Detec
     clean = bound_to(setup.bound["inception"], protocol="clean")  # Inception would see another resize
     results(build(clean, cache=tmp_path), "fid60_full")
     assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 5
+    recipes: list[Any] = [Moments(), Rows(), Rows(half=True)]
+    recipes += [SubsetRows(number=2, size=9, stream="kid-real", seed=seed) for seed in (0, 1)]
+    statistics = feature_stats.statistics_of(build(setup, cache=tmp_path))
+    wants = [Want(of="real", role="inception", count=None, recipe=recipe) for recipe in recipes]
+    assert len({statistics._path(want) for want in wants}) == len(wants)
 
 
 def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
@@ -447,12 +452,37 @@ def test_the_kernel_distance_of_whole_sets_has_one_subset(setup: DetectorSetup) 
     assert set(results(build(setup), "kid60_full")) == {"kid60_full", "kid60_full_std"}
 
 
-def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup) -> None:
-    context = build(setup)
-    [score] = find("is50")[0].plan(context, 50)
-    assert score.recipe == ClassSums(10)
-    for name, half in (("pr503_full", True), ("pr503", True), ("dc50_full", False), ("dc50", False)):
-        assert [want.recipe for want in find(name)[0].plan(context, 50)] == [Rows(half), Rows(half)]
+class ManyImages(ArrayImages):
+    """As many as it takes to see whether a metric takes all."""
+
+    def __len__(self) -> int:
+        return 300_000
+
+
+SUBSETS = [SubsetRows(100, 1000, f"kid-{of}", 0) for of in ("real", "fake")]
+# Name -> how many reals (None: all), how many fakes, and what is made of each.
+PLANS: dict[str, tuple[list[int | None], list[Any]]] = {
+    "fid_full": ([None, 50_000], [Moments()] * 2),
+    "fid": ([50_000, 50_000], [Moments()] * 2),
+    "fid20_full": ([None, 20], [Moments()] * 2),
+    "fid20": ([20, 20], [Moments()] * 2),
+    "fd_dinov2": ([None, 50_000], [Moments()] * 2),
+    "kid_full": ([None, 50_000], SUBSETS),
+    "kid": ([50_000, 50_000], SUBSETS),
+    "is": ([50_000], [ClassSums(10)]),
+    "pr3_full": ([200_000, 50_000], [Rows(half=True)] * 2),
+    "pr3": ([50_000, 50_000], [Rows(half=True)] * 2),
+    "dc_full": ([200_000, 50_000], [Rows(half=False)] * 2),
+    "dc": ([50_000, 50_000], [Rows(half=False)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup, name: str) -> None:
+    spec, count = find(name)
+    wants = spec.plan(build(setup, images=ManyImages(natural_images(2))), count)
+    assert ([want.count for want in wants], [want.recipe for want in wants]) == PLANS[name]
+    assert [want.of for want in wants] == ["real", "fake"][-len(wants) :]
 
 
 def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
@@ -473,12 +503,12 @@ def test_clean_divides_by_one_less(program: Path) -> None:
     context = build(bound_to(program, protocol="clean"))
     usual = build(bound_to(program))
     statistics = feature_stats.statistics_of(usual)
-    expected = [
-        distance_of(*map(statistics.__getitem__, wants_of("inception", None, 60)), unbiased=u) for u in (False, True)
-    ]
-    assert results(usual, "fid60_full")["fid60_full"] == pytest.approx(expected[0], rel=1e-9)
-    assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected[1], rel=1e-9)
-    assert expected[1] > expected[0]
+    for name, num_real, num_fake in (("fid60_full", None, 60), ("fid40", 40, 40)):
+        moments = [statistics[want] for want in wants_of("inception", num_real, num_fake)]
+        expected = [distance_of(*moments, unbiased=unbiased) for unbiased in (False, True)]
+        assert results(usual, name)[name] == pytest.approx(expected[0], rel=1e-9)
+        assert results(context, name)[name] == pytest.approx(expected[1], rel=1e-9)
+        assert expected[1] > expected[0]
     [result] = compute_all(["fid60_full"], context)
     assert result.protocol == "clean: features of small.pt; covariance over N-1 (Parmar et al. 2022)"
 

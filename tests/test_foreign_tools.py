@@ -16,7 +16,6 @@ from PIL import Image
 from web import Site
 
 import calc_metrics
-import dataset_tool
 import generate
 import legacy
 import train
@@ -28,7 +27,7 @@ WIDTHS, LAYERS = (32, 16, 16), (1, 1, 1)
 
 
 def styleformer(c_dim: int = 0) -> Any:
-    """The generator of SMALL as the public release would have pickled it."""
+    """A generator of 32x32 images as the public release would have pickled it."""
     shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(WIDTHS, LAYERS, 8, 64, 3, False)
     kwargs: dict[str, Any] = {"z_dim": 64, "c_dim": c_dim, "w_dim": 64, "img_resolution": 32, "img_channels": 3}
     synthesis = {"depth": 32, "num_layers": LAYERS, "conv_clamp": 256, "linformer": 0}
@@ -77,8 +76,8 @@ def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_pat
     assert (refused.exit_code, "a page of HTML ('Log in')" in refused.stderr) == (2, True)
 
 
-def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes_zip: Path, tmp_path: Path) -> None:
-    common = ["--metrics=swd32", f"--data={shapes_zip}", "--device=cpu", "--no-cache"]
+def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
+    common = ["--metrics=swd32", f"--data={shapes32_zip}", "--device=cpu", "--no-cache"]
     records = []
     for network in (theirs, f"{site.url}/{theirs.name}"):
         record = json.loads(run_ok(calc_metrics.main, f"--network={network}", *common).splitlines()[0])
@@ -93,11 +92,12 @@ def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes_zip: Path
 
 
 SHORT = [*SMALL, "--kimg=0.016", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
+SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
-def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes_zip: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
     url = f"{site.url}/{theirs.name}"
-    common = [f"--data={shapes_zip}", *SHORT]
+    common = [f"--data={shapes32_zip}", *SHORT]
     common += [f"--outdir={tmp_path / 'runs'}", "--freezed=3", "--aug=noaug"]
     assert "D: 23 of 23 tensors copied (100.0% of the parameters)" in run_ok(train.main, *common, f"--resume={url}")
     (run_dir,) = (tmp_path / "runs").iterdir()
@@ -120,11 +120,8 @@ def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shape
     assert (state["parts"]["state"]["nimg"], state["config"]["origin"]) == (32, expected)
 
 
-def test_training_at_another_resolution(theirs: Path, tmp_path: Path) -> None:
-    data = tmp_path / "small.zip"
-    make = ["--source=shapes", f"--dest={data}", "--max-images=32", "--width=16", "--height=16", "--workers=1"]
-    run_ok(dataset_tool.main, *make)
-    common = [f"--outdir={tmp_path / 'runs'}", f"--data={data}", *SHORT, "--g_dict=32,16", "--num_layers=1,1"]
+def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
+    common = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--g_dict=32,16", "--num_layers=1,1"]
     common += ["--aug=noaug", f"--resume={theirs}"]
     refused = run(train.main, *common, "--freezed=2")
     assert refused.exit_code == 2
@@ -139,8 +136,8 @@ def test_training_at_another_resolution(theirs: Path, tmp_path: Path) -> None:
     assert f"started from   {theirs}" in run_ok(legacy.main, "info", run_dir / "network-snapshot-000000.pkl")
 
 
-def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    common = [f"--data={shapes_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
+def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
+    common = [f"--data={shapes32_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
     (tmp_path / "text.pkl").write_text("text")
     wrong = {"nonsense": "neither `latest` nor", str(tmp_path / "text.pkl"): "not a file of this project"}
     for name, message in wrong.items():
@@ -159,12 +156,12 @@ def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes_zip: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_wrong_file_is_refused_before_anything_is_written(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     path = tmp_path / "generation.pkl"
     write(path, {"G_ema": styleformer()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
     for name, message in (("generation.pkl", "holds no G or no D"), ("list.pkl", "not a snapshot of Styleformer")):
-        arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, f"--resume={tmp_path / name}"]
+        arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes32_zip}", *SHORT, f"--resume={tmp_path / name}"]
         refused = run(train.main, *arguments)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
     assert not (tmp_path / "runs").exists()
@@ -184,7 +181,7 @@ def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
 
 def test_info_of_our_own_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(__file__).parent / "data" / "network-snapshot-v1.pkl"
-    monkeypatch.setattr(legacy, "rebuild", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr(legacy, "build_networks", lambda *_: pytest.fail("a network was built"))
     about = json.loads(run_ok(legacy.main, "info", ours, "--json"))
     assert (about["kimg"], about["format_version"], about["written_by"]) == (0.104, 1, "0.1.0")
     assert about["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())

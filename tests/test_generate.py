@@ -102,6 +102,13 @@ def test_channels_and_grid(shapes_zip: Path, tmp_path: Path, channels: int, mode
         assert (grid.mode, image.mode) == (mode, mode)
         assert (grid.size, image.size) == ((96, 64), (32, 32))  # 5 images as 3 x 2
         assert np.array_equal(np.asarray(grid)[32:64, 32:64], np.asarray(image))
+        assert (np.asarray(grid)[32:, 64:] == 255).all()
+
+
+def test_channels_that_no_picture_file_has_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=2)
+    result = run(f"--network={network}", "--seeds=0", f"--outdir={tmp_path / 'out'}")
+    assert (result.exit_code, "its images have 2 channels" in result.output) == (2, True)
 
 
 def test_classes_of_a_conditional_network(shapes_zip: Path, tmp_path: Path) -> None:

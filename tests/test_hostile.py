@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SMALL
+from conftest import PATIENCE, SMALL, make_shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,7 +49,6 @@ from training.training_loop import Trainer
 
 DATA = Path(__file__).parent / "data"
 SNAPSHOT, STATE = DATA / "network-snapshot-v1.pkl", DATA / "training-state-v1.pt"
-TOO_LONG = 60  # seconds that no example takes
 
 
 def draws(few: int, many: int) -> pytest.MarkDecorator:
@@ -71,13 +70,13 @@ def for_all(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Cal
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Fail when what is inside takes too long."""
+    """Fail when what is inside hangs."""
 
     def give_up(*args: object) -> None:
-        raise TimeoutError(f"hangs for {TOO_LONG} s")
+        raise TimeoutError(f"hangs for {PATIENCE} s")
 
     previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(TOO_LONG)
+    signal.alarm(PATIENCE)
     try:
         yield
     finally:
@@ -461,9 +460,6 @@ WORDS += [
 LEFT_OUT = {"use_compile", "use_graphs", "help"}  # the first takes long in earnest; nothing is wrong with it
 
 
-ONE_STAGE_LESS = ["--g_dict=32,16", "--num_layers=1,1", "--metrics=none", "--device=cpu"]  # 16x16 pixels
-
-
 def every_option(command: click.Command) -> list[str]:
     options = [option for option in command.params if isinstance(option, ConfigOption)]
     return [option.opts[0] for option in options if option.name not in LEFT_OUT]
@@ -471,11 +467,7 @@ def every_option(command: click.Command) -> list[str]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("few") / "few.zip"
-    assert (
-        run(dataset_tool.main, "--source=shapes", f"--dest={path}", "--max-images=24", "--width=16", "--height=16") == 0
-    )
-    return path
+    return make_shapes(tmp_path_factory.mktemp("few") / "few.zip", 16, 24)
 
 
 @draws(150, 3000)
@@ -485,7 +477,7 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
     network = tmp_path / "network.pkl"
     network.write_bytes(SNAPSHOT.read_bytes())
     scripts: dict[str, tuple[click.Command, list[str]]] = {
-        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, *ONE_STAGE_LESS, "-n"]),
+        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]),
         "generate": (
             generate.main,
             [f"--network={network}", "--class=0", "--seeds=0", "--outdir=work/out", "--device=cpu"],
@@ -525,7 +517,7 @@ def test_options_that_belong_together(few: Path, tmp_path: Path) -> None:
     """Pairs of hostile values, from a seed: a check of one option that relies on another one's."""
     chosen = random.Random(0)
     flags = every_option(train.main)
-    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, *ONE_STAGE_LESS, "-n"]
+    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
     assert run(train.main, *base) == 0
     for _ in range(40):
         run(train.main, *base, *(f"{chosen.choice(flags)}={chosen.choice(WORDS)}" for _ in range(2)))

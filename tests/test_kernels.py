@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PATIENCE
 from torch import Tensor
 
 from torch_utils import custom_ops
@@ -59,7 +60,7 @@ def compile_for_host(library: Path, *flags: str) -> Path:
         "-o",
         str(library),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return library
 
@@ -365,7 +366,7 @@ def test_nvcc_compiles_for_compute_capability_9(source: Path, tmp_path: Path) ->
     assert nvcc is not None
     flags = ["-std=c++17", *custom_ops.NVCC_FLAGS, "-gencode=arch=compute_90,code=sm_90", "-Xptxas=-v"]
     command = [nvcc, *flags, "-c", str(source), "-o", str(tmp_path / "out.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
     assert "bytes spill stores" in result.stderr

@@ -316,6 +316,24 @@ def test_our_own_snapshots_go_the_usual_way() -> None:
         legacy.load_network("missing.pkl")
 
 
+def test_the_reader_of_our_own_points_to_that_of_all(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "n.pkl", {"G_ema": generator_module()})
+    for path in (theirs, tmp_path):  # a pickle, a folder
+        with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
+            training.snapshot.load_network(path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, value: float) -> None:
+    snapshot, path = legacy.load_network(whole), tmp_path / "n.pkl"
+    snapshot.D.epilogue.fc.bias[3] = value
+    save_network(path, config=snapshot.config, D=snapshot.D, G_ema=snapshot.G_ema)
+    refused(path, "D: epilogue.fc.bias holds values that are not finite", "use an earlier snapshot")
+    shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
+    theirs = module("Generator", draw(shapes) | {"mapping.w_avg": torch.full([W], value)}, **GENERATOR_ARGUMENTS)
+    refused(write(path, {"G_ema": theirs}), "G_ema: mapping.w_avg holds values that are not finite")
+
+
 def refused(path: Path, *texts: str) -> None:
     with pytest.raises(UserError) as caught:
         legacy.load_network(path)

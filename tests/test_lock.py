@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import SMALL
+from conftest import PATIENCE, SMALL
 
 import train
 from dnnlib.config import UserError, WriteError
@@ -21,17 +21,18 @@ from dnnlib.util import FolderLock
 
 ROOT = Path(__file__).parent.parent
 # Takes a folder's lock, forks a process that outlives it (as workers that decode images do), and waits.
-HOLDER = """
+HOLDER = f"""
+PATIENCE = {PATIENCE}
 import os, sys, time
 from pathlib import Path
 from dnnlib.util import FolderLock
 lock = FolderLock()
 lock.acquire(Path(sys.argv[1]))
 if os.fork() == 0:
-    time.sleep(20)
+    time.sleep(PATIENCE)
     os._exit(0)
 print("locked", flush=True)
-time.sleep(20)
+time.sleep(PATIENCE)
 """
 
 
@@ -44,7 +45,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout.readline() == "locked\n"
     yield process
     os.killpg(process.pid, signal.SIGKILL)  # the forked one
-    process.wait(20)
+    process.wait(PATIENCE)
     process.stdout.close()
 
 
@@ -52,7 +53,7 @@ def test_a_folder_is_one_programs_until_that_is_killed(tmp_path: Path, holder: s
     with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop that one"):
         lock.acquire(tmp_path)
     holder.kill()  # and not the one that it has forked
-    holder.wait(20)
+    holder.wait(PATIENCE)
     with FolderLock() as lock:
         lock.acquire(tmp_path)
     assert (tmp_path / FolderLock.NAME).read_text().startswith(f"process {os.getpid()} on ")

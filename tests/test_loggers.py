@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
+def curves_of(ticks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The numbers in the lines of stats.jsonl, by name, with the images until then."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for tick in ticks:
+        for name, value in tick.items():
+            number = value["mean"] if isinstance(value, dict) else value
+            if number is not None:
+                curves.setdefault(name, []).append((round(tick["Progress/kimg"] * 1000), number))
+    return curves
+
+
 @pytest.mark.usefixtures("_offline")
 def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_path: Path) -> None:
     options = (f"--kimg={LENGTH}", "--metrics=swd16", "--log=tensorboard,wandb")
@@ -77,9 +89,15 @@ def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_pa
     history = read_history(run_dir)
     board = EventAccumulator(str(run_dir), size_guidance={"images": 0}).Reload()
 
-    losses = [tick["Loss/D/loss"]["mean"] for tick in ticks[1:]]
-    assert [event.value for event in board.Scalars("Loss/D/loss")] == pytest.approx(losses)
-    assert [row["Loss/D/loss"] for row in history if "Loss/D/loss" in row] == pytest.approx(losses)
+    expected = {name: curve for name, curve in curves_of(ticks).items() if name != "timestamp"}
+    assert len(expected) > 15
+    scalars = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    assert {name for name in scalars if not name.startswith("Metrics/")} == set(expected)
+    for name, curve in expected.items():
+        assert np.array(scalars[name]) == pytest.approx(np.array(curve)), name
+        logged = [(round(row["Progress/kimg"] * 1000), row[name]) for row in history if name in row]
+        if name != "Progress/kimg":  # which each row has, as the axis
+            assert np.array(logged) == pytest.approx(np.array(curve)), name
     values = [record["results"]["swd16"] for record in metric]
     assert [event.value for event in board.Scalars("Metrics/swd16")] == pytest.approx(values)
     assert [row["Metrics/swd16"] for row in history if "Metrics/swd16" in row] == pytest.approx(values)
@@ -153,7 +171,8 @@ def test_a_logger_that_fails_stops_neither_training_nor_others(
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
     assert result.exit_code == 0, result.output
     for problem in ("RuntimeError: the service has gone", "ConnectionError: no route", "TimeoutError: too late"):
-        assert f"Warning: --log=wandb: {problem}; training goes on\n" in result.output
+        warning = f"Warning: --log=wandb: {problem}; training goes on\n"
+        assert result.output.count(warning) == 1, result.output  # not at every tick
     (run_dir,) = tmp_path.glob("0*")
     assert len(EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")) == 3
 
@@ -195,3 +214,38 @@ def test_nothing_is_shown_where_nothing_was_asked_for(shapes_zip: Path, tmp_path
     (run_dir,) = tmp_path.glob("0*")
     assert not list(run_dir.glob("events.*"))
     assert (run_dir / "stats.jsonl").exists()
+
+
+def documented_figures() -> dict[str, str]:
+    """The names in the table of stats.jsonl in docs/running.md as patterns, each with the rest of its row."""
+    text = (Path(__file__).parent.parent / "docs" / "running.md").read_text()
+    section = text[text.index("## stats.jsonl") : text.index("## Several processes")]
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section, flags=re.MULTILINE)
+    return {
+        re.escape(name).replace("<phase>", "(G_main|G_reg|D_main|D_reg)"): rest
+        for names, rest in rows
+        for name in re.findall(r"`(.+?)`", names)
+    }
+
+
+def test_what_stats_jsonl_holds_is_documented_and_nothing_else(shapes_zip: Path, tmp_path: Path) -> None:
+    """In runs that together have every option that adds a figure."""
+    variants = (
+        ["--pl-weight=2", "--pl-interval=1", "--r1-interval=1", "--holdout=32"],
+        ["--loss=relativistic"],
+        ["--loss=wgangp-eps", "--gamma=0"],
+        ["--glr=1e30", "--nan=skip"],
+    )
+    found: set[str] = set()
+    for i, options in enumerate(variants):
+        result = run_training(shapes_zip, tmp_path / str(i), "--kimg=0.048", "--metrics=none", "--log=none", *options)
+        assert result.exit_code == 0, result.output
+        (path,) = (tmp_path / str(i)).glob("0*/stats.jsonl")
+        for line in path.read_text().splitlines():
+            tick = json.loads(line)
+            found.update(tick)
+            assert all(set(value) == {"mean", "std", "num"} for value in tick.values() if isinstance(value, dict))
+    patterns = documented_figures()
+    assert {name for name in found if not any(re.fullmatch(pattern, name) for pattern in patterns)} == set()
+    unseen = {pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in found)}
+    assert {pattern for pattern in unseen if "on GPUs only" not in patterns[pattern]} == set()

@@ -22,6 +22,7 @@ from metrics.sampling import (
     MetricContext,
     choose_reals,
     fake_batches,
+    latents,
     random_labels,
     random_rows,
     real_batches,
@@ -340,6 +341,18 @@ def test_labels_of_fakes_have_the_frequencies_of_the_data() -> None:
     assert {tuple(row) for row in drawn.tolist()} <= {tuple(row) for row in vectors.tolist()}
 
 
+def test_the_seed_decides_over_latents_labels_and_the_choice_of_reals() -> None:
+    data = ArrayImages(natural_images(30, (1, 16, 16)), torch.arange(30) % 3, c_dim=3)
+
+    def drawn(seed: int) -> tuple[Tensor, Tensor, list[int]]:
+        context = MetricContext(G=Stripes((1, 16, 16), c_dim=3), images=data, device=torch.device("cpu"), seed=seed)
+        return latents(context, range(20)), random_labels(context, range(20)), choose_reals(context, 11)
+
+    (z, c, reals), again, other = drawn(1), drawn(1), drawn(2)
+    assert (torch.equal(z, again[0]), torch.equal(c, again[1]), reals == again[2]) == (True, True, True)
+    assert (torch.equal(z, other[0]), torch.equal(c, other[1]), reals == other[2]) == (False, False, False)
+
+
 def test_reals_are_a_random_subset_or_all() -> None:
     images = natural_images(30, (1, 16, 16))
     context = context_of(images, batch_size=4)
@@ -479,5 +492,5 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
 
 
 def test_a_result_that_cannot_be_appended_says_where(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metric-swd.jsonl: the result cannot be appended"):
+    with pytest.raises(UserError, match=r"metric-swd.jsonl: cannot be written"):
         metrics.append_result(tmp_path / "missing", {"metric": "swd"})

@@ -87,6 +87,19 @@ def test_rows_about_snapshots_say_what_the_flags_take(script: str) -> None:
     assert "theirs are read as they are" in row
 
 
+def test_what_is_the_same_as_in_stylegan3_is_there() -> None:
+    commands = {"train.py": "train.py", "gen_images.py": "generate.py", "dataset_tool.py": "dataset_tool.py"}
+    known = {there: flags_of(OURS[here]) for there, here in commands.items()}
+    known["gen_video.py"] = flags_of(generate.main.commands["video"])
+    rows = re.findall(r"^\| `(\w+\.py)\b(.*)\|$", section("StyleGAN3"), re.MULTILINE)
+    assert {script for script, _ in rows} == set(known)
+    for script, text in rows:
+        same = re.sub(r"`--translate` and .*? are not|`--w-frames` is", "", text)
+        for flag in re.findall(r"--[\w-]+", same):
+            assert flag in known[script], f"{script} {flag}"
+    assert not {"--translate", "--rotate"} & known["gen_images.py"]
+
+
 def test_every_file_of_theirs_is_there() -> None:
     statuses = table("Files")
     assert statuses.keys() >= FILES
@@ -141,8 +154,8 @@ def test_their_other_commands_are_understood(script: str) -> None:
         resolve(context.params.get("names", ()), DetectorSetup())
 
 
-def test_refused_names_of_networks_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
-    arguments = ["--cfg=tiny", "--metrics=none", "--device=cpu", f"--outdir={tmp_path}", f"--data={shapes_zip}"]
+def test_refused_names_of_networks_are_refused(shapes32_zip: Path, tmp_path: Path) -> None:
+    arguments = ["--cfg=tiny", "--metrics=none", "--device=cpu", f"--outdir={tmp_path}", f"--data={shapes32_zip}"]
     result = CliRunner().invoke(train.main, [*arguments, "--resume=ffhq256"])
     assert (result.exit_code, "--resume=ffhq256: neither" in result.output) == (2, True), result.output
     assert not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
         (["--gen=transgan", "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--gen=transgan", "--mixing=0.9"], "--mixing=0.9: this generator has no styles per layer"),
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
-        (["--loss=wgangp-eps", "--r1-interval=16"], "--r1-interval=16: R1 of every so many steps"),
+        (["--loss=wgangp-eps", "--r1-interval=16"], "--r1-interval=16: only --loss=logistic and hinge have R1"),
         (["--loss=relativistic", "--g-batch-scale=2"], "--g-batch-scale=2: relativistic compares"),
         (["--loss=hinge", "--drift-weight=0.1"], "--drift-weight=0.1: only --loss=wgangp-eps has it"),
         (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not read it"),

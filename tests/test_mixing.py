@@ -75,12 +75,16 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     output = run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", "--styles=coarse", f"--outdir={out}")
     assert "6 mixtures" in output
     grid = pixels(out / "grid.png")
-    assert grid.shape == (3 * 32, 4 * 32, 3)
+    assert grid.shape == (3 * 96 + 10 + 2, 4 * 96 + 10 + 2 * 2, 3)  # every pixel as 3 x 3
+    places = (0, 106, 204, 302)
+    tiles = [[grid[y : y + 96 : 3, x : x + 96 : 3] for x in places] for y in places[:3]]
+    assert (tiles[0][0] == 255).all()
+    assert (grid[96:106] == 255).all()
     for r, row in enumerate((1, 2), start=1):
-        assert np.array_equal(grid[32 * r :][:32, :32], pixels(tmp_path / "pure" / f"seed{row:04d}.png"))
+        assert np.array_equal(tiles[r][0], pixels(tmp_path / "pure" / f"seed{row:04d}.png"))
         for c, col in enumerate((7, 8, 9), start=1):
-            assert np.array_equal(grid[32 * r :][:32, 32 * c :][:, :32], pixels(out / f"{row}-{col}.png"))
-            assert np.array_equal(grid[:32, 32 * c :][:, :32], pixels(tmp_path / "pure" / f"seed{col:04d}.png"))
+            assert np.array_equal(tiles[r][c], pixels(out / f"{row}-{col}.png"))
+            assert np.array_equal(tiles[0][c], pixels(tmp_path / "pure" / f"seed{col:04d}.png"))
     G = load_network(network).G_ema
     ws = G.mapping(torch.from_numpy(np.random.RandomState(1).randn(1, G.z_dim)).float(), None).clone()
     coarse = list(G.style_groups["coarse"])
@@ -92,7 +96,8 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
 
 def test_all_styles_of_the_column_are_the_column(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-    run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=0-4", f"--outdir={tmp_path}")
+    output = run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=0-4", f"--outdir={tmp_path}")
+    assert "1 mixture in" in output
     run_ok("images", f"--network={network}", "--seeds=7", f"--outdir={tmp_path}")
     assert np.array_equal(pixels(tmp_path / "1-7.png"), pixels(tmp_path / "seed0007.png"))
 
@@ -113,12 +118,14 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     np.savez(tmp_path / "shape.npz", w=np.zeros((1, 5, 7)))
     np.savez(tmp_path / "name.npz", x=np.zeros(3))
+    np.savez(tmp_path / "word.npz", w=np.array([[["a"]]]))
     np.savez(tmp_path / "code.npz", w=np.array([{}]))
     (tmp_path / "text.npz").write_text("no")
     cases = {
         "--styles=9": "this network has 0-4, or all, coarse (0), middle (1-2), fine (3-4)",
         f"--projected-w={tmp_path / 'shape.npz'}": "w has shape (1, 5, 7), this network needs (n, 5, 12)",
         f"--projected-w={tmp_path / 'name.npz'}": "has no array w",
+        f"--projected-w={tmp_path / 'word.npz'}": "w holds <U1, not numbers",
         f"--projected-w={tmp_path / 'code.npz'}": "not an .npz file of arrays",
         f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file of arrays",
         "--projected-w=/nowhere.npz": "--projected-w=/nowhere.npz: cannot be read",
@@ -130,6 +137,11 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
     result = run("mix", f"--network={network}", "--cols=1", f"--outdir={out}")
     assert (result.exit_code, "--rows: say which images" in result.output) == (2, True)
     assert not out.exists()
+
+
+def test_a_command_that_is_not_there_is_named() -> None:
+    result = run("mixx", "--rows=1")
+    assert (result.exit_code, "No such command 'mixx'" in result.output) == (2, True)
 
 
 def test_the_help_of_images_names_the_other_commands() -> None:

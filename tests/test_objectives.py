@@ -12,13 +12,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from click.testing import CliRunner
+from test_families import SMALL_D, SMALL_G, distances
 from test_loss import H, LinearG, W, batch, players
-from test_training import _train_and_save, everything, everything_that_is_saved, new_trainer, train_steps
+from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
 from torch import Tensor, nn
 
 import train
 from dnnlib.config import ConfigError, from_json
-from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest
 from training.config import PRESETS, TrainConfig, customise
 from training.loss import (
@@ -30,6 +30,7 @@ from training.loss import (
     discriminator_wgan,
     generator_linear,
     generator_relativistic,
+    path_length,
 )
 from training.phases import AdamConfig, Learner, build_learner, build_phases
 from training.training_loop import Trainer
@@ -220,6 +221,35 @@ def settings(objective: Objective, **changes: Any) -> LossConfig:
     return LossConfig(objective=objective, **values | changes)
 
 
+def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None:
+    """On linear networks, whose penalties follow from |a|; other tests check the losses with numbers of their own."""
+    game, (img, c) = players(), batch()
+    norm, mean = game.D.a.detach().norm().item(), game.D(img, c).mean().item()
+    g, d = (build_learner([nn.Parameter(torch.zeros(1))], AdamConfig(lr=0.1), None) for _ in range(2))
+
+    def loss_of(name: str, config: LossConfig) -> float:
+        phases = build_phases(game, config, g, d)
+        assert all(phase.learner is {"G": g, "D": d}[phase.name[0]] for phase in phases)
+        torch.manual_seed(5)
+        return next(phase for phase in phases if phase.name == name).loss(img, c).loss.item()
+
+    for objective in ("logistic", "hinge"):
+        config = settings(objective, r1_gamma=3.0, pl_weight=5.0, pl_decay=0.25)
+        assert loss_of("D_reg", config) == pytest.approx(3 / 2 * norm**2)
+        torch.manual_seed(5)
+        expected = path_length(game, img, c, weight=5.0, decay=0.25).loss.item()
+        assert loss_of("G_reg", config) == pytest.approx(expected)
+
+    plain, penalised, drifting = (
+        loss_of("D_main", settings("wgangp-eps", gp_weight=gp_weight, drift_weight=drift_weight))
+        for gp_weight, drift_weight in ((0.0, 0.0), (7.0, 0.0), (0.0, 3.0))
+    )
+    assert penalised - plain == pytest.approx(7 * (norm - 1) ** 2)
+    assert drifting - plain == pytest.approx(3 * mean**2)
+    plain, penalised = (loss_of("D_main", settings("relativistic", r1_gamma=gamma)) for gamma in (0.0, 3.0))
+    assert penalised - plain == pytest.approx(3 * norm**2)
+
+
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
@@ -297,6 +327,15 @@ def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
     assert not any(row["exp_avg_sq"].any() for row in learner.optimizer.state.values())
 
 
+def test_batch_means_that_are_not_finite_are_bad_too() -> None:
+    """They travel with the gradients, and would stay in a running mean for ever."""
+    learner = build_learner([nn.Parameter(torch.ones(3))], AdamConfig(lr=0.1), None)
+    assert not learner.gradients.reduce()[1]
+    learner.gradients.means[0] = float("nan")
+    norm, is_bad = learner.gradients.reduce()
+    assert (norm, bool(is_bad)) == (0, True)
+
+
 def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
     clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
     trainer = new_trainer(everything(shapes_zip, **clip))
@@ -350,19 +389,48 @@ def test_resuming_is_exact_with_every_objective(shapes_zip: Path, tmp_path: Path
     assert float(straight.augment.p) != 0.5  # the controller was at work
 
 
-@pytest.mark.parametrize("objective", ["wgangp-eps", pytest.param("relativistic", marks=pytest.mark.slow)])
-def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, tmp_path: Path, objective: str) -> None:
+WITH_PENALTIES = ("wgangp-eps", "relativistic")
+
+
+def config_to_share(data: Path, objective: str) -> TrainConfig:
     changes: dict[str, Any] = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2, "d_optimizer__clip_norm": 1.0}
     changes |= {"augment__mode": "fixed", "augment__p": 0.7, "loss__n_critic": 2, "data__use_labels": True}
     changes |= {"loss__g_batch_scale": 2} if objective == "wgangp-eps" else {}
-    config = objective_config(shapes_zip, objective, **changes)
-    alone = new_trainer(config)
+    return objective_config(data, objective, **changes)
+
+
+def in_two_processes(folder: Path, data: Path) -> None:
+    for objective in WITH_PENALTIES:
+        train_and_save(config_to_share(data, objective), 3, folder / f"{objective}.pt")
+
+
+@pytest.mark.parametrize("objective", WITH_PENALTIES)
+def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, together: Path, objective: str) -> None:
+    alone = new_trainer(config_to_share(shapes_zip, objective))
     train_steps(alone, 3)
-    distributed.launch(_train_and_save, 2, config, 3, tmp_path / "two.pt")
-    one, two = everything_that_is_saved(alone), Checkpoint.read(tmp_path / "two.pt")["parts"]
+    saved = Checkpoint.read(together / "test_objectives" / f"{objective}.pt")
+    one, two = everything_that_is_saved(alone), saved["parts"]
     for part in ("G", "D", "G_ema", "ada"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+
+
+# Side of the images and options with which an objective learns to draw scenes: TransGAN's with both of its networks and
+# n_critic, but with larger steps than the paper's, since there are few of them.
+SMALL_TRANSGANS = ["--gen=transgan", "--base=4", "--z-dim=32", "--w-dim=32", "--g_dict=64,16", "--num_layers=1,1"]
+SMALL_TRANSGANS += ["--disc=transgan", "--d-widths=32,16", "--d-layers=1,1", "--d-local=0,0", "--clip=5"]
+LEARNING: dict[str, tuple[int, list[str]]] = {
+    "wgangp-eps": (8, [*SMALL_TRANSGANS, "--n-critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"]),
+    "relativistic": (16, ["--gen=stylegan2", *SMALL_G, *SMALL_D, "--kimg=1"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", LEARNING)
+def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: Path, objective: str) -> None:
+    side, options = LEARNING[objective]
+    untrained, trained = distances(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
+    assert trained <= untrained / 2
 
 
 @pytest.mark.parametrize(
@@ -394,16 +462,16 @@ def plan(data: Path, *arguments: str) -> Any:
     return from_json(TrainConfig, json.loads(result.stdout)["options"])
 
 
-def test_an_objective_takes_its_place_in_a_preset(shapes_zip: Path) -> None:
-    base = plan(shapes_zip, "--cfg=cifar").loss
-    assert plan(shapes_zip, "--cfg=cifar", "--loss=logistic").loss == base
-    assert plan(shapes_zip, "--cfg=cifar", "--loss=hinge").loss == replace(base, objective="hinge")
-    wgan = plan(shapes_zip, "--cfg=cifar", "--loss=wgangp-eps", "--n-critic=4", "--g-batch-scale=2", "--clip=5")
+def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
+    base = plan(shapes32_zip, "--cfg=cifar").loss
+    assert plan(shapes32_zip, "--cfg=cifar", "--loss=logistic").loss == base
+    assert plan(shapes32_zip, "--cfg=cifar", "--loss=hinge").loss == replace(base, objective="hinge")
+    wgan = plan(shapes32_zip, "--cfg=cifar", "--loss=wgangp-eps", "--n-critic=4", "--g-batch-scale=2", "--clip=5")
     without_r1: dict[str, Any] = {"r1_gamma": 0.0, "r1_interval": None}
     weights: dict[str, Any] = {"gp_weight": 10.0, "drift_weight": 0.001, "n_critic": 4, "g_batch_scale": 2}
     assert wgan.loss == replace(base, objective="wgangp-eps", **without_r1, **weights)
     assert (wgan.g_optimizer.clip_norm, wgan.d_optimizer.clip_norm) == (5.0, 5.0)
-    relativistic = plan(shapes_zip, "--cfg=cifar", "--loss=relativistic", "--gamma=0.05").loss
+    relativistic = plan(shapes32_zip, "--cfg=cifar", "--loss=relativistic", "--gamma=0.05").loss
     assert relativistic == replace(base, objective="relativistic", r1_interval=None, r1_gamma=0.05)
 
     back = customise(replace(PRESETS["auto"], loss=settings("wgangp-eps")), {"loss.objective": "hinge"}).loss
@@ -414,7 +482,7 @@ def test_an_objective_takes_its_place_in_a_preset(shapes_zip: Path) -> None:
     ("arguments", "message"),
     [
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
-        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: R1 of every so many steps goes with"),
+        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: only --loss=logistic and hinge have R1"),
         (["--gp-weight=5"], "--gp-weight=5.0: only --loss=wgangp-eps has it; leave it out"),
         (["--clip=-1"], "--clip=-1.0: a bound of a norm must be positive"),
         (["--n-critic=0"], "--n-critic=0: must be at least 1"),

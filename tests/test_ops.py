@@ -345,7 +345,7 @@ def samples_of_upfirdn2d(device: str = "cpu") -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ["lrelu", "swish"])  # piecewise linear, and not
 def test_bias_act_is_registered(act: str) -> None:
     for sample in samples_of_bias_act(act):
         torch.library.opcheck(torch.ops.styleformer.bias_act.default, sample)

@@ -17,7 +17,7 @@ from dnnlib.config import UserError
 from metrics import detectors, path_length
 from metrics.detectors import Detector, DetectorSetup, read_detectors
 from metrics.frechet import class_distances, frechet_distance
-from metrics.path_length import EPSILON, trimmed_mean
+from metrics.path_length import trimmed_mean
 from metrics.precision_recall import precision_recall
 from metrics.registry import compute_all
 from metrics.sampling import MetricContext, fake_batches, random_labels
@@ -72,7 +72,7 @@ def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch)
     assert end.metric == "ppl2_wend200_tvgg16"
     assert end.num_fake == 400
     w = torch.cat([pair.chunk(2)[0] for pair in G.ws])[:, 0], torch.cat([pair.chunk(2)[1] for pair in G.ws])[:, 0]
-    moves = ((w[1] - w[0]) @ G.A / EPSILON).square().sum(dim=1)
+    moves = ((w[1] - w[0]) @ G.A / 1e-4).square().sum(dim=1)
     assert end.results["ppl2_wend200_tvgg16"] == pytest.approx(trimmed_mean(moves.numpy()), rel=1e-6)
     # E|A (w1 - w0)|^2 = 2 |A|^2 for independent standard normal latents
     assert float(moves.mean()) == pytest.approx(2 * float(G.A.square().sum()), rel=0.15)
@@ -81,9 +81,26 @@ def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch)
     [full] = compute_all(["ppl_wfull200"], build(G, batch_size=10))  # judged on the crop: rows 12-27, columns 8-23
     crop = G.A.reshape(4, 32, 32)[:, 12:28, 8:24].reshape(4, -1)
     starts = torch.cat([pair.chunk(2)[0] for pair in G.ws])[:, 0], torch.cat([pair.chunk(2)[1] for pair in G.ws])[:, 0]
-    moves = ((starts[1] - starts[0]) @ crop / EPSILON).square().sum(dim=1)
+    moves = ((starts[1] - starts[0]) @ crop / 1e-4).square().sum(dim=1)
     assert full.results["ppl_wfull200_tvgg16"] == pytest.approx(trimmed_mean(moves.numpy()), rel=1e-6)
-    assert (starts[0] - w[0]).abs().max() > 0.1  # other places on the same lines
+    # At t = 0 the latent is standard normal; at a uniform t its variance is E[t^2 + (1 - t)^2] = 2/3.
+    assert float((w[0] - 1).var()) == pytest.approx(1, rel=0.15)
+    assert float((starts[0] - 1).var()) == pytest.approx(2 / 3, rel=0.15)
+
+
+def test_steps_in_z_go_along_great_circles() -> None:
+    """At t = 0 a step is |b| - |a| along a and |a| times the angle between a and b across it.
+
+    Of standard normal a, b in 4 dimensions: E[(|b| - |a|)^2] = 2 (4 - 9 pi / 8), E|a|^2 = 4, and the angle has
+    E = pi^2/3 - 1/2 for its square. Along straight lines E|b - a|^2 would be 8.
+    """
+    walk = path_length.Walk(space="z", at_end=True, crop=False)
+    G = Linear()
+    G.A = torch.eye(4, 1024, dtype=torch.float64)  # the image shows z itself
+    pairs = list(path_length.steps(build(G, batch_size=4000), walk, 2000))
+    moves = torch.cat([(other - one).square().sum(dim=(1, 2, 3)) for one, other in pairs]) / 1e-4**2
+    expected = 2 * (4 - 9 * np.pi / 8) + 4 * (np.pi**2 / 3 - 1 / 2)
+    assert float(moves.mean()) == pytest.approx(expected, rel=0.06)
 
 
 def test_path_length_does_not_depend_on_the_batches() -> None:

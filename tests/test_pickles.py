@@ -37,9 +37,9 @@ def read(tmp_path: Path, data: bytes) -> Any:
     return read_pickle(path)
 
 
-def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 2) -> str:
-    """Read within seconds and little memory, and fail with one line that names the file."""
-    started = time.monotonic()
+def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) -> str:
+    """Read in little time and memory of this process, and fail with one line that names the file."""
+    started = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=text) as caught:
@@ -52,7 +52,7 @@ def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 2) ->
     assert "\n" not in message
     assert len(message) < 400
     assert peak < 50e6 + 50 * len(data)
-    assert time.monotonic() - started < seconds
+    assert time.process_time() - started < seconds
     return message
 
 

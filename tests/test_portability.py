@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import SMALL
+from conftest import PATIENCE, SMALL
 
 # os.pread, SIGUSR1 and SIGKILL, the modules resource and fcntl, and fork: workers are spawned.
 WITHOUT = """
@@ -29,7 +29,7 @@ def test_training_works_without_what_only_posix_has(shapes_zip: Path, tmp_path: 
     program.write_text(WITHOUT)
     options = [*SMALL, "--device=cpu", "--tick=0.016", "--kimg=0.032", "--metrics=none", "--log=none", "--workers=1"]
     command = [sys.executable, str(program), f"--data={shapes_zip}", f"--outdir={tmp_path}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     (run_dir,) = tmp_path.glob("0*")
     assert "has no locks (no fcntl)" in done.stderr

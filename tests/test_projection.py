@@ -185,6 +185,29 @@ def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyP
     assert img.grad.flatten(1).any(dim=1).all()
 
 
+def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
+    pytest.importorskip("torch_fidelity")
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(init_weights=False).eval()
+    weights = [torch.rand(width) for width in (64, 128, 256, 512, 512)]
+    linear = {f"lin{i}.model.1.weight": weight.reshape(1, -1, 1, 1) for i, weight in enumerate(weights)}
+    monkeypatch.setattr(DetectorSetup, "_lpips_states", lambda self: (vgg.state_dict(), linear))
+    images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
+    distances = lpips_towards(DetectorSetup(), CPU)(images[:2])(images[2:])
+
+    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])  # of the published LPIPS
+    x, expected = ((images - mean[:, None, None]) / std[:, None, None]).double(), torch.zeros(2).double()
+    for index, layer in enumerate(vgg.features.double()):
+        x = layer(x)
+        if index in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+            f, g = (x / x.norm(dim=1, keepdim=True)).split(2)
+            weight = weights[(3, 8, 15, 22, 29).index(index)].double()
+            expected += torch.einsum("c,bchw->b", weight, (f - g).square()) / math.prod(x.shape[2:])
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")
@@ -234,6 +257,15 @@ def test_what_was_found_is_kept_when_a_later_batch_fails(
     assert sorted(path.name for path in out.glob("*.png")) == ["proj00.png", "proj01.png"]
 
 
+def test_a_search_that_leaves_all_finite_numbers_is_no_result(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    options = ("--num-steps=3", "--loss=pixels", "--lr=1e30", f"--target={tmp_path / 'x.png'}", f"--outdir={out}")
+    result = run("project", f"--network={network}", *options)
+    assert (result.exit_code, "--lr=1e+30: the search left all finite numbers" in result.output) == (2, True)
+    assert not any(out.iterdir())
+
+
 @pytest.mark.parametrize("mode", [1, 3, 4])
 def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_zip: Path, tmp_path: Path) -> None:
     """An RGBA picture of another shape for a network of 1, 3 or 4 channels."""
@@ -260,6 +292,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         ([f"--target={tmp_path / 'bad.png'}", "--loss=pixels"], "bad.png cannot be read (not a PNG"),
         (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
         (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
+        ([f"--target={good}", "--loss=pixels", "--lr=0"], "--lr=0: must be positive"),
         ([f"--target={good}", "--loss=features"], "name its program with --detector=FILE"),
         ([f"--target={good}", "--loss=pixels", f"--detector={program}"], "has no use for a program"),
     ]:

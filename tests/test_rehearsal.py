@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SMALL, small_config
+from conftest import PATIENCE, SMALL, small_config
 
 import train
 from dnnlib.config import ConfigError, UserError, override
@@ -117,20 +117,19 @@ def test_what_fits_nowhere_and_other_errors_are_told(shapes_zip: Path, monkeypat
         rehearsal.choose_batch_gpu(config, dataset, CPU)
 
 
-def _choose(config: TrainConfig, out: Path) -> None:
+def in_two_processes(folder: Path, data: Path) -> None:
     def fits(candidate: TrainConfig, dataset: None, device: torch.device) -> bool:
         limit = 4 if distributed.rank() == 1 else 8
         assert isinstance(candidate.run.batch_gpu, int)
         return candidate.run.batch_gpu <= limit
 
+    config = small_config(data, batch_size=32, run__num_gpus=2, run__batch_gpu="auto")
     chosen = rehearsal.choose_batch_gpu(config, None, CPU, fits)  # type: ignore[arg-type]
-    (out / f"{distributed.rank()}").write_text(str(chosen.run.batch_gpu))
+    (folder / f"{distributed.rank()}").write_text(str(chosen.run.batch_gpu))
 
 
-def test_the_smallest_of_all_processes_counts(shapes_zip: Path, tmp_path: Path) -> None:
-    config = small_config(shapes_zip, batch_size=32, run__num_gpus=2, run__batch_gpu="auto")
-    distributed.launch(_choose, 2, config, tmp_path)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4", "4"]
+def test_the_smallest_of_all_processes_counts(together: Path) -> None:
+    assert [(together / "test_rehearsal" / rank).read_text() for rank in "01"] == ["4", "4"]
 
 
 SHORT = [*SMALL, "--batch-gpu=auto", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
@@ -214,7 +213,7 @@ def test_a_lack_of_memory_is_recognised_behind_the_end_of_a_recording() -> None:
     assert not is_out_of_memory(raised_while_handling(ValueError("a shape")))
 
 
-def test_a_machine_without_enough_memory_gets_one_line(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_machine_without_enough_memory_gets_one_line(shapes32_zip: Path, tmp_path: Path) -> None:
     """The program's address space is limited to 2 GiB more than it has once it is loaded; one step takes more."""
     limited = """
 import resource, sys
@@ -234,12 +233,12 @@ train.main()
         "--device=cpu",
     ]
     result = subprocess.run(
-        [sys.executable, "-c", limited, f"--outdir={tmp_path}", f"--data={shapes_zip}", *options],
+        [sys.executable, "-c", limited, f"--outdir={tmp_path}", f"--data={shapes32_zip}", *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 2, result.stderr

@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import PATIENCE
 from PIL import Image
 
 import report
-from reporting import charts
+from reporting import drawing
+from reporting.charts import find_charts
 from reporting.runs import read_run
 
 NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gradients/G_main_norm", "Ours/new_signal")
 
 
-def make_run(path: Path, ticks: int = 6, grids: Sequence[int] = (4, 8), mode: str = "RGB") -> Path:
+def make_run(path: Path, ticks: int = 6, grids: Sequence[int] = (4, 8), mode: str = "RGB", side: int = 64) -> Path:
     """A run's folder as training writes it, 2 kimg and 30 seconds a tick."""
     path.mkdir(parents=True)
     options = {"preset": "tiny", "loss": {"r1_gamma": len(path.name)}, "run": {"total_kimg": 20}}
@@ -34,7 +36,7 @@ def make_run(path: Path, ticks: int = 6, grids: Sequence[int] = (4, 8), mode: st
     (path / "stats.jsonl").write_text("".join(tick_line(i) for i in range(ticks)))
     (path / "metric-swd5k.jsonl").write_text("".join(metric_line(2 * i, 100 - i) for i in range(0, ticks, 2)))
     for name in ("reals", "fakes_init", *(f"fakes{kimg:06d}" for kimg in grids)):
-        pixels = np.random.RandomState(len(name)).randint(0, 255, (800, 800, len(mode)), dtype=np.uint8)
+        pixels = np.random.RandomState(len(name)).randint(0, 255, (side, side, len(mode)), dtype=np.uint8)
         Image.fromarray(pixels.squeeze()).save(path / f"{name}.png", compress_level=1)
     return path
 
@@ -57,10 +59,8 @@ def run_report(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts of one pixel, for what is not about them."""
-    buffer = io.BytesIO()
-    Image.new("L", (1, 1)).save(buffer, "PNG")
-    monkeypatch.setattr(charts, "_draw", lambda *args, **kwargs: buffer.getvalue())
+    """Charts without a picture, for what is not about them."""
+    monkeypatch.setattr(report, "draw", lambda chart: drawing.Picture(chart, b"", ()))
 
 
 class Page(HTMLParser):
@@ -83,13 +83,18 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def charts(self) -> dict[str, list[dict[str, Any]]]:
+        """What the pointer shows of each chart's lines, by the chart's title."""
+        shown = [attributes for _, attributes in self.tags if "data-lines" in attributes]
+        return {str(chart["aria-label"]): json.loads(str(chart["data-lines"])) for chart in shown}
+
     def images(self) -> dict[str, Image.Image]:
         """The pictures by their description, decoded."""
         found: dict[str, Image.Image] = {}
         for tag, attributes in self.tags:
             if tag == "img":
                 head, _, data = str(attributes["src"]).partition(",")
-                assert head in ("data:image/png;base64", "data:image/jpeg;base64")
+                assert head == "data:image/jpeg;base64"
                 image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
                 image.load()
                 found[str(attributes["alt"])] = image
@@ -97,18 +102,24 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_all_that_it_shows(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "00000-<b>&-run")
+    run = make_run(tmp_path / "00000-<b>&-run", side=800)
     result = run_report(run)
     assert result.exit_code == 0, result.output
     text = (run / "report" / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert not re.search(r"https?:|//\w+\.|@import|url\(|<link|<iframe", text)
+    assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)|<link|<iframe", text)
     assert not any("src" in attributes for tag, attributes in page.tags if tag != "img")
     assert "<b>" not in text
-    images = page.images()
-    for title in ("swd5k", "Losses of G and D", "Norms of the gradients", "Probability p of the augmentation"):
-        assert title in images
+    charts, images = page.charts(), page.images()
+    for title in ("Losses of G and D", "Norms of the gradients", "Probability p of the augmentation"):
+        assert title in charts
+    assert charts["Metric swd5k: lower is better"] == [
+        {"label": "swd5k", "colour": "#0072B2", "kimg": [0, 4, 8], "seconds": [0, 60, 120], "values": [100, 98, 96]}
+    ]
+    assert text.count('class="panel"') == 2 * len(charts)
+    assert "(best 96 at 8 kimg)" in text
+    assert "<td>96 at 8 kimg</td><td>96</td>" in text
     for kimg in (0, 4, 8):
         assert images[f"{run.name}: generated at kimg {kimg}"].size == (768, 768)
     assert f"{run.name}: real images" in images
@@ -132,30 +143,33 @@ def test_grids_of_any_channels_are_shown(tmp_path: Path, mode: str) -> None:
 
 
 def lines_of(monkeypatch: pytest.MonkeyPatch, *runs: Path) -> dict[str, dict[str, np.ndarray]]:
-    """What matplotlib is told to draw in the left half of each chart: kimg and values by colour and dashes."""
+    """What matplotlib is told to draw in the left half of each chart's PNG: kimg and values by colour and dashes."""
     from matplotlib.figure import Figure
 
     drawn: dict[str, dict[str, np.ndarray]] = {}
 
     def note(figure: Figure, *args: object, **kwargs: object) -> None:
-        lines = figure.axes[0].get_lines()
-        drawn[figure.get_suptitle()] = {
-            f"{line.get_color()} {line.get_linestyle()}": np.asarray(line.get_xydata()) for line in lines
-        }
+        if figure.get_suptitle():
+            drawn[figure.get_suptitle()] = {
+                f"{line.get_color()} {line.get_linestyle()}": np.asarray(line.get_xydata())
+                for line in figure.axes[0].get_lines()
+                if line.get_marker() != "*"
+            }
 
     monkeypatch.setattr(Figure, "savefig", note)
-    read = [read_run(run, run.name) for run in runs]
-    list(charts.draw(read))
+    monkeypatch.setattr(drawing, "_inline", str)
+    for chart in find_charts([read_run(run, run.name) for run in runs]):
+        drawing.draw(chart)
     return drawn
 
 
 def test_one_run_is_drawn_as_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = lines_of(monkeypatch, make_run(tmp_path / "run", ticks=5))
-    assert drawn["Metric swd5k"]["C0 -"].tolist() == [[0, 100], [4, 98], [8, 96]]
+    assert drawn["Metric swd5k: lower is better"]["#0072B2 -"].tolist() == [[0, 100], [4, 98], [8, 96]]
     losses = drawn["Losses of G and D"]
-    assert losses["C0 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, as names are in order
-    assert losses["C1 -"].tolist() == [[2, 2], [4, 3], [6, 4], [8, 5]]
-    assert drawn["Probability p of the augmentation"]["C0 -"][:, 1].tolist() == pytest.approx(
+    assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, as names are in order
+    assert losses["#D55E00 -"].tolist() == [[2, 2], [4, 3], [6, 4], [8, 5]]
+    assert drawn["Probability p of the augmentation"]["#0072B2 -"][:, 1].tolist() == pytest.approx(
         [0, 0.01, 0.02, 0.03, 0.04]
     )
     assert next(iter(drawn["Other figures"].values())).tolist() == [[2, 7], [4, 8], [6, 9], [8, 10]]  # no name is lost
@@ -167,8 +181,55 @@ def test_runs_of_different_lengths_lie_over_each_other(tmp_path: Path, monkeypat
     (long / "metric-swd5k.jsonl").unlink()
     drawn = lines_of(monkeypatch, long, short)
     losses = drawn["Losses of G and D"]
-    assert {key: len(points) for key, points in losses.items()} == {"C0 -": 8, "C0 --": 8, "C1 -": 2, "C1 --": 2}
-    assert list(drawn["Metric swd5k"]) == ["C1 -"]  # the colour stays the run's
+    assert {key: len(points) for key, points in losses.items()} == {
+        "#0072B2 -": 8,
+        "#0072B2 --": 8,
+        "#D55E00 -": 2,
+        "#D55E00 --": 2,
+    }
+    assert list(drawn["Metric swd5k: lower is better"]) == ["#D55E00 -"]  # the colour stays the run's
+
+
+def test_of_many_ticks_the_mean_is_drawn_before_all_of_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=1, grids=())
+    values = np.random.RandomState(0).rand(5000)
+    values[3210] = 7
+    lines = [{"Progress/kimg": i, "Loss/G/loss": {"mean": value}} for i, value in enumerate(values)]
+    (run / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = next(chart for chart in find_charts([read_run(run, "run")]) if chart.name == "losses")
+    assert "faint: every tick" in chart.note
+    trend = chart.lines[0].trend().values
+    for place in (0, 30, 2500, 4999):
+        assert trend[place] == pytest.approx(values[max(place - 50, 0) : place + 51].mean())
+    x, y = drawing._extremes(chart.lines[0].curve.kimg, values)
+    assert len(x) <= 2 * drawing.SHOWN
+    assert (3210, 7) in set(zip(x, y, strict=True))  # no peak is lost
+    assert y.min() == values.min()
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "is_log", "best"),
+    [
+        ("fid50k_full", [300.0, 3.0, 5.0], True, 4),
+        ("fid50k_full_mine", [300.0, 3.0, 5.0], True, 4),
+        ("fid50k_full", [30.0, 5.0, 5.0], False, 4),
+        ("kid50k_full", [0.1, -0.001, 0.1], False, 4),
+        ("is50k", [1.0, 2.0, 11.0], False, 8),
+        ("from_elsewhere", [1.0, 20.0, 3.0], False, None),
+    ],
+)
+def test_the_best_value_is_marked(
+    tmp_path: Path, metric: str, values: list[float], is_log: bool, best: int | None
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metric-swd5k.jsonl").unlink()
+    lines = [metric_line(4 * i, 0, results={metric: value}) for i, value in enumerate(values)]
+    (run / f"metric-{metric}.jsonl").write_text("".join(lines))
+    chart = next(find_charts([read_run(run, "run")]))
+    assert chart.is_log == is_log
+    line = chart.lines[0]
+    assert (None if line.best is None else line.curve.kimg[line.best]) == best
+    assert (f"at {best} kimg" in chart.legend()[0].label) == (best is not None)
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -179,7 +240,8 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
     result = run_report(tmp_path)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "report" / "report.html").read_text()
-    assert "loss.r1_gamma: 4 -&gt; 5" in text
+    assert "<tr><td>loss.r1_gamma</td><td>4</td><td>5</td></tr>" in text
+    assert "<td>preset</td>" not in text  # which is the same in both
     assert "16 of 20" in text
     assert "4 of 20" in text
 
@@ -232,12 +294,9 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     result = run_report(begun, empty, f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 0, result.output
     assert f"Warning: {begun}: nothing to show yet, left out" in result.output
-    assert set(Page((tmp_path / "out" / "report.html").read_text()).images()) == {
-        "swd5k",
-        "Probability p of the augmentation",
-        "b: generated at kimg 0",
-        "b: real images",
-    }
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert set(page.images()) == {"b: generated at kimg 0", "b: real images"}
+    assert set(page.charts()) == {"Metric swd5k: lower is better", "Probability p of the augmentation"}
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -279,6 +338,37 @@ def test_of_many_grids_some_are_shown(tmp_path: Path) -> None:
     assert [name for name in images if "generated at" in name] == [
         f"run: generated at kimg {kimg}" for kimg in (0, 7, 14, 22, 29)
     ]
+    other = make_run(tmp_path / "other", ticks=2, grids=range(1, 9))
+    assert run_report(run, other, "--images=6", f"--outdir={tmp_path / 'out'}").exit_code == 0
+    images = Page((tmp_path / "out" / "report.html").read_text()).images()
+    assert len([name for name in images if "generated at" in name]) == 6
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_what_a_run_warned_of_and_was_computed_with_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    warning = "Warning: D tells <nothing>"
+    (run / "log.txt").write_text(f"tick 1\n{warning}\ntick 2\n{warning}\nError: the end\nmore\n")
+    starts = [{"kimg": 0.0, "device": "NVIDIA H100", "torch": "2.12"}, {"kimg": 4.0, "device": "cpu", "commit": None}]
+    (run / "environment.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert run_report(run).exit_code == 0
+    text = (run / "report" / "report.html").read_text()
+    assert "<li>run: Warning: D tells &lt;nothing&gt; (2 times)</li><li>run: Error: the end</li>" in text
+    assert "<th>kimg</th><th>device</th><th>torch</th><th>commit</th>" in text
+    assert "<tr><td>run</td><td>0.0</td><td>NVIDIA H100</td><td>2.12</td><td></td></tr>" in text
+    assert "<tr><td>run</td><td>4.0</td><td>cpu</td><td></td><td>?</td></tr>" in text
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    for name in ("stats.jsonl", "log.txt", "fakes000004.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+    result = run_report(run)
+    assert result.exit_code == 0, result.output
+    assert "stats.jsonl: cannot be read (Is a directory)" in result.output
+    assert "fakes000004.png: cannot be read" in result.output
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -286,27 +376,35 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert report.name_runs(folders) == ["a/run", "b/run", "other"]
 
 
-def test_a_browser_shows_every_picture_and_the_slider_moves(tmp_path: Path) -> None:
+def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
     run = make_run(tmp_path / "run", ticks=3)
+    monkeypatch.setattr(drawing, "_draw_png", lambda *args: b"")  # the page has SVG
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
+      const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
+      const ruler = JSON.parse(panel.dataset.ruler);
+      const at = ruler.left + (ruler.right - ruler.left) * (3.9 - ruler.first) / (ruler.last - ruler.first);
+      panel.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at * box.width}));
+      const reading = [...panel.querySelectorAll(".reading div")].map(line => line.textContent);
       const shown = () => [...document.querySelectorAll(".frames figure")].findIndex(frame => !frame.hidden);
       const slider = document.querySelector("input"), before = shown();
       slider.value = 1;
       slider.dispatchEvent(new Event("input"));
       const widths = [...document.images].map(image => image.naturalWidth);
-      document.body.dataset.found = JSON.stringify([before, shown(), Math.min(...widths), widths.length]);
+      document.body.dataset.found = JSON.stringify([before, shown(), Math.min(...widths), widths.length, reading]);
     }</script></body>"""
     page = tmp_path / "probe.html"
     page.write_text((run / "report" / "report.html").read_text().replace("</body>", probe))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
-    dom = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    command = [browser, *options, page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found
-    before, after, narrowest, count = json.loads(found[1].replace("&quot;", '"'))
+    before, after, narrowest, count, reading = json.loads(found[1].replace("&quot;", '"'))
     assert (before, after) == (2, 1)
-    assert narrowest >= 768
+    assert narrowest == 64
     assert count == len(Page(page.read_text()).images())
+    assert reading == ["kimg: 3.9", "4  Loss/D/loss", "3  Loss/G/loss"]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import PATIENCE, small_config
+from PIL import Image
 
 from dnnlib.config import WriteError
-from dnnlib.util import TeeLog
+from dnnlib.util import TeeLog, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks
 from training.dataset import ImageDataset
 from training.loggers import Loggers
 from training.saving import Saver, obsolete
+from training.snapshot import load_network
 from training.training_loop import Trainer
 
 
@@ -50,7 +54,7 @@ def test_a_state_is_written_as_it_was_when_it_was_copied(
     write = Checkpoint.write
 
     def write_later(path: Path, payload: dict[str, Any]) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         write(path, payload)
 
     monkeypatch.setattr(Checkpoint, "write", write_later)
@@ -61,6 +65,49 @@ def test_a_state_is_written_as_it_was_when_it_was_copied(
     saver.finish()
     assert digest(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]) == expected
     assert digest(trainer.capture()["parts"]) != expected
+
+
+def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip)
+    trainer.augment.p.fill_(0.25)
+    train_steps(trainer, 2)
+    saver = Saver(tmp_path, trainer.config.run)
+    saver.save(trainer, snapshot=True)
+    saver.finish()
+    snapshot = load_network(tmp_path / "network-snapshot-000000.pkl")
+    networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
+    assert len({digest(network.state_dict()) for network in networks.values()}) == 3
+    for name, network in networks.items():
+        assert digest(getattr(snapshot, name).state_dict()) == digest(network.state_dict()), name
+    assert (snapshot.nimg, snapshot.ada_p) == (32, float(trainer.augment.p))
+    assert snapshot.ada_p != 0
+    assert not any(getattr(snapshot, name).training for name in networks)
+
+
+def test_metrics_and_pictures_are_those_of_the_averaged_network(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(shapes_zip, ema__rampup=None)
+    evaluated: list[Any] = []
+
+    def evaluate(names: Any, G: Any, *others: Any) -> dict[str, float]:
+        evaluated.append(G)
+        return {}
+
+    loggers = Loggers((), tmp_path, trainer.config)
+    pictures = hooks.ImageGrids(tmp_path, 1, loggers)
+    monkeypatch.setattr(pictures, "_count", lambda trainer: 16)
+    trainer.hooks = [hooks.Metrics(Saver(tmp_path, trainer.config.run), [(1, ["any"])], 1, evaluate, loggers), pictures]
+    train_steps(trainer, 1)
+    assert all(G is trainer.ema.module for G in evaluated)
+    assert len(evaluated) == 2
+    with Image.open(tmp_path / "fakes000000.png") as file:
+        _, side, _ = trainer.G.img_shape
+        first = torch.from_numpy(np.array(file))[:side, :side].permute(2, 0, 1)
+    z = torch.randn([16, trainer.G.z_dim], generator=torch.Generator().manual_seed(trainer.config.seed))
+    expected, other = (G(z, torch.zeros(16, 0))[0] for G in (trainer.ema.module, trainer.G))
+    assert (first - (expected * 127.5 + 128).clamp(0, 255)).abs().max() <= 1
+    assert (expected - other).abs().max() > 0.02
 
 
 def test_one_write_is_in_flight_at_most() -> None:
@@ -125,6 +172,20 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsy
     with TeeLog(tmp_path / "log.txt"):
         print("on the screen")
     assert capsys.readouterr().out == "on the screen\n"
+
+
+def test_redrawn_lines_give_way_to_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "21")
+    with TeeLog(tmp_path / "log.txt"):
+        redraw("kimg 1.0 of 2, 9 img/s", sys.stdout)
+        redraw("kimg 1.1 of 2", sys.stdout)
+        print("tick 1")
+        print("tick 2")
+    blank = 20 * " "  # the terminal but for its last column
+    assert capsys.readouterr().out == f"\rkimg 1.0 of 2, 9 img\r\rkimg 1.1 of 2       \r\r{blank}\rtick 1\ntick 2\n"
+    assert (tmp_path / "log.txt").read_text() == "tick 1\ntick 2\n"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import small_config
 
-from dnnlib.config import UserError
+from dnnlib.config import UserError, override
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_INTERRUPTED, INTERVAL, REPEAT_SECONDS, Signals
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset, batches
 from training.saving import Saver
-from training.training_loop import Trainer
+from training.training_loop import Tick, Trainer
 
 
 def new_trainer(data: Path) -> Trainer:
@@ -44,6 +44,9 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
     saver = Saver(tmp_path, trainer.config.run)
     seen: list[int] = []
 
+    def stop_at_step_4(trainer: Trainer) -> None:
+        trainer.is_stopped = trainer.state.step == 4
+
     def look(trainer: Trainer) -> None:
         saver.writer.join()
         if list(tmp_path.glob("*.pt")):
@@ -58,10 +61,43 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
     assert signal.getsignal(signal.SIGTERM) is before
     assert seen == [32, 32, 64]
     assert trainer.is_stopped
-    straight.total_nimg = 64
+    straight.hooks = [stop_at_step_4]
     straight.train()
     ours, theirs = trainer.capture()["parts"], straight.capture()["parts"]
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
+
+
+def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp_path: Path) -> None:
+    """Also the updates that it left out: at the second of its four steps D is broken, before the signal."""
+    ticks: list[Tick] = []
+
+    def spoil(trainer: Trainer) -> None:
+        with torch.no_grad():
+            trainer.D.epilogue.out.bias.fill_(float("nan") if trainer.state.step == 1 else 0.0)
+
+    def note(trainer: Trainer) -> None:
+        if trainer.tick is not None and not trainer.tick.is_first:
+            ticks.append(trainer.tick)
+
+    config = override(small_config(shapes_zip), {"run.nan": "skip", "run.tick_kimg": 0.064, "run.total_kimg": 0.064})
+    straight, first, second = (Trainer(config, ImageDataset(config.data), torch.device("cpu")) for _ in range(3))
+    straight.hooks = [spoil, note]
+    straight.train()
+    saver = Saver(tmp_path, config.run)
+    with Signals() as signals:
+        first.hooks = [spoil, at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
+        first.train()
+        signals.stop = 0
+    saver.finish()
+    second.resume(tmp_path / "training-state-000000.pt")
+    second.hooks = [spoil, note]
+    second.train()
+    whole, resumed = ticks
+    assert whole.stats == resumed.stats
+    assert whole.stats["Loss/G/loss"].count == 3
+    for tick in ticks:
+        skipped = {name: count for name, count in tick.values.items() if name.startswith("Skipped/")}
+        assert skipped == {"Skipped/D_main": 1, "Skipped/G_main": 1}
 
 
 def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp_path: Path) -> None:
@@ -93,8 +129,8 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         signals.stop = 0
 
 
-def _step_and_agree(out: Path) -> None:
-    """What each of two processes does in the test below: only the second one is signalled, at its own time."""
+def in_two_processes(folder: Path, data: Path) -> None:
+    """Only the second one is signalled, at its own time."""
     heard = {}
     with Signals() as signals:
         for step in range(1, 2 * INTERVAL + 1):
@@ -103,13 +139,14 @@ def _step_and_agree(out: Path) -> None:
             request = signals.agree(step)
             if request.save or request.stop:
                 heard[step] = [request.save, request.stop]
-        (out / f"{distributed.rank()}.json").write_text(json.dumps(heard))
+        signals.stop = 0
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(heard))
 
 
-def test_all_processes_hear_of_a_signal_at_the_same_step(tmp_path: Path) -> None:
-    distributed.launch(_step_and_agree, 2, tmp_path)
+def test_all_processes_hear_of_a_signal_at_the_same_step(together: Path) -> None:
     expected = {str(INTERVAL): [True, None], str(2 * INTERVAL): [False, int(signal.SIGTERM)]}
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [expected, expected]
+    heard = [json.loads((together / "test_signals" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert heard == [expected, expected]
 
 
 def test_the_data_loaders_processes_outlive_a_signal_to_all(shapes_zip: Path) -> None:

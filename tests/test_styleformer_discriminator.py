@@ -226,7 +226,7 @@ def test_open_choices_follow_the_images(size: tuple[int, int], patch: int, grids
     [
         ({"patch": 3}, "patch", "does not divide images of 32x32"),
         ({"layers": (1, 1)}, "layers", "one entry per grid, 3 for images of 32x32 in patches of 2"),
-        ({"channel_base": 8}, "channel_base", "leaves no channel on a grid of 16"),
+        ({"channel_base": 8}, "channel_base", "leaves no channel at 16x16"),
         ({"layers": ()}, "layers", "not chosen yet"),
         ({"layers": (1, 0, 1)}, "layers", "at least one encoder block"),
         ({"depth": 0}, "depth", "at least 1"),
@@ -239,9 +239,9 @@ def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
     assert caught.value.field == field
 
 
-def test_options(shapes_zip: Path) -> None:
+def test_options(shapes32_zip: Path) -> None:
     def run(*arguments: str) -> Any:
-        command = ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", "--disc=styleformer", *arguments]
+        command = ["--outdir=x", f"--data={shapes32_zip}", "--device=cpu", "-n", "--disc=styleformer", *arguments]
         return CliRunner().invoke(train.main, command)
 
     result = run("--cfg=cifar", "--d-patch=4", "--d-layers=3,1", "--cmax=256", "--d-depth=64", "--mbstd=8")

@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import SMALL
+from conftest import SMALL, make_shapes
 from PIL import Image
 
-import dataset_tool
 import metrics.registry
 import train
 from dnnlib.cli import ConfigOption
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
-from training.config import PRESETS, TrainConfig
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
@@ -90,8 +89,8 @@ def test_both_spellings_of_flags_are_known() -> None:
         assert flag in spelled
 
 
-def test_the_command_of_the_papers_readme_is_understood(shapes_zip: Path, tmp_path: Path) -> None:
-    arguments = f"--outdir={tmp_path / 'runs'} --data={shapes_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
+def test_the_command_of_the_papers_readme_is_understood(shapes32_zip: Path, tmp_path: Path) -> None:
+    arguments = f"--outdir={tmp_path / 'runs'} --data={shapes32_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
     plan = json.loads(output)  # all of stdout
     assert plan["parameters"] == {"G": 1_334_142, "D": 20_720_641}
@@ -100,8 +99,8 @@ def test_the_command_of_the_papers_readme_is_understood(shapes_zip: Path, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_switches_take_values_as_in_older_commands(shapes_zip: Path) -> None:
-    arguments = ["--outdir=x", f"--data={shapes_zip}", "--cfg=cifar", "-n"]
+def test_switches_take_values_as_in_older_commands(shapes32_zip: Path) -> None:
+    arguments = ["--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n"]
     plan = json.loads(
         run_ok(*arguments, "--mirror=1", "--cond=true", "--fp32", "--nhwc", "--nobench=1", "--allow-tf32=0")
     )
@@ -114,13 +113,35 @@ def test_switches_take_values_as_in_older_commands(shapes_zip: Path) -> None:
     assert plan["images"] == 512
 
 
+def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(metrics.registry, "check_available", fetch)
+    for arguments in ([], ["--metrics=fid50k_full", "--tick-metrics=is5k"]):
+        assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", *arguments).exit_code == 0
+    assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
+
+
+def test_a_run_without_metrics_says_what_it_computes_and_why(shapes32_zip: Path) -> None:
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
+    config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
+    (note,) = train._notes(config)
+    assert note.startswith("No --metrics given; computing ")
+    assert train._notes(override(config, {"run.metrics": ()})) == []
+
+
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
-    output = run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9")
+    described = ["--desc=first.try", "--mbstd-group=32"]
+    output = run_ok(
+        f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9", *described
+    )
     (run_dir,) = run_dirs(tmp_path)
-    assert run_dir.name == "00000-shapes-tiny-gpus1-batch16"
+    assert run_dir.name == "00000-shapes-tiny-gpus1-batch16-first.try"
+    assert "Minibatch-std: groups of 16 instead of 32" in output
     names = {path.name for path in run_dir.iterdir()}
     expected = {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png"}
-    expected |= {"metric-swd100.jsonl", "trace.json"}
+    expected |= {"environment.jsonl", "metric-swd100.jsonl", "trace.json"}
     assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "THE DATA SET HAS LABELS" in output
@@ -138,9 +159,9 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
     written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
     assert metrics[-1]["snapshot_sha256"] == written  # though it is written in the background
-    assert "kimg 0.1" in (run_dir / "log.txt").read_text()
+    assert "kimg 0.064" in (run_dir / "log.txt").read_text()
     with Image.open(run_dir / "reals.png") as picture:
-        assert picture.size == (16 * 32, 16 * 32)
+        assert picture.size == (16 * 16, 16 * 16)
 
 
 def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path: Path) -> None:
@@ -181,35 +202,24 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
     then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
     assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step away
 
-    misfit = run(
-        f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32,32", f"--resume={source}"
-    )
+    misfit = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
     assert misfit.exit_code == 2
     assert "of the parameters are in the snapshot" in misfit.output
     assert not (tmp_path / "c").exists()
-
-
-def test_two_processes_by_flag(shapes_zip: Path, tmp_path: Path) -> None:
-    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", "--kimg=0.016", "--metrics=swd60"]
-    run_ok(*arguments)
-    (run_dir,) = run_dirs(tmp_path)
-    assert run_dir.name.endswith("gpus2-batch16")
-    lines = (run_dir / "metric-swd60.jsonl").read_text().splitlines()
-    assert len(lines) == 2
-    assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data=/nowhere.zip"], "/nowhere.zip"),
-        (["--g_dict=32,16"], "--num_layers=1,1,1: must have one entry per resolution"),
-        (["--g_dict=32,16,33", "--minimum_head=2"], "33 is not a multiple of its 2 heads"),
-        (["--base=12"], "--g_dict=32,16,16: with base=(12, 12) this does not make images of 32x32"),
+        (["--g_dict=32"], "--num_layers=1,1: must have one entry per resolution"),
+        (["--g_dict=32,33", "--minimum_head=2"], "33 is not a multiple of its 2 heads"),
+        (["--base=12"], "--g_dict=32,16: with base=(12, 12) this does not make images of 16x16"),
+        (["--desc=a/b"], "--desc=a/b: at most 60 letters"),
         (["--batch=30", "--batch-gpu=8"], "--batch=30: must be a multiple of 8"),
         (["--metrics=fud5k"], "unknown metric 'fud5k'"),
         (["--aug=fixed"], "needs the probability"),
-        (["--freezed=99"], "--freezed=99: this discriminator has 10 layers"),
+        (["--freezed=99"], "--freezed=99: this discriminator has 7 layers"),
         (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a training state or snapshot"),
         (["--device=gpu"], "--device=gpu: no such kind of device"),
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
@@ -233,7 +243,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 def test_labels_that_are_asked_for_and_missing(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "a.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "data" / "a.png")
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT, "--cond")
     assert result.exit_code == 2
     assert "label" in result.output
@@ -263,11 +273,11 @@ def test_a_mistake_found_by_the_workers_gets_one_line_too(
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize(("mode", "size"), [("RGB", (32, 64)), ("RGBA", (32, 32)), ("L", (32, 32))])
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (16, 32)), ("RGBA", (16, 16)), ("L", (16, 16))])
 def test_images_that_differ_are_found_before_the_run_starts(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
     (tmp_path / "data").mkdir()
     for number in range(20):
-        Image.new("RGB", (32, 32)).save(tmp_path / "data" / f"{number:02d}.png")
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / f"{number:02d}.png")
     Image.new(mode, size).save(tmp_path / "data" / "17.png")
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT)
     assert result.exit_code == 2
@@ -289,14 +299,18 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
 
 def test_a_run_goes_on_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
     """Also under `auto`, whose batch size depends on their number: the run keeps its own."""
-    auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]
+    auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
-    run_ok(*common, "--kimg=0.032")
-    run_ok(*common, "--kimg=0.064", "--gpus=2", "--resume=latest")
+    run_ok(*common, "--kimg=0.064", "--gpus=2")
     (run_dir,) = run_dirs(tmp_path)
+    assert run_dir.name.endswith("gpus2-batch64")
+    run_ok(*common, "--kimg=0.128", "--resume=latest")
+    assert run_dirs(tmp_path) == [run_dir]
     options = json.loads((run_dir / "training_options.json").read_text())
-    assert (options["batch_size"], options["run"]["batch_gpu"], options["run"]["num_gpus"]) == (32, 16, 2)
-    assert last_state(run_dir)["state"]["nimg"] == 64
+    assert (options["batch_size"], options["run"]["batch_gpu"], options["run"]["num_gpus"]) == (64, 64, 1)
+    assert last_state(run_dir)["state"]["nimg"] == 128
+    for name in ("stats", "metric-swd60"):
+        assert len((run_dir / f"{name}.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_path: Path) -> None:
@@ -332,8 +346,7 @@ def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: P
     run_ok(*common, "--kimg=0.016")
     assert "has changed" not in run(*common, "--kimg=0.032").stderr
     data.unlink()
-    make = ["--source=shapes", f"--dest={data}", "--max-images=20", "--seed=1", "--workers=1"]
-    assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
+    make_shapes(data, 16, 20)
     result = run(*common, "--kimg=0.048")
     assert result.exit_code == 0
     assert f"{data} has changed since this run was stopped" in result.stderr
@@ -404,7 +417,7 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
     assert float(state["ada"]["p"]) == 0.5
     assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
-    for misfit in ("--cbase=512", "--freezed=2"):
+    for misfit in ("--cbase=128", "--freezed=2"):
         refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
 
@@ -469,8 +482,8 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
 
 
-def test_lists_that_are_given_several_times_are_joined(shapes_zip: Path) -> None:
-    arguments = ["--outdir=x", f"--data={shapes_zip}", "--cfg=tiny", "--device=cpu", "-n"]
+def test_lists_that_are_given_several_times_are_joined(shapes32_zip: Path) -> None:
+    arguments = ["--outdir=x", f"--data={shapes32_zip}", "--cfg=tiny", "--device=cpu", "-n"]
 
     def planned(*options: str) -> Any:
         return json.loads(run_ok(*arguments, *options))["options"]["run"]["metrics"]

@@ -124,7 +124,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
     assert wrong.exit_code == 2
     assert "--detector=no/such.pt: no such file" in wrong.output
     for name, network, metric, problem in (
-        ("gray", SmallDetector(1), "fid60_full", "failed on uint8 images (2, 3, 32, 32)"),
+        ("gray", SmallDetector(1), "fid60_full", "failed on uint8 images (2, 3, 16, 16)"),
         ("plain", torch.nn.Flatten(), "is60", "returns no class logits"),
     ):
         path = script_program(tmp_path / f"{name}.pt", network)
@@ -217,7 +217,7 @@ def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
         return img.mean(dim=(1, 2, 3)).unsqueeze(1) + 0.1
 
     def generator(z: Tensor, c: Tensor, noise_mode: str) -> Tensor:
-        return torch.full((len(z), 3, 32, 32), 0.7)
+        return torch.full((len(z), 3, 16, 16), 0.7)
 
     generator.z_dim, generator.c_dim = 4, 0  # type: ignore[attr-defined]
     tick = SimpleNamespace(values={})

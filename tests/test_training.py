@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from conftest import small_config
 from dnnlib.config import ConfigError, UserError
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest, write_file
-from torch_utils.stats import Stats
-from training import runs
+from torch_utils.stats import Stat, Stats
+from training import hooks, runs
 from training.config import Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase
-from training.training_loop import Trainer, set_arithmetic
+from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
 # All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
 EVERYTHING = {
@@ -56,9 +57,10 @@ def everything_that_is_saved(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("linformer", [False, True])
-def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path, linformer: bool) -> None:
-    config = everything(shapes_zip, generator__linformer=linformer, data__use_labels=True, data__mirror=True)
+def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> None:
+    """With plain attention on one grid and Linformer's on the other."""
+    linformer = {"generator__linformer": True, "generator__linformer_min_tokens": 256}
+    config = everything(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
     straight, first = new_trainer(config), new_trainer(config)
     for trainer in (straight, first):
         trainer.augment.p.fill_(0.5)
@@ -171,11 +173,13 @@ def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
     untouched.phases = untouched.phases[:2]  # the generator's
     spoil(trainer.phases[2], trainer, step=0)
     trainer.phases = trainer.phases[:3]
-    figures: list[dict[str, float]] = []
-    trainer.hooks = [lambda trainer: figures.append(trainer.tick.values) if trainer.tick else None]
+    ticks: list[Tick] = []
+    trainer.hooks = [lambda trainer: ticks.append(trainer.tick) if trainer.tick else None]
     train_steps(untouched, 1)
     train_steps(trainer, 2)
-    assert [line.get("Skipped/D_main") for line in figures] == [None, 1.0, None]
+    assert [tick.values.get("Skipped/D_main") for tick in ticks] == [None, 1.0, None]
+    for name, counts in (("Loss/scores/real", [0, 8]), ("Loss/scores/fake", [8, 8])):  # of D_main, of G_main
+        assert [tick.stats[name].count for tick in ticks[1:]] == counts
 
     again = new_trainer(config)
     spoil(again.phases[2], again, step=0)
@@ -210,30 +214,37 @@ def test_frozen_layers_keep_their_weights(shapes_zip: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(rest_before, rest, strict=True))
 
 
-def _train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
-    """What each of two processes does in the test below; importable, because processes are spawned."""
+def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
+    """Train, and save the state with the statistics of a figure that is each process's number, twice."""
     trainer = new_trainer(config)
     train_steps(trainer, steps)
-    statistics = Stats()
+    statistics = Stats(torch.device("cpu"))
     statistics.add({"rank": torch.full([2], float(distributed.rank()))})
+    statistics.gather()
+    saved = {name: x.clone() for name, x in statistics.state_dict().items()}
+    assert saved["rank"].tolist() == ([4, 2, 2] if distributed.is_main() else [0, 0, 0])
     collected = statistics.collect()["rank"]
     if distributed.is_main():
         trainer.checkpoint.save(path, rank_mean=collected.mean, rank_std=collected.std, count=collected.count)
 
 
-def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path) -> None:
-    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two.
-
-    A large epsilon in Adam: with the usual one its first steps are those of the gradients' signs, and rounding decides
-    the sign of gradients that are almost zero.
+def config_to_share(data: Path) -> TrainConfig:
+    """A large epsilon in Adam: with the usual one its first steps are those of the gradients' signs, and rounding
+    decides the sign of gradients that are almost zero.
     """
     smooth = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2}
-    augmented = {"augment__mode": "fixed", "augment__p": 0.7}
-    config = everything(shapes_zip, data__use_labels=True, **smooth, **augmented)
-    alone = new_trainer(config)
+    return everything(data, data__use_labels=True, augment__mode="fixed", augment__p=0.7, **smooth)
+
+
+def in_two_processes(folder: Path, data: Path) -> None:
+    train_and_save(config_to_share(data), 4, folder / "two.pt")
+
+
+def test_two_processes_compute_what_one_does(shapes_zip: Path, together: Path) -> None:
+    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two."""
+    alone = new_trainer(config_to_share(shapes_zip))
     train_steps(alone, 4)
-    distributed.launch(_train_and_save, 2, config, 4, tmp_path / "two.pt")
-    payload = Checkpoint.read(tmp_path / "two.pt")
+    payload = Checkpoint.read(together / "test_training" / "two.pt")
     assert (payload["rank_mean"], payload["rank_std"], payload["count"]) == (0.5, 0.5, 4)
 
     one, two = everything_that_is_saved(alone), payload["parts"]
@@ -348,7 +359,7 @@ def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(
     shapes_zip: Path, pipe: str, is_refused: bool
 ) -> None:
     config = small_config(shapes_zip, augment__pipe=pipe, run__deterministic=True)
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    about = Circumstances(img_shape=(3, 16, 16), c_dim=0, on_gpu=True)
     with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
         resolve(config, about)
     resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
@@ -373,3 +384,24 @@ def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
     second.resume(tmp_path / "state.pt")
     train_steps(second, 5)
     assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+
+
+def test_the_time_left_counts_metrics_and_files_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1000.0, 1060.0, 1060.0])
+    monkeypatch.setattr(hooks.time, "time", lambda: next(clock))
+    trainer: Any = SimpleNamespace(tick=None, total_nimg=10_000, state=TrainState(nimg=100))
+    progress = hooks.Progress()
+    progress(trainer)  # the first step is done
+    stats = {name: Stat(mean=-1.2345, std=0.0, count=8) for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real")}
+    values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
+    trainer.tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
+    trainer.state = TrainState(nimg=1100, elapsed=3600.0)
+    progress(trainer)  # 1 kimg in 60 seconds, 20 of them training
+    line = capsys.readouterr().out
+    assert "kimg 1.1 " in line
+    assert "left 8m 54s" in line
+    assert "sec/kimg 20.00" in line
+    assert "p 0.120  mem 12.3 GB" in line
+    assert len(line.rstrip()) <= 120

@@ -141,15 +141,13 @@ def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
 
 def ref_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
     """Bias of all pairs of tokens of the grid: -inf between cells, inside one the table's entry of their offset."""
-    height, width = grid
-    N = height * width
-    bias = np.full((heads, N, N), -np.inf)
-    for i in range(N):
-        for j in range(N):
-            (y, x), (v, u) = divmod(i, width), divmod(j, width)
-            if y // cell[0] == v // cell[0] and x // cell[1] == u // cell[1]:
-                bias[:, i, j] = 0 if table is None else table[y - v + cell[0] - 1, x - u + cell[1] - 1]
-    return bias
+    y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
+    dy, dx = np.subtract.outer(y, y), np.subtract.outer(x, x)  # query minus key
+    together = np.equal.outer(y // cell[0], y // cell[0]) & np.equal.outer(x // cell[1], x // cell[1])
+    values = np.zeros((heads, len(y), len(y)))
+    if table is not None:
+        values[:, together] = table[dy[together] + cell[0] - 1, dx[together] + cell[1] - 1].T
+    return np.where(together, values, -np.inf)
 
 
 def ref_nystrom(q: Array, k: Array, v: Array, heads: int, landmarks: int) -> Array:
@@ -447,6 +445,20 @@ def test_upsamplings_equal_their_formulas() -> None:
 # Derivatives, precision, memory.
 
 
+def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() -> None:
+    torch.manual_seed(0)
+    attention = CellAttention(2, (2, 4), (2, 2), use_relative=True).double()
+    q, k, v = torch.randn(3, 2, 8, 6, dtype=torch.float64)
+    assert attention.relative is not None
+    with torch.no_grad():
+        attention.relative.table.normal_()
+        with execution.using(twice_differentiable=True):
+            twice = attention(q, k, v)
+        torch.testing.assert_close(twice, attention(q, k, v))
+        attention.relative = None
+        assert not torch.allclose(twice, attention(q, k, v), atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )
@@ -465,7 +477,7 @@ def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
         return out
 
     parameters = [parameter.detach().requires_grad_() for parameter in block.parameters()]
-    assert torch.autograd.gradcheck(run, (x, others, *parameters))
+    assert torch.autograd.gradcheck(run, (x, others, *parameters), fast_mode=True)
     chosen = [i for i, name in enumerate(names) if "table" in name or name in ("qkv.weight", "cross.kv.weight")]
 
     def of_few(x: Tensor, *few: Tensor) -> Tensor:
@@ -478,7 +490,7 @@ def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
         for parameter in parameters:
             parameter.requires_grad_(False)
     few = [parameters[i].clone().requires_grad_() for i in chosen]
-    assert torch.autograd.gradgradcheck(of_few, (x, *few))
+    assert torch.autograd.gradgradcheck(of_few, (x, *few), fast_mode=True)
 
 
 def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -727,7 +739,7 @@ def test_changing_between_families_keeps_what_they_share() -> None:
         ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per resolution"),
         ({"layers": (1, 1, -1)}, "layers", "fewer than 0 blocks"),
-        ({"w_dim": 6}, "w_dim", "without a mapping network w is z: must be z_dim=5"),
+        ({"w_dim": 6}, "w_dim", "without a mapping network w is z, of z_dim=5 numbers: give --z-dim and --w-dim"),
         ({"window": 3}, "window", "does not divide the grid 4x8; what does: 4, 2"),
         ({"attention": "nystrom"}, "landmarks", "does not divide the 32 tokens of the grid 4x8"),
         ({"attention": "dense"}, "attention", "one of full, grid, axis, nystrom"),

@@ -124,7 +124,7 @@ SHORT = [*SMALL, "--metrics=none", "--device=cpu", "--tick=0.032", "--snap=99", 
         (["--glr=1"], {"Images are the same"}),
         (["--gamma=0", "--dlr=0.3", "--tick=0.016"], {"D tells nothing"}),
         (
-            ["--subset=16", "--aug=noaug", "--glr=1e-12", "--dlr=0.01", "--gamma=0", "--tick=0.016", "--kimg=0.48"],
+            ["--subset=16", "--aug=noaug", "--glr=1e-12", "--dlr=0.02", "--gamma=0", "--tick=0.016", "--kimg=0.32"],
             {"D tells all"},
         ),
     ],

@@ -14,6 +14,7 @@ import torch
 from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
 from PIL import Image, ImageSequence
 from scipy.interpolate import CubicSpline
+from scipy.spatial import geometric_slerp
 from test_directions import small
 
 from dnnlib.config import UserError, WriteError
@@ -21,7 +22,7 @@ from exploration.directions import save_directions
 from exploration.model import save_styles
 from exploration.morphing import Timing, film, sweep_direction, sweep_truncation, through_latents, through_styles
 from exploration.video import check_encoder, open_video
-from torch_utils.interpolation import linear_weights, spline_weights
+from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
 
 def decode(path: Path) -> tuple[np.ndarray, float]:
@@ -55,6 +56,17 @@ def test_splines_are_scipys(count: int, closed: bool) -> None:
     for i in range(4):
         knots = torch.cat([points, points[:1]])[: count + closed, i] if closed else points[:, i]
         np.testing.assert_allclose(straight[:, i], np.interp(times, np.arange(len(knots)), knots), atol=1e-12)
+
+
+def test_great_circles_are_scipys() -> None:
+    """On the unit sphere; the length goes in a straight line from one end's to the other's."""
+    a, b = torch.randn(2, 1, 5, dtype=torch.float64).unbind()
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    way = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
+    units = geometric_slerp((a / a.norm())[0].numpy(), (b / b.norm())[0].numpy(), t.numpy())
+    lengths = (1 - t) * a.norm() + t * b.norm()
+    torch.testing.assert_close(way, torch.from_numpy(units) * lengths[:, None])
+    torch.testing.assert_close(slerp(a, a, t[:1, None]), a)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,7 +188,7 @@ def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     result = run("video", *common, "--seeds=5-7", "--classes=2,0", f"--output={tmp_path}/x.gif")
     assert (result.exit_code, "2 classes and 3 seeds per cell" in result.output) == (2, True)
     result = run("video", *common, "--seeds=5", "--classes=1,3", f"--output={tmp_path}/x.gif")
-    assert (result.exit_code, "--class=3: this network has the classes 0..2" in result.output) == (2, True)
+    assert (result.exit_code, "--classes=3: this network has the classes 0..2" in result.output) == (2, True)
 
 
 def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
@@ -195,6 +207,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     for arguments, message in [
         (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
+        (["--fps=60"], "--fps=60: browsers show no more than 50 frames of a GIF per second"),
         (["--grid=2x1"], "--grid: 3 keyframes cannot be shared by 2 cells equally"),
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
         (["--strength=2"], "name one with --direction"),
@@ -207,14 +220,35 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
     assert not out.exists()
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match=r"pip install '.\[video\]'; or write a .gif"):
-        check_encoder(tmp_path / "v.mp4")
+        check_encoder(tmp_path / "v.mp4", 30)
+
+
+def test_gifs_keep_time(tmp_path: Path) -> None:
+    """30 frames of a second in hundredths: 3, 4, 3, and so on."""
+    with open_video(tmp_path / "v.gif", 30) as add:
+        for value in range(30):
+            add(np.full((4, 4, 3), value, np.uint8))
+    with Image.open(tmp_path / "v.gif") as gif:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert durations == [30, 40, 30] * 10
+
+
+def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) -> None:
+    for ending in ("mp4", "gif"):
+        (tmp_path / f"v.{ending}").mkdir()
+        for path, reason in (
+            (tmp_path / f"v.{ending}", "Is a directory"),
+            (tmp_path / "no" / f"v.{ending}", "No such"),
+        ):
+            with pytest.raises(WriteError, match=f"cannot be written .{reason}"), open_video(path, 10):
+                pytest.fail("it began")
 
 
 def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
-    def write(path: Path, count: int, error: type[Exception] | None = None) -> None:
+    def write(path: Path, count: int, error: type[Exception] | None = None, width: int = 16) -> None:
         with open_video(path, 10) as add:
             for _ in range(count):
-                add(np.zeros((16, 16, 3), np.uint8))
+                add(np.zeros((16, width, 3), np.uint8))
             if error:
                 raise error
 
@@ -224,5 +258,5 @@ def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
             write(path, 1, KeyError)
         assert path.read_text() == "old"
     with pytest.raises(WriteError, match="ffmpeg cannot write it"):
-        write(tmp_path / "none" / "v.mp4", 100_000)
+        write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 can be
     assert len(list(tmp_path.iterdir())) == 2

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
+from dnnlib.util import describe_error
 from torch_utils.pickles import is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -45,12 +46,19 @@ def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
     return payload
 
 
+def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
+    """From version 3 on a state holds what a tick has gathered so far, should it be saved within one."""
+    payload["parts"] |= {"stats": {}, "failures": {}}
+    return payload
+
+
 class Checkpoint:
     """Everything that changes during training, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
-    VERSION = 2
-    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers}  # version -> from its payload to that of the next
+    VERSION = 3
+    # version -> function from its payload to that of the next
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts
@@ -155,7 +163,7 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error).partition("\n")[0]
+        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else describe_error(error)
         raise WriteError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -203,8 +211,7 @@ def _read_document(path: Path) -> Any:
     except pickle.UnpicklingError:
         raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, IndexError, TypeError, ... on damaged files
-        reason = str(error).partition("\n")[0][:100] or type(error).__name__
-        raise UserError(f"{path}: damaged or incomplete ({reason}); use another copy") from None
+        raise UserError(f"{path}: damaged or incomplete ({describe_error(error)}); use another copy") from None
 
 
 def _check_kind(path: Path) -> None:

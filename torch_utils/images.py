@@ -37,11 +37,14 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 
 
 def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Return images (N, C, H, W) as one (C, rows H, columns W), row by row; without `columns` about square."""
+    """Return uint8 images (N, C, H, W) as one (C, rows H, columns W), row by row; without `columns` about square.
+
+    Places that are left over are white.
+    """
     N, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = -(-N // columns)
-    padded = images.new_zeros([rows * columns, C, H, W])
+    padded = images.new_full([rows * columns, C, H, W], 255)
     padded[:N] = images
     grid = padded.reshape(rows, columns, C, H, W).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
     return grid.reshape(C, rows * H, columns * W)

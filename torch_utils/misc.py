@@ -1,10 +1,11 @@
-"""Seeds that depend on the position in a run, the CPU's memory allocator, and a table of a module's parts."""
+"""Seeds that depend on the position in a run, the machine, and a table of a module's parts."""
 
 import ctypes
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,18 @@ def tune_allocator() -> None:
     if mallopt(M_MMAP_THRESHOLD, largest) != 1:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the limit that glibc documents
     mallopt(M_TRIM_THRESHOLD, largest)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or `cpu (model of the processor)`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{device.type} ({models[0]})" if models else device.type
 
 
 def peak_memory() -> int | None:

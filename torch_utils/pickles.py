@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
+from dnnlib.util import describe_error
 
 MAX_BYTES = 8 * 2**30  # of a file
 MAX_INSTRUCTIONS = 500_000  # in all streams of a file; the largest published networks take less than a tenth
@@ -207,8 +208,7 @@ class _Machine:
                 return " ".join(self.stream.readline().decode().removesuffix("\n") for _ in range(2))
             return opcode.arg.reader(self.stream)
         except (ValueError, OverflowError) as error:
-            reason = str(error).partition("\n")[0][:100]
-            raise UserError(f"damaged or cut off ({reason})") from None
+            raise UserError(f"damaged or cut off ({describe_error(error)})") from None
 
     def _pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -308,8 +308,8 @@ class _Machine:
         try:
             self.stack.append(function.call(*arguments))
         except (TypeError, AttributeError, OverflowError, RuntimeError) as error:  # of arguments that no snapshot has
-            reason = str(error).partition("\n")[0][:100]
-            raise UserError(f"{function.name} with arguments that no snapshot has ({reason})") from None
+            problem = f"{function.name} with arguments that no snapshot has ({describe_error(error)})"
+            raise UserError(problem) from None
 
     def set_state(self, _: None) -> None:
         """Of all that a file needs, only NumPy's types are given a state; it says the byte order."""

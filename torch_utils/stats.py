@@ -24,15 +24,16 @@ class Stat:
 class Stats:
     """Running count, sum and sum of squares per name. Every rank must report the same names."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.moments: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in every element of each tensor. Stays on the device."""
+        """Add every element of each tensor to the sums, on the device."""
         self.add_moments({name: moments(value) for name, value in values.items()})
 
     def add_moments(self, table: Mapping[str, Tensor]) -> None:
-        """Take in values by their `moments`."""
+        """Add values by their `moments`."""
         for name, row in table.items():
             if name in self.moments:
                 self.moments[name] += row
@@ -41,13 +42,32 @@ class Stats:
 
     def collect(self) -> dict[str, Stat]:
         """Return the statistics over all ranks and start afresh. A collective call, and the one host sync."""
-        if not self.moments:
-            return {}
-        names = sorted(self.moments)
-        table = torch.stack([self.moments[name] for name in names])  # (names, 3)
-        distributed.all_reduce(table)
+        names, table = self._sum_over_ranks()
         self.moments = {}
         return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
+
+    def gather(self) -> None:
+        """Move the sums of all ranks to rank 0, whose `state_dict` then is that of all. A collective call."""
+        names, table = self._sum_over_ranks()
+        self.load_state_dict(dict(zip(names, table, strict=True)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of this rank since the last `collect`."""
+        return {name: self.moments[name] for name in sorted(self.moments)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the state of rank 0. It counts once: the other ranks start from zero."""
+        if any(row.shape != (3,) or row.dtype != torch.float64 for row in state.values()):
+            raise ValueError("moments are three numbers in float64")
+        share = 1 if distributed.is_main() else 0
+        self.moments = {name: row.to(self.device) * share for name, row in state.items()}
+
+    def _sum_over_ranks(self) -> tuple[list[str], Tensor]:
+        """Return the names and the sums of their moments, (names, 3)."""
+        names = sorted(self.moments)
+        if not names:
+            return [], torch.zeros(0, 3)
+        return names, distributed.all_reduce(torch.stack([self.moments[name] for name in names]))
 
 
 def moments(values: Tensor) -> Tensor:

@@ -122,9 +122,9 @@ class AdaController:
         self.count = torch.zeros_like(pipe.p)
 
     def observe(self, mean_sign: Tensor, skip: Tensor) -> None:
-        """Take in the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank.
+        """Add up the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank.
 
-        Where `skip`, a truth value on the device, says so, the mean is none to rely on.
+        Where `skip`, a boolean scalar on the device, is true, the mean is not finite and does not count.
         """
         if self.config.mode == "ada":
             self.sign_sum += torch.where(skip, 0, mean_sign.detach())

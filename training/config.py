@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
@@ -34,8 +35,8 @@ class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
-    one piece at a time;
-    nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
+    one piece at a time. Nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and
+    skipped steps (`nan`).
     """
 
     total_kimg: float = 25_000
@@ -49,14 +50,15 @@ class RunConfig:
     tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
     log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
     detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
+    desc: str = ""  # a word for the name of the run's folder
     num_gpus: int = 1
     batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
     device: str | None = None  # None: a GPU if there is one
     workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
     data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
-    recompute: bool = False  # activations again in the backward pass instead of keeping them
-    compile: bool = False  # torch.compile for the phases that are differentiated once
+    recompute: bool = False  # gradient checkpointing: activations again in the backward pass instead of keeping them
+    compile: bool = False  # torch.compile for the main phases, which are differentiated once
     graphs: bool = False  # CUDA graphs of whole phases
     cudnn_benchmark: bool = True
     timeout: float = 1800  # seconds that processes wait for one that has stopped
@@ -77,6 +79,8 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
+        if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
+            raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
         if self.nan not in ("stop", "skip"):
             raise ConfigError("nan", self.nan, "choose stop or skip")
         for name in self.log or ():
@@ -170,7 +174,9 @@ def _presets() -> dict[str, TrainConfig]:
         "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
         "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
         "cifar": cifar,
-        "cifar-stylegan2": replace(cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None)),
+        "cifar-stylegan2": replace(
+            cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None), batch_size=64
+        ),
         "cifar-large": override(cifar, _styleformer("cifar-large", (1024, 512, 512), (1, 3, 3))),
         "stl10-medium": override(cifar, _styleformer("stl10-medium", (1024, 256, 64), (1, 3, 3), base=(12, 12))),
         "celeba64-l": override(cifar, _styleformer("celeba64-l", (1024, 256, 64, 64), (1, 2, 1, 1), linformer=True)),
@@ -231,17 +237,25 @@ def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
 
 
-def _transgans() -> list[TrainConfig]:
-    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
-    cifar = TrainConfig(
-        preset="transgan-cifar",
+def _transgan(
+    name: str,
+    generator: TransGANConfig,
+    discriminator: TransGANDiscriminatorConfig,
+    *,
+    n_critic: int = 4,
+    batch: int = 64,
+    policy: tuple[str, ...] | None = None,
+) -> TrainConfig:
+    """TransGAN's training. The papers' models differ in their networks, and in what the arguments say."""
+    return TrainConfig(
+        preset=name,
         data=DatasetConfig(mirror=True),
-        generator=TransGANConfig(z_dim=256, w_dim=256),
-        discriminator=TransGANDiscriminatorConfig(norm="token"),
-        augment=AugmentConfig(mode="diffaug"),
+        generator=generator,
+        discriminator=discriminator,
+        augment=AugmentConfig(mode="diffaug", policy=policy),
         loss=LossConfig(
             objective="wgangp-eps",
-            n_critic=4,
+            n_critic=n_critic,
             g_batch_scale=2,
             r1_interval=None,
             pl_weight=0,
@@ -251,51 +265,44 @@ def _transgans() -> list[TrainConfig]:
         g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
         d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
         ema=EMAConfig(kimg=500, rampup=None),
-        batch_size=64,
+        batch_size=batch,
     )
-    stl10 = replace(
-        cifar,
-        preset="transgan-stl10",
-        generator=TransGANConfig(base=(12, 12), layers=(7, 5, 3), attention="full"),
-        discriminator=TransGANDiscriminatorConfig(norm="token", img_size=(48, 48)),
-        loss=replace(cifar.loss, n_critic=5),
-        batch_size=32,
-    )
-    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)
-    three_scales = TransGANDiscriminatorConfig(
-        img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0)
-    )
-    church = replace(
-        cifar,
-        preset="transgan-church256",
-        generator=TransGANConfig(widths=widths, layers=layers),
-        discriminator=three_scales,
-    )
-    celebahq = replace(
-        church,
-        preset="transgan-celebahq256",
-        generator=TransGANConfig(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
-        discriminator=replace(
-            three_scales,
-            patch=2,
-            overlap=True,
-            widths=(96, 96, 192),
-            local_layers=(3, 2, 0),
-            window=4,
-            position="absolute",
+
+
+def _transgans() -> list[TrainConfig]:
+    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    G, D = TransGANConfig, TransGANDiscriminatorConfig
+    widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)  # from 8x8 to 256x256
+    small = D(norm="token")
+    large = D(img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0))
+    finer = replace(large, patch=2, overlap=True, widths=(96, 96, 192), local_layers=(3, 2, 0), window=4)
+    return [
+        _transgan("transgan-cifar", G(z_dim=256, w_dim=256), small),
+        _transgan(
+            "transgan-stl10",
+            G(base=(12, 12), layers=(7, 5, 3), attention="full"),
+            replace(small, img_size=(48, 48)),
+            n_critic=5,
+            batch=32,
         ),
-        augment=AugmentConfig(mode="diffaug", policy=("translation", "cutout", "color", "filter", "hue")),
-    )
-    celeba64, celeba128 = (
-        replace(
-            church,
-            preset=f"transgan-celeba{size}",
-            generator=TransGANConfig(widths=widths[:count], layers=layers[:count]),
-            discriminator=replace(three_scales, img_size=(size, size), patch=2),
-        )
-        for size, count in ((64, 4), (128, 5))
-    )
-    return [cifar, stl10, celeba64, celeba128, church, celebahq]
+        _transgan(
+            "transgan-celeba64",
+            G(widths=widths[:4], layers=layers[:4]),
+            replace(large, img_size=(64, 64), patch=2),
+        ),
+        _transgan(
+            "transgan-celeba128",
+            G(widths=widths[:5], layers=layers[:5]),
+            replace(large, img_size=(128, 128), patch=2),
+        ),
+        _transgan("transgan-church256", G(widths=widths, layers=layers), large),
+        _transgan(
+            "transgan-celebahq256",
+            G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+            replace(finer, position="absolute"),
+            policy=("translation", "cutout", "color", "filter", "hue"),
+        ),
+    ]
 
 
 def _tiny() -> TrainConfig:
@@ -512,6 +519,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.tick_metrics": (),
     "run.log": None,
     "run.detectors": (),
+    "run.desc": "",
     "data.holdout": 0,
     "loss.objective": "logistic",
     "loss.n_critic": 1,
@@ -545,7 +553,10 @@ def read_config(data: Any) -> TrainConfig:
 def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
     """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
     families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
-    return not families or data.get("family") not in families or name in field_names(families[data["family"]])
+    family = data.get("family")
+    if not families or not isinstance(family, str) or family not in families:
+        return True  # from_json refuses a family that is none
+    return name in field_names(families[family])
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> bool:

@@ -31,6 +31,13 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
+KINDS: Mapping[str, type] = {  # what a snapshot holds; each can be None but G_ema
+    "training_set_kwargs": dict,
+    "G": PickledModule,
+    "D": PickledModule,
+    "G_ema": PickledModule,
+    "augment_pipe": PickledModule,
+}
 
 Tensors = Mapping[str, Tensor]
 Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, several where ours is several side by side
@@ -77,29 +84,27 @@ def _printable(error: UserError) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error)[:500])
 
 
-def _interpret(content: Any, path: Path) -> Foreign:
-    kinds = {"training_set_kwargs": dict, "G": PickledModule, "D": PickledModule, "G_ema": PickledModule}
-    kinds["augment_pipe"] = PickledModule
+def _check_content(content: Any) -> None:
     if not isinstance(content, dict) or not isinstance(content.get("G_ema"), PickledModule):
         raise UserError("not a snapshot of Styleformer or StyleGAN2-ADA (it holds no G_ema)")
     for name, value in content.items():
-        if name not in kinds:
+        if name not in KINDS:
             raise UserError(f"holds {str(name)[:80]!r}, which snapshots of Styleformer and StyleGAN2-ADA do not")
-        if value is not None and not isinstance(value, kinds[name]):
+        if value is not None and not isinstance(value, KINDS[name]):
             raise UserError(f"{name} is not what it is in snapshots of Styleformer and StyleGAN2-ADA")
 
+
+def _interpret(content: Any, path: Path) -> Foreign:
+    _check_content(content)
     read = {name: _read_generator(content[name], name) for name in ("G_ema", "G") if content.get(name)}
     generator = read["G_ema"]
     if any(other.config != generator.config for other in read.values()):
         raise UserError("G and G_ema have different arguments")
-    values: dict[str, Any] = {"discriminator": _discriminator_beside(generator.config)}
+    values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
     if content.get("D"):
         read["D"] = _read_discriminator(content["D"])
         values |= {"discriminator": read["D"].config, **read["D"].values}
-    if (values["discriminator"].c_dim, *_image(values["discriminator"])) != (
-        generator.config.c_dim,
-        *_image(generator.config),
-    ):
+    if _domain(values["discriminator"]) != _domain(generator.config):
         raise UserError("G and D are for different images or labels")
     augment, p = _read_augment(content.get("augment_pipe"), generator.config)
     config = TrainConfig(
@@ -120,14 +125,9 @@ def _interpret(content: Any, path: Path) -> Foreign:
     )
 
 
-def _image(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> tuple[int, tuple[int, int]]:
-    return config.img_channels, config.img_size
-
-
-def _discriminator_beside(generator: GeneratorConfig) -> StyleGAN2DiscriminatorConfig:
-    """What stands in for the configuration of a discriminator that is not there."""
-    channels, size = _image(generator)
-    return StyleGAN2DiscriminatorConfig(img_channels=channels, img_size=size, c_dim=generator.c_dim)
+def _domain(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> dict[str, Any]:
+    """Which images and labels a network is for."""
+    return {"img_channels": config.img_channels, "img_size": config.img_size, "c_dim": config.c_dim}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

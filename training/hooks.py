@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dnnlib.config import WriteError
-from dnnlib.util import append_line, format_time
+from dnnlib.util import append_line, format_time, redraw
 from torch_utils import distributed
 from torch_utils.images import make_grid, save_image, to_uint8
 from torch_utils.misc import seed_step
@@ -37,15 +37,21 @@ Evaluate = Callable[[Sequence[str], Any, Path | None, float, Keep], dict[str, fl
 
 
 class Progress:
-    """A line per tick, and on a terminal one that is redrawn in between: rate, time left, ADA's p, losses."""
+    """A line per tick, and on a terminal one that is redrawn in between.
+
+    The time left comes from the pace since the program began, with pictures, snapshots and metrics.
+    """
 
     def __init__(self) -> None:
         self.drawn = time.time()
+        self.began: tuple[float, int] | None = None  # when the first step was done, and the images until then
 
     def __call__(self, trainer: Trainer) -> None:
         if not distributed.is_main():
             return
         now, nimg = time.time(), trainer.state.nimg
+        if self.began is None and not (trainer.tick and trainer.tick.is_first):
+            self.began = now, nimg
         if trainer.tick is not None:
             print(self._tick_line(trainer), flush=True)
             for name, count in trainer.tick.values.items():
@@ -54,22 +60,27 @@ class Progress:
                     print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
         elif sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
-            left = format_time((trainer.total_nimg - nimg) / rate) if rate else "?"
-            line = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}, {rate:.1f} img/s, {left} left"
-            print(f"\r{line:<78}", end="\r", flush=True)
+            kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
+            redraw(f"{kimg}, {rate:.1f} img/s, {self._left(trainer)} left", sys.stdout)
             self.drawn = now
+
+    def _left(self, trainer: Trainer) -> str:
+        """How long the rest takes; '?' after the first step."""
+        began, nimg = self.began or (0.0, trainer.state.nimg)
+        done = trainer.state.nimg - nimg
+        left = max(trainer.total_nimg - trainer.state.nimg, 0)
+        return format_time((time.time() - began) / done * left) if done else "?"
 
     def _tick_line(self, trainer: Trainer) -> str:
         tick, nimg = trainer.tick, trainer.state.nimg
         assert tick is not None
+        parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<7g} time {format_time(trainer.state.elapsed):<7s}"]
         pace = tick.values.get("Timing/sec_per_kimg")
-        parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<8.1f} time {format_time(trainer.state.elapsed):<9s}"]
         if pace:
-            left = format_time(max(trainer.total_nimg - nimg, 0) / 1000 * pace)
-            parts.append(f"{pace:<6.1f} sec/kimg  {1000 / pace:<6.1f} img/s  left {left:<9s}")
+            parts.append(f"left {self._left(trainer):<7s} sec/kimg {pace:<6.2f}")
         for label, name in (("G", "Loss/G/loss"), ("D", "Loss/D/loss"), ("sign", "Loss/signs/real")):
             if name in tick.stats:
-                parts.append(f"{label} {tick.stats[name].mean:<6.3f}")
+                parts.append(f"{label} {tick.stats[name].mean:<6.4g}")
         parts.append(f"p {tick.values['Progress/augment']:.3f}")
         memory = tick.values.get("Resources/peak_gpu_mem_gb", tick.values.get("Resources/cpu_mem_gb"))
         parts += [] if memory is None else [f"mem {memory:.1f} GB"]
@@ -77,7 +88,7 @@ class Progress:
 
 
 class ImageGrids:
-    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot: the same latents throughout the run."""
+    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; the latents are the same in all of them."""
 
     def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
         self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
@@ -212,9 +223,9 @@ class Overfitting:
 
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
-    0 is no overfitting, 1 is complete. All under the augmentation of the moment, on about NUM_IMAGES of each, which
-    each process takes its share of. The sign over all reals since the last tick is Loss/signs/real, of a difference
-    where D only compares; there the scores mean something, and r_t does not.
+    0 is no overfitting, 1 is complete. Each mean is over about NUM_IMAGES images, shared out over the processes, under
+    the current augmentation. (Loss/signs/real is the mean sign over all reals since the last tick. Where D only
+    compares, that of differences of scores; then r_v means something and r_t does not.)
     """
 
     NUM_IMAGES = 1024
@@ -237,32 +248,28 @@ class Overfitting:
 
     @torch.no_grad()
     def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
-        """Return the mean of D's logits and of their signs over random images of a set, or generated ones."""
+        """Return the mean of D's logits and of their signs over the first images of a set in a fixed random order.
+
+        Without a set they are of generated images, with the labels of as many of the training set.
+        """
+        dataset = source or trainer.dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         batch, together = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
         rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // together, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         for i in range(rounds):
             position = i * together + distributed.rank() * batch
             seed_step(trainer.config.seed, f"overfitting {name}", trainer.state.nimg + position)
-            logits = self._logits(trainer, source, position)
+            indices = order[torch.arange(position, position + batch) % len(order)]
+            c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
+            if source is None:
+                img = trainer.G(torch.randn([batch, trainer.G.z_dim], device=trainer.device), c, noise_mode="random")
+            else:
+                img = source.images(indices).to(trainer.device).float() / 127.5 - 1
+            logits = trainer.D(trainer.augment(img), c).double()
             sums += torch.stack([logits.sum(), logits.sign().sum()])
         score, sign = (distributed.all_reduce(sums) / (rounds * together)).tolist()
         return score, sign
-
-    @staticmethod
-    def _logits(trainer: Trainer, source: ImageDataset | None, position: int) -> torch.Tensor:
-        """D of one batch, from a place in a fixed random order of the set's images; generated ones get labels alike."""
-        dataset = source or trainer.dataset
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        indices = order[torch.arange(position, position + trainer.batch_gpu) % len(dataset)]
-        c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
-        if source is None:
-            z = torch.randn([len(c), trainer.G.z_dim], device=trainer.device)
-            img = trainer.G(z, c, noise_mode="random")
-        else:
-            img = source.images(indices).to(trainer.device).float() / 127.5 - 1
-        logits: torch.Tensor = trainer.D(trainer.augment(img), c)
-        return logits.double()
 
 
 class JsonLog:
@@ -291,7 +298,7 @@ class Log:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tick is None:
             return
-        means = {name: stat.mean for name, stat in trainer.tick.stats.items()}
+        means = {name: stat.mean for name, stat in trainer.tick.stats.items() if math.isfinite(stat.mean)}
         self.loggers.add(trainer.tick.values | means, trainer.state.nimg)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from dnnlib.config import UserError, to_json
 from dnnlib.download import sha256_of_file
+from dnnlib.util import read_json_lines
 from torch_utils.images import save_grid, to_uint8
 from training.config import TrainConfig
 from training.exchange import load_folder, new_folder, write_folder
@@ -126,11 +127,7 @@ def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
         return
     sha256 = sha256_of_file(snapshot)
     for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
-        try:
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-        except ValueError as error:
-            raise UserError(f"{path}: damaged, not a line of JSON each ({error})") from None
-        own = [record for record in records if record.get("snapshot_sha256") == sha256]
+        own = [record for record in read_json_lines(path) if record.get("snapshot_sha256") == sha256]
         yield from own[-1:]
 
 

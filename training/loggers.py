@@ -129,25 +129,26 @@ def _is_installed(package: str) -> bool:
 class Loggers:
     """All loggers of a run, on its first process; elsewhere `names` is empty. Closes them at the end of a block.
 
-    `nimg` is where the run goes on.
+    `nimg` is where the run goes on. Whatever goes wrong in a logger is told once.
     """
 
     def __init__(self, names: Sequence[str], run_dir: Path, config: TrainConfig, nimg: int = 0) -> None:
         self.loggers: dict[str, Logger] = {}
+        self.problems: set[str] = set()  # that were told
         for name in names:
-            with _going_on_without(name):
+            with self._going_on_without(name):
                 self.loggers[name] = _CLASSES[name](run_dir, config, nimg)
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
         """Show figures by name."""
         for name, logger in self.loggers.items():
-            with _going_on_without(name):
+            with self._going_on_without(name):
                 logger.add(figures, nimg)
 
     def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
         """Show a picture, uint8 (C, H, W)."""
         for logger_name, logger in self.loggers.items():
-            with _going_on_without(logger_name):
+            with self._going_on_without(logger_name):
                 logger.add_picture(name, picture.cpu(), nimg)
 
     def __enter__(self) -> Loggers:
@@ -157,15 +158,16 @@ class Loggers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, logger in self.loggers.items():
-            with _going_on_without(name):
+            with self._going_on_without(name):
                 logger.close(error is None)
 
-
-@contextmanager
-def _going_on_without(name: str) -> Iterator[None]:
-    """Warn of whatever goes wrong inside, in code and services that are not ours, and go on."""
-    try:
-        yield
-    except Exception as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"Warning: --log={name}: {problem}; training goes on", file=sys.stderr, flush=True)
+    @contextmanager
+    def _going_on_without(self, name: str) -> Iterator[None]:
+        """Warn of whatever goes wrong inside, in code and services that are not ours, and go on."""
+        try:
+            yield
+        except Exception as error:
+            problem = " ".join(f"--log={name}: {type(error).__name__}: {error}".split())
+            if problem not in self.problems:
+                self.problems.add(problem)
+                print(f"Warning: {problem}; training goes on", file=sys.stderr, flush=True)

@@ -23,8 +23,8 @@ from training.networks import execution
 
 Objective = Literal["logistic", "hinge", "wgangp-eps", "relativistic"]
 
-# With R1 as a phase of its own, every `r1_interval` steps. relativistic has R1 and R2 in every step,
-# wgangp-eps neither.
+# With R1 as a lazy regulariser: a phase of its own, every `r1_interval` steps. relativistic has R1 and R2 in every
+# step, wgangp-eps neither.
 LAZY_R1 = ("logistic", "hinge")
 # The weights that only one objective has, and what they are where nothing else is said.
 OWN_WEIGHTS: dict[str, dict[str, float]] = {"wgangp-eps": {"gp_weight": 10.0, "drift_weight": 1e-3}}
@@ -81,14 +81,14 @@ class LossConfig:
             )
             raise ConfigError("r1_gamma", self.r1_gamma, problem)
         if self.objective not in LAZY_R1 and self.r1_interval is not None:
-            problem = f"R1 of every so many steps goes with --loss={' or '.join(LAZY_R1)}; leave it out"
+            problem = f"only --loss={' and '.join(LAZY_R1)} have R1 as a lazy regulariser; leave it out"
             raise ConfigError("r1_interval", self.r1_interval, problem)
         if self.objective == "relativistic" and self.g_batch_scale > 1:
             problem = "relativistic compares each generated image with a real one of the batch: leave it at 1"
             raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
 
     def with_objective(self, objective: Objective) -> Self:
-        """Return this configuration with another objective: what only the old one had makes room for the new one's."""
+        """Return this configuration with another objective, without what only the old one had."""
         values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
         if (objective in LAZY_R1) != (self.objective in LAZY_R1):
             values["r1_interval"] = 16 if objective in LAZY_R1 else None
@@ -141,9 +141,10 @@ class Players:
         return z, encode_labels(self.labels[drawn], self.G.c_dim)
 
     def sample_styles(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ws (B, num_ws, w_dim), mixed from two latents with the configured probability, and the mean w.
+        """Return ws (B, num_ws, w_dim) under style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
 
-        One draw per micro-batch: from a uniform cut in 1..num_ws-1 on, the styles come from a second z.
+        One draw per micro-batch: with the configured probability, the styles from a uniform cut in 1..num_ws-1 on are
+        those of a second z.
         """
         ws = self.G.mapping(z, c)
         mean_w = ws[:, 0].detach().mean(dim=0)

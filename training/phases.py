@@ -88,7 +88,7 @@ class Learner:
             self.gradients.gradients *= (self.clip_norm / (norm + 1e-6)).clamp(max=1)
 
     def step(self, skip: Tensor) -> None:
-        """Move the parameters by their gradients unless `skip`, a truth value on the device, says no."""
+        """Move the parameters by their gradients unless `skip`, a boolean scalar on the device, is true."""
         self.optimizer.found_inf = skip.float()  # what gradient scalers tell a fused optimizer
         self.optimizer.step()
 

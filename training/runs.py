@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+import dnnlib
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
-from dnnlib.util import FolderLock, write_atomically
+from dnnlib.util import FolderLock, append_line, source_commit, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
+from torch_utils.misc import device_name
 from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
 from training.dataset import ImageDataset
 from training.exchange import is_folder
@@ -218,6 +223,24 @@ def create(start: Start, outdir: Path, dataset: ImageDataset, lock: FolderLock) 
     return run_dir
 
 
+def note_start(run_dir: Path, trainer: Trainer) -> str:
+    """Append what the run is computed with from here on to environment.jsonl; return it in words."""
+    environment = {
+        "kimg": trainer.state.nimg / 1000,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(trainer.device),
+        "processes": distributed.world_size(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "styleformer": dnnlib.__version__,
+        "commit": source_commit(),
+    }
+    append_line(run_dir / "environment.jsonl", json.dumps(environment))
+    commit = f" ({environment['commit']})" if environment["commit"] else ""
+    versions = f"Styleformer {dnnlib.__version__}{commit}, torch {torch.__version__}, Python {environment['python']}"
+    return f"{versions}, {environment['processes']} x {environment['device']}"
+
+
 def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
     """outdir/00003-<data>-<what>: the next free number, and what the run is in short."""
     words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
@@ -226,6 +249,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     words += _departures(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
+    words += [config.run.desc] if config.run.desc else []
     number = max((int(path.name.split("-")[0]) for path in _list_runs(outdir)), default=-1) + 1
     run_dir = outdir / f"{number:05d}-{'-'.join(words)}"
     try:

@@ -35,6 +35,7 @@ class Saver:
         Every process calls this. Raises UserError when they do not hold the same.
         """
         trainer.check_replicas()
+        trainer.stats.gather()
         if not distributed.is_main():
             return
         nimg, jobs = trainer.state.nimg, []

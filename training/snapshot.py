@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
+from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
 
 FORMAT = "network-snapshot"
@@ -78,16 +79,18 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
     path = Path(path)
+    if path.is_dir() or (path.is_file() and is_pickle(path)):
+        raise UserError(
+            f"{path}: not a snapshot file of this project: legacy.load_network also reads folders of safetensors and, "
+            "without running their code, the pickles of other projects"
+        )
     return restore_network(read_file(path, FORMAT, VERSION, MIGRATIONS), path, device)
 
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
     config, states, nimg, ada_p = parts_of(payload, path)
-    networks = {
-        name: rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
-        for name, kind in network_configs(config).items()
-    }
+    networks = build_networks(config, states, path, device)
     return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
 
 
@@ -116,12 +119,30 @@ def network_configs(config: TrainConfig) -> dict[str, Any]:
     return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
 
 
-def rebuild(config: Any, state: Mapping[str, torch.Tensor], name: str, device: torch.device | str) -> nn.Module:
-    """Return the network of a configuration with these tensors. Raises UserError beginning with `name` otherwise."""
+def build_networks(
+    config: TrainConfig, states: Mapping[str, Mapping[str, Tensor]], path: Path, device: torch.device | str
+) -> dict[str, nn.Module | None]:
+    """Return G, D and G_ema with the tensors in `states`, None for those that are not there.
+
+    Raises UserError naming `path` and the network whose tensors do not fit or hold values that are not finite.
+    """
+    return {
+        name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
+        for name, kind in network_configs(config).items()
+    }
+
+
+def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.device | str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
         network: nn.Module = config.build()
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
+    for key, x in network.state_dict().items():
+        if not x.isfinite().all():
+            raise UserError(
+                f"{name}: {key} holds values that are not finite: its training had failed by then; use an earlier "
+                "snapshot"
+            )
     return network.eval().requires_grad_(False).to(device)

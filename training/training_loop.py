@@ -49,7 +49,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Report:
-    """What a micro-batch tells: the batch means that it has added up, one behind the other, and its statistics."""
+    """What a micro-batch reports: the shapes of the batch means that it has added up, in order, and its statistics."""
 
     shapes: dict[str, torch.Size]
     moments: dict[str, Tensor]
@@ -69,8 +69,16 @@ class Failures:
         self.device = device
         self.table: dict[str, Tensor] = {}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.table
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if any(row.shape != (2,) or row.dtype != torch.int64 for row in state.values()):
+            raise ValueError("a failure is a count and a step")
+        self.table = {name: row.to(self.device) for name, row in state.items()}
+
     def note(self, name: str, step: int, is_bad: Tensor) -> None:
-        """Take in whether a phase failed at a step; both stay on the device."""
+        """Record whether a phase failed at a step; `is_bad`, a boolean scalar, stays on the device."""
         row = self.table.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))  # count, first step
         row[1] = torch.where(is_bad & (row[0] == 0), step, row[1])
         row[0] += is_bad
@@ -114,7 +122,7 @@ class RunningMean(nn.Module):
         self.rate = rate
 
     def update(self, mean: Tensor, skip: Tensor) -> None:
-        """Move towards the mean over a global batch unless `skip`, a truth value on the device, says no."""
+        """Move towards the mean over a global batch unless `skip`, a boolean scalar on the device, is true."""
         self.value.copy_(torch.where(skip, self.value, self.value.lerp(mean.to(self.value.dtype), self.rate)))
 
 
@@ -162,7 +170,7 @@ class Trainer:
         self.graph_pool = torch.cuda.graph_pool_handle() if config.run.graphs else None
 
         self.state = TrainState()
-        self.stats = Stats()
+        self.stats = Stats(device)
         self.failures = Failures(device)
         self.last_snapshot: Path | None = None  # for messages
         self.stopwatch = Stopwatch(device)
@@ -181,6 +189,8 @@ class Trainer:
             ada=self.ada,
             pl_mean=self.pl_mean,
             state=self.state,
+            stats=self.stats,
+            failures=self.failures,
         )
 
     def _build_phases(self) -> None:
@@ -238,7 +248,7 @@ class Trainer:
         with learner.learning(), execution.using(self.execution):
             accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
             learner.gradients.zero()
-            found = Stats()
+            found = Stats(self.device)
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
                 report = accumulate(x, y)
@@ -390,7 +400,7 @@ class Trainer:
         if distributed.world_size() == 1:
             return
         own = self.checkpoint.fingerprints()
-        del own["state"]  # times differ
+        del own["state"], own["stats"]  # times differ, and each process has seen other images
         sums = [x % 2**62 for x in own.values()]
         highest = distributed.maximum([*sums, *(-x for x in sums)])
         lowest = [-x for x in highest[len(sums) :]]

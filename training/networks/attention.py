@@ -1,4 +1,4 @@
-"""Multi-head self-attention over tokens, optionally with Linformer's shortened keys and values."""
+"""Multi-head attention over tokens: what its forms have in common, and the one among all, with Linformer's shortcut."""
 
 from __future__ import annotations
 
@@ -37,25 +37,37 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
-class SelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D)) V per head; queries, keys and values come ready-made.
+class Attention(nn.Module):
+    """Attention of tokens among themselves; queries, keys and values come ready-made, so a hook sees all of it.
+
+    Of whatever form, the output of a head is linear in its values: A(Q, K) V. Maps are drawn of A.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
+        raise NotImplementedError
+
+
+class SelfAttention(Attention):
+    """softmax(Q K^T / sqrt(D)) V per head.
 
     With `projected_tokens` = k the keys and values are first mapped from N to k tokens by one matrix E (k, N),
     shared by keys, values and all heads, which makes the cost linear in N (Wang et al. 2020, "Linformer"; E starts
-    from U(+-1/sqrt(N))). Every argument of `forward` is an argument of `weights`, so a forward hook on this module
-    sees all that an attention map needs.
+    from U(+-1/sqrt(N))).
     """
 
     def __init__(self, num_heads: int, num_tokens: int, projected_tokens: int | None = None) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(num_heads)
         self.token_projection: nn.Parameter | None = None
         if projected_tokens is not None:
             bound = 1 / math.sqrt(num_tokens)
             self.token_projection = nn.Parameter(torch.empty(projected_tokens, num_tokens).uniform_(-bound, bound))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
         q, k, v = self._split(q), self._split(self._project(k)), self._split(self._project(v))  # (B, H, N or k, D)
         return attend(q, k, v).transpose(1, 2).flatten(2)
 

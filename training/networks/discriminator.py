@@ -14,6 +14,14 @@ from dnnlib.config import field_names
 from training.networks.layers import check_labels, require_at_least, require_reasonable, require_size
 
 
+def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of a grid and of its halves, as long as both sides are even and larger than 4."""
+    grids = [grid]
+    while all(side % 2 == 0 and side > 4 for side in grids[-1]):
+        grids.append((grids[-1][0] // 2, grids[-1][1] // 2))
+    return tuple(grids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(ABC):
     """The part of a discriminator's configuration that all families share: it judges images of `img_size`.

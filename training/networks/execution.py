@@ -24,8 +24,8 @@ class Execution:
     """`reduced` is the type of activations on grids whose longer side is at least `min_grid`, None for none.
 
     `twice_differentiable`: attention takes a form that can be differentiated twice, block by block. `recompute`:
-    activations inside a block are not kept but computed again in the backward pass, which saves memory and costs a
-    forward pass.
+    activations inside a block are not kept but computed again in the backward pass (gradient checkpointing), which
+    saves memory and costs a forward pass.
     """
 
     reduced: torch.dtype | None = None

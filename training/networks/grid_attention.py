@@ -1,7 +1,6 @@
 """Forms of self-attention over the tokens of a grid: of cells of it, along its axes, by landmarks.
 
-Each is a module whose queries, keys and values come ready-made, (B, N, C) with the heads side by side in C and token
-y W + x at pixel (y, x), as for `attention.SelfAttention`. TransGAN compares them (Jiang et al. 2021, table 3).
+Token y W + x is at pixel (y, x). TransGAN compares them (Jiang et al. 2021, table 3).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.networks import execution
-from training.networks.attention import attend, split_heads
+from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid
 
 Form = Literal["full", "grid", "axis", "nystrom"]
@@ -39,7 +38,7 @@ class RelativePosition(nn.Module):
         return windows.flip(3, 4).permute(2, 0, 1, 3, 4).flatten(3, 4).flatten(1, 2)
 
 
-class CellAttention(nn.Module):
+class CellAttention(Attention):
     """softmax(Q K^T / sqrt(D) + R) V among the tokens of each cell of the grid.
 
     A cell of the grid's size is attention among all tokens; smaller ones are TransGAN's grid self-attention, whose cost
@@ -47,8 +46,8 @@ class CellAttention(nn.Module):
     """
 
     def __init__(self, num_heads: int, grid: Grid, cell: Grid, *, use_relative: bool) -> None:
-        super().__init__()
-        self.num_heads, self.grid, self.cell = num_heads, grid, cell
+        super().__init__(num_heads)
+        self.grid, self.cell = grid, cell
         self.relative = RelativePosition(num_heads, cell) if use_relative else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class CellAttention(nn.Module):
         return from_cells(y, self.grid, self.cell)
 
 
-class AxisAttention(nn.Module):
+class AxisAttention(Attention):
     """Attention within the rows, then within the columns of what that gives (Ho et al. 2019, "Axial attention").
 
         V'[y, x] = sum_x' A_row[y; x, x'] V[y, x'],   out[y, x] = sum_y' A_column[x; y, y'] V'[y', x]
@@ -67,7 +66,7 @@ class AxisAttention(nn.Module):
     """
 
     def __init__(self, num_heads: int, grid: Grid, *, use_relative: bool) -> None:
-        super().__init__()
+        super().__init__(num_heads)
         height, width = grid
         self.rows = CellAttention(num_heads, grid, (1, width), use_relative=use_relative)
         self.columns = CellAttention(num_heads, grid, (height, 1), use_relative=use_relative)
@@ -77,7 +76,7 @@ class AxisAttention(nn.Module):
         return out
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(Attention):
     """Attention by way of landmarks, with a cost that is linear in N (Xiong et al. 2021, "Nystroemformer").
 
         F = softmax(Q K~^T / sqrt(D)),   A = softmax(Q~ K~^T / sqrt(D)),   B = softmax(Q~ K^T / sqrt(D))
@@ -94,8 +93,8 @@ class NystromAttention(nn.Module):
     ITERATIONS = 6
 
     def __init__(self, num_heads: int, landmarks: int) -> None:
-        super().__init__()
-        self.num_heads, self.landmarks = num_heads, landmarks
+        super().__init__(num_heads)
+        self.landmarks = landmarks
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))  # each (B, H, N, D)

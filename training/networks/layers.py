@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ ACTIVATION_GAINS: dict[Activation, float] = {"linear": 1.0, "lrelu": math.sqrt(2
 def resample_filter() -> Tensor:
     """The separable binomial filter of all up- and downsampling (StyleGAN2, appendix B)."""
     return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
+
+class Resampling(nn.Module):
+    """A linear map of tokens (B, N, C) from a grid to another one or itself, the same in all channels.
+
+    A channel that comes out is made of GROUP consecutive ones.
+    """
+
+    GROUP: ClassVar[int] = 1
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
 
 
 def require_at_least(config: object, minimum: int, *fields: str) -> None:

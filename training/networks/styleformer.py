@@ -25,6 +25,7 @@ from training.networks.generator import (
 )
 from training.networks.layers import (
     FullyConnected,
+    Resampling,
     demodulation,
     limit_rows,
     require_at_least,
@@ -281,6 +282,19 @@ class ToRGB(nn.Module):
         return torch.baddbmm(self.bias, x, weight.transpose(1, 2))
 
 
+class Upsampling(Resampling):
+    """Tokens (B, h w, C) to (B, 2h 2w, C) by the filter that images are upsampled with."""
+
+    resample_filter: Tensor
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__(grid)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_tokens(upsample2d(to_map(x, self.grid), self.resample_filter))
+
+
 class Stage(nn.Module):
     """All that happens at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
 
@@ -288,17 +302,18 @@ class Stage(nn.Module):
 
     def __init__(self, config: StyleformerConfig, index: int) -> None:
         super().__init__()
-        self.is_last = index + 1 == len(config.widths)
+        is_last = index + 1 == len(config.widths)
         self.grid = config.grids[index]
         self.place = "{}x{}".format(*self.grid)
         width = config.widths[index]
-        out_width = width if self.is_last else config.widths[index + 1]  # the last block already changes the width
+        out_width = width if is_last else config.widths[index + 1]  # the last block already changes the width
         num_blocks = config.layers[index]
         out_widths = [width] * (num_blocks - 1) + [out_width]
         self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
         self.blocks = nn.ModuleList(EncoderBlock(config, self.grid, width, out) for out in out_widths)
         self.torgb = ToRGB(out_width, config.img_channels, config.w_dim)
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
+        self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)
 
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
         """x (B, N, C), rgb at half this resolution or None, ws (B, number of blocks + 1, w_dim) -> x, rgb."""
@@ -309,9 +324,7 @@ class Stage(nn.Module):
 
         y = to_map(self.torgb(x, ws[:, -1]), self.grid)  # (B, img_channels, H, W)
         rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y
-        if not self.is_last:
-            x = to_tokens(upsample2d(to_map(x, self.grid), self.resample_filter))  # (B, 4N, C_out)
-        return x, rgb
+        return self.upsampling(x), rgb  # (B, 4N, C_out) but for the last stage
 
 
 class SynthesisNetwork(nn.Module):

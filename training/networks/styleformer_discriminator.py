@@ -20,10 +20,11 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
 from training.networks.attention import SelfAttention
-from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
+from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
 from training.networks.generator import Grid
 from training.networks.layers import Conv2d, require_at_least, resample_filter, to_map, to_tokens
 from training.networks.mapping import LabelMapping
+from training.networks.stylegan2 import channels_on_grid, check_channel_base
 from training.networks.stylegan2_discriminator import DiscriminatorEpilogue
 
 CHANNEL_BASE = 4096  # where it is left open
@@ -71,23 +72,16 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
         if len(self.layers) != len(self.grids):
             problem = f"must have one entry per grid, {len(self.grids)} for images of {height}x{width} in patches of"
             raise ConfigError("layers", self.layers, f"{problem} {self.patch}")
-        if self.channel_base < max(self.grids[0]):
-            problem = f"leaves no channel on a grid of {max(self.grids[0])}: must be at least that"
-            raise ConfigError("channel_base", self.channel_base, problem)
+        check_channel_base(self, self.grids[0])
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         """(height, width) of the tokens at every level, from the image down to the epilogue."""
-        height, width = self.img_size[0] // self.patch, self.img_size[1] // self.patch
-        grids = [(height, width)]
-        while height % 2 == 0 and width % 2 == 0 and min(height, width) > 4:
-            height, width = height // 2, width // 2
-            grids.append((height, width))
-        return tuple(grids)
+        return halved_grids((self.img_size[0] // self.patch, self.img_size[1] // self.patch))
 
     def num_channels(self, grid: Grid) -> int:
         """How many channels a grid of this size has."""
-        channels = min(self.channel_base // max(grid), self.channel_max)
+        channels = channels_on_grid(self, grid)
         return channels - channels % min(self.depth, channels)
 
     @property

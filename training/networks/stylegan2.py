@@ -92,10 +92,10 @@ def channels_on_grid(config: Any, grid: Grid) -> int:
     return channels
 
 
-def check_channel_base(config: Any, img_size: Grid) -> None:
+def check_channel_base(config: Any, grid: Grid) -> None:
     """Raise ConfigError when `channel_base`, if chosen, leaves a grid of this size without channels."""
-    if 0 < config.channel_base < max(img_size):
-        problem = f"leaves no channel for images of {img_size[0]}x{img_size[1]}: must be at least {max(img_size)}"
+    if 0 < config.channel_base < max(grid):
+        problem = f"leaves no channel at {grid[0]}x{grid[1]}: must be at least {max(grid)}"
         raise ConfigError("channel_base", config.channel_base, problem)
 
 
@@ -111,8 +111,8 @@ def modulated_conv2d(
     the output is (B, O, 2H, 2W). `noise` must broadcast to the output.
 
     By default inputs and outputs are scaled instead of the weights, so that all images share one convolution. `fused`
-    takes the definition at its word: weights per image, and a convolution with a group for each. It is the slower form
-    on a CPU, but makes no scaled copy of x.
+    follows the definition: weights per image, and a grouped convolution with a group for each image. It is slower on a
+    CPU, but makes no scaled copy of x.
     """
     if x.dtype == torch.float16:  # its largest number is 65,504; the demodulation undoes these scalings
         weight = limit_rows(weight.flatten(1)).view_as(weight) / math.sqrt(weight[0].numel())
@@ -209,7 +209,7 @@ class ToRGB(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """The linear way around two convolutions in 'resnet': 1x1 convolution, upsampling, gain sqrt(1/2)."""
+    """The linear shortcut around two convolutions in 'resnet': 1x1 convolution, upsampling, gain sqrt(1/2)."""
 
     up_filter: Tensor
 

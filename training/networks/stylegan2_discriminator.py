@@ -6,19 +6,17 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
-from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
+from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
 from training.networks.layers import Conv2d, FullyConnected, MinibatchStd, require_at_least, resample_filter
 from training.networks.mapping import LabelMapping
-from training.networks.stylegan2 import default_channel_base
-
-Architecture = Literal["orig", "skip", "resnet"]
+from training.networks.stylegan2 import Architecture, channels_on_grid, check_channel_base, default_channel_base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +52,16 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
         if len(self.grids) == 1:
             problem = "cannot be halved: both sides must be even and larger than 4, so resize the images"
             raise ConfigError("img_size", self.img_size, problem)
-        if 0 < self.channel_base < max(self.img_size):
-            problem = f"leaves no channel at img_size={self.img_size}: must be at least {max(self.img_size)}"
-            raise ConfigError("channel_base", self.channel_base, problem)
+        check_channel_base(self, self.img_size)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """(height, width) at every level, from the image down to the epilogue."""
-        height, width = self.img_size
-        grids = [(height, width)]
-        while height % 2 == 0 and width % 2 == 0 and min(height, width) > 4:
-            height, width = height // 2, width // 2
-            grids.append((height, width))
-        return tuple(grids)
+        return halved_grids(self.img_size)
 
     def num_channels(self, grid: tuple[int, int]) -> int:
         """How many channels a grid of this size has."""
-        return min(self.channel_base // max(grid), self.channel_max)
+        return channels_on_grid(self, grid)
 
     @property
     def group_size(self) -> int:

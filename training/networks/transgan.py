@@ -22,7 +22,7 @@ from training.networks.generator import (
     check_synthesis_inputs,
     count_resolutions,
 )
-from training.networks.layers import require_at_least, to_map, to_tokens
+from training.networks.layers import Resampling, require_at_least, to_map, to_tokens
 from training.networks.mapping import LatentMapping, StyleMapping
 from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 
@@ -53,7 +53,10 @@ class TransGANConfig(BlockConfig, StagedConfig):
         self.check_blocks()
         require_at_least(self, 0, "full_upto", "latent_tokens", "antialias")
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
-            problem = f"without a mapping network w is z: must be z_dim={self.z_dim}, or add --map-depth"
+            problem = (
+                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and --w-dim the same "
+                "value, or add a mapping network (--map-depth)"
+            )
             raise ConfigError("w_dim", self.w_dim, problem)
         if any(count < 0 for count in self.layers):
             raise ConfigError("layers", self.layers, "a resolution cannot have fewer than 0 blocks")
@@ -110,18 +113,16 @@ def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (*[1024] * first, 256, 64, 16)[:count], (5, *[4] * (count - 1))
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(Resampling):
     """Tokens (B, h w, C) to (B, 2h 2w, C / 4): channels 4c to 4c + 3 become a square of pixels (Shi et al. 2016)."""
 
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+    GROUP = 4
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(F.pixel_shuffle(to_map(x, self.grid), 2))
 
 
-class BicubicUpsampling(nn.Module):
+class BicubicUpsampling(Resampling):
     """Tokens (B, h w, C) to (B, 2h 2w, C) by bicubic interpolation, as the product of a matrix per axis.
 
     Products have derivatives of any order that are deterministic on every device; `F.interpolate` has not.
@@ -131,8 +132,7 @@ class BicubicUpsampling(nn.Module):
     columns: Tensor
 
     def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+        super().__init__(grid)
         self.register_buffer("rows", bicubic_matrix(grid[0]), persistent=False)
         self.register_buffer("columns", bicubic_matrix(grid[1]), persistent=False)
 
@@ -151,14 +151,13 @@ def bicubic_matrix(n: int) -> Tensor:
     return doubled[0, :, :, 0].t().contiguous()
 
 
-class Antialias(nn.Module):
+class Antialias(Resampling):
     """The low-pass filter [1, 2, 1] / 4 along both axes, with zeros outside (Zhang 2019)."""
 
     taps: Tensor
 
     def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
+        super().__init__(grid)
         self.register_buffer("taps", torch.tensor([1.0, 2.0, 1.0]) / 4, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dnnlib.config import ConfigError
 from training.networks import execution
-from training.networks.attention import attend, split_heads
+from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid
 from training.networks.grid_attention import AxisAttention, CellAttention, Form, NystromAttention
 from training.networks.layers import require_at_least
@@ -74,7 +74,7 @@ class BlockConfig:
         """Whether blocks have a bias per offset."""
         return self.position != "absolute"
 
-    def build_attention(self, grid: Grid, *, is_full: bool) -> nn.Module:
+    def build_attention(self, grid: Grid, *, is_full: bool) -> Attention:
         """Attention among the tokens of a grid: among all, or in the configured form."""
         heads, relative = self.num_heads, self.has_relative
         if is_full or self.attention == "full":
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self,
         config: BlockConfig,
         width: int,
-        attention: nn.Module,
+        attention: Attention,
         *,
         other_width: int | None = None,
         clamp: float | None = None,

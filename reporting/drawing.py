@@ -1,0 +1,181 @@
+"""Charts as PNG for files, and as SVG for the page: against kimg, and against the time of training.
+
+Of many points a running mean stands before the band that they all lie in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dnnlib.config import UserError
+from reporting.charts import Chart, Line
+from reporting.runs import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FEW = 40  # points: fewer are drawn as such
+SHOWN = 200  # parts of a curve of which the lowest and the highest point are drawn
+INK = "#0a0b0c"  # what is not a line; the page chooses the colour
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What lies along a panel: the part of a curve that is called `name`, in units of `unit`."""
+
+    name: str
+    unit: float
+    label: str
+
+    def along(self, curve: Curve) -> np.ndarray:
+        return np.asarray(getattr(curve, self.name)) / self.unit
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart along one ruler, as SVG. The share of its width from `left` to `right` shows `first` to `last`."""
+
+    svg: str
+    ruler: Ruler
+    left: float
+    right: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart, drawn: PNG of all, and a panel for each ruler."""
+
+    chart: Chart
+    png: bytes
+    panels: tuple[Panel, ...]
+
+
+def check_matplotlib() -> None:
+    """Raise UserError when nothing can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the package matplotlib is not installed: pip install '.[metrics]'")
+
+
+def draw(chart: Chart) -> Picture:
+    """Draw a chart."""
+    import matplotlib
+
+    rulers = _rulers(chart.lines)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        return Picture(chart, _draw_png(chart, rulers), tuple(_draw_panel(chart, ruler) for ruler in rulers))
+
+
+def _rulers(lines: Sequence[Line]) -> list[Ruler]:
+    """kimg, and the time where it is known."""
+    seconds = np.concatenate([line.curve.seconds for line in lines])
+    longest = seconds[np.isfinite(seconds)].max(initial=-1)
+    if longest < 0:
+        return [Ruler("kimg", 1, "kimg")]
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    words = next((words for words, unit in units.items() if longest > 2 * unit), "minutes")
+    return [Ruler("kimg", 1, "kimg"), Ruler("seconds", units[words], f"{words} of training")]
+
+
+def _draw_png(chart: Chart, rulers: Sequence[Ruler]) -> bytes:
+    from matplotlib.figure import Figure
+
+    columns = 1 if chart.compares else 4
+    rows = -(-len(chart.legend()) // columns)
+    figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")
+    figure.suptitle(chart.title + (f" ({chart.note})" if chart.note else ""), x=0.01, ha="left", fontsize=12)
+    for axes, ruler in zip(figure.subplots(1, len(rulers), squeeze=False)[0], rulers, strict=True):
+        _plot(axes, chart, ruler)
+    _add_legend(figure, chart, columns)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _plot(axes: Axes, chart: Chart, ruler: Ruler) -> None:
+    """Draw the lines of a chart along a ruler."""
+    for line in chart.lines:
+        style: dict[str, Any] = {"color": line.colour, "linestyle": line.dashes, "linewidth": 1.4}
+        x, y = _extremes(ruler.along(line.curve), line.curve.values)
+        if line.is_smoothed:
+            axes.plot(x, y, color=line.colour, linewidth=0.5, alpha=0.3)
+            trend = line.trend()
+            x, y = _extremes(ruler.along(trend), trend.values)
+        axes.plot(x, y, marker="." if len(x) < FEW else None, **style)
+        if line.best is not None:
+            best = ruler.along(line.curve)[line.best], line.curve.values[line.best]
+            axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
+    if chart.is_log:
+        _use_decades(axes)
+    axes.set(xlabel=ruler.label, ylabel=chart.unit)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _use_decades(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with 1, 2 and 5 of each decade where there are few."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 1000 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest point of each of SHOWN parts of a curve; all of a short one."""
+    if len(y) <= 2 * SHOWN:
+        return x, y
+    bounds = np.linspace(0, len(y), SHOWN + 1).astype(int)
+    parts = [(a, y[a:b]) for a, b in itertools.pairwise(bounds)]
+    places = np.unique([a + place for a, part in parts for place in (part.argmin(), part.argmax())])
+    return x[places], y[places]
+
+
+def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
+    """Put the legend below the curves."""
+    from matplotlib.lines import Line2D
+
+    entries = chart.legend()
+    looks: list[dict[str, Any]] = [{"color": entry.colour or "black", "linestyle": entry.dashes} for entry in entries]
+    handles = [Line2D([], [], **look) for look in looks]
+    labels = [entry.label for entry in entries]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+
+
+def _draw_panel(chart: Chart, ruler: Ruler) -> Panel:
+    """Draw a chart along one ruler for the page, which has title and legend beside it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    inks: dict[Any, Any] = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
+    inks |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {ruler.name}"}
+    with matplotlib.rc_context(inks):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        _plot(axes, chart, ruler)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    box = axes.get_position()
+    return Panel(_inline(buffer.getvalue()), ruler, box.x0, box.x1, *axes.get_xlim())
+
+
+def _inline(svg: str) -> str:
+    """What of an SVG file an HTML page needs: in the colour of its text, and without names that charts share."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    return svg.replace(INK, "currentColor")
