@@ -481,7 +481,6 @@ def _require(context: click.Context, name: str) -> None:
 
 
 def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances:
-    on_gpu = device.type == "cuda"
     return Circumstances(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
