@@ -484,7 +484,7 @@ def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances
     return Circumstances(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
-        on_gpu=on_gpu,
+        on_gpu=device.type == "cuda",
         has_bf16=distributed.has_bf16(device),
     )
 
