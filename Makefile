@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -20,8 +20,9 @@ PATIENCE = 600  # seconds after which a program that a test has started hangs, h
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Several test processes share a machine's cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from conftest import small_config
 from torch import Tensor
 
 import train
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, override
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
-from training.config import Circumstances, resolve
+from training.config import PRESETS, Circumstances, resolve
 from training.dataset import ImageDataset
 from training.diffaugment import DEFAULT_POLICY, DIFFAUG, DiffColor, DiffCutout, DiffTranslation
 from training.training_loop import Trainer
@@ -250,9 +250,9 @@ def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> Non
     assert float(trainer.augment.p) == 1
 
 
-def test_only_the_filter_is_not_deterministic_on_a_gpu(shapes_zip: Path) -> None:
-    config = small_config(shapes_zip, augment__mode="diffaug", run__deterministic=True)
-    about = Circumstances(img_shape=(3, 16, 16), c_dim=0, on_gpu=True)
+def test_only_the_filter_is_not_deterministic_on_a_gpu() -> None:
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    config = override(PRESETS["tiny"], {"augment.mode": "diffaug", "run.deterministic": True})
     resolve(config, about)
     augment = dataclasses.replace(config.augment, policy=("filter",))
     with pytest.raises(ConfigError, match="--aug=diffaug without filter"):

@@ -100,9 +100,9 @@ def test_channels_and_grid(shapes_zip: Path, tmp_path: Path, channels: int, mode
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "seed0004.png") as image:
         assert (grid.mode, image.mode) == (mode, mode)
-        assert (grid.size, image.size) == ((96, 64), (32, 32))  # 5 images as 3 x 2
-        assert np.array_equal(np.asarray(grid)[32:64, 32:64], np.asarray(image))
-        assert (np.asarray(grid)[32:, 64:] == 255).all()
+        assert (grid.size, image.size) == ((48, 32), (16, 16))  # 5 images as 3 x 2
+        assert np.array_equal(np.asarray(grid)[16:32, 16:32], np.asarray(image))
+        assert (np.asarray(grid)[16:, 32:] == 255).all()
 
 
 def test_channels_that_no_picture_file_has_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
