@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import small_config
 
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import ConfigError, UserError, override
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.stats import Stat, Stats
 from training import hooks, runs
-from training.config import Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase
@@ -355,11 +355,9 @@ def test_all_of_training_has_deterministic_algorithms(shapes_zip: Path) -> None:
 
 
 @pytest.mark.parametrize(("pipe", "is_refused"), [("bgc", True), ("filter", True), ("blit", True), ("color", False)])
-def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(
-    shapes_zip: Path, pipe: str, is_refused: bool
-) -> None:
-    config = small_config(shapes_zip, augment__pipe=pipe, run__deterministic=True)
-    about = Circumstances(img_shape=(3, 16, 16), c_dim=0, on_gpu=True)
+def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(pipe: str, is_refused: bool) -> None:
+    config = override(PRESETS["tiny"], {"augment.pipe": pipe, "run.deterministic": True})
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
         resolve(config, about)
     resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
