@@ -277,12 +277,8 @@ def video_command(
     cells = grid[0] * grid[1]
     if projected_w is None and seeds is not None:
         timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=frames, loop=loop)
-        labels = (
-            [label_of(model.G.c_dim, index, "--classes") for index in classes]
-            if classes
-            else [model.c] * timing.num_keys
-        )
-        c = torch.cat(labels).to(model.device)  # (keys, c_dim)
+        labels = [label_of(model.G.c_dim, index, "--classes") for index in classes or ()]
+        c = torch.cat(labels or [model.c] * timing.num_keys).to(model.device)  # (keys, c_dim)
         way = through_seeds(model, seeds, c, interpolation, timing, cells, psi)
     else:
         names, ws = gather_styles(model, seeds, projected_w)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -108,17 +107,9 @@ def test_path_length_does_not_depend_on_the_batches() -> None:
     assert one.results == pytest.approx(other.results, rel=1e-2)
 
 
-@pytest.fixture
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_tf32")
 def test_tf32_is_off_wherever_a_metric_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On for the network as a snapshot of --allow-tf32 sets it, off in both ends of a step, and on again after."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     seen: list[bool] = []
 
     def look(function: Any) -> Any:
