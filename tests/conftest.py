@@ -65,12 +65,16 @@ def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none, saying so."""
+    """Begin with the files that take longest, and skip the tests marked `gpu` where there is none, saying so."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
 
+
+# Files that start programs or compile. When they come last, one test process waits for the other.
+LONG = ("test_torture", "test_portability", "test_onnx", "test_failures", "test_rehearsal", "test_training")
 
 # Options for train.py that make the preset `tiny` smaller still.
 SMALL = ["--cfg=tiny", "--g_dict=32,16", "--num_layers=1,1", "--cbase=256", "--cmax=16", "--workers=0"]

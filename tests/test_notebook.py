@@ -30,7 +30,7 @@ SCRIPTS = {
 }
 # What makes it short: the cells' own options stay, and these come after them.
 SMALLER = {
-    "train.py": [*SMALL, "--tick=0.016", "--snap=1", "--device=cpu"],
+    "train.py": [*SMALL, "--g_dict=32,16,16", "--num_layers=1,1,1", "--tick=0.016", "--snap=1", "--device=cpu"],
     "dataset_tool.py": ["--max-images=64", "--workers=1"],
     "calc_metrics.py": ["--device=cpu"],
     "generate.py": ["--device=cpu"],

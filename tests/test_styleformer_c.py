@@ -154,7 +154,7 @@ def test_fit_chooses_what_is_open() -> None:
     [
         ({"handover": 16}, "handover", r"base=\(8, 8\) and 3 widths end at 32"),
         ({"resolutions": 3}, "handover", "leaves none of 3 resolutions"),
-        ({"channel_base": 100}, "channel_base", "no channel for images of 128x128"),
+        ({"channel_base": 100}, "channel_base", "no channel at 128x128: must be at least 128"),
         ({"channel_max": 0}, "channel_max", "at least 1"),
         ({"depth": 0}, "depth", "at least 1"),
     ],

@@ -322,7 +322,7 @@ def test_fit_chooses_what_is_open() -> None:
         ({"resolutions": 0}, "resolutions", "at least 1"),
         ({"architecture": "dense"}, "architecture", "orig, skip, resnet"),
         ({"channel_max": 0}, "channel_max", "at least 1"),
-        ({"channel_base": 31}, "channel_base", "no channel for images of 32x32"),
+        ({"channel_base": 31}, "channel_base", "no channel at 32x32: must be at least 32"),
         ({"base": (0, 4)}, "base", "height and width"),
         ({"mapping_layers": 0}, "mapping_layers", "at least 1"),
     ],
