@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock
 from together import MODULES, work
 
 import dataset_tool
@@ -56,12 +58,19 @@ def shapes32_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each of MODULES, with what its `in_two_processes` has written."""
-    folder = tmp_path_factory.mktemp("together")
-    for name in MODULES:
-        (folder / name).mkdir()
-    distributed.launch(work, 2, folder, shapes_zip)
-    return folder
+    """A folder for each of MODULES, with what its `in_two_processes` has written: once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    done = base / "together"
+    with FileLock(base / "together.lock"):
+        if not done.exists():
+            folder = base / "together-begun"
+            for name in MODULES:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            distributed.launch(work, 2, folder, shapes_zip)
+            folder.rename(done)
+    return done
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

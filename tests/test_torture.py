@@ -96,7 +96,7 @@ def torture(outdir: Path, data: Path, options: list[str], kills: int, loading: f
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(16, 2), pytest.param(400, 50, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("steps", "kills"), [(16, 1), pytest.param(400, 50, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     shapes_zip: Path, tmp_path: Path, steps: int, kills: int
