@@ -107,7 +107,15 @@ def config_values(context: click.Context) -> dict[str, Any]:
 
 class Script(click.Command):
     """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
-    and folders that cannot be used, a lack of memory."""
+    and folders that cannot be used, a lack of memory.
+
+    `--data=~/x` means what `--data ~/x` does, in which alone the shell replaces the ~.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        home = re.compile(r"(--[\w-]+=)(~[\w.-]*(?:/.*)?)", re.ASCII | re.DOTALL)
+        matches = [(word, home.fullmatch(word)) for word in args]
+        return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
 
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,33 @@ nothing. TransGAN has no mapping network either, unless `--map-depth` asks for o
 for is refused.
 
 `--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
-where and how loud, and changes nothing in what a step computes.
+where and how loud. Of it, `batch_gpu` and `num_gpus` decide what is drawn and seen together
+([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` leaves updates out.
+
+## What `auto` chooses
+
+From the larger side R of the images, the number of GPUs and what they can do:
+
+| | |
+|---|---|
+| batch | as many images as fit 4096 / R per GPU, at most 32 per GPU and 64 in all |
+| learning rates | 0.0025; 0.002 from 1024 pixels on |
+| gamma | 0.0002 R^2 / batch |
+| EMA | a half-life of 10 batch / 32 kimg |
+| widths and blocks | of up to three resolutions those of `cifar`; of more, this project's choice: 512,256,128,64,... |
+| Linformer | with more than three resolutions |
+| channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 from there on |
+| precision | bfloat16 on GPUs that have units for it (from Ampere on), float32 on others and on a CPU |
+
+GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precision=fp16 --reduced-from=R/8`, for example
+32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
+"""
+
+PRESETS_HEADER = """The last column has what else differs from `auto` with networks of the same families.
+
+That Styleformer's released models were trained on the schedule of `cifar` is inferred from the sizes of their files;
+the widths and the schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) says what is
+inferred of TransGAN's.
 """
 
 CHOSEN_BY_RESOLVE = {
@@ -85,7 +112,7 @@ def configuration() -> str:
     options = [option for option in train.main.params if isinstance(option, ConfigOption)]
     flags = {field: option.opts[0] for option in options for field in option.fields}
     tables = [_fields_table(*part, flags) for part in _parts()]
-    return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", _presets_table()])
+    return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", PRESETS_HEADER, _presets_table(flags)])
 
 
 def _parts() -> list[tuple[str, str, Any]]:
@@ -124,43 +151,53 @@ def _summary(config: Any) -> str:
     return " ".join((type(config).__doc__ or "").split("\n\n")[0].split())
 
 
-def _presets_table() -> str:
+def _presets_table(flags: dict[str, str]) -> str:
     columns = {
         "batch": "batch_size",
         "G": "generator.family",
         "widths": "generator.widths",
         "layers": "generator.layers",
         "base": "generator.base",
-        "Linformer": "generator.linformer",
-        "G channels": "generator.channel_base",
-        "mapping": "generator.mapping_layers",
         "D": "discriminator.family",
-        "D architecture": "discriminator.architecture",
-        "D channels": "discriminator.channel_base",
-        "mbstd": "discriminator.mbstd_group_size",
-        "lr": "g_optimizer.lr",
+        "lr of G": "g_optimizer.lr",
+        "lr of D": "d_optimizer.lr",
         "loss": "loss.objective",
         "gamma": "loss.r1_gamma",
-        "path length": "loss.pl_weight",
-        "mixing": "loss.style_mixing",
         "EMA kimg": "ema.kimg",
-        "ramp-up": "ema.rampup",
         "kimg": "run.total_kimg",
     }
-    rows = [f"| `--cfg` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = [f"| `--cfg` | {' | '.join(columns)} | further |", "|---" * (len(columns) + 2) + "|"]
     for name, config in PRESETS.items():
-        data = to_json(config)
+        data = _flatten(to_json(config))
         if config.loss.objective == "wgangp-eps":
-            data["loss"]["r1_gamma"] = ""  # it has no R1
-        rows.append(f"| {name} | {' | '.join(_show(path, _get(data, path)) for path in columns.values())} |")
+            data["loss.r1_gamma"] = ""  # it has no R1
+        shown = [_show(path, data.get(path, "")) for path in columns.values()]
+        further = [
+            f"`{flags[path]}={_show(path, value)}`"
+            for path, value in _differences(config).items()
+            if path in flags and path not in columns.values()
+        ]
+        rows.append(f"| {name} | {' | '.join(shown)} | {' '.join(dict.fromkeys(further))} |")
     return "\n".join(rows) + "\n"
 
 
-def _get(data: Any, path: str) -> Any:
-    """The value at a path, "" where the family lacks the field."""
-    for name in path.split("."):
-        data = data.get(name, "")
-    return tuple(data) if isinstance(data, list) else data
+def _differences(config: TrainConfig) -> dict[str, Any]:
+    """The fields in which a preset differs from `auto` with networks of the same families."""
+    values = _flatten(to_json(replace(config, preset="auto")))
+    families = {path: values[path] for path in ("generator.family", "discriminator.family")}
+    plain = _flatten(to_json(override(PRESETS["auto"], families)))
+    return {path: value for path, value in values.items() if value != plain[path]}
+
+
+def _flatten(data: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by their paths."""
+    if not isinstance(data, dict):
+        return {path: tuple(data) if isinstance(data, list) else data}
+    return {
+        leaf: value
+        for name, part in data.items()
+        for leaf, value in _flatten(part, f"{path}.{name}" if path else name).items()
+    }
 
 
 def _show(path: str, value: Any) -> str:

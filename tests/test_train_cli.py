@@ -89,6 +89,16 @@ def test_both_spellings_of_flags_are_known() -> None:
         assert flag in spelled
 
 
+def test_a_home_directory_is_found_after_an_equals_sign(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(shapes_zip.parent))
+    monkeypatch.setenv("USERPROFILE", str(shapes_zip.parent))
+    plan = json.loads(run_ok(f"--outdir={tmp_path}", "--data=~/shapes.zip", *SHORT, "--desc=a-b", "-n"))
+    assert plan["options"]["data"]["path"] == str(shapes_zip)
+    assert plan["options"]["run"]["desc"] == "a-b"
+
+
 def test_the_command_of_the_papers_readme_is_understood(shapes32_zip: Path, tmp_path: Path) -> None:
     arguments = f"--outdir={tmp_path / 'runs'} --data={shapes32_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
