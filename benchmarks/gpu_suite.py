@@ -115,6 +115,7 @@ QUICK = Sizes(
         "attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
         "attention on a grid": ["grid_attention.py", "--resolutions=16", "--repeats=1", "--forms=grid"],
     },
+    benchmark_limits={"networks": 240},
     metric="swd32",
     num_images=256,
     num_fakes=64,
