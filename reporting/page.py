@@ -58,7 +58,7 @@ def _overview(runs: Sequence[Run]) -> str:
         rows.append(
             [
                 run.name,
-                f"{_number(run.last('Progress/kimg'))} of {_number(run.total_kimg)}",
+                f"{_number(run.last('Progress/kimg'), 6)} of {_number(run.total_kimg, 6)}",
                 format_time(seconds) if math.isfinite(seconds) else "?",
                 _number(run.last("Timing/sec_per_kimg")),
                 _number(run.last("Progress/augment")),
@@ -80,8 +80,8 @@ def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
     return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "?"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if math.isfinite(value) else "?"
 
 
 def _date(timestamp: float) -> str:

@@ -128,10 +128,15 @@ def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
     names = dict.fromkeys(name for row in rows.values() for name in row)
     ordered = [rows[kimg] for kimg in sorted(rows)]
-    columns = {name: np.array([row.get(name, math.nan) for row in ordered]) for name in sorted(names)}
+    columns = {name: np.array([row.get(name, _unsaid(name)) for row in ordered]) for name in sorted(names)}
     kimg = columns.get("Progress/kimg", np.zeros(0))
     seconds = columns.get("Timing/total_sec", np.full(len(kimg), math.nan))
     return {name: Curve(kimg=kimg, seconds=seconds, values=values) for name, values in columns.items()}
+
+
+def _unsaid(name: str) -> float:
+    """What a number is in a tick that does not have it: updates are only counted where some were left out."""
+    return 0.0 if name.startswith("Skipped/") else math.nan
 
 
 def _flatten(line: dict[str, Any]) -> dict[str, float]:

@@ -246,6 +246,24 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
     assert "4 of 20" in text
 
 
+@pytest.mark.usefixtures("_undrawn")
+def test_kimg_are_told_in_full(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=1)
+    (run / "stats.jsonl").write_text('{"Progress/kimg": 12345.6}\n')
+    (run / "training_options.json").write_text('{"run": {"total_kimg": 250000}}')
+    assert run_report(run).exit_code == 0
+    assert "<td>12345.6 of 250000</td>" in (run / "report" / "report.html").read_text()
+
+
+def test_updates_are_left_out_in_no_tick_that_does_not_say_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    ticks: list[dict[str, float]] = [{}, {"Skipped/D_main": 5.0}, {}, {"Skipped/D_main": 4.0, "Skipped/G_main": 1.0}]
+    lines = (json.dumps({"Progress/kimg": i} | tick) + "\n" for i, tick in enumerate(ticks))
+    (run / "stats.jsonl").write_text("".join(lines))
+    chart = next(chart for chart in find_charts([read_run(run, "run")]) if chart.name == "skipped")
+    assert [line.curve.values.tolist() for line in chart.lines] == [[0, 5, 0, 4], [0, 0, 0, 1]]
+
+
 def test_the_time_of_a_metric_is_that_of_its_kimg(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=5)
     (run / "metric-swd5k.jsonl").write_text("".join(metric_line(kimg, 1.0) for kimg in (0, 3, 8, 50)))
