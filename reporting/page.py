@@ -27,7 +27,7 @@ DASHES = {"-": "", "--": "5 2", ":": "1 2", "-.": "5 2 1 2"}  # of SVG, for thos
 
 
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
-    """Return the page, with about `max_images` grids of all runs together."""
+    """Return the page, with at most `max_images` grids of all runs together, but two of each in any case."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     per_run = max(max_images // len(runs), 2)
     grids = [_grids(run, per_run) for run in runs]
@@ -95,7 +95,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _grids(run: Run, count: int) -> str:
-    """The real images beside a slider over the generated ones, about `count` of them."""
+    """The real images beside a slider over the generated ones, at most `count` of them."""
     frames = []
     for grid in _spread(run.grids, count):
         uri = _shrunk(grid.path, run.problems)
@@ -116,7 +116,7 @@ def _grids(run: Run, count: int) -> str:
 
 
 def _spread(items: Sequence[Grid], count: int) -> list[Grid]:
-    """About `count` items in order, evenly spaced, with the first and the last."""
+    """At most `count` items in order, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -79,19 +79,20 @@ class Run:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the folders of runs that paths stand for: themselves, or the runs in a folder of runs.
+    """Return the folders of runs that paths stand for, each once: themselves, or the runs in a folder of runs.
 
     Raises UserError for what is neither.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; name the folder of a run, or one that holds runs")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
         if not inside:
             raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")
-        found += [run for run in inside if run not in found]
-    return found
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _is_run(path: Path) -> bool:
@@ -201,13 +202,14 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
 
 
 def _read_warnings(path: Path) -> list[str]:
-    """The last warnings and errors in a log, each once, with the number of the lines that say so."""
+    """The last warnings and errors in a log, each once, where it came last, with the number of lines that say so."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    counts = Counter(line for line in lines if line.startswith(("Warning: ", "Error: ")))
-    return [line + (f" ({count} times)" if count > 1 else "") for line, count in counts.items()][-SHOWN_WARNINGS:]
+    counts = Counter(line for line in reversed(lines) if line.startswith(("Warning: ", "Error: ")))
+    newest = list(counts.items())[:SHOWN_WARNINGS]
+    return [line + (f" ({count} times)" if count > 1 else "") for line, count in reversed(newest)]
 
 
 def _list_grids(path: Path) -> Iterator[Grid]:

@@ -23,7 +23,7 @@ from PIL import Image
 import report
 from reporting import drawing
 from reporting.charts import find_charts
-from reporting.runs import read_run
+from reporting.runs import find_runs, read_run
 
 NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gradients/G_main_norm", "Ours/new_signal")
 
@@ -390,8 +390,22 @@ def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"]
-    assert report.name_runs(folders) == ["a/run", "b/run", "other"]
+    folders = [tmp_path / name for name in ("a/run", "b/run", "b/other", "c/exp/0", "d/exp/0")]
+    assert report.name_runs(folders) == ["a/run", "b/run", "other", "c/exp/0", "d/exp/0"]
+
+
+def test_a_run_is_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "0", ticks=1)
+    (tmp_path / "runs" / "newest").symlink_to(run)
+    assert find_runs([run, run.parent / ".." / "runs", tmp_path / "runs" / "newest"]) == [run]
+
+
+def test_a_warning_that_comes_again_is_among_the_last(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=1)
+    warnings = [f"Warning: {i}\n" for i in (0, *range(25), 0)]
+    (run / "log.txt").write_text("".join(warnings))
+    shown = read_run(run, "run").warnings
+    assert shown == [*(f"Warning: {i}" for i in range(6, 25)), "Warning: 0 (3 times)"]
 
 
 def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
