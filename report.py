@@ -53,7 +53,7 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
         raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
     outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
     pictures = [draw(chart) for chart in find_charts(shown)]
-    page = build_page(shown, pictures, max_images)
+    page = build_page(shown, pictures, max_images).encode(errors="backslashreplace")  # names of files can be any bytes
     for run in shown:
         for problem in run.problems:
             click.echo(f"Warning: {run.path}: {problem}", err=True)
@@ -73,7 +73,7 @@ def _ends(path: Path) -> list[str]:
     return [str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)]
 
 
-def write(outdir: Path, files: dict[str, str | bytes]) -> None:
+def write(outdir: Path, files: dict[str, bytes]) -> None:
     """Write files into a folder. Raises UserError when that cannot be."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)

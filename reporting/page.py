@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -23,7 +24,6 @@ from reporting.runs import Curve, Grid, Run
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # pixels of a grid in the page
 READ = 300  # points of a line whose values are shown under the pointer
-DASHES = {"-": "", "--": "5 2", ":": "1 2", "-.": "5 2 1 2"}  # of SVG, for those of matplotlib
 
 
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
@@ -37,7 +37,8 @@ def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int
     parts.append(_environments(runs))
     written = f"Written {_date(datetime.now(UTC).timestamp())} by report.py."
     body = "\n".join(filter(None, [*parts, f'<p class="quiet">{written}</p>']))
-    return TEMPLATE.read_text(encoding="utf-8").replace("$title", escape(title)).replace("$body", body)
+    texts = {"$title": escape(title), "$body": body}
+    return re.sub(r"\$(title|body)\b", lambda place: texts[place[0]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _problems(runs: Sequence[Run]) -> str:
@@ -85,7 +86,10 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def _date(timestamp: float) -> str:
-    return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC" if math.isfinite(timestamp) else "?"
+    try:
+        return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):  # not finite, or beyond all years
+        return "?"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -131,7 +135,7 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
     try:
         with Image.open(path) as file:
             image = file.convert("RGBA" if file.mode == "RGBA" else "RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoder raises OSError, SyntaxError, ValueError, ... on damaged data
         problems.append(f"{path.name}: cannot be read ({error})")
         return None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -176,7 +180,7 @@ def _panel(panel: Panel) -> str:
 
 def _swatch(entry: Entry) -> str:
     line = f'<line x2="26" y1="4" y2="4" stroke="{entry.colour or "currentColor"}" stroke-width="2"'
-    return f'<svg width="26" height="8">{line} stroke-dasharray="{DASHES[entry.dashes]}"/></svg>'
+    return f'<svg width="26" height="8">{line} stroke-dasharray="{" ".join(map(str, entry.dashes))}"/></svg>'
 
 
 def _known(value: object) -> str:

@@ -147,7 +147,7 @@ def _flatten(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
-    """Return the main number of a metric against kimg, None where no line has one.
+    """Return the main number of a metric against kimg, where it is finite; None where no line has one.
 
     The file may also hold what calc_metrics.py made of other data or by other options: those that compare with the
     newest line count.
@@ -170,7 +170,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
 def _main_value(record: dict[str, Any]) -> float | None:
     results = record.get("results")
     value = next(iter(results.values()), None) if isinstance(results, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -189,16 +189,21 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
     damaged = 0
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = _parse(line)
             if entry[age] is not None and not math.isfinite(entry[age]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):  # no JSON, no such number, no object
+        except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, too deep, no such number, no object
             damaged += 1
             continue
         if entry[age] is not None:
             yield entry
     if damaged:
         problems.append(f"{path.name}: left out {damaged} of {len(lines)} lines, which are damaged")
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON, in which an integer that no float can hold is infinite, as 1e999 is."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else math.inf)
 
 
 def _read_warnings(path: Path) -> list[str]:
@@ -221,10 +226,10 @@ def _list_grids(path: Path) -> Iterator[Grid]:
 
 def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        options = json.loads(path.read_text())
+        options = _parse(path.read_text())
         if isinstance(options, dict):
             return options
         problems.append(f"{path.name}: is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name}: cannot be read ({error})")
     return {}
