@@ -73,7 +73,7 @@ def draw(chart: Chart) -> Picture:
 
     rulers = _rulers(chart.lines)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        return Picture(chart, _draw_png(chart, rulers), tuple(_draw_panel(chart, ruler) for ruler in rulers))
+        return Picture(chart, draw_png(chart), tuple(_draw_panel(chart, ruler) for ruler in rulers))
 
 
 def _rulers(lines: Sequence[Line]) -> list[Ruler]:
@@ -87,9 +87,11 @@ def _rulers(lines: Sequence[Line]) -> list[Ruler]:
     return [Ruler("kimg", 1, "kimg"), Ruler("seconds", units[words], f"{words} of training")]
 
 
-def _draw_png(chart: Chart, rulers: Sequence[Ruler]) -> bytes:
+def draw_png(chart: Chart) -> bytes:
+    """Draw a chart for a file: along each ruler, with title and legend."""
     from matplotlib.figure import Figure
 
+    rulers = _rulers(chart.lines)
     columns = 1 if chart.compares else 4
     rows = -(-len(chart.legend()) // columns)
     figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")

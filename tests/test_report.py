@@ -455,7 +455,7 @@ def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: p
     if browser is None:
         pytest.skip("no Chromium on this machine")
     run = make_run(tmp_path / "run", ticks=3)
-    monkeypatch.setattr(drawing, "_draw_png", lambda *args: b"")  # the page has SVG
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page has SVG
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
