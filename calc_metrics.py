@@ -13,6 +13,7 @@ import torch
 from dnnlib.cli import FileOrURL, NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, WriteError, override
 from dnnlib.download import cache_dir, is_url
+from dnnlib.util import write_atomically
 from legacy import load_network, local_file
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
@@ -26,8 +27,11 @@ from metrics.registry import (
     result_to_json,
     to_line,
 )
-from metrics.report import Progress, check_plot, plot_records, to_table
+from metrics.report import Progress, to_table
 from metrics.sampling import MetricContext
+from reporting.charts import find_charts
+from reporting.drawing import check_matplotlib, draw_png
+from reporting.runs import read_run
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
@@ -132,10 +136,8 @@ def main(
     folder = None if is_url(network) else path if subjects and path not in subjects else path.parent
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
-    if options["plot"] and folder is None:
-        raise UserError("--plot: draws beside the snapshot, which an address has no place for; fetch it to a folder")
     if options["plot"]:
-        check_plot(with_kimg=subjects is not None)
+        check_plot(subjects, folder)
     for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
         check_available(name, setup)
 
@@ -172,6 +174,15 @@ def list_subjects(network: Path) -> list[Path] | None:
     return snapshots or None
 
 
+def check_plot(subjects: list[Path] | None, folder: Path | None) -> None:
+    """Raise UserError when nothing can be drawn, or there is no place for it."""
+    if subjects is None:
+        raise UserError("--plot: images have no kimg to draw a metric against")
+    if folder is None:
+        raise UserError("--plot: draws beside the snapshot, which an address has no place for; fetch it to a folder")
+    check_matplotlib()
+
+
 def run(job: Job) -> None:
     """Compute a job's metrics; every process takes its share, the first one prints and records."""
     tune_allocator()
@@ -201,10 +212,18 @@ def run(job: Job) -> None:
     if distributed.is_main():
         click.echo(to_table(records), err=True)
         if job.plot and job.folder:
-            for path in plot_records(records, job.folder):
-                click.echo(f"Drawn: {path}", err=True)
+            plot(job.folder, {f"metric-{record['metric']}" for record in records})
     if not distributed.from_main(lambda: is_complete):
         raise SystemExit(1)
+
+
+def plot(folder: Path, names: set[str]) -> None:
+    """Draw the charts metric-<name>.png of what a folder now holds, earlier results that compare with these too."""
+    for chart in find_charts([read_run(folder, folder.name)]):
+        if chart.name in names:
+            path = folder / f"{chart.name}.png"
+            write_atomically(path, draw_png(chart))
+            click.echo(f"Drawn: {path}", err=True)
 
 
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:

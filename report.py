@@ -25,7 +25,13 @@ from reporting.runs import find_runs, read_run
     type=click.Path(path_type=Path),
     help="Where to write.  [default: `report` in the folder; of several, beside the first one]",
 )
-@option("--images", "max_images", type=click.IntRange(min=2), default=60, help="Grids of images in the page, at most.")
+@option(
+    "--images",
+    "max_images",
+    type=click.IntRange(min=2),
+    default=60,
+    help="Grids of generated images in the page, at most; of each run two in any case.",
+)
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     """Write report.html and a PNG for each group of curves, of one run or of several over each other.
 
@@ -47,7 +53,7 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
         raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
     outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
     pictures = [draw(chart) for chart in find_charts(shown)]
-    page = build_page(shown, pictures, max_images)
+    page = build_page(shown, pictures, max_images).encode(errors="backslashreplace")  # names of files can be any bytes
     for run in shown:
         for problem in run.problems:
             click.echo(f"Warning: {run.path}: {problem}", err=True)
@@ -56,13 +62,18 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
 
 
 def name_runs(folders: Sequence[Path]) -> list[str]:
-    """Return what each run is called: its folder's name, with the folder around it where two have the same."""
-    folders = [path.resolve() for path in folders]
-    counts = Counter(path.name for path in folders)
-    return [path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in folders]
+    """Return what each run is called: its folder's name, with as many folders around it as tell it from the others."""
+    ends = [_ends(path.resolve()) for path in folders]
+    counts = Counter(end for own in ends for end in own)
+    return [next(end for end in own if counts[end] == 1) for own in ends]
 
 
-def write(outdir: Path, files: dict[str, str | bytes]) -> None:
+def _ends(path: Path) -> list[str]:
+    """What is left of a path when it begins at each of its folders, the last one first."""
+    return [str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)]
+
+
+def write(outdir: Path, files: dict[str, bytes]) -> None:
     """Write files into a folder. Raises UserError when that cannot be."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,12 @@
-"""How results are shown: progress with the time left, a table, a curve."""
+"""How results are shown: progress with the time left, and a table."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dnnlib.config import UserError
 from dnnlib.util import format_time, redraw
 from torch_utils import distributed
 
@@ -59,33 +56,3 @@ def _origin(record: Record) -> str:
     """Say which network the images were shown to, and by which protocol."""
     detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
     return detector + str(record["protocol"])
-
-
-def check_plot(*, with_kimg: bool) -> None:
-    """Raise UserError when nothing can be drawn: without matplotlib, or for images, which have no kimg."""
-    if not with_kimg:
-        raise UserError("--plot: images have no kimg to draw a metric against")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot: the package matplotlib is not installed: pip install '.[metrics]'")
-
-
-def plot_records(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw the main number of each metric against kimg. Return the files, metric-<name>.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    paths = []
-    for name in dict.fromkeys(record["metric"] for record in records):
-        own = [record for record in records if record["metric"] == name]
-        number = next(iter(own[0]["results"]))
-        points = sorted((record["kimg"], record["results"][number]) for record in own)
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        axes.plot(*zip(*points, strict=True), marker="o")
-        axes.set(xlabel="kimg", ylabel=number, title=own[0]["data"])
-        axes.grid(alpha=0.3)
-        paths.append(folder / f"metric-{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-        pyplot.close(figure)
-    return paths

@@ -42,7 +42,7 @@ GROUPS = (
 )
 # Okabe and Ito's colours, which colour-blind people tell apart as well, but for those that are faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASHES = ("-", "--", ":", "-.")
+DASH, DOT = (5, 2), (1, 2)  # widths of a line, drawn and left out
 MANY = 200  # points: of more a running mean is drawn, too
 
 
@@ -54,7 +54,7 @@ class Line:
     number: str
     curve: Curve
     colour: str
-    dashes: str = DASHES[0]
+    dashes: tuple[int, ...] = ()
     best: int | None = None  # the place of a metric's best value
 
     @property
@@ -79,7 +79,7 @@ class Entry:
 
     label: str
     colour: str | None
-    dashes: str = DASHES[0]
+    dashes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +191,14 @@ def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str])
             if curve is None or not len(curve.values):
                 continue
             colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(numbers))
-            dashes = DASHES[j % len(DASHES)] if len(runs) > 1 else DASHES[0]
+            dashes = _dashes(j) if len(runs) > 1 else ()
             lines.append(Line(run=run, number=number, curve=curve, colour=colour, dashes=dashes))
     return tuple(lines)
+
+
+def _dashes(i: int) -> tuple[int, ...]:
+    """The dashes of the i-th of some things: none, dashes, dots, then dashes with one, two, three, ... dots between."""
+    return ((), DASH, DOT)[i] if i < 3 else DASH + (i - 2) * DOT
 
 
 def _colour(i: int, count: int) -> str:

@@ -73,7 +73,7 @@ def draw(chart: Chart) -> Picture:
 
     rulers = _rulers(chart.lines)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        return Picture(chart, _draw_png(chart, rulers), tuple(_draw_panel(chart, ruler) for ruler in rulers))
+        return Picture(chart, draw_png(chart), tuple(_draw_panel(chart, ruler) for ruler in rulers))
 
 
 def _rulers(lines: Sequence[Line]) -> list[Ruler]:
@@ -87,13 +87,16 @@ def _rulers(lines: Sequence[Line]) -> list[Ruler]:
     return [Ruler("kimg", 1, "kimg"), Ruler("seconds", units[words], f"{words} of training")]
 
 
-def _draw_png(chart: Chart, rulers: Sequence[Ruler]) -> bytes:
+def draw_png(chart: Chart) -> bytes:
+    """Draw a chart for a file: along each ruler, with title and legend."""
     from matplotlib.figure import Figure
 
+    rulers = _rulers(chart.lines)
     columns = 1 if chart.compares else 4
     rows = -(-len(chart.legend()) // columns)
     figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")
-    figure.suptitle(chart.title + (f" ({chart.note})" if chart.note else ""), x=0.01, ha="left", fontsize=12)
+    title = chart.title + (f" ({chart.note})" if chart.note else "")
+    figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12)
     for axes, ruler in zip(figure.subplots(1, len(rulers), squeeze=False)[0], rulers, strict=True):
         _plot(axes, chart, ruler)
     _add_legend(figure, chart, columns)
@@ -105,7 +108,7 @@ def _draw_png(chart: Chart, rulers: Sequence[Ruler]) -> bytes:
 def _plot(axes: Axes, chart: Chart, ruler: Ruler) -> None:
     """Draw the lines of a chart along a ruler."""
     for line in chart.lines:
-        style: dict[str, Any] = {"color": line.colour, "linestyle": line.dashes, "linewidth": 1.4}
+        style: dict[str, Any] = {"color": line.colour, "linestyle": _style(line.dashes), "linewidth": 1.4}
         x, y = _extremes(ruler.along(line.curve), line.curve.values)
         if line.is_smoothed:
             axes.plot(x, y, color=line.colour, linewidth=0.5, alpha=0.3)
@@ -117,7 +120,7 @@ def _plot(axes: Axes, chart: Chart, ruler: Ruler) -> None:
             axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
     if chart.is_log:
         _use_decades(axes)
-    axes.set(xlabel=ruler.label, ylabel=chart.unit)
+    axes.set(xlabel=ruler.label, ylabel=_plain(chart.unit))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -149,10 +152,19 @@ def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
     from matplotlib.lines import Line2D
 
     entries = chart.legend()
-    looks: list[dict[str, Any]] = [{"color": entry.colour or "black", "linestyle": entry.dashes} for entry in entries]
-    handles = [Line2D([], [], **look) for look in looks]
-    labels = [entry.label for entry in entries]
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+    handles = [Line2D([], [], color=entry.colour or "black", linestyle=_style(entry.dashes)) for entry in entries]
+    labels = [_plain(entry.label) for entry in entries]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, handlelength=4)
+
+
+def _style(dashes: tuple[int, ...]) -> Any:
+    """Dashes as matplotlib has them."""
+    return (0, dashes) if dashes else "-"
+
+
+def _plain(text: str) -> str:
+    """Text for matplotlib: what looks like a formula is none, and what is left of a name that is not UTF-8 is told."""
+    return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 
 
 def _draw_panel(chart: Chart, ruler: Ruler) -> Panel:

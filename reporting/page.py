@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -23,11 +24,10 @@ from reporting.runs import Curve, Grid, Run
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # pixels of a grid in the page
 READ = 300  # points of a line whose values are shown under the pointer
-DASHES = {"-": "", "--": "5 2", ":": "1 2", "-.": "5 2 1 2"}  # of SVG, for those of matplotlib
 
 
 def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
-    """Return the page, with about `max_images` grids of all runs together."""
+    """Return the page, with at most `max_images` grids of all runs together, but two of each in any case."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     per_run = max(max_images // len(runs), 2)
     grids = [_grids(run, per_run) for run in runs]
@@ -37,7 +37,8 @@ def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int
     parts.append(_environments(runs))
     written = f"Written {_date(datetime.now(UTC).timestamp())} by report.py."
     body = "\n".join(filter(None, [*parts, f'<p class="quiet">{written}</p>']))
-    return TEMPLATE.read_text(encoding="utf-8").replace("$title", escape(title)).replace("$body", body)
+    texts = {"$title": escape(title), "$body": body}
+    return re.sub(r"\$(title|body)\b", lambda place: texts[place[0]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _problems(runs: Sequence[Run]) -> str:
@@ -58,7 +59,7 @@ def _overview(runs: Sequence[Run]) -> str:
         rows.append(
             [
                 run.name,
-                f"{_number(run.last('Progress/kimg'))} of {_number(run.total_kimg)}",
+                f"{_number(run.last('Progress/kimg'), 6)} of {_number(run.total_kimg, 6)}",
                 format_time(seconds) if math.isfinite(seconds) else "?",
                 _number(run.last("Timing/sec_per_kimg")),
                 _number(run.last("Progress/augment")),
@@ -80,12 +81,15 @@ def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
     return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "?"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if math.isfinite(value) else "?"
 
 
 def _date(timestamp: float) -> str:
-    return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC" if math.isfinite(timestamp) else "?"
+    try:
+        return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):  # not finite, or beyond all years
+        return "?"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -95,7 +99,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _grids(run: Run, count: int) -> str:
-    """The real images beside a slider over the generated ones, about `count` of them."""
+    """The real images beside a slider over the generated ones, at most `count` of them."""
     frames = []
     for grid in _spread(run.grids, count):
         uri = _shrunk(grid.path, run.problems)
@@ -116,7 +120,7 @@ def _grids(run: Run, count: int) -> str:
 
 
 def _spread(items: Sequence[Grid], count: int) -> list[Grid]:
-    """About `count` items in order, evenly spaced, with the first and the last."""
+    """At most `count` items in order, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -131,7 +135,7 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
     try:
         with Image.open(path) as file:
             image = file.convert("RGBA" if file.mode == "RGBA" else "RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoder raises OSError, SyntaxError, ValueError, ... on damaged data
         problems.append(f"{path.name}: cannot be read ({error})")
         return None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -176,7 +180,7 @@ def _panel(panel: Panel) -> str:
 
 def _swatch(entry: Entry) -> str:
     line = f'<line x2="26" y1="4" y2="4" stroke="{entry.colour or "currentColor"}" stroke-width="2"'
-    return f'<svg width="26" height="8">{line} stroke-dasharray="{DASHES[entry.dashes]}"/></svg>'
+    return f'<svg width="26" height="8">{line} stroke-dasharray="{" ".join(map(str, entry.dashes))}"/></svg>'
 
 
 def _known(value: object) -> str:

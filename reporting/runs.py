@@ -79,19 +79,20 @@ class Run:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the folders of runs that paths stand for: themselves, or the runs in a folder of runs.
+    """Return the folders of runs that paths stand for, each once: themselves, or the runs in a folder of runs.
 
     Raises UserError for what is neither.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; name the folder of a run, or one that holds runs")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
         if not inside:
             raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")
-        found += [run for run in inside if run not in found]
-    return found
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _is_run(path: Path) -> bool:
@@ -128,10 +129,15 @@ def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
     names = dict.fromkeys(name for row in rows.values() for name in row)
     ordered = [rows[kimg] for kimg in sorted(rows)]
-    columns = {name: np.array([row.get(name, math.nan) for row in ordered]) for name in sorted(names)}
+    columns = {name: np.array([row.get(name, _unsaid(name)) for row in ordered]) for name in sorted(names)}
     kimg = columns.get("Progress/kimg", np.zeros(0))
     seconds = columns.get("Timing/total_sec", np.full(len(kimg), math.nan))
     return {name: Curve(kimg=kimg, seconds=seconds, values=values) for name, values in columns.items()}
+
+
+def _unsaid(name: str) -> float:
+    """What a number is in a tick that does not have it: updates are only counted where some were left out."""
+    return 0.0 if name.startswith("Skipped/") else math.nan
 
 
 def _flatten(line: dict[str, Any]) -> dict[str, float]:
@@ -141,7 +147,7 @@ def _flatten(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
-    """Return the main number of a metric against kimg, None where no line has one.
+    """Return the main number of a metric against kimg, where it is finite; None where no line has one.
 
     The file may also hold what calc_metrics.py made of other data or by other options: those that compare with the
     newest line count.
@@ -164,7 +170,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
 def _main_value(record: dict[str, Any]) -> float | None:
     results = record.get("results")
     value = next(iter(results.values()), None) if isinstance(results, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -183,10 +189,10 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
     damaged = 0
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = _parse(line)
             if entry[age] is not None and not math.isfinite(entry[age]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):  # no JSON, no such number, no object
+        except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, too deep, no such number, no object
             damaged += 1
             continue
         if entry[age] is not None:
@@ -195,14 +201,20 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
         problems.append(f"{path.name}: left out {damaged} of {len(lines)} lines, which are damaged")
 
 
+def _parse(text: str) -> Any:
+    """Parse JSON, in which an integer that no float can hold is infinite, as 1e999 is."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else math.inf)
+
+
 def _read_warnings(path: Path) -> list[str]:
-    """The last warnings and errors in a log, each once, with the number of the lines that say so."""
+    """The last warnings and errors in a log, each once, where it came last, with the number of lines that say so."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    counts = Counter(line for line in lines if line.startswith(("Warning: ", "Error: ")))
-    return [line + (f" ({count} times)" if count > 1 else "") for line, count in counts.items()][-SHOWN_WARNINGS:]
+    counts = Counter(line for line in reversed(lines) if line.startswith(("Warning: ", "Error: ")))
+    newest = list(counts.items())[:SHOWN_WARNINGS]
+    return [line + (f" ({count} times)" if count > 1 else "") for line, count in reversed(newest)]
 
 
 def _list_grids(path: Path) -> Iterator[Grid]:
@@ -214,10 +226,10 @@ def _list_grids(path: Path) -> Iterator[Grid]:
 
 def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        options = json.loads(path.read_text())
+        options = _parse(path.read_text())
         if isinstance(options, dict):
             return options
         problems.append(f"{path.name}: is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name}: cannot be read ({error})")
     return {}

@@ -224,7 +224,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     for name in ("fid30_full", "kid30_full", "swd12"):
         assert len((run / f"metric-{name}.jsonl").read_text().splitlines()) == 2
         with Image.open(run / f"metric-{name}.png") as picture:
-            assert picture.size == (900, 600)
+            assert picture.size[0] == 1210
     table = result.stderr.splitlines()
     assert any(line.split() == ["network", "kimg", "metric", "value"] for line in table)
     value = f"{records[0]['results']['fid30_full']:.5g}"
@@ -325,6 +325,16 @@ def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path,
     result = calc("--metrics=swd12", network=path)
     assert result.exit_code == 2
     assert f"(what {path} was trained with): name the real images with --data" in result.stderr
+
+
+def test_a_plot_holds_earlier_results_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calc_metrics, "draw_png", lambda chart: str(chart.lines[0].curve.kimg.tolist()).encode())
+    for name in ("swd12", "swd16"):
+        records = [{"kimg": kimg, "seed": int(kimg == 1), "results": {name: 3.0}} for kimg in range(3)]
+        (tmp_path / f"metric-{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    calc_metrics.plot(tmp_path, {"metric-swd12"})
+    assert (tmp_path / "metric-swd12.png").read_text() == "[0.0, 2.0]"  # kimg 1, of another seed, does not compare
+    assert not (tmp_path / "metric-swd16.png").exists()
 
 
 def test_plots_of_images_are_refused_at_once(

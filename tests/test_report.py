@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -21,9 +22,9 @@ from conftest import PATIENCE
 from PIL import Image
 
 import report
-from reporting import drawing
+from reporting import drawing, page
 from reporting.charts import find_charts
-from reporting.runs import read_run
+from reporting.runs import find_runs, read_run
 
 NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gradients/G_main_norm", "Ours/new_signal")
 
@@ -246,6 +247,24 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
     assert "4 of 20" in text
 
 
+@pytest.mark.usefixtures("_undrawn")
+def test_kimg_are_told_in_full(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=1)
+    (run / "stats.jsonl").write_text('{"Progress/kimg": 12345.6}\n')
+    (run / "training_options.json").write_text('{"run": {"total_kimg": 250000}}')
+    assert run_report(run).exit_code == 0
+    assert "<td>12345.6 of 250000</td>" in (run / "report" / "report.html").read_text()
+
+
+def test_updates_are_left_out_in_no_tick_that_does_not_say_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    ticks: list[dict[str, float]] = [{}, {"Skipped/D_main": 5.0}, {}, {"Skipped/D_main": 4.0, "Skipped/G_main": 1.0}]
+    lines = (json.dumps({"Progress/kimg": i} | tick) + "\n" for i, tick in enumerate(ticks))
+    (run / "stats.jsonl").write_text("".join(lines))
+    chart = next(chart for chart in find_charts([read_run(run, "run")]) if chart.name == "skipped")
+    assert [line.curve.values.tolist() for line in chart.lines] == [[0, 5, 0, 4], [0, 0, 0, 1]]
+
+
 def test_the_time_of_a_metric_is_that_of_its_kimg(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=5)
     (run / "metric-swd5k.jsonl").write_text("".join(metric_line(kimg, 1.0) for kimg in (0, 3, 8, 50)))
@@ -256,13 +275,15 @@ def test_the_time_of_a_metric_is_that_of_its_kimg(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_undrawn")
 def test_what_is_damaged_is_left_out_and_told(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", side=160)
     with (run / "stats.jsonl").open("a") as file:
         file.write('{"Progress/kimg": \n[1]\n{"Progress/kimg": NaN}\n{"other": 1}\n\x00\xff\n')
         file.write('{"Progress/kimg": 14.0, "Loss/G/loss": {"mean": null}}\n{"Progress/kimg": 16.')  # being written
     with (run / "metric-swd5k.jsonl").open("a") as file:
         file.write(metric_line(4, 1.0, seed=1) + metric_line(None, 5.0) + metric_line(10, 3.0))
     (run / "metric-fid.jsonl").write_text("nonsense\n")
+    first, second, third = (run / "fakes000004.png").read_bytes().split(b"IDAT")
+    (run / "fakes000004.png").write_bytes(first + b"IDAT" + second + b"\xff\xff\xff\xff" + third)
     (run / "fakes000008.png").write_bytes((run / "fakes000008.png").read_bytes()[:1000])
     (run / "training_options.json").write_text("{")
     result = run_report(run)
@@ -271,6 +292,7 @@ def test_what_is_damaged_is_left_out_and_told(tmp_path: Path) -> None:
         "stats.jsonl: left out 5 of 12 lines, which are damaged",
         "metric-swd5k.jsonl: left out 1 lines that do not compare with the last one",
         "metric-fid.jsonl: left out 1 of 1 lines, which are damaged",
+        "fakes000004.png: cannot be read",
         "fakes000008.png: cannot be read",
         "training_options.json: cannot be read",
     ):
@@ -371,9 +393,61 @@ def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     assert "fakes000004.png: cannot be read" in result.output
 
 
+@pytest.mark.usefixtures("_undrawn")
+def test_odd_names_and_numbers_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / os.fsdecode(b"$body \xff"), ticks=2)
+    nested, long = '{"a": ' * 5000 + "1" + "}" * 5000, "1" * 400
+    with (run / "stats.jsonl").open("a") as file:
+        file.write(f'{nested}\n{{"Progress/kimg": {long}}}\n')
+        file.write(f'{{"Progress/kimg": 4, "Loss/G/loss": {long}, "timestamp": 1700000000000}}\n')
+    (run / "metric-swd5k.jsonl").write_text(metric_line(0, math.nan) + metric_line(2, 3.0) + metric_line(4, math.nan))
+    (run / "metric-fid5k.jsonl").write_text(metric_line(0, math.inf) + metric_line(2, 0).replace("0", long))
+    (run / "training_options.json").write_text(nested)
+    result = run_report(run)
+    assert result.exit_code == 0, result.output
+    assert "stats.jsonl: left out 2 of 5 lines, which are damaged" in result.output
+    assert "training_options.json: cannot be read (maximum recursion depth exceeded" in result.output
+    text = (run / "report" / "report.html").read_text()
+    assert "<title>$body \\udcff</title>" in text
+    assert "<td>4 of ?</td><td>?</td><td>?</td><td>?</td><td>?</td><td>3 at 2 kimg</td><td>3</td>" in text
+    assert list(read_run(run, "run").metrics) == ["swd5k"]
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    (run / "metric-swd5k.jsonl").rename(run / "metric-a$b_$c.jsonl")
+    runs = [read_run(run, name) for name in ("cost$5_vs_$10", os.fsdecode(b"\xff"))]
+    picture = drawing.draw(next(find_charts(runs)))
+    assert ">a$b_$c</text>" in picture.panels[0].svg
+
+
+def test_no_two_lines_look_the_same(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    values = {f"Gradients/{i}": {"mean": i + 1.0} for i in range(9)}
+    (run / "stats.jsonl").write_text(json.dumps({"Progress/kimg": 1.0} | values) + "\n")
+    runs = [read_run(run, name) for name in ("a", "b")]
+    chart = next(chart for chart in find_charts(runs) if chart.name == "gradients")
+    assert len({(line.colour, line.dashes) for line in chart.lines}) == 2 * 9
+    assert len({page._swatch(entry) for entry in chart.legend()}) == 2 + 9
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"]
-    assert report.name_runs(folders) == ["a/run", "b/run", "other"]
+    folders = [tmp_path / name for name in ("a/run", "b/run", "b/other", "c/exp/0", "d/exp/0")]
+    assert report.name_runs(folders) == ["a/run", "b/run", "other", "c/exp/0", "d/exp/0"]
+
+
+def test_a_run_is_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "0", ticks=1)
+    (tmp_path / "runs" / "newest").symlink_to(run)
+    assert find_runs([run, run.parent / ".." / "runs", tmp_path / "runs" / "newest"]) == [run]
+
+
+def test_a_warning_that_comes_again_is_among_the_last(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=1)
+    warnings = [f"Warning: {i}\n" for i in (0, *range(25), 0)]
+    (run / "log.txt").write_text("".join(warnings))
+    shown = read_run(run, "run").warnings
+    assert shown == [*(f"Warning: {i}" for i in range(6, 25)), "Warning: 0 (3 times)"]
 
 
 def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +455,7 @@ def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: p
     if browser is None:
         pytest.skip("no Chromium on this machine")
     run = make_run(tmp_path / "run", ticks=3)
-    monkeypatch.setattr(drawing, "_draw_png", lambda *args: b"")  # the page has SVG
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page has SVG
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
