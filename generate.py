@@ -21,8 +21,16 @@ from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, FileOrURL, IntRanges, NameList, Script, option, switch, with_options
 from dnnlib.config import UserError
-from exploration.attention import attention_maps, choose_pixels, draw_blocks, draw_heads, record
+from exploration.attention import (
+    AttentionMaps,
+    attention_maps,
+    choose_pixels,
+    draw_blocks,
+    draw_heads,
+    record,
+)
 from exploration.directions import (
+    Directions,
     between,
     check_ending,
     factorise,
@@ -32,7 +40,16 @@ from exploration.directions import (
     save_directions,
 )
 from exploration.mixing import choose_styles, mix, mixing_sheet, spell
-from exploration.model import BATCH_MULTIPLE, Model, check_seeds, gather_styles, label_of, save_arrays, save_styles
+from exploration.model import (
+    BATCH_MULTIPLE,
+    Model,
+    check_seeds,
+    gather_styles,
+    label_of,
+    save_arrays,
+    save_styles,
+    style_batches,
+)
 from exploration.morphing import (
     Interpolation,
     Timing,
@@ -44,15 +61,15 @@ from exploration.morphing import (
     through_styles,
 )
 from exploration.play import HOST, Player, open_server
-from exploration.projection import FILM_FPS, ProjectionConfig, Towards, pixels_towards, project_batch, read_targets
+from exploration.projection import FILM_FPS, ProjectionConfig, pixels_towards, project_batch, read_targets
 from exploration.sampling import FastGenerator, seed_images
-from exploration.sheets import sheet, tiles_of, to_rgb
-from exploration.video import check_encoder, open_video
+from exploration.sheets import enlargement, sheet, tiles_of, to_rgb
+from exploration.video import MIN_FRAME, check_encoder, open_video
 from legacy import load_network
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
-from torch_utils.images import save_grid, save_image, to_uint8
+from torch_utils.images import Towards, save_grid, save_image, to_uint8
 from torch_utils.misc import tune_allocator
 from training.networks import execution
 from training.snapshot import Snapshot
@@ -64,7 +81,7 @@ class GridSize(click.ParamType):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value))
+        match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", str(value))
         if not match:
             self.fail(f"{value!r} is not a number of columns and rows such as 3x2", param, ctx)
         return int(match[1]), int(match[2])
@@ -132,35 +149,32 @@ def images(
     \b
     python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
     """
+    check_strength(strength, direction)
+    has_styles, is_fast = projected_w is not None or direction is not None, bool(use_compile or use_graphs)
+    if has_styles and (is_fast or noise_mode == "random"):
+        raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
     snapshot, where = open_network(network, device)
-    G = snapshot.G_ema
     if use_graphs and where.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
-    c = label_of(G.c_dim, class_index).to(where)
+    c = label_of(snapshot.G_ema.c_dim, class_index, is_needed=is_mapping(seeds, projected_w)).to(where)
     check_seeds("--seeds", seeds)
-    how = execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
-    if strength is not None and direction is None:
-        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
-    if projected_w is None and direction is None:
-        if seeds is None:
-            raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
-        if use_compile or use_graphs:
+    if has_styles:
+        model = build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+        names, styles = style_batches(model, seeds, projected_w)
+        edits = edited(styles, direction, strength, model)
+        batches: Iterable[Tensor] = (images for ws in edits for images in model.render(ws))
+    elif seeds is None:
+        raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
+    else:
+        G: Any = snapshot.G_ema
+        if is_fast:
             G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
-        multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if use_compile or use_graphs else BATCH_MULTIPLE
+        multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE if is_fast else BATCH_MULTIPLE
         names = [f"seed{seed:04d}" for seed in seeds]
         parts = (seeds[start : start + batch] for start in range(0, len(seeds), batch))
-        batches: Iterable[Tensor] = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
-    else:
-        if use_compile or use_graphs or noise_mode == "random":
-            raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
-        model = Model(G=G, device=where, c=c, truncation_psi=trunc, noise_mode=noise_mode, batch=batch, execution=how)
-        names, ws = gather_styles(model, seeds, projected_w)
-        if direction is not None:
-            found, index = read_direction(direction, G)
-            ws = found.edit(ws, index, 1.0 if strength is None else strength)
-        batches = model.render(ws)
+        batches = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
     make_outdir(outdir)
-    with torch.no_grad(), execution.using(how):
+    with torch.no_grad(), execution.using(execution_of(snapshot, precision)):
         made = save_batches(batches, names, outdir, keep=grid)
     if grid:
         save_grid(torch.cat(made), outdir / "grid.png")
@@ -231,7 +245,7 @@ def mix_command(
     "--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are shared out in order."
 )
 @option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
-@option("--fps", type=click.FloatRange(min=1), default=30, show_default=True, help="Frames per second.")
+@option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
 @option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
@@ -261,17 +275,14 @@ def video_command(
     python generate.py video --network=SNAPSHOT --seeds=7 --classes=0-9 --interpolation=spline --output=out/classes.mp4
     """
     check_encoder(output, fps)
-    if strength is not None and direction is None:
-        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
-    if projected_w is not None and (interpolation == "z" or trunc_to is not None or classes):
-        raise UserError(
-            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
-        )
+    check_strength(strength, direction)
+    if projected_w is not None:
+        check_saved_keyframes(projected_w, interpolation, trunc_to, classes)
     if classes and options["class_index"] is not None:
         raise UserError("--classes and --class: give one of them")
     if classes:
         options |= {"class_index": classes[0], "class_flag": "--classes"}
-    model = open_model(**options)
+    model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
     check_seeds("--seeds", seeds)
     psi = model.truncation_psi if trunc_to is None else 1.0
     cells = grid[0] * grid[1]
@@ -289,7 +300,7 @@ def video_command(
     if direction is not None:
         found, index = read_direction(direction, model.G)
         way = sweep_direction(way, found, index, 3.0 if strength is None else strength, timing)
-    scale = scale or -(-128 // max(model.G.img_shape[1:]))
+    scale = scale or enlargement(model.G.img_shape[1:], MIN_FRAME)
     make_outdir(output.parent, flag=f"--output={output}")
     with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
         for frame in film(model, way, timing, grid, scale):
@@ -342,27 +353,17 @@ def directions_command(
     """
     save = save or outdir / "directions.npz"
     check_ending(save)
-    by_groups = method in ("mean", "linear")
-    if by_groups and not (positive and negative):
-        raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
-    if not by_groups and (positive or negative):
-        raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
-    if by_groups and components is not None:
-        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+    check_groups(method, components, positive, negative)
     model = open_model(**options)
     for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
         check_seeds(flag, given)
     names, ws = gather_styles(model, seeds, projected_w)
     chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
-    most = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
-    if components is not None and components > most:
-        raise UserError(f"--components={components}: --method={method} finds {most} here")
-    count, drawn = components or min(5, most), sampled_w(model, samples)
     if positive and negative:
         has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
-        found = between(has, lacks, drawn, chosen, linear=method == "linear")
+        found = between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
     else:
-        found = factorise(model, chosen, count, drawn) if method == "sefa" else principal(drawn, chosen, count)
+        found = find_directions(model, method, chosen, components, samples)
     make_outdir(outdir)
     save_directions(save, found)
     strengths = torch.arange(1 - steps, steps, 2) * (strength / (steps - 1))
@@ -404,24 +405,17 @@ def attention_command(
     \b
     python generate.py attention --network=docs/shapes.pkl --seeds=0-3 --query=16,16 --query=most:2 --outdir=out
     """
-    model = open_model(**options)
+    model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
     check_seeds("--seeds", seeds)
     names, ws = gather_styles(model, seeds, projected_w)
-    records, img = record(model, ws[:1])
-    choose_pixels(queries, records, 0, model.G.img_shape[1:])  # refuses what cannot be before anything is written
+    choose_pixels(queries, record(model, ws[:1])[0], 0, model.G.img_shape[1:])  # refuses before anything is written
     make_outdir(outdir)
-    with tqdm(total=len(names), unit="img") as progress:
-        for part, part_names in zip(ws.split(model.batch), _cut(names, model.batch), strict=True):
-            records, img = record(model, part)
-            for image, name in enumerate(part_names):
-                pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
-                found = attention_maps(records, image, pixels, model.G.img_shape[1:])
-                picture = to_rgb(to_uint8(img[image]).permute(1, 2, 0).cpu().numpy())
-                save_arrays(outdir / f"{name}-attention.npz", found.arrays())
-                save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
-                for block in found.maps if heads else ():
-                    save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
-                progress.update()
+    found_maps = (found for part in ws.split(model.batch) for found in maps_of(model, part, queries))
+    for name, (picture, found) in zip(tqdm(names, unit="img"), found_maps, strict=True):
+        save_arrays(outdir / f"{name}-attention.npz", found.arrays())
+        save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
+        for block in found.maps if heads else ():
+            save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
     click.echo(
         f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files"
     )
@@ -488,13 +482,13 @@ def project_command(
     found = []
     for start in range(0, len(names), model.batch):
         part = slice(start, start + model.batch)
-        ws, before, after = project_batch(model, targets[part], towards, config, start, outdir, save_video)
+        ws, made, before, after = project_batch(model, targets[part], towards, config, start, outdir, save_video)
         for index, name in enumerate(names[part]):
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
             click.echo(f"proj{start + index:02d}: {name}, {change}")
         found.append(ws)
         save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
-        for index, image in enumerate(model.images(ws), start):
+        for index, image in enumerate(made, start):
             save_image(image, outdir / f"proj{index:02d}.png")
     click.echo(f"{counted(len(names), 'projection')} in {outdir}; the styles are in projected_w.npz, for --projected-w")
 
@@ -502,15 +496,13 @@ def project_command(
 @main.command("play", cls=Script)
 @with_options((NETWORK, BATCH, PRECISION, DEVICE))
 @option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-def play_command(network: Path | str, port: int, batch: int, precision: str, device: str | None) -> None:
+def play_command(port: int, **options: Any) -> None:
     """Play with seeds, truncation, mixing and attention in a browser on this machine.
 
     \b
     python generate.py play --network=docs/shapes.pkl
     """
-    snapshot, where = open_network(network, device)
-    every_class = torch.zeros(1, snapshot.G_ema.c_dim)  # questions name theirs
-    model = build_model(snapshot, where, every_class, batch=batch, precision=precision)
+    model = open_model(**options, class_index=None, noise_mode="const", needs_class=False)  # questions name theirs
     with open_server(Player(model), port) as server, suppress(KeyboardInterrupt):
         click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
         server.serve_forever()
@@ -533,8 +525,65 @@ def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> To
     return lpips_towards(setup, device)
 
 
-def _cut(items: list[str], size: int) -> Iterator[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def is_mapping(seeds: tuple[int, ...] | None, projected_w: Path | None) -> bool:
+    """Whether a command that takes both maps latents to styles, for which a conditional network needs a class."""
+    return seeds is not None or projected_w is None
+
+
+def check_strength(strength: float | None, direction: str | None) -> None:
+    """Raise UserError for a --strength without a --direction."""
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+
+
+def check_saved_keyframes(
+    projected_w: Path, interpolation: Interpolation, trunc_to: float | None, classes: tuple[int, ...] | None
+) -> None:
+    """Raise UserError for options of `video` that are for seeds alone."""
+    if interpolation == "z" or trunc_to is not None or classes:
+        raise UserError(
+            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
+        )
+
+
+def edited(styles: Iterator[Tensor], direction: str | None, strength: float | None, model: Model) -> Iterator[Tensor]:
+    """Move styles (n, num_ws, w_dim) as --direction and --strength say. Raises UserError at once."""
+    if direction is None:
+        return styles
+    found, index = read_direction(direction, model.G)
+    return (found.edit(ws, index, 1.0 if strength is None else strength) for ws in styles)
+
+
+def check_groups(
+    method: str, components: int | None, positive: tuple[int, ...] | None, negative: tuple[int, ...] | None
+) -> None:
+    """Raise UserError for options of `directions` that the method does not have, or lacks."""
+    by_groups = method in ("mean", "linear")
+    if by_groups and not (positive and negative):
+        raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
+    if not by_groups and (positive or negative):
+        raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
+    if by_groups and components is not None:
+        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+
+
+def find_directions(
+    model: Model, method: str, styles: tuple[int, ...], components: int | None, samples: int
+) -> Directions:
+    """Find directions without examples, by the method sefa or pca. Raises UserError for more than there are."""
+    most = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
+    if components is not None and components > most:
+        raise UserError(f"--components={components}: --method={method} finds {most} here")
+    count, drawn = components or min(5, most), sampled_w(model, samples)
+    return factorise(model, styles, count, drawn) if method == "sefa" else principal(drawn, styles, count)
+
+
+def maps_of(model: Model, ws: Tensor, queries: tuple[str, ...]) -> Iterator[tuple[np.ndarray, AttentionMaps]]:
+    """Yield the image (H, W, 3) of each of some styles, made together, and its maps. Raises UserError."""
+    records, img = record(model, ws)
+    for image, picture in enumerate(to_uint8(img).permute(0, 2, 3, 1).cpu().numpy()):
+        pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
+        yield to_rgb(picture), attention_maps(records, image, pixels, model.G.img_shape[1:])
 
 
 def counted(number: int, thing: str) -> str:
@@ -576,10 +625,11 @@ def open_model(
     device: str | None,
     trunc: float = 1.0,
     class_flag: str = "--class",
+    needs_class: bool = True,
 ) -> Model:
     """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
     snapshot, where = open_network(network, device)
-    c = label_of(snapshot.G_ema.c_dim, class_index, class_flag)
+    c = label_of(snapshot.G_ema.c_dim, class_index, class_flag, is_needed=needs_class)
     return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
 
 
@@ -588,10 +638,10 @@ def build_model(
     where: torch.device,
     c: Tensor,
     *,
+    noise_mode: str,
     batch: int,
     precision: str,
-    noise_mode: str = "const",
-    trunc: float = 1.0,
+    trunc: float,
 ) -> Model:
     """Return the averaged generator of a snapshot for labels c (1, c_dim)."""
     return Model(
@@ -601,8 +651,13 @@ def build_model(
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,
-        execution=execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from),
+        execution=execution_of(snapshot, precision),
     )
+
+
+def execution_of(snapshot: Snapshot, precision: str) -> execution.Execution:
+    """How --precision says to compute."""
+    return execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
 
 
 def make_outdir(outdir: Path, flag: str | None = None) -> None:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnnlib.config import UserError
-from exploration.model import Model, fill_up
+from exploration.model import Model
 from exploration.sheets import enlarged, marked, overlay, sheet
-from training.networks import execution
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling
@@ -79,8 +78,11 @@ class BlockRecord:
 
 
 @contextmanager
-def recording(network: nn.Module, img_size: Grid) -> Iterator[list[BlockRecord]]:
-    """While active, add a record to the list for each self-attention of `network` that runs. Leaves nothing behind."""
+def recording(network: nn.Module, img_size: Grid, count: int | None = None) -> Iterator[list[BlockRecord]]:
+    """While active, add a record to the list for each self-attention of `network` that runs. Leaves nothing behind.
+
+    Records are of the first `count` images, else of all.
+    """
     records: list[BlockRecord] = []
     resamplings: list[Resampling] = []  # since the last block
 
@@ -88,7 +90,7 @@ def recording(network: nn.Module, img_size: Grid) -> Iterator[list[BlockRecord]]
         if isinstance(module, Resampling):
             return resamplings.append(module)
         assert isinstance(module, Attention)
-        q, k = (x.detach().float() for x in args[:2])
+        q, k = (x.detach()[:count].to(torch.float32, copy=True) for x in args[:2])  # views would keep v and padding
         scale = math.sqrt(q.shape[1] / math.prod(img_size))  # grids have the proportions of the image
         grid = (round(img_size[0] * scale), round(img_size[1] * scale))
         index = sum(record.grid == grid for record in records)
@@ -124,8 +126,8 @@ def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
     synthesis = model.G.synthesis
     if not has_attention(synthesis):
         raise UserError(f"{type(model.G).__name__} has no self-attention, so there are no maps of it")
-    with torch.no_grad(), execution.using(model.execution), recording(synthesis, model.G.img_shape[1:]) as records:
-        img = synthesis(fill_up(ws).to(model.device), noise_mode=model.noise_mode)[: len(ws)]
+    with recording(synthesis, model.G.img_shape[1:], count=len(ws)) as records:
+        img = model.synthesise(ws)
     return records, img
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import UserError
 from dnnlib.util import import_extra
-from exploration.model import Model, read_arrays, save_arrays, written_whole
+from exploration.model import MAPPED_AT_ONCE, Model, read_arrays, save_arrays, written_whole
 from training.networks.layers import FullyConnected
 
 RIDGE = 0.01  # of the mean variance of w: steadies a classifier of fewer images than dimensions
@@ -45,21 +45,21 @@ class Directions:
 
 def sampled_w(model: Model, count: int) -> Tensor:
     """Draw w (count, w_dim) without truncation, the same in every call."""
-    z = np.random.RandomState(0).randn(count, model.G.z_dim)
-    return model.map(torch.from_numpy(z).float(), psi=1)[:, 0].double().cpu()
+    z = torch.from_numpy(np.random.RandomState(0).randn(count, model.G.z_dim)).float()
+    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPED_AT_ONCE)])
 
 
-def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected]]:
+def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected | nn.Linear]]:
     """For each style, the layers that read it: found by running the synthesis once on styles that hold their index."""
-    readers: list[list[FullyConnected]] = [[] for _ in range(num_ws)]
+    readers: list[list[FullyConnected | nn.Linear]] = [[] for _ in range(num_ws)]
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, FullyConnected)
+        assert isinstance(module, FullyConnected | nn.Linear)
         x = args[0]
         if x.ndim == 2 and (x == x[0, 0]).all() and x[0, 0] in range(num_ws):
             readers[int(x[0, 0])].append(module)
 
-    modules = [m for m in network.modules() if isinstance(m, FullyConnected) and m.weight.shape[1] == w_dim]
+    modules = [m for m in network.modules() if isinstance(m, FullyConnected | nn.Linear) and m.weight.shape[1] == w_dim]
     handles = [module.register_forward_pre_hook(note) for module in modules]
     try:
         some = next(network.parameters())
@@ -78,13 +78,19 @@ def factorise(model: Model, styles: Sequence[int], count: int, samples: Tensor) 
     latent semantics in GANs"). Raises UserError when no layer reads the styles by a linear map.
     """
     layers = style_layers(model.G.synthesis, model.G.num_ws, model.G.w_dim)
-    weights = [layer.weight.double().cpu() * layer.weight_gain for style in styles for layer in layers[style]]
+    weights = [effective_weight(layer) for style in styles for layer in layers[style]]
     if not weights:
         raise UserError(
             f"{type(model.G).__name__}: no linear layer reads these styles, so --method=sefa has nothing to factorise"
         )
     A = torch.cat(weights)
     return _strongest(A.t() @ A, count, samples, styles)
+
+
+def effective_weight(layer: FullyConnected | nn.Linear) -> Tensor:
+    """The matrix (out, in) that a layer applies."""
+    gain = layer.weight_gain if isinstance(layer, FullyConnected) else 1.0
+    return layer.weight.double().cpu() * gain
 
 
 def principal(samples: Tensor, styles: Sequence[int], count: int) -> Directions:
@@ -113,7 +119,7 @@ def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequenc
         ridge = RIDGE * len(X) * samples.var(dim=0).mean()
         # In the space of the images, which are often fewer than dimensions: d = X^T (X X^T + lambda I)^-1 y.
         d = X.t() @ torch.linalg.solve(X @ X.t() + ridge * torch.eye(len(X)).double(), y)
-    if not d.any():
+    if gap.norm() <= 1e-6 * samples.std(dim=0).norm():  # rounding errors are no direction
         raise UserError("--positive and --negative have the same mean: there is no direction between them")
     d = d / d.norm()
     sigma = (samples @ d).std()
@@ -158,7 +164,7 @@ def check_ending(path: Path) -> None:
 def read_direction(given: str, G: Any) -> tuple[Directions, int]:
     """Read FILE:INDEX as `--direction` takes it. Raises UserError when it does not fit the network."""
     where = f"--direction={given}"
-    match = re.fullmatch(r"(.+):(\d+)", given)
+    match = re.fullmatch(r"(.+):(\d{1,9})", given)
     if not match:
         raise UserError(f"{where}: say which direction of a file, e.g. {given}:0")
     path, index = Path(match[1]), int(match[2])
@@ -170,7 +176,7 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
         styles = tuple(int(style) for style in arrays["styles"])
     except KeyError as error:
         raise UserError(f"{where}: has no array {error}; `generate.py directions` writes such files") from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: its arrays are not numbers as `generate.py directions` writes them") from None
     if directions.ndim != 2 or directions.shape[1] != G.w_dim or not all(0 <= style < G.num_ws for style in styles):
         raise UserError(
@@ -193,6 +199,8 @@ def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = _safetensors(path).load_file(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: NumPy has no such numbers ({error}); save them as float32") from None
     except import_extra("safetensors", "safetensors").SafetensorError as error:
         raise UserError(f"{where}: not a safetensors file ({error})") from None
     return arrays

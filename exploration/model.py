@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError, WriteError
+from dnnlib.util import describe_error
 from torch_utils.images import to_uint8
 from training.networks import execution
 
@@ -70,12 +72,15 @@ class Model:
         return self.map(seed_latents(seeds, self.G.z_dim))
 
     @torch.no_grad()
+    def synthesise(self, ws: Tensor) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] of styles (n, num_ws, w_dim), made together."""
+        with execution.using(self.execution):
+            img: Tensor = self.G.synthesis(fill_up(ws).to(self.device), noise_mode=self.noise_mode)
+        return img[: len(ws)]
+
     def render(self, ws: Tensor) -> Iterator[Tensor]:
         """Yield uint8 images (at most `batch`, C, H, W) of styles (n, num_ws, w_dim), on the CPU."""
-        for part in ws.split(self.batch):
-            with execution.using(self.execution):
-                img = self.G.synthesis(fill_up(part).to(self.device), noise_mode=self.noise_mode)
-            yield to_uint8(img[: len(part)]).cpu()
+        return (to_uint8(self.synthesise(part)).cpu() for part in ws.split(self.batch))
 
     def images(self, ws: Tensor) -> Tensor:
         """All images of styles at once."""
@@ -111,16 +116,26 @@ def gather_styles(
     name: str = "seed{:04d}",
 ) -> tuple[list[str], Tensor]:
     """Return names and styles (n, num_ws, w_dim) of a file's images and of seeds, in this order."""
-    parts, names = [], []
-    if projected_w is not None:
-        parts.append(read_styles(projected_w, model.G).to(model.device))
-        names += [f"proj{index:02d}" for index in range(len(parts[0]))]
-    if seeds is not None:
-        parts.append(model.styles_of(seeds))
-        names += [name.format(seed) for seed in seeds]
-    if not parts:
+    names, batches = style_batches(model, seeds, projected_w, flag=flag, name=name)
+    return names, torch.cat(list(batches))
+
+
+def style_batches(
+    model: Model,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    *,
+    flag: str = "--seeds",
+    name: str = "seed{:04d}",
+) -> tuple[list[str], Iterator[Tensor]]:
+    """As `gather_styles`, but styles in batches (at most `batch`, num_ws, w_dim), which are mapped in their turn."""
+    if projected_w is None and seeds is None:
         raise UserError(f"{flag}: say which images, e.g. {flag}=0-3, or name saved styles with --projected-w")
-    return names, torch.cat(parts)
+    saved = () if projected_w is None else read_styles(projected_w, model.G).to(model.device).split(model.batch)
+    seeds = seeds or ()
+    mapped = (model.styles_of(seeds[start : start + model.batch]) for start in range(0, len(seeds), model.batch))
+    names = [f"proj{index:02d}" for index in range(sum(map(len, saved)))]
+    return names + [name.format(seed) for seed in seeds], chain(saved, mapped)
 
 
 def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
@@ -129,12 +144,17 @@ def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
         raise UserError(f"{flag}: {max(seeds)} is too large, seeds end at {2**32 - 1}")
 
 
-def label_of(c_dim: int, class_index: int | None, flag: str = "--class") -> Tensor:
-    """Return the label (1, c_dim). Raises UserError, with the flag, for a class that is missing, unknown or useless."""
+def label_of(c_dim: int, class_index: int | None, flag: str = "--class", *, is_needed: bool = True) -> Tensor:
+    """Return the label (1, c_dim), of zeros where none is given and none is needed, because nothing is mapped.
+
+    Raises UserError, with the flag, for a class that is missing, unknown or useless.
+    """
     if c_dim == 0:
         if class_index is not None:
             raise UserError(f"{flag}={class_index}: this network was trained without labels; leave it out")
         return torch.zeros(1, 0)
+    if class_index is None and not is_needed:
+        return torch.zeros(1, c_dim)
     if class_index is None:
         raise UserError(f"{flag}: this network is conditional; give one of its classes 0..{c_dim - 1}")
     if not 0 <= class_index < c_dim:
@@ -157,7 +177,7 @@ def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # of zipfile, numpy, pickle
-        raise UserError(f"{where}: not an .npz file of arrays ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{where}: not an .npz file of arrays ({describe_error(error)})") from None
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib.config import UserError
+from dnnlib.util import describe_error
 from exploration.attention import BlockRecord, has_attention, record, tokens_of
 from exploration.mixing import choose_styles, mix, spell
 from exploration.model import Model, label_of, seed_latents
@@ -31,7 +33,7 @@ from exploration.sheets import enlarged, marked, overlay, to_rgb
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
 MOST_IMAGES = 64  # in one answer
-MOST_KEPT = 4096
+MOST_KEPT = 2**30  # bytes of images, or one answer if that is more
 LARGEST_SEED = 2**32 - 1
 LARGEST_PSI = 2.0
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -56,6 +58,7 @@ class Player:
         self.model = model
         self.lock = Lock()  # a model computes for one request at a time
         self.images: OrderedDict[Any, Tensor] = OrderedDict()
+        self.most_images = max(MOST_IMAGES, MOST_KEPT // math.prod(model.G.img_shape))
         self.records: tuple[Any, list[BlockRecord]] | None = None
 
     def page(self) -> str:
@@ -127,11 +130,11 @@ class Player:
         missing = [seed for seed in seeds if (seed, rest) not in self.images]
         if missing:
             for seed, img in zip(missing, self.model.images(self._styles(question, missing)), strict=True):
-                self.images[seed, rest] = img
+                self.images[seed, rest] = img.clone()  # else it keeps all that were made with it
         for seed in seeds:
             self.images.move_to_end((seed, rest))
         found = [self.images[seed, rest] for seed in seeds]
-        while len(self.images) > MOST_KEPT:
+        while len(self.images) > self.most_images:
             self.images.popitem(last=False)
         return found
 
@@ -199,15 +202,22 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
                 return self._send(403, {"error": f"this page is for {HOST} and localhost alone"})
             try:
                 parts = urlsplit(self.path)
-                if parts.path in PATHS:
-                    return self._send(200, player.answer(parts.path, parts.query))
-            except UserError as error:
-                return self._send(400, {"error": str(error)})
-            except ValueError:  # of urlsplit
+            except ValueError:
                 return self._send(400, {"error": "the address is none"})
+            if parts.path in PATHS:
+                return self._send(*self._answer(parts.path, parts.query))
             if parts.path == "/":
                 return self._send(200, player.page())
             return self._send(404, {"error": "there is no such page"})
+
+        def _answer(self, path: str, query: str) -> tuple[int, Mapping[str, Any]]:
+            try:
+                return 200, player.answer(path, query)
+            except UserError as error:
+                return 400, {"error": str(error)}
+            except Exception as error:  # e.g. too little memory for this question: the next one may be answered
+                traceback.print_exc()
+                return 500, {"error": describe_error(error)}
 
         def _host(self) -> str:
             return (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")

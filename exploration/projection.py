@@ -18,17 +18,15 @@ from tqdm import tqdm
 from dnnlib.config import UserError
 from exploration.directions import sampled_w
 from exploration.model import Model
-from exploration.sheets import to_rgb
-from exploration.video import open_video
-from torch_utils.images import to_uint8
+from exploration.sheets import enlargement, to_rgb
+from exploration.video import MIN_FRAME, open_video
+from torch_utils.images import Towards, to_uint8
 from torch_utils.misc import derive_seed
 from training.data_sources.codec import IMAGE_SUFFIXES, BrokenImageError, decode_image
 from training.data_sources.convert import Conversion
 from training.data_sources.files import open_store
 from training.networks import execution
 
-# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
-Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
 FILM_FPS = 30
 SMALLEST = 8  # the grid of the last scale of pixels, and of noise
 
@@ -119,14 +117,14 @@ def project_batch(
     first: int,
     outdir: Path,
     save_video: bool | None,
-) -> tuple[Tensor, list[float], list[float]]:
+) -> tuple[Tensor, Tensor, list[float], list[float]]:
     """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
 
-    Return styles (B, num_ws, w_dim), and the distances of the first step and of the styles' images, which have the
-    network's own noise. Raises UserError when these are not finite.
+    Return styles (B, num_ws, w_dim), their uint8 images, which have the network's own noise, and the distances of the
+    first step and of these images. Raises UserError when the latter are not finite.
     """
     goals = ((targets.float() - 128) / 127.5).to(model.device)
-    scale = -(-128 // max(model.G.img_shape[1:]))
+    scale = enlargement(model.G.img_shape[1:], MIN_FRAME)
     before: list[float] = []
     with ExitStack() as stack:
         paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
@@ -141,12 +139,12 @@ def project_batch(
             if number % 50 == 0 or number + 1 == config.num_steps:
                 progress.set_postfix(distance=f"{step.distances.mean().item():.4f}")
             progress.update()
-    with torch.no_grad(), execution.using(model.execution):
-        img = model.G.synthesis(step.ws, noise_mode=model.noise_mode)
+    img = model.synthesise(step.ws)
+    with torch.no_grad():
         after = towards(goals)(img)
     if not after.isfinite().all():
         raise UserError(f"--lr={config.learning_rate:g}: the search left all finite numbers; choose a smaller one")
-    return step.ws, before, after.tolist()
+    return step.ws, to_uint8(img).cpu(), before, after.tolist()
 
 
 def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exploration.model import BATCH_MULTIPLE, seed_latents
+from exploration.model import BATCH_MULTIPLE, fill_up, seed_latents
 from torch_utils.graphs import Captured
 from torch_utils.images import to_uint8
 from training.networks import execution
@@ -55,7 +55,6 @@ def seed_images(
         if len(seeds) > 1:
             return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
     torch.manual_seed(seeds[0])
-    padding = -len(seeds) % batch_multiple
-    z = seed_latents(seeds + seeds[-1:] * padding, G.z_dim).to(c.device)
+    z = fill_up(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
     img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
     return to_uint8(img[: len(seeds)])

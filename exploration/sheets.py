@@ -22,9 +22,14 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
+def enlargement(size: Sequence[int], least: int) -> int:
+    """How often to repeat pixels so that the longer side of a picture (height, width) has `least` or more."""
+    return -(-least // max(size))
+
+
 def enlarged(pixels: np.ndarray) -> np.ndarray:
     """Repeat the pixels of (H, W, ...) until the longer side has at least MIN_TILE."""
-    factor = -(-MIN_TILE // max(pixels.shape[:2]))
+    factor = enlargement(pixels.shape[:2], MIN_TILE)
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

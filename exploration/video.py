@@ -16,6 +16,7 @@ from dnnlib.util import import_extra
 from exploration.model import written_whole
 
 QUALITY = "16"  # x264's crf: 0 loses nothing, from about 18 on losses can be seen
+MIN_FRAME = 128  # pixels of the longer side of an image in a film: smaller ones are enlarged
 GIF_FPS = 50  # above, browsers show a GIF at 10
 
 AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
@@ -23,6 +24,8 @@ AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 
 def check_encoder(path: Path, fps: float) -> None:
     """Raise UserError for a file that is neither .mp4 nor .gif, or cannot be so fast, or whose encoder is missing."""
+    if not fps >= 1:
+        raise UserError(f"--fps={fps:g}: must be 1 or more")
     if path.suffix == ".mp4":
         _ffmpeg(path)
     elif path.suffix != ".gif":
@@ -73,7 +76,7 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
 def _start_ffmpeg(path: Path, temporary: Path, shape: tuple[int, ...], fps: float) -> Any:
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
     result = ["-c:v", "libx264", "-crf", QUALITY, "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, str(temporary)]
+    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, f"file:{temporary}"]  # a colon names no protocol
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from dnnlib.config import UserError
 from metrics.detectors import DetectorSetup, full_float32, load_module
 from metrics.path_length import judged_part
-
-# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,).
-Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+from torch_utils.images import Towards
 
 
 def lpips_towards(setup: DetectorSetup, device: torch.device) -> Towards:

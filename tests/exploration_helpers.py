@@ -66,8 +66,12 @@ def save_untrained(path: Path, data: Path, generator: GeneratorConfig) -> Path:
 
 
 def make_model(family: str = "styleformer", **options: Any) -> Model:
-    G = build(FAMILIES[family])
-    return Model(G=G, device=torch.device("cpu"), c=torch.zeros(1, 0), **options)
+    return model_of(FAMILIES[family], **options)
+
+
+def model_of(config: GeneratorConfig, **options: Any) -> Model:
+    """An untrained generator without classes, on the CPU."""
+    return Model(G=build(config), device=torch.device("cpu"), c=torch.zeros(1, 0), **options)
 
 
 def pixels(path: Path) -> np.ndarray:

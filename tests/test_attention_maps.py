@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_networks import TINY, Array, below, build, ref_block, ref_demodulated,
 from test_transgan import build as build_transgan
 from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
 
+import generate
 from dnnlib.config import UserError
 from exploration import attention
 from exploration.attention import attention_maps, choose_pixels, most_attended, record, tokens_of
@@ -189,6 +191,28 @@ def test_recording_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError), attention.recording(model.G.synthesis, (32, 32)):
         raise RuntimeError
     assert not any(module._forward_hooks for module in model.G.modules())
+
+
+def test_records_keep_no_more_than_their_images_and_not_for_long(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    for block in record(model, model.styles_of((0, 1)))[0]:
+        for x in (block.q, block.k):
+            assert (len(x), x.untyped_storage().nbytes()) == (2, x.nbytes)
+
+    made: list[weakref.ref[attention.BlockRecord]] = []
+
+    def noted(model: Model, ws: torch.Tensor) -> tuple[list[attention.BlockRecord], torch.Tensor]:
+        assert not any(block() for block in made)
+        records, img = record(model, ws)
+        made.extend(map(weakref.ref, records))
+        return records, img
+
+    monkeypatch.setattr(generate, "record", noted)
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    run_ok("attention", f"--network={network}", "--query=0,0", "--seeds=0-1", "--batch=1", f"--outdir={tmp_path}")
+    assert len(made) == 3 * 4  # the first image is asked before anything is written
 
 
 def test_the_most_attended_pixel_is_where_keys_attract_all_queries() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+from exploration_helpers import FAMILIES, TRANSGAN, make_model, make_snapshot, model_of, pixels, run, run_ok
+from safetensors.torch import save_file
 
 from dnnlib.config import UserError
 from exploration.directions import (
@@ -23,6 +24,7 @@ from exploration.directions import (
     save_directions,
     style_layers,
 )
+from exploration.model import Model
 from training.snapshot import load_network
 
 # The affine layers that read each style, by their names, counted by hand from the docstrings of the networks.
@@ -44,6 +46,24 @@ def small(**changes: Any) -> Directions:
         directions=torch.eye(12)[:3], values=torch.ones(3), sigmas=torch.tensor([2.0, 1.0, 0.5]), styles=(1, 2)
     )
     return dataclasses.replace(made, **changes)
+
+
+def mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which every later call of Model.map adds how many latents it was given; 0 stands for a synthesis."""
+    counts: list[int] = []
+    original, synthesise = Model.map, Model.synthesise
+
+    def counted(model: Model, z: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        counts.append(len(z))
+        return original(model, z, *arguments, **options)
+
+    def noted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+        counts.append(0)
+        return synthesise(model, ws)
+
+    monkeypatch.setattr(Model, "map", counted)
+    monkeypatch.setattr(Model, "synthesise", noted)
+    return counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,6 +95,15 @@ def test_sefa_is_the_singular_vectors_of_the_weights() -> None:
     assert (found.directions.abs().amax(dim=1) == found.directions.amax(dim=1)).all()
 
 
+def test_sefa_of_transgan_is_of_its_stems() -> None:
+    model = model_of(dataclasses.replace(TRANSGAN, latent_tokens=2))
+    A = np.concatenate([stem.weight.numpy() for stem in (model.G.synthesis.stem, model.G.synthesis.latent_stem)])
+    _, singular, vectors = np.linalg.svd(A.astype(np.float64))
+    found = factorise(model, (0,), 3, sampled_w(model, 10))
+    np.testing.assert_allclose(found.values, singular[:3] ** 2, rtol=1e-5)
+    np.testing.assert_allclose((found.directions.numpy() * vectors[:3]).sum(axis=1) ** 2, 1, rtol=1e-5)
+
+
 def test_principal_components_are_those_of_centred_samples() -> None:
     samples = torch.randn(300, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
     found = principal(samples, (0,), 6)
@@ -85,12 +114,14 @@ def test_principal_components_are_those_of_centred_samples() -> None:
     np.testing.assert_allclose((found.directions.numpy() * vectors).sum(axis=1) ** 2, 1, rtol=1e-5)
 
 
-def test_samples_are_mapped_in_float32_and_the_same_every_time() -> None:
+def test_samples_are_mapped_in_float32_and_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = mapped_counts(monkeypatch)
     model = make_model(truncation_psi=0.5)
     samples = sampled_w(model, 1500)
     z = torch.from_numpy(np.random.RandomState(0).randn(1500, 16)).float()
     torch.testing.assert_close(samples.float(), model.G.mapping(z, None)[:, 0])
     assert torch.equal(samples, sampled_w(model, 1500))
+    assert max(counts) == 1024  # of which one style of each is kept
 
 
 def test_groups_are_told_apart_along_a_planted_direction() -> None:
@@ -113,8 +144,9 @@ def test_groups_are_told_apart_along_a_planted_direction() -> None:
     penalty = 0.01 * 140 * samples.numpy().var(axis=0, ddof=1).mean()
     d = np.linalg.solve(X.T @ X + penalty * np.eye(8), X.T @ y)
     np.testing.assert_allclose(linear.directions[0], d / np.linalg.norm(d), rtol=1e-5)
-    with pytest.raises(UserError, match="the same mean"):
-        between(positive, positive, samples, (0,), linear=False)
+    for is_linear in (False, True):
+        with pytest.raises(UserError, match="the same mean"):  # but for rounding
+            between(positive, positive[torch.randperm(60, generator=generator)], samples, (0,), linear=is_linear)
 
 
 def test_edits_move_the_chosen_styles_by_standard_deviations() -> None:
@@ -152,10 +184,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
     }
     np.savez(tmp_path / "styles.npz", **arrays)
     np.savez(tmp_path / "words.npz", **arrays | {"values": np.array(["a"] * 12), "styles": np.zeros(1, int)})
+    np.savez(tmp_path / "inf.npz", **arrays | {"styles": np.full(1, np.inf)})
+    save_file({name: torch.ones(2, 12).bfloat16() for name in arrays}, tmp_path / "bf16.safetensors")
     np.savez(tmp_path / "w.npz", w=np.zeros(3))
     (tmp_path / "x.safetensors").write_bytes(b"no")
     for given, message in {
         "d.npz": "say which direction of a file",
+        "d.npz:" + "1" * 5000: "say which direction of a file",
         "d.npz:3": "the file has directions 0 to 2",
         "wide.npz:0": "has 5 styles of 12 numbers",
         "long.npz:0": "styles up to 5; this network has 5 styles",
@@ -163,6 +198,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
         "nan.npz:0": "values that are not finite",
         "styles.npz:0": "not numbers as `generate.py directions` writes them",
         "words.npz:0": "not numbers as `generate.py directions` writes them",
+        "inf.npz:0": "not numbers as `generate.py directions` writes them",
+        "bf16.safetensors:0": "NumPy has no such numbers .*; save them as float32",
         "w.npz:0": "has no array 'directions'",
         "none.npz:0": "cannot be read",
         "none.safetensors:0": "cannot be read",
@@ -202,6 +239,21 @@ def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_pat
     groups = ["--method=linear", "--positive=0-3", "--negative=4-9", "--seeds=1", f"--save={out / 'd.safetensors'}"]
     assert "1 direction for styles" in run_ok("directions", *common, *groups, f"--outdir={out}")
     assert read_direction(f"{out / 'd.safetensors'}:0", G)[0].styles == tuple(range(G.num_ws))
+
+
+def test_images_are_mapped_and_edited_a_batch_at_a_time(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    save_directions(tmp_path / "d.npz", small())
+    common = [f"--network={network}", "--seeds=0-4", f"--direction={tmp_path}/d.npz:0"]
+    counts = mapped_counts(monkeypatch)
+    for batch in (2, 8):
+        run_ok("images", *common, f"--batch={batch}", f"--outdir={tmp_path / str(batch)}")
+    assert counts == [2, 0, 2, 0, 1, 0, 5, 0]
+    for seed in range(5):
+        one, other = (pixels(tmp_path / batch / f"seed{seed:04d}.png") for batch in ("2", "8"))
+        assert np.array_equal(one, other)
 
 
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run_ok
+from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
 from torch import Tensor, nn
 
 from dnnlib.config import UserError, WriteError
@@ -20,24 +21,23 @@ from training.networks.mapping import MappingNetwork
 
 
 class Other(nn.Module):
-    """A generator of an unknown kind: one style, which a plain linear layer reads."""
+    """A generator of an unknown kind: one style, which no layer reads by a linear map."""
 
     z_dim, w_dim, c_dim, num_ws, img_shape = 16, 12, 0, 1, (3, 8, 8)
 
     def __init__(self) -> None:
         super().__init__()
         self.mapping = MappingNetwork(z_dim=16, c_dim=0, w_dim=12, num_ws=1, num_layers=1)
-        self.layer = nn.Linear(12, 3 * 8 * 8)
-        self.synthesis = Plain(self.layer)
+        self.synthesis = Plain()
 
 
 class Plain(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layer = layer
+        self.colours = nn.Parameter(torch.randn(12, 3))
 
     def forward(self, ws: Tensor, noise_mode: str = "const") -> Tensor:
-        return self.layer(ws[:, 0]).unflatten(1, (3, 8, 8))
+        return (ws[:, 0].tanh() @ self.colours)[:, :, None, None].expand(-1, -1, 8, 8)
 
 
 def model_of(G: Any, **options: Any) -> Model:
@@ -68,6 +68,18 @@ def test_images_depend_on_their_styles_alone(family: str) -> None:
     assert (images[7] - (img[0] * 127.5 + 128).clamp(0, 255).to(torch.uint8).int()).abs().max() <= 1
 
 
+def test_saved_styles_of_a_conditional_network_need_no_class(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
+    np.savez(tmp_path / "w.npz", w=np.ones((1, 1, 12)))
+    common = [f"--network={network}", f"--projected-w={tmp_path}/w.npz"]
+    out = f"--outdir={tmp_path}"
+    commands = {"images": [out], "attention": [out], "video": ["--frames=1", f"--output={tmp_path}/v.gif"]}
+    for command, arguments in commands.items():
+        run_ok(command, *common, *arguments)
+        result = run(command, *common, *arguments, "--seeds=0")
+        assert (result.exit_code, "give one of its classes 0..2" in result.output) == (2, True)
+
+
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (96, 48), (40, 256)])
 def test_captions_stand_above_the_middle_of_their_columns(height: int, width: int) -> None:
     captions = ["x", "attention, rollout", "+0.5"]
@@ -84,7 +96,7 @@ def test_captions_stand_above_the_middle_of_their_columns(height: int, width: in
     assert min(gap.min() for gap in gaps) > 200
 
 
-def test_one_style_per_image_goes_to_all_layers(tmp_path: Path) -> None:
+def test_one_style_per_image_goes_to_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     G = make_model().G
     np.savez(tmp_path / "w.npz", w=np.random.RandomState(0).randn(2, 1, 12))
     ws = read_styles(tmp_path / "w.npz", G)
@@ -95,6 +107,9 @@ def test_one_style_per_image_goes_to_all_layers(tmp_path: Path) -> None:
         read_styles(tmp_path / "nan.npz", G)
     with pytest.raises(WriteError, match=r"none/w.npz: cannot be written"):
         save_styles(tmp_path / "none" / "w.npz", ws)
+    monkeypatch.setattr(np, "load", Mock(side_effect=EOFError))
+    with pytest.raises(UserError, match=r"not an .npz file of arrays \(EOFError\)"):
+        read_styles(tmp_path / "nan.npz", G)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import http.client
 import io
 import json
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE
-from exploration_helpers import build, make_model, make_snapshot, run, run_ok
+from exploration_helpers import TRANSGAN, build, make_model, make_snapshot, model_of, run, run_ok
 from PIL import Image
 
 from exploration.attention import attention_maps, record
@@ -88,6 +89,8 @@ def test_images_are_those_of_their_seeds_and_mixtures() -> None:
 
 
 def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exploration.play.MOST_IMAGES", 3)
+    monkeypatch.setattr("exploration.play.MOST_KEPT", 4 * 3 * 32 * 32)
     player, render = Player(make_model()), Model.images
     sizes: list[int] = []
 
@@ -96,11 +99,11 @@ def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPa
         return render(model, ws)
 
     monkeypatch.setattr(Model, "images", counted)
-    monkeypatch.setattr("exploration.play.MOST_KEPT", 4)
     for query in ("seed=0&count=3", "seed=0&count=3", "seed=1&count=3", "seed=1&count=3&trunc=0.5", "seed=0"):
         player.answer("/images", query)
     assert sizes == [3, 1, 3, 1]  # the last one was no longer kept
     assert len(player.images) == 4
+    assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
 
 
 def test_classes_are_the_questions_own() -> None:
@@ -130,44 +133,46 @@ def test_attention_is_that_of_the_command() -> None:
     assert moved[1] != found[0]
 
 
-NONSENSE = (
-    "images",
-    "images?",
-    "images?seed",
-    "images?seed=",
-    "images?seed=-1",
-    "images?seed=1.5",
-    "images?seed=%D9%A3",
-    "images?seed=%ff",
-    "images?seed=" + "9" * 5000,
-    f"images?seed={LARGEST_SEED}&count=2",
-    "images?seed=0&count=0",
-    "images?seed=0&count=65",
-    "images?seed=0&seed=1",
-    "images?seed=0&trunc=nan",
-    "images?seed=0&trunc=1e9",
-    "images?seed=0&trunc=__import__",
-    "images?seed=0&class=0",
-    "images?seed=0&other=1",
-    "images?seed=0&styles=all",
-    "images?seed=0&other=1&styles=conv",
-    "images?seed=0&other=1&styles=" + "9" * 5000,
-    "images?seed=0&other=1&styles=..%2f..%2fetc",
-    "images?seed=0&x=3",
-    "images?" + "&".join(f"a{i}=1" for i in range(50)),
-    "attention?seed=0",
-    "attention?seed=0&x=32&y=0",
-    "attention?seed=0&x=0&y=-1",
-    "attention?seed=0&count=2&x=0&y=0",
-)
+NONSENSE = {
+    "images": "seed: is missing",
+    "images?": "seed: is missing",
+    "images?seed": "the query is not one: bad query field",
+    "images?seed=": "seed=: must be a whole number from 0 to 4294967295",
+    "images?seed=-1": "seed=-1: must be a whole number",
+    "images?seed=1.5": "seed=1.5: must be a whole number",
+    "images?seed=%D9%A3": "seed=٣: must be a whole number",
+    "images?seed=%ff": "the query is not one: 'utf-8' codec",
+    "images?seed=" + "9" * 5000: "99: must be a whole number",
+    f"images?seed={LARGEST_SEED}&count=2": "must be a whole number from 0 to 4294967294",
+    "images?seed=0&count=0": "count=0: must be a whole number from 1 to 64",
+    "images?seed=0&count=65": "count=65: must be a whole number from 1 to 64",
+    "images?seed=0&seed=1": "the query says something twice",
+    "images?seed=0&trunc=nan": "trunc=nan: must be a number from -2 to 2",
+    "images?seed=0&trunc=1e9": "trunc=1e9: must be a number",
+    "images?seed=0&trunc=__import__": "trunc=__import__: must be a number",
+    "images?seed=0&class=0": "class=0: this network was trained without labels",
+    "images?seed=0&other=1": "other, styles: give both or none",
+    "images?seed=0&styles=all": "other, styles: give both or none",
+    "images?seed=0&other=1&styles=conv": "'conv' is no choice; this network has 0-4",
+    "images?seed=0&other=1&styles=" + "9" * 5000: "99' is no choice",
+    "images?seed=0&other=1&styles=..%2f..%2fetc": "'../../etc' is no choice",
+    "images?seed=0&x=3": "x: not understood here",
+    "images?" + "&".join(f"a{i}=1" for i in range(50)): "the query is not one: Max number of fields exceeded",
+    "attention?seed=0": "x: is missing",
+    "attention?seed=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
+    "attention?seed=0&x=0&y=-1": "y=-1: must be a whole number",
+    "attention?seed=0&count=2&x=0&y=0": "count: attention is of one image",
+}
 
 
 def test_nonsense_is_answered_with_400() -> None:
     player = Player(make_model())
     with served(player) as port:
-        for query in NONSENSE:
+        for query, message in NONSENSE.items():
             status, body = get(port, f"/{query}")
-            assert (status, list(json.loads(body))) == (400, ["error"]), query
+            assert status == 400, query
+            assert message in json.loads(body)["error"]
+        assert get(port, "http://[", Host="localhost") == (400, b'{"error": "the address is none"}')
         assert not player.images
         for path in ("images/", "../images", "favicon.ico", "exploration/play.py"):
             assert get(port, f"/{path}")[0] == 404
@@ -175,15 +180,30 @@ def test_nonsense_is_answered_with_400() -> None:
         assert get(port, "/", Host=f"localhost:{port}")[0] == 200
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nOf 80 GiB"), ValueError("CUDA out of memory.")])
+def test_a_question_that_fails_is_answered_too(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(model: Model, ws: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with served(Player(make_model())) as port:
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "images", failing)
+            status, body = get(port, "/images?seed=0")
+        assert (status, json.loads(body)) == (500, {"error": "CUDA out of memory."})
+        assert len(ask(port, "images", seed=0)["images"]) == 1
+
+
 def test_the_page_tells_only_what_the_network_has() -> None:
-    for family, groups, has_attention in (
-        ("styleformer-c", {"transformer", "conv"}, True),
-        ("stylegan2", set(), False),
+    thirds = {"coarse", "middle", "fine"}
+    for model, groups, has_attention in (
+        (make_model("styleformer-c"), thirds | {"transformer", "conv"}, True),
+        (make_model("stylegan2"), thirds, False),
+        (model_of(TRANSGAN), set(), True),
     ):
-        page = Player(make_model(family)).page()
+        page = Player(model).page()
         facts = json.loads(re.search(r"MODEL = (\{.*\}), COUNT", page)[1])  # type: ignore[index]
         assert facts["attention"] is has_attention
-        assert groups <= set(facts["groups"])
+        assert set(facts["groups"]) == groups
         assert not re.search(r"(src|href)=.?https?:", page)
 
 
@@ -205,7 +225,8 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
     assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
 
 
-def test_a_browser_mixes_and_shows_attention() -> None:
+def seen_by_a_browser(model: Model, script: str) -> Any:
+    """What a script makes of the page when it has loaded; `until` waits for what a function calls true."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
@@ -213,6 +234,26 @@ def test_a_browser_mixes_and_shows_attention() -> None:
       const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
       (async () => {
         await until(() => cells.every(cell => cell.firstChild.src) && $("large").src);
+        const found = await (async () => { SCRIPT })().catch(String);
+        document.body.dataset.found = JSON.stringify(found);
+      })();
+    </script></body>"""
+
+    class Probed(Player):
+        def page(self) -> str:
+            return super().page().replace("</body>", probe.replace("SCRIPT", script))
+
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
+    with served(Probed(model)) as port:
+        command = [browser, *options, f"http://127.0.0.1:{port}/"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    found = re.search(r'data-found="([^"]*)"', dom.stdout)
+    assert found, dom.stdout[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+def test_a_browser_mixes_and_shows_attention() -> None:
+    script = """
         const large = $("large"), before = large.src;
         $("pick").click();
         cells[2].click();
@@ -223,20 +264,20 @@ def test_a_browser_mixes_and_shows_attention() -> None:
         large.onkeydown(new KeyboardEvent("keydown", {key: "ArrowDown"}));
         await until(() => !("maps" in waiting));
         const maps = document.querySelectorAll("#maps img").length;
-        document.body.dataset.found = JSON.stringify([maps, pixel, $("what").textContent, $("problem").textContent]);
-      })();
-    </script></body>"""
-
-    class Probed(Player):
-        def page(self) -> str:
-            return super().page().replace("</body>", probe)
-
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
-    with served(Probed(make_model())) as port:
-        command = [browser, *options, f"http://127.0.0.1:{port}/"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    found = re.search(r'data-found="([^"]*)"', dom.stdout)
-    assert found, dom.stdout[-2000:]
-    maps, pixel, what, problem = json.loads(found[1].replace("&quot;", '"'))
+        return [maps, pixel, $("what").textContent, $("problem").textContent];"""
+    maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the position, and four blocks
     assert "with coarse of seed 2" in what
+
+
+def test_a_browser_chooses_where_there_is_nothing_to_mix() -> None:
+    """TransGAN has one style: a click with shift chooses too. And two clicks on the arrow are two pages."""
+    script = """
+        $("after").click();
+        $("after").click();
+        await until(() => first == 48);
+        cells[2].onclick({shiftKey: true});
+        await until(() => !("large" in waiting));
+        return [$("what").textContent, other, cells[2].className];"""
+    what, other, kind = seen_by_a_browser(model_of(TRANSGAN), script)
+    assert (what.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

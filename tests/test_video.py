@@ -209,6 +209,9 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
         (["--fps=60"], "--fps=60: browsers show no more than 50 frames of a GIF per second"),
         (["--grid=2x1"], "--grid: 3 keyframes cannot be shared by 2 cells equally"),
+        (["--fps=nan"], "'nan' is not a finite number"),
+        (["--fps=0.5"], "--fps=0.5: must be 1 or more"),
+        (["--grid=2x" + "9" * 5000], "is not a number of columns and rows such as 3x2"),
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
         (["--strength=2"], "name one with --direction"),
         (["--projected-w=w.npz", "--interpolation=z"], "saved styles go with none of --interpolation=z"),
@@ -231,6 +234,15 @@ def test_gifs_keep_time(tmp_path: Path) -> None:
     with Image.open(tmp_path / "v.gif") as gif:
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
     assert durations == [30, 40, 30] * 10
+
+
+def test_a_colon_in_a_relative_path_names_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").mkdir()
+    for path in (Path("a:b/v.mp4"), Path("c:d.mp4")):
+        with open_video(path, 10) as add:
+            add(np.zeros((16, 16, 3), np.uint8))
+        assert decode(tmp_path / path)[0].shape == (1, 16, 16, 3)
 
 
 def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib.config import WriteError
+from dnnlib.util import write_atomically
+
+# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
+Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 def to_uint8(img: Tensor) -> Tensor:
@@ -21,14 +26,12 @@ def to_uint8(img: Tensor) -> Tensor:
 def save_image(img: Tensor, path: Path) -> None:
     """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG: whole or not at all, then WriteError."""
     pixels = img.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    encoded = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
     try:
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(temporary, "PNG")
-        os.replace(temporary, path)
+        write_atomically(path, encoded.getvalue())
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
