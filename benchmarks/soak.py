@@ -1,6 +1,6 @@
-"""Train for minutes with tiny steps and watch from outside what the process holds: memory, files, threads, processes.
+"""Train for thousands of tiny steps and watch from outside what the process holds: memory, files, threads, processes.
 
-python benchmarks/soak.py --seconds=150
+python benchmarks/soak.py --steps=4000
 
 Everything that a run does beside steps happens all the time: a tick every 50 steps, and at each a snapshot, a training
 state, pictures and a metric, while two workers decode the images.
@@ -55,9 +55,9 @@ def take_sample(pid: int, run_dir: Path) -> Sample:
     )
 
 
-def watch(folder: Path, data: Path, seconds: float, options: Sequence[str] = ()) -> tuple[list[Sample], int]:
-    """Train for so long, then stop by SIGTERM; return samples, one a second, and how many processes outlived it."""
-    command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2", *options]
+def watch(folder: Path, data: Path, steps: int) -> tuple[list[Sample], int]:
+    """Train for so many steps, then stop by SIGTERM; return samples, one a second, and how many processes outlived it."""
+    command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2"]
     nowhere = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True)
     samples: list[Sample] = []
@@ -67,10 +67,9 @@ def watch(folder: Path, data: Path, seconds: float, options: Sequence[str] = ())
                 raise click.ClickException(f"train.py ended with code {process.returncode}")
             time.sleep(0.2)
         (run_dir,) = folder.iterdir()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            samples.append(take_sample(process.pid, run_dir))
+        while not samples or samples[-1].steps < steps:
             time.sleep(1)
+            samples.append(take_sample(process.pid, run_dir))
         process.send_signal(signal.SIGTERM)
         if process.wait(120) != EXIT_STOPPED:
             raise click.ClickException(f"train.py ended with code {process.returncode}")
@@ -93,9 +92,10 @@ def count_session(session: int) -> int:
 
 
 def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
-    """Compare the second quarter of a run with the last one: the least of what comes and goes, the median of memory."""
-    quarter = len(samples) // 4
-    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+    """Compare the second quarter of the steps with the last: the least of what comes and goes, the median of memory."""
+    steps = samples[-1].steps
+    early = [sample for sample in samples if steps / 4 <= sample.steps <= steps / 2]
+    late = [sample for sample in samples if steps * 3 / 4 <= sample.steps]
 
     def both(name: str) -> list[float]:
         return [min(getattr(sample, name) for sample in part) for part in (early, late)]
@@ -103,7 +103,7 @@ def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
     rss = [sorted(sample.rss_mb for sample in part)[len(part) // 2] for part in (early, late)]
     return {
         "benchmark": "soak",
-        "steps": samples[-1].steps,
+        "steps": steps,
         "steps_between": late[len(late) // 2].steps - early[len(early) // 2].steps,
         "rss_mb": [round(x, 1) for x in rss],
         "rss_mb_highest": round(max(sample.rss_mb for sample in samples), 1),
@@ -115,14 +115,14 @@ def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--seconds", type=click.FloatRange(min=8), default=150, show_default=True, help="How long to train.")
-def main(seconds: float) -> None:
-    """Print one line of JSON: pairs are of the second and of the last quarter of the time."""
+@click.option("--steps", type=click.IntRange(min=400), default=4000, show_default=True, help="How long to train.")
+def main(steps: int) -> None:
+    """Print one line of JSON: pairs are of the second and of the last quarter of the steps."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.zip"
         make = ["--source=shapes", f"--dest={data}", "--max-images=256", "--width=16", "--height=16", "--workers=1"]
         subprocess.run([sys.executable, "dataset_tool.py", *make], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        emit(summarise(*watch(Path(folder) / "runs", data, seconds)), torch.device("cpu"))
+        emit(summarise(*watch(Path(folder) / "runs", data, steps)), torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -72,14 +72,18 @@ def result(config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "batch"), [(3, 12), (2, 16)])
 def test_processes_share_a_batch_without_a_trace(shapes_zip: Path, tmp_path: Path, processes: int, batch: int) -> None:
-    """Micro-batches of 4: three in one process or one in each of three; four in one or two in each of two."""
+    """Micro-batches of 4: three in one process or one in each of three; four in one or two in each of two.
+
+    Weights differ by 2e-7 after four steps. After six a rounding that lets a unit of D change its sign, on a background
+    of one colour at many pixels, can have moved a bias by 1e-5.
+    """
     one, more = (
         result(small_config(shapes_zip, **CONFIG, batch_size=batch, run__num_gpus=count), tmp_path)
         for count in (1, processes)
     )
     for part in ("G", "D", "G_ema", "pl_mean"):
         for name, x in one["state"][part].items():
-            torch.testing.assert_close(more["state"][part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+            torch.testing.assert_close(more["state"][part][name], x, rtol=1e-4, atol=5e-5, msg=f"{part} {name}")
     for name, x in one["state"]["ada"].items():
         assert torch.equal(more["state"]["ada"][name], x), name
     assert float(one["state"]["ada"]["p"]) not in (0, 0.5, 1)  # it has moved
