@@ -56,7 +56,7 @@ def take_sample(pid: int, run_dir: Path) -> Sample:
 
 
 def watch(folder: Path, data: Path, steps: int) -> tuple[list[Sample], int]:
-    """Train for so many steps, then stop by SIGTERM; return samples, one a second, and how many processes outlived it."""
+    """Train for so many steps, then stop by SIGTERM; return a sample a second and how many processes outlived it."""
     command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2"]
     nowhere = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True)
