@@ -152,7 +152,7 @@ def save_directions(path: Path, found: Directions) -> None:
     else:
         safetensors = _safetensors(path)
         with written_whole(path) as temporary:
-            safetensors.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+            safetensors.save_file({name: torch.tensor(array) for name, array in arrays.items()}, temporary)
 
 
 def check_ending(path: Path) -> None:
@@ -196,17 +196,15 @@ def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
         return read_arrays(path, where)
     try:
-        arrays: dict[str, np.ndarray] = _safetensors(path).load_file(path)
+        tensors: dict[str, Tensor] = _safetensors(path).load_file(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: NumPy has no such numbers ({error}); save them as float32") from None
     except import_extra("safetensors", "safetensors").SafetensorError as error:
         raise UserError(f"{where}: not a safetensors file ({error})") from None
-    return arrays
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}  # NumPy has no bfloat16
 
 
 def _safetensors(path: Path) -> Any:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: directions are kept in .npz or .safetensors files")
-    return import_extra("safetensors.numpy", "safetensors")
+    return import_extra("safetensors.torch", "safetensors")
