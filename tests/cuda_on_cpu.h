@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 

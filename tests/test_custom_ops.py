@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dnnlib.config import UserError
 from torch_utils import custom_ops, distributed
 
+ROOT = Path(__file__).parent.parent
 needs_nvcc = pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not here")
 
 # As small as a library can be that is taken for the kernels.
@@ -264,10 +265,31 @@ def test_processes_agree_and_rank_0_builds_first(together: Path) -> None:
         assert results[1 - fails] == {"line": fallback + other, "came_first": None}
 
 
+# What was built is called as it is on a GPU, in a process of its own. Without a GPU every call must return an error.
+LAUNCH_ALL = """
+import pathlib, sys, torch
+from torch_utils import custom_ops
+from torch_utils.ops import bias_act, upfirdn2d
+kernels = custom_ops.Kernels(pathlib.Path(sys.argv[1]))
+for dtype in custom_ops.DTYPES:
+    x = torch.zeros(1, 2, 4, 4, dtype=dtype)
+    calls = [lambda: upfirdn2d.launch(kernels, x, torch.ones(2, 2), (1, 1), (1, 1), (0, 0, 0, 0), False, 1.0)]
+    for order in range(3):
+        given = (None if order == 0 else x, x if order == 2 else None)
+        calls.append(lambda: bias_act.launch(kernels, order, x, None, *given, 1, "lrelu", 0.2, 1.0, 8.0))
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            assert "CUDA error" in str(error), error
+        else:
+            raise AssertionError("there is no GPU that could have done it")
+"""
+
+
 def run_module(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch_utils.custom_ops", *options]
-    root = Path(custom_ops.__file__).parent.parent
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=root)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
@@ -297,4 +319,7 @@ def test_command_builds_the_kernels() -> None:
     ]
     assert lines["result"].strip().startswith("built")
     assert float(lines["seconds"]) > 0
-    custom_ops.Kernels(custom_ops.extensions_folder() / lines["library"].strip())
+    library = custom_ops.extensions_folder() / lines["library"].strip()
+    if not torch.cuda.is_available():  # otherwise it would be given addresses that no GPU has
+        done = subprocess.run([sys.executable, "-c", LAUNCH_ALL, library], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -392,7 +392,7 @@ def main(arch: str | None, force: bool) -> None:
     if refusal:
         _report("result", f"failed: {torch.cuda.get_device_name()} does not run it: {kernels.error_text(refusal)}")
         sys.exit(1)
-    _report("result", f"built, and runs on {torch.cuda.get_device_name()}")
+    _report("result", f"built, and has code for {torch.cuda.get_device_name()}")
 
 
 def _report(name: str, text: str) -> None:

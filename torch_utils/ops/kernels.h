@@ -24,15 +24,16 @@ template <class T> struct Compute { using type = float; };
 template <> struct Compute<double> { using type = double; };
 template <class T> using Computed = typename Compute<T>::type;
 
-__device__ __forceinline__ float load(const float& x) { return x; }
-__device__ __forceinline__ double load(const double& x) { return x; }
-__device__ __forceinline__ float load(const __half& x) { return __half2float(x); }
-__device__ __forceinline__ float load(const __nv_bfloat16& x) { return __bfloat162float(x); }
+// For the host too: without a word, nvcc makes a call of device code there one of exit().
+__host__ __device__ __forceinline__ float load(const float& x) { return x; }
+__host__ __device__ __forceinline__ double load(const double& x) { return x; }
+__host__ __device__ __forceinline__ float load(const __half& x) { return __half2float(x); }
+__host__ __device__ __forceinline__ float load(const __nv_bfloat16& x) { return __bfloat162float(x); }
 
-__device__ __forceinline__ void store(float& to, float x) { to = x; }
-__device__ __forceinline__ void store(double& to, double x) { to = x; }
-__device__ __forceinline__ void store(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__host__ __device__ __forceinline__ void store(float& to, float x) { to = x; }
+__host__ __device__ __forceinline__ void store(double& to, double x) { to = x; }
+__host__ __device__ __forceinline__ void store(__half& to, float x) { to = __float2half_rn(x); }
+__host__ __device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
 // N numbers that move in one instruction.
 template <class T, int N> struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
