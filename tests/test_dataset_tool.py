@@ -362,6 +362,12 @@ def test_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found, images[[1, 2, 0]])
     assert content["labels"] is None
     assert content["source"] == "church_train_lmdb"
+    whole = (path / "data.mdb").read_bytes()
+    cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
+    assert f"is cut off (data.mdb should have {len(whole)} bytes)" in refused(tmp_path, cut)
+    head = whole[: len(whole) * 2 // 3]  # two of three pages, which are about the file
+    damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
+    assert "damaged_lmdb is damaged" in refused(tmp_path, damaged)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     assert "extra `lmdb`" in refused(tmp_path, path)
 
