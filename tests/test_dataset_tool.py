@@ -283,6 +283,14 @@ def test_own_png_encoder_against_pillow() -> None:
         np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
 
 
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_transparent_colour_makes_any_png_rgba(C: int) -> None:
+    pixels = random_images(4, 5, C)
+    data = encoded(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
+    assert codec.read_shape(data) == (4, 5, 4)
+    np.testing.assert_array_equal(codec.decode_as(data, (4, 5, C)), codec.decode_image(data))
+
+
 # Published data sets
 
 
