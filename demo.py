@@ -17,10 +17,14 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
+from dnnlib.cli import Script
+from dnnlib.config import UserError
 from dnnlib.util import format_time
+from torch_utils.distributed import choose_device
 
+ROOT = Path(__file__).resolve().parent
+OUTDIR = ROOT / "out" / "demo"
 METRIC = "swd500"
 # Networks this small gain little from a second thread, and threads that wait for each other lose very much on a machine
 # that is busy or that lends a process fewer cores than it shows.
@@ -32,19 +36,19 @@ GPU_OPTIONS = [
 ]
 
 
-@click.command()
-@click.option("--outdir", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
-@click.option("--device", help="cpu or cuda. [a GPU if there is one]")
-def main(outdir: Path, device: str | None) -> None:
+@click.command(cls=Script)
+@click.option("--outdir", type=click.Path(path_type=Path), help="A new folder. [out/demo, made anew]")
+@click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+def main(outdir: Path | None, device: str | None) -> None:
     """Make a data set, train on it, generate images and measure them."""
     began = time.time()
-    shutil.rmtree(outdir, ignore_errors=True)
+    place = choose_device(device)
+    where = f"--device={place}"
+    outdir = prepare(outdir)
     data, runs, images = outdir / "shapes.zip", outdir / "runs", outdir / "images"
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    where = f"--device={'cuda' if on_gpu else 'cpu'}"
 
     run("dataset_tool.py", "--source=shapes", f"--dest={data}", "--max-images=8192")
-    options = GPU_OPTIONS if on_gpu else CPU_OPTIONS
+    options = GPU_OPTIONS if place.type == "cuda" else CPU_OPTIONS
     run("train.py", f"--outdir={runs}", f"--data={data}", "--cfg=tiny", *options, f"--metrics={METRIC}", where)
     run_dir = next(runs.iterdir())
     snapshot = max(run_dir.glob("network-snapshot-*.pkl"))
@@ -65,11 +69,21 @@ def main(outdir: Path, device: str | None) -> None:
         sys.exit("Error: the generator has not learned: its distance is more than 0.6 of the untrained one")
 
 
+def prepare(outdir: Path | None) -> Path:
+    """Return the folder to write to, absolute: the default without what an earlier demo left there, or an empty one."""
+    if outdir is None:
+        shutil.rmtree(OUTDIR, ignore_errors=True)
+        return OUTDIR
+    if outdir.exists() and not (outdir.is_dir() and not any(outdir.iterdir())):
+        raise UserError(f"--outdir={outdir}: is there and is no empty folder; give a new one")
+    return outdir.resolve()
+
+
 def run(*command: str) -> None:
     """Print a command as a user would type it and run it; exit with its code when it fails."""
     print(f"\n$ OMP_NUM_THREADS={THREADS} python {shlex.join(command)}", flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": THREADS}
-    code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=env, check=False).returncode
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=False).returncode
     if code:
         sys.exit(code)
 

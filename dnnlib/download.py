@@ -199,7 +199,7 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator.read_text()}
     answer = _answer(session, url, headers)
     with answer:
-        goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        goes_on = answer.status_code == 206
         start = start if goes_on else 0
         name = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
         if name and not name.startswith("W/"):
@@ -224,10 +224,10 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
     """Return the answer that is the file, not a page about it. Raises UserError when there is none."""
     for _ in range(3):
         answer = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-        if answer.status_code == 416:  # the file is shorter than what is here
+        if answer.status_code in (206, 416) and not _is_rest(answer, headers):  # 416: shorter than what is here
             answer.close()
             answer = session.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=TIMEOUT)
-        if answer.status_code not in (200, 206):
+        if answer.status_code != 200 and not _is_rest(answer, headers):
             answer.close()
             raise UserError(f"{url}: the server answers {answer.status_code} {answer.reason}")
         if not answer.headers.get("Content-Type", "").lower().startswith("text/html"):
@@ -240,6 +240,12 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
             raise UserError(f"{url}: the answer is a page of HTML{title}, not a file; is the link public and direct?")
         url = confirmed
     raise UserError(f"{url}: the server answers with one page of HTML after the other")
+
+
+def _is_rest(answer: requests.Response, headers: dict[str, str]) -> bool:
+    """Whether this is the rest of a file that was asked for, and not another part of it."""
+    asked = headers.get("Range", "none").replace("=", " ")  # bytes START-
+    return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(asked)
 
 
 # Google Drive

@@ -107,18 +107,28 @@ def main(network: Path, outdir: Path) -> None:
     snapshot = load_network(network)
     shown = network.relative_to(ROOT).as_posix() if network.is_relative_to(ROOT) else network.name
     pictures = outdir / "gallery"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
-    for entry in entries(snapshot.G_ema):
-        with tempfile.TemporaryDirectory() as folder:
-            run_all(entry.commands, network, Path(folder))
-            for file, name in entry.pictures:
-                shrink(Path(folder) / file, pictures / name)
+    if any(pictures.glob("*")) and not (outdir / "gallery.md").is_file():
+        raise UserError(f"{pictures}: is there, without a gallery.md beside it; give another --outdir")
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, "gallery")
+        new.mkdir()
+        for entry in entries(snapshot.G_ema):
+            make_pictures(entry, network, new)
+        shutil.rmtree(pictures, ignore_errors=True)
+        shutil.copytree(new, pictures)
     (outdir / "gallery.md").write_text(page(snapshot, shown))
     size = sum(path.stat().st_size for path in pictures.iterdir())
     click.echo(f"{len(list(pictures.iterdir()))} pictures, {size} bytes, in {pictures}")
     if size > MAX_BYTES:
         raise UserError(f"{pictures}: {size} bytes are more than {MAX_BYTES}: show fewer or smaller pictures")
+
+
+def make_pictures(entry: Entry, network: Path, target: Path) -> None:
+    """Run a section's commands and put its pictures into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_all(entry.commands, network, Path(folder))
+        for file, name in entry.pictures:
+            shrink(Path(folder) / file, target / name)
 
 
 def run_all(commands: tuple[str, ...], network: Path, folder: Path) -> None:

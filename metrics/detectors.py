@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from dnnlib.config import UserError
 from dnnlib.util import describe_error, import_extra
@@ -395,11 +396,17 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
         with warnings.catch_warnings(), _quiet_export():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still what users have
             if path.suffix == ".pt2":
-                return torch.export.load(path).module().to(device), []
+                return _on_device(torch.export.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
     except Exception as error:
         raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
+
+
+def _on_device(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
+    """Move an exported program, in whose graph the device that it was exported on is written again and again."""
+    place = torch.empty(0, device=device).device  # with the GPU's index, which the graph compares
+    return move_to_device_pass(program, str(place))
 
 
 def _checked_output(output: Any, count: int, where: str) -> Output:

@@ -1,7 +1,8 @@
 """What every metric is made of: batches of real and of generated images, shared out over the processes.
 
 Everything random here is a function of (seed, purpose, position of the image in its set), so a metric's value depends
-neither on the batch size nor on the number of processes.
+neither on the batch size nor on the number of processes. The noise of `noise_mode="random"`, which a network draws
+itself, is the exception: it is seeded once for each batch.
 """
 
 from __future__ import annotations

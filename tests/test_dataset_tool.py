@@ -283,6 +283,14 @@ def test_own_png_encoder_against_pillow() -> None:
         np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
 
 
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_transparent_colour_makes_any_png_rgba(C: int) -> None:
+    pixels = random_images(4, 5, C)
+    data = encoded(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
+    assert codec.read_shape(data) == (4, 5, 4)
+    np.testing.assert_array_equal(codec.decode_as(data, (4, 5, C)), codec.decode_image(data))
+
+
 # Published data sets
 
 
@@ -362,6 +370,12 @@ def test_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found, images[[1, 2, 0]])
     assert content["labels"] is None
     assert content["source"] == "church_train_lmdb"
+    whole = (path / "data.mdb").read_bytes()
+    cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
+    assert f"is cut off (data.mdb should have {len(whole)} bytes)" in refused(tmp_path, cut)
+    head = whole[: len(whole) * 2 // 3]  # two of three pages, which are about the file
+    damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
+    assert "damaged_lmdb is damaged" in refused(tmp_path, damaged)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     assert "extra `lmdb`" in refused(tmp_path, path)
 

@@ -254,6 +254,26 @@ def test_a_program_returns_features_and_logits(tmp_path: Path, kind: str) -> Non
     assert detector(images[:1])[0].shape == (1, 6)
 
 
+class WithAConstant(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1) * torch.arange(images[0].numel(), device=images.device)
+
+
+def test_an_exported_program_forgets_the_device_that_it_was_exported_on(tmp_path: Path) -> None:
+    images = natural_images(2, (3, 16, 16))
+    path = export_program(tmp_path / "net.pt2", WithAConstant(), images)
+    module, _ = detectors.load_module(path, torch.device("meta"))
+    assert {str(node.kwargs["device"]) for node in module.graph.nodes if "device" in node.kwargs} == {"meta"}
+    assert module(images.to("meta")).shape == (2, 768)
+
+
+@pytest.mark.gpu
+def test_an_exported_program_runs_on_a_gpu(tmp_path: Path) -> None:
+    images, network = natural_images(2, (3, 16, 16)), WithAConstant()
+    detector = detectors.load_program(export_program(tmp_path / "net.pt2", network, images), torch.device("cuda"))
+    torch.testing.assert_close(detector(images.cuda())[0].cpu(), network(images))
+
+
 def test_a_program_of_the_stylegan_family_is_asked_for_features(tmp_path: Path) -> None:
     class Probabilities(nn.Module):
         def forward(self, images: Tensor, return_features: bool = False) -> Tensor:

@@ -219,15 +219,26 @@ def test_the_gallery_is_what_its_script_writes_and_small() -> None:
 
 
 def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One section of it, in another folder."""
+    """One section of it, in another folder; pictures that are no gallery's stay."""
     gallery = load_script("make_gallery")
     some = [
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
     ]
     monkeypatch.setattr(gallery, "entries", lambda G: some)
-    result = CliRunner().invoke(gallery.main, [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"])
+    arguments = [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"]
+    pictures = tmp_path / "gallery"
+    pictures.mkdir()
+    (pictures / "mine.png").touch()
+    result = CliRunner().invoke(gallery.main, arguments)
+    assert (result.exit_code, "is there, without a gallery.md beside it" in result.stderr) == (2, True)
+    (tmp_path / "gallery.md").touch()
+    with monkeypatch.context() as broken:
+        broken.setattr(gallery, "run_all", lambda *_: 1 / 0)
+        assert isinstance(CliRunner().invoke(gallery.main, arguments).exception, ZeroDivisionError)
+    assert (pictures / "mine.png").exists()
+    result = CliRunner().invoke(gallery.main, arguments)
     assert result.exit_code == 0, result.output
-    assert [path.name for path in (tmp_path / "gallery").iterdir()] == ["mix-coarse.png"]
+    assert [path.name for path in pictures.iterdir()] == ["mix-coarse.png"]
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
 

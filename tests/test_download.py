@@ -83,6 +83,17 @@ def test_a_download_goes_on_where_it_broke_off(site: Site) -> None:
     assert [asked for _, asked in site.requests] == [None, "bytes=1000-", "bytes=3000-"]
 
 
+def test_another_part_than_was_asked_for_is_no_file(site: Site) -> None:
+    url = f"{site.url}/models/net.pkl"
+    site.breaks["/models/net.pkl"] = [1000]
+    site.skips = 10
+    assert open_url(url).read_bytes() == DATA
+    assert [asked for _, asked in site.requests] == [None, "bytes=1000-", None]
+    site.pages["/part.pkl"] = (206, {"Content-Range": "bytes 5-9/10"}, b"56789")
+    with pytest.raises(UserError, match=r"part\.pkl: the server answers 206 Partial Content"):
+        open_url(f"{site.url}/part.pkl")
+
+
 def test_a_download_goes_on_the_next_time(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000, 0]

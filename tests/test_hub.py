@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from snapshot_helpers import make_snapshot
 
 import legacy
 import training.hub
-from dnnlib.config import UserError
+from dnnlib.config import UserError, override
 from training.hub import HubModel, save_hub_folder
 from training.snapshot import Snapshot, load_network
 
@@ -82,10 +83,16 @@ def test_a_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_pa
     assert load_network(tmp_path / "again.pkl").D is None
 
 
-def test_nothing_of_the_machine_is_published(folder: Path) -> None:
-    for path in folder.iterdir():
+@pytest.mark.parametrize("source", ["/home/me/secret/n.pkl", "https://me:secret@site.org/secret/n.pkl?token=secret"])
+def test_nothing_of_the_machine_is_published(snapshot: Snapshot, tmp_path: Path, source: str) -> None:
+    programs = ("/home/me/secret/i.pt2", "vgg16:/home/me/secret/v.pt2", "inception:x.pt2", "/home/secret/dino/")
+    config = override(snapshot.config, {"origin.source": source, "run.detectors": programs})
+    save_hub_folder(tmp_path / "cars", replace(snapshot, config=config))
+    for path in (tmp_path / "cars").iterdir():
         assert b"secret" not in path.read_bytes(), path
-    assert HubModel.from_pretrained(folder).snapshot.config.data.path == "cars.zip"
+    published = HubModel.from_pretrained(tmp_path / "cars").snapshot.config
+    assert (published.data.path, published.origin.source) == ("cars.zip", "n.pkl")
+    assert published.run.detectors == ("i.pt2", "vgg16:v.pt2", "inception:x.pt2", "dino")
 
 
 def test_the_picture_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:

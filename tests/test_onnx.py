@@ -15,7 +15,7 @@ from snapshot_helpers import make_snapshot
 
 from dnnlib.config import UserError
 from training.networks import GENERATORS
-from training.onnx_export import export_onnx
+from training.onnx_export import export_onnx, onnx_paths
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -60,6 +60,14 @@ def test_exported_graphs_compute_what_the_networks_compute(
         expected = G(z, c, 0.6, cutoff, noise_mode=noise_mode)
         assert expected.std() > 0.1
         np.testing.assert_allclose(img, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["model-1.5", "model-1.5.onnx", "model-1.5.ONNX"])
+def test_names_of_files_keep_their_dots(given: str) -> None:
+    assert [str(path) for path in onnx_paths(Path("out", given))] == [
+        "out/model-1.5-mapping.onnx",
+        "out/model-1.5-synthesis.onnx",
+    ]
 
 
 def test_a_snapshot_without_an_averaged_generator_is_refused(tmp_path: Path) -> None:

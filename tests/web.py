@@ -19,6 +19,7 @@ class Site:
         self.breaks: dict[str, list[int]] = {}
         self.pages: Pages = {}
         self.has_etags = True
+        self.skips = 0  # bytes by which a part begins later than was asked for
         self.requests: list[tuple[str, str | None]] = []  # path with query, and the range asked for
         self.confirm: str | None = None  # the token without which Drive shows a page
         site = self
@@ -66,7 +67,7 @@ class Site:
         start = 0
         asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         if asked and handler.headers.get("If-Range") == etag:
-            start = int(asked[1])
+            start = int(asked[1]) + self.skips
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         rest = data[start:]
         breaks = self.breaks.get(path, [])

@@ -10,10 +10,12 @@ snapshot.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -101,10 +103,13 @@ def save_hub_folder(folder: Path, snapshot: Snapshot, license: str | None = None
 
 
 def without_paths(config: TrainConfig) -> TrainConfig:
-    """Return a configuration in which files and folders of the machine that it was used on have their names only."""
+    """Return a configuration in which addresses, and files and folders of its machine, have their names only."""
     data = replace(config.data, path=Path(config.data.path).name)
-    detectors = tuple(Path(name).name for name in config.run.detectors)
-    return replace(config, data=data, run=replace(config.run, detectors=detectors))
+    # Of vgg16:/a/FILE this is vgg16:FILE.
+    detectors = tuple(re.sub(r"(?s)^(\w+:)?.*?([^/]+)/*$", r"\1\2", name) for name in config.run.detectors)
+    source = config.origin.source and Path(urlsplit(config.origin.source).path).name
+    origin = replace(config.origin, source=source)
+    return replace(config, data=data, origin=origin, run=replace(config.run, detectors=detectors))
 
 
 def num_samples(G: Any) -> int:

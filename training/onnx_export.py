@@ -53,9 +53,9 @@ class _Synthesis(nn.Module):
 
 
 def onnx_paths(path: Path) -> tuple[Path, Path]:
-    """Return the files for the mapping and the synthesis network of NAME.onnx."""
-    mapping, synthesis = (path.with_name(f"{path.stem}-{part}.onnx") for part in ("mapping", "synthesis"))
-    return mapping, synthesis
+    """Return the files for the mapping and the synthesis network of NAME or NAME.onnx."""
+    name = path.stem if path.suffix.lower() == ".onnx" else path.name
+    return path.with_name(f"{name}-mapping.onnx"), path.with_name(f"{name}-synthesis.onnx")
 
 
 def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const") -> tuple[Path, Path]:

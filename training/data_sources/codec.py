@@ -91,7 +91,8 @@ def decode_as(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """
     H, W, C = shape
     header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0, 0, 0)
-    if data[:8] != _PNG_SIGNATURE or data[16:29] != header:
+    is_plain = data[:8] == _PNG_SIGNATURE and data[16:29] == header
+    if not is_plain or b"tRNS" in data[: data.find(b"IDAT")]:  # a colour that is transparent: it is RGBA
         return decode_image(data)
     try:
         return pyspng.load(data, format=_PNG_FORMATS[C]).reshape(shape)

@@ -277,9 +277,14 @@ class LmdbSource:
         self.name = path.name
         try:
             self._env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-            self._count = int(self._env.stat()["entries"])
         except lmdb.Error as error:
             raise UserError(f"{path} cannot be read as lmdb ({error}): get it again") from error
+        self._path, self._error = path, lmdb.Error
+        stat = self._env.stat()
+        self._count = int(stat["entries"])
+        size = (self._env.info()["last_pgno"] + 1) * stat["psize"]
+        if (path / "data.mdb").stat().st_size < size:  # reading what is missing would end this process
+            raise UserError(f"{path} is cut off (data.mdb should have {size} bytes): get it again")
         if not self._count:
             raise UserError(f"{path} holds no images: get it again")
 
@@ -287,10 +292,13 @@ class LmdbSource:
         return self._count
 
     def __iter__(self) -> Iterator[Item]:
-        with self._env.begin() as transaction, closing(transaction.cursor()) as cursor:
-            for key, value in cursor:
-                too_large = len(value) > MAX_IMAGE_BYTES
-                yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+        try:
+            with self._env.begin() as transaction, closing(transaction.cursor()) as cursor:
+                for key, value in cursor:
+                    too_large = len(value) > MAX_IMAGE_BYTES
+                    yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+        except self._error as error:
+            raise UserError(f"{self._path} is damaged ({error}): get it again") from error
 
 
 class Drawing(NamedTuple):

@@ -100,7 +100,7 @@ def check_channel_base(config: Any, grid: Grid) -> None:
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, *, up_filter: Tensor | None = None, fused: bool = False
+    x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, *, up_filter: Tensor | None = None
 ) -> Tensor:
     """Convolution whose weights are modulated by the style of each image and demodulated; plus noise.
 
@@ -110,32 +110,24 @@ def modulated_conv2d(
     of `style`. With `up_filter` the convolution is transposed, y[2i + k, 2j + l] += W''_kl x[i, j], and filtered: then
     the output is (B, O, 2H, 2W). `noise` must broadcast to the output.
 
-    By default inputs and outputs are scaled instead of the weights, so that all images share one convolution. `fused`
-    follows the definition: weights per image, and a grouped convolution with a group for each image. It is slower on a
-    CPU, but makes no scaled copy of x.
+    Inputs and outputs are scaled instead of the weights, so that all images share one convolution.
     """
     if x.dtype == torch.float16:  # its largest number is 65,504; the demodulation undoes these scalings
         weight = limit_rows(weight.flatten(1)).view_as(weight) / math.sqrt(weight[0].numel())
         style = limit_rows(style)
     gain = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # (B, O)
-    if fused:
-        weights = weight * style[:, None, :, None, None] * gain[:, :, None, None, None]  # (B, O, I, k, k)
-        y = _convolve(x.flatten(0, 1).unsqueeze(0), weights.flatten(0, 1).to(x.dtype), len(x), up_filter)
-        return y.unflatten(1, (len(x), -1)).squeeze(0) + noise
-
-    y = _convolve(x * style[:, :, None, None].to(x.dtype), weight.to(x.dtype), 1, up_filter)
+    y = _convolve(x * style[:, :, None, None].to(x.dtype), weight.to(x.dtype), up_filter)
     return torch.addcmul(noise, y, gain[:, :, None, None].to(x.dtype))
 
 
-def _convolve(x: Tensor, weight: Tensor, groups: int, up_filter: Tensor | None) -> Tensor:
-    """Correlate x (B, groups I, H, W) with weight (groups O, I, k, k), or transpose that with stride 2 and filter."""
+def _convolve(x: Tensor, weight: Tensor, up_filter: Tensor | None) -> Tensor:
+    """Correlate x (B, I, H, W) with weight (O, I, k, k), or transpose that with stride 2 and filter."""
     if up_filter is not None:
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (groups I, O, k, k)
-        x = F.conv_transpose2d(x, weight, stride=2, groups=groups)  # (B, groups O, 2H + 1, 2W + 1)
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H + 1, 2W + 1)
         return upfirdn2d(x, up_filter, padding=1, gain=4)
-    if groups == 1 and winograd.pays(x, weight):
+    if winograd.pays(x, weight):
         return winograd.conv3x3(x, weight)
-    return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=groups)
+    return F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
 
 class ModulatedConv(nn.Module):
