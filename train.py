@@ -342,6 +342,7 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
             if start.run_dir:
                 _catch_up(trainer)
             trainer.train()
+            _finish_profile(trainer)
             distributed.from_main(saver.finish)
             _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
@@ -405,6 +406,13 @@ def _catch_up(trainer: Trainer) -> None:
     for hook in trainer.hooks:
         if isinstance(hook, hooks.Metrics):
             hook.catch_up(trainer)
+
+
+def _finish_profile(trainer: Trainer) -> None:
+    """Write the trace of a run that was stopped while it was recorded."""
+    for hook in trainer.hooks:
+        if isinstance(hook, hooks.Profile):
+            hook.finish()
 
 
 def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:

@@ -22,7 +22,9 @@ from dnnlib.cli import ConfigOption
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
+from torch_utils.signals import EXIT_STOPPED
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.hooks import Requests
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
@@ -347,6 +349,24 @@ def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, 
     assert first.read_bytes() != last.read_bytes()
     assert load_network(run_dir / "network-snapshot-000000.pkl").kimg == 0.064
     assert (run_dir / "trace.json").exists()  # of the steps there were
+
+
+def test_a_profile_is_written_or_missed_when_training_ends_early(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--profile=100"]
+    result = run(f"--outdir={tmp_path / 'short'}", *common, "--kimg=0.048")  # 3 steps
+    assert result.stderr.count("Warning: --profile: training ended before") == 1
+
+    def stop(self: Requests, trainer: Trainer) -> None:
+        trainer.is_stopped = trainer.state.step == 5
+
+    monkeypatch.setattr(Requests, "__call__", stop)
+    result = run(f"--outdir={tmp_path / 'stopped'}", *common, "--kimg=1")
+    assert result.exit_code == EXIT_STOPPED
+    assert "Profile of 2 steps" in result.stdout
+    (run_dir,) = run_dirs(tmp_path / "stopped")
+    assert (run_dir / "trace.json").exists()
 
 
 def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
