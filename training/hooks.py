@@ -146,13 +146,16 @@ class Snapshots:
 
 
 class Requests:
-    """Writes a training state when a signal asks for it, and stops training if it asks for that."""
+    """Writes a training state when a signal asks for it, and stops training if it asks for that.
+
+    What is asked for before the first step waits for it: until then there is nothing to go on from.
+    """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
         self.saver, self.signals = saver, signals
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.state.nimg >= trainer.total_nimg:
+        if trainer.state.step == 0 or trainer.state.nimg >= trainer.total_nimg:
             return
         request = self.signals.agree(trainer.state.step)
         if request.stop is None and not request.save:
