@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 import metrics.registry
 import train
-from dnnlib.cli import ConfigOption
+from dnnlib.cli import PRECEDENCE, ConfigOption
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
@@ -50,6 +51,20 @@ def last_state(run_dir: Path) -> dict[str, Any]:
     state = Checkpoint.read(max(run_dir.glob("training-state-*.pt")))
     state["parts"]["state"].pop("elapsed")
     return state["parts"]
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [PRECEDENCE])])
+def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
+) -> None:
+    """The others wait to be ended by torchrun, or were alone in what they met."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    result = run("--outdir=x", "--data=missing.zip")
+    assert (result.exit_code, slept) == (2, waits)
+    assert "missing.zip does not exist" in result.stderr
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
