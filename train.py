@@ -282,9 +282,10 @@ def main(context: click.Context, **options: Any) -> None:
     )
     config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
-    dataset.check_shapes()
-    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
+    if is_first:
+        dataset.check_shapes()
+    choose_loggers(config.run.log)
     if options["dry_run"]:
         if is_first:
             _print_plan(runs.find_start(request), dataset)

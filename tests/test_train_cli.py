@@ -25,6 +25,7 @@ from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.dataset import ImageDataset
 from training.hooks import Requests
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
@@ -65,6 +66,17 @@ def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
     result = run("--outdir=x", "--data=missing.zip")
     assert (result.exit_code, slept) == (2, waits)
     assert "missing.zip does not exist" in result.stderr
+
+
+def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    checked: list[ImageDataset] = []
+    monkeypatch.setattr(ImageDataset, "check_shapes", lambda self: checked.append(self))
+    for rank, count in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        run_ok("--outdir=x", f"--data={shapes_zip}", *SHORT, "-n")
+        assert len(checked) == count
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dnnlib.config import ConfigError, UserError
 from torch_utils.signals import Signals
-from training.data_sources.codec import BrokenImageError, decode_as, decode_image, read_shape
+from training.data_sources.codec import (
+    PNG_START,
+    BrokenImageError,
+    decode_as,
+    decode_image,
+    read_shape,
+    starts_as_plain_png,
+)
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
@@ -117,7 +124,8 @@ class ImageDataset:
     def check_shapes(self) -> None:
         """Raise UserError naming the first image whose header is broken or promises another size or channel count.
 
-        Sets made by dataset_tool.py were checked when they were made and are passed over.
+        Sets made by dataset_tool.py were checked when they were made and are passed over. Of a plain PNG the header is
+        read; what turns an image or makes it transparent can be anywhere in others.
         """
         if "format_version" in self.meta:
             return
@@ -125,7 +133,8 @@ class ImageDataset:
         for position in self._subset:
             name = self._store.names[position]
             try:
-                self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
+                if not starts_as_plain_png(self._store.read_start(name, PNG_START), (H, W, C)):
+                    self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
             except BrokenImageError as error:
                 raise self._broken(name, error) from error
 
