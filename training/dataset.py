@@ -252,8 +252,8 @@ class EpochSampler:
         epochs = range(start // n, (start + max(count, 1) - 1) // n + 1)
         known = self._permutations
         self._permutations = {e: known[e] if e in known else _permutation(n, self.seed, e) for e in epochs}
-        offset = start - epochs[0] * n
-        return np.concatenate([self._permutations[e] for e in epochs])[offset : offset + count]
+        parts = [self._permutations[e][max(start - e * n, 0) : start + count - e * n] for e in epochs]
+        return np.concatenate(parts)
 
 
 def batches(
