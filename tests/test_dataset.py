@@ -301,6 +301,7 @@ def test_ranks_share_the_global_batch(labelled: ImageDataset) -> None:
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool) -> None:
+    monkeypatch.setattr("training.dataset.RESIDENT_PART", 4)
     path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
     dataset = open_set(path, use_labels=True, mirror=mirror)
     share: dict[str, Any] = {"position": 3, "batch_size": 6, "rank": 1, "world_size": 2}

@@ -30,6 +30,7 @@ from training.data_sources.files import DatasetJson, labels_of, open_store, read
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
+RESIDENT_PART = 1024  # images that are decoded at a time
 
 _CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
@@ -306,8 +307,10 @@ def resident_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what `batches` yields from a copy of all images on `device`: decoded once, picked and flipped there."""
     n = dataset.num_originals
-    parts = (range(first, min(first + 1024, n)) for first in range(0, n, 1024))
-    images = torch.cat([dataset.images(part).to(device) for part in parts])  # uint8 (n, C, H, W)
+    images = torch.empty((n, *dataset.img_shape), dtype=torch.uint8, device=device)
+    for first in range(0, n, RESIDENT_PART):
+        part = range(first, min(first + RESIDENT_PART, n))
+        images[part.start : part.stop].copy_(dataset.images(part))
     labels = dataset.labels.to(device)
     for indices in _ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size):
         index = torch.from_numpy(indices)
