@@ -282,9 +282,10 @@ def main(context: click.Context, **options: Any) -> None:
     )
     config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
-    dataset.check_shapes()
-    choose_loggers(config.run.log)
     is_first = distributed.launched_rank() == 0
+    if is_first:
+        dataset.check_shapes()
+    choose_loggers(config.run.log)
     if options["dry_run"]:
         if is_first:
             _print_plan(runs.find_start(request), dataset)
@@ -342,6 +343,7 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
             if start.run_dir:
                 _catch_up(trainer)
             trainer.train()
+            _finish_profile(trainer)
             distributed.from_main(saver.finish)
             _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
@@ -405,6 +407,13 @@ def _catch_up(trainer: Trainer) -> None:
     for hook in trainer.hooks:
         if isinstance(hook, hooks.Metrics):
             hook.catch_up(trainer)
+
+
+def _finish_profile(trainer: Trainer) -> None:
+    """Write the trace of a run that was stopped while it was recorded."""
+    for hook in trainer.hooks:
+        if isinstance(hook, hooks.Profile):
+            hook.finish()
 
 
 def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FLOAT32_MAX = 3.4028234663852886e38
 MOST_DIGITS = 18  # of an integer: it fits into 64 bits
 MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
+PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do
 
 
 class ConfigOption(click.Option):
@@ -159,7 +161,11 @@ class Failure(click.ClickException):
 
 
 def fail(command: click.Command, error: UserError) -> NoReturn:
-    """Raise the click error for a UserError; a ConfigError is named by the flag that sets its field."""
+    """Raise the click error for a UserError; a ConfigError is named by the flag that sets its field.
+
+    Under torchrun the first process of a machine speaks for those that meet the same error: torchrun ends them when it
+    has gone. One that still lives after that has met the error alone, and speaks too.
+    """
     message = str(error)
     if isinstance(error, ConfigError):
         for parameter in command.params:
@@ -168,8 +174,8 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
                 break
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # under torchrun one process speaks for all
-        raise SystemExit(Failure.exit_code) from None
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(PRECEDENCE)
     raise Failure(message) from None
 
 

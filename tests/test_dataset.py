@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dnnlib.config import ConfigError, UserError
 from training.data_sources.codec import decode_image, read_shape
@@ -298,7 +300,8 @@ def test_ranks_share_the_global_batch(labelled: ImageDataset) -> None:
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, mirror: bool) -> None:
+def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool) -> None:
+    monkeypatch.setattr("training.dataset.RESIDENT_PART", 4)
     path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
     dataset = open_set(path, use_labels=True, mirror=mirror)
     share: dict[str, Any] = {"position": 3, "batch_size": 6, "rank": 1, "world_size": 2}
@@ -349,6 +352,43 @@ def test_headers_promise_what_decoding_gives() -> None:
     for data in variants:
         assert read_shape(data) == decode_image(data).shape
     assert read_shape(variants[2]) == (10, 6, 3)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_folder])
+def test_of_plain_pngs_the_headers_are_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, dict[str, bytes]], Path]
+) -> None:
+    """Others are read whole: what turns them or makes them transparent does not show in the header."""
+    images = random_images(3)
+    rgb, exif = Image.fromarray(images[0]), Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    files = {"other/text.png": as_png(images[0], pnginfo=_text()), "other/x.jpg": _encoded(rgb, "JPEG")}
+    dataset = open_set(write(tmp_path / "set.zip", set_files(images) | files))
+    read, whole = dataset._store.read, []
+
+    def note(name: str) -> bytes:
+        whole.append(name)
+        return read(name)
+
+    monkeypatch.setattr(dataset._store, "read", note)
+    dataset.check_shapes()
+    assert whole == [*files]
+    wrong = {
+        "5x7 RGB,": as_png(random_images(1, height=7)[0]),
+        "6x5 RGB,": as_png(images[0], exif=exif),
+        "5x6 RGBA,": as_png(images[0], transparency=(1, 2, 3)),
+        "decoded": as_png(images[0])[:20],
+    }
+    for number, (message, data) in enumerate(wrong.items()):
+        dataset = open_set(write(tmp_path / f"{number}.zip", set_files(images) | {"wrong.png": data}))
+        with pytest.raises(UserError, match=rf"'wrong\.png' .*{message}"):
+            dataset.check_shapes()
+
+
+def _text() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Comment", "before the pixels")
+    return info
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

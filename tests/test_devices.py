@@ -38,6 +38,20 @@ def test_a_gpu_is_named_without_being_used(used: list[torch.device]) -> None:
     assert used == []
 
 
+def test_each_process_of_a_machine_needs_a_gpu(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchrun too, whose first process has one and says so for those that have none."""
+    device = distributed.choose_device()
+    distributed.check_processes(2, None, device)
+    with pytest.raises(UserError, match="--gpus=3: this machine has 2 CUDA devices"):
+        distributed.check_processes(3, None, device)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.check_processes(6, None, device)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--nproc-per-node=3: this machine has 2 CUDA devices"):
+        distributed.check_processes(6, None, device)
+
+
 def test_a_gpu_that_is_used_is_this_processes(used: list[torch.device]) -> None:
     assert str(distributed.use_device()) == "cuda:1"
     assert str(distributed.use_device("cpu")) == "cpu"

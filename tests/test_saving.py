@@ -20,7 +20,7 @@ from dnnlib.config import WriteError
 from dnnlib.util import TeeLog, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
-from training import hooks
+from training import hooks, saving
 from training.dataset import ImageDataset
 from training.loggers import Loggers
 from training.saving import Saver, obsolete
@@ -125,6 +125,29 @@ def test_one_write_is_in_flight_at_most() -> None:
         assert writer.job  # not waited for
     assert writer.join() == []
     assert most == [1, 1, 1, 1]
+
+
+def test_nothing_is_copied_while_a_write_is_in_flight(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(shapes_zip)
+    train_steps(trainer, 1)
+    saver = Saver(tmp_path, trainer.config.run)
+    in_flight: list[object] = []
+
+    def capture(*args: object) -> dict[str, object]:
+        in_flight.append(saver.writer.job)
+        return {}
+
+    monkeypatch.setattr(trainer, "capture", capture)
+    monkeypatch.setattr(saving, "capture_snapshot", capture)
+    saver.writer.submit(partial(time.sleep, 0.05))
+    saver.save(trainer, snapshot=True)
+    assert in_flight == [None, None]
+    saver.writer.submit(partial(time.sleep, 0.05))
+    saver.save(trainer, snapshot=False)  # of the same step: nothing to write, nor to wait for
+    assert saver.writer.job
+    saver.writer.wait()
 
 
 def test_mistakes_of_a_job_are_raised_and_full_disks_reported() -> None:

@@ -67,6 +67,18 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
 
 
+def test_a_signal_before_the_first_step_waits_for_something_to_save(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip)
+    saver = Saver(tmp_path, trainer.config.run)
+    with Signals() as signals:
+        trainer.hooks = [at_step(0, signal.SIGTERM), hooks.Requests(saver, signals)]
+        trainer.train()
+        signals.stop = 0
+    saver.finish()
+    assert trainer.is_stopped
+    assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["step"] == 1
+
+
 def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp_path: Path) -> None:
     """Also the updates that it left out: at the second of its four steps D is broken, before the signal."""
     ticks: list[Tick] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ from PIL import Image
 
 import metrics.registry
 import train
-from dnnlib.cli import ConfigOption
+from dnnlib.cli import PRECEDENCE, ConfigOption
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
+from torch_utils.signals import EXIT_STOPPED
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.dataset import ImageDataset
+from training.hooks import Requests
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshot import load_network
 from training.training_loop import Trainer
@@ -48,6 +52,31 @@ def last_state(run_dir: Path) -> dict[str, Any]:
     state = Checkpoint.read(max(run_dir.glob("training-state-*.pt")))
     state["parts"]["state"].pop("elapsed")
     return state["parts"]
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [PRECEDENCE])])
+def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
+) -> None:
+    """The others wait to be ended by torchrun, or were alone in what they met."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    result = run("--outdir=x", "--data=missing.zip")
+    assert (result.exit_code, slept) == (2, waits)
+    assert "missing.zip does not exist" in result.stderr
+
+
+def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    checked: list[ImageDataset] = []
+    monkeypatch.setattr(ImageDataset, "check_shapes", lambda self: checked.append(self))
+    for rank, count in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        run_ok("--outdir=x", f"--data={shapes_zip}", *SHORT, "-n")
+        assert len(checked) == count
 
 
 def test_every_option_sets_a_field_of_the_configuration() -> None:
@@ -347,6 +376,24 @@ def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, 
     assert first.read_bytes() != last.read_bytes()
     assert load_network(run_dir / "network-snapshot-000000.pkl").kimg == 0.064
     assert (run_dir / "trace.json").exists()  # of the steps there were
+
+
+def test_a_profile_is_written_or_missed_when_training_ends_early(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--profile=100"]
+    result = run(f"--outdir={tmp_path / 'short'}", *common, "--kimg=0.048")  # 3 steps
+    assert result.stderr.count("Warning: --profile: training ended before") == 1
+
+    def stop(self: Requests, trainer: Trainer) -> None:
+        trainer.is_stopped = trainer.state.step == 5
+
+    monkeypatch.setattr(Requests, "__call__", stop)
+    result = run(f"--outdir={tmp_path / 'stopped'}", *common, "--kimg=1")
+    assert result.exit_code == EXIT_STOPPED
+    assert "Profile of 2 steps" in result.stdout
+    (run_dir,) = run_dirs(tmp_path / "stopped")
+    assert (run_dir / "trace.json").exists()
 
 
 def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:

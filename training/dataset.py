@@ -18,11 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from dnnlib.config import ConfigError, UserError
 from torch_utils.signals import Signals
-from training.data_sources.codec import BrokenImageError, decode_as, decode_image, read_shape
+from training.data_sources.codec import (
+    PNG_START,
+    BrokenImageError,
+    decode_as,
+    decode_image,
+    read_shape,
+    starts_as_plain_png,
+)
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
+RESIDENT_PART = 1024  # images that are decoded at a time
 
 _CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
@@ -117,7 +125,8 @@ class ImageDataset:
     def check_shapes(self) -> None:
         """Raise UserError naming the first image whose header is broken or promises another size or channel count.
 
-        Sets made by dataset_tool.py were checked when they were made and are passed over.
+        Sets made by dataset_tool.py were checked when they were made and are passed over. Of a plain PNG the header is
+        read; what turns an image or makes it transparent can be anywhere in others.
         """
         if "format_version" in self.meta:
             return
@@ -125,7 +134,8 @@ class ImageDataset:
         for position in self._subset:
             name = self._store.names[position]
             try:
-                self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
+                if not starts_as_plain_png(self._store.read_start(name, PNG_START), (H, W, C)):
+                    self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
             except BrokenImageError as error:
                 raise self._broken(name, error) from error
 
@@ -243,8 +253,8 @@ class EpochSampler:
         epochs = range(start // n, (start + max(count, 1) - 1) // n + 1)
         known = self._permutations
         self._permutations = {e: known[e] if e in known else _permutation(n, self.seed, e) for e in epochs}
-        offset = start - epochs[0] * n
-        return np.concatenate([self._permutations[e] for e in epochs])[offset : offset + count]
+        parts = [self._permutations[e][max(start - e * n, 0) : start + count - e * n] for e in epochs]
+        return np.concatenate(parts)
 
 
 def batches(
@@ -297,8 +307,10 @@ def resident_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what `batches` yields from a copy of all images on `device`: decoded once, picked and flipped there."""
     n = dataset.num_originals
-    parts = (range(first, min(first + 1024, n)) for first in range(0, n, 1024))
-    images = torch.cat([dataset.images(part).to(device) for part in parts])  # uint8 (n, C, H, W)
+    images = torch.empty((n, *dataset.img_shape), dtype=torch.uint8, device=device)
+    for first in range(0, n, RESIDENT_PART):
+        part = range(first, min(first + RESIDENT_PART, n))
+        images[part.start : part.stop].copy_(dataset.images(part))
     labels = dataset.labels.to(device)
     for indices in _ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size):
         index = torch.from_numpy(indices)

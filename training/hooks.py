@@ -146,13 +146,16 @@ class Snapshots:
 
 
 class Requests:
-    """Writes a training state when a signal asks for it, and stops training if it asks for that."""
+    """Writes a training state when a signal asks for it, and stops training if it asks for that.
+
+    What is asked for before the first step waits for it: until then there is nothing to go on from.
+    """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
         self.saver, self.signals = saver, signals
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.state.nimg >= trainer.total_nimg:
+        if trainer.state.step == 0 or trainer.state.nimg >= trainer.total_nimg:
             return
         request = self.signals.agree(trainer.state.step)
         if request.stop is None and not request.save:
@@ -303,25 +306,35 @@ class Log:
 
 
 class Profile:
-    """trace.json: a Chrome trace of `steps` training steps after the first few."""
+    """trace.json: a Chrome trace of `steps` training steps after the first few, or of those until the run stops."""
 
     WAIT = 3
 
     def __init__(self, run_dir: Path, steps: int) -> None:
-        self.path, self.steps, self.calls = run_dir / "trace.json", steps, 0
+        self.path, self.steps, self.calls, self.is_done = run_dir / "trace.json", steps, 0, False
         self.profiler: torch.profiler.profile | None = None
 
     def __call__(self, trainer: Trainer) -> None:
         self.calls += 1
         is_last = trainer.tick is not None and trainer.tick.is_last
-        if self.calls == self.WAIT + 1:
+        if is_last or self.calls == self.WAIT + 1 + self.steps:
+            self.finish()
+        elif self.calls == self.WAIT + 1:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif self.profiler and (is_last or self.calls == self.WAIT + 1 + self.steps):
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.path))
-            self.profiler = None
-            print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
+
+    def finish(self) -> None:
+        """Write the trace of the steps that there were, unless that is done."""
+        if self.is_done:
+            return
+        self.is_done = True
+        if self.profiler is None:
+            print("Warning: --profile: training ended before the steps that are profiled", file=sys.stderr, flush=True)
+            return
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.path))
+        self.profiler = None
+        print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
 
 
 @contextmanager

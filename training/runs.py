@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import sys
@@ -19,7 +18,7 @@ from torch import nn
 import dnnlib
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
-from dnnlib.util import FolderLock, append_line, source_commit, write_atomically
+from dnnlib.util import FolderLock, append_line, read_json_lines, source_commit, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.misc import device_name
@@ -356,22 +355,18 @@ def _remove_leftovers(run_dir: Path) -> None:
 def _cut_log(path: Path, kimg: float) -> None:
     """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short."""
     if path.exists():
-        kept = [line for line, age in _read_log(path) if age is None or age <= kimg]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        kept = [entry for entry, age in _read_log(path) if age is None or age <= kimg]
+        write_atomically(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
 
 def read_ages(path: Path) -> set[float]:
     """Return the kimg of the lines of stats.jsonl or metric-<name>.jsonl; none where there is no such file."""
-    return {age for _, age in _read_log(path) if age is not None} if path.exists() else set()
+    return {age for _, age in _read_log(path) if age is not None}
 
 
-def _read_log(path: Path) -> Iterator[tuple[str, float | None]]:
-    """Yield the whole lines of a log with their kimg. A metric of images has none."""
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        age = entry.get("Progress/kimg", entry.get("kimg")) if isinstance(entry, dict) else math.inf
+def _read_log(path: Path) -> Iterator[tuple[dict[str, Any], float | None]]:
+    """Yield the entries of a log with their kimg. A metric of images has none."""
+    for entry in read_json_lines(path):
+        age = entry.get("Progress/kimg", entry.get("kimg"))
         if age is None or isinstance(age, (int, float)):
-            yield line, age
+            yield entry, age

@@ -39,6 +39,8 @@ class Saver:
         if not distributed.is_main():
             return
         nimg, jobs = trainer.state.nimg, []
+        if snapshot or nimg != self.saved_nimg:
+            self.writer.wait()  # before anything is copied, for memory's sake
         if snapshot:
             path = self.run_dir / f"network-snapshot-{nimg // 1000:06d}.pkl"
             jobs.append(partial(self._write_snapshot, path, capture_snapshot(trainer)))

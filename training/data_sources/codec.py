@@ -16,6 +16,8 @@ from PIL import ExifTags, Image, ImageOps
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's directory is damage or a trap
 
+PNG_START = 41  # bytes: signature, header chunk, length and name of the next one
+
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> colour type of the PNG header
@@ -38,7 +40,10 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def read_shape(data: bytes) -> tuple[int, int, int]:
-    """Return the (H, W, C) that `decode_image` would give, from the header alone. Raises BrokenImageError."""
+    """Return the (H, W, C) that `decode_image` would give, from the header. Raises BrokenImageError.
+
+    Pillow decodes a PNG for it, whose orientation may come after the pixels.
+    """
     with _opened(data) as image:
         width, height = image.size
         if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by 90 degrees
@@ -98,6 +103,16 @@ def decode_as(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         return pyspng.load(data, format=_PNG_FORMATS[C]).reshape(shape)
     except RuntimeError as error:
         raise BrokenImageError(str(error)) from error
+
+
+def starts_as_plain_png(start: bytes, shape: tuple[int, int, int]) -> bool:
+    """Whether the first PNG_START bytes of an image promise a PNG of `shape` that nothing turns or makes transparent.
+
+    Such chunks come between the header and the pixels, where encoders that write none have nothing.
+    """
+    H, W, C = shape
+    header = struct.pack(">IIBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0)
+    return start[:8] == _PNG_SIGNATURE and start[12:27] == b"IHDR" + header and start[37:PNG_START] == b"IDAT"
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

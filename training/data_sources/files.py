@@ -31,15 +31,19 @@ def _refuse_folder(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions") from error
 
 
-def read_regular_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises BrokenImageError, also for what would never end: a device, a pipe."""
+def read_regular_file(path: Path, size: int = -1) -> bytes:
+    """The bytes of an image file, all or the first ones.
+
+    Raises BrokenImageError, also for what would never end: a device, a pipe.
+    """
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
             raise BrokenImageError("not a regular file")
         if about.st_size > MAX_IMAGE_BYTES:
             raise BrokenImageError(f"{about.st_size} bytes, more than the {MAX_IMAGE_BYTES} that one file may have")
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            return file.read(size)
     except OSError as error:
         raise BrokenImageError(str(error)) from error
 
@@ -61,6 +65,10 @@ class FolderStore:
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises BrokenImageError when it cannot be read."""
         return read_regular_file(self.path / name)
+
+    def read_start(self, name: str, size: int) -> bytes:
+        """The file's first bytes. Raises BrokenImageError when it cannot be read."""
+        return read_regular_file(self.path / name, size)
 
     def read_json(self) -> bytes:
         return (self.path / "dataset.json").read_bytes()
@@ -105,6 +113,11 @@ class ZipStore:
         """The member's bytes. Raises BrokenImageError when it is damaged."""
         return self._read(name, MAX_IMAGE_BYTES)
 
+    def read_start(self, name: str, size: int) -> bytes:
+        """The member's first bytes as they are in the file: compressed or not, and not checked."""
+        info = self._members[name]
+        return self._read_at_member(info, min(size, info.compress_size))
+
     def read_json(self) -> bytes:
         return self._read("dataset.json", _MAX_JSON_BYTES)
 
@@ -119,14 +132,14 @@ class ZipStore:
             raise BrokenImageError(f"{info.file_size} bytes, more than the {max_bytes} that one file may have")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BrokenImageError("encrypted, or compressed by other means than deflate: pack the zip file again")
-        data = self._read_compressed(info)
+        data = self._read_at_member(info, info.compress_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
             data = _inflate(data, info.file_size)
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
             raise BrokenImageError("checksum in the zip file does not match")
         return data
 
-    def _read_compressed(self, info: zipfile.ZipInfo) -> bytes:
+    def _read_at_member(self, info: zipfile.ZipInfo, size: int) -> bytes:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -135,7 +148,7 @@ class ZipStore:
             start = (
                 info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             )
-            return _read_at(self._file, info.compress_size, start)
+            return _read_at(self._file, size, start)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
 
