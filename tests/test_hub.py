@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.hub_mixin
 import numpy as np
 import pytest
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is an optional package")
+import huggingface_hub.hub_mixin
 import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
