@@ -4,10 +4,10 @@
 
 Builds the kernels, runs the tests marked `gpu`, the benchmarks, and a short training with the README's options;
 measures its snapshots. A part that fails or runs out of time is recorded and does not stop the others: the time is too
-short for all benchmarks, and --only runs those that were left. Writes results.json, summary.md (tables for
-docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's lines.
-With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset it
-trains that preset instead and measures nothing else: this is how families are compared.
+short for all benchmarks, and the summary has the --only that runs those that were left. Writes results.json, summary.md
+(tables for docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's
+lines. With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset
+it trains that preset instead and measures nothing else: this is how families are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +34,12 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+from dnnlib.config import ConfigError
+from training.config import PRESETS
+from training.dataset import DatasetConfig, ImageDataset
+
 README_MODEL = ["--g_dict=256,64,16", "--num_layers=1,2,2"]
 QUICK_MODEL = ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 TRAINING_MODE = "bf16"  # what train.py does unasked
@@ -43,7 +47,7 @@ NUM_SNAPSHOTS = 8
 SHORTEST = 5.0  # seconds; with less left, nothing is started any more
 EVALUATIONS = 1.5  # a training with its start and its evaluations, in units of its steps alone
 FOR_SNAPSHOTS = 40.0  # seconds for the Frechet distances
-BATCH = 256  # images at a time through the detector
+NOT_STARTED = "not started: no time left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +57,11 @@ class Sizes:
     preset: str
     model: list[str]
     batch: int
-    benchmarks: dict[str, list[str]]  # by name; the first has the step of the short training
+    benchmarks: dict[str, list[str]]  # by name, none part of another; the first has the step of the short training
+    any_side: bool = False  # these are training steps of a preset, to be measured on images as large as the data's
     metric: str
     num_images: int | None  # of the training set; None takes all
-    num_fakes: int
+    distance: str  # what calc_metrics.py computes of the snapshots
     build_limit: float = 200
     tests_limit: float = 200
     benchmark_limit: float = 60
@@ -75,57 +80,63 @@ FULL = Sizes(
     batch=64,
     benchmarks={
         # First something for each table.
-        "training step, batch 64": step("cifar", 64, "plain,bf16,bf16+graphs,fp32", *README_MODEL, *LONG),
+        "training-step-64": step("cifar", 64, "plain,bf16,bf16+graphs", *README_MODEL, "--steps=10", "--warmup=3"),
         "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
         "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
-        "attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
-        "attention on a grid": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
-        "operators": ["operators.py", "--repeats=20", "--dtype=float32,bfloat16", "--impl=cuda,reference"],
-        "training step, cifar-large, batch 64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
-        "training step, stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", *LONG),
-        "training step, transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
-        "training step, styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", *LONG),
-        "training step, batch 32": step("cifar", 32, "plain,bf16,bf16+graphs", *README_MODEL, *LONG),
-        "training step, cifar-large, batch 32": step("cifar-large", 32, "plain,bf16+graphs", *LONG),
-        "operators, channels last": [
+        "token-attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
+        "grid-attention": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
+        "operators-contiguous": [
+            "operators.py",
+            "--repeats=20",
+            "--dtype=float32,bfloat16",
+            "--impl=cuda,reference",
+        ],
+        "training-step-cifar-large-64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
+        "training-step-stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", "--resolution=32", *LONG),
+        "training-step-transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
+        "training-step-styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", "--resolution=256", *LONG),
+        "training-step-32": step("cifar", 32, "plain,bf16,bf16+graphs", *README_MODEL, *LONG),
+        "training-step-cifar-large-32": step("cifar-large", 32, "plain,bf16+graphs", *LONG),
+        "operators-channels-last": [
             "operators.py",
             "--repeats=20",
             "--dtype=bfloat16",
             "--impl=cuda,reference",
             "--channels-last",
         ],
-        "training step, options": step("cifar", 64, "tf32,fp16+graphs,bf16+nchw", *README_MODEL, *LONG),
-        "training step, compiled": step("cifar", 64, "bf16+compile+graphs", *README_MODEL, *LONG),
-        "operators, compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
+        "training-step-options": step("cifar", 64, "fp32,tf32,fp16+graphs,bf16+nchw", *README_MODEL, *LONG),
+        "training-step-compiled": step("cifar", 64, "bf16+compile+graphs", *README_MODEL, *LONG),
+        "operators-compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
     },
-    benchmark_limits={"training step, batch 64": 120, "training step, compiled": 150, "operators, compiled": 150},
+    benchmark_limits={"training-step-64": 120, "training-step-compiled": 150, "operators-compiled": 150},
     metric="swd1k",
     num_images=None,
-    num_fakes=10_000,
+    distance="fid10k_full",
 )
 QUICK = Sizes(
     preset="tiny",
     model=QUICK_MODEL,
     batch=4,
     benchmarks={
-        "training step": step("tiny", 4, "bf16", *QUICK_MODEL, "--steps=1", "--warmup=1"),
+        "training-step": step("tiny", 4, "bf16", *QUICK_MODEL, "--steps=1", "--warmup=1"),
         "networks": ["networks.py", "--batch=1", "--seconds=0.01"],
         "generation": ["generation.py", "--batch=1,2", "--seconds=0.01"],
         "operators": ["operators.py", "--repeats=1", "--only=RGB pyramid up, 16 px"],
-        "attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
-        "attention on a grid": ["grid_attention.py", "--resolutions=16", "--repeats=1", "--forms=grid"],
+        "token-attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
+        "grid-attention": ["grid_attention.py", "--resolutions=16", "--repeats=1", "--forms=grid"],
     },
     benchmark_limits={"networks": 240},
     metric="swd32",
     num_images=256,
-    num_fakes=64,
+    distance="fid64_full",
 )
 
 
 def only_training(sizes: Sizes, preset: str) -> Sizes:
     """The sizes for training a preset: its step, which says how far the time goes, is all that is measured before."""
-    steps = step(preset, sizes.batch, TRAINING_MODE, "--steps=10", "--warmup=3")
-    return replace(sizes, preset=preset, model=[], benchmarks={f"training step, {preset}": steps})
+    name, steps = f"training-step-{preset}", step(preset, sizes.batch, TRAINING_MODE, "--steps=10", "--warmup=3")
+    limits = {name: 120.0}  # it may have much to count
+    return replace(sizes, preset=preset, model=[], benchmarks={name: steps}, benchmark_limits=limits, any_side=True)
 
 
 def only_benchmarks(sizes: Sizes, texts: Sequence[str]) -> Sizes:
@@ -164,7 +175,7 @@ class Suite:
         limit = min(limit, self.left())
         shown = shlex.join(["python", *command])
         if limit < SHORTEST:
-            return {"command": shown, "seconds": 0.0, "code": None, "lines": [], "problem": "not started: no time left"}
+            return {"command": shown, "seconds": 0.0, "code": None, "lines": [], "problem": NOT_STARTED}
         began = time.monotonic()
         output, errors = self.workdir / "stdout", self.workdir / "stderr"
         with output.open("w") as stdout, errors.open("w") as stderr:
@@ -210,41 +221,83 @@ def build(suite: Suite) -> dict[str, Any]:
 
 
 def run_tests(suite: Suite) -> dict[str, Any]:
-    """Run the tests that need a GPU and count outcomes."""
-    command = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
+    """Run the tests that need a GPU and count outcomes, also of those that came before the limit."""
+    command = ["-m", "pytest", "-m", "gpu and not slow", "-v", "-rfE", "-o", "console_output_style=classic"]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
     finished = suite.run(command, suite.sizes.tests_limit)
     lines = finished.pop("lines")
-    counts = re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1] if lines else "")
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {**finished, "counts": {outcome: int(number) for number, outcome in counts}, "failures": failures[:20]}
+    outcomes = [match for line in lines if (match := OUTCOME.fullmatch(line))]
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]  # the summary at the end
+    failures = failures or [match[0] for match in outcomes if match["outcome"] in ("FAILED", "ERROR")]
+    return {**finished, "counts": Counter(match["outcome"].lower() for match in outcomes), "failures": failures[:20]}
+
+
+OUTCOME = re.compile(r"\S+::.* (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)( \(.*)?")  # with the reason for skipping
+
+
+def make_data(suite: Suite) -> dict[str, Any]:
+    """Build the training set: of --data, else of drawn scenes that the preset can be trained on."""
+    dataset, count = suite.workdir / "data.zip", suite.sizes.num_images
+    source = [f"--source={suite.data}"] if suite.data else scenes(suite.sizes.preset)
+    source += [f"--max-images={count}"] if count else []
+    built = suite.run(["dataset_tool.py", *source, f"--dest={dataset}"], suite.sizes.data_limit)
+    return (
+        built if "problem" in built else {**built, "side": ImageDataset(DatasetConfig(path=str(dataset))).img_shape[1]}
+    )
+
+
+def scenes(preset: str) -> list[str]:
+    """Options for scenes of the preset's size; of 32 pixels if it leaves that open."""
+    try:
+        height, width = PRESETS[preset].generator.img_size
+    except ConfigError:
+        height, width = 32, 32
+    return ["--source=shapes", f"--height={height}", f"--width={width}"]
 
 
 def run_benchmarks(suite: Suite) -> dict[str, Any]:
     """Run the scripts beside this one; each result is the list of its lines of JSON."""
     runs: dict[str, Any] = {}
+    suite.results["benchmarks"] = {"runs": runs}
+    side = suite.results.get("data", {}).get("side")
+    more = [f"--resolution={side}"] if suite.sizes.any_side and side else []
     for name, (script, *options) in suite.sizes.benchmarks.items():
-        for_training = suite.train_seconds * EVALUATIONS + FOR_SNAPSHOTS if "training" in suite.parts else 0
-        limit = suite.sizes.benchmark_limits.get(name, suite.sizes.benchmark_limit)
-        command = [f"benchmarks/{script}", *options, f"--device={suite.device}"]
-        finished = suite.run(command, min(limit, suite.left() - for_training))
-        rows = [json.loads(line) for line in finished.pop("lines") if line.startswith("{")]
+        command = [f"benchmarks/{script}", *options, *more, f"--device={suite.device}"]
+        finished = suite.run(command, benchmark_limit(suite, name))
+        rows = json_rows(finished.pop("lines"))
         runs[name] = {**finished, "rows": rows}
+        suite.save()
     return {"runs": runs}
 
 
+def benchmark_limit(suite: Suite, name: str) -> float:
+    """Return the seconds for a benchmark: what is left, if nothing follows. All but the first spare the training."""
+    if "training" not in suite.parts:
+        return suite.left()
+    limit = suite.sizes.benchmark_limits.get(name, suite.sizes.benchmark_limit)
+    is_first = name == next(iter(suite.sizes.benchmarks))
+    return limit if is_first else min(limit, suite.left() - suite.train_seconds * EVALUATIONS - FOR_SNAPSHOTS)
+
+
+def json_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the objects in lines of JSON, of which the last may be cut off and others are no JSON."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows += [json.loads(line)] if line.startswith("{") else []
+    return rows
+
+
 def train(suite: Suite) -> dict[str, Any]:
-    """Build the data set and train for about `train_seconds`, with as many images as the measured speed allows."""
+    """Train for about `train_seconds`, with as many images as the measured speed allows."""
     sizes = suite.sizes
     dataset, runs = suite.workdir / "data.zip", suite.workdir / "runs"
+    if not dataset.exists():
+        return {"problem": "there is no data set"}
     first, *_ = suite.results["benchmarks"]["runs"].values()
     if not first["rows"]:
         return {"problem": "the length cannot be chosen: the first training step was not measured"}
     speed = next((row for row in first["rows"] if row["mode"] == TRAINING_MODE), first["rows"][0])["sec_per_kimg"]
-    source = [f"--source={suite.data or 'shapes'}", f"--dest={dataset}"]
-    source += [f"--max-images={sizes.num_images}"] if sizes.num_images else []
-    built = suite.run(["dataset_tool.py", *source], sizes.data_limit)
-    if "problem" in built:
-        return built
     available = suite.left() - (FOR_SNAPSHOTS if suite.detector else 0)
     kimg = min(suite.train_seconds, available / EVALUATIONS) / speed
     length = [f"--kimg={kimg:.3f}", f"--tick={kimg / NUM_SNAPSHOTS:.3f}", "--snap=1", f"--metrics={sizes.metric}"]
@@ -255,7 +308,7 @@ def train(suite: Suite) -> dict[str, Any]:
     if run_dir is None:
         return finished
     keep(run_dir, suite.outdir)
-    return {**finished, "dataset": built["lines"], "sec_per_kimg": speed, "curve": curve(run_dir, sizes.metric)}
+    return {**finished, "sec_per_kimg": speed, "curve": curve(run_dir, sizes.metric)}
 
 
 def keep(run_dir: Path, outdir: Path) -> None:
@@ -282,70 +335,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@torch.no_grad()
 def measure_snapshots(suite: Suite) -> dict[str, Any]:
-    """Add the Frechet distance to the curve: of features of the detector, between data set and fakes."""
+    """Add the Frechet distance to the curve: of features of the detector, between data set and fakes.
+
+    That of the last snapshot comes first, should there be no time for the others.
+    """
     if suite.detector is None:
         return {"problem": "not computed: no --detector"}
     snapshots = sorted(suite.workdir.glob("runs/*/network-snapshot-*.pkl"))
     if not snapshots:
         return {"problem": "not computed: the training wrote no snapshot"}
-    sys.path.insert(0, str(ROOT))
-    from torch_utils.images import to_uint8
-    from training.dataset import DatasetConfig, ImageDataset
-    from training.networks import execution
-    from training.snapshot import load_network
-
-    execution.set_gpu_arithmetic()
-    device = torch.empty(0, device=suite.device).device  # with the GPU's index
-    features = load_detector(suite.detector, device)
-    images = ImageDataset(DatasetConfig(path=str(suite.workdir / "data.zip")))
-    parts = [range(first, min(first + BATCH, len(images))) for first in range(0, len(images), BATCH)]
-    real = gaussian(features(images.images(part).to(device)) for part in parts)
+    options = [f"--metrics={suite.sizes.distance}", f"--detector={suite.detector}", f"--device={suite.device}"]
+    options += ["--no-cache", "--batch=256", "--detector-batch=256"]
     seconds = {row["kimg"]: row["seconds"] for row in suite.results["training"].get("curve", [])}
-    rows = []
-    for path in snapshots:
-        if suite.left() < SHORTEST:
+    points: dict[float, dict[str, Any]] = {}
+    for network in [snapshots[-1], snapshots[-1].parent][: len(snapshots)]:
+        finished = suite.run(["calc_metrics.py", f"--network={network}", *options], suite.left())
+        for record in json_rows(finished.pop("lines")):
+            kimg = record["kimg"]
+            values = {name: round(value, 3) for name, value in record["results"].items()}
+            points[kimg] = {"kimg": kimg, "seconds": seconds.get(kimg), **values}
+        if "problem" in finished:
             break
-        snapshot = load_network(path, device)
-        G = snapshot.G_ema
-        z = torch.randn([suite.sizes.num_fakes, G.z_dim], generator=torch.Generator().manual_seed(0)).to(device)
-        fake = gaussian(features(to_uint8(G(part, None))) for part in z.split(BATCH))
-        distance = round(frechet_distance(*real, *fake), 3)
-        rows.append({"kimg": snapshot.kimg, "seconds": seconds.get(snapshot.kimg), "frechet": distance})
-    counts = {"num_real": len(images), "num_fake": suite.sizes.num_fakes}
-    return {"detector": suite.detector.name, **counts, "curve": rows}
-
-
-def load_detector(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from uint8 images (B, C, H, W) to features (B, F) in a torch.export or TorchScript file."""
-    if path.suffix == ".pt2":
-        from torch.export.passes import move_to_device_pass
-
-        network: Any = move_to_device_pass(torch.export.load(path), str(device)).module()
-    else:
-        network = torch.jit.load(path, map_location=device)
-    return lambda images: network(images)[0]
-
-
-def gaussian(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean (F,) and covariance (F, F) of batches of features (B, F), in float64 on the CPU."""
-    rows = torch.cat([batch.cpu() for batch in features]).double()
-    return rows.mean(dim=0), rows.T.cov()
-
-
-def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians (Dowson & Landau 1982), as FID uses it.
-
-        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)
-
-    The matrix under the last root is symmetric, so its eigenvalues are real; the tiny negative ones are rounding.
-    """
-    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C1^1/2
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+    return {**finished, "detector": suite.detector.name, "curve": [points[kimg] for kimg in sorted(points)]}
 
 
 COLUMNS = {
@@ -387,8 +399,13 @@ def summary(results: dict[str, Any]) -> str:
     for name in ("training", "snapshots"):
         points = results.get(name, {}).get("curve", [])
         lines += table([{"benchmark": name, **point} for point in points], name, list(points[0]) if points else [])
-    problems = [(name, part) for name, part in {**results, **runs}.items() if "problem" in part]
-    lines += [f"\nProblem in {name}:\n\n    {indent(part['problem'])}" for name, part in problems]
+    problems = {name: part["problem"] for name, part in {**results, **runs}.items() if "problem" in part}
+    late = [name for name, problem in problems.items() if problem == NOT_STARTED]
+    lines += [f"\nProblem in {name}:\n\n    {indent(problems[name])}" for name in problems if name not in late]
+    if parts := [name for name in late if name in results]:
+        lines += ["", f"Parts not started: {', '.join(parts)}."]
+    if benchmarks := [name for name in late if name in runs]:
+        lines += ["", f"Benchmarks not started: `--only={','.join(benchmarks)}`"]
     return "\n".join(lines) + "\n"
 
 
@@ -413,9 +430,6 @@ def indent(text: str) -> str:
 
 def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     """Return where and when this is."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     place = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
@@ -424,15 +438,24 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "commit": commit or described.stdout.strip() or "unknown",
+        "commit": commit or git_commit() or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
     }
 
 
+def git_commit() -> str:
+    """Return what git calls this commit, or nothing where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
+
+
 PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "build": build,
     "tests": run_tests,
+    "data": make_data,
     "benchmarks": run_benchmarks,
     "training": train,
     "snapshots": measure_snapshots,
@@ -448,7 +471,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Everything stops before this is over.")
 @click.option("--train-seconds", type=float, default=100.0, show_default=True, help="Length of the training.")
-@click.option("--preset", help="Train this one, and do nothing else.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Train this one, and do nothing else.")
 @click.option("--only", metavar="TEXT,...", help="Run the benchmarks with one of these in their names, nothing else.")
 @click.option("--commit", help="What is measured. [what git says]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
@@ -473,7 +496,7 @@ def main(
     if preset:
         sizes, skipped = only_training(sizes, preset), skipped | {"tests"}
     if only:
-        sizes, skipped = only_benchmarks(sizes, only.split(",")), skipped | {"tests", "training", "snapshots"}
+        sizes, skipped = only_benchmarks(sizes, only.split(",")), skipped | {"tests", "data", "training", "snapshots"}
     outdir.mkdir(parents=True, exist_ok=True)
     (outdir / "log.txt").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as workdir:
@@ -493,7 +516,7 @@ def main(
             try:
                 suite.results[name] = PARTS[name](suite)
             except Exception:  # a part that fails must not take the results of the others with it
-                suite.results[name] = {"problem": traceback.format_exc()}
+                suite.results[name] = {**suite.results.get(name, {}), "problem": traceback.format_exc()}
             suite.save()
             click.echo(f"{name}: {suite.left():.0f} s left")
     click.echo((outdir / "summary.md").read_text())

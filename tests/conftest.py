@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ def _float32_on_gpus() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that this is a prototype, said after the mode was set
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_shapes(path: Path, side: int, count: int) -> Path:

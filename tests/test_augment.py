@@ -8,6 +8,7 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from conftest import no_synchronisation
 from torch import Tensor
 
 from dnnlib.config import ConfigError
@@ -149,11 +150,8 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
     cuda = build("bgcfnc", (3, 32, 48), p=0.7).cuda()
     on_device = images.cuda()
     cuda(on_device)  # lazy initialisations of the libraries may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         cuda(on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for stage_cpu, stage_cuda in zip(cpu.stages, cuda.stages, strict=True):
         values = stage_cpu.draw(images, cpu.p)  # type: ignore[operator]
         expected = stage_cpu.transform(images, values)  # type: ignore[operator]

@@ -1,17 +1,17 @@
-"""The benchmark scripts with tiny settings: lines of JSON with the promised keys; the suite's Frechet distance."""
+"""The benchmark scripts with tiny settings: lines of JSON with the promised keys; what the suite starts."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from click.testing import CliRunner
 
@@ -25,6 +25,7 @@ import operators
 import swd
 import train_step
 
+import dataset_tool
 from training.config import PRESETS
 from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshot import save_network
@@ -196,41 +197,6 @@ def test_swd() -> None:
     assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
 
 
-def random_gaussian(stream: np.random.RandomState, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    A = stream.randn(size, size)
-    return torch.from_numpy(stream.randn(size)), torch.from_numpy(A @ A.T)
-
-
-def test_frechet_distance_of_gaussians_with_the_same_axes_is_that_of_their_deviations() -> None:
-    """Covariances U diag(s^2) U^T commute: |m1 - m2|^2 + |s1 - s2|^2."""
-    stream = np.random.RandomState(0)
-    U, _ = np.linalg.qr(stream.randn(5, 5))
-    deviations = stream.rand(2, 5) * 3
-    deviations[0, 2] = 0  # a covariance without full rank
-    means = stream.randn(2, 5)
-    covs = [torch.from_numpy(U * s**2 @ U.T) for s in deviations]
-    distance = gpu_suite.frechet_distance(torch.from_numpy(means[0]), covs[0], torch.from_numpy(means[1]), covs[1])
-    expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
-    assert distance == pytest.approx(expected, rel=1e-7)  # the root of a 0 with rounding is 1e-8
-
-
-def test_frechet_distance_agrees_with_the_matrix_root() -> None:
-    stream = np.random.RandomState(1)
-    (mean1, cov1), (mean2, cov2) = random_gaussian(stream, 8), random_gaussian(stream, 8)
-    root = scipy.linalg.sqrtm((cov1 @ cov2).numpy())
-    expected = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root).real
-    assert gpu_suite.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(float(expected), rel=1e-9)
-    assert gpu_suite.frechet_distance(mean2, cov2, mean1, cov1) == pytest.approx(float(expected), rel=1e-9)
-    assert gpu_suite.frechet_distance(mean1, cov1, mean1, cov1) == pytest.approx(0, abs=1e-9)
-
-
-def test_the_suite_takes_mean_and_covariance_over_all_batches() -> None:
-    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    mean, cov = gpu_suite.gaussian(iter(rows.split(7)))
-    np.testing.assert_allclose(mean, rows.double().mean(dim=0))
-    np.testing.assert_allclose(cov, np.cov(rows.double().numpy(), rowvar=False))
-
-
 def new_suite(tmp_path: Path, seconds: float = 60) -> gpu_suite.Suite:
     return gpu_suite.Suite(
         sizes=gpu_suite.QUICK,
@@ -285,38 +251,88 @@ def export_detector(path: Path) -> Path:
     return path
 
 
+STEP = {"benchmark": "train_step", "mode": "bf16", "sec_per_kimg": 1.0}
+MACHINE = {"device": "a GPU", "torch": "2", "date": "today", "commit": "this"}
+
+
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> list[tuple[str, float]]:
     """The commands that the suite starts on a machine with a GPU, and their limits."""
     commands: list[tuple[str, float]] = []
 
     def run(suite: gpu_suite.Suite, command: list[str], limit: float) -> dict[str, Any]:
-        commands.append((" ".join(command), limit))
-        return {"lines": ["result:        built"], "code": 0}
+        commands.append((shlex.join(command), limit))
+        if command[0] == "dataset_tool.py":
+            dataset_tool.main([*command[1:], "--max-images=1", "--workers=1"], standalone_mode=False)
+        return {"lines": [json.dumps(STEP), '{"cut', "result:        built"], "code": 0}
 
-    machine = {"device": "a GPU", "torch": "2", "date": "today", "commit": "this"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_suite, "describe_machine", lambda *_: machine)
+    monkeypatch.setattr(gpu_suite, "describe_machine", lambda *_: MACHINE)
     monkeypatch.setattr(gpu_suite.Suite, "run", run)
     outcome = CliRunner().invoke(gpu_suite.main, [f"--outdir={tmp_path}", *options], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
     return commands
 
 
+def understood(command: str) -> dict[str, Any]:
+    """The parameters that one of this project's scripts reads from a command line."""
+    script, *options = shlex.split(command)
+    params: dict[str, Any] = importlib.import_module(Path(script).stem).main.make_context(script, options).params
+    return params
+
+
+@pytest.mark.parametrize("options", [(), ("--preset=cifar",), ("--preset=stylegan2",)])
+def test_scripts_understand_how_the_suite_starts_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    commands = [command for command, _ in started(monkeypatch, tmp_path, *options)]
+    commands = [command for command in commands if not command.startswith(("-m", "dataset_tool.py"))]
+    assert {command.partition(" ")[0] for command in commands} >= {"train.py", "benchmarks/train_step.py"}
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, *_: Path(value))  # folders that are gone
+    for command in commands:
+        params = understood(command)
+        if command.startswith("benchmarks/train_step"):
+            assert set("+".join(params["modes"]).split("+")) <= train_step.CHANGES.keys()
+            config = PRESETS[params["preset"]]
+            assert params["resolution"] or config.generator.img_size, command  # which raises where it is open
+
+
+def test_the_step_of_a_preset_is_measured_on_images_like_those_to_train_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shapes_zip: Path
+) -> None:
+    def side_of_step(*options: str) -> int:
+        _, _, (step, _), (training, _) = started(monkeypatch, tmp_path, *options)
+        assert "--cfg=" in training
+        return int(understood(step)["resolution"])
+
+    assert side_of_step("--preset=stylegan2") == 32
+    assert side_of_step("--preset=celeba64-l") == 64
+    assert side_of_step("--preset=stylegan2", f"--data={shapes_zip}") == 16
+
+
 def test_the_suite_builds_the_kernels_before_anything_needs_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    first, second, third, *_ = started(monkeypatch, tmp_path)
+    first, second, _, third, *_ = started(monkeypatch, tmp_path)
     assert first == ("-m torch_utils.custom_ops", 200)
-    assert second[0].startswith("-m pytest -m gpu")
+    assert second[0].startswith("-m pytest -m 'gpu and not slow' -v")
     assert third[0].startswith("benchmarks/train_step.py --preset=cifar --batch=64 --modes=plain,bf16,")
     assert third[1] == 120
     assert "Kernels: built." in (tmp_path / "summary.md").read_text()
     assert started(monkeypatch, tmp_path, "--preset=tiny")[0] == first
 
 
+def test_the_suite_spares_the_training_its_time_but_for_the_step_that_says_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limits = [limit for command, limit in started(monkeypatch, tmp_path, "--minutes=3") if "benchmarks/" in command]
+    assert limits[0] == 120
+    assert max(limits[1:]) < gpu_suite.SHORTEST  # it wants 190 s
+
+
 def test_the_suite_runs_chosen_benchmarks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    commands = [command.split()[:2] for command, _ in started(monkeypatch, tmp_path, "--only=networks,compiled")]
-    assert commands == [
+    commands = started(monkeypatch, tmp_path, "--only=networks,compiled")
+    assert min(limit for _, limit in commands[1:]) > 500  # what is left of nine minutes
+    assert [command.split()[:2] for command, _ in commands] == [
         ["-m", "torch_utils.custom_ops"],
         ["benchmarks/networks.py", "--batch=64"],
         ["benchmarks/train_step.py", "--preset=cifar"],
@@ -330,6 +346,83 @@ def test_the_suite_runs_chosen_benchmarks_alone(monkeypatch: pytest.MonkeyPatch,
 def test_the_suite_measures_something_for_each_table_first() -> None:
     scripts = [command[0] for command in gpu_suite.FULL.benchmarks.values()]
     assert {f"{name}.py" for name in gpu_suite.COLUMNS} == set(scripts[: len(gpu_suite.COLUMNS)])
+
+
+def test_the_suite_says_how_to_run_what_was_not_started() -> None:
+    for name in gpu_suite.FULL.benchmarks:
+        assert list(gpu_suite.only_benchmarks(gpu_suite.FULL, [name]).benchmarks) == [name]
+    late = {"rows": [], "problem": gpu_suite.NOT_STARTED}
+    runs = {"networks": late, "generation": {"rows": [], "problem": "exit 1"}, "operators-compiled": late}
+    text = gpu_suite.summary({"machine": MACHINE, "benchmarks": {"runs": runs}, "training": late})
+    assert "Benchmarks not started: `--only=networks,operators-compiled`\n" in text
+    assert "Parts not started: training.\n" in text
+    assert text.count("Problem in") == text.count("Problem in generation:\n\n    exit 1\n") == 1
+
+
+def test_the_suite_keeps_the_results_of_a_part_that_fails_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    saved: list[dict[str, Any]] = []
+
+    def fail_at_the_second(suite: gpu_suite.Suite, name: str) -> float:
+        if name == "networks":
+            saved.append(json.loads((tmp_path / "results.json").read_text()))
+            raise OSError("no more")
+        return 1
+
+    monkeypatch.setattr(gpu_suite, "benchmark_limit", fail_at_the_second)
+    started(monkeypatch, tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert "no more" in found["benchmarks"].pop("problem")
+    assert found["benchmarks"] == saved[0]["benchmarks"] == {"runs": {"training-step-64": {"code": 0, "rows": [STEP]}}}
+
+
+PYTEST_OUTPUT = """\
+tests/test_ops.py::test_bias_act[a b PASSED] FAILED
+tests/test_ops.py::test_upfirdn2d PASSED
+tests/test_ops.py::test_upfirdn2d ERROR
+tests/test_equality.py::test_graphs SKIPPED (needs a CUDA device, and
+tests/test_equality.py::test_that_hangs """
+
+
+def test_the_suite_counts_the_tests_before_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = PYTEST_OUTPUT.splitlines()
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda *_: {"lines": lines, "code": None})
+    found = gpu_suite.run_tests(new_suite(tmp_path))
+    assert found["counts"] == {"failed": 1, "passed": 1, "error": 1, "skipped": 1}
+    assert [line.rpartition(" ")[2] for line in found["failures"]] == ["FAILED", "ERROR"]
+    lines += ["ERROR tests/test_video.py", "FAILED tests/test_ops.py::test_bias_act - no"]
+    assert gpu_suite.run_tests(new_suite(tmp_path))["failures"] == lines[-2:]
+
+
+def test_the_suite_runs_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert gpu_suite.describe_machine("cpu", None)["commit"] == "unknown"
+    assert gpu_suite.describe_machine("cpu", "abc")["commit"] == "abc"
+
+
+def test_the_suite_measures_the_last_snapshot_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "00000-run"
+    folder.mkdir(parents=True)
+    for kimg in (0, 1, 2):
+        (folder / f"network-snapshot-{kimg:06d}.pkl").touch()
+    networks: list[str] = []
+
+    def run(suite: gpu_suite.Suite, command: list[str], limit: float) -> dict[str, Any]:
+        networks.append(Path(command[1].partition("=")[2]).name)
+        lines = [json.dumps({"kimg": kimg, "results": {"fid": kimg + 0.12345}}) for kimg in found[len(networks)]]
+        return {"lines": [*lines, '{"kimg'], "code": 0}
+
+    found = {1: [2], 2: [0, 1]}  # the second time is stopped before the last
+    monkeypatch.setattr(gpu_suite.Suite, "run", run)
+    suite = new_suite(tmp_path)
+    suite.detector, suite.results = tmp_path / "detector.pt2", {"training": {"curve": [{"kimg": 0, "seconds": 7}]}}
+    assert gpu_suite.measure_snapshots(suite)["curve"] == [
+        {"kimg": 0, "seconds": 7, "fid": 0.123},
+        {"kimg": 1, "seconds": None, "fid": 1.123},
+        {"kimg": 2, "seconds": None, "fid": 2.123},
+    ]
+    assert networks == ["network-snapshot-000002.pkl", "00000-run"]
 
 
 @pytest.mark.slow
@@ -349,11 +442,13 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
     }
     found = json.loads((outdir / "results.json").read_text())
     assert [name for name, run in found["benchmarks"]["runs"].items() if "problem" in run or not run["rows"]] == []
-    assert sum(found["tests"]["counts"].values()) > 0
+    assert found["tests"]["code"] == 0
+    assert torch.cuda.is_available() or found["tests"]["counts"].keys() == {"skipped"}
     assert "problem" not in found["training"]
     assert len(found["training"]["curve"]) > 1
-    assert found["snapshots"]["num_fake"] == gpu_suite.QUICK.num_fakes
-    assert found["snapshots"]["curve"][-1]["frechet"] > 0
+    assert "problem" not in found["snapshots"]
+    assert found["snapshots"]["curve"][-1]["kimg"] == found["training"]["curve"][-1]["kimg"]
+    assert found["snapshots"]["curve"][-1]["fid64_full_detector"] > 0
     summary = (outdir / "summary.md").read_text()
     for heading in ("train_step", "networks", "generation", "attention", "operators", "training", "snapshots"):
         assert f"### {heading}\n\n|" in summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import no_synchronisation
 
 from dnnlib.config import UserError
 from torch_utils import distributed
@@ -56,6 +58,20 @@ def test_a_gpu_that_is_used_is_this_processes(used: list[torch.device]) -> None:
     assert str(distributed.use_device()) == "cuda:1"
     assert str(distributed.use_device("cpu")) == "cpu"
     assert list(map(str, used)) == ["cuda:1"]
+
+
+def test_the_mode_in_which_waiting_for_a_gpu_is_an_error_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(UserWarning, match="of the block"), no_synchronisation():
+        warnings.warn("of the block", stacklevel=1)
+    assert modes == ["error", "default"]
 
 
 def test_the_chosen_gpu_is_asked_for_bfloat16(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import small_config
+from conftest import no_synchronisation, small_config
 from torch import Tensor
 
 import train
@@ -159,11 +159,8 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
     cpu, cuda = build(policy, (3, 32, 48)), build(policy, (3, 32, 48)).cuda()
     on_device = images.cuda()
     cuda(on_device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         cuda(on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for stage_cpu, stage_cuda in zip(cpu.stages, cuda.stages, strict=True):
         values = stage_cpu.draw(images, cpu.p)  # type: ignore[operator]
         expected = stage_cpu.transform(images, values)  # type: ignore[operator]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import torch
 from exploration_helpers import FAMILIES, TRANSGAN, make_model, make_snapshot, model_of, pixels, run, run_ok
 from safetensors.torch import save_file

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result

@@ -25,6 +25,8 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 import torch
 from click.testing import CliRunner
 from conftest import PATIENCE, SMALL, make_shapes

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.hub_mixin
 import numpy as np
 import pytest
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is an optional package")
+import huggingface_hub.hub_mixin
 import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tensorboard", reason="tensorboard is an optional package")
 import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL, small_config

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="onnx is an optional package")
+pytest.importorskip("onnxruntime", reason="onnxruntime is an optional package")
 import onnx
 import onnxruntime
-import pytest
 import torch
 from snapshot_helpers import make_snapshot
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import no_synchronisation, small_config
 
 from dnnlib.config import ConfigError, UserError, override
 from torch_utils import distributed
@@ -295,14 +295,11 @@ def test_no_phase_waits_for_the_gpu(shapes_zip: Path) -> None:
     batch = next(data)
     for phase in trainer.phases:  # the first call of each may build caches
         trainer.run_phase(phase, *batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for phase in trainer.phases:
             trainer.run_phase(phase, *batch)
         trainer.ema.update(8, 8)
         trainer.ada.update(4, 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

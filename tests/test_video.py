@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
+
+pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional package")
+import imageio_ffmpeg
 import torch
 from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
 from PIL import Image, ImageSequence
