@@ -37,6 +37,7 @@ import torch
 from common import ROOT
 
 from dnnlib.config import ConfigError
+from dnnlib.util import read_json_lines, source_commit
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
 
@@ -323,16 +324,12 @@ def keep(run_dir: Path, outdir: Path) -> None:
 
 def curve(run_dir: Path, metric: str) -> list[dict[str, float]]:
     """Return kimg, seconds since the start of training (evaluations included) and the metric, at every snapshot."""
-    stats, measured = read_lines(run_dir / "stats.jsonl"), read_lines(run_dir / f"metric-{metric}.jsonl")
-    seconds = {line["Progress/kimg"]: line["Timing/total_sec"] for line in stats}
+    measured = read_json_lines(run_dir / f"metric-{metric}.jsonl")
+    seconds = {line["Progress/kimg"]: line["Timing/total_sec"] for line in read_json_lines(run_dir / "stats.jsonl")}
     return [
         {"kimg": line["kimg"], "seconds": round(seconds[line["kimg"]], 1), metric: round(line["results"][metric], 3)}
         for line in measured
     ]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def measure_snapshots(suite: Suite) -> dict[str, Any]:
@@ -438,18 +435,10 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "commit": commit or git_commit() or "unknown",
+        "commit": commit or source_commit() or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
     }
-
-
-def git_commit() -> str:
-    """Return what git calls this commit, or nothing where there is no git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
 
 
 PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def _presets_table(flags: dict[str, str]) -> str:
 
 def _differences(config: TrainConfig) -> dict[str, Any]:
     """The fields in which a preset differs from `auto` with networks of the same families."""
-    values = _flatten(to_json(replace(config, preset="auto")))
+    values = _flatten(to_json(dataclasses.replace(config, preset="auto")))
     families = {path: values[path] for path in ("generator.family", "discriminator.family")}
     plain = _flatten(to_json(override(PRESETS["auto"], families)))
     return {path: value for path, value in values.items() if value != plain[path]}

@@ -105,10 +105,10 @@ def check_processes(count: int, requested: str | None, device: torch.device) -> 
         return
     if count > 1 and requested is not None and ":" in requested:
         raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")
+    flag = "--gpus"
     if launched_world_size() is not None:
-        count = int(os.environ["LOCAL_WORLD_SIZE"])
+        flag, count = "torchrun --nproc-per-node", int(os.environ["LOCAL_WORLD_SIZE"])
     if count > torch.cuda.device_count():
-        flag = "--gpus" if launched_world_size() is None else "torchrun --nproc-per-node"
         raise UserError(f"{flag}={count}: this machine has {torch.cuda.device_count()} CUDA devices")
 
 

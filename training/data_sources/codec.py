@@ -94,13 +94,10 @@ def decode_as(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 
     A plain 8-bit PNG whose header promises that shape takes the fast path (6 us for an uncompressed 32x32 image).
     """
-    H, W, C = shape
-    header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0, 0, 0)
-    is_plain = data[:8] == _PNG_SIGNATURE and data[16:29] == header
-    if not is_plain or b"tRNS" in data[: data.find(b"IDAT")]:  # a colour that is transparent: it is RGBA
+    if not _has_plain_header(data, shape) or b"tRNS" in data[: data.find(b"IDAT")]:  # a transparent colour: it is RGBA
         return decode_image(data)
     try:
-        return pyspng.load(data, format=_PNG_FORMATS[C]).reshape(shape)
+        return pyspng.load(data, format=_PNG_FORMATS[shape[2]]).reshape(shape)
     except RuntimeError as error:
         raise BrokenImageError(str(error)) from error
 
@@ -110,9 +107,14 @@ def starts_as_plain_png(start: bytes, shape: tuple[int, int, int]) -> bool:
 
     Such chunks come between the header and the pixels, where encoders that write none have nothing.
     """
+    return _has_plain_header(start, shape) and start[37:PNG_START] == b"IDAT"
+
+
+def _has_plain_header(data: bytes, shape: tuple[int, int, int]) -> bool:
+    """Whether data begin as a PNG of `shape` with 8 bits per channel, neither palette nor interlacing."""
     H, W, C = shape
-    header = struct.pack(">IIBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0)
-    return start[:8] == _PNG_SIGNATURE and start[12:27] == b"IHDR" + header and start[37:PNG_START] == b"IDAT"
+    header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0, 0, 0)
+    return data[:8] == _PNG_SIGNATURE and data[12:29] == b"IHDR" + header
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
