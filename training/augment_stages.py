@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
+from torch_utils.ops.grid_sample import grid_sample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
 # What `--augpipe` may say, and the groups of transforms that it switches on.
@@ -267,8 +268,10 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
-# Up to this side, products with dense matrices resample faster than filters do; their cost grows with its cube.
+# Up to this side, products with dense matrices resample faster than filters do; their cost grows with its cube. On a
+# GPU filters are bound by memory and soon faster: by arithmetic, so benchmarks/gpu_kernels.py measures it.
 DENSE_SIDE = 256
+DENSE_SIDE_ON_GPU = 64
 
 
 def mirror_and_upsample(x: Tensor, taps: Tensor) -> Tensor:
@@ -310,8 +313,7 @@ class GeometryStage(Stage):
         taps = torch.tensor(SYM6, dtype=torch.float64)
         taps = taps / taps.sum()
         self.register_buffer("taps", taps, persistent=False)
-        self.dense = max(H, W) <= DENSE_SIDE
-        if self.dense:  # the rows of an operator's matrix are what it makes of the rows of the identity
+        if max(H, W) <= DENSE_SIDE:  # the rows of an operator's matrix are what it makes of the rows of the identity
             for axis, size in (("x", W), ("y", H)):
                 unit, canvas = (torch.eye(n, dtype=torch.float64)[None, None] for n in (size, 2 * size + 12))
                 self.register_buffer(f"up_{axis}", mirror_and_upsample(unit, taps)[0, 0], persistent=False)
@@ -323,16 +325,16 @@ class GeometryStage(Stage):
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         points = self.sample_points(values)
-        if self.dense:
+        if max(self.size) <= (DENSE_SIDE_ON_GPU if images.is_cuda else DENSE_SIDE):
             up_x, up_y, down_x, down_y = (
                 matrix.to(images.dtype) for matrix in (self.up_x, self.up_y, self.down_x, self.down_y)
             )
             x = up_y.mT @ (images @ up_x)  # (B, C, 4H, 4W)
-            x = F.grid_sample(x, points, mode="bilinear", align_corners=False)  # (B, C, 2H+12, 2W+12)
+            x = grid_sample(x, points)  # (B, C, 2H+12, 2W+12)
             return down_y.mT @ (x @ down_x)  # (B, C, H, W)
         taps = self.taps.to(images.dtype)
         x = mirror_and_upsample(mirror_and_upsample(images, taps).mT, taps).mT  # (B, C, 4H, 4W)
-        x = F.grid_sample(x, points, mode="bilinear", align_corners=False)  # (B, C, 2H+12, 2W+12)
+        x = grid_sample(x, points)  # (B, C, 2H+12, 2W+12)
         return downsample(downsample(x, taps).mT, taps).mT  # (B, C, H, W)
 
     def sample_points(self, A: Tensor) -> Tensor:

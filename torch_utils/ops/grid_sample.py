@@ -1,0 +1,53 @@
+"""Bilinear resampling of images that can be differentiated as often as wanted.
+
+`F.grid_sample` has a second derivative only in newer versions of PyTorch. Resampling is linear in the image, so its
+derivative is its adjoint, whatever the image, and the derivative of the adjoint is the resampling again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# As aten numbers them: bilinear interpolation, zeros outside, and align_corners=False.
+_MODE = (0, 0, False)
+
+
+def grid_sample(images: Tensor, grid: Tensor) -> Tensor:
+    """Return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).
+
+    images (B, C, H, W) and grid (B, h, w, 2), in x and y from -1 to 1, make (B, C, h, w). Differentiable in the images
+    any number of times. Raises ValueError for a grid that requires a gradient, which it would not get.
+    """
+    if grid.requires_grad:
+        raise ValueError("grid_sample differentiates in the images alone: detach the grid")
+    return _Resampling.apply(images, grid)
+
+
+class _Resampling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.shape = images.shape
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Adjoint.apply(*grads, *ctx.saved_tensors, ctx.shape), None
+
+
+class _Adjoint(torch.autograd.Function):
+    """The transpose of the matrix that _Resampling multiplies images of `shape` by."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        images = grads.new_empty([]).expand(shape)  # only their shape matters
+        return torch.ops.aten.grid_sampler_2d_backward(grads, images, grid, *_MODE, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Resampling.apply(*grads, *ctx.saved_tensors), None, None
