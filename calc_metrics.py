@@ -34,6 +34,7 @@ from reporting.drawing import check_matplotlib, draw_png
 from reporting.runs import read_run
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import tune_allocator
+from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
 from training.exchange import is_folder
 from training.networks import execution
@@ -188,8 +189,9 @@ def run(job: Job) -> None:
     tune_allocator()
     device = distributed.use_device(job.device)
     operators = custom_ops.prepare(device)
-    if device.type == "cuda" and distributed.is_main():
-        click.echo(operators, err=True)
+    if distributed.is_main():
+        for line in filter(None, [operators if device.type == "cuda" else None, SLOW_DECODER]):
+            click.echo(line, err=True)
     subjects = list_subjects(job.network)
     records, is_complete = [], True
     for record in measure_images(job, device) if subjects is None else measure_snapshots(job, subjects, device):

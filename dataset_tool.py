@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
-from training.data_sources.codec import BrokenImageError, decode_as, decode_image
+from training.data_sources.codec import SLOW_DECODER, BrokenImageError, decode_as, decode_image
 from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, Expected, convert_items, load
 from training.data_sources.files import Label, labels_of, open_store, read_dataset_json
 from training.data_sources.sources import SUPPORTED, Drawing, Item, Source, open_source
@@ -285,6 +285,8 @@ def check(path: Path) -> None:
     known = set(store.names)
     problems += [f"{name}: has a label, but is not in the set" for name in content.labels or () if name not in known]
 
+    if SLOW_DECODER:
+        click.echo(SLOW_DECODER, err=True)
     shape: tuple[int, int, int] | None = None
     for name in tqdm(store.names, unit="images", disable=None):
         try:

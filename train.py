@@ -40,6 +40,7 @@ from training.config import (
     micro_batches,
     resolve,
 )
+from training.data_sources.codec import SLOW_DECODER
 from training.dataset import ImageDataset
 from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
@@ -555,9 +556,9 @@ def _describe(trainer: Trainer) -> str:
 
 
 def _notes(config: TrainConfig) -> list[str]:
-    """What the options come to that a paper's reader would want to know."""
+    """Lines for the log: a slow decoder, and where a run departs from a paper's protocol."""
     group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
-    notes = []
+    notes = [SLOW_DECODER] if SLOW_DECODER else []
     if isinstance(batch_gpu, int) and batch_gpu < group:
         notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, as a GPU has no more at a time")
     if config.run.metrics is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import dataset_tool
 from dataset_tool import main
 from training.data_sources import codec
 from training.data_sources.convert import RESIZE_FILTERS, Conversion, center_crop, fit_channels, force_channels
@@ -281,6 +283,30 @@ def test_own_png_encoder_against_pillow() -> None:
         image.verify()
         np.testing.assert_array_equal(codec.decode_image(data), pixels)
         np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
+
+
+def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyspng", None)  # what an import of a missing package comes to
+    specification = importlib.util.spec_from_file_location("codec_without_pyspng", codec.__file__)
+    assert specification is not None
+    assert specification.loader is not None
+    without = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(without)
+    for shape in [(5, 7, 1), (4, 4, 3), (3, 2, 4)]:
+        pixels = random_images(*shape)
+        for data in (codec.encode_png(pixels), encoded(pixels.squeeze())):
+            np.testing.assert_array_equal(without.decode_as(data, shape), pixels)
+    with pytest.raises(without.BrokenImageError):
+        without.decode_as(codec.encode_png(pixels)[:50], pixels.shape)
+
+    write_files(tmp_path, {"a.png": encoded(pixels)})
+    for note, times in ((None, 0), (without.SLOW_DECODER, 1)):
+        monkeypatch.setattr(dataset_tool, "SLOW_DECODER", note)
+        result = run("check", tmp_path)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("pyspng, which is faster, is not installed") == times
 
 
 @pytest.mark.parametrize("C", [1, 3])
