@@ -320,7 +320,7 @@ class Profile:
         if is_last or self.calls == self.WAIT + 1 + self.steps:
             self.finish()
         elif self.calls == self.WAIT + 1:
-            self.profiler = torch.profiler.profile()
+            self.profiler = torch.profiler.profile(acc_events=True)  # of the one cycle; without it torch 2.11 warns
             self.profiler.start()
 
     def finish(self) -> None:

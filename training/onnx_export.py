@@ -10,6 +10,7 @@ that they say what truncation and its cut-off say: the first ones 0.7 and the ot
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,8 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any
     batch = torch.export.Dim("batch")
     first = next(iter(inputs))
     shapes = {name: {0: batch} if x.ndim > 1 else None for name, x in inputs.items()}
-    with torch.no_grad(), custom_ops.implementation("reference"):
+    with torch.no_grad(), custom_ops.implementation("reference"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the exporter itself uses and is deprecated
         # Strict, because otherwise len(x) would fix the size of the batch.
         program = torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=True)
         return torch.onnx.export(

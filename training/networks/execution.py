@@ -6,6 +6,7 @@ carry along, and outside of `using` everything runs in full precision.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ def set_gpu_arithmetic(*, allow_tf32: bool = False) -> None:
     PyTorch's default is TF32 for convolutions alone. Products of 16-bit numbers add their partial sums in float32, not
     PyTorch's default either.
     """
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler's hint to allow it
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
