@@ -245,7 +245,8 @@ OPTIONS = (
     switch("--nhwc", field="channels_last", help="Channels-last memory layout. [on GPUs, unless fp32]"),
     switch("--data-on-gpu", field="run.data_on_gpu",
            help="Keep all images decoded on the device. [on GPUs, if they are few]"),
-    switch("--graphs", field="run.graphs", help="Record whole phases as CUDA graphs: no launch overhead."),
+    switch("--graphs", field="run.graphs",
+           help="Record whole phases as CUDA graphs: no launch overhead. [on GPUs, up to 64x64]"),
     switch("--compile", field="run.compile", help="torch.compile for the main phases."),
     switch("--grad-checkpoint", field="run.recompute",
            help="Gradient checkpointing: recompute activations in the backward pass; less memory, more time."),
@@ -373,7 +374,8 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     assert isinstance(batch_gpu, int)
     sizes = [size for size in micro_batches(config) if size < batch_gpu]
     half = next((size for size in sizes if size <= batch_gpu / 2), sizes[-1] if sizes else None)
-    smaller = [] if half is None else [f"--batch-gpu={half}"]
+    smaller = ["--graphs=0"] if config.run.graphs else []
+    smaller += [] if half is None else [f"--batch-gpu={half}"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
     smaller = smaller or ["a smaller network"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exploration.model import BATCH_MULTIPLE, fill_up, seed_latents
-from torch_utils.graphs import Captured
+from torch_utils.graphs import GraphPool
 from torch_utils.images import to_uint8
 from training.networks import execution
 
@@ -23,18 +23,14 @@ class FastGenerator:
     def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
         self.z_dim, self.c_dim, self.img_shape = G.z_dim, G.c_dim, G.img_shape
         self.network = torch.compile(G, dynamic=False, options={"fallback_random": True}) if use_compile else G
-        self.pool = torch.cuda.graph_pool_handle() if use_graphs else None
-        self.graphs: dict[tuple[Any, ...], Captured[Tensor]] = {}
+        self.graphs: GraphPool[Tensor] | None = GraphPool() if use_graphs else None
 
     def __call__(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, *, noise_mode: str = "const") -> Tensor:
         run = partial(self.network, truncation_psi=truncation_psi, noise_mode=noise_mode)
-        if self.pool is None:
+        if self.graphs is None:
             return run(z, c)
         key = (len(z), truncation_psi, noise_mode, execution.current)
-        if key not in self.graphs:
-            with torch.random.fork_rng([z.device]):  # recording draws noise
-                self.graphs[key] = Captured(run, z, c, pool=self.pool)
-        return self.graphs[key](z, c)
+        return self.graphs.record("the generator", key, run, z, c)(z, c)
 
 
 def seed_images(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,17 +34,6 @@ def _float32_on_gpus() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that this is a prototype, said after the mode was set
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_shapes(path: Path, side: int, count: int) -> Path:
@@ -112,6 +99,7 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
         "discriminator.channel_max": 16,
         "data.path": str(data),
         "run.workers": 0,
+        "run.graphs": False,
         "batch_size": 16,
         "generator.linformer": False,
         "loss.r1_gamma": 0.5,

@@ -8,10 +8,10 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
-from conftest import no_synchronisation
 from torch import Tensor
 
 from dnnlib.config import ConfigError
+from torch_utils.graphs import no_synchronisation
 from training import augment_stages
 from training.augment import AdaController, AugmentConfig, AugmentPipe
 from training.augment_stages import (

@@ -101,6 +101,28 @@ def test_precision_and_layout_follow_the_machine() -> None:
     assert resolved(on_gpu=True, has_bf16=True) == ("bf16", True)
     with pytest.raises(ConfigError, match=r"precision='int8'.*fp32, bf16, fp16"):
         override(PRESETS["cifar"], {"precision": "int8"})
+
+
+@pytest.mark.parametrize(
+    ("side", "on_gpu", "options", "graphs"),
+    [
+        (32, True, {}, True),
+        (64, True, {}, True),
+        (128, True, {}, False),
+        (128, True, {"run.graphs": True}, True),
+        (32, True, {"run.graphs": False}, False),
+        (32, True, {"run.recompute": True}, False),
+        (32, False, {}, False),
+    ],
+)
+def test_graphs_are_the_default_where_launches_take_the_time(
+    side: int, on_gpu: bool, options: dict[str, bool], graphs: bool
+) -> None:
+    config = override(PRESETS["auto"], options)
+    assert resolve(config, Circumstances(img_shape=(3, side, side), c_dim=0, on_gpu=on_gpu)).run.graphs is graphs
+
+
+def test_graphs_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="need a GPU"):
         resolve(override(PRESETS["cifar"], {"run.graphs": True}), Circumstances(img_shape=(3, 32, 32), c_dim=0))
     with pytest.raises(ConfigError, match="leave out --grad-checkpoint"):

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import no_synchronisation
 
 from dnnlib.config import UserError
-from torch_utils import distributed
-from torch_utils.graphs import Captured
+from torch_utils import distributed, graphs
+from torch_utils.graphs import Captured, CaptureError, GraphPool, no_synchronisation
 
 
 @pytest.fixture
@@ -61,17 +60,18 @@ def test_a_gpu_that_is_used_is_this_processes(used: list[torch.device]) -> None:
 
 
 def test_the_mode_in_which_waiting_for_a_gpu_is_an_error_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
+    modes: list[str | int] = []
 
-    def set_mode(mode: str) -> None:
+    def set_mode(mode: str | int) -> None:
         modes.append(mode)
         if len(modes) == 1:
             warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
 
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     with pytest.raises(UserWarning, match="of the block"), no_synchronisation():
         warnings.warn("of the block", stacklevel=1)
-    assert modes == ["error", "default"]
+    assert modes == ["error", 1]
 
 
 def test_the_chosen_gpu_is_asked_for_bfloat16(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +134,44 @@ def test_workers_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert "GLOO_SOCKET_IFNAME" in lines[0]
 
 
+class Stream:
+    wait_stream: Callable[..., None] = staticmethod(lambda other: None)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU that runs functions at once and records nothing; what is done to record them, in order."""
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def recording(*args: Any, **options: Any) -> Iterator[None]:
+        done.append("record")
+        yield
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("restore the stream"))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("free memory"))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: done.append(f"waiting: {mode}"))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(graphs, "_renew_generator", lambda: done.append("renew the generator"))
+    return done
+
+
+def test_waiting_is_an_error_just_before_a_function_is_recorded(recordings: list[str]) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        recordings.append("run")
+        return x
+
+    Captured(function, torch.zeros(1))
+    assert recordings == ["run", "run", "waiting: error", "run", "waiting: 0", "record", "run"]
+
+
 class Freed:
     """Garbage in a cycle, as networks and hooks are."""
 
@@ -141,24 +179,13 @@ class Freed:
         self.itself = self
 
 
-def test_nothing_is_freed_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_freed_while_a_graph_is_recorded(recordings: list[str]) -> None:
     garbage: list[weakref.ref[Freed]] = []
-    left: list[bool] = []
-
-    @contextlib.contextmanager
-    def recording(*args: Any, **options: Any) -> Iterator[None]:
-        left.extend(x() is not None for x in garbage)
-        yield
-
-    class Stream:
-        wait_stream: Callable[..., None] = staticmethod(lambda other: None)
-
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    left: list[int] = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
+        if "record" in recordings:
+            left.append(sum(ref() is not None for ref in garbage))
         garbage.append(weakref.ref(Freed()))
         return x
 
@@ -167,4 +194,92 @@ def test_nothing_is_freed_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPa
         Captured(function, torch.zeros(1))
     finally:
         gc.enable()
-    assert left == [False] * 3
+    assert len(garbage) == 4
+    assert left == [0]
+
+
+class Failing:
+    """A function that raises when it is recorded, or with `early` before."""
+
+    def __init__(self, recordings: list[str], error: Exception, *, early: bool = False) -> None:
+        self.recordings, self.error, self.early, self.calls = recordings, error, early, 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.early or self.recordings[-1:] == ["record"]:
+            raise self.error
+        return x
+
+
+def test_a_recording_that_breaks_off_leaves_the_gpu_usable(recordings: list[str]) -> None:
+    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
+        Captured(Failing(recordings, RuntimeError("operation not permitted when stream is capturing\nAt ...")), NOTHING)
+    assert recordings[-2:] == ["restore the stream", "renew the generator"]
+
+
+NOTHING = torch.zeros(1)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_phase_that_cannot_be_recorded_runs_without(
+    recordings: list[str], early: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool: GraphPool[torch.Tensor] = GraphPool()
+    bad = Failing(recordings, RuntimeError("called a synchronizing CUDA operation"), early=early)
+    assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
+    for _ in range(2):
+        assert pool.record("D_reg", "D_reg", bad, NOTHING) is bad
+    assert bad.calls <= 4
+    message = capsys.readouterr().err
+    assert message == (
+        "Warning: D_reg cannot be recorded as a CUDA graph (called a synchronizing CUDA operation) and runs without; "
+        "--graphs=0 turns graphs off\n"
+    )
+    assert not pool.recorded  # they would not follow the seed
+    assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
+
+
+def test_without_memory_for_graphs_there_are_none(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bad = Failing(recordings, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    pool: GraphPool[torch.Tensor] = GraphPool(must_fit=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.record("G_main", "G_main", bad, NOTHING)
+    pool = GraphPool()
+    pool.record("G_main", "G_main", lambda x: x, NOTHING)
+    assert pool.record("D_main", "D_main", bad, NOTHING) is bad
+    assert recordings[-1] == "free memory"
+    assert not pool.recorded
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    assert pool.record("G_main", "G_main", other, NOTHING) is other
+    assert capsys.readouterr().err.count("GPU memory is too small for CUDA graphs, so none are used") == 1
+
+
+def test_mistakes_in_a_function_are_not_hidden(recordings: list[str]) -> None:
+    pool: GraphPool[torch.Tensor] = GraphPool()
+    with pytest.raises(TypeError, match="a mistake"):
+        pool.record("G_main", "G_main", Failing(recordings, TypeError("a mistake"), early=True), NOTHING)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
+def test_the_gpu_works_after_a_recording_that_broke_off(wait: Callable[[torch.Tensor], object]) -> None:
+    """What reads a value is found out before it is recorded; what waits in another way ends the recording."""
+
+    def draws(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn_like(x)
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        wait(x)
+        return draws(x)
+
+    x, drawn = torch.zeros(1000, device="cuda"), []
+    with pytest.raises(CaptureError):
+        Captured(waits, x)
+    for function in (draws, Captured(draws, x)):
+        torch.manual_seed(7)
+        drawn.append(function(x).clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert drawn[0].std() > 0.9

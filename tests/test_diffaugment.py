@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import no_synchronisation, small_config
+from conftest import small_config
 from torch import Tensor
 
 import train
 from dnnlib.config import ConfigError, override
+from torch_utils.graphs import no_synchronisation
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.config import PRESETS, Circumstances, resolve
 from training.dataset import ImageDataset

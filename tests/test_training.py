@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import no_synchronisation, small_config
+from conftest import small_config
 
 from dnnlib.config import ConfigError, UserError, override
-from torch_utils import distributed
+from torch_utils import distributed, graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
+from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat, Stats
 from training import hooks, runs
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
@@ -288,9 +289,43 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
         runs.load_latest(again, tmp_path)
 
 
+def test_phases_that_cannot_be_recorded_train_without_graphs(
+    shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only D_reg can be recorded here; gradients that a recording has accumulated are discarded."""
+
+    class Recorder:
+        def __init__(self, accumulate: Any, *inputs: torch.Tensor, pool: Any) -> None:
+            self.accumulate = accumulate
+            accumulate(*inputs)
+            if accumulate.args[0].name != "D_reg":
+                raise CaptureError("called a synchronizing CUDA operation")
+
+        def __call__(self, *inputs: torch.Tensor) -> Any:
+            return self.accumulate(*inputs)
+
+    monkeypatch.setattr(graphs, "Captured", Recorder)
+    config = everything(shapes_zip)
+    plain = new_trainer(config)
+    recorded = new_trainer(override(config, {"run.graphs": True}))
+    for trainer in (plain, recorded):
+        train_steps(trainer, 2)
+    assert recorded.graphs is not None
+    assert recorded.graphs.refused == {"G_main", "G_reg", "D_main"}
+    for network in ("G", "D"):
+        for ours, theirs in zip(
+            getattr(recorded, network).parameters(), getattr(plain, network).parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "cannot be recorded" in line]
+    assert [line.split()[1] for line in warnings] == ["G_main", "G_reg", "D_main"]
+
+
 @pytest.mark.gpu
-def test_no_phase_waits_for_the_gpu(shapes_zip: Path) -> None:
-    trainer = Trainer(everything(shapes_zip), ImageDataset(everything(shapes_zip).data), torch.device("cuda"))
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
+    config = everything(shapes_zip, run__graphs=use_graphs)
+    trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     data = trainer._batches()
     batch = next(data)
     for phase in trainer.phases:  # the first call of each may build caches
@@ -322,8 +357,9 @@ def test_the_gpu_computes_what_the_cpu_does(shapes_zip: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path) -> None:
-    config = everything(shapes_zip, data__use_labels=True)
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path, use_graphs: bool) -> None:
+    config = everything(shapes_zip, data__use_labels=True, run__graphs=use_graphs)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     train_steps(trainer, 4)
     trainer.save(tmp_path / "training-state-000000.pt")

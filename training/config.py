@@ -27,6 +27,7 @@ from training.phases import AdamConfig
 from training.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
+GRAPHS_SIDE = 64  # pixels; up to this longer side, a GPU would wait for the host to launch its kernels
 LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
@@ -59,7 +60,7 @@ class RunConfig:
     nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
     recompute: bool = False  # gradient checkpointing: activations again in the backward pass instead of keeping them
     compile: bool = False  # torch.compile for the main phases, which are differentiated once
-    graphs: bool = False  # CUDA graphs of whole phases
+    graphs: bool | None = None  # CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side
     cudnn_benchmark: bool = True
     timeout: float = 1800  # seconds that processes wait for one that has stopped
     deterministic: bool = False  # only algorithms that give the same bits every time
@@ -401,6 +402,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         "precision": precision,
         "channels_last": about.on_gpu and precision != "fp32" if config.channels_last is None else config.channels_last,
         "run.batch_gpu": batch_gpu,
+        "run.graphs": _chooses_graphs(config.run, about) if config.run.graphs is None else config.run.graphs,
         "generator.img_channels": channels,
         "generator.c_dim": about.c_dim,
         "discriminator.img_channels": channels,
@@ -424,6 +426,10 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
+
+
+def _chooses_graphs(run: RunConfig, about: Circumstances) -> bool:
+    return about.on_gpu and max(about.img_shape[1:]) <= GRAPHS_SIDE and not run.recompute
 
 
 def micro_batches(config: TrainConfig) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
-from torch_utils.graphs import Captured
+from torch_utils.graphs import GraphPool
 from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
@@ -166,8 +166,7 @@ class Trainer:
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
         )
-        self.graphs: dict[str, Captured[Report]] = {}  # by phase
-        self.graph_pool = torch.cuda.graph_pool_handle() if config.run.graphs else None
+        self.graphs: GraphPool[Report] | None = GraphPool() if config.run.graphs else None
 
         self.state = TrainState()
         self.stats = Stats(device)
@@ -266,8 +265,11 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute every phase twice on this process alone, and throw the gradients away: to see what memory it takes.
 
-        The optimizers leave their steps out, but have their moments, and the data are loaded.
+        The optimizers leave their steps out, but have their moments, and the data are loaded. Too little memory for
+        CUDA graphs is too little.
         """
+        if self.graphs:
+            self.graphs.must_fit = True
         data = self._batches()
         img, c = next(data)
         x, y = img[: self.batch_gpu], c[: self.batch_gpu]
@@ -279,11 +281,7 @@ class Trainer:
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
         accumulate = partial(self._accumulate, phase)
-        if not self.config.run.graphs:
-            return accumulate
-        if phase.name not in self.graphs:
-            self.graphs[phase.name] = Captured(accumulate, img, c, pool=self.graph_pool)
-        return self.graphs[phase.name]
+        return self.graphs.record(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
     def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Report:
         """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
