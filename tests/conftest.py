@@ -83,7 +83,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Files that start programs or compile. When they come last, one test process waits for the other.
-LONG = ("test_torture", "test_portability", "test_onnx", "test_failures", "test_rehearsal", "test_training")
+LONG = (
+    "test_torture",
+    "test_launches",
+    "test_portability",
+    "test_onnx",
+    "test_failures",
+    "test_rehearsal",
+    "test_training",
+)
 
 # Options for train.py that make the preset `tiny` smaller still.
 SMALL = ["--cfg=tiny", "--g_dict=32,16", "--num_layers=1,1", "--cbase=256", "--cmax=16", "--workers=0"]

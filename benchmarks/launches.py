@@ -1,0 +1,218 @@
+"""Count what each phase of a training step launches on a GPU, without one, and find where the host waits for it.
+
+    python benchmarks/launches.py --cases=readme,cifar-large
+
+A real `Trainer` runs every phase on fake CUDA tensors, which have shapes, types and devices but no values. Prints one
+line of JSON for each phase: the number of ATen operators that launch at least one kernel (views and allocations do
+not), and the most frequent ones; or the `problem` that ended it. A phase must not read a value from the GPU, copy
+anything from or to it, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+from common import README_EXAMPLE, emit
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnnlib.cli import NameList, Script, option
+from dnnlib.config import UserError, override
+from torch_utils import custom_ops
+from torch_utils.ops import registry
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.training_loop import Trainer
+
+STUB = Path(__file__).with_name("cuda_stub.cpp")
+DEVICE = torch.device("cuda:0")
+
+# What is trained, and the side of its images.
+CASES: dict[str, tuple[TrainConfig, int]] = {
+    "readme": (README_EXAMPLE, 32),
+    "cifar-large": (override(PRESETS["cifar-large"], {"batch_size": 64}), 32),
+    "cifar-stylegan2": (PRESETS["cifar-stylegan2"], 32),
+    "auto-64": (PRESETS["auto"], 64),
+    "styleformer-c256": (PRESETS["styleformer-c256"], 256),
+    "church128-l": (PRESETS["church128-l"], 128),
+    "transgan-cifar": (PRESETS["transgan-cifar"], 32),
+    "fp16-bgcfnc": (override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"}), 32),
+    "fp32-path-length": (
+        override(README_EXAMPLE, {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}),
+        32,
+    ),
+    "reference-operators": (README_EXAMPLE, 32),
+}
+
+
+@click.command(cls=Script, help=__doc__)
+@option("--cases", type=NameList(), default=",".join(CASES), show_default=True, help="What to train.")
+def main(cases: tuple[str, ...]) -> None:
+    for case in cases:
+        if case not in CASES:
+            raise UserError(f"--cases: {case!r} is none of {', '.join(CASES)}")
+    with processes() as pool:
+        for case in cases:
+            for row in pool.submit(count_launches, case).result():
+                emit(row, torch.device("cpu"))
+
+
+@contextmanager
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """One process in which PyTorch sees the stub of a GPU. Raises UserError where that cannot be built."""
+    if torch.version.cuda is None:
+        raise UserError(f"torch {torch.__version__} was built without CUDA; install a build with it (no GPU is needed)")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "libcuda.so.1"  # found under this name when PyTorch looks for the driver
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-DCUDA_MAJOR={torch.version.cuda.split('.')[0]}"]
+        command = [custom_ops.host_compiler(), *flags, str(STUB), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", "") or error
+            raise UserError(f"{STUB.name} cannot be compiled: {why}; install g++ or set CXX") from None
+        with (
+            patch.dict(os.environ, {"LD_PRELOAD": str(library)}),
+            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ):
+            yield pool
+
+
+def count_launches(case: str) -> list[dict[str, Any]]:
+    """Run each phase of a case once; call it in one of `processes`."""
+    config, side = CASES[case]
+    about = Circumstances(img_shape=(3, side, side), c_dim=0, on_gpu=True, has_bf16=True)
+    config = resolve(override(config, {"run.graphs": False}), about)
+    impl: custom_ops.Impl = "reference" if case == "reference-operators" else "auto"
+    with fake_gpu(), custom_ops.implementation(impl):
+        trainer = new_trainer(config, about)
+        img = torch.empty(trainer.batch_gpu, *about.img_shape, device=DEVICE)
+        if config.channels_last:
+            img = img.contiguous(memory_format=torch.channels_last)
+        c = torch.empty(len(img), 0, device=DEVICE)
+        steps: dict[str, tuple[Any, ...]] = {phase.name: (trainer.run_phase, phase, img, c) for phase in trainer.phases}
+        steps["averages"] = (update_averages, trainer)
+        return [{"benchmark": "launches", "case": case, "phase": name} | watch(*step) for name, step in steps.items()]
+
+
+def new_trainer(config: TrainConfig, about: Circumstances) -> Trainer:
+    """Return a trainer on the fake GPU, for a data set of which only the labels exist."""
+    dataset: Any = SimpleNamespace(img_shape=about.img_shape, c_dim=0, labels=torch.empty(100, 0))
+    return Trainer(config, dataset, DEVICE)
+
+
+def update_averages(trainer: Trainer) -> None:
+    """Do what follows the phases of a step."""
+    trainer.ema.update(trainer.batch_size, trainer.batch_size)
+    trainer.ada.update(trainer.config.augment.ada_interval, trainer.batch_size)
+
+
+def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
+    """Call a function on the fake GPU; return how many operators it launches, or what ended it."""
+    with Watch() as watched:
+        try:
+            function(*args)
+        except Exception as error:
+            return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return {"launches": watched.count.total(), "most": dict(watched.count.most_common(8))}
+
+
+class HostError(Exception):
+    """The host waits for the GPU, or sends something that it has to wait for."""
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators that launch kernels. Raises HostError where one moves data between the host and the GPU.
+
+    Where a value is read (`item`, `nonzero`) or devices are mixed, fake tensors raise by themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "prim":  # asks for a property
+            return result
+        before, after = set(devices(args)), set(devices([result]))
+        is_copy = function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
+        if (is_copy and len(before | after) > 1) or ("cuda" in before and "cpu" in after):
+            raise HostError(f"{function} between {' and '.join(sorted(before | after))}")
+        if "cuda" in before | after and launches(function):
+            self.count[str(function.overloadpacket).removeprefix("aten.")] += 1
+        return result
+
+
+def devices(values: Iterable[Any]) -> Iterator[str]:
+    """Yield the kinds of devices that tensors, and those in lists of them, are on."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x.fake_device.type if isinstance(x, FakeTensor) else x.device.type
+        elif isinstance(x, (list, tuple)):
+            yield from devices(x)
+
+
+@cache
+def launches(function: Any) -> bool:
+    """Whether an operator runs a kernel: it is no view of its argument, and does not only allocate."""
+    aten = torch.ops.aten
+    if function.overloadpacket in (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view):
+        return False
+    aliases = [output.alias_info for output in function._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not is_view and function.overloadpacket is not aten.detach
+
+
+@contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Make all tensors fake, on a GPU that has the kernels of this project."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # PyTorch's, of copying fake tensors
+        stack.enter_context(FakeTensorMode())
+        for owner, name, substitute in (
+            (nn.Module, "to", move),  # modules of fake tensors refuse to be moved
+            (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # which reads values
+            (registry, "kernels", lambda: None),
+            (custom_ops, "why_not", lambda: None),
+        ):
+            stack.enter_context(patch.object(owner, name, substitute))
+        stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        yield
+
+
+def move(module: nn.Module, device: Any = None, memory_format: torch.memory_format | None = None) -> nn.Module:
+    """Stand in for nn.Module.to: new tensors without values take the place of all parameters and buffers."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the old one, which must live on to keep it
+    for part in module.modules():
+        tables: Any = part._parameters, part._buffers
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    layout = memory_format if memory_format and tensor.ndim == 4 else torch.preserve_format
+                    new = torch.empty_like(tensor.detach(), device=device, memory_format=layout)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                table[name] = moved[id(tensor)][1]
+    return module
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A training step on fake CUDA tensors: no phase waits for the GPU, mixes devices, or launches more than it did."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import launches
+
+from dnnlib.config import UserError, override
+from training.config import PRESETS, Circumstances, resolve
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Executor]:
+    """A process in which PyTorch sees a GPU."""
+    try:
+        with launches.processes() as pool:
+            yield pool
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def counts(gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
+    """What was counted, by case and phase."""
+    return {
+        case: {row["phase"]: row for row in gpu.submit(launches.count_launches, case).result()}
+        for case in launches.CASES
+    }
+
+
+@pytest.mark.parametrize("case", launches.CASES)
+def test_no_phase_waits_for_the_gpu_or_mixes_devices(case: str, counts: dict[str, dict[str, dict[str, Any]]]) -> None:
+    assert {phase: row["problem"] for phase, row in counts[case].items() if "problem" in row} == {}
+    config, _ = launches.CASES[case]
+    assert {"G_main", "D_main", "averages"} <= counts[case].keys()
+    assert ("D_reg" in counts[case]) == (config.loss.r1_interval is not None)
+    assert ("G_reg" in counts[case]) == (config.loss.pl_weight > 0)
+
+
+# A lower number is good news: write it here.
+LAUNCHES = {
+    "readme": {"G_main": 1479, "D_main": 1131, "D_reg": 569, "averages": 10},
+    "cifar-large": {"G_main": 1807, "D_main": 1217, "D_reg": 570, "averages": 10},
+}
+
+
+@pytest.mark.parametrize(("case", "phase"), [(case, phase) for case in LAUNCHES for phase in LAUNCHES[case]])
+def test_a_phase_launches_as_many_kernels_as_it_did(
+    case: str, phase: str, counts: dict[str, dict[str, dict[str, Any]]]
+) -> None:
+    """But for 2 %, which versions of PyTorch may differ by."""
+    row = counts[case][phase]
+    assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
+
+
+def test_the_warp_of_large_images_takes_filters(counts: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """On a GPU: at 32 pixels D's own resampling is all there is, three times."""
+    upfirdn2d = {
+        case: row["D_reg"]["most"].get("styleformer.upfirdn2d", 0) for case, row in counts.items() if "D_reg" in row
+    }
+    assert upfirdn2d["church128-l"] > 20
+    assert upfirdn2d["readme"] <= 12
+
+
+def synchronize(x: Tensor) -> Tensor:
+    torch.cuda.synchronize()
+    return x
+
+
+MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "item": (lambda x: x * x.sum().item(), "DataDependentOutputException: aten._local_scalar_dense"),
+    "if": (lambda x: x if x.sum() > 0 else -x, "DataDependentOutputException: aten._local_scalar_dense"),
+    "nonzero": (lambda x: x + x.nonzero().sum(), "DynamicOutputShapeException: aten.nonzero"),
+    "download": (lambda x: x.cpu().to(x.device), "HostError: aten._to_copy.default between cpu and cuda"),
+    "upload": (lambda x: x * torch.ones(3, 1, 1).to(x.device), "HostError: aten._to_copy.default between cpu and cuda"),
+    "copy": (lambda x: x.detach().copy_(torch.ones(3, 1, 1)), "HostError: aten.copy_.default between cpu and cuda"),
+    "synchronize": (synchronize, "AcceleratorError"),
+    "devices": (lambda x: x + torch.ones(3, 1, 1), "devices"),
+}
+
+
+def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
+    """Watch D's main phase of `tiny` with a mistake in the augmentation, or that many launches more."""
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), about)
+    with launches.fake_gpu():
+        trainer = launches.new_trainer(config, about)
+
+        def augment(x: Tensor) -> Tensor:
+            for _ in range(more):
+                x = x.cos()
+            return MISTAKES[mistake][0](x) if mistake else x
+
+        trainer.augment.forward = augment  # type: ignore[assignment]
+        phase = next(phase for phase in trainer.phases if phase.name == "D_main")
+        img = torch.empty(trainer.batch_gpu, *about.img_shape, device=launches.DEVICE)
+        return launches.watch(trainer.run_phase, phase, img, torch.empty(len(img), 0, device=launches.DEVICE))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake: str, gpu: Executor) -> None:
+    assert MISTAKES[mistake][1] in gpu.submit(run_d_main, mistake).result().get("problem", "none")
+
+
+def test_launches_are_counted(gpu: Executor) -> None:
+    """Of real and of generated images each, forward; nothing flows back to the images."""
+    few, many = (gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
+    assert many - few == 200
+
+
+def test_the_command_prints_what_was_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        launches.main(["--cases=readme,huge"])
+    assert stopped.value.code == 2
+    assert "--cases: 'huge' is none of readme, cifar-large" in capfd.readouterr().err
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with (
+        pytest.raises(UserError, match=r"cuda_stub.cpp cannot be compiled: .*no-such-compiler.*install g\+\+"),
+        launches.processes(),
+    ):
+        pass
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="built without CUDA"), launches.processes():
+        pass
