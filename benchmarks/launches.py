@@ -14,28 +14,26 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import click
 import torch
 from common import README_EXAMPLE, emit
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from fake import fake_tensors, new_batch, new_trainer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError, override
 from torch_utils import custom_ops
-from torch_utils.ops import registry
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.training_loop import Trainer
 
@@ -99,21 +97,12 @@ def count_launches(case: str) -> list[dict[str, Any]]:
     about = Circumstances(img_shape=(3, side, side), c_dim=0, on_gpu=True, has_bf16=True)
     config = resolve(override(config, {"run.graphs": False}), about)
     impl: custom_ops.Impl = "reference" if case == "reference-operators" else "auto"
-    with fake_gpu(), custom_ops.implementation(impl):
-        trainer = new_trainer(config, about)
-        img = torch.empty(trainer.batch_gpu, *about.img_shape, device=DEVICE)
-        if config.channels_last:
-            img = img.contiguous(memory_format=torch.channels_last)
-        c = torch.empty(len(img), 0, device=DEVICE)
-        steps: dict[str, tuple[Any, ...]] = {phase.name: (trainer.run_phase, phase, img, c) for phase in trainer.phases}
+    with fake_tensors(), custom_ops.implementation(impl):
+        trainer = new_trainer(config, about, DEVICE)
+        batch = new_batch(trainer)
+        steps: dict[str, tuple[Any, ...]] = {phase.name: (trainer.run_phase, phase, *batch) for phase in trainer.phases}
         steps["averages"] = (update_averages, trainer)
         return [{"benchmark": "launches", "case": case, "phase": name} | watch(*step) for name, step in steps.items()]
-
-
-def new_trainer(config: TrainConfig, about: Circumstances) -> Trainer:
-    """Return a trainer on the fake GPU, for a data set of which only the labels exist."""
-    dataset: Any = SimpleNamespace(img_shape=about.img_shape, c_dim=0, labels=torch.empty(100, 0))
-    return Trainer(config, dataset, DEVICE)
 
 
 def update_averages(trainer: Trainer) -> None:
@@ -177,41 +166,6 @@ def launches(function: Any) -> bool:
     aliases = [output.alias_info for output in function._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
     return not is_view and function.overloadpacket is not aten.detach
-
-
-@contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Make all tensors fake, on a GPU that has the kernels of this project."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # PyTorch's, of copying fake tensors
-        stack.enter_context(FakeTensorMode())
-        for owner, name, substitute in (
-            (nn.Module, "to", move),  # modules of fake tensors refuse to be moved
-            (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # which reads values
-            (registry, "kernels", lambda: None),
-            (custom_ops, "why_not", lambda: None),
-        ):
-            stack.enter_context(patch.object(owner, name, substitute))
-        stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
-        yield
-
-
-def move(module: nn.Module, device: Any = None, memory_format: torch.memory_format | None = None) -> nn.Module:
-    """Stand in for nn.Module.to: new tensors without values take the place of all parameters and buffers."""
-    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the old one, which must live on to keep it
-    for part in module.modules():
-        tables: Any = part._parameters, part._buffers
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    layout = memory_format if memory_format and tensor.ndim == 4 else torch.preserve_format
-                    new = torch.empty_like(tensor.detach(), device=device, memory_format=layout)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                table[name] = moved[id(tensor)][1]
-    return module
 
 
 if __name__ == "__main__":

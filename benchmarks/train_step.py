@@ -22,6 +22,7 @@ from unittest.mock import patch
 import click
 import torch
 from common import PEAK_TFLOPS, README_EXAMPLE, emit, peak_mib
+from fake import fake_tensors, new_batch, new_trainer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,7 +107,7 @@ def main(
     for word in "+".join(modes).split("+"):
         if word not in CHANGES:
             raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
-    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where)}
+    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where), "run.graphs": False}
     values |= {"generator.widths": g_dict} if g_dict else {}
     values |= {"generator.layers": num_layers} if num_layers else {}
     config = override(PRESETS[preset] if preset else README_EXAMPLE, values)
@@ -165,17 +166,16 @@ class CountOperations(TorchDispatchMode):
 def gflop_per_image(config: TrainConfig, about: Circumstances) -> float:
     """Count multiplications and additions of the products and convolutions of a step, per image.
 
-    All phases with their derivatives, in plain float32; a phase that is due every k steps counts 1/k. What a mode
-    computes again, or saves by Winograd's algorithm, does not change what the model needs.
+    All phases with their derivatives, in plain float32 and on fake tensors; a phase that is due every k steps counts
+    1/k. What a mode computes again, or saves by Winograd's algorithm, does not change what the model needs.
     """
     small = resolve(override(config, {"batch_size": FLOP_BATCH, "precision": "fp32"}), replace(about, on_gpu=False))
-    trainer = Trainer(small, ImageDataset(small.data), torch.device("cpu"))
-    img, c = next(trainer._batches())
     flop = 0.0
-    with patch.object(winograd, "pays", never), sdpa_kernel(SDPBackend.MATH):
+    with fake_tensors(), patch.object(winograd, "pays", never), sdpa_kernel(SDPBackend.MATH):
+        trainer = new_trainer(small, about, torch.device("cpu"))
         for phase in trainer.phases:
             with CountOperations() as counter:
-                trainer.run_phase(phase, img, c)
+                trainer.run_phase(phase, *new_batch(trainer))
             flop += counter.flop / phase.interval
     return flop / FLOP_BATCH / 1e9
 
@@ -189,8 +189,9 @@ def rates(result: dict[str, Any], gflop: float, device: torch.device) -> dict[st
     return {"gflop_per_image": round(gflop, 2), "tflop_per_s": round(tflops, 3)} | share
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Time the parts of a step in milliseconds and combine them."""
+@contextlib.contextmanager
+def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
+    """Make a trainer in the mode of the settings, with the operators that the mode has while the context lasts."""
     words = settings.words
     config = settings.config
     for word in words:
@@ -206,12 +207,18 @@ def measure(settings: Settings) -> dict[str, Any]:
             stack.enter_context(custom_ops.implementation("reference"))
         if "no-winograd" in words:
             stack.enter_context(patch.object(winograd, "pays", never))
-        trainer = Trainer(config, ImageDataset(config.data), device)
+        yield Trainer(config, ImageDataset(config.data), device)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Time the parts of a step in milliseconds and combine them."""
+    with trainer_in_mode(settings) as trainer:
         data = trainer._batches()
         take_steps(trainer, data, settings.warmup)
         trainer.stopwatch.collect()
         take_steps(trainer, data, settings.steps)
         milliseconds = trainer.stopwatch.collect()
+    config = trainer.config
 
     intervals = {phase.name: phase.interval for phase in trainer.phases}
     step = sum(ms / intervals.get(name, 1) for name, ms in milliseconds.items())
@@ -230,7 +237,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         "step_ms": round(step, 2),
         "ms": {name: round(ms, 2) for name, ms in milliseconds.items()},
         "intervals": intervals,
-        "peak_mib": peak_mib(device),
+        "graphs": [*trainer.graphs.recorded] if trainer.graphs else [],
+        "peak_mib": peak_mib(trainer.device),
         "steps": settings.steps,
         "threads": settings.threads,
     }

@@ -84,7 +84,9 @@ def test_exact_modes_change_nothing(shapes_zip: Path, mode: str) -> None:
 REDUCED, ROUNDING = 10**-0.5, 1 / 20
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # by torch.compile of itself
+QUIET_COMPILER = pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
+
+
 @pytest.mark.parametrize(
     ("device", "change", "share"),
     [
@@ -95,8 +97,10 @@ REDUCED, ROUNDING = 10**-0.5, 1 / 20
         pytest.param("cuda", ("channels_last", True), ROUNDING, marks=pytest.mark.gpu),
         pytest.param("cuda", ("run__graphs", True), ROUNDING, marks=pytest.mark.gpu),
         pytest.param("cuda", ("run__recompute", True), ROUNDING, marks=pytest.mark.gpu),
-        pytest.param("cuda", ("run__compile", True), ROUNDING, marks=[pytest.mark.gpu, pytest.mark.slow]),
-        pytest.param("cpu", ("run__compile", True), ROUNDING, marks=pytest.mark.slow),
+        pytest.param(
+            "cuda", ("run__compile", True), ROUNDING, marks=[pytest.mark.gpu, pytest.mark.slow, QUIET_COMPILER]
+        ),
+        pytest.param("cpu", ("run__compile", True), ROUNDING, marks=[pytest.mark.slow, QUIET_COMPILER]),
     ],
 )
 def test_ten_steps_stay_within_the_spread_of_two_seeds(
@@ -118,7 +122,7 @@ def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # by torch.compile of itself
+@QUIET_COMPILER
 @pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
 def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zip: Path, objective: str) -> None:
     settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS[objective]}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import fake
 import launches
 
 from dnnlib.config import UserError, override
@@ -94,8 +95,8 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
     """Watch D's main phase of `tiny` with a mistake in the augmentation, or that many launches more."""
     about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), about)
-    with launches.fake_gpu():
-        trainer = launches.new_trainer(config, about)
+    with fake.fake_tensors():
+        trainer = fake.new_trainer(config, about, launches.DEVICE)
 
         def augment(x: Tensor) -> Tensor:
             for _ in range(more):
@@ -104,8 +105,7 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
 
         trainer.augment.forward = augment  # type: ignore[assignment]
         phase = next(phase for phase in trainer.phases if phase.name == "D_main")
-        img = torch.empty(trainer.batch_gpu, *about.img_shape, device=launches.DEVICE)
-        return launches.watch(trainer.run_phase, phase, img, torch.empty(len(img), 0, device=launches.DEVICE))
+        return launches.watch(trainer.run_phase, phase, *fake.new_batch(trainer))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

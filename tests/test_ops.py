@@ -619,6 +619,7 @@ def test_cuda_graph_replays_the_kernels() -> None:
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
 def test_compiled_network_runs_the_kernels() -> None:
     x, b, f = torch.randn(4, 8, 32, 32).cuda(), torch.randn(8).cuda(), setup_filter([1, 3, 3, 1]).cuda()
     graphs: list[list[str]] = []

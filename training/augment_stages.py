@@ -269,7 +269,7 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
 # Up to this side, products with dense matrices resample faster than filters do; their cost grows with its cube. On a
-# GPU filters are bound by memory and soon faster: by arithmetic, so benchmarks/gpu_kernels.py measures it.
+# GPU filters are bound by memory and soon faster: by arithmetic, so benchmarks/micro.py measures it.
 DENSE_SIDE = 256
 DENSE_SIDE_ON_GPU = 64
 

@@ -1,0 +1,109 @@
+"""Profile the phases of a training step: a table of operators and kernels for each, and how busy they keep a GPU.
+
+    python benchmarks/profile_step.py --preset=cifar-large --batch=64 --modes=bf16,bf16+graphs --tables=profile.txt
+
+Prints one line of JSON for each phase in each mode: `kernels` per call, `busy_ms` in which they run and `span_ms` from
+the first to the last. Where the span is much longer, the GPU waits for the host. The tables go to a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import README_EXAMPLE, emit, synchronize
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from train_step import CHANGES, Settings, trainer_in_mode, with_synthetic_images
+
+from dnnlib.cli import NameList, Script, option
+from dnnlib.config import UserError, override
+from torch_utils import distributed
+from training.config import PRESETS
+from training.phases import Phase
+from training.training_loop import Trainer
+
+WARMUPS = 3  # calls of a phase before those that are profiled
+ROWS = 45  # of a table
+
+
+@click.command(cls=Script, help=__doc__)
+@option("--preset", type=click.Choice(list(PRESETS)), help="Preset of train.py. [the README's example]")
+@option("--resolution", type=click.IntRange(min=8), help="Side of the images. [what the preset's generator makes]")
+@option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images per step.")
+@option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@option("--modes", type=NameList(), default="fp32", show_default=True, help="As for train_step.py.")
+@option("--calls", type=click.IntRange(min=1), default=3, show_default=True, help="Profiled calls of each phase.")
+@option("--tables", type=click.Path(dir_okay=False, path_type=Path), default=Path("profile.txt"), show_default=True,
+        help="File to append the tables to.")  # fmt: skip
+def main(
+    preset: str | None,
+    resolution: int | None,
+    batch: int,
+    device: str | None,
+    modes: tuple[str, ...],
+    calls: int,
+    tables: Path,
+) -> None:
+    where = distributed.choose_device(device)
+    for word in "+".join(modes).split("+"):
+        if word not in CHANGES:
+            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
+    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where), "run.graphs": False}
+    config = override(PRESETS[preset] if preset else README_EXAMPLE, values)
+    with tempfile.TemporaryDirectory() as folder:
+        config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
+        for mode in modes:
+            threads = torch.get_num_threads()
+            settings = Settings(config=config, about=about, steps=calls, warmup=WARMUPS, threads=threads, mode=mode)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                rows, text = pool.submit(profile_phases, settings).result()
+            with tables.open("a") as file:
+                file.write(text)
+            for row in rows:
+                emit(row, where)
+
+
+def profile_phases(settings: Settings) -> tuple[list[dict[str, Any]], str]:
+    """Return a row for each phase, and all tables."""
+    rows, text = [], ""
+    with trainer_in_mode(settings) as trainer:
+        img, c = next(trainer._batches())
+        for phase in trainer.phases:
+            for _ in range(settings.warmup):
+                trainer.run_phase(phase, img, c)
+            figures, table = profile_phase(trainer, phase, img, c, settings.steps)
+            rows.append({"benchmark": "profile", "mode": settings.mode, "phase": phase.name} | figures)
+            text += f"\n{trainer.config.preset}, {settings.mode}, {phase.name}: {figures}\n\n{table}\n"
+    return rows, text
+
+
+def profile_phase(
+    trainer: Trainer, phase: Phase, img: Tensor, c: Tensor, calls: int
+) -> tuple[dict[str, float | int], str]:
+    """Profile some calls of a phase."""
+    on_gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(calls):
+            trainer.run_phase(phase, img, c)
+        synchronize(trainer.device)
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
+    kernels = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    if not kernels:
+        return {"calls": calls}, table
+    busy = sum(time.elapsed_us() for time in kernels) / 1e3
+    span = (max(time.end for time in kernels) - min(time.start for time in kernels)) / 1e3
+    figures = {"kernels": len(kernels) // calls, "busy_ms": round(busy / calls, 2), "span_ms": round(span / calls, 2)}
+    return {"calls": calls, **figures}, table
+
+
+if __name__ == "__main__":
+    main()
