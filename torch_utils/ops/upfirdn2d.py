@@ -243,7 +243,9 @@ def _resample(
         x0, x1 = x0 - (columns - 1), x1 - (columns - 1) + up[0] - 1
         y0, y1 = y0 - (rows - 1), y1 - (rows - 1) + up[1] - 1
         x = _pad(x, (x0, x1, y0, y1))[:, :, :: down[1], :: down[0]]
-    return x.reshape(B, C, *x.shape[2:]).contiguous(memory_format=memory_format)
+    x = x.reshape(B, C, *x.shape[2:])
+    # Torch 2.11 compiles a function that ends in a call which returns its argument to one without a gradient.
+    return x if x.is_contiguous(memory_format=memory_format) else x.contiguous(memory_format=memory_format)
 
 
 def _pad(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
