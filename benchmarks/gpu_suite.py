@@ -1,18 +1,19 @@
-"""All measurements that need a GPU, in one command of less than ten minutes.
+"""All measurements that need a GPU, the most valuable first, within a few minutes.
 
-    python benchmarks/gpu_suite.py --data=cifar10-images.zip --outdir=out/gpu_suite
+    python benchmarks/gpu_suite.py --data=cifar10-images.zip --detector=features.pt2 --outdir=out/gpu_suite
 
-Builds the kernels, runs the tests marked `gpu`, the benchmarks, and a short training with the README's options;
-measures its snapshots. A part that fails or runs out of time is recorded and does not stop the others: the time is too
-short for all benchmarks, and the summary has the --only that runs those that were left. Writes results.json, summary.md
-(tables for docs/benchmarks.md) and log.txt (all output), and from the training grid.png, stats.jsonl and the metric's
-lines. With --device=cpu --quick it shows in a minute that everything works; those figures mean nothing. With --preset
-it trains that preset instead and measures nothing else: this is how families are compared.
+Builds the kernels, runs the tests marked `gpu`, times and profiles the training step of cifar-large and of the README's
+example, compares alternatives, and trains on the data. Every stage is a process of its own with a time limit; its
+results are saved when it ends, and one that fails does not stop the others. What the time was too short for is named at
+the end, with the command that runs it.
+
+--outdir holds summary.md (tables for docs/benchmarks.md), results.json, log.txt (all output) and profile.txt, and from
+the training grid.png, stats.jsonl and the metric's lines. `--device=cpu --quick` tries all of it in two minutes without
+a GPU; those figures mean nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -24,10 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,215 +37,161 @@ import click
 import torch
 from common import ROOT
 
-from dnnlib.config import ConfigError
+from dnnlib.cli import NameList, Script, option
+from dnnlib.config import ConfigError, UserError
 from dnnlib.util import read_json_lines, source_commit
 from training.config import PRESETS
-from training.dataset import DatasetConfig, ImageDataset
 
-README_MODEL = ["--g_dict=256,64,16", "--num_layers=1,2,2"]
-QUICK_MODEL = ["--g_dict=32,16,16", "--num_layers=1,1,1"]
-TRAINING_MODE = "bf16"  # what train.py does unasked
-NUM_SNAPSHOTS = 8
-SHORTEST = 5.0  # seconds; with less left, nothing is started any more
-EVALUATIONS = 1.5  # a training with its start and its evaluations, in units of its steps alone
-FOR_SNAPSHOTS = 40.0  # seconds for the Frechet distances
-NOT_STARTED = "not started: no time left"
+GRACE = 10.0  # seconds that a stage has after its limit to end by itself
+SHORTEST = 8.0  # seconds; with less left, no stage is started
+METRIC = "swd1k"  # of the training
+NOT_STARTED = "not started"
+
+README_MODEL = ["--preset=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
+README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much of everything, and the seconds that each command may take."""
+class Stage:
+    """A command of Python and the seconds that it may take, after which it gets `stop` and little later is killed.
 
-    preset: str
-    model: list[str]
-    batch: int
-    benchmarks: dict[str, list[str]]  # by name, none part of another; the first has the step of the short training
-    any_side: bool = False  # these are training steps of a preset, to be measured on images as large as the data's
-    metric: str
-    num_images: int | None  # of the training set; None takes all
-    distance: str  # what calc_metrics.py computes of the snapshots
-    build_limit: float = 200
-    tests_limit: float = 200
-    benchmark_limit: float = 60
-    benchmark_limits: dict[str, float] = field(default_factory=dict)  # by name, where it is another
-    data_limit: float = 60
+    `needs` are stages that must have run before, `expected` the exit codes of success.
+    """
+
+    command: list[str]
+    limit: float
+    needs: tuple[str, ...] = ()
+    stop: signal.Signals = signal.SIGTERM
+    expected: tuple[int, ...] = (0,)
 
 
-def step(preset: str, batch: int, modes: str, *options: str) -> list[str]:
-    return ["train_step.py", f"--preset={preset}", f"--batch={batch}", f"--modes={modes}", *options]
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user chose, and where stages leave files for each other."""
 
-
-LONG = ["--steps=20", "--warmup=3"]
-FULL = Sizes(
-    preset="cifar",
-    model=README_MODEL,
-    batch=64,
-    benchmarks={
-        # First something for each table.
-        "training-step-64": step("cifar", 64, "plain,bf16,bf16+graphs", *README_MODEL, "--steps=10", "--warmup=3"),
-        "networks": ["networks.py", "--batch=64", "--seconds=0.5"],
-        "generation": ["generation.py", "--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
-        "token-attention": ["attention.py", "--tokens=1024,4096,16384", "--repeats=3", "--batch=4"],
-        "grid-attention": ["grid_attention.py", "--resolutions=32,64,128", "--repeats=3", "--batch=4"],
-        "operators-contiguous": [
-            "operators.py",
-            "--repeats=20",
-            "--dtype=float32,bfloat16",
-            "--impl=cuda,reference",
-        ],
-        "training-step-cifar-large-64": step("cifar-large", 64, "plain,bf16,bf16+graphs", *LONG),
-        "training-step-stylegan2": step("cifar-stylegan2", 64, "plain,bf16+graphs", "--resolution=32", *LONG),
-        "training-step-transgan": step("transgan-cifar", 64, "plain,bf16+graphs", *LONG),
-        "training-step-styleformer-c": step("styleformer-c256", 16, "plain,bf16+graphs", "--resolution=256", *LONG),
-        "training-step-32": step("cifar", 32, "plain,bf16,bf16+graphs", *README_MODEL, *LONG),
-        "training-step-cifar-large-32": step("cifar-large", 32, "plain,bf16+graphs", *LONG),
-        "operators-channels-last": [
-            "operators.py",
-            "--repeats=20",
-            "--dtype=bfloat16",
-            "--impl=cuda,reference",
-            "--channels-last",
-        ],
-        "training-step-options": step("cifar", 64, "fp32,tf32,fp16+graphs,bf16+nchw", *README_MODEL, *LONG),
-        "training-step-compiled": step("cifar", 64, "bf16+compile+graphs", *README_MODEL, *LONG),
-        "operators-compiled": ["operators.py", "--repeats=20", "--dtype=bfloat16", "--impl=compiled"],
-    },
-    benchmark_limits={"training-step-64": 120, "training-step-compiled": 150, "operators-compiled": 150},
-    metric="swd1k",
-    num_images=None,
-    distance="fid10k_full",
-)
-QUICK = Sizes(
-    preset="tiny",
-    model=QUICK_MODEL,
-    batch=4,
-    benchmarks={
-        "training-step": step("tiny", 4, "bf16", *QUICK_MODEL, "--steps=1", "--warmup=1"),
-        "networks": ["networks.py", "--batch=1", "--seconds=0.01"],
-        "generation": ["generation.py", "--batch=1,2", "--seconds=0.01"],
-        "operators": ["operators.py", "--repeats=1", "--only=RGB pyramid up, 16 px"],
-        "token-attention": ["attention.py", "--tokens=64", "--repeats=1", "--forms=fused"],
-        "grid-attention": ["grid_attention.py", "--resolutions=16", "--repeats=1", "--forms=grid"],
-    },
-    benchmark_limits={"networks": 240},
-    metric="swd32",
-    num_images=256,
-    distance="fid64_full",
-)
-
-
-def only_training(sizes: Sizes, preset: str) -> Sizes:
-    """The sizes for training a preset: its step, which says how far the time goes, is all that is measured before."""
-    name, steps = f"training-step-{preset}", step(preset, sizes.batch, TRAINING_MODE, "--steps=10", "--warmup=3")
-    limits = {name: 120.0}  # it may have much to count
-    return replace(sizes, preset=preset, model=[], benchmarks={name: steps}, benchmark_limits=limits, any_side=True)
-
-
-def only_benchmarks(sizes: Sizes, texts: Sequence[str]) -> Sizes:
-    """The sizes with the benchmarks whose names contain one of `texts`, and no others."""
-    chosen = {name: run for name, run in sizes.benchmarks.items() if any(text in name for text in texts)}
-    if not chosen:
-        names = "; ".join(sizes.benchmarks)
-        raise click.UsageError(f"--only={','.join(texts)}: no benchmark has that in its name: {names}")
-    return replace(sizes, benchmarks=chosen)
-
-
-@dataclass(kw_only=True)
-class Suite:
-    """What the parts share: settings, the clock, the log, and the results so far."""
-
-    sizes: Sizes
-    parts: Sequence[str]
     device: str
+    quick: bool
     data: Path | None
     detector: Path | None
+    preset: str | None
     train_seconds: float
-    deadline: float
     outdir: Path
     workdir: Path
-    results: dict[str, Any] = field(default_factory=dict)
-
-    def left(self) -> float:
-        """Return how many seconds are left."""
-        return self.deadline - time.monotonic()
-
-    def run(self, command: Sequence[str], limit: float) -> dict[str, Any]:
-        """Run a Python script in the project's folder and log its output. Return seconds, exit code, output lines.
-
-        After `limit` seconds it is killed with all processes that it started; its exit code is then None.
-        """
-        limit = min(limit, self.left())
-        shown = shlex.join(["python", *command])
-        if limit < SHORTEST:
-            return {"command": shown, "seconds": 0.0, "code": None, "lines": [], "problem": NOT_STARTED}
-        began = time.monotonic()
-        output, errors = self.workdir / "stdout", self.workdir / "stderr"
-        with output.open("w") as stdout, errors.open("w") as stderr:
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True, **streams)
-            code = wait_or_kill(process, limit)
-        finished: dict[str, Any] = {
-            "command": shown,
-            "seconds": round(time.monotonic() - began, 1),
-            "code": code,
-            "lines": output.read_text(errors="replace").splitlines(),
-        }
-        if code != 0:
-            end = errors.read_text(errors="replace").splitlines()[-5:]
-            finished["problem"] = "\n".join([f"stopped after {limit:.0f} s" if code is None else f"exit {code}", *end])
-        with (self.outdir / "log.txt").open("a") as log:
-            log.write(f"\n$ {shown}\n{output.read_text(errors='replace')}{errors.read_text(errors='replace')}")
-            log.write(f"[exit {code} after {finished['seconds']} s]\n")
-        return finished
-
-    def save(self) -> None:
-        """Write what is known so far."""
-        (self.outdir / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-        (self.outdir / "summary.md").write_text(summary(self.results))
 
 
-def wait_or_kill(process: subprocess.Popen[bytes], limit: float) -> int | None:
-    """Return the exit code, or None when the process and its children had to be killed."""
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def build_stages(options: Options) -> dict[str, Stage]:
+    """Return the stages in their order: what brings most for its time comes first."""
+    stages = {
+        "machine": Stage(command=benchmark("micro", options, "--parts=machine", *quick(options)), limit=40),
+        "build": Stage(command=["-m", "torch_utils.custom_ops"], limit=90),
+        "kernels": run_tests(options, 70, "test_kernels", "test_ops", "test_grid_sample", "test_devices"),
+        "large": step(options, 70, "large", "bf16"),
+        "large-graphs": step(options, 70, "large", "bf16+graphs"),
+        "profile": profile_step(options, "bf16"),
+        "profile-graphs": profile_step(options, "bf16+graphs"),
+        "micro": Stage(
+            command=benchmark("micro", options, "--parts=attention,warp,convolution", *quick(options)), limit=60
+        ),
+        "readme": step(options, 70, "readme-32", "bf16,bf16+graphs"),
+        "large-compiled": step(options, 120, "large", "bf16+compile+graphs"),
+        "equality": run_tests(options, 80, "test_training", "test_equality"),
+        "large-baselines": step(options, 70, "large", "fp32+nchw+loader,plain"),
+        "data": Stage(command=make_data(options), limit=40),
+        "train": train(options),
+        "tests": run_tests(options, 120),
+        "distance": measure_snapshots(options, "last.pkl"),
+        # From here on for a second run.
+        "distances": measure_snapshots(options, "run"),
+        "readme-64": step(options, 90, "readme-64", "fp32,tf32,fp16+graphs,bf16,bf16+graphs,bf16+compile+graphs"),
+        "stylegan2": step(options, 60, "stylegan2", "bf16,bf16+graphs"),
+        "transgan": step(options, 90, "transgan", "bf16,bf16+graphs"),
+        "styleformer-c": step(options, 60, "styleformer-c", "bf16,bf16+graphs"),
+        "networks": Stage(command=benchmark("networks", options, *NETWORKS[options.quick]), limit=90),
+        "generation": Stage(command=benchmark("generation", options, *GENERATION[options.quick]), limit=60),
+        "attention": Stage(command=benchmark("attention", options, *ATTENTION[options.quick]), limit=60),
+        "grid-attention": Stage(command=benchmark("grid_attention", options, *GRID_ATTENTION[options.quick]), limit=60),
+        "operators": Stage(command=benchmark("operators", options, *OPERATORS[options.quick]), limit=90),
+    }
+    left_out = [] if options.device != "cpu" else ["build", "profile-graphs", "large-graphs", "large-compiled"]
+    left_out += [] if options.detector else ["distance", "distances"]
+    commands = [stage.command for stage in stages.values()]
+    left_out += [name for i, name in enumerate(stages) if commands[i] in commands[:i]]  # all of one tiny model
+    return {name: stage for name, stage in stages.items() if name not in left_out}
 
 
-def build(suite: Suite) -> dict[str, Any]:
-    """Build the kernels, which a test that is stopped at its limit would take along."""
-    return suite.run(["-m", "torch_utils.custom_ops"], suite.sizes.build_limit)
+# Options of the scripts beside this one, in earnest and with --quick.
+NETWORKS = (["--batch=64", "--seconds=0.5"], ["--batch=1", "--seconds=0.01", "--only=layers 1,2,2"])
+GENERATION = (
+    ["--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
+    ["--seconds=0.01", "--batch=1,2"],
+)
+ATTENTION = (["--tokens=1024,4096,16384", "--repeats=3", "--batch=4"], ["--tokens=64", "--repeats=1", "--forms=fused"])
+GRID_ATTENTION = (
+    ["--resolutions=32,64,128", "--repeats=3", "--batch=4"],
+    ["--resolutions=16", "--repeats=1", "--forms=grid"],
+)
+OPERATORS = (
+    ["--repeats=20", "--dtype=float32,bfloat16", "--impl=cuda,reference,compiled"],
+    ["--repeats=1", "--only=RGB pyramid up, 16 px"],
+)
+STEPS = {
+    "large": ["--preset=cifar-large", "--batch=64"],
+    "readme-32": [*README_MODEL, "--batch=32"],
+    "readme-64": [*README_MODEL, "--batch=64"],
+    "stylegan2": ["--preset=cifar-stylegan2", "--resolution=32", "--batch=64"],
+    "transgan": ["--preset=transgan-cifar", "--batch=64"],
+    "styleformer-c": ["--preset=styleformer-c256", "--resolution=256", "--batch=16"],
+}
+TINY = ["--preset=tiny", "--batch=4"]
 
 
-def run_tests(suite: Suite) -> dict[str, Any]:
-    """Run the tests that need a GPU and count outcomes, also of those that came before the limit."""
-    command = ["-m", "pytest", "-m", "gpu and not slow", "-v", "-rfE", "-o", "console_output_style=classic"]
-    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    finished = suite.run(command, suite.sizes.tests_limit)
-    lines = finished.pop("lines")
-    outcomes = [match for line in lines if (match := OUTCOME.fullmatch(line))]
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]  # the summary at the end
-    failures = failures or [match[0] for match in outcomes if match["outcome"] in ("FAILED", "ERROR")]
-    return {**finished, "counts": Counter(match["outcome"].lower() for match in outcomes), "failures": failures[:20]}
+def quick(options: Options) -> list[str]:
+    return ["--quick"] if options.quick else []
 
 
-OUTCOME = re.compile(r"\S+::.* (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)( \(.*)?")  # with the reason for skipping
+def benchmark(script: str, options: Options, *arguments: str) -> list[str]:
+    return [f"benchmarks/{script}.py", f"--device={options.device}", *arguments]
 
 
-def make_data(suite: Suite) -> dict[str, Any]:
+def step(options: Options, limit: float, model: str, modes: str) -> Stage:
+    """Time a training step. On a CPU there are no graphs, and compiling takes too long to try."""
+    if options.device == "cpu":
+        words = [[word for word in mode.split("+") if word not in ("graphs", "compile")] for mode in modes.split(",")]
+        modes = ",".join(dict.fromkeys("+".join(mode) for mode in words))
+    if options.quick:
+        modes = modes.split(",")[-1]
+        return Stage(command=benchmark("train_step", options, *TINY, f"--modes={modes}", *SHORT), limit=limit)
+    return Stage(command=benchmark("train_step", options, *STEPS[model], f"--modes={modes}", *LONG), limit=limit)
+
+
+SHORT, LONG = ["--steps=1", "--warmup=1"], ["--steps=10", "--warmup=4"]
+
+
+def profile_step(options: Options, mode: str) -> Stage:
+    model = [*TINY, "--calls=1"] if options.quick else STEPS["large"]
+    mode = mode.replace("bf16", "fp32") if options.device == "cpu" else mode  # which few CPUs are fast in
+    tables = f"--tables={options.outdir / 'profile.txt'}"
+    return Stage(command=benchmark("profile_step", options, *model, f"--modes={mode}", tables), limit=60)
+
+
+def run_tests(options: Options, limit: float, *modules: str) -> Stage:
+    """Run tests that need a GPU: of these modules, or all that no other stage runs."""
+    processes = f"--numprocesses={2 if options.quick else 4}"
+    command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
+    files = [f"tests/{module}.py" for module in modules]
+    if not modules:
+        others = ("test_kernels", "test_ops", "test_grid_sample", "test_devices", "test_training", "test_equality")
+        files = [f"--ignore=tests/{module}.py" for module in others]
+    # pytest answers SIGINT by a summary. Exit code 5: there were none.
+    return Stage(command=[*command, *files, "--continue-on-collection-errors"], limit=limit, stop=signal.SIGINT)
+
+
+def make_data(options: Options) -> list[str]:
     """Build the training set: of --data, else of drawn scenes that the preset can be trained on."""
-    dataset, count = suite.workdir / "data.zip", suite.sizes.num_images
-    source = [f"--source={suite.data}"] if suite.data else scenes(suite.sizes.preset)
-    source += [f"--max-images={count}"] if count else []
-    built = suite.run(["dataset_tool.py", *source, f"--dest={dataset}"], suite.sizes.data_limit)
-    return (
-        built if "problem" in built else {**built, "side": ImageDataset(DatasetConfig(path=str(dataset))).img_shape[1]}
-    )
+    source = [f"--source={options.data}"] if options.data else scenes(options.preset or "cifar")
+    if options.quick:
+        source += ["--max-images=256"]
+    return ["dataset_tool.py", *source, f"--dest={options.workdir / 'data.zip'}"]
 
 
 def scenes(preset: str) -> list[str]:
@@ -256,163 +203,208 @@ def scenes(preset: str) -> list[str]:
     return ["--source=shapes", f"--height={height}", f"--width={width}"]
 
 
-def run_benchmarks(suite: Suite) -> dict[str, Any]:
-    """Run the scripts beside this one; each result is the list of its lines of JSON."""
-    runs: dict[str, Any] = {}
-    suite.results["benchmarks"] = {"runs": runs}
-    side = suite.results.get("data", {}).get("side")
-    more = [f"--resolution={side}"] if suite.sizes.any_side and side else []
-    for name, (script, *options) in suite.sizes.benchmarks.items():
-        command = [f"benchmarks/{script}", *options, *more, f"--device={suite.device}"]
-        finished = suite.run(command, benchmark_limit(suite, name))
-        rows = json_rows(finished.pop("lines"))
-        runs[name] = {**finished, "rows": rows}
-        suite.save()
-    return {"runs": runs}
+def train(options: Options) -> Stage:
+    """Train until a signal asks for the end, which train.py answers by saving and exit code 3."""
+    model = [f"--cfg={options.preset}"] if options.preset else README_TRAINING
+    length = ["--batch=64", "--tick=10", "--snap=1", f"--metrics={METRIC}"]
+    if options.quick:
+        model, length = ["--cfg=tiny"], ["--batch=8", "--tick=0.032", "--snap=1", "--metrics=swd32", "--kimg=0.064"]
+    folders = [f"--outdir={options.workdir / 'runs'}", f"--data={options.workdir / 'data.zip'}"]
+    command = ["train.py", *folders, *model, *length, f"--device={options.device}"]
+    return Stage(command=command, limit=options.train_seconds, needs=("data",), expected=(0, 3))
 
 
-def benchmark_limit(suite: Suite, name: str) -> float:
-    """Return the seconds for a benchmark: what is left, if nothing follows. All but the first spare the training."""
-    if "training" not in suite.parts:
-        return suite.left()
-    limit = suite.sizes.benchmark_limits.get(name, suite.sizes.benchmark_limit)
-    is_first = name == next(iter(suite.sizes.benchmarks))
-    return limit if is_first else min(limit, suite.left() - suite.train_seconds * EVALUATIONS - FOR_SNAPSHOTS)
+def measure_snapshots(options: Options, which: str) -> Stage:
+    """Compute Frechet distances of the detector's features between the data set and one snapshot, or all of a run."""
+    metric = "fid64_full" if options.quick else "fid10k_full"
+    command = ["calc_metrics.py", f"--network={options.workdir / which}", f"--metrics={metric}"]
+    command += [f"--detector={options.detector}", f"--device={options.device}", "--no-cache", "--detector-batch=256"]
+    return Stage(command=command, limit=90, needs=("train",))
 
 
-def json_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the objects in lines of JSON, of which the last may be cut off and others are no JSON."""
-    rows = []
+@dataclass(kw_only=True)
+class Suite:
+    """Runs stages until the time is over and keeps what they found."""
+
+    stages: dict[str, Stage]
+    options: Options
+    deadline: float
+    again: Callable[[Sequence[str]], str]  # the command for stages that were not started
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run the stages in their order."""
+        outcomes = self.results["stages"] = {name: {"outcome": NOT_STARTED} for name in self.stages}
+        self.save()
+        for name, stage in self.stages.items():
+            left = self.deadline - time.monotonic()
+            missing = [need for need in stage.needs if need in outcomes and "problem" in outcomes[need]]
+            if left < SHORTEST + GRACE:
+                continue
+            if missing:
+                outcomes[name] = {"outcome": "left out", "problem": f"needs {missing[0]}"}
+            else:
+                outcomes[name] = self.run_stage(stage, min(stage.limit, left - GRACE))
+            self.save()
+            self.report(name)
+
+    def run_stage(self, stage: Stage, limit: float) -> dict[str, Any]:
+        """Run one command, log its output, and return what is to be known of it."""
+        shown = shlex.join(["python", *stage.command])
+        output, errors = self.options.workdir / "stdout", self.options.workdir / "stderr"
+        began = time.monotonic()
+        with output.open("w") as stdout, errors.open("w") as stderr:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+            process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, start_new_session=True, **streams)
+            is_late = not ends_within(process, limit, stage.stop)
+        text, complaints = output.read_text(errors="replace"), errors.read_text(errors="replace")
+        seconds, code = round(time.monotonic() - began, 1), process.returncode
+        with (self.options.outdir / "log.txt").open("a") as log:
+            log.write(f"\n$ {shown}\n{text}{complaints}[exit {code} after {seconds} s]\n")
+        outcome = "stopped at its limit" if is_late else f"exit {code}"
+        found = {"command": shown, "seconds": seconds, "outcome": outcome, **read_output(text)}
+        if code not in stage.expected:
+            found["problem"] = "\n".join([outcome, *complaints.strip().splitlines()[-5:]])
+        if stage.command[0] == "train.py":
+            found |= self.keep_run()
+        return found
+
+    def keep_run(self) -> dict[str, Any]:
+        """Copy the newest image grid and the logs of a training, name what later stages need, and return its curve."""
+        run_dir = next(self.options.workdir.glob("runs/[0-9]*"), None)
+        if run_dir is None:
+            return {}
+        (self.options.workdir / "run").symlink_to(run_dir)
+        for path in sorted(run_dir.glob("network-snapshot-*.pkl"))[-1:]:
+            (self.options.workdir / "last.pkl").symlink_to(path)
+        logs = [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]
+        for path in logs:
+            if path.exists():
+                shutil.copy(path, self.options.outdir)
+        grids = sorted(run_dir.glob("fakes*.png"), key=lambda path: path.stat().st_mtime)
+        if grids:
+            shutil.copy(grids[-1], self.options.outdir / "grid.png")
+        return {"curve": [*training_curve(run_dir)]}
+
+    def save(self) -> None:
+        """Write what is known so far."""
+        (self.options.outdir / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        (self.options.outdir / "summary.md").write_text(summary(self.results, self.again))
+
+    def report(self, name: str) -> None:
+        """Print how a stage went."""
+        found = self.results["stages"][name]
+        left = self.deadline - time.monotonic()
+        click.echo(f"== {name}: {found['outcome']} after {found.get('seconds', 0):.0f} s, {left:.0f} s left")
+        lines = [cell({key: row[key] for key in columns_of(row) if key in row}) for row in found.get("rows", [])]
+        lines += [cell(found[key]) for key in ("tests", "failed", "kernels") if key in found]
+        for line in lines + found.get("problem", "").splitlines()[1:]:
+            click.echo(f"   {line[:250]}")
+
+
+def ends_within(process: subprocess.Popen[bytes], limit: float, stop: signal.Signals) -> bool:
+    """Wait for a process; after `limit` seconds ask it to end, then kill it with all that it has started."""
+    try:
+        process.wait(limit)
+        return True
+    except subprocess.TimeoutExpired:
+        process.send_signal(stop)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE - 2)
+        return False
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+OUTCOME = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] )(?P<outcome>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S+::.*?) *")
+
+
+def read_output(text: str) -> dict[str, Any]:
+    """Return what a stage printed for others: lines of JSON, outcomes of tests, or the last word of a build."""
+    found: dict[str, Any] = {}
+    lines = text.splitlines()
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows += [json.loads(line)] if line.startswith("{") else []
-    return rows
+        with suppress(json.JSONDecodeError):  # the last line may be cut off
+            if line.startswith("{"):
+                found.setdefault("rows", []).append(json.loads(line))
+    tests = [match for line in lines if (match := OUTCOME.fullmatch(line))]
+    if tests:
+        found["tests"] = Counter(match["outcome"].lower() for match in tests)
+        found["failed"] = [match["test"] for match in tests if match["outcome"] in ("FAILED", "ERROR")]
+        found["failed"] += [line for line in lines if line.startswith("ERROR ")]  # modules that cannot be imported
+    if lines and lines[-1].startswith("result:"):
+        found["kernels"] = lines[-1].partition(":")[2].strip()
+    return found
 
 
-def train(suite: Suite) -> dict[str, Any]:
-    """Train for about `train_seconds`, with as many images as the measured speed allows."""
-    sizes = suite.sizes
-    dataset, runs = suite.workdir / "data.zip", suite.workdir / "runs"
-    if not dataset.exists():
-        return {"problem": "there is no data set"}
-    first, *_ = suite.results["benchmarks"]["runs"].values()
-    if not first["rows"]:
-        return {"problem": "the length cannot be chosen: the first training step was not measured"}
-    speed = next((row for row in first["rows"] if row["mode"] == TRAINING_MODE), first["rows"][0])["sec_per_kimg"]
-    available = suite.left() - (FOR_SNAPSHOTS if suite.detector else 0)
-    kimg = min(suite.train_seconds, available / EVALUATIONS) / speed
-    length = [f"--kimg={kimg:.3f}", f"--tick={kimg / NUM_SNAPSHOTS:.3f}", "--snap=1", f"--metrics={sizes.metric}"]
-    options = [f"--cfg={sizes.preset}", *sizes.model, f"--batch={sizes.batch}", f"--device={suite.device}"]
-    finished = suite.run(["train.py", f"--outdir={runs}", f"--data={dataset}", *options, *length], available)
-    finished.pop("lines")
-    run_dir = next(runs.glob("[0-9]*"), None)
-    if run_dir is None:
-        return finished
-    keep(run_dir, suite.outdir)
-    return {**finished, "sec_per_kimg": speed, "curve": curve(run_dir, sizes.metric)}
-
-
-def keep(run_dir: Path, outdir: Path) -> None:
-    """Copy the newest picture and the logs of figures."""
-    for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
-        if path.exists():
-            shutil.copy(path, outdir)
-    pictures = sorted(run_dir.glob("fakes*.png"), key=lambda path: path.stat().st_mtime)
-    if pictures:
-        shutil.copy(pictures[-1], outdir / "grid.png")
-
-
-def curve(run_dir: Path, metric: str) -> list[dict[str, float]]:
-    """Return kimg, seconds since the start of training (evaluations included) and the metric, at every snapshot."""
-    measured = read_json_lines(run_dir / f"metric-{metric}.jsonl")
+def training_curve(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield kimg, seconds since the start of training (evaluations included) and the metric, at every snapshot."""
     seconds = {line["Progress/kimg"]: line["Timing/total_sec"] for line in read_json_lines(run_dir / "stats.jsonl")}
-    return [
-        {"kimg": line["kimg"], "seconds": round(seconds[line["kimg"]], 1), metric: round(line["results"][metric], 3)}
-        for line in measured
-    ]
+    for path in run_dir.glob("metric-*.jsonl"):
+        for line in read_json_lines(path):
+            yield {"kimg": line["kimg"], "seconds": round(seconds.get(line["kimg"], 0), 1), **rounded(line["results"])}
 
 
-def measure_snapshots(suite: Suite) -> dict[str, Any]:
-    """Add the Frechet distance to the curve: of features of the detector, between data set and fakes.
-
-    That of the last snapshot comes first, should there be no time for the others.
-    """
-    if suite.detector is None:
-        return {"problem": "not computed: no --detector"}
-    snapshots = sorted(suite.workdir.glob("runs/*/network-snapshot-*.pkl"))
-    if not snapshots:
-        return {"problem": "not computed: the training wrote no snapshot"}
-    options = [f"--metrics={suite.sizes.distance}", f"--detector={suite.detector}", f"--device={suite.device}"]
-    options += ["--no-cache", "--batch=256", "--detector-batch=256"]
-    seconds = {row["kimg"]: row["seconds"] for row in suite.results["training"].get("curve", [])}
-    points: dict[float, dict[str, Any]] = {}
-    for network in [snapshots[-1], snapshots[-1].parent][: len(snapshots)]:
-        finished = suite.run(["calc_metrics.py", f"--network={network}", *options], suite.left())
-        for record in json_rows(finished.pop("lines")):
-            kimg = record["kimg"]
-            values = {name: round(value, 3) for name, value in record["results"].items()}
-            points[kimg] = {"kimg": kimg, "seconds": seconds.get(kimg), **values}
-        if "problem" in finished:
-            break
-    return {**finished, "detector": suite.detector.name, "curve": [points[kimg] for kimg in sorted(points)]}
+def rounded(results: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in results.items()}
 
 
+# The columns of the tables in summary.md, by the benchmark that printed the rows.
 COLUMNS = {
-    "train_step": [
-        "preset",
-        "widths",
-        "layers",
-        "batch",
-        "mode",
-        "img_per_s",
-        "speedup",
-        "model_flop_utilisation",
-        "ms",
-        "peak_mib",
-    ],
+    "train_step": ["preset", "widths", "batch", "mode", "img_per_s", "step_ms", "ms", "model_flop_utilisation",
+                   "graphs", "peak_mib"],
+    "profile": ["mode", "phase", "kernels", "busy_ms", "span_ms"],
     "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s", "peak_mib"],
     "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
     "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
     "grid_attention": ["form", "derivatives", "resolution", "ms", "peak_mib", "problem"],
     "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
-}
+}  # fmt: skip
+
+# The columns that rows of all benchmarks have.
+SHARED = {"benchmark", "part", "device", "torch", "threads", "cores", "load_at_start", "command"}
 
 
-def summary(results: dict[str, Any]) -> str:
-    """Return the figures as Markdown tables."""
-    machine = results["machine"]
-    lines = [
-        f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
-    ]
-    if reported := results.get("build", {}).get("lines"):
-        lines += ["", f"Kernels: {reported[-1].partition(':')[2].strip()}."]
-    if tests := results.get("tests"):
-        lines += ["", f"Tests marked `gpu`: {cell(tests.get('counts', {}))}; exit code {tests.get('code')}.", ""]
-        lines += [f"- {failure}" for failure in tests.get("failures", [])]
-    runs = results.get("benchmarks", {}).get("runs", {})
-    rows = [row for run in runs.values() for row in run["rows"]]
-    for benchmark, keys in COLUMNS.items():
-        lines += table(rows, benchmark, keys)
-    for name in ("training", "snapshots"):
-        points = results.get(name, {}).get("curve", [])
-        lines += table([{"benchmark": name, **point} for point in points], name, list(points[0]) if points else [])
-    problems = {name: part["problem"] for name, part in {**results, **runs}.items() if "problem" in part}
-    late = [name for name, problem in problems.items() if problem == NOT_STARTED]
-    lines += [f"\nProblem in {name}:\n\n    {indent(problems[name])}" for name in problems if name not in late]
-    if parts := [name for name in late if name in results]:
-        lines += ["", f"Parts not started: {', '.join(parts)}."]
-    if benchmarks := [name for name in late if name in runs]:
-        lines += ["", f"Benchmarks not started: `--only={','.join(benchmarks)}`"]
+def summary(results: dict[str, Any], again: Callable[[Sequence[str]], str]) -> str:
+    """Return the results as Markdown tables."""
+    machine, stages = results["machine"], results["stages"]
+    place = f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
+    lines = [place, "", "| stage | outcome | seconds | tests |", "| --- | --- | --- | --- |"]
+    for name, found in stages.items():
+        lines.append(f"| {name} | {found['outcome']} | {found.get('seconds', '')} | {cell(found.get('tests', ''))} |")
+    lines += [f"\nKernels: {found['kernels']}." for found in stages.values() if "kernels" in found]
+    failed = [test for found in stages.values() for test in found.get("failed", [])]
+    lines += ["", *(f"- {test}" for test in failed[:40])] if failed else []
+    rows = [row for found in stages.values() for row in found.get("rows", [])]
+    for name in COLUMNS:
+        lines += table(name, [row for row in rows if row.get("benchmark") == name])
+    micro = [row for row in rows if row.get("benchmark") == "micro"]
+    for part in dict.fromkeys(row["part"] for row in micro):
+        lines += table(f"micro: {part}", [row for row in micro if row["part"] == part])
+    lines += table("training", stages.get("train", {}).get("curve", []))
+    snapshots = [{"kimg": row["kimg"], **rounded(row["results"])} for row in rows if "results" in row]
+    lines += table("snapshots", snapshots)
+    problems = {name: found["problem"] for name, found in stages.items() if "problem" in found}
+    lines += [f"\nProblem in {name}:\n\n    {indent(problem)}" for name, problem in problems.items()]
+    late = [name for name, found in stages.items() if found["outcome"] == NOT_STARTED]
+    lines += ["", "Not started; this runs it:", "", f"    {again(late)}"] if late else []
     return "\n".join(lines) + "\n"
 
 
-def table(rows: Sequence[dict[str, Any]], benchmark: str, keys: Sequence[str]) -> list[str]:
-    """Return the chosen columns of a benchmark's rows as a Markdown table, or nothing."""
-    chosen = [row for row in rows if row["benchmark"] == benchmark]
-    if not chosen:
+def table(title: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return rows as a Markdown table, or nothing without rows."""
+    if not rows:
         return []
-    body = ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in chosen]
-    return ["", f"### {benchmark}", "", f"| {' | '.join(keys)} |", "|" + " --- |" * len(keys), *body]
+    columns = list(dict.fromkeys(key for row in rows for key in columns_of(row)))
+    body = ["| " + " | ".join(cell(row.get(key, "")) for key in columns) + " |" for row in rows]
+    return ["", f"### {title}", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *body]
+
+
+def columns_of(row: dict[str, Any]) -> list[str]:
+    """Return the keys of a row that are worth a column."""
+    return COLUMNS.get(row.get("benchmark", ""), [key for key in row if key not in SHARED])
 
 
 def cell(value: Any) -> str:
@@ -441,73 +433,66 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
-    "build": build,
-    "tests": run_tests,
-    "data": make_data,
-    "benchmarks": run_benchmarks,
-    "training": train,
-    "snapshots": measure_snapshots,
-}
+def choose(stages: dict[str, Stage], only: Sequence[str] | None, skip: Sequence[str]) -> dict[str, Stage]:
+    """Return the stages with these names and what they need; the build always. Raises UserError for unknown names."""
+    for flag, names in (("--only", only or ()), ("--skip", skip)):
+        for name in names:
+            if name not in stages:
+                raise UserError(f"{flag}={name}: no such stage; there are {', '.join(stages)}")
+    wanted = {*stages} if only is None else {*only, "build"}
+    while missing := {need for name in wanted & stages.keys() for need in stages[name].needs} - wanted:
+        wanted |= missing
+    return {name: stage for name, stage in stages.items() if name in wanted and name not in skip}
+
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
 
 
-@click.command(help=__doc__)
-@click.option("--data", type=EXISTING_FILE, help="Training images, as dataset_tool.py reads them. [drawn scenes]")
-@click.option("--detector", type=EXISTING_FILE, help="Feature network for Frechet distances: .pt2 or TorchScript.")
-@click.option("--outdir", type=click.Path(path_type=Path), default=Path("out/gpu_suite"), show_default=True)
-@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
-@click.option("--minutes", type=float, default=9.0, show_default=True, help="Everything stops before this is over.")
-@click.option("--train-seconds", type=float, default=100.0, show_default=True, help="Length of the training.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Train this one, and do nothing else.")
-@click.option("--only", metavar="TEXT,...", help="Run the benchmarks with one of these in their names, nothing else.")
-@click.option("--commit", help="What is measured. [what git says]")
+@click.command(cls=Script, help=__doc__)
+@option("--data", type=EXISTING_FILE, help="Training images, as dataset_tool.py reads them. [drawn scenes]")
+@option("--detector", type=EXISTING_FILE, help="Feature network for Frechet distances: .pt2 or TorchScript.")
+@option("--outdir", type=click.Path(path_type=Path, resolve_path=True), default=Path("out/gpu_suite"),
+        show_default=True, help="Folder for the results.")  # fmt: skip
+@option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
+@option("--minutes", type=click.FloatRange(min=0.5), default=7.5, show_default=True, help="All is over after them.")
+@option("--train-seconds", type=click.FloatRange(min=1), default=100.0, show_default=True, help="Of the training.")
+@option("--preset", type=click.Choice(list(PRESETS)), help="What the training trains. [the README's example]")
+@option("--only", type=NameList(), help="Run these stages, what they need, and no others.")
+@option("--skip", type=NameList(), default="none", help="Leave out these stages.")
+@option("--commit", help="What is measured. [what git says]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
 def main(
-    data: Path | None,
-    detector: Path | None,
+    minutes: float,
+    only: tuple[str, ...] | None,
+    skip: tuple[str, ...],
+    commit: str | None,
     outdir: Path,
     device: str,
-    minutes: float,
-    train_seconds: float,
-    preset: str | None,
-    only: str | None,
-    commit: str | None,
-    quick: bool,
+    **options: Any,
 ) -> None:
-    deadline = time.monotonic() + minutes * 60 - SHORTEST
+    deadline = time.monotonic() + minutes * 60
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise click.UsageError(f"--device={device}: PyTorch sees no GPU; --device=cpu --quick tries the suite without")
-    if preset and only:
-        raise click.UsageError("--preset and --only: give one of the two")
-    sizes, skipped = QUICK if quick else FULL, set() if device.startswith("cuda") else {"build"}
-    if preset:
-        sizes, skipped = only_training(sizes, preset), skipped | {"tests"}
-    if only:
-        sizes, skipped = only_benchmarks(sizes, only.split(",")), skipped | {"tests", "data", "training", "snapshots"}
+        raise UserError(f"--device={device}: PyTorch sees no GPU; --device=cpu --quick tries the suite without")
     outdir.mkdir(parents=True, exist_ok=True)
-    (outdir / "log.txt").unlink(missing_ok=True)
+    for name in ("log.txt", "profile.txt"):  # which stages append to
+        (outdir / name).unlink(missing_ok=True)
+
+    def again(late: Sequence[str]) -> str:
+        words = [word for word in sys.argv[1:] if not word.startswith(("--only", "--skip", "--outdir"))]
+        return shlex.join(
+            ["python", "benchmarks/gpu_suite.py", *words, f"--outdir={outdir}-2", f"--only={','.join(late)}"]
+        )
+
     with tempfile.TemporaryDirectory() as workdir:
+        chosen = Options(device=device, outdir=outdir, workdir=Path(workdir), **options)
         suite = Suite(
-            sizes=sizes,
-            parts=[name for name in PARTS if name not in skipped],
-            device=device,
-            data=data,
-            detector=detector,
-            train_seconds=train_seconds,
+            stages=choose(build_stages(chosen), only, skip),
+            options=chosen,
             deadline=deadline,
-            outdir=outdir,
-            workdir=Path(workdir),
+            again=again,
             results={"machine": describe_machine(device, commit)},
         )
-        for name in suite.parts:
-            try:
-                suite.results[name] = PARTS[name](suite)
-            except Exception:  # a part that fails must not take the results of the others with it
-                suite.results[name] = {**suite.results.get(name, {}), "problem": traceback.format_exc()}
-            suite.save()
-            click.echo(f"{name}: {suite.left():.0f} s left")
+        suite.run()
     click.echo((outdir / "summary.md").read_text())
 
 

@@ -73,11 +73,15 @@ def gflop_per_image(config: GeneratorConfig | DiscriminatorConfig) -> float:
 @click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: PyTorch's choice]")
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="Time per measurement")
-def main(batch: int, device: str, threads: int | None, seconds: float) -> None:
+@click.option("--only", default="", help="Measure only the networks with this text in their names")
+def main(batch: int, device: str, threads: int | None, seconds: float, only: str) -> None:
     where = torch.device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    for name, config in CONFIGS.items():
+    chosen = {name: config for name, config in CONFIGS.items() if only in name}
+    if not chosen:
+        raise click.UsageError(f"--only={only} names no network: {'; '.join(CONFIGS)}")
+    for name, config in chosen.items():
         run = measure if where.type == "cuda" else in_own_process
         result = run(config, batch, device, torch.get_num_threads(), seconds)
         result |= {"gflop_per_image": round(gflop_per_image(config), 3), "batch": batch}
