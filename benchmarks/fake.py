@@ -55,8 +55,9 @@ def move(module: nn.Module, device: Any = None, memory_format: torch.memory_form
 
 
 def new_trainer(config: TrainConfig, about: Circumstances, device: torch.device) -> Trainer:
-    """Return a trainer for a data set without labels, of which nothing else exists."""
-    dataset: Any = SimpleNamespace(img_shape=about.img_shape, c_dim=0, labels=torch.empty(100, 0))
+    """Return a trainer for a data set of which only the labels exist: class numbers, or none."""
+    labels = torch.empty(100, dtype=torch.int64) if about.c_dim else torch.empty(100, 0)
+    dataset: Any = SimpleNamespace(img_shape=about.img_shape, c_dim=about.c_dim, labels=labels)
     return Trainer(config, dataset, device)
 
 
@@ -64,4 +65,5 @@ def new_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     """Return the images and labels of a step on the trainer's device."""
     layout = torch.channels_last if trainer.config.channels_last else torch.contiguous_format
     img = torch.empty(trainer.batch_size, *trainer.dataset.img_shape, device=trainer.device)
-    return img.contiguous(memory_format=layout), torch.empty(trainer.batch_size, 0, device=trainer.device)
+    c = torch.empty(trainer.batch_size, trainer.dataset.c_dim, device=trainer.device)
+    return img.contiguous(memory_format=layout), c

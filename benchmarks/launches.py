@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,29 @@ from training.training_loop import Trainer
 STUB = Path(__file__).with_name("cuda_stub.cpp")
 DEVICE = torch.device("cuda:0")
 
-# What is trained, and the side of its images.
-CASES: dict[str, tuple[TrainConfig, int]] = {
-    "readme": (README_EXAMPLE, 32),
-    "cifar-large": (override(PRESETS["cifar-large"], {"batch_size": 64}), 32),
-    "cifar-stylegan2": (PRESETS["cifar-stylegan2"], 32),
-    "auto-64": (PRESETS["auto"], 64),
-    "styleformer-c256": (PRESETS["styleformer-c256"], 256),
-    "church128-l": (PRESETS["church128-l"], 128),
-    "transgan-cifar": (PRESETS["transgan-cifar"], 32),
-    "fp16-bgcfnc": (override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"}), 32),
-    "fp32-path-length": (
-        override(README_EXAMPLE, {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}),
-        32,
-    ),
-    "reference-operators": (README_EXAMPLE, 32),
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained: on images of `side` x `side` with labels of `classes`, by these operators."""
+
+    config: TrainConfig
+    side: int = 32
+    classes: int = 0
+    impl: custom_ops.Impl = "auto"
+
+
+PATH_LENGTH = {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}
+CASES = {
+    "readme": Case(config=README_EXAMPLE),
+    "cifar-large": Case(config=override(PRESETS["cifar-large"], {"batch_size": 64})),
+    "cifar-stylegan2": Case(config=PRESETS["cifar-stylegan2"]),
+    "auto-64": Case(config=PRESETS["auto"], side=64),
+    "styleformer-c256": Case(config=PRESETS["styleformer-c256"], side=256),
+    "church128-l": Case(config=PRESETS["church128-l"], side=128),
+    "transgan-cifar": Case(config=PRESETS["transgan-cifar"]),
+    "fp16-bgcfnc": Case(config=override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"})),
+    "fp32-path-length-labels": Case(config=override(README_EXAMPLE, PATH_LENGTH), classes=10),
+    "reference-operators": Case(config=README_EXAMPLE, impl="reference"),
 }
 
 
@@ -93,11 +102,10 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 def count_launches(case: str) -> list[dict[str, Any]]:
     """Run each phase of a case once; call it in one of `processes`."""
-    config, side = CASES[case]
-    about = Circumstances(img_shape=(3, side, side), c_dim=0, on_gpu=True, has_bf16=True)
-    config = resolve(override(config, {"run.graphs": False}), about)
-    impl: custom_ops.Impl = "reference" if case == "reference-operators" else "auto"
-    with fake_tensors(), custom_ops.implementation(impl):
+    chosen = CASES[case]
+    about = Circumstances(img_shape=(3, chosen.side, chosen.side), c_dim=chosen.classes, on_gpu=True, has_bf16=True)
+    config = resolve(override(chosen.config, {"run.graphs": False}), about)
+    with fake_tensors(), custom_ops.implementation(chosen.impl):
         trainer = new_trainer(config, about, DEVICE)
         batch = new_batch(trainer)
         steps: dict[str, tuple[Any, ...]] = {phase.name: (trainer.run_phase, phase, *batch) for phase in trainer.phases}

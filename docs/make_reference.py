@@ -52,6 +52,7 @@ From the larger side R of the images, the number of GPUs and what they can do:
 | Linformer | with more than three resolutions |
 | channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 from there on |
 | precision | bfloat16 on GPUs that have units for it (from Ampere on), float32 on others and on a CPU |
+| CUDA graphs | on GPUs for images of up to 64 pixels, unless `--grad-checkpoint` is given |
 
 GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precision=fp16 --reduced-from=R/8`, for example
 32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
@@ -89,6 +90,7 @@ CHOSEN_BY_RESOLVE = {
     "run.device",
     "run.workers",
     "run.data_on_gpu",
+    "run.graphs",
     "precision",
     "channels_last",
 }

@@ -43,7 +43,7 @@ def counts(gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("case", launches.CASES)
 def test_no_phase_waits_for_the_gpu_or_mixes_devices(case: str, counts: dict[str, dict[str, dict[str, Any]]]) -> None:
     assert {phase: row["problem"] for phase, row in counts[case].items() if "problem" in row} == {}
-    config, _ = launches.CASES[case]
+    config = launches.CASES[case].config
     assert {"G_main", "D_main", "averages"} <= counts[case].keys()
     assert ("D_reg" in counts[case]) == (config.loss.r1_interval is not None)
     assert ("G_reg" in counts[case]) == (config.loss.pl_weight > 0)
