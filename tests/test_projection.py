@@ -83,7 +83,12 @@ def test_layers_take_a_noise_map_for_each_image(layer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "fix_noise"), [*((family, True) for family in FAMILIES), ("styleformer", False), ("stylegan2", False)]
+    ("family", "fix_noise"),
+    [
+        *((family, True) for family in FAMILIES),
+        ("stylegan2", False),
+        pytest.param("styleformer", False, marks=pytest.mark.slow),
+    ],
 )
 def test_images_of_the_generator_are_found_again(family: str, fix_noise: bool) -> None:
     """Of an untrained generator, where some end in a local minimum; with noise that is looked for and thrown away."""
