@@ -374,12 +374,12 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     assert isinstance(batch_gpu, int)
     sizes = [size for size in micro_batches(config) if size < batch_gpu]
     half = next((size for size in sizes if size <= batch_gpu / 2), sizes[-1] if sizes else None)
-    smaller = ["--graphs=0"] if config.run.graphs else []
-    smaller += [] if half is None else [f"--batch-gpu={half}"]
+    smaller = [] if half is None else [f"--batch-gpu={half}"]
     smaller += [] if config.run.recompute else ["--grad-checkpoint"]
     smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
     smaller = smaller or ["a smaller network"]
     if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        smaller = ["--graphs=0"] * bool(config.run.graphs) + smaller
         return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
     return (
         f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,7 @@ class Suite:
         left = self.deadline - time.monotonic()
         click.echo(f"== {name}: {found['outcome']} after {found.get('seconds', 0):.0f} s, {left:.0f} s left")
         lines = [cell({key: row[key] for key in columns_of(row) if key in row}) for row in found.get("rows", [])]
-        lines += [cell(found[key]) for key in ("tests", "failed", "kernels") if key in found]
+        lines += [cell(found[key]) for key in ("tests", "failed", "kernels") if found.get(key)]
         for line in lines + found.get("problem", "").splitlines()[1:]:
             click.echo(f"   {line[:250]}")
 
@@ -355,7 +356,7 @@ def rounded(results: dict[str, float]) -> dict[str, float]:
 COLUMNS = {
     "train_step": ["preset", "widths", "batch", "mode", "img_per_s", "step_ms", "ms", "model_flop_utilisation",
                    "graphs", "peak_mib"],
-    "profile": ["mode", "phase", "kernels", "busy_ms", "span_ms"],
+    "profile": ["mode", "phase", "graph", "kernels", "busy_ms", "span_ms"],
     "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s", "peak_mib"],
     "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
     "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
@@ -445,6 +446,15 @@ def choose(stages: dict[str, Stage], only: Sequence[str] | None, skip: Sequence[
     return {name: stage for name, stage in stages.items() if name in wanted and name not in skip}
 
 
+def rerun(minutes: float, commit: str | None, options: Options, names: Sequence[str]) -> str:
+    """Return the command that runs these stages with the same options, in a folder beside the results."""
+    given = {"device": options.device, "minutes": minutes, "train-seconds": options.train_seconds}
+    given |= {"data": options.data, "detector": options.detector, "preset": options.preset, "commit": commit}
+    given |= {"outdir": options.outdir / "rest", "only": ",".join(names)}
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None] + quick(options)
+    return shlex.join(["python", "benchmarks/gpu_suite.py", *words])
+
+
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
 
 
@@ -477,19 +487,13 @@ def main(
     for name in ("log.txt", "profile.txt"):  # which stages append to
         (outdir / name).unlink(missing_ok=True)
 
-    def again(late: Sequence[str]) -> str:
-        words = [word for word in sys.argv[1:] if not word.startswith(("--only", "--skip", "--outdir"))]
-        return shlex.join(
-            ["python", "benchmarks/gpu_suite.py", *words, f"--outdir={outdir}-2", f"--only={','.join(late)}"]
-        )
-
     with tempfile.TemporaryDirectory() as workdir:
         chosen = Options(device=device, outdir=outdir, workdir=Path(workdir), **options)
         suite = Suite(
             stages=choose(build_stages(chosen), only, skip),
             options=chosen,
             deadline=deadline,
-            again=again,
+            again=partial(rerun, minutes, commit, chosen),
             results={"machine": describe_machine(device, commit)},
         )
         suite.run()

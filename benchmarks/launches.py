@@ -147,22 +147,30 @@ class Watch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.namespace == "prim":  # asks for a property
             return result
-        before, after = set(devices(args)), set(devices([result]))
+        given = [*tensors(args), *tensors((kwargs or {}).values())]
+        found = [*tensors([result])]
+        devices = {kind(x) for x in (*given, *found)}
         is_copy = function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
-        if (is_copy and len(before | after) > 1) or ("cuda" in before and "cpu" in after):
-            raise HostError(f"{function} between {' and '.join(sorted(before | after))}")
-        if "cuda" in before | after and launches(function):
+        # A CPU tensor without dimensions is passed by value.
+        if len(devices) > 1 and (is_copy or any(kind(x) == "cpu" for x in found + [y for y in given if y.ndim])):
+            raise HostError(f"{function} between {' and '.join(sorted(devices))}")
+        if "cuda" in devices and launches(function):
             self.count[str(function.overloadpacket).removeprefix("aten.")] += 1
         return result
 
 
-def devices(values: Iterable[Any]) -> Iterator[str]:
-    """Yield the kinds of devices that tensors, and those in lists of them, are on."""
+def kind(x: Tensor) -> str:
+    """Return the kind of device that a tensor is on."""
+    return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type  # to ask a fake one takes an operator
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among values, and those in lists of them."""
     for x in values:
         if isinstance(x, Tensor):
-            yield x.fake_device.type if isinstance(x, FakeTensor) else x.device.type
+            yield x
         elif isinstance(x, (list, tuple)):
-            yield from devices(x)
+            yield from tensors(x)
 
 
 @cache

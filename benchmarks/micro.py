@@ -14,6 +14,7 @@ Prints a line of JSON for each measurement.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -92,10 +93,13 @@ def convolution(device: torch.device, quick: bool) -> Iterator[Row]:
             )
             w = torch.randn(C, C, 3, 3, device=device, dtype=torch.bfloat16).contiguous(memory_format=layout)
             for autotune in (True, False):
-                with torch.backends.cudnn.flags(enabled=True, benchmark=autotune, allow_tf32=False):
-                    yield {"side": side, "channels_last": layout == torch.channels_last, "autotune": autotune} | timed(
-                        device, quick, **convolution_calls(x, y, w)
-                    )
+                case = {"side": side, "channels_last": layout == torch.channels_last, "autotune": autotune}
+                # In a thread of its own, as each thread keeps the algorithms that it has found.
+                with (
+                    torch.backends.cudnn.flags(enabled=True, benchmark=autotune, allow_tf32=False),
+                    ThreadPoolExecutor(1) as thread,
+                ):
+                    yield case | thread.submit(timed, device, quick, **convolution_calls(x, y, w)).result()
 
 
 def convolution_calls(x: Tensor, y: Tensor, w: Tensor) -> dict[str, Callable[[], object]]:

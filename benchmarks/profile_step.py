@@ -63,25 +63,24 @@ def main(
             threads = torch.get_num_threads()
             settings = Settings(config=config, about=about, steps=calls, warmup=WARMUPS, threads=threads, mode=mode)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rows, text = pool.submit(profile_phases, settings).result()
-            with tables.open("a") as file:
-                file.write(text)
-            for row in rows:
-                emit(row, where)
+                pool.submit(profile_phases, settings, where, tables).result()
 
 
-def profile_phases(settings: Settings) -> tuple[list[dict[str, Any]], str]:
-    """Return a row for each phase, and all tables."""
-    rows, text = [], ""
+def profile_phases(settings: Settings, device: torch.device, tables: Path) -> None:
+    """Print a row for each phase and append its table to a file, as soon as it is known."""
     with trainer_in_mode(settings) as trainer:
         img, c = next(trainer._batches())
         for phase in trainer.phases:
             for _ in range(settings.warmup):
                 trainer.run_phase(phase, img, c)
             figures, table = profile_phase(trainer, phase, img, c, settings.steps)
-            rows.append({"benchmark": "profile", "mode": settings.mode, "phase": phase.name} | figures)
-            text += f"\n{trainer.config.preset}, {settings.mode}, {phase.name}: {figures}\n\n{table}\n"
-    return rows, text
+            is_graph = trainer.graphs is not None and phase.name in trainer.graphs.recorded
+            emit(
+                {"benchmark": "profile", "mode": settings.mode, "phase": phase.name, "graph": is_graph} | figures,
+                device,
+            )
+            with tables.open("a") as file:
+                file.write(f"\n{trainer.config.preset}, {settings.mode}, {phase.name}: {figures}\n\n{table}\n")
 
 
 def profile_phase(
@@ -96,7 +95,9 @@ def profile_phase(
         synchronize(trainer.device)
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
-    kernels = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    # What the optimizer names on the host appears on the GPU too, as an annotation.
+    on_device = (event for event in profiler.events() if event.device_type == DeviceType.CUDA)
+    kernels = [event.time_range for event in on_device if not event.is_user_annotation]
     if not kernels:
         return {"calls": calls}, table
     busy = sum(time.elapsed_us() for time in kernels) / 1e3

@@ -394,7 +394,9 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
     """Return a program as a module, and the names of its arguments. Raises UserError when it cannot be loaded."""
     try:
         with warnings.catch_warnings(), _quiet_export():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what users have
+            warnings.simplefilter(
+                "ignore"
+            )  # that TorchScript, which users still have, is deprecated; of read-only buffers
             if path.suffix == ".pt2":
                 return _on_device(torch.export.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()

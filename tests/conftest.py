@@ -17,6 +17,7 @@ from dnnlib.config import override
 from torch_utils import distributed
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.training_loop import Trainer
 
 PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
 
@@ -34,6 +35,11 @@ def _float32_on_gpus() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def all_recorded(trainer: Trainer) -> bool:
+    """Whether every phase has become a CUDA graph; one that could not would train all the same."""
+    return trainer.graphs is not None and trainer.graphs.recorded.keys() == {phase.name for phase in trainer.phases}
 
 
 def make_shapes(path: Path, side: int, count: int) -> Path:
@@ -86,6 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 LONG = (
     "test_torture",
     "test_launches",
+    "test_graphs",
     "test_portability",
     "test_onnx",
     "test_failures",

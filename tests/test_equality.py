@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import all_recorded, small_config
 from test_objectives import OBJECTIVES, SETTINGS
 from torch import Tensor
 
@@ -71,6 +71,7 @@ def trained(data: Path, device: str, **changes: Any) -> Tensor:
     trainer = build(data, device, **changes)
     trainer.total_nimg = STEPS * trainer.batch_size
     trainer.train()
+    assert all_recorded(trainer) == bool(changes.get("run__graphs"))
     return weights(trainer)
 
 
@@ -154,6 +155,7 @@ def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, 
                 buffers.append(phase.learner.gradients.buffer.clone())
             difference = (buffers[1] - buffers[0]).norm()
             assert difference < 1e-4 * buffers[0].norm(), phases[0].name
+    assert all_recorded(graphs)
 
 
 def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:

@@ -203,6 +203,8 @@ def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
         for seeds in ((0, 1, 2), (7, 8, 9)):
             plain = sampling.seed_images(G, seeds, c, 0.7, noise_mode)
             assert torch.equal(sampling.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
+    assert fast.graphs is not None
+    assert len(fast.graphs.recorded) == 1
 
 
 def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snapshot: Path) -> None:

@@ -87,6 +87,8 @@ MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "upload": (lambda x: x * torch.ones(3, 1, 1).to(x.device), "HostError: aten._to_copy.default between cpu and cuda"),
     "copy": (lambda x: x.detach().copy_(torch.ones(3, 1, 1)), "HostError: aten.copy_.default between cpu and cuda"),
     "synchronize": (synchronize, "AcceleratorError"),
+    "index": (lambda x: x[torch.arange(len(x))], "HostError: aten.index.Tensor between cpu and cuda"),
+    "constant": (lambda x: x * torch.tensor([0.5], device=x.device), "AcceleratorError"),
     "devices": (lambda x: x + torch.ones(3, 1, 1), "devices"),
 }
 

@@ -108,6 +108,8 @@ def test_what_fits_nowhere_and_other_errors_are_told(shapes_zip: Path, monkeypat
     lack_memory(monkeypatch, "D_reg", most=0)
     with pytest.raises(UserError, match=r"out of memory even with 4 images at a time \(tried 16, 8, 4\)"):
         rehearsal.choose_batch_gpu(config, dataset, CPU)
+    with pytest.raises(UserError, match="choose --graphs=0, --grad-checkpoint"):
+        rehearsal.choose_batch_gpu(override(config, {"run.graphs": True}), dataset, CPU, fits=lambda *_: False)
 
     def broken(*args: object) -> None:
         raise RuntimeError("shapes do not match")

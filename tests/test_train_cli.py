@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import SMALL, make_shapes
+from conftest import SMALL, make_shapes, small_config
 from PIL import Image
 
 import metrics.registry
@@ -477,6 +477,15 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     for misfit in ("--cbase=128", "--freezed=2"):
         refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
+
+
+def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Path) -> None:
+    config = small_config(shapes_zip)
+    with_graphs = override(config, {"run.graphs": True})
+    on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
+    assert "choose --graphs=0, --batch-gpu=8" in train._too_large(with_graphs, on_gpu)
+    assert "--graphs" not in train._too_large(config, on_gpu)
+    assert "--graphs" not in train._too_large(with_graphs, on_host)
 
 
 def test_out_of_memory_is_answered_with_the_flags_that_help(

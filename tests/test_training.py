@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import all_recorded, small_config
 
 from dnnlib.config import ConfigError, UserError, override
 from torch_utils import distributed, graphs
@@ -305,6 +305,7 @@ def test_phases_that_cannot_be_recorded_train_without_graphs(
             return self.accumulate(*inputs)
 
     monkeypatch.setattr(graphs, "Captured", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))  # which builds without CUDA lack
     config = everything(shapes_zip)
     plain = new_trainer(config)
     recorded = new_trainer(override(config, {"run.graphs": True}))
@@ -335,6 +336,7 @@ def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
             trainer.run_phase(phase, *batch)
         trainer.ema.update(8, 8)
         trainer.ada.update(4, 8)
+    assert all_recorded(trainer) == use_graphs
 
 
 @pytest.mark.gpu
@@ -367,6 +369,7 @@ def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path
     again.resume(tmp_path / "training-state-000000.pt")
     assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(trainer))
     train_steps(again, 1)
+    assert all_recorded(trainer) == use_graphs
     assert all(x.isfinite().all() for x in again.G.state_dict().values())
 
 

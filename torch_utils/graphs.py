@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,8 +31,8 @@ class Captured(Generic[T]):
     A call copies its arguments to where the graph reads them, replays it and returns what the function returned when
     it was recorded: the same tensors every time, with new contents, so use them before the next call of any graph of
     the `pool` (of torch.cuda.graph_pool_handle), which shares memory. What the function draws from torch's generator
-    follows the seed at the time of the call. It is run a few times while this object is made, so undo afterwards what
-    it accumulates; the generator's state stays.
+    follows the seed at the time of the call. The constructor calls the function several times, so discard what it has
+    accumulated; the generator's state is restored.
 
     Raises CaptureError for a function that waits for the device or cannot be recorded otherwise, and what PyTorch
     raises where memory is not enough (`is_out_of_memory`).
@@ -48,16 +48,19 @@ class Captured(Generic[T]):
         """Run the function aside; the last time, waiting for the device is an error: here it costs nothing yet."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARMUPS - 1):
-                function(*self.inputs)
-            with no_synchronisation():
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(WARMUPS - 1):
+                    function(*self.inputs)
+                with no_synchronisation():
+                    function(*self.inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(aside)
 
     def _record(self, function: Callable[..., T], pool: Any) -> T:
         gc.collect()  # what is freed while the graph is recorded, another graph say, would end the recording
         self.graph = torch.cuda.CUDAGraph()
+        pool = pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
             # Thread-local: the thread that pins memory for the data loader may go on with its own calls.
@@ -65,6 +68,7 @@ class Captured(Generic[T]):
                 return function(*self.inputs)
         except BaseException:
             torch.cuda.set_stream(stream)  # a recording that cannot be ended leaves its own
+            _leave_pool(pool)
             _renew_generator()
             raise
 
@@ -108,6 +112,7 @@ class GraphPool(Generic[T]):
             self.is_closed = True
             problem = "GPU memory is too small for CUDA graphs, so none are used"
         self.recorded.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # in the old one nothing can be recorded any more
         gc.collect()
         torch.cuda.empty_cache()
         print(f"Warning: {problem}; --graphs=0 turns graphs off", file=sys.stderr, flush=True)
@@ -123,6 +128,13 @@ def _capture_errors() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise CaptureError(describe_error(error)) from error
+
+
+def _leave_pool(pool: Any) -> None:
+    """Let the allocator forget a recording that could not be ended, whose memory PyTorch 2.11 would keep reserved."""
+    with suppress(RuntimeError):  # it was ended
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def _renew_generator() -> None:

@@ -32,9 +32,11 @@ def choose_batch_gpu(
         candidate = override(config, {"run.batch_gpu": size})
         if distributed.maximum([not fits(candidate, dataset, device)]) == [0]:
             return candidate
+    graphs = "--graphs=0, " if config.run.graphs else ""
     raise UserError(
         f"--batch-gpu=auto: out of memory even with {sizes[-1]} images at a time (tried {', '.join(map(str, sizes))}): "
-        "choose --grad-checkpoint, a lower --precision, or, where minibatch-std asks for such groups, a smaller --mbstd"
+        f"choose {graphs}--grad-checkpoint, a lower --precision, or, where minibatch-std asks for such groups, a "
+        "smaller --mbstd"
     )
 
 

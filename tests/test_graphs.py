@@ -1,0 +1,124 @@
+"""CUDA graphs that cannot be recorded, under PyTorch's own allocator and generator, with a stub in a GPU's place."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import io
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import launches
+
+from dnnlib.config import UserError
+from torch_utils.graphs import Captured, GraphPool
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Executor]:
+    """A process in which PyTorch sees a GPU of 80 GiB."""
+    try:
+        with launches.processes() as pool:
+            yield pool
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def reads_a_value(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x) * x.sum().item()
+
+
+def waits(x: Tensor) -> Tensor:
+    y = x + torch.randn_like(x)
+    torch.cuda.synchronize()
+    return y
+
+
+def takes_memory(x: Tensor) -> Tensor:
+    """Once it is recorded: before, it would not get as far."""
+    y = torch.empty(GIB, dtype=torch.uint8, device=x.device)
+    if torch.cuda.is_current_stream_capturing():
+        y = torch.empty(100 * GIB, dtype=torch.uint8, device=x.device)
+    return x + y[: len(x)]
+
+
+BAD: dict[str, Callable[[Tensor], Tensor]] = {"value": reads_a_value, "wait": waits, "memory": takes_memory}
+
+
+def fail_to_record(how: str) -> dict[str, Any]:
+    """Record a phase, fail to record another one, go on; what is then the case."""
+    stub = ctypes.CDLL(None)
+    stub.stub_allow_waiting()
+    stub.stub_memory_used.restype = ctypes.c_size_t
+    kept: list[Tensor] = []
+
+    def good(x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing() and not kept:
+            kept.append(torch.empty(2**20, device=x.device))  # as a library's workspace, which outlives the graph
+        return x + torch.randn_like(x)
+
+    x = torch.zeros(1000, device="cuda")
+    stream = torch.cuda.current_stream()
+    pool: GraphPool[Tensor] = GraphPool()
+    with contextlib.redirect_stderr(io.StringIO()) as messages:
+        first = pool.record("G_main", "G_main", good, x)
+        second = pool.record("D_main", "D_main", BAD[how], x)
+        facts: dict[str, Any] = {
+            "first": isinstance(first, Captured),
+            "second is the function": second is BAD[how],
+            "stream restored": torch.cuda.current_stream() == stream,
+            "capturing": torch.cuda.is_current_stream_capturing(),
+            "sync debug mode": torch.cuda.get_sync_debug_mode(),
+        }
+        torch.randn(5, device="cuda")
+        for name in ("G_main", "D_reg"):
+            graph = pool.record(name, name, good, x)
+            facts[name] = isinstance(graph, Captured)
+            graph(x)
+    del first, second, graph, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    facts["MiB reserved"] = torch.cuda.memory_reserved() // 2**20
+    # Memory that is cached must still be given back where there is too little.
+    stub.stub_limit_memory(ctypes.c_size_t(stub.stub_memory_used() + 10 * GIB))
+    for size in (6, 8):
+        torch.empty(size * GIB, dtype=torch.uint8, device="cuda")
+    return facts | {"messages": messages.getvalue()}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_phase_that_cannot_be_recorded_spoils_nothing(how: str, gpu: Executor) -> None:
+    facts = gpu.submit(fail_to_record, how).result()
+    messages = facts.pop("messages").splitlines()
+    has_memory = how != "memory"
+    assert facts.pop("MiB reserved") < 100
+    assert facts == {
+        "first": True,
+        "second is the function": True,
+        "stream restored": True,
+        "capturing": False,
+        "sync debug mode": 0,
+        "G_main": has_memory,  # once memory was too small, there are no graphs
+        "D_reg": has_memory,
+    }
+    assert messages == [f"Warning: {WARNINGS[how]}; --graphs=0 turns graphs off"]
+
+
+REFUSED = "D_main cannot be recorded as a CUDA graph"
+WARNINGS = {
+    "value": f"{REFUSED} (called a synchronizing CUDA operation) and runs without",
+    "wait": f"{REFUSED} (CUDA error: operation failed due to a previous error during capture) and runs without",
+    "memory": "GPU memory is too small for CUDA graphs, so none are used",
+}
