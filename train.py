@@ -336,7 +336,8 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
                 with hooks.going_on():
                     print(runs.note_start(run_dir, trainer))
             _say("\n".join([operators, origin, *_notes(config)]))
-            _say(f"Training on {device} in {run_dir}, {config.precision}")
+            graphs = ", CUDA graphs" if config.run.graphs else ""
+            _say(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
             saver = Saver(run_dir, config.run, trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
