@@ -4,8 +4,8 @@
 
 A real `Trainer` runs every phase on fake CUDA tensors, which have shapes, types and devices but no values. Prints one
 line of JSON for each phase: the number of ATen operators that launch at least one kernel (views and allocations do
-not), and the most frequent ones; or the `problem` that ended it. A phase must not read a value from the GPU, copy
-anything from or to it, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
+not), and the most frequent ones; or the `problem` that ended it, and where. A phase must not read a value from the GPU,
+copy anything from or to it, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,7 @@ from unittest.mock import patch
 
 import click
 import torch
-from common import README_EXAMPLE, emit
+from common import README_EXAMPLE, ROOT, emit
 from fake import fake_tensors, new_batch, new_trainer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -125,8 +126,15 @@ def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
         try:
             function(*args)
         except Exception as error:
-            return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}", "where": place(error)}
     return {"launches": watched.count.total(), "most": dict(watched.count.most_common(8))}
+
+
+def place(error: Exception) -> str | None:
+    """Return the line of the networks or the training that an error came from; None where it came from a derivative."""
+    places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [f"{file.relative_to(ROOT)}:{line}" for file, line in places if file.is_relative_to(ROOT)]
+    return next((x for x in reversed(ours) if x.startswith(("training/", "torch_utils/"))), None)
 
 
 class HostError(Exception):

@@ -112,7 +112,9 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake: str, gpu: Executor) -> None:
-    assert MISTAKES[mistake][1] in gpu.submit(run_d_main, mistake).result().get("problem", "none")
+    row = gpu.submit(run_d_main, mistake).result()
+    assert MISTAKES[mistake][1] in row.get("problem", "none")
+    assert row["where"].startswith("training/loss.py:")  # where the augmentation is called
 
 
 def test_launches_are_counted(gpu: Executor) -> None:
