@@ -12,18 +12,16 @@ import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from common import README_EXAMPLE, emit, synchronize
+from common import emit, synchronize
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from train_step import CHANGES, Settings, trainer_in_mode, with_synthetic_images
+from train_step import Settings, choose_config, trainer_in_mode, with_synthetic_images
 
 from dnnlib.cli import NameList, Script, option
-from dnnlib.config import UserError, override
 from torch_utils import distributed
 from training.config import PRESETS
 from training.phases import Phase
@@ -52,11 +50,7 @@ def main(
     tables: Path,
 ) -> None:
     where = distributed.choose_device(device)
-    for word in "+".join(modes).split("+"):
-        if word not in CHANGES:
-            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
-    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where), "run.graphs": False}
-    config = override(PRESETS[preset] if preset else README_EXAMPLE, values)
+    config = choose_config(preset, batch, where, modes)
     with tempfile.TemporaryDirectory() as folder:
         config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
         for mode in modes:

@@ -12,7 +12,7 @@ import contextlib
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,13 +104,9 @@ def main(
     threads: int | None,
 ) -> None:
     where = distributed.choose_device(device)
-    for word in "+".join(modes).split("+"):
-        if word not in CHANGES:
-            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
-    values: dict[str, Any] = {"batch_size": batch, "run.device": str(where), "run.graphs": False}
-    values |= {"generator.widths": g_dict} if g_dict else {}
-    values |= {"generator.layers": num_layers} if num_layers else {}
-    config = override(PRESETS[preset] if preset else README_EXAMPLE, values)
+    config = choose_config(preset, batch, where, modes)
+    config = override(config, {"generator.widths": g_dict} if g_dict else {})
+    config = override(config, {"generator.layers": num_layers} if num_layers else {})
 
     with tempfile.TemporaryDirectory() as folder:
         config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
@@ -123,6 +119,15 @@ def main(
             result = run(settings)
             seconds = seconds or result["sec_per_kimg"]
             emit({**result, "speedup": round(seconds / result["sec_per_kimg"], 2)} | rates(result, gflop, where), where)
+
+
+def choose_config(preset: str | None, batch: int, device: torch.device, modes: Sequence[str]) -> TrainConfig:
+    """Return what the modes change. Raises UserError for a word that is none of theirs."""
+    for word in "+".join(modes).split("+"):
+        if word not in CHANGES:
+            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
+    values = {"batch_size": batch, "run.device": str(device), "run.graphs": False}
+    return override(PRESETS[preset] if preset else README_EXAMPLE, values)
 
 
 def in_own_process(settings: Settings) -> dict[str, Any]:

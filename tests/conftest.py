@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from filelock import FileLock
 from together import MODULES, work
 
 import dataset_tool
-from dnnlib.config import override
+from dnnlib.config import UserError, override
 from torch_utils import distributed
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
 
@@ -35,6 +39,18 @@ def _float32_on_gpus() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def stub_gpu() -> Iterator[Executor]:
+    """A process in which PyTorch sees a GPU of 80 GiB that computes nothing."""
+    import launches
+
+    try:
+        with launches.processes() as pool:
+            yield pool
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 def all_recorded(trainer: Trainer) -> bool:

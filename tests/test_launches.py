@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,10 @@ from training.config import PRESETS, Circumstances, resolve
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[Executor]:
-    """A process in which PyTorch sees a GPU."""
-    try:
-        with launches.processes() as pool:
-            yield pool
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def counts(gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
+def counts(stub_gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
     """What was counted, by case and phase."""
     return {
-        case: {row["phase"]: row for row in gpu.submit(launches.count_launches, case).result()}
+        case: {row["phase"]: row for row in stub_gpu.submit(launches.count_launches, case).result()}
         for case in launches.CASES
     }
 
@@ -111,15 +101,15 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(mistake: str, gpu: Executor) -> None:
-    row = gpu.submit(run_d_main, mistake).result()
+def test_mistakes_are_found(mistake: str, stub_gpu: Executor) -> None:
+    row = stub_gpu.submit(run_d_main, mistake).result()
     assert MISTAKES[mistake][1] in row.get("problem", "none")
     assert row["where"].startswith("training/loss.py:")  # where the augmentation is called
 
 
-def test_launches_are_counted(gpu: Executor) -> None:
+def test_launches_are_counted(stub_gpu: Executor) -> None:
     """Of real and of generated images each, forward; nothing flows back to the images."""
-    few, many = (gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
+    few, many = (stub_gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
     assert many - few == 200
 
 
