@@ -560,7 +560,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("z-images-idx3-ubyte.gz", "cannot be read"),
         ("bad.npy", "cannot be read as numpy arrays"),
         ("bad.zip", "not a complete zip file"),
-        ("lmdb", "cannot be read as lmdb"),
+        ("lmdb", "cannot be read as lmdb" if importlib.util.find_spec("lmdb") else "extra `lmdb`"),
         ("float.npy", "images are float64 of shape [2, 4, 4, 3]"),
         ("object.npy", "cannot be read as numpy arrays"),
         ("labels.npz", "labels are int64 of shape [3]"),
@@ -605,7 +605,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     (images / "new.png").write_bytes((images / "img00000000.png").read_bytes())
     result = run("check", tmp_path / "set")
     assert result.exit_code == 1
-    problems = result.output.splitlines()
+    problems = result.stdout.splitlines()
     assert len(problems) == 4
     for problem, words in zip(
         problems,

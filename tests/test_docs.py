@@ -103,6 +103,7 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one folder and in order, because some need what others wrote."""
+    pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     text = (ROOT / "docs" / "exploring.md").read_text().replace("\\\n", " ")

@@ -82,6 +82,7 @@ def curves_of(ticks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
 
 @pytest.mark.usefixtures("_offline")
 def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     options = (f"--kimg={LENGTH}", "--metrics=swd16", "--log=tensorboard,wandb")
     result = run_training(shapes_zip, tmp_path, *options)
     assert result.exit_code == 0, result.output
@@ -120,6 +121,7 @@ def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_pa
 
 @pytest.mark.usefixtures("_offline")
 def test_a_run_that_goes_on_is_the_same_run_in_wandb(shapes_zip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     options = ("--metrics=none", "--log=wandb", "--resume=latest")
     for kimg in (LENGTH, 2 * LENGTH):
         result = run_training(shapes_zip, tmp_path, f"--kimg={kimg}", *options)
@@ -169,6 +171,7 @@ class Broken:
 def test_a_logger_that_fails_stops_neither_training_nor_others(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("wandb")
     monkeypatch.setitem(loggers._CLASSES, "wandb", Broken)
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
     assert result.exit_code == 0, result.output

@@ -423,6 +423,7 @@ def test_unknown_name_gets_the_closest_match() -> None:
 def test_default_is_the_frechet_distance_only_when_its_detector_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("torch_fidelity")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     names, why = metrics.default_metrics()
     assert names == ("swd",)

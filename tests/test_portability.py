@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def test_training_works_without_what_only_posix_has(shapes_zip: Path, tmp_path: 
     program.write_text(WITHOUT)
     options = [*SMALL, "--device=cpu", "--tick=0.016", "--kimg=0.032", "--metrics=none", "--log=none", "--workers=1"]
     command = [sys.executable, str(program), f"--data={shapes_zip}", f"--outdir={tmp_path}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}  # the project need not be installed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     (run_dir,) = tmp_path.glob("0*")
     assert "has no locks (no fcntl)" in done.stderr

@@ -162,12 +162,17 @@ def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.Monke
     assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
 
 
-def test_a_run_without_metrics_says_what_it_computes_and_why(shapes32_zip: Path) -> None:
+def test_a_run_without_metrics_says_what_it_computes_and_why(
+    shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SLOW_DECODER", None)
     about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
     config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
     (note,) = train._notes(config)
     assert note.startswith("No --metrics given; computing ")
     assert train._notes(override(config, {"run.metrics": ()})) == []
+    monkeypatch.setattr(train, "SLOW_DECODER", "Pillow decodes the images")
+    assert train._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
 
 
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
