@@ -68,7 +68,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user chose, and where stages leave files for each other."""
+    """Options of the command, and the folders in which stages leave files for each other."""
 
     device: str
     quick: bool

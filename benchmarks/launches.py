@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda:0")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained: on images of `side` x `side` with labels of `classes`, by these operators."""
+    """A training configuration, the side of its images, the number of its classes, and the operators it uses."""
 
     config: TrainConfig
     side: int = 32

@@ -266,7 +266,7 @@ def test_mistakes_in_a_function_are_not_hidden(recordings: list[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
 def test_the_gpu_works_after_a_recording_that_broke_off(wait: Callable[[torch.Tensor], object]) -> None:
-    """What reads a value is found out before it is recorded; what waits in another way ends the recording."""
+    """Reading a value is detected in the warm-up; waiting in another way ends the recording."""
 
     def draws(x: torch.Tensor) -> torch.Tensor:
         return x + torch.randn_like(x)

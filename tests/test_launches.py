@@ -23,7 +23,7 @@ from training.config import PRESETS, Circumstances, resolve
 
 @pytest.fixture(scope="module")
 def counts(stub_gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
-    """What was counted, by case and phase."""
+    """Rows of launches.py by case and phase."""
     return {
         case: {row["phase"]: row for row in stub_gpu.submit(launches.count_launches, case).result()}
         for case in launches.CASES
@@ -108,7 +108,7 @@ def test_mistakes_are_found(mistake: str, stub_gpu: Executor) -> None:
 
 
 def test_launches_are_counted(stub_gpu: Executor) -> None:
-    """Of real and of generated images each, forward; nothing flows back to the images."""
+    """Real and generated images are augmented once each, and no gradient flows back to them."""
     few, many = (stub_gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
     assert many - few == 200
 
