@@ -48,6 +48,8 @@ SHORTEST = 8.0  # seconds; with less left, no stage is started
 METRIC = "swd1k"  # of the training
 NOT_STARTED = "not started"
 
+KERNEL_TESTS = ("test_kernels", "test_ops", "test_grid_sample", "test_devices")
+TRAINING_TESTS = ("test_training", "test_equality")
 README_MODEL = ["--preset=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 
@@ -85,7 +87,7 @@ def build_stages(options: Options) -> dict[str, Stage]:
     stages = {
         "machine": Stage(command=benchmark("micro", options, "--parts=machine", *quick(options)), limit=40),
         "build": Stage(command=["-m", "torch_utils.custom_ops"], limit=90),
-        "kernels": run_tests(options, 70, "test_kernels", "test_ops", "test_grid_sample", "test_devices"),
+        "kernels": run_tests(options, 70, *KERNEL_TESTS),
         "large": step(options, 70, "large", "bf16"),
         "large-graphs": step(options, 70, "large", "bf16+graphs"),
         "profile": profile_step(options, "bf16"),
@@ -95,7 +97,7 @@ def build_stages(options: Options) -> dict[str, Stage]:
         ),
         "readme": step(options, 70, "readme-32", "bf16,bf16+graphs"),
         "large-compiled": step(options, 120, "large", "bf16+compile+graphs"),
-        "equality": run_tests(options, 80, "test_training", "test_equality"),
+        "equality": run_tests(options, 80, *TRAINING_TESTS),
         "large-baselines": step(options, 70, "large", "fp32+nchw+loader,plain"),
         "data": Stage(command=make_data(options), limit=40),
         "train": train(options),
@@ -181,9 +183,8 @@ def run_tests(options: Options, limit: float, *modules: str) -> Stage:
     command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
     files = [f"tests/{module}.py" for module in modules]
     if not modules:
-        others = ("test_kernels", "test_ops", "test_grid_sample", "test_devices", "test_training", "test_equality")
-        files = [f"--ignore=tests/{module}.py" for module in others]
-    # pytest answers SIGINT by a summary. Exit code 5: there were none.
+        files = [f"--ignore=tests/{module}.py" for module in (*KERNEL_TESTS, *TRAINING_TESTS)]
+    # pytest answers SIGINT by a summary.
     return Stage(command=[*command, *files, "--continue-on-collection-errors"], limit=limit, stop=signal.SIGINT)
 
 
@@ -239,7 +240,8 @@ class Suite:
         self.save()
         for name, stage in self.stages.items():
             left = self.deadline - time.monotonic()
-            missing = [need for need in stage.needs if need in outcomes and "problem" in outcomes[need]]
+            done = [name for name, found in outcomes.items() if "seconds" in found and "problem" not in found]
+            missing = [need for need in stage.needs if need not in done]
             if left < SHORTEST + GRACE:
                 continue
             if missing:
@@ -319,7 +321,7 @@ def ends_within(process: subprocess.Popen[bytes], limit: float, stop: signal.Sig
         process.wait()
 
 
-OUTCOME = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] )(?P<outcome>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S+::.*?) *")
+OUTCOME = re.compile(r"\[gw\d+\] \[ *\d+%\] (?P<outcome>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S+::.*?) *")
 
 
 def read_output(text: str) -> dict[str, Any]:
