@@ -179,7 +179,7 @@ def profile_step(options: Options, mode: str) -> Stage:
 
 def run_tests(options: Options, limit: float, *modules: str) -> Stage:
     """Run tests that need a GPU: of these modules, or all that no other stage runs."""
-    processes = f"--numprocesses={2 if options.quick else 4}"
+    processes = f"--numprocesses={2 if options.quick else 8}"
     command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
     files = [f"tests/{module}.py" for module in modules]
     if not modules:

@@ -526,7 +526,7 @@ def test_bias_act_on_gpu(act: str, dtype: torch.dtype, tolerance: float) -> None
             y = bias_act(x, b, dim=dim, act=act, clamp=50.0, impl="cuda")
             y64 = bias_act(x64, b64, dim=dim, act=act, clamp=50.0)
             assert y.dtype == dtype
-            assert y.is_contiguous(memory_format=memory_format)
+            assert y.is_contiguous(memory_format=memory_format) or not y.numel()
             assert_close_to_float64(y.detach(), y64.detach(), tolerance)
             grads = torch.autograd.grad(y, (x, b), grad)
             for ours, expected in zip(grads, torch.autograd.grad(y64, (x64, b64), grad.double().cpu()), strict=True):

@@ -53,6 +53,7 @@ def fits_in_memory(config: TrainConfig, dataset: ImageDataset, device: torch.dev
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
+            torch.cuda.init()  # without it nothing can be reset
             torch.cuda.reset_peak_memory_stats(device)
         Trainer(config, dataset, device).rehearse()
         return not on_gpu or _peak_share(device) <= SHARE
