@@ -98,7 +98,7 @@ def build_stages(options: Options) -> dict[str, Stage]:
         "readme": step(options, 70, "readme-32", "bf16,bf16+graphs"),
         "large-compiled": step(options, 120, "large", "bf16+compile+graphs"),
         "equality": run_tests(options, 80, *TRAINING_TESTS),
-        "large-baselines": step(options, 70, "large", "fp32+nchw+loader,plain"),
+        "large-baselines": step(options, 100, "large", "fp32+nchw+loader,plain"),
         "data": Stage(command=make_data(options), limit=40),
         "train": train(options),
         "tests": run_tests(options, 120),

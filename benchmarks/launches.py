@@ -127,7 +127,8 @@ def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
             function(*args)
         except Exception as error:
             return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}", "where": place(error)}
-    return {"launches": watched.count.total(), "most": dict(watched.count.most_common(8))}
+    most = dict(watched.count.most_common(8))
+    return {"launches": watched.count.total(), "most": most, "largest_filter": watched.largest_filter}
 
 
 def place(error: Exception) -> str | None:
@@ -150,6 +151,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.largest_filter = 0  # side of it, in pixels
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -164,6 +166,8 @@ class Watch(TorchDispatchMode):
             raise HostError(f"{function} between {' and '.join(sorted(devices))}")
         if "cuda" in devices and launches(function):
             self.count[str(function.overloadpacket).removeprefix("aten.")] += 1
+            if function.overloadpacket is torch.ops.aten.convolution:
+                self.largest_filter = max(self.largest_filter, *args[1].shape[2:])
         return result
 
 

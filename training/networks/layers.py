@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dnnlib.config import ConfigError, field_names
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
-from training.networks import winograd
+from training.networks.convolution import conv2d
 
 # Only activations with act(g x) = g act(x) for g > 0: the layers move gains from the output to the weights.
 Activation = Literal["linear", "lrelu"]
@@ -172,15 +172,13 @@ class Conv2d(nn.Module):
         # The activation's gain acts on weight and bias, which are much smaller than the output.
         weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = None if self.bias is None else self.bias * self.gain
-        if self.down == 1 and winograd.pays(x, weight):
-            x = winograd.conv3x3(x, weight)
-        elif self.down == 1:
-            x = F.conv2d(x, weight, padding=self.padding)
+        if self.down == 1:
+            x = conv2d(x, weight, padding=self.padding)
         elif self.padding == 0:
             # A pointwise convolution commutes with the choice of pixels: drop them first.
-            x = F.conv2d(upfirdn2d(x, self.resample_filter, down=2, padding=1), weight)
+            x = conv2d(upfirdn2d(x, self.resample_filter, down=2, padding=1), weight)
         else:
-            x = F.conv2d(upfirdn2d(x, self.resample_filter, padding=self.padding + 1), weight, stride=2)
+            x = conv2d(upfirdn2d(x, self.resample_filter, padding=self.padding + 1), weight, stride=2)
         return bias_act(x, bias, act=self.activation, gain=1.0, clamp=self.clamp)
 
 

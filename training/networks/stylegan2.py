@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dnnlib.config import ConfigError
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d, upsample2d
-from training.networks import execution, winograd
+from training.networks import execution
+from training.networks.convolution import conv2d, conv_transpose2d
 from training.networks.generator import (
     DoublingConfig,
     Generator,
@@ -123,11 +123,9 @@ def modulated_conv2d(
 def _convolve(x: Tensor, weight: Tensor, up_filter: Tensor | None) -> Tensor:
     """Correlate x (B, I, H, W) with weight (O, I, k, k), or transpose that with stride 2 and filter."""
     if up_filter is not None:
-        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H + 1, 2W + 1)
+        x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H + 1, 2W + 1)
         return upfirdn2d(x, up_filter, padding=1, gain=4)
-    if winograd.pays(x, weight):
-        return winograd.conv3x3(x, weight)
-    return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+    return conv2d(x, weight, padding=weight.shape[2] // 2)
 
 
 class ModulatedConv(nn.Module):
@@ -213,7 +211,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A pointwise convolution commutes with the upsampling: do it on the smaller grid.
-        return upsample2d(F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
+        return upsample2d(conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
 
 
 class Stage(nn.Module):

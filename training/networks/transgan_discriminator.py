@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dnnlib.config import ConfigError
 from training.networks import execution
+from training.networks.convolution import conv2d
 from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
 from training.networks.generator import Grid
 from training.networks.grid_attention import CellAttention
@@ -105,12 +106,13 @@ class PatchConv(nn.Conv2d):
 
     def __init__(self, img_channels: int, width: int, patch: int, *, overlap: bool) -> None:
         size = 2 * patch if overlap else patch
-        super().__init__(img_channels, width, size, stride=patch, padding=(size - patch) // 2)
+        self.patch, self.margin = patch, (size - patch) // 2
+        super().__init__(img_channels, width, size, stride=self.patch, padding=self.margin)
 
     def forward(self, img: Tensor) -> Tensor:
         assert self.bias is not None
         weight, bias = self.weight.to(img.dtype), self.bias.to(img.dtype)
-        return to_tokens(F.conv2d(img, weight, bias, self.stride, self.padding))
+        return to_tokens(conv2d(img, weight, bias, stride=self.patch, padding=self.margin))
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,93 @@
+"""Convolutions with fast second derivatives, against PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_utils.ops import conv2d as ours
+from training.networks import convolution, execution
+
+CASES = {
+    "3x3": (partial(ours.conv2d, padding=1), partial(F.conv2d, padding=1), (4, 3, 3, 3)),
+    "pointwise": (ours.conv2d, F.conv2d, (4, 3, 1, 1)),
+    "strided": (partial(ours.conv2d, stride=2), partial(F.conv2d, stride=2), (4, 3, 3, 3)),
+    "patches": (partial(ours.conv2d, stride=2, padding=1), partial(F.conv2d, stride=2, padding=1), (4, 3, 4, 4)),
+    "transposed": (partial(ours.conv_transpose2d, stride=2), partial(F.conv_transpose2d, stride=2), (3, 4, 3, 3)),
+}
+Convolve = Callable[[Tensor, Tensor], Tensor]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*sizes, dtype=dtype, generator=generator) for sizes in ((2, 3, 7, 6), shape))
+    return x.requires_grad_(), w.requires_grad_()
+
+
+def derivatives(convolve: Convolve, x: Tensor, w: Tensor) -> list[Tensor]:
+    """The output, the gradients of a function of it, and those of the norms of these."""
+    y = convolve(x, w)
+    first = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
+    second = [torch.autograd.grad(g.square().sum(), (x, w), retain_graph=True) for g in first]
+    return [y, *first, *(g for pair in second for g in pair)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_equal_those_of_pytorch(case: str) -> None:
+    convolve, reference, shape = CASES[case]
+    x, w = inputs(shape)
+    for actual, expected in zip(derivatives(convolve, x, w), derivatives(reference, x, w), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_equal_differences(case: str) -> None:
+    convolve, _, shape = CASES[case]
+    assert torch.autograd.gradcheck(convolve, inputs(shape))
+    assert torch.autograd.gradgradcheck(convolve, inputs(shape))
+
+
+def test_third_derivatives() -> None:
+    convolve, reference, shape = CASES["strided"]
+    x, w = inputs(shape)
+
+    def third(convolve: Convolve) -> tuple[Tensor, ...]:
+        (dx,) = torch.autograd.grad(convolve(x, w).pow(3).sum(), x, create_graph=True)
+        (dw,) = torch.autograd.grad(dx.pow(3).sum(), w, create_graph=True)
+        return torch.autograd.grad(dw.pow(3).sum(), (x, w))
+
+    for actual, expected in zip(third(convolve), third(reference), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
+    x, w = inputs((4, 3, 3, 3))
+    x.requires_grad_(False)
+    (grad,) = torch.autograd.grad(ours.conv2d(x, w, padding=1).sum(), w)
+    assert grad.shape == w.shape
+    assert torch.isfinite(grad).all()
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives_on_a_gpu(case: str, channels_last: bool) -> None:
+    """Networks take them there, in both layouts, and only where they are said to be needed."""
+    _, reference, shape = CASES[case]
+    x, w = inputs(shape)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    on_gpu = [tensor.detach().float().cuda().contiguous(memory_format=layout).requires_grad_() for tensor in (x, w)]
+    network = convolution.conv_transpose2d if case == "transposed" else convolution.conv2d
+    with execution.using(twice_differentiable=True):
+        actual = derivatives(partial(network, **reference.keywords if isinstance(reference, partial) else {}), *on_gpu)
+    assert "_Convolution" in str(actual[0].grad_fn) or "_InputGradient" in str(actual[0].grad_fn)
+    for ours_, expected in zip(actual, derivatives(reference, x, w), strict=True):
+        torch.testing.assert_close(ours_.double().cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
