@@ -13,14 +13,14 @@ from torch import Tensor
 from torch_utils.ops import conv2d as ours
 from training.networks import convolution, execution
 
-CASES = {
+Convolve = Callable[[Tensor, Tensor], Tensor]
+CASES: dict[str, tuple[Convolve, Convolve, tuple[int, ...]]] = {
     "3x3": (partial(ours.conv2d, padding=1), partial(F.conv2d, padding=1), (4, 3, 3, 3)),
     "pointwise": (ours.conv2d, F.conv2d, (4, 3, 1, 1)),
     "strided": (partial(ours.conv2d, stride=2), partial(F.conv2d, stride=2), (4, 3, 3, 3)),
     "patches": (partial(ours.conv2d, stride=2, padding=1), partial(F.conv2d, stride=2, padding=1), (4, 3, 4, 4)),
     "transposed": (partial(ours.conv_transpose2d, stride=2), partial(F.conv_transpose2d, stride=2), (3, 4, 3, 3)),
 }
-Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -86,8 +86,9 @@ def test_second_derivatives_on_a_gpu(case: str, channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     on_gpu = [tensor.detach().float().cuda().contiguous(memory_format=layout).requires_grad_() for tensor in (x, w)]
     network = convolution.conv_transpose2d if case == "transposed" else convolution.conv2d
+    options = reference.keywords if isinstance(reference, partial) else {}
     with execution.using(twice_differentiable=True):
-        actual = derivatives(partial(network, **reference.keywords if isinstance(reference, partial) else {}), *on_gpu)
-    assert "_Convolution" in str(actual[0].grad_fn) or "_InputGradient" in str(actual[0].grad_fn)
-    for ours_, expected in zip(actual, derivatives(reference, x, w), strict=True):
-        torch.testing.assert_close(ours_.double().cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        actual = derivatives(partial(network, **options), *on_gpu)
+    assert str(actual[0].grad_fn).startswith(("<_ConvolutionBackward", "<_InputGradientBackward"))
+    for found, expected in zip(actual, derivatives(reference, x, w), strict=True):
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
