@@ -243,6 +243,8 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
                 raise
             yield error
             continue
+        for note in snapshot.notes():
+            click.echo(note, err=True)
         if snapshot.G_ema is None:
             raise UserError(f"{path}: holds no averaged generator (G_ema), which metrics are computed of")
         config = snapshot_config(job, snapshot)

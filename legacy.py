@@ -39,7 +39,15 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
     networks = build_networks(foreign.config, foreign.states, path, device)
-    return Snapshot(**networks, config=foreign.config, nimg=foreign.nimg, ada_p=foreign.ada_p, path=path)
+    about = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p, "left_out": foreign.left_out}
+    return Snapshot(**networks, **about, path=path)
+
+
+def transfer_options(path: str | Path) -> dict[str, Any]:
+    """Return what a foreign snapshot says about a training that starts from it: the bound of its p, if it had one."""
+    path = local_file(path)
+    augment = read_foreign(path).config.augment if is_foreign(path) else None
+    return {"augment.max_p": augment.max_p} if augment and augment.mode == "ada" and augment.max_p < 1 else {}
 
 
 def local_file(path: str | Path) -> Path:
@@ -81,6 +89,8 @@ def convert(
         if value is not None and kind != of:
             raise UserError(f"{name}={value}: is for --format={of}, this is {kind}; leave it out")
     snapshot = load_network(source)
+    for note in snapshot.notes():
+        click.echo(note, err=True)
     if kind == "onnx":
         for path in export_onnx(dest, snapshot, noise_mode or "const"):
             click.echo(f"Written: {path}")
@@ -151,6 +161,7 @@ def _describe_ours(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig
         "kimg": nimg / 1000,
         "ada_p": ada_p,
         "networks": list(states),
+        "left_out": {},
     }
 
 
@@ -163,6 +174,7 @@ def _describe_foreign(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         "kimg": foreign.nimg / 1000 if foreign.nimg else None,
         "ada_p": foreign.ada_p,
         "networks": list(foreign.states),
+        "left_out": dict(foreign.left_out),
     }
 
 
@@ -191,6 +203,8 @@ def _lines(about: dict[str, Any]) -> Iterator[str]:
     yield f"augmentation   {augment['mode']}{details}"
     if origin["source"]:
         yield f"started from   {origin['source']}, kimg {origin['kimg']:g}"
+    for name, reason in about["left_out"].items():
+        yield f"left out       {name}: {reason}"
     for record in about["metrics"]:
         yield f"metric         {', '.join(f'{key} {value:.4g}' for key, value in record['results'].items())}"
     for part in ("generator", "discriminator") if "D" in about["networks"] else ("generator",):

@@ -18,7 +18,7 @@ import legacy
 import metrics.registry
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.download import cache_dir, is_url, open_url
+from dnnlib.download import cache_dir, is_url
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
@@ -271,7 +271,7 @@ def main(context: click.Context, **options: Any) -> None:
     """
     for name in ("data.path", "outdir"):
         _require(context, name)
-    plain, transfer = (_requested_config(context, base) for base in ({}, TRANSFER_LEARNING))
+    plain = _requested_config(context, {})
     dataset = ImageDataset(plain.data)
     device = distributed.choose_device(plain.run.device)
     request = runs.Request(
@@ -279,7 +279,7 @@ def main(context: click.Context, **options: Any) -> None:
         resume=options["resume"],
         override=bool(options["override"]),
         plain=plain,
-        transfer=transfer,
+        transfer=_requested_config(context, TRANSFER_LEARNING | _options_of(options["resume"], options["dry_run"])),
         about=_circumstances(dataset, device),
     )
     config = resolve(request.config, request.about)
@@ -294,8 +294,6 @@ def main(context: click.Context, **options: Any) -> None:
         return
     if config.run.metrics is None and is_first:
         _prepare_default_metrics(config.run)
-    if is_url(options["resume"]):
-        open_url(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
 
 
@@ -531,6 +529,12 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
         if given != launched:
             raise ConfigError("run.num_gpus", given, f"torchrun started {launched} processes; leave --gpus out")
     return customise(override(PRESETS[context.params["cfg"]], base), values)
+
+
+def _options_of(resume: str | None, dry_run: bool) -> dict[str, Any]:
+    """Return what the file to start from says about the training; what is on the web is not fetched for a dry run."""
+    is_file = resume is not None and (not dry_run if is_url(resume) else Path(resume).is_file())
+    return legacy.transfer_options(resume) if resume is not None and is_file else {}
 
 
 def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:

@@ -222,3 +222,61 @@ def discriminator_shapes(
     shapes |= {"b4.conv.weight": (width, width + mbstd, 3, 3), "b4.conv.bias": (width,)}
     shapes |= {"b4.fc.weight": (width, 16 * width), "b4.fc.bias": (width,)}
     return shapes | {"b4.out.weight": (out, width), "b4.out.bias": (out,)}
+
+
+# Whole files, with the keywords that the training loops of their projects write.
+
+Z, W, LAYERS = 5, 6, 2  # sizes of latents and styles, depth of the mapping
+TRANSFORMS = {
+    **{"xflip": 1, "rotate90": 1, "xint": 1, "scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1},
+    **{"brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 1, "saturation": 1},
+}
+SHAPES = {"z_dim": Z, "w_dim": W, "img_resolution": 16, "img_channels": 3}
+
+
+def augmentation(p: float = 0.9, **more: Any) -> Call:
+    """The bgc pipe."""
+    return module("AugmentPipe", {"p": torch.tensor(p)}, **TRANSFORMS, **more)
+
+
+def discriminator(c_dim: int = 0, **more: Any) -> Call:
+    """A resnet discriminator for 16x16."""
+    shapes = discriminator_shapes(16, 48, 8, 3, "resnet", True, 8 if c_dim else 1)
+    if c_dim:
+        shapes |= mapping_shapes(0, c_dim, 8, 8, w_avg=False)
+    arguments = {"c_dim": c_dim, "img_resolution": 16, "img_channels": 3, "channel_base": 48, "channel_max": 8}
+    return module("Discriminator", draw(shapes, seed=7), **arguments, **more)
+
+
+def styleformer(c_dim: int = 0, linformer: bool = False) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and arguments of a Styleformer: 8 and 6 channels, at 8 and 16 pixels or (linformer) 16 and 32.
+
+    Its published training loop writes these names, among them the sizes of convolutions that it does not have.
+    """
+    shapes = mapping_shapes(Z, c_dim, W, LAYERS) | styleformer_shapes(
+        (8, 6), (1, 2), 16 if linformer else 8, W, 3, linformer
+    )
+    tensors = draw(shapes)
+    twice = {key.replace(".enc.proj", ".proj"): x for key, x in tensors.items() if key.endswith("proj_weight")}
+    synthesis = {"channel_base": 32768, "channel_max": 512, "num_fp16_res": 3, "conv_clamp": 256, "depth": 4}
+    synthesis |= {"minimum_head": 1, "num_layers": [1, 2, 3], "G_dict": [8, 6, 4], "linformer": linformer}
+    arguments = {**SHAPES, "c_dim": c_dim, "img_resolution": 32 if linformer else 16}
+    arguments |= {"mapping_kwargs": easy_dict(num_layers=LAYERS), "synthesis_kwargs": easy_dict(**synthesis)}
+    return tensors | twice, arguments
+
+
+def stylegan2(c_dim: int = 0, *, flat: bool = False) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a StyleGAN2 generator for 16x16 and its arguments: `flat` as in StyleGAN3's repository."""
+    tensors = draw(mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip"))
+    arguments = {**SHAPES, "c_dim": c_dim, "mapping_kwargs": easy_dict(num_layers=LAYERS)}
+    widths = {"channel_base": 48, "channel_max": 5}
+    if flat:
+        return tensors, arguments | widths | {"fused_modconv_default": "inference_only"}
+    return tensors, arguments | {"synthesis_kwargs": easy_dict(**widths, num_fp16_res=2, conv_clamp=256)}
+
+
+def data_parallel(network: Call, wrapper: str = "data_parallel.DataParallel") -> Call:
+    """A network in torch.nn.DataParallel or DistributedDataParallel, as pickle writes an object."""
+    place, _, name = wrapper.rpartition(".")
+    state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": network}, "device_ids": [0, 1], "dim": 0}
+    return Call(Name(f"torch.nn.parallel.{place}", name), (), state)

@@ -160,7 +160,7 @@ def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, 
     path = tmp_path / "generation.pkl"
     write(path, {"G_ema": styleformer()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
-    for name, message in (("generation.pkl", "holds no G or no D"), ("list.pkl", "not a snapshot of Styleformer")):
+    for name, message in (("generation.pkl", "G cannot be taken from it: it is not there"), ("list.pkl", "not a snapshot of Styleformer")):
         arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes32_zip}", *SHORT, f"--resume={tmp_path / name}"]
         refused = run(train.main, *arguments)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output

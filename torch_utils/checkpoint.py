@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import dnnlib
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import describe_error
-from torch_utils.pickles import is_pickle
+from torch_utils.pickles import describe_torch_file, is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -177,9 +177,14 @@ def read_file(path: Path, file_format: str, version: int, migrations: Mapping[in
 
 def read_document(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
     """Return the payload and, as they were written, format, version, project version and checksum of the file."""
-    document = _read_document(path)
+    try:
+        document = _read_document(path)
+    except UserError:
+        _refuse_others(path)
+        raise
     kinds = {"format": str, "version": int, "sha256": str, "payload": dict, "written_by": str}
     if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in kinds.items()):
+        _refuse_others(path)
         raise UserError(f"{path}: not a file of this project")
     if document["format"] != file_format:
         raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file")
@@ -198,6 +203,15 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: does not hold what a {file_format} file holds ({reason}); use another copy") from None
     return {**document, "payload": payload}
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise UserError for files of other programs that can be told by their content."""
+    if path.is_file() and (what := describe_torch_file(path)):
+        raise UserError(
+            f"{path}: {what}, which is not of this family: what opens here are this project's files, and the .pkl "
+            "files of StyleGAN2-ADA-PyTorch, Styleformer, and StyleGAN3 where it trained StyleGAN2"
+        )
 
 
 def _read_document(path: Path) -> Any:

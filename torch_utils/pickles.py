@@ -6,11 +6,15 @@ others. A name stands for a piece of data here, never for the function or class 
 
     torch_utils.persistence._reconstruct_persistent_obj   -> PickledModule: the name of a class and its attributes;
                                                              the Python source that comes along is dropped unread
+    torch.nn.DataParallel, DistributedDataParallel        -> PickledModule, with what it wraps as its child `module`
     torch._utils._rebuild_tensor_v2, _rebuild_parameter   -> a tensor
     torch.storage._load_from_bytes                        -> the numbers of a tensor, from a second stream that the same
                                                              machine reads
-    dnnlib.util.EasyDict, collections.OrderedDict         -> a dict
+    EasyDict of any module, collections.OrderedDict       -> a dict
     builtins.set, numpy's dtype and scalar                -> a set, a number
+
+Every other name, and a call with arguments that no snapshot has, becomes `Unreadable`: a value that only says why. So a
+file opens whatever its author has added to it, and whoever needs the value that is unreadable refuses it.
 
 What a file may cost is bounded by its own size: tensors cannot hold more numbers than the file has bytes.
 """
@@ -18,7 +22,9 @@ What a file may cost is bounded by its own size: tensors cannot hold more number
 from __future__ import annotations
 
 import mmap
+import pickle
 import pickletools
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -34,16 +40,21 @@ from dnnlib.util import describe_error
 
 MAX_BYTES = 8 * 2**30  # of a file
 MAX_INSTRUCTIONS = 500_000  # in all streams of a file; the largest published networks take less than a tenth
+MAX_INDEX_BYTES = 64 * 2**20  # of what a zip file says of its tensors
 MAX_NESTING = 100  # containers that are open at a time
 MAX_STACK = 100_000  # values that wait to be put into one
 MAX_KEY = 2**32  # among numbers; those modulo 2^61 - 1 collide in a dict, and many of them would take hours
 MAX_DIMS = 8  # of a tensor
 MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
 MAX_NAME = 100  # letters in the name of one
+MAX_WRAPPERS = 3  # around a network
+WRAPPERS = ("DataParallel", "DistributedDataParallel")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch's own format before zip files begins with
 _TORCH_PROTOCOL = 1001
+
+PROGRAMS = {"/constants.pkl": "a TorchScript module", "/models/model.json": "a program of torch.export"}  # by an entry
 
 STORAGES: Mapping[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -57,8 +68,18 @@ STORAGES: Mapping[str, torch.dtype] = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-ARRAYS = {("numpy", "ndarray")} | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+
+
+class LimitError(UserError):
+    """A file claims more than it can need, so reading it ends."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unreadable:
+    """A value that stands for something which is not read, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,19 @@ class PickledModule:
     """A module as it was pickled: what its class was called, and its attributes."""
 
     class_name: str
-    state: Mapping[str, Any]
+    state: dict[str, Any]
+
+    def unwrapped(self) -> PickledModule:
+        """Return the network inside of DataParallel and the like. Raises UserError when there is none."""
+        module = self
+        for _ in range(MAX_WRAPPERS):
+            if module.class_name not in WRAPPERS:
+                return module
+            inner = module.children("_modules").get("module")
+            if not isinstance(inner, PickledModule):
+                raise UserError(f"a {module.class_name} without a network")
+            module = inner
+        raise UserError(f"a network in more than {MAX_WRAPPERS} wrappers")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers of this module and those below by their dotted names. Raises UserError."""
@@ -80,12 +113,12 @@ class PickledModule:
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
                     if value is not None and not isinstance(value, Tensor):
-                        raise UserError(f"{prefix}{name} is no tensor")
+                        raise UserError(f"{prefix}{name} is no tensor{_why(value)}")
                     if value is not None:
                         found[prefix + name] = value
             for name, child in module.children("_modules").items():
                 if child is not None and not isinstance(child, PickledModule):
-                    raise UserError(f"{prefix}{name} is no module")
+                    raise UserError(f"{prefix}{name} is no module{_why(child)}")
                 if child is not None:
                     queue.append((f"{prefix}{name}.", child))
         return found
@@ -96,6 +129,10 @@ class PickledModule:
         if not isinstance(value, dict) or not all(type(name) is str and len(name) <= MAX_NAME for name in value):
             raise UserError(f"a module of class {self.class_name} has no {kind}")
         return value
+
+
+def _why(value: Any) -> str:
+    return f" ({value.reason})" if isinstance(value, Unreadable) else ""
 
 
 @dataclass(frozen=True)
@@ -127,23 +164,32 @@ class _Budget:
     num_bytes: int
     instructions: int = MAX_INSTRUCTIONS
     storage_bytes: int = field(init=False)
+    encoded_bytes: int = field(init=False)
     numbers: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.storage_bytes = self.numbers = self.num_bytes
+        self.storage_bytes = self.encoded_bytes = self.numbers = self.num_bytes
 
     def spend(self, kind: str, amount: int) -> None:
         left = getattr(self, kind) - amount
         if left < 0:
-            raise UserError(f"it claims more {kind.replace('_', ' ')} than a file of {self.num_bytes} bytes can need")
+            raise LimitError(f"it claims more {kind.replace('_', ' ')} than a file of {self.num_bytes} bytes can need")
         setattr(self, kind, left)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles of protocol 2 and later do."""
+    """Whether a file begins as pickles of protocol 2 and later do, and is not of torch.save before zip files."""
+    start = _start(path)
+    return len(start) >= 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and not _is_old_torch_file(path)
+
+
+def _is_old_torch_file(path: Path) -> bool:
+    return pickle.dumps(_TORCH_MAGIC, 2)[2:] in _start(path)
+
+
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        start = file.read(2)
-    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+        return file.read(32)
 
 
 def read_pickle(path: Path) -> Any:
@@ -165,13 +211,62 @@ def read_pickle(path: Path) -> Any:
     return content
 
 
+def describe_torch_file(path: Path) -> str | None:
+    """Return what a file that torch.save wrote for another program is; None for other files and damaged ones.
+
+    Nothing of it is run, and its tensors are not read.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return _describe(_read_old_torch_file(path)) if _is_old_torch_file(path) else None
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            for name, what in PROGRAMS.items():
+                if any(entry.endswith(name) for entry in names):
+                    return what
+            index = next((name for name in names if name.endswith("/data.pkl")), None)
+            if index is None or archive.getinfo(index).file_size > MAX_INDEX_BYTES:
+                return None
+            data = archive.read(index)
+        return _describe(_read_outline(BytesIO(data), _Budget(len(data))))
+    except Exception:  # a damaged file, of which zipfile raises many kinds
+        return None
+
+
+def _read_old_torch_file(path: Path) -> Any:
+    """Return the content of a file in torch's format before zip files: what follows magic, protocol and machine."""
+    budget = _Budget(path.stat().st_size)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        return [_read_outline(stream, budget) for _ in range(4)][3]
+
+
+def _read_outline(stream: mmap.mmap | BytesIO, budget: _Budget) -> Any:
+    """Return the value of one stream, whose tensors are elsewhere and unreadable."""
+    return _Machine(stream, _names(budget), budget, lambda _: Unreadable("numbers in another place")).run()
+
+
+def _describe(content: Any) -> str | None:
+    if isinstance(content, Unreadable):
+        return f"a pickled object ({content.reason})"
+    if not isinstance(content, dict) or "format" in content:
+        return None
+    generator = content.get("g_ema")
+    if isinstance(generator, dict) and any(name in generator for name in ("style.1.weight", "conv1.conv.weight")):
+        return "a checkpoint of another StyleGAN2 code base (its g_ema has layers named style.1)"
+    inner = content.get("state_dict", content)
+    if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
+        return "a bare state_dict, without the arguments that its network was made with"
+    keys = ", ".join(_shorten(str(key))[:20] for key in [*content][:6])
+    return f"a file of torch.save that holds {keys}" if content else None
+
+
 class _Machine:
     """Runs one stream: builds numbers, strings, containers, and what `names` say. Without `load` no persistent ids."""
 
     def __init__(
         self,
         stream: mmap.mmap | BytesIO,
-        names: Mapping[tuple[str, str], Any],
+        names: Callable[[str, str], Any],
         budget: _Budget,
         load: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -242,25 +337,44 @@ class _Machine:
 
     def append(self, _: None) -> None:
         value = self._pop()
-        self._top(list, "its items").append(value)
+        if not self._is_unreadable():
+            self._top(list, "its items").append(value)
 
     def extend(self, _: None) -> None:
         values = self._pop_to_mark()
-        self._top(list, "its items").extend(values)
+        if not self._is_unreadable():
+            self._top(list, "its items").extend(values)
 
     def add_items(self, _: None) -> None:
         values = self._pop_to_mark()
-        self._top(set, "its items").update(map(_check_key, values))
+        self._top(set, "its items").update(map(_key, values))
 
     def set_item(self, _: None) -> None:
         value, key = self._pop(), self._pop()
-        self._top(dict, "its items")[_check_key(key)] = value
+        if not self._is_unreadable():
+            self._top(dict, "its items")[_key(key)] = value
 
     def set_items(self, _: None) -> None:
         values = self._pop_to_mark()
         if len(values) % 2:
             raise UserError("damaged (a key without a value)")
-        self._top(dict, "its items").update(zip(map(_check_key, values[::2]), values[1::2], strict=True))
+        if not self._is_unreadable():
+            self._top(dict, "its items").update(zip(map(_key, values[::2]), values[1::2], strict=True))
+
+    def _is_unreadable(self) -> bool:
+        """Whether the value on top stands for something that is not read, so that its items are dropped."""
+        value = self._pop()
+        self.stack.append(value)
+        return isinstance(value, Unreadable)
+
+    def pop(self, _: None) -> None:
+        self._pop()
+
+    def pop_to_mark(self, _: None) -> None:
+        self._pop_to_mark()
+
+    def make_frozen_set(self, _: None) -> None:
+        self.stack.append(set(map(_key, self._pop_to_mark())))
 
     def make_tuple(self, _: None) -> None:
         self.stack.append(tuple(self._pop_to_mark()))
@@ -292,32 +406,41 @@ class _Machine:
     def _push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise UserError("it refers to a name that is no text")
-        if module.startswith("dnnlib.tflib"):
-            raise UserError("a TensorFlow pickle: convert it to the PyTorch format of StyleGAN2-ADA first")
-        if (module, name) in ARRAYS:
-            raise UserError("it holds arrays of NumPy, as snapshots of StyleGAN3 do; its networks are not here")
-        if (module, name) not in self.names:
-            raise UserError(f"it refers to {_shorten(f'{module}.{name}')}, which no snapshot needs")
-        self.stack.append(self.names[module, name])
+        self.stack.append(self.names(module, name))
 
     def call(self, _: None) -> None:
         """Let a name make what it stands for."""
         arguments, function = self._pop(), self._pop()
+        if isinstance(function, Unreadable):
+            self.stack.append(function)
+            return
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise UserError("it calls something that has no name")
         try:
             self.stack.append(function.call(*arguments))
-        except (TypeError, AttributeError, OverflowError, RuntimeError) as error:  # of arguments that no snapshot has
-            problem = f"{function.name} with arguments that no snapshot has ({describe_error(error)})"
-            raise UserError(problem) from None
+        except LimitError:
+            raise
+        except (UserError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            reason = str(error) if isinstance(error, UserError) else describe_error(error)
+            self.stack.append(Unreadable(f"{function.name} with arguments that no snapshot has ({reason[:200]})"))
+
+    def call_with_names(self, _: None) -> None:
+        """Make an object with keyword arguments, which no snapshot needs."""
+        self._pop()
+        self.call(_)
+        if not isinstance(self.stack[-1], Unreadable):
+            raise UserError("it makes an object with keyword arguments")
 
     def set_state(self, _: None) -> None:
-        """Of all that a file needs, only NumPy's types are given a state; it says the byte order."""
+        """Give a state to what has one: a NumPy type, whose state is the byte order, and a wrapper."""
         state, value = self._pop(), self._pop()
-        if not isinstance(value, _NumpyType) or not isinstance(state, tuple) or len(state) != 8:
-            raise UserError("it sets the state of something that has none")
-        if not isinstance(state[1], str) or state[1] not in "<|":
-            raise UserError("its numbers have another byte order")
+        if isinstance(value, PickledModule) and value.class_name in WRAPPERS and isinstance(state, dict):
+            value.state.update(state)
+        elif isinstance(value, _NumpyType) and isinstance(state, tuple) and len(state) == 8:
+            if not isinstance(state[1], str) or state[1] not in "<|":
+                value = Unreadable("numbers of another byte order")
+        elif not isinstance(value, Unreadable):
+            value = Unreadable("the state of something that has none")
         self.stack.append(value)
 
     def load_outside(self, _: None) -> None:
@@ -337,8 +460,10 @@ _STEPS: Mapping[str, _Step] = {
     "NEWFALSE": lambda machine, _: machine.push(False),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
     **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _Machine.push),
-    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), _Machine.push),
     "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": _Machine.pop_to_mark,
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "APPEND": _Machine.append,
     "APPENDS": _Machine.extend,
@@ -347,6 +472,7 @@ _STEPS: Mapping[str, _Step] = {
     "SETITEMS": _Machine.set_items,
     "EMPTY_SET": lambda machine, _: machine.push(set()),
     "ADDITEMS": _Machine.add_items,
+    "FROZENSET": _Machine.make_frozen_set,
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "TUPLE1": lambda machine, _: machine.make_short_tuple(1),
     "TUPLE2": lambda machine, _: machine.make_short_tuple(2),
@@ -361,16 +487,18 @@ _STEPS: Mapping[str, _Step] = {
     "STACK_GLOBAL": _Machine.push_name_of_stack,
     "REDUCE": _Machine.call,
     "NEWOBJ": _Machine.call,
+    "NEWOBJ_EX": _Machine.call_with_names,
     "BUILD": _Machine.set_state,
     "BINPERSID": _Machine.load_outside,
 }
 
 
-def _check_key(key: Any) -> Any:
+def _key(key: Any) -> str | int | Unreadable:
+    """Return a key as it is, or something that stands for it."""
     if type(key) not in (str, int):
-        raise UserError(f"a key of type {type(key).__name__}, expected text or a whole number")
+        return Unreadable(f"a key of type {type(key).__name__}, expected text or a whole number")
     if type(key) is int and abs(key) > MAX_KEY:
-        raise UserError("a key that is larger than any in a snapshot")
+        return Unreadable("a key that is larger than any in a snapshot")
     return key
 
 
@@ -378,8 +506,8 @@ def _shorten(text: str) -> str:
     return repr(text[:80])[1:-1]
 
 
-def _names(budget: _Budget) -> dict[tuple[str, str], _Name]:
-    """The names that a file may refer to, all of them."""
+def _names(budget: _Budget) -> Callable[[str, str], _Name | Unreadable]:
+    """Return what the names in a file stand for."""
 
     def load_storage(data: bytes) -> _Storage:
         return _read_storage(data, budget)
@@ -387,31 +515,70 @@ def _names(budget: _Budget) -> dict[tuple[str, str], _Name]:
     def rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
         return _view(storage, offset, size, stride, budget)
 
+    def rebuild_subclass(function: _Name, _: Any, arguments: tuple[Any, ...], __: Any) -> Tensor:
+        if not isinstance(function, _Name) or function.call is not rebuild_tensor:
+            raise UserError("a tensor that is made of something else")
+        return rebuild_tensor(*arguments)
+
     def make_dict(pairs: Any = ()) -> dict[Any, Any]:
         budget.spend("instructions", len(pairs))
         if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
             raise UserError("a dict that is made of something else than pairs")
-        return {_check_key(key): value for key, value in pairs}
+        return {_key(key): value for key, value in pairs}
 
     def make_set(items: Any = ()) -> set[Any]:
         if not isinstance(items, (list, tuple)):
             raise UserError("a set that is made of something else than a list")
         budget.spend("instructions", len(items))
-        return set(map(_check_key, items))
+        return set(map(_key, items))
+
+    def encode(text: str, encoding: str) -> bytes:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise UserError("bytes that are made of something else than text")
+        budget.spend("encoded_bytes", len(text))
+        return text.encode("latin-1", errors="replace")
 
     calls: dict[tuple[str, str], Callable[..., Any]] = {
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): _make_module,
-        ("dnnlib.util", "EasyDict"): make_dict,
         ("collections", "OrderedDict"): make_dict,
         ("builtins", "set"): make_set,
+        ("builtins", "frozenset"): make_set,
+        ("__builtin__", "set"): make_set,  # protocol 2
+        ("__builtin__", "frozenset"): make_set,
+        ("__builtin__", "bytes"): lambda: b"",
+        ("_codecs", "encode"): encode,  # as which protocol 2 writes bytes
         ("numpy", "dtype"): _make_numpy_type,
         ("numpy.core.multiarray", "scalar"): _make_scalar,
         ("numpy._core.multiarray", "scalar"): _make_scalar,
         ("torch._utils", "_rebuild_parameter"): _make_parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _make_parameter,
+        ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._tensor", "_rebuild_from_type_v2"): rebuild_subclass,
         ("torch.storage", "_load_from_bytes"): load_storage,
+        ("torch.nn.parallel.data_parallel", "DataParallel"): lambda: PickledModule("DataParallel", {}),
+        ("torch.nn.parallel.distributed", "DistributedDataParallel"): lambda: PickledModule(
+            "DistributedDataParallel", {}
+        ),
     }
-    return {key: _Name(".".join(key), call) for key, call in calls.items()}
+    # Wherever a project keeps its copy of the module.
+    by_name_alone: dict[str, Callable[..., Any]] = {"EasyDict": make_dict, "_reconstruct_persistent_obj": _make_module}
+
+    def find(module: str, name: str) -> _Name | Unreadable:
+        call = calls.get((module, name)) or by_name_alone.get(name)
+        full = _shorten(f"{module}.{name}")
+        if call:
+            return _Name(full, call)
+        if module.startswith("dnnlib.tflib"):
+            return Unreadable("a TensorFlow pickle: convert it to the PyTorch format of StyleGAN2-ADA first")
+        return Unreadable(f"it refers to {full}, which no snapshot needs")
+
+    return find
+
+
+def _storage_type(module: str, name: str) -> torch.dtype | Unreadable:
+    """Return the type of the numbers in torch.FloatStorage and the like."""
+    found = STORAGES.get(name) if module in ("torch", "torch.cuda") else None
+    return found or Unreadable(f"it refers to {_shorten(f'{module}.{name}')}, which no tensor needs")
 
 
 def _make_module(meta: dict[str, Any]) -> PickledModule:
@@ -456,19 +623,23 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
         raise UserError("a tensor that is not made of bytes")
     budget.spend("storage_bytes", len(data))
     stream = BytesIO(data)
-    names = {("torch", name): dtype for name, dtype in STORAGES.items()}
     found: list[tuple[str, torch.dtype, int]] = []
 
     def load(key: Any) -> _Storage | None:
         found.append(_storage_key(key))
         return None
 
-    magic, protocol, machine = (_Machine(stream, names, budget).run() for _ in range(3))
+    def read(load: Callable[[Any], Any] | None = None) -> Any:
+        value = _Machine(stream, _storage_type, budget, load).run()
+        if isinstance(value, Unreadable):
+            raise UserError(value.reason)
+        return value
+
+    magic, protocol, machine = (read() for _ in range(3))
     is_torch = magic == _TORCH_MAGIC and protocol == _TORCH_PROTOCOL
     if not is_torch or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise UserError("a tensor that is not in torch's format")
-    stored = _Machine(stream, names, budget, load).run()
-    keys = _Machine(stream, names, budget).run()
+    stored, keys = read(load), read()
     if stored is not None or len(found) != 1 or not isinstance(keys, list) or keys != [found[0][0]]:
         raise UserError("a stream for a tensor that holds something else")
     _, dtype, count = found[0]

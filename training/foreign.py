@@ -1,9 +1,10 @@
 """Foreign snapshots: networks of this project from the tensors and arguments in files of other projects.
 
-The snapshots of the public Styleformer release and of StyleGAN2-ADA-PyTorch are pickles that carry the Python source of
-their networks and run it when they are opened. Here torch_utils/pickles.py takes tensors and arguments from such a file
-as plain data, and the networks that are rebuilt from them make the same images. What this project's networks cannot
-express is refused by name.
+The snapshots of the public Styleformer release, of StyleGAN2-ADA-PyTorch and, for StyleGAN2, of StyleGAN3's repository
+are pickles that carry the Python source of their networks and run it when they are opened. Here torch_utils/pickles.py
+takes tensors and arguments from such a file as plain data, and the networks that are rebuilt from them make the same
+images. G_ema is read strictly: a file whose G_ema this project cannot express is refused by name. Everything else in a
+file (G, D, the augmentation, the data set, entries of a fork) is left out, with the reason, where it cannot be read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError, UserError
-from torch_utils.pickles import PickledModule, is_pickle, read_pickle
+from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle
 from training.augment import AugmentConfig
 from training.augment_stages import PIPES
 from training.config import TrainConfig
@@ -31,13 +33,9 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
-KINDS: Mapping[str, type] = {  # what a snapshot holds; each can be None but G_ema
-    "training_set_kwargs": dict,
-    "G": PickledModule,
-    "D": PickledModule,
-    "G_ema": PickledModule,
-    "augment_pipe": PickledModule,
-}
+KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  # entries of a snapshot
+# Arguments that belong to the synthesis network, and are the generator's own in StyleGAN3's repository.
+OF_SYNTHESIS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "architecture")
 
 Tensors = Mapping[str, Tensor]
 Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, several where ours is several side by side
@@ -45,17 +43,21 @@ Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, sev
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What a snapshot of another project comes to here: a configuration, and tensors under our names by network."""
+    """What a snapshot of another project comes to here: a configuration, and tensors under our names by network.
+
+    `left_out` says why an entry of the file was not read, by its name.
+    """
 
     origin: str
     config: TrainConfig
     states: Mapping[str, dict[str, Tensor]]
     nimg: int
     ada_p: float
+    left_out: Mapping[str, str]
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file is a pickle, and so none of ours. Raises UserError for a page of HTML."""
+    """Whether a file is a pickle of one value, and so none of ours. Raises UserError for a page of HTML."""
     if not path.is_file():
         return False
     try:
@@ -84,45 +86,76 @@ def _printable(error: UserError) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error)[:500])
 
 
-def _check_content(content: Any) -> None:
-    if not isinstance(content, dict) or not isinstance(content.get("G_ema"), PickledModule):
-        raise UserError("not a snapshot of Styleformer or StyleGAN2-ADA (it holds no G_ema)")
-    for name, value in content.items():
-        if name not in KINDS:
-            raise UserError(f"holds {str(name)[:80]!r}, which snapshots of Styleformer and StyleGAN2-ADA do not")
-        if value is not None and not isinstance(value, KINDS[name]):
-            raise UserError(f"{name} is not what it is in snapshots of Styleformer and StyleGAN2-ADA")
-
-
 def _interpret(content: Any, path: Path) -> Foreign:
-    _check_content(content)
-    read = {name: _read_generator(content[name], name) for name in ("G_ema", "G") if content.get(name)}
-    generator = read["G_ema"]
-    if any(other.config != generator.config for other in read.values()):
-        raise UserError("G and G_ema have different arguments")
+    generator = _read_generator(_module(_entries(content), "G_ema"), "G_ema")
+    left_out: dict[str, str] = {}
+
+    def tolerate(name: str, read: Callable[[], Any], default: Any) -> Any:
+        try:
+            return read() if content.get(name) is not None else default
+        except UserError as error:
+            left_out[name] = _printable(error)
+            return default
+
+    def read_other_generator() -> Read:
+        other = _read_generator(_module(content, "G"), "G")
+        if other.config != generator.config:
+            raise UserError("G and G_ema have different arguments")
+        return other
+
+    networks = {"G": tolerate("G", read_other_generator, None)}
+    networks["D"] = tolerate("D", lambda: _read_discriminator(_module(content, "D"), generator), None)
+    networks = {name: network for name, network in networks.items() if network} | {"G_ema": generator}
+    augmentation = partial(_read_augment, content.get("augment_pipe"), generator.config)
+    augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug"), 0.0))
+    data = tolerate("training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None)
+    left_out |= {_show_name(name): "an entry that is not known" for name in content if name not in KNOWN}
     values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
-    if content.get("D"):
-        read["D"] = _read_discriminator(content["D"])
-        values |= {"discriminator": read["D"].config, **read["D"].values}
-    if _domain(values["discriminator"]) != _domain(generator.config):
-        raise UserError("G and D are for different images or labels")
-    augment, p = _read_augment(content.get("augment_pipe"), generator.config)
+    if D := networks.get("D"):
+        values = {"discriminator": D.config, **D.values}
     config = TrainConfig(
         preset=PRESET,
         generator=generator.config,
         augment=augment,
-        data=_read_data(content.get("training_set_kwargs") or {}, generator.config),
+        data=data or _read_data({}, generator.config),
         **generator.values | values,
     )
-    is_styleformer = isinstance(generator.config, StyleformerConfig)
-    kimg = re.fullmatch(r"network-snapshot-(\d+)\.pkl", path.name)
     return Foreign(
-        origin="Styleformer, public release" if is_styleformer else "StyleGAN2-ADA, PyTorch",
+        origin=generator.release.name,
         config=config,
-        states={name: network.state for name, network in read.items()},
-        nimg=1000 * int(kimg[1]) if kimg else 0,
+        states={name: network.state for name, network in networks.items()},
+        nimg=_read_nimg(content, path),
         ada_p=p,
+        left_out=left_out,
     )
+
+
+def _entries(content: Any) -> dict[Any, Any]:
+    """Return what a snapshot holds by name. Raises UserError for other content."""
+    if isinstance(content, dict) and content.get("G_ema") is not None:
+        return content
+    first = content[0] if isinstance(content, (list, tuple)) and content else content
+    why = first.reason if isinstance(first, Unreadable) else "it holds no G_ema"
+    raise UserError(f"not a snapshot of Styleformer, StyleGAN2-ADA or StyleGAN3 ({why})")
+
+
+def _module(content: Mapping[Any, Any], name: str) -> PickledModule:
+    value = content[name]
+    if not isinstance(value, PickledModule):
+        raise UserError(f"{name} is no network" + (f": {value.reason}" if isinstance(value, Unreadable) else ""))
+    return value.unwrapped()
+
+
+def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
+    """Return how many images the networks were trained on: it is in the file's name, and in what some forks write."""
+    if kimg := re.fullmatch(r"network-snapshot-(\d+)\.pkl", path.name):
+        return 1000 * int(kimg[1])
+    nimg = content.get("cur_nimg")
+    return nimg if type(nimg) is int and 0 <= nimg < 2**53 else 0
+
+
+def _show_name(name: Any) -> str:
+    return _printable(UserError(str(name)[:40])) if isinstance(name, str) else "a key that is no text"
 
 
 def _domain(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> dict[str, Any]:
@@ -154,9 +187,9 @@ class Arguments:
         value: int = self.take(name, default, lambda x: type(x) is int and low <= x <= high)
         return value
 
-    def clamp(self) -> float | None:
+    def clamp(self, default: float | None) -> float | None:
         """Return conv_clamp."""
-        value = self.take("conv_clamp", None, lambda x: x is None or (type(x) in (int, float) and 0 < x < math.inf))
+        value = self.take("conv_clamp", default, lambda x: x is None or (type(x) in (int, float) and 0 < x < math.inf))
         return None if value is None else float(value)
 
     def only(self, name: str, *accepted: Any) -> None:
@@ -205,36 +238,78 @@ def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class Release:
+    """A code base, and what its networks are where their arguments leave it open."""
+
+    name: str
+    conv_clamp: float | None = None
+    num_fp16_res: int = 0
+    w_avg_beta: float = 0.995
+
+
+STYLEFORMER = Release(name="Styleformer, public release")
+STYLEGAN2_ADA = Release(name="StyleGAN2-ADA, PyTorch")
+STYLEGAN3 = Release(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.0, num_fp16_res=4, w_avg_beta=0.998)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Read:
-    """A network: its configuration, its tensors under our names, and what else TrainConfig learns from it."""
+    """A network: its configuration, its tensors under our names, what else TrainConfig learns, and who wrote it."""
 
     config: Any
     state: dict[str, Tensor]
     values: dict[str, Any]
+    release: Release
 
 
 def _read_generator(module: PickledModule, name: str) -> Read:
     """Read a Styleformer or StyleGAN2 generator; the class of both is called Generator."""
-    tensors = module.tensors()
-    if "synthesis.input.weight" in tensors or any(key.startswith("synthesis.L0_") for key in tensors):
-        raise UserError(f"{name} is a StyleGAN3 generator, which this project does not have")
+    tensors = _tensors(module)
+    _refuse_stylegan3(module, tensors, name)
     if module.class_name != "Generator":
         raise UserError(f"{name} is of class {module.class_name}, expected Generator")
     arguments = _arguments(module, name, ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"))
+    is_styleformer = any(re.match(r"synthesis\.b\d+_\d+\.", key) for key in tensors)
+    is_flat = "synthesis_kwargs" not in arguments.values and not arguments.values.keys().isdisjoint(OF_SYNTHESIS)
+    release = STYLEFORMER if is_styleformer else STYLEGAN3 if is_flat else STYLEGAN2_ADA
+
     shared = {name: arguments.integer(name) for name in ("z_dim", "w_dim", "img_channels")}
     shared["c_dim"] = arguments.integer("c_dim", low=0)
     resolution = arguments.integer("img_resolution", low=4, high=2**14)
-    mapping, synthesis = arguments.nested("mapping_kwargs"), arguments.nested("synthesis_kwargs")
+    mapping = arguments.nested("mapping_kwargs")
+    synthesis = arguments if is_flat else arguments.nested("synthesis_kwargs")
+    synthesis.drop("fused_modconv_default")  # another order of the same products
     shared["mapping_layers"] = _read_mapping(mapping, shared["w_dim"])
-    rate = mapping.take("w_avg_beta", 0.995, lambda x: type(x) in (int, float) and 0 <= x <= 1)
-    values = {"w_avg_rate": round(1 - rate, 12), **_read_precision(synthesis, resolution)}
-    clamp = synthesis.clamp()
-    is_styleformer = any(re.match(r"synthesis\.b\d+_\d+\.", key) for key in tensors)
+    rate = mapping.take("w_avg_beta", release.w_avg_beta, lambda x: type(x) in (int, float) and 0 <= x <= 1)
+    values = {"w_avg_rate": round(1 - rate, 12), **_read_precision(synthesis, resolution, release)}
     read = _read_styleformer if is_styleformer else _read_stylegan2
+    clamp = synthesis.clamp(release.conv_clamp)
     config, rename = read(synthesis, tensors, resolution, {**shared, "conv_clamp": clamp})
     for part in (mapping, synthesis, arguments):
         part.finish()
-    return Read(config=config, state=convert_state(config, tensors, rename, name), values=values)
+    return Read(config=config, state=convert_state(config, tensors, rename, name), values=values, release=release)
+
+
+def _tensors(module: PickledModule) -> Tensors:
+    """Return the tensors of a network, without the prefix that a wrapper has left on all of their names."""
+    tensors = module.tensors()
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
+
+
+def _refuse_stylegan3(module: PickledModule, tensors: Tensors, name: str) -> None:
+    if "synthesis.input.weight" not in tensors and not any(key.startswith("synthesis.L0_") for key in tensors):
+        return
+    arguments = module.state.get("_init_kwargs")
+    given = arguments if isinstance(arguments, dict) else {}
+    nested = given.get("synthesis_kwargs")
+    is_radial = (nested if isinstance(nested, dict) else given).get("use_radial_filters") is True
+    raise UserError(
+        f"{name} is a StyleGAN3 generator, config {'r' if is_radial else 't'}, which this project does not have: use "
+        "StyleGAN3's own code for it; what that trained with --cfg=stylegan2 opens here"
+    )
 
 
 def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
@@ -250,9 +325,9 @@ def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
     return count
 
 
-def _read_precision(arguments: Arguments, resolution: int) -> dict[str, Any]:
+def _read_precision(arguments: Arguments, resolution: int, release: Release) -> dict[str, Any]:
     """In float16 were the highest resolutions, none below 8x8."""
-    count = arguments.integer("num_fp16_res", 0, low=0, high=16)
+    count = arguments.integer("num_fp16_res", release.num_fp16_res, low=0, high=16)
     arguments.drop("fp16_channels_last")  # a layout in memory
     return {"precision": "fp16", "reduced_from": max(2 * resolution >> count, 8)} if count else {"precision": "fp32"}
 
@@ -375,7 +450,8 @@ def _rename_mapping(name: str) -> tuple[str, ...]:
     return (re.sub(r"^mapping\.layers\.", "mapping.fc", name),)
 
 
-def _read_discriminator(module: PickledModule) -> Read:
+def _read_discriminator(module: PickledModule, generator: Read) -> Read:
+    """Read the discriminator that goes with a generator."""
     if module.class_name != "Discriminator":
         raise UserError(f"D is of class {module.class_name}, expected Discriminator")
     arguments = _arguments(module, "D", ("c_dim", "img_resolution", "img_channels"))
@@ -396,15 +472,17 @@ def _read_discriminator(module: PickledModule) -> Read:
         channel_max=arguments.integer("channel_max", 512),
         cmap_dim=cmap_dim if c_dim else None,
         mbstd_group_size=(WHOLE_BATCH if group is None else group) * mbstd_channels,
-        conv_clamp=arguments.clamp(),
+        conv_clamp=arguments.clamp(generator.release.conv_clamp),
     )
+    if _domain(config) != _domain(generator.config):
+        raise UserError("G and D are for different images or labels")
     smallest = config.grids[-1]
     if c_dim:
         width = config.cmap_dim or config.num_channels(smallest)
         config = replace(config, mapping_layers=_read_mapping(mapping, width, fewest=0))
         mapping.drop("w_avg_beta")
         mapping.finish()  # without labels there is none, whatever its arguments
-    _read_precision(arguments, resolution)
+    _read_precision(arguments, resolution, generator.release)
     block.drop("fp16_channels_last")
     _read_layers(block)
     epilogue.only("activation", "lrelu")
@@ -418,7 +496,8 @@ def _read_discriminator(module: PickledModule) -> Read:
         name = re.sub(r"^blocks\.(\d+)", lambda match: f"b{config.grids[int(match[1])][0]}", name)
         return _rename_mapping(name)
 
-    return Read(config=config, state=convert_state(config, module.tensors(), rename, "D"), values=values)
+    state = convert_state(config, _tensors(module), rename, "D")
+    return Read(config=config, state=state, values=values, release=generator.release)
 
 
 def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
@@ -505,10 +584,10 @@ AMOUNTS: Mapping[str, Any] = {  # how far transforms go, as published
 }
 
 
-def _read_augment(module: PickledModule | None, generator: GeneratorConfig) -> tuple[AugmentConfig, float]:
+def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfig, float]:
     """Return the augmentation and p, which was never applied beyond the bound that it gets here."""
-    if module is None:
-        return AugmentConfig(mode="noaug"), 0.0
+    if not isinstance(module, PickledModule):
+        raise UserError("no module" + (f": {module.reason}" if isinstance(module, Unreadable) else ""))
     if module.class_name != "AugmentPipe":
         raise UserError(f"augment_pipe is of class {module.class_name}, expected AugmentPipe")
     arguments = _arguments(module, "augment_pipe", ())
@@ -520,21 +599,27 @@ def _read_augment(module: PickledModule | None, generator: GeneratorConfig) -> t
         groups += [group] if 1 in strengths else []
     for name, amount in AMOUNTS.items():
         arguments.only(name, amount)
+    # Of the public Styleformer release, whose Linformer trainings bound p.
+    bounded = arguments.take(
+        "aug_linformer", getattr(generator, "linformer", False), lambda x: x in (True, False, None)
+    )
     arguments.finish()
     if not groups:
         return AugmentConfig(mode="noaug"), 0.0
     pipe = next((name for name, members in PIPES.items() if members == tuple(groups)), None)
     if pipe is None:
         raise UserError(f"augment_pipe: {', '.join(groups)} together are none of {', '.join(PIPES)}")
-    max_p = 0.7 if getattr(generator, "linformer", False) else 1.0
+    max_p = 0.7 if bounded else 1.0
     p = module.tensors().get("p", torch.zeros([]))
     if p.numel() != 1 or not 0 <= p.item() < math.inf:
         raise UserError("augment_pipe: p is no probability")
     return AugmentConfig(pipe=pipe, max_p=max_p), min(p.item(), max_p)
 
 
-def _read_data(arguments: dict[str, Any], generator: GeneratorConfig) -> DatasetConfig:
+def _read_data(arguments: Any, generator: GeneratorConfig) -> DatasetConfig:
     """The data set, as far as it says something about the images."""
+    if not isinstance(arguments, dict):
+        raise UserError("no keyword arguments" + (f": {arguments.reason}" if isinstance(arguments, Unreadable) else ""))
     path = arguments.get("path")
     return DatasetConfig(
         path=path if isinstance(path, str) and path.isprintable() and len(path) < 1000 else "",

@@ -293,8 +293,10 @@ def transfer(
 
     And what was done, for the log. Raises UserError when the snapshot, whose name is given, does not fit.
     """
-    if snapshot.G is None or snapshot.D is None:
-        raise UserError(f"--resume={name}: holds no G or no D, as it was written for generation only")
+    for net in ("G", "D"):
+        if getattr(snapshot, net) is None:
+            reason = snapshot.left_out.get(net, "it is not there, as in a snapshot for generation only")
+            raise UserError(f"--resume={name}: {net} cannot be taken from it: {reason}")
     copied = {net: copy_weights(getattr(snapshot, net), network, net) for net, network in networks.items()}
     check_frozen(networks["D"], config.freeze_layers, copied["D"])
     origin = Origin(
@@ -306,7 +308,7 @@ def transfer(
         partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
         new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
     )
-    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):"]
+    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *snapshot.notes()]
     lines += [line for net, what in copied.items() for line in what.describe(net)]
     return replace(config, origin=origin), "\n  ".join(lines)
 

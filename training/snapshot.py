@@ -7,7 +7,7 @@ only and runs no code (see torch_utils/checkpoint.py for its layout).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Networks in evaluation mode, and how they came about. G and D are None in a snapshot for generation only."""
+    """Networks in evaluation mode, and how they came about. G and D are None in a snapshot for generation only.
+
+    `left_out` says, of a foreign snapshot, which of its entries were not read and why.
+    """
 
     G: Any
     D: Any
@@ -35,11 +38,16 @@ class Snapshot:
     nimg: int
     ada_p: float
     path: Path
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kimg(self) -> float:
         """Thousands of real images that D has seen."""
         return self.nimg / 1000
+
+    def notes(self) -> list[str]:
+        """Return a line for each entry of the file that was left out."""
+        return [f"{self.path}: {name} is left out: {reason}" for name, reason in self.left_out.items()]
 
 
 def save_network(
