@@ -39,8 +39,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         return training.snapshot.load_network(path, device)
     foreign = read_foreign(path)
     networks = build_networks(foreign.config, foreign.states, path, device)
-    about = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p, "left_out": foreign.left_out}
-    return Snapshot(**networks, **about, path=path)
+    about: dict[str, Any] = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p}
+    return Snapshot(**networks, **about, path=path, left_out=foreign.left_out)
 
 
 def transfer_options(path: str | Path) -> dict[str, Any]:
@@ -153,13 +153,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_ours(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    config, states, nimg, ada_p = parts_of(document["payload"], path)
-    return config, {
+    about, states = parts_of(document["payload"], path)
+    return about["config"], {
         "source": "Styleformer, this project",
         "format_version": document["version"],
         "written_by": document["written_by"],
-        "kimg": nimg / 1000,
-        "ada_p": ada_p,
+        "kimg": about["nimg"] / 1000,
+        "ada_p": about["ada_p"],
+        "labels": about["labels"],
         "networks": list(states),
         "left_out": {},
     }
@@ -173,6 +174,7 @@ def _describe_foreign(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         "written_by": None,
         "kimg": foreign.nimg / 1000 if foreign.nimg else None,
         "ada_p": foreign.ada_p,
+        "labels": None,
         "networks": list(foreign.states),
         "left_out": dict(foreign.left_out),
     }
@@ -194,7 +196,9 @@ def _lines(about: dict[str, Any]) -> Iterator[str]:
     yield f"sha256         {about['sha256']}"
     version = f", format {about['format_version']}, release {about['written_by']}" if about["written_by"] else ""
     yield f"source         {about['source']}{version}"
-    yield f"images         {height}x{width}, {G['img_channels']} channels, {G['c_dim'] or 'no'} classes"
+    labels = {"classes": f"{G['c_dim']} classes", "vectors": f"labels of {G['c_dim']} numbers"}
+    condition = labels.get(about["labels"], f"{G['c_dim']} classes or numbers") if G["c_dim"] else "no labels"
+    yield f"images         {height}x{width}, {G['img_channels']} channels, {condition}"
     for name, network in about["networks"].items():
         yield f"{name:14} {network['family']}, {network['parameters']:,} parameters"
     kimg = "not known" if about["kimg"] is None else f"{about['kimg']:g}"

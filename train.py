@@ -279,7 +279,9 @@ def main(context: click.Context, **options: Any) -> None:
         resume=options["resume"],
         override=bool(options["override"]),
         plain=plain,
-        transfer=_requested_config(context, TRANSFER_LEARNING | _options_of(options["resume"], options["dry_run"])),
+        transfer=_requested_config(
+            context, {**TRANSFER_LEARNING, **_options_of(options["resume"], options["dry_run"])}
+        ),
         about=_circumstances(dataset, device),
     )
     config = resolve(request.config, request.about)

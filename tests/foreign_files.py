@@ -227,7 +227,7 @@ def discriminator_shapes(
 # Whole files, with the keywords that the training loops of their projects write.
 
 Z, W, LAYERS = 5, 6, 2  # sizes of latents and styles, depth of the mapping
-TRANSFORMS = {
+TRANSFORMS: dict[str, Any] = {
     **{"xflip": 1, "rotate90": 1, "xint": 1, "scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1},
     **{"brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 1, "saturation": 1},
 }
@@ -244,7 +244,8 @@ def discriminator(c_dim: int = 0, **more: Any) -> Call:
     shapes = discriminator_shapes(16, 48, 8, 3, "resnet", True, 8 if c_dim else 1)
     if c_dim:
         shapes |= mapping_shapes(0, c_dim, 8, 8, w_avg=False)
-    arguments = {"c_dim": c_dim, "img_resolution": 16, "img_channels": 3, "channel_base": 48, "channel_max": 8}
+    arguments: dict[str, Any] = {"c_dim": c_dim, "img_resolution": 16, "img_channels": 3}
+    arguments |= {"channel_base": 48, "channel_max": 8}
     return module("Discriminator", draw(shapes, seed=7), **arguments, **more)
 
 
@@ -258,9 +259,9 @@ def styleformer(c_dim: int = 0, linformer: bool = False) -> tuple[Tensors, dict[
     )
     tensors = draw(shapes)
     twice = {key.replace(".enc.proj", ".proj"): x for key, x in tensors.items() if key.endswith("proj_weight")}
-    synthesis = {"channel_base": 32768, "channel_max": 512, "num_fp16_res": 3, "conv_clamp": 256, "depth": 4}
-    synthesis |= {"minimum_head": 1, "num_layers": [1, 2, 3], "G_dict": [8, 6, 4], "linformer": linformer}
-    arguments = {**SHAPES, "c_dim": c_dim, "img_resolution": 32 if linformer else 16}
+    synthesis: dict[str, Any] = {"channel_base": 32768, "channel_max": 512, "num_fp16_res": 3, "conv_clamp": 256}
+    synthesis |= {"depth": 4, "minimum_head": 1, "num_layers": [1, 2, 3], "G_dict": [8, 6, 4], "linformer": linformer}
+    arguments: dict[str, Any] = {**SHAPES, "c_dim": c_dim, "img_resolution": 32 if linformer else 16}
     arguments |= {"mapping_kwargs": easy_dict(num_layers=LAYERS), "synthesis_kwargs": easy_dict(**synthesis)}
     return tensors | twice, arguments
 
@@ -268,7 +269,7 @@ def styleformer(c_dim: int = 0, linformer: bool = False) -> tuple[Tensors, dict[
 def stylegan2(c_dim: int = 0, *, flat: bool = False) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of a StyleGAN2 generator for 16x16 and its arguments: `flat` as in StyleGAN3's repository."""
     tensors = draw(mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip"))
-    arguments = {**SHAPES, "c_dim": c_dim, "mapping_kwargs": easy_dict(num_layers=LAYERS)}
+    arguments: dict[str, Any] = {**SHAPES, "c_dim": c_dim, "mapping_kwargs": easy_dict(num_layers=LAYERS)}
     widths = {"channel_base": 48, "channel_max": 5}
     if flat:
         return tensors, arguments | widths | {"fused_modconv_default": "inference_only"}

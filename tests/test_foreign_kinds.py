@@ -37,6 +37,8 @@ import generate
 import legacy
 import train
 from training.networks.styleformer import StyleformerConfig
+from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.snapshot import Snapshot
 
 Content = dict[str, Any]
@@ -126,6 +128,7 @@ def largest_difference(snapshot: Snapshot, tensors: Tensors) -> float:
     if isinstance(config, StyleformerConfig):
         state = styleformer_state(tensors, config)
         return assert_same_images(snapshot, lambda ws, noise: ref_styleformer(ws, state, config, noise), tensors)
+    assert isinstance(config, StyleGAN2Config)
     state = stylegan2_state(tensors)
     return assert_same_images(snapshot, lambda ws, noise: ref_stylegan2(ws, state, config, noise), tensors)
 
@@ -220,6 +223,7 @@ def test_the_bound_of_p_goes_with_the_weights(
 def test_defaults_of_stylegan3s_repository(tmp_path: Path) -> None:
     path, _ = make(KINDS["stylegan2 of stylegan3"], tmp_path / "theirs.pkl")
     config = legacy.load_network(path).config
+    assert isinstance(config.discriminator, StyleGAN2DiscriminatorConfig)
     assert (config.generator.conv_clamp, config.discriminator.conv_clamp) == (256, 256)
     assert (config.precision, config.reduced_from, config.w_avg_rate) == ("fp16", 8, 0.002)
     path, _ = make(KINDS["fork of stylegan3"], tmp_path / "fork.pkl")

@@ -160,7 +160,11 @@ def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, 
     path = tmp_path / "generation.pkl"
     write(path, {"G_ema": styleformer()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
-    for name, message in (("generation.pkl", "G cannot be taken from it: it is not there"), ("list.pkl", "not a snapshot of Styleformer")):
+    expected = {
+        "generation.pkl": "G cannot be taken from it: it is not there",
+        "list.pkl": "not a snapshot of Styleformer",
+    }
+    for name, message in expected.items():
         arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes32_zip}", *SHORT, f"--resume={tmp_path / name}"]
         refused = run(train.main, *arguments)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images that are decoded at a time
 
 _CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+
+
+LabelKind = Literal["classes", "vectors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ class ImageDataset:
     c_dim           number of classes or length of the label vectors; 0 without labels or without `use_labels`
     has_labels      whether the set has labels, used or not
     labels          int64 class numbers [len], float32 vectors [len, c_dim], or [len, 0] when c_dim is 0
+    label_kind      "classes" or "vectors", None when c_dim is 0
     class_names     list of str, or None
     meta            the keys of dataset.json other than "labels": how the set was made
     content_hash    hex digest that names the images behind the indices, see `_content_hash`
@@ -102,6 +106,10 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return self.num_originals * (2 if self.config.mirror else 1)
+
+    @property
+    def label_kind(self) -> LabelKind | None:
+        return None if self.c_dim == 0 else "classes" if self.labels.ndim == 1 else "vectors"
 
     @property
     def num_originals(self) -> int:
@@ -215,6 +223,14 @@ def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np
     if held_out and len(chosen) == 0:
         raise ValueError("no images are held out")
     return chosen
+
+
+def kind_of_labels(path: str) -> LabelKind | None:
+    """Return what the labels of a data set are, None where it is not here or has none."""
+    try:
+        return ImageDataset(DatasetConfig(path=path, use_labels=True)).label_kind
+    except UserError:
+        return None
 
 
 def encode_labels(labels: Tensor, c_dim: int) -> Tensor:

@@ -75,7 +75,9 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
 def capture_snapshot(snapshot: Snapshot) -> dict[str, Any]:
     """Return the content of a snapshot, as `capture_network` does."""
     networks = {name: getattr(snapshot, name) for name in NETWORKS}
-    return capture_network(config=snapshot.config, **networks, nimg=snapshot.nimg, ada_p=snapshot.ada_p)
+    about: dict[str, Any] = {"config": snapshot.config, "nimg": snapshot.nimg, "ada_p": snapshot.ada_p}
+    about["labels"] = snapshot.label_kind()
+    return capture_network(**networks, **about)
 
 
 def load_folder(folder: str | Path, device: torch.device | str = "cpu") -> Snapshot:
@@ -91,7 +93,7 @@ def load_folder(folder: str | Path, device: torch.device | str = "cpu") -> Snaps
 def read_folder(folder: Path) -> dict[str, Any]:
     """Return config.json with the content as it is in a snapshot under 'payload'. Raises UserError as load_folder."""
     document = _read_document(folder / "config.json")
-    payload = {key: document[key] for key in ("config", "nimg", "ada_p")}
+    payload: dict[str, Any] = {key: document[key] for key in ("config", "nimg", "ada_p", "labels") if key in document}
     states = {name: _read_tensors(folder / f"{name}.safetensors") for name in document["files"]}
     full = {**payload, "networks": states}
     for old in range(document["version"], VERSION):

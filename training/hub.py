@@ -54,9 +54,9 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
         return self.snapshot.G_ema
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        public = replace(self.snapshot, G=None, D=None, config=without_paths(self.snapshot.config))
-        write_folder(save_directory, public)
-        save_grid(sample_images(self.G_ema), save_directory / SAMPLES)
+        config, labels = without_paths(self.snapshot.config), self.snapshot.label_kind()
+        write_folder(save_directory, replace(self.snapshot, G=None, D=None, config=config, labels=labels))
+        save_grid(sample_images(self.snapshot), save_directory / SAMPLES)
 
     @classmethod
     def _from_pretrained(
@@ -117,11 +117,14 @@ def num_samples(G: Any) -> int:
     return 16 if max(G.img_shape[1:]) <= 256 else 4
 
 
-def sample_images(G: Any) -> torch.Tensor:
-    """Return uint8 images of the first seeds, of a conditional network from its classes in turn."""
+def sample_images(snapshot: Snapshot) -> torch.Tensor:
+    """Return uint8 images of the first seeds, of its classes in turn, or of label vectors of zeros."""
+    G = snapshot.G_ema
     device, count = next(G.parameters()).device, num_samples(G)
     z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
-    c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim] if G.c_dim else None
+    c = torch.zeros(count, G.c_dim, device=device)
+    if G.c_dim and snapshot.label_kind() != "vectors":
+        c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim]
     with torch.no_grad():
         return to_uint8(G(torch.from_numpy(z).float().to(device), c))
 
@@ -156,6 +159,8 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
     options = json.dumps(to_json(without_paths(config)), indent=2)
     c = f"torch.eye({G.c_dim})[torch.arange(4) % {G.c_dim}]" if G.c_dim else "None"
     classes = f" of {G.c_dim} classes" if G.c_dim else ""
+    if G.c_dim and snapshot.label_kind() == "vectors":
+        c, classes = f"torch.zeros(4, {G.c_dim})", f", conditioned on {G.c_dim} numbers,"
     data = f"`{Path(config.data.path).name}`" if config.data.path else "a data set of unknown name"
     what = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
     how = f"trained on {data} for {snapshot.kimg:g} kimg (preset `{config.preset}`)"

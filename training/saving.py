@@ -122,6 +122,7 @@ def capture_snapshot(trainer: Trainer) -> dict[str, object]:
         G_ema=trainer.ema.module,
         nimg=trainer.state.nimg,
         ada_p=float(trainer.augment.p),
+        labels=trainer.dataset.label_kind,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
 from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
+from training.dataset import LabelKind, kind_of_labels
 
 FORMAT = "network-snapshot"
 VERSION = 1
@@ -28,7 +29,8 @@ MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload
 class Snapshot:
     """Networks in evaluation mode, and how they came about. G and D are None in a snapshot for generation only.
 
-    `left_out` says, of a foreign snapshot, which of its entries were not read and why.
+    `labels` says what a conditional network is conditioned on, None where the file does not. `left_out` says, of a
+    foreign snapshot, which of its entries were not read and why.
     """
 
     G: Any
@@ -38,6 +40,7 @@ class Snapshot:
     nimg: int
     ada_p: float
     path: Path
+    labels: LabelKind | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -49,6 +52,10 @@ class Snapshot:
         """Return a line for each entry of the file that was left out."""
         return [f"{self.path}: {name} is left out: {reason}" for name, reason in self.left_out.items()]
 
+    def label_kind(self) -> LabelKind | None:
+        """Return what the labels are, by the file's record or else its data set; None without labels or a record."""
+        return (self.labels or kind_of_labels(self.config.data.path)) if self.config.generator.c_dim else None
+
 
 def save_network(
     path: Path,
@@ -59,9 +66,11 @@ def save_network(
     D: nn.Module | None = None,
     nimg: int = 0,
     ada_p: float = 0.0,
+    labels: LabelKind | None = None,
 ) -> None:
     """Write a snapshot; without G and D it serves for generation and metrics only, at a fraction of the size."""
-    write_network(path, capture_network(config=config, G_ema=G_ema, G=G, D=D, nimg=nimg, ada_p=ada_p))
+    content = capture_network(config=config, G_ema=G_ema, G=G, D=D, nimg=nimg, ada_p=ada_p, labels=labels)
+    write_network(path, content)
 
 
 def capture_network(
@@ -72,11 +81,13 @@ def capture_network(
     D: nn.Module | None = None,
     nimg: int = 0,
     ada_p: float = 0.0,
+    labels: LabelKind | None = None,
 ) -> dict[str, Any]:
     """Return the content of a snapshot, a copy that can be written while training goes on."""
     networks = {"G": G, "D": D, "G_ema": G_ema}
     states = copy_to_cpu({name: net.state_dict() for name, net in networks.items() if net is not None})
-    return {"config": to_json(config), "nimg": nimg, "ada_p": ada_p, "networks": states}
+    about = {"config": to_json(config), "nimg": nimg, "ada_p": ada_p} | ({"labels": labels} if labels else {})
+    return {**about, "networks": states}
 
 
 def write_network(path: Path, payload: dict[str, Any]) -> None:
@@ -97,13 +108,12 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
-    config, states, nimg, ada_p = parts_of(payload, path)
-    networks = build_networks(config, states, path, device)
-    return Snapshot(**networks, config=config, nimg=nimg, ada_p=ada_p, path=path)
+    about, states = parts_of(payload, path)
+    return Snapshot(**build_networks(about["config"], states, path, device), **about, path=path)
 
 
-def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any], int, float]:
-    """Return configuration, tensors by network, images seen and ADA's p in the content of a snapshot.
+def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config, nimg, ada_p and labels in the content of a snapshot, and the tensors by network.
 
     Raises UserError naming `path` where there are none.
     """
@@ -111,10 +121,11 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[
         config = read_config(payload.get("config"))
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
-    states, nimg, ada_p = (payload.get(name) for name in ("networks", "nimg", "ada_p"))
-    if not (isinstance(states, dict) and isinstance(nimg, int) and isinstance(ada_p, (int, float))):
+    states, nimg, ada_p, labels = (payload.get(name) for name in ("networks", "nimg", "ada_p", "labels"))
+    are_numbers = isinstance(nimg, int) and isinstance(ada_p, (int, float))
+    if not isinstance(states, dict) or not are_numbers or labels not in (None, *get_args(LabelKind)):
         raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
-    return config, states, nimg, ada_p
+    return {"config": config, "nimg": nimg, "ada_p": ada_p, "labels": labels}, states
 
 
 def read_network(path: Path) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def network_configs(config: TrainConfig) -> dict[str, Any]:
 
 def build_networks(
     config: TrainConfig, states: Mapping[str, Mapping[str, Tensor]], path: Path, device: torch.device | str
-) -> dict[str, nn.Module | None]:
+) -> dict[str, Any]:
     """Return G, D and G_ema with the tensors in `states`, None for those that are not there.
 
     Raises UserError naming `path` and the network whose tensors do not fit or hold values that are not finite.
