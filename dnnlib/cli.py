@@ -189,6 +189,17 @@ class FiniteFloat(click.types.FloatParamType):
         return number
 
 
+class FloatList(click.ParamType):
+    """Comma-separated finite numbers, e.g. 3.0,20.0."""
+
+    name = "X,X,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(FiniteFloat().convert(item.strip(), param, ctx) for item in str(value).split(","))
+
+
 class FileOrURL(click.ParamType):
     """The path of a file or folder, or an address on the web, which stays text."""
 

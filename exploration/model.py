@@ -162,6 +162,16 @@ def label_of(c_dim: int, class_index: int | None, flag: str = "--class", *, is_n
     return torch.nn.functional.one_hot(torch.tensor([class_index]), c_dim).float()
 
 
+def vector_label(c_dim: int, vector: Sequence[float]) -> Tensor:
+    """Return the label (1, c_dim) of these numbers. Raises UserError where the network takes another number of them."""
+    shown = f"--label={','.join(f'{x:g}' for x in vector)}"
+    if c_dim == 0:
+        raise UserError(f"{shown}: this network was trained without labels; leave it out")
+    if len(vector) != c_dim:
+        raise UserError(f"{shown}: {len(vector)} numbers, and labels of this network have {c_dim}")
+    return torch.tensor([vector])
+
+
 def save_styles(path: Path, ws: Tensor, **others: np.ndarray) -> None:
     """Write styles (n, num_ws, w_dim) as the array `w` of an .npz file, and further arrays beside it."""
     save_arrays(path, {"w": ws.cpu().numpy(), **others})

@@ -52,10 +52,14 @@ class Question:
 
 
 class Player:
-    """Answers questions about a model. Images are made in batches, and kept for the next question."""
+    """Answers questions about a model. Images are made in batches, and kept for the next question.
 
-    def __init__(self, model: Model) -> None:
+    With `has_classes`, questions to a conditional network name a class; else all images have the model's label.
+    """
+
+    def __init__(self, model: Model, *, has_classes: bool = True) -> None:
         self.model = model
+        self.num_classes = model.G.c_dim if has_classes else 0
         self.lock = Lock()  # a model computes for one request at a time
         self.images: OrderedDict[Any, Tensor] = OrderedDict()
         self.most_images = max(MOST_IMAGES, MOST_KEPT // math.prod(model.G.img_shape))
@@ -68,7 +72,7 @@ class Player:
             "name": type(G).__name__,
             "size": G.img_shape[1:],
             "groups": {name: spell(styles) for name, styles in G.style_groups.items()},
-            "classes": G.c_dim,
+            "classes": self.num_classes,
             "attention": has_attention(G.synthesis),
         }
         page = Path(__file__).with_name("play.html").read_text(encoding="utf-8")
@@ -109,8 +113,9 @@ class Player:
         other = whole(given, "other", 0, LARGEST_SEED) if "other" in given else None
         if (other is None) != ("styles" not in given):
             raise UserError("other, styles: give both or none")
-        class_index = whole(given, "class", 0, max(G.c_dim - 1, 0)) if "class" in given else None
-        label_of(G.c_dim, class_index, "class")  # refuses what the network does not have
+        if "class" in given and not self.num_classes:
+            raise UserError(f"class={given['class']}: there are no classes to choose from")
+        class_index = whole(given, "class", 0, self.num_classes - 1) if self.num_classes else None
         question = Question(
             seed=whole(given, "seed", 0, LARGEST_SEED - count + 1),
             count=count,
@@ -141,7 +146,10 @@ class Player:
     def _styles(self, question: Question, seeds: list[int]) -> Tensor:
         others = [] if question.other is None else [question.other]
         z = seed_latents([*seeds, *others], self.model.G.z_dim)
-        c = label_of(self.model.G.c_dim, question.class_index).to(self.model.device).expand(len(z), -1)
+        c = self.model.c
+        if question.class_index is not None:
+            c = label_of(self.model.G.c_dim, question.class_index)
+        c = c.to(self.model.device).expand(len(z), -1)
         ws = self.model.map(z, c, question.psi)  # (n, num_ws, w_dim)
         return mix(ws[: len(seeds)], ws[len(seeds) :], question.styles)[:, 0] if others else ws
 

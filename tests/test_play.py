@@ -150,7 +150,7 @@ NONSENSE = {
     "images?seed=0&trunc=nan": "trunc=nan: must be a number from -2 to 2",
     "images?seed=0&trunc=1e9": "trunc=1e9: must be a number",
     "images?seed=0&trunc=__import__": "trunc=__import__: must be a number",
-    "images?seed=0&class=0": "class=0: this network was trained without labels",
+    "images?seed=0&class=0": "class=0: there are no classes to choose from",
     "images?seed=0&other=1": "other, styles: give both or none",
     "images?seed=0&styles=all": "other, styles: give both or none",
     "images?seed=0&other=1&styles=conv": "'conv' is no choice; this network has 0-4",
