@@ -13,7 +13,7 @@ import torch
 import training.snapshot
 from dnnlib.cli import FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
-from dnnlib.download import is_url, open_url
+from dnnlib.download import fetch, is_url
 from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
@@ -44,7 +44,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 def local_file(path: str | Path) -> Path:
     """Return the path, or where the file behind an address is kept; it is fetched the first time."""
-    return open_url(str(path)) if is_url(path) else Path(path)
+    return fetch(str(path)) if is_url(path) else Path(path)
 
 
 @click.group()

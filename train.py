@@ -18,7 +18,7 @@ import legacy
 import metrics.registry
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
-from dnnlib.download import cache_dir, is_url, open_url
+from dnnlib.download import cache_dir, fetch, is_url
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
@@ -295,7 +295,7 @@ def main(context: click.Context, **options: Any) -> None:
     if config.run.metrics is None and is_first:
         _prepare_default_metrics(config.run)
     if is_url(options["resume"]):
-        open_url(options["resume"])
+        fetch(options["resume"])
     distributed.launch(train_worker, config.run.num_gpus, request, device_type=device.type, timeout=config.run.timeout)
 
 
