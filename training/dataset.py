@@ -220,9 +220,13 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         xflip: bool = False,
         random_seed: int = 0,
     ) -> None:
-        config = DatasetConfig(
-            path=str(path), use_labels=use_labels, max_images=max_size, mirror=xflip, seed=random_seed
-        )
+        try:
+            config = DatasetConfig(
+                path=str(path), use_labels=use_labels, max_images=max_size, mirror=xflip, seed=random_seed
+            )
+        except ConfigError as error:
+            names = {"max_images": "max_size", "seed": "random_seed"}
+            raise ConfigError(names.get(error.field, error.field), error.value, error.problem) from None
         self.images = ImageDataset(config)
         self.name = self.images.name
         self.image_shape = list(self.images.img_shape)  # [C, H, W]
