@@ -122,7 +122,7 @@ def _explain_missing(name: str) -> str:
         return "trains from random weights in StyleGAN2-ADA; leave --resume out for that"
     if name in PUBLISHED:
         return (
-            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is not "
+            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is no "
             "part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
         )
     return "neither `latest` nor a run's folder nor a training state or snapshot"
