@@ -197,10 +197,10 @@ def test_files_that_are_no_snapshots_are_named_and_not_run(tmp_path: Path, monke
     (tmp_path / "bad.pkl").write_bytes(hostile)
     with (
         open(tmp_path / "bad.pkl", "rb") as f,
-        pytest.raises(UserError, match=rf"^{tmp_path / 'bad.pkl'}: it refers to os.system"),
+        pytest.raises(UserError, match=rf"^{tmp_path / 'bad.pkl'}: .*it refers to os.system"),
     ):
         legacy.load_network_pkl(f)
-    with pytest.raises(UserError, match=r"^BytesIO: it refers to os.system"):
+    with pytest.raises(UserError, match=r"^BytesIO: .*it refers to os.system"):
         legacy.load_network_pkl(io.BytesIO(hostile))
     named = io.BytesIO(b"text")
     monkeypatch.setattr(named, "name", "store/model.pkl", raising=False)
