@@ -7,7 +7,7 @@ python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib.cli import DefaultGroup, FileOrURL, IntRanges, NameList, Script, option, switch, with_options
+from dnnlib.cli import (
+    Decorator,
+    DefaultGroup,
+    FileOrURL,
+    IntRanges,
+    NameList,
+    Script,
+    option,
+    switch,
+    with_options,
+)
 from dnnlib.config import UserError
 from exploration.attention import (
     AttentionMaps,
@@ -61,7 +71,14 @@ from exploration.morphing import (
     through_styles,
 )
 from exploration.play import HOST, Player, open_server
-from exploration.projection import FILM_FPS, ProjectionConfig, pixels_towards, project_batch, read_targets
+from exploration.projection import (
+    FILM_FPS,
+    ProjectionConfig,
+    ProjectionJob,
+    pixels_towards,
+    project_batch,
+    read_targets,
+)
 from exploration.sampling import FastGenerator, seed_images
 from exploration.sheets import enlargement, sheet, tiles_of, to_rgb
 from exploration.video import MIN_FRAME, check_encoder, open_video
@@ -181,20 +198,30 @@ def images(
     click.echo(f"{counted(len(names), 'image')} in {outdir}")
 
 
-@main.command("mix", cls=Script)
-@with_options(MODEL_OPTIONS)
-@option("--rows", type=IntRanges(), help="Seeds of the rows' images.")
-@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, for rows before those of --rows.")
-@option("--cols", required=True, type=IntRanges(), help="Seeds of the columns' images.")
-@option(
-    "--styles",
-    "--col-styles",
-    default="coarse",
-    show_default=True,
-    help="Which styles come from the column's image: 0-3,5, or names that the network has for them; all others are "
-    "the row's.",
+MIX_OPTIONS = (
+    *MODEL_OPTIONS,
+    option("--rows", type=IntRanges(), help="Seeds of the rows' images."),
+    option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, for rows before those of --rows."),
+    option("--cols", required=True, type=IntRanges(), help="Seeds of the columns' images."),
+    OUTDIR,
 )
-@OUTDIR
+
+
+def mixed_styles(default: str) -> Decorator:
+    """--styles of a command that mixes."""
+    return option(
+        "--styles",
+        "--col-styles",
+        default=default,
+        show_default=True,
+        help="Which styles come from the column's image: 0-3,5, or names that the network has for them; all others are "
+        "the row's.",
+    )
+
+
+@main.command("mix", cls=Script)
+@with_options(MIX_OPTIONS)
+@mixed_styles("coarse")
 def mix_command(
     rows: tuple[int, ...] | None,
     projected_w: Path | None,
@@ -421,44 +448,43 @@ def attention_command(
     )
 
 
+PROJECTION_OPTIONS = (
+    option(
+        "--loss",
+        type=click.Choice(["lpips", "features", "pixels"]),
+        help="Distance: LPIPS, of features of --detector's program, or of pixels at several scales.  [default: "
+        "features if there is a program, else lpips]",
+    ),
+    option(
+        "--detector",
+        "detectors",
+        type=NameList(),
+        metavar="FILE,...",
+        help="A program (.pt2, TorchScript) for features, or the two files of weights of LPIPS.",
+    ),
+    option(
+        "--num-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of the optimisation."
+    ),
+    option(
+        "--space",
+        type=click.Choice(["w", "w+"]),
+        default="w",
+        show_default=True,
+        help="One style for all layers, or each.",
+    ),
+    option("--lr", type=float, default=0.1, show_default=True, help="Largest learning rate."),
+    option("--fix-noise", is_flag=True, help="Leave the network's noise as it is, instead of looking for it too."),
+)
+
+
 @main.command("project", cls=Script)
 @with_options((NETWORK, CLASS, FIXED_NOISE, BATCH, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
-@option(
-    "--loss",
-    type=click.Choice(["lpips", "features", "pixels"]),
-    help="Distance: LPIPS, of features of --detector's program, or of pixels at several scales.  [default: features if "
-    "there is a program, else lpips]",
-)
-@option(
-    "--detector",
-    "detectors",
-    type=NameList(),
-    metavar="FILE,...",
-    help="A program (.pt2, TorchScript) for features, or the two files of weights of LPIPS.",
-)
-@option("--num-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of the optimisation.")
-@option(
-    "--space", type=click.Choice(["w", "w+"]), default="w", show_default=True, help="One style for all layers, or each."
-)
-@option("--lr", type=float, default=0.1, show_default=True, help="Largest learning rate.")
-@option("--fix-noise", is_flag=True, help="Leave the network's noise as it is, instead of looking for it too.")
+@with_options(PROJECTION_OPTIONS)
 @option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
 @switch("--save-video", help="Also film the optimisation beside its target: proj00.mp4.")
 @OUTDIR
-def project_command(
-    target: Path,
-    loss: str | None,
-    detectors: tuple[str, ...] | None,
-    num_steps: int,
-    space: Literal["w", "w+"],
-    lr: float,
-    fix_noise: bool,
-    seed: int,
-    save_video: bool | None,
-    outdir: Path,
-    **options: Any,
-) -> None:
+def project_command(save_video: bool | None, outdir: Path, **options: Any) -> None:
     """Look for the styles of given images.
 
     They are written to projected_w.npz, which other commands take as --projected-w, and their images to proj00.png and
@@ -468,29 +494,55 @@ def project_command(
     python generate.py project --network=SNAPSHOT --target=photos --outdir=out
     python generate.py --network=SNAPSHOT --projected-w=out/projected_w.npz --outdir=out
     """
+    job = prepare_projection(**options)
+    run_projection(job, outdir, [f"proj{index:02d}" for index in range(len(job.names))], save_video=bool(save_video))
+    click.echo(
+        f"{counted(len(job.names), 'projection')} in {outdir}; the styles are in projected_w.npz, for --projected-w"
+    )
+
+
+def prepare_projection(
+    *,
+    target: Path,
+    loss: str | None,
+    detectors: tuple[str, ...] | None,
+    num_steps: int,
+    space: Literal["w", "w+"],
+    lr: float,
+    fix_noise: bool,
+    seed: int,
+    **options: Any,
+) -> ProjectionJob:
+    """Read the network, the distance and the targets that PROJECTION_OPTIONS and --target name. Raises UserError."""
     model = open_model(**options)
     setup = read_detectors(detectors or ())
-    loss = loss or ("features" if setup.program else "lpips")
-    towards = choose_distance(loss, setup, model.device)
+    towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
     names, targets = read_targets(target, model.G.img_shape)
     if lr <= 0:
         raise UserError(f"--lr={lr:g}: must be positive")
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
-    if save_video:
-        check_encoder(outdir / "proj00.mp4", FILM_FPS)
+    return ProjectionJob(model=model, names=names, targets=targets, towards=towards, config=config)
+
+
+def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
+    """Project the targets in batches. Write STEM.png, with `save_video` STEM.mp4, and projected_w.npz after each."""
+    films = [outdir / f"{stem}.mp4" for stem in stems] if save_video else []
+    if films:
+        check_encoder(films[0], FILM_FPS, instead="give --save-video=0")
     make_outdir(outdir)
     found = []
-    for start in range(0, len(names), model.batch):
-        part = slice(start, start + model.batch)
-        ws, made, before, after = project_batch(model, targets[part], towards, config, start, outdir, save_video)
-        for index, name in enumerate(names[part]):
+    for start in range(0, len(stems), job.model.batch):
+        part = slice(start, start + job.model.batch)
+        ws, made, before, after = project_batch(
+            job.model, job.targets[part], job.towards, job.config, start, films[part]
+        )
+        for index, (name, stem) in enumerate(zip(job.names[part], stems[part], strict=True)):
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
-            click.echo(f"proj{start + index:02d}: {name}, {change}")
+            click.echo(f"{stem}: {name}, {change}")
         found.append(ws)
         save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
-        for index, image in enumerate(made, start):
-            save_image(image, outdir / f"proj{index:02d}.png")
-    click.echo(f"{counted(len(names), 'projection')} in {outdir}; the styles are in projected_w.npz, for --projected-w")
+        for stem, image in zip(stems[part], made, strict=True):
+            save_image(image, outdir / f"{stem}.png")
 
 
 @main.command("play", cls=Script)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, get_args
 
 import click
 import torch
 
 import training.snapshot
+from dnnlib import EasyDict
 from dnnlib.cli import FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
-from dnnlib.download import is_url, open_url
+from dnnlib.download import fetch, is_url
 from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
@@ -50,9 +56,80 @@ def transfer_options(path: str | Path) -> dict[str, Any]:
     return {"augment.max_p": augment.max_p} if augment and augment.mode == "ada" and augment.max_p < 1 else {}
 
 
+def load_network_pkl(f: BinaryIO, force_fp16: bool = False) -> EasyDict:
+    """Read a snapshot from a binary file object as StyleGAN2-ADA's function of this name does, but run no code in it.
+
+    Items, also as attributes: the networks 'G', 'D' and 'G_ema' (None for one that is not in the file), in evaluation
+    mode on the CPU; 'training_set_kwargs', arguments of ImageFolderDataset, or None if the file names no data set;
+    'augment_pipe', always None. Raises UserError naming the file as `load_network` does, and for `force_fp16`.
+    """
+    if isinstance(f, io.TextIOBase) or not hasattr(f, "read"):
+        raise TypeError(f"{f!r} is not a binary file object; open the file with dnnlib.util.open_url(PATH)")
+    if force_fp16:
+        raise UserError(
+            "force_fp16=True: precision is no part of a network here; call it inside "
+            "`with training.networks.execution.using(reduced=torch.float16):`"
+        )
+    with _on_disk(f) as path:
+        try:
+            snapshot = load_network(path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), _name_of(f))) from None
+    for note in snapshot.notes():
+        click.echo(note.replace(str(path), _name_of(f)), err=True)
+    return EasyDict(
+        G=snapshot.G,
+        D=snapshot.D,
+        G_ema=snapshot.G_ema,
+        training_set_kwargs=_training_set_kwargs(snapshot.config),
+        augment_pipe=None,
+    )
+
+
+@contextmanager
+def _on_disk(f: BinaryIO) -> Iterator[Path]:
+    """Yield a path to the rest of a file object: of the file itself if nothing was read, else of a temporary copy."""
+    if _is_at_start_of_file(f):
+        yield Path(f.name)
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / Path(_name_of(f)).name
+        with path.open("wb") as copy:
+            shutil.copyfileobj(f, copy)
+        yield path
+
+
+def _is_at_start_of_file(f: BinaryIO) -> bool:
+    """Whether a file object is what open(f.name, "rb") returns now."""
+    if not (isinstance(f, io.BufferedReader) and isinstance(f.raw, io.FileIO) and isinstance(f.name, str)):
+        return False  # in memory, in an archive, compressed
+    return f.tell() == 0 and Path(f.name).is_file() and os.path.samestat(os.fstat(f.fileno()), os.stat(f.name))
+
+
+def _name_of(f: BinaryIO) -> str:
+    """Name of a file object in messages; its type if it has none."""
+    name = getattr(f, "name", None)
+    return name if isinstance(name, str) and name else type(f).__name__
+
+
+def _training_set_kwargs(config: TrainConfig) -> EasyDict | None:
+    """Arguments of ImageFolderDataset for the data set of a run, None if it is not known."""
+    if not config.data.path:
+        return None
+    height, width = config.generator.img_size
+    return EasyDict(
+        path=config.data.path,
+        use_labels=config.data.use_labels,
+        max_size=config.data.max_images,
+        xflip=config.data.mirror,
+        random_seed=config.data.seed,
+        resolution=height if height == width else None,
+    )
+
+
 def local_file(path: str | Path) -> Path:
     """Return the path, or where the file behind an address is kept; it is fetched the first time."""
-    return open_url(str(path)) if is_url(path) else Path(path)
+    return fetch(str(path)) if is_url(path) else Path(path)
 
 
 @click.group()

@@ -1,3 +1,7 @@
 """Configuration, command-line and file helpers that do not import torch."""
 
+from dnnlib import util
+from dnnlib.util import EasyDict
+
+__all__ = ["EasyDict", "util"]
 __version__ = "0.1.0"

@@ -59,7 +59,7 @@ def cached_path(url: str) -> Path:
     return cache_dir() / "downloads" / hashlib.sha256(address.encode()).hexdigest()[:16] / name
 
 
-def open_url(url: str) -> Path:
+def fetch(url: str) -> Path:
     """Return the file behind an address, fetching it the first time.
 
     Its sha256 is recorded beside it at first and checked from then on. `#sha256=...` at the end of the address, or its
@@ -122,7 +122,7 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
             if path.is_file():
                 return
             print(f"Fetching {url} ...", file=sys.stderr, flush=True)
-            _fetch(_direct(url), part)
+            _fetch_all(_direct(url), part)
             try:
                 if check is not None:
                     check(part)
@@ -166,7 +166,7 @@ def _discard(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path) -> None:
+def _fetch_all(url: str, part: Path) -> None:
     """Fetch into `part`, going on as long as there is progress."""
     with requests.Session() as session:
         for attempt in range(1, ATTEMPTS + 1):

@@ -1,4 +1,7 @@
-"""Small helpers without torch: durations as text, files and folders, a log that goes to the screen and to a file."""
+"""Small helpers without torch: durations as text, files and folders, a log that goes to the screen and to a file.
+
+`EasyDict` and `open_url` are for code that was written for StyleGAN2-ADA (docs/migrating.md).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from dnnlib.config import UserError, WriteError
 
@@ -23,6 +28,40 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+class EasyDict(dict[str, Any]):
+    """Dict whose items can also be read, set and deleted as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no item {name!r}; there are {', '.join(map(repr, self)) or 'none'}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"no item {name!r}") from None
+
+
+def open_url(url: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for binary reading: a local path, a file:// URL, or an http(s) URL, which is cached on disk.
+
+    Raises OSError for a file that cannot be opened, UserError for a URL that cannot be fetched.
+    """
+    from dnnlib.download import fetch, is_url  # which imports this module
+
+    name = os.fspath(url)
+    if is_url(name):
+        name = os.fspath(fetch(name))
+    elif name.startswith("file://"):
+        name = url2pathname(urlsplit(name).path)
+    return open(name, "rb")
 
 
 def format_time(seconds: float) -> str:

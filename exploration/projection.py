@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,17 @@ class ProjectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProjectionJob:
+    """A projection to run: uint8 images (n, C, H, W) with their names, a distance, and how to look."""
+
+    model: Model
+    names: list[str]
+    targets: Tensor
+    towards: Towards
+    config: ProjectionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """Where a projection is: the images (B, C, H, W) in [-1, 1] of this step, their distances (B,), and its styles."""
 
@@ -115,10 +126,9 @@ def project_batch(
     towards: Towards,
     config: ProjectionConfig,
     first: int,
-    outdir: Path,
-    save_video: bool | None,
+    films: Sequence[Path],
 ) -> tuple[Tensor, Tensor, list[float], list[float]]:
-    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress.
+    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress; `films` are videos to write.
 
     Return styles (B, num_ws, w_dim), their uint8 images, which have the network's own noise, and the distances of the
     first step and of these images. Raises UserError when the latter are not finite.
@@ -127,14 +137,13 @@ def project_batch(
     scale = enlargement(model.G.img_shape[1:], MIN_FRAME)
     before: list[float] = []
     with ExitStack() as stack:
-        paths = [outdir / f"proj{first + index:02d}.mp4" for index in range(len(targets) if save_video else 0)]
-        films = [stack.enter_context(open_video(path, fps=FILM_FPS)) for path in paths]
+        videos = [stack.enter_context(open_video(path, fps=FILM_FPS)) for path in films]
         progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
         for number, step in enumerate(project(model, goals, towards, config, first)):
             before = before or step.distances.tolist()
-            if films:
+            if videos:
                 pairs = torch.cat([targets, to_uint8(step.images).cpu()], dim=3).permute(0, 2, 3, 1).numpy()
-                for add, pair in zip(films, pairs, strict=True):
+                for add, pair in zip(videos, pairs, strict=True):
                     add(to_rgb(pair).repeat(scale, axis=0).repeat(scale, axis=1))
             if number % 50 == 0 or number + 1 == config.num_steps:
                 progress.set_postfix(distance=f"{step.distances.mean().item():.4f}")

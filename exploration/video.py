@@ -22,12 +22,15 @@ GIF_FPS = 50  # above, browsers show a GIF at 10
 AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 
 
-def check_encoder(path: Path, fps: float) -> None:
-    """Raise UserError for a file that is neither .mp4 nor .gif, or cannot be so fast, or whose encoder is missing."""
+def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> None:
+    """Raise UserError for a file that is neither .mp4 nor .gif, or cannot be so fast, or whose encoder is missing.
+
+    `instead` is the remedy that the message names if the encoder cannot be installed.
+    """
     if not fps >= 1:
         raise UserError(f"--fps={fps:g}: must be 1 or more")
     if path.suffix == ".mp4":
-        _ffmpeg(path)
+        _ffmpeg(path, instead)
     elif path.suffix != ".gif":
         raise UserError(f"{path}: videos are .mp4 or .gif files")
     elif fps > GIF_FPS:
@@ -88,11 +91,11 @@ def _finish(encoder: Any, path: Path) -> None:
         raise WriteError(f"{path}: ffmpeg cannot write it ({reason[-1]})")
 
 
-def _ffmpeg(path: Path) -> str:
+def _ffmpeg(path: Path, instead: str = "write a .gif") -> str:
     try:
         program: str = import_extra("imageio_ffmpeg", "video").get_ffmpeg_exe()
     except (UserError, RuntimeError) as error:  # RuntimeError: the package has no ffmpeg for this machine
-        raise UserError(f"{path}: {error}; or write a .gif") from None
+        raise UserError(f"{path}: {error}; or {instead}") from None
     return program
 
 

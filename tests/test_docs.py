@@ -23,7 +23,9 @@ import calc_metrics
 import dataset_tool
 import generate
 import legacy
+import projector
 import report
+import style_mixing
 import train
 from dnnlib.cli import DefaultGroup
 from metrics.registry import registered_metrics
@@ -36,6 +38,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 COMMANDS = {
     "train.py": train.main,
     "generate.py": generate.main,
+    "style_mixing.py": style_mixing.main,
+    "projector.py": projector.main,
     "calc_metrics.py": calc_metrics.main,
     "dataset_tool.py": dataset_tool.main,
     "legacy.py": legacy.main,
@@ -118,7 +122,7 @@ def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch:
         exec(code, {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/snapshots.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/snapshots.md", "docs/migrating.md"])
 def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -17,7 +17,7 @@ from web import Site
 
 from dnnlib import download
 from dnnlib.config import UserError
-from dnnlib.download import cached_path, is_url, open_url
+from dnnlib.download import cached_path, fetch, is_url
 
 DATA = bytes(range(256)) * 40
 HTML = {"Content-Type": "text/html; charset=utf-8"}
@@ -52,34 +52,34 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_is_fetched_once_and_its_checksum_recorded(site: Site, cache: Path) -> None:
     url = f"{site.url}/models/net.pkl"
-    path = open_url(url)
+    path = fetch(url)
     assert path.read_bytes() == DATA
     assert (path.name, path.parent.parent) == ("net.pkl", cache / "downloads")
     assert names(path.parent) == ["net.pkl", "net.pkl.json"]
     record = json.loads(path.with_name("net.pkl.json").read_text())
     assert record == {"url": url, "sha256": hashlib.sha256(DATA).hexdigest(), "bytes": len(DATA)}
-    assert open_url(url) == path == cached_path(url)
+    assert fetch(url) == path == cached_path(url)
     assert len(site.requests) == 1
     path.write_bytes(DATA[1:])
     with pytest.raises(UserError, match="changed since it was fetched"):
-        open_url(url)
+        fetch(url)
 
 
 def test_a_checksum_in_the_address_is_checked(site: Site) -> None:
     url, digest = f"{site.url}/models/net.pkl", hashlib.sha256(DATA).hexdigest()
     with pytest.raises(UserError, match=f"the file's sha256 is {digest}"):
-        open_url(f"{url}#sha256=00000000")
+        fetch(f"{url}#sha256=00000000")
     assert names(cached_path(url).parent) == []
-    assert open_url(f"{url}#sha256={digest}") == open_url(f"{url}#sha256={digest[:8]}") == open_url(url)
+    assert fetch(f"{url}#sha256={digest}") == fetch(f"{url}#sha256={digest[:8]}") == fetch(url)
     with pytest.raises(UserError, match="the file's sha256"):
-        open_url(f"{url}#sha256=00000000")
+        fetch(f"{url}#sha256=00000000")
     with pytest.raises(UserError, match="only sha256="):
-        open_url(f"{url}#md5=1234")
+        fetch(f"{url}#md5=1234")
 
 
 def test_a_download_goes_on_where_it_broke_off(site: Site) -> None:
     site.breaks["/models/net.pkl"] = [1000, 2000]
-    assert open_url(f"{site.url}/models/net.pkl").read_bytes() == DATA
+    assert fetch(f"{site.url}/models/net.pkl").read_bytes() == DATA
     assert [asked for _, asked in site.requests] == [None, "bytes=1000-", "bytes=3000-"]
 
 
@@ -87,20 +87,20 @@ def test_another_part_than_was_asked_for_is_no_file(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000]
     site.skips = 10
-    assert open_url(url).read_bytes() == DATA
+    assert fetch(url).read_bytes() == DATA
     assert [asked for _, asked in site.requests] == [None, "bytes=1000-", None]
     site.pages["/part.pkl"] = (206, {"Content-Range": "bytes 5-9/10"}, b"56789")
     with pytest.raises(UserError, match=r"part\.pkl: the server answers 206 Partial Content"):
-        open_url(f"{site.url}/part.pkl")
+        fetch(f"{site.url}/part.pkl")
 
 
 def test_a_download_goes_on_the_next_time(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000, 0]
     with pytest.raises(UserError, match=r"net\.pkl: could not be fetched"):
-        open_url(url)
+        fetch(url)
     assert names(cached_path(url).parent) == [".net.pkl.etag", ".net.pkl.part"]
-    assert open_url(url).read_bytes() == DATA
+    assert fetch(url).read_bytes() == DATA
     assert site.requests[-1][1] == "bytes=1000-"
     assert names(cached_path(url).parent) == ["net.pkl", "net.pkl.json"]
 
@@ -109,9 +109,9 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000, 0]
     with pytest.raises(UserError):
-        open_url(url)
+        fetch(url)
     site.files["/models/net.pkl"] = DATA[::-1]
-    assert open_url(url).read_bytes() == DATA[::-1]
+    assert fetch(url).read_bytes() == DATA[::-1]
 
 
 def test_without_a_version_nothing_is_joined(site: Site) -> None:
@@ -119,20 +119,20 @@ def test_without_a_version_nothing_is_joined(site: Site) -> None:
     site.has_etags = False
     site.breaks["/models/net.pkl"] = [1000]
     with pytest.raises(UserError, match="could not be fetched"):
-        open_url(url)
+        fetch(url)
     assert names(cached_path(url).parent) == []
-    assert open_url(url).read_bytes() == DATA
+    assert fetch(url).read_bytes() == DATA
 
 
 def test_what_is_no_file_is_refused_by_name(site: Site, cache: Path) -> None:
     site.pages["/login"] = (200, HTML, b"<html><title>Sign in &amp; wait</title></html>")
     with pytest.raises(UserError, match=r"/login: the answer is a page of HTML \('Sign in & wait'\), not a file"):
-        open_url(f"{site.url}/login")
+        fetch(f"{site.url}/login")
     with pytest.raises(UserError, match=r"missing\.pkl: the server answers 404"):
-        open_url(f"{site.url}/missing.pkl")
+        fetch(f"{site.url}/missing.pkl")
     site.server.server_close()
     with pytest.raises(UserError, match="could not be fetched"):
-        open_url("http://127.0.0.1:9/net.pkl")
+        fetch("http://127.0.0.1:9/net.pkl")
     assert not list(cache.rglob("*.pkl"))
 
 
@@ -147,20 +147,20 @@ def test_a_server_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(site, "answer", answer)
     try:
         with pytest.raises(UserError, match=r"could not be fetched \(no answer for 0\.2 seconds\)"):
-            open_url(f"{site.url}/models/net.pkl")
+            fetch(f"{site.url}/models/net.pkl")
     finally:
         given_up.set()
 
 
 def test_redirections_are_followed(site: Site) -> None:
     site.pages["/moved"] = (302, {"Location": f"{site.url}/models/net.pkl"}, b"")
-    assert open_url(f"{site.url}/moved").read_bytes() == DATA
+    assert fetch(f"{site.url}/moved").read_bytes() == DATA
 
 
 def test_processes_fetch_together(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        paths = pool.map(open_url, [url] * 4, chunksize=1)
+        paths = pool.map(fetch, [url] * 4, chunksize=1)
     assert {path.read_bytes() for path in paths} == {DATA}
     assert len(site.requests) == 1
 
@@ -170,7 +170,7 @@ LINKS = ["/file/d/FILE/view?usp=sharing", "/open?id=FILE", "/uc?id=FILE&export=d
 
 @pytest.mark.parametrize("link", LINKS)
 def test_drive_small_files_come_at_once(drive: Site, link: str) -> None:
-    path = open_url(drive.url + link)
+    path = fetch(drive.url + link)
     assert path.read_bytes() == DATA
     assert path.name == "FILE.pkl"
     assert drive.requests[-1][0] == "/uc?export=download&id=FILE"
@@ -184,36 +184,36 @@ def test_drive_form(drive: Site) -> None:
         '<input type="hidden" name="uuid" value="1-2-3"></form></html>'
     )
     drive.pages["/uc"] = (200, HTML, form.encode())
-    assert open_url(f"{drive.url}/file/d/FILE/view").read_bytes() == DATA
+    assert fetch(f"{drive.url}/file/d/FILE/view").read_bytes() == DATA
     assert drive.requests[-1][0] == "/download?id=FILE&export=download&confirm=t0ken&uuid=1-2-3"
 
 
 def test_drive_link(drive: Site) -> None:
     page = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
     drive.pages["/uc"] = (200, HTML, page)
-    assert open_url(f"{drive.url}/open?id=FILE").read_bytes() == DATA
+    assert fetch(f"{drive.url}/open?id=FILE").read_bytes() == DATA
 
 
 def test_drive_cookie(drive: Site) -> None:
     drive.pages["/uc"] = (200, HTML | {"Set-Cookie": "download_warning_13=t0ken"}, b"<html>Really?</html>")
-    assert open_url(f"{drive.url}/open?id=FILE").read_bytes() == DATA
+    assert fetch(f"{drive.url}/open?id=FILE").read_bytes() == DATA
 
 
 def test_drive_refusals(drive: Site) -> None:
     drive.pages["/uc"] = (200, HTML, b"<html><title>Google Drive - Quota exceeded</title></html>")
     with pytest.raises(UserError, match="Quota exceeded"):
-        open_url(f"{drive.url}/open?id=FILE")
+        fetch(f"{drive.url}/open?id=FILE")
     with pytest.raises(UserError, match="names no file of Google Drive"):
-        open_url(f"{drive.url}/drive/my-drive")
+        fetch(f"{drive.url}/drive/my-drive")
     elsewhere = b'<html><form action="http://localhost/x"><input name="id" value="FILE"></form></html>'
     drive.pages["/uc"] = (200, HTML, elsewhere)
     with pytest.raises(UserError, match="a page of HTML"):
-        open_url(f"{drive.url}/open?id=FILE")
+        fetch(f"{drive.url}/open?id=FILE")
     drive.confirm = "never"
     again = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
     drive.pages["/uc"] = (200, HTML, again)
     with pytest.raises(UserError, match="one page of HTML after the other"):
-        open_url(f"{drive.url}/open?id=FILE")
+        fetch(f"{drive.url}/open?id=FILE")
 
 
 def test_what_is_an_address() -> None:

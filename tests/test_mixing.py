@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
 
+import style_mixing
 from dnnlib.config import UserError
 from exploration.mixing import choose_styles, mix, spell
 from exploration.model import save_styles
@@ -112,6 +114,24 @@ def test_saved_styles_take_the_place_of_seeds(shapes_zip: Path, tmp_path: Path) 
     assert np.array_equal(pixels(tmp_path / "proj00.png"), pixels(tmp_path / "seed0004.png"))
     assert np.array_equal(pixels(tmp_path / "proj00-9.png"), pixels(tmp_path / "4-9.png"))
     assert not np.array_equal(pixels(tmp_path / "proj01-9.png"), pixels(tmp_path / "4-9.png"))
+
+
+def test_style_mixing_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2")  # 8 styles
+    arguments = [f"--network={network}", "--rows=1,2", "--cols=7-9", "--trunc=0.7", "--noise-mode=none"]
+    run_ok("mix", *arguments, "--styles=0-6", f"--outdir={tmp_path / 'mix'}")
+    result = CliRunner().invoke(style_mixing.main, [*arguments, f"--outdir={tmp_path / 'old'}"])
+    assert result.exit_code == 0, result.output
+    names = {"grid.png", *(f"{row}-{col}.png" for row in (1, 2) for col in (7, 8, 9))}
+    assert {path.name for path in (tmp_path / "old").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "mix" / name).read_bytes()
+
+    small = make_snapshot(tmp_path / "small.pkl", shapes_zip)
+    arguments = [f"--network={small}", "--rows=1", "--cols=7", f"--outdir={tmp_path / 'small'}"]
+    result = CliRunner().invoke(style_mixing.main, arguments)
+    assert (result.exit_code, "--styles=0-6: " in result.stderr, "has 0-4, or all" in result.stderr) == (2, True, True)
+    assert CliRunner().invoke(style_mixing.main, [*arguments, "--styles=coarse"]).exit_code == 0
 
 
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
 from metric_helpers import SmallDetector, export_program, script_program
 from PIL import Image
@@ -18,8 +19,9 @@ from test_video import decode
 from torch import Tensor, nn
 
 import generate
+import projector
 from dnnlib.config import UserError
-from exploration import projection
+from exploration import projection, video
 from exploration.model import Model
 from exploration.projection import ProjectionConfig, as_map, noise_correlation, pixels_towards, project
 from metrics import detectors
@@ -286,6 +288,43 @@ def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_z
     assert pixels(tmp_path / "proj00.png").shape == ((32, 32) if mode == 1 else (32, 32, mode))
     with np.load(tmp_path / "projected_w.npz") as file:
         assert not np.array_equal(file["w"][0, 0], file["w"][0, 1])
+
+
+def test_projector_is_project_with_other_names(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    pattern = np.kron(np.random.RandomState(0).randint(0, 256, (4, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    Image.fromarray(pattern).save(tmp_path / "x.png")  # 48 pixels wide, 32 high
+    arguments = [f"--network={network}", f"--target={tmp_path / 'x.png'}", "--num-steps=4", "--loss=pixels"]
+    result = CliRunner().invoke(projector.main, [*arguments, f"--outdir={out}"])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"target.png", "proj.png", "proj.mp4", "projected_w.npz"}
+    assert np.array_equal(pixels(out / "target.png"), pattern[:, 8:40])
+    assert len(decode(out / "proj.mp4")[0]) == 4
+    run_ok("project", *arguments, "--seed=303", f"--outdir={tmp_path / 'new'}")
+    with np.load(out / "projected_w.npz") as old, np.load(tmp_path / "new" / "projected_w.npz") as new:
+        assert old["w"].shape == (1, 5, 12)
+        np.testing.assert_array_equal(old["w"], new["w"])
+    assert (out / "proj.png").read_bytes() == (tmp_path / "new" / "proj00.png").read_bytes()
+    saved = f"--projected-w={out / 'projected_w.npz'}"
+    run_ok("images", f"--network={network}", saved, f"--outdir={tmp_path / 'again'}")
+    assert np.array_equal(pixels(out / "proj.png"), pixels(tmp_path / "again" / "proj00.png"))
+
+    several = [item.replace("x.png", "again") for item in arguments]
+    Image.fromarray(pattern).save(tmp_path / "again" / "second.png")
+    result = CliRunner().invoke(projector.main, [*several, f"--outdir={tmp_path / 'no'}"])
+    assert (result.exit_code, "again: 2 images; name one, or use generate.py" in result.stderr) == (2, True)
+
+    def missing(module: str, extra: str) -> Any:
+        raise UserError("no ffmpeg")
+
+    monkeypatch.setattr(video, "import_extra", missing)
+    result = CliRunner().invoke(projector.main, [*arguments, f"--outdir={tmp_path / 'no'}"])
+    assert (result.exit_code, "proj.mp4: no ffmpeg; or give --save-video=0" in result.stderr) == (2, True)
+    assert not (tmp_path / "no").exists()
+    result = CliRunner().invoke(projector.main, [*arguments, "--save-video=0", f"--outdir={tmp_path / 'no'}"])
+    assert (result.exit_code, (tmp_path / "no" / "proj.mp4").exists()) == (0, False)
 
 
 def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,14 @@ from dnnlib.util import write_atomically
 
 # Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
 Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+def square_resolution(img_shape: Sequence[int]) -> int:
+    """Return the side of square images of shape (C, H, W). Raises ValueError for other images."""
+    _, height, width = img_shape
+    if height != width:
+        raise ValueError(f"images of {height}x{width} (height x width) have no single resolution; use img_shape")
+    return height
 
 
 def to_uint8(img: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,37 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def copy_params_and_buffers(src: nn.Module, dst: nn.Module, require_all: bool = False) -> None:
+    """Copy parameters and buffers of `src` to those of the same name in `dst`; gradient flags of `dst` stay.
+
+    Tensors of `dst` that `src` lacks are left as they are. Raises ValueError for them under `require_all`, and for
+    tensors of different shapes; nothing is copied then.
+    """
+    found, wanted = _params_and_buffers(src), _params_and_buffers(dst)
+    if require_all and (missing := sorted(wanted.keys() - found.keys())):
+        raise ValueError(f"{', '.join(missing[:8])}: missing in the source; require_all=False leaves them as they are")
+    common = wanted.keys() & found.keys()
+    for name in sorted(common):
+        if found[name].shape != wanted[name].shape:
+            shapes = f"{tuple(found[name].shape)} in the source, {tuple(wanted[name].shape)} in the destination"
+            raise ValueError(f"{name}: has shape {shapes}")
+    with torch.no_grad():
+        for name in common:
+            wanted[name].copy_(found[name])
+
+
+def _params_and_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; shared ones under each of their names."""
+    return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
+
+
+def print_module_summary(module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """Print `module_summary(module, inputs)` and return the outputs of the module, computed without gradients."""
+    outputs, shapes = _run_with_shapes(module, inputs)
+    print(f"\n{_summary(module, shapes)}\n")
+    return outputs
+
+
 def module_summary(module: nn.Module, inputs: Sequence[Any]) -> str:
     """Run `module(*inputs)` once without gradients and return a table of its parts, one line for each that counts.
 
@@ -87,6 +119,11 @@ def module_summary(module: nn.Module, inputs: Sequence[Any]) -> str:
     in the last line. Training mode and buffers of the module are those of the call: hand in a copy of a module whose
     forward changes its state.
     """
+    return _summary(module, _run_with_shapes(module, inputs)[1])
+
+
+def _run_with_shapes(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, dict[str, str]]:
+    """Outputs of module(*inputs) without gradients, and the shape of every part's output by the part's name."""
     shapes: dict[str, str] = {}
     handles: list[RemovableHandle] = []
     for name, part in module.named_modules():
@@ -97,11 +134,15 @@ def module_summary(module: nn.Module, inputs: Sequence[Any]) -> str:
         handles.append(part.register_forward_hook(note_shape))
     try:
         with torch.no_grad():
-            module(*inputs)
+            outputs = module(*inputs)
     finally:
         for handle in handles:
             handle.remove()
+    return outputs, shapes
 
+
+def _summary(module: nn.Module, shapes: dict[str, str]) -> str:
+    """Table of the module's parts, given the shapes of their outputs."""
     seen: set[int] = set()
     rows: list[tuple[str, str, str, str]] = []
     totals = [0, 0]

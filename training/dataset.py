@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
+from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
 from training.data_sources.codec import (
     PNG_START,
@@ -115,6 +117,10 @@ class ImageDataset:
     def num_originals(self) -> int:
         return len(self._subset)
 
+    def original(self, index: int) -> int:
+        """Return the position, among all images of the file, of the one that an index shows."""
+        return int(self._subset[index % self.num_originals])
+
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is broken or of another shape."""
         C, H, W = self.img_shape
@@ -202,6 +208,76 @@ class ImageDataset:
             name = self._store.names[position]
             digest.update(f"\n{name!r} {self._store.fingerprint(name)}".encode())
         return digest.hexdigest()
+
+
+class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """The images of a folder or zip file, one at a time, by the interface of StyleGAN2-ADA's class of this name.
+
+    Item i is an image uint8 [C, H, W] and its label float32 [label_dim]: one-hot, or the vector in dataset.json; empty
+    without `use_labels`. `max_size` keeps a random subset chosen by `random_seed`. `xflip` appends the flipped images.
+    Raises UserError for files that cannot be used, and for images that are not of `resolution`, if it is given.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int | None = None,
+        *,
+        max_size: int | None = None,
+        use_labels: bool = False,
+        xflip: bool = False,
+        random_seed: int = 0,
+    ) -> None:
+        try:
+            config = DatasetConfig(
+                path=str(path), use_labels=use_labels, max_images=max_size, mirror=xflip, seed=random_seed
+            )
+        except ConfigError as error:
+            names = {"max_images": "max_size", "seed": "random_seed"}
+            raise ConfigError(names.get(error.field, error.field), error.value, error.problem) from None
+        self.images = ImageDataset(config)
+        self.name = self.images.name
+        self.image_shape = list(self.images.img_shape)  # [C, H, W]
+        self.num_channels = self.images.img_shape[0]
+        self.label_dim = self.images.c_dim
+        self.label_shape = [self.label_dim]
+        self.has_labels = self.label_dim > 0
+        self.has_onehot_labels = self.has_labels and self.images.labels.ndim == 1
+        if resolution is not None and self.image_shape[1:] != [resolution, resolution]:
+            found = describe_shape((*self.images.img_shape[1:], self.num_channels))
+            raise UserError(
+                f"resolution={resolution}: the images in {path} are {found}; leave it out, or build the set with "
+                f"dataset_tool.py --width={resolution} --height={resolution}"
+            )
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images. Raises ValueError if they are not square."""
+        return square_resolution(self.image_shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.images.images([self._position(index)])[0].numpy(), self.get_label(index)
+
+    def get_label(self, index: int) -> np.ndarray:
+        """Label float32 [label_dim] of an item."""
+        label = self.images.labels[self._position(index)]
+        return encode_labels(label[None], self.label_dim)[0].numpy().copy()
+
+    def get_details(self, index: int) -> EasyDict:
+        """Where an item comes from: `raw_idx` among all images of the file, `xflip`, `raw_label` as in dataset.json."""
+        position = self._position(index)
+        return EasyDict(
+            raw_idx=self.images.original(position),
+            xflip=position >= self.images.num_originals,
+            raw_label=self.images.labels.numpy()[position].copy(),
+        )
+
+    def _position(self, index: int) -> int:
+        """Index from 0 up. Raises IndexError, which also ends iteration."""
+        return range(len(self))[index]
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:

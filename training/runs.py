@@ -29,6 +29,15 @@ from training.snapshot import Snapshot
 from training.training_loop import Trainer
 from training.transfer import Origin, check_frozen, copy_weights
 
+# The data sets of the networks that StyleGAN2-ADA's --resume knows by name.
+PUBLISHED = {
+    "ffhq256": "FFHQ at 256x256",
+    "ffhq512": "FFHQ at 512x512",
+    "ffhq1024": "FFHQ at 1024x1024",
+    "celebahq256": "CelebA-HQ at 256x256",
+    "lsundog256": "LSUN Dog at 256x256",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -101,10 +110,22 @@ def find_start(request: Request) -> Start:
     if path.is_file():
         return _choose_named(path, _config_in(path), request)
     if not path.is_dir():
-        raise UserError(f"--resume={path}: neither `latest` nor a run's folder nor a training state or snapshot")
+        raise UserError(f"--resume={path}: {_explain_missing(request.resume)}")
     if not list_states(path):
         raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
     return _choose_named(path, _saved_config(path), request)
+
+
+def _explain_missing(name: str) -> str:
+    """Say what a --resume that is no file or folder means in StyleGAN2-ADA, or what it can be here."""
+    if name == "noresume":
+        return "trains from random weights in StyleGAN2-ADA; leave --resume out for that"
+    if name in PUBLISHED:
+        return (
+            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is no "
+            "part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
+        )
+    return "neither `latest` nor a run's folder nor a training state or snapshot"
 
 
 def _choose_named(path: Path, saved: TrainConfig, request: Request) -> Start:

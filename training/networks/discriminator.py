@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from dnnlib.config import field_names
-from training.networks.layers import check_labels, require_at_least, require_reasonable, require_size
+from training.networks.layers import ImageShape, check_labels, require_at_least, require_reasonable, require_size
 
 
 def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -64,7 +64,7 @@ class DiscriminatorConfig(ABC):
         """A discriminator with weights from torch's global generator. Raises ConfigError while fields are open."""
 
 
-class Discriminator(nn.Module, ABC):
+class Discriminator(nn.Module, ImageShape, ABC):
     """Images (B, C, H, W) and labels (B, c_dim), or None without labels -> logits (B, 1): high for real ones."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, field_names
-from training.networks.layers import require_at_least, require_reasonable, require_size
+from training.networks import execution
+from training.networks.layers import ImageShape, require_at_least, require_reasonable, require_size
 from training.networks.mapping import MappingNetwork, StyleMapping
 
 NoiseMode = Literal["const", "random", "none"]
@@ -182,11 +183,11 @@ class StagedConfig(GeneratorConfig):
         raise ConfigError("widths", self.widths, f"{problem}: {', '.join(options)}")
 
 
-class Generator(nn.Module, ABC):
+class Generator(nn.Module, ImageShape, ABC):
     """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1].
 
     `synthesis` is called with ws (B, num_ws, w_dim) and a noise mode: 'const' (the same image for the same ws),
-    'random' (fresh, from torch's global generator) or 'none'.
+    'random' (fresh, from torch's global generator) or 'none'. Further keyword arguments of a call go to it.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -221,10 +222,47 @@ class Generator(nn.Module, ABC):
         truncation_psi: float = 1,
         truncation_cutoff: int | None = None,
         noise_mode: NoiseMode = "const",
+        **synthesis_kwargs: Any,
     ) -> Tensor:
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)  # (B, num_ws, w_dim)
-        img: Tensor = self.synthesis(ws, noise_mode)
+        img: Tensor = self.synthesis(ws, noise_mode, **synthesis_kwargs)
         return img
+
+
+class Synthesis(nn.Module, ImageShape, ABC):
+    """Base class of synthesis networks: styles ws (B, num_ws, w_dim) -> images (B, img_channels, H, W).
+
+    `block_resolutions` has the longer side of each grid whose layers read styles, from the lowest up.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.num_ws, self.w_dim = config.num_ws, config.w_dim
+        self.img_shape = (config.img_channels, *config.img_size)
+        self.block_resolutions = sorted({max(grid) for grid in config.style_grids})
+
+    def forward(
+        self,
+        ws: Tensor,
+        noise_mode: NoiseMode = "const",
+        *,
+        force_fp32: bool = False,
+        fused_modconv: bool | None = None,
+    ) -> Tensor:
+        """Images of styles. Raises ValueError for other shapes or noise modes.
+
+        `force_fp32` computes in full precision inside `execution.using(reduced=...)` too. `fused_modconv` chose between
+        two implementations in StyleGAN2-ADA; here there is one, so either value gives the same images.
+        """
+        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+        if force_fp32:
+            with execution.using(reduced=None):
+                return self.render(ws, noise_mode)
+        return self.render(ws, noise_mode)
+
+    @abstractmethod
+    def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
+        """Images (B, img_channels, H, W) of styles ws (B, num_ws, w_dim), in float32."""
 
 
 def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str) -> None:

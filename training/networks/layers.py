@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnnlib.config import ConfigError, field_names
+from torch_utils.images import square_resolution
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks.convolution import conv2d
@@ -35,6 +36,22 @@ class Resampling(nn.Module):
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
+
+
+class ImageShape:
+    """Mixin of networks with an `img_shape` (C, H, W): channels and resolution by StyleGAN2-ADA's names."""
+
+    img_shape: tuple[int, int, int]
+
+    @property
+    def img_channels(self) -> int:
+        """Channels of the images."""
+        return self.img_shape[0]
+
+    @property
+    def img_resolution(self) -> int:
+        """Side of the images. Raises ValueError if they are not square."""
+        return square_resolution(self.img_shape)
 
 
 def require_at_least(config: object, minimum: int, *fields: str) -> None:

@@ -42,12 +42,14 @@ class StyleMapping(nn.Module, ABC):
     ) -> Tensor:
         """Map z (B, z_dim) and c (B, c_dim), None without labels, to ws (B, num_ws, w_dim).
 
-        Truncation moves the first `truncation_cutoff` of the ws (None: all) to w_avg + psi (w - w_avg). Raises
-        ValueError when a shape does not fit.
+        Truncation moves the first `truncation_cutoff` of the ws (None: all) to w_avg + psi (w - w_avg). Inputs of
+        another type are converted to that of the network. Raises ValueError when a shape does not fit.
         """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}, this network needs (batch, {self.z_dim})")
         check_labels(c, self.c_dim, len(z))
+        z = z.to(self.w_avg.dtype)
+        c = None if c is None else c.to(self.w_avg.dtype)
 
         ws = self.style(z, c).unsqueeze(1).expand(-1, self.num_ws, -1)  # (B, num_ws, w_dim)
         if truncation_psi == 1:

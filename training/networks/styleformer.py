@@ -21,7 +21,7 @@ from training.networks.generator import (
     Grid,
     NoiseMode,
     StagedConfig,
-    check_synthesis_inputs,
+    Synthesis,
 )
 from training.networks.layers import (
     FullyConnected,
@@ -327,23 +327,19 @@ class Stage(nn.Module):
         return self.upsampling(x), rgb  # (B, 4N, C_out) but for the last stage
 
 
-class SynthesisNetwork(nn.Module):
+class SynthesisNetwork(Synthesis):
     """From a learned constant on the base grid to the image, one stage per resolution.
 
     Block i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first block.
     """
 
     def __init__(self, config: StyleformerConfig) -> None:
-        super().__init__()
-        self.num_ws = config.num_ws
-        self.w_dim = config.w_dim
+        super().__init__(config)
         self.layers = config.layers
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
 
-    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
-        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
-        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+    def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         return self.encode(ws, noise_mode)[1]
 
     def encode(self, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from training.networks.generator import (
     Generator,
     Grid,
     NoiseMode,
-    check_synthesis_inputs,
     count_resolutions,
     doubled_grids,
 )
@@ -129,9 +128,7 @@ class SynthesisNetwork(styleformer.SynthesisNetwork):
             for before, after, grid in zip(channels[:-1], channels[1:], config.conv_grids, strict=True)
         )
 
-    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
-        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
-        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+    def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         x, rgb = self.encode(ws, noise_mode)  # (B, N, C)
         x = to_map(x, self.handover)  # (B, C, h, w)
         for level, stage in enumerate(self.conv_stages):

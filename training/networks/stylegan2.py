@@ -21,7 +21,7 @@ from training.networks.generator import (
     GeneratorConfig,
     Grid,
     NoiseMode,
-    check_synthesis_inputs,
+    Synthesis,
 )
 from training.networks.layers import (
     ACTIVATION_GAINS,
@@ -263,15 +263,14 @@ class Stage(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
-class SynthesisNetwork(nn.Module):
+class SynthesisNetwork(Synthesis):
     """From a learned constant on the base grid to the image, one stage per resolution.
 
     Convolution i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first.
     """
 
     def __init__(self, config: StyleGAN2Config) -> None:
-        super().__init__()
-        self.num_ws, self.w_dim = config.num_ws, config.w_dim
+        super().__init__(config)
         grids = config.grids
         channels = [channels_on_grid(config, grid) for grid in grids]
         self.const = nn.Parameter(torch.randn(channels[0], *config.base))
@@ -287,9 +286,7 @@ class SynthesisNetwork(nn.Module):
             for before, after, grid in zip([None, *channels], channels, grids, strict=False)
         )
 
-    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
-        """ws (B, num_ws, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
-        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+    def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         x = self.const.expand(len(ws), -1, -1, -1)  # (B, C, h, w)
         rgb = None
         for level, stage in enumerate(self.stages):

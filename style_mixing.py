@@ -1,0 +1,30 @@
+"""Style mixing by the flags of StyleGAN2-ADA's script of this name; the same as `generate.py mix`.
+
+python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dnnlib.cli import Script, with_options
+from generate import MIX_OPTIONS, mix_command, mixed_styles
+
+
+@click.command(cls=Script)
+@with_options(MIX_OPTIONS)
+@mixed_styles("0-6")
+@click.pass_context
+def main(context: click.Context, **options: Any) -> None:
+    """Mix the styles of two images, as `generate.py mix` does: ROW-COL.png for each pair, and grid.png.
+
+    \b
+    python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT
+    """
+    context.invoke(mix_command, **options)
+
+
+if __name__ == "__main__":
+    main()
