@@ -23,6 +23,7 @@ from dnnlib.cli import (
     Decorator,
     DefaultGroup,
     FileOrURL,
+    FloatList,
     IntRanges,
     NameList,
     Script,
@@ -59,6 +60,7 @@ from exploration.model import (
     save_arrays,
     save_styles,
     style_batches,
+    vector_label,
 )
 from exploration.morphing import (
     Interpolation,
@@ -108,6 +110,7 @@ NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: n
 OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 TRUNC = option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average.")
 CLASS = option("--class", "class_index", type=int, help="Class of a conditional network.")
+LABEL = option("--label", type=FloatList(), help="Label of a network whose labels are vectors, e.g. 3.0,20.0.")
 BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
 DEVICE = option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 PROJECTED = option("--projected-w", type=click.Path(path_type=Path), help="Styles in a file that `project` wrote.")
@@ -120,7 +123,7 @@ PRECISION = option(
 )
 # Of the commands that look into a model: an image is a function of its styles, so noise is never random.
 FIXED_NOISE = option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True)
-MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, FIXED_NOISE, BATCH, PRECISION, DEVICE)
+MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)
 
 
 @click.group(cls=DefaultGroup, default="images")
@@ -135,6 +138,7 @@ def main() -> None:
 @option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
 @TRUNC
 @CLASS
+@LABEL
 @option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
 @option("--direction", metavar="FILE:INDEX", help="Edit along a direction that `directions` found.")
 @option("--strength", type=float, help="How far, in standard deviations of w.  [default: 1]")
@@ -151,6 +155,7 @@ def images(
     outdir: Path,
     trunc: float,
     class_index: int | None,
+    label: tuple[float, ...] | None,
     noise_mode: str,
     direction: str | None,
     strength: float | None,
@@ -173,7 +178,7 @@ def images(
     snapshot, where = open_network(network, device)
     if use_graphs and where.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
-    c = label_of(snapshot.G_ema.c_dim, class_index, is_needed=is_mapping(seeds, projected_w)).to(where)
+    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(where)
     check_seeds("--seeds", seeds)
     if has_styles:
         model = build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
@@ -305,8 +310,8 @@ def video_command(
     check_strength(strength, direction)
     if projected_w is not None:
         check_saved_keyframes(projected_w, interpolation, trunc_to, classes)
-    if classes and options["class_index"] is not None:
-        raise UserError("--classes and --class: give one of them")
+    if classes and (options["class_index"], options["label"]) != (None, None):
+        raise UserError("--classes: goes with neither --class nor --label")
     if classes:
         options |= {"class_index": classes[0], "class_flag": "--classes"}
     model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
@@ -478,7 +483,7 @@ PROJECTION_OPTIONS = (
 
 
 @main.command("project", cls=Script)
-@with_options((NETWORK, CLASS, FIXED_NOISE, BATCH, PRECISION, DEVICE))
+@with_options((NETWORK, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
 @with_options(PROJECTION_OPTIONS)
 @option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
@@ -546,16 +551,21 @@ def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, sa
 
 
 @main.command("play", cls=Script)
-@with_options((NETWORK, BATCH, PRECISION, DEVICE))
+@with_options((NETWORK, LABEL, BATCH, PRECISION, DEVICE))
 @option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-def play_command(port: int, **options: Any) -> None:
+def play_command(
+    network: Path | str, label: tuple[float, ...] | None, batch: int, precision: str, device: str | None, port: int
+) -> None:
     """Play with seeds, truncation, mixing and attention in a browser on this machine.
 
     \b
     python generate.py play --network=docs/shapes.pkl
     """
-    model = open_model(**options, class_index=None, noise_mode="const", needs_class=False)  # questions name theirs
-    with open_server(Player(model), port) as server, suppress(KeyboardInterrupt):
+    snapshot, where = open_network(network, device)
+    has_classes = label is None and snapshot.label_kind() != "vectors"  # and questions name theirs
+    c = choose_label(snapshot, None, label, is_needed=not has_classes)
+    model = build_model(snapshot, where, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)
+    with open_server(Player(model, has_classes=has_classes), port) as server, suppress(KeyboardInterrupt):
         click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
         server.serve_forever()
 
@@ -673,6 +683,7 @@ def open_model(
     *,
     network: Path | str,
     class_index: int | None,
+    label: tuple[float, ...] | None,
     noise_mode: str,
     batch: int,
     precision: str,
@@ -683,8 +694,39 @@ def open_model(
 ) -> Model:
     """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
     snapshot, where = open_network(network, device)
-    c = label_of(snapshot.G_ema.c_dim, class_index, class_flag, is_needed=needs_class)
+    c = choose_label(snapshot, class_index, label, class_flag, is_needed=needs_class)
     return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+
+
+def choose_label(
+    snapshot: Snapshot,
+    class_index: int | None,
+    label: tuple[float, ...] | None,
+    class_flag: str = "--class",
+    *,
+    is_needed: bool = True,
+) -> Tensor:
+    """Return the label (1, c_dim) that --class or --label asks for, of zeros where none is needed.
+
+    Raises UserError for one that the network does not have, and for a class of a network whose labels are vectors.
+    """
+    c_dim, kind = snapshot.config.generator.c_dim, snapshot.label_kind()
+    if label is not None:
+        if class_index is not None:
+            raise UserError("--class and --label: give one of them")
+        return vector_label(c_dim, label)
+    if kind == "vectors" and class_index is not None:
+        raise UserError(
+            f"{class_flag}={class_index}: labels of this network are vectors; give its {c_dim} numbers with --label"
+        )
+    if kind == "vectors" and is_needed:
+        raise UserError(f"--label: labels of this network are vectors; give its {c_dim} numbers, e.g. --label=0.5,...")
+    if c_dim and kind is None and class_index is not None:
+        click.echo(
+            f"Warning: {snapshot.path}: does not say whether its labels are classes; taken for {c_dim} classes",
+            err=True,
+        )
+    return label_of(c_dim, class_index, class_flag, is_needed=is_needed)
 
 
 def build_model(

@@ -16,6 +16,7 @@ from generate import (
     CLASS,
     DEVICE,
     FIXED_NOISE,
+    LABEL,
     NETWORK,
     OUTDIR,
     PRECISION,
@@ -27,7 +28,7 @@ from torch_utils.images import save_image
 
 
 @click.command(cls=Script)
-@with_options((NETWORK, CLASS, FIXED_NOISE, PRECISION, DEVICE))
+@with_options((NETWORK, CLASS, LABEL, FIXED_NOISE, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="The image to look for.")
 @with_options(PROJECTION_OPTIONS)
 @option("--seed", type=int, default=303, show_default=True, help="Seed of what is drawn.")
