@@ -109,7 +109,7 @@ class Chart:
         if any(line.is_smoothed for line in self.lines):
             notes.append("faint: every tick; strong: the mean over a fiftieth of the run")
         if self.differing:
-            notes.append(f"the values do not compare: {', '.join(self.differing)} differ")
+            notes.append(f"values not comparable: the runs differ in {', '.join(self.differing)}")
         return "; ".join(notes)
 
     def label(self, line: Line) -> str:

@@ -200,7 +200,7 @@ files.
 def _table(snapshot: Path) -> str:
     rows = []
     for record in read_records(snapshot):
-        flips = " with flips" if record.get("mirror") else ""
+        flips = " with flips" if record["mirror"] else ""
         images = f"{Path(record['data']).name}: {record['num_real']} real{flips}, {record['num_fake']} generated"
         protocol = record["protocol"].replace("<", "&lt;")
         how = f"{record['detector'] or ''} | {protocol}"
