@@ -18,17 +18,19 @@ from legacy import load_network, local_file
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
+    MetricSpec,
     append_result,
     check_available,
     compute_all,
     default_metrics,
+    find,
     registered_metrics,
     resolve,
     result_to_json,
     to_line,
 )
 from metrics.report import Progress, to_table
-from metrics.sampling import MetricContext
+from metrics.sampling import MetricContext, silent
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw_png
 from reporting.runs import read_run
@@ -58,6 +60,7 @@ class Job:
     noise_mode: str
     use_cache: bool
     plot: bool
+    verbose: bool
 
 
 class MetricScript(Script):
@@ -66,13 +69,16 @@ class MetricScript(Script):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List each metric: what it is, by which protocol, after which paper."""
         with formatter.section("Metrics (<N>: a number of images such as 500 or 5k, or nothing for the usual one)"):
-            rows = [
-                (spec.pattern, f"{spec.help}. {spec.protocol_of()} ({spec.paper})") for spec in registered_metrics()
-            ]
-            formatter.write_dl(rows)
+            formatter.write_dl([(spec.pattern, explain(spec)) for spec in registered_metrics()])
         with formatter.section("With --protocol=clean, whose numbers do not compare with the usual ones"):
             clean = DetectorSetup(protocol="clean")
             formatter.write_dl([(spec.pattern, spec.protocol_of(clean)) for spec in registered_metrics() if spec.clean])
+
+
+def explain(spec: MetricSpec) -> str:
+    """Return what a metric is, its protocol and paper."""
+    flips = "; counts flips" if spec.counts_flips else ""
+    return f"{spec.help}. {spec.protocol_of()}{flips} ({spec.paper})"
 
 
 @click.command(cls=MetricScript, context_settings={"max_content_width": 110, "show_default": True})
@@ -86,7 +92,11 @@ class MetricScript(Script):
 )
 @option("--metrics", "names", type=NameList(), help="What to compute, see below.  [default: fid50k_full or swd]")
 @option("--data", field="data.path", metavar="PATH", help="Real images, zip or folder.  [default: the training images]")
-@switch("--mirror", field="data.mirror", help="Also count every real image flipped.  [default: as in training]")
+@switch(
+    "--mirror",
+    field="data.mirror",
+    help="Also count every real image flipped, in the metrics below that count flips.  [default: as in training]",
+)
 @option(
     "--detector",
     "detectors",
@@ -97,6 +107,7 @@ class MetricScript(Script):
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
 @option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")
 @option("--plot", is_flag=True, help="Draw each metric against kimg: metric-<name>.png beside the snapshots.")
+@switch("--verbose", default=True, help="Show progress on stderr.")
 @option("--gpus", type=click.IntRange(min=1), default=1, help="Processes on this machine, one per GPU.")
 @option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
 @option("--batch", "batch_size", type=click.IntRange(min=1), default=64, help="Images made at a time, per process.")
@@ -130,8 +141,6 @@ def main(
         names, why = default_metrics(setup)
         click.echo(f"No --metrics given; {why}", err=True)
     names = tuple(resolve(names, setup))
-    if not names:
-        raise UserError("--metrics names nothing to compute; leave it out for the default")
     path = local_file(network)
     subjects = list_subjects(path)
     folder = None if is_url(network) else path if subjects and path not in subjects else path.parent
@@ -139,6 +148,9 @@ def main(
         raise UserError(f"--network={network}: for images instead of a network, name the real ones with --data")
     if options["plot"]:
         check_plot(subjects, folder)
+    if not names:
+        click.echo("--metrics=none: nothing to compute", err=True)
+        return
     for name in names if distributed.launched_rank() == 0 else ():  # one process fetches
         check_available(name, setup)
 
@@ -190,7 +202,7 @@ def run(job: Job) -> None:
     device = distributed.use_device(job.device)
     operators = custom_ops.prepare(device)
     if distributed.is_main():
-        for line in filter(None, [operators if device.type == "cuda" else None, SLOW_DECODER]):
+        for line in filter(None, [operators if device.type == "cuda" else None, SLOW_DECODER, uncounted_flips(job)]):
             click.echo(line, err=True)
     subjects = list_subjects(job.network)
     records, is_complete = [], True
@@ -219,6 +231,14 @@ def run(job: Job) -> None:
         raise SystemExit(1)
 
 
+def uncounted_flips(job: Job) -> str | None:
+    """Return a line that names the metrics to which --mirror means nothing; None without either."""
+    if not job.changes.get("data.mirror"):
+        return None
+    names = [name for name in job.metric_names if not find(name, job.setup)[0].counts_flips]
+    return f"--mirror: flips are not counted in {', '.join(names)}, by protocol" if names else None
+
+
 def plot(folder: Path, names: set[str]) -> None:
     """Draw the charts metric-<name>.png of what a folder now holds, earlier results that compare with these too."""
     for chart in find_charts([read_run(folder, folder.name)]):
@@ -234,7 +254,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
     The statistics of the reals serve all snapshots of a run.
     """
     context: MetricContext | None = None
-    dataset, data = None, None
+    data = None
     for path in paths:
         try:
             snapshot = load_network(path, device)
@@ -250,19 +270,12 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
         config = snapshot_config(job, snapshot)
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
         if context is None or config.data != data:
-            dataset, data = open_reals(job, path, config.data), config.data
-            context = build_context(job, device, G=snapshot.G_ema, images=dataset)
+            data = config.data
+            context = build_context(job, device, open_reals(job, path, data), G=snapshot.G_ema)
         else:
             context = with_network(context, snapshot.G_ema)
         for result in compute_all(job.metric_names, context):
-            yield result_to_json(
-                result,
-                snapshot=path,
-                kimg=snapshot.kimg,
-                data=config.data.path,
-                images=context.images,
-                mirror=config.data.mirror,
-            )
+            yield result_to_json(result, context, snapshot=path, kimg=snapshot.kimg, data=config.data.path)
 
 
 def open_reals(job: Job, snapshot: Path, data: DatasetConfig) -> ImageDataset:
@@ -283,12 +296,10 @@ def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
 def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each metric of a set of images."""
     data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
-    images, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))
-    context = build_context(job, device, fakes=fakes, images=images)
+    reals, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))
+    context = build_context(job, device, reals, fakes=fakes)
     for result in compute_all(job.metric_names, context):
-        yield result_to_json(
-            result, snapshot=job.network, kimg=None, data=data.path, images=images, mirror=data.mirror, fakes=fakes
-        )
+        yield result_to_json(result, context, snapshot=job.network, kimg=None, data=data.path)
 
 
 def with_labels(config: DatasetConfig) -> ImageDataset:
@@ -297,10 +308,12 @@ def with_labels(config: DatasetConfig) -> ImageDataset:
     return ImageDataset(replace(config, use_labels=True)) if dataset.has_labels else dataset
 
 
-def build_context(job: Job, device: torch.device, **sides: Any) -> MetricContext:
-    """Return what the metrics see of a job; `sides` are the reals, and G or the fakes."""
+def build_context(job: Job, device: torch.device, reals: ImageDataset, **generated: Any) -> MetricContext:
+    """Return what the metrics see of a job; `generated` is G or the fakes."""
     return MetricContext(
-        **sides,
+        **generated,
+        images=reals.with_mirror(False),
+        mirrored=reals if reals.config.mirror else None,
         device=device,
         batch_size=job.batch_size,
         detector_batch=job.detector_batch,
@@ -309,7 +322,7 @@ def build_context(job: Job, device: torch.device, **sides: Any) -> MetricContext
         noise_mode=job.noise_mode,
         setup=job.setup,
         cache=cache_dir() / "statistics" if job.use_cache else None,
-        progress=Progress(),
+        progress=Progress() if job.verbose else silent,
     )
 
 

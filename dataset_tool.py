@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,16 @@ from tqdm import tqdm
 from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
 from training.data_sources.codec import SLOW_DECODER, BrokenImageError, decode_as, decode_image
-from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, Expected, convert_items, load
+from training.data_sources.convert import (
+    RESIZE_FILTERS,
+    TRANSFORMS,
+    Conversion,
+    Converted,
+    Expected,
+    TooSmallError,
+    convert_items,
+    load,
+)
 from training.data_sources.files import Label, labels_of, open_store, read_dataset_json
 from training.data_sources.sources import SUPPORTED, Drawing, Item, Source, open_source
 
@@ -38,6 +48,7 @@ _CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
 _CHUNK_IMAGES = 256
 _SHAPES_SIZE = 32
 _SHAPES_COUNT = 4096
+_MAX_PAD = 1024
 
 Writer = Callable[[str, bytes], None]
 
@@ -68,8 +79,13 @@ def main() -> None:
 @option(
     "--transform",
     type=click.Choice(TRANSFORMS),
-    help="center-crop: crop to the shape width:height, then resize; "
-    "center-crop-wide: the same, laid in a black square of side width [default: resize only]",
+    help="center-crop: crop to width:height, then resize; center-crop-wide: StyleGAN2-ADA's for LSUN Car, in a black "
+    "square of side width; center-crop-letterbox: center-crop in such a square [default: resize only]",
+)
+@option(
+    "--pad",
+    type=click.IntRange(min=0, max=_MAX_PAD),
+    help="First add this many pixels of black on each side [default: 2 for MNIST, else 0]",
 )
 @option(
     "--resize-filter",
@@ -95,6 +111,7 @@ def build(
     height: int | None,
     resolution: str | None,
     transform: str | None,
+    pad: int | None,
     resize_filter: str,
     channels: str | None,
     max_images: int | None,
@@ -115,22 +132,29 @@ def build(
     refuse_existing(dest)
     drawing = Drawing(seed, max_images or _SHAPES_COUNT, width or _SHAPES_SIZE, height or _SHAPES_SIZE)
     images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing)
+    conversion = replace(conversion, pad=images.pad if pad is None else pad)
     num_images = min(len(images), max_images or len(images))
     expected = probe(images, conversion, num_images, skip_bad)
 
     labels: list[list[str | Label | None]] = []
     skipped: list[str] = []
+    num_small = 0
     with new_dataset(dest) as write:
         progress = tqdm(islice(images, num_images), total=num_images, unit="images", disable=None)
         for item, result in convert_all(progress, conversion, expected, num_images, workers or os.cpu_count() or 1):
             if isinstance(result, BrokenImageError):
                 skipped.append(refuse_broken(item, result, skip_bad))
                 continue
+            if isinstance(result, TooSmallError):
+                num_small += 1
+                continue
             name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
             write(name, result)
             labels.append([name, item.label])
         write("dataset.json", json.dumps(describe(images, conversion, expected, labels)).encode())
     report(dest, images, expected, labels, skipped)
+    if num_small:
+        click.echo(f"{num_small} images are smaller than {width}x{height} and were left out ({transform})")
 
 
 def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
@@ -159,21 +183,30 @@ def refuse_broken(item: Item, error: BrokenImageError, skip_bad: bool) -> str:
 
 
 def probe(source: Source, conversion: Conversion, num_images: int, skip_bad: bool) -> Expected:
-    """Size and channels of the result, from the first image that can be read."""
+    """Size and channels of the result, from the first image that can be read and is not too small."""
+    num_small = 0
     for item in islice(source, num_images):
         try:
             H, W, C = conversion(load(item)).shape
         except BrokenImageError as error:
             refuse_broken(item, error, skip_bad)
+        except TooSmallError:
+            num_small += 1
         else:
-            is_copied = isinstance(item.content, np.ndarray) and item.content.shape == (H, W, C)
+            unpadded = (H - 2 * conversion.pad, W - 2 * conversion.pad, C)
+            is_copied = isinstance(item.content, np.ndarray) and item.content.shape == unpadded
             return Expected((H, W, C), item.name, is_copied)
+    if num_small:
+        raise UserError(
+            f"--width={conversion.width} --height={conversion.height}: --transform=center-crop-wide drops smaller "
+            f"images, and leaves none of the {num_images} of {source.name}: choose a smaller size"
+        )
     raise UserError(f"none of the {num_images} images of {source.name} can be read: check the source")
 
 
 def convert_all(
     items: Iterable[Item], conversion: Conversion, expected: Expected, num_images: int, workers: int
-) -> Iterator[tuple[Item, bytes | BrokenImageError]]:
+) -> Iterator[tuple[Item, Converted]]:
     """Convert in order, in chunks, in other processes; a bounded number of chunks is in memory at any time."""
     H, W, C = expected.shape
     chunk_size = min(max(_CHUNK_BYTES // (H * W * C), 1), _CHUNK_IMAGES)
@@ -186,7 +219,7 @@ def convert_all(
 
     # spawn: forking a process that has threads (of whoever calls us) can deadlock
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    pending: deque[tuple[list[Item], Future[list[bytes | BrokenImageError]]]] = deque()
+    pending: deque[tuple[list[Item], Future[list[Converted]]]] = deque()
     try:
         for chunk in chunks:
             pending.append((chunk, pool.submit(convert_items, chunk, conversion, expected)))
@@ -202,9 +235,7 @@ def convert_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _finish(
-    pending: deque[tuple[list[Item], Future[list[bytes | BrokenImageError]]]],
-) -> Iterator[tuple[Item, bytes | BrokenImageError]]:
+def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Iterator[tuple[Item, Converted]]:
     chunk, future = pending.popleft()
     return zip(chunk, future.result(), strict=True)
 
@@ -253,6 +284,7 @@ def describe(source: Source, conversion: Conversion, expected: Expected, labels:
         "width": W,
         "height": H,
         "channels": C,
+        "pad": conversion.pad,
         "transform": conversion.transform,
         "resize_filter": conversion.resize_filter if conversion.width else None,
         "format_version": FORMAT_VERSION,

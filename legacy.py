@@ -224,7 +224,9 @@ def describe(path: Path) -> dict[str, Any]:
         "sha256": sha256,
         **about,
         "networks": {name: _describe_network(config, name) for name in ("G", "D", "G_ema") if name in names},
-        "metrics": [{"metric": record["metric"], "results": record["results"]} for record in results_of(path, sha256)],
+        "metrics": [
+            {key: record.get(key) for key in ("metric", "results", "mirror")} for record in results_of(path, sha256)
+        ],
         "config": to_json(config),
     }
 
@@ -287,7 +289,8 @@ def _lines(about: dict[str, Any]) -> Iterator[str]:
     for name, reason in about["left_out"].items():
         yield f"left out       {name}: {reason}"
     for record in about["metrics"]:
-        yield f"metric         {', '.join(f'{key} {value:.4g}' for key, value in record['results'].items())}"
+        values = ", ".join(f"{key} {value:.4g}" for key, value in record["results"].items())
+        yield f"metric         {values}{' (flips counted)' if record['mirror'] else ''}"
     for part in ("generator", "discriminator") if "D" in about["networks"] else ("generator",):
         settings = (f"{key} {_text(value)}" for key, value in config[part].items() if key != "family")
         yield f"{part:14} {', '.join(settings)}"

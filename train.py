@@ -439,9 +439,11 @@ def build_context(trainer: Trainer) -> MetricContext:
     """Return what metrics see of a run: all reals, as published, even if it trains on fewer."""
     data = trainer.config.data
     whole = replace(data, max_images=None, holdout=0)
+    dataset = trainer.dataset if whole == data else ImageDataset(whole)
     return MetricContext(
         G=trainer.ema.module,
-        images=trainer.dataset if whole == data else ImageDataset(whole),
+        images=dataset.with_mirror(False),
+        mirrored=dataset if data.mirror else None,
         device=trainer.device,
         batch_size=trainer.batch_gpu,
         setup=read_detectors(trainer.config.run.detectors),
@@ -452,7 +454,6 @@ def build_context(trainer: Trainer) -> MetricContext:
 
 def _evaluator(trainer: Trainer, saver: Saver, context: MetricContext, main_metric: str) -> hooks.Evaluate:
     """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
-    data, images = trainer.config.data, context.images
     higher_is_better = metrics.registry.find(main_metric, context.setup)[0].higher_is_better
 
     def evaluate(
@@ -466,7 +467,7 @@ def _evaluator(trainer: Trainer, saver: Saver, context: MetricContext, main_metr
             if distributed.is_main():
                 written = saver.settled(snapshot)
                 record = metrics.registry.result_to_json(
-                    result, snapshot=written, kimg=kimg, data=data.path, images=images, mirror=data.mirror
+                    result, context, snapshot=written, kimg=kimg, data=trainer.config.data.path
                 )
                 with hooks.going_on():
                     if result.metric == main_metric and is_best(

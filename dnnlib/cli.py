@@ -246,14 +246,14 @@ class Size(click.ParamType):
 
 
 class NameList(click.ParamType):
-    """Comma-separated names; `none` is the empty list."""
+    """Comma-separated names; `none`, in any case, is the empty list."""
 
     name = "NAME,NAME,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        return () if value == "none" else tuple(name.strip() for name in str(value).split(",") if name.strip())
+        return () if value.lower() == "none" else tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 class Choice(click.Choice):

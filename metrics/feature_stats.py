@@ -63,12 +63,13 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Want:
-    """A statistic of the features of `count` images (None: all reals)."""
+    """A statistic of the features of `count` images (None: all reals); `flips`: flips are among the reals."""
 
     of: Literal["real", "fake"]
     role: Role
     count: int | None
     recipe: Recipe
+    flips: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,12 @@ class Statistics:
 
     def _normal(self, want: Want) -> Want:
         """Name all reals in one way, so that a count that is no restriction shares their pass."""
-        is_all = want.of == "real" and want.count is not None and want.count >= len(self.context.images)
+        is_all = want.of == "real" and want.count is not None and want.count >= len(self._context_of(want).reals)
         return replace(want, count=None) if is_all else want
+
+    def _context_of(self, want: Want) -> MetricContext:
+        """Return the context whose `reals` are those of a want."""
+        return replace(self.context, counts_flips=want.flips)
 
     def collect(self, wants: Iterable[Want]) -> None:
         """Make what is wanted and not there yet: one pass over all fakes, one over each size of set of reals."""
@@ -233,8 +238,9 @@ class Statistics:
             kept = self._load(want)
             if kept is not None:
                 self.results[want], self.seconds[want] = kept, 0.0
-        for count in dict.fromkeys(want.count for want in todo if want.of == "real"):
-            group = [want for want in todo if want.of == "real" and want.count == count and want not in self.results]
+        unread = [want for want in todo if want.of == "real" and want not in self.results]
+        for chosen in dict.fromkeys((want.count, want.flips) for want in unread):
+            group = [want for want in unread if (want.count, want.flips) == chosen]
             self._run(group)
             for want in group:
                 self._save(want)
@@ -285,7 +291,7 @@ class Statistics:
 
         So every process learns the sizes of the features. The blank image stands at no position.
         """
-        context = self.context
+        context = self._context_of(want)
         if want.of == "fake":
             batches = fake_batches(context, total)
         else:
@@ -298,7 +304,7 @@ class Statistics:
 
     def size(self, want: Want) -> int:
         """Return how many images a want comes to."""
-        everything = len(self.context.images)
+        everything = len(self._context_of(want).reals)
         if want.of == "fake":
             assert want.count is not None
             return want.count
@@ -314,14 +320,14 @@ class Statistics:
     # Statistics of reals on disk. The first process reads and writes; others may not see its disk.
 
     def _path(self, want: Want) -> Path | None:
-        context = self.context
+        context = self._context_of(want)
         if context.cache is None:
             return None
         size = self.size(want)
         key = {
             "version": VERSION,
-            "data": context.images.content_hash,
-            "chosen": None if size == len(context.images) else [size, context.seed],
+            "data": context.reals.content_hash,  # which differs with and without flips
+            "chosen": None if size == len(context.reals) else [size, context.seed],
             "detector": context.setup.identity(want.role)["detector_sha256"],
             "library": context.setup.library_of(want.role),
             "protocol": context.setup.protocol,

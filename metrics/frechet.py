@@ -64,10 +64,10 @@ def measure(context: MetricContext, name: str, wants: list[Want], *, unbiased: b
     )
 
 
-def wants_of(role: Role, num_real: int | None, num_fake: int) -> list[Want]:
+def wants_of(role: Role, num_real: int | None, num_fake: int, *, flips: bool = False) -> list[Want]:
     """Return what a Frechet distance needs."""
     return [
-        Want(of="real", role=role, count=num_real, recipe=Moments()),
+        Want(of="real", role=role, count=num_real, recipe=Moments(), flips=flips),
         Want(of="fake", role=role, count=num_fake, recipe=Moments()),
     ]
 
@@ -77,7 +77,7 @@ def _plan_full(context: MetricContext, count: int | None) -> list[Want]:
 
 
 def _plan_equal(context: MetricContext, count: int | None) -> list[Want]:
-    return wants_of("inception", count or NUM_IMAGES, count or NUM_IMAGES)
+    return wants_of("inception", count or NUM_IMAGES, count or NUM_IMAGES, flips=context.has_flips)
 
 
 def _plan_dinov2(context: MetricContext, count: int | None) -> list[Want]:
@@ -108,6 +108,7 @@ def fid_full(context: MetricContext, name: str, count: int | None) -> Measuremen
     help="Frechet inception distance of N fakes to as many reals",
     protocol="covariance over N; 50,000 or <N> fakes and as many reals, at most all",
     plan=_plan_equal,
+    counts_flips=True,
     **_FID,
 )
 def fid(context: MetricContext, name: str, count: int | None) -> Measurement:
@@ -132,7 +133,7 @@ def fd_dinov2(context: MetricContext, name: str, count: int | None) -> Measureme
 
 
 def _plan_class(context: MetricContext, count: int | None) -> list[Want]:
-    classes, reals = _classes_of(context), min(len(context.images), MAX_REALS)
+    classes, reals = _classes_of(context), min(len(context.reals), MAX_REALS)
     _present(*_labels(context, reals, count or NUM_IMAGES), classes)
     return [
         Want(of="real", role="inception", count=reals, recipe=Rows()),
@@ -155,7 +156,7 @@ def _classes_of(context: MetricContext) -> int:
 
 def _labels(context: MetricContext, num_real: int, num_fake: int) -> tuple[Tensor, Tensor]:
     """Return the classes of the reals and of the fakes, which are known before any is made."""
-    real = context.images.labels[choose_reals(context, num_real)].to(context.device)
+    real = context.reals.labels[choose_reals(context, num_real)].to(context.device)
     if context.fakes is None:
         return real, random_labels(context, range(num_fake)).argmax(dim=1)
     return real, context.fakes.labels[choose_fakes(context, context.fakes, num_fake)].to(context.device)

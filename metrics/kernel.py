@@ -38,14 +38,14 @@ def kernel_distance(real: Result, fake: Result) -> tuple[float, float]:
 
 
 def _wants(context: MetricContext, num_real: int | None, num_fake: int) -> list[Want]:
-    total = len(context.images)
+    total = len(context.reals)
     size = min(total if num_real is None else min(num_real, total), num_fake, SUBSET_SIZE)
     if size < 2:
         raise UserError(f"a kernel distance needs at least 2 images on each side, here it has {size}")
     whole = num_fake == size == (total if num_real is None else min(num_real, total))  # then all subsets are the same
     real, fake = (SubsetRows(1 if whole else SUBSETS, size, f"kid-{of}", context.seed) for of in ("real", "fake"))
     return [
-        Want(of="real", role="inception", count=num_real, recipe=real),
+        Want(of="real", role="inception", count=num_real, recipe=real, flips=context.has_flips),
         Want(of="fake", role="inception", count=num_fake, recipe=fake),
     ]
 
@@ -86,6 +86,7 @@ def kid_full(context: MetricContext, name: str, count: int | None) -> Measuremen
     help="kernel inception distance of N fakes to as many reals",
     protocol="100 subsets of at most 1,000; 50,000 or <N> fakes and as many reals, at most all",
     plan=_plan_equal,
+    counts_flips=True,
     **_KID,
 )
 def kid(context: MetricContext, name: str, count: int | None) -> Measurement:

@@ -90,7 +90,7 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
 
 def _wants(context: MetricContext, num_real: int, num_fake: int, *, half: bool) -> list[Want]:
     return [
-        Want(of="real", role="vgg16", count=num_real, recipe=Rows(half)),
+        Want(of="real", role="vgg16", count=num_real, recipe=Rows(half), flips=context.has_flips),
         Want(of="fake", role="vgg16", count=num_fake, recipe=Rows(half)),
     ]
 
@@ -149,6 +149,7 @@ def pr_full(context: MetricContext, name: str, count: int | None) -> Measurement
     protocol="3 neighbours, features and distances in float16; 50,000 or <N> fakes and as many reals, at most all",
     paper="Kynkaanniemi et al. 2019",
     plan=_plan_pr,
+    counts_flips=True,
     **_SHARED,
 )
 def pr(context: MetricContext, name: str, count: int | None) -> Measurement:
@@ -175,6 +176,7 @@ def dc_full(context: MetricContext, name: str, count: int | None) -> Measurement
     protocol="5 neighbours, distances in float32; 50,000 or <N> fakes and as many reals, at most all",
     paper="Naeem et al. 2020",
     plan=_plan_dc,
+    counts_flips=True,
     **_SHARED,
 )
 def dc(context: MetricContext, name: str, count: int | None) -> Measurement:

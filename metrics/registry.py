@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dnnlib.download import sha256_of_file
 from dnnlib.util import append_line, read_json_lines
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, Want, statistics_of
-from metrics.sampling import Images, MetricContext
+from metrics.sampling import MetricContext
 
 COMPARABLE = (  # two records of a metric compare when these are equal
     "detector_sha256",
@@ -75,6 +75,8 @@ class MetricSpec:
     """One family of metrics. `<N>` in the pattern is a count (`500`, `5k`, or left out for the usual one).
 
     `roles` are the detectors that it uses, `plan` the statistics of their features, so that metrics share passes.
+    With `counts_flips` the reals' flips take part under --mirror: by the StyleGAN family's protocol in metrics of as
+    many reals as fakes, never in those of all reals.
     `protocol` is said after the description of its network, `clean` in its place under --protocol=clean where the
     metric has that. With a `library_suffix` the numbers come from another network than the literature's unless the
     user gives one, and the metric's name then ends so. `needs` is for anything else: called before anything is
@@ -88,6 +90,7 @@ class MetricSpec:
     paper: str
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
+    counts_flips: bool = False
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -114,7 +117,8 @@ class MetricSpec:
 class MetricResult:
     """One metric's numbers together with everything that they depend on, apart from the network and the data.
 
-    `seconds` includes the passes over images that the metric shared with others.
+    `mirror` says whether flips are among the reals. `seconds` includes the passes over images that the metric shared
+    with others.
     """
 
     metric: str
@@ -122,6 +126,7 @@ class MetricResult:
     seconds: float
     num_real: int
     num_fake: int
+    mirror: bool
     seed: int
     truncation_psi: float
     noise_mode: str
@@ -231,7 +236,7 @@ def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Wan
         check_available(name, context.setup)
         spec, count = find(name, context.setup)
         with _naming(name):
-            plans[name] = tuple(spec.plan(context, count))
+            plans[name] = tuple(spec.plan(replace(context, counts_flips=spec.counts_flips), count))
             for role in spec.roles:
                 with_classes = any(isinstance(want.recipe, ClassSums) for want in plans[name])
                 statistics_of(context).try_out(role, with_classes=with_classes)
@@ -255,8 +260,9 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     statistics.collect(want for plan in plans.values() for want in plan)
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
+        own = replace(context, counts_flips=spec.counts_flips)
         with _naming(name):
-            measured = spec.function(context, name, count)
+            measured = spec.function(own, name, count)
             for key, value in measured.values.items():
                 if not math.isfinite(value):
                     raise UserError(f"{key} is {value}: the features are too large or too few to compute it")
@@ -267,6 +273,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
             seconds=time.perf_counter() - start + statistics.seconds_of(plans[name]),
             num_real=measured.num_real,
             num_fake=measured.num_fake,
+            mirror=own.has_flips,
             seed=context.seed,
             truncation_psi=context.truncation_psi,
             noise_mode=context.noise_mode,
@@ -286,19 +293,13 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def result_to_json(
-    result: MetricResult,
-    *,
-    snapshot: Path | None,
-    kimg: float | None,
-    data: str,
-    images: Images,
-    mirror: bool,
-    fakes: Images | None = None,
+    result: MetricResult, context: MetricContext, *, snapshot: Path | None, kimg: float | None, data: str
 ) -> dict[str, Any]:
-    """Return the record of a result: one line of metric-<name>.jsonl.
+    """Return the record of a result computed in a context: one line of metric-<name>.jsonl.
 
-    `snapshot` is None for weights not in a file; with `fakes` it is the folder or zip of these images.
+    `snapshot` is None for weights not in a file; of a context with `fakes` it is the folder or zip of these images.
     """
+    fakes, reals = context.fakes, replace(context, counts_flips=result.mirror).reals
     return {
         **asdict(result),
         "seconds": round(result.seconds, 3),
@@ -308,9 +309,8 @@ def result_to_json(
         "fakes_hash": fakes.content_hash if fakes else None,
         "kimg": kimg,
         "data": data,
-        "data_hash": images.content_hash,
-        "resize_filter": images.meta.get("resize_filter"),
-        "mirror": mirror,
+        "data_hash": reals.content_hash,
+        "resize_filter": reals.meta.get("resize_filter"),
         "versions": _versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }

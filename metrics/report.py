@@ -53,6 +53,7 @@ def to_table(records: Sequence[Record]) -> str:
 
 
 def _origin(record: Record) -> str:
-    """Say which network the images were shown to, and by which protocol."""
+    """Return the detector, the protocol, and whether flips are among the reals."""
     detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
-    return detector + str(record["protocol"])
+    flips = "; flips counted" if record["mirror"] else ""
+    return f"{detector}{record['protocol']}{flips}"

@@ -70,21 +70,25 @@ class Images(Protocol):
     def images(self, indices: Sequence[int]) -> Tensor: ...
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricContext:
-    """What is compared, and how: `images` are the reals, and the fakes come from G or, without one, from `fakes`.
+    """What is compared, and how: the reals, and the fakes, which come from G or, without one, from `fakes`.
 
-    G is on `device`, in evaluation mode. `cache` is the folder for statistics of reals, None keeps none; `shared` is
-    for what the metrics of one context have in common. Raises UserError when the two sides do not fit together.
+    `images` is the data set, `mirrored` the same with every image's flip (--mirror), None without. The registry sets
+    `counts_flips` for each metric; metrics take their reals from `reals`. G is on `device`, in evaluation mode. `cache`
+    is the folder for statistics of reals, None keeps none; `shared` is for what the metrics of one context have in
+    common. Raises UserError when the two sides do not fit together.
     """
 
     G: Generator | None = None
     fakes: Images | None = None
     images: Images
+    mirrored: Images | None = None
+    counts_flips: bool = False
     device: torch.device
     batch_size: int = 64  # images generated at a time
     detector_batch: int = 64  # images that a detector sees at a time
@@ -93,7 +97,7 @@ class MetricContext:
     noise_mode: str = "const"
     setup: DetectorSetup = field(default_factory=DetectorSetup)
     cache: Path | None = None
-    progress: Progress = field(default=_silent, repr=False)
+    progress: Progress = field(default=silent, repr=False)
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +119,16 @@ class MetricContext:
                 f"the network is conditional on labels of {self.G.c_dim} values but the data's have "
                 f"{self.images.c_dim}: give a data set with the labels that the network was trained on"
             )
+
+    @property
+    def has_flips(self) -> bool:
+        """Whether flips are among the reals: the metric counts them, and --mirror asks for them."""
+        return self.counts_flips and self.mirrored is not None
+
+    @property
+    def reals(self) -> Images:
+        """The real images that the metric counts."""
+        return self.mirrored if self.counts_flips and self.mirrored is not None else self.images
 
     @property
     def network(self) -> Generator:
@@ -162,8 +176,8 @@ def own_shard(count: int) -> range:
 
 
 def choose_reals(context: MetricContext, count: int) -> list[int]:
-    """Return the data set's indices in order, or `count` of them at random when it holds more."""
-    total = len(context.images)
+    """Return the indices of the reals in order, or `count` of them at random when there are more."""
+    total = len(context.reals)
     if total == 0:
         raise UserError("the data set holds no images: metrics need some to compare with")
     chosen = random_stream(context.seed, "reals").permutation(total)[:count]
@@ -171,8 +185,8 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
 
 
 def real_batches(context: MetricContext, indices: Sequence[int], what: str = "real images") -> Batches:
-    """Yield this process's share of the reals with the given data set indices, on the device."""
-    return _read_batches(context, context.images, indices, what)
+    """Yield this process's share of the reals with the given indices, on the device."""
+    return _read_batches(context, context.reals, indices, what)
 
 
 def fake_batches(context: MetricContext, count: int) -> Batches:

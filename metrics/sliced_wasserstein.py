@@ -61,6 +61,7 @@ PROTOCOL = (
     help="sliced Wasserstein distance between patches of N reals and N fakes; needs no detector weights",
     protocol=PROTOCOL,
     paper=PAPER,
+    counts_flips=True,
 )
 def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the distance between min(N, all) reals and as many fakes: 'swd', and 'swd_32', ... for the levels."""
@@ -77,6 +78,7 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
     help="the same between two disjoint sets of N reals: what a perfect generator would score",
     protocol="as swd<N>, between two disjoint random sets of reals, at most half of all each",
     paper=PAPER,
+    counts_flips=True,
 )
 def swd_floor(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the distance between two disjoint random sets of min(N, half of all) reals; the network is not used."""
@@ -118,7 +120,7 @@ def check_size(img_shape: tuple[int, int, int]) -> None:
 
 def disjoint_halves(context: MetricContext, count: int) -> tuple[list[int], list[int]]:
     """Return the indices of two disjoint random sets of `count` reals, or of half of all reals."""
-    total = len(context.images)
+    total = len(context.reals)
     size = min(count, total // 2)
     if size == 0:
         raise UserError(f"the floor needs two disjoint sets of reals, but the number of images in the data is {total}")

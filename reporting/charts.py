@@ -84,7 +84,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines over each other; `compares` says whether they are of several runs."""
+    """Lines over each other; `compares` says whether they are of several runs.
+
+    `differing` are the keys of metric records in which the runs differ, so that their values do not compare.
+    """
 
     name: str
     title: str
@@ -92,6 +95,7 @@ class Chart:
     is_log: bool
     compares: bool
     lines: tuple[Line, ...]
+    differing: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -100,10 +104,13 @@ class Chart:
 
     @property
     def note(self) -> str:
-        """What faint and strong lines are, where there are both."""
+        """What faint and strong lines are, where there are both; whether the runs' values do not compare."""
+        notes = []
         if any(line.is_smoothed for line in self.lines):
-            return "faint: every tick; strong: the mean over a fiftieth of the run"
-        return ""
+            notes.append("faint: every tick; strong: the mean over a fiftieth of the run")
+        if self.differing:
+            notes.append(f"values not comparable: the runs differ in {', '.join(self.differing)}")
+        return "; ".join(notes)
 
     def label(self, line: Line) -> str:
         """What tells a line from the others."""
@@ -154,7 +161,13 @@ def _metric_chart(name: str, runs: Sequence[Run]) -> Chart:
         is_log=higher is False and _is_positive(lines) and values.max() > 10 * values.min(),
         compares=len(runs) > 1,
         lines=lines,
+        differing=tuple(key for key in registry.COMPARABLE if _differs(key, lines)),
     )
+
+
+def _differs(key: str, lines: Sequence[Line]) -> bool:
+    values = [line.curve.origin.get(key) for line in lines]
+    return any(value != values[0] for value in values)
 
 
 def higher_is_better(metric: str) -> bool | None:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,20 @@ SHOWN_WARNINGS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A number that changes during a run, in ascending order of kimg; nan where a tick has none."""
+    """A number that changes during a run, in ascending order of kimg; nan where a tick has none.
+
+    `origin` is what the values of a metric depend on: its records' values of the keys COMPARABLE.
+    """
 
     kimg: np.ndarray
     seconds: np.ndarray  # of training, pauses left out; nan where it is not known
     values: np.ndarray
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def finite(self) -> Curve:
         """The points that have a finite value."""
         known = np.isfinite(self.values)
-        return Curve(kimg=self.kimg[known], seconds=self.seconds[known], values=self.values[known])
+        return replace(self, kimg=self.kimg[known], seconds=self.seconds[known], values=self.values[known])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +159,8 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
     records = [line for line in _read_lines(path, "kimg", problems) if _main_value(line) is not None]
     if not records:
         return None
-    comparable = [record for record in records if all(record.get(x) == records[-1].get(x) for x in COMPARABLE)]
+    origin = {key: records[-1].get(key) for key in COMPARABLE}
+    comparable = [record for record in records if all(record.get(key) == origin[key] for key in COMPARABLE)]
     if len(comparable) < len(records):
         count = len(records) - len(comparable)
         problems.append(
@@ -164,7 +169,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
     values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
     kimg = np.array(sorted(values), dtype=float)
     seconds = np.interp(kimg, clock.kimg, clock.values, right=math.nan) if clock else np.full(len(kimg), math.nan)
-    return Curve(kimg=kimg, seconds=seconds, values=np.array([values[x] for x in kimg.tolist()]))
+    return Curve(kimg=kimg, seconds=seconds, values=np.array([values[x] for x in kimg.tolist()]), origin=origin)
 
 
 def _main_value(record: dict[str, Any]) -> float | None:

@@ -156,7 +156,6 @@ def test_other_data_must_fit_the_network(calc: CalcMetrics, tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["--metrics=swdd"], "unknown metric 'swdd': did you mean swd?"),
-        (["--metrics=none"], "names nothing to compute"),
         (["--metrics=swd", "--data=no/such/folder"], "no/such/folder"),
         (["--metrics=swd", "--batch=0"], "--batch"),
         (["--metrics=swd", "--device=tpu9"], "--device=tpu9"),
@@ -232,7 +231,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     fid = records[0]
     assert fid["detector"] == "small.pt"
     assert fid["detector_sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
-    assert (fid["num_real"], fid["num_fake"]) == (2 * NUM_IMAGES, 30)
+    assert (fid["num_real"], fid["num_fake"]) == (NUM_IMAGES, 30)
     assert fid["protocol"] == "stylegan: features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
     assert result.stderr.count("real images:") == 3  # swd12 of each reads them; the detector's statistics serve both
     for number, kimg in enumerate((0, 4)):  # each network has its own values
@@ -254,8 +253,12 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
     assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
     assert (tmp_path / "metric-fid21_full.jsonl").exists()
-    [mirrored] = lines(calc("--metrics=fid21_full", bound(program), f"--data={data}", "--mirror", network=fakes))
-    assert (mirrored["num_real"], mirrored["num_fake"], mirrored["mirror"]) == (2 * NUM_IMAGES, NUM_IMAGES, True)
+    names = f"--metrics=fid21_full,swd{NUM_IMAGES}"
+    full, mirrored = lines(calc(names, bound(program), f"--data={data}", "--mirror", network=fakes))
+    assert (full["num_real"], full["num_fake"], full["mirror"]) == (NUM_IMAGES, NUM_IMAGES, False)
+    assert full["results"] == fid["results"]
+    assert mirrored["mirror"] is True
+    assert mirrored["data_hash"] == ImageDataset(DatasetConfig(path=data, mirror=True)).content_hash
 
     few = calc("--metrics=fid5k_full", bound(program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
@@ -277,7 +280,51 @@ def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Pa
         bound(program),
     ]
     [record] = lines(CliRunner().invoke(calc_metrics.main, arguments))
-    assert record["num_real"] == 2 * NUM_IMAGES
+    assert record["num_real"] == NUM_IMAGES
+
+
+def test_mirror_is_accepted_for_every_metric_and_says_where_flips_are_not_counted(
+    calc: CalcMetrics, program: Path
+) -> None:
+    """Published FID counts none, though the network was trained with flips; the older fid<N> counts them."""
+    names = "--metrics=fid30_full,is30,fid50,pr503"
+    given = {flag: calc(names, bound(program), flag) for flag in ("--mirror=1", "--mirror=0", "--seed=0")}
+    mirrored, plain, trained = (lines(result) for result in given.values())
+    assert [record["mirror"] for record in mirrored] == [False, False, True, True]
+    assert [record["mirror"] for record in plain] == [False] * 4
+    assert [record["num_real"] for record in mirrored] == [NUM_IMAGES, 0, 2 * NUM_IMAGES, 2 * NUM_IMAGES]
+    values = [[record["results"] for record in records] for records in (mirrored, plain, trained)]
+    assert values[0] == values[2]  # trained with --mirror
+    assert values[0][:2] == values[1][:2]
+    assert values[0][2] != values[1][2]
+    data = plain[0]["data"]
+    hashes = [ImageDataset(DatasetConfig(path=data, mirror=mirror)).content_hash for mirror in (False, True)]
+    assert [record["data_hash"] for record in mirrored] == [hashes[0]] * 2 + [hashes[1]] * 2
+    note = "--mirror: flips are not counted in fid30_full, is30, by protocol\n"
+    assert [note in result.stderr for result in given.values()] == [True, False, False]
+    assert "pr503: small.pt" in given["--mirror=1"].stderr
+    table = given["--mirror=1"].stderr.splitlines()
+    assert [line.endswith("; flips counted") for line in table[-4:]] == [False, False, True, True]
+    assert "flips are not counted" not in calc("--metrics=swd12", "--mirror").stderr
+
+
+def test_progress_can_be_hidden(calc: CalcMetrics) -> None:
+    progress = "generated images: 12 of 12"
+    assert progress in calc("--metrics=swd12").stderr
+    for flag in ("--verbose", "--verbose=true", "--verbose=1"):
+        assert progress in calc("--metrics=swd12", flag).stderr
+    quiet = calc("--metrics=swd12", "--verbose=0")
+    assert "images:" not in quiet.stderr
+    assert "swd12: 7x7 patches" in quiet.stderr  # the table stays
+    assert lines(quiet)[0]["results"] == lines(calc("--metrics=swd12"))[0]["results"]
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_no_metrics_are_no_error(calc: CalcMetrics, word: str, tmp_path: Path) -> None:
+    result = calc(f"--metrics={word}")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "--metrics=none: nothing to compute\n"
+    assert calc(f"--metrics={word}", network=tmp_path / "missing.pkl").exit_code == 2
 
 
 def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, program: Path, tmp_path: Path) -> None:

@@ -102,6 +102,22 @@ def test_palette_and_interlaced_png(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.numpy(), np.asarray(palette.convert("RGB")))
 
 
+@pytest.mark.parametrize("labels", [None, [2, 0, 1, 1], [[0.5, 1.0]] * 4])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_set_with_or_without_its_flips_is_the_one_that_is_opened_so(
+    tmp_path: Path, labels: list[Any] | None, mirror: bool
+) -> None:
+    path = write_zip(tmp_path / "set.zip", set_files(random_images(4), labels))
+    options: dict[str, Any] = {"use_labels": labels is not None, "max_images": 3}
+    opened = open_set(path, mirror=mirror, **options)
+    for origin in (opened, open_set(path, mirror=not mirror, **options)):
+        made = origin.with_mirror(mirror)
+        assert (made.config, made.content_hash, len(made)) == (opened.config, opened.content_hash, len(opened))
+        assert torch.equal(made.labels, opened.labels)
+        assert torch.equal(made.images(range(len(made))), opened.images(range(len(opened))))
+    assert opened.with_mirror(mirror) is opened
+
+
 def test_mirror_doubles_the_set(tmp_path: Path) -> None:
     images = random_images(4)
     path = write_zip(tmp_path / "x.zip", set_files(images, [0, 1, 2, 1]))

@@ -25,7 +25,14 @@ from PIL import Image
 import dataset_tool
 from dataset_tool import main
 from training.data_sources import codec
-from training.data_sources.convert import RESIZE_FILTERS, Conversion, center_crop, fit_channels, force_channels
+from training.data_sources.convert import (
+    RESIZE_FILTERS,
+    Conversion,
+    TooSmallError,
+    center_crop,
+    fit_channels,
+    force_channels,
+)
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
 rng = np.random.RandomState(0)
@@ -197,16 +204,82 @@ def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> N
     np.testing.assert_array_equal(cropped[0], np.asarray(image.resize((8, 4), RESIZE_FILTERS[resize_filter])))
     assert (content["width"], content["height"], content["resize_filter"]) == (8, 4, resize_filter)
 
-    wide, _ = build(source, tmp_path / "wide.zip", "--transform=center-crop-wide", *sizes)
-    assert wide.shape == (1, 8, 8, 3)
-    np.testing.assert_array_equal(wide[0, 2:6], cropped[0])
-    assert not wide[0, :2].any()
-    assert not wide[0, 6:].any()
+    boxed, content = build(source, tmp_path / "boxed.zip", "--transform=center-crop-letterbox", *sizes)
+    assert (content["transform"], content["width"], content["height"]) == ("center-crop-letterbox", 8, 8)
+    np.testing.assert_array_equal(boxed[0], np.pad(cropped[0], ((2, 2), (0, 0), (0, 0))))
+
+    wide, content = build(source, tmp_path / "wide.zip", "--transform=center-crop-wide", *sizes)
+    assert (content["transform"], content["width"], content["height"]) == ("center-crop-wide", 8, 8)
+    image = Image.fromarray(pixels).crop((0, 7, 30, 12))  # round(8 * 20 / 30) = 5 rows in the middle of 20
+    expected = np.asarray(image.resize((8, 4), RESIZE_FILTERS[resize_filter]))
+    np.testing.assert_array_equal(wide[0], np.pad(expected, ((2, 2), (0, 0), (0, 0))))
 
     plain, _ = build(source, tmp_path / "plain.zip", *sizes)
     np.testing.assert_array_equal(
         plain[0], np.asarray(Image.fromarray(pixels).resize((8, 4), RESIZE_FILTERS[resize_filter]))
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),  # width x height; the rows of the image that are seen in the result of 8x4
+    [
+        ((8, 4), slice(0, 4)),
+        ((8, 7), slice(0, 7)),  # an image of the target's width is never cut
+        ((16, 8), slice(2, 6)),  # though it has the target's aspect ratio
+        ((16, 12), slice(3, 9)),
+        ((16, 11), slice(2, 8)),  # 5.5 rows, half to even: 6
+        ((16, 9), slice(2, 6)),  # 4.5 rows: 4
+        ((7, 100), None),  # too narrow
+        ((16, 7), slice(1, 5)),  # 3.5 rows: 4
+        ((17, 7), None),  # 3.3 rows: 3
+    ],
+)
+def test_center_crop_wide_cuts_as_many_rows_as_the_image_has_at_the_targets_width(
+    size: tuple[int, int], rows: slice | None
+) -> None:
+    width, height = size
+    pixels = random_images(height, width, 3)
+    conversion = Conversion(width=8, height=4, transform="center-crop-wide", resize_filter="box")
+    if rows is None:
+        with pytest.raises(TooSmallError, match=f"{width}x{height} pixels"):
+            conversion(pixels)
+        return
+    expected = np.asarray(Image.fromarray(pixels[rows]).resize((8, 4), Image.Resampling.BOX))
+    np.testing.assert_array_equal(conversion(pixels), np.pad(expected, ((2, 2), (0, 0), (0, 0))))
+
+
+def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -> None:
+    sizes = [(7, 9), (8, 4), (9, 3), *[(16, 12)] * 297]
+    images = {f"{k:03d}.png": random_images(height, width, 3) for k, (width, height) in enumerate(sizes)}
+    labels = [[name, k] for k, name in enumerate(images)]
+    files = {name: encoded(pixels) for name, pixels in images.items()}
+    source = write_files(tmp_path / "in", files | {"dataset.json": json.dumps({"labels": labels}).encode()})
+    options = ("--transform=center-crop-wide", "--resolution=8x4")
+    for workers in (1, 2):  # with two, other processes convert
+        result = run(f"--source={source}", f"--dest={tmp_path / str(workers)}.zip", f"--workers={workers}", *options)
+        assert result.exit_code == 0, result.output
+        assert "298 images of 8x8 pixels" in result.output
+        assert "2 images are smaller than 8x4 and were left out (center-crop-wide)" in result.output
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    found, content = build(source, tmp_path / "all.zip", *options)
+    np.testing.assert_array_equal(found[0, 2:6], images["001.png"])
+    assert numbers(content) == [1, *range(3, 300)]
+    message = refused(tmp_path, source, "--transform=center-crop-wide", "--resolution=64x32")
+    assert "--width=64 --height=32: --transform=center-crop-wide drops smaller images, and leaves none of" in message
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
+    pixels = random_images(6, 4, channels)
+    source = write_files(tmp_path / "in", {"a.png": encoded(pixels)})
+    expected = np.zeros((10, 8, channels), np.uint8)
+    expected[2:8, 2:6] = pixels
+    found, content = build(source, tmp_path / "padded.zip", "--pad=2")
+    np.testing.assert_array_equal(found[0], expected)
+    assert content["pad"] == 2
+    cropped, _ = build(source, tmp_path / "cropped.zip", "--pad=2", "--transform=center-crop", "--resolution=8x8")
+    np.testing.assert_array_equal(cropped[0], expected[1:9])
+    assert build(source, tmp_path / "plain.zip")[1]["pad"] == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -271,8 +344,9 @@ def test_sizes_must_agree(tmp_path: Path) -> None:
     assert "'b.png' is 5x4 pixels, but the first image, 'a.png', is 4x4: give --width and --height" in message
     assert "--width and --height belong together" in refused(tmp_path, source, "--width=4")
     assert "give --width and --height" in refused(tmp_path, source, "--transform=center-crop")
-    wide = ("--width=4", "--height=8", "--transform=center-crop-wide")
-    assert "--height=8 is more than --width=4" in refused(tmp_path, source, *wide)
+    for transform in ("center-crop-wide", "center-crop-letterbox"):
+        tall = ("--width=4", "--height=8", f"--transform={transform}")
+        assert f"--height=8 is more than --width=4: --transform={transform}" in refused(tmp_path, source, *tall)
 
 
 def test_own_png_encoder_against_pillow() -> None:
@@ -358,8 +432,20 @@ def test_mnist(tmp_path: Path, compressed: bool) -> None:
     }
     write_files(tmp_path, files)
     found, content = build(tmp_path / f"train-images-idx3-ubyte{suffix}", tmp_path / "out.zip")
-    np.testing.assert_array_equal(found[..., 0], images)
-    assert numbers(content) == [7, 0, 1, 9, 3]
+    padded = np.zeros((5, 32, 32), np.uint8)
+    padded[:, 2:30, 2:30] = images
+    np.testing.assert_array_equal(found[..., 0], padded)
+    assert (numbers(content), content["pad"], content["width"]) == ([7, 0, 1, 9, 3], 2, 32)
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    np.testing.assert_array_equal(build(path, tmp_path / "named.zip", "--width=32", "--height=32")[0], found)
+    plain, content = build(path, tmp_path / "plain.zip", "--pad=0")
+    np.testing.assert_array_equal(plain[..., 0], images)
+    assert content["pad"] == 0
+    other = random_images(5, 20, 24)
+    path = write_files(
+        tmp_path / "other", {"x-images-idx3-ubyte": struct.pack(">IIII", 0x803, 5, 20, 24) + other.tobytes()}
+    )
+    np.testing.assert_array_equal(build(path / "x-images-idx3-ubyte", tmp_path / "other.zip")[0][..., 0], other)
 
     (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(struct.pack(">II", 0x801, 1) + b"\0"))
     assert "1 labels for 5 images" in refused(tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}")

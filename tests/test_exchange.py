@@ -103,7 +103,14 @@ def test_metrics_of_a_folder_are_recorded_beside_it(folder: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert (folder.parent / "metric-swd32.jsonl").exists()
     (record,) = legacy.describe(folder)["metrics"]
-    assert record["results"] == json.loads(result.stdout.splitlines()[0])["results"]
+    written = json.loads(result.stdout.splitlines()[0])
+    assert record == {key: written[key] for key in ("metric", "results", "mirror")}
+    mirrored = json.dumps(written | {"mirror": True})
+    (folder.parent / "metric-swd32.jsonl").write_text(f"{json.dumps(written)}\n{mirrored}\n")
+    lines = CliRunner().invoke(legacy.main, ["info", str(folder)]).output.splitlines()
+    shown = [line.partition(" swd32_8 ")[2] for line in lines if line.startswith("metric ")]
+    value = f"{written['results']['swd32_8']:.4g}"
+    assert shown == [value, f"{value} (flips counted)"]
 
 
 def test_a_foreign_snapshot_becomes_one_of_ours(tmp_path: Path) -> None:

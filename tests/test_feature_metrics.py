@@ -26,6 +26,7 @@ from metrics.kernel import kernel_distance, squared_mmd
 from metrics.precision_recall import density_coverage, precision_recall
 from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, choose_fakes
+from training.dataset import DatasetConfig, ImageDataset
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
@@ -286,6 +287,83 @@ def test_the_distance_is_that_of_all_reals_and_the_first_fakes(setup: DetectorSe
     root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
     expected = ((real.mean(0) - fake.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
     assert results(context, "fid60_full")["fid60_full"] == pytest.approx(expected, rel=1e-6)
+
+
+def mirrored(images: CountedImages) -> CountedImages:
+    """Each image and its flip, as a data set has them under --mirror."""
+    both = CountedImages(torch.cat([images.data, images.data.flip(3)]))
+    both.content_hash = f"{images.content_hash} mirrored"
+    return both
+
+
+def numpy_distance(real: Tensor, fake: Tensor) -> float:
+    """The Frechet distance of the small detector's features, in NumPy and SciPy."""
+    x, y = (SmallDetector()(images)[0].double().numpy() for images in (real, fake))
+    covs = [np.cov(rows, rowvar=False, bias=True) for rows in (x, y)]
+    root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root))
+
+
+def test_flips_of_the_reals_count_in_the_older_metrics_alone(setup: DetectorSetup) -> None:
+    images = CountedImages(natural_images(90))
+    both = mirrored(images)
+    context = build(setup, images=images, mirrored=both)
+    found = {result.metric: result for result in compute_all(["fid200_full", "fid200"], context)}
+    [(_, fakes)] = metrics.sampling.fake_batches(build(setup, batch_size=200), 200)
+    for name, reals in (("fid200_full", images.data), ("fid200", both.data)):
+        assert found[name].results[name] == pytest.approx(numpy_distance(reals, fakes), rel=1e-6)
+        assert found[name].num_real == len(reals)
+    G = context.network
+    assert isinstance(G, Stripes)
+    assert sum(map(len, G.latents)) == 200  # one pass for both
+    assert numpy_distance(images.data, fakes) != pytest.approx(numpy_distance(both.data, fakes), rel=1e-4)
+    assert images.read == 90
+    assert both.read == 180
+
+
+@pytest.mark.parametrize("name", [*NAMES.split(","), "kid40", "pr503", "dc30_full"])
+def test_a_metric_is_what_it_is_on_the_reals_that_it_counts(setup: DetectorSetup, name: str) -> None:
+    """With flips: on the doubled set, given as the data. Without: whatever --mirror says."""
+    images = CountedImages(natural_images(90))
+    context = build(setup, images=images, mirrored=mirrored(images))
+    [result] = compute_all([name], context)
+    counted = result.mirror
+    assert counted == ("full" not in name and "is" not in name)
+    expected = build(setup, images=mirrored(images) if counted else images)
+    assert result.results == results(expected, name)
+    assert results(build(setup, images=images, mirrored=mirrored(images)), NAMES + f",{name}").items() >= (
+        result.results.items()
+    )
+
+
+def test_labels_of_fakes_do_not_depend_on_flips() -> None:
+    labels = torch.arange(90) % 7
+    images = ArrayImages(natural_images(90), labels, c_dim=7)
+    both = ArrayImages(natural_images(180), torch.cat([labels, labels]), c_dim=7)
+    settings: dict[str, Any] = {"G": Stripes(c_dim=7), "images": images, "device": torch.device("cpu")}
+    plain, flipped = MetricContext(**settings), MetricContext(**settings, mirrored=both, counts_flips=True)
+    drawn = [metrics.sampling.random_labels(context, range(200)) for context in (plain, flipped)]
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_statistics_with_flips_are_never_read_for_a_metric_without(
+    setup: DetectorSetup, shapes_zip: Path, tmp_path: Path
+) -> None:
+    """Statistics of reals as earlier releases kept them: fid<N>_full of a mirrored set had its flips."""
+    plain = ImageDataset(DatasetConfig(path=str(shapes_zip)))
+    both = ImageDataset(DatasetConfig(path=str(shapes_zip), mirror=True))
+    settings: dict[str, Any] = {"G": Stripes((3, 16, 16)), "device": torch.device("cpu"), "setup": setup}
+    old = MetricContext(images=both, cache=tmp_path, **settings)
+    results(old, "fid60_full,kid50_full,pr603_full")
+    kept = set(tmp_path.iterdir())
+    new = MetricContext(images=plain, mirrored=both, cache=tmp_path, **settings)
+    names = "fid60_full,kid50_full,pr603_full"
+    assert results(new, names) == results(MetricContext(images=plain, **settings), names)
+    assert len(set(tmp_path.iterdir()) - kept) == 3
+    kept = set(tmp_path.iterdir())
+    again = MetricContext(images=plain, mirrored=both, cache=tmp_path, **settings)
+    assert results(again, "fid600")["fid600"] == results(MetricContext(images=both, **settings), "fid600")["fid600"]
+    assert set(tmp_path.iterdir()) == kept  # of all reals with their flips: those of the old release
 
 
 def test_statistics_of_reals_are_read_from_disk_the_second_time(setup: DetectorSetup, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
         "protocol": "<N> images",
         "num_real": 1000,
         "num_fake": 5000,
+        "mirror": False,
         "data": "/home/me/secret/cars.zip",
         "snapshot": snapshot.path.name,
         "snapshot_sha256": hashlib.sha256(snapshot.path.read_bytes()).hexdigest(),
@@ -110,7 +111,7 @@ def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None
     record(snapshot, "fid50k_full", 30.0, snapshot_sha256="of another network")
     record(snapshot, "fid50k_full", 20.0)
     record(snapshot, "fid50k_full", 12.345)
-    record(snapshot, "swd5k", 1.5, detector=None)
+    record(snapshot, "swd5k", 1.5, detector=None, mirror=True)
     record(snapshot, "is50k", 9.0, snapshot_sha256=None)
     save_hub_folder(tmp_path / "cars", snapshot, "cc-by-4.0")
     card = ModelCard.load(tmp_path / "cars" / "README.md")
@@ -121,7 +122,7 @@ def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None
     rows = [line for line in card.text.splitlines() if line.startswith(("| fid", "| swd", "| is"))]
     assert rows == [
         "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | &lt;N> images |",
-        "| swd5k | 1.5 | cars.zip: 1000 real, 5000 generated |  | &lt;N> images |",
+        "| swd5k | 1.5 | cars.zip: 1000 real with flips, 5000 generated |  | &lt;N> images |",
     ]
     for words in ("`cars.zip`", "12.345 kimg", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
         assert words in card.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -464,6 +465,31 @@ def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.Monkey
     assert result.results["brightness10"] == pytest.approx(abs(float(reals - fakes.double().mean())), rel=1e-4)
 
 
+def test_the_documentation_lists_which_metrics_count_flips() -> None:
+    """A row for each pattern: `name` ... | flips | reals | ..."""
+    guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
+    table = guide.split("## Protocols: flips, reals, noise\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    documented = {name: row[1] == "as `--mirror`" for row in rows for name in re.findall(r"`([^`]*<N>[^`]*)`", row[0])}
+    assert documented == {spec.pattern: spec.counts_flips for spec in metrics.registered_metrics()}
+    assert {row[1] for row in rows} == {"as `--mirror`", "never", "no reals"}
+
+
+def test_flips_count_in_the_sliced_wasserstein_distance_alone_where_they_are_asked_for() -> None:
+    """The mirrored set equals the doubled one, given as the data."""
+    images, flips = natural_images(20), natural_images(20).flip(3)
+    both = torch.cat([images, flips])
+    doubled = metrics.compute("swd", context_of(both))
+    mirrored = context_of(images, mirrored=ArrayImages(both))
+    for name in ("swd", "swd_floor"):
+        result = metrics.compute(name, mirrored)
+        assert result.results == metrics.compute(name, context_of(both)).results
+        assert (result.mirror, result.num_real) == (True, 40)
+    plain = metrics.compute("swd", context_of(images))
+    assert (plain.mirror, plain.num_real) == (False, 20)
+    assert plain.results != doubled.results
+
+
 def test_every_metric_explains_itself() -> None:
     for spec in metrics.registered_metrics():
         assert all(text and "\n" not in text for text in (spec.help, spec.protocol, spec.paper))
@@ -474,8 +500,7 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
     snapshot.write_bytes(b"abc")
     context = context_of(natural_images(8, (1, 16, 16)), seed=3)
     result = metrics.compute("swd8", context)
-    about = {"snapshot": snapshot, "kimg": 200.5, "data": "data.zip", "images": context.images, "mirror": True}
-    record = metrics.result_to_json(result, **about)  # type: ignore[arg-type]
+    record = metrics.result_to_json(result, context, snapshot=snapshot, kimg=200.5, data="data.zip")
     metrics.append_result(tmp_path, record)
     metrics.append_result(tmp_path, record)
     lines = (tmp_path / "metric-swd8.jsonl").read_text().splitlines()
@@ -486,7 +511,7 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
     assert (record["num_real"], record["num_fake"], record["kimg"], record["seed"]) == (8, 8, 200.5, 3)
     assert record["snapshot"] == "network-snapshot-000200.pkl"
     assert record["snapshot_sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert (record["data"], record["data_hash"], record["mirror"]) == ("data.zip", "0123abcd", True)
+    assert (record["data"], record["data_hash"], record["mirror"]) == ("data.zip", "0123abcd", False)
     assert record["resize_filter"] == "box"
     assert record["versions"]["torch"] == torch.__version__
     assert {"seconds", "protocol", "timestamp", "truncation_psi", "noise_mode"} <= set(record)

@@ -191,6 +191,21 @@ def test_runs_of_different_lengths_lie_over_each_other(tmp_path: Path, monkeypat
     assert list(drawn["Metric swd5k: lower is better"]) == ["#D55E00 -"]  # the colour stays the run's
 
 
+def test_runs_whose_metrics_were_measured_in_different_ways_do_not_compare(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("old", "new", "other")]
+    for run, mirror, seed in zip(runs, (True, False, False), (0, 0, 1), strict=True):
+        (run / "metric-swd5k.jsonl").write_text(metric_line(4, 90.0, mirror=mirror, seed=seed))
+
+    def notes(*some: Path) -> list[str]:
+        charts = find_charts([read_run(run, run.name) for run in some])
+        return [chart.note for chart in charts if chart.name == "metric-swd5k"]
+
+    old, new, other = runs
+    assert notes(old, new) == ["values not comparable: the runs differ in mirror"]
+    assert notes(old, new, other) == ["values not comparable: the runs differ in mirror, seed"]
+    assert notes(old) == notes(old, old) == [""]
+
+
 def test_of_many_ticks_the_mean_is_drawn_before_all_of_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1, grids=())
     values = np.random.RandomState(0).rand(5000)

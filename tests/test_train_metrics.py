@@ -19,6 +19,7 @@ from dnnlib.config import ConfigError
 from metrics import feature_stats, sampling
 from metrics.detectors import DetectorSetup
 from metrics.registry import find, is_best
+from reporting.runs import read_run
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset
 from training.snapshot import load_network
@@ -65,7 +66,8 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     assert [line["kimg"] for line in lines(run_dir / "metric-is60.jsonl")] == [0.0, 0.048, 0.064]
     assert [line["kimg"] for line in lines(run_dir / "metric-swd20.jsonl")] == [0.0, 0.016, 0.032, 0.048, 0.064]
     assert [line["snapshot"] for line in fid] == ["network-snapshot-000000.pkl", None, "network-snapshot-000000.pkl"]
-    assert fid[0]["num_real"] == 512  # all images and their flips, though it trains on fewer
+    assert (fid[0]["num_real"], fid[0]["mirror"]) == (256, False)  # all images, though it trains on fewer, with flips
+    assert {line["mirror"] for line in lines(run_dir / "metric-swd20.jsonl")} == {True}
     assert fid[0]["detector"] == "small.pt"
 
     values = [line["results"]["fid60_full"] for line in fid]
@@ -136,6 +138,15 @@ def test_what_cannot_be_computed_is_refused_before_training(
     assert few.exit_code == 2
     assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_in_any_case_means_no_metrics(shapes_zip: Path, tmp_path: Path, word: str) -> None:
+    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--dry-run"]
+    result = run(*arguments, f"--metrics={word}", f"--tick-metrics={word}")
+    assert result.exit_code == 0, result.output
+    options = json.loads(result.stdout)["options"]["run"]
+    assert (options["metrics"], options["tick_metrics"]) == ([], [])
 
 
 def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_path: Path) -> None:
@@ -265,6 +276,37 @@ def record(metric: str, number: str, value: float) -> dict[str, Any]:
         "metric": metric, "results": {number: value}, "num_real": 1, "num_fake": 1, "seed": 0, "truncation_psi": 1.0,
         "noise_mode": "const", "protocol": "p", "detector_sha256": None, "data_hash": "d", "mirror": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("with_flips", [True, False])
+def test_a_resumed_run_compares_with_old_records_that_counted_the_same_reals(
+    shapes_zip: Path, program: Path, tmp_path: Path, with_flips: bool
+) -> None:
+    """Until fid<N>_full counted none, a run with --mirror recorded it with flips: better values that do not compare."""
+    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, bound(program), "--resume=latest"]
+    arguments += ["--mirror", "--metrics=fid60_full", "--keep-best"]
+    assert run(*arguments, "--kimg=0.032").exit_code == 0
+    [run_dir] = (tmp_path / "runs").iterdir()
+    log, best = run_dir / "metric-fid60_full.jsonl", run_dir / "network-best-fid60_full.pkl"
+    old = [line | {"results": {"fid60_full": 0.0}} for line in lines(log)]
+    if with_flips:
+        mirrored = ImageDataset(DatasetConfig(path=str(shapes_zip), mirror=True))
+        old = [line | {"mirror": True, "num_real": 512, "data_hash": mirrored.content_hash} for line in old]
+    log.write_text("".join(json.dumps(line) + "\n" for line in old))
+    before = best.read_bytes()
+    result = run(*arguments, "--kimg=0.064")
+    assert result.exit_code == 0, result.output
+    new = lines(log)[len(old) :]
+    assert [(line["kimg"], line["mirror"], line["num_real"]) for line in new] == [(0.064, False, 256)]
+    assert new[0]["results"]["fid60_full"] > 0
+    assert ("Best fid60_full so far" in result.output) == with_flips
+    assert (best.read_bytes() == before) == (not with_flips)
+    if with_flips:
+        assert load_network(best).kimg == 0.064
+    shown = read_run(run_dir, "run")
+    expected = [0.064] if with_flips else [0.0, 0.032, 0.064]
+    assert shown.metrics["fid60_full"].kimg.tolist() == expected
+    assert any("do not compare with the last one" in problem for problem in shown.problems) == with_flips
 
 
 def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(

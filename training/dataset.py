@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,7 @@ class ImageDataset:
     """All images of a folder or zip file under the indices 0 ... len - 1.
 
     With `mirror`, index i < len/2 is an image and i + len/2 the same image flipped: x-flip is an index, not a coin
-    toss, so an epoch shows each image exactly once each way round, and the metrics see the same set as the training.
+    toss, so an epoch shows each image exactly once each way round.
 
     num_originals   images before `mirror` doubles them
     name            file or folder name without suffix
@@ -120,6 +121,17 @@ class ImageDataset:
     def original(self, index: int) -> int:
         """Return the position, among all images of the file, of the one that an index shows."""
         return int(self._subset[index % self.num_originals])
+
+    def with_mirror(self, mirror: bool) -> ImageDataset:
+        """Return the same images with or without their flips; the open files are shared."""
+        if mirror == self.config.mirror:
+            return self
+        other = copy.copy(self)
+        other.config = replace(self.config, mirror=mirror)
+        labels = self.labels[: self.num_originals]
+        other.labels = torch.cat([labels, labels]) if mirror else labels
+        other.content_hash = other._content_hash()
+        return other
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is broken or of another shape."""

@@ -205,7 +205,8 @@ files.
 def _table(snapshot: Path) -> str:
     rows = []
     for record in read_records(snapshot):
-        images = f"{Path(record['data']).name}: {record['num_real']} real, {record['num_fake']} generated"
+        flips = " with flips" if record["mirror"] else ""
+        images = f"{Path(record['data']).name}: {record['num_real']} real{flips}, {record['num_fake']} generated"
         protocol = record["protocol"].replace("<", "&lt;")
         how = f"{record['detector'] or ''} | {protocol}"
         rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]

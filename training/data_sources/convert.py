@@ -1,4 +1,4 @@
-"""From an item of a source to the PNG of a data set: channels, crop, resize, encode."""
+"""From an item of a source to the PNG of a data set: channels, padding, crop, resize, encode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from training.data_sources.codec import BrokenImageError, decode_image, encode_p
 from training.data_sources.files import read_regular_file
 from training.data_sources.sources import Item
 
-TRANSFORMS = ("center-crop", "center-crop-wide")
+TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-letterbox")
+LETTERBOXED = ("center-crop-wide", "center-crop-letterbox")
 RESIZE_FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -23,14 +24,23 @@ RESIZE_FILTERS = {
 }
 
 
+class TooSmallError(Exception):
+    """The image is smaller than the target, and center-crop-wide drops such images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What happens to the pixels. `width` and `height` are both given or both None; `channels` None means as they are.
+    """Pixel operations: `pad` pixels of 0 on each side, the transform, the resize.
 
-    center-crop        the largest centred rectangle of the shape width:height, resized to width x height
-    center-crop-wide   the same, laid in the middle of a square of side `width` that is otherwise 0 (black; in RGBA
-                       transparent): the result is width x width
-    None               resized to width x height, whatever its shape was
+    `width` and `height` are both given or both None; `channels` None keeps the channels. The transforms:
+
+    None                    the whole image, resized to width x height, whatever its aspect ratio
+    center-crop             the largest centred rectangle of the aspect ratio width:height, resized
+    center-crop-wide        round(width * H / W) centred rows of an image of W x H, at full width, resized, letterboxed:
+                            StyleGAN2-ADA's geometry for LSUN Car
+    center-crop-letterbox   center-crop, letterboxed
+
+    Letterboxed: in the middle of a width x width square that is otherwise 0 (black; in RGBA transparent).
     """
 
     width: int | None = None
@@ -38,31 +48,54 @@ class Conversion:
     transform: str | None = None
     resize_filter: str = "lanczos"
     channels: int | None = None
+    pad: int = 0
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
             raise UserError("--width and --height belong together: give both or neither")
         if self.width is None and self.transform:
             raise UserError(f"--transform={self.transform} needs the size of the result: give --width and --height")
-        if self.width and self.height and self.transform == "center-crop-wide" and self.height > self.width:
+        if self.width and self.height and self.transform in LETTERBOXED and self.height > self.width:
             raise UserError(
-                f"--height={self.height} is more than --width={self.width}: --transform=center-crop-wide lays wide "
+                f"--height={self.height} is more than --width={self.width}: --transform={self.transform} lays wide "
                 "images into a square of side --width"
             )
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, C] -> [height, width, channels]."""
+        """uint8 [H, W, C] -> [height, width, channels]. Raises TooSmallError for an image that is to be dropped."""
         if self.channels:
             pixels = force_channels(pixels, self.channels)
+        if self.pad:
+            pixels = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         if self.width is None or self.height is None:
             return pixels
-        if self.transform:
+        if self.transform == "center-crop-wide":
+            pixels = center_rows(pixels, self.width, self.height)
+        elif self.transform:
             pixels = center_crop(pixels, self.width, self.height)
         pixels = resize(pixels, self.width, self.height, self.resize_filter)
-        if self.transform == "center-crop-wide":
-            margin = self.width - self.height
-            pixels = np.pad(pixels, ((margin // 2, margin - margin // 2), (0, 0), (0, 0)))
-        return pixels
+        return letterbox(pixels) if self.transform in LETTERBOXED else pixels
+
+
+def center_rows(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The round(width * H / W) rows in the middle of an image [H, W, C].
+
+    The aspect ratio of the result is not width:height unless W is `width`. Raises TooSmallError where W < width, or
+    there are fewer rows than `height`.
+    """
+    H, W, _ = pixels.shape
+    rows = round(width * H / W)
+    if width > W or height > rows:
+        raise TooSmallError(f"{W}x{H} pixels")
+    top = (H - rows) // 2
+    return pixels[top : top + rows]
+
+
+def letterbox(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, C] -> [W, W, C]: bars of 0 above and below, the lower one a row higher if W - H is odd."""
+    H, W, _ = pixels.shape
+    top = (W - H) // 2
+    return np.pad(pixels, ((top, W - H - top), (0, 0), (0, 0)))
 
 
 def center_crop(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -108,12 +141,15 @@ def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray | None:
     return colors if channels == 3 else np.dstack([colors, np.full(pixels.shape[:2], 255, np.uint8)])
 
 
+Converted = bytes | BrokenImageError | TooSmallError  # a PNG file, or why there is none
+
+
 class Expected(NamedTuple):
     """What the first image of the source decides.
 
     shape: (H, W, C) of all images of the set.
     first: its name, for messages.
-    is_copied: it came as pixels of that shape, so that the images of this source only have to be encoded.
+    is_copied: it came as pixels and is at most padded, so that the images of this source only have to be encoded.
     """
 
     shape: tuple[int, int, int]
@@ -133,13 +169,13 @@ def load(item: Item) -> np.ndarray:
     return decode_image(content)
 
 
-def convert_items(items: list[Item], conversion: Conversion, expected: Expected) -> list[bytes | BrokenImageError]:
+def convert_items(items: list[Item], conversion: Conversion, expected: Expected) -> list[Converted]:
     """PNG files, or what is wrong, for a chunk of items. Raises UserError for an image that does not fit the others."""
-    results: list[bytes | BrokenImageError] = []
+    results: list[Converted] = []
     for item in items:
         try:
             results.append(encode_png(_fit(conversion(load(item)), item.name, expected)))
-        except BrokenImageError as error:
+        except (BrokenImageError, TooSmallError) as error:
             results.append(error)
     return results
 

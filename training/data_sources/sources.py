@@ -45,6 +45,7 @@ class Source(Protocol):
 
     name: str
     num_ignored: int  # files that are not images
+    pad: int  # pixels of 0 that are usually added on each side
 
     @property
     def class_names(self) -> list[str] | None: ...
@@ -78,6 +79,8 @@ def open_source(path: str, *, labels_from_folders: bool, drawing: Drawing) -> So
 
 class FileSource:
     """Images in a folder or zip file; labels from dataset.json, or from the names of the top-level folders."""
+
+    pad = 0
 
     def __init__(self, store: FileStore, labels_from_folders: bool) -> None:
         self.name = store.path.name
@@ -124,11 +127,17 @@ class ArraySource:
     """Images that are in memory or in a memory-mapped file: uint8 [N, H, W, C]."""
 
     def __init__(
-        self, name: str, images: np.ndarray, labels: list[Label] | None = None, class_names: list[str] | None = None
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: list[Label] | None = None,
+        class_names: list[str] | None = None,
+        pad: int = 0,
     ) -> None:
         self.name = name
         self.class_names = class_names
         self.num_ignored = 0
+        self.pad = pad
         self._images = images
         self._labels = labels
 
@@ -179,7 +188,10 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _open_idx(path: Path) -> ArraySource:
-    """MNIST's format: big-endian header, then bytes; the labels are beside the images if they are anywhere."""
+    """MNIST's format: big-endian header, then bytes; the labels are beside the images if they are anywhere.
+
+    MNIST's 28x28 images are padded to 32x32, as in StyleGAN2-ADA.
+    """
     images = _read_idx(path, num_axes=3)
     labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = None
@@ -187,7 +199,7 @@ def _open_idx(path: Path) -> ArraySource:
         labels = _read_idx(labels_path, num_axes=1).tolist()
         if len(labels) != len(images):
             raise UserError(f"{labels_path} has {len(labels)} labels for {len(images)} images: get both files again")
-    return ArraySource(path.name, images[..., None], labels)
+    return ArraySource(path.name, images[..., None], labels, pad=2 if images.shape[1:] == (28, 28) else 0)
 
 
 def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
@@ -232,6 +244,7 @@ class StlSource:
 
     class_names = None
     num_ignored = 0
+    pad = 0
     _PARTS = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
     _IMAGE_BYTES = 3 * 96 * 96
 
@@ -268,6 +281,7 @@ class LmdbSource:
 
     class_names = None
     num_ignored = 0
+    pad = 0
 
     def __init__(self, path: Path) -> None:
         try:
@@ -315,6 +329,7 @@ class ShapesSource:
 
     name = "shapes"
     num_ignored = 0
+    pad = 0
     _BATCH = 256
 
     def __init__(self, drawing: Drawing) -> None:
