@@ -93,7 +93,8 @@ def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
 def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    commands = [command for command in readme_commands("generate.py") if not any("--class" in item for item in command)]
+    of_labels = ("--class=", "--label=")  # which the network here does not have
+    commands = [c for c in readme_commands("generate.py") if not any(item.startswith(of_labels) for item in c)]
     assert len(commands) >= 2
     for command in commands:
         if command[0] == "play":  # has no end; test_play.py has it
