@@ -272,7 +272,7 @@ def _transgan(
 
 
 def _transgans() -> list[TrainConfig]:
-    """TransGAN's models, trained as by the released scripts; for CelebA there are none, and the slides count.
+    """TransGAN's models, trained as in the released scripts; those for CelebA as in the slides on the paper.
 
     docs/transgan.md says which details are published and which are inferred.
     """
