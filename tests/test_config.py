@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
 from dnnlib.config import ConfigError, differences, from_json, override, to_json
 from training.augment import AugmentConfig
@@ -14,6 +15,8 @@ from training.config import ADDED_FIELDS, PRESETS, Circumstances, TrainConfig, r
 from training.phases import AdamConfig
 
 CIFAR = Circumstances(img_shape=(3, 32, 32), c_dim=0)
+# A training without what came after the first files, as far as it says what other fields may be.
+BEFORE_OBJECTIVES: dict[str, Any] = {"loss.objective": "logistic", "augment.mode": "ada", "augment.policy": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +75,35 @@ def test_json_with_wrong_contents_is_refused() -> None:
         from_json(Outer, good | {"inner": {"count": 2, "sizes": [1, "a"]}})
 
 
-def test_a_configuration_from_before_a_field_is_read_as_what_it_was() -> None:
-    config = resolve(PRESETS["tiny"], Circumstances(img_shape=(3, 32, 32), c_dim=0))
+@pytest.mark.parametrize("preset", ["tiny", "transgan-cifar"])
+def test_a_configuration_from_before_a_field_is_read_as_what_it_was(preset: str) -> None:
+    config = resolve(override(PRESETS[preset], BEFORE_OBJECTIVES), CIFAR)
     data = json.loads(json.dumps(to_json(config)))
-    for path in ADDED_FIELDS:
+    removed = {}
+    for path, value in ADDED_FIELDS.items():
         *parents, name = path.split(".")
-        del (data[parents[0]] if parents else data)[name]
-    assert read_config(data) == override(config, {**ADDED_FIELDS})
+        part = data[parents[0]] if parents else data
+        if name in part:
+            del part[name]
+            removed[path] = value
+    assert ("generator.attention_noise" in removed) == (preset == "transgan-cifar")
+    assert read_config(data) == override(config, removed)
     with pytest.raises(ConfigError, match="missing"):
         read_config({key: value for key, value in data.items() if key != "seed"})
+
+
+def test_a_transgan_from_before_its_noise_has_none_and_diffaugments_own_numbers() -> None:
+    config = resolve(PRESETS["transgan-cifar"], CIFAR)
+    data = json.loads(json.dumps(to_json(config)))
+    new = {"generator": ["attention_noise"], "discriminator": ["attention_noise"]}
+    for part, names in {**new, "augment": ["translation", "cutout_p", "filter_p", "hue_p"]}.items():
+        for name in names:
+            del data[part][name]
+    old = read_config(data)
+    assert (old.augment.translation, old.augment.cutout_p, old.augment.filter_p, old.augment.hue_p) == (0.125, 1, 1, 1)
+    for network in (old.generator.build, old.discriminator.build):
+        with torch.device("meta"):
+            assert not any("noise" in name for name in network().state_dict())
 
 
 @pytest.mark.parametrize("family", [None, 3, [], {}, "biggan"])

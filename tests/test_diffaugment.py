@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from torch_utils.graphs import no_synchronisation
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.config import PRESETS, Circumstances, resolve
 from training.dataset import ImageDataset
-from training.diffaugment import DEFAULT_POLICY, DIFFAUG, DiffColor, DiffCutout, DiffTranslation
+from training.diffaugment import (
+    DEFAULT_POLICY,
+    DIFFAUG,
+    PARAMETERS,
+    DiffColor,
+    DiffCutout,
+    DiffErase,
+    DiffFilter,
+    DiffHue,
+    DiffTranslation,
+)
 from training.training_loop import Trainer
 
 ONE = torch.tensor(1.0)
@@ -74,10 +85,21 @@ def test_translation_moves_pixels_and_lets_zeros_in() -> None:
         assert np.array_equal(actual.numpy(), expected)
 
 
-@pytest.mark.parametrize(("size", "steps"), [((32, 32), (4, 4)), ((20, 8), (3, 1)), ((3, 4), (0, 1))])
-def test_translations_are_uniform_up_to_an_eighth(size: tuple[int, int], steps: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "ratio", "steps"),
+    [
+        ((32, 32), 0.125, (4, 4)),
+        ((20, 8), 0.125, (3, 1)),
+        ((3, 4), 0.125, (0, 1)),
+        ((32, 32), 0.2, (6, 6)),
+        ((48, 256), 0.2, (10, 51)),
+    ],
+)
+def test_translations_are_uniform_up_to_their_limit(
+    size: tuple[int, int], ratio: float, steps: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
-    values = DiffTranslation((1, *size)).draw(torch.zeros(6000, 1, *size), ONE)
+    values = DiffTranslation((1, *size), ratio).draw(torch.zeros(6000, 1, *size), ONE)
     for column, step in zip(values.unbind(1), steps, strict=True):
         counts = torch.bincount(column + step, minlength=2 * step + 1)
         assert len(counts) == 2 * step + 1
@@ -85,23 +107,80 @@ def test_translations_are_uniform_up_to_an_eighth(size: tuple[int, int], steps: 
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
-def test_cutout(size: tuple[int, int]) -> None:
-    H, W = size
-    half = [round(side / 2 + 1e-9) for side in size]  # half up
-    images = some_images(500, 2, H, W)
-    stage = DiffCutout((2, H, W))
+@pytest.mark.parametrize("kind", [DiffCutout, DiffErase])
+def test_rectangles_become_zero(kind: type[DiffCutout], size: tuple[int, int]) -> None:
+    images = some_images(500, 2, *size)
+    stage = kind((2, *size))
     values = stage.draw(images, ONE)
-    areas = []
-    for image, (top, left), actual in zip(images, values.tolist(), stage.transform(images, values), strict=True):
+    for image, bounds, actual in zip(images, values.tolist(), stage.transform(images, values), strict=True):
+        top, bottom, left, right = (max(int(bound), 0) for bound in bounds)
         expected = image.numpy().copy()
-        expected[:, max(top, 0) : max(top + half[0], 0), max(left, 0) : max(left + half[1], 0)] = 0
+        expected[:, top:bottom, left:right] = 0
         assert np.array_equal(actual.numpy(), expected)
-        areas.append(int((expected == 0).all(axis=0).sum()))
-    assert max(areas) == half[0] * half[1]
-    assert min(areas) < 0.5 * max(areas)  # it may lie partly outside
-    centres = values + torch.tensor([side // 2 for side in half])
-    for column, side, cut in zip(centres.unbind(1), size, half, strict=True):
-        assert (column.min(), column.max()) == (0, side - cut % 2)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
+def test_cutout_takes_half_of_each_side_anywhere(size: tuple[int, int]) -> None:
+    half = [round(side / 2 + 1e-9) for side in size]  # half up
+    values = DiffCutout((2, *size)).draw(some_images(4000, 2, *size), ONE)
+    for side, cut, (first, end) in zip(size, half, values.t().unflatten(0, (2, 2)), strict=True):
+        assert (end - first).unique().tolist() == [cut]
+        centres = (first + cut // 2).long()
+        counts = torch.bincount(centres, minlength=side + 1 - cut % 2)  # it may lie partly outside
+        assert len(counts) == side + 1 - cut % 2
+        assert (counts - 4000 / len(counts)).abs().max() < 5 * (4000 / len(counts)) ** 0.5
+
+
+def test_erase_takes_any_size_anywhere() -> None:
+    """Sides are uniform between nothing and all, independent of each other, and centres uniform whatever the side."""
+    H, W, B = 5, 8, 60_000
+    torch.manual_seed(0)
+    values = DiffErase((3, H, W)).draw(torch.zeros(B, 3, H, W), ONE).long()
+    height, width = values[:, 1] - values[:, 0], values[:, 3] - values[:, 2]
+    counts = torch.bincount(height * (W + 1) + width, minlength=(H + 1) * (W + 1))
+    expected = B / ((H + 1) * (W + 1))
+    assert len(counts) == (H + 1) * (W + 1)
+    assert ((counts - expected) ** 2 / expected).sum() < 100  # chi squared of 53 degrees of freedom: p = 1e-4
+    assert (height * width).double().mean().item() == pytest.approx(H * W / 4, rel=0.02)
+    for side in range(W + 1):
+        centres = values[width == side, 2] + side // 2
+        counts = torch.bincount(centres, minlength=W + 1 - side % 2)
+        assert len(counts) == W + 1 - side % 2
+        assert (counts - len(centres) / len(counts)).abs().max() < 5 * (len(centres) / len(counts)) ** 0.5
+
+
+@pytest.mark.parametrize("kind", [DiffCutout, DiffErase])
+def test_rectangles_fire_for_all_images_of_a_batch_or_none(kind: type[DiffCutout]) -> None:
+    torch.manual_seed(0)
+    stage, images = kind((1, 32, 32), 0.3), torch.ones(8, 1, 32, 32)
+    has_rectangle = torch.stack([stage.draw(images, ONE) for _ in range(8000)])  # (draws, B, 4)
+    has_rectangle = has_rectangle[:, :, 1] > has_rectangle[:, :, 0]
+    fires = has_rectangle.any(dim=1)
+    assert fires.double().mean().item() == pytest.approx(0.3, abs=0.02)  # four standard deviations
+    empty = 1 / 33 if kind is DiffErase else 0  # of erase, of no height
+    assert has_rectangle[fires].double().mean().item() == pytest.approx(1 - empty, abs=0.005)
+
+
+def test_the_filter_fires_per_image_and_band() -> None:
+    """Bands that do not fire share one gain, so the number of different gains says how many do: a binomial law."""
+    torch.manual_seed(0)
+    gains = DiffFilter((3, 22, 22), 0.25).draw(torch.zeros(20_000, 3, 22, 22, dtype=torch.float64), ONE)
+    gains = gains.sort(dim=1).values
+    different = 1 + (gains.diff(dim=1) > 1e-12).sum(dim=1)
+    shares = torch.bincount(different, minlength=5)[1:] / 20_000
+    binomial = [comb(4, k) * 0.25**k * 0.75 ** (4 - k) for k in range(5)]
+    expected = torch.tensor([*binomial[:3], binomial[3] + binomial[4]])  # of three, the fourth is alone too
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.015)  # more than four standard deviations
+
+
+def test_the_hue_fires_per_image() -> None:
+    torch.manual_seed(0)
+    maps = DiffHue((3, 2, 2), 0.5).draw(torch.zeros(20_000, 3, 2, 2), ONE)
+    is_still = (maps == torch.eye(4)).all(dim=(1, 2))
+    assert is_still.double().mean().item() == pytest.approx(0.5, abs=0.015)
+    angles = (maps[:, 1, 0] - maps[:, 0, 1]).mul(3**0.5 / 2).asin()[~is_still]  # of U(-pi, pi), as far as a sine tells
+    assert angles.abs().max() > 1.5
+    assert angles.std().item() == pytest.approx(torch.pi / 12**0.5, rel=0.03)
 
 
 def test_filter_and_hue_are_those_of_ada() -> None:
@@ -148,16 +227,45 @@ def test_second_derivatives_and_shapes(policy: tuple[str, ...]) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
+def test_parameters_reach_their_transforms() -> None:
+    policy = ("translation", "cutout", "erase", "filter", "hue")
+    config = AugmentConfig(mode="diffaug", policy=policy, translation=0.3, cutout_p=0.1, filter_p=0.2, hue_p=0.4)
+    stages: list[Any] = [*AugmentPipe(config, (3, 24, 24)).stages]
+    assert [stages[0].ratio, *(stage.probability for stage in stages[1:])] == [0.3, 0.1, 0.1, 0.2, 0.4]
+
+
+def some_of_the_time(policy: tuple[str, ...], img_shape: tuple[int, int, int]) -> AugmentPipe:
+    return AugmentPipe(AugmentConfig(mode="diffaug", policy=policy, cutout_p=0.3, filter_p=0.5, hue_p=0.5), img_shape)
+
+
+@pytest.mark.parametrize("name", DIFFAUG)
+def test_as_much_is_drawn_whatever_the_probability(name: str) -> None:
+    images, after = some_images(4, 3, 24, 24), []
+    for p in (0.0, 0.3, 1.0):
+        changes: dict[str, Any] = {PARAMETERS[name]: p} if name in PARAMETERS else {}
+        torch.manual_seed(3)
+        AugmentPipe(AugmentConfig(mode="diffaug", policy=(name,), **changes), (3, 24, 24))(images)
+        after.append(torch.rand(1))
+    assert after[0] == after[1] == after[2]
+
+
+@pytest.mark.parametrize("name", ["cutout", "erase", "filter", "hue"])
+def test_what_never_fires_changes_nothing(name: str) -> None:
+    images = some_images(4, 3, 24, 24)
+    config = AugmentConfig(mode="diffaug", policy=(name,), cutout_p=0, filter_p=0, hue_p=0)
+    torch.testing.assert_close(AugmentPipe(config, (3, 24, 24))(images), images, rtol=0, atol=1e-10)
+
+
 def test_no_value_is_read_by_the_host() -> None:
-    pipe = build((*DEFAULT_POLICY, "filter", "hue"), (3, 24, 32)).to("meta")  # on which reading a value raises
+    pipe = some_of_the_time((*DIFFAUG,), (3, 24, 32)).to("meta")  # on which reading a value raises
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
 
 
 @pytest.mark.gpu
 def test_cuda_equals_cpu_without_synchronisation() -> None:
     images = torch.randn(4, 3, 32, 48)
-    policy = (*DEFAULT_POLICY, "filter", "hue")
-    cpu, cuda = build(policy, (3, 32, 48)), build(policy, (3, 32, 48)).cuda()
+    policy = (*DIFFAUG,)
+    cpu, cuda = some_of_the_time(policy, (3, 32, 48)), some_of_the_time(policy, (3, 32, 48)).cuda()
     on_device = images.cuda()
     cuda(on_device)
     with no_synchronisation():
@@ -186,7 +294,7 @@ def test_images_that_a_policy_cannot_treat(
 
 @pytest.mark.parametrize("policy", [(), ("colour",), ("color", "color")])
 def test_policies_that_are_none(policy: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="color, translation, cutout, filter, hue, each once"):
+    with pytest.raises(ConfigError, match="color, translation, cutout, erase, filter, hue, each once"):
         AugmentConfig(mode="diffaug", policy=policy)
 
 
@@ -201,10 +309,13 @@ def plan(data: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)["options"]["augment"]
 
 
-def test_options(shapes_zip: Path) -> None:
+def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
     assert plan(shapes_zip, "--aug=diffaug")["policy"] == ["translation", "cutout", "color"]
     chosen = plan(shapes_zip, "--aug=diffaug", "--diffaug=color,hue")
     assert (chosen["mode"], chosen["policy"], chosen["p"]) == ("diffaug", ["color", "hue"], None)
+    numbers = ["--translation=0.2", "--cutout-p=0.3", "--filter-p=0.25", "--hue-p=0.5"]
+    chosen = plan(shapes32_zip, "--aug=diffaug", "--diffaug=translation,erase,hue,filter", *numbers)
+    assert [chosen[name] for name in ("translation", "cutout_p", "filter_p", "hue_p")] == [0.2, 0.3, 0.25, 0.5]
     assert plan(shapes_zip, "--aug=none") == plan(shapes_zip, "--aug=noaug")
     assert plan(shapes_zip, "--aug=none")["mode"] == "noaug"
 
@@ -220,6 +331,11 @@ def test_options(shapes_zip: Path) -> None:
         (["--aug=diffaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=diffaug does not read it"),
         (["--aug=none", "--max-p=0.5"], "--max-p=0.5: --aug=noaug does not read it"),
         (["--aug=fixed", "--p=0.5", "--ada-kimg=5"], "--ada-kimg=5.0: --aug=fixed does not read it"),
+        (["--aug=diffaug", "--hue-p=0.5"], "has no effect on --diffaug=translation,cutout,color, which lacks hue"),
+        (["--aug=diffaug", "--diffaug=color", "--cutout-p=0.5"], "--diffaug=color, which lacks cutout and erase"),
+        (["--aug=diffaug", "--cutout-p=1.5"], "--cutout-p=1.5: a probability lies between 0 and 1"),
+        (["--aug=diffaug", "--translation=-0.1"], "--translation=-0.1: a fraction of the image lies between 0 and 1"),
+        (["--translation=0.2"], "--translation=0.2: --aug=ada does not read it"),
         (["--diffaug=color"], "--diffaug=color: mode 'ada' takes no policy; leave it out or use 'diffaug'"),
         (["--aug=diffaug", "--diffaug=colour"], "--diffaug=colour: give some of color, translation"),
         (["--aug=diff"], "is not one of"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from scipy.special import erf
 from test_networks import below, close, ref_mapping, state_of
+from test_training import everything_that_is_saved, new_trainer, train_steps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,8 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dataset_tool
 import train
 from dnnlib.config import ConfigError
-from training.config import PRESETS, Circumstances, resolve
+from torch_utils.checkpoint import digest
+from training.config import PRESETS, Circumstances, TrainConfig, customise, resolve
 from training.diffaugment import DEFAULT_POLICY
+from training.ema import EMA
 from training.networks import execution
 from training.networks.attention import attend, split_heads
 from training.networks.grid_attention import (
@@ -44,7 +48,7 @@ from training.networks.transgan import (
     published_stages,
 )
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
-from training.networks.vit import Block, BlockConfig
+from training.networks.vit import Block, BlockConfig, TokenNoise
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]
@@ -69,6 +73,7 @@ VARIANTS = {
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
     "bicubic after pixel shuffle, without blocks": dataclasses.replace(TINY, widths=(16, 4, 4), layers=(1, 0, 0)),
     "two pixel shuffles": dataclasses.replace(TINY, widths=(32, 8, 2), antialias=2),
+    "noise, latent tokens": dataclasses.replace(TINY, attention_noise=True, latent_tokens=3),
 }
 TINY_D = TransGANDiscriminatorConfig(
     img_channels=2, img_size=(16, 32), patch=2, widths=(6, 2, 4), layers=(2, 1, 1), local_layers=(1, 0, 0),
@@ -85,6 +90,7 @@ D_VARIANTS = {
     "one scale": dataclasses.replace(TINY_D, multi_scale=False),
     "overlapping patches": dataclasses.replace(TINY_D, overlap=True),
     "conditional": dataclasses.replace(TINY_D, c_dim=3),
+    "noise": dataclasses.replace(TINY_D, attention_noise=True),
 }
 
 
@@ -195,7 +201,10 @@ def ref_block(
     clamp: float | None = None,
 ) -> Array:
     C = x.shape[2]
-    qkv = ref_linear(ref_norm(x, state, "norm1"), state, "qkv")
+    seen = ref_norm(x, state, "norm1")
+    if "noise.strength" in state:
+        seen = seen + state["noise.strength"] * state["noise.noise_const"]
+    qkv = ref_linear(seen, state, "qkv")
     q, k, v = qkv[:, :, :C], qkv[:, :, C : 2 * C], qkv[:, :, 2 * C :]
     attended = ref_form(q, k, v, below(state, "attention."), config, grid, form)
     x = x + ref_linear(attended, state, "out")
@@ -445,6 +454,126 @@ def test_upsamplings_equal_their_formulas() -> None:
     close(Antialias((3, 4))(x), ref_low_pass(maps).reshape(2, 12, 8))
 
 
+# Noise.
+
+
+def test_noise_is_one_number_per_token_times_its_strength() -> None:
+    torch.manual_seed(0)
+    noise = TokenNoise(50)
+    assert (noise.strength.item(), noise.noise_const.shape) == (0, (50, 1))
+    with torch.no_grad():
+        noise.strength.fill_(0.5)
+        x = torch.randn(2000, 50, 3)
+        drawn = noise(x, "random") - x
+        torch.testing.assert_close(drawn, drawn[:, :, :1].expand(-1, -1, 3), rtol=0, atol=1e-6)
+        drawn = drawn[:, :, 0]
+        assert drawn.std().item() == pytest.approx(0.5, rel=0.01)  # of 100,000
+        assert drawn.mean().item() == pytest.approx(0, abs=0.01)
+        assert (torch.corrcoef(drawn.t()) - torch.eye(50)).abs().max() < 0.12  # more than five standard deviations
+        torch.testing.assert_close(noise(x, "const"), x + 0.5 * noise.noise_const)
+        assert torch.equal(noise(x, "none"), x)
+        assert noise(x.bfloat16(), "random").dtype == torch.bfloat16
+
+
+def test_noise_of_the_generator_follows_the_mode() -> None:
+    G = build(VARIANTS["noise, latent tokens"]).requires_grad_(False)
+    z = torch.randn(2, 5, dtype=torch.float64)
+    const, none, first, second = (G(z, None, noise_mode=mode) for mode in ("const", "none", "random", "random"))
+    images = [const, none, first, second]
+    for a, b in combinations(images, 2):
+        assert (a - b).abs().max() > 1e-3
+    assert torch.equal(G(z, None), const)
+    torch.manual_seed(3)
+    first = G(z, None, noise_mode="random")
+    torch.manual_seed(3)
+    assert torch.equal(G(z, None, noise_mode="random"), first)
+    maps = {name: x for name, x in G.synthesis.named_buffers() if name.endswith("noise_const")}
+    assert len(maps) == sum(TINY.layers)
+    for_each = {name: torch.stack([x, torch.randn_like(x)]) for name, x in maps.items()}  # as a projection has them
+    projected = torch.func.functional_call(G.synthesis, for_each, (G.mapping(z, None),))
+    torch.testing.assert_close(projected[0], const[0])
+    assert not torch.allclose(projected[1], const[1])
+    state = {name: x for name, x in G.state_dict().items() if not name.endswith("strength")}
+    G.load_state_dict(state | {f"synthesis.{name[:-11]}strength": torch.zeros(()) for name in maps})
+    torch.testing.assert_close(G(z, None, noise_mode="random"), none)
+
+
+def test_the_discriminator_draws_noise_in_training_alone() -> None:
+    D = build(D_VARIANTS["noise"]).requires_grad_(False)
+    img = torch.randn(2, *D.img_shape, dtype=torch.float64)
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    still = D(img, None)
+    assert torch.equal(D(img, None), still)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with execution.using(random_noise=True):
+        first, second = D(img, None), D(img, None)
+        torch.manual_seed(4)
+        assert torch.equal(D(img, None), first)
+    assert (first - second).abs().max() > 1e-3
+    assert (first - still).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+def test_noise_is_drawn_in_every_phase_of_training(shapes_zip: Path, part: str) -> None:
+    trainer = new_trainer(noisy_config(shapes_zip))
+    counts: list[int] = []
+
+    def count(module: TokenNoise, args: tuple[Tensor, str]) -> None:
+        assert args[1] == "random"
+        counts.append(1)
+
+    network = {"generator": trainer.G, "discriminator": trainer.D}[part]
+    noises = [module for module in network.modules() if isinstance(module, TokenNoise)]
+    for noise in noises:
+        noise.register_forward_pre_hook(count)
+    img, c = next(trainer._batches())
+    for phase in trainer.phases:
+        counts.clear()
+        trainer.run_phase(phase, img, c)
+        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # real, fake, between
+        assert len(counts) == 2 * calls * len(noises) > 0  # two micro-batches
+    assert all(noise.strength.item() != 0 for noise in noises)
+
+
+def noisy_config(data: Path) -> TrainConfig:
+    """TransGAN with all that is drawn in training; images of 16x16 are too small for a filter."""
+    options = {
+        "generator.family": "transgan",
+        "generator.widths": (16, 4),
+        "generator.layers": (1, 1),
+        "generator.attention_noise": True,
+        "discriminator.family": "transgan",
+        "discriminator.widths": (8, 8),
+        "discriminator.layers": (1, 1),
+        "discriminator.local_layers": (0, 0),
+        "discriminator.attention_noise": True,
+        "augment.mode": "diffaug",
+        "augment.policy": ("translation", "erase", "color", "hue"),
+        "augment.cutout_p": 0.5,
+        "augment.hue_p": 0.5,
+        "loss.objective": "wgangp-eps",
+        "data.path": str(data),
+        "run.workers": 0,
+        "run.batch_gpu": 4,
+        "batch_size": 8,
+    }
+    return resolve(customise(PRESETS["tiny"], options), Circumstances(img_shape=(3, 16, 16), c_dim=0))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_resuming_is_exact_with_noise_and_chance(shapes_zip: Path, tmp_path: Path, recompute: bool) -> None:
+    config = noisy_config(shapes_zip)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=recompute))
+    straight, first, second = (new_trainer(config) for _ in range(3))
+    train_steps(straight, 4)
+    train_steps(first, 2)
+    first.save(tmp_path / "training-state-000000.pt")
+    second.resume(tmp_path / "training-state-000000.pt")
+    train_steps(second, 2)
+    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+
+
 # Derivatives, precision, memory.
 
 
@@ -504,7 +633,10 @@ def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(gradient.square().sum(), list(network.parameters()), allow_unused=True)
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_D, D_VARIANTS["axis"], VARIANTS["nystrom"]])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, TINY_D, D_VARIANTS["axis"], VARIANTS["nystrom"], D_VARIANTS["noise"], VARIANTS["noise, latent tokens"]],
+)
 def test_penalties_pass_through_both_networks(config: Any) -> None:
     """Against finite differences of the penalty along the gradient that was found."""
     network = build(config)
@@ -543,14 +675,17 @@ def test_reduced_precision_is_close(dtype: torch.dtype, form: Any) -> None:
     assert 0 < (short_logits - logits).abs().max() < 0.02 * logits.abs().max()
 
 
-@pytest.mark.parametrize("config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D])
+@pytest.mark.parametrize(
+    "config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D, D_VARIANTS["noise"]]
+)
 def test_recomputation_changes_nothing(config: Any) -> None:
     network = build(config)
     shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (5,)
     x = torch.randn(2, *shape, dtype=torch.float64)
     gradients = []
     for recompute in (False, True):
-        with execution.using(recompute=recompute):
+        torch.manual_seed(2)
+        with execution.using(recompute=recompute, random_noise=True):
             out = network(x, None).square().sum()
             gradients.append(torch.autograd.grad(out, list(network.parameters())[-3:]))
     for a, b in zip(*gradients, strict=True):
@@ -596,12 +731,12 @@ def count(config: Any) -> int:
 @pytest.mark.parametrize(
     ("preset", "size", "published", "g_count", "d_count"),
     [
-        ("transgan-cifar", 32, ("83.3", "10.2"), 83_287_407, 10_200_025),
-        ("transgan-stl10", 48, ("168.5", "10.3"), 168_466_623, 10_341_529),
+        ("transgan-cifar", 32, ("83.3", "10.2"), 83_312_495, 10_210_400),
+        ("transgan-stl10", 48, ("168.5", "10.3"), 168_466_623, 10_341_536),
         ("transgan-celeba64", 64, None, 202_953_927, 16_396_617),
         ("transgan-celeba128", 128, None, 204_215_447, 17_709_641),
-        ("transgan-church256", 256, ("205.3", "17.8"), 205_291_927, 17_754_569),
-        ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_235, 13_334_593),
+        ("transgan-church256", 256, ("205.3", "17.8"), 205_291_952, 17_754_569),
+        ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_255, 13_334_593),
     ],
 )
 def test_presets_have_the_published_numbers_of_parameters(
@@ -623,12 +758,57 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     for adam in (config.g_optimizer, config.d_optimizer):
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
     assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
-    extra = ("filter", "hue") if preset == "transgan-celebahq256" else ()
-    policy = config.augment.policy or DEFAULT_POLICY
-    assert (config.augment.mode, policy) == ("diffaug", ("translation", "cutout", "color", *extra))
-    assert (config.ema.kimg, config.ema.rampup, config.data.mirror) == (500, None, True)
+    assert config.data.mirror
     fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
+
+
+# Of the released scripts, those for CelebA of the slides: DiffAugment's transforms, largest translation, probabilities
+# of cutout or erase, filter and hue; half-life of the average and its ramp-up; LayerNorm and noise in G and D.
+RECIPES: dict[str, tuple[str, tuple[float, ...], tuple[float, float | None], tuple[str, str], tuple[bool, bool]]] = {
+    "cifar": ("translation,cutout,color", (0.2, 0.3, 1, 1), (500, 0.1), ("layer", "layer"), (False, True)),
+    "stl10": ("translation,erase,color", (0.2, 0.3, 1, 1), (500, 0.05), ("token", "token"), (False, True)),
+    "celeba64": ("translation,cutout,color", (0.125, 1, 1, 1), (500, None), ("token", "layer"), (False, False)),
+    "celeba128": ("translation,cutout,color", (0.125, 1, 1, 1), (500, None), ("token", "layer"), (False, False)),
+    "church256": ("translation,erase,color", (0.2, 0.3, 1, 1), (35.4, None), ("token", "layer"), (True, False)),
+    "celebahq256": (
+        "filter,translation,erase,color,hue",
+        (0.2, 0.3, 0.25, 0.5),
+        (35.4, None),
+        ("token", "layer"),
+        (True, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_have_the_released_recipe(name: str) -> None:
+    config = PRESETS[f"transgan-{name}"]
+    G, D, augment = config.generator, config.discriminator, config.augment
+    assert isinstance(G, TransGANConfig)
+    assert isinstance(D, TransGANDiscriminatorConfig)
+    policy, numbers, ema, norms, noise = RECIPES[name]
+    assert (augment.mode, ",".join(augment.policy or DEFAULT_POLICY)) == ("diffaug", policy)
+    assert (augment.translation, augment.cutout_p, augment.filter_p, augment.hue_p) == numbers
+    assert (config.ema.kimg, config.ema.rampup) == ema
+    assert (G.norm, D.norm) == norms
+    assert (G.attention_noise, D.attention_noise) == noise
+
+
+@pytest.mark.parametrize("name", ["transgan-church256", "transgan-celebahq256"])
+def test_the_large_models_average_decays_by_0995_per_step_of_the_generator(name: str) -> None:
+    """G moves every fourth step of 64 images; after three more, the average has kept 0.995 of what it was."""
+    config = PRESETS[name]
+    G = nn.Linear(1, 1)
+    G.register_buffer("w_avg", torch.zeros(1))
+    with torch.no_grad():
+        G.weight.fill_(1)
+        ema = EMA(G, config.ema)
+        G.weight.fill_(0)
+    assert (config.batch_size, config.loss.n_critic) == (64, 4)
+    for step in range(4):
+        ema.update(64 * step, 64)
+    assert ema.module.weight.item() == pytest.approx(0.995, abs=1e-6)
 
 
 PAGE = (Path(__file__).parent.parent / "docs" / "transgan.md").read_text()
@@ -670,12 +850,17 @@ def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
 
 
 def test_initial_weights() -> None:
-    """Linear layers of G as PyTorch has them, those of D from N(0, 0.02^2), its convolutions Xavier's."""
+    """Linear layers of G as PyTorch has them, those of D from N(0, 0.02^2), its convolutions and G's last layer
+    Xavier's."""
     torch.manual_seed(0)
     G: Any = TransGANConfig(z_dim=32, w_dim=32, widths=(256,), layers=(1,)).build()
     weight = G.synthesis.stages[0].blocks[0].fc1.weight
     assert weight.abs().max() <= 1 / 16
     assert weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.02)
+    generators: list[Any] = [TransGANConfig(z_dim=1, w_dim=1, widths=(64,), layers=(0,)).build() for _ in range(30)]
+    weights = torch.stack([G.synthesis.torgb.weight for G in generators])  # (30, 3, 64), CIFAR-10's
+    assert 0.98 * math.sqrt(6 / 67) < weights.abs().max() <= math.sqrt(6 / 67)
+    assert weights.std().item() == pytest.approx(0.1728, rel=0.02)
     D: Any = TransGANDiscriminatorConfig(widths=(256,), layers=(1,), local_layers=(0,), img_size=(16, 16)).build()
     for linear in (D.scales[0][0].fc1, D.last_block.qkv):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)

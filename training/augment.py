@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
 from training.augment_stages import PIPES, STAGES, Transform
-from training.diffaugment import DIFFAUG
+from training.diffaugment import DIFFAUG, PARAMETERS
 
 Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 
@@ -22,7 +22,7 @@ MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "noaug": (),
     "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
     "fixed": ("pipe", "p"),
-    "diffaug": ("policy",),
+    "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p"),
 }
 
 
@@ -38,6 +38,10 @@ class AugmentConfig:
     ada_interval: int = 4  # 'ada' only: steps between adjustments of p
     max_p: float = 1.0  # 'ada' only: upper bound of p
     policy: tuple[str, ...] | None = None  # 'diffaug' only: keys of DIFFAUG, in order; None: translation,cutout,color
+    translation: float = 0.125  # 'diffaug' only: largest shift, in units of the image's size
+    cutout_p: float = 1.0  # 'diffaug' only: probability of cutout or erase, for a whole micro-batch
+    filter_p: float = 1.0  # 'diffaug' only: probability of the filter, per image and band
+    hue_p: float = 1.0  # 'diffaug' only: probability of the hue, per image
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -48,8 +52,12 @@ class AugmentConfig:
             raise ConfigError("p", self.p, "mode 'fixed' needs the probability of augmentation, from 0 to 1")
         if self.mode != "fixed" and self.p is not None:
             raise ConfigError("p", self.p, f"mode '{self.mode}' takes no probability; leave it out or use 'fixed'")
-        if self.p is not None and not 0 <= self.p <= 1:
-            raise ConfigError("p", self.p, "a probability lies between 0 and 1")
+        for name in ("p", "cutout_p", "filter_p", "hue_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(name, value, "a probability lies between 0 and 1")
+        if not 0 <= self.translation <= 1:
+            raise ConfigError("translation", self.translation, "a fraction of the image lies between 0 and 1")
         if self.policy is not None:
             self._check_policy(self.policy)
         if not 0 <= self.target <= 1:
@@ -76,9 +84,9 @@ class AugmentConfig:
 class AugmentPipe(nn.Module):
     """Augment images [B, C, H, W] of `img_shape` (C, H, W) with values in about [-1, 1]; the shape stays.
 
-    Each transform fires for each image with probability `p`, a scalar on the device, which is 1 in mode 'diffaug'; at
-    p = 0 images stay as they are. Twice differentiable in the images. In mode 'noaug' there are no transforms. Raises
-    ConfigError when pipe or policy cannot treat images of this shape.
+    Each transform fires for each image with probability `p`, a scalar on the device; in mode 'diffaug' p is 1, and some
+    transforms have a probability of their own. At p = 0 images stay as they are. Twice differentiable in the images. In
+    mode 'noaug' there are no transforms. Raises ConfigError when pipe or policy cannot treat images of this shape.
     """
 
     p: Tensor
@@ -101,9 +109,15 @@ def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> lis
     if config.mode == "diffaug":
         if config.policy is None:
             raise ConfigError("policy", None, "not resolved")
-        return [DIFFAUG[name](img_shape) for name in config.policy]
+        return [_build_diffaug(name, config, img_shape) for name in config.policy]
     active = set(PIPES[config.pipe])
     return [stage(config.pipe, img_shape) for stage in STAGES if active & set(stage.groups)]
+
+
+def _build_diffaug(name: str, config: AugmentConfig, img_shape: tuple[int, int, int]) -> Transform:
+    if name not in PARAMETERS:
+        return DIFFAUG[name](img_shape)
+    return DIFFAUG[name](img_shape, getattr(config, PARAMETERS[name]))
 
 
 class AdaController:

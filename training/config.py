@@ -12,7 +12,7 @@ import torch
 from dnnlib.config import ConfigError, field_names, from_json, override, to_json, within
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
-from training.diffaugment import DEFAULT_POLICY
+from training.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.ema import EMAConfig
 from training.loss import LAZY_R1, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -36,8 +36,8 @@ class RunConfig:
     """How long, where, in which pieces and how loud. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
-    one piece at a time. Nothing else in here changes what a step computes, but for rounding (`compile`, `graphs`) and
-    skipped steps (`nan`).
+    one piece at a time, and to DiffAugment's cutout, whose probability is of a piece. Nothing else in here changes what
+    a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
     total_kimg: float = 25_000
@@ -243,17 +243,18 @@ def _transgan(
     generator: TransGANConfig,
     discriminator: TransGANDiscriminatorConfig,
     *,
+    augment: AugmentConfig,
+    ema: EMAConfig,
     n_critic: int = 4,
     batch: int = 64,
-    policy: tuple[str, ...] | None = None,
 ) -> TrainConfig:
-    """TransGAN's training. The papers' models differ in their networks, and in what the arguments say."""
+    """TransGAN's training. The paper's models differ in what the arguments say."""
     return TrainConfig(
         preset=name,
         data=DatasetConfig(mirror=True),
         generator=generator,
         discriminator=discriminator,
-        augment=AugmentConfig(mode="diffaug", policy=policy),
+        augment=augment,
         loss=LossConfig(
             objective="wgangp-eps",
             n_critic=n_critic,
@@ -265,24 +266,41 @@ def _transgan(
         ),
         g_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
         d_optimizer=AdamConfig(lr=1e-4, clip_norm=5),
-        ema=EMAConfig(kimg=500, rampup=None),
+        ema=ema,
         batch_size=batch,
     )
 
 
 def _transgans() -> list[TrainConfig]:
-    """TransGAN's models; docs/transgan.md says which of their details are published and which are inferred."""
+    """TransGAN's models, trained as in the released scripts; those for CelebA as in the slides on the paper.
+
+    docs/transgan.md says which details are published and which are inferred.
+    """
     G, D = TransGANConfig, TransGANDiscriminatorConfig
     widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)  # from 8x8 to 256x256
-    small = D(norm="token")
+    small = D(norm="token", attention_noise=True)
     large = D(img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0))
     finer = replace(large, patch=2, overlap=True, widths=(96, 96, 192), local_layers=(3, 2, 0), window=4)
+    slides = AugmentConfig(mode="diffaug")
+    scripts = replace(slides, translation=0.2, cutout_p=0.3)
+    erase = replace(scripts, policy=("translation", "erase", "color"))
+    five = replace(erase, policy=("filter", "translation", "erase", "color", "hue"), filter_p=0.25, hue_p=0.5)
+    long = EMAConfig(kimg=500, rampup=None)
+    short = EMAConfig(kimg=35.4, rampup=None)  # 0.995 per step of G, which is due every 4 x 64 images
     return [
-        _transgan("transgan-cifar", G(z_dim=256, w_dim=256), small),
+        _transgan(
+            "transgan-cifar",
+            G(z_dim=256, w_dim=256, norm="layer"),
+            replace(small, norm="layer"),
+            augment=scripts,
+            ema=replace(long, rampup=0.1),
+        ),
         _transgan(
             "transgan-stl10",
             G(base=(12, 12), layers=(7, 5, 3), attention="full"),
             replace(small, img_size=(48, 48)),
+            augment=erase,
+            ema=replace(long, rampup=0.05),
             n_critic=5,
             batch=32,
         ),
@@ -290,18 +308,29 @@ def _transgans() -> list[TrainConfig]:
             "transgan-celeba64",
             G(widths=widths[:4], layers=layers[:4]),
             replace(large, img_size=(64, 64), patch=2),
+            augment=slides,
+            ema=long,
         ),
         _transgan(
             "transgan-celeba128",
             G(widths=widths[:5], layers=layers[:5]),
             replace(large, img_size=(128, 128), patch=2),
+            augment=slides,
+            ema=long,
         ),
-        _transgan("transgan-church256", G(widths=widths, layers=layers), large),
+        _transgan(
+            "transgan-church256",
+            G(widths=widths, layers=layers, attention_noise=True),
+            large,
+            augment=erase,
+            ema=short,
+        ),
         _transgan(
             "transgan-celebahq256",
-            G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2),
+            G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2, attention_noise=True),
             replace(finer, position="absolute"),
-            policy=("translation", "cutout", "color", "filter", "hue"),
+            augment=five,
+            ema=short,
         ),
     ]
 
@@ -346,7 +375,7 @@ def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
         preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
-    _check_augment_options(chosen.augment.mode, values)
+    _check_augment_options(chosen.augment, values)
     _check_intervals(chosen, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
         styles = {"loss.pl_weight": 0.0, "loss.style_mixing": 0.0}
@@ -364,13 +393,19 @@ def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"loss.{weight}", values[f"loss.{weight}"], problem)
 
 
-def _check_augment_options(mode: str, values: Mapping[str, Any]) -> None:
-    """Refuse options that the mode of augmentation does not read."""
+def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) -> None:
+    """Refuse options that the mode of augmentation or its policy does not read."""
+    policy = augment.policy or DEFAULT_POLICY
     for path, value in values.items():
         part, _, name = path.partition(".")
-        if part == "augment" and name not in ("mode", *MODE_FIELDS[mode]):
+        if part == "augment" and name not in ("mode", *MODE_FIELDS[augment.mode]):
             modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
-            raise ConfigError(path, value, f"--aug={mode} does not read it: leave it out, or give --aug={modes[0]}")
+            problem = f"--aug={augment.mode} does not read it: leave it out, or give --aug={modes[0]}"
+            raise ConfigError(path, value, problem)
+        readers = [transform for transform, parameter in PARAMETERS.items() if path == f"augment.{parameter}"]
+        if readers and not set(readers) & set(policy):
+            problem = f"has no effect on --diffaug={','.join(policy)}, which lacks {' and '.join(readers)}"
+            raise ConfigError(path, value, problem)
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -536,7 +571,13 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "generator.layernorm": "before",
     "generator.style_attention": True,
     "generator.residual": True,
+    "generator.attention_noise": False,
+    "discriminator.attention_noise": False,
     "augment.policy": None,
+    "augment.translation": 0.125,
+    "augment.cutout_p": 1.0,
+    "augment.filter_p": 1.0,
+    "augment.hue_p": 1.0,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,

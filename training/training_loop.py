@@ -165,6 +165,7 @@ class Trainer:
             reduced=execution.REDUCED[config.precision],
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
+            random_noise=True,
         )
         self.graphs: GraphPool[Report] | None = GraphPool() if config.run.graphs else None
 

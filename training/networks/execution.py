@@ -1,4 +1,4 @@
-"""How networks compute, as opposed to what: precision, second derivatives, memory.
+"""How networks compute, as opposed to what: precision, second derivatives, memory, noise.
 
 Whoever trains says it around a forward pass, and the networks ask here; so a network has no mode that a snapshot could
 carry along, and outside of `using` everything runs in full precision.
@@ -26,13 +26,15 @@ class Execution:
 
     `twice_differentiable`: attention takes a form that can be differentiated twice, block by block. `recompute`:
     activations inside a block are not kept but computed again in the backward pass (gradient checkpointing), which
-    saves memory and costs a forward pass.
+    saves memory and costs a forward pass. `random_noise`: a discriminator that has noise draws it afresh, as it does
+    in training.
     """
 
     reduced: torch.dtype | None = None
     min_grid: int = 0
     twice_differentiable: bool = False
     recompute: bool = False
+    random_noise: bool = False
 
 
 current = Execution()

@@ -187,26 +187,28 @@ class Stage(nn.Module):
                 config,
                 width,
                 config.build_attention(self.grid, is_full=is_full),
+                noise=config.build_noise(math.prod(self.grid)),
                 other_width=other_width,
                 clamp=config.conv_clamp,
             )
             for _ in range(config.layers[index])
         )
 
-    def forward(self, x: Tensor, latents: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, latents: Tensor | None, noise_mode: NoiseMode) -> Tensor:
         """x (B, N/4, C or 4C), from the first stage on (B, N, C) -> (B, N, C)."""
         x = execution.cast(self.upsampling(x), self.grid)
         if self.position is not None:
             x = x + self.position.to(x.dtype)
         for block in self.blocks:
-            x = execution.run_block(block, x, latents)
+            x = execution.run_block(block, x, latents, noise_mode)
         return x
 
 
 class SynthesisNetwork(nn.Module):
     """A linear stem from the style to the base grid, one stage per resolution, and a linear map to the image.
 
-    There is no noise: all noise modes give the same image, and no tanh.
+    There is no tanh. Without `attention_noise` all noise modes give the same image. Linear layers start as PyTorch's
+    do, the weight of the last one from Xavier's distribution.
     """
 
     def __init__(self, config: TransGANConfig) -> None:
@@ -220,6 +222,7 @@ class SynthesisNetwork(nn.Module):
             self.latent_position = position_embedding(config.latent_tokens, width)
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
         self.torgb = Linear(config.widths[-1], config.img_channels)
+        nn.init.xavier_uniform_(self.torgb.weight)
 
     def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
         """ws (B, 1, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
@@ -230,7 +233,7 @@ class SynthesisNetwork(nn.Module):
         if self.latent_stem is not None:
             latents = self.latent_stem(w).view(-1, *self.latent_position.shape) + self.latent_position
         for stage in self.stages:
-            x = stage(x, latents)
+            x = stage(x, latents, noise_mode)
         return to_map(self.torgb(execution.full_precision(x)), self.grids[-1])
 
 

@@ -15,7 +15,7 @@ from dnnlib.config import ConfigError
 from training.networks import execution
 from training.networks.convolution import conv2d
 from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
-from training.networks.generator import Grid
+from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import CellAttention
 from training.networks.layers import require_at_least, to_map, to_tokens
 from training.networks.vit import Block, BlockConfig, Linear, Norm, position_embedding
@@ -150,6 +150,9 @@ class TransGANDiscriminator(Discriminator):
     The class token joins the last block only, which computes in float32 and has no relative positions. The last term,
     with E ~ N(0, 1), is there with labels alone (Miyato & Koyama 2018); that is this project's choice, the paper has
     no labels.
+
+    With `attention_noise` a training step draws fresh noise at each call (`execution.random_noise`); otherwise the
+    noise is constant, so that logits are a function of the image and tokens have the variance of training.
     """
 
     def __init__(self, config: TransGANDiscriminatorConfig) -> None:
@@ -158,7 +161,12 @@ class TransGANDiscriminator(Discriminator):
         self.embeddings = nn.ModuleList(Embedding(config, index) for index in range(count))
         self.scales = nn.ModuleList(
             nn.ModuleList(
-                Block(config, width, config.build_attention(grid, is_full=number >= local))
+                Block(
+                    config,
+                    width,
+                    config.build_attention(grid, is_full=number >= local),
+                    noise=config.build_noise(math.prod(grid)),
+                )
                 for number in range(config.layers[index])
             )
             for index, (grid, width, local) in enumerate(
@@ -169,7 +177,7 @@ class TransGANDiscriminator(Discriminator):
         self.cls = position_embedding(1, width)
         whole = (1, num_tokens)
         attention = CellAttention(config.num_heads, whole, whole, use_relative=False)
-        self.last_block = Block(config, width, attention)
+        self.last_block = Block(config, width, attention, noise=config.build_noise(num_tokens))
         self.norm = config.build_norm(width)
         self.head = Linear(width, 1)
         self._init_weights()
@@ -189,16 +197,17 @@ class TransGANDiscriminator(Discriminator):
 
     def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
         self.check_inputs(img, c)
+        noise_mode: NoiseMode = "random" if execution.current.random_noise else "const"
         x: Tensor | None = None
         for embedding, blocks in zip(self.embeddings, self.scales, strict=True):
             x = embedding(img, x)  # (B, N / 4^i, C_i)
             for block in blocks.children():
-                x = execution.run_block(block, x)
+                x = execution.run_block(block, x, None, noise_mode)
         assert x is not None
 
         x = execution.full_precision(x)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, C)
-        features = self.norm(self.last_block(x)[:, :1])[:, 0]  # (B, C)
+        features = self.norm(self.last_block(x, None, noise_mode)[:, :1])[:, 0]  # (B, C)
         logits: Tensor = self.head(features)  # (B, 1)
         if self.embed is not None and c is not None:
             logits = logits + project(features, c @ self.embed)

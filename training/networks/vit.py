@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dnnlib.config import ConfigError
 from training.networks import execution
 from training.networks.attention import Attention, attend, split_heads
-from training.networks.generator import Grid
+from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import AxisAttention, CellAttention, Form, NystromAttention
 from training.networks.layers import require_at_least
 
@@ -29,7 +29,8 @@ class BlockConfig:
 
     `norm` is token-wise or LayerNorm. `position` is a learned embedding per token of a stage, a learned bias per offset
     in each block, or both. `attention` is the form that attention takes where there are many tokens: `full` among all,
-    `grid` inside windows of `window` x `window` tokens, `axis` along rows and columns, `nystrom` by `landmarks`.
+    `grid` inside windows of `window` x `window` tokens, `axis` along rows and columns, `nystrom` by `landmarks`. With
+    `attention_noise` every self-attention sees its tokens with noise of a learned strength.
     """
 
     num_heads: int = 4
@@ -38,6 +39,7 @@ class BlockConfig:
     attention: Form = "grid"
     window: int = 16
     landmarks: int = 64
+    attention_noise: bool = False
 
     def check_blocks(self) -> None:
         """Raise ConfigError for what cannot work whatever the grids."""
@@ -85,6 +87,10 @@ class BlockConfig:
             return AxisAttention(heads, grid, use_relative=relative)
         return NystromAttention(heads, self.landmarks)
 
+    def build_noise(self, num_tokens: int) -> TokenNoise | None:
+        """The noise on the tokens of a self-attention, if there is one."""
+        return TokenNoise(num_tokens) if self.attention_noise else None
+
     def build_norm(self, width: int) -> nn.Module:
         """A normalisation of tokens of this width."""
         return TokenNorm() if self.norm == "token" else LayerNorm(width)
@@ -117,6 +123,29 @@ class LayerNorm(nn.LayerNorm):
         return y
 
 
+class TokenNoise(nn.Module):
+    """x + s n with n ~ N(0, 1) per token, the same in all its channels (Karras et al. 2019, section 3.2).
+
+    s is one learned number, 0 at first. `noise_const` holds the n of mode 'const'.
+    """
+
+    noise_const: Tensor
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise_const", torch.randn(num_tokens, 1))
+
+    def forward(self, x: Tensor, mode: NoiseMode) -> Tensor:
+        """x (B, N, C) -> (B, N, C), in x's type; 'random' draws from torch's global generator."""
+        if mode == "none":
+            return x
+        noise = self.noise_const  # (N, 1); a projection has one for each image, (B, N, 1)
+        if mode == "random":
+            noise = torch.randn(len(x), x.shape[1], 1, dtype=noise.dtype, device=noise.device)
+        return x + (self.strength * noise).to(x.dtype)
+
+
 class CrossAttention(nn.Module):
     """Attention of tokens (B, N, C) to others (B, M, C'), with a query, a key and value and an output matrix."""
 
@@ -137,11 +166,12 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A transformer block with normalisation first (Dosovitskiy et al. 2021, figure 1).
 
-        x <- x + Attention(norm(x)) W_o^T + b_o
+        x <- x + Attention(norm(x) + noise) W_o^T + b_o
         x <- x + cross-attention of norm(x) to other tokens, with `other_width` their width
         x <- x + W_2 gelu(W_1 norm(x) + b_1) + b_2
 
-    Queries, keys and values have no bias, there is no dropout, gelu is exact. `clamp` bounds what leaves the block.
+    Queries, keys and values have no bias, there is no dropout, gelu is exact. Without `noise` there is none. `clamp`
+    bounds what leaves the block.
     """
 
     def __init__(
@@ -150,12 +180,14 @@ class Block(nn.Module):
         width: int,
         attention: Attention,
         *,
+        noise: TokenNoise | None = None,
         other_width: int | None = None,
         clamp: float | None = None,
     ) -> None:
         super().__init__()
         self.clamp = clamp
         self.norm1 = config.build_norm(width)
+        self.noise = noise
         self.qkv = Linear(width, 3 * width, bias=False)
         self.attention = attention
         self.out = Linear(width, width)
@@ -167,9 +199,12 @@ class Block(nn.Module):
         self.fc1 = Linear(width, MLP_RATIO * width)
         self.fc2 = Linear(MLP_RATIO * width, width)
 
-    def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, others: Tensor | None = None, noise_mode: NoiseMode = "const") -> Tensor:
         """x (B, N, C), others (B, M, other_width) or None -> (B, N, C), computed in x's type."""
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=2)  # each (B, N, C)
+        y = self.norm1(x)
+        if self.noise is not None:
+            y = self.noise(y, noise_mode)
+        q, k, v = self.qkv(y).chunk(3, dim=2)  # each (B, N, C)
         x = x + self.out(self.attention(q, k, v))
         if self.cross_norm is not None:
             assert others is not None
