@@ -232,7 +232,7 @@ class Generator(nn.Module, ImageShape, ABC):
 class Synthesis(nn.Module, ImageShape, ABC):
     """Base class of synthesis networks: styles ws (B, num_ws, w_dim) -> images (B, img_channels, H, W).
 
-    `block_resolutions` has the longer side of each grid whose layers read styles, from the lowest up.
+    `block_resolutions` has the longer side of each grid, from the lowest up.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:

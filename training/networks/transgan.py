@@ -19,7 +19,7 @@ from training.networks.generator import (
     Grid,
     NoiseMode,
     StagedConfig,
-    check_synthesis_inputs,
+    Synthesis,
     count_resolutions,
 )
 from training.networks.layers import Resampling, require_at_least, to_map, to_tokens
@@ -204,7 +204,7 @@ class Stage(nn.Module):
         return x
 
 
-class SynthesisNetwork(nn.Module):
+class SynthesisNetwork(Synthesis):
     """A linear stem from the style to the base grid, one stage per resolution, and a linear map to the image.
 
     There is no tanh. Without `attention_noise` all noise modes give the same image. Linear layers start as PyTorch's
@@ -212,8 +212,9 @@ class SynthesisNetwork(nn.Module):
     """
 
     def __init__(self, config: TransGANConfig) -> None:
-        super().__init__()
-        self.num_ws, self.w_dim, self.grids = config.num_ws, config.w_dim, config.grids
+        super().__init__(config)
+        self.grids = config.grids
+        self.block_resolutions = [max(grid) for grid in self.grids]
         width = config.widths[0]
         self.stem = Linear(config.w_dim, math.prod(config.base) * width)
         self.latent_stem: Linear | None = None
@@ -224,9 +225,7 @@ class SynthesisNetwork(nn.Module):
         self.torgb = Linear(config.widths[-1], config.img_channels)
         nn.init.xavier_uniform_(self.torgb.weight)
 
-    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
-        """ws (B, 1, w_dim) -> images (B, img_channels, H, W). Raises ValueError for other shapes or modes."""
-        check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
+    def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         w = ws[:, 0]
         x = self.stem(w).unflatten(1, (math.prod(self.grids[0]), -1))  # (B, N, C)
         latents = None
