@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,29 @@ from dnnlib.config import UserError, override
 from training.config import PRESETS, Circumstances, resolve
 
 
+Count = Callable[[str], dict[str, dict[str, Any]]]
+SLOW = ("auto-64", "transgan-cifar")
+CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in launches.CASES]
+
+
 @pytest.fixture(scope="module")
-def counts(stub_gpu: Executor) -> dict[str, dict[str, dict[str, Any]]]:
-    """Rows of launches.py by case and phase."""
-    return {
-        case: {row["phase"]: row for row in stub_gpu.submit(launches.count_launches, case).result()}
-        for case in launches.CASES
-    }
+def count(stub_gpu: Executor) -> Count:
+    """Rows of launches.py for a case, by phase."""
+
+    @cache
+    def count(case: str) -> dict[str, dict[str, Any]]:
+        return {row["phase"]: row for row in stub_gpu.submit(launches.count_launches, case).result()}
+
+    return count
 
 
-@pytest.mark.parametrize("case", launches.CASES)
-def test_no_phase_waits_for_the_gpu_or_mixes_devices(case: str, counts: dict[str, dict[str, dict[str, Any]]]) -> None:
-    assert {phase: row["problem"] for phase, row in counts[case].items() if "problem" in row} == {}
-    config = launches.CASES[case].config
-    assert {"G_main", "D_main", "averages"} <= counts[case].keys()
-    assert ("D_reg" in counts[case]) == (config.loss.r1_interval is not None)
-    assert ("G_reg" in counts[case]) == (config.loss.pl_weight > 0)
+@pytest.mark.parametrize("case", CASES)
+def test_no_phase_waits_for_the_gpu_or_mixes_devices(case: str, count: Count) -> None:
+    rows, config = count(case), launches.CASES[case].config
+    assert {phase: row["problem"] for phase, row in rows.items() if "problem" in row} == {}
+    assert {"G_main", "D_main", "averages"} <= rows.keys()
+    assert ("D_reg" in rows) == (config.loss.r1_interval is not None)
+    assert ("G_reg" in rows) == (config.loss.pl_weight > 0)
 
 
 # A lower number is good news: write it here.
@@ -47,28 +55,25 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize(("case", "phase"), [(case, phase) for case in LAUNCHES for phase in LAUNCHES[case]])
-def test_a_phase_launches_as_many_kernels_as_it_did(
-    case: str, phase: str, counts: dict[str, dict[str, dict[str, Any]]]
-) -> None:
+def test_a_phase_launches_as_many_kernels_as_it_did(case: str, phase: str, count: Count) -> None:
     """But for 2 %, which versions of PyTorch may differ by."""
-    row = counts[case][phase]
+    row = count(case)[phase]
     assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
 
 
-def test_the_warp_of_large_images_takes_filters(counts: dict[str, dict[str, dict[str, Any]]]) -> None:
+def test_the_warp_of_large_images_takes_filters(count: Count) -> None:
     """On a GPU: up to 128 pixels D's own resampling is all there is."""
-    upfirdn2d = {
-        case: row["D_reg"]["most"].get("styleformer.upfirdn2d", 0) for case, row in counts.items() if "D_reg" in row
-    }
-    assert upfirdn2d["styleformer-c256"] > 40
-    assert upfirdn2d["church128-l"] <= 20
-    assert upfirdn2d["readme"] <= 12
+    cases = ("styleformer-c256", "church128-l", "readme")
+    large, medium, small = (count(case)["D_reg"]["most"].get("styleformer.upfirdn2d", 0) for case in cases)
+    assert large > 40
+    assert medium <= 20
+    assert small <= 12
 
 
-@pytest.mark.parametrize("case", [case for case in launches.CASES if case != "fp16-bgcfnc"])
-def test_no_convolution_has_an_image_for_a_filter(case: str, counts: dict[str, dict[str, dict[str, Any]]]) -> None:
+@pytest.mark.parametrize("case", [case for case in launches.CASES if case not in ("fp16-bgcfnc", *SLOW)])
+def test_no_convolution_has_an_image_for_a_filter(case: str, count: Count) -> None:
     """As the second derivatives of F.conv2d have; filters for images have up to 80 taps, of bgcfnc only."""
-    assert all(row["largest_filter"] <= 12 for row in counts[case].values())
+    assert all(row["largest_filter"] <= 12 for row in count(case).values())
 
 
 def synchronize(x: Tensor) -> Tensor:

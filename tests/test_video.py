@@ -217,7 +217,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
         (["--strength=2"], "name one with --direction"),
         (["--projected-w=w.npz", "--interpolation=z"], "saved styles go with none of --interpolation=z"),
-        (["--classes=0", "--class=0"], "--classes and --class: give one of them"),
+        (["--classes=0", "--class=0"], "--classes: goes with neither --class nor --label"),
         (["--output=/proc/x/v.gif"], "--output=/proc/x/v.gif: cannot be written"),
     ]:
         result = run("video", f"--network={network}", "--seeds=0-2", f"--output={out}/v.gif", *arguments)
