@@ -21,7 +21,6 @@ import launches
 from dnnlib.config import UserError, override
 from training.config import PRESETS, Circumstances, resolve
 
-
 Count = Callable[[str], dict[str, dict[str, Any]]]
 SLOW = ("auto-64", "transgan-cifar")
 CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in launches.CASES]
