@@ -422,7 +422,7 @@ def test_other_systems_are_named(tmp_path: Path) -> None:
     refused(write(tmp_path / "n.pkl", {"G_ema": None}), "not a snapshot of Styleformer, StyleGAN2-ADA or")
     other = write(tmp_path / "n.pkl", {"G_ema": generator_module(), "G": generator_module(img_channels=1), "E": None})
     snapshot = legacy.load_network(other)
-    assert snapshot.left_out == {"G": "G and G_ema have different arguments", "E": "an entry that is not known"}
+    assert snapshot.left_out == {"G": "G and G_ema have different arguments", "E": "not known here"}
     assert snapshot.G is None
     (tmp_path / "page.pkl").write_text("<!DOCTYPE html><html>Sign in</html>")
     refused(tmp_path / "page.pkl", "a page of HTML")

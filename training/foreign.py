@@ -94,7 +94,7 @@ def _interpret(content: Any, path: Path) -> Foreign:
         try:
             return read() if content.get(name) is not None else default
         except UserError as error:
-            left_out[name] = _printable(error)
+            left_out[name] = _printable(error).removeprefix(f"{name}: ")
             return default
 
     def read_other_generator() -> Read:
@@ -109,7 +109,7 @@ def _interpret(content: Any, path: Path) -> Foreign:
     augmentation = partial(_read_augment, content.get("augment_pipe"), generator.config)
     augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug"), 0.0))
     data = tolerate("training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None)
-    left_out |= {_show_name(name): "an entry that is not known" for name in content if name not in KNOWN}
+    left_out |= {_show_name(name): "not known here" for name in content if name not in KNOWN}
     values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
     if D := networks.get("D"):
         values = {"discriminator": D.config, **D.values}

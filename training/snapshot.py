@@ -49,8 +49,9 @@ class Snapshot:
         return self.nimg / 1000
 
     def notes(self) -> list[str]:
-        """Return a line for each entry of the file that was left out."""
-        return [f"{self.path}: {name} is left out: {reason}" for name, reason in self.left_out.items()]
+        """Return a line that names the entries of the file that were left out, if there are any."""
+        reasons = [f"{name} ({reason})" for name, reason in self.left_out.items()]
+        return [f"{self.path}: left out: {', '.join(reasons)}"] if reasons else []
 
     def label_kind(self) -> LabelKind | None:
         """Return what the labels are, by the file's record or else its data set; None without labels or a record."""
