@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
 from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
-from training.foreign import is_foreign, read_foreign
+from training.foreign import PRESET, is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
 from training.snapshot import Snapshot, build_networks, parts_of, read_network
 
@@ -52,8 +53,12 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 def transfer_options(path: str | Path) -> dict[str, Any]:
     """Return what a foreign snapshot says about a training that starts from it: the bound of its p, if it had one."""
     path = local_file(path)
-    augment = read_foreign(path).config.augment if is_foreign(path) else None
-    return {"augment.max_p": augment.max_p} if augment and augment.mode == "ada" and augment.max_p < 1 else {}
+    if is_foreign(path):
+        config = read_foreign(path).config
+    else:
+        config = parts_of((read_folder(path) if is_folder(path) else read_network(path))["payload"], path)[0]["config"]
+    is_bound = config.preset == PRESET and config.augment.max_p < 1  # also where it was converted
+    return {"augment.max_p": config.augment.max_p} if is_bound else {}
 
 
 def load_network_pkl(f: BinaryIO, force_fp16: bool = False) -> EasyDict:
@@ -93,7 +98,8 @@ def _on_disk(f: BinaryIO) -> Iterator[Path]:
         yield Path(f.name)
         return
     with TemporaryDirectory() as folder:
-        path = Path(folder) / Path(_name_of(f)).name
+        name = re.search(r"network-snapshot-\d{1,12}\.pkl$", _name_of(f))  # which says kimg
+        path = Path(folder) / (name[0] if name else "snapshot.pkl")
         with path.open("wb") as copy:
             shutil.copyfileobj(f, copy)
         yield path
@@ -103,7 +109,12 @@ def _is_at_start_of_file(f: BinaryIO) -> bool:
     """Whether a file object is what open(f.name, "rb") returns now."""
     if not (isinstance(f, io.BufferedReader) and isinstance(f.raw, io.FileIO) and isinstance(f.name, str)):
         return False  # in memory, in an archive, compressed
-    return f.tell() == 0 and Path(f.name).is_file() and os.path.samestat(os.fstat(f.fileno()), os.stat(f.name))
+    return (
+        f.seekable()
+        and f.tell() == 0
+        and Path(f.name).is_file()
+        and os.path.samestat(os.fstat(f.fileno()), os.stat(f.name))
+    )
 
 
 def _name_of(f: BinaryIO) -> str:

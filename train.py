@@ -547,8 +547,11 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
 
 def _options_of(resume: str | None, dry_run: bool) -> dict[str, Any]:
     """Return what the file to start from says about the training; what is on the web is not fetched for a dry run."""
-    is_file = resume is not None and (not dry_run if is_url(resume) else Path(resume).is_file())
-    return legacy.transfer_options(resume) if resume is not None and is_file else {}
+    if resume is None or Path(resume).suffix == ".pt":
+        return {}
+    path = Path(resume)
+    is_snapshot = not dry_run if is_url(resume) else path.is_file() or (path / "config.json").is_file()
+    return legacy.transfer_options(resume) if is_snapshot else {}
 
 
 def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
@@ -559,7 +562,10 @@ def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
     parameters = {name: count_parameters(network) for name, network in networks.items()}
     if start.snapshot and not is_url(start.snapshot):
         networks["G_ema"] = networks["G"]
-        config, _ = runs.transfer(config, networks, start.snapshot, legacy.load_network(start.snapshot))
+        snapshot = legacy.load_network(start.snapshot)
+        for note in snapshot.notes():
+            click.echo(note, err=True)
+        config, _ = runs.transfer(config, networks, start.snapshot, snapshot)
     plan = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}
     click.echo(json.dumps(plan, indent=2))
 

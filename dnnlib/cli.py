@@ -120,6 +120,8 @@ class Script(click.Command):
         return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
 
     def invoke(self, ctx: click.Context) -> Any:
+        if sys.stderr is None:  # closed by the shell: 2>&-
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
         try:

@@ -192,8 +192,31 @@ def test_transfer(name: str, files: dict[str, Path], data: dict[int, Path], tmp_
         assert (result.exit_code, problem[name] in result.output) == (2, True), result.output
         return
     assert result.exit_code == 0, result.output
-    origin = json.loads(result.output)["options"]["origin"]
+    origin = json.loads(result.stdout)["options"]["origin"]
     assert (origin["copied_g"], origin["copied_d"], origin["copied_g_ema"]) == (1, 1, 1)
+
+
+def test_the_bound_of_p_survives_a_conversion_and_a_pipe_that_cannot_be_read(
+    data: dict[int, Path], tmp_path: Path
+) -> None:
+    tensors, arguments = stylegan2()
+    pipe = augmentation(0.9, aug_linformer=True, sharpen=1)
+    path = write(tmp_path / "theirs.pkl", whole(module("Generator", tensors, **arguments), augment_pipe=pipe))
+    run(legacy.main, "convert", f"--source={path}", f"--dest={tmp_path / 'ours.pkl'}")
+    run(legacy.main, "convert", f"--source={path}", f"--dest={tmp_path / 'folder'}")
+    for source in (path, tmp_path / "ours.pkl", tmp_path / "folder"):
+        result = resume(source, data[16], tmp_path / "runs", "-n")
+        assert json.loads(result.stdout)["options"]["augment"]["max_p"] == 0.7
+    assert "left out: augment_pipe (unknown argument sharpen)" in resume(path, data[16], tmp_path / "runs", "-n").stderr
+
+
+def test_many_entries_are_counted(tmp_path: Path) -> None:
+    path, _ = make(KINDS["stylegan2-ada"], tmp_path / "theirs.pkl")
+    tensors, arguments = stylegan2()
+    content = {"G_ema": module("Generator", tensors, **arguments), **{f"entry{i}": i for i in range(1000)}}
+    (note,) = legacy.load_network(write(path, content)).notes()
+    assert "entry9 (not known here), 990 more (not known here)" in note
+    assert len(note) < 600
 
 
 def test_a_training_starts_from_a_foreign_snapshot(
@@ -218,7 +241,7 @@ def test_the_bound_of_p_goes_with_the_weights(
     assert (snapshot.config.augment.max_p, snapshot.ada_p) == ((0.7, 0.7) if bound else (1, pytest.approx(0.9)))
     result = resume(path, data[16], tmp_path / "runs", "-n", *flags)
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["options"]["augment"]["max_p"] == expected
+    assert json.loads(result.stdout)["options"]["augment"]["max_p"] == expected
 
 
 def test_defaults_of_stylegan3s_repository(tmp_path: Path) -> None:

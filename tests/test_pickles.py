@@ -11,6 +11,8 @@ import struct
 import sys
 import time
 import tracemalloc
+import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from foreign_files import Call, Name, dumps
 
 from dnnlib.config import UserError
-from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle
+from torch_utils.pickles import PickledModule, Unreadable, describe_torch_file, is_pickle, read_pickle
 
 LOAD = Name("torch.storage", "_load_from_bytes")
 REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
@@ -207,6 +209,7 @@ def test_hostile_tensors(name: str, tmp_path: Path) -> None:
     refused(tmp_path, dumps({"x": HOSTILE_TENSORS[name]}))
 
 
+BIG_ENDIAN = Call(Name("numpy", "dtype"), ("f8",), (3, ">", None, None, None, -1, -1, 0))
 HOSTILE_CALLS: dict[str, Any] = {
     "module without meta": Call(PERSISTENT, (5,)),
     "function": Call(PERSISTENT, ({"type": "func", "version": 6, "state": {}, "class_name": "f"},)),
@@ -221,11 +224,11 @@ HOSTILE_CALLS: dict[str, Any] = {
     "type list": Call(Name("numpy", "dtype"), ([("a", "O")],)),
     "short scalar": Call(Name("numpy._core.multiarray", "scalar"), (Call(Name("numpy", "dtype"), ("f8",)), b"1234")),
     "scalar of no type": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
-    "state of a dict": Call(Name("collections", "OrderedDict"), (), {"__class__": 1}),
+    "state of a set": Call(Name("builtins", "set"), ([1],), {"__class__": 1}),
     "state of a module": Call(
         PERSISTENT, ({"type": "class", "version": 6, "class_name": "f", "state": {}},), {"__class__": 1}
     ),
-    "state of a type": Call(Name("numpy", "dtype"), ("f8",), (3, ">", None, None, None, -1, -1, 0)),
+    "other byte order": Call(Name("numpy._core.multiarray", "scalar"), (BIG_ENDIAN, b"12345678")),
     "short state": Call(Name("numpy", "dtype"), ("f8",), (3,)),
     "call of a call": Call(Name("builtins", "set"), ([(1, 2)],)),
 }
@@ -250,7 +253,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".", "damaged"),
     "long text": (PROTO + b"\x8d" + struct.pack("<Q", 2**60) + b"x.", "damaged"),
     "long bytes": (PROTO + b"\x8e" + struct.pack("<Q", 2**62) + b"x.", "damaged"),
-    "long number": (PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.", "instruction LONG4"),
+    "long number": (PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.", "damaged"),
     "memo far away, unread": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "one value"),
     "memo that is not there": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
     "2 GB of bytes": (PROTO + b"B" + struct.pack("<I", 2**31) + b"x.", "damaged"),
@@ -350,6 +353,63 @@ def test_what_a_file_holds_besides_is_dropped_and_said(tmp_path: Path) -> None:
         for name, text in (("other", "their.package.Thing"), ("array", "_reconstruct"), ("name", "os.path")):
             assert text in found[name].reason
         assert reasons(found["float key"]) == ["a key of type float, expected text or a whole number"]
+
+
+def test_a_byte_order_holds_for_every_use_of_a_type(tmp_path: Path) -> None:
+    numbers = [Call(Name("numpy._core.multiarray", "scalar"), (BIG_ENDIAN, bytes(7) + b"@")) for _ in range(2)]
+    assert len(reasons(read(tmp_path, dumps(numbers)))) == 2
+
+
+def test_state_dicts_of_torch_and_dicts_with_attributes(tmp_path: Path) -> None:
+    """Both are dicts with a state, which says nothing that is needed."""
+    layer = torch.nn.Linear(2, 2)
+    torch.save(layer.state_dict(), tmp_path / "weights.pth")
+    assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of its network"
+    checkpoint = {"g_ema": {"style.1.weight": torch.zeros(2, 2), **layer.state_dict()}, "args": Namespace(size=256)}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert "another StyleGAN2 code base" in str(describe_torch_file(tmp_path / "checkpoint.pt"))
+    theirs = Call(Name("easydict", "EasyDict"), (), {"a": 1}, iter([("a", 1)]))
+    assert read(tmp_path, dumps(theirs)) == {"a": 1}
+
+
+def test_what_a_fork_adds_may_be_large_or_odd(tmp_path: Path) -> None:
+    content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
+    found = read(tmp_path, dumps(content))
+    assert (found["integer"], len(found["z"])) == (10**700, 600_000)
+    assert "more numbers than the file can hold" in found["expanded"].reason
+
+
+@pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
+def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> None:
+    """A tuple that is referred to again and again would be copied as often."""
+    big = dumps(tuple(range(50_000)))[2:-1] + b"r\x63\x00\x00\x000"
+    name = f"c{call.module}\n{call.name}\n".encode()
+    shape = name + b"(K\x00K\x00j\x63\x00\x00\x00j\x63\x00\x00\x00\x89NtRa"
+    direct = name + b"j\x63\x00\x00\x00Ra"
+    for instructions in (shape, direct):
+        refused(tmp_path, PROTO + big + b"]" + instructions * 20_000 + b".", seconds=3)
+
+
+def test_long_names_cost_little(tmp_path: Path) -> None:
+    text = dumps("x" * 1_000_000)[2:-1].split(b"\x94")[0] + b"r\x63\x00\x00\x000"
+    name = b"j\x63\x00\x00\x00j\x63\x00\x00\x00\x93a"
+    refused(tmp_path, PROTO + text + b"]" + name * 50_000 + b".", "longer than any", seconds=3)
+
+
+def test_modules_with_long_names_take_little_memory() -> None:
+    top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {}})
+    for level in range(90):
+        top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {f"{level:0100}": top}})
+    with pytest.raises(UserError, match="more than any network"):
+        top.tensors()
+
+
+def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", PROTO + b"N" * 30_000_000 + b".")
+    started = time.process_time()
+    assert describe_torch_file(tmp_path / "bomb.pt") is None
+    assert time.process_time() - started < 1
 
 
 def test_wrappers_and_copies_of_modules(tmp_path: Path) -> None:

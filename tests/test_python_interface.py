@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gzip
 import io
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,8 @@ from training.networks.generator import Generator
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+
+SHAPES = (Path(__file__).parent.parent / "docs" / "shapes.pkl").read_bytes()
 
 # As a user of StyleGAN2-ADA writes it; `network_pkl`, `seed`, `device` and `outdir` are given.
 SCRIPT = """
@@ -360,3 +364,19 @@ def test_image_folder_dataset_gives_the_files(tmp_path: Path) -> None:
     for arguments, message in wrong:
         with pytest.raises(UserError, match=message):
             training.dataset.ImageFolderDataset(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("name", ["/", "..", "a\0b", "x" * 300, "https://example.org/" + "y" * 300])
+def test_any_name_of_a_file_object_is_only_a_name(name: str) -> None:
+    file = io.BytesIO(SHAPES)
+    file.name = name  # type: ignore[attr-defined]
+    assert legacy.load_network_pkl(file).G_ema.img_resolution == 32
+
+
+def test_a_pipe_is_read() -> None:
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as file, os.fdopen(write, "wb") as writer:
+        thread = Thread(target=lambda: (writer.write(SHAPES), writer.close()))
+        thread.start()
+        assert legacy.load_network_pkl(file).G_ema.img_resolution == 32
+        thread.join()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -19,7 +21,7 @@ from PIL import Image
 
 import metrics.registry
 import train
-from dnnlib.cli import PRECEDENCE, ConfigOption
+from dnnlib.cli import PRECEDENCE, ConfigOption, Script
 from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
@@ -562,3 +564,16 @@ def test_lists_that_are_given_several_times_are_joined(shapes32_zip: Path) -> No
     assert planned("--metrics=swd100", "--metrics=swd60,swd100") == ["swd100", "swd60"]
     assert planned("--metrics=none") == planned("--metrics=none", "--metrics=none") == []
     assert planned("--metrics=none", "--metrics=swd60") == ["swd60"]
+
+
+def test_a_closed_stderr_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `command 2>&-` leaves it; then progress and warnings have nowhere to go."""
+
+    @click.command(cls=Script)
+    def command() -> None:
+        print("progress", file=sys.stderr)
+        assert not sys.stderr.isatty()
+
+    monkeypatch.setattr(sys, "stderr", None)
+    command.main([], standalone_mode=False)
+    sys.stderr.close()

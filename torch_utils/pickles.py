@@ -39,7 +39,9 @@ from dnnlib.config import UserError
 from dnnlib.util import describe_error
 
 MAX_BYTES = 8 * 2**30  # of a file
-MAX_INSTRUCTIONS = 500_000  # in all streams of a file; the largest published networks take less than a tenth
+MAX_INSTRUCTIONS = 500_000  # in all streams of a small file; the largest published networks take less than a tenth
+BYTES_PER_INSTRUCTION = 4  # in a large one
+MAX_ARGUMENTS = 16  # of a call
 MAX_INDEX_BYTES = 64 * 2**20  # of what a zip file says of its tensors
 MAX_NESTING = 100  # containers that are open at a time
 MAX_STACK = 100_000  # values that wait to be put into one
@@ -47,6 +49,7 @@ MAX_KEY = 2**32  # among numbers; those modulo 2^61 - 1 collide in a dict, and m
 MAX_DIMS = 8  # of a tensor
 MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
 MAX_NAME = 100  # letters in the name of one
+MAX_PATH = 200  # letters in the dotted name of one
 MAX_WRAPPERS = 3  # around a network
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
 
@@ -108,7 +111,7 @@ class PickledModule:
         while queue:
             prefix, module = queue.pop()
             visited += 1 + sum(len(module.children(kind)) for kind in ("_parameters", "_buffers", "_modules"))
-            if visited > MAX_ENTRIES or prefix.count(".") > MAX_NESTING:
+            if visited > MAX_ENTRIES or len(prefix) > MAX_PATH:
                 raise UserError("its modules hold more than any network does")
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
@@ -162,12 +165,13 @@ class _Budget:
     """What is left of the instructions and bytes that a file may cost."""
 
     num_bytes: int
-    instructions: int = MAX_INSTRUCTIONS
+    instructions: int = field(init=False)
     storage_bytes: int = field(init=False)
     encoded_bytes: int = field(init=False)
     numbers: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.instructions = max(MAX_INSTRUCTIONS, self.num_bytes // BYTES_PER_INSTRUCTION)
         self.storage_bytes = self.encoded_bytes = self.numbers = self.num_bytes
 
     def spend(self, kind: str, amount: int) -> None:
@@ -227,6 +231,8 @@ def describe_torch_file(path: Path) -> str | None:
             index = next((name for name in names if name.endswith("/data.pkl")), None)
             if index is None or archive.getinfo(index).file_size > MAX_INDEX_BYTES:
                 return None
+            if archive.getinfo(index).compress_type != zipfile.ZIP_STORED:  # torch.save does not compress
+                return None
             data = archive.read(index)
         return _describe(_read_outline(BytesIO(data), _Budget(len(data))))
     except Exception:  # a damaged file, of which zipfile raises many kinds
@@ -246,8 +252,9 @@ def _read_outline(stream: mmap.mmap | BytesIO, budget: _Budget) -> Any:
 
 
 def _describe(content: Any) -> str | None:
-    if isinstance(content, Unreadable):
-        return f"a pickled object ({content.reason})"
+    if isinstance(content, (Unreadable, PickledModule)):
+        what = content.reason if isinstance(content, Unreadable) else f"of class {content.class_name}"
+        return f"a pickled object ({what})"
     if not isinstance(content, dict) or "format" in content:
         return None
     generator = content.get("g_ema")
@@ -255,7 +262,7 @@ def _describe(content: Any) -> str | None:
         return "a checkpoint of another StyleGAN2 code base (its g_ema has layers named style.1)"
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
-        return "a bare state_dict, without the arguments that its network was made with"
+        return "a bare state_dict, without the arguments of its network"
     keys = ", ".join(_shorten(str(key))[:20] for key in [*content][:6])
     return f"a file of torch.save that holds {keys}" if content else None
 
@@ -406,6 +413,9 @@ class _Machine:
     def _push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise UserError("it refers to a name that is no text")
+        if len(module) + len(name) > MAX_PATH:
+            self.stack.append(Unreadable("it refers to a name that is longer than any"))
+            return
         self.stack.append(self.names(module, name))
 
     def call(self, _: None) -> None:
@@ -417,6 +427,8 @@ class _Machine:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise UserError("it calls something that has no name")
         try:
+            if len(arguments) > MAX_ARGUMENTS:
+                raise UserError(f"{len(arguments)} of them")
             self.stack.append(function.call(*arguments))
         except LimitError:
             raise
@@ -432,13 +444,18 @@ class _Machine:
             raise UserError("it makes an object with keyword arguments")
 
     def set_state(self, _: None) -> None:
-        """Give a state to what has one: a NumPy type, whose state is the byte order, and a wrapper."""
+        """Give a state to what has one: a NumPy type, whose state is the byte order, and a wrapper.
+
+        Attributes of a dict, which it has in a state_dict and in some classes, are dropped.
+        """
         state, value = self._pop(), self._pop()
         if isinstance(value, PickledModule) and value.class_name in WRAPPERS and isinstance(state, dict):
             value.state.update(state)
         elif isinstance(value, _NumpyType) and isinstance(state, tuple) and len(state) == 8:
             if not isinstance(state[1], str) or state[1] not in "<|":
-                value = Unreadable("numbers of another byte order")
+                value.code = ""  # numbers of another byte order
+        elif type(value) is dict and isinstance(state, (dict, tuple)):
+            pass
         elif not isinstance(value, Unreadable):
             value = Unreadable("the state of something that has none")
         self.stack.append(value)
@@ -458,7 +475,7 @@ _STEPS: Mapping[str, _Step] = {
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"), _Machine.push),
     **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _Machine.push),
     **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), _Machine.push),
     "MARK": _Machine.mark,
@@ -516,7 +533,7 @@ def _names(budget: _Budget) -> Callable[[str, str], _Name | Unreadable]:
         return _view(storage, offset, size, stride, budget)
 
     def rebuild_subclass(function: _Name, _: Any, arguments: tuple[Any, ...], __: Any) -> Tensor:
-        if not isinstance(function, _Name) or function.call is not rebuild_tensor:
+        if not isinstance(function, _Name) or function.call is not rebuild_tensor or len(arguments) > MAX_ARGUMENTS:
             raise UserError("a tensor that is made of something else")
         return rebuild_tensor(*arguments)
 
@@ -599,7 +616,7 @@ def _make_numpy_type(code: str, *_: Any) -> _NumpyType:
 
 
 def _make_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
-    if not isinstance(kind, _NumpyType) or not isinstance(data, bytes):
+    if not isinstance(kind, _NumpyType) or kind.code not in SCALARS or not isinstance(data, bytes):
         raise UserError("a NumPy scalar that is no number")
     dtype = np.dtype(f"<{kind.code}")
     if len(data) != dtype.itemsize:
@@ -665,8 +682,10 @@ def _storage_key(key: Any) -> tuple[str, torch.dtype, int]:
 def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budget) -> Tensor:
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise UserError("a tensor without numbers or shape")
+    if len(size) != len(stride) or len(size) > MAX_DIMS:
+        raise UserError("a tensor of an impossible shape")
     numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or len(size) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
+    if not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
         raise UserError("a tensor of an impossible shape")
     count = 1
     for length in size:
@@ -674,5 +693,7 @@ def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budge
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if count and last >= len(storage.numbers):
         raise UserError(f"a tensor of shape {size} that is larger than its numbers")
-    budget.spend("numbers", count)
+    if count > budget.numbers:
+        raise UserError(f"a tensor of shape {size}, with more numbers than the file can hold")
+    budget.numbers -= count
     return storage.numbers.as_strided(size, stride, offset) if count else storage.numbers.new_empty(size)

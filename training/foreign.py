@@ -34,6 +34,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
 KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  # entries of a snapshot
+MOST_NAMED = 10  # of the entries that are not known
 # Arguments that belong to the synthesis network, and are the generator's own in StyleGAN3's repository.
 OF_SYNTHESIS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "architecture")
 
@@ -107,9 +108,13 @@ def _interpret(content: Any, path: Path) -> Foreign:
     networks["D"] = tolerate("D", lambda: _read_discriminator(_module(content, "D"), generator), None)
     networks = {name: network for name, network in networks.items() if network} | {"G_ema": generator}
     augmentation = partial(_read_augment, content.get("augment_pipe"), generator.config)
-    augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug"), 0.0))
+    bound = _read_bound(content.get("augment_pipe"), generator.config)
+    augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug", max_p=bound), 0.0))
     data = tolerate("training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None)
-    left_out |= {_show_name(name): "not known here" for name in content if name not in KNOWN}
+    others = [name for name in content if name not in KNOWN]
+    left_out |= {_show_name(name): "not known here" for name in others[:MOST_NAMED]}
+    if len(others) > MOST_NAMED:
+        left_out[f"{len(others) - MOST_NAMED} more"] = "not known here"
     values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
     if D := networks.get("D"):
         values = {"discriminator": D.config, **D.values}
@@ -221,6 +226,8 @@ def _is_plain(value: Any) -> bool:
 
 def _show(value: Any) -> str:
     """A value as text, if it is a short and simple one."""
+    if isinstance(value, Unreadable):
+        return f"({value.reason})"
     if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, type(None))) for x in value[:16]):
         return f"{list(value[:16])}"
     return repr(value)[:80] if isinstance(value, (str, int, float, type(None))) else f"of type {type(value).__name__}"
@@ -599,21 +606,25 @@ def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfi
         groups += [group] if 1 in strengths else []
     for name, amount in AMOUNTS.items():
         arguments.only(name, amount)
-    # Of the public Styleformer release, whose Linformer trainings bound p.
-    bounded = arguments.take(
-        "aug_linformer", getattr(generator, "linformer", False), lambda x: x in (True, False, None)
-    )
+    arguments.take("aug_linformer", None, lambda x: x in (True, False, None))
     arguments.finish()
     if not groups:
         return AugmentConfig(mode="noaug"), 0.0
     pipe = next((name for name, members in PIPES.items() if members == tuple(groups)), None)
     if pipe is None:
         raise UserError(f"augment_pipe: {', '.join(groups)} together are none of {', '.join(PIPES)}")
-    max_p = 0.7 if bounded else 1.0
+    max_p = _read_bound(module, generator)
     p = module.tensors().get("p", torch.zeros([]))
     if p.numel() != 1 or not 0 <= p.item() < math.inf:
         raise UserError("augment_pipe: p is no probability")
     return AugmentConfig(pipe=pipe, max_p=max_p), min(p.item(), max_p)
+
+
+def _read_bound(module: Any, generator: GeneratorConfig) -> float:
+    """Return the bound of p that the public Styleformer release has in its Linformer trainings, 1 for none."""
+    given = module.state.get("_init_kwargs") if isinstance(module, PickledModule) else None
+    default = module is not None and getattr(generator, "linformer", False)
+    return 0.7 if (given if isinstance(given, dict) else {}).get("aug_linformer", default) is True else 1.0
 
 
 def _read_data(arguments: Any, generator: GeneratorConfig) -> DatasetConfig:
