@@ -369,14 +369,19 @@ def test_image_folder_dataset_gives_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["/", "..", "a\0b", "x" * 300, "https://example.org/" + "y" * 300])
 def test_any_name_of_a_file_object_is_only_a_name(name: str) -> None:
     file = io.BytesIO(SHAPES)
-    file.name = name  # type: ignore[attr-defined]
+    file.name = name
     assert legacy.load_network_pkl(file).G_ema.img_resolution == 32
 
 
 def test_a_pipe_is_read() -> None:
     read, write = os.pipe()
     with os.fdopen(read, "rb") as file, os.fdopen(write, "wb") as writer:
-        thread = Thread(target=lambda: (writer.write(SHAPES), writer.close()))
+
+        def send() -> None:
+            writer.write(SHAPES)
+            writer.close()
+
+        thread = Thread(target=send)
         thread.start()
         assert legacy.load_network_pkl(file).G_ema.img_resolution == 32
         thread.join()
