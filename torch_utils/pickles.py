@@ -207,7 +207,7 @@ def read_pickle(path: Path) -> Any:
         # Mapped, not read: a file's read(n) would allocate whatever n the file claims.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             budget = _Budget(size)
-            content = _Machine(stream, _names(budget), budget).run()
+            content = _Machine(stream, _Names(budget), budget).run()
             if stream.tell() != size:
                 raise UserError("something follows its end")
     except UserError as error:
@@ -248,7 +248,7 @@ def _read_old_torch_file(path: Path) -> Any:
 
 def _read_outline(stream: mmap.mmap | BytesIO, budget: _Budget) -> Any:
     """Return the value of one stream, whose tensors are elsewhere and unreadable."""
-    return _Machine(stream, _names(budget), budget, lambda _: Unreadable("numbers in another place")).run()
+    return _Machine(stream, _Names(budget), budget, lambda _: Unreadable("numbers in another place")).run()
 
 
 def _describe(content: Any) -> str | None:
@@ -523,65 +523,39 @@ def _shorten(text: str) -> str:
     return repr(text[:80])[1:-1]
 
 
-def _names(budget: _Budget) -> Callable[[str, str], _Name | Unreadable]:
-    """Return what the names in a file stand for."""
+class _Names:
+    """What the names in a file stand for, within a budget."""
 
-    def load_storage(data: bytes) -> _Storage:
-        return _read_storage(data, budget)
+    def __init__(self, budget: _Budget) -> None:
+        self.budget = budget
+        self.calls: dict[tuple[str, str], Callable[..., Any]] = {
+            ("collections", "OrderedDict"): self.make_dict,
+            ("builtins", "set"): self.make_set,
+            ("builtins", "frozenset"): self.make_set,
+            ("__builtin__", "set"): self.make_set,  # protocol 2
+            ("__builtin__", "frozenset"): self.make_set,
+            ("__builtin__", "bytes"): lambda: b"",
+            ("_codecs", "encode"): self.encode,  # as which protocol 2 writes bytes
+            ("numpy", "dtype"): _make_numpy_type,
+            ("numpy.core.multiarray", "scalar"): _make_scalar,
+            ("numpy._core.multiarray", "scalar"): _make_scalar,
+            ("torch._utils", "_rebuild_parameter"): _make_parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): _make_parameter,
+            ("torch._utils", "_rebuild_tensor"): self.rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
+            ("torch._tensor", "_rebuild_from_type_v2"): self.rebuild_subclass,
+            ("torch.storage", "_load_from_bytes"): self.load_storage,
+            ("torch.nn.parallel.data_parallel", WRAPPERS[0]): lambda: PickledModule(WRAPPERS[0], {}),
+            ("torch.nn.parallel.distributed", WRAPPERS[1]): lambda: PickledModule(WRAPPERS[1], {}),
+        }
+        # Wherever a project keeps its copy of the module.
+        self.by_name_alone: dict[str, Callable[..., Any]] = {
+            "EasyDict": self.make_dict,
+            "_reconstruct_persistent_obj": _make_module,
+        }
 
-    def rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-        return _view(storage, offset, size, stride, budget)
-
-    def rebuild_subclass(function: _Name, _: Any, arguments: tuple[Any, ...], __: Any) -> Tensor:
-        if not isinstance(function, _Name) or function.call is not rebuild_tensor or len(arguments) > MAX_ARGUMENTS:
-            raise UserError("a tensor that is made of something else")
-        return rebuild_tensor(*arguments)
-
-    def make_dict(pairs: Any = ()) -> dict[Any, Any]:
-        budget.spend("instructions", len(pairs))
-        if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-            raise UserError("a dict that is made of something else than pairs")
-        return {_key(key): value for key, value in pairs}
-
-    def make_set(items: Any = ()) -> set[Any]:
-        if not isinstance(items, (list, tuple)):
-            raise UserError("a set that is made of something else than a list")
-        budget.spend("instructions", len(items))
-        return set(map(_key, items))
-
-    def encode(text: str, encoding: str) -> bytes:
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise UserError("bytes that are made of something else than text")
-        budget.spend("encoded_bytes", len(text))
-        return text.encode("latin-1", errors="replace")
-
-    calls: dict[tuple[str, str], Callable[..., Any]] = {
-        ("collections", "OrderedDict"): make_dict,
-        ("builtins", "set"): make_set,
-        ("builtins", "frozenset"): make_set,
-        ("__builtin__", "set"): make_set,  # protocol 2
-        ("__builtin__", "frozenset"): make_set,
-        ("__builtin__", "bytes"): lambda: b"",
-        ("_codecs", "encode"): encode,  # as which protocol 2 writes bytes
-        ("numpy", "dtype"): _make_numpy_type,
-        ("numpy.core.multiarray", "scalar"): _make_scalar,
-        ("numpy._core.multiarray", "scalar"): _make_scalar,
-        ("torch._utils", "_rebuild_parameter"): _make_parameter,
-        ("torch._utils", "_rebuild_parameter_with_state"): _make_parameter,
-        ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._tensor", "_rebuild_from_type_v2"): rebuild_subclass,
-        ("torch.storage", "_load_from_bytes"): load_storage,
-        ("torch.nn.parallel.data_parallel", "DataParallel"): lambda: PickledModule("DataParallel", {}),
-        ("torch.nn.parallel.distributed", "DistributedDataParallel"): lambda: PickledModule(
-            "DistributedDataParallel", {}
-        ),
-    }
-    # Wherever a project keeps its copy of the module.
-    by_name_alone: dict[str, Callable[..., Any]] = {"EasyDict": make_dict, "_reconstruct_persistent_obj": _make_module}
-
-    def find(module: str, name: str) -> _Name | Unreadable:
-        call = calls.get((module, name)) or by_name_alone.get(name)
+    def __call__(self, module: str, name: str) -> _Name | Unreadable:
+        call = self.calls.get((module, name)) or self.by_name_alone.get(name)
         full = _shorten(f"{module}.{name}")
         if call:
             return _Name(full, call)
@@ -589,7 +563,35 @@ def _names(budget: _Budget) -> Callable[[str, str], _Name | Unreadable]:
             return Unreadable("a TensorFlow pickle: convert it to the PyTorch format of StyleGAN2-ADA first")
         return Unreadable(f"it refers to {full}, which no snapshot needs")
 
-    return find
+    def load_storage(self, data: bytes) -> _Storage:
+        return _read_storage(data, self.budget)
+
+    def rebuild_tensor(self, storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        return _view(storage, offset, size, stride, self.budget)
+
+    def rebuild_subclass(self, function: _Name, _: Any, arguments: tuple[Any, ...], __: Any) -> Tensor:
+        is_ours = isinstance(function, _Name) and function.call == self.rebuild_tensor
+        if not is_ours or not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
+            raise UserError("a tensor that is made of something else")
+        return self.rebuild_tensor(*arguments)
+
+    def make_dict(self, pairs: Any = ()) -> dict[Any, Any]:
+        self.budget.spend("instructions", len(pairs))
+        if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+            raise UserError("a dict that is made of something else than pairs")
+        return {_key(key): value for key, value in pairs}
+
+    def make_set(self, items: Any = ()) -> set[Any]:
+        if not isinstance(items, (list, tuple)):
+            raise UserError("a set that is made of something else than a list")
+        self.budget.spend("instructions", len(items))
+        return set(map(_key, items))
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise UserError("bytes that are made of something else than text")
+        self.budget.spend("encoded_bytes", len(text))
+        return text.encode("latin-1", errors="replace")
 
 
 def _storage_type(module: str, name: str) -> torch.dtype | Unreadable:

@@ -271,6 +271,13 @@ def _transgan(
     )
 
 
+# TransGAN's augmentation as its slides say, and as its scripts do for CIFAR-10, for larger images, and for CelebA-HQ.
+SLIDES = AugmentConfig(mode="diffaug")
+SCRIPTS = replace(SLIDES, translation=0.2, cutout_p=0.3)
+ERASE = replace(SCRIPTS, policy=("translation", "erase", "color"))
+FIVE = replace(ERASE, policy=("filter", "translation", "erase", "color", "hue"), filter_p=0.25, hue_p=0.5)
+
+
 def _transgans() -> list[TrainConfig]:
     """TransGAN's models, trained as in the released scripts; those for CelebA as in the slides on the paper.
 
@@ -281,10 +288,6 @@ def _transgans() -> list[TrainConfig]:
     small = D(norm="token", attention_noise=True)
     large = D(img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0))
     finer = replace(large, patch=2, overlap=True, widths=(96, 96, 192), local_layers=(3, 2, 0), window=4)
-    slides = AugmentConfig(mode="diffaug")
-    scripts = replace(slides, translation=0.2, cutout_p=0.3)
-    erase = replace(scripts, policy=("translation", "erase", "color"))
-    five = replace(erase, policy=("filter", "translation", "erase", "color", "hue"), filter_p=0.25, hue_p=0.5)
     long = EMAConfig(kimg=500, rampup=None)
     short = EMAConfig(kimg=35.4, rampup=None)  # 0.995 per step of G, which is due every 4 x 64 images
     return [
@@ -292,14 +295,14 @@ def _transgans() -> list[TrainConfig]:
             "transgan-cifar",
             G(z_dim=256, w_dim=256, norm="layer"),
             replace(small, norm="layer"),
-            augment=scripts,
+            augment=SCRIPTS,
             ema=replace(long, rampup=0.1),
         ),
         _transgan(
             "transgan-stl10",
             G(base=(12, 12), layers=(7, 5, 3), attention="full"),
             replace(small, img_size=(48, 48)),
-            augment=erase,
+            augment=ERASE,
             ema=replace(long, rampup=0.05),
             n_critic=5,
             batch=32,
@@ -308,28 +311,28 @@ def _transgans() -> list[TrainConfig]:
             "transgan-celeba64",
             G(widths=widths[:4], layers=layers[:4]),
             replace(large, img_size=(64, 64), patch=2),
-            augment=slides,
+            augment=SLIDES,
             ema=long,
         ),
         _transgan(
             "transgan-celeba128",
             G(widths=widths[:5], layers=layers[:5]),
             replace(large, img_size=(128, 128), patch=2),
-            augment=slides,
+            augment=SLIDES,
             ema=long,
         ),
         _transgan(
             "transgan-church256",
             G(widths=widths, layers=layers, attention_noise=True),
             large,
-            augment=erase,
+            augment=ERASE,
             ema=short,
         ),
         _transgan(
             "transgan-celebahq256",
             G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2, attention_noise=True),
             replace(finer, position="absolute"),
-            augment=five,
+            augment=FIVE,
             ema=short,
         ),
     ]
