@@ -547,11 +547,9 @@ def _requested_config(context: click.Context, base: Mapping[str, Any]) -> TrainC
 
 def _options_of(resume: str | None, dry_run: bool) -> dict[str, Any]:
     """Return what the file to start from says about the training; what is on the web is not fetched for a dry run."""
-    if resume is None or Path(resume).suffix == ".pt":
+    if resume is None or not runs.names_snapshot(resume) or (dry_run and is_url(resume)):
         return {}
-    path = Path(resume)
-    is_snapshot = not dry_run if is_url(resume) else path.is_file() or (path / "config.json").is_file()
-    return legacy.transfer_options(resume) if is_snapshot else {}
+    return legacy.transfer_options(resume)
 
 
 def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:

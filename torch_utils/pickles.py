@@ -55,6 +55,7 @@ WRAPPERS = ("DataParallel", "DistributedDataParallel")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch's own format before zip files begins with
+_PICKLED_MAGIC = pickle.dumps(_TORCH_MAGIC, 2)[2:]  # without the protocol
 _TORCH_PROTOCOL = 1001
 
 PROGRAMS = {"/constants.pkl": "a TorchScript module", "/models/model.json": "a program of torch.export"}  # by an entry
@@ -116,12 +117,12 @@ class PickledModule:
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
                     if value is not None and not isinstance(value, Tensor):
-                        raise UserError(f"{prefix}{name} is no tensor{_why(value)}")
+                        raise UserError(f"{prefix}{name} is no tensor{why(value)}")
                     if value is not None:
                         found[prefix + name] = value
             for name, child in module.children("_modules").items():
                 if child is not None and not isinstance(child, PickledModule):
-                    raise UserError(f"{prefix}{name} is no module{_why(child)}")
+                    raise UserError(f"{prefix}{name} is no module{why(child)}")
                 if child is not None:
                     queue.append((f"{prefix}{name}.", child))
         return found
@@ -134,8 +135,9 @@ class PickledModule:
         return value
 
 
-def _why(value: Any) -> str:
-    return f" ({value.reason})" if isinstance(value, Unreadable) else ""
+def why(value: Any) -> str:
+    """Return why a value is not read, to follow a message; nothing for other values."""
+    return f": {value.reason}" if isinstance(value, Unreadable) else ""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def _is_old_torch_file(path: Path) -> bool:
-    return pickle.dumps(_TORCH_MAGIC, 2)[2:] in _start(path)
+    return _PICKLED_MAGIC in _start(path)
 
 
 def _start(path: Path) -> bytes:
@@ -252,9 +254,10 @@ def _read_outline(stream: mmap.mmap | BytesIO, budget: _Budget) -> Any:
 
 
 def _describe(content: Any) -> str | None:
-    if isinstance(content, (Unreadable, PickledModule)):
-        what = content.reason if isinstance(content, Unreadable) else f"of class {content.class_name}"
-        return f"a pickled object ({what})"
+    if isinstance(content, Unreadable):
+        return f"a pickled object ({content.reason})"
+    if isinstance(content, PickledModule):
+        return f"a pickled object (of class {content.class_name})"
     if not isinstance(content, dict) or "format" in content:
         return None
     generator = content.get("g_ema")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError, UserError
-from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle
+from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle, why
 from training.augment import AugmentConfig
 from training.augment_stages import PIPES
 from training.config import TrainConfig
@@ -82,9 +82,9 @@ def read_foreign(path: Path) -> Foreign:
         raise UserError(f"{path}: {_printable(error)}") from None
 
 
-def _printable(error: UserError) -> str:
-    """A message of reasonable length on one line, whatever the names in the file are."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error)[:500])
+def _printable(text: object, length: int = 500) -> str:
+    """A message, or a name, of reasonable length on one line, whatever the names in the file are."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[:length])
 
 
 def _interpret(content: Any, path: Path) -> Foreign:
@@ -111,10 +111,6 @@ def _interpret(content: Any, path: Path) -> Foreign:
     bound = _read_bound(content.get("augment_pipe"), generator.config)
     augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug", max_p=bound), 0.0))
     data = tolerate("training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None)
-    others = [name for name in content if name not in KNOWN]
-    left_out |= {_show_name(name): "not known here" for name in others[:MOST_NAMED]}
-    if len(others) > MOST_NAMED:
-        left_out[f"{len(others) - MOST_NAMED} more"] = "not known here"
     values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
     if D := networks.get("D"):
         values = {"discriminator": D.config, **D.values}
@@ -131,8 +127,17 @@ def _interpret(content: Any, path: Path) -> Foreign:
         states={name: network.state for name, network in networks.items()},
         nimg=_read_nimg(content, path),
         ada_p=p,
-        left_out=left_out,
+        left_out=left_out | _name_others(content),
     )
+
+
+def _name_others(content: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the entries that are not known, the first of them by name, and that they are not."""
+    others = [name for name in content if name not in KNOWN]
+    names = [_printable(name, 40) if isinstance(name, str) else "a key that is no text" for name in others[:MOST_NAMED]]
+    if len(others) > MOST_NAMED:
+        names.append(f"{len(others) - MOST_NAMED} more")
+    return dict.fromkeys(names, "not known here")
 
 
 def _entries(content: Any) -> dict[Any, Any]:
@@ -140,14 +145,14 @@ def _entries(content: Any) -> dict[Any, Any]:
     if isinstance(content, dict) and content.get("G_ema") is not None:
         return content
     first = content[0] if isinstance(content, (list, tuple)) and content else content
-    why = first.reason if isinstance(first, Unreadable) else "it holds no G_ema"
-    raise UserError(f"not a snapshot of Styleformer, StyleGAN2-ADA or StyleGAN3 ({why})")
+    reason = first.reason if isinstance(first, Unreadable) else "it holds no G_ema"
+    raise UserError(f"not a snapshot of Styleformer, StyleGAN2-ADA or StyleGAN3 ({reason})")
 
 
 def _module(content: Mapping[Any, Any], name: str) -> PickledModule:
     value = content[name]
     if not isinstance(value, PickledModule):
-        raise UserError(f"{name} is no network" + (f": {value.reason}" if isinstance(value, Unreadable) else ""))
+        raise UserError(f"{name} is no network{why(value)}")
     return value.unwrapped()
 
 
@@ -157,10 +162,6 @@ def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
         return 1000 * int(kimg[1])
     nimg = content.get("cur_nimg")
     return nimg if type(nimg) is int and 0 <= nimg < 2**53 else 0
-
-
-def _show_name(name: Any) -> str:
-    return _printable(UserError(str(name)[:40])) if isinstance(name, str) else "a key that is no text"
 
 
 def _domain(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> dict[str, Any]:
@@ -594,7 +595,7 @@ AMOUNTS: Mapping[str, Any] = {  # how far transforms go, as published
 def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfig, float]:
     """Return the augmentation and p, which was never applied beyond the bound that it gets here."""
     if not isinstance(module, PickledModule):
-        raise UserError("no module" + (f": {module.reason}" if isinstance(module, Unreadable) else ""))
+        raise UserError(f"no module{why(module)}")
     if module.class_name != "AugmentPipe":
         raise UserError(f"augment_pipe is of class {module.class_name}, expected AugmentPipe")
     arguments = _arguments(module, "augment_pipe", ())
@@ -630,7 +631,7 @@ def _read_bound(module: Any, generator: GeneratorConfig) -> float:
 def _read_data(arguments: Any, generator: GeneratorConfig) -> DatasetConfig:
     """The data set, as far as it says something about the images."""
     if not isinstance(arguments, dict):
-        raise UserError("no keyword arguments" + (f": {arguments.reason}" if isinstance(arguments, Unreadable) else ""))
+        raise UserError(f"no keyword arguments{why(arguments)}")
     path = arguments.get("path")
     return DatasetConfig(
         path=path if isinstance(path, str) and path.isprintable() and len(path) < 1000 else "",

@@ -39,6 +39,14 @@ PUBLISHED = {
 }
 
 
+def names_snapshot(resume: str | None) -> bool:
+    """Whether --resume names a snapshot: an address, or a file or folder that is no training state."""
+    if resume is None or is_url(resume):
+        return resume is not None
+    path = Path(resume)
+    return is_folder(path) or (path.is_file() and path.suffix != ".pt")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for: --outdir, --resume, and the options, not yet resolved, over either base."""
@@ -52,11 +60,8 @@ class Request:
 
     @property
     def transfers(self) -> bool:
-        """Whether a run starts from the weights of a snapshot: an address, or a file or folder that is no state."""
-        if self.resume is None or is_url(self.resume):
-            return self.resume is not None
-        path = Path(self.resume)
-        return is_folder(path) or (path.is_file() and path.suffix != ".pt")
+        """Whether a run starts from the weights of a snapshot."""
+        return names_snapshot(self.resume)
 
     @property
     def config(self) -> TrainConfig:
