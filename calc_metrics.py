@@ -45,7 +45,7 @@ from training.snapshot import Snapshot
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to compute; `changes` are config paths and values that replace those of the snapshot's configuration."""
+    """Metrics to compute; `changes` are config paths and values that replace those of the snapshot's configuration."""
 
     network: Path
     folder: Path | None  # for lines of JSON and plots

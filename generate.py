@@ -752,7 +752,7 @@ def build_model(
 
 
 def execution_of(snapshot: Snapshot, precision: str) -> execution.Execution:
-    """How --precision says to compute."""
+    """Return the execution that --precision asks for."""
     return execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
 
 

@@ -64,7 +64,7 @@ PLAIN = {"reference", "no-allocator", "no-winograd"}  # what `plain` leaves out
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured, how, and in which mode."""
+    """A model to measure, its circumstances, and a mode."""
 
     config: TrainConfig
     about: Circumstances

@@ -1,4 +1,4 @@
-"""What the scripts share: options that carry a config path, both spellings of a flag, one place for errors."""
+"""Base of the scripts: options that carry a config path, both spellings of a flag, one place for errors."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _alone(part: Path) -> Iterator[None]:
 
 
 def _validator_of(part: Path) -> Path:
-    """Where the server's name for this version of the file is kept while it is fetched."""
+    """Return the file that keeps the server's name for this version while it is fetched."""
     return part.with_suffix(".etag")
 
 
@@ -287,7 +287,7 @@ def _confirm(answer: requests.Response, page: Page) -> str | None:
 
 @dataclass
 class Page(html.parser.HTMLParser):
-    """What of a page of HTML matters: its title, a form for a download with its inputs, a link that confirms one."""
+    """Parser of a page of HTML: its title, a form for a download with its inputs, a link that confirms one."""
 
     title: str = ""
     form: str = ""

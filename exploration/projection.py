@@ -33,7 +33,7 @@ SMALLEST = 8  # the grid of the last scale of pixels, and of noise
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """How to look: 'w' is one style for all layers, 'w+' one for each.
+    """Settings of the search: 'w' is one style for all layers, 'w+' one for each.
 
     The learning rate rises linearly over the first `ramp_up` of the steps and falls along a cosine over the last
     `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades until `explore_until`.
@@ -75,7 +75,7 @@ class ProjectionJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where a projection is: the images (B, C, H, W) in [-1, 1] of this step, their distances (B,), and its styles."""
+    """State of a projection: the images (B, C, H, W) in [-1, 1] of a step, their distances (B,), and its styles."""
 
     images: Tensor
     distances: Tensor

@@ -76,7 +76,7 @@ class Detector:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorSetup:
-    """Which networks the metrics use: the user's files where given, else the cache's; and by which protocol."""
+    """Networks that the metrics use, the user's files where given, else the cache's; and their protocol."""
 
     program: Path | None = None  # in place of every network that can be replaced
     bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that are these networks, as the user says

@@ -44,7 +44,7 @@ NO_CLASSES = "the detector returns no class logits: an inception score needs a n
 
 
 class Accumulator(Protocol):
-    """What a recipe becomes for one pass. `add` gets rows at consecutive positions of the set, perhaps none of them."""
+    """State of a recipe during one pass. `add` gets rows at consecutive positions of the set, perhaps none of them."""
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None: ...
 

@@ -49,7 +49,7 @@ STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN fa
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a metric function returns: numbers by name, the one that counts first, and what went in."""
+    """Result of a metric function: numbers by name, the one that counts first, and what went in."""
 
     values: dict[str, float]
     num_real: int
@@ -203,7 +203,7 @@ def _has_program(spec: MetricSpec, setup: DetectorSetup) -> bool:
 
 
 def _suffix(spec: MetricSpec, setup: DetectorSetup) -> str:
-    """What the names of a metric's numbers end in when they come from a program that is not bound to a role."""
+    """Return the suffix of a metric's numbers when a program that is not bound to a role computed them."""
     return next(filter(None, map(setup.suffix_of, spec.roles)), "")
 
 

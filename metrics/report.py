@@ -1,4 +1,4 @@
-"""How results are shown: progress with the time left, and a table."""
+"""Display of results: progress with the time left, and a table."""
 
 from __future__ import annotations
 

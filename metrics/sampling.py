@@ -1,4 +1,4 @@
-"""What every metric is made of: batches of real and of generated images, shared out over the processes.
+"""Batches of real and of generated images for the metrics, shared out over the processes.
 
 Everything random here is a function of (seed, purpose, position of the image in its set), so a metric's value depends
 neither on the batch size nor on the number of processes. The noise of `noise_mode="random"`, which a network draws
@@ -33,7 +33,7 @@ READERS = 4  # threads that decode images ahead
 
 
 class Generator(Protocol):
-    """What a metric knows of a generator: latents and labels in, images in about [-1, 1] out."""
+    """Interface of a generator to the metrics: latents and labels in, images in about [-1, 1] out."""
 
     @property
     def z_dim(self) -> int: ...
