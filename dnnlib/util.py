@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import traceback
@@ -28,6 +29,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
 
 
 class EasyDict(dict[str, Any]):
@@ -136,6 +139,46 @@ def append_line(path: Path, line: str) -> None:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises OSError, also for a pipe, a device, a socket or a folder: it never waits for one.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the bytes of a regular file. Raises OSError, also for one of more than `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than the {limit} bytes that it may have", os.fspath(path))
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return a JSON document. Raises ValueError, also where it is nested too deep or has an integer beyond 64 bits."""
+    try:
+        return json.loads(text, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"{digits[:20]}... is an integer of more than 64 bits")
+    return int(digits)
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Return the JSON document in a regular file of at most `limit` bytes. Raises OSError, ValueError."""
+    return parse_json(read_regular(path, limit))
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a file that has one a line, none where there is no file.
 
@@ -143,8 +186,8 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict):
             yield entry
