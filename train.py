@@ -16,6 +16,7 @@ import torch
 import dnnlib.cli
 import legacy
 import metrics.registry
+from dnnlib import streams
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.download import cache_dir, is_url
@@ -312,6 +313,7 @@ def main(context: click.Context, **options: Any) -> None:
 
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
+    streams.protect(needs_stdout=False)  # the run's folder has all that is printed
     tune_allocator()
     with Signals() as signals, FolderLock() as lock:
         is_stopped = _train(request, signals, lock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -13,8 +12,10 @@ from typing import Any, NoReturn
 
 import click
 
+from dnnlib import streams
 from dnnlib.config import ConfigError, UserError
 from dnnlib.download import is_url
+from dnnlib.streams import OutputError
 from dnnlib.util import describe_error, is_out_of_memory
 
 # Decorators of click are untyped functions over functions.
@@ -107,7 +108,22 @@ def config_values(context: click.Context) -> dict[str, Any]:
     }
 
 
-class Script(click.Command):
+class Program(click.Command):
+    """A command, or a group of them, that can be run as a script: whatever happens to stdout ends in one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        streams.protect(needs_stdout=True)
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OutputError as error:  # not inside of a command: of --help, or of what was left to flush
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(Failure.exit_code)
+
+
+class Script(Program):
     """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
     and folders that cannot be used, a lack of memory.
 
@@ -120,10 +136,6 @@ class Script(click.Command):
         return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
 
     def invoke(self, ctx: click.Context) -> Any:
-        if sys.stderr is None:  # closed by the shell: 2>&-
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -144,7 +156,11 @@ class Script(click.Command):
                 formatter.write_dl(others)
 
 
-class DefaultGroup(click.Group):
+class ProgramGroup(Program, click.Group):
+    """A group of commands that can be run as a script."""
+
+
+class DefaultGroup(ProgramGroup):
     """A group whose command `default`, which takes options alone, need not be typed: `generate.py --seeds=0` is
     `generate.py images --seeds=0`."""
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dnnlib.config import UserError, WriteError
+from dnnlib.streams import raw_stream
 
 try:
     import fcntl
@@ -250,17 +251,29 @@ def redraw(text: str, stream: TextIO) -> None:
 class TeeLog:
     """While active, everything printed to stdout and stderr also goes to a file, except lines that are redrawn.
 
-    Those give way on the screen to what is printed next. The file ends with the error, if one ended the block. What
-    the disk has no room for is on the screen only.
+    Redrawn lines are overwritten on the screen by the next output. The file ends with the error, if one ended the
+    block. If the disk is full, output goes to the screen only; if a stream fails, to the file only, which says so once.
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1, errors="backslashreplace")
+        self.path = path
+        self.file = self._open()
         self.streams = (sys.stdout, sys.stderr)
+        self.dropped: list[TextIO] = []  # streams that failed, as far as the file says so
         self.redrawn: TextIO | None = None  # where a line stands that what comes next takes the place of
+
+    def _open(self) -> TextIO:
+        return self.path.open("a", buffering=1, errors="backslashreplace")
+
+    def reopen(self) -> None:
+        """Go on in a new file of the same name: the old one was removed. Raises OSError."""
+        old, self.file = self.file, self._open()
+        with suppress(OSError):
+            old.close()
 
     def __enter__(self) -> TeeLog:
         sys.stdout, sys.stderr = (_Tee(stream, self) for stream in self.streams)
+        self.note_failures()
         return self
 
     def __exit__(
@@ -274,6 +287,17 @@ class TeeLog:
                 self.file.write("".join(traceback.format_exception(error)))
         with suppress(OSError):
             self.file.close()
+
+    def note_failures(self) -> None:
+        """Say, in the file and on the other stream, that one has failed since the last time."""
+        for stream in self.streams:
+            raw = raw_stream(stream)
+            if raw and raw.failure and stream not in self.dropped:
+                self.dropped.append(stream)
+                line = f"Warning: {raw.title} failed ({raw.failure}) and is dropped; {self.path} has all that follows\n"
+                for target in (self.file, *self.streams):
+                    with suppress(OSError):
+                        target.write(line)
 
 
 class _Tee:
@@ -289,10 +313,13 @@ class _Tee:
             self.log.redrawn = None
         with suppress(OSError):
             self.log.file.write(text)
-        return self.stream.write(text)
+        written = self.stream.write(text)
+        self.log.note_failures()
+        return written
 
     def flush(self) -> None:
         self.stream.flush()
+        self.log.note_failures()
 
     def isatty(self) -> bool:
         return self.stream.isatty()

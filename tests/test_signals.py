@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import PATIENCE, small_config
 
 from dnnlib.config import UserError, override
 from torch_utils import distributed
@@ -124,21 +127,62 @@ def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    signals = Signals()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signals._answer(number)
+    assert codes == []
+    clock[0] += REPEAT_SECONDS + 0.1
+    signals._answer(signal.SIGTERM)
+    assert codes == []
+    signals._answer(signal.SIGINT)
+    assert codes == [EXIT_INTERRUPTED]
+    assert capsys.readouterr().err.split("\n\n") == [
+        "\nSIGTERM: stopping after this step, the state will be saved",
+        "Ctrl-C: stopping after this step, the state will be saved; press again to lose it",
+        "SIGHUP: stopping after this step, the state will be saved\n",
+    ]
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Python's own handler, which sets `stop`, has to wait until the compression returns."""
+    seen: list[int] = []
+    noise = random.Random(0).randbytes(1 << 20) * 32  # a second's work
+
+    def press(signals: Signals) -> None:
+        time.sleep(0.2)  # until the main thread is inside
+        os.kill(os.getpid(), signal.SIGINT)
+        while not signals.answered:
+            time.sleep(0.01)
+        seen.append(signals.stop)
+
     with Signals() as signals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-            signal.raise_signal(number)
-        assert (codes, signals.agree(1).stop) == ([], signal.SIGTERM)
-        clock[0] += REPEAT_SECONDS + 0.1
-        signal.raise_signal(signal.SIGTERM)
-        assert codes == []
-        signal.raise_signal(signal.SIGINT)
-        assert codes == [EXIT_INTERRUPTED]
+        thread = threading.Thread(target=press, args=[signals])
+        thread.start()
+        zlib.compress(noise, 9)
+        thread.join(PATIENCE)
+        assert (seen, signals.stop) == ([0], signal.SIGINT)
         signals.stop = 0
+    assert "Ctrl-C: stopping" in capsys.readouterr().err
+
+
+def test_a_signal_that_a_program_was_started_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.agree(1).stop is None
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.agree(1).stop == signal.SIGTERM
+            signals.stop = 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
@@ -170,7 +214,7 @@ def test_the_data_loaders_processes_outlive_a_signal_to_all(shapes_zip: Path) ->
     next(stream)
     (worker,) = set(multiprocessing.active_children()) - others
     assert worker.pid
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in Signals.HANDLED:
         os.kill(worker.pid, number)
     ahead = 8  # more than are prefetched
     expected = batches(dataset, seed=0, position=4, batch_size=4)

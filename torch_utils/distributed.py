@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dnnlib import streams
 from dnnlib.config import UserError
 from dnnlib.util import describe_error, is_out_of_memory
 from torch_utils.watchdog import Watchdog
@@ -158,7 +159,7 @@ def _launch_local(
             monitor_interval=0.2,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
-            signals_to_handle="SIGHUP,SIGQUIT",  # of the others, elastic would give workers 30 s to live
+            signals_to_handle="SIGQUIT",  # of the others, elastic would give workers 30 s to live
         )
         try:
             elastic_launch(config, _work)(function, args, device_type, timeout)
@@ -186,11 +187,11 @@ def _signals_passed_on() -> Iterator[None]:
         at_once = interrupts > 1
         for worker in multiprocessing.active_children():
             if worker.pid:
-                os.kill(worker.pid, signal.SIGKILL if at_once else _PASSED_ON[number])
+                os.kill(worker.pid, signal.SIGKILL if at_once else _PASSED_ON[signal.Signals(number)])
         if at_once:
             raise SystemExit(128 + signal.SIGINT)
 
-    previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    previous = {number: signal.signal(number, pass_on) for number in heeded(_PASSED_ON)}
     try:
         yield
     finally:
@@ -198,16 +199,19 @@ def _signals_passed_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_PASSED_ON: dict[int, int] = {
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGTERM: signal.SIGTERM,
-}
-if hasattr(signal, "SIGUSR1"):  # Windows has none
-    _PASSED_ON[signal.SIGUSR1] = signal.SIGUSR1
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return those of the signals that this program was not started to ignore, as `nohup` does with SIGHUP."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+_PASSED_ON = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGTERM}
+if hasattr(signal, "SIGUSR1"):  # Windows has neither
+    _PASSED_ON |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
 def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float) -> None:
     """One worker: join the group, run, leave. A UserError becomes one line and exit code 2."""
+    streams.protect(needs_stdout=True)
     try:
         _join(device_type, timedelta(seconds=2 * timeout))  # the watchdog speaks first, and knows more
     except UserError as error:
@@ -220,6 +224,7 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     atexit.register(lambda: _leave(codes[-1]))
     try:
         function(*args)
+        sys.stdout.flush()
         barrier()
     except UserError as error:
         print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)

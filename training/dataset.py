@@ -436,6 +436,7 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ignore what asks training to stop and reaches all its processes: the last steps need their batches."""
+    signal.set_wakeup_fd(-1)  # inherited, it would answer there for this process
     for number in Signals.HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
