@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
+from dnnlib.util import partial_path
 from training.data_sources.codec import SLOW_DECODER, BrokenImageError, decode_as, decode_image
 from training.data_sources.convert import (
     RESIZE_FILTERS,
@@ -243,7 +244,7 @@ def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Itera
 @contextmanager
 def new_dataset(dest: Path) -> Iterator[Writer]:
     """Give a function that adds a file; the set gets its name when all is written, and nothing is left if not."""
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    temporary = partial_path(dest)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         if dest.suffix.lower() == ".zip":

@@ -41,7 +41,7 @@ GPU_OPTIONS = [
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(outdir: Path | None, device: str | None) -> None:
     """Make a data set, train on it, generate images and measure them."""
-    began = time.time()
+    began = time.monotonic()
     place = choose_device(device)
     where = f"--device={place}"
     outdir = prepare(outdir)
@@ -64,7 +64,7 @@ def main(outdir: Path | None, device: str | None) -> None:
     print(f"Progress in pictures:  {run_dir}/fakes*.png")
     print(f"The snapshot:          {snapshot}")
     print(f"The run:               {run_dir}/log.txt, stats.jsonl, metric-{METRIC}.jsonl")
-    print(f"All of it took {format_time(time.time() - began)}.")
+    print(f"All of it took {format_time(time.monotonic() - began)}.")
     if not trained <= 0.6 * untrained:
         sys.exit("Error: the generator has not learned: its distance is more than 0.6 of the untrained one")
 

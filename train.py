@@ -20,7 +20,7 @@ from dnnlib import streams
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.download import cache_dir, is_url
-from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory, warn_on_write_error
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
@@ -342,16 +342,16 @@ def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
         run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
-        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else nullcontext()
-        with log, open_loggers(run_dir, config, trainer.state.nimg) as loggers:
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else None
+        with log or nullcontext(), open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
-                with hooks.going_on():
+                with warn_on_write_error():
                     print(runs.note_start(run_dir, trainer))
             _say("\n".join([operators, origin, *_notes(config)]))
             graphs = ", CUDA graphs" if config.run.graphs else ""
             _say(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
-            saver = Saver(run_dir, config.run, trainer.last_snapshot)
+            saver = Saver(runs.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
@@ -404,7 +404,8 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
 def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
     """Return what happens beside training, in the order in which it happens."""
     run, data = trainer.config.run, trainer.config.data
-    chain: list[Any] = [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
+    chain: list[Any] = [hooks.Folder(saver)]
+    chain += [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
     chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
     chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
     chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
@@ -482,7 +483,7 @@ def _evaluator(trainer: Trainer, saver: Saver, context: MetricContext, main_metr
                 record = metrics.registry.result_to_json(
                     result, context, snapshot=written, kimg=kimg, data=trainer.config.data.path
                 )
-                with hooks.going_on():
+                with warn_on_write_error():
                     if result.metric == main_metric and is_best(
                         record, saver.run_dir, higher_is_better=higher_is_better
                     ):

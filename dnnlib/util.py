@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -31,6 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+PARTIAL = ".partial"  # how the name of a file ends that is being written
 MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
 
 
@@ -80,9 +81,14 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
+def partial_path(path: Path) -> Path:
+    """Return where a file or folder is written until it is complete and gets its name: beside it, in this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
@@ -129,6 +135,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_error(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 letters of it, or the name of its class without one."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+@contextmanager
+def warn_on_write_error() -> Iterator[None]:
+    """Warn when a file that nothing depends on cannot be written inside, and go on."""
+    try:
+        yield
+    except (OSError, WriteError) as error:
+        print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -314,7 +329,8 @@ class _Tee:
         with suppress(OSError):
             self.log.file.write(text)
         written = self.stream.write(text)
-        self.log.note_failures()
+        if text.endswith("\n"):  # else in the middle of a line
+            self.log.note_failures()
         return written
 
     def flush(self) -> None:

@@ -16,9 +16,12 @@ from together import MODULES, work
 
 import dataset_tool
 from dnnlib.config import UserError, override
+from dnnlib.util import FolderLock
 from torch_utils import distributed
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.runs import OPTIONS_FILE, RunFolder
+from training.saving import Saver
 from training.training_loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -140,3 +143,9 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
     dataset = ImageDataset(config.data)
     on_gpu = torch.cuda.is_available()
     return resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim, on_gpu=on_gpu))
+
+
+def new_saver(folder: Path, config: TrainConfig) -> Saver:
+    """The saver of a run whose folder this is."""
+    (folder / OPTIONS_FILE).touch()
+    return Saver(RunFolder(folder, config, FolderLock()))

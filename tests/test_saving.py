@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -13,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, small_config
+from conftest import PATIENCE, new_saver, small_config
 from PIL import Image
 
 from dnnlib.config import WriteError
-from dnnlib.util import TeeLog, redraw
+from dnnlib.util import TeeLog, partial_path, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
 from training.dataset import ImageDataset
 from training.loggers import Loggers
-from training.saving import Saver, obsolete
+from training.saving import obsolete
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -40,14 +39,14 @@ def train_steps(trainer: Trainer, steps: int) -> None:
 
 def fill_the_disk(path: Path) -> None:
     """Let what is going to be written to a file's temporary end on a device that is always full."""
-    path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
+    partial_path(path).symlink_to("/dev/full")
 
 
 def test_a_state_is_written_as_it_was_when_it_was_copied(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = new_trainer(shapes_zip)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     train_steps(trainer, 1)
     expected = digest(trainer.capture()["parts"])
     go_on = threading.Event()
@@ -71,7 +70,7 @@ def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path
     trainer = new_trainer(shapes_zip)
     trainer.augment.p.fill_(0.25)
     train_steps(trainer, 2)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     saver.save(trainer, snapshot=True)
     saver.finish()
     snapshot = load_network(tmp_path / "network-snapshot-000000.pkl")
@@ -97,7 +96,7 @@ def test_metrics_and_pictures_are_those_of_the_averaged_network(
     loggers = Loggers((), tmp_path, trainer.config)
     pictures = hooks.ImageGrids(tmp_path, 1, loggers)
     monkeypatch.setattr(pictures, "_count", lambda trainer: 16)
-    trainer.hooks = [hooks.Metrics(Saver(tmp_path, trainer.config.run), [(1, ["any"])], 1, evaluate, loggers), pictures]
+    trainer.hooks = [hooks.Metrics(new_saver(tmp_path, trainer.config), [(1, ["any"])], 1, evaluate, loggers), pictures]
     train_steps(trainer, 1)
     assert all(G is trainer.ema.module for G in evaluated)
     assert len(evaluated) == 2
@@ -132,7 +131,7 @@ def test_nothing_is_copied_while_a_write_is_in_flight(
 ) -> None:
     trainer = new_trainer(shapes_zip)
     train_steps(trainer, 1)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     in_flight: list[object] = []
 
     def capture(*args: object) -> dict[str, object]:
@@ -168,7 +167,7 @@ def test_training_goes_on_when_the_disk_is_full(
     shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = new_trainer(shapes_zip)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     for name in ("training-state-000000.pt", "network-snapshot-000000.pkl"):
         fill_the_disk(tmp_path / name)
     (tmp_path / "stats.jsonl").symlink_to("/dev/full")
@@ -236,7 +235,7 @@ def test_damaged_states_ahead_of_a_run_do_not_count_as_kept(shapes_zip: Path, tm
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (7, 9):
         (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     trainer.hooks = [hooks.Snapshots(saver, 1)]
     trainer.state.nimg = 8000
     train_steps(trainer, 1)
@@ -252,7 +251,7 @@ def test_a_run_keeps_as_many_states_as_it_is_told(shapes_zip: Path, tmp_path: Pa
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (3, 5):
         trainer.save(tmp_path / f"training-state-{kimg:06d}.pt")
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     trainer.hooks = [hooks.Snapshots(saver, 1)]
     trainer.state.nimg = 8000
     train_steps(trainer, 1)

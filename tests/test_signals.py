@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, small_config
+from conftest import PATIENCE, new_saver, small_config
 
 from dnnlib.config import UserError, override
 from torch_utils import distributed
@@ -22,7 +22,6 @@ from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_INTERRUPTED, INTERVAL, REPEAT_SECONDS, Signals
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset, batches
-from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
 
@@ -44,7 +43,7 @@ def at_step(step: int, number: signal.Signals) -> Callable[[Trainer], None]:
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
     trainer, straight = new_trainer(shapes_zip), new_trainer(shapes_zip)
     before = signal.getsignal(signal.SIGTERM)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     seen: list[int] = []
 
     def stop_at_step_4(trainer: Trainer) -> None:
@@ -72,7 +71,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
 
 def test_a_signal_before_the_first_step_waits_for_something_to_save(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
-    saver = Saver(tmp_path, trainer.config.run)
+    saver = new_saver(tmp_path, trainer.config)
     with Signals() as signals:
         trainer.hooks = [at_step(0, signal.SIGTERM), hooks.Requests(saver, signals)]
         trainer.train()
@@ -98,7 +97,7 @@ def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp
     straight, first, second = (Trainer(config, ImageDataset(config.data), torch.device("cpu")) for _ in range(3))
     straight.hooks = [spoil, note]
     straight.train()
-    saver = Saver(tmp_path, config.run)
+    saver = new_saver(tmp_path, config)
     with Signals() as signals:
         first.hooks = [spoil, at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
         first.train()
@@ -120,11 +119,11 @@ def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp
     with torch.no_grad():
         trainer.D.epilogue.out.weight.fill_(float("nan"))
     with Signals() as signals:
-        requests = hooks.Requests(Saver(tmp_path, trainer.config.run), signals)
+        requests = hooks.Requests(new_saver(tmp_path, trainer.config), signals)
         trainer.hooks = [at_step(1, signal.SIGUSR1), requests]
         with pytest.raises(UserError, match="G_main met values that are not finite at step 0"):
             trainer.train()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.pt")) == []
 
 
 def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error
+from dnnlib.util import describe_error, partial_path
 from torch_utils.pickles import describe_torch_file, is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -155,7 +155,7 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
         "sha256": digest(payload),
         "payload": payload,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_path(path)
     try:
         with temporary.open("wb") as file:
             torch.save(document, file)

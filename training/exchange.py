@@ -21,7 +21,7 @@ from torch import Tensor
 import dnnlib
 from dnnlib.config import ConfigError, UserError, WriteError
 from dnnlib.download import sha256_of_file
-from dnnlib.util import import_extra
+from dnnlib.util import import_extra, partial_path
 from torch_utils.checkpoint import digest
 from training.config import read_config
 from training.snapshot import (
@@ -116,7 +116,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     refuse_existing(folder)
     make_parent(folder)
     whole = folder.absolute()
-    temporary = whole.with_name(f".{whole.name}.{os.getpid()}")
+    temporary = partial_path(whole)
     try:
         with _reported(folder):
             temporary.mkdir()

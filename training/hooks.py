@@ -10,15 +10,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnnlib.config import WriteError
-from dnnlib.util import append_line, format_time, redraw
+from dnnlib.util import append_line, format_time, redraw, warn_on_write_error
 from torch_utils import distributed
 from torch_utils.images import make_grid, save_image, to_uint8
 from torch_utils.misc import seed_step
@@ -43,13 +41,13 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.drawn = time.time()
+        self.drawn = time.monotonic()
         self.began: tuple[float, int] | None = None  # when the first step was done, and the images until then
 
     def __call__(self, trainer: Trainer) -> None:
         if not distributed.is_main():
             return
-        now, nimg = time.time(), trainer.state.nimg
+        now, nimg = time.monotonic(), trainer.state.nimg
         if self.began is None and not (trainer.tick and trainer.tick.is_first):
             self.began = now, nimg
         if trainer.tick is not None:
@@ -69,7 +67,7 @@ class Progress:
         began, nimg = self.began or (0.0, trainer.state.nimg)
         done = trainer.state.nimg - nimg
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
-        return format_time((time.time() - began) / done * left) if done else "?"
+        return format_time((time.monotonic() - began) / done * left) if done else "?"
 
     def _tick_line(self, trainer: Trainer) -> str:
         tick, nimg = trainer.tick, trainer.state.nimg
@@ -103,7 +101,7 @@ class ImageGrids:
 
     def _show(self, name: str, images: torch.Tensor, path: Path, trainer: Trainer) -> None:
         grid = make_grid(images)
-        with going_on():
+        with warn_on_write_error():
             save_image(grid, path)
         self.loggers.add_picture(f"Images/{name}", grid, trainer.state.nimg)
 
@@ -129,6 +127,17 @@ class ImageGrids:
         c = encode_labels(trainer.dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
         parts = zip(z.split(trainer.batch_gpu), c.split(trainer.batch_gpu), strict=True)
         return torch.cat([to_uint8(G(zs, cs)).cpu() for zs, cs in parts])
+
+
+class Folder:
+    """Sees every tick that the run's folder is still there (Saver.check_folder)."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tick is not None and not trainer.tick.is_first:
+            self.saver.check_folder(trainer)
 
 
 class Snapshots:
@@ -160,6 +169,7 @@ class Requests:
         request = self.signals.agree(trainer.state.step)
         if request.stop is None and not request.save:
             return
+        self.saver.check_folder(trainer)
         trainer.stop_if_failed()  # or what is saved would go on beyond the failure in silence
         self.saver.save(trainer, snapshot=False)
         name = request.stop.name if request.stop else "SIGUSR1"
@@ -213,7 +223,7 @@ class Metrics:
         kimg = trainer.state.nimg / 1000
 
         def keep(metric: str) -> None:
-            with going_on():
+            with warn_on_write_error():
                 self.saver.keep_best(trainer, metric)
                 print(f"Best {metric} so far, kept as network-best-{metric}.pkl", flush=True)
 
@@ -288,7 +298,7 @@ class JsonLog:
         for name, stat in trainer.tick.stats.items():
             mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
             line[name] = {"mean": mean, "std": std, "num": stat.count}
-        with going_on():
+        with warn_on_write_error():
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
@@ -335,15 +345,6 @@ class Profile:
         self.profiler.export_chrome_trace(str(self.path))
         self.profiler = None
         print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
-
-
-@contextmanager
-def going_on() -> Iterator[None]:
-    """Warn when a file that nothing depends on cannot be written inside, and go on."""
-    try:
-        yield
-    except (OSError, WriteError) as error:
-        print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
 
 
 def _kimg(trainer: Trainer) -> str:

@@ -10,11 +10,12 @@ import importlib.util
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -44,15 +45,28 @@ class TensorBoard:
 
         # What lies beyond the training state that a killed run goes on from is not shown.
         self.writer = SummaryWriter(str(run_dir), purge_step=nimg + 1 if nimg else None)
+        self.has_failed = False
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, nimg)
-        self.writer.flush()
+        with self._writing() as writer:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, nimg)
 
     def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
-        self.writer.add_image(name, picture, nimg)
-        self.writer.flush()
+        with self._writing() as writer:
+            writer.add_image(name, picture, nimg)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """Yield the writer and flush it; a new one after a failure, of which the thread that writes has ended."""
+        if self.has_failed:
+            self.writer, self.has_failed = type(self.writer)(self.writer.log_dir), False
+        try:
+            yield self.writer
+            self.writer.flush()
+        except Exception:
+            self.has_failed = True
+            raise
 
     def close(self, succeeded: bool) -> None:
         self.writer.close()
@@ -152,6 +166,7 @@ class Loggers:
                 logger.add_picture(name, picture.cpu(), nimg)
 
     def __enter__(self) -> Loggers:
+        self.excepthook, threading.excepthook = threading.excepthook, self._leave_out_told
         return self
 
     def __exit__(
@@ -160,6 +175,12 @@ class Loggers:
         for name, logger in self.loggers.items():
             with self._going_on_without(name):
                 logger.close(error is None)
+        threading.excepthook = self.excepthook
+
+    def _leave_out_told(self, error: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread that writes: what it meets is raised by the next call, too."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self.excepthook(error)
 
     @contextmanager
     def _going_on_without(self, name: str) -> Iterator[None]:

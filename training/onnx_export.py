@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import import_extra
+from dnnlib.util import import_extra, partial_path
 from torch_utils import custom_ops
 from training.exchange import make_parent, refuse_existing
 from training.snapshot import Snapshot
@@ -114,7 +114,7 @@ def _strip(program: Any) -> None:
 
 def _save(program: Any, path: Path) -> None:
     """Write a program: whole or not at all, then WriteError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_path(path)
     make_parent(path)
     try:
         program.save(temporary)

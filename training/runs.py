@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +19,16 @@ from torch import nn
 import dnnlib
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
-from dnnlib.util import FolderLock, append_line, read_json_lines, source_commit, write_atomically
+from dnnlib.util import (
+    PARTIAL,
+    FolderLock,
+    TeeLog,
+    append_line,
+    read_json_lines,
+    source_commit,
+    warn_on_write_error,
+    write_atomically,
+)
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.misc import device_name
@@ -37,6 +47,13 @@ PUBLISHED = {
     "celebahq256": "CelebA-HQ at 256x256",
     "lsundog256": "LSUN Dog at 256x256",
 }
+
+OPTIONS_FILE = "training_options.json"
+
+# Files that training writes in one step, before they get their names.
+OWN_PARTIAL = re.compile(
+    rf"\.(network|training|state|stats|metric|fakes\d*|reals|wandb)[-_.].*\.\d+{re.escape(PARTIAL)}", re.DOTALL
+)
 
 
 def names_snapshot(resume: str | None) -> bool:
@@ -221,7 +238,7 @@ def _list_runs(outdir: Path) -> list[Path]:
 
 
 def _saved_config(run_dir: Path) -> TrainConfig:
-    path = run_dir / "training_options.json"
+    path = run_dir / OPTIONS_FILE
     try:
         return read_config(json.loads(path.read_text()))
     except (OSError, ValueError, RecursionError) as error:
@@ -242,10 +259,35 @@ def create(start: Start, outdir: Path, dataset: ImageDataset, lock: FolderLock) 
         run_dir = start.run_dir or _make_run_dir(outdir, start.config, dataset)
         if start.run_dir is None:
             lock.acquire(run_dir)
-        write_atomically(run_dir / "training_options.json", json.dumps(to_json(start.config), indent=2) + "\n")
+        _write_options(run_dir, start.config)
     except OSError as error:
         raise UserError(f"--outdir={outdir}: cannot be written ({error.strerror})") from None
     return run_dir
+
+
+def _write_options(run_dir: Path, config: TrainConfig) -> None:
+    write_atomically(run_dir / OPTIONS_FILE, json.dumps(to_json(config), indent=2) + "\n")
+
+
+class RunFolder:
+    """The folder of a run, as this process uses it: it can be made again when somebody has removed it meanwhile."""
+
+    def __init__(self, path: Path, config: TrainConfig, lock: FolderLock, log: TeeLog | None = None) -> None:
+        self.path, self.config, self.lock, self.log = path, config, lock, log
+
+    def restore(self) -> bool:
+        """Make the folder again, with its options, lock and log, if it has gone; return whether it had.
+
+        Raises OSError, UserError.
+        """
+        if os.path.exists(self.path / OPTIONS_FILE):  # unlike Path.exists, of any error: of a disk that has gone, too
+            return False
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire(self.path)
+        _write_options(self.path, self.config)
+        if self.log:
+            self.log.reopen()
+        return True
 
 
 def note_start(run_dir: Path, trainer: Trainer) -> str:
@@ -303,7 +345,8 @@ def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]
         path = load_latest(trainer, start.run_dir)
         return f"Resuming from {path} at kimg {trainer.state.nimg / 1000:g}"
     if start.state:
-        _resume(trainer, start.state)
+        if problem := _resume(trainer, start.state):
+            raise UserError(problem)
         return f"Starting from {start.state} at kimg {trainer.state.nimg / 1000:g}"
     if start.snapshot:
         networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
@@ -345,9 +388,8 @@ def list_states(run_dir: Path) -> list[Path]:
 
 
 def load_latest(trainer: Trainer, run_dir: Path) -> Path:
-    """Resume from the newest training state that is whole. Raises UserError when none is."""
-    chosen = distributed.from_main(lambda: _newest_whole_state(run_dir))
-    _resume(trainer, chosen)
+    """Resume from the newest training state that can be used. Raises UserError when none can."""
+    chosen = _resume_newest(trainer, run_dir)
     newest = run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
     snapshots = [path for path in run_dir.glob("network-snapshot-*.pkl") if path <= newest]
     trainer.last_snapshot = max(snapshots, default=None)
@@ -358,26 +400,41 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     return chosen
 
 
-def _resume(trainer: Trainer, state: Path) -> None:
-    if not trainer.resume(state) and distributed.is_main():
-        print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
-
-
-def _newest_whole_state(run_dir: Path) -> Path:
-    for path in reversed(list_states(run_dir)):
-        try:
-            Checkpoint.read(path)
+def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
+    """Try the training states of a run, the newest first; warn of those that cannot be used."""
+    for path in reversed(distributed.from_main(lambda: list_states(run_dir))):
+        problem = _resume(trainer, path)
+        if problem is None:
             return path
-        except UserError as error:
-            print(f"Warning: {error}", file=sys.stderr)
-    raise UserError(f"{run_dir}: holds no whole training state to resume from")
+        if distributed.is_main():
+            print(f"Warning: {problem}", file=sys.stderr)
+    return distributed.from_main(lambda: _refuse_run(run_dir))
+
+
+def _refuse_run(run_dir: Path) -> NoReturn:
+    raise UserError(f"{run_dir}: holds no training state that can be used, as the warnings say; start a new run")
+
+
+def _resume(trainer: Trainer, state: Path) -> str | None:
+    """Resume from a training state; return why any process could not. A collective call."""
+    problem, is_same = None, True
+    try:
+        is_same = trainer.resume(state)
+    except UserError as error:
+        problem = str(error)
+    if distributed.maximum([problem is not None]) == [1]:
+        return problem or f"{state}: another process could not use it"
+    if not is_same and distributed.is_main():
+        print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
+    return None
 
 
 def _remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote."""
-    for path in run_dir.iterdir():
-        if re.fullmatch(r"\..+\.\d+", path.name):
-            path.unlink(missing_ok=True)
+    """Remove the temporary files of processes of this run that were killed while they wrote."""
+    for path in run_dir.glob(f".*{PARTIAL}"):
+        if OWN_PARTIAL.fullmatch(path.name) and path.is_file():
+            with warn_on_write_error():
+                path.unlink(missing_ok=True)
 
 
 def _cut_log(path: Path, kimg: float) -> None:

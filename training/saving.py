@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dnnlib.config import WriteError
+from dnnlib.config import UserError, WriteError
+from dnnlib.util import describe_error
 from torch_utils import distributed
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint
-from training.config import RunConfig
-from training.runs import list_states
+from training.runs import RunFolder, list_states
 from training.snapshot import capture_network, write_network
 from training.training_loop import Trainer
 
@@ -23,8 +24,8 @@ class Saver:
     A file that cannot be written is reported at the next tick; training goes on, and earlier files are intact.
     """
 
-    def __init__(self, run_dir: Path, run: RunConfig, last_snapshot: Path | None = None) -> None:
-        self.run_dir, self.run = run_dir, run
+    def __init__(self, folder: RunFolder, last_snapshot: Path | None = None) -> None:
+        self.folder, self.run_dir, self.run = folder, folder.path, folder.config.run
         self.writer = BackgroundWriter()
         self.saved_nimg = 0  # where the newest training state stands
         self.last_snapshot = last_snapshot  # that was written
@@ -52,6 +53,38 @@ class Saver:
             self.writer.submit(partial(_run_all, jobs))
         if nimg == 0:
             self._warn(self.writer.join())  # now: the data loader forks next, which goes badly with a thread at work
+
+    def check_folder(self, trainer: Trainer) -> None:
+        """Make the run's folder again if it has gone, and write a training state there. A collective call.
+
+        Raises UserError where it cannot be made: that names the file, elsewhere, which has the state then.
+        """
+        if distributed.from_main(lambda: self._restore_folder(trainer)):
+            self.save(trainer, snapshot=False)
+
+    def _restore_folder(self, trainer: Trainer) -> bool:
+        try:
+            if not self.folder.restore():
+                return False
+        except (OSError, UserError) as error:
+            raise UserError(self._rescue(trainer, describe_error(error))) from None
+        print(
+            f"Warning: {self.run_dir} was removed while the run went on; it is there again, without what was in it",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.saved_nimg, self.last_snapshot, trainer.last_snapshot = 0, None, None
+        return True
+
+    def _rescue(self, trainer: Trainer, reason: str) -> str:
+        """Write a training state to the folder of temporary files; return what is to be said."""
+        problem = f"{self.run_dir}: was removed while the run went on, and cannot be made again ({reason})"
+        state = Path(tempfile.mkdtemp(prefix="styleformer-")) / f"training-state-{trainer.state.nimg // 1000:06d}.pt"
+        try:
+            trainer.save(state)
+        except WriteError as error:
+            return f"{problem}; nor could the training state be saved elsewhere: {error}"
+        return f"{problem}. The training state is in {state}: --resume={state} starts a new run from it"
 
     def report(self, trainer: Trainer) -> None:
         """Warn of what could not be written; note what was."""

@@ -28,6 +28,8 @@ from training.loss import Players
 from training.networks import execution
 from training.phases import Phase, build_learner, build_phases
 
+MOST_SECONDS = 1e10  # that a run can have taken
+
 
 @dataclass
 class TrainState:
@@ -41,10 +43,12 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        numbers = [state[name] for name in ("nimg", "step", "elapsed")]
-        if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in numbers):
-            raise ValueError(f"the state of training is {state}")
-        self.nimg, self.step, self.elapsed = int(numbers[0]), int(numbers[1]), float(numbers[2])
+        counts = [state[name] for name in ("nimg", "step")]
+        if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in counts):
+            raise ValueError(f"nimg and step are {counts}"[:200])
+        self.nimg, self.step = map(int, counts)
+        elapsed = state.get("elapsed")  # only shown, so whatever a clock has done to it is no reason to refuse
+        self.elapsed = float(min(elapsed, MOST_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
         data = self._batches()
-        began = time.time() - self.state.elapsed
+        began = time.monotonic() - self.state.elapsed
         self._start_tick()
         if self.state.step == 0:
             self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
@@ -232,7 +236,7 @@ class Trainer:
             self.ema.update(self.state.nimg, self.batch_size)
             self.state.nimg += self.batch_size
             self.state.step += 1
-            self.state.elapsed = time.time() - began
+            self.state.elapsed = time.monotonic() - began
             self.ada.update(self.state.step, self.batch_size)
             self._report(self._finish_tick())
 
@@ -320,15 +324,15 @@ class Trainer:
 
     def _report(self, tick: Tick | None) -> None:
         self.tick = tick
-        began = time.time()
+        began = time.monotonic()
         for hook in self.hooks:
             hook(self)
         if tick is not None:
-            self._start_tick(maintenance=time.time() - began)
+            self._start_tick(maintenance=time.monotonic() - began)
 
     def _start_tick(self, maintenance: float = 0.0) -> None:
         """Begin to measure a tick; `maintenance` is the time that the hooks took at the end of the last one."""
-        self.tick_began, self.tick_nimg_began, self.maintenance = time.time(), self.state.nimg, maintenance
+        self.tick_began, self.tick_nimg_began, self.maintenance = time.monotonic(), self.state.nimg, maintenance
 
     def tick_here(self) -> Tick | None:
         """Return the tick that ends at this step, without its figures; None where none does."""
@@ -385,7 +389,7 @@ class Trainer:
             values["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         done = self.state.nimg - self.tick_nimg_began
         if done:
-            values["Timing/sec_per_tick"] = time.time() - self.tick_began
+            values["Timing/sec_per_tick"] = time.monotonic() - self.tick_began
             values["Timing/sec_per_kimg"] = values["Timing/sec_per_tick"] * 1000 / done
         return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
 
