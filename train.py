@@ -42,7 +42,7 @@ from training.config import (
     resolve,
 )
 from training.data_sources.codec import SLOW_DECODER
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, allow_open_files
 from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
@@ -298,6 +298,8 @@ def main(context: click.Context, **options: Any) -> None:
     )
     config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
+    if config.run.workers or config.run.num_gpus > 1:
+        allow_open_files(config.run.workers or 0)
     is_first = distributed.launched_rank() == 0
     if is_first:
         dataset.check_shapes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,11 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 FLOAT32_MAX = 3.4028234663852886e38
+LIMITS = {  # of this shell, as errors tell them -> what to do
+    errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
+    errno.ENFILE: "the machine has no more; end other programs",
+    errno.EAGAIN: "raise the limit of processes and threads, `ulimit -u`, or choose fewer --workers",
+}
 MOST_DIGITS = 18  # of an integer: it fits into 64 bits
 MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do
@@ -143,6 +149,8 @@ class Script(Program):
         except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):
                 fail(self, UserError(f"out of memory ({describe_error(error)}): give it less at a time"))
+            if isinstance(error, OSError) and error.errno in LIMITS:
+                fail(self, UserError(f"{error.strerror}: {LIMITS[error.errno]}"))
             if isinstance(error, OSError) and error.filename is not None:
                 fail(self, UserError(f"{error.filename}: cannot be used ({error.strerror})"))
             raise

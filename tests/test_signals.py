@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -140,11 +141,8 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, caps
     assert codes == []
     signals._answer(signal.SIGINT)
     assert codes == [EXIT_INTERRUPTED]
-    assert capsys.readouterr().err.split("\n\n") == [
-        "\nSIGTERM: stopping after this step, the state will be saved",
-        "Ctrl-C: stopping after this step, the state will be saved; press again to lose it",
-        "SIGHUP: stopping after this step, the state will be saved\n",
-    ]
+    answer = "Ctrl-C: stopping after this step, the state will be saved; press again to lose it"
+    assert capsys.readouterr().err == f"\n{answer}\n"
 
 
 def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
@@ -157,7 +155,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
     def press(signals: Signals) -> None:
         time.sleep(0.2)  # until the main thread is inside
         os.kill(os.getpid(), signal.SIGINT)
-        while not signals.answered:
+        while signals.interrupted == math.inf:
             time.sleep(0.01)
         seen.append(signals.stop)
 

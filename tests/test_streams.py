@@ -68,11 +68,12 @@ def failing(kind: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def run(code: str, *arguments: str, closed: str = "", **streams: int) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, *arguments: str, closed: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     """Run Python code as a program; the shell closes the streams `closed`, as in `>&-`."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, *arguments]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run(command, cwd=ROOT, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, cwd=ROOT, text=True, check=False, stdout=stdout, stderr=stderr)
 
 
 REASONS = {"full": "No space left on device", "pipe": "Broken pipe", "terminal": "Input/output error"}
@@ -115,7 +116,8 @@ def test_training_goes_on_without_a_stream_and_its_log_says_so_once(
 ) -> None:
     log = tmp_path / "log.txt"
     with failing(kind) as descriptor:
-        done = run(TRAINING, str(log), **dict.fromkeys(names, descriptor))
+        stdout, stderr = (descriptor if name in names else subprocess.PIPE for name in ("stdout", "stderr"))
+        done = run(TRAINING, str(log), stdout=stdout, stderr=stderr)
     assert done.returncode == 0
     lines = log.read_text().splitlines()
     notes = [f"Warning: {name} failed ({REASONS[kind]}) and is dropped; {log} has all that follows" for name in names]

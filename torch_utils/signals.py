@@ -6,6 +6,7 @@ to go on. A second SIGINT exits at once.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -39,16 +40,15 @@ class Signals:
     """While active, notes signals instead of dying of them; `agree` tells what they ask for.
 
     Only the main thread of a program may enter. Where it was asked to stop, it goes on to note signals afterwards. A
-    thread of its own answers them on the screen at once: Python's handlers wait for the operator that the main thread
-    is in, which can take minutes on a CPU.
+    thread of its own answers Ctrl-C at once: Python's handlers wait for the operator that the main thread is in, which
+    can take minutes on a CPU.
     """
 
     HANDLED = (*STOPPING, *SAVING)
 
     def __init__(self) -> None:
         self.save, self.stop = False, 0
-        self.interrupted = float("inf")  # when the first SIGINT came
-        self.answered: set[int] = set()
+        self.interrupted = math.inf  # when the first SIGINT came
         self.previous: dict[signal.Signals, Any] = {}
         self.pipe: tuple[int, int] | None = None
 
@@ -82,20 +82,16 @@ class Signals:
         os.close(pipe)
 
     def _answer(self, number: int) -> None:
-        """Say on the screen what a signal to stop does; a second SIGINT ends the process."""
-        if number == signal.SIGINT:
-            if time.monotonic() > self.interrupted + REPEAT_SECONDS:
-                os._exit(EXIT_INTERRUPTED)
-            self.interrupted = min(self.interrupted, time.monotonic())
-        if number in STOPPING and number not in self.answered and distributed.is_main():
-            self.answered.add(number)
-            name, again = signal.Signals(number).name, ""
-            if number == signal.SIGINT:
-                name, again = "Ctrl-C", "; press again to lose it"
+        """Say on the screen what Ctrl-C does; a second one ends the process."""
+        if number != signal.SIGINT:
+            return
+        if time.monotonic() > self.interrupted + REPEAT_SECONDS:
+            os._exit(EXIT_INTERRUPTED)
+        is_first, self.interrupted = self.interrupted == math.inf, min(self.interrupted, time.monotonic())
+        if is_first and distributed.is_main():
+            message = "\nCtrl-C: stopping after this step, the state will be saved; press again to lose it"
             with suppress(OSError, ValueError):  # a stream that fails, or is closed at the end of the program
-                print(
-                    f"\n{name}: stopping after this step, the state will be saved{again}", file=sys.stderr, flush=True
-                )
+                print(message, file=sys.stderr, flush=True)
 
     def agree(self, step: int) -> Request:
         """Return what any process was asked for since the last time. A collective call for every step.

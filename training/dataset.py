@@ -31,6 +31,14 @@ from training.data_sources.codec import (
 )
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+OPEN_FILES = 256  # of a process of training on a GPU, generously
+OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
+
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images that are decoded at a time
@@ -377,8 +385,11 @@ def batches(
 
     Each global batch covers `batch_size` positions, of which this rank gets its contiguous share of
     b = batch_size / world_size. Labels are as in `ImageDataset.labels`. With `workers` the batches are decoded ahead
-    in other processes; which images come does not depend on it. Raises ValueError if the shares are not equal.
+    in other processes; which images come does not depend on it. Raises ValueError if the shares are not equal,
+    UserError if this shell allows too few open files.
     """
+    if workers:
+        allow_open_files(workers)
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         _BatchReader(dataset),
         sampler=_ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size),
@@ -432,6 +443,24 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
         return False
     free, _ = torch.cuda.mem_get_info(device)
     return dataset.num_originals * prod(dataset.img_shape) <= min(RESIDENT_BYTES, free / 4)
+
+
+def allow_open_files(workers: int) -> None:
+    """Raise this process's limit of open files to what training needs with so many workers for the images.
+
+    Each batch of a worker is passed on as two open files. When they find no room the thread that takes them ends, and
+    the loader waits for ever. Raises UserError where the limit cannot be raised so far.
+    """
+    needed = OPEN_FILES + workers * OPEN_FILES_PER_WORKER
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if resource else (needed, needed)
+    if soft >= needed or soft == -1:
+        return
+    if -1 < hard < needed:
+        raise UserError(
+            f"this shell allows {hard} open files, and training with --workers={workers} needs {needed}: raise that "
+            f"limit, `ulimit -n {needed}`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
