@@ -86,14 +86,22 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which takes the place of `path` at the end of the block unless that raises."""
     temporary = partial_path(path)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there any more, or its folder is not
+            temporary.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, never a part."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def source_commit() -> str | None:

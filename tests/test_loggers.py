@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
@@ -19,6 +20,7 @@ from click.testing import CliRunner, Result
 from conftest import SMALL, small_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from training import loggers
@@ -180,6 +182,30 @@ def test_a_logger_that_fails_stops_neither_training_nor_others(
         assert result.output.count(warning) == 1, result.output  # not at every tick
     (run_dir,) = tmp_path.glob("0*")
     assert len(EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")) == 3
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_a_while_costs_tensorboard_what_came_then(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own thread meets the error; it ends with a traceback otherwise, and nothing is written any more."""
+    full: list[int] = []
+    write = RecordWriter.write
+
+    def write_if_there_is_room(self: RecordWriter, data: bytes) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_if_there_is_room)
+    with loggers.Loggers(("tensorboard",), tmp_path, small_config(shapes_zip)) as chosen:
+        for nimg in range(6):
+            full[:] = [1] if nimg in (2, 3) else []
+            chosen.add({"x": 1.0}, nimg)
+    warning = "Warning: --log=tensorboard: OSError: [Errno 28] No space left on device; training goes on\n"
+    assert capsys.readouterr().err == warning
+    accumulated = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in accumulated.Scalars("x")] == [0, 1, 4, 5]
 
 
 def test_a_logger_that_cannot_begin_is_left_out(

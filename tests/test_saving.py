@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -15,14 +18,16 @@ import torch
 from conftest import PATIENCE, new_saver, small_config
 from PIL import Image
 
-from dnnlib.config import WriteError
-from dnnlib.util import TeeLog, partial_path, redraw
+from dnnlib.config import UserError, WriteError
+from dnnlib.util import FolderLock, TeeLog, partial_path, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
+from training.config import read_config
 from training.dataset import ImageDataset
 from training.loggers import Loggers
-from training.saving import obsolete
+from training.runs import OPTIONS_FILE, RunFolder
+from training.saving import Saver, obsolete
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -187,6 +192,58 @@ def test_training_goes_on_when_the_disk_is_full(
     with pytest.raises(WriteError, match="the disk is full"):
         saver.finish()
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
+
+
+def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
+    shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = new_trainer(shapes_zip)
+    run_dir = tmp_path / "runs" / "00000-run"
+    run_dir.mkdir(parents=True)
+
+    def remove(trainer: Trainer) -> None:
+        if trainer.state.step == 2:
+            shutil.rmtree(tmp_path / "runs")
+
+    with FolderLock() as lock, TeeLog(run_dir / "log.txt") as log:
+        (run_dir / OPTIONS_FILE).write_text("{}")
+        saver = Saver(RunFolder(run_dir, trainer.config, lock, log))
+        trainer.hooks = [remove, hooks.Folder(saver), hooks.JsonLog(run_dir)]
+        train_steps(trainer, 4)
+        saver.finish()
+        print("the end")
+    assert capsys.readouterr().err == f"Warning: {run_dir} was removed while the run went on; it is there again, " + (
+        "without what was in it\n"
+    )
+    assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2
+    assert read_config(json.loads((run_dir / OPTIONS_FILE).read_text())) == trainer.config
+    assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 3  # of steps 2 to 4
+    assert (run_dir / "log.txt").read_text().endswith("the end\n")
+    with FolderLock() as other:
+        other.acquire(run_dir)
+
+
+def test_a_folder_that_cannot_be_made_again_stops_the_run_with_the_state_elsewhere(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trainer = new_trainer(shapes_zip)
+    (tmp_path / "runs").mkdir()
+    saver = new_saver(tmp_path / "runs", trainer.config)
+    trainer.hooks = [hooks.Folder(saver)]
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("another file")
+    with pytest.raises(UserError, match="cannot be made again") as error:
+        train_steps(trainer, 3)
+    (state,) = tmp_path.glob("styleformer-*/training-state-000000.pt")
+    assert f"--resume={state}" in str(error.value)
+    assert Checkpoint.read(state)["parts"]["state"]["step"] == 1
+    assert (tmp_path / "runs").read_text() == "another file"
+    shutil.rmtree(state.parent)
+    state.parent.touch()
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(state.parent))
+    with pytest.raises(UserError, match="nor could the training state be saved elsewhere"):
+        saver.check_folder(trainer)
 
 
 def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import all_recorded, small_config
+from conftest import PATIENCE, all_recorded, small_config
 
 from dnnlib.config import ConfigError, UserError, override
+from dnnlib.util import PARTIAL
 from torch_utils import distributed, graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
@@ -263,30 +264,89 @@ def test_weights_that_are_not_finite_stop_the_run(shapes_zip: Path) -> None:
         train_steps(trainer, 2)
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before(
-    shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def _cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _give_impossible_values(path: Path) -> None:
+    """A whole file, whose checksum is right."""
+    payload = Checkpoint.read(path)
+    payload["parts"]["state"]["nimg"] = -1
+    Checkpoint.write(path, payload)
+
+
+def _give_other_networks(path: Path) -> None:
+    payload = Checkpoint.read(path)
+    payload["parts"]["G"]["mapping.w_avg"] = torch.zeros(7)
+    Checkpoint.write(path, payload)
+
+
+@pytest.mark.parametrize("damage", [_cut_off, _give_impossible_values, _give_other_networks])
+def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
+    shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     config = small_config(shapes_zip)
     trainer = new_trainer(config)
     train_steps(trainer, 1)
     trainer.save(tmp_path / "training-state-000001.pt")
+    expected = digest(trainer.capture()["parts"])
     train_steps(trainer, 1)
     newest = tmp_path / "training-state-000002.pt"
     trainer.save(newest)
-    newest.write_bytes(newest.read_bytes()[:5000])
+    damage(newest)
     (tmp_path / "stats.jsonl").write_text(
         "".join(json.dumps({"Progress/kimg": kimg}) + "\n" for kimg in (0.0, 0.016, 0.032))
     )
     again = new_trainer(config)
     assert runs.load_latest(again, tmp_path).name == "training-state-000001.pt"
-    assert "training-state-000002.pt" in capsys.readouterr().err
-    assert again.state.nimg == 16
+    assert "Warning: " + str(newest) in capsys.readouterr().err
+    assert digest(again.capture()["parts"]) == expected
     lines = (tmp_path / "stats.jsonl").read_text().splitlines()
     assert [json.loads(line)["Progress/kimg"] for line in lines] == [0.0, 0.016]
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no training state that can be used"):
         runs.load_latest(again, tmp_path)
+
+
+def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(small_config(shapes_zip))
+    trainer.save(tmp_path / "training-state-000000.pt")
+    names = ("training-state-000001.pt", "stats.jsonl", "metric-fid50k_full.jsonl", "fakes000001.png", "reals.png")
+    own = [tmp_path / f".{name}.123{PARTIAL}" for name in (*names, "network-best-swd32.pkl", runs.OPTIONS_FILE)]
+    others = [".notes.2024", ".notes.2024.partial", ".backup.20241231", ".training-state-000001.pt.1", ".lock"]
+    for path in (*own, *(tmp_path / name for name in others)):
+        path.write_text("mine")
+    (tmp_path / f".stats.jsonl.7{PARTIAL}").mkdir()
+    (tmp_path / f".stats.jsonl.8{PARTIAL}" / "inside").mkdir(parents=True)
+    runs.load_latest(trainer, tmp_path)
+    assert not any(path.exists() for path in own)
+    kept = [*others, f".stats.jsonl.7{PARTIAL}", f".stats.jsonl.8{PARTIAL}"]
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
+
+
+@pytest.mark.parametrize("elapsed", [-5.0, float("nan"), float("inf"), 10**400, "long", None, [1]])
+def test_an_odd_elapsed_time_is_no_reason_to_refuse_a_state(elapsed: object) -> None:
+    state = TrainState()
+    state.load_state_dict({"nimg": 16, "step": 1, "elapsed": elapsed})
+    assert 0 <= state.elapsed < float("inf")
+    assert (state.nimg, state.step) == (16, 1)
+
+
+def test_times_do_not_depend_on_the_clock_that_can_be_set(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.016))
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    times: list[float] = []
+
+    def note(trainer: Trainer) -> None:
+        if trainer.tick:
+            times.extend(value for name, value in trainer.tick.values.items() if name.startswith("Timing/"))
+
+    trainer.hooks = [note]
+    train_steps(trainer, 2)
+    assert len(times) > 10
+    assert all(0 <= value < PATIENCE * 1e6 for value in times)  # milliseconds, at most
 
 
 def test_phases_that_cannot_be_recorded_train_without_graphs(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error, partial_path
+from dnnlib.util import describe_error, replaced
 from torch_utils.pickles import describe_torch_file, is_pickle
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -155,18 +155,14 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
         "sha256": digest(payload),
         "payload": payload,
     }
-    temporary = partial_path(path)
     try:
-        with temporary.open("wb") as file:
+        with replaced(path) as temporary, temporary.open("wb") as file:
             torch.save(document, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else describe_error(error)
         raise WriteError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ that they say what truncation and its cut-off say: the first ones 0.7 and the ot
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import import_extra, partial_path
+from dnnlib.util import import_extra, replaced
 from torch_utils import custom_ops
 from training.exchange import make_parent, refuse_existing
 from training.snapshot import Snapshot
@@ -114,12 +113,9 @@ def _strip(program: Any) -> None:
 
 def _save(program: Any, path: Path) -> None:
     """Write a program: whole or not at all, then WriteError."""
-    temporary = partial_path(path)
     make_parent(path)
     try:
-        program.save(temporary)
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            program.save(temporary)
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
