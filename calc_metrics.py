@@ -40,7 +40,7 @@ from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
 from training.exchange import is_folder
 from training.networks import execution
-from training.snapshot import Snapshot
+from training.snapshot import Snapshot, list_snapshots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +181,7 @@ def list_subjects(network: Path) -> list[Path] | None:
         return None
     if network.is_file() or is_folder(network):
         return [network]
-    snapshots = sorted(network.glob("network-snapshot-*.pkl"))
-    if not snapshots and (network / "training_options.json").exists():
-        raise UserError(f"--network={network}: this run has written no snapshot yet")
-    return snapshots or None
+    return list_snapshots(network) or None
 
 
 def check_plot(subjects: list[Path] | None, folder: Path | None) -> None:

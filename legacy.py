@@ -18,7 +18,7 @@ import torch
 
 import training.snapshot
 from dnnlib import EasyDict
-from dnnlib.cli import FileOrURL, ProgramGroup, Script, option
+from dnnlib.cli import DefaultGroup, FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
 from dnnlib.download import fetch, is_url
 from metrics.registry import results_of, sha256_of_snapshot
@@ -27,7 +27,7 @@ from training.config import TrainConfig
 from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
 from training.foreign import PRESET, is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import Snapshot, build_networks, parts_of, read_network
+from training.snapshot import Snapshot, build_networks, list_snapshots, parts_of, read_network
 
 # What --format says, by the ending of --dest that means it; a name without one is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
@@ -36,10 +36,12 @@ FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
     """Read a snapshot, ours, a folder of safetensors or a foreign one, from a path or an address on the web.
 
+    The folder of a run stands for its newest snapshot.
+
     Raises UserError naming the file when it is missing, damaged, of an unknown kind, or holds values that are not
     finite.
     """
-    path = local_file(path)
+    path = local_snapshot(path)
     if is_folder(path):
         return load_folder(path, device)
     if not is_foreign(path):
@@ -143,7 +145,19 @@ def local_file(path: str | Path) -> Path:
     return fetch(str(path)) if is_url(path) else Path(path)
 
 
-@click.group(cls=ProgramGroup)
+def local_snapshot(path: str | Path) -> Path:
+    """Return what `local_file` does, of a run's folder its newest snapshot. Raises UserError where there is none."""
+    path = local_file(path)
+    if not path.is_dir() or is_folder(path):
+        return path
+    if snapshots := list_snapshots(path):
+        return snapshots[-1]
+    raise UserError(
+        f"{path}: neither the folder of a run (network-snapshot-*.pkl) nor one of safetensors (config.json)"
+    )
+
+
+@click.group(cls=DefaultGroup, default="convert")
 def main() -> None:
     """Say what a snapshot holds, and convert it."""
 
@@ -214,7 +228,7 @@ def info(file: Path | str, as_json: bool) -> None:
 
     No network is built, and no code in the file is run.
     """
-    about = describe(local_file(file))
+    about = describe(local_snapshot(file))
     click.echo(json.dumps(about, indent=2) if as_json else "\n".join(_lines(about)))
 
 

@@ -566,7 +566,7 @@ def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
     if start.snapshot and not is_url(start.snapshot):
         networks["G_ema"] = networks["G"]
         snapshot = legacy.load_network(start.snapshot)
-        for note in snapshot.notes():
+        for note in runs.notes_on(start.snapshot, snapshot):
             click.echo(note, err=True)
         config, _ = runs.transfer(config, networks, start.snapshot, snapshot)
     plan = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}

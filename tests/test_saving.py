@@ -23,10 +23,10 @@ from dnnlib.util import FolderLock, TeeLog, partial_path, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
-from training.config import read_config
+from training.config import OPTIONS_FILE, read_config
 from training.dataset import ImageDataset
 from training.loggers import Loggers
-from training.runs import OPTIONS_FILE, RunFolder
+from training.runs import RunFolder
 from training.saving import Saver, obsolete
 from training.snapshot import load_network
 from training.training_loop import Trainer

@@ -52,8 +52,8 @@ class Program:
             self.kill()
 
 
-def start(outdir: Path, data: Path, *options: str) -> Program:
-    output = outdir.with_suffix(".txt")
+def start(outdir: Path, data: Path, *options: str, output: Path | None = None) -> Program:
+    output = output or outdir.with_suffix(".txt")
     command = [sys.executable, "train.py", f"--outdir={outdir}", f"--data={data}", *OPTIONS, *options]
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -92,7 +92,10 @@ def torture(outdir: Path, data: Path, options: list[str], kills: int, loading: f
             time.sleep(moments.uniform(0, 1.2 * loading))
         assert program.process.poll() in (None, 0), program.output.read_text()  # 0: looked at too late
         program.kill()
-    assert start(outdir, data, *options).finish() == 0
+    assert start(outdir, data, *options, output=Path("/dev/full")).finish() == 0
+    log = (max(outdir.iterdir()) / "log.txt").read_text()
+    assert log.count("stdout failed (No space left on device) and is dropped") == 1
+    assert f"\nDone: {outdir}" in log
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_signals_reach_all_processes_of_a_run(shapes_zip: Path, tmp_path: Path) 
         program.wait_for("tick 1 ")
         program.process.send_signal(signal.SIGUSR1)
         program.wait_for("SIGUSR1 at kimg")
-        program.process.send_signal(signal.SIGTERM)
+        program.process.send_signal(signal.SIGHUP)  # which is passed on as SIGTERM
         assert program.finish() == EXIT_STOPPED, program.output.read_text()
     finally:
         program.kill()

@@ -21,7 +21,7 @@ from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat, Stats
 from training import hooks, runs
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import OPTIONS_FILE, PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase
@@ -313,7 +313,7 @@ def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_p
     trainer = new_trainer(small_config(shapes_zip))
     trainer.save(tmp_path / "training-state-000000.pt")
     names = ("training-state-000001.pt", "stats.jsonl", "metric-fid50k_full.jsonl", "fakes000001.png", "reals.png")
-    own = [tmp_path / f".{name}.123{PARTIAL}" for name in (*names, "network-best-swd32.pkl", runs.OPTIONS_FILE)]
+    own = [tmp_path / f".{name}.123{PARTIAL}" for name in (*names, "network-best-swd32.pkl", OPTIONS_FILE)]
     others = [".notes.2024", ".notes.2024.partial", ".backup.20241231", ".training-state-000001.pt.1", ".lock"]
     for path in (*own, *(tmp_path / name for name in others)):
         path.write_text("mine")

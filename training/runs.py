@@ -32,7 +32,16 @@ from dnnlib.util import (
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.misc import device_name
-from training.config import PRESETS, Circumstances, TrainConfig, micro_batches, read_config, resolve, same_training
+from training.config import (
+    OPTIONS_FILE,
+    PRESETS,
+    Circumstances,
+    TrainConfig,
+    micro_batches,
+    read_config,
+    resolve,
+    same_training,
+)
 from training.dataset import ImageDataset
 from training.exchange import is_folder
 from training.snapshot import Snapshot
@@ -47,8 +56,6 @@ PUBLISHED = {
     "celebahq256": "CelebA-HQ at 256x256",
     "lsundog256": "LSUN Dog at 256x256",
 }
-
-OPTIONS_FILE = "training_options.json"
 
 # Files that training writes in one step, before they get their names.
 OWN_PARTIAL = re.compile(
@@ -377,9 +384,18 @@ def transfer(
         partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
         new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
     )
-    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *snapshot.notes()]
+    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *notes_on(name, snapshot)]
     lines += [line for net, what in copied.items() for line in what.describe(net)]
     return replace(config, origin=origin), "\n  ".join(lines)
+
+
+def notes_on(name: str, snapshot: Snapshot) -> list[str]:
+    """Return what a user should know of a snapshot that weights are taken from, a line each."""
+    notes = snapshot.notes()
+    folder = Path(name).parent
+    if not is_url(name) and (states := list_states(folder)):
+        notes.append(f"{states[-1].name} lies beside it: to go on with that run, --resume={folder}")
+    return notes
 
 
 def list_states(run_dir: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
 from torch_utils.pickles import is_pickle
-from training.config import TrainConfig, read_config
+from training.config import OPTIONS_FILE, TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
 
 FORMAT = "network-snapshot"
@@ -94,6 +94,14 @@ def capture_network(
 def write_network(path: Path, payload: dict[str, Any]) -> None:
     """Write what `capture_network` returned. Raises WriteError."""
     write_file(path, FORMAT, VERSION, payload)
+
+
+def list_snapshots(folder: Path) -> list[Path]:
+    """Return the snapshots in a folder, oldest first. Raises UserError for the folder of a run that has none yet."""
+    snapshots = sorted(folder.glob("network-snapshot-*.pkl"))
+    if not snapshots and (folder / OPTIONS_FILE).exists():
+        raise UserError(f"{folder}: this run has written no snapshot yet")
+    return snapshots
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
