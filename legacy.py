@@ -153,7 +153,7 @@ def local_snapshot(path: str | Path) -> Path:
     if snapshots := list_snapshots(path):
         return snapshots[-1]
     raise UserError(
-        f"{path}: neither the folder of a run (network-snapshot-*.pkl) nor one of safetensors (config.json)"
+        f"{path}: neither a run (network-snapshot-*.pkl) nor a folder of safetensors (config.json)"
     )
 
 
