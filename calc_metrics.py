@@ -211,15 +211,15 @@ def run(job: Job) -> None:
             continue
         records.append(record)
         if distributed.is_main():
-            click.echo(to_line(record))
-            for warning in record["warnings"]:
-                click.echo(f"Warning: {record['metric']}: {warning}", err=True)
             try:
                 if job.folder:
                     append_result(job.folder, record)
             except WriteError as error:
                 click.echo(f"Warning: {error}", err=True)
                 is_complete = False
+            click.echo(to_line(record))
+            for warning in record["warnings"]:
+                click.echo(f"Warning: {record['metric']}: {warning}", err=True)
     if distributed.is_main():
         click.echo(to_table(records), err=True)
         if job.plot and job.folder:
