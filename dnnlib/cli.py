@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
 from dnnlib.download import is_url
 from dnnlib.util import describe_error, is_out_of_memory
 
@@ -21,7 +21,6 @@ from dnnlib.util import describe_error, is_out_of_memory
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-FLOAT32_MAX = 3.4028234663852886e38
 MOST_DIGITS = 18  # of an integer: it fits into 64 bits
 MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do

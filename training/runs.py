@@ -18,7 +18,7 @@ from torch import nn
 import dnnlib
 from dnnlib.config import ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
-from dnnlib.util import FolderLock, append_line, read_json_lines, source_commit, write_atomically
+from dnnlib.util import FolderLock, append_line, read_json, read_json_lines, source_commit, write_atomically
 from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.misc import device_name
@@ -223,8 +223,8 @@ def _list_runs(outdir: Path) -> list[Path]:
 def _saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "training_options.json"
     try:
-        return read_config(json.loads(path.read_text()))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_config(read_json(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
