@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import re
 import warnings
 import zipfile
@@ -368,12 +369,16 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
     transformers = import_extra("transformers", "metrics")
     try:
         with _no_trace(), _quiet(transformers):
-            _check_dinov2_weights(folder, transformers)
-            network = transformers.Dinov2Model.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+            _check_dinov2_size(folder, transformers)
+            network, info = transformers.Dinov2Model.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except UserError:
         raise
     except Exception as error:  # of the library, of safetensors, of JSON
         raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
 
     def see(images: Tensor) -> Output:
@@ -382,21 +387,19 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
     return Detector(name=f"DINOv2 from {folder.name}", network=see)
 
 
-def _check_dinov2_weights(folder: Path, transformers: ModuleType) -> None:
-    """Raise UserError unless model.safetensors has the tensors of config.json, before memory is taken for these."""
+def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
+    """Raise UserError unless model.safetensors is as large as the network of config.json, which takes memory."""
     _read_dinov2_config(folder)
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a folder of DINOv2 has one")
     with torch.device("meta"):
-        expected = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder))).state_dict()
+        network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
+    expected = sum(x.numel() for x in network.parameters())
     with import_extra("safetensors", "metrics").safe_open(path, "pt") as file:
-        shapes = {name.removeprefix("dinov2."): tuple(file.get_slice(name).get_shape()) for name in [*file.keys()]}
-    if missing := expected.keys() - shapes.keys():
-        raise UserError(f"{folder}: holds no weights for {len(missing)} tensors of DINOv2")
-    for name, x in expected.items():
-        if shapes[name] != tuple(x.shape):
-            raise UserError(f"{path}: {name} has shape {shapes[name]}, config.json says {tuple(x.shape)}")
+        found = sum(math.prod(file.get_slice(name).get_shape()) for name in [*file.keys()])
+    if found < expected:
+        raise UserError(f"{path}: holds {found} numbers, the network of config.json has {expected}")
 
 
 def dinov2_input(images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ numbers than the file has bytes, and nothing is unpacked.
 from __future__ import annotations
 
 import mmap
+import os
 import pickle
 import pickletools
 import zipfile
@@ -32,7 +33,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -236,7 +237,7 @@ def read_torch_file(path: Path) -> Any:
         if members[index].file_size > MAX_INDEX_BYTES:
             raise UserError(f"its data.pkl has more than the {MAX_INDEX_BYTES} bytes that it may have")
         folder = index.removesuffix("data.pkl")
-        if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
+        if f"{folder}byteorder" in members and _read_member(file, members[f"{folder}byteorder"]) != b"little":
             raise UserError("its numbers are in another byte order")
         budget = _Budget(size)
         storages: dict[str, _Storage] = {}
@@ -244,12 +245,12 @@ def read_torch_file(path: Path) -> Any:
         def load(key: Any) -> _Storage:
             name, dtype, count = _storage_key(key)
             if name not in storages:
-                storages[name] = _to_storage(archive.read(f"{folder}data/{name}"), 0, dtype, count)
+                storages[name] = _to_storage(_read_member(file, members[f"{folder}data/{name}"]), dtype, count)
             if len(storages[name].numbers) != count or storages[name].numbers.dtype != dtype:
                 raise UserError("two tensors say different things of the same numbers")
             return storages[name]
 
-        content = _Machine(BytesIO(archive.read(index)), _TorchNames(budget), budget, load).run()
+        content = _Machine(BytesIO(_read_member(file, members[index])), _TorchNames(budget), budget, load).run()
     _check_plain(content, set(), 0)
     return content
 
@@ -263,6 +264,17 @@ def _stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zi
     if len(members) != len(infos) or sum(info.file_size for info in infos) > size:
         raise UserError("damaged (its members lie in the same place)")
     return members
+
+
+def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> bytearray:
+    """Return the bytes of a stored member, which follow its name and what else is beside it. Raises UserError."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    file.seek(sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28)), os.SEEK_CUR)
+    content = bytearray(info.file_size)
+    if not header.startswith(b"PK\3\4") or file.readinto(content) != len(content):  # type: ignore[attr-defined]
+        raise UserError(f"damaged or incomplete ({_shorten(info.filename)} is not where it should be)")
+    return content
 
 
 def _check_plain(value: Any, seen: set[int], depth: int) -> None:
@@ -749,17 +761,14 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
     start = stream.tell()
     if int.from_bytes(data[start : start + 8], "little") != count:
         raise UserError(f"a tensor of {count} numbers that says another number of them")
-    return _to_storage(data, start + 8, dtype, count)
+    return _to_storage(bytearray(memoryview(data)[start + 8 :]), dtype, count)
 
 
-def _to_storage(data: bytes, start: int, dtype: torch.dtype, count: int) -> _Storage:
-    """The numbers in `data` from `start` on. Raises UserError unless there are so many."""
-    size, found = dtype.itemsize, max(len(data) - start, 0)
-    if found != count * size:
-        raise UserError(f"a tensor of {count} numbers of {size} bytes in {found} bytes")
-    if not count:
-        return _Storage(torch.empty(0, dtype=dtype))
-    return _Storage(torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=dtype))
+def _to_storage(data: bytearray, dtype: torch.dtype, count: int) -> _Storage:
+    """The numbers in `data`, which they keep. Raises UserError unless there are so many."""
+    if len(data) != count * dtype.itemsize:
+        raise UserError(f"a tensor of {count} numbers of {dtype.itemsize} bytes in {len(data)} bytes")
+    return _Storage(torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype))
 
 
 def _storage_key(key: Any) -> tuple[str, torch.dtype, int]:
@@ -786,7 +795,7 @@ def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budge
     last = 0  # the place of its last number, and of all that are in the dimensions so far
     for step, length in sorted(zip(stride, size, strict=True)):
         if count and length > 1 and step <= last:
-            raise UserError(f"a tensor of shape {size}, of whose numbers several are one")
+            raise UserError(f"a tensor of shape {size}, whose numbers overlap")
         last += (length - 1) * step
     if count and offset + last >= len(storage.numbers):
         raise UserError(f"a tensor of shape {size} that is larger than its numbers")
