@@ -351,7 +351,7 @@ def _describe(content: Any) -> str | None:
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
         return "a bare state_dict, without the arguments of its network"
-    keys = ", ".join(_shorten(str(key))[:20] for key in [*content][:6])
+    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a key that is no text" for key in [*content][:6])
     return f"a file of torch.save that holds {keys}" if content else None
 
 

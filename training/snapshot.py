@@ -6,7 +6,6 @@ only and runs no code (see torch_utils/checkpoint.py for its layout).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, UserError, show, to_json
+from dnnlib.config import FLOAT32_MAX, ConfigError, UserError, show, to_json
 from dnnlib.util import describe_error
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
+from torch_utils.misc import OnMeta
 from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
@@ -136,7 +136,7 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
         raise UserError(f"{path}: holds no networks; use another copy")
     fits = {
         "nimg": type(nimg) is int and 0 <= nimg < MOST_IMAGES,
-        "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p < math.inf,
+        "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p <= FLOAT32_MAX,
         "labels": labels in (None, *get_args(LabelKind)),
     }
     for name in fits:
@@ -205,7 +205,7 @@ def outline(config: Any, where: str) -> nn.Module:
     Raises UserError, beginning with `where`, when there can be none.
     """
     try:
-        with torch.device("meta"):
+        with OnMeta():
             network: nn.Module = config.build()
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # of torch, for shapes beyond 64 bits
         raise UserError(f"{where}: no network is as its configuration says ({describe_error(error)})") from None
