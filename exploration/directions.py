@@ -171,6 +171,8 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
     path, index = Path(match[1]), int(match[2])
     arrays = _read(path, where)
     try:
+        if any(arrays[name].dtype.kind not in "biuf" for name in ("directions", "values", "sigmas", "styles")):
+            raise TypeError("no real numbers")
         directions, values, sigmas = (
             torch.from_numpy(arrays[name].astype(np.float32)) for name in ("directions", "values", "sigmas")
         )
@@ -203,7 +205,8 @@ def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"{where}: not a safetensors file ({error})") from None
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}  # NumPy has no bfloat16
+    # NumPy has no bfloat16.
+    return {name: (x if x.is_complex() else x.double()).numpy() for name, x in tensors.items()}
 
 
 def _safetensors(path: Path) -> Any:
