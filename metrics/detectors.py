@@ -128,9 +128,9 @@ class DetectorSetup:
         missing = self.missing(role)
         if missing:
             raise UserError(missing)
-        import_extra(PACKAGES[role], "metrics")
+        package = import_extra(PACKAGES[role], "metrics")
         if role == "dinov2":
-            _read_dinov2_config(self._dinov2_folder())
+            _check_dinov2_size(self._dinov2_folder(), package)
 
     def identity(self, role: Role) -> dict[str, str]:
         """Return the name of a network and the sha256 of its files: with them its features are determined."""
@@ -367,16 +367,11 @@ def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
 def load_dinov2(folder: Path, device: torch.device) -> Detector:
     """Return DINOv2 from a folder of transformers: the class token after the last norm, images resized to 224x224."""
     transformers = import_extra("transformers", "metrics")
-    try:
-        with _no_trace(), _quiet(transformers):
-            _check_dinov2_size(folder, transformers)
-            network, info = transformers.Dinov2Model.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-    except UserError:
-        raise
-    except Exception as error:  # of the library, of safetensors, of JSON
-        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+    _check_dinov2_size(folder, transformers)
+    with _reading_dinov2(folder, transformers):
+        network, info = transformers.Dinov2Model.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     if info["missing_keys"]:
         raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
@@ -387,17 +382,28 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
     return Detector(name=f"DINOv2 from {folder.name}", network=see)
 
 
+@contextmanager
+def _reading_dinov2(folder: Path, transformers: ModuleType) -> Iterator[None]:
+    """Raise UserError for all that the library finds wrong with a folder; leave random numbers and stderr alone."""
+    try:
+        with _no_trace(), _quiet(transformers):
+            yield
+    except Exception as error:  # of the library, of safetensors, of JSON
+        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+
+
 def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
     """Raise UserError unless model.safetensors is as large as the network of config.json, which takes memory."""
     _read_dinov2_config(folder)
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a folder of DINOv2 has one")
-    with torch.device("meta"):
-        network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
-    expected = sum(x.numel() for x in network.parameters())
-    with import_extra("safetensors", "metrics").safe_open(path, "pt") as file:
-        found = sum(math.prod(file.get_slice(name).get_shape()) for name in [*file.keys()])
+    with _reading_dinov2(folder, transformers):
+        with torch.device("meta"):
+            network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
+        expected = sum(x.numel() for x in network.parameters())
+        with import_extra("safetensors", "metrics").safe_open(path, "pt") as file:
+            found = sum(math.prod(file.get_slice(name).get_shape()) for name in [*file.keys()])
     if found < expected:
         raise UserError(f"{path}: holds {found} numbers, the network of config.json has {expected}")
 
