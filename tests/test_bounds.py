@@ -760,6 +760,9 @@ def test_pipes_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
         os.mkfifo(broken / name)
         assert run(legacy.main, "info", str(broken)) == 2
     assert not (tmp_path / "out").exists()
+    shutil.copy(SNAPSHOT, tmp_path / "good.pkl")
+    os.mkfifo(tmp_path / "metric-swd.jsonl")
+    assert run(legacy.main, "info", str(tmp_path / "good.pkl")) == 0
 
 
 def pipe(path: Path) -> None:
