@@ -262,8 +262,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             continue
         for note in snapshot.notes():
             click.echo(note, err=True)
-        if snapshot.G_ema is None:
-            raise UserError(f"{path}: holds no averaged generator (G_ema), which metrics are computed of")
+        snapshot.require_generator("metrics are computed of")
         config = snapshot_config(job, snapshot)
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
         if context is None or config.data != data:

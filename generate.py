@@ -670,6 +670,7 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     snapshot = load_network(network, where)
     for note in snapshot.notes():
         click.echo(note, err=True)
+    snapshot.require_generator("images are made by")
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, and picture files 1, 3 or 4")

@@ -27,7 +27,15 @@ from training.config import TrainConfig
 from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
 from training.foreign import PRESET, is_foreign, read_foreign
 from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import Snapshot, build_networks, list_snapshots, parts_of, read_network
+from training.snapshot import (
+    Snapshot,
+    build_networks,
+    list_snapshots,
+    network_configs,
+    outline,
+    parts_of,
+    read_network,
+)
 
 # What --format says, by the ending of --dest that means it; a name without one is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
@@ -152,9 +160,7 @@ def local_snapshot(path: str | Path) -> Path:
         return path
     if snapshots := list_snapshots(path):
         return snapshots[-1]
-    raise UserError(
-        f"{path}: neither a run (network-snapshot-*.pkl) nor a folder of safetensors (config.json)"
-    )
+    raise UserError(f"{path}: neither a run (network-snapshot-*.pkl) nor a folder of safetensors (config.json)")
 
 
 @click.group(cls=DefaultGroup, default="convert")
@@ -248,7 +254,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": size,
         "sha256": sha256,
         **about,
-        "networks": {name: _describe_network(config, name) for name in ("G", "D", "G_ema") if name in names},
+        "networks": {name: _describe_network(config, name, path) for name in network_configs(config) if name in names},
         "metrics": [
             {key: record.get(key) for key in ("metric", "results", "mirror")} for record in results_of(path, sha256)
         ],
@@ -284,10 +290,9 @@ def _describe_foreign(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     }
 
 
-def _describe_network(config: TrainConfig, name: str) -> dict[str, Any]:
+def _describe_network(config: TrainConfig, name: str, path: Path) -> dict[str, Any]:
     part = "discriminator" if name == "D" else "generator"
-    with torch.device("meta"):
-        network = getattr(config, part).build()
+    network = outline(getattr(config, part), f"{path}: {name}")
     return {"family": to_json(config)[part]["family"], "parameters": count_parameters(network)}
 
 

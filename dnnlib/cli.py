@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from dnnlib import streams
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
 from dnnlib.download import is_url
 from dnnlib.streams import OutputError
 from dnnlib.util import describe_error, is_out_of_memory
@@ -23,7 +23,6 @@ from dnnlib.util import describe_error, is_out_of_memory
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-FLOAT32_MAX = 3.4028234663852886e38
 LIMITS = {  # of this shell, as errors tell them -> what to do
     errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
     errno.ENFILE: "the machine has no more; end other programs",

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class UserError(ValueError):
@@ -28,6 +29,14 @@ class WriteError(UserError):
     """A file could not be written; what was there before is intact."""
 
 
+def show(value: object) -> str:
+    """Return at most 200 letters of a value for a message, of the type alone where that has no text."""
+    try:
+        return f"{value!r:.200}"
+    except (ValueError, RecursionError):  # more than 4300 digits; nested too deep
+        return f"({type(value).__name__})"
+
+
 class ConfigError(UserError):
     """A configuration field holds a value that cannot work.
 
@@ -35,7 +44,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{field}={value!r:.200}: {problem}")
+        super().__init__(f"{field}={show(value)}: {problem}")
         self.field = field
         self.value = value
         self.problem = problem
@@ -165,7 +174,8 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     if not _matches(hint, value):
-        raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}")
+        bound = "; numbers are finite and of at most 64 bits" if isinstance(value, (int, float)) else ""
+        raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}{bound}")
     return float(value) if hint is float else value
 
 
@@ -183,7 +193,7 @@ def _matches(hint: Any, value: Any) -> bool:
             return all(_matches(args[0], item) for item in value)
         return len(args) == len(value) and all(map(_matches, args, value))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return type(value) in (int, float) and abs(value) <= FLOAT32_MAX
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return type(value) is int and abs(value) < 2**63
     return isinstance(value, type(None) if hint is None else hint)

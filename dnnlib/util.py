@@ -208,7 +208,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     A line that was cut short, or holds anything else, is left out.
     """
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = parse_json(line)
         except ValueError:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dnnlib.config import UserError
 from dnnlib.util import import_extra
 from exploration.model import MAPPED_AT_ONCE, Model, read_arrays, save_arrays, written_whole
+from training.exchange import read_tensors
 from training.networks.layers import FullyConnected
 
 RIDGE = 0.01  # of the mean variance of w: steadies a classifier of fewer images than dimensions
@@ -170,6 +171,8 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
     path, index = Path(match[1]), int(match[2])
     arrays = _read(path, where)
     try:
+        if any(arrays[name].dtype.kind not in "biuf" for name in ("directions", "values", "sigmas", "styles")):
+            raise TypeError("no real numbers")
         directions, values, sigmas = (
             torch.from_numpy(arrays[name].astype(np.float32)) for name in ("directions", "values", "sigmas")
         )
@@ -195,13 +198,15 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
 def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
         return read_arrays(path, where)
+    _safetensors(path)  # refuses other endings
     try:
-        tensors: dict[str, Tensor] = _safetensors(path).load_file(path)
+        tensors = read_tensors(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    except import_extra("safetensors", "safetensors").SafetensorError as error:
+    except ValueError as error:
         raise UserError(f"{where}: not a safetensors file ({error})") from None
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}  # NumPy has no bfloat16
+    # NumPy has no bfloat16.
+    return {name: (x if x.is_complex() else x.double()).numpy() for name, x in tensors.items()}
 
 
 def _safetensors(path: Path) -> Any:

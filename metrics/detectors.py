@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import logging
+import math
 import re
 import warnings
 import zipfile
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from dnnlib.config import UserError
-from dnnlib.util import describe_error, import_extra
+from dnnlib.config import UserError, show
+from dnnlib.util import describe_error, import_extra, read_json
 from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
 
 Role = Literal["inception", "vgg16", "lpips", "dinov2"]
@@ -57,6 +57,15 @@ PROTOCOLS = ("stylegan", "clean")
 
 DINOV2_FOLDER = "dinov2-large"
 DINOV2_SIZE = 224
+DINOV2_MOST = {  # numbers in a config.json; the largest published networks have a quarter of them at most
+    "hidden_size": 8192,
+    "num_hidden_layers": 200,
+    "num_attention_heads": 256,
+    "mlp_ratio": 64,
+    "patch_size": 128,
+    "image_size": 4096,
+    "num_channels": 3,
+}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -119,7 +128,9 @@ class DetectorSetup:
         missing = self.missing(role)
         if missing:
             raise UserError(missing)
-        import_extra(PACKAGES[role], "metrics")
+        package = import_extra(PACKAGES[role], "metrics")
+        if role == "dinov2":
+            _check_dinov2_size(self._dinov2_folder(), package)
 
     def identity(self, role: Role) -> dict[str, str]:
         """Return the name of a network and the sha256 of its files: with them its features are determined."""
@@ -190,14 +201,29 @@ def full_float32() -> Iterator[None]:
 
 def _dinov2_name(folder: Path) -> str:
     """Return which DINOv2 a folder holds. The published distances are those of ViT-L/14."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
+    config = _read_dinov2_config(folder)
+    width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
     if (width, depth, patch) == (1024, 24, 14):
         return "DINOv2 ViT-L/14"
     return f"DINOv2 of width {width}, {depth} layers, patches {patch}: does not compare with ViT-L/14"
+
+
+def _read_dinov2_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a folder of DINOv2. Raises UserError for numbers that no such network has."""
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
+    if not isinstance(config, dict) or not config.keys() >= {"hidden_size", "num_hidden_layers", "patch_size"}:
+        raise UserError(
+            f"{folder}: its config.json is not one of DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
+        )
+    for name, most in DINOV2_MOST.items():
+        value = config.get(name, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {most}")
+    return config
 
 
 def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> DetectorSetup:
@@ -341,13 +367,11 @@ def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
 def load_dinov2(folder: Path, device: torch.device) -> Detector:
     """Return DINOv2 from a folder of transformers: the class token after the last norm, images resized to 224x224."""
     transformers = import_extra("transformers", "metrics")
-    try:
-        with _no_trace(), _quiet(transformers):
-            network, info = transformers.Dinov2Model.from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True
-            )
-    except Exception as error:  # of the library, of safetensors, of JSON
-        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+    _check_dinov2_size(folder, transformers)
+    with _reading_dinov2(folder, transformers):
+        network, info = transformers.Dinov2Model.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     if info["missing_keys"]:
         raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
@@ -356,6 +380,32 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
         return network(pixel_values=dinov2_input(images)).last_hidden_state[:, 0].float(), None
 
     return Detector(name=f"DINOv2 from {folder.name}", network=see)
+
+
+@contextmanager
+def _reading_dinov2(folder: Path, transformers: ModuleType) -> Iterator[None]:
+    """Raise UserError for all that the library finds wrong with a folder; leave random numbers and stderr alone."""
+    try:
+        with _no_trace(), _quiet(transformers):
+            yield
+    except Exception as error:  # of the library, of safetensors, of JSON
+        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+
+
+def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
+    """Raise UserError unless model.safetensors is as large as the network of config.json, which takes memory."""
+    _read_dinov2_config(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a folder of DINOv2 has one")
+    with _reading_dinov2(folder, transformers):
+        with torch.device("meta"):
+            network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
+        expected = sum(x.numel() for x in network.parameters())
+        with import_extra("safetensors", "metrics").safe_open(path, "pt") as file:
+            found = sum(math.prod(file.get_slice(name).get_shape()) for name in [*file.keys()])
+    if found < expected:
+        raise UserError(f"{path}: holds {found} numbers, the network of config.json has {expected}")
 
 
 def dinov2_input(images: Tensor) -> Tensor:

@@ -341,7 +341,10 @@ class Statistics:
             if path is None or not path.exists():
                 return None
             try:
-                return read_file(path, FORMAT, VERSION, {})
+                kept = read_file(path, FORMAT, VERSION, {})
+                if not all(isinstance(x, Tensor) for x in kept.values()):
+                    raise UserError(f"{path}: holds something else than tensors")
+                return kept
             except UserError as error:
                 print(f"Warning: {error}: it is made again", file=sys.stderr)
                 return None

@@ -4,8 +4,9 @@ A file is what `torch.save` makes of
 
     {"format": "training-state", "version": 1, "written_by": "0.1.0", "sha256": "...", "payload": {...}}
 
-so `torch.load(path, weights_only=True)` reads it anywhere. The checksum covers the payload's content (keys, types,
-numbers, the bytes of every tensor), because a flipped bit inside a tensor would otherwise load without an error.
+so `torch.load(path, weights_only=True)` reads it anywhere; here `read_torch_file` does, at a cost in proportion to the
+file's size. The checksum covers the payload's content (keys, types, numbers, the bytes of every tensor), because a
+flipped bit inside a tensor would otherwise load without an error.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error, replaced
-from torch_utils.pickles import describe_torch_file, is_pickle
+from dnnlib.util import describe_error, open_regular, replaced
+from torch_utils.pickles import describe_torch_file, is_pickle, read_torch_file
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -179,16 +178,12 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
         _refuse_others(path)
         raise
     kinds = {"format": str, "version": int, "sha256": str, "payload": dict, "written_by": str}
-    if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(document, dict) or not all(type(document.get(key)) is kind for key, kind in kinds.items()):
         _refuse_others(path)
         raise UserError(f"{path}: not a file of this project")
     if document["format"] != file_format:
         raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file")
-    if document["version"] > version:
-        raise UserError(
-            f"{path}: format version {document['version']} was written by release {document['written_by']}, "
-            f"this is {dnnlib.__version__}; update to read it"
-        )
+    check_version(path, document, version)
     payload: dict[str, Any] = document["payload"]
     try:
         if digest(payload) != document["sha256"]:
@@ -199,6 +194,18 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: does not hold what a {file_format} file holds ({reason}); use another copy") from None
     return {**document, "payload": payload}
+
+
+def check_version(path: Path, document: Mapping[str, Any], newest: int) -> None:
+    """Raise UserError, naming the file, for a format version that is newer than `newest`, or none at all."""
+    version = document["version"]
+    if version > newest:
+        raise UserError(
+            f"{path}: format version {version} was written by release {document['written_by']}, "
+            f"this is {dnnlib.__version__}; update to read it"
+        )
+    if version < 1:
+        raise UserError(f"{path}: format version {version}, where the first is 1; use another copy")
 
 
 def _refuse_others(path: Path) -> None:
@@ -212,22 +219,23 @@ def _refuse_others(path: Path) -> None:
 
 def _read_document(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+        kind = "a folder, not a file" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {kind}")
     _check_kind(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; a file that cannot be read is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: damaged, or holds more than tensors and plain values; not loaded") from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, IndexError, TypeError, ... on damaged files
+        return read_torch_file(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; use another copy") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises BadZipFile, KeyError, EOFError, RuntimeError, ... on damaged files
         raise UserError(f"{path}: damaged or incomplete ({describe_error(error)}); use another copy") from None
 
 
 def _check_kind(path: Path) -> None:
     """Raise UserError for what does not begin as a zip file does, which `torch.save` writes."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

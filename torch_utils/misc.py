@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 # glibc's names for mallopt (malloc.h).
@@ -73,6 +74,29 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class OnMeta(TorchFunctionMode):
+    """Makes modules whose tensors have shapes and types, and no numbers: they take no memory and no time.
+
+    As `torch.device("meta")` alone does, but there drawing numbers and dividing by one load PyTorch's compiler, which
+    takes a second or more. Neither changes a shape.
+    """
+
+    INSTEAD: ClassVar[dict[Any, Any]] = {torch.randn: torch.empty} | dict.fromkeys(
+        (Tensor.normal_, Tensor.uniform_, Tensor.div), lambda x, *_, **__: x
+    )
+
+    def __enter__(self) -> Self:
+        self.device = torch.device("meta").__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.INSTEAD.get(function, function)(*args, **(kwargs or {}))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -16,12 +16,16 @@ others. A name stands for a piece of data here, never for the function or class 
 Every other name, and a call with arguments that no snapshot has, becomes `Unreadable`: a value that only says why. So a
 file opens whatever its author has added to it, and whoever needs the value that is unreadable refuses it.
 
-What a file may cost is bounded by its own size: tensors cannot hold more numbers than the file has bytes.
+`read_torch_file` reads what torch.save writes of tensors and plain values on the same machine, and refuses the rest.
+
+What a file may cost is bounded by its own size: no two numbers of a tensor lie in one place, tensors cannot hold more
+numbers than the file has bytes, and nothing is unpacked.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import pickle
 import pickletools
 import zipfile
@@ -29,14 +33,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
-from dnnlib.util import describe_error
+from dnnlib.util import describe_error, open_regular
 
 MAX_BYTES = 8 * 2**30  # of a file
 MAX_INSTRUCTIONS = 500_000  # in all streams of a small file; the largest published networks take less than a tenth
@@ -51,6 +55,7 @@ MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
 MAX_NAME = 100  # letters in the name of one
 MAX_PATH = 200  # letters in the dotted name of one
 MAX_WRAPPERS = 3  # around a network
+MAX_DEPTH = 50  # of containers in containers in a file of torch.save
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
@@ -194,7 +199,7 @@ def _is_old_torch_file(path: Path) -> bool:
 
 
 def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(32)
 
 
@@ -207,7 +212,7 @@ def read_pickle(path: Path) -> Any:
         if not size:
             raise UserError("empty")
         # Mapped, not read: a file's read(n) would allocate whatever n the file claims.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             budget = _Budget(size)
             content = _Machine(stream, _Names(budget), budget).run()
             if stream.tell() != size:
@@ -215,6 +220,86 @@ def read_pickle(path: Path) -> Any:
     except UserError as error:
         raise UserError(f"{path}: {error}; nothing of it was run") from None
     return content
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return the dicts, lists, tuples, tensors and plain values in a file that torch.save wrote, on the CPU.
+
+    Raises UserError, without the path, for other values, for a container or tensor that stands in several places, and
+    for packed or overlapping members; zipfile and the file system raise errors of their own.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        size = file.seek(0, 2)
+        members = _stored_members(archive, size)
+        index = next((name for name in members if name.endswith("/data.pkl")), None)
+        if index is None:
+            raise UserError("damaged (a zip file without data.pkl)")
+        if members[index].file_size > MAX_INDEX_BYTES:
+            raise UserError(f"its data.pkl has more than the {MAX_INDEX_BYTES} bytes that it may have")
+        folder = index.removesuffix("data.pkl")
+        if f"{folder}byteorder" in members and _read_member(file, members[f"{folder}byteorder"]) != b"little":
+            raise UserError("its numbers are in another byte order")
+        budget = _Budget(size)
+        storages: dict[str, _Storage] = {}
+
+        def load(key: Any) -> _Storage:
+            name, dtype, count = _storage_key(key)
+            if name not in storages:
+                storages[name] = _to_storage(_read_member(file, members[f"{folder}data/{name}"]), dtype, count)
+            if len(storages[name].numbers) != count or storages[name].numbers.dtype != dtype:
+                raise UserError("two tensors say different things of the same numbers")
+            return storages[name]
+
+        content = _Machine(BytesIO(_read_member(file, members[index])), _TorchNames(budget), budget, load).run()
+    _check_plain(content, set(), 0)
+    return content
+
+
+def _stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Return the members by name. Raises UserError where they unpack to more than the file's size."""
+    infos = archive.infolist()
+    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
+        raise UserError("its members are compressed, as torch.save never writes them; not unpacked")
+    members = {info.filename: info for info in infos}
+    if len(members) != len(infos) or sum(info.file_size for info in infos) > size:
+        raise UserError("damaged (its members lie in the same place)")
+    return members
+
+
+def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> bytearray:
+    """Return the bytes of a stored member, which follow its name and what else is beside it. Raises UserError."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    file.seek(sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28)), os.SEEK_CUR)
+    content = bytearray(info.file_size)
+    if not header.startswith(b"PK\3\4") or file.readinto(content) != len(content):  # type: ignore[attr-defined]
+        raise UserError(f"damaged or incomplete ({_shorten(info.filename)} is not where it should be)")
+    return content
+
+
+def _check_plain(value: Any, seen: set[int], depth: int) -> None:
+    """Raise UserError unless a value is a tree of containers, tensors and plain values.
+
+    A container in two places would be walked twice, and what it holds four times: 2^n steps for n containers.
+    """
+    if type(value) in (bool, float, str, type(None)):
+        return
+    if type(value) is int:
+        if not -(2**63) <= value < 2**64:
+            raise UserError("holds a whole number of more than 64 bits")
+        return
+    if type(value) not in (dict, list, tuple, Tensor):
+        raise UserError(f"holds more than tensors and plain values; not loaded{why(value)}")
+    if type(value) is not Tensor and not value:  # there is only one empty tuple
+        return
+    if id(value) in seen:
+        raise UserError("holds a container or tensor in several places, which no file of this project does")
+    if depth > MAX_DEPTH:
+        raise UserError("its containers are nested too deeply")
+    seen.add(id(value))
+    if type(value) is not Tensor:
+        for item in (*value.keys(), *value.values()) if type(value) is dict else value:
+            _check_plain(item, seen, depth + 1)
 
 
 def describe_torch_file(path: Path) -> str | None:
@@ -244,7 +329,7 @@ def describe_torch_file(path: Path) -> str | None:
 def _read_old_torch_file(path: Path) -> Any:
     """Return the content of a file in torch's format before zip files: what follows magic, protocol and machine."""
     budget = _Budget(path.stat().st_size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         return [_read_outline(stream, budget) for _ in range(4)][3]
 
 
@@ -266,7 +351,7 @@ def _describe(content: Any) -> str | None:
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
         return "a bare state_dict, without the arguments of its network"
-    keys = ", ".join(_shorten(str(key))[:20] for key in [*content][:6])
+    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a key that is no text" for key in [*content][:6])
     return f"a file of torch.save that holds {keys}" if content else None
 
 
@@ -597,6 +682,14 @@ class _Names:
         return text.encode("latin-1", errors="replace")
 
 
+class _TorchNames(_Names):
+    """What the names in a file of torch.save stand for: those of storages too."""
+
+    def __call__(self, module: str, name: str) -> Any:
+        found = _storage_type(module, name)
+        return super().__call__(module, name) if isinstance(found, Unreadable) else found
+
+
 def _storage_type(module: str, name: str) -> torch.dtype | Unreadable:
     """Return the type of the numbers in torch.FloatStorage and the like."""
     found = STORAGES.get(name) if module in ("torch", "torch.cuda") else None
@@ -665,13 +758,17 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
     if stored is not None or len(found) != 1 or not isinstance(keys, list) or keys != [found[0][0]]:
         raise UserError("a stream for a tensor that holds something else")
     _, dtype, count = found[0]
-    size = dtype.itemsize
     start = stream.tell()
-    if len(data) - start != 8 + count * size or int.from_bytes(data[start : start + 8], "little") != count:
-        raise UserError(f"a tensor of {count} numbers of {size} bytes in {max(len(data) - start - 8, 0)} bytes")
-    if not count:
-        return _Storage(torch.empty(0, dtype=dtype))
-    return _Storage(torch.frombuffer(bytearray(memoryview(data)[start + 8 :]), dtype=dtype))
+    if int.from_bytes(data[start : start + 8], "little") != count:
+        raise UserError(f"a tensor of {count} numbers that says another number of them")
+    return _to_storage(bytearray(memoryview(data)[start + 8 :]), dtype, count)
+
+
+def _to_storage(data: bytearray, dtype: torch.dtype, count: int) -> _Storage:
+    """The numbers in `data`, which they keep. Raises UserError unless there are so many."""
+    if len(data) != count * dtype.itemsize:
+        raise UserError(f"a tensor of {count} numbers of {dtype.itemsize} bytes in {len(data)} bytes")
+    return _Storage(torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype))
 
 
 def _storage_key(key: Any) -> tuple[str, torch.dtype, int]:
@@ -695,8 +792,12 @@ def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budge
     count = 1
     for length in size:
         count *= length
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if count and last >= len(storage.numbers):
+    last = 0  # the place of its last number, and of all that are in the dimensions so far
+    for step, length in sorted(zip(stride, size, strict=True)):
+        if count and length > 1 and step <= last:
+            raise UserError(f"a tensor of shape {size}, whose numbers overlap")
+        last += (length - 1) * step
+    if count and offset + last >= len(storage.numbers):
         raise UserError(f"a tensor of shape {size} that is larger than its numbers")
     if count > budget.numbers:
         raise UserError(f"a tensor of shape {size}, with more numbers than the file can hold")

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
-import torch
-
 from dnnlib.config import ConfigError, field_names, from_json, override, to_json, within
+from torch_utils.misc import OnMeta
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY, PARAMETERS
@@ -539,7 +538,7 @@ def _check_parts(config: TrainConfig, about: Circumstances) -> None:
             "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
-    with torch.device("meta"):
+    with OnMeta():
         num_layers = len(config.discriminator.build().layers_from_image())
     if config.freeze_layers > num_layers:
         problem = f"this discriminator has {num_layers} layers that can be frozen"

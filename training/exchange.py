@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 import dnnlib
-from dnnlib.config import ConfigError, UserError, WriteError
+from dnnlib.config import UserError, WriteError
 from dnnlib.download import sha256_of_file
-from dnnlib.util import import_extra, partial_path
-from torch_utils.checkpoint import digest
-from training.config import read_config
+from dnnlib.util import describe_error, import_extra, open_regular, partial_path, read_json
+from torch_utils.checkpoint import check_version, digest
 from training.snapshot import (
     MIGRATIONS,
     VERSION,
     Snapshot,
     capture_network,
+    check_tensors,
     network_configs,
+    parts_of,
     restore_network,
     write_network,
 )
@@ -94,11 +95,14 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """Return config.json with the content as it is in a snapshot under 'payload'. Raises UserError as load_folder."""
     document = _read_document(folder / "config.json")
     payload: dict[str, Any] = {key: document[key] for key in ("config", "nimg", "ada_p", "labels") if key in document}
-    states = {name: _read_tensors(folder / f"{name}.safetensors") for name in document["files"]}
+    states = {name: _read_named_file(folder / f"{name}.safetensors") for name in document["files"]}
     full = {**payload, "networks": states}
     for old in range(document["version"], VERSION):
         full = MIGRATIONS[old](full)
-    _check_tensors(folder, full)
+    about, _ = parts_of(full, folder / "config.json")
+    for name, config in network_configs(about["config"]).items():
+        if name in states:
+            check_tensors(config, states[name], f"{folder / name}.safetensors")
     for name, expected in document["files"].items():
         if sha256_of_file(folder / f"{name}.safetensors") != expected:
             raise UserError(f"{folder / name}.safetensors: damaged or changed: not what config.json has a checksum of")
@@ -157,54 +161,41 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a folder of safetensors has one")
     try:
-        document = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        document = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from None
     is_ours = isinstance(document, dict) and document.keys() >= KEYS and document["format"] == FORMAT
-    if not is_ours or not isinstance(document["version"], int) or not isinstance(document["files"], dict):
+    if not is_ours or type(document["version"]) is not int or not isinstance(document["files"], dict):
         raise UserError(f"{path}: not a file of this project, which has {', '.join(sorted(KEYS))}")
-    if document["version"] > VERSION:
-        raise UserError(
-            f"{path}: format version {document['version']} was written by release {document['written_by']}, "
-            f"this is {dnnlib.__version__}; update to read it"
-        )
+    check_version(path, document, VERSION)
     for name in document["files"]:
         if name not in NETWORKS:
             raise UserError(f"{path}: names the file {name}.safetensors; known are {', '.join(NETWORKS)}")
     return document
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    safetensors = import_extra("safetensors.torch", "safetensors")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, and config.json names it")
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of safetensors. Raises OSError; ValueError, also for a type that torch lacks."""
+    load, broken = (import_extra(f"safetensors{part}", "safetensors") for part in (".torch", ""))
+    with open_regular(path) as file:
+        content = file.read()
     try:
-        tensors: dict[str, Tensor] = safetensors.load(path.read_bytes())
-    except (OSError, import_extra("safetensors", "safetensors").SafetensorError) as error:
-        raise UserError(f"{path}: damaged or incomplete ({error}); use another copy") from None
+        tensors: dict[str, Tensor] = load.load(content)
+    except KeyError as error:
+        raise ValueError(f"its numbers are of the type {error.args[0]}, which is not known here") from None
+    except (broken.SafetensorError, AssertionError, RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(describe_error(error)) from None
     return tensors
 
 
-def _check_tensors(folder: Path, payload: Mapping[str, Any]) -> None:
-    """Raise UserError for the first tensor that does not fit the configuration."""
+def _read_named_file(path: Path) -> dict[str, Tensor]:
     try:
-        configs = network_configs(read_config(payload["config"]))
-    except ConfigError as error:
-        raise UserError(f"{folder / 'config.json'}: its configuration cannot be read ({error})") from None
-    for name, tensors in payload["networks"].items():
-        path = folder / f"{name}.safetensors"
-        with torch.device("meta"):
-            expected = configs[name].build().state_dict()
-        for key in [*expected, *tensors]:
-            if key not in tensors:
-                raise UserError(f"{path}: the tensor {key} is missing, which the configuration asks for")
-            if key not in expected:
-                raise UserError(f"{path}: the tensor {key} has no place in the network that the configuration says")
-            if _kind(tensors[key]) != _kind(expected[key]):
-                raise UserError(
-                    f"{path}: {key} is {_kind(tensors[key])}, the configuration says {_kind(expected[key])}"
-                )
-
-
-def _kind(x: Tensor) -> str:
-    return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+        return read_tensors(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, and config.json names it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged or incomplete ({error}); use another copy") from None

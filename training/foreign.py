@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import FLOAT32_MAX, ConfigError, UserError, show
 from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle, why
 from training.augment import AugmentConfig
 from training.augment_stages import PIPES
@@ -30,6 +30,7 @@ from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.snapshot import outline
 
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
@@ -37,6 +38,8 @@ KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  
 MOST_NAMED = 10  # of the entries that are not known
 # Arguments that belong to the synthesis network, and are the generator's own in StyleGAN3's repository.
 OF_SYNTHESIS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "architecture")
+
+BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # of a Styleformer: its resolution and number
 
 Tensors = Mapping[str, Tensor]
 Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, several where ours is several side by side
@@ -158,7 +161,7 @@ def _module(content: Mapping[Any, Any], name: str) -> PickledModule:
 
 def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
     """Return how many images the networks were trained on: it is in the file's name, and in what some forks write."""
-    if kimg := re.fullmatch(r"network-snapshot-(\d+)\.pkl", path.name):
+    if kimg := re.fullmatch(r"network-snapshot-([0-9]{1,12})\.pkl", path.name):
         return 1000 * int(kimg[1])
     nimg = content.get("cur_nimg")
     return nimg if type(nimg) is int and 0 <= nimg < 2**53 else 0
@@ -195,7 +198,9 @@ class Arguments:
 
     def clamp(self, default: float | None) -> float | None:
         """Return conv_clamp."""
-        value = self.take("conv_clamp", default, lambda x: x is None or (type(x) in (int, float) and 0 < x < math.inf))
+        value = self.take(
+            "conv_clamp", default, lambda x: x is None or (type(x) in (int, float) and 0 < x <= FLOAT32_MAX)
+        )
         return None if value is None else float(value)
 
     def only(self, name: str, *accepted: Any) -> None:
@@ -230,8 +235,8 @@ def _show(value: Any) -> str:
     if isinstance(value, Unreadable):
         return f"({value.reason})"
     if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, type(None))) for x in value[:16]):
-        return f"{list(value[:16])}"
-    return repr(value)[:80] if isinstance(value, (str, int, float, type(None))) else f"of type {type(value).__name__}"
+        return show(list(value[:16]))
+    return show(value)[:80] if isinstance(value, (str, int, float, type(None))) else f"of type {type(value).__name__}"
 
 
 def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) -> Arguments:
@@ -277,7 +282,7 @@ def _read_generator(module: PickledModule, name: str) -> Read:
     if module.class_name != "Generator":
         raise UserError(f"{name} is of class {module.class_name}, expected Generator")
     arguments = _arguments(module, name, ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"))
-    is_styleformer = any(re.match(r"synthesis\.b\d+_\d+\.", key) for key in tensors)
+    is_styleformer = any(re.match(BLOCK, key) for key in tensors)
     is_flat = "synthesis_kwargs" not in arguments.values and not arguments.values.keys().isdisjoint(OF_SYNTHESIS)
     release = STYLEFORMER if is_styleformer else STYLEGAN3 if is_flat else STYLEGAN2_ADA
 
@@ -383,14 +388,14 @@ def _read_styleformer(
     """Widths and blocks are those of the tensors; arguments that contradict them are refused."""
     blocks: dict[int, set[int]] = {}
     for name in tensors:
-        if match := re.match(r"synthesis\.b(\d{1,5})_(\d{1,3})\.", name):
+        if match := re.match(BLOCK, name):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     sides = sorted(blocks)
     if sides != [sides[0] << i for i in range(len(sides))] or sides[-1] != resolution or not sides[0]:
         raise UserError(f"encoder blocks at {', '.join(map(str, sides))} do not make images of {resolution} pixels")
     widths = tuple(_rows(tensors, f"synthesis.b{side}_0.enc.q_weight") for side in sides)
     layers = tuple(len(blocks[side]) for side in sides)
-    projections = [x for name, x in tensors.items() if re.fullmatch(r"synthesis\.b\d+_\d+\.enc\.proj_weight", name)]
+    projections = [x for name, x in tensors.items() if re.fullmatch(BLOCK + r"enc\.proj_weight", name)]
     synthesis.drop("channel_base", "channel_max")  # its training script hands them over, and nothing reads them
     _read_layers(synthesis)
     _check_counts(synthesis, ("g_dict", "G_dict"), widths)
@@ -510,8 +515,7 @@ def _read_discriminator(module: PickledModule, generator: Read) -> Read:
 
 def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
     """Return the state of the network of `config`. Raises UserError for tensors missing, unfit or left over."""
-    with torch.device("meta"):
-        wanted = config.build().state_dict()
+    wanted = outline(config, name).state_dict()
     used = {theirs for key in wanted for theirs in rename(key)}
     _check_distinct(tensors, used, name)
     state = {key: _assemble(tensors, rename(key), like, name) for key, like in wanted.items()}
@@ -558,8 +562,8 @@ def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
         expected = taps.outer(taps) if tensor.ndim == 2 else taps
         return tensor.shape == expected.shape and torch.allclose(tensor.float(), expected, atol=1e-6)
-    if match := re.fullmatch(r"(synthesis\.b\d+_\d+\.)proj_weight", key):
-        twin = tensors.get(f"{match[1]}enc.proj_weight")
+    if match := re.fullmatch(BLOCK + "proj_weight", key):
+        twin = tensors.get(f"synthesis.b{match[1]}_{match[2]}.enc.proj_weight")
         return twin is not None and torch.equal(twin, tensor)
     return False
 

@@ -44,8 +44,7 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
         return object.__new__(cls)
 
     def __init__(self, snapshot: Snapshot, license: str | None = None) -> None:
-        if snapshot.G_ema is None:
-            raise UserError(f"{snapshot.path}: holds no averaged generator (G_ema), which is what is published")
+        snapshot.require_generator("is what is published")
         self.snapshot, self.license = snapshot, license
 
     @property

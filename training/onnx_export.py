@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dnnlib
-from dnnlib.config import UserError, WriteError
+from dnnlib.config import WriteError
 from dnnlib.util import import_extra, replaced
 from torch_utils import custom_ops
 from training.exchange import make_parent, refuse_existing
@@ -67,9 +67,8 @@ def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const"
     paths = onnx_paths(path)
     for part in paths:
         refuse_existing(part)
+    snapshot.require_generator("is what is exported")
     G = snapshot.G_ema
-    if G is None:
-        raise UserError(f"{snapshot.path}: holds no averaged generator (G_ema), which is what is exported")
     inputs = {"z": torch.randn(2, G.z_dim), "truncation_psi": torch.ones(G.num_ws), "c": torch.zeros(2, G.c_dim)}
     if not G.c_dim:
         del inputs["c"]

@@ -24,6 +24,7 @@ from dnnlib.util import (
     FolderLock,
     TeeLog,
     append_line,
+    read_json,
     read_json_lines,
     source_commit,
     warn_on_write_error,
@@ -247,8 +248,8 @@ def _list_runs(outdir: Path) -> list[Path]:
 def _saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / OPTIONS_FILE
     try:
-        return read_config(json.loads(path.read_text()))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_config(read_json(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 

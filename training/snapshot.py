@@ -14,14 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, UserError, to_json
+from dnnlib.config import FLOAT32_MAX, ConfigError, UserError, show, to_json
+from dnnlib.util import describe_error
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
+from torch_utils.misc import OnMeta
 from torch_utils.pickles import is_pickle
 from training.config import OPTIONS_FILE, TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
 
 FORMAT = "network-snapshot"
 VERSION = 1
+MOST_IMAGES = 2**53  # that a network has seen: a float holds them
+MOST_DERIVED = 2**25  # numbers that a network makes from its configuration, such as matrices that resample
 MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
 
 
@@ -42,6 +46,11 @@ class Snapshot:
     path: Path
     labels: LabelKind | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def require_generator(self, use: str) -> None:
+        """Raise UserError, which says what G_ema is for, when the file does not hold it."""
+        if self.G_ema is None:
+            raise UserError(f"{self.path}: holds no averaged generator (G_ema), which {use}")
 
     @property
     def kimg(self) -> float:
@@ -131,9 +140,16 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
     except ConfigError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states, nimg, ada_p, labels = (payload.get(name) for name in ("networks", "nimg", "ada_p", "labels"))
-    are_numbers = isinstance(nimg, int) and isinstance(ada_p, (int, float))
-    if not isinstance(states, dict) or not are_numbers or labels not in (None, *get_args(LabelKind)):
-        raise UserError(f"{path}: does not hold what a snapshot holds; use another copy")
+    if not isinstance(states, dict) or not set(states) & {*network_configs(config)}:
+        raise UserError(f"{path}: holds no networks; use another copy")
+    fits = {
+        "nimg": type(nimg) is int and 0 <= nimg < MOST_IMAGES,
+        "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p <= FLOAT32_MAX,
+        "labels": labels in (None, *get_args(LabelKind)),
+    }
+    for name in fits:
+        if not fits[name]:
+            raise UserError(f"{path}: {name}={show(payload.get(name))} is not what a snapshot holds; use another copy")
     return {"config": config, "nimg": nimg, "ada_p": ada_p, "labels": labels}, states
 
 
@@ -161,12 +177,10 @@ def build_networks(
 
 
 def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.device | str) -> nn.Module:
+    check_tensors(config, state, name)
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
         network: nn.Module = config.build()
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}: its tensors do not fit its configuration ({error})") from None
+    network.load_state_dict(state)
     for key, x in network.state_dict().items():
         if not x.isfinite().all():
             raise UserError(
@@ -174,3 +188,41 @@ def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.
                 "snapshot"
             )
     return network.eval().requires_grad_(False).to(device)
+
+
+def check_tensors(config: Any, tensors: Any, where: str) -> None:
+    """Raise UserError, beginning with `where`, for the first tensor that does not fit the network of `config`.
+
+    No memory is taken for the network: a file says how wide it is, and what it holds may be less.
+    """
+    expected = outline(config, where).state_dict()
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{where}: no tensors by name, which the configuration asks for")
+    for key in [*expected, *tensors]:
+        if key not in tensors:
+            raise UserError(f"{where}: the tensor {key} is missing, which the configuration asks for")
+        if key not in expected:
+            raise UserError(f"{where}: the tensor {key} has no place in the network that the configuration says")
+        if _kind(tensors[key]) != _kind(expected[key]):
+            raise UserError(f"{where}: {key} is {_kind(tensors[key])}, the configuration says {_kind(expected[key])}")
+
+
+def outline(config: Any, where: str) -> nn.Module:
+    """Return the network of `config` without its numbers, on the meta device.
+
+    Raises UserError, beginning with `where`, when there can be none.
+    """
+    try:
+        with OnMeta():
+            network: nn.Module = config.build()
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # of torch, for shapes beyond 64 bits
+        raise UserError(f"{where}: no network is as its configuration says ({describe_error(error)})") from None
+    stored = network.state_dict()
+    derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)
+    if derived > MOST_DERIVED:
+        raise UserError(f"{where}: computes with {derived} numbers beside its weights, at most {MOST_DERIVED} are made")
+    return network
+
+
+def _kind(x: Any) -> str:
+    return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else show(x)

@@ -72,7 +72,9 @@ def require_reasonable(config: Any) -> None:
         value = getattr(config, name)
         most = _MOST_LAYERS if "layers" in name or name == "resolutions" else _MOST_ANYTHING
         items = value if isinstance(value, tuple) else (value,)
-        if len(items) > _MOST_LAYERS or any(isinstance(item, int) and item > most for item in items):
+        numbers = [item for item in items if isinstance(item, int)]
+        total = sum(numbers) if most == _MOST_LAYERS else 0
+        if len(items) > _MOST_LAYERS or max(total, *numbers, 0) > most:
             raise ConfigError(name, value, f"no network is that large: the most is {most}")
 
 

@@ -1,0 +1,836 @@
+"""Files that claim more than they hold: what reading one costs stays in proportion to its size.
+
+Shared containers, strides that repeat numbers, packed members, widths without tensors, numbers beyond any float, pipes.
+Each is refused with one message that names the file. `make test` draws 280 examples, `make test-slow` 13,000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
+import torch
+from foreign_files import easy_dict, module, styleformer, write
+from hypothesis import strategies as st
+from test_hostile import DATA, SNAPSHOT, STATE, draws, for_all, refusal, run
+
+import calc_metrics
+import generate
+import legacy
+import train
+from dnnlib.config import override, to_json
+from dnnlib.util import FolderLock
+from exploration.directions import read_direction
+from exploration.model import read_styles, save_styles
+from metrics.detectors import read_detectors
+from torch_utils.checkpoint import Checkpoint, digest, read_file, write_file
+from torch_utils.pickles import read_torch_file
+from training import runs, snapshot
+from training.config import PRESETS, Circumstances, read_config, resolve
+from training.exchange import load_folder, save_folder
+from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.transgan import TransGANConfig
+
+MOST_GROWTH = 400  # MiB; without bounds most of these files take gigabytes, or for ever
+HUGE = 10**400  # more than a float holds
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Fail when what is inside takes hundreds of megabytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MOST_GROWTH
+
+
+def refused(function: Callable[[], Any], text: str = "") -> str:
+    """Call a function that refuses in one line, at little cost; return what it says."""
+    with little_memory():
+        message = refusal(function)
+    assert message is not None
+    assert text in message
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+# --- files of torch.save
+
+
+def payload() -> dict[str, Any]:
+    """The content of a snapshot, with all fields of today's configuration."""
+    content = torch.load(SNAPSHOT, weights_only=True)["payload"]
+    return {**content, "config": to_json(read_config(content["config"]))}
+
+
+def save(path: Path, content: dict[str, Any], **head: Any) -> None:
+    """Write a snapshot by torch.save alone. Its checksum is wrong where computing it would take for ever."""
+    document = torch.load(SNAPSHOT, weights_only=True)
+    torch.save({**document, "payload": content, **head}, path)
+
+
+def nested(kind: type, levels: int = 40) -> Any:
+    """A container that holds another one twice, and so on: 2^levels leaves in a few hundred bytes."""
+    value: Any = {"a": 0} if kind is dict else kind([0])
+    for _ in range(levels):
+        value = {"a": value, "b": value} if kind is dict else kind([value, value])
+    return value
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Change the members of a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: change(name, archive.read(name)) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def tuple_key(path: Path) -> None:
+    """A key whose hash takes 2^60 steps."""
+    program = b"\x80\x02})" + b"q\x09h\x09\x86" * 60 + b"K\x01s."
+    rewrite(path, lambda name, data: program if name.endswith("data.pkl") else data)
+
+
+def larger_storage(path: Path) -> None:
+    """Tensors that say that their storage has 2^28 numbers."""
+    save(path, {"x": torch.zeros(512)})
+    claim = b"J\x00\x00\x00\x10tq"
+    rewrite(path, lambda name, data: data.replace(b"M\x00\x02tq", claim) if name.endswith("data.pkl") else data)
+
+
+def one_place(path: Path) -> None:
+    """A directory in which 1000 names lead to one member."""
+    save(path, {"x": torch.zeros(2**16)})
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    whole = next(info for info in infos if info.file_size >= 2**18)
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(1000):
+            copy = zipfile.ZipInfo(whole.filename.replace("data/0", f"data/{number + 9}"))
+            copy.file_size = copy.compress_size = whole.file_size
+            copy.CRC, copy.header_offset = whole.CRC, whole.header_offset
+            archive.filelist.append(copy)
+        archive._didModify = True  # type: ignore[attr-defined]
+
+
+def pack(path: Path) -> None:
+    save(path, {"x": torch.zeros(2**24)})
+    rewrite(path, lambda _, data: data, zipfile.ZIP_DEFLATED)
+
+
+def packed_index(path: Path) -> None:
+    program = b"\x80\x02" + b"N0" * 20_000_000 + b"N."
+    rewrite(path, lambda name, data: program if name.endswith("data.pkl") else data, zipfile.ZIP_DEFLATED)
+
+
+def many_views(path: Path) -> None:
+    x = torch.zeros(2**18)
+    save(path, {"x": [x.view(-1) for _ in range(500)]})
+
+
+def chained(levels: int) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+one = torch.zeros(1)
+TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "lists in two places": (lambda path: save(path, {"x": nested(list)}), "in several places"),
+    "tuples in two places": (lambda path: save(path, {"x": nested(tuple)}), "in several places"),
+    "dicts in two places": (lambda path: save(path, {"x": nested(dict)}), "in several places"),
+    "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "in several places"),
+    "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
+    "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
+    "a key of tuples": (tuple_key, "a key that is no text"),
+    "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose numbers overlap"),
+    "strides that overlap": (
+        lambda path: save(path, {"x": torch.zeros(2**15).as_strided((2**14, 2**14), (1, 1))}),
+        "whose numbers overlap",
+    ),
+    "more numbers than stored": (larger_storage, "in 2048 bytes"),
+    "many views": (many_views, "than the file can hold"),
+    "members in one place": (one_place, "in the same place"),
+    "packed tensors": (pack, "members are compressed"),
+    "packed index": (packed_index, "members are compressed"),
+    "a chain of lists": (lambda path: save(path, {"x": chained(80)}), "nested too deeply"),
+    "400 digits": (lambda path: save(path, {"nimg": HUGE}), "more than 64 bits"),
+    "5000 digits": (lambda path: save(path, {"nimg": 10**5000}), "more than 64 bits"),
+    "bytes": (lambda path: save(path, {"x": b"text"}), "more than tensors and plain values"),
+    "a set": (lambda path: save(path, {"x": {1}}), "more than tensors and plain values"),
+    "a key that is a float": (lambda path: save(path, {"x": {0.5: 1}}), "more than tensors and plain values"),
+    "complex numbers": (
+        lambda path: save(path, {"x": torch.zeros(1, dtype=torch.complex64)}),
+        "refers to something else",
+    ),
+    "version 0": (lambda path: save(path, payload(), version=0), "format version 0, where the first is 1"),
+    "version -1": (lambda path: save(path, payload(), version=-1), "format version -1, where the first is 1"),
+    "version true": (lambda path: save(path, payload(), version=True), "not a file of this project"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_FILES)
+def test_files_of_torch_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+    make, text = TORCH_FILES[name]
+    path = tmp_path / "file.pkl"
+    shutil.copy(SNAPSHOT, path)
+    make(path)
+    for read in (snapshot.load_network, legacy.describe, legacy.transfer_options):
+        assert str(path) in refused(partial(read, path), text)
+    assert str(path) in refused(lambda: Checkpoint.read(path))
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    """As torch.load reads it: every type, empty tensors, any layout in memory, views of larger tensors."""
+    x = torch.randn(6, 4, 3, 2)
+    types = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]
+    content = {
+        "types": [x.to(dtype) for dtype in [*types, torch.uint8, torch.bool]],
+        "layouts": (
+            x.to(memory_format=torch.channels_last),
+            x.permute(3, 1, 0, 2),
+            x[::2, 1:],
+            x[0],
+        ),
+        "small": {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "none": None, 7: (), "list": [], "dict": {}},
+        "plain": [True, -(2**63), 2**64 - 1, 1e308, "é\n", float("inf")],
+    }
+    torch.save(content, tmp_path / "a.pt")
+    write_file(tmp_path / "b.pt", "thing", 1, content)
+    again, expected = read_torch_file(tmp_path / "a.pt"), torch.load(tmp_path / "a.pt", weights_only=True)
+    assert digest(again) == digest(expected) == digest(read_file(tmp_path / "b.pt", "thing", 1, {}))
+    assert [x.stride() for x in again["layouts"]] == [x.stride() for x in expected["layouts"]]
+    for path, read in ((SNAPSHOT, read_torch_file), (STATE, read_torch_file)):
+        assert digest(read(path)) == digest(torch.load(path, weights_only=True))
+
+
+@draws(100, 4000)
+def test_strides(tmp_path: Path, examples: int) -> None:
+    """A tensor is read where each of its numbers has a place of its own in the storage, and then it is NumPy's."""
+    numbers = np.arange(12, dtype=np.float32)
+    dims = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=3)
+
+    @for_all(examples, dims, st.integers(0, 12))
+    def check(shape: list[tuple[int, int]], offset: int) -> None:
+        size, stride = tuple(n for n, _ in shape), tuple(step for _, step in shape)
+        places = [offset + sum(i * step for i, step in zip(index, stride, strict=True)) for index in np.ndindex(size)]
+        if max(places, default=0) >= 12:
+            return  # torch does not make such a view
+        torch.save({"x": torch.from_numpy(numbers).as_strided(size, stride, offset)}, tmp_path / "x.pt")
+        if refusal(lambda: read_torch_file(tmp_path / "x.pt")) is None:
+            assert len(set(places)) == len(places)
+            found = read_torch_file(tmp_path / "x.pt")["x"]
+            assert (found.shape, found.flatten().tolist()) == (size, [float(place) for place in places])
+        elif len(set(places)) == len(places):  # one place each, and refused: only where strides interleave
+            steps = sorted(zip(stride, size, strict=True))
+            reach = np.cumsum([0, *((n - 1) * step for step, n in steps)])
+            assert any(step <= reach[i] for i, (step, n) in enumerate(steps) if n > 1)
+
+    square = torch.zeros(3, 4, 5, 6)
+    for layout in (
+        square,
+        square.permute(2, 0, 3, 1),
+        square[::2, :, 1:],
+        square.to(memory_format=torch.channels_last),
+    ):
+        torch.save({"x": layout}, tmp_path / "x.pt")
+        assert read_torch_file(tmp_path / "x.pt")["x"].shape == layout.shape
+
+
+SHARED = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
+    lambda inner: st.builds(
+        lambda value, times, kind: {str(i): value for i in range(times)} if kind is dict else kind([value] * times),
+        inner,
+        st.integers(0, 3),
+        st.sampled_from([list, tuple, dict]),
+    ),
+    max_leaves=20,
+)
+
+
+def is_tree(value: Any, seen: set[int]) -> bool:
+    """Whether no container with content stands in two places, and numbers fit into 64 bits."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**64
+    if not isinstance(value, (list, tuple, dict)) or not value:
+        return True
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return all(is_tree(item, seen) for item in (value.values() if isinstance(value, dict) else value))
+
+
+@draws(100, 4000)
+def test_containers_in_several_places(tmp_path: Path, examples: int) -> None:
+    @for_all(examples, SHARED)
+    def check(value: Any) -> None:
+        torch.save([value], tmp_path / "x.pt")
+        message = refusal(lambda: read_torch_file(tmp_path / "x.pt"))
+        assert (message is None) == is_tree([value], set())
+        if message is None:
+            assert repr(read_torch_file(tmp_path / "x.pt")) == repr([value])
+
+
+# --- configurations that the tensors do not have
+
+
+GENERATOR = {
+    "widths": {"widths": [8192, 8192]},
+    "mapping": {"mapping_layers": 1000, "w_dim": 8192},
+    "latents": {"z_dim": 2**20, "w_dim": 2**20},
+    "classes": {"c_dim": 2**20},
+    "blocks": {"widths": [8] * 900, "layers": [1000] * 900},
+    "a stage of blocks": {"layers": [900, 900]},
+    "grid": {"base": [2**20, 2**20]},
+    "grids": {"widths": [8] * 900, "layers": [1] * 900},
+    "channels": {"img_channels": 2**20},
+    "Linformer": {"linformer": True, "linformer_k": 2**20, "linformer_min_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("name", GENERATOR)
+def test_networks_wider_than_their_tensors_are_not_built(name: str, tmp_path: Path) -> None:
+    content = payload()
+    content["config"]["generator"] |= GENERATOR[name]
+    path = tmp_path / "wide.pkl"
+    write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
+    assert str(path) in refused(lambda: snapshot.load_network(path))
+    with little_memory():
+        refusal(lambda: legacy.describe(path))
+
+
+@pytest.mark.slow
+def test_outlines_are_what_torch_says() -> None:
+    """Names, shapes and types of every family, as on torch's own meta device."""
+    about = Circumstances(img_shape=(3, 32, 32), c_dim=3)
+    for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        for family in families:
+            changes: dict[str, Any] = {f"{part}.family": family}
+            changes |= {"generator.handover": 16} if family == "styleformer-c" else {}
+            config = getattr(resolve(override(PRESETS["tiny"], changes), about), part)
+            with torch.device("meta"):
+                expected = config.build()
+            found = snapshot.outline(config, "x")
+            for tensors, others in (
+                (found.named_parameters(), expected.named_parameters()),
+                (found.named_buffers(), expected.named_buffers()),
+            ):
+                assert [(name, x.shape, x.dtype, x.device) for name, x in tensors] == [
+                    (name, x.shape, x.dtype, x.device) for name, x in others
+                ]
+
+
+def test_a_network_needs_no_more_numbers_than_it_stores(tmp_path: Path) -> None:
+    """TransGAN's matrices that resample grow with the square of a side; nothing of that is in the file."""
+    content = payload()
+    stages = {"base": [1, 2**15], "widths": [4, 4], "layers": [1, 1], "num_heads": 1, "z_dim": 4, "w_dim": 4}
+    options = {"attention": "nystrom", "landmarks": 1, "position": "absolute", "c_dim": 0}
+    family = to_json(replace(read_config(content["config"]), generator=TransGANConfig()))["generator"]
+    content["config"]["generator"] = {**family, **stages, **options}
+    path = tmp_path / "long.pkl"
+    write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
+    refused(lambda: snapshot.load_network(path), "numbers beside its weights")
+
+
+# --- numbers
+
+
+NUMBERS: dict[str, Any] = {
+    "400 digits": HUGE,
+    "-400 digits": -HUGE,
+    "5000 digits": 10**5000,
+    "2^63": 2**63,
+    "-2^63": -(2**63),
+    "inf": float("inf"),
+    "-inf": float("-inf"),
+    "nan": float("nan"),
+    "1e39": 1e39,
+    "-1e300": -1e300,
+}
+FIELDS = [
+    (part, name)
+    for part in ("run", "origin", "augment", "g_optimizer", "ema", "loss", "generator")
+    for name in (
+        "total_kimg",
+        "tick_kimg",
+        "kimg",
+        "ada_kimg",
+        "lr",
+        "rampup",
+        "r1_gamma",
+        "snapshot_ticks",
+        "num_gpus",
+        "conv_clamp",
+        "timeout",
+        "keep_every",
+        "max_p",
+        "copied_g",
+        "z_dim",
+        "workers",
+    )
+]
+
+
+@pytest.mark.parametrize("which", NUMBERS)
+def test_numbers_that_no_configuration_has(which: str) -> None:
+    number = NUMBERS[which]
+    config = to_json(read_config(payload()["config"]))
+    tried = 0
+    for part, name in FIELDS:
+        if name in config[part] and (abs(number) != 2**63 or isinstance(config[part][name], int)):
+            strange = {**config, part: {**config[part], name: number}}
+            message = refusal(partial(read_config, strange))
+            assert message is not None
+            assert f"{part}.{name}=" in message
+            tried += 1
+    assert tried > 3
+
+
+@pytest.mark.parametrize("key", ["nimg", "ada_p"])
+def test_numbers_that_no_snapshot_has(key: str) -> None:
+    content = payload()
+    numbers = [
+        "400 digits",
+        "5000 digits",
+        "inf",
+        "-inf",
+        "nan",
+        "-1e300",
+        *(["2^63", "1e39"] if key == "nimg" else []),
+    ]
+    for value in [*(NUMBERS[name] for name in numbers), -1, "5", None, [[]], {}]:
+        message = refused(partial(snapshot.parts_of, {**content, key: value}, Path("x.pkl")))
+        assert message.startswith(f"x.pkl: {key}=")
+
+
+def test_snapshots_without_networks(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    kinds: list[Any] = [{}, [], None, {"other": {}}]
+    for networks in kinds:
+        write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": networks})
+        refused(lambda: snapshot.load_network(path), f"{path}: holds no networks")
+        refused(lambda: legacy.describe(path), f"{path}: holds no networks")
+    discriminator = {"D": payload()["networks"]["D"]}
+    write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": discriminator})
+    assert run(generate.main, f"--network={path}", "--seeds=0", f"--outdir={tmp_path / 'out'}", "--device=cpu") == 2
+    assert run(legacy.main, "info", str(path)) == 0
+    assert not (tmp_path / "out").exists()
+
+
+# --- folders of safetensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("safetensors", reason="safetensors is an optional package")
+    path = tmp_path_factory.mktemp("folders") / "good"
+    save_folder(path, replace(snapshot.load_network(SNAPSHOT), G=None, D=None))
+    return path
+
+
+def safetensors_file(dtype: str, bits: int, shape: list[int] | None = None) -> bytes:
+    """A file with one tensor of 16 numbers."""
+    size = 16 * bits // 8
+    about = {"mapping.w_avg": {"dtype": dtype, "shape": shape or [16], "data_offsets": [0, size]}}
+    header = json.dumps(about).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(size)
+
+
+def deep(key: str, levels: int) -> Callable[[str], str]:
+    return lambda text: text.replace(f'"{key}":', f'"{key}": {"[" * levels + "]" * levels}, "_{key}":', 1)
+
+
+def replaced(key: str, value: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        lines = [f'  "{key}": {value},' if line.startswith(f'  "{key}": ') else line for line in text.splitlines()]
+        return "\n".join(lines)
+
+    return change
+
+
+DOCUMENTS: dict[str, tuple[Callable[[str], str], str]] = {
+    "a deep document": (lambda _: "[" * 100_000, "nested too deep"),
+    "a deep value": (deep("nimg", 50_000), "nested too deep"),
+    "a deep seed": (deep("seed", 960), ""),
+    "deep labels": (lambda text: text.replace('"nimg":', f'"labels": {"[" * 960 + "]" * 960}, "nimg":', 1), ""),
+    "400 digits": (replaced("nimg", str(HUGE)), "more than 64 bits"),
+    "5000 digits": (replaced("nimg", "1" * 5000), "more than 64 bits"),
+    "images to infinity": (replaced("nimg", "Infinity"), "nimg=inf"),
+    "p of 400 digits": (replaced("ada_p", str(HUGE)), "more than 64 bits"),
+    "p that is no number": (replaced("ada_p", "NaN"), "ada_p=nan"),
+    "version 0": (replaced("version", "0"), "format version 0, where the first is 1"),
+    "version -3": (replaced("version", "-3"), "format version -3"),
+    "version true": (replaced("version", "true"), "not a file of this project"),
+    "version of 30 digits": (replaced("version", "9" * 30), "more than 64 bits"),
+    "no text": (lambda _: "\0" * 100, "not JSON"),
+    "no networks": (lambda text: json.dumps({**json.loads(text), "files": {}}), "holds no networks"),
+}
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "folder"
+    shutil.copytree(folder, path)
+    return path
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_of_folders(name: str, folder: Path, tmp_path: Path) -> None:
+    change, text = DOCUMENTS[name]
+    path = copy_of(folder, tmp_path)
+    (path / "config.json").write_text(change((path / "config.json").read_text()))
+    for read in (load_folder, legacy.describe, legacy.transfer_options):
+        assert str(path) in refused(partial(read, path), text)
+
+
+TYPES = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "C64": 64}
+TYPES |= {"U16": 16, "U64": 64, "BOOL": 8, "F16": 16, "BF16": 16, "F64": 64, "X": 8, "": 8, "I4": 4}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_types_of_safetensors(dtype: str, folder: Path, tmp_path: Path) -> None:
+    """Those that torch lacks, those that no network here has, and names of none."""
+    path = copy_of(folder, tmp_path)
+    data = safetensors_file(dtype, TYPES[dtype])
+    (path / "G_ema.safetensors").write_bytes(data)
+    document = json.loads((path / "config.json").read_text())
+    document["files"] = {"G_ema": hashlib.sha256(data).hexdigest()}
+    (path / "config.json").write_text(json.dumps(document))
+    for read in (load_folder, legacy.describe):
+        refused(partial(read, path), f"{path / 'G_ema.safetensors'}: ")
+    direction = tmp_path / "d.safetensors"
+    direction.write_bytes(data)
+    refused(lambda: read_direction(f"{direction}:0", None), f"--direction={direction}:0: ")
+
+
+# --- arrays
+
+
+def header(shape: Any, descr: str = "<f4", body: bytes = bytes(64)) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + body
+
+
+def array(x: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, x)
+    return file.getvalue()
+
+
+ARRAYS: dict[str, dict[str, bytes]] = {
+    "packed zeros": {"w.npy": array(np.zeros(2**23 + 2**20))},
+    "many packed arrays": {f"{i}.npy": array(np.zeros(2**20)) for i in range(9)},
+    "10^12 numbers": {"w.npy": header((10**12,))},
+    "10^30 numbers": {"w.npy": header((10**10,) * 3)},
+    "negative shape": {"w.npy": header((-4, -4))},
+    "numbers of no size": {"w.npy": header((10**12,), "|V0", b"")},
+    "numbers of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
+    "objects": {"w.npy": header((2,), "|O")},
+    "too few": {"w.npy": header((16, 2))},
+    "no header": {"w.npy": b"\x93NUMPY\x01\0"},
+    "other version": {"w.npy": b"\x93NUMPY\x07\0" + bytes(80)},
+    "long header": {"w.npy": b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + b" " * 99},
+    "program in the header": {"w.npy": b"\x93NUMPY\x01\0\x20\0" + b"__import__('os').mkdir('x')".ljust(32)},
+    "no arrays": {},
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, data in ARRAYS[name].items():
+            archive.writestr(member, data)
+    refused(lambda: read_styles(path, None), f"--projected-w={path}: ")
+    refused(lambda: read_direction(f"{path}:0", None), f"--direction={path}:0: ")
+
+
+@draws(60, 3000)
+def test_shapes_of_arrays(tmp_path: Path, examples: int) -> None:
+    """What NumPy reads is read as NumPy reads it; shapes are drawn near to what fits and far from it."""
+    sizes = st.lists(st.integers(0, 6) | st.integers(-2, 10**13), max_size=4)
+    kinds = st.sampled_from(["<f4", ">f8", "<i2", "|b1", "|O", "<U3", "|V0", "<c8", "<f2"])
+    path = tmp_path / "w.npz"
+
+    @for_all(examples, sizes, kinds, st.integers(0, 64), st.booleans())
+    def check(shape: list[int], kind: str, length: int, is_packed: bool) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if is_packed else zipfile.ZIP_STORED) as archive:
+            archive.writestr("w.npy", header(tuple(shape), kind, bytes(range(length))))
+        G = type("G", (), {"w_dim": shape[-1] if shape else 0, "num_ws": shape[1] if len(shape) > 1 else 0})
+        message = refusal(lambda: read_styles(path, G))
+        assert message is None or message.startswith(f"--projected-w={path}: ")
+        if message is None:
+            expected = np.load(path)["w"].astype(np.float32)
+            assert np.array_equal(read_styles(path, G).numpy(), expected)
+
+    ws = torch.randn(5, 3, 4)
+    save_styles(path, ws)
+    assert torch.equal(read_styles(path, type("G", (), {"w_dim": 4, "num_ws": 3})), ws)
+
+
+# --- foreign snapshots
+
+
+NAMES = [
+    "b123456_0",
+    "b0_0",
+    "b-1_0",
+    "b08_0",
+    "b8_00",
+    "b8_1000",
+    "b²_0",
+    "b8_²",
+    "b٨_0",
+    "b8_\N{ARABIC-INDIC DIGIT ZERO}",
+    "b1000000000_0",
+]
+NAMES += [
+    "b99999_0",
+    "b" + "9" * 80 + "_0",
+    "b8_-1",
+    "b8.5_0",
+    "b_0",
+    "b8_",
+    "b1e3_0",
+    "b3_0",
+    "b12_0",
+    "b32_0",
+    "b16_9",
+]
+
+
+def write_foreign(path: Path, tensors: dict[str, Any], entries: Any = None, **arguments: Any) -> Path:
+    """Write a Styleformer with further tensors, arguments and entries; arguments can be pickled once only."""
+    own, theirs = styleformer()
+    return write(path, {"G_ema": module("Generator", {**own, **tensors}, **{**theirs, **arguments}), **(entries or {})})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_foreign_tensors_with_numbers_that_are_no_sizes(name: str, tmp_path: Path) -> None:
+    for tail in ("proj_weight", "enc.q_weight", "x"):
+        key = f"synthesis.{name}.{tail}"
+        path = write_foreign(tmp_path / "x.pkl", {key: torch.zeros(2, 2)})
+        assert str(path) in refused(partial(legacy.load_network, path))
+    tensors, arguments = styleformer()
+    others = {key: x for key, x in tensors.items() if not key.startswith("synthesis.b")} | {key: torch.zeros(2, 2)}
+    path = write(tmp_path / "y.pkl", {"G_ema": module("Generator", others, **arguments)})
+    assert str(path) in refused(partial(legacy.load_network, path))
+
+
+@draws(20, 2000)
+def test_drawn_names_and_arguments_of_foreign_networks(tmp_path: Path, examples: int) -> None:
+    """Right ones are read, others refused in one line."""
+    digits = st.integers(-2, 40).map(str) | st.text("0123456789²-_.", max_size=7) | st.sampled_from(["8", "16", "0"])
+    others: dict[str, Any] = {**NUMBERS, "true": True, "none": None, "text": "x", "list": [], "lists": nested(list)}
+    others["tuples"] = nested(tuple)  # named, because hypothesis writes down what it chooses from
+    values = st.sampled_from(list(others)) | st.integers()
+    keys = st.sampled_from(["z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "x", "mapping_kwargs"])
+
+    @for_all(examples, digits, digits, keys, values, st.sampled_from(["name", "argument", "synthesis", "mapping"]))
+    def check(side: str, index: str, key: str, which: Any, kind: str) -> None:
+        value, path = others.get(which, which), tmp_path / "x.pkl"
+        if kind == "name":
+            write_foreign(path, {f"synthesis.b{side}_{index}.x": torch.zeros(1)})
+        elif kind == "argument":
+            write_foreign(path, {}, **{key: value})
+        elif kind == "synthesis":
+            names = ("depth", "conv_clamp", "minimum_head", "num_layers", "linformer", "num_fp16_res", "G_dict")
+            write_foreign(path, {}, synthesis_kwargs=easy_dict(**{"depth": 4, names[len(side + index) % 7]: value}))
+        else:
+            write_foreign(path, {}, mapping_kwargs=easy_dict(**{"num_layers": 2, "w_avg_beta": value}))
+        message = refusal(partial(legacy.load_network, path))
+        assert message is None or (str(path) in message and "\n" not in message)
+        assert message is not None or kind != "name"
+
+    assert not refusal(lambda: legacy.load_network(write_foreign(tmp_path / "x.pkl", {})))
+
+
+def test_shared_containers_of_a_foreign_snapshot_are_left_alone(tmp_path: Path) -> None:
+    """Such as 2^40 values in the entries of a fork: the images need none of them."""
+    shared: dict[str, Any] = {
+        "more": nested(list),
+        "augment_pipe": nested(dict),
+        "training_set_kwargs": easy_dict(path=nested(tuple)),
+    }
+    path = write_foreign(tmp_path / "x.pkl", {}, shared)
+    with little_memory():
+        assert set(legacy.load_network(path).left_out) == {"more", "augment_pipe"}
+        assert legacy.describe(path)["left_out"].keys() == {"more", "augment_pipe"}
+    for key, value in (("x", nested(list)), ("img_resolution", nested(tuple)), ("z_dim", 10**5000)):
+        bad = write_foreign(tmp_path / "y.pkl", {}, **{key: value})
+        refused(partial(legacy.load_network, bad), key)
+    long = write_foreign(tmp_path / f"network-snapshot-{'9' * 200}.pkl", {})
+    assert legacy.load_network(long).nimg == 0
+
+
+def test_holes_in_the_memo_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    puts = b"".join(b"K\x01r" + struct.pack("<I", 2**31 - 1 - 2**20 * i) + b"a" for i in range(1000))
+    path.write_bytes(b"\x80\x04]" + puts + b".")
+    refused(lambda: legacy.load_network(path), "no G_ema")
+    rewritten = tmp_path / "ours.pkl"
+    shutil.copy(SNAPSHOT, rewritten)
+    rewrite(rewritten, lambda name, data: b"\x80\x02]" + puts + b"." if name.endswith("data.pkl") else data)
+    refused(lambda: legacy.load_network(rewritten), "not a file of this project")
+
+
+# --- DINOv2
+
+
+DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "patch_size": 14, "num_attention_heads": 4, "image_size": 28}
+CONFIGS: dict[str, Any] = {
+    **{
+        f"{name}={value!r:.9}": {**DINOV2, name: value}
+        for name in DINOV2
+        for value in (10**9, 0, -1, 1.5, "x", True, [7])
+    },
+    "mlp_ratio": {**DINOV2, "mlp_ratio": 10**9},
+    "10^400": {**DINOV2, "hidden_size": HUGE},
+    "empty": {},
+    "list": [],
+    "null": None,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_of_dinov2(name: str, tmp_path: Path) -> None:
+    """Refused before anything is generated or built."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    refused(lambda: read_detectors((str(tmp_path),)).identity("dinov2"), str(tmp_path))
+
+
+@pytest.mark.slow
+def test_dinov2_wider_than_its_weights_is_not_built(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is an optional package")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    setup = read_detectors((str(tmp_path),))
+    for change in ({"hidden_size": 8192, "num_attention_heads": 1}, {"num_hidden_layers": 200}, {"image_size": 4096}):
+        (tmp_path / "config.json").write_text(json.dumps({**DINOV2, **change}))
+        refused(lambda: setup.load("dinov2", torch.device("cpu")), "holds 2 numbers, the network of config.json has")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    refused(lambda: setup.prepare("dinov2"), "nested too deep")
+
+
+# --- pipes, and damaged runs
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
+    """In the place of every file that the snapshot side reads."""
+    for name in ("x.pkl", "x.pt", "x.npz", "x.safetensors", "x"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.pkl").symlink_to("/dev/zero")
+    common = ["--device=cpu", f"--outdir={tmp_path / 'out'}"]
+    good = [f"--network={SNAPSHOT}", "--class=0", *common]
+    data = f"--data={DATA / 'shapes.zip'}"
+    for name in ("x.pkl", "x.pt", "x", "zero.pkl"):
+        path = tmp_path / name
+        assert run(generate.main, f"--network={path}", "--seeds=0", *common) == 2
+        assert run(legacy.main, "info", str(path)) == 2
+        assert run(legacy.main, "convert", f"--source={path}", f"--dest={tmp_path / 'new'}") == 2
+        assert run(train.main, f"--resume={path}", data, "--cfg=tiny", "--metrics=none", *common) == 2
+        assert run(calc_metrics.main, f"--network={path}", "--metrics=swd20", "--device=cpu") == 2
+    for name in ("x.npz", "zero.pkl"):
+        assert run(generate.main, f"--projected-w={tmp_path / name}", *good) == 2
+    for name in ("x.npz", "x.safetensors"):
+        assert run(generate.main, "--seeds=0", f"--direction={tmp_path / name}:0", *good) == 2
+    broken = copy_of(folder, tmp_path)
+    for name in ("G_ema.safetensors", "config.json"):
+        (broken / name).unlink()
+        os.mkfifo(broken / name)
+        assert run(legacy.main, "info", str(broken)) == 2
+    assert not (tmp_path / "out").exists()
+    shutil.copy(SNAPSHOT, tmp_path / "good.pkl")
+    os.mkfifo(tmp_path / "metric-swd.jsonl")
+    assert run(legacy.main, "info", str(tmp_path / "good.pkl")) == 0
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def device_instead(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def put(field: str, value: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        document = json.loads(path.read_text())
+        part, _, name = field.partition(".")
+        document[part][name] = "?"
+        path.write_text(json.dumps(document).replace('"?"', value))
+
+    return change
+
+
+DAMAGED_RUNS: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda path: path.unlink(),
+    "a pipe": pipe,
+    "a folder": folder_instead,
+    "a device": device_instead,
+    "empty": lambda path: path.write_bytes(b""),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
+    **{
+        f"{field}={name}": put(field, value)
+        for field in ("run.total_kimg", "origin.kimg", "augment.ada_kimg", "run.num_gpus", "run.batch_gpu", "ema.kimg")
+        for name, value in (
+            ("400 digits", "1" + "0" * 400),
+            ("5000 digits", "9" * 5000),
+            ("NaN", "NaN"),
+            ("1e999", "1e999"),
+        )
+    },
+    "deep value": put("run.total_kimg", "[" * 950 + "]" * 950),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_RUNS)
+def test_one_damaged_run_leaves_the_others_to_resume_from(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_config(Checkpoint.read(STATE)["config"])
+    for number in range(2):
+        run_dir = tmp_path / f"0000{number}-run"
+        run_dir.mkdir()
+        shutil.copy(STATE, run_dir)
+        (run_dir / "training_options.json").write_text(json.dumps(to_json(config)))
+    DAMAGED_RUNS[name](tmp_path / "00001-run" / "training_options.json")
+    plain = replace(config, run=replace(config.run, num_gpus=1))
+    about = Circumstances(
+        img_shape=(config.generator.img_channels, *config.generator.img_size), c_dim=config.generator.c_dim
+    )
+    request = runs.Request(outdir=tmp_path, resume="latest", plain=plain, transfer=plain, about=about)
+    with FolderLock() as lock:
+        start = runs.choose_start(request, lock)
+    assert start.run_dir == tmp_path / "00000-run"
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"Warning: {tmp_path / '00001-run' / 'training_options.json'}: ")
