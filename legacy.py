@@ -18,7 +18,7 @@ import torch
 
 import training.snapshot
 from dnnlib import EasyDict
-from dnnlib.cli import FileOrURL, Script, option
+from dnnlib.cli import FileOrURL, Group, Script, option
 from dnnlib.config import UserError, to_json
 from dnnlib.download import fetch, is_url
 from metrics.registry import results_of, sha256_of_snapshot
@@ -143,7 +143,7 @@ def local_file(path: str | Path) -> Path:
     return fetch(str(path)) if is_url(path) else Path(path)
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Say what a snapshot holds, and convert it."""
 

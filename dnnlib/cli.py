@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import click
 
 from dnnlib.config import ConfigError, UserError
 from dnnlib.download import is_url
+from dnnlib.screen import guarded
 from dnnlib.util import describe_error, is_out_of_memory
 
 # Decorators of click are untyped functions over functions.
@@ -107,7 +106,15 @@ def config_values(context: click.Context) -> dict[str, Any]:
     }
 
 
-class Script(click.Command):
+class Guarded(click.Command):
+    """A program that prints nothing raw that comes from outside, its own errors included (dnnlib/screen.py)."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with guarded():
+            return super().main(*args, **kwargs)
+
+
+class Script(Guarded):
     """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
     and folders that cannot be used, a lack of memory.
 
@@ -120,10 +127,6 @@ class Script(click.Command):
         return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
 
     def invoke(self, ctx: click.Context) -> Any:
-        if sys.stderr is None:  # closed by the shell: 2>&-
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -144,7 +147,11 @@ class Script(click.Command):
                 formatter.write_dl(others)
 
 
-class DefaultGroup(click.Group):
+class Group(Guarded, click.Group):
+    """A program of several commands."""
+
+
+class DefaultGroup(Group):
     """A group whose command `default`, which takes options alone, need not be typed: `generate.py --seeds=0` is
     `generate.py images --seeds=0`."""
 
@@ -176,7 +183,7 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
                 break
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PRECEDENCE)
     raise Failure(message) from None
 
