@@ -2,16 +2,18 @@
 
 The networks are those of well-kept libraries: Inception, VGG16 and LPIPS of torch-fidelity, DINOv2 of transformers. A
 user's own network is a program (.pt2 of torch.export, or TorchScript): uint8 images [B, C, H, W] in, features [B, F]
-and optionally class logits [B, K] out. A program can do anything, so only `--detector` names one, never a file.
+and optionally class logits [B, K] out. A program computes what its author wants, so only `--detector` names one, never
+a file.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +29,10 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dnnlib.config import UserError
-from dnnlib.util import describe_error, import_extra
+from dnnlib.util import describe_error, import_extra, read_json
+from metrics import programs
 from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
+from torch_utils import distributed
 
 Role = Literal["inception", "vgg16", "lpips", "dinov2"]
 Output = tuple[Tensor, Tensor | None]  # features (B, F) and logits (B, K), both float32
@@ -191,7 +195,7 @@ def full_float32() -> Iterator[None]:
 def _dinov2_name(folder: Path) -> str:
     """Return which DINOv2 a folder holds. The published distances are those of ViT-L/14."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
@@ -372,10 +376,11 @@ def dinov2_input(images: Tensor) -> Tensor:
 
 
 def load_program(path: Path, device: torch.device) -> Detector:
-    """Return a user's own network. Loading it runs its code: the caller has made sure that the user asked for it.
+    """Return a user's own network, which runs here: the caller has made sure that the user asked for it.
 
     TorchScript files of the StyleGAN family take `return_features=True`, without which they return probabilities.
     """
+    _say_that_it_runs(path)
     module, arguments = load_module(path, device)
     options = {"return_features": True} if "return_features" in arguments else {}
 
@@ -390,6 +395,12 @@ def load_program(path: Path, device: torch.device) -> Detector:
     return Detector(name=path.name, network=see)
 
 
+@functools.cache
+def _say_that_it_runs(path: Path) -> None:
+    if distributed.is_main():
+        print(f"--detector={path}: is a program and runs on this machine; use only those you trust", file=sys.stderr)
+
+
 def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
     """Return a program as a module, and the names of its arguments. Raises UserError when it cannot be loaded."""
     try:
@@ -398,9 +409,11 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
                 "ignore"
             )  # that TorchScript, which users still have, is deprecated; of read-only buffers
             if path.suffix == ".pt2":
-                return _on_device(torch.export.load(path), device).module(), []
+                return _on_device(programs.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
 
