@@ -89,9 +89,11 @@ def guard() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
-    sys.stdout, sys.stderr = (
-        stream if stream is None or isinstance(stream, Screen) else Screen(stream) for stream in (sys.stdout, sys.stderr)
-    )
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
+
+
+def _guarded(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, Screen) else Screen(stream)
 
 
 @contextmanager

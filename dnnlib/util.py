@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dnnlib.config import UserError, WriteError
+from dnnlib.screen import shown
 
 try:
     import fcntl
@@ -272,9 +273,9 @@ class TeeLog:
         sys.stdout, sys.stderr = self.streams
         with suppress(OSError):
             if isinstance(error, UserError):
-                self.file.write(f"Error: {error}\n")
+                self.file.write(shown(f"Error: {error}\n"))
             elif error is not None:
-                self.file.write("".join(traceback.format_exception(error)))
+                self.file.write(shown("".join(traceback.format_exception(error))))
         with suppress(OSError):
             self.file.close()
 
@@ -291,7 +292,7 @@ class _Tee:
             redraw("", self.log.redrawn)
             self.log.redrawn = None
         with suppress(OSError):
-            self.log.file.write(text)
+            self.log.file.write(shown(text))
         return self.stream.write(text)
 
     def flush(self) -> None:

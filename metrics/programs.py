@@ -58,13 +58,12 @@ NODES = (ast.Expression, ast.Constant, ast.Name, ast.Load, ast.BinOp, ast.UnaryO
 NODES += (ast.Attribute, ast.Subscript, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
 NODES += (ast.USub, ast.UAdd, ast.And, ast.Or, ast.Not, ast.cmpop, ast.keyword)
 SYMBOL = re.compile(r"[a-z]{1,4}\d+|L|oo|int_oo|torch|math", re.ASCII)
-FUNCTIONS = """
-    Symbol Integer Rational Add Mul Pow Max Min Mod Abs floor ceiling Equality Unequality LessThan StrictLessThan
-    GreaterThan StrictGreaterThan Eq Ne And Or Not Piecewise ExprCondPair FloorDiv CeilDiv CleanDiv IntTrueDiv
-    FloatTrueDiv PythonMod ModularIndexing FloorToInt CeilToInt TruncToInt ToFloat Identity Where PowByNatural
-    max min abs int float torch.sym_max torch.sym_min torch.sym_int torch.sym_float torch.sym_not math.floor math.ceil
-    math.trunc
-""".split()
+FUNCTIONS = re.compile(
+    r"Symbol|Integer|Rational|Add|Mul|Pow|PowByNatural|Max|Min|Mod|PythonMod|Abs|floor|ceiling|Identity|Where|And|Or|Not"
+    r"|Eq|Ne|Equality|Unequality|LessThan|StrictLessThan|GreaterThan|StrictGreaterThan|Piecewise|ExprCondPair"
+    r"|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv|ModularIndexing|FloorToInt|CeilToInt|TruncToInt|ToFloat"
+    r"|max|min|abs|int|float|torch\.sym_(max|min|int|float|not)|math\.(floor|ceil|trunc)"
+)
 METHODS = ("size", "stride", "storage_offset")
 POWERS = ("Pow", "PowByNatural")
 LONGEST_EXPRESSION = 20_000
@@ -207,9 +206,9 @@ def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bo
     """Whether a node is arithmetic; `called`, `named`: functions, and where the name of something may stand."""
     match node:
         case ast.Name():
-            return node.id in FUNCTIONS if node in called else SYMBOL.fullmatch(node.id) is not None
+            return (FUNCTIONS if node in called else SYMBOL).fullmatch(node.id) is not None
         case ast.Attribute():
-            return node in called and (node.attr in METHODS or ast.unparse(node) in FUNCTIONS)
+            return node in called and (node.attr in METHODS or FUNCTIONS.fullmatch(ast.unparse(node)) is not None)
         case ast.Constant(value=str()):
             return node in named and NAME.fullmatch(node.value) is not None
         case ast.Constant():

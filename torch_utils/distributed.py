@@ -81,7 +81,9 @@ def _launched(name: str, low: int, high: int) -> int:
     """Return a number in the environment that a launcher sets. Raises UserError for one that is none or not there."""
     text = os.environ.get(name)
     if text is None:
-        raise UserError(f"{name} is missing from the environment, a whole number from {low} to {high}; torchrun sets it")
+        raise UserError(
+            f"{name} is missing from the environment, a whole number from {low} to {high}; torchrun sets it"
+        )
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(
             f"{name}={text[:40]}: in the environment, must be a whole number from {low} to {high}; torchrun sets it, "
