@@ -54,9 +54,11 @@ REFUSED_KEYS = ("as_custom_obj", "class_fqn", "custom_obj_name")
 
 # Expressions of sizes, as sympy writes them: Add(Mul(Integer(2), Symbol('s34', positive=True)), Integer(1)). And
 # conditions on them, as Python: L['images'].size()[0] <= 4096.
-NODES = (ast.Expression, ast.Constant, ast.Name, ast.Load, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call)
-NODES += (ast.Attribute, ast.Subscript, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
-NODES += (ast.USub, ast.UAdd, ast.And, ast.Or, ast.Not, ast.cmpop, ast.keyword)
+NODES: tuple[type[ast.AST], ...] = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Attribute, ast.Subscript),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+    *(ast.Pow, ast.USub, ast.UAdd, ast.And, ast.Or, ast.Not, ast.cmpop),
+)
 SYMBOL = re.compile(r"[a-z]{1,4}\d+|L|oo|int_oo|torch|math", re.ASCII)
 FUNCTIONS = re.compile(
     r"Symbol|Integer|Rational|Add|Mul|Pow|PowByNatural|Max|Min|Mod|PythonMod|Abs|floor|ceiling|Identity|Where|And|Or|Not"
@@ -190,16 +192,12 @@ def _check_expression(text: str) -> None:
         nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))] if len(text) <= LONGEST_EXPRESSION else []
     except SyntaxError:
         nodes = []
-    called = {node.func for node in nodes if isinstance(node, ast.Call)}
-    named = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # inputs, as in L['images']
-    named |= {node.args[0] for node in nodes if _function(node) == "Symbol" and len(node.args) == 1}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    called: set[ast.AST] = {node.func for node in calls}
+    named: set[ast.AST] = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # as in L['images']
+    named |= {node.args[0] for node in calls if ast.unparse(node.func) == "Symbol" and len(node.args) == 1}
     if not nodes or not all(isinstance(node, NODES) and _is_harmless(node, called, named) for node in nodes):
         raise ValueError(f"{text[:60]!r}, which is no expression of sizes")
-
-
-def _function(node: ast.AST) -> str | None:
-    """Return the name of the function that a node calls, None for others."""
-    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
 
 
 def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bool:
@@ -209,8 +207,8 @@ def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bo
             return (FUNCTIONS if node in called else SYMBOL).fullmatch(node.id) is not None
         case ast.Attribute():
             return node in called and (node.attr in METHODS or FUNCTIONS.fullmatch(ast.unparse(node)) is not None)
-        case ast.Constant(value=str()):
-            return node in named and NAME.fullmatch(node.value) is not None
+        case ast.Constant(value=str(text)):
+            return node in named and NAME.fullmatch(text) is not None
         case ast.Constant():
             return isinstance(node.value, (bool, int, float))
         case ast.keyword():
@@ -218,7 +216,7 @@ def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bo
         case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
             return _is_small_power(base, exponent)
         case ast.Call():
-            if _function(node) in POWERS:
+            if ast.unparse(node.func) in POWERS:
                 return len(node.args) == 2 and _is_small_power(*node.args)
             return isinstance(node.func, (ast.Name, ast.Attribute))
     return True

@@ -308,11 +308,13 @@ def _open_store(file: str | None) -> dist.Store:
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
-def _join(device_type: str, timeout: timedelta, file: str | None) -> None:
+def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None:
     """Form the group of all processes, and that for tensors on the CPU. Raises UserError if gloo finds no network."""
     global _host_group
-    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    meeting = {} if file is None else {"store": _open_store(file), **ranks}
+    meeting: dict[str, Any] = {}
+    if file is not None:
+        ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        meeting = {"store": _open_store(file), **ranks}
     try:
         if device_type == "cuda":
             device = use_device("cuda")

@@ -336,9 +336,7 @@ def transfer(
     )
     lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *snapshot.notes()]
     if origin.source != name:
-        lines.append(
-            "The address is recorded without its user, password and query: give them again to start anew from it"
-        )
+        lines.append("The address is recorded without user, password and query: give all of it to start anew from it")
     lines += [line for net, what in copied.items() for line in what.describe(net)]
     return replace(config, origin=origin), "\n  ".join(lines)
 
