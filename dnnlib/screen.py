@@ -17,7 +17,8 @@ from typing import Any, TextIO
 # Of ASCII and of Latin-1, the ends of lines of Unicode, and what reverses the direction of writing.
 _CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069"
 _ANY_CONTROL = re.compile(f"[{_CONTROL}]")
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s\"'<>\\]+)", re.IGNORECASE)
+_SCHEME = r"([a-z][a-z0-9+.-]*://|https?:/)"  # as a path, an address has one / there
+_ADDRESS = re.compile(_SCHEME + r"[^\s\"'<>\\]+", re.IGNORECASE)
 _CLOSING = re.compile(r"[:;,.)\]}!]*$")  # what follows an address in a sentence
 _PIN = re.compile(r"#sha256=[0-9a-f]+$", re.IGNORECASE)  # no secret
 
@@ -37,15 +38,16 @@ def public(address: str) -> str:
 
     A checksum, `#sha256=...`, stays.
     """
-    scheme, separator, rest = address.partition("://")
-    if not separator or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme, re.IGNORECASE):
+    scheme = re.match(_SCHEME, address, re.IGNORECASE)
+    if not scheme:
         return address
+    rest = address[scheme.end() :]
     pin = _PIN.search(rest)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     # A password with a / in it is none by the rules, but typed all the same.
     goes_on = "@" not in authority and not authority.startswith("[") and re.search(r":\D", authority)
     kept = rest[rest.rfind("@", 0, None if goes_on else len(authority)) + 1 :]
-    return f"{scheme}://{re.split(r'[?#]', kept, maxsplit=1)[0]}{pin[0] if pin else ''}"
+    return f"{scheme[0]}{re.split(r'[?#]', kept, maxsplit=1)[0]}{pin[0] if pin else ''}"
 
 
 def without_secrets(text: str) -> str:

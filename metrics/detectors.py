@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dnnlib.config import UserError
-from dnnlib.util import describe_error, import_extra, read_json
+from dnnlib.util import describe_error, import_extra, open_regular, read_json
 from metrics import programs
 from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
 from torch_utils import distributed
@@ -213,6 +213,8 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         role, path = _split_role(given)
         if not path.exists():
             raise UserError(f"--detector={given}: no such file or folder")
+        if not path.is_dir():
+            _check_regular(given, path)
         if role and (path.is_dir() or not _is_program(path)):
             raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); leave out `{role}:`")
         if role:
@@ -229,6 +231,13 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         else:
             weights[_recognise(path).name] = path.resolve()
     return DetectorSetup(program=program, bound=bound, dinov2=dinov2, weights=weights, protocol=protocol)
+
+
+def _check_regular(given: str, path: Path) -> None:
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise UserError(f"--detector={given}: cannot be read ({error.strerror})") from None
 
 
 def _split_role(given: str) -> tuple[Role | None, Path]:

@@ -86,16 +86,18 @@ def check(path: Path) -> None:
     """Raise UserError where loading an archive would run code, naming the part."""
     try:
         reader = PT2ArchiveReader(str(path))
+        names = reader.get_file_names()
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist())
     except (RuntimeError, AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"--detector={path}: is no archive of torch.export, or one of torch 2.7 or older, which is no longer read "
-            f"({describe_error(error)}): export it anew"
+            f"--detector={path}: cannot be loaded: no archive of torch.export, or one of torch 2.7 or older, which is "
+            f"to be exported anew ({describe_error(error)})"
         ) from None
-    names = reader.get_file_names()
     if size > path.stat().st_size:
         raise UserError(f"--detector={path}: is compressed, or its parts overlap, which torch.export does not do")
+    if TEXTS[0] not in names:
+        raise UserError(f"--detector={path}: holds no program ({TEXTS[0]})")
     for name in names:
         if not PARTS.fullmatch(name):
             raise _refusal(path, name, "is no part of a program that is data and PyTorch's own operators alone")
@@ -103,7 +105,9 @@ def check(path: Path) -> None:
         if name.endswith(".pt"):
             _check_tensors(path, name, reader.read_bytes(name))
     for name in (name for name in TEXTS if name in names):
-        _check_text(path, name, reader.read_bytes(name), reader)
+        document = _read_text(path, name, reader.read_bytes(name))
+        if name != TEXTS[0]:
+            _check_payloads(path, name, document, reader)
 
 
 def _refusal(path: Path, part: str, problem: str) -> UserError:
@@ -124,27 +128,31 @@ def _first(error: Exception) -> str:
     return printable(match[1] or match[2])[:100] if match else describe_error(error)
 
 
-def _check_text(path: Path, part: str, content: bytes, reader: PT2ArchiveReader) -> None:
+def _read_text(path: Path, part: str, content: bytes) -> Any:
+    """Return a part that is JSON. Raises UserError for a text in it that torch would make more of than a name."""
     if len(content) > MAX_TEXT:
         raise _refusal(path, part, f"has more than {MAX_TEXT} bytes")
     try:
         document = parse_json(content)
         for kind, text in _strings(document):
             _check_string(kind, text)
-        if part != TEXTS[0]:
-            for payload in document["config"].values():
-                _check_payload(payload, part, reader)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refusal(path, part, f"holds {describe_error(error)}") from None
+    return document
 
 
-def _check_payload(payload: dict[str, Any], part: str, reader: PT2ArchiveReader) -> None:
-    """Raise ValueError unless a tensor's content is a part that was looked at, or is plain bytes."""
-    name = part.rpartition("/")[0] + "/" + payload["path_name"]
-    if not PARTS.fullmatch(name):
-        raise ValueError(f"the object {payload['path_name']!r}, not a tensor")
-    if payload["use_pickle"]:
-        torch.load(io.BytesIO(reader.read_bytes(name)), map_location="meta", weights_only=True)
+def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveReader) -> None:
+    """Raise UserError unless the tensors that a part describes are plain bytes, or read without a full unpickler."""
+    try:
+        payloads = [(payload["path_name"], payload["use_pickle"]) for payload in document["config"].values()]
+    except (KeyError, TypeError, AttributeError):
+        raise _refusal(path, part, "describes no tensors") from None
+    for name, is_pickled in payloads:
+        place = f"{part.rpartition('/')[0]}/{name}"
+        if not PARTS.fullmatch(place):
+            raise _refusal(path, place, "is an object and no tensor")
+        if is_pickled:
+            _check_tensors(path, place, reader.read_bytes(place))
 
 
 def _strings(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:
