@@ -237,7 +237,7 @@ class Larger(nn.Module):
         layers = (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.GELU(approximate="tanh"))
         self.layers = nn.Sequential(*layers)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+        self.mean = nn.Parameter(torch.full((3, 1, 1), 0.5), requires_grad=False)
         self.constant = torch.tensor([2.0, 3.0])
 
     def forward(self, images: Tensor) -> list[Tensor]:
