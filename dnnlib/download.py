@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.screen import printable, public, without_secrets
-from dnnlib.util import read_json, read_regular, write_atomically
+from dnnlib.util import home_folder, read_json, read_regular, write_atomically
 
 try:
     import fcntl
@@ -56,15 +56,7 @@ def cache_dir() -> Path:
     Raises UserError where this user has no home.
     """
     given = os.environ.get("DNNLIB_CACHE_DIR")
-    if given:
-        return Path(given)
-    try:
-        return Path.home() / ".cache" / "dnnlib"
-    except RuntimeError:
-        raise UserError(
-            "HOME is not set, and this user has no entry in the password file: set HOME, or DNNLIB_CACHE_DIR to a "
-            "folder for what is kept"
-        ) from None
+    return Path(given) if given else home_folder("DNNLIB_CACHE_DIR") / ".cache" / "dnnlib"
 
 
 def private_folder(folder: Path) -> Path:

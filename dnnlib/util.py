@@ -81,6 +81,16 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
+def home_folder(instead: str) -> Path:
+    """Return the user's home. Raises UserError where there is none, naming the variable to set `instead`."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            f"HOME is not set, and this user has no entry in the password file: set HOME, or {instead} to a folder"
+        ) from None
+
+
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace a file in one step: readers see the old content or the new, never a part. `mode`: as of os.open."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -34,7 +34,7 @@ from dnnlib.config import UserError
 from dnnlib.download import cache_dir, cached_path, fetch
 from dnnlib.screen import Screen, printable, public, shown, without_secrets
 from dnnlib.util import TeeLog, write_atomically
-from torch_utils import distributed
+from torch_utils import custom_ops, distributed
 from training.transfer import Origin
 
 DATA = bytes(range(256)) * 40
@@ -419,6 +419,25 @@ def test_strange_variables_of_a_launcher_are_named(
         with pytest.raises(UserError, match=rf"^{name}( is missing|=.*must be a whole number)") as caught:
             function()
         assert len(str(caught.value)) < 250
+
+
+def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a user whom the password file does not know, as in containers."""
+    for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"HOME is not set, .*: set HOME, or TORCH_EXTENSIONS_DIR to a folder"):
+        custom_ops.extensions_folder()
+    for arguments in (
+        ["info", "http://127.0.0.1:9/x.pkl"],
+        ["convert", "--source=http://127.0.0.1:9/x", "--dest=x.pkl"],
+    ):
+        line = refused(legacy.main, *arguments)
+        assert line.startswith("Error: HOME is not set, and this user has no entry in the password file: set HOME, or ")
+        assert line.endswith("DNNLIB_CACHE_DIR to a folder")
+    assert "no such file" in refused(legacy.main, "info", "~/x.pkl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_local_rank_alone_is_checked_by_every_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
