@@ -15,16 +15,17 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from torch.export.pt2_archive import PT2ArchiveReader
-from torch.export.pt2_archive._package import load_pt2  # torch.export.load tries an older format when this one fails
 
 from dnnlib.config import UserError
 from dnnlib.screen import printable
 from dnnlib.util import describe_error, parse_json
+
+if TYPE_CHECKING:  # it imports the compiler, which takes longer than the rest of this project
+    from torch.export.pt2_archive import PT2ArchiveReader
 
 # Parts of an archive. Extra files are text that nothing here reads.
 PARTS = re.compile(
@@ -77,6 +78,8 @@ def load(path: Path) -> torch.export.ExportedProgram:
 
     What torch raises for damaged files passes through.
     """
+    from torch.export.pt2_archive._package import load_pt2  # where torch.export.load tries an older format too
+
     check(path)
     with _data_alone():
         return load_pt2(str(path)).exported_programs["model"]
@@ -84,6 +87,8 @@ def load(path: Path) -> torch.export.ExportedProgram:
 
 def check(path: Path) -> None:
     """Raise UserError where loading an archive would run code, naming the part."""
+    from torch.export.pt2_archive import PT2ArchiveReader
+
     try:
         reader = PT2ArchiveReader(str(path))
         names = reader.get_file_names()
