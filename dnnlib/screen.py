@@ -87,23 +87,29 @@ class Screen:
 
 def guard() -> None:
     """Let everything that this process prints from now on pass through a `Screen`."""
-    if sys.stderr is None:  # closed by the shell: 2>&-
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files can be any bytes
+    _repair()
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
-
-
-def _guarded(stream: Any) -> Any:
-    return stream if stream is None or isinstance(stream, Screen) else Screen(stream)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
     """`guard` while active."""
+    _repair()
     before = sys.stdout, sys.stderr
     guard()
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _repair() -> None:
+    """Give a program a stderr that was closed by the shell (2>&-), and a stdout that takes names of any bytes."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
+
+
+def _guarded(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, Screen) else Screen(stream)
