@@ -102,7 +102,8 @@ def explain(spec: MetricSpec) -> str:
     "detectors",
     type=NameList(),
     metavar="FILE,...",
-    help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2.",
+    help="A feature network of your own (.pt2, TorchScript; vgg16:FILE: it is that one), weights, a folder of DINOv2. "
+    "Such a network is a program: use only those you trust.",
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resize and covariance of FID and KID.")
 @option("--no-cache", is_flag=True, help="Neither use nor keep statistics of the real images on disk.")

@@ -96,7 +96,8 @@ OPTIONS = (
     option("--log", field="run.log", type=NameList(),
            help="Log statistics and image grids to tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
     option("--detector", field="run.detectors", type=NameList(), metavar="FILE,...",
-           help="For metrics: a feature network of your own, weight files, a folder of DINOv2."),
+           help="For metrics: a feature network of your own, weight files, a folder of DINOv2. Such a network is a "
+                "program: use only those you trust."),
     option("--keep-last", field="run.keep_last", type=int, metavar="INT", help="Training states to keep. [2]"),
     option("--keep-every", field="run.keep_every", type=float, metavar="KIMG",
            help="Also keep the first one at or after each multiple of this. [none]"),

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.config import override
+from dnnlib.screen import without_secrets
 from torch_utils.misc import device_name
 from training.config import PRESETS
 
@@ -47,7 +48,7 @@ def emit(result: Mapping[str, Any], device: torch.device) -> None:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load_at_start": round(LOAD_AT_START, 2),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": without_secrets(shlex.join(["python", *sys.argv])),
     }
     click.echo(json.dumps({**result, **circumstances}))
     sys.stdout.flush()

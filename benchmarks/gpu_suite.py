@@ -40,6 +40,7 @@ from common import ROOT
 
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import ConfigError, UserError
+from dnnlib.screen import without_secrets
 from dnnlib.util import read_json_lines, source_commit
 from training.config import PRESETS
 
@@ -432,7 +433,7 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": commit or source_commit() or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": without_secrets(shlex.join(["python", *sys.argv])),
     }
 
 

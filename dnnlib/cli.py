@@ -16,6 +16,7 @@ import click
 from dnnlib import streams
 from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
 from dnnlib.download import is_url
+from dnnlib.screen import guarded
 from dnnlib.streams import OutputError
 from dnnlib.util import describe_error, is_out_of_memory
 
@@ -114,18 +115,22 @@ def config_values(context: click.Context) -> dict[str, Any]:
 
 
 class Program(click.Command):
-    """A command, or a group of them, that can be run as a script: whatever happens to stdout ends in one line."""
+    """A command, or a group of them, that can be run as a script.
+
+    It prints nothing raw that comes from outside (dnnlib/screen.py), and ends in one line when stdout fails.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         streams.protect(needs_stdout=True)
-        try:
+        with guarded():
             try:
-                return super().main(*args, **kwargs)
-            finally:
-                sys.stdout.flush()
-        except OutputError as error:  # not inside of a command: of --help, or of what was left to flush
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(Failure.exit_code)
+                try:
+                    return super().main(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()
+            except OutputError as error:  # not inside of a command: of --help, or of what was left to flush
+                click.echo(f"Error: {error}", err=True)
+                sys.exit(Failure.exit_code)
 
 
 class Script(Program):
@@ -199,7 +204,7 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
                 shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
                 message = f"{parameter.opts[0]}={shown}: {error.problem}"
                 break
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PRECEDENCE)
     raise Failure(message) from None
 

@@ -2,6 +2,9 @@
 
 A download that breaks off goes on where it stopped if the server lets it, now or the next time. Google Drive's links
 work as they are shared: its page that asks whether a large file is really wanted is answered.
+
+A server is not trusted: sizes and times have bounds, nothing is unpacked, and messages and records name addresses
+without what may be secret in them (`dnnlib.screen.public`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import html.parser
 import json
 import os
 import re
+import stat
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +25,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urldefrag, urlencode, urljoin, urlsplit
 
 import requests
-from requests.exceptions import ChunkedEncodingError
+import urllib3
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from dnnlib.util import write_atomically
+from dnnlib.screen import printable, public, without_secrets
+from dnnlib.util import home_folder, read_json, read_regular, write_atomically
 
 try:
     import fcntl
@@ -31,8 +38,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 20  # seconds without a byte from the server
+ANSWER_SECONDS = 120  # until it has said what it will send, redirections included
+PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # an interval that brings fewer bytes is no progress worth waiting for
+LARGEST = 1 << 36  # bytes of a file: 64 GiB
 ATTEMPTS = 5  # to go on after a break; without any progress there is no further one
-CHUNK = 1 << 16  # bytes that are written at a time, and lost when a connection breaks
+CHUNK = 1 << 16  # bytes that are written at a time
+RECORD_BYTES = 1 << 16
 PAGE_BYTES = 1 << 20  # of HTML that are looked at
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 
@@ -40,9 +51,42 @@ Check = Callable[[Path], object]
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that are fetched or computed once: DNNLIB_CACHE_DIR or ~/.cache/dnnlib."""
+    """Return the folder for files that are fetched or computed once: DNNLIB_CACHE_DIR or ~/.cache/dnnlib.
+
+    Raises UserError where this user has no home.
+    """
     given = os.environ.get("DNNLIB_CACHE_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "dnnlib"
+    return Path(given) if given else home_folder("DNNLIB_CACHE_DIR") / ".cache" / "dnnlib"
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder of the cache, and what is missing above it, for this user alone (mode 0700); return it.
+
+    Raises UserError where the cache has a link in that place.
+    """
+    root = cache_dir()
+    for place in (*reversed(folder.parents), folder):
+        if place.is_relative_to(root) and place != root and place.is_symlink():
+            raise UserError(f"{place}: is a link, which the cache does not follow; remove it")
+        if not place.is_dir():
+            place.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _own(path: Path) -> Path:
+    """Return the path of a file in the cache. Raises UserError where a link, a pipe or a folder lies there."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise UserError(f"{path}: is a link or no file, which the cache does not use; remove it")
+    return path
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file for `open`: one for this user alone, and never the target of a link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
 
 
 def is_url(name: object) -> bool:
@@ -65,10 +109,11 @@ def fetch(url: str) -> Path:
     Its sha256 is recorded beside it at first and checked from then on. `#sha256=...` at the end of the address, or its
     first digits, at least 8, is checked too. Raises UserError naming the address.
     """
+    _check_address(url)
     address, fragment = urldefrag(url)
     expected = _expected_digest(url, fragment)
-    path = cached_path(url)
-    record = path.with_name(f"{path.name}.json")
+    path = _own(cached_path(url))
+    record = _own(path.with_name(f"{path.name}.json"))
     if not path.is_file():
         download(address, path, check=lambda part: _check_digest(part, expected, url))
     digest = sha256_of_file(path)
@@ -77,9 +122,20 @@ def fetch(url: str) -> Path:
         if recorded != digest:
             raise UserError(f"{path}: has changed since it was fetched; delete it, and it is fetched again")
     else:
-        write_atomically(record, json.dumps({"url": address, "sha256": digest, "bytes": path.stat().st_size}) + "\n")
+        about = {"url": public(address), "sha256": digest, "bytes": path.stat().st_size}
+        write_atomically(record, json.dumps(about) + "\n", mode=0o600)
     _check_digest(path, expected, url, digest)
     return path
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # whose message would repeat parts of a password
+        is_address = False
+    if not is_address:
+        raise UserError(f"{public(url)}: is no address of a file; its host or its port cannot be read")
 
 
 def _expected_digest(url: str, fragment: str) -> str:
@@ -87,19 +143,19 @@ def _expected_digest(url: str, fragment: str) -> str:
         return ""
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
-        raise UserError(f"{url}: after # only sha256=... is understood, with at least 8 digits")
+        raise UserError(f"{public(url)}: after # only sha256=... is understood, with at least 8 digits")
     return match[1].lower()
 
 
 def _check_digest(path: Path, expected: str, url: str, digest: str | None = None) -> None:
     found = digest or sha256_of_file(path)
     if not found.startswith(expected):
-        raise UserError(f"{url}: the file's sha256 is {found}, another one")
+        raise UserError(f"{public(url)}: the file's sha256 is {found}, another one")
 
 
 def _read_record(record: Path) -> str:
     try:
-        return str(json.loads(record.read_text())["sha256"])
+        return str(read_json(record, RECORD_BYTES)["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: cannot be read ({error}); delete it and the file beside it") from None
 
@@ -117,11 +173,11 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         with _alone(part):
             if path.is_file():
                 return
-            print(f"Fetching {url} ...", file=sys.stderr, flush=True)
+            print(f"Fetching {printable(public(url))} ...", file=sys.stderr, flush=True)
             _fetch_all(_direct(url), part)
             try:
                 if check is not None:
@@ -131,10 +187,19 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
                 raise
             os.replace(part, path)
             _validator_of(part).unlink(missing_ok=True)
+    except UserError:
+        raise
     except requests.Timeout:
-        raise UserError(f"{url}: could not be fetched (no answer for {TIMEOUT} seconds)") from None
-    except OSError as error:  # of the network, whose errors are OSErrors too, and of the disk
-        raise UserError(f"{url}: could not be fetched ({str(error)[:200]})") from None
+        raise UserError(f"{public(url)}: could not be fetched (no answer for {TIMEOUT} seconds)") from None
+    # Of the network, whose errors are OSErrors too, of the disk, and of an address that the server leads to.
+    except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
+        raise UserError(f"{public(url)}: could not be fetched ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return in words why something could not be fetched. The errors of requests tell the whole address."""
+    cause = getattr(error.args[0], "reason", None) if error.args else None
+    return printable(without_secrets(str(cause or error)))[:200]
 
 
 @contextmanager
@@ -145,7 +210,7 @@ def _alone(part: Path) -> Iterator[None]:
         return
     lock = part.with_suffix(".lock")
     while True:
-        with lock.open("w") as file:
+        with open(_own(lock), "wb", opener=_private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not lock.is_file() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 continue  # who had it before has removed it
@@ -174,7 +239,7 @@ def _fetch_all(url: str, part: Path) -> None:
             try:
                 _fetch_rest(session, url, part)
                 return
-            except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, _CutOffError):
+            except (requests.ConnectionError, requests.Timeout, _CutOffError):
                 after = _size(part)
                 if not _validator_of(part).is_file():
                     _discard(part)  # the server has no way to go on
@@ -187,32 +252,29 @@ class _CutOffError(OSError):
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return path.stat().st_size if _own(path).is_file() else 0
 
 
 def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
     """Fetch what is missing in `part`. Raises OSError when it breaks off, UserError for an answer that is no file."""
-    validator = _validator_of(part)
+    validator = _own(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
     headers = {"Accept-Encoding": "identity"}  # lengths are those of the file
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": validator.read_text()}
+        headers |= {"Range": f"bytes={start}-", "If-Range": read_regular(validator, RECORD_BYTES).decode()}
     answer = _answer(session, url, headers)
     with answer:
         goes_on = answer.status_code == 206
         start = start if goes_on else 0
-        name = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        if name and not name.startswith("W/"):
-            validator.write_text(name)
-        else:
-            validator.unlink(missing_ok=True)
-        announced = answer.headers.get("Content-Length")
-        total = start + int(announced) if announced else None
+        _keep_version(answer, validator)
+        total = _announced(answer, start, url)
         with (
-            part.open("ab" if goes_on else "wb") as file,
+            open(part, "ab" if goes_on else "wb", opener=_private) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
         ):
-            for chunk in answer.iter_content(CHUNK):
+            for chunk in _chunks(answer):
+                if file.tell() + len(chunk) > LARGEST:
+                    raise UserError(f"{public(url)}: is larger than the {LARGEST} bytes that a file may have")
                 file.write(chunk)
                 progress.update(len(chunk))
     found = _size(part)
@@ -220,16 +282,86 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
         raise _CutOffError(f"cut off after {found} of {total} bytes")
 
 
+def _keep_version(answer: requests.Response, validator: Path) -> None:
+    """Keep the server's name for this version of the file, if it has one that can be sent back."""
+    validator.unlink(missing_ok=True)
+    name = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+    if not name.startswith("W/") and re.fullmatch(r"[ -~]{1,500}", name):
+        with open(validator, "xb", opener=_private) as file:
+            file.write(name.encode())
+
+
+def _announced(answer: requests.Response, start: int, url: str) -> int | None:
+    """Return how large the whole file will be, None if the server does not say. Raises UserError for nonsense."""
+    length = answer.headers.get("Content-Length")
+    if length is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise UserError(f"{public(url)}: the server announces {printable(length[:40])!r} bytes, which is no length")
+    if start + int(length) > LARGEST:
+        raise UserError(f"{public(url)}: has {length} bytes; a file may have {LARGEST}")
+    return start + int(length)
+
+
+def _chunks(answer: requests.Response) -> Iterator[bytes]:
+    """Yield bytes as the server sends them. Raises OSError when they do not come, or too slowly to wait for."""
+    since, count = time.monotonic(), 0
+    while True:
+        try:
+            chunk = answer.raw.read1(CHUNK, decode_content=False)
+        except urllib3.exceptions.TimeoutError as error:
+            raise requests.Timeout from error
+        except urllib3.exceptions.HTTPError as error:
+            raise _CutOffError(f"cut off: {error}") from None
+        if not chunk:
+            return
+        yield chunk
+        count += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds > PACE_SECONDS:
+            if count < PACE_BYTES:
+                raise OSError(f"the server sent {count} bytes in {seconds:.0f} seconds, which is too slow to wait for")
+            since, count = time.monotonic(), 0
+
+
+def _get(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
+    """Return the head of an answer. Raises requests.Timeout where it takes too long, be it byte by byte."""
+    answers: list[requests.Response | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(session.get(url, headers=headers, stream=True, timeout=TIMEOUT))
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, name="download", daemon=True)  # it may never end
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not answers:
+        raise requests.Timeout
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
+
+
 def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
     """Return the answer that is the file, not a page about it. Raises UserError when there is none."""
     for _ in range(3):
-        answer = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        answer = _get(session, url, headers)
         if answer.status_code in (206, 416) and not _is_rest(answer, headers):  # 416: shorter than what is here
             answer.close()
-            answer = session.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=TIMEOUT)
+            answer = _get(session, url, {"Accept-Encoding": "identity"})
         if answer.status_code != 200 and not _is_rest(answer, headers):
             answer.close()
-            raise UserError(f"{url}: the server answers {answer.status_code} {answer.reason}")
+            reason = printable(str(answer.reason))[:100]
+            raise UserError(f"{public(url)}: the server answers {answer.status_code} {reason}")
+        encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            answer.close()
+            raise UserError(
+                f"{public(url)}: the server sends it compressed ({printable(encoding[:40])}) without being asked to; "
+                "what it unpacks to has no bound: fetch it by other means, and give the file"
+            )
         if not answer.headers.get("Content-Type", "").lower().startswith("text/html"):
             return answer
         with answer:
@@ -237,9 +369,11 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
         confirmed = _confirm(answer, page) if _is_drive(answer.url) else None
         if confirmed is None:
             title = f" ({page.title.strip()[:100]!r})" if page.title.strip() else ""
-            raise UserError(f"{url}: the answer is a page of HTML{title}, not a file; is the link public and direct?")
+            raise UserError(
+                f"{public(url)}: the answer is a page of HTML{title}, not a file; is the link public and direct?"
+            )
         url = confirmed
-    raise UserError(f"{url}: the server answers with one page of HTML after the other")
+    raise UserError(f"{public(url)}: the server answers with one page of HTML after the other")
 
 
 def _is_rest(answer: requests.Response, headers: dict[str, str]) -> bool:
@@ -267,7 +401,7 @@ def _direct(url: str) -> str:
     if not _is_drive(url):
         return url
     if not _drive_id(url):
-        raise UserError(f"{url}: names no file of Google Drive; copy the link of a file, not of a folder")
+        raise UserError(f"{public(url)}: names no file of Google Drive; copy the link of a file, not of a folder")
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}/uc?{urlencode({'export': 'download', 'id': _drive_id(url)})}"
 
@@ -317,7 +451,11 @@ class Page(html.parser.HTMLParser):
 
 
 def _read_page(answer: requests.Response) -> Page:
+    data = b""
+    for chunk in _chunks(answer):
+        data += chunk
+        if len(data) >= PAGE_BYTES:
+            break
     page = Page()
-    data = next(answer.iter_content(PAGE_BYTES), b"")
-    page.feed(data.decode("utf-8", "replace"))
+    page.feed(data[:PAGE_BYTES].decode("utf-8", "replace"))
     return page

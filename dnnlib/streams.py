@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from dnnlib.config import UserError
+from dnnlib.screen import Screen
 
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
@@ -74,7 +75,7 @@ def protect(*, needs_stdout: bool) -> None:
 
 def raw_stream(stream: TextIO | None) -> StandardStream | None:
     """Return the protected stream below sys.stdout or sys.stderr, None where it is another one."""
-    buffer = getattr(stream, "buffer", None)
+    buffer = getattr(stream.stream if isinstance(stream, Screen) else stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     return raw if isinstance(raw, StandardStream) else None
 

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dnnlib.config import UserError, WriteError
+from dnnlib.screen import shown
 from dnnlib.streams import raw_stream
 
 try:
@@ -81,6 +83,16 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
+def home_folder(instead: str) -> Path:
+    """Return the user's home. Raises UserError where there is none, naming the variable to set `instead`."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            f"HOME is not set, and this user has no entry in the password file: set HOME, or {instead} to a folder"
+        ) from None
+
+
 def partial_path(path: Path) -> Path:
     """Return where a file or folder is written until it is complete and gets its name: beside it, in this process."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -98,10 +110,12 @@ def replaced(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replace a file in one step: readers see the old content or the new, never a part. `mode`: as of os.open."""
     with replaced(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.unlink(missing_ok=True)  # of an earlier process, or a link that leads elsewhere
+        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
 
 
 def source_commit() -> str | None:
@@ -305,9 +319,9 @@ class TeeLog:
         sys.stdout, sys.stderr = self.streams
         with suppress(OSError):
             if isinstance(error, UserError):
-                self.file.write(f"Error: {error}\n")
+                self.file.write(shown(f"Error: {error}\n"))
             elif error is not None:
-                self.file.write("".join(traceback.format_exception(error)))
+                self.file.write(shown("".join(traceback.format_exception(error))))
         with suppress(OSError):
             self.file.close()
 
@@ -335,7 +349,7 @@ class _Tee:
             redraw("", self.log.redrawn)
             self.log.redrawn = None
         with suppress(OSError):
-            self.log.file.write(text)
+            self.log.file.write(shown(text))
         written = self.stream.write(text)
         if text.endswith("\n"):  # else in the middle of a line
             self.log.note_failures()

@@ -12,6 +12,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -36,7 +37,15 @@ MOST_IMAGES = 64  # in one answer
 MOST_KEPT = 2**30  # bytes of images, or one answer if that is more
 LARGEST_SEED = 2**32 - 1
 LARGEST_PSI = 2.0
+SILENCE = 30.0  # seconds after which a connection without a request is closed
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+HEADERS = {
+    "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +210,32 @@ def data_uri(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def refusal_of(headers: Message) -> str | None:
+    """Return why a request is not answered, None for one of this page itself or typed by its user.
+
+    Other sites can lead a browser here: by a name of theirs, by a link, a form, a picture or a script.
+    """
+    hosts = headers.get_all("Host", [])
+    host = hosts[0].lower() if len(hosts) == 1 else ""
+    if not re.fullmatch(rf"({re.escape(HOST)}|localhost)(:[0-9]{{1,5}})?", host):
+        return f"this page is for {HOST} and localhost alone"
+    if any(site not in ("same-origin", "none") for site in headers.get_all("Sec-Fetch-Site", [])):
+        return "this page is for itself alone, and another site asks"
+    if any(origin.lower() != f"http://{host}" for origin in headers.get_all("Origin", [])):
+        return "this page is for itself alone, and another site asks"
+    return None
+
+
 def open_server(player: Player, port: int) -> ThreadingHTTPServer:
     """A server on this machine's own address; port 0 is any free one. Raises UserError when it cannot listen."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = SILENCE
+
         def do_GET(self) -> None:
-            if self._host() not in (HOST, "localhost"):  # another site's name that leads here
-                return self._send(403, {"error": f"this page is for {HOST} and localhost alone"})
+            refusal = refusal_of(self.headers)
+            if refusal:
+                return self._send(403, {"error": refusal})
             try:
                 parts = urlsplit(self.path)
             except ValueError:
@@ -227,17 +255,14 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
                 traceback.print_exc()
                 return 500, {"error": describe_error(error)}
 
-        def _host(self) -> str:
-            return (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-
         def _send(self, status: int, content: str | Mapping[str, Any]) -> None:
             is_page = isinstance(content, str)
             body = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8" if is_page else "application/json")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Security-Policy", POLICY)
-            self.send_header("X-Content-Type-Options", "nosniff")
+            for name, value in HEADERS.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -247,7 +272,7 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A browser that has gone away is nothing to tell; other errors are."""
-            if not isinstance(sys.exception(), ConnectionError):
+            if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
                 super().handle_error(request, client_address)
 
     try:

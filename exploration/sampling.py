@@ -11,6 +11,7 @@ from torch import Tensor
 from exploration.model import BATCH_MULTIPLE, fill_up, seed_latents
 from torch_utils.graphs import GraphPool
 from torch_utils.images import to_uint8
+from torch_utils.misc import compiled
 from training.networks import execution
 
 
@@ -22,7 +23,7 @@ class FastGenerator:
 
     def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
         self.z_dim, self.c_dim, self.img_shape = G.z_dim, G.c_dim, G.img_shape
-        self.network = torch.compile(G, dynamic=False, options={"fallback_random": True}) if use_compile else G
+        self.network = compiled(G) if use_compile else G
         self.graphs: GraphPool[Tensor] | None = GraphPool() if use_graphs else None
 
     def __call__(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, *, noise_mode: str = "const") -> Tensor:

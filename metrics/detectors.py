@@ -2,16 +2,19 @@
 
 The networks are those of well-kept libraries: Inception, VGG16 and LPIPS of torch-fidelity, DINOv2 of transformers. A
 user's own network is a program (.pt2 of torch.export, or TorchScript): uint8 images [B, C, H, W] in, features [B, F]
-and optionally class logits [B, K] out. A program can do anything, so only `--detector` names one, never a file.
+and optionally class logits [B, K] out. A program computes what its author wants, so only `--detector` names one, never
+a file.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import logging
 import math
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +30,10 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dnnlib.config import UserError, show
-from dnnlib.util import describe_error, import_extra, read_json
+from dnnlib.util import describe_error, import_extra, open_regular, read_json
+from metrics import programs
 from metrics.weights import INCEPTION, KNOWN, LPIPS, VGG16, WeightFile, check, detector_dir, fetch, sha256_of
+from torch_utils import distributed
 
 Role = Literal["inception", "vgg16", "lpips", "dinov2"]
 Output = tuple[Tensor, Tensor | None]  # features (B, F) and logits (B, K), both float32
@@ -235,6 +240,8 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         role, path = _split_role(given)
         if not path.exists():
             raise UserError(f"--detector={given}: no such file or folder")
+        if not path.is_dir():
+            _check_regular(given, path)
         if role and (path.is_dir() or not _is_program(path)):
             raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); leave out `{role}:`")
         if role:
@@ -251,6 +258,13 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         else:
             weights[_recognise(path).name] = path.resolve()
     return DetectorSetup(program=program, bound=bound, dinov2=dinov2, weights=weights, protocol=protocol)
+
+
+def _check_regular(given: str, path: Path) -> None:
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise UserError(f"--detector={given}: cannot be read ({error.strerror})") from None
 
 
 def _split_role(given: str) -> tuple[Role | None, Path]:
@@ -422,10 +436,11 @@ def dinov2_input(images: Tensor) -> Tensor:
 
 
 def load_program(path: Path, device: torch.device) -> Detector:
-    """Return a user's own network. Loading it runs its code: the caller has made sure that the user asked for it.
+    """Return a user's own network, which runs here: the caller has made sure that the user asked for it.
 
     TorchScript files of the StyleGAN family take `return_features=True`, without which they return probabilities.
     """
+    _say_that_it_runs(path)
     module, arguments = load_module(path, device)
     options = {"return_features": True} if "return_features" in arguments else {}
 
@@ -440,6 +455,12 @@ def load_program(path: Path, device: torch.device) -> Detector:
     return Detector(name=path.name, network=see)
 
 
+@functools.cache
+def _say_that_it_runs(path: Path) -> None:
+    if distributed.is_main():
+        print(f"--detector={path}: is a program and runs on this machine; use only those you trust", file=sys.stderr)
+
+
 def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
     """Return a program as a module, and the names of its arguments. Raises UserError when it cannot be loaded."""
     try:
@@ -448,9 +469,11 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
                 "ignore"
             )  # that TorchScript, which users still have, is deprecated; of read-only buffers
             if path.suffix == ".pt2":
-                return _on_device(torch.export.load(path), device).module(), []
+                return _on_device(programs.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
 

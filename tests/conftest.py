@@ -61,6 +61,14 @@ def all_recorded(trainer: Trainer) -> bool:
     return trainer.graphs is not None and trainer.graphs.recorded.keys() == {phase.name for phase in trainer.phases}
 
 
+def launch_as(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
+    """Set the environment variables of torchrun, for the first of two processes on one machine unless changed."""
+    values = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | changes
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
 def make_shapes(path: Path, side: int, count: int) -> Path:
     """Write labelled scenes of side x side pixels."""
     options = [f"--max-images={count}", f"--width={side}", f"--height={side}", "--workers=1"]

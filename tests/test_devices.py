@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import launch_as
 
 from dnnlib.config import UserError
 from torch_utils import distributed, graphs
@@ -45,8 +46,7 @@ def test_each_process_of_a_machine_needs_a_gpu(used: list[torch.device], monkeyp
     distributed.check_processes(2, None, device)
     with pytest.raises(UserError, match="--gpus=3: this machine has 2 CUDA devices"):
         distributed.check_processes(3, None, device)
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    launch_as(monkeypatch, WORLD_SIZE="6")
     distributed.check_processes(6, None, device)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError, match="--nproc-per-node=3: this machine has 2 CUDA devices"):

@@ -96,11 +96,18 @@ SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
 def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
+    """Of an address with a user and a query, which no file of the run keeps."""
     url = f"{site.url}/{theirs.name}"
+    secret = f"{url.replace('//', '//user:s3cret@')}?signature=s3cret"
     common = [f"--data={shapes32_zip}", *SHORT]
     common += [f"--outdir={tmp_path / 'runs'}", "--freezed=3", "--aug=noaug"]
-    assert "D: 23 of 23 tensors copied (100.0% of the parameters)" in run_ok(train.main, *common, f"--resume={url}")
+    printed = run_ok(train.main, *common, f"--resume={secret}")
+    assert "D: 23 of 23 tensors copied (100.0% of the parameters)" in printed
+    assert f"Starting from {url} (kimg 2000):\n  The address is recorded without user, password and query" in printed
     (run_dir,) = (tmp_path / "runs").iterdir()
+    kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(kept) > 10
+    assert [name for name, content in kept.items() if b"s3cret" in content] == []
     options = json.loads((run_dir / "training_options.json").read_text())
     expected = {"source": url, "kimg": 2000, "copied_g": 1, "copied_d": 1, "copied_g_ema": 1, "partial": [], "new": []}
     assert options["origin"] == expected

@@ -180,6 +180,86 @@ def test_nonsense_is_answered_with_400() -> None:
         assert get(port, "/", Host=f"localhost:{port}")[0] == 200
 
 
+def ask_raw(port: int, *lines: str) -> tuple[int, str]:
+    """Send these lines as the head of a request; return the status, and the whole answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
+    return int(answer.split()[1]), answer
+
+
+FOREIGN_HOSTS = [
+    "elsewhere.example",
+    "user@localhost",
+    "u:p@127.0.0.1",
+    "127.0.0.1:x@evil.example",
+    "localhost:80@evil",
+]
+FOREIGN_HOSTS += [
+    "localhost.evil.example",
+    "127.0.0.1.evil.example:80",
+    "127.0.0.2",
+    "0.0.0.0",
+    "[::1]",
+    "",
+    "localhost:",
+]
+FOREIGN_HOSTS += ["localhost:123456", "localhost/", "127.0.0.1:80:80", "localhost:²", "localhost, evil.example"]
+OWN_HOSTS = ["localhost", "LocalHost", "127.0.0.1", "localhost:1", "127.0.0.1:65535"]
+FROM_ELSEWHERE = [
+    f"Sec-Fetch-Site: {site}" for site in ("cross-site", "same-site", "", "none, cross-site", "Same-Origin")
+]
+FROM_ELSEWHERE += [
+    f"Origin: {origin}" for origin in ("http://evil.example", "null", "https://localhost", "http://localhost:81")
+]
+FROM_ELSEWHERE += ["Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Host: localhost", "Host: evil.example"]
+FROM_HERE = ["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: none", "Origin: http://localhost", "X: y"]
+
+
+def test_only_this_page_is_answered() -> None:
+    player = Player(make_model())
+    with served(player) as port:
+        for path in ("/", "/images?seed=0", "/attention?seed=0&x=0&y=0"):
+            for host in FOREIGN_HOSTS:
+                assert ask_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}")[0] == 403, host
+            for line in FROM_ELSEWHERE:
+                assert ask_raw(port, f"GET {path} HTTP/1.1", "Host: localhost", line)[0] == 403, line
+        assert ask_raw(port, "GET /images?seed=0 HTTP/1.0")[0] == 403
+        assert not player.images
+        for host in OWN_HOSTS:
+            assert ask_raw(port, "GET /images?seed=0 HTTP/1.1", f"Host: {host}")[0] == 200, host
+        for line in FROM_HERE:
+            assert ask_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
+
+
+def test_no_other_page_can_frame_or_read_this_one() -> None:
+    with served(Player(make_model())) as port:
+        for path in ("/", "/images?seed=0", "/images", "/nothing"):
+            answer = ask_raw(port, f"GET {path} HTTP/1.1", "Host: localhost")[1]
+            for line in (
+                "X-Frame-Options: DENY",
+                "Cross-Origin-Resource-Policy: same-origin",
+                "frame-ancestors 'none'",
+            ):
+                assert line in answer, path
+            assert "Access-Control" not in answer
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
+            assert ask_raw(port, f"{method} / HTTP/1.1", "Host: localhost")[0] == 501
+
+
+def test_a_connection_that_says_nothing_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("exploration.play.SILENCE", 0.1)
+    with served(Player(make_model())) as port:
+        for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+                connection.sendall(said)
+                assert connection.recv(1) == b""
+        assert get(port, "/")[0] == 200
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nOf 80 GiB"), ValueError("CUDA out of memory.")])
 def test_a_question_that_fails_is_answered_too(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(model: Model, ws: torch.Tensor) -> torch.Tensor:

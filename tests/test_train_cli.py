@@ -16,7 +16,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import SMALL, make_shapes, small_config
+from conftest import SMALL, launch_as, make_shapes, small_config
 from PIL import Image
 
 import metrics.registry
@@ -61,8 +61,7 @@ def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
 ) -> None:
     """The others wait to be ended by torchrun, or were alone in what they met."""
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
+    launch_as(monkeypatch, RANK="2", LOCAL_RANK=local_rank, WORLD_SIZE="4")
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     result = run("--outdir=x", "--data=missing.zip")
@@ -71,8 +70,7 @@ def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
 
 
 def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
+    launch_as(monkeypatch)
     checked: list[ImageDataset] = []
     monkeypatch.setattr(ImageDataset, "check_shapes", lambda self: checked.append(self))
     for rank, count in (("1", 0), ("0", 1)):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import socketserver
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -86,3 +89,32 @@ def send(
     handler.send_header("Content-Length", str(len(body) if announced is None else announced))
     handler.end_headers()
     handler.wfile.write(body)
+
+
+@contextmanager
+def answering(answer: bytes, pause: float = 0.0) -> Iterator[str]:
+    """The address of a server that sends these bytes whatever it is asked, one by one with a pause after each."""
+    over = threading.Event()
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                """Up to the end of the request."""
+            with suppress(OSError):
+                for piece in [answer[i : i + 1] for i in range(len(answer))] if pause else [answer]:
+                    self.wfile.write(piece)
+                    if pause and over.wait(pause):
+                        return
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()

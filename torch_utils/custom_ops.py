@@ -30,7 +30,9 @@ import click
 import torch
 from torch import Tensor
 
+from dnnlib.cli import Program
 from dnnlib.config import UserError
+from dnnlib.util import home_folder
 from torch_utils import distributed
 
 Impl = Literal["auto", "reference", "cuda"]
@@ -199,10 +201,15 @@ def _prepare_together(device: torch.device) -> str:
 
 
 def extensions_folder() -> Path:
-    """Return the folder that keeps the built libraries: TORCH_EXTENSIONS_DIR, or torch's default."""
+    """Return the folder that keeps the built libraries: TORCH_EXTENSIONS_DIR, or torch's default.
+
+    Raises UserError where this user has no home.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         root = _builder().get_default_build_root()
+        if "~" in Path(root).parts:  # torch's, without a home
+            home_folder("TORCH_EXTENSIONS_DIR")
     return Path(root) / "styleformer"
 
 
@@ -362,7 +369,7 @@ def _first_complaint(output: str) -> str:
     return (complaints or lines or ["no output"])[0]
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--arch", help="compute capabilities to build for, such as 9.0 or 8.0;9.0 [default: the GPUs here]")
 @click.option("--force", is_flag=True, help="compile even if the kernels are there")
 def main(arch: str | None, force: bool) -> None:
@@ -372,8 +379,8 @@ def main(arch: str | None, force: bool) -> None:
     _report("toolkit", f"{nvcc}, CUDA {toolkit_version(nvcc)}" if nvcc else "nvcc not found")
     compiler = shutil.which(host_compiler())
     _report("host compiler", _first_line(compiler) if compiler else f"{host_compiler()} not found")
-    _report("folder", str(extensions_folder()))
     try:
+        _report("folder", str(extensions_folder()))
         archs = arch or architectures()
         _report("architectures", archs)
         built = build(archs, force=force)

@@ -2,6 +2,9 @@
 
 Workers read the environment variables of torchrun, so that `--gpus=N` (which starts torch's own elastic launcher on
 this machine) and `torchrun --nnodes=... train.py` (which has started it already) take the same path.
+
+Processes trust each other: who reaches their sockets or their store can run code in them. So those that `--gpus=N`
+starts meet in a file that this user alone can open, and talk over the loopback interface.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ import atexit
 import logging
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnnlib import streams
+from dnnlib import screen, streams
 from dnnlib.config import UserError
 from dnnlib.util import describe_error, is_out_of_memory
 from torch_utils.watchdog import Watchdog
@@ -32,6 +38,7 @@ from torch_utils.watchdog import Watchdog
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0  # seconds
 MOST_ON_A_CPU = 16  # processes, however few cores there are
+MOST_PROCESSES = 10**6  # on all machines
 
 
 def rank() -> int:
@@ -50,13 +57,39 @@ def is_main() -> bool:
 
 
 def launched_world_size() -> int | None:
-    """Return the number of processes that torchrun started, None outside torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    """Return the number of processes that torchrun started, None outside torchrun.
+
+    Raises UserError for environment variables that no launcher sets so.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    world_size = _launched("WORLD_SIZE", 1, MOST_PROCESSES)
+    _launched("RANK", 0, world_size - 1)
+    _launched("LOCAL_RANK", 0, _launched("LOCAL_WORLD_SIZE", 1, world_size) - 1)
+    _launched("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is missing from the environment, the name of the first machine; torchrun sets it")
+    return world_size
 
 
 def launched_rank() -> int:
     """Return this process's number as torchrun gave it, before there is a group; 0 outside torchrun."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return 0 if launched_world_size() is None else _launched("RANK", 0, MOST_PROCESSES)
+
+
+def _launched(name: str, low: int, high: int) -> int:
+    """Return a number in the environment that a launcher sets. Raises UserError for one that is none or not there."""
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(
+            f"{name} is missing from the environment, a whole number from {low} to {high}; torchrun sets it"
+        )
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(
+            f"{name}={text[:40]}: in the environment, must be a whole number from {low} to {high}; torchrun sets it, "
+            "without which it is to be unset"
+        )
+    return int(text)
 
 
 def choose_device(requested: str | None = None) -> torch.device:
@@ -64,7 +97,7 @@ def choose_device(requested: str | None = None) -> torch.device:
 
     Does not touch it: a process that only launches others would hold memory of a GPU.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = _launched("LOCAL_RANK", 0, MOST_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if requested is None:
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -108,7 +141,7 @@ def check_processes(count: int, requested: str | None, device: torch.device) -> 
         raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")
     flag = "--gpus"
     if launched_world_size() is not None:
-        flag, count = "torchrun --nproc-per-node", int(os.environ["LOCAL_WORLD_SIZE"])
+        flag, count = "torchrun --nproc-per-node", _launched("LOCAL_WORLD_SIZE", 1, MOST_PROCESSES)
     if count > torch.cuda.device_count():
         raise UserError(f"{flag}={count}: this machine has {torch.cuda.device_count()} CUDA devices")
 
@@ -127,7 +160,7 @@ def launch(
     keeps the others waiting for `timeout` seconds is named and ends all.
     """
     if launched_world_size() is not None:
-        _work(function, args, device_type, timeout)
+        _work(function, args, device_type, timeout, None)
     elif num_processes == 1:
         function(*args)
     else:
@@ -146,23 +179,25 @@ def _launch_local(
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
     # Workers note SIGTERM and go on to the end of a step, which never comes when one of them has failed.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    with tempfile.TemporaryDirectory() as log_dir, _signals_passed_on():
+    # The folder has mode 0700: what the processes meet in is for this user alone.
+    with tempfile.TemporaryDirectory() as folder, _loopback(), _signals_passed_on():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_processes,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint=os.path.join(folder, "rendezvous"),
+            rdzv_configs={"store_type": "file"},
             local_addr="localhost",
             run_id=f"styleformer-{os.getpid()}",
             max_restarts=0,
             monitor_interval=0.2,
             start_method="spawn",
-            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGQUIT",  # of the others, elastic would give workers 30 s to live
         )
         try:
-            elastic_launch(config, _work)(function, args, device_type, timeout)
+            elastic_launch(config, _work)(function, args, device_type, timeout, os.path.join(folder, "store"))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
@@ -171,6 +206,21 @@ def _launch_local(
             raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While active, processes that are started open no socket to other machines, unless the user names an interface."""
+    interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    values = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    values["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a server of the launcher, for workers to meet at
+    added = {name: value for name, value in values.items() if value and name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager
@@ -209,15 +259,21 @@ if hasattr(signal, "SIGUSR1"):  # Windows has neither
     _PASSED_ON |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
-def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float) -> None:
-    """One worker: join the group, run, leave. A UserError becomes one line and exit code 2."""
+def _work(
+    function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float, store: str | None
+) -> None:
+    """One worker: join the group, run, leave. A UserError becomes one line and exit code 2.
+
+    `store` is the file in which the processes of one machine meet; None: torchrun's variables say where.
+    """
     streams.protect(needs_stdout=True)
+    screen.guard()
     try:
-        _join(device_type, timedelta(seconds=2 * timeout))  # the watchdog speaks first, and knows more
+        _join(device_type, timedelta(seconds=2 * timeout), store)  # the watchdog speaks first, and knows more
     except UserError as error:
         print(f"Error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
         _leave(2)
-    watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls)
+    watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls, open_store=partial(_open_store, store))
     watchdog.start()
     codes = [0]
     # gloo's destructors abort a process now and then when it ends in the usual way.
@@ -249,18 +305,29 @@ def _work(function: Callable[..., None], args: tuple[Any, ...], device_type: str
     dist.destroy_process_group()
 
 
-def _join(device_type: str, timeout: timedelta) -> None:
+def _open_store(file: str | None) -> dist.Store:
+    """Return the store of all processes, on a connection of its own."""
+    if file is not None:
+        return dist.FileStore(file, -1)  # which leaves the file there for others
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None:
     """Form the group of all processes, and that for tensors on the CPU. Raises UserError if gloo finds no network."""
     global _host_group
+    meeting: dict[str, Any] = {}
+    if file is not None:
+        ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        meeting = {"store": _open_store(file), **ranks}
     try:
         if device_type == "cuda":
             device = use_device("cuda")
-            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+            dist.init_process_group("nccl", device_id=device, timeout=timeout, **meeting)
         else:
             # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", timeout=timeout, **meeting)
         _host_group = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
     except RuntimeError as error:
         if "gloo" not in str(error).lower():

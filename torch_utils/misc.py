@@ -1,8 +1,10 @@
 """Seeds that depend on the position in a run, the machine, and a table of a module's parts."""
 
 import ctypes
+import getpass
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -34,6 +36,18 @@ def seed_step(seed: int, phase: str, position: int) -> None:
     What is drawn afterwards is a function of the arguments only, so that a run can stop and go on anywhere.
     """
     torch.manual_seed(derive_seed(seed, phase, position))
+
+
+def compiled(network: Any) -> Any:
+    """Return what calls a network through torch.compile, for one shape at a time, with the noise that it has without.
+
+    PyTorch 2.11 names the compiler's cache after the user, who may have no name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid_{os.getuid()}"
+    return torch.compile(network, dynamic=False, options={"fallback_random": True})
 
 
 def tune_allocator() -> None:

@@ -61,14 +61,22 @@ class Watchdog:
     ends all.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, position: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        position: Callable[[], int],
+        open_store: Callable[[], dist.Store],
+    ) -> None:
         self.rank, self.world_size, self.timeout, self.position = rank, world_size, timeout, position
+        self.open_store = open_store
         self.pause = min(max(timeout / 10, 0.1), 10.0)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch. The store is that of torchrun's environment variables."""
+        """Begin to watch."""
         self.thread.start()
 
     def stop(self) -> None:
@@ -78,8 +86,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            shared = dist.PrefixStore("watchdog", store)
+            shared = dist.PrefixStore("watchdog", self.open_store())
             everyone = [str(rank) for rank in range(self.world_size)]
             pulse = Pulse(max(self.timeout, LEAST_SILENCE))
             last: dict[int, Sign] = {}

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -106,7 +105,7 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     data = replace(config.data, path=Path(config.data.path).name)
     # Of vgg16:/a/FILE this is vgg16:FILE.
     detectors = tuple(re.sub(r"(?s)^(\w+:)?.*?([^/]+)/*$", r"\1\2", name) for name in config.run.detectors)
-    source = config.origin.source and Path(urlsplit(config.origin.source).path).name
+    source = config.origin.source and Path(config.origin.source.partition("#")[0]).name
     origin = replace(config.origin, source=source)
     return replace(config, data=data, origin=origin, run=replace(config.run, detectors=detectors))
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dnnlib.config import UserError, to_json
+from dnnlib.screen import without_secrets
 from dnnlib.util import write_atomically
 from training.config import LOGGERS, TrainConfig
 
@@ -85,6 +86,7 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         import wandb
 
+        sys.argv[1:] = map(without_secrets, sys.argv[1:])  # which it records
         self.wandb = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.PROJECT),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import ConfigError
+from torch_utils.misc import compiled
 from training.dataset import encode_labels
 from training.networks import execution
 
@@ -131,8 +131,7 @@ class Players:
 
     def compiled(self) -> Players:
         """Return the same players, called through torch.compile, which cannot differentiate twice."""
-        # The default would draw other noise than PyTorch does without it.
-        return replace(self, wrap=partial(torch.compile, dynamic=False, options={"fallback_random": True}))
+        return replace(self, wrap=compiled)
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
         """Return fresh z (count, z_dim) and labels c (count, c_dim) of randomly drawn training images."""

@@ -386,6 +386,8 @@ def transfer(
         new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
     )
     lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *notes_on(name, snapshot)]
+    if origin.source != name:
+        lines.append("The address is recorded without user, password and query: give all of it to start anew from it")
     lines += [line for net, what in copied.items() for line in what.describe(net)]
     return replace(config, origin=origin), "\n  ".join(lines)
 

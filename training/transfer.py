@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError
+from dnnlib.screen import public
 
 MIN_FITTING = 0.5  # of the parameters that both networks have a place for; less, and it is another configuration
 MIN_COPIED = 0.1  # of all parameters; less, and nothing of use is left
@@ -24,7 +25,8 @@ MIN_COPIED = 0.1  # of all parameters; less, and nothing of use is left
 class Origin:
     """What a run started from. `copied_...` are shares of the parameters of G, D and the averaged G.
 
-    `partial` and `new` name the tensors that were copied in part and not at all. `source` None: random weights.
+    `partial` and `new` name the tensors that were copied in part and not at all. `source` None: random weights; of an
+    address, what may be secret in it is left out.
     """
 
     source: str | None = None
@@ -36,6 +38,8 @@ class Origin:
     new: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.source is not None:
+            object.__setattr__(self, "source", public(self.source))
         for name in ("copied_g", "copied_d", "copied_g_ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(name, getattr(self, name), "a share lies between 0 and 1")

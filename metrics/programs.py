@@ -1,0 +1,265 @@
+"""Exported programs (.pt2) of others: refused where loading them would do more than read tensors and a graph.
+
+An archive of torch.export holds a graph as JSON, and tensors. torch also loads from it whatever needs a full unpickler,
+compiled libraries and objects of custom classes; it evaluates expressions of the graph as Python, and makes Python code
+of its names. `check` looks at all of these with the reader that torch uses, before torch does. What remains is a graph
+of PyTorch's own operators. That is still a program: it can take all memory and time.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from dnnlib.config import UserError
+from dnnlib.screen import printable
+from dnnlib.util import describe_error, parse_json
+
+if TYPE_CHECKING:  # it imports the compiler, which takes longer than the rest of this project
+    from torch.export.pt2_archive import PT2ArchiveReader
+
+# Parts of an archive. Extra files are text that nothing here reads.
+PARTS = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
+    r"|data/weights/(weight_\d+|model\.pt|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model\.pt|model_constants_config\.json)"
+    r"|data/sample_inputs/model\.pt|extra/.*"
+)
+TEXTS = ("models/model.json", "data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+MAX_TEXT = 1 << 28  # bytes
+
+# Names of tensors, modules and arguments, which torch writes into Python code; and text that stands in quotes there.
+NAME = re.compile(r"[\w.+-]{0,500}", re.ASCII)
+QUOTED = re.compile(r"[^'\"\\\r\n]{0,500}")
+OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
+FORBIDDEN = ("from_file", "save")  # operators of PyTorch that open files
+OTHERS = re.compile(
+    r"torch\._?sym_\w+|math\.(ceil|floor|trunc|sqrt)"
+    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
+    r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond)",
+    re.ASCII,
+)
+TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
+CHECKED = ("target", "as_operator", "expr_str", "guards_code", "in_spec", "out_spec")
+NOTE = "note"  # stack traces and such, which are shown and not run
+REFUSED_KEYS = ("as_custom_obj", "class_fqn", "custom_obj_name")
+
+# Expressions of sizes, as sympy writes them: Add(Mul(Integer(2), Symbol('s34', positive=True)), Integer(1)). And
+# conditions on them, as Python: L['images'].size()[0] <= 4096.
+NODES: tuple[type[ast.AST], ...] = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Attribute, ast.Subscript),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+    *(ast.Pow, ast.USub, ast.UAdd, ast.And, ast.Or, ast.Not, ast.cmpop),
+)
+SYMBOL = re.compile(r"[a-z]{1,4}\d+|L|oo|int_oo|torch|math", re.ASCII)
+FUNCTIONS = re.compile(
+    r"Symbol|Integer|Rational|Add|Mul|Pow|PowByNatural|Max|Min|Mod|PythonMod|Abs|floor|ceiling|Identity|Where|And|Or|Not"
+    r"|Eq|Ne|Equality|Unequality|LessThan|StrictLessThan|GreaterThan|StrictGreaterThan|Piecewise|ExprCondPair"
+    r"|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv|ModularIndexing|FloorToInt|CeilToInt|TruncToInt|ToFloat"
+    r"|max|min|abs|int|float|torch\.sym_(max|min|int|float|not)|math\.(floor|ceil|trunc)"
+)
+METHODS = ("size", "stride", "storage_offset")
+POWERS = ("Pow", "PowByNatural")
+LONGEST_EXPRESSION = 20_000
+EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
+
+
+def load(path: Path) -> torch.export.ExportedProgram:
+    """Return an exported program. Raises UserError for one that is not data and PyTorch's own operators alone.
+
+    What torch raises for damaged files passes through.
+    """
+    from torch.export.pt2_archive._package import load_pt2  # where torch.export.load tries an older format too
+
+    check(path)
+    with _data_alone():
+        return load_pt2(str(path)).exported_programs["model"]
+
+
+def check(path: Path) -> None:
+    """Raise UserError where loading an archive would run code, naming the part."""
+    from torch.export.pt2_archive import PT2ArchiveReader
+
+    try:
+        reader = PT2ArchiveReader(str(path))
+        names = reader.get_file_names()
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+    except (RuntimeError, AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--detector={path}: cannot be loaded: no archive of torch.export, or one of torch 2.7 or older, which is "
+            f"to be exported anew ({describe_error(error)})"
+        ) from None
+    if size > path.stat().st_size:
+        raise UserError(f"--detector={path}: is compressed, or its parts overlap, which torch.export does not do")
+    if TEXTS[0] not in names:
+        raise UserError(f"--detector={path}: holds no program ({TEXTS[0]})")
+    for name in names:
+        if not PARTS.fullmatch(name):
+            raise _refusal(path, name, "is no part of a program that is data and PyTorch's own operators alone")
+    for name in names:
+        if name.endswith(".pt"):
+            _check_tensors(path, name, reader.read_bytes(name))
+    for name in (name for name in TEXTS if name in names):
+        document = _read_text(path, name, reader.read_bytes(name))
+        if name != TEXTS[0]:
+            _check_payloads(path, name, document, reader)
+
+
+def _refusal(path: Path, part: str, problem: str) -> UserError:
+    return UserError(f"--detector={path}: {printable(part)} in it {problem}; it is not loaded")
+
+
+def _check_tensors(path: Path, part: str, content: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
+    except Exception as error:
+        problem = f"needs more than tensors and plain values to be read, and could run any code ({_first(error)})"
+        raise _refusal(path, part, problem) from None
+
+
+def _first(error: Exception) -> str:
+    """Return why the unpickler refuses: torch names it behind advice about how to run the code all the same."""
+    match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error: ([^\n]*)", str(error))
+    return printable(match[1] or match[2])[:100] if match else describe_error(error)
+
+
+def _read_text(path: Path, part: str, content: bytes) -> Any:
+    """Return a part that is JSON. Raises UserError for a text in it that torch would make more of than a name."""
+    if len(content) > MAX_TEXT:
+        raise _refusal(path, part, f"has more than {MAX_TEXT} bytes")
+    try:
+        document = parse_json(content)
+        for kind, text in _strings(document):
+            _check_string(kind, text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _refusal(path, part, f"holds {describe_error(error)}") from None
+    return document
+
+
+def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveReader) -> None:
+    """Raise UserError unless the tensors that a part describes are plain bytes, or read without a full unpickler."""
+    try:
+        payloads = [(payload["path_name"], payload["use_pickle"]) for payload in document["config"].values()]
+    except (KeyError, TypeError, AttributeError):
+        raise _refusal(path, part, "describes no tensors") from None
+    for name, is_pickled in payloads:
+        place = f"{part.rpartition('/')[0]}/{name}"
+        if not PARTS.fullmatch(place):
+            raise _refusal(path, place, "is an object and no tensor")
+        if is_pickled:
+            _check_tensors(path, place, reader.read_bytes(place))
+
+
+def _strings(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in a document, keys of objects too, with the key under which it stands."""
+    if isinstance(value, str):
+        yield kind, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, kind)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield "", key
+            if key in REFUSED_KEYS:
+                raise ValueError(f"an object of a custom class ({key})")
+            is_note = kind == "metadata" and isinstance(item, str) and key not in CHECKED
+            yield from _strings(item, NOTE if is_note else key)
+
+
+def _check_string(kind: str, text: str) -> None:
+    """Raise ValueError for a text that torch would make more of than a name."""
+    if kind in ("target", "as_operator"):
+        _check_operator(text)
+    elif kind in ("expr_str", "guards_code"):
+        _check_expression(text)
+    elif kind in ("in_spec", "out_spec"):
+        _check_tree(parse_json(text))
+    elif kind != NOTE and not (QUOTED if kind == "as_string" else NAME).fullmatch(text):
+        raise ValueError(f"{text[:60]!r}, which is no name")
+
+
+def _check_operator(name: str) -> None:
+    match = OPERATOR.fullmatch(name)
+    if match and match[2] not in FORBIDDEN:
+        packet = getattr(getattr(torch.ops, match[1]), match[2], None)
+        if isinstance(getattr(packet, match[3], None), torch._ops.OpOverload):
+            return
+    elif OTHERS.fullmatch(name):
+        return
+    raise ValueError(f"{name[:100]!r}, which is no operator that a detector may use")
+
+
+def _check_expression(text: str) -> None:
+    """Raise ValueError unless Python's evaluation of a text is arithmetic of sizes."""
+    try:
+        nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))] if len(text) <= LONGEST_EXPRESSION else []
+    except SyntaxError:
+        nodes = []
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    called: set[ast.AST] = {node.func for node in calls}
+    named: set[ast.AST] = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # as in L['images']
+    named |= {node.args[0] for node in calls if ast.unparse(node.func) == "Symbol" and len(node.args) == 1}
+    if not nodes or not all(isinstance(node, NODES) and _is_harmless(node, called, named) for node in nodes):
+        raise ValueError(f"{text[:60]!r}, which is no expression of sizes")
+
+
+def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bool:
+    """Whether a node is arithmetic; `called`, `named`: functions, and where the name of something may stand."""
+    match node:
+        case ast.Name():
+            return (FUNCTIONS if node in called else SYMBOL).fullmatch(node.id) is not None
+        case ast.Attribute():
+            return node in called and (node.attr in METHODS or FUNCTIONS.fullmatch(ast.unparse(node)) is not None)
+        case ast.Constant(value=str(text)):
+            return node in named and NAME.fullmatch(text) is not None
+        case ast.Constant():
+            return isinstance(node.value, (bool, int, float))
+        case ast.keyword():
+            return isinstance(node.value, ast.Constant) and isinstance(node.value.value, bool)
+        case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
+            return _is_small_power(base, exponent)
+        case ast.Call():
+            if ast.unparse(node.func) in POWERS:
+                return len(node.args) == 2 and _is_small_power(*node.args)
+            return isinstance(node.func, (ast.Name, ast.Attribute))
+    return True
+
+
+def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
+    """Whether a power takes no time: its exponent is a small number, and its base no power."""
+    text = ast.unparse(base)
+    return EXPONENT.fullmatch(ast.unparse(exponent)) is not None and "Pow" not in text and "**" not in text
+
+
+def _check_tree(value: Any) -> None:
+    """Raise ValueError unless inputs or outputs are nested in tuples, lists and dicts alone."""
+    if isinstance(value, dict):
+        if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREES:
+            raise ValueError(f"inputs or outputs in {str(value.get('type'))[:60]!r}, not in tuples, lists and dicts")
+        if value["context"] is not None:
+            for _, text in _strings(parse_json(value["context"])):
+                _check_string("", text)
+        _check_tree(value["children_spec"])
+    elif isinstance(value, list):
+        for item in value:
+            _check_tree(item)
+    elif isinstance(value, str):
+        raise ValueError(f"{value[:60]!r} in place of the form of its inputs or outputs")
+
+
+@contextmanager
+def _data_alone() -> Iterator[None]:
+    """While active, torch.load reads data alone, also where torch.export asks it for more, or tries again with more."""
+    read = torch.load
+    with mock.patch.object(torch, "load", lambda file, *_, **__: read(file, weights_only=True)):
+        yield

@@ -1,0 +1,483 @@
+"""The network as an enemy: servers that lie, stall or send bombs, planted links, secrets of addresses, names."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import io
+import json
+import os
+import socket
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import launch_as
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from web import Site, answering
+
+import calc_metrics
+import dataset_tool
+import generate
+import legacy
+import train
+from dnnlib import download
+from dnnlib.config import UserError
+from dnnlib.download import cache_dir, cached_path, fetch
+from dnnlib.screen import Screen, printable, public, shown, without_secrets
+from dnnlib.util import TeeLog, write_atomically
+from torch_utils import custom_ops, distributed
+from training.transfer import Origin
+
+DATA = bytes(range(256)) * 40
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as site:
+        site.files["/net.pkl"] = DATA
+        yield site
+
+
+def run(command: Any, *arguments: str) -> Result:
+    return CliRunner().invoke(command, arguments, color=True)
+
+
+def refused(command: Any, *arguments: str) -> str:
+    """Return the one line with which a command refuses something."""
+    result = run(command, *arguments)
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("Fetching ")]
+    assert len(errors) == 1, result.output
+    return errors[0]
+
+
+# Servers.
+
+LENGTHS = ["12abc", "1e9", "²", "٣", "9" * 5000, "-1", "+5", "0x10", "1_0", " ", "1.0", "nan", "1" + "0" * 15]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths_that_are_none_are_refused(length: str) -> None:
+    head = b"Content-Length: " + length.encode() + b"\r\n\r\n"
+    with answering(OK + head + b"12345") as url:
+        line = refused(legacy.main, "info", f"{url}/net.pkl")
+    assert line.startswith(f"Error: {url}/net.pkl: ")
+    assert len(line) < 300
+    assert not list(cache_dir().rglob("*.pkl"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_lengths_that_contradict_each_other_are_refused() -> None:
+    """By urllib3, which leaves the connection to the garbage collector then."""
+    for lengths in (b"Content-Length: 5, 6\r\n", b"Content-Length: 5\r\nContent-Length: 6\r\n"):
+        with answering(OK + lengths + b"\r\n12345") as url:
+            assert "could not be fetched" in refused(legacy.main, "info", f"{url}/net.pkl")
+    gc.collect()
+
+
+HEADS: dict[str, bytes] = {
+    "twice": OK + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n12345",
+    "gzip": OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(1 << 20)),
+    "several encodings": OK + b"Content-Encoding: identity, br\r\n\r\n12345",
+    "an encoding to hide in": OK + b"Content-Encoding: \x1b[31mgzip\r\n\r\n12345",
+    "too large": OK + b"Content-Length: 99999999999999\r\n\r\n12345",
+    "a redirection to nowhere": b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n",
+    "a redirection to a file": b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n",
+    "a redirection to an FTP server": b"HTTP/1.1 302 Found\r\nLocation: ftp://u:s3cret@h/x\r\n\r\n",
+    "a redirection to a bad port": b"HTTP/1.1 302 Found\r\nLocation: http://h:99999/x\r\n\r\n",
+    "a redirection without a host": b"HTTP/1.1 302 Found\r\nLocation: http:///x?s3cret\r\n\r\n",
+    "a redirection to itself": b"HTTP/1.1 302 Found\r\nLocation: /net.pkl\r\n\r\n",
+    "a reason in colour": b"HTTP/1.1 404 \x1b[31mNo\x07\r\n\r\n",
+    "a long reason": b"HTTP/1.1 500 " + b"x" * 5000 + b"\r\n\r\n",
+    "a status that is none": b"HTTP/1.1 99999 OK\r\n\r\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "nothing": b"",
+    "a chunk that is none": OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n12345",
+    "a chunk cut off": OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12",
+    "headers without end": OK + b"".join(b"A%d: x\r\n" % i for i in range(200)) + b"\r\n",
+    "a very long header": OK + b"A: " + b"x" * 70_000 + b"\r\n\r\n",
+    "a page with a title in colour": OK + b"Content-Type: text/html\r\n\r\n<title>\x1b[31mHi\xe2\x80\xae</title>",
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_answers_that_are_no_file_are_refused_in_one_line(kind: str) -> None:
+    with answering(HEADS[kind]) as url:
+        line = refused(legacy.main, "info", f"{url}/net.pkl")
+    assert line.startswith(f"Error: {url}/net.pkl: ")
+    assert len(line) < 500
+    assert "s3cret" not in line
+    assert line == printable(line)
+    assert not list(cache_dir().rglob("*.pkl"))
+
+
+def test_a_file_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    monkeypatch.setattr(download, "LARGEST", len(DATA))
+    assert fetch(f"{site.url}/net.pkl").read_bytes() == DATA
+    monkeypatch.setattr(download, "LARGEST", len(DATA) - 1)
+    with pytest.raises(UserError, match=f"has {len(DATA)} bytes; a file may have {len(DATA) - 1}"):
+        fetch(f"{site.url}/net.pkl?2")
+    with (
+        answering(OK + b"Connection: close\r\n\r\n" + DATA) as url,
+        pytest.raises(UserError, match=f"is larger than the {len(DATA) - 1} bytes"),
+    ):
+        fetch(f"{url}/net.pkl")
+
+
+@pytest.mark.parametrize("head", [OK + b"Content-Length: 1000\r\n\r\n", b""])
+def test_a_server_that_trickles_is_given_up(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its file and in its headers; each byte comes well before it would be too late for the first one."""
+    monkeypatch.setattr(download, "PACE_SECONDS", 0.3)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 30 if head else 0.3)
+    since = time.monotonic()
+    content = head + b"x" * 1000 if head else OK * 100
+    with (
+        answering(content, pause=0.02 if not head else 0.002) as url,
+        pytest.raises(UserError, match="could not be fet"),
+    ):
+        fetch(f"{url}/net.pkl")
+    assert time.monotonic() - since < 20
+
+
+# The cache.
+
+NAMES = ["net.pkl", "net.pkl.json", ".net.pkl.part", ".net.pkl.lock", ".net.pkl.etag"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_what_is_planted_in_the_cache_is_not_used(name: str, kind: str, site: Site, tmp_path: Path) -> None:
+    url = f"{site.url}/net.pkl"
+    place = cached_path(url).with_name(name)
+    place.parent.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "dangling link":
+        place.symlink_to(tmp_path / "new")
+    elif kind == "hard link":
+        place.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    with pytest.raises(UserError, match=f"{name}: is a link or no file, which the cache does not use; remove it"):
+        fetch(url)
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_folders_that_are_links_are_not_followed(depth: int, site: Site, tmp_path: Path) -> None:
+    folder = [*cached_path(f"{site.url}/net.pkl").parents][depth]
+    (tmp_path / "elsewhere").mkdir()
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link, which the cache does not follow; remove it"):
+        fetch(f"{site.url}/net.pkl")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_cache_is_for_its_user_alone(site: Site, cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        site.breaks["/net.pkl"] = [1000, 0]
+        with pytest.raises(UserError):
+            fetch(f"{site.url}/net.pkl")
+        assert {path.stat().st_mode & 0o777 for path in cache.rglob(".*")} == {0o600}
+        fetch(f"{site.url}/net.pkl")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [cache, *cache.rglob("*")]}
+    assert {mode for name, mode in modes.items() if name.startswith("net.pkl")} == {0o600}
+    assert {mode for name, mode in modes.items() if not name.startswith("net.pkl")} == {0o700}
+    assert len(modes) == 5
+
+
+def test_an_atomic_write_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / f".file.{os.getpid()}").symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "file", "new")
+    assert ((tmp_path / "victim").read_bytes(), (tmp_path / "file").read_text()) == (b"precious", "new")
+
+
+# Addresses.
+
+SECRETS = {
+    "https://user:s3cret@example.org/net.pkl": "https://example.org/net.pkl",
+    "https://s3cret@example.org/net.pkl": "https://example.org/net.pkl",
+    "https://user:s3@s3cret@example.org/net.pkl": "https://example.org/net.pkl",
+    "https://user:x/s3cret@example.org/net.pkl": "https://example.org/net.pkl",
+    "https://example.org/net.pkl?X-Amz-Signature=s3cret&a=b": "https://example.org/net.pkl",
+    "https://example.org?s3cret": "https://example.org",
+    "https://example.org/net.pkl#s3cret": "https://example.org/net.pkl",
+    "https://u:s3cret@example.org:8080/a@b/c.pkl?s3cret#sha256=0123abcd": "https://example.org:8080/a@b/c.pkl#sha256=0123abcd",
+    "s3://key:s3cret@bucket/net.pkl": "s3://bucket/net.pkl",
+    "HTTPS://U:s3cret@Example.org/": "HTTPS://Example.org/",
+    "http://u:s3cret@[::1]:80/x?s3cret": "http://[::1]:80/x",
+    "http://u:s3cret@[::1": "http://[::1",
+    "http:/u:s3cret@example.org/x?s3cret": "http:/example.org/x",
+}
+PLAIN = [
+    "https://example.org/net.pkl",
+    "http://localhost:8000/",
+    "http://[::1]:80/a@b",
+    "runs/a?b#c@d",
+    "x",
+    "",
+    "a@b",
+    "c:\\x",
+]
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_secrets_of_addresses_are_left_out(address: str) -> None:
+    expected = SECRETS[address]
+    assert public(address) == expected
+    assert Origin(source=address).source == expected
+    for sentence in (
+        "{}: could not be read",
+        "see ({}), or not",
+        '"{}"',
+        "'{}': x",
+        "--resume={}",
+        "a {}",
+        "<{}>\n",
+        "{}.",
+    ):
+        assert without_secrets(sentence.format(address)) == sentence.format(expected)
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_text_without_secrets_stays(text: str) -> None:
+    assert public(text) == without_secrets(text) == text
+
+
+WORDS = st.text("abcXYZ019._~-%$&+,;=", min_size=1, max_size=8)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(WORDS, WORDS, WORDS, st.booleans(), st.booleans())
+def test_addresses_of_any_form_are_as_a_parser_of_addresses_says(
+    host: str, path: str, secret: str, has_user: bool, has_query: bool
+) -> None:
+    host, secret = quote(host, safe="").replace("%", "").lower() + "h", f"S3CRET{secret}"
+    address = f"https://{f'u:{secret}@' if has_user else ''}{host}/{path}{f'?a={secret}' if has_query else ''}"
+    parts = urlsplit(address)
+    assert public(address) == f"https://{parts.hostname}{parts.path}"
+    assert "S3CRET" not in shown(f"Error: {address}: no ({address})\n")
+
+
+REFUSALS: list[Callable[[str], tuple[Any, list[str]]]] = [
+    lambda url: (legacy.main, ["info", url]),
+    lambda url: (legacy.main, ["convert", f"--source={url}", "--dest=made.pkl"]),
+    lambda url: (generate.main, [f"--network={url}", "--seeds=0", "--outdir=out", "--device=cpu"]),
+    lambda url: (calc_metrics.main, [f"--network={url}", "--metrics=swd20", "--device=cpu"]),
+    lambda url: (calc_metrics.main, ["--network=x", f"--detector={url}"]),
+    lambda url: (train.main, ["--outdir=runs", f"--data={url}"]),
+    lambda url: (dataset_tool.main, [f"--source={url}", "--dest=made.zip"]),
+    lambda url: (train.main, ["--outdir=runs", "--data=x.zip", f"--cfg={url}"]),
+    lambda url: (generate.main, [f"--{url}"]),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSALS)))
+def test_no_command_tells_the_secrets_of_an_address(
+    number: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong with it: a server that refuses, one that is not there, a name that is none here."""
+    monkeypatch.chdir(tmp_path)
+    for base in (site.url, "http://127.0.0.1:9", "http://no-such-host.invalid", "http://[::1"):
+        url = f"{base.replace('//', '//user:s3cret@')}/missing.pkl?signature=s3cret"
+        command, arguments = REFUSALS[number](url)
+        result = run(command, *arguments)
+        assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
+        assert "s3cret" not in result.output
+        assert "missing.pkl" in result.output
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"s3cret" not in kept
+
+
+def test_records_of_the_cache_name_addresses_without_secrets(site: Site) -> None:
+    url = f"{site.url.replace('//', '//user:s3cret@')}/net.pkl?signature=s3cret"
+    path = fetch(url)
+    record = json.loads(path.with_name("net.pkl.json").read_text())
+    assert (path.read_bytes(), record["url"]) == (DATA, f"{site.url}/net.pkl")
+    assert site.requests == [("/net.pkl?signature=s3cret", None)]  # the server is still asked for all of it
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[::1", "http://h:x/y", "http://h:99999/y", "http://:80/", "https://?x"]
+)
+def test_addresses_that_are_none(url: str) -> None:
+    assert "is no address of a file" in refused(legacy.main, "info", url)
+
+
+# Names on a terminal.
+
+NASTY = [
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "a\rb",
+    "\x08\x08",
+    "\x9b31m",
+    "\u202egnp.exe",
+    "a\x7f",
+    "\u2028b",
+    "a\x00b",
+]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.text())
+@example("\r\x1b[2K\r")
+@example("\r\r\n")
+def test_nothing_that_moves_a_terminal_is_shown(text: str) -> None:
+    body = shown(text).strip("\r")
+    assert not [
+        c for c in body if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or c in "\u202e\u2028\u2066"
+    ]
+    assert printable(text).isprintable() or not text.replace("\u2028", "").isprintable()
+    if text.isascii() and text.isprintable() and "://" not in text:
+        assert shown(text) == printable(text) == text
+
+
+@pytest.mark.parametrize("name", [name for name in NASTY if "\0" not in name])
+def test_commands_print_no_control_characters_of_names(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"{name}folder"
+    folder.mkdir()
+    (folder / f"{name}.pkl").write_bytes(b"no snapshot")
+    (folder / f"{name}.png").write_bytes(b"no image")
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+        archive.writestr(f"{name}0.png", picture.getvalue())
+        archive.writestr(f"{name}1.png", picture.getvalue()[:40])
+    for command, *arguments in (
+        (legacy.main, "info", str(folder / f"{name}.pkl")),
+        (generate.main, f"--network={folder / name}.pkl", "--seeds=0", f"--outdir={tmp_path / 'o'}"),
+        (generate.main, f"--network={folder}", "--seeds=0", f"--outdir={tmp_path / 'o'}"),
+        (train.main, f"--data={folder}", f"--outdir={tmp_path / name}", "-n"),
+        (train.main, f"--data={folder / name}.zip", f"--outdir={tmp_path / 'o'}", f"--resume={name}"),
+        (dataset_tool.main, f"--source={folder / name}.zip", f"--dest={tmp_path / 'made.zip'}", "--workers=1"),
+        (dataset_tool.main, f"--source={folder}", f"--dest={tmp_path / 'made'}", "--workers=1", "--skip-bad"),
+        (dataset_tool.main, name),
+    ):
+        result = run(command, *arguments)
+        assert result.exit_code in (1, 2), result.output
+        assert isinstance(result.exception, SystemExit)
+        assert result.output.replace("\n", "").replace("\r", "").isprintable(), (command, result.output)
+
+
+def test_a_log_shows_what_the_screen_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "Starting from https://u:s3cret@h/x?s3cret \x1b[31mred\x07"
+    stream = Screen(sys.stdout)
+    print(text, file=stream)
+    with TeeLog(tmp_path / "log.txt"):
+        print(text)
+    expected = "Starting from https://h/x \\x1b[31mred\\x07\n"
+    assert (tmp_path / "log.txt").read_text() == expected
+    assert capsys.readouterr().out.splitlines()[0] + "\n" == expected
+    assert not hasattr(stream, "buffer")
+
+
+# The environment.
+
+GOOD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+STRANGE = ["", "abc", "-1", "1.5", "²", "1e9", "9" * 5000, "7777777", " 1", "0x1", None]
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("value", STRANGE)
+def test_strange_variables_of_a_launcher_are_named(
+    name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_as(monkeypatch)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for function in (distributed.launched_world_size, distributed.launched_rank):
+        with pytest.raises(UserError, match=rf"^{name}( is missing|=.*must be a whole number)") as caught:
+            function()
+        assert len(str(caught.value)) < 250
+
+
+def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a user whom the password file does not know, as in containers."""
+    for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"HOME is not set, .*: set HOME, or TORCH_EXTENSIONS_DIR to a folder"):
+        custom_ops.extensions_folder()
+    for arguments in (
+        ["info", "http://127.0.0.1:9/x.pkl"],
+        ["convert", "--source=http://127.0.0.1:9/x", "--dest=x.pkl"],
+    ):
+        line = refused(legacy.main, *arguments)
+        assert line.startswith("Error: HOME is not set, and this user has no entry in the password file: set HOME, or ")
+        assert line.endswith("DNNLIB_CACHE_DIR to a folder")
+    assert "no such file" in refused(legacy.main, "info", "~/x.pkl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_local_rank_alone_is_checked_by_every_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    with pytest.raises(UserError, match="LOCAL_RANK=abc: in the environment, must be a whole number"):
+        distributed.choose_device()
+
+
+# Connections.
+
+
+def listening(pids: list[int]) -> list[tuple[str, str]]:
+    """Addresses, in hexadecimal, on which processes listen, and where the kernel says so."""
+    links = [f"/proc/{pid}/fd/{fd}" for pid in pids for fd in os.listdir(f"/proc/{pid}/fd")]
+    inodes = {os.readlink(link)[8:-1] for link in links if os.path.exists(link) or os.path.islink(link)}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append((table, fields[1].partition(":")[0]))
+    return found
+
+
+def in_two_processes(folder: Path, data: Path) -> None:
+    distributed.barrier()
+    found = listening([os.getpid(), os.getppid()]) if Path("/proc/net/tcp").exists() else []
+    (folder / str(distributed.rank())).write_text(json.dumps([found, os.environ["GLOO_SOCKET_IFNAME"]]))
+    distributed.barrier()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /proc/net/tcp here, which says who listens")
+def test_processes_of_one_machine_listen_to_it_alone(together: Path) -> None:
+    """The launcher and its workers, who do reach each other: they have met at the barrier."""
+    for rank in range(2):
+        found, interface = json.loads((together / "test_hostile_web" / str(rank)).read_text())
+        assert found
+        assert {tuple(address) for address in found} <= {("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")}
+        assert interface.startswith("lo")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    with socket.create_server(("", 0)) as server:  # that the test would see one which listens to all
+        assert ("tcp", "00000000") in listening([os.getpid()])
+        assert server.getsockname()[1]

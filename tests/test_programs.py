@@ -1,0 +1,281 @@
+"""Programs of --detector: archives that would run code when they are loaded are refused, and whole ones are not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from metric_helpers import SmallDetector, export_program, script_program
+from torch import Tensor, nn
+
+from dnnlib.config import UserError
+from metrics import programs
+from metrics.detectors import load_program, read_detectors
+
+CPU = torch.device("cpu")
+IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+CODE = "__import__('os').mkdir('pwned')"
+Parts = dict[str, bytes]
+Change = Callable[[Parts], None]
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pwned",)
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_program(tmp_path_factory.mktemp("program") / "small.pt2", SmallDetector(), IMAGES)
+
+
+@pytest.fixture
+def changed(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Path]:
+    """Write the program with some of its parts changed, in a folder that the test is in."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(change: Change, compression: int = zipfile.ZIP_STORED) -> Path:
+        with zipfile.ZipFile(program) as archive:
+            parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+        change(parts)
+        with zipfile.ZipFile(tmp_path / "bad.pt2", "w", compression) as archive:
+            for name, content in parts.items():
+                archive.writestr(name.removeprefix("^") if name.startswith("^") else f"bad/{name}", content)
+        return tmp_path / "bad.pt2"
+
+    return write
+
+
+def part(name: str, content: bytes) -> Change:
+    return lambda parts: parts.update({name: content})
+
+
+def model(change: Callable[[Any], object]) -> Change:
+    """Change the graph."""
+
+    def apply(parts: Parts) -> None:
+        document = json.loads(parts["models/model.json"])
+        change(document)
+        parts["models/model.json"] = json.dumps(document).encode()
+
+    return apply
+
+
+def everywhere(key: str, value: Any) -> Change:
+    """Give every value of a key in the graph."""
+
+    def apply(item: Any) -> None:
+        for one in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+            apply(one)
+        if isinstance(item, dict) and key in item:
+            item[key] = value
+
+    return model(apply)
+
+
+def renamed(old: str, new: str) -> Change:
+    """Put another name in the graph wherever one stands."""
+
+    def apply(parts: Parts) -> None:
+        text = parts["models/model.json"].decode()
+        parts["models/model.json"] = text.replace(json.dumps(old), json.dumps(new)).encode()
+
+    return apply
+
+
+def called(target: str, text: str = "mkdir pwned") -> Change:
+    """Call something else with a text before all."""
+    argument = {"name": "self", "arg": {"as_string": text}, "kind": 1}
+    node = {"target": target, "inputs": [argument], "outputs": [], "metadata": {}, "name": "x"}
+    node["is_hop_single_tensor_return"] = None  # type: ignore[assignment]
+    return model(lambda document: document["graph_module"]["graph"]["nodes"].insert(0, node))
+
+
+def payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) -> Change:
+    """Describe one more tensor that is a pickle."""
+    place = f"data/{folder}/model_{folder}_config.json"
+
+    def apply(parts: Parts) -> None:
+        document = json.loads(parts[place])
+        document["config"]["more"] = {
+            "path_name": name,
+            "is_param": False,
+            "use_pickle": use_pickle,
+            "tensor_meta": None,
+        }
+        parts[place] = json.dumps(document).encode()
+        parts[f"data/{folder}/{name}"] = content
+
+    return apply
+
+
+def older(parts: Parts) -> None:
+    """Hide an archive of the older form, which torch tries when the newer one fails, among the files."""
+    document = json.loads(parts.pop("models/model.json"))
+    document["guards_code"] = [f"{CODE} is None"]
+    parts["^version"] = b"8.20"
+    parts["^serialized_exported_program.json"] = json.dumps(document).encode()
+    for name in ("state_dict", "constants", "example_inputs"):
+        parts[f"^serialized_{name}.pt"] = saved((Harm(),))
+
+
+def tree(document: Any, spec: dict[str, Any]) -> None:
+    document["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = json.dumps([1, spec])
+
+
+FACTORY = json.dumps({"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": "[]"})
+PICKLE = saved((Harm(),))
+ATTACKS: dict[str, tuple[Change, str]] = {
+    "sample inputs": (part("data/sample_inputs/model.pt", PICKLE), "sample_inputs/model.pt in it needs more than"),
+    "sample inputs, old pickle": (part("data/sample_inputs/model.pt", pickle.dumps(Harm())), "needs more than tensors"),
+    "weights in one file": (part("data/weights/model.pt", PICKLE), "data/weights/model.pt in it needs more"),
+    "constants in one file": (part("data/constants/model.pt", PICKLE), "data/constants/model.pt in it needs more"),
+    "a pickled weight": (payload("weights", "weight_9", PICKLE), "data/weights/weight_9 in it needs more"),
+    "a pickled constant": (payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 in it needs more"),
+    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Harm())), "is no part of a program"),
+    "a script object": (payload("constants", "custom_obj_0", PICKLE), "custom_obj_0 in it is no part of a program"),
+    "a part elsewhere": (payload("weights", "../extra/x", PICKLE), "is no part of a program"),
+    "a weight that says it is none": (
+        payload("weights", "x", b"", use_pickle=False),
+        "data/weights/x in it is no part",
+    ),
+    "a compiled library": (part("data/aotinductor/model/model.so", b"\x7fELF"), "is no part of a program"),
+    "a wrapper to compile": (part("data/aotinductor/model/wrapper.cpp", b"int x;"), "is no part of a program"),
+    "another model": (part("models/other.json", b"{}"), "models/other.json in it is no part"),
+    "an executorch program": (part("data/executorch/x.pte", b""), "is no part of a program"),
+    "an expression": (everywhere("expr_str", CODE), "which is no expression of sizes"),
+    "an expression with a text": (everywhere("expr_str", f"Max('{CODE[:-1]}')"), "which is no expression of sizes"),
+    "an expression without end": (
+        everywhere("expr_str", "Pow(Integer(9), Pow(Integer(9), Integer(9)))"),
+        "no expression",
+    ),
+    "a power of powers": (everywhere("expr_str", "Pow(Pow(Pow(9, 8), 8), 8)"), "which is no expression of sizes"),
+    "attributes": (everywhere("expr_str", "s0.__class__.__mro__"), "which is no expression of sizes"),
+    "a lambda": (everywhere("expr_str", "(lambda: 1)()"), "which is no expression of sizes"),
+    "a condition": (everywhere("guards_code", [f"{CODE} is None"]), "which is no expression of sizes"),
+    "a condition with a method": (everywhere("guards_code", ["L['images'].tofile('x')"]), "no expression of sizes"),
+    "os.system": (called("torch.os.system"), "'torch.os.system', which is no operator"),
+    "torch.load": (called("torch.load", "x.pt"), "'torch.load', which is no operator"),
+    "operator.attrgetter": (called("_operator.attrgetter"), "'_operator.attrgetter', which is no operator"),
+    "an operator that writes": (called("torch.ops.aten.save.default", "pwned"), "which is no operator"),
+    "an operator that maps a file": (called("torch.ops.aten.from_file.default", "pwned"), "which is no operator"),
+    "an operator of others": (
+        called("torch.ops.evil.run.default"),
+        "'torch.ops.evil.run.default', which is no operator",
+    ),
+    "an operator that is none": (called("torch.ops.aten.__init__.__globals__"), "which is no operator"),
+    "an extension": (called("#ext:run"), "'#ext:run', which is no operator"),
+    "a script object's method": (called("torch.ops.higher_order.call_torchbind"), "which is no operator"),
+    "a Triton kernel": (called("torch.ops.higher_order.triton_kernel_wrapper_functional"), "which is no operator"),
+    "a name": (renamed("images", f"images={CODE}"), "which is no name"),
+    "a name in quotes": (renamed("p_mix", f'p"); {CODE} #'), "which is no name"),
+    "a class": (model(lambda d: d.update(class_fqn="os.system")), "an object of a custom class"),
+    "a factory": (
+        model(lambda d: tree(d, {"type": "collections.defaultdict", "context": FACTORY, "children_spec": []})),
+        "'collections.defaultdict', not in tuples",
+    ),
+    "a name among the inputs": (
+        model(lambda d: tree(d, {"type": "builtins.dict", "context": json.dumps([CODE]), "children_spec": []})),
+        "which is no name",
+    ),
+    "an older archive": (older, "holds no program|cannot be loaded: no archive"),
+    "no JSON": (part("models/model.json", b"{"), "models/model.json in it holds Expecting"),
+    "JSON without end": (part("models/model.json", b"[" * 100_000), "nested too deep"),
+}
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_what_would_run_code_is_refused(kind: str, changed: Callable[[Change], Path], tmp_path: Path) -> None:
+    change, message = ATTACKS[kind]
+    path = changed(change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_program(path, CPU)(IMAGES)
+    assert str(caught.value).startswith(f"--detector={path}: ")
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.pt2"]
+
+
+def test_names_in_notes_are_free_and_what_torch_reads_is_not(changed: Callable[..., Path]) -> None:
+    """A tensor that is called `metadata` hides nothing; text of stack traces, and files beside the program, may be."""
+    free = everywhere("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
+    extra = part("extra/notes.txt", pickle.dumps(Harm(), 0))
+    features, logits = load_program(changed(lambda parts: (free(parts), extra(parts))), CPU)(IMAGES)
+    assert (tuple(features.shape), logits is not None) == ((2, 6), True)
+    assert not Path("pwned").exists()
+    hidden = model(lambda d: d["graph_module"]["graph"]["sym_int_values"].update(metadata={"expr_str": CODE}))
+    with pytest.raises(UserError, match="no expression of sizes"):
+        programs.check(changed(hidden))
+
+
+def test_an_archive_is_not_compressed(changed: Callable[..., Path]) -> None:
+    bomb = part("extra/zeros", bytes(1 << 20))
+    with pytest.raises(UserError, match="is compressed, or its parts overlap"):
+        programs.check(changed(bomb, zipfile.ZIP_DEFLATED))
+
+
+class Larger(nn.Module):
+    """Operators, constants and symbolic sizes of every kind that a detector has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.GELU(approximate="tanh"))
+        self.layers = nn.Sequential(*layers)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mean = nn.Parameter(torch.full((3, 1, 1), 0.5), requires_grad=False)
+        self.constant = torch.tensor([2.0, 3.0])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            x = nn.functional.interpolate((images.float() / 255 - self.mean), scale_factor=2, mode="bilinear")
+            tokens = self.layers(x).flatten(2).transpose(1, 2)
+        mixed = self.attention(tokens, tokens, tokens)[0]
+        features = torch.einsum("bnc,bnc->bc", mixed, tokens) * self.constant[0]
+        return [torch.cat([features, features.roll(1, 1)], dim=1), nn.functional.softmax(features, dim=1)]
+
+
+def test_programs_of_every_shape_are_read(tmp_path: Path) -> None:
+    """Sizes that are not known, and conditions on them; the same numbers as the module itself."""
+    torch.manual_seed(0)
+    module = Larger().eval()
+    auto = torch.export.Dim.AUTO
+    exported = torch.export.export(module, (IMAGES,), dynamic_shapes={"images": {0: auto, 2: auto, 3: auto}})
+    torch.export.save(exported, tmp_path / "larger.pt2", extra_files={"notes.txt": "x"})
+    images = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
+    features, logits = load_program(tmp_path / "larger.pt2", CPU)(images)
+    expected = module(images)
+    torch.testing.assert_close(features, expected[0])
+    torch.testing.assert_close(logits, expected[1])
+
+
+def test_what_a_program_is_is_said_once(program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = script_program(tmp_path / "small.pt", SmallDetector())
+    for path in (program, script):
+        first = load_program(path, CPU)(IMAGES)[0]
+        assert torch.equal(first, load_program(path, CPU)(IMAGES)[0])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"--detector={path}: is a program and runs on this machine; use only those you trust"
+        for path in (program, script)
+    ]
+
+
+def test_a_pipe_is_no_detector(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match=r"pipe\.pt: cannot be read \(not a regular file\)"):
+        read_detectors((str(tmp_path / "pipe.pt"),))
