@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
-from training.data_sources.codec import SLOW_DECODER, BrokenImageError, decode_as, decode_image
+from dnnlib.images import BrokenImageError
+from training.data_sources.codec import SLOW_DECODER, decode_as, decode_image
 from training.data_sources.convert import (
     RESIZE_FILTERS,
     TRANSFORMS,

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -31,6 +32,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
+MAX_JSON_DEPTH = 100  # far from where comparing, showing or writing a document is more than Python's stack holds
+MAX_LINE_BYTES = 1 << 20  # of a line of a log
 
 
 class EasyDict(dict[str, Any]):
@@ -131,22 +134,23 @@ def describe_error(error: BaseException) -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises WriteError when it cannot be written."""
+    """Add a line to a text file. Raises WriteError when it cannot be written, also to a pipe or a device."""
     try:
-        with path.open("a") as file:
-            file.write(line + "\n")
+        with open_regular(path, to_append=True) as file:
+            file.write(f"{line}\n".encode())
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading bytes.
+def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> BinaryIO:
+    """Open a regular file for reading bytes, or for adding some at its end, which makes it where there is none.
 
     Raises OSError, also for a pipe, a device, a socket or a folder: it never waits for one.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT if to_append else os.O_RDONLY
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
+        return open(descriptor, "ab" if to_append else "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
@@ -161,11 +165,21 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return a JSON document. Raises ValueError, also where it is nested too deep or has an integer beyond 64 bits."""
+    """Return a JSON document.
+
+    Raises ValueError, also where it is nested deeper than MAX_JSON_DEPTH or has an integer beyond 64 bits.
+    """
     try:
-        return json.loads(text, parse_int=_parse_int)
+        document = json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    level = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return document
+    raise ValueError("it is nested too deep")
 
 
 def _parse_int(digits: str) -> int:
@@ -179,14 +193,23 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_regular(path, limit))
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a regular file with their ends, the first MAX_LINE_BYTES of a longer one. Raises OSError."""
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
+            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                pass
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a file that has one a line, none where there is no file.
 
-    A line that was cut short, or holds anything else, is left out.
+    A line that was cut short, is longer than MAX_LINE_BYTES or holds anything else is left out.
     """
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in read_lines(path) if path.exists() else ():
         try:
-            entry = parse_json(line)
+            entry = parse_json(line.decode(errors="replace"))
         except ValueError:
             continue
         if isinstance(entry, dict):
@@ -255,7 +278,7 @@ class TeeLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1, errors="backslashreplace")
+        self.file = TextIOWrapper(open_regular(path, to_append=True), errors="backslashreplace", line_buffering=True)
         self.streams = (sys.stdout, sys.stderr)
         self.redrawn: TextIO | None = None  # where a line stands that what comes next takes the place of
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.config import UserError
-from training.data_sources.codec import BrokenImageError, decode_image, encode_png
+from dnnlib.images import BrokenImageError
+from training.data_sources.codec import decode_image, encode_png
 from training.data_sources.files import read_regular_file
 from training.data_sources.sources import Item
 

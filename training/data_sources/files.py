@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import UserError
-from training.data_sources.codec import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from training.data_sources.codec import IMAGE_SUFFIXES
 
 Label = int | list[float]
 

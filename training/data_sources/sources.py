@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dnnlib.config import UserError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
 from training.data_sources.cifar import read_cifar
-from training.data_sources.codec import MAX_IMAGE_BYTES, BrokenImageError
 from training.data_sources.files import FileStore, FolderStore, Label, labels_of, open_store, read_dataset_json
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
