@@ -24,6 +24,7 @@ from PIL import Image
 
 import dataset_tool
 from dataset_tool import main
+from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources import codec
 from training.data_sources.convert import (
     RESIZE_FILTERS,
@@ -559,7 +560,7 @@ def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     source = write_files(tmp_path / "in", {"bomb.png": bomb})
     assert "cannot read bomb.png: DecompressionBombError" in refused(tmp_path, source)
-    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(codec.MAX_IMAGE_BYTES + 1)}
+    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
     assert "cannot read big.png: 268435457 bytes" in refused(tmp_path, write_zip(tmp_path / "in.zip", files))
 
 
