@@ -244,7 +244,7 @@ def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Itera
 @contextmanager
 def new_dataset(dest: Path) -> Iterator[Writer]:
     """Give a function that adds a file; the set gets its name when all is written, and nothing is left if not."""
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    temporary = dest.with_name(f".{dest.name[:40]}.{os.getpid()}.partial")  # a name has at most 255 bytes
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         if dest.suffix.lower() == ".zip":

@@ -15,6 +15,7 @@ MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's
 MAX_SCANS = 64  # of a progressive JPEG: each goes over all pixels, however few bytes it has; encoders write about 10
 MAX_EXIF_SEGMENTS = 2  # of a JPEG, of 64 KB each: in k of them, k^2 times 90 MB of values that overlap have room
 
+FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000  # an image has so many at most; deflate has 8000 to a byte
 ORIENTATION = 0x112
 TURNS = {  # by the orientation that EXIF tells, to stand upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,6 +51,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > max(FREE_PIXELS, PIXELS_PER_BYTE * len(data)):
+                    raise BrokenImageError(f"{image.width}x{image.height} pixels in {len(data)} bytes")
                 yield image
     except BrokenImageError:
         raise

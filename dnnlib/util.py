@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -149,9 +150,12 @@ def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> Bi
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT if to_append else os.O_RDONLY
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return open(descriptor, "ab" if to_append else "rb")
     os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
@@ -214,6 +218,21 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(entry, dict):
             yield entry
+
+
+def read_metric_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metric in metric-<name>.jsonl, none where there is no file; others have no finite results.
+
+    Beside `results` a record may lack anything.
+    """
+    for record in read_json_lines(path):
+        results = record.get("results")
+        if isinstance(results, dict) and results and all(map(_is_finite, results.values())):
+            yield record
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class FolderLock:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import UserError
-from dnnlib.util import import_extra
+from dnnlib.util import import_extra, open_regular
 from exploration.model import MAPPED_AT_ONCE, Model, read_arrays, save_arrays, written_whole
 from training.networks.layers import FullyConnected
 
@@ -195,8 +195,10 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
 def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
         return read_arrays(path, where)
+    safetensors = _safetensors(path)
     try:
-        tensors: dict[str, Tensor] = _safetensors(path).load_file(path)
+        with open_regular(path):
+            tensors: dict[str, Tensor] = safetensors.load_file(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except import_extra("safetensors", "safetensors").SafetensorError as error:

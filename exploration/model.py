@@ -18,6 +18,7 @@ from torch import Tensor
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import describe_error
 from torch_utils.images import to_uint8
+from training.data_sources.bounds import load_npz
 from training.networks import execution
 
 # On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
@@ -180,10 +181,7 @@ def save_styles(path: Path, ws: Tensor, **others: np.ndarray) -> None:
 def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
     """Read an .npz file. Raises UserError, beginning with `where`, when it is not one; runs no code from it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return dict(file)
+        return load_npz(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # of zipfile, numpy, pickle

@@ -7,11 +7,14 @@ import gzip
 import lzma
 import os
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from dnnlib.util import open_regular
 
@@ -45,6 +48,18 @@ _OPENERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b
 def unpacked_limit(packed: int) -> int:
     """Return how many bytes a packed file of so many may become."""
     return max(UNPACKED_AT_LEAST, UNPACKED_RATIO * packed)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays in an .npz file, without running code in it. Raises OSError, and whatever numpy raises."""
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > unpacked_limit(os.fstat(file.fileno()).st_size):
+            raise ValueError(f"it unpacks to {size} bytes, more than {UNPACKED_RATIO} times its size")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
 class Unpacked:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
@@ -19,12 +18,11 @@ from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import describe_error
 from training.data_sources.bounds import (
     PACKED_ERRORS,
-    UNPACKED_RATIO,
     Member,
     Unpacked,
+    load_npz,
     open_packed,
     read_tar,
-    unpacked_limit,
 )
 from training.data_sources.cifar import read_cifar
 from training.data_sources.files import (
@@ -204,12 +202,7 @@ def _are_labels(labels: np.ndarray, count: int) -> bool:
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() == ".npy":
         return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
-    with zipfile.ZipFile(path) as archive:
-        size = sum(info.file_size for info in archive.infolist())
-    if size > unpacked_limit(path.stat().st_size):
-        raise ValueError(f"it unpacks to {size} bytes, more than {UNPACKED_RATIO} times its size")
-    with np.load(path, allow_pickle=False) as content:
-        return dict(content)
+    return load_npz(path)
 
 
 def _open_idx(path: Path) -> ArraySource:
