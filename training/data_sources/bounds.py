@@ -26,6 +26,7 @@ UNPACKED_RATIO = 100
 PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_MEMBERS = 10_000  # published sets of images in tar archives have ten
 _PIECE = 1 << 20
 _HEADERS = (
     tarfile.XHDTYPE,
@@ -121,7 +122,7 @@ def read_tar(stream: Unpacked) -> Iterator[Member]:
     What extends a header (PAX, long names), and takes the module tarfile time and memory out of all proportion, is
     passed over. Raises PACKED_ERRORS.
     """
-    while True:
+    for _ in range(_MAX_MEMBERS):
         header = stream.read(_BLOCK)
         if not header.strip(b"\0"):
             return
@@ -134,3 +135,4 @@ def read_tar(stream: Unpacked) -> Iterator[Member]:
         if info.type not in _HEADERS:
             yield Member(info.name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
         stream.skip(end - stream.position)
+    raise tarfile.HeaderError(f"more than {_MAX_MEMBERS} members")
