@@ -6,7 +6,6 @@ import math
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -35,6 +34,7 @@ from training.data_sources.files import (
     open_store,
     read_dataset_json,
 )
+from training.data_sources.lmdb_file import LmdbFile
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
 SUPPORTED = (
@@ -313,39 +313,27 @@ class LmdbSource:
     pad = 0
 
     def __init__(self, path: Path) -> None:
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UserError(f"{path} needs the package lmdb: install this project's extra `lmdb`") from error
         self.name = path.name
-        if not (path / "data.mdb").is_file():
-            raise UserError(f"{path} cannot be read as lmdb (data.mdb is not a regular file): get it again")
+        self._path = path
         try:
-            self._env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-        except lmdb.Error as error:
+            self._file = LmdbFile(path)
+        except OSError as error:
+            raise UserError(f"{path}/data.mdb cannot be read ({error.strerror}): get it again") from error
+        except ValueError as error:
             raise UserError(f"{path} cannot be read as lmdb ({error}): get it again") from error
-        self._path, self._error = path, lmdb.Error
-        stat = self._env.stat()
-        self._count = int(stat["entries"])
-        size = (self._env.info()["last_pgno"] + 1) * stat["psize"]
-        self._size = (path / "data.mdb").stat().st_size
-        if self._size < size:  # reading what is missing would end this process
-            raise UserError(f"{path} is cut off (data.mdb should have {size} bytes): get it again")
-        if not self._count:
+        if not self._file.num_entries:
             raise UserError(f"{path} holds no images: get it again")
 
     def __len__(self) -> int:
-        return self._count
+        return self._file.num_entries
 
     def __iter__(self) -> Iterator[Item]:
         try:
-            with self._env.begin(buffers=True) as transaction, closing(transaction.cursor()) as cursor:
-                for key, value in cursor:
-                    too_large = len(value) > min(MAX_IMAGE_BYTES, self._size)
-                    content = BrokenImageError(f"{len(value)} bytes") if too_large else bytes(value)
-                    yield Item(repr(bytes(key)), None, content)
-        except self._error as error:
-            raise UserError(f"{self._path} is damaged ({error}): get it again") from error
+            for key, value in self._file:
+                too_large = len(value) > MAX_IMAGE_BYTES
+                yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
 
 
 class Drawing(NamedTuple):
