@@ -27,6 +27,7 @@ from click.testing import CliRunner
 from PIL import Image, ImageOps
 
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
+from conftest import small_config
 from hypothesis import strategies as st
 from test_hostile import (
     CHANGES,
@@ -52,6 +53,7 @@ from exploration.projection import check_targets, read_targets
 from metrics.sampling import explain_misfit
 from reporting.page import build_page
 from reporting.runs import read_run
+from training import runs
 from training.data_sources import bounds, cifar
 from training.data_sources.codec import IMAGE_SUFFIXES, decode_image, read_shape
 from training.data_sources.lmdb_file import LmdbFile
@@ -243,7 +245,7 @@ def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> 
     assert read_shape(data) == expected.shape
 
 
-@draws(40, 20_000)
+@draws(40, 3000)
 def test_strange_exif_data(examples: int) -> None:
     @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), DAMAGE)
     def check(orientation: int, order: str, others: int, damage: Any) -> None:
@@ -431,7 +433,7 @@ def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
 
 
-@draws(60, 20_000)
+@draws(60, 3000)
 def test_damaged_archives(tmp_path: Path, examples: int) -> None:
     files = [
         tar_of(small_cifar()),
@@ -452,7 +454,7 @@ def test_damaged_archives(tmp_path: Path, examples: int) -> None:
         run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
 
 
-@draws(60, 20_000)
+@draws(60, 3000)
 def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
     """Every code of the language, in any order, after a start that has something on the stack."""
     codes = st.sampled_from(
@@ -495,7 +497,7 @@ def test_databases_are_read_as_by_the_library(database: Path) -> None:
     assert found.num_entries == len(expected) > 100
 
 
-@draws(60, 20_000)
+@draws(60, 3000)
 def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> None:
     """The library ends the process for some of them."""
     whole = (database / "data.mdb").read_bytes()
@@ -693,7 +695,7 @@ def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
         assert part in told
 
 
-@draws(10, 3000)
+@draws(10, 500)
 def test_strange_files_of_a_run(tmp_path: Path, examples: int) -> None:
     folder = make_run(tmp_path / "run", {})
     lines = st.lists(st.sampled_from(STATS + RECORDS) | st.just(json.dumps(TICK)) | st.text(max_size=9), max_size=6)
@@ -769,3 +771,14 @@ def test_the_remedy_for_images_of_another_shape(
     ours: tuple[int, ...], theirs: tuple[int, ...], remedy: str, of_network: bool
 ) -> None:
     assert explain_misfit(ours, theirs, of_network).endswith(remedy)
+
+
+def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
+    """In the name of the run's folder, and of what is written beside a set while it is built."""
+    for name in ("x" * 240, "é" * 120, "\U0001f600" * 60):
+        path = tmp_path / f"{name}.zip"
+        assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0
+        config = small_config(path, **{"run.desc": "y" * 60})
+        folder = runs._make_run_dir(tmp_path / "runs", config, ImageDataset(config.data))
+        assert folder.is_dir()
+        assert len(os.fsencode(folder.name)) < 200

@@ -83,7 +83,9 @@ def _read_pickles(
 
 def _unpickle(data: bytes, path: Path, file: str) -> dict[bytes, Any]:
     try:
-        content = _ArrayUnpickler(data).load()
+        unpickler = _ArrayUnpickler(data)
+        content = unpickler.load()
+        unpickler.memo.clear()  # refers to the unpickler, which would stay with all that it has read
     except UserError as error:
         raise UserError(f"{path}: {file}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
@@ -155,6 +157,7 @@ class _ArrayUnpickler(pickle._Unpickler):
     because an index would be allocated; what repeats a text is bounded.
     """
 
+    memo: dict[int, Any]
     stack: list[Any]
     read: Callable[[int], bytes]
 
