@@ -775,7 +775,7 @@ def test_the_remedy_for_images_of_another_shape(
 
 def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
     """In the name of the run's folder, and of what is written beside a set while it is built."""
-    for name in ("x" * 240, "é" * 120, "\U0001f600" * 60):
+    for name in ("x" * 240, "\U0001f600" * 60):
         path = tmp_path / f"{name}.zip"
         assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0
         config = small_config(path, **{"run.desc": "y" * 60})
