@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, Script, option
 from dnnlib.config import UserError
+from dnnlib.images import BrokenImageError
 from dnnlib.util import partial_path
-from training.data_sources.codec import SLOW_DECODER, BrokenImageError, decode_as, decode_image
+from training.data_sources.codec import SLOW_DECODER, decode_as, decode_image
 from training.data_sources.convert import (
     RESIZE_FILTERS,
     TRANSFORMS,

@@ -77,6 +77,7 @@ from exploration.projection import (
     FILM_FPS,
     ProjectionConfig,
     ProjectionJob,
+    check_targets,
     pixels_towards,
     project_batch,
     read_targets,
@@ -518,13 +519,14 @@ def prepare_projection(
     seed: int,
     **options: Any,
 ) -> ProjectionJob:
-    """Read the network, the distance and the targets that PROJECTION_OPTIONS and --target name. Raises UserError."""
-    model = open_model(**options)
-    setup = read_detectors(detectors or ())
-    towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
-    names, targets = read_targets(target, model.G.img_shape)
+    """Read the targets, the network and the distance that --target and PROJECTION_OPTIONS name. Raises UserError."""
     if lr <= 0:
         raise UserError(f"--lr={lr:g}: must be positive")
+    check_targets(target)
+    setup = read_detectors(detectors or ())
+    model = open_model(**options)
+    towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
+    names, targets = read_targets(target, model.G.img_shape)
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
     return ProjectionJob(model=model, names=names, targets=targets, towards=towards, config=config)
 

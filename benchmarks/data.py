@@ -21,6 +21,7 @@ import torch
 from common import ROOT, emit
 from PIL import Image
 
+from dnnlib.images import FORMATS
 from training.data_sources.convert import load
 from training.data_sources.sources import Drawing, open_source
 from training.dataset import DatasetConfig, ImageDataset, batches
@@ -85,7 +86,7 @@ def decode_with_pillow(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(".png"):
-                np.asarray(Image.open(io.BytesIO(archive.read(name))))
+                np.asarray(Image.open(io.BytesIO(archive.read(name)), formats=FORMATS))
 
 
 def rate_of_batches(dataset: ImageDataset, batch_size: int, workers: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -35,6 +37,8 @@ except ImportError:  # Windows
 
 PARTIAL = ".partial"  # how the name of a file ends that is being written
 MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
+MAX_JSON_DEPTH = 100  # far from where comparing, showing or writing a document is more than Python's stack holds
+MAX_LINE_BYTES = 1 << 20  # of a line of a log
 
 
 class EasyDict(dict[str, Any]):
@@ -94,8 +98,8 @@ def home_folder(instead: str) -> Path:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a file or folder is written until it is complete and gets its name: beside it, in this process."""
-    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    """Return where this process writes a file or folder, beside it, until it is complete and gets its name."""
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}")  # a name has at most 255 bytes
 
 
 @contextmanager
@@ -169,41 +173,56 @@ def warn_on_write_error() -> Iterator[None]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises WriteError when it cannot be written."""
+    """Add a line to a text file. Raises WriteError when it cannot be written, also to a pipe or a device."""
     try:
-        with path.open("a") as file:
-            file.write(line + "\n")
+        with open_regular(path, to_append=True) as file:
+            file.write(f"{line}\n".encode())
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading bytes.
+def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> BinaryIO:
+    """Open a regular file for reading bytes, or for adding some at its end, which makes it where there is none.
 
     Raises OSError, also for a pipe, a device, a socket or a folder: it never waits for one.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT if to_append else os.O_RDONLY
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "ab" if to_append else "rb")
     os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """Return the bytes of a regular file. Raises OSError, also for one of more than `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        room = min(limit, max(os.fstat(file.fileno()).st_size, 1 << 20))  # reading takes memory for so many bytes
+        content = file.read(room + 1)
+    if len(content) > room:
         raise OSError(errno.EFBIG, f"more than the {limit} bytes that it may have", os.fspath(path))
     return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return a JSON document. Raises ValueError, also where it is nested too deep or has an integer beyond 64 bits."""
+    """Return a JSON document.
+
+    Raises ValueError, also where it is nested deeper than MAX_JSON_DEPTH or has an integer beyond 64 bits.
+    """
     try:
-        return json.loads(text, parse_int=_parse_int)
+        document = json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    level = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return document
+    raise ValueError("it is nested too deep")
 
 
 def _parse_int(digits: str) -> int:
@@ -217,18 +236,42 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_regular(path, limit))
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a regular file with their ends, the first MAX_LINE_BYTES of a longer one. Raises OSError."""
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
+            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                pass
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a file that has one a line, none where there is no file.
 
-    A line that was cut short, or holds anything else, is left out.
+    A line that was cut short, is longer than MAX_LINE_BYTES or holds anything else is left out.
     """
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in read_lines(path) if path.is_file() else ():
         try:
-            entry = parse_json(line)
+            entry = parse_json(line.decode(errors="replace"))
         except ValueError:
             continue
         if isinstance(entry, dict):
             yield entry
+
+
+def read_metric_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metric in metric-<name>.jsonl, none where there is no file; others have no finite results.
+
+    Beside `results` a record may lack anything.
+    """
+    for record in read_json_lines(path):
+        results = record.get("results")
+        if isinstance(results, dict) and results and all(map(_is_finite, results.values())):
+            yield record
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class FolderLock:
@@ -300,7 +343,7 @@ class TeeLog:
         self.redrawn: TextIO | None = None  # where a line stands that what comes next takes the place of
 
     def _open(self) -> TextIO:
-        return self.path.open("a", buffering=1, errors="backslashreplace")
+        return TextIOWrapper(open_regular(self.path, to_append=True), errors="backslashreplace", line_buffering=True)
 
     def reopen(self) -> None:
         """Go on in a new file of the same name: the old one was removed. Raises OSError."""

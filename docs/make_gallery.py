@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +27,12 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
+from dnnlib.images import open_image  # noqa: E402
 from exploration.attention import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import spell  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
+from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshot import Snapshot, load_network  # noqa: E402
 
 WIDTH = 780  # pixels of a picture on the page, at most; small ones are enlarged as far as that goes
@@ -155,7 +156,7 @@ def with_network(command: str, network: str) -> list[str]:
 def pair_up(folder: Path) -> None:
     """Write pairs.png: the targets in a row, their projections below."""
     rows = [sorted((folder / "targets").glob("*.png")), sorted(folder.glob("proj*.png"))]
-    tiles = [[enlarged(to_rgb(np.atleast_3d(np.asarray(Image.open(path))))) for path in row] for row in rows]
+    tiles = [[enlarged(to_rgb(decode_image(path.read_bytes()))) for path in row] for row in rows]
     Image.fromarray(sheet(tiles)).save(folder / "pairs.png")
 
 
@@ -164,7 +165,7 @@ def shrink(source: Path, target: Path) -> None:
     if source.suffix == ".gif":
         shutil.copy(source, target)
         return
-    with Image.open(source) as image:
+    with open_image(source.read_bytes()) as image:
         picture = image.convert("RGB")
     if picture.width > WIDTH:
         picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)

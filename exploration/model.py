@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import io
-import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error, open_regular
+from dnnlib.util import describe_error
 from torch_utils.images import to_uint8
+from training.data_sources.bounds import load_npz
 from training.networks import execution
 
 # On a CPU, matrix libraries round a row differently in batches of different sizes, but not in multiples of this one:
 # all batches are filled up to it, so that a seed gives the same image, to the last bit, whatever --batch says.
 BATCH_MULTIPLE = 8
 MAPPED_AT_ONCE = 1024
-MOST_UNPACKED, UNPACKED_PER_BYTE = 2**26, 50  # bytes of the arrays in a packed file: some, and more in a larger file
 
 
 def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
@@ -184,33 +181,11 @@ def save_styles(path: Path, ws: Tensor, **others: np.ndarray) -> None:
 def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
     """Read an .npz file. Raises UserError, beginning with `where`, when it is not one; runs no code from it."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            most = MOST_UNPACKED + UNPACKED_PER_BYTE * file.seek(0, os.SEEK_END)
-            if sum(member.file_size for member in members) > most:
-                raise ValueError(f"it unpacks to more than the {most} bytes that a file of its size may")
-            return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+        return load_npz(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # of zipfile, zlib, numpy
         raise UserError(f"{where}: not an .npz file of arrays ({describe_error(error)})") from None
-
-
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Return the array in a member of an .npz file. Raises ValueError unless its header says as many numbers."""
-    content = archive.read(member)
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"{member.filename} is of version {version}")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename} holds objects, not numbers")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-        raise ValueError(f"{member.filename} is not as long as its shape says")
-    numbers = np.frombuffer(content, dtype, offset=file.tell()) if 0 not in shape else np.empty(0, dtype)
-    return numbers.reshape(shape, order="F" if is_fortran else "C")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

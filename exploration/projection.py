@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -16,15 +17,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dnnlib.config import UserError
+from dnnlib.images import BrokenImageError
 from exploration.directions import sampled_w
 from exploration.model import Model
 from exploration.sheets import enlargement, to_rgb
 from exploration.video import MIN_FRAME, open_video
 from torch_utils.images import Towards, to_uint8
 from torch_utils.misc import derive_seed
-from training.data_sources.codec import IMAGE_SUFFIXES, BrokenImageError, decode_image
+from training.data_sources.codec import IMAGE_SUFFIXES, decode_image
 from training.data_sources.convert import Conversion
-from training.data_sources.files import open_store
+from training.data_sources.files import open_store, read_image_file
 from training.networks import execution
 
 FILM_FPS = 30
@@ -218,6 +220,12 @@ def pixels_towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
     return distance
 
 
+def check_targets(path: Path) -> None:
+    """Read what `read_targets` will read, before anything else takes time. Raises UserError as it does."""
+    for _ in _decoded_targets(path):
+        pass
+
+
 def read_targets(path: Path, img_shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
     """Read an image, or those of a folder or zip file: their names, and uint8 (n, C, H, W), cropped and resized to fit.
 
@@ -225,15 +233,22 @@ def read_targets(path: Path, img_shape: tuple[int, int, int]) -> tuple[list[str]
     """
     C, H, W = img_shape
     conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        names, read = [path.name], lambda name: path.read_bytes()
+    names, images = [], []
+    for name, pixels in _decoded_targets(path):
+        names.append(name)
+        images.append(torch.from_numpy(conversion(pixels).copy()).permute(2, 0, 1))
+    return names, torch.stack(images)
+
+
+def _decoded_targets(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names and pixels uint8 [H, W, C]."""
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        names, read = [path.name], lambda name: read_image_file(path)
     else:
         store = open_store(path)
         names, read = list(store.names), store.read
-    images = []
     for name in names:
         try:
-            images.append(torch.from_numpy(conversion(decode_image(read(name))).copy()).permute(2, 0, 1))
-        except (OSError, BrokenImageError) as error:
+            yield name, decode_image(read(name))
+        except BrokenImageError as error:
             raise UserError(f"--target={path}: {name} cannot be read ({error})") from None
-    return names, torch.stack(images)

@@ -28,7 +28,7 @@ import torch
 import dnnlib
 from dnnlib.config import UserError
 from dnnlib.download import sha256_of_file
-from dnnlib.util import append_line, read_json_lines
+from dnnlib.util import append_line, read_metric_records
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, Want, statistics_of
 from metrics.sampling import MetricContext
@@ -323,7 +323,9 @@ def sha256_of_snapshot(path: Path) -> str:
 
 def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
     """Return the records of a snapshot, oldest first, from the files metric-<name>.jsonl beside it."""
-    records = [record for path in sorted(snapshot.parent.glob("metric-*.jsonl")) for record in _read_records(path)]
+    records = [
+        record for path in sorted(snapshot.parent.glob("metric-*.jsonl")) for record in read_metric_records(path)
+    ]
     return [record for record in records if record.get("snapshot_sha256") == sha256]
 
 
@@ -333,14 +335,10 @@ def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> 
     The file may also hold what calc_metrics.py made of other data, detectors or seeds.
     """
     name, value = next(iter(record["results"].items()))
-    earlier = _read_records(folder / f"metric-{record['metric']}.jsonl")
-    others = [other["results"].get(name) for other in earlier if _circumstances(other) == _circumstances(record)]
-    others = [other for other in others if isinstance(other, (int, float))]
+    earlier = read_metric_records(folder / f"metric-{record['metric']}.jsonl")
+    comparable = [other["results"] for other in earlier if _circumstances(other) == _circumstances(record)]
+    others = [results[name] for results in comparable if name in results]
     return all(value > other if higher_is_better else value < other for other in others)
-
-
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    return (record for record in read_json_lines(path) if isinstance(record.get("results"), dict))
 
 
 def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:

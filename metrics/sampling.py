@@ -108,12 +108,7 @@ class MetricContext:
         if source is None or (self.G and self.fakes):
             raise ValueError("a metric context has either a generator or a set of generated images")
         if tuple(source.img_shape) != tuple(self.images.img_shape):
-            ours, theirs = (shape_name(shape) for shape in (source.img_shape, self.images.img_shape))
-            maker = "the network makes" if self.G else "the generated set holds"
-            raise UserError(
-                f"{maker} images of {ours} but the data has {theirs}: "
-                "give the data set that the network was trained on, or resize it with dataset_tool.py"
-            )
+            raise UserError(explain_misfit(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
         if self.G and self.G.c_dim and self.G.c_dim != self.images.c_dim:
             raise UserError(
                 f"the network is conditional on labels of {self.G.c_dim} values but the data's have "
@@ -138,7 +133,19 @@ class MetricContext:
         return self.G
 
 
-def shape_name(img_shape: tuple[int, int, int]) -> str:
+def explain_misfit(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
+    """Say that images made are of another shape (C, H, W) than the data, and which options of the tool mend it."""
+    options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
+    options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
+    maker = "the network makes" if of_network else "the generated set holds"
+    given = "give the data set that the network was trained on, or" if of_network else "give real images like them, or"
+    return (
+        f"{maker} images of {shape_name(ours)} but the data has {shape_name(theirs)}: {given} build one from it with "
+        f"dataset_tool.py {' '.join(options)}"
+    )
+
+
+def shape_name(img_shape: tuple[int, ...]) -> str:
     """Return '3x32x32 (channels x height x width)'."""
     return "x".join(map(str, img_shape)) + " (channels x height x width)"
 

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dnnlib.util import format_time
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError, open_image
+from dnnlib.util import format_time, read_regular
 from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
 from reporting.drawing import Panel, Picture
 from reporting.runs import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # pixels of a grid in the page
+MAX_STARTS, MAX_FACTS = 50, 30  # of a run that are shown, and what is told of each
 READ = 300  # points of a line whose values are shown under the pointer
 
 
@@ -133,10 +135,10 @@ def _figure(uri: str, caption: str, alt: str) -> str:
 def _shrunk(path: Path, problems: list[str]) -> str | None:
     """A picture as JPEG of at most MAX_SIDE pixels, transparency over white; None if it cannot be read."""
     try:
-        with Image.open(path) as file:
+        with open_image(read_regular(path, MAX_IMAGE_BYTES)) as file:
             image = file.convert("RGBA" if file.mode == "RGBA" else "RGB")
-    except Exception as error:  # the decoder raises OSError, SyntaxError, ValueError, ... on damaged data
-        problems.append(f"{path.name}: cannot be read ({error})")
+    except (OSError, BrokenImageError) as error:
+        problems.append(f"{path.name}: cannot be read ({getattr(error, 'strerror', None) or error})")
         return None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     if image.mode == "RGBA":
@@ -215,7 +217,8 @@ def _all_options(run: Run) -> str:
 
 def _environments(runs: Sequence[Run]) -> str:
     """What each run was computed with, from each start on."""
-    names = list(dict.fromkeys(name for run in runs for start in run.starts for name in start))
+    starts = [(run.name, start) for run in runs for start in run.starts[-MAX_STARTS:]]
+    names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_FACTS]
     rows = [["run", *names]]
-    rows += [[run.name, *(_known(start.get(name, "")) for name in names)] for run in runs for start in run.starts]
+    rows += [[run, *(_known(start.get(name, "")) for name in names)] for run, start in starts]
     return "<h2>Computed with</h2>\n" + _table(rows) if len(rows) > 1 else ""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from dnnlib.config import UserError
+from dnnlib.util import MAX_LINE_BYTES, parse_json, read_json, read_lines
 from metrics.registry import COMPARABLE
 
 OPTIONS_FILE = "training_options.json"
 SHOWN_WARNINGS = 20
+SHOWN_LETTERS = 1000  # of a warning
+MAX_AGE = 1e15  # kimg or seconds; what is larger is damage
+MAX_VALUE = 1e100  # of a number that is drawn: with larger ones the arithmetic of axes overflows
+MAX_NUMBERS = 300  # by name; runs have about 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class Run:
         """How long the run is meant to be; nan if that is not known."""
         part = self.options.get("run")
         total = part.get("total_kimg") if isinstance(part, dict) else None
-        return float(total) if isinstance(total, int | float) else math.nan
+        return float(total) if is_number(total, MAX_AGE) else math.nan
 
     def last(self, name: str) -> float:
         """The newest value of a tick's number; nan without any."""
@@ -131,7 +135,10 @@ def read_run(path: Path, name: str) -> Run:
 def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
     """Return a curve for each number in stats.jsonl."""
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
-    names = dict.fromkeys(name for row in rows.values() for name in row)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if len(names) > MAX_NUMBERS:
+        problems.append(f"{path.name}: left out {len(names) - MAX_NUMBERS} of {len(names)} numbers")
+        names = names[:MAX_NUMBERS]
     ordered = [rows[kimg] for kimg in sorted(rows)]
     columns = {name: np.array([row.get(name, _unsaid(name)) for row in ordered]) for name in sorted(names)}
     kimg = columns.get("Progress/kimg", np.zeros(0))
@@ -147,7 +154,8 @@ def _unsaid(name: str) -> float:
 def _flatten(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a tick by name; of a loss term, whose mean and deviation are given, the mean."""
     values = {name: value.get("mean") if isinstance(value, dict) else value for name, value in line.items()}
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    limits = {"Timing/total_sec": MAX_AGE}
+    return {name: float(value) for name, value in values.items() if is_number(value, limits.get(name, MAX_VALUE))}
 
 
 def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
@@ -175,7 +183,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
 def _main_value(record: dict[str, Any]) -> float | None:
     results = record.get("results")
     value = next(iter(results.values()), None) if isinstance(results, dict) else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if is_number(value, MAX_VALUE) else None
 
 
 def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -183,43 +191,44 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
 
     A last line without its end is one that is being written.
     """
+    count = damaged = 0
     try:
-        text = path.read_text(errors="replace")
+        for line in read_lines(path):
+            if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                break
+            count += 1
+            try:
+                entry = parse_json(line.decode(errors="replace"))
+                if entry[age] is not None and not is_number(entry[age], MAX_AGE):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):  # no JSON or too deep, no such number, no object
+                damaged += 1
+                continue
+            if entry[age] is not None:
+                yield entry
     except FileNotFoundError:
         return
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
-        return
-    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
-    damaged = 0
-    for line in lines:
-        try:
-            entry = _parse(line)
-            if entry[age] is not None and not math.isfinite(entry[age]):
-                raise ValueError
-        except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, too deep, no such number, no object
-            damaged += 1
-            continue
-        if entry[age] is not None:
-            yield entry
     if damaged:
-        problems.append(f"{path.name}: left out {damaged} of {len(lines)} lines, which are damaged")
+        problems.append(f"{path.name}: left out {damaged} of {count} lines, which are damaged")
 
 
-def _parse(text: str) -> Any:
-    """Parse JSON, in which an integer that no float can hold is infinite, as 1e999 is."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else math.inf)
+def is_number(value: object, limit: float) -> TypeGuard[float]:
+    """Whether a value of a JSON document is a number from -limit to limit."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
 
 
 def _read_warnings(path: Path) -> list[str]:
     """The last warnings and errors in a log, each once, where it came last, with the number of lines that say so."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    counts = Counter(line for line in reversed(lines) if line.startswith(("Warning: ", "Error: ")))
-    newest = list(counts.items())[:SHOWN_WARNINGS]
-    return [line + (f" ({count} times)" if count > 1 else "") for line, count in reversed(newest)]
+    counts: dict[str, int] = {}
+    with suppress(OSError):
+        for line in read_lines(path):
+            if line.startswith((b"Warning: ", b"Error: ")):
+                text = line[:SHOWN_LETTERS].decode(errors="replace").rstrip("\r\n")
+                counts[text] = counts.pop(text, 0) + 1
+    newest = list(counts.items())[-SHOWN_WARNINGS:]
+    return [text + (f" ({count} times)" if count > 1 else "") for text, count in newest]
 
 
 def _list_grids(path: Path) -> Iterator[Grid]:
@@ -231,10 +240,12 @@ def _list_grids(path: Path) -> Iterator[Grid]:
 
 def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        options = _parse(path.read_text())
+        options = read_json(path, MAX_LINE_BYTES)
         if isinstance(options, dict):
             return options
         problems.append(f"{path.name}: is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
+    except ValueError as error:
         problems.append(f"{path.name}: cannot be read ({error})")
     return {}

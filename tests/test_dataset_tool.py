@@ -24,6 +24,7 @@ from PIL import Image
 
 import dataset_tool
 from dataset_tool import main
+from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources import codec
 from training.data_sources.convert import (
     RESIZE_FILTERS,
@@ -471,7 +472,7 @@ def test_stl10(tmp_path: Path) -> None:
     assert "has no stl10_binary/unlabeled_X.bin" in refused(tmp_path, write_tar(tmp_path / "cut.tar.gz", files))
 
 
-def test_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lsun(tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
     images = random_images(3, 10, 12, 3)
     path = tmp_path / "church_train_lmdb"
@@ -484,12 +485,10 @@ def test_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert content["source"] == "church_train_lmdb"
     whole = (path / "data.mdb").read_bytes()
     cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
-    assert f"is cut off (data.mdb should have {len(whole)} bytes)" in refused(tmp_path, cut)
+    assert f"data.mdb should have {len(whole)} bytes" in refused(tmp_path, cut)
     head = whole[: len(whole) * 2 // 3]  # two of three pages, which are about the file
     damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
     assert "damaged_lmdb is damaged" in refused(tmp_path, damaged)
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    assert "extra `lmdb`" in refused(tmp_path, path)
 
 
 def test_arrays(tmp_path: Path) -> None:
@@ -559,7 +558,7 @@ def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     source = write_files(tmp_path / "in", {"bomb.png": bomb})
     assert "cannot read bomb.png: DecompressionBombError" in refused(tmp_path, source)
-    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(codec.MAX_IMAGE_BYTES + 1)}
+    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
     assert "cannot read big.png: 268435457 bytes" in refused(tmp_path, write_zip(tmp_path / "in.zip", files))
 
 
@@ -646,7 +645,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("z-images-idx3-ubyte.gz", "cannot be read"),
         ("bad.npy", "cannot be read as numpy arrays"),
         ("bad.zip", "not a complete zip file"),
-        ("lmdb", "cannot be read as lmdb" if importlib.util.find_spec("lmdb") else "extra `lmdb`"),
+        ("lmdb", "cannot be read as lmdb"),
         ("float.npy", "images are float64 of shape [2, 4, 4, 3]"),
         ("object.npy", "cannot be read as numpy arrays"),
         ("labels.npz", "labels are int64 of shape [3]"),

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
+from dnnlib.images import BrokenImageError
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
 from training.data_sources.codec import (
     PNG_START,
-    BrokenImageError,
     decode_as,
     decode_image,
     read_shape,

@@ -21,7 +21,7 @@ import torch
 
 from dnnlib.config import UserError, to_json
 from dnnlib.download import sha256_of_file
-from dnnlib.util import read_json_lines
+from dnnlib.util import read_metric_records
 from torch_utils.images import save_grid, to_uint8
 from training.config import TrainConfig
 from training.exchange import load_folder, new_folder, write_folder
@@ -133,8 +133,15 @@ def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
         return
     sha256 = sha256_of_file(snapshot)
     for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
-        own = [record for record in read_json_lines(path) if record.get("snapshot_sha256") == sha256]
-        yield from own[-1:]
+        own = [record for record in read_metric_records(path) if record.get("snapshot_sha256") == sha256]
+        yield from filter(_is_complete, own[-1:])
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether a record says what the card tells of a result."""
+    texts = (record.get(name) for name in ("data", "protocol"))
+    counts = (record.get(name) for name in ("num_real", "num_fake"))
+    return all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
 
 
 def _to_results(record: dict[str, Any]) -> list[EvalResult]:
@@ -203,10 +210,10 @@ files.
 def _table(snapshot: Path) -> str:
     rows = []
     for record in read_records(snapshot):
-        flips = " with flips" if record["mirror"] else ""
+        flips = " with flips" if record.get("mirror") else ""
         images = f"{Path(record['data']).name}: {record['num_real']} real{flips}, {record['num_fake']} generated"
         protocol = record["protocol"].replace("<", "&lt;")
-        how = f"{record['detector'] or ''} | {protocol}"
+        how = f"{record.get('detector') or ''} | {protocol}"
         rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]
     head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) if rows else "None are recorded."

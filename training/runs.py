@@ -49,6 +49,7 @@ from training.snapshot import Snapshot
 from training.training_loop import Trainer
 from training.transfer import Origin, check_frozen, copy_weights
 
+NAME_BYTES = 40  # of the data set in the name of a run's folder, which has at most 255 bytes
 # The data sets of the networks that StyleGAN2-ADA's --resume knows by name.
 PUBLISHED = {
     "ffhq256": "FFHQ at 256x256",
@@ -318,7 +319,7 @@ def note_start(run_dir: Path, trainer: Trainer) -> str:
 
 def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
     """outdir/00003-<data>-<what>: the next free number, and what the run is in short."""
-    words = [re.sub(r"[^\w.]+", "_", dataset.name), config.preset]
+    words = [re.sub(r"[^\w.]+", "_", dataset.name).encode()[:NAME_BYTES].decode(errors="ignore"), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
     words += _departures(config)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
-import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dnnlib.config import UserError
+from dnnlib.util import describe_error
+from training.data_sources.bounds import Member, Unpacked
+from training.data_sources.files import MAX_CLASS, Label
 
 _MAX_MEMBER_BYTES = 1 << 28  # CIFAR-100's training set is 155 MB
+_MAX_READS = 1 << 22  # from a pickle; CIFAR-100's training set takes 0.6 million
+_PIXELS = 3 * 32 * 32
 
 # Folder in the archive -> training files, key of the labels, file and key of the class names.
 _LAYOUTS = {
@@ -26,10 +30,12 @@ _LAYOUTS = {
 }
 
 
-def read_cifar(archive: tarfile.TarFile, path: Path, folder: str) -> tuple[np.ndarray, list[Any], list[str] | None]:
+def read_cifar(
+    stream: Unpacked, members: Iterable[Member], path: Path, folder: str
+) -> tuple[np.ndarray, list[Label], list[str] | None]:
     """Return the training images uint8 [N, 32, 32, 3], class numbers and class names (None if the archive has none)."""
     files, label_key, (names_file, names_key) = _LAYOUTS[folder]
-    contents = _read_pickles(archive, path, folder, (*files, names_file))
+    contents = _read_pickles(stream, members, path, folder, (*files, names_file))
     planes, labels = [], []
     for file in files:
         batch = contents.get(file, {})
@@ -39,45 +45,51 @@ def read_cifar(archive: tarfile.TarFile, path: Path, folder: str) -> tuple[np.nd
             raise UserError(f"{path}: {file} has no list of class numbers for its images: get the archive again")
         labels += batch_labels
     images = np.concatenate(planes).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
-    names = contents.get(names_file, {}).get(names_key) or []
-    return images, labels, [name.decode() if isinstance(name, bytes) else str(name) for name in names] or None
+    return images, labels, _class_names(contents.get(names_file, {}).get(names_key), path, names_file)
 
 
 def _are_numbers(labels: list[Any]) -> bool:
-    return all(type(label) is int and label >= 0 for label in labels)
+    return all(type(label) is int and 0 <= label <= MAX_CLASS for label in labels)
+
+
+def _class_names(names: object, path: Path, file: str) -> list[str] | None:
+    if not names:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise UserError(f"{path}: {file} has no list of texts for the names of the classes: get the archive again")
+    return [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
 
 
 def _pixels(data: object, path: Path, file: str) -> np.ndarray:
-    if not isinstance(data, _PickledArray) or data.pixels is None or data.pixels.shape[1:] != (3072,):
+    if not isinstance(data, _PickledArray) or data.pixels is None:
         raise UserError(f"{path}: {file} holds no uint8 array of 32x32 RGB images: get the archive again")
     return data.pixels
 
 
 def _read_pickles(
-    archive: tarfile.TarFile, path: Path, folder: str, files: tuple[str, ...]
+    stream: Unpacked, members: Iterable[Member], path: Path, folder: str, files: tuple[str, ...]
 ) -> dict[str, dict[bytes, Any]]:
     """Content by file name, in one pass over the archive: going back in it would mean to unpack it again."""
-    contents = {}
-    for member in archive:
-        file = member.name.removeprefix("./").removeprefix(f"{folder}/")
+    contents: dict[str, dict[bytes, Any]] = {}
+    for member in members:
+        file = member.name.removeprefix(f"{folder}/")
         if file not in files:
             continue
-        if not member.isreg() or member.size > _MAX_MEMBER_BYTES:
+        if not member.is_plain or member.size > _MAX_MEMBER_BYTES or file in contents:
             raise UserError(f"{path}: {file} is not a plain file of a possible size: get the archive again")
-        stream = archive.extractfile(member)
-        assert stream is not None
-        contents[file] = _unpickle(stream.read(), path, file)
+        contents[file] = _unpickle(stream.read(member.size), path, file)
     return contents
 
 
 def _unpickle(data: bytes, path: Path, file: str) -> dict[bytes, Any]:
     try:
-        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        unpickler = _ArrayUnpickler(data)
+        content = unpickler.load()
+        unpickler.memo.clear()  # refers to the unpickler, which would stay with all that it has read
     except UserError as error:
         raise UserError(f"{path}: {file}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: {file} cannot be read ({error}): get the archive again") from error
+        raise UserError(f"{path}: {file} cannot be read ({describe_error(error)}): get the archive again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: {file} is not a dictionary: get the archive again")
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
@@ -99,36 +111,98 @@ class _PickledArray:
     def __init__(self, *_: object) -> None:
         self.pixels: np.ndarray | None = None
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: Sequence[Any]) -> None:
         _, shape, dtype, is_fortran, data = state
         is_bytes = isinstance(dtype, _PickledDtype) and dtype.name in ("u1", "|u1", "uint8")
-        if is_bytes and isinstance(data, bytes) and len(data) == math.prod(shape):
+        if is_bytes and isinstance(data, bytes) and shape == [len(data) // _PIXELS, _PIXELS]:
             self.pixels = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """What Python 3 writes into old protocols for bytes: _codecs.encode(text, 'latin1')."""
-    if encoding not in ("latin1", b"latin1"):
-        raise ValueError(f"unexpected encoding {encoding!r}")
-    return (text.decode() if isinstance(text, bytes) else text).encode("latin1")
-
-
-_ALLOWED_GLOBALS = {
+_GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
     ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
     ("numpy", "ndarray"): _PickledArray,
     ("numpy", "dtype"): _PickledDtype,
-    ("_codecs", "encode"): _latin1,
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, strings, numbers and arrays; the few globals it knows all stand for code above."""
+# Codes that take time and memory in proportion to their bytes as the module pickle reads them.
+_OPCODES = """
+    PROTO STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
+    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+    GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+
+
+class _CountedBytes(io.BytesIO):
+    """Bytes that end after so many reads: a byte of a pickle can become an object of 64."""
+
+    num_reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.num_reads += 1
+        if self.num_reads > _MAX_READS:
+            raise ValueError(f"more than the {_MAX_READS} parts that it may have")
+        return super().read(size)
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Reads dictionaries, lists, strings, numbers and arrays; the few globals it knows all stand for code above.
+
+    It takes time and memory in proportion to the bytes, which pickle.Unpickler does not: tuples are read as lists,
+    which are no keys, because the hash of a tuple counts all that its parts share; a number in the memo is a key,
+    because an index would be allocated; what repeats a text is bounded.
+    """
+
+    memo: dict[int, Any]
+    stack: list[Any]
+    read: Callable[[int], bytes]
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(_CountedBytes(data), encoding="bytes")
+        self._num_letters = len(data)  # that may still be encoded
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_GLOBALS:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
+        if (module, name) not in _GLOBALS:
             raise UserError(
                 f"the pickle asks for {module}.{name}, which a CIFAR archive has no use for: nothing was run; "
                 "get the archive from its authors"
             )
-        return _ALLOWED_GLOBALS[module, name]
+        return _GLOBALS[module, name]
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Encode as Python 3 has it done for bytes in old protocols: _codecs.encode(text, 'latin1')."""
+        if encoding not in ("latin1", b"latin1"):
+            raise ValueError(f"unexpected encoding {encoding!r:.80}")
+        self._num_letters -= len(text)
+        if self._num_letters < 0:
+            raise ValueError("it has more bytes than letters")
+        return (text.decode() if isinstance(text, bytes) else text).encode("latin1")
+
+    def _read_tuple1(self) -> None:
+        self.stack[-1:] = [self.stack[-1:]]
+
+    def _read_tuple2(self) -> None:
+        self.stack[-2:] = [self.stack[-2:]]
+
+    def _read_tuple3(self) -> None:
+        self.stack[-3:] = [self.stack[-3:]]
+
+    def _read_frame(self) -> None:
+        self.read(8)  # its length, which says how much to read ahead
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in _OPCODES.split()
+    } | {
+        pickle.FRAME[0]: _read_frame,
+        pickle.TUPLE[0]: pickle._Unpickler.dispatch[pickle.LIST[0]],
+        pickle.EMPTY_TUPLE[0]: pickle._Unpickler.dispatch[pickle.EMPTY_LIST[0]],
+        pickle.TUPLE1[0]: _read_tuple1,
+        pickle.TUPLE2[0]: _read_tuple2,
+        pickle.TUPLE3[0]: _read_tuple3,
+    }

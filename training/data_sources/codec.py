@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import struct
-import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
+
+from dnnlib.images import TURNS, BrokenImageError, open_image, orientation_of
 
 try:
     import pyspng
@@ -18,21 +16,15 @@ except ImportError:  # no wheel for this platform or Python, say
     pyspng = None
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's directory is damage or a trap
 
 # For the log where images are read; None with pyspng, which is an order of magnitude faster.
 SLOW_DECODER = None if pyspng else "Pillow decodes the images: pyspng, which is faster, is not installed"
 
 PNG_START = 41  # bytes: signature, header chunk, length and name of the next one
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> colour type of the PNG header
 _PNG_FORMATS = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-class BrokenImageError(Exception):
-    """The bytes are not an image that can be used; the message is the reason, without the file's name."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -41,7 +33,7 @@ def decode_image(data: bytes) -> np.ndarray:
     Palettes become RGB, transparency of any kind becomes RGBA. Raises BrokenImageError for everything else, including
     16 bits per channel and images of more than PIL.Image.MAX_IMAGE_PIXELS.
     """
-    with _opened(data) as image:
+    with open_image(data) as image:
         image.load()
         return _to_array(image)
 
@@ -49,38 +41,22 @@ def decode_image(data: bytes) -> np.ndarray:
 def read_shape(data: bytes) -> tuple[int, int, int]:
     """Return the (H, W, C) that `decode_image` would give, from the header. Raises BrokenImageError.
 
-    Pillow decodes a PNG for it, whose orientation may come after the pixels.
+    A PNG is decoded for it, whose orientation may come after the pixels.
     """
-    with _opened(data) as image:
+    with open_image(data) as image:
+        if image.format == "PNG":
+            image.load()
         width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by 90 degrees
+        if orientation_of(image) >= 5:  # turned by 90 degrees
             width, height = height, width
         return height, width, len(_mode(image))
 
 
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an image lazily; whatever goes wrong with it inside raises BrokenImageError."""
-    if data[:8] == _PNG_SIGNATURE and len(data) > 24 and data[24] == 16:
-        raise BrokenImageError("16 bits per channel: convert it to 8 bits first")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                yield image
-    except BrokenImageError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise BrokenImageError("not a PNG, JPEG, WebP or BMP image") from None
-    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged data
-        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
-
-
 def _to_array(image: Image.Image) -> np.ndarray:
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(orientation_of(image))
     mode = _mode(image)
+    if turn is not None:
+        image = image.transpose(turn)
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.config import UserError
-from training.data_sources.codec import BrokenImageError, decode_image, encode_png
-from training.data_sources.files import read_regular_file
+from dnnlib.images import BrokenImageError
+from training.data_sources.codec import decode_image, encode_png
+from training.data_sources.files import read_image_file
 from training.data_sources.sources import Item
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-letterbox")
@@ -165,7 +166,7 @@ def load(item: Item) -> np.ndarray:
     if isinstance(content, np.ndarray):
         return content
     if isinstance(content, Path):
-        content = read_regular_file(content)
+        content = read_image_file(content)
     return decode_image(content)
 
 

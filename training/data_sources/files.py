@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import stat
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dnnlib.config import UserError
-from training.data_sources.codec import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.util import open_regular, parse_json, read_regular
+from training.data_sources.bounds import unpacked_limit
+from training.data_sources.codec import IMAGE_SUFFIXES
 
 Label = int | list[float]
+
+MAX_CLASS = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()
@@ -31,21 +37,12 @@ def _refuse_folder(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions") from error
 
 
-def read_regular_file(path: Path, size: int = -1) -> bytes:
-    """The bytes of an image file, all or the first ones.
-
-    Raises BrokenImageError, also for what would never end: a device, a pipe.
-    """
+def read_image_file(path: Path) -> bytes:
+    """Return the bytes of an image file. Raises BrokenImageError, also for a device, a pipe, and one too large."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise BrokenImageError("not a regular file")
-        if about.st_size > MAX_IMAGE_BYTES:
-            raise BrokenImageError(f"{about.st_size} bytes, more than the {MAX_IMAGE_BYTES} that one file may have")
-        with path.open("rb", buffering=0) as file:
-            return file.read(size)
+        return read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
-        raise BrokenImageError(str(error)) from error
+        raise BrokenImageError(error.strerror or str(error)) from error
 
 
 class FolderStore:
@@ -64,14 +61,18 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises BrokenImageError when it cannot be read."""
-        return read_regular_file(self.path / name)
+        return read_image_file(self.path / name)
 
     def read_start(self, name: str, size: int) -> bytes:
         """The file's first bytes. Raises BrokenImageError when it cannot be read."""
-        return read_regular_file(self.path / name, size)
+        try:
+            with open_regular(self.path / name) as file:
+                return file.read(size)
+        except OSError as error:
+            raise BrokenImageError(error.strerror or str(error)) from error
 
     def read_json(self) -> bytes:
-        return (self.path / "dataset.json").read_bytes()
+        return read_regular(self.path / "dataset.json", _MAX_JSON_BYTES)
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size."""
@@ -92,8 +93,9 @@ class ZipStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
                 members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            _refuse_overlaps(members.values())
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
         self._members = members
@@ -119,7 +121,8 @@ class ZipStore:
         return self._read_at_member(info, min(size, info.compress_size))
 
     def read_json(self) -> bytes:
-        return self._read("dataset.json", _MAX_JSON_BYTES)
+        limit = unpacked_limit(self._members["dataset.json"].compress_size)
+        return self._read("dataset.json", min(limit, _MAX_JSON_BYTES))
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and CRC-32, from the zip directory."""
@@ -169,6 +172,15 @@ def _inflate(data: bytes, size: int) -> bytes:
         raise BrokenImageError(str(error)) from error
 
 
+def _refuse_overlaps(members: Iterable[zipfile.ZipInfo]) -> None:
+    """Raise ValueError where members share bytes, of which few would become terabytes."""
+    end = 0
+    for info in sorted(members, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            raise ValueError(f"{info.filename!r:.80} overlaps another member")
+        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
+
+
 FileStore = FolderStore | ZipStore
 
 
@@ -208,8 +220,10 @@ def read_dataset_json(store: FileStore) -> DatasetJson:
         return DatasetJson()
     where = f"{store.path}: dataset.json"
     try:
-        content = json.loads(store.read_json())
-    except (OSError, BrokenImageError, ValueError, RecursionError) as error:
+        content = parse_json(store.read_json())
+    except OSError as error:
+        raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
+    except (BrokenImageError, ValueError) as error:
         raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
     if not isinstance(content, dict):
         raise UserError(f'{where} must be an object with the key "labels", not a {type(content).__name__}')
@@ -226,7 +240,7 @@ def read_dataset_json(store: FileStore) -> DatasetJson:
     for pair in pairs:
         if not _is_pair(pair) or not _is_label(pair[1], vector_length):
             wanted = "class numbers from 0" if vector_length is None else f"lists of {vector_length} numbers"
-            raise UserError(f"{where}: label {pair!r}: labels are pairs [name, label], all of them {wanted}")
+            raise UserError(f"{where}: label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
     return DatasetJson(labels=dict(pairs), meta=content)
 
 
@@ -236,11 +250,11 @@ def _is_pair(pair: object) -> bool:
 
 def _is_label(label: object, vector_length: int | None) -> bool:
     if vector_length is None:
-        return type(label) is int and 0 <= label < 1 << 31
+        return type(label) is int and 0 <= label <= MAX_CLASS
     return (
         isinstance(label, list)
         and len(label) == vector_length > 0
-        and all(type(value) in (int, float) and math.isfinite(value) for value in label)
+        and all(type(value) in (int, float) and abs(value) <= FLOAT32_MAX for value in label)
     )
 
 

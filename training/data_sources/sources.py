@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-import gzip
+import math
 import re
 import tarfile
-import zlib
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from dnnlib.config import UserError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.util import describe_error
+from training.data_sources.bounds import (
+    PACKED_ERRORS,
+    Member,
+    Unpacked,
+    load_npz,
+    open_packed,
+    read_tar,
+)
 from training.data_sources.cifar import read_cifar
-from training.data_sources.codec import MAX_IMAGE_BYTES, BrokenImageError
-from training.data_sources.files import FileStore, FolderStore, Label, labels_of, open_store, read_dataset_json
+from training.data_sources.files import (
+    FLOAT32_MAX,
+    MAX_CLASS,
+    FileStore,
+    FolderStore,
+    Label,
+    labels_of,
+    open_store,
+    read_dataset_json,
+)
+from training.data_sources.lmdb_file import LmdbFile
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
 SUPPORTED = (
     "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
     "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, or the word shapes"
 )
-
-_MAX_ARRAY_BYTES = 1 << 32  # of a file that is read as a whole
-_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 class Item(NamedTuple):
@@ -60,6 +75,8 @@ def open_source(path: str, *, labels_from_folders: bool, drawing: Drawing) -> So
     location = Path(path)
     if path != "shapes" and not location.exists():
         raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
+    if path != "shapes" and not (location.is_file() or location.is_dir()):
+        raise UserError(f"--source={path} is neither a regular file nor a folder: give {SUPPORTED}")
     if path == "shapes":
         source: Source = ShapesSource(drawing)
     elif location.is_dir() and (location / "data.mdb").exists():
@@ -176,15 +193,16 @@ def _open_arrays(path: Path) -> ArraySource:
 
 def _are_labels(labels: np.ndarray, count: int) -> bool:
     if labels.dtype.kind in "iu":
-        return labels.shape == (count,) and labels.min() >= 0
-    return labels.dtype.kind == "f" and labels.ndim == 2 and len(labels) == count and bool(np.isfinite(labels).all())
+        return labels.shape == (count,) and labels.min() >= 0 and labels.max() <= MAX_CLASS
+    if labels.dtype.kind != "f" or labels.ndim != 2 or len(labels) != count:
+        return False
+    return bool((np.abs(labels) <= FLOAT32_MAX).all())
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() == ".npy":
         return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
-    with np.load(path, allow_pickle=False) as content:
-        return dict(content)
+    return load_npz(path)
 
 
 def _open_idx(path: Path) -> ArraySource:
@@ -204,15 +222,15 @@ def _open_idx(path: Path) -> ArraySource:
 
 def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_packed(path) as file:
             header = file.read(4 + 4 * num_axes)
             shape = [int.from_bytes(header[k : k + 4], "big") for k in range(4, 4 + 4 * num_axes, 4)]
-            size = int(np.prod(shape, dtype=object))
-            if header[:4] != bytes([0, 0, 8, num_axes]) or not 0 < size <= _MAX_ARRAY_BYTES:
+            size = math.prod(shape)
+            if header[:4] != bytes([0, 0, 8, num_axes]) or not size:
                 raise UserError(f"{path} is not an idx file of bytes with {num_axes} axes: get it again")
             data = file.read(size)
-    except _ARCHIVE_ERRORS as error:
-        raise UserError(f"{path} cannot be read ({error}): get it again") from error
+    except PACKED_ERRORS as error:
+        raise UserError(f"{path} cannot be read ({describe_error(error)}): get it again") from error
     if len(data) != size:
         raise UserError(f"{path} ends after {len(data)} of {size} bytes: get it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
@@ -221,19 +239,26 @@ def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
 def _open_tar(path: Path) -> Source:
     """CIFAR or STL-10, told apart by the folder in the archive."""
     try:
-        if not tarfile.is_tarfile(path):
-            raise UserError(f"{path} is of an unknown kind: give {SUPPORTED}")
-        with tarfile.open(path) as archive:
-            first = archive.next()
-            folder = first.name.removeprefix("./").split("/", 1)[0] if first else ""
+        with open_packed(path) as stream:
+            members = read_tar(stream)
+            first = _first_member(members, path)
+            folder = first.name.split("/", 1)[0]
             if folder in ("cifar-10-batches-py", "cifar-100-python"):
-                images, labels, class_names = read_cifar(archive, path, folder)
+                images, labels, class_names = read_cifar(stream, chain([first], members), path, folder)
                 return ArraySource(path.name, images, labels, class_names)
             if folder == "stl10_binary":
-                return StlSource(path, archive)
-    except _ARCHIVE_ERRORS as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from error
-    raise UserError(f"{path} holds {folder!r}, which is not a known data set: give {SUPPORTED}")
+                return StlSource(path, chain([first], members))
+    except PACKED_ERRORS as error:
+        raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
+    raise UserError(f"{path} holds {folder!r:.80}, which is not a known data set: give {SUPPORTED}")
+
+
+def _first_member(members: Iterator[Member], path: Path) -> Member:
+    """The first member of an archive. Raises UserError for what is none."""
+    try:
+        return next(members)
+    except (StopIteration, tarfile.HeaderError):
+        raise UserError(f"{path} is of an unknown kind: give {SUPPORTED}") from None
 
 
 class StlSource:
@@ -248,32 +273,36 @@ class StlSource:
     _PARTS = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
     _IMAGE_BYTES = 3 * 96 * 96
 
-    def __init__(self, path: Path, archive: tarfile.TarFile) -> None:
+    def __init__(self, path: Path, members: Iterable[Member]) -> None:
         self.name = path.name
         self._path = path
         found: dict[str, int] = {}
-        while len(found) < len(self._PARTS) and (member := archive.next()) is not None:
-            if member.name in self._PARTS and member.isreg():
+        for member in members:
+            if member.name in self._PARTS and member.is_plain:
                 found[member.name] = member.size
+            if len(found) == len(self._PARTS):
+                break
         for part in self._PARTS:
             if not found.get(part) or found[part] % self._IMAGE_BYTES:
                 raise UserError(f"{path} has no {part} of whole 96x96 images: get the archive again")
-        self._counts = {part: found[part] // self._IMAGE_BYTES for part in self._PARTS}
+        self._count = sum(found.values()) // self._IMAGE_BYTES
 
     def __len__(self) -> int:
-        return sum(self._counts.values())
+        return self._count
 
     def __iter__(self) -> Iterator[Item]:
         try:
-            with tarfile.open(self._path) as archive:
-                for part, count in self._counts.items():
-                    file = archive.extractfile(part)
-                    assert file is not None
-                    for k in range(count):
-                        planes = np.frombuffer(file.read(self._IMAGE_BYTES), np.uint8).reshape(3, 96, 96)
-                        yield Item(f"{part} image {k}", None, planes.transpose(2, 1, 0).copy())  # from [C, W, H]
-        except (*_ARCHIVE_ERRORS, ValueError) as error:
-            raise UserError(f"{self._path} is damaged ({error}): get it again") from error
+            with open_packed(self._path) as stream:
+                for member in read_tar(stream):
+                    if member.name in self._PARTS:
+                        yield from self._read(stream, member)
+        except (*PACKED_ERRORS, ValueError) as error:
+            raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
+
+    def _read(self, stream: Unpacked, member: Member) -> Iterator[Item]:
+        for k in range(member.size // self._IMAGE_BYTES):
+            planes = np.frombuffer(stream.read(self._IMAGE_BYTES), np.uint8).reshape(3, 96, 96)
+            yield Item(f"{member.name} image {k}", None, planes.transpose(2, 1, 0).copy())  # from [C, W, H]
 
 
 class LmdbSource:
@@ -284,35 +313,27 @@ class LmdbSource:
     pad = 0
 
     def __init__(self, path: Path) -> None:
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UserError(f"{path} needs the package lmdb: install this project's extra `lmdb`") from error
         self.name = path.name
+        self._path = path
         try:
-            self._env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-        except lmdb.Error as error:
+            self._file = LmdbFile(path)
+        except OSError as error:
+            raise UserError(f"{path}/data.mdb cannot be read ({error.strerror}): get it again") from error
+        except ValueError as error:
             raise UserError(f"{path} cannot be read as lmdb ({error}): get it again") from error
-        self._path, self._error = path, lmdb.Error
-        stat = self._env.stat()
-        self._count = int(stat["entries"])
-        size = (self._env.info()["last_pgno"] + 1) * stat["psize"]
-        if (path / "data.mdb").stat().st_size < size:  # reading what is missing would end this process
-            raise UserError(f"{path} is cut off (data.mdb should have {size} bytes): get it again")
-        if not self._count:
+        if not self._file.num_entries:
             raise UserError(f"{path} holds no images: get it again")
 
     def __len__(self) -> int:
-        return self._count
+        return self._file.num_entries
 
     def __iter__(self) -> Iterator[Item]:
         try:
-            with self._env.begin() as transaction, closing(transaction.cursor()) as cursor:
-                for key, value in cursor:
-                    too_large = len(value) > MAX_IMAGE_BYTES
-                    yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
-        except self._error as error:
-            raise UserError(f"{self._path} is damaged ({error}): get it again") from error
+            for key, value in self._file:
+                too_large = len(value) > MAX_IMAGE_BYTES
+                yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
 
 
 class Drawing(NamedTuple):

@@ -1,0 +1,784 @@
+"""Hostile files of data sets and of runs: time and memory stay in proportion to the file, and no program is started."""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import gzip
+import io
+import json
+import lzma
+import math
+import os
+import pickle
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image, ImageOps
+
+pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
+from conftest import small_config
+from hypothesis import strategies as st
+from test_hostile import (
+    CHANGES,
+    DAMAGE,
+    changed,
+    damaged,
+    draws,
+    encoded,
+    for_all,
+    in_time,
+    png_header,
+    run,
+    use,
+    zip_of,
+)
+
+import dataset_tool
+import generate
+import report
+from dnnlib.config import UserError
+from dnnlib.images import FORMATS, MAX_SCANS, BrokenImageError, open_image, orientation_of
+from exploration.projection import check_targets, read_targets
+from metrics.sampling import explain_misfit
+from reporting.page import build_page
+from reporting.runs import read_run
+from training import runs
+from training.data_sources import bounds, cifar
+from training.data_sources.codec import IMAGE_SUFFIXES, decode_image, read_shape
+from training.data_sources.lmdb_file import LmdbFile
+from training.dataset import DatasetConfig, ImageDataset
+
+ROOT = Path(__file__).parent.parent
+PIXELS = np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8)
+GOOD = encoded(Image.fromarray(PIXELS))
+MB = 1 << 20
+
+
+@contextmanager
+def in_bounds(most: int) -> Iterator[None]:
+    """Fail when what is inside hangs, or has more than `most` bytes at a time."""
+    tracemalloc.start()
+    try:
+        with in_time():
+            yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= most, f"{peak / MB:.0f} MB"
+
+
+def refuse(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
+    """Build a set of a source that must be refused, within bounds, and leave nothing."""
+    with in_bounds(most):
+        assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
+    assert not (tmp_path / "made.zip").exists()
+    with pytest.raises(UserError, match=message):
+        list(dataset_tool.open_source(str(path), labels_from_folders=False, drawing=dataset_tool.Drawing(0, 1, 8, 8)))
+
+
+# --- programs
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+DOCUMENTS = {
+    "eps": EPS,
+    "ps": b"%!PS\nshowpage\n",
+    "pdf": b"%PDF-1.4\n%%EOF\n",
+    "dos-eps": b"\xc5\xd0\xd3\xc6" + bytes(26) + EPS,
+}
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The mark that a Ghostscript leaves which stands first on PATH."""
+    mark, folder = tmp_path / "started", tmp_path / "bin"
+    folder.mkdir()
+    for name in ("gs", "gswin32c", "gswin64c", "djpeg", "cjpeg"):
+        (folder / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    return mark
+
+
+def test_the_fake_program_would_be_started(mark: Path) -> None:
+    with suppress(OSError), Image.open(io.BytesIO(EPS)) as image:
+        image.load()
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> None:
+    document = DOCUMENTS[kind]
+    for suffix in IMAGE_SUFFIXES:
+        name = f"1{suffix}"
+        folder = tmp_path / suffix
+        folder.mkdir()
+        (folder / name).write_bytes(document)
+        archive = tmp_path / f"{suffix}.zip"
+        archive.write_bytes(zip_of([("0.png", GOOD), (name, document)]))
+        for path in (folder, archive):
+            assert run(dataset_tool.main, "check", str(path)) == 1
+            assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
+            assert all("not a PNG, JPEG, WebP or BMP image" in (message or "") for message in use(path)[:1])
+        for target in (folder, folder / name, archive):
+            with pytest.raises(UserError, match="not a PNG, JPEG, WebP or BMP image"):
+                read_targets(target, (3, 8, 8))
+    folder = make_run(tmp_path / "run", {"fakes000002.png": document, "reals.png": document})
+    shown = read_run(folder, "run")
+    build_page([shown], [], 2)
+    assert sum("not a PNG, JPEG, WebP or BMP image" in problem for problem in shown.problems) == 2
+    assert not mark.exists()
+
+
+def test_images_are_opened_in_one_place_or_by_formats() -> None:
+    """`Image.open` of Pillow without formats tries every plugin, among them those that start programs."""
+    for path in ROOT.rglob("*.py"):
+        if {".venv", "tests"} & set(path.relative_to(ROOT).parts):
+            continue
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)) if "Image.open" in text else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                assert "formats" in [keyword.arg for keyword in node.keywords], path
+    assert set(FORMATS) == {"PNG", "JPEG", "WEBP", "BMP"}
+
+
+# --- images
+
+
+def jpeg(side: int, scans: int) -> bytes:
+    """A grey progressive JPEG with so many scans of no coefficients, which have few bytes."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    blocks = (-(-side // 8)) ** 2
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)  # runs of empty blocks
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    parts = [b"\xff\xd8", segment(0xDB, bytes([0] + [1] * 64))]
+    parts += [segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))]
+    parts += [segment(0xC4, bytes([0x00, 1, *[0] * 15, 0])), segment(0xC4, bytes([0x10, 1, 1, *[0] * 14, 0xE0, 0]))]
+    parts += [segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(-(-blocks // 8))]
+    parts += [segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + coded] * (scans - 1)
+    return b"".join([*parts, b"\xff\xd9"])
+
+
+def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
+    """EXIF data with an orientation after other tags, whose values are all the same bytes."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, others + 1)
+    place = len(head) + 12 * (others + 1) + 4
+    tags = [struct.pack(f"{order}HHII", 1 + k % 0x111, 7, 1000, place) for k in range(others)]
+    tags.append(struct.pack(f"{order}HHIHH", 0x112, 3, 1, orientation, 0))
+    return head + b"".join(tags) + bytes(4) + bytes(1000)
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    """The good image with chunks before its pixels."""
+    return GOOD[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + GOOD[33:]
+
+
+ZEROS = zlib.compress(bytes(100 * MB), 9)
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "scans": lambda: jpeg(512, MAX_SCANS + 1),
+    "many scans": lambda: jpeg(64, 5000),
+    "text": lambda: png_with((b"zTXt", b"k\0\0" + ZEROS)),
+    "international text": lambda: png_with((b"iTXt", b"k\0\1\0\0\0" + ZEROS)),
+    "profile": lambda: png_with((b"iCCP", b"k\0\0" + ZEROS)),
+    "texts": lambda: png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(MB), 9))] * 100),
+    "lie of PNG": lambda: png_header(9000, 9000) + GOOD[33:],
+    "lie of BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
+    "runs of BMP": lambda: (
+        b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 1078, 0, 0, 1078, 40, 9000, 9000, 1, 8, 1, 0, 0, 0, 256, 0)
+        + bytes(1024)
+        + b"\0\2\0\xff" * 400
+    ),
+    "lie of WebP": lambda: b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0" + b"\xfe\x3f\0" * 2,
+    "EXIF in parts": lambda: encoded(Image.fromarray(PIXELS), "JPEG").replace(
+        b"\xff\xdb",
+        b"".join(b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + bytes(60_000) for _ in range(3)) + b"\xff\xdb",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_images_out_of_proportion_are_refused(bomb: str) -> None:
+    data = BOMBS[bomb]()
+    with in_bounds(30 * MB), pytest.raises(BrokenImageError):
+        decode_image(data)
+
+
+def test_images_at_the_bounds_are_decoded() -> None:
+    assert decode_image(jpeg(512, MAX_SCANS)).shape == (512, 512, 1)
+    blank = encoded(Image.new("L", (4096, 4096)))
+    assert len(blank) < 20_000
+    assert read_shape(blank) == (4096, 4096, 1)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> None:
+    image = Image.fromarray(PIXELS[:5])
+    data = encoded(
+        image, kind, exif=b"Exif\0\0" + exif(orientation, order), **({} if kind == "PNG" else {"quality": 90})
+    )
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    np.testing.assert_array_equal(decode_image(data), expected)
+    assert read_shape(data) == expected.shape
+
+
+@draws(40, 3000)
+def test_strange_exif_data(examples: int) -> None:
+    @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), DAMAGE)
+    def check(orientation: int, order: str, others: int, damage: Any) -> None:
+        with open_image(png_with((b"eXIf", damaged(exif(orientation, order, others), damage)))) as image:
+            image.load()
+            assert 1 <= orientation_of(image) <= 8
+
+
+# --- archives
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    return b"".join(header(name, len(data)) + data + bytes(-len(data) % 512) for name, data in files.items()) + bytes(
+        1024
+    )
+
+
+def pickled(content: Any) -> bytes:
+    return pickle.dumps(content, 2)
+
+
+def small_cifar(**others: bytes) -> dict[str, bytes]:
+    """A small CIFAR-10 with some files replaced."""
+    batch = pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]})
+    files = {f"data_batch_{k}": batch for k in range(1, 6)} | {"batches.meta": pickled({b"label_names": [b"a", b"b"]})}
+    return {f"cifar-10-batches-py/{name}": data for name, data in (files | others).items()}
+
+
+def shared(levels: int) -> list[Any]:
+    """Lists in lists, 2^levels when written out."""
+    names: list[Any] = ["x"]
+    for _ in range(levels):
+        names = [names, names]
+    return names
+
+
+def shared_tuples() -> bytes:
+    """A dictionary whose key is a tuple of 2^40 parts that are shared."""
+    steps = b"".join(b"h%ch%c\x86q%c0" % (k, k, k + 1) for k in range(40))
+    return b"\x80\x02}U\1x\x85q\0000" + steps + b"h\x28K\1s."
+
+
+def repeated_text() -> bytes:
+    """A text of 1 MB that is encoded 20,000 times."""
+    text = b"X" + struct.pack("<I", MB) + b"a" * MB
+    return b"\x80\x02" + text + b"q\0c_codecs\nencode\nq\1(" + b"h\1h\0X\6\0\0\0latin1\x86R" * 20_000 + b"t."
+
+
+PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
+    "names": ({"batches.meta": pickled({b"label_names": shared(60)})}, "no list of texts"),
+    "names in tuples": ({"batches.meta": pickled({b"label_names": [(1, b"a")]})}, "no list of texts"),
+    "labels": (
+        {"data_batch_1": pickled({b"data": np.zeros((1, 3072), np.uint8), b"labels": shared(60)})},
+        "class numbers",
+    ),
+    "large label": (
+        {"data_batch_2": pickled({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10**5000]})},
+        "class numbers",
+    ),
+    "keys": ({"batches.meta": shared_tuples()}, "batches.meta cannot be read"),
+    "repeated": ({"batches.meta": repeated_text()}, "more bytes than letters"),
+    "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more than the 100000 parts"),
+    "claim": ({"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."}, "batches.meta cannot be read"),
+    "set": ({"batches.meta": b"\x80\x04\x8f(K\1\x90."}, "batches.meta cannot be read"),
+    "persistent": ({"batches.meta": b"P1\n."}, "batches.meta cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_of_cifar_take_what_their_bytes_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "_MAX_READS", 100_000)
+    files, message = PICKLES[name]
+    path = tmp_path / "cifar.tar.gz"
+    path.write_bytes(gzip.compress(tar_of(small_cifar(**files)), 1))
+    refuse(tmp_path, path, message, 50 * MB)
+
+
+def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
+    """What is read is fine, but pickle.Unpickler would allocate an array of 2^31 pointers for it."""
+    path = tmp_path / "cifar.tar"
+    path.write_bytes(tar_of(small_cifar(**{"batches.meta": b"\x80\x02}r\xff\xff\xff\x3f."})))
+    with in_bounds(50 * MB):
+        assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 0
+
+
+FIRST = header("cifar-10-batches-py/x", 0)
+TARS: dict[str, tuple[bytes, str]] = {
+    "claim": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
+    "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a plain file of a possible size"),
+    "PAX": (FIRST + header("pax", 7 << 30, tarfile.XHDTYPE), "is damaged"),
+    "digits": (FIRST + header("pax", 400_000, tarfile.XHDTYPE) + b"1" * 400_384 + bytes(1024), "holds no uint8 array"),
+    "long name": (FIRST + header("name", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
+    "long names": (
+        FIRST + (header("name", 1, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 2000 + bytes(1024),
+        "holds no uint8",
+    ),
+    "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE), "whole 96x96 images"),
+    "many": (FIRST * 101, "more than 100 members"),
+    "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a plain file"),
+    "twice": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),
+    "STL": (header("stl10_binary/train_X.bin", 27648 * 10**5) + bytes(512), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_headers_of_archives_take_what_their_bytes_do(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "_MAX_MEMBERS", 100 if name == "many" else 10_000)
+    content, message = TARS[name]
+    path = tmp_path / "set.tar"
+    path.write_bytes(content)
+    refuse(tmp_path, path, message, 50 * MB)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_packed_archives_become_no_more_than_is_stated(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", 4 * MB)
+    pack = PACKERS[suffix]
+    path = tmp_path / f"set.tar.{suffix}"
+    path.write_bytes(pack(FIRST + header("other", 1 << 30)) + pack(bytes(MB)) * 64)
+    refuse(tmp_path, path, "unpacks to more than", 50 * MB)
+    path = tmp_path / f"t10k-images-idx3-ubyte.{suffix}"
+    path.write_bytes(pack(struct.pack(">IIII", 0x803, 1 << 20, 64, 64)) + pack(bytes(MB)) * 64)
+    refuse(tmp_path, path.rename(tmp_path / "t10k-images-idx3-ubyte.gz"), "unpacks to more than", 50 * MB)
+
+
+def test_stated_bounds_are_above_what_published_sets_become() -> None:
+    """CIFAR's and STL's pixels become 1.2 times as many bytes, MNIST's 5 times; the bound is far from both."""
+    assert bounds.unpacked_limit(163 * 10**6) > 50 * 186 * 10**6
+    assert bounds.unpacked_limit(1000) == 64 * MB
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_arrays_that_unpack_out_of_proportion(tmp_path: Path, method: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((32, 256, 256, 1), np.uint8))
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("images.npy", buffer.getvalue())
+    refuse(tmp_path, path, "unpacks to", 50 * MB)
+    with in_bounds(10 * MB), pytest.raises(ValueError, match="unpacks to"):
+        bounds.load_npz(path)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_whose_header_lies(tmp_path: Path, suffix: str) -> None:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
+    path = tmp_path / f"lie.{suffix}"
+    path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_of([("images.npy", buffer.getvalue())]))
+    refuse(tmp_path, path, "cannot be read as numpy arrays", 1 << 60)  # allocated, but never used
+
+
+@pytest.mark.parametrize(
+    "labels", [[2**63, 1], [2**31, 1], [-1, 0], [[1e300], [1.0]], [[math.nan], [1.0]], [["a"], ["b"]]]
+)
+def test_arrays_of_labels_that_no_tensor_holds(tmp_path: Path, labels: list[Any]) -> None:
+    path = tmp_path / "set.npz"
+    kind = np.uint64 if labels == [2**63, 1] else None
+    np.savez(path, images=np.zeros((2, 8, 8), np.uint8), labels=np.array(labels, kind))
+    refuse(tmp_path, path, "but must be class numbers from 0")
+
+
+def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    """A thousand names for one image of 1 MB."""
+    data = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (600, 600, 3), np.uint8)))
+    raw = zip_of([("0000.png", data)])
+    start, end = raw.rindex(b"PK\1\2"), raw.rindex(b"PK\5\6")
+    names = b"".join(raw[start:end].replace(b"0000.png", b"%04d.png" % k) for k in range(1000))
+    tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1000, 1000, len(names), start, 0)
+    (tmp_path / "set.zip").write_bytes(raw[:start] + names + tail)
+    refuse(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
+
+
+@draws(60, 3000)
+def test_damaged_archives(tmp_path: Path, examples: int) -> None:
+    files = [
+        tar_of(small_cifar()),
+        tar_of({"stl10_binary/train_X.bin": bytes(27648), "stl10_binary/unlabeled_X.bin": bytes(27648)}),
+    ]
+    packed = [pack(data) for data in files for pack in (bytes, *PACKERS.values())]
+    kinds = [("set.tar", data) for data in packed]
+    kinds.append(("x-images-idx3-ubyte.gz", gzip.compress(struct.pack(">IIII", 0x803, 5, 8, 8) + bytes(320))))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]))
+    kinds.append(("set.npz", buffer.getvalue()))
+
+    @for_all(examples, st.sampled_from(kinds), DAMAGE)
+    def check(kind: tuple[str, bytes], damage: Any) -> None:
+        path = tmp_path / kind[0]
+        path.write_bytes(damaged(kind[1], damage))
+        (tmp_path / "made.zip").unlink(missing_ok=True)
+        run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
+
+
+@draws(60, 3000)
+def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
+    """Every code of the language, in any order, after a start that has something on the stack."""
+    codes = st.sampled_from(
+        [bytes([code]) for code in range(256)] + [b"h\0", b"q\0", b"\x85", b"(", b"U\1x", b"K\1", b"R", b"b"]
+    )
+
+    @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), DAMAGE)
+    def check(program: list[bytes], damage: Any) -> None:
+        good = small_cifar()["cifar-10-batches-py/data_batch_1"]
+        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else damaged(good, damage)
+        (tmp_path / "cifar.tar").write_bytes(tar_of(small_cifar(data_batch_1=strange)))
+        (tmp_path / "made.zip").unlink(missing_ok=True)
+        run(dataset_tool.main, f"--source={tmp_path / 'cifar.tar'}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that the library wrote in steps: leaves, branches, values with pages of their own, free pages."""
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
+    folder = tmp_path_factory.mktemp("lmdb")
+    stream = np.random.RandomState(0)
+    items = {stream.bytes(stream.randint(1, 200)): stream.bytes(stream.randint(0, 6000)) for _ in range(150)}
+    with lmdb.open(str(folder), map_size=1 << 24) as env:
+        for part in range(3):
+            with env.begin(write=True) as transaction:
+                for key in list(items)[part::3]:
+                    transaction.put(key, items[key])
+        with env.begin(write=True) as transaction:
+            for key in list(items)[::7]:
+                transaction.delete(key)
+    return folder
+
+
+def test_databases_are_read_as_by_the_library(database: Path) -> None:
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
+    with lmdb.open(str(database), readonly=True, lock=False) as env, env.begin() as transaction:
+        expected = list(transaction.cursor())
+    found = LmdbFile(database)
+    assert list(found) == expected == list(found)
+    assert found.num_entries == len(expected) > 100
+
+
+@draws(60, 3000)
+def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> None:
+    """The library ends the process for some of them."""
+    whole = (database / "data.mdb").read_bytes()
+
+    @for_all(
+        examples, DAMAGE, st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4)
+    )
+    def check(damage: Any, heads: list[tuple[int, int]]) -> None:
+        data = bytearray(whole)
+        for page, byte in heads:
+            data[4096 * page + byte] ^= 255
+        (tmp_path / "data.mdb").write_bytes(damaged(bytes(data), damage))
+        with suppress(ValueError):
+            assert sum(len(value) for _, value in LmdbFile(tmp_path)) <= len(whole)
+
+
+# --- pipes and devices
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.npy", "set.npz", "set.zip", "x-images-idx3-ubyte"])
+def test_no_source_is_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+
+
+def test_no_part_of_a_set_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(GOOD)
+    os.mkfifo(folder / "dataset.json")
+    assert all("dataset.json cannot be read (not a regular file)" in (message or "") for message in use(folder))
+    os.mkfifo(tmp_path / "set.zip")
+    assert all("set.zip is not a complete zip file" in (message or "") for message in use(tmp_path / "set.zip"))
+    (tmp_path / "lmdb").mkdir()
+    os.mkfifo(tmp_path / "lmdb" / "data.mdb")
+    refuse(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
+    os.mkfifo(tmp_path / "x-labels-idx1-ubyte")
+    (tmp_path / "x-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 1, 8, 8) + bytes(64))
+    refuse(tmp_path, tmp_path / "x-images-idx3-ubyte", "not a regular file")
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_targets_are_read_before_the_network_and_never_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"bad{suffix}").write_bytes(b"x")
+    for name in ("pipe", "bad", "missing"):
+        target = tmp_path / f"{name}{suffix}"
+        with in_time(), pytest.raises(UserError, match=f"{name}{suffix} cannot be read"):
+            check_targets(target)
+        options = [f"--target={target}", f"--network={tmp_path / 'nowhere.pkl'}", f"--outdir={tmp_path / 'out'}"]
+        assert run(generate.main, "project", *options) == 2
+        result = CliRunner().invoke(generate.main, ["project", *options])
+        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # and not the network
+
+
+# --- runs
+
+
+def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
+    """A run with two ticks, a metric and a picture; some files are replaced, by a pipe where there is no content."""
+    ticks = [{"Progress/kimg": k, "Timing/total_sec": 9.0 * k, "Loss/G/loss": {"mean": 1.0 + k}} for k in range(2)]
+    own: dict[str, bytes | None] = {
+        "training_options.json": b'{"run": {"total_kimg": 100}}',
+        "stats.jsonl": b"".join(json.dumps(tick).encode() + b"\n" for tick in ticks),
+        "fakes000000.png": GOOD,
+        "metric-swd5k.jsonl": b'{"kimg": 1, "results": {"swd5k": 3.0}}\n',
+    }
+    folder.mkdir(parents=True)
+    for name, content in (own | files).items():
+        if content is None:
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+TICK = {"Progress/kimg": 2, "Timing/total_sec": 18.0, "Loss/G/loss": 1.0, "timestamp": 1.7e9}
+LARGE = ("Progress/kimg", "Timing/total_sec", "Timing/sec_per_kimg", "Loss/G/loss", "timestamp", "Progress/augment")
+STATS = [
+    json.dumps(TICK | {name: value})
+    for name in LARGE
+    for value in (1e308, -1e308, math.inf, math.nan, 10**400, "x", True)
+]
+STATS += [
+    "[" * 100_000,
+    '{"Progress/kimg":' + "9" * 5000 + "}",
+    '{"Progress/kimg": 3, "x": ' + "[" * 900 + "]" * 900 + "}",
+]
+STATS += [
+    json.dumps(dict.fromkeys(LARGE, 1.7e308)),
+    json.dumps(dict.fromkeys(LARGE, -1.7e308)),
+    "[]",
+    "null",
+    "{}",
+    "x",
+]
+RECORDS = [
+    json.dumps({"kimg": 2, "results": {"swd5k": value}})
+    for value in ("x", [1], {"a": 1}, True, None, 1e308, math.nan, 10**400)
+]
+RECORDS += [
+    json.dumps({"kimg": kimg, "results": {"swd5k": 1.0}}) for kimg in ("x", [1], True, 1e308, -1e308, math.inf, 10**400)
+]
+RECORDS += [
+    json.dumps(record)
+    for record in ({"kimg": 2}, {"kimg": 2, "results": []}, {"kimg": 2, "results": {}}, {"metric": 7})
+]
+RECORDS += ['{"kimg": 2, "seed": ' + "[" * 900 + "]" * 900 + ', "results": {"swd5k": 2.0}}'] * 2
+DEEP = b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}"
+OPTIONS = [
+    b"[" * 100_000,
+    DEEP,
+    b'{"a":' * 400 + b"1" + b"}" * 400,
+    b'{"run": {"total_kimg": 1e400}}',
+    b"[]",
+    b"",
+    b"\xff",
+]
+OPTIONS += [
+    b'{"run": {"total_kimg": ' + value + b"}}" for value in (b"9" * 5000, b"true", b'"x"', b"NaN", b"-1e308", b"[[]]")
+]
+
+
+def shows(folder: Path) -> list[str]:
+    """What a report of a run tells of its files, which is no error; the charts are drawn."""
+    with in_time():
+        result = CliRunner().invoke(report.main, [str(folder), f"--outdir={folder / 'report'}"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result.output.splitlines()[:-1]
+
+
+def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
+    """All in one file, and those that are read as a number each in its own."""
+    files: dict[str, bytes | None] = {
+        "stats.jsonl": "".join(f"{line}\n" for line in STATS).encode(),
+        "metric-swd5k.jsonl": "".join(f"{line}\n" for line in RECORDS).encode()
+        + b'{"kimg": 1, "results": {"swd5k": 3}}\n',
+        "environment.jsonl": b'{"kimg": 0, "torch": ' + b"[" * 900 + b"]" * 900 + b"}\n",
+    }
+    told = " ".join(shows(make_run(tmp_path / "all", files)))
+    assert all(f"{name}: left out" in told for name in files)
+    read = read_run(tmp_path / "all", "all")
+    assert read.metrics["swd5k"].values.tolist() == [3.0]
+    assert np.nanmax(np.abs([curve.values for curve in read.ticks.values()])) <= 1e100
+
+
+@pytest.mark.parametrize("content", OPTIONS, ids=range(len(OPTIONS)))
+def test_strange_options_of_a_run(tmp_path: Path, content: bytes) -> None:
+    shown = read_run(make_run(tmp_path / "run", {"training_options.json": content}), "run")
+    assert math.isnan(shown.total_kimg) or abs(shown.total_kimg) <= 1e15
+    assert "run: 1 of" not in build_page([shown], [], 2)
+    assert bool(shown.problems) == (
+        content[:1] != b"{" or b"[[[" in content or b'":{"a":{' in content or b"999" in content
+    )
+
+
+def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(tmp_path: Path) -> None:
+    names = (
+        "training_options.json",
+        "stats.jsonl",
+        "fakes000002.png",
+        "reals.png",
+        "log.txt",
+        "metric-a.jsonl",
+        "environment.jsonl",
+    )
+    for name in names:
+        make_run(tmp_path / "runs" / name, {name: None})
+    make_run(tmp_path / "runs" / "good", {})
+    told = shows(tmp_path / "runs")
+    assert len([line for line in told if "cannot be read (not a regular file)" in line]) == len(names) - 2
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert all(f"<h3>{name}</h3>" in page for name in (*names, "good"))
+
+
+def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
+    line = b'{"Progress/kimg": 1, "x": [' + b"[]," * (4 * MB) + b"[]]}\n"
+    names = {"Progress/kimg": 3} | {f"Loss/{k}": k for k in range(5000)}
+    files: dict[str, bytes | None] = {
+        "stats.jsonl": line + json.dumps(names).encode() + b"\n",
+        "log.txt": b"Warning: " + b"x" * (12 * MB) + b"\nWarning: y\n" * 2,
+        "training_options.json": b'{"x": [' + b"[]," * (4 * MB) + b"[]]}",
+    }
+    folder = make_run(tmp_path / "run", files)
+    with in_bounds(40 * MB):
+        shown = read_run(folder, "run")
+    assert [len(text) for text in shown.warnings] == [1000, len("Warning: y (2 times)")]
+    assert len(shown.ticks) == 300
+    told = " ".join(shown.problems)
+    for part in ("left out 1 of 2 lines", "left out 4701 of 5001 numbers", "training_options.json"):
+        assert part in told
+
+
+@draws(10, 500)
+def test_strange_files_of_a_run(tmp_path: Path, examples: int) -> None:
+    folder = make_run(tmp_path / "run", {})
+    lines = st.lists(st.sampled_from(STATS + RECORDS) | st.just(json.dumps(TICK)) | st.text(max_size=9), max_size=6)
+
+    @for_all(
+        examples, lines, st.sampled_from([TICK, {"kimg": 1, "results": {"swd5k": 1.0}, "seed": 0}]), *CHANGES, DAMAGE
+    )
+    def check(log: list[str], base: Any, path: list[float], value: Any, remove: bool, damage: Any) -> None:
+        own = json.dumps(changed(base, path, value, remove))
+        for name in ("stats.jsonl", "metric-swd5k.jsonl", "environment.jsonl", "log.txt"):
+            (folder / name).write_text("".join(f"{line}\n" for line in [*log, own]), errors="replace")
+        (folder / "fakes000002.png").write_bytes(damaged(GOOD, damage))
+        shown = read_run(folder, "run")
+        build_page([shown], [], 2)
+
+
+# --- labels
+
+
+LABELS = [
+    10**400,
+    10**19,
+    2**31,
+    -1,
+    1.5,
+    True,
+    "x",
+    None,
+    [],
+    {},
+    [10**400],
+    [math.nan],
+    [1e300],
+    [True],
+    ["x"],
+    [[1.0]],
+    [1.0, 2.0],
+]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
+def test_labels_that_no_tensor_holds(tmp_path: Path, label: Any) -> None:
+    for others in (0, [0.5]):
+        content = json.dumps({"labels": [["0.png", others], ["1.png", label]]}).encode()
+        path = tmp_path / "set.zip"
+        path.write_bytes(zip_of([("0.png", GOOD), ("1.png", GOOD), ("dataset.json", content)]))
+        assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in use(path))
+
+
+def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
+    path = tmp_path / "set.zip"
+    path.write_bytes(zip_of([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
+    with in_bounds(2 * MB), pytest.raises(UserError, match=r"dataset\.json cannot be read"):
+        ImageDataset(DatasetConfig(path=str(path)))
+
+
+# --- what does not fit together
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "remedy"),
+    [
+        ((1, 16, 16), (3, 16, 16), "dataset_tool.py --channels=1"),
+        ((3, 16, 16), (1, 16, 16), "dataset_tool.py --channels=3"),
+        ((4, 16, 16), (3, 16, 16), "dataset_tool.py --channels=4"),
+        ((3, 16, 32), (3, 16, 16), "dataset_tool.py --width=32 --height=16"),
+        ((1, 16, 32), (3, 8, 8), "dataset_tool.py --channels=1 --width=32 --height=16"),
+    ],
+)
+@pytest.mark.parametrize("of_network", [False, True])
+def test_the_remedy_for_images_of_another_shape(
+    ours: tuple[int, ...], theirs: tuple[int, ...], remedy: str, of_network: bool
+) -> None:
+    assert explain_misfit(ours, theirs, of_network).endswith(remedy)
+
+
+def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
+    """In the name of the run's folder, and of what is written beside a set while it is built."""
+    for name in ("x" * 240, "\U0001f600" * 60):
+        path = tmp_path / f"{name}.zip"
+        assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0
+        config = small_config(path, **{"run.desc": "y" * 60})
+        folder = runs._make_run_dir(tmp_path / "runs", config, ImageDataset(config.data))
+        assert folder.is_dir()
+        assert len(os.fsencode(folder.name)) < 200

@@ -1,0 +1,138 @@
+"""Bounds on what becomes of packed files, and archives read in pieces within them."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from dnnlib.util import open_regular
+
+# A packed file becomes at most UNPACKED_AT_LEAST bytes or, if that is more, UNPACKED_RATIO times its size. Published
+# sets of photographs become 1.2 times as large, drawn digits 5 times; gzip makes a file of zeros 1000 times as small.
+UNPACKED_AT_LEAST = 1 << 26
+UNPACKED_RATIO = 100
+
+PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+_BLOCK = tarfile.BLOCKSIZE
+_MAX_MEMBERS = 10_000  # published sets of images in tar archives have ten
+_PIECE = 1 << 20
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_WITHOUT_CONTENT = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+_OPENERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+
+
+def unpacked_limit(packed: int) -> int:
+    """Return how many bytes a packed file of so many may become."""
+    return max(UNPACKED_AT_LEAST, UNPACKED_RATIO * packed)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays in an .npz file, without running code in it. Raises OSError, and whatever numpy raises."""
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > unpacked_limit(os.fstat(file.fileno()).st_size):
+            raise ValueError(f"it unpacks to {size} bytes, more than {UNPACKED_RATIO} times its size")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+class Unpacked:
+    """The bytes of a file that is packed by gzip, bzip2 or xz, or not at all, from its start to its end.
+
+    `limit` is how many there may be; to read more raises OSError.
+    """
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self.limit = limit
+        self._stream = stream
+        self.position = 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer than `size` at the end only; at most what is there is in memory."""
+        parts = []
+        while size and (part := self._stream.read(min(size, _PIECE))):
+            self.position += len(part)
+            if self.position > self.limit:
+                raise OSError(f"it unpacks to more than {self.limit} bytes, {UNPACKED_RATIO} times its size")
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def skip(self, size: int) -> None:
+        """Pass over bytes. Raises EOFError where there are fewer."""
+        while size:
+            piece = min(size, _PIECE)
+            if len(self.read(piece)) < piece:
+                raise EOFError("it is cut off")
+            size -= piece
+
+
+@contextmanager
+def open_packed(path: Path) -> Iterator[Unpacked]:
+    """Open a file, packed or not, as its first bytes say. Raises OSError; reading it raises PACKED_ERRORS."""
+    with ExitStack() as stack:
+        file = stack.enter_context(open_regular(path))
+        packed = os.fstat(file.fileno()).st_size
+        opener = _OPENERS.get(file.read(2))
+        file.seek(0)
+        if opener is None:
+            yield Unpacked(file, packed)
+        else:
+            yield Unpacked(stack.enter_context(opener(file)), unpacked_limit(packed))
+
+
+class Member(NamedTuple):
+    """A member of a tar archive; `is_plain` says whether it is a file, and no link, folder or sparse file."""
+
+    name: str
+    size: int
+    is_plain: bool
+
+
+def read_tar(stream: Unpacked) -> Iterator[Member]:
+    """Yield the members of a tar archive one after the other; until the next one, the stream is at the member's bytes.
+
+    What extends a header (PAX, long names), and takes the module tarfile time and memory out of all proportion, is
+    passed over. Raises PACKED_ERRORS.
+    """
+    for _ in range(_MAX_MEMBERS):
+        header = stream.read(_BLOCK)
+        if not header.strip(b"\0"):
+            return
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        if info.size < 0:
+            raise tarfile.HeaderError("a negative size")
+        end = stream.position
+        if info.type not in _WITHOUT_CONTENT:
+            end += info.size + -info.size % _BLOCK
+        if info.type not in _HEADERS:
+            yield Member(info.name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
+        stream.skip(end - stream.position)
+    raise tarfile.HeaderError(f"more than {_MAX_MEMBERS} members")
