@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 # Of ASCII and of Latin-1, the ends of lines of Unicode, what reverses the direction of writing, and undecodable bytes.
-_CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069"
+_CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
 _ANY_CONTROL = re.compile(f"[{_CONTROL}]")
 _SCHEME = r"([a-z][a-z0-9+.-]*://|https?:/)"  # as a path, an address has one / there
 _ADDRESS = re.compile(_SCHEME + r"[^\s\"'<>\\]+", re.IGNORECASE)
