@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of others, Pillow runs Ghostscript for EPS
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's directory is damage or a trap
 MAX_SCANS = 64  # of a progressive JPEG: each goes over all pixels, however few bytes it has; encoders write about 10
 MAX_EXIF_SEGMENTS = 2  # of a JPEG, of 64 KB each: in k of them, k^2 times 90 MB of values that overlap have room

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,6 +185,11 @@ def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
         return load_npz(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except zipfile.BadZipFile:
+        raise UserError(
+            f"{where}: not an .npz file, which is what holds styles; a single array becomes one by "
+            "numpy.savez('styles.npz', w=numpy.load(FILE))"
+        ) from None
     except Exception as error:  # of zipfile, zlib, numpy
         raise UserError(f"{where}: not an .npz file of arrays ({describe_error(error)})") from None
 

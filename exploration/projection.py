@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.images import IMAGE_SUFFIXES, BrokenImageError
 from exploration.directions import sampled_w
 from exploration.model import Model
 from exploration.sheets import enlargement, to_rgb
 from exploration.video import MIN_FRAME, open_video
 from torch_utils.images import Towards, to_uint8
 from torch_utils.misc import derive_seed
-from training.data_sources.codec import IMAGE_SUFFIXES, decode_image
+from training.data_sources.codec import decode_image
 from training.data_sources.convert import Conversion
 from training.data_sources.files import open_store, read_image_file
 from training.networks import execution

@@ -48,14 +48,14 @@ import dataset_tool
 import generate
 import report
 from dnnlib.config import UserError
-from dnnlib.images import FORMATS, MAX_SCANS, BrokenImageError, open_image, orientation_of
+from dnnlib.images import FORMATS, IMAGE_SUFFIXES, MAX_SCANS, BrokenImageError, open_image, orientation_of
 from exploration.projection import check_targets, read_targets
 from metrics.sampling import explain_misfit
 from reporting.page import build_page
 from reporting.runs import read_run
 from training import runs
 from training.data_sources import bounds, cifar
-from training.data_sources.codec import IMAGE_SUFFIXES, decode_image, read_shape
+from training.data_sources.codec import decode_image, read_shape
 from training.data_sources.lmdb_file import LmdbFile
 from training.dataset import DatasetConfig, ImageDataset
 

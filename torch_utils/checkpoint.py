@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import dnnlib
 from dnnlib.config import UserError, WriteError
+from dnnlib.images import IMAGE_SUFFIXES
 from dnnlib.util import describe_error, open_regular, replaced
 from torch_utils.pickles import describe_torch_file, is_pickle, read_torch_file
 
@@ -110,6 +112,20 @@ class Checkpoint:
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
 
 
+# Formats of this project's files -> which options take them.
+REMEDIES = {
+    "training-state": "--resume takes it; snapshots of the run are network-snapshot-*.pkl beside it",
+    "network-snapshot": "--network takes it, and --resume for transfer learning",
+}
+# First bytes of files that are taken for ours -> what they are.
+OTHERS = {
+    b"\x1f\x8b": "packed with gzip; unpack it with gunzip",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x93NUMPY": "an array of NumPy",
+}
+
 # What reading values of a wrong kind out of a file ends in.
 _MISFITS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -182,7 +198,8 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
         _refuse_others(path)
         raise UserError(f"{path}: not a file of this project")
     if document["format"] != file_format:
-        raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file")
+        remedy = REMEDIES.get(document["format"], "give another file")
+        raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file: {remedy}")
     check_version(path, document, version)
     payload: dict[str, Any] = document["payload"]
     try:
@@ -233,15 +250,39 @@ def _read_document(path: Path) -> Any:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise UserError for what does not begin as a zip file does, which `torch.save` writes."""
+    """Raise UserError, saying what it is, for what is no zip file as `torch.save` writes them."""
     try:
         with open_regular(path) as file:
-            start = file.read(4)
+            start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if start != b"PK\x03\x04":
-        what = "a pickle, which could run code when it is opened, so it is not" if is_pickle(path) else "another kind"
-        raise UserError(f"{path}: not a file of this project: {what if start else 'empty'}")
+    if what := _describe_start(path, start):
+        raise UserError(f"{path}: not a file of this project: {what}")
+
+
+def _describe_start(path: Path, start: bytes) -> str | None:
+    """Return what a file is that begins so, None for what torch.save may have written."""
+    if start.startswith(b"PK"):
+        return _describe_zip(path)
+    if not start:
+        return "empty"
+    if is_pickle(path):
+        return "a pickle, which could run code when it is opened, so it is not"
+    return next((what for first, what in OTHERS.items() if start.startswith(first)), "another kind")
+
+
+def _describe_zip(path: Path) -> str | None:
+    """Return what a zip file is, None for one of torch.save and for a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ...
+        return None
+    if names and all(name.endswith(".npy") for name in names):
+        return "arrays of NumPy, such as --projected-w and --direction take"
+    if any(name == "dataset.json" or name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+        return "a data set, which --data takes"
+    return None
 
 
 def digest(value: Any) -> str:

@@ -15,7 +15,6 @@ try:
 except ImportError:  # no wheel for this platform or Python, say
     pyspng = None
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # For the log where images are read; None with pyspng, which is an order of magnitude faster.
 SLOW_DECODER = None if pyspng else "Pillow decodes the images: pyspng, which is faster, is not installed"

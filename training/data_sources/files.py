@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from dnnlib.config import UserError
-from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import open_regular, parse_json, read_regular
 from training.data_sources.bounds import unpacked_limit
-from training.data_sources.codec import IMAGE_SUFFIXES
 
 Label = int | list[float]
 

@@ -1,0 +1,131 @@
+"""A file in the wrong place: the message says what it is and which option takes it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import SMALL, small_config
+from PIL import Image
+
+import generate
+import legacy
+import train
+from dnnlib.config import UserError
+from torch_utils.checkpoint import Checkpoint, write_file
+from training.config import OPTIONS_FILE
+from training.snapshot import FORMAT, VERSION, capture_network
+
+SHAPES = Path(__file__).parent.parent / "docs" / "shapes.pkl"
+
+
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _npz(array: bool) -> bytes:
+    file = io.BytesIO()
+    if array:
+        np.save(file, np.zeros(3))
+    else:
+        np.savez(file, w=np.zeros([1, 2, 3]))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda: gzip.compress(SHAPES.read_bytes()[:1000]), "packed with gzip; unpack it with gunzip"),
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "`git lfs pull`"),
+        (_png, "an image"),
+        (lambda: _npz(array=True), "an array of NumPy"),
+        (lambda: _npz(array=False), "arrays of NumPy, such as --projected-w and --direction take"),
+        (lambda: b"<html>not found</html>", "a page of HTML, not a snapshot"),
+        (lambda: b"", "empty"),
+        (lambda: b"hello", "another kind"),
+    ],
+)
+def test_what_is_no_snapshot_is_told_what_it_is(tmp_path: Path, content: Callable[[], bytes], expected: str) -> None:
+    path = tmp_path / "network.pkl"
+    path.write_bytes(content())
+    with pytest.raises(UserError, match="^" + str(path)) as error:
+        legacy.load_network(path)
+    assert expected in str(error.value)
+
+
+def test_a_data_set_as_a_snapshot_and_the_other_way_round(shapes_zip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a data set, which --data takes"):
+        legacy.load_network(shapes_zip)
+    result = CliRunner().invoke(train.main, [*SMALL, f"--data={SHAPES}", f"--outdir={tmp_path}", "-n"])
+    assert result.exit_code == 2
+    assert str(SHAPES) in result.output
+
+
+def test_a_training_state_as_a_snapshot_and_the_other_way_round(tmp_path: Path) -> None:
+    state = tmp_path / "training-state-000001.pt"
+    write_file(state, Checkpoint.FORMAT, Checkpoint.VERSION, {"parts": {}})
+    with pytest.raises(UserError, match=r"a training-state file.*--resume takes it; snapshots .* network-snapshot-"):
+        legacy.load_network(state)
+    with pytest.raises(UserError, match=r"a network-snapshot file.*--network takes it, and --resume for transfer"):
+        Checkpoint.read(SHAPES)
+
+
+def test_a_single_array_as_styles(tmp_path: Path) -> None:
+    path = tmp_path / "w.npy"
+    path.write_bytes(_npz(array=True))
+    result = CliRunner().invoke(
+        generate.main, [f"--network={SHAPES}", f"--projected-w={path}", f"--outdir={tmp_path / 'out'}"]
+    )
+    assert result.exit_code == 2
+    assert f"--projected-w={path}: not an .npz file" in result.output
+    assert "numpy.savez('styles.npz', w=numpy.load(FILE))" in result.output
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
+    (tmp_path / OPTIONS_FILE).write_text("{}")
+    arguments = [f"--network={tmp_path}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]
+    none = CliRunner().invoke(generate.main, arguments)
+    assert (none.exit_code, none.output) == (2, f"Error: {tmp_path}: this run has written no snapshot yet\n")
+    (tmp_path / "network-snapshot-000010.pkl").write_bytes(b"not this one")
+    shutil.copy(SHAPES, tmp_path / "network-snapshot-000200.pkl")
+    made = CliRunner().invoke(generate.main, arguments)
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "out" / "seed0000.png").exists()
+    info = CliRunner().invoke(legacy.main, ["info", str(tmp_path)])
+    assert info.exit_code == 0
+    assert "network-snapshot-000200.pkl" in info.output
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"neither a run .* nor a folder of safetensors"):
+        legacy.load_network(tmp_path / "empty")
+
+
+def test_conversion_needs_no_command(tmp_path: Path) -> None:
+    dest = tmp_path / "shapes"
+    result = CliRunner().invoke(legacy.main, [f"--source={SHAPES}", f"--dest={dest}"])
+    assert (result.exit_code, result.output) == (0, f"Written: {dest}\n")
+    assert (dest / "config.json").exists()
+
+
+def test_transfer_learning_says_that_the_run_itself_could_go_on(shapes_zip: Path, tmp_path: Path) -> None:
+    config = small_config(shapes_zip)
+    networks: dict[str, Any] = {"G": config.generator.build(), "D": config.discriminator.build()}
+    snapshot = tmp_path / "network-snapshot-000001.pkl"
+    write_file(snapshot, FORMAT, VERSION, capture_network(config=config, G_ema=networks["G"], **networks))
+    arguments = [*SMALL, f"--data={shapes_zip}", f"--outdir={tmp_path / 'runs'}", f"--resume={snapshot}", "-n"]
+    alone = CliRunner().invoke(train.main, arguments)
+    assert alone.exit_code == 0, alone.output
+    assert "lies beside it" not in alone.output
+    (tmp_path / "training-state-000001.pt").touch()
+    beside = CliRunner().invoke(train.main, arguments)
+    assert beside.exit_code == 0
+    note = f"training-state-000001.pt lies beside it: to go on with that run, --resume={tmp_path}\n"
+    assert note in beside.stderr
