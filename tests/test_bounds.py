@@ -293,7 +293,7 @@ def test_containers_in_several_places(tmp_path: Path, examples: int) -> None:
 # --- configurations that the tensors do not have
 
 
-GENERATOR = {
+GENERATOR: dict[str, dict[str, Any]] = {
     "widths": {"widths": [8192, 8192]},
     "mapping": {"mapping_layers": 1000, "w_dim": 8192},
     "latents": {"z_dim": 2**20, "w_dim": 2**20},
