@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.config import PRESETS
 from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshot import save_network
 
+ROOT = Path(__file__).parent.parent
 CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}
 TINY_STEP = ["--preset=tiny", "--g_dict=16,16,16", "--batch=4", "--steps=1", "--warmup=0", "--device=cpu"]
 
@@ -191,3 +193,14 @@ def test_swd() -> None:
     (row,) = results(swd.main, "--size=32", "--images=16", "--device=cpu")
     assert (row["size"], row["images"]) == (32, 16)
     assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
+
+
+@pytest.mark.slow
+def test_bounds_prints_a_line_for_each_input_and_one_for_the_kind() -> None:
+    command = [sys.executable, "benchmarks/bounds.py", "--each", "--only=pipes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *each, kind = [json.loads(line) for line in done.stdout.splitlines()]
+    assert kind.keys() >= CIRCUMSTANCES | {"exit_codes", "seconds", "peak_mb"}
+    assert kind["inputs"] == len(each) == 10
+    assert {row["exit_code"] for row in each} == {0, 2}
+    assert all("regular file" in row["says"] for row in each if row["exit_code"] == 2)
