@@ -97,16 +97,20 @@ def home_folder(instead: str) -> Path:
         ) from None
 
 
-def partial_path(path: Path) -> Path:
+def partial_path(path: Path, ending: str = "") -> Path:
     """Return where this process writes a file or folder, beside it, until it is complete and gets its name."""
-    return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}")  # a name has at most 255 bytes
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}{ending}")  # a name has at most 255 bytes
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file to, which takes the place of `path` at the end of the block unless that raises."""
-    temporary = partial_path(path)
+def replaced(path: Path, ending: str = "") -> Iterator[Path]:
+    """Yield a path to write a file to, which takes the place of `path` at the end of the block unless that raises.
+
+    `ending`: what the name must end in for whoever writes there.
+    """
+    temporary = partial_path(path, ending)
     try:
+        temporary.unlink(missing_ok=True)  # of an earlier process, or a link that leads elsewhere
         yield temporary
         os.replace(temporary, path)
     finally:
@@ -116,10 +120,8 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace a file in one step: readers see the old content or the new, never a part. `mode`: as of os.open."""
-    with replaced(path) as temporary:
-        temporary.unlink(missing_ok=True)  # of an earlier process, or a link that leads elsewhere
-        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+    with replaced(path) as temporary, open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def source_commit() -> str | None:
@@ -200,9 +202,10 @@ def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> Bi
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """Return the bytes of a regular file. Raises OSError, also for one of more than `limit` bytes."""
     with open_regular(path) as file:
-        room = min(limit, max(os.fstat(file.fileno()).st_size, 1 << 20))  # reading takes memory for so many bytes
-        content = file.read(room + 1)
-    if len(content) > room:
+        content = b""  # in pieces: reading takes memory for all that it may return
+        while len(content) <= limit and (piece := file.read(min(1 << 24, limit + 1 - len(content)))):
+            content += piece
+    if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than the {limit} bytes that it may have", os.fspath(path))
     return content
 

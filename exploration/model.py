@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error
+from dnnlib.util import describe_error, replaced
 from torch_utils.images import to_uint8
 from training.data_sources.bounds import load_npz
 from training.networks import execution
@@ -206,14 +206,11 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises WriteError when it cannot be written; what was there before is intact then.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary.touch()  # what cannot be written is known before the work
-        yield temporary
-        os.replace(temporary, path)
+        with replaced(path, path.suffix) as temporary:
+            temporary.touch()  # what cannot be written is known before the work
+            yield temporary
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from conftest import PATIENCE, new_saver, small_config
 from PIL import Image
 
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import FolderLock, TeeLog, partial_path, redraw
+from dnnlib.util import FolderLock, TeeLog, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
@@ -42,9 +46,15 @@ def train_steps(trainer: Trainer, steps: int) -> None:
     trainer.train()
 
 
-def fill_the_disk(path: Path) -> None:
-    """Let what is going to be written to a file's temporary end on a device that is always full."""
-    partial_path(path).symlink_to("/dev/full")
+@contextmanager
+def no_room() -> Iterator[None]:
+    """While active, no file of this process can grow: the kernel refuses, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_state_is_written_as_it_was_when_it_was_copied(
@@ -173,25 +183,35 @@ def test_training_goes_on_when_the_disk_is_full(
 ) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
-    for name in ("training-state-000000.pt", "network-snapshot-000000.pkl"):
-        fill_the_disk(tmp_path / name)
-    (tmp_path / "stats.jsonl").symlink_to("/dev/full")
-    partial_path(tmp_path / "reals.png").mkdir()
     grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
     trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
-    train_steps(trainer, 3)
-    saver.finish()  # of the third step: the disk has room again, as a failed write takes its temporary away
+    with no_room():
+        train_steps(trainer, 2)
+        saver.writer.wait()
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == set()
+    train_steps(trainer, 1)
+    saver.finish()
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
     messages = capsys.readouterr().err
     for name in ("network-snapshot-000000.pkl", "training-state-000000.pt", "stats.jsonl", "reals.png"):
         assert f"{name}: cannot be written" in messages
-    assert "(the disk is full); earlier files are intact; training goes on" in messages
+    assert "File too large); earlier files are intact; training goes on" in messages
     saver.saved_nimg = 0
-    fill_the_disk(tmp_path / "training-state-000000.pt")
-    saver.save(trainer, snapshot=False)
-    with pytest.raises(WriteError, match="the disk is full"):
-        saver.finish()
+    with no_room():
+        saver.save(trainer, snapshot=False)
+        with pytest.raises(WriteError, match="cannot be written"):
+            saver.finish()
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
+
+
+def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(document: Any, file: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(WriteError, match=r"\(the disk is full\); earlier files are intact"):
+        Checkpoint.write(tmp_path / "state.pt", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
@@ -212,8 +232,8 @@ def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
         train_steps(trainer, 4)
         saver.finish()
         print("the end")
-    assert capsys.readouterr().err == f"Warning: {run_dir} was removed while the run went on; it is there again, " + (
-        "without what was in it\n"
+    assert capsys.readouterr().err == (
+        f"Warning: {run_dir} was removed or emptied while the run went on; it is there again, with a training state\n"
     )
     assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2
     assert read_config(json.loads((run_dir / OPTIONS_FILE).read_text())) == trainer.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Requests
 from training.networks import DISCRIMINATORS, GENERATORS
+from training.runs import OWN_PARTIAL
 from training.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -527,6 +529,13 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
             yield replace(result, results={result.metric: next(scores)})
 
     monkeypatch.setattr(metrics.registry, "compute_all", compute)
+    rename, renamed = os.replace, set()
+
+    def note(source: Path, dest: Path) -> None:
+        renamed.add(Path(source).name)
+        rename(source, dest)
+
+    monkeypatch.setattr(os, "replace", note)
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--keep-last=1", "--keep-best"]
     scored = [*common, "--metrics=swd100"]
     run_ok(*scored, "--kimg=0.064")
@@ -538,6 +547,8 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
 
     output = run_ok(*scored, "--kimg=0.064", f"--resume={best}")
     assert f"Starting from {best} at kimg 0.032" in output
+    assert len(renamed) > 6
+    assert all(OWN_PARTIAL.fullmatch(name) for name in renamed)  # what a resumed run removes, had it been killed
     new = run_dirs(tmp_path)[1]
     assert last_state(new)["state"]["nimg"] == 64
     assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32

@@ -51,12 +51,13 @@ class Signals:
         self.interrupted = math.inf  # when the first SIGINT came
         self.previous: dict[signal.Signals, Any] = {}
         self.pipe: tuple[int, int] | None = None
+        self.wakeup = -1  # the descriptor before
 
     def __enter__(self) -> Signals:
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
         threading.Thread(target=self._answer_all, args=self.pipe[:1], name="signals", daemon=True).start()
-        signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+        self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         self.previous = {number: signal.signal(number, self._note) for number in distributed.heeded(self.HANDLED)}
         return self
 
@@ -66,7 +67,7 @@ class Signals:
         if not self.stop and self.pipe:  # else the program is about to end, and may be sent the signal once more
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.wakeup)
             os.close(self.pipe[1])  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:

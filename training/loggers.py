@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError, to_json
 from dnnlib.screen import without_secrets
-from dnnlib.util import write_atomically
+from dnnlib.util import read_regular, write_atomically
 from training.config import LOGGERS, TrainConfig
 
 
@@ -104,7 +104,7 @@ class WeightsAndBiases:
         path = run_dir / self.ID_FILE
         if not path.exists():
             write_atomically(path, secrets.token_hex(4) + "\n")
-        return path.read_text().strip()
+        return read_regular(path, 100).decode(errors="replace").strip()
 
     def add(self, figures: Mapping[str, float], nimg: int) -> None:
         self.run.log({**figures, "Progress/kimg": nimg / 1000})

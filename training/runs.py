@@ -287,9 +287,14 @@ class RunFolder:
     def restore(self) -> bool:
         """Make the folder again, with its options, lock and log, if it has gone; return whether it had.
 
-        Raises OSError, UserError.
+        A disk that does not answer for the moment has not gone. Raises OSError, UserError.
         """
-        if os.path.exists(self.path / OPTIONS_FILE):  # unlike Path.exists, of any error: of a disk that has gone, too
+        try:
+            os.stat(self.path / OPTIONS_FILE)
+            return False
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
             return False
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock.acquire(self.path)

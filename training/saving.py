@@ -69,11 +69,14 @@ class Saver:
         except (OSError, UserError) as error:
             raise UserError(self._rescue(trainer, describe_error(error))) from None
         print(
-            f"Warning: {self.run_dir} was removed while the run went on; it is there again, without what was in it",
+            f"Warning: {self.run_dir} was removed or emptied while the run went on; it is there again, with a training "
+            "state",
             file=sys.stderr,
             flush=True,
         )
-        self.saved_nimg, self.last_snapshot, trainer.last_snapshot = 0, None, None
+        self.saved_nimg = 0
+        if not (self.last_snapshot and self.last_snapshot.exists()):
+            self.last_snapshot = trainer.last_snapshot = None
         return True
 
     def _rescue(self, trainer: Trainer, reason: str) -> str:
@@ -160,7 +163,7 @@ def capture_snapshot(trainer: Trainer) -> dict[str, object]:
 
 
 def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run every job, also after one that failed. Raises the first WriteError."""
+    """Run every job, also after one that failed. Raises WriteError for all that did."""
     errors = []
     for job in jobs:
         try:
@@ -168,4 +171,4 @@ def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
         except WriteError as error:
             errors.append(error)
     if errors:
-        raise errors[0]
+        raise WriteError("; ".join(map(str, errors)))
