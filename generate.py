@@ -90,7 +90,7 @@ from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
 from torch_utils.images import Towards, save_grid, save_image, to_uint8
-from torch_utils.misc import tune_allocator
+from torch_utils.misc import name_user, tune_allocator
 from training.networks import execution
 from training.snapshot import Snapshot
 
@@ -667,6 +667,7 @@ def save_pixels(pixels: np.ndarray, path: Path) -> None:
 
 def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
     """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
+    name_user()
     tune_allocator()
     where = distributed.use_device(device)
     snapshot = load_network(network, where)
