@@ -77,7 +77,7 @@ from exploration.projection import (
     FILM_FPS,
     ProjectionConfig,
     ProjectionJob,
-    check_targets,
+    fit_targets,
     pixels_towards,
     project_batch,
     read_targets,
@@ -522,13 +522,13 @@ def prepare_projection(
     """Read the targets, the network and the distance that --target and PROJECTION_OPTIONS name. Raises UserError."""
     if lr <= 0:
         raise UserError(f"--lr={lr:g}: must be positive")
-    check_targets(target)
+    targets = read_targets(target)  # before anything else takes time
     setup = read_detectors(detectors or ())
     model = open_model(**options)
     towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
-    names, targets = read_targets(target, model.G.img_shape)
+    images = fit_targets(targets.values(), model.G.img_shape)
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
-    return ProjectionJob(model=model, names=names, targets=targets, towards=towards, config=config)
+    return ProjectionJob(model=model, names=[*targets], targets=images, towards=towards, config=config)
 
 
 def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
