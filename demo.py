@@ -7,7 +7,6 @@ runs came to 0.38, 0.45 and 0.48; another processor rounds otherwise, and a run 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -20,7 +19,7 @@ import click
 
 from dnnlib.cli import Script
 from dnnlib.config import UserError
-from dnnlib.util import format_time
+from dnnlib.util import format_time, read_metric_records
 from torch_utils.distributed import choose_device
 
 ROOT = Path(__file__).resolve().parent
@@ -90,8 +89,7 @@ def run(*command: str) -> None:
 
 def read_results(run_dir: Path, metric: str) -> list[float]:
     """Return the values of a metric in the order in which they were computed."""
-    lines = (run_dir / f"metric-{metric}.jsonl").read_text().splitlines()
-    return [json.loads(line)["results"][metric] for line in lines]
+    return [record["results"][metric] for record in read_metric_records(run_dir / f"metric-{metric}.jsonl")]
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ from exploration.projection import (
     FILM_FPS,
     ProjectionConfig,
     ProjectionJob,
-    check_targets,
+    fit_targets,
     pixels_towards,
     project_batch,
     read_targets,
@@ -90,7 +90,7 @@ from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
 from torch_utils.images import Towards, save_grid, save_image, to_uint8
-from torch_utils.misc import tune_allocator
+from torch_utils.misc import name_user, tune_allocator
 from training.networks import execution
 from training.snapshot import Snapshot
 
@@ -522,13 +522,13 @@ def prepare_projection(
     """Read the targets, the network and the distance that --target and PROJECTION_OPTIONS name. Raises UserError."""
     if lr <= 0:
         raise UserError(f"--lr={lr:g}: must be positive")
-    check_targets(target)
+    targets = read_targets(target)  # before anything else takes time
     setup = read_detectors(detectors or ())
     model = open_model(**options)
     towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
-    names, targets = read_targets(target, model.G.img_shape)
+    images = fit_targets(targets.values(), model.G.img_shape)
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
-    return ProjectionJob(model=model, names=names, targets=targets, towards=towards, config=config)
+    return ProjectionJob(model=model, names=[*targets], targets=images, towards=towards, config=config)
 
 
 def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
@@ -667,6 +667,7 @@ def save_pixels(pixels: np.ndarray, path: Path) -> None:
 
 def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
     """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
+    name_user()
     tune_allocator()
     where = distributed.use_device(device)
     snapshot = load_network(network, where)

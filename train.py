@@ -27,7 +27,7 @@ from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
 from torch_utils import custom_ops, distributed
-from torch_utils.misc import count_parameters, module_summary, tune_allocator
+from torch_utils.misc import count_parameters, module_summary, name_user, tune_allocator
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
 from training.augment import Mode
@@ -317,6 +317,7 @@ def main(context: click.Context, **options: Any) -> None:
 def train_worker(request: runs.Request) -> None:
     """What each process does: agree on how to start, build, load, train."""
     streams.protect(needs_stdout=False)  # the run's folder has all that is printed
+    name_user()
     tune_allocator()
     with Signals() as signals, FolderLock() as lock:
         is_stopped = _train(request, signals, lock)

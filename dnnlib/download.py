@@ -45,6 +45,7 @@ ATTEMPTS = 5  # to go on after a break; without any progress there is no further
 CHUNK = 1 << 16  # bytes that are written at a time
 RECORD_BYTES = 1 << 16
 PAGE_BYTES = 1 << 20  # of HTML that are looked at
+REMEDY = "remove it, or set DNNLIB_CACHE_DIR to another folder"
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 
 Check = Callable[[Path], object]
@@ -59,34 +60,49 @@ def cache_dir() -> Path:
     return Path(given) if given else home_folder("DNNLIB_CACHE_DIR") / ".cache" / "dnnlib"
 
 
-def private_folder(folder: Path) -> Path:
-    """Make a folder of the cache, and what is missing above it, for this user alone (mode 0700); return it.
+def _mode(mode: int) -> int:
+    """Return the mode of something new in the cache: without that of others, unless its user has chosen the folder."""
+    return mode if os.environ.get("DNNLIB_CACHE_DIR") else mode & 0o700
 
-    Raises UserError where the cache has a link in that place.
-    """
-    root = cache_dir()
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder of the cache, and what is missing above it. Raises UserError as `_trusted` does."""
     for place in (*reversed(folder.parents), folder):
-        if place.is_relative_to(root) and place != root and place.is_symlink():
-            raise UserError(f"{place}: is a link, which the cache does not follow; remove it")
+        _trusted(place)
         if not place.is_dir():
-            place.mkdir(mode=0o700, exist_ok=True)
-    return folder
+            place.mkdir(mode=_mode(0o777), exist_ok=True)
 
 
-def _own(path: Path) -> Path:
-    """Return the path of a file in the cache. Raises UserError where a link, a pipe or a folder lies there."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return path
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise UserError(f"{path}: is a link or no file, which the cache does not use; remove it")
+def _trusted(path: Path) -> Path:
+    """Return a path in the cache. Raises UserError where it leads through a link that is not this user's."""
+    for place in (*reversed(path.parents), path):
+        is_inside = place != cache_dir() and place.is_relative_to(cache_dir())
+        if is_inside and place.is_symlink() and hasattr(os, "getuid") and place.lstat().st_uid != os.getuid():
+            raise UserError(f"{place}: is a link of another user, which the cache does not follow; {REMEDY}")
     return path
 
 
-def _private(path: str, flags: int) -> int:
-    """Open a file for `open`: one for this user alone, and never the target of a link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
+def _to_read(path: Path) -> Path:
+    """Return the path of a file in the cache to read or to replace. Raises UserError where anything else lies there."""
+    if os.path.lexists(_trusted(path)) and not path.is_file():
+        raise UserError(f"{path}: is no file, or a link to none; {REMEDY}")
+    return path
+
+
+def _to_write(path: Path) -> Path:
+    """Return the path of a file in the cache to write in its place, which may have no other name."""
+    try:
+        found = _trusted(path).lstat()
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise UserError(f"{path}: is a link or no file, which the cache does not write to; {REMEDY}")
+    return path
+
+
+def _opener(path: str, flags: int) -> int:
+    """Open a file for `open`: a new one with the mode of the cache, and never the target of a link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), _mode(0o666))
 
 
 def is_url(name: object) -> bool:
@@ -112,8 +128,8 @@ def fetch(url: str) -> Path:
     _check_address(url)
     address, fragment = urldefrag(url)
     expected = _expected_digest(url, fragment)
-    path = _own(cached_path(url))
-    record = _own(path.with_name(f"{path.name}.json"))
+    path = _to_read(cached_path(url))
+    record = _to_read(path.with_name(f"{path.name}.json"))
     if not path.is_file():
         download(address, path, check=lambda part: _check_digest(part, expected, url))
     digest = sha256_of_file(path)
@@ -123,7 +139,7 @@ def fetch(url: str) -> Path:
             raise UserError(f"{path}: has changed since it was fetched; delete it, and it is fetched again")
     else:
         about = {"url": public(address), "sha256": digest, "bytes": path.stat().st_size}
-        write_atomically(record, json.dumps(about) + "\n", mode=0o600)
+        write_atomically(record, json.dumps(about) + "\n", mode=_mode(0o666))
     _check_digest(path, expected, url, digest)
     return path
 
@@ -131,11 +147,11 @@ def fetch(url: str) -> Path:
 def _check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
-        is_address = bool(parts.hostname) and parts.port != 0
+        is_valid = bool(parts.hostname) and parts.port != 0
     except ValueError:  # whose message would repeat parts of a password
-        is_address = False
-    if not is_address:
-        raise UserError(f"{public(url)}: is no address of a file; its host or its port cannot be read")
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{public(url)}: invalid URL: no host, or a bad port")
 
 
 def _expected_digest(url: str, fragment: str) -> str:
@@ -173,7 +189,7 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        private_folder(path.parent)
+        _make_folder(path.parent)
         with _alone(part):
             if path.is_file():
                 return
@@ -210,7 +226,7 @@ def _alone(part: Path) -> Iterator[None]:
         return
     lock = part.with_suffix(".lock")
     while True:
-        with open(_own(lock), "wb", opener=_private) as file:
+        with open(_to_write(lock), "wb", opener=_opener) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not lock.is_file() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 continue  # who had it before has removed it
@@ -252,12 +268,12 @@ class _CutOffError(OSError):
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if _own(path).is_file() else 0
+    return path.stat().st_size if _to_write(path).is_file() else 0
 
 
 def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
     """Fetch what is missing in `part`. Raises OSError when it breaks off, UserError for an answer that is no file."""
-    validator = _own(_validator_of(part))
+    validator = _to_write(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
     headers = {"Accept-Encoding": "identity"}  # lengths are those of the file
     if start:
@@ -266,15 +282,15 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
     with answer:
         goes_on = answer.status_code == 206
         start = start if goes_on else 0
-        _keep_version(answer, validator)
+        _save_etag(answer, validator)
         total = _announced(answer, start, url)
         with (
-            open(part, "ab" if goes_on else "wb", opener=_private) as file,
+            open(part, "ab" if goes_on else "wb", opener=_opener) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
         ):
             for chunk in _chunks(answer):
                 if file.tell() + len(chunk) > LARGEST:
-                    raise UserError(f"{public(url)}: is larger than the {LARGEST} bytes that a file may have")
+                    raise UserError(f"{public(url)}: is larger than the {LARGEST} bytes that are fetched")
                 file.write(chunk)
                 progress.update(len(chunk))
     found = _size(part)
@@ -282,12 +298,12 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
         raise _CutOffError(f"cut off after {found} of {total} bytes")
 
 
-def _keep_version(answer: requests.Response, validator: Path) -> None:
+def _save_etag(answer: requests.Response, validator: Path) -> None:
     """Keep the server's name for this version of the file, if it has one that can be sent back."""
     validator.unlink(missing_ok=True)
     name = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
     if not name.startswith("W/") and re.fullmatch(r"[ -~]{1,500}", name):
-        with open(validator, "xb", opener=_private) as file:
+        with open(validator, "xb", opener=_opener) as file:
             file.write(name.encode())
 
 
@@ -299,7 +315,10 @@ def _announced(answer: requests.Response, start: int, url: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,15}", length):
         raise UserError(f"{public(url)}: the server announces {printable(length[:40])!r} bytes, which is no length")
     if start + int(length) > LARGEST:
-        raise UserError(f"{public(url)}: has {length} bytes; a file may have {LARGEST}")
+        raise UserError(
+            f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the {LARGEST} that are "
+            "fetched: fetch it by other means, and give the file"
+        )
     return start + int(length)
 
 
@@ -325,7 +344,7 @@ def _chunks(answer: requests.Response) -> Iterator[bytes]:
 
 
 def _get(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Return the head of an answer. Raises requests.Timeout where it takes too long, be it byte by byte."""
+    """Return the head of an answer. Raises TimeoutError where it takes too long, be it byte by byte."""
     answers: list[requests.Response | Exception] = []
 
     def ask() -> None:
@@ -338,7 +357,7 @@ def _get(session: requests.Session, url: str, headers: dict[str, str]) -> reques
     thread.start()
     thread.join(ANSWER_SECONDS)
     if not answers:
-        raise requests.Timeout
+        raise TimeoutError(f"no complete answer after {ANSWER_SECONDS} seconds")
     if isinstance(answers[0], Exception):
         raise answers[0]
     return answers[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,12 @@ TURNS = {  # by the orientation that EXIF tells, to stand upright
 }
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
-_START_OF_SCAN = b"\xff\xda"
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"  # after a byte 255
+_EXIF = b"Exif\0\0"
+# Heads of the segments before the first scan, which Pillow and libjpeg read alike; and of any segment as libjpeg finds
+# them: in coded pixels a byte 255 is followed by 0 or by the number of a restart.
+_HEADER = re.compile(rb"\xff+([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
 
 
 class BrokenImageError(Exception):
@@ -64,11 +70,22 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Refuse what is cheap to write and dear to read. In coded pixels a byte 255 is never followed by a marker's."""
-    if data.count(_START_OF_SCAN) > MAX_SCANS:
-        raise BrokenImageError(f"a JPEG of more than {MAX_SCANS} scans: save it again")
-    if data.count(b"Exif\0\0", 0, data.find(_START_OF_SCAN)) > MAX_EXIF_SEGMENTS:
+    """Refuse JPEGs that take disproportionate decode time. What segments hold, and what follows the image, is free."""
+    position = 2
+    while (match := _HEADER.match(data, position)) and match[1] != _START_OF_SCAN:
+        position = _end_of_segment(data, match)
+    if data.count(_EXIF, 0, position if match else len(data)) > MAX_EXIF_SEGMENTS:
         raise BrokenImageError("EXIF data of more than 128 KB: save it without them")
+    num_scans = 0
+    while (match := _MARKER.search(data, position)) and match[1] != _END_OF_IMAGE:
+        position = _end_of_segment(data, match)
+        num_scans += match[1] == _START_OF_SCAN
+        if num_scans > MAX_SCANS:
+            raise BrokenImageError(f"a JPEG of more than {MAX_SCANS} scans: save it again")
+
+
+def _end_of_segment(data: bytes, head: re.Match[bytes]) -> int:
+    return head.end() + max(2, int.from_bytes(data[head.end() : head.end() + 2]))
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -76,7 +93,7 @@ def orientation_of(image: Image.Image) -> int:
 
     Of a PNG they may come after the pixels: load it first. Pillow would read all tags, whose values may overlap.
     """
-    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    exif = image.info.get("exif", b"").removeprefix(_EXIF)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     try:
         if order is None:

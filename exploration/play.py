@@ -39,6 +39,7 @@ LARGEST_SEED = 2**32 - 1
 LARGEST_PSI = 2.0
 SILENCE = 30.0  # seconds after which a connection without a request is closed
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+NAVIGATION = [["navigate"], ["document"]]  # the mode and the destination of a request for a whole window
 HEADERS = {
     "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Frame-Options": "DENY",
@@ -210,15 +211,18 @@ def data_uri(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def refusal_of(headers: Message) -> str | None:
-    """Return why a request is not answered, None for one of this page itself or typed by its user.
+def refusal_of(headers: Message, path: str) -> str | None:
+    """Return why a request is not answered, None for one of this page itself, or of its user for the page.
 
-    Other sites can lead a browser here: by a name of theirs, by a link, a form, a picture or a script.
+    Other sites can lead a browser here, by a name of theirs, a form, a picture or a script. A link to the page, which
+    does nothing, is followed, in a window of its own.
     """
     hosts = headers.get_all("Host", [])
     host = hosts[0].lower() if len(hosts) == 1 else ""
     if not re.fullmatch(rf"({re.escape(HOST)}|localhost)(:[0-9]{{1,5}})?", host):
         return f"this page is for {HOST} and localhost alone"
+    if path == "/" and [headers.get_all(f"Sec-Fetch-{name}") for name in ("Mode", "Dest")] == NAVIGATION:
+        return None
     if any(site not in ("same-origin", "none") for site in headers.get_all("Sec-Fetch-Site", [])):
         return "this page is for itself alone, and another site asks"
     if any(origin.lower() != f"http://{host}" for origin in headers.get_all("Origin", [])):
@@ -233,13 +237,13 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
         timeout = SILENCE
 
         def do_GET(self) -> None:
-            refusal = refusal_of(self.headers)
-            if refusal:
-                return self._send(403, {"error": refusal})
             try:
                 parts = urlsplit(self.path)
             except ValueError:
                 return self._send(400, {"error": "the address is none"})
+            refusal = refusal_of(self.headers, parts.path)
+            if refusal:
+                return self._send(403, {"error": refusal})
             if parts.path in PATHS:
                 return self._send(*self._answer(parts.path, parts.query))
             if parts.path == "/":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,35 +220,27 @@ def pixels_towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
     return distance
 
 
-def check_targets(path: Path) -> None:
-    """Read what `read_targets` will read, before anything else takes time. Raises UserError as it does."""
-    for _ in _decoded_targets(path):
-        pass
-
-
-def read_targets(path: Path, img_shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
-    """Read an image, or those of a folder or zip file: their names, and uint8 (n, C, H, W), cropped and resized to fit.
+def read_targets(path: Path) -> dict[str, np.ndarray]:
+    """Read an image, or those of a folder or zip file: pixels uint8 [H, W, C] by their names.
 
     Raises UserError naming a file that cannot be read.
     """
-    C, H, W = img_shape
-    conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
-    names, images = [], []
-    for name, pixels in _decoded_targets(path):
-        names.append(name)
-        images.append(torch.from_numpy(conversion(pixels).copy()).permute(2, 0, 1))
-    return names, torch.stack(images)
-
-
-def _decoded_targets(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the names and pixels uint8 [H, W, C]."""
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
         names, read = [path.name], lambda name: read_image_file(path)
     else:
         store = open_store(path)
         names, read = list(store.names), store.read
+    targets = {}
     for name in names:
         try:
-            yield name, decode_image(read(name))
+            targets[name] = decode_image(read(name))
         except BrokenImageError as error:
             raise UserError(f"--target={path}: {name} cannot be read ({error})") from None
+    return targets
+
+
+def fit_targets(targets: Iterable[np.ndarray], img_shape: tuple[int, int, int]) -> Tensor:
+    """Crop and resize images uint8 [H, W, C] to fit a network: uint8 (n, C, H, W)."""
+    C, H, W = img_shape
+    conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
+    return torch.stack([torch.from_numpy(conversion(pixels).copy()).permute(2, 0, 1) for pixels in targets])

@@ -32,6 +32,12 @@ def run_demo(*arguments: str) -> Result:
     return CliRunner().invoke(demo.main, arguments)
 
 
+def test_results_are_those_of_whole_records(tmp_path: Path) -> None:
+    lines = ('{"results": {"swd500": 9.5}}', '{"results": {"swd500": NaN}}', '{"results": {"swd500": 3}}', '{"resul')
+    (tmp_path / "metric-swd500.jsonl").write_text("\n".join(lines))
+    assert demo.read_results(tmp_path, "swd500") == [9.5, 3]
+
+
 def test_only_the_default_folder_is_emptied(commands: list[tuple[str, ...]]) -> None:
     for name in ("default", "runs"):
         Path(name).mkdir()

@@ -111,6 +111,7 @@ def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None
     record(snapshot, "fid50k_full", 30.0, snapshot_sha256="of another network")
     record(snapshot, "fid50k_full", 20.0)
     record(snapshot, "fid50k_full", 12.345)
+    record(snapshot, "fid50k_full", 10.0, num_real=None)
     record(snapshot, "swd5k", 1.5, detector=None, mirror=True)
     record(snapshot, "is50k", 9.0, snapshot_sha256=None)
     save_hub_folder(tmp_path / "cars", snapshot, "cc-by-4.0")

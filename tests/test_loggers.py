@@ -208,6 +208,24 @@ def test_a_disk_that_is_full_for_a_while_costs_tensorboard_what_came_then(
     assert [event.step for event in accumulated.Scalars("x")] == [0, 1, 4, 5]
 
 
+def test_wandb_sees_no_secrets_of_the_command_line(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["train.py", "--resume=https://u:s3cret@h/x.pkl?s3cret"]
+    monkeypatch.setattr("sys.argv", given)
+    seen: list[list[str]] = []
+
+    def init(**_: Any) -> Any:
+        seen.append([*sys.argv])
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setattr("wandb.init", init)
+    with pytest.raises(RuntimeError):
+        loggers.WeightsAndBiases(tmp_path, small_config(shapes_zip), 0)
+    assert seen == [["train.py", "--resume=https://h/x.pkl"]]
+    assert sys.argv is given
+
+
 def test_a_logger_that_cannot_begin_is_left_out(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """Seeds, allocator and module table."""
 
+import getpass
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -81,6 +83,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
+def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "someone")
+    misc.name_user()
+    assert os.environ["LOGNAME"] == "someone"
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    misc.name_user()
+    assert os.environ["LOGNAME"] == getpass.getuser() == "uid_54321"
+
+
 def test_tune_allocator_keeps_big_buffers() -> None:
     def faults(mode: str) -> int:
         command = [sys.executable, "-c", PAGE_FAULTS, mode]

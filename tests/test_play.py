@@ -232,6 +232,26 @@ def test_only_this_page_is_answered() -> None:
             assert ask_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
 
 
+def test_a_link_leads_to_the_page_and_to_nothing_else() -> None:
+    window = ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
+    frame = (*window[:2], "Sec-Fetch-Dest: iframe")
+    script = (window[0], "Sec-Fetch-Mode: no-cors", window[2])
+    player = Player(make_model())
+    with served(player) as port:
+        for host, path, lines, status in (
+            ("localhost", "/", window, 200),
+            ("localhost", "/?x=1", window, 200),
+            ("localhost", "/", frame, 403),
+            ("localhost", "/", script, 403),
+            ("localhost", "/", (*window, "Sec-Fetch-Dest: iframe"), 403),
+            ("localhost", "/images?seed=0", window, 403),
+            ("localhost", "/attention?seed=0&x=0&y=0", window, 403),
+            ("evil.example", "/", window, 403),
+        ):
+            assert ask_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}", *lines)[0] == status, (path, lines)
+    assert not player.images
+
+
 def test_no_other_page_can_frame_or_read_this_one() -> None:
     with served(Player(make_model())) as port:
         for path in ("/", "/images?seed=0", "/images", "/nothing"):
@@ -250,12 +270,15 @@ def test_no_other_page_can_frame_or_read_this_one() -> None:
 def test_a_connection_that_says_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("exploration.play.SILENCE", 0.1)
-    with served(Player(make_model())) as port:
-        for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-                connection.sendall(said)
-                assert connection.recv(1) == b""
+    player = Player(make_model())
+    with monkeypatch.context() as patch:
+        patch.setattr("exploration.play.SILENCE", 0.1)
+        with served(player) as port:
+            for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
+                with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+                    connection.sendall(said)
+                    assert connection.recv(1) == b""
+    with served(player) as port:  # with time to send a request
         assert get(port, "/")[0] == 200
     assert capsys.readouterr().err == ""
 

@@ -232,11 +232,11 @@ def test_an_archive_is_not_compressed(changed: Callable[..., Path]) -> None:
 class Larger(nn.Module):
     """Operators, constants and symbolic sizes of every kind that a detector has."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_attention: bool) -> None:
         super().__init__()
         layers = (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.GELU(approximate="tanh"))
         self.layers = nn.Sequential(*layers)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True) if has_attention else None
         self.mean = nn.Parameter(torch.full((3, 1, 1), 0.5), requires_grad=False)
         self.constant = torch.tensor([2.0, 3.0])
 
@@ -244,15 +244,16 @@ class Larger(nn.Module):
         with torch.no_grad():
             x = nn.functional.interpolate((images.float() / 255 - self.mean), scale_factor=2, mode="bilinear")
             tokens = self.layers(x).flatten(2).transpose(1, 2)
-        mixed = self.attention(tokens, tokens, tokens)[0]
+        mixed = tokens if self.attention is None else self.attention(tokens, tokens, tokens)[0]
         features = torch.einsum("bnc,bnc->bc", mixed, tokens) * self.constant[0]
         return [torch.cat([features, features.roll(1, 1)], dim=1), nn.functional.softmax(features, dim=1)]
 
 
-def test_programs_of_every_shape_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_attention", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_programs_of_every_shape_are_read(tmp_path: Path, has_attention: bool) -> None:
     """Sizes that are not known, and conditions on them; the same numbers as the module itself."""
     torch.manual_seed(0)
-    module = Larger().eval()
+    module = Larger(has_attention=has_attention).eval()
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(module, (IMAGES,), dynamic_shapes={"images": {0: auto, 2: auto, 3: auto}})
     torch.export.save(exported, tmp_path / "larger.pt2", extra_files={"notes.txt": "x"})

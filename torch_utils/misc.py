@@ -39,15 +39,16 @@ def seed_step(seed: int, phase: str, position: int) -> None:
 
 
 def compiled(network: Any) -> Any:
-    """Return what calls a network through torch.compile, for one shape at a time, with the noise that it has without.
+    """Return what calls a network through torch.compile, for one shape at a time, with its usual noise."""
+    return torch.compile(network, dynamic=False, options={"fallback_random": True})
 
-    PyTorch 2.11 names the compiler's cache after the user, who may have no name.
-    """
+
+def name_user() -> None:
+    """Name a user whom the password file does not know: PyTorch 2.11 names the compiler's cache after its user."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["LOGNAME"] = f"uid_{os.getuid()}"
-    return torch.compile(network, dynamic=False, options={"fallback_random": True})
 
 
 def tune_allocator() -> None:

@@ -128,13 +128,13 @@ def sample_images(snapshot: Snapshot) -> torch.Tensor:
 
 
 def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
-    """Yield, for each metric-*.jsonl beside a snapshot, the last record of this very file."""
+    """Yield, for each metric-*.jsonl beside a snapshot, the last complete record of this very file."""
     if not snapshot.is_file():
         return
     sha256 = sha256_of_file(snapshot)
     for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
-        own = [record for record in read_metric_records(path) if record.get("snapshot_sha256") == sha256]
-        yield from filter(_is_complete, own[-1:])
+        own = (record for record in read_metric_records(path) if record.get("snapshot_sha256") == sha256)
+        yield from [record for record in own if _is_complete(record)][-1:]
 
 
 def _is_complete(record: dict[str, Any]) -> bool:

@@ -86,18 +86,18 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         import wandb
 
-        sys.argv[1:] = map(without_secrets, sys.argv[1:])  # which it records
         self.wandb = wandb
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", self.PROJECT),
-            name=run_dir.name,
-            id=self._run_id(run_dir),
-            resume="allow",
-            dir=run_dir,
-            config=to_json(config),
-            allow_val_change=True,  # a run may go on under other options
-            settings=wandb.Settings(console="off"),  # log.txt has it
-        )
+        with _arguments_without_secrets():  # it records them
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", self.PROJECT),
+                name=run_dir.name,
+                id=self._run_id(run_dir),
+                resume="allow",
+                dir=run_dir,
+                config=to_json(config),
+                allow_val_change=True,  # a run may go on under other options
+                settings=wandb.Settings(console="off"),  # log.txt has it
+            )
         self.run.define_metric("*", step_metric="Progress/kimg")
 
     def _run_id(self, run_dir: Path) -> str:
@@ -115,6 +115,17 @@ class WeightsAndBiases:
 
     def close(self, succeeded: bool) -> None:
         self.run.finish(exit_code=0 if succeeded else 1)
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """Show the command line without the secrets of its addresses while active."""
+    given = sys.argv
+    sys.argv = [*map(without_secrets, given)]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 _CLASSES: Mapping[str, Callable[[Path, TrainConfig, int], Logger]] = {

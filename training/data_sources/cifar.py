@@ -154,7 +154,8 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     It takes time and memory in proportion to the bytes, which pickle.Unpickler does not: tuples are read as lists,
     which are no keys, because the hash of a tuple counts all that its parts share; a number in the memo is a key,
-    because an index would be allocated; what repeats a text is bounded.
+    because an index would be allocated; what repeats a text is bounded. (`torch_utils.pickles`, the interpreter for
+    snapshots, needs torch and its tensors; the readers of data sets do without.)
     """
 
     memo: dict[int, Any]
