@@ -22,8 +22,6 @@ from dnnlib.util import open_regular
 # sets of photographs become 1.2 times as large, drawn digits 5 times; gzip makes a file of zeros 1000 times as small.
 UNPACKED_AT_LEAST = 1 << 26
 UNPACKED_RATIO = 100
-# Images of few different values, such as masks, pack as well as deflate can (1:1000): theirs is a bound on memory.
-IMAGES_AT_LEAST = 1 << 31
 
 PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -53,15 +51,12 @@ def unpacked_limit(packed: int) -> int:
     return max(UNPACKED_AT_LEAST, UNPACKED_RATIO * packed)
 
 
-def load_npz(path: Path, *, are_images: bool = False) -> dict[str, np.ndarray]:
-    """Return the arrays in an .npz file, without running code in it. Raises OSError, and whatever numpy raises.
-
-    Where they `are_images`, they may become IMAGES_AT_LEAST bytes in any case.
-    """
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays in an .npz file, without running code in it. Raises OSError, and whatever numpy raises."""
     with open_regular(path) as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(info.file_size for info in archive.infolist())
-        limit = max(IMAGES_AT_LEAST * are_images, unpacked_limit(os.fstat(file.fileno()).st_size))
+        limit = unpacked_limit(os.fstat(file.fileno()).st_size)
         if size > limit:
             raise ValueError(
                 f"it unpacks to {size} bytes, more than the {limit} that it may: save it uncompressed, by numpy.savez"

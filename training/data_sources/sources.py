@@ -202,7 +202,7 @@ def _are_labels(labels: np.ndarray, count: int) -> bool:
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() == ".npy":
         return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
-    return load_npz(path, are_images=True)
+    return load_npz(path)
 
 
 def _open_idx(path: Path) -> ArraySource:
