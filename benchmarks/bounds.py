@@ -44,10 +44,10 @@ import generate
 import legacy
 import report
 import train
-from dnnlib.config import to_json
+from dnnlib.config import OPTIONS_FILE, to_json
 from torch_utils.checkpoint import Checkpoint, write_file
 from training import snapshot
-from training.config import OPTIONS_FILE, read_config
+from training.config import read_config
 from training.exchange import save_folder
 
 LIMIT_SECONDS = 60

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4028234663852886e38
+OPTIONS_FILE = "training_options.json"  # a configuration, in a run's folder
 
 
 class UserError(ValueError):
@@ -174,7 +175,8 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     if not _matches(hint, value):
-        bound = "; numbers are finite and of at most 64 bits" if isinstance(value, (int, float)) else ""
+        is_out_of_range = any(_is_number(kind, value) for kind in (hint, *typing.get_args(hint)))
+        bound = "; numbers are finite and of at most 64 bits" if is_out_of_range else ""
         raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}{bound}")
     return float(value) if hint is float else value
 
@@ -193,7 +195,12 @@ def _matches(hint: Any, value: Any) -> bool:
             return all(_matches(args[0], item) for item in value)
         return len(args) == len(value) and all(map(_matches, args, value))
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= FLOAT32_MAX
+        return _is_number(float, value) and bool(abs(value) <= FLOAT32_MAX)
     if hint is int:
-        return type(value) is int and abs(value) < 2**63
+        return _is_number(int, value) and bool(abs(value) < 2**63)
     return isinstance(value, type(None) if hint is None else hint)
+
+
+def _is_number(kind: Any, value: Any) -> bool:
+    """Whether `kind` is int or float and a value is such a number, of any size; every integer is a float."""
+    return kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -28,7 +28,7 @@ TURNS = {  # by the orientation that EXIF tells, to stand upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"  # after a byte 255
 _EXIF = b"Exif\0\0"
@@ -49,7 +49,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     So does an image of 16 bits per channel, of more than PIL.Image.MAX_IMAGE_PIXELS, and a JPEG that would take time or
     memory out of proportion to its size.
     """
-    if data[:8] == _PNG_SIGNATURE and len(data) > 24 and data[24] == 16:
+    if data[:8] == PNG_SIGNATURE and len(data) > 24 and data[24] == 16:
         raise BrokenImageError("16 bits per channel: convert it to 8 bits first")
     if data[:3] == _JPEG_SIGNATURE:
         _check_jpeg(data)

@@ -87,13 +87,14 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
-def home_folder(instead: str) -> Path:
-    """Return the user's home. Raises UserError where there is none, naming the variable to set `instead`."""
+def home_folder(override_variable: str) -> Path:
+    """Return the user's home. Raises UserError where there is none, naming `override_variable` to set."""
     try:
         return Path.home()
     except RuntimeError:
         raise UserError(
-            f"HOME is not set, and this user has no entry in the password file: set HOME, or {instead} to a folder"
+            "HOME is not set, and this user has no entry in the password file: "
+            f"set HOME, or {override_variable} to a folder"
         ) from None
 
 

@@ -133,9 +133,7 @@ class DetectorSetup:
         missing = self.missing(role)
         if missing:
             raise UserError(missing)
-        package = import_extra(PACKAGES[role], "metrics")
-        if role == "dinov2":
-            _check_dinov2_size(self._dinov2_folder(), package)
+        import_extra(PACKAGES[role], "metrics")
 
     def identity(self, role: Role) -> dict[str, str]:
         """Return the name of a network and the sha256 of its files: with them its features are determined."""

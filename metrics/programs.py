@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 
@@ -70,6 +70,10 @@ FUNCTIONS = re.compile(
 METHODS = ("size", "stride", "storage_offset")
 POWERS = ("Pow", "PowByNatural")
 LONGEST_EXPRESSION = 20_000
+
+# Variables that torch.load follows in spite of its arguments; it refuses to work under both.
+DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+MORE_THAN_DATA = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
 
 
@@ -260,6 +264,10 @@ def _check_tree(value: Any) -> None:
 @contextmanager
 def _data_alone() -> Iterator[None]:
     """While active, torch.load reads data alone, also where torch.export asks it for more, or tries again with more."""
-    read = torch.load
-    with mock.patch.object(torch, "load", lambda file, *_, **__: read(file, weights_only=True)):
+    saved = {name: os.environ.pop(name) for name in (DATA_ALONE, MORE_THAN_DATA) if name in os.environ}
+    os.environ[DATA_ALONE] = "1"
+    try:
         yield
+    finally:
+        del os.environ[DATA_ALONE]
+        os.environ.update(saved)

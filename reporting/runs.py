@@ -12,11 +12,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from dnnlib.config import UserError
+from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.util import MAX_LINE_BYTES, parse_json, read_json, read_lines
 from metrics.registry import COMPARABLE
 
-OPTIONS_FILE = "training_options.json"
 SHOWN_WARNINGS = 20
 SHOWN_LETTERS = 1000  # of a warning
 MAX_AGE = 1e15  # kimg or seconds; what is larger is damage

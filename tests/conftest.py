@@ -15,10 +15,10 @@ from filelock import FileLock
 from together import MODULES, work
 
 import dataset_tool
-from dnnlib.config import UserError, override
+from dnnlib.config import OPTIONS_FILE, UserError, override
 from dnnlib.util import FolderLock
 from torch_utils import distributed
-from training.config import OPTIONS_FILE, PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.runs import RunFolder
 from training.saving import Saver

@@ -6,12 +6,22 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dnnlib.config import ConfigError, differences, from_json, override, to_json
 from training.augment import AugmentConfig
-from training.config import ADDED_FIELDS, PRESETS, Circumstances, TrainConfig, read_config, resolve, same_training
+from training.config import (
+    ADDED_FIELDS,
+    PRESETS,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    read_config,
+    resolve,
+    same_training,
+)
 from training.phases import AdamConfig
 
 CIFAR = Circumstances(img_shape=(3, 32, 32), c_dim=0)
@@ -73,6 +83,28 @@ def test_json_with_wrong_contents_is_refused() -> None:
         from_json(Outer, good | {"inner": {"count": "2", "sizes": [1]}})
     with pytest.raises(ConfigError, match=r"inner\.sizes"):
         from_json(Outer, good | {"inner": {"count": 2, "sizes": [1, "a"]}})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "is_out_of_range"),
+    [
+        ("snapshot_ticks", 3.5, False),
+        ("snapshot_ticks", True, False),
+        ("total_kimg", "x", False),
+        ("keep_every", "x", False),
+        ("snapshot_ticks", 2**63, True),
+        ("total_kimg", 1e39, True),
+        ("keep_every", float("inf"), True),
+    ],
+)
+def test_a_number_is_told_its_range_only_where_its_type_fits(field: str, value: Any, is_out_of_range: bool) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}=.*: expected ") as caught:
+        from_json(RunConfig, {**to_json(RunConfig()), field: value})
+    assert ("of at most 64 bits" in str(caught.value)) == is_out_of_range
+
+
+def test_numpys_floats_are_floats() -> None:
+    assert from_json(RunConfig, {**to_json(RunConfig()), "total_kimg": np.float64(2.5)}).total_kimg == 2.5
 
 
 @pytest.mark.parametrize("preset", ["tiny", "transgan-cifar"])

@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,20 @@ def test_an_archive_is_not_compressed(changed: Callable[..., Path]) -> None:
     bomb = part("extra/zeros", bytes(1 << 20))
     with pytest.raises(UserError, match="is compressed, or its parts overlap"):
         programs.check(changed(bomb, zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize("kind", ["sample inputs", "weights in one file", "a pickled weight", "a pickled constant"])
+def test_torch_runs_no_code_even_where_nothing_was_checked(
+    kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the user lets torch.load read everything; afterwards that holds again."""
+    monkeypatch.setenv(programs.MORE_THAN_DATA, "1")
+    monkeypatch.setattr(programs, "check", lambda path: None)
+    with suppress(pickle.UnpicklingError):  # torch may leave out what it cannot read
+        programs.load(changed(ATTACKS[kind][0]))
+    assert not Path("pwned").exists()
+    assert os.environ[programs.MORE_THAN_DATA] == "1"
+    assert programs.DATA_ALONE not in os.environ
 
 
 class Larger(nn.Module):

@@ -22,12 +22,12 @@ import torch
 from conftest import PATIENCE, new_saver, small_config
 from PIL import Image
 
-from dnnlib.config import UserError, WriteError
+from dnnlib.config import OPTIONS_FILE, UserError, WriteError
 from dnnlib.util import FolderLock, TeeLog, redraw
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
-from training.config import OPTIONS_FILE, read_config
+from training.config import read_config
 from training.dataset import ImageDataset
 from training.loggers import Loggers
 from training.runs import RunFolder

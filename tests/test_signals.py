@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
-import random
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,23 +147,30 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, caps
 def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Python's own handler, which sets `stop`, has to wait until the compression returns."""
-    seen: list[int] = []
-    noise = random.Random(0).randbytes(1 << 20) * 32  # a second's work
+    """Python's own handler, which sets `stop`, has to wait until C returns: here, from waiting for a condition."""
+    seen: list[tuple[bool, int]] = []
+    c = ctypes.CDLL(None)
+    mutex, condition = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
+    c.pthread_mutex_init(mutex, None)
+    c.pthread_cond_init(condition, None)
+    c.pthread_mutex_lock(mutex)
 
     def press(signals: Signals) -> None:
-        time.sleep(0.2)  # until the main thread is inside
+        c.pthread_mutex_lock(mutex)  # which the main thread holds until it waits, and needs again to go on
         os.kill(os.getpid(), signal.SIGINT)
-        while signals.interrupted == math.inf:
+        deadline = time.monotonic() + PATIENCE
+        while signals.interrupted == math.inf and time.monotonic() < deadline:
             time.sleep(0.01)
-        seen.append(signals.stop)
+        seen.append((signals.interrupted < math.inf, signals.stop))
+        c.pthread_cond_signal(condition)
+        c.pthread_mutex_unlock(mutex)
 
     with Signals() as signals:
         thread = threading.Thread(target=press, args=[signals])
         thread.start()
-        zlib.compress(noise, 9)
+        c.pthread_cond_wait(condition, mutex)
         thread.join(PATIENCE)
-        assert (seen, signals.stop) == ([0], signal.SIGINT)
+        assert (seen, signals.stop) == ([(True, 0)], signal.SIGINT)
         signals.stop = 0
     assert "Ctrl-C: stopping" in capsys.readouterr().err
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import PATIENCE, all_recorded, small_config
 
-from dnnlib.config import ConfigError, UserError, override
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, override
 from dnnlib.util import PARTIAL
 from torch_utils import distributed, graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat, Stats
 from training import hooks, runs
-from training.config import OPTIONS_FILE, PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
 from training.phases import Learner, Phase

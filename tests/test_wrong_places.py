@@ -18,9 +18,8 @@ from PIL import Image
 import generate
 import legacy
 import train
-from dnnlib.config import UserError
+from dnnlib.config import OPTIONS_FILE, UserError
 from torch_utils.checkpoint import Checkpoint, write_file
-from training.config import OPTIONS_FILE
 from training.snapshot import FORMAT, VERSION, capture_network
 
 SHAPES = Path(__file__).parent.parent / "docs" / "shapes.pkl"

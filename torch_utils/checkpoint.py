@@ -227,7 +227,11 @@ def check_version(path: Path, document: Mapping[str, Any], newest: int) -> None:
 
 def _refuse_others(path: Path) -> None:
     """Raise UserError for files of other programs that can be told by their content."""
-    if path.is_file() and (what := describe_torch_file(path)):
+    if not path.is_file():
+        return
+    if what := _describe_zip(path):
+        raise UserError(f"{path}: not a file of this project: {what}")
+    if what := describe_torch_file(path):
         raise UserError(
             f"{path}: {what}, which is not of this family: what opens here are this project's files, and the .pkl "
             "files of StyleGAN2-ADA-PyTorch, Styleformer, and StyleGAN3 where it trained StyleGAN2"
@@ -263,7 +267,7 @@ def _check_kind(path: Path) -> None:
 def _describe_start(path: Path, start: bytes) -> str | None:
     """Return what a file is that begins so, None for what torch.save may have written."""
     if start.startswith(b"PK"):
-        return _describe_zip(path)
+        return None
     if not start:
         return "empty"
     if is_pickle(path):
@@ -272,9 +276,9 @@ def _describe_start(path: Path, start: bytes) -> str | None:
 
 
 def _describe_zip(path: Path) -> str | None:
-    """Return what a zip file is, None for one of torch.save and for a damaged one."""
+    """Return what a file of zip is, None for one of torch.save, a damaged one and other files."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except Exception:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ...
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -94,13 +95,15 @@ def peak_memory() -> int | None:
 class OnMeta(TorchFunctionMode):
     """Makes modules whose tensors have shapes and types, and no numbers: they take no memory and no time.
 
-    As `torch.device("meta")` alone does, but there drawing numbers and dividing by one load PyTorch's compiler, which
-    takes a second or more. Neither changes a shape.
+    As `torch.device("meta")` alone does, but there PyTorch's compiler is loaded, which takes a second or more, for
+    drawing numbers, dividing by one, identity matrices and resampling. What stands in for these has the same shape.
     """
 
-    INSTEAD: ClassVar[dict[Any, Any]] = {torch.randn: torch.empty} | dict.fromkeys(
-        (Tensor.normal_, Tensor.uniform_, Tensor.div), lambda x, *_, **__: x
-    )
+    INSTEAD: ClassVar[dict[Any, Any]] = {
+        torch.randn: torch.empty,
+        torch.eye: lambda n, **_: torch.empty(n, n),
+        F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),
+    } | dict.fromkeys((Tensor.normal_, Tensor.uniform_, Tensor.div), lambda x, *_, **__: x)
 
     def __enter__(self) -> Self:
         self.device = torch.device("meta").__enter__()

@@ -612,7 +612,7 @@ def _shorten(text: str) -> str:
 
 
 class _Names:
-    """What the names in a file stand for, within a budget."""
+    """Resolves the names in a file, within a budget."""
 
     def __init__(self, budget: _Budget) -> None:
         self.budget = budget
@@ -683,7 +683,7 @@ class _Names:
 
 
 class _TorchNames(_Names):
-    """What the names in a file of torch.save stand for: those of storages too."""
+    """Resolves the names in a file of torch.save, storage classes included."""
 
     def __call__(self, module: str, name: str) -> Any:
         found = _storage_type(module, name)
@@ -765,7 +765,7 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
 
 
 def _to_storage(data: bytearray, dtype: torch.dtype, count: int) -> _Storage:
-    """The numbers in `data`, which they keep. Raises UserError unless there are so many."""
+    """Return the numbers in `data`, which they keep. Raises UserError unless there are so many."""
     if len(data) != count * dtype.itemsize:
         raise UserError(f"a tensor of {count} numbers of {dtype.itemsize} bytes in {len(data)} bytes")
     return _Storage(torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype))

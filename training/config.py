@@ -27,7 +27,6 @@ from training.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
 GRAPHS_SIDE = 64  # pixels; up to this longer side, a GPU would wait for the host to launch its kernels
-OPTIONS_FILE = "training_options.json"  # in a run's folder
 LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 

@@ -178,14 +178,15 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a file of safetensors. Raises OSError; ValueError, also for a type that torch lacks."""
-    load, broken = (import_extra(f"safetensors{part}", "safetensors") for part in (".torch", ""))
+    safetensors = import_extra("safetensors", "safetensors")
+    safetensors_torch = import_extra("safetensors.torch", "safetensors")
     with open_regular(path) as file:
         content = file.read()
     try:
-        tensors: dict[str, Tensor] = load.load(content)
+        tensors: dict[str, Tensor] = safetensors_torch.load(content)
     except KeyError as error:
         raise ValueError(f"its numbers are of the type {error.args[0]}, which is not known here") from None
-    except (broken.SafetensorError, AssertionError, RuntimeError, TypeError, OverflowError) as error:
+    except (safetensors.SafetensorError, AssertionError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(describe_error(error)) from None
     return tensors
 

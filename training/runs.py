@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import dnnlib
-from dnnlib.config import ConfigError, UserError, differences, override, to_json
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, differences, override, to_json
 from dnnlib.download import is_url
 from dnnlib.util import (
     PARTIAL,
@@ -34,7 +34,6 @@ from torch_utils import distributed
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.misc import device_name
 from training.config import (
-    OPTIONS_FILE,
     PRESETS,
     Circumstances,
     TrainConfig,

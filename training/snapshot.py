@@ -14,18 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import FLOAT32_MAX, ConfigError, UserError, show, to_json
+from dnnlib.config import FLOAT32_MAX, OPTIONS_FILE, ConfigError, UserError, show, to_json
 from dnnlib.util import describe_error
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
 from torch_utils.misc import OnMeta
 from torch_utils.pickles import is_pickle
-from training.config import OPTIONS_FILE, TrainConfig, read_config
+from training.config import TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
 
 FORMAT = "network-snapshot"
 VERSION = 1
 MOST_IMAGES = 2**53  # that a network has seen: a float holds them
-MOST_DERIVED = 2**25  # numbers that a network makes from its configuration, such as matrices that resample
+MOST_DERIVED = 2**25  # elements of buffers that are not stored, such as matrices that resample
 MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
 
 
@@ -220,7 +220,7 @@ def outline(config: Any, where: str) -> nn.Module:
     stored = network.state_dict()
     derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)
     if derived > MOST_DERIVED:
-        raise UserError(f"{where}: computes with {derived} numbers beside its weights, at most {MOST_DERIVED} are made")
+        raise UserError(f"{where}: needs {derived} buffer elements beside its weights, limit {MOST_DERIVED}")
     return network
 
 

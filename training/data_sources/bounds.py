@@ -78,7 +78,7 @@ class Unpacked:
         self.position = 0
 
     def read(self, size: int) -> bytes:
-        """The next bytes, fewer than `size` at the end only; at most what is there is in memory."""
+        """Return the next bytes, fewer than `size` only at the end; memory is taken for bytes that are there."""
         parts = []
         while size and (part := self._stream.read(min(size, _PIECE))):
             self.position += len(part)

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from dnnlib.images import TURNS, BrokenImageError, open_image, orientation_of
+from dnnlib.images import PNG_SIGNATURE, TURNS, BrokenImageError, open_image, orientation_of
 
 try:
     import pyspng
@@ -21,7 +21,6 @@ SLOW_DECODER = None if pyspng else "Pillow decodes the images: pyspng, which is 
 
 PNG_START = 41  # bytes: signature, header chunk, length and name of the next one
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> colour type of the PNG header
 _PNG_FORMATS = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -98,7 +97,7 @@ def _has_plain_header(data: bytes, shape: tuple[int, int, int]) -> bool:
     """Whether data begin as a PNG of `shape` with 8 bits per channel, neither palette nor interlacing."""
     H, W, C = shape
     header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES.get(C, 255), 0, 0, 0)
-    return data[:8] == _PNG_SIGNATURE and data[12:29] == b"IHDR" + header
+    return data[:8] == PNG_SIGNATURE and data[12:29] == b"IHDR" + header
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -108,7 +107,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     rows[:, 1:] = pixels.reshape(H, W * C)
     header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES[C], 0, 0, 0)
     data = zlib.compress(rows.tobytes(), 0)
-    return _PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
+    return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
 
 
 def _png_chunk(name: bytes, content: bytes) -> bytes:

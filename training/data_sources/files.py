@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dnnlib.config import UserError
+from dnnlib.config import FLOAT32_MAX, UserError
 from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import open_regular, parse_json, read_regular
 from training.data_sources.bounds import unpacked_limit
@@ -21,7 +19,6 @@ from training.data_sources.bounds import unpacked_limit
 Label = int | list[float]
 
 MAX_CLASS = 2**31 - 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()

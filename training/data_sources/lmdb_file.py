@@ -47,7 +47,7 @@ class LmdbFile:
             yield from self._walk(self._root, 0)
 
     def _read_meta(self, place: int) -> tuple[int, int, int, int]:
-        """Transaction, entries, root and last page."""
+        """Return transaction, entries, root and last page of a meta page."""
         magic, version = struct.unpack("<II", self._read(place + _HEAD, 8))
         if (magic, version) != (_MAGIC, _VERSION):
             raise ValueError("not a file of LMDB, version 1")
@@ -78,7 +78,7 @@ class LmdbFile:
                 yield page[place + 8 : start], self._value(page, start, low | high << 16, node_flags)
 
     def _value(self, page: bytes, start: int, size: int, flags: int) -> bytes:
-        """The value of a node of a leaf."""
+        """Return the value of a node of a leaf."""
         self._left -= size
         if flags & ~_IN_PAGES or self._left < 0 or (not flags and start + size > len(page)):
             raise ValueError(f"a value of {size} bytes")

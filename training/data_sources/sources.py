@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dnnlib.config import UserError
+from dnnlib.config import FLOAT32_MAX, UserError
 from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import describe_error
 from training.data_sources.bounds import (
@@ -25,7 +25,6 @@ from training.data_sources.bounds import (
 )
 from training.data_sources.cifar import read_cifar
 from training.data_sources.files import (
-    FLOAT32_MAX,
     MAX_CLASS,
     FileStore,
     FolderStore,
@@ -254,7 +253,7 @@ def _open_tar(path: Path) -> Source:
 
 
 def _first_member(members: Iterator[Member], path: Path) -> Member:
-    """The first member of an archive. Raises UserError for what is none."""
+    """Return the first member of an archive. Raises UserError for what is none."""
     try:
         return next(members)
     except (StopIteration, tarfile.HeaderError):
