@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,22 +212,28 @@ def run(job: Job) -> None:
                 click.echo(f"Warning: {record}: left out", err=True)
             continue
         records.append(record)
-        if distributed.is_main():
-            try:
-                if job.folder:
-                    append_result(job.folder, record)
-            except WriteError as error:
-                click.echo(f"Warning: {error}", err=True)
-                is_complete = False
-            click.echo(to_line(record))
-            for warning in record["warnings"]:
-                click.echo(f"Warning: {record['metric']}: {warning}", err=True)
+        is_complete &= distributed.from_main(partial(show, record, job.folder))
     if distributed.is_main():
         click.echo(to_table(records), err=True)
         if job.plot and job.folder:
             plot(job.folder, {f"metric-{record['metric']}" for record in records})
     if not distributed.from_main(lambda: is_complete):
         raise SystemExit(1)
+
+
+def show(record: dict[str, Any], folder: Path | None) -> bool:
+    """Append a record to the file in a folder and print it; return whether it could be appended, if that was asked."""
+    is_written = True
+    try:
+        if folder:
+            append_result(folder, record)
+    except WriteError as error:
+        click.echo(f"Warning: {error}", err=True)
+        is_written = False
+    click.echo(to_line(record))
+    for warning in record["warnings"]:
+        click.echo(f"Warning: {record['metric']}: {warning}", err=True)
+    return is_written
 
 
 def uncounted_flips(job: Job) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -18,17 +17,12 @@ from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
 from dnnlib.download import is_url
 from dnnlib.screen import guarded
 from dnnlib.streams import OutputError
-from dnnlib.util import describe_error, is_out_of_memory
+from dnnlib.util import explain
 
 # Decorators of click are untyped functions over functions.
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-LIMITS = {  # of this shell, as errors tell them -> what to do
-    errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
-    errno.ENFILE: "the machine has no more; end other programs",
-    errno.EAGAIN: "raise the limit of processes and threads, `ulimit -u`, or choose fewer --workers",
-}
 MOST_DIGITS = 18  # of an integer: it fits into 64 bits
 MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do
@@ -151,12 +145,8 @@ class Script(Program):
         except UserError as error:
             fail(self, error)
         except (MemoryError, RuntimeError, OSError) as error:
-            if is_out_of_memory(error):
-                fail(self, UserError(f"out of memory ({describe_error(error)}): give it less at a time"))
-            if isinstance(error, OSError) and error.errno in LIMITS:
-                fail(self, UserError(f"{error.strerror}: {LIMITS[error.errno]}"))
-            if isinstance(error, OSError) and error.filename is not None:
-                fail(self, UserError(f"{error.filename}: cannot be used ({error.strerror})"))
+            if message := explain(error):
+                fail(self, UserError(message))
             raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -236,7 +226,13 @@ class FileOrURL(click.ParamType):
     name = "PATH|URL"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        return value if isinstance(value, Path) or is_url(value) else Path(value)
+        if isinstance(value, Path) or is_url(value):
+            return value
+        if re.match(r"[a-zA-Z][\w+.-]+://", value):
+            self.fail(
+                f"{value}: of addresses, only http:// and https:// are fetched; fetch the file yourself", param, ctx
+            )
+        return Path(value)
 
 
 class IntList(click.ParamType):

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 _CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
 _ANY_CONTROL = re.compile(f"[{_CONTROL}]")
 _SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and moves of the cursor (ECMA-48), as of tqdm and W&B
-_SCHEME = r"([a-z][a-z0-9+.-]*://|https?:/)"  # as a path, an address has one / there
+_SCHEME = r"([a-z][a-z0-9+.-]+:[/\\]+|https?:)"  # as a path, an address has one / there
 _ADDRESS = re.compile(_SCHEME + r"[^\s\"'<>\\]+", re.IGNORECASE)
 _CLOSING = re.compile(r"[:;,.)\]}!]*$")  # what follows an address in a sentence
 # Fragments that are no secret: a checksum, and words, as of a section of documentation.

@@ -38,6 +38,12 @@ except ImportError:  # Windows
 PARTIAL = ".partial"  # how the name of a file ends that is being written
 MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
 MAX_JSON_DEPTH = 100  # far from where comparing, showing or writing a document is more than Python's stack holds
+LIMITS = {  # of this shell, as errors tell them -> what to do
+    errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
+    errno.ENFILE: "the machine has no more; end other programs",
+    errno.EAGAIN: "raise the limit of processes and threads, `ulimit -u`, or choose fewer --workers",
+}
+WIDEST = 500  # columns of a line on a terminal, whatever COLUMNS says
 MAX_LINE_BYTES = 1 << 20  # of a line of a log
 
 
@@ -159,6 +165,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     before = None if error.__suppress_context__ else error.__context__
     return any(sign in str(error) for sign in signs) or (before is not None and is_out_of_memory(before))
+
+
+def explain(error: BaseException) -> str | None:
+    """Return a line for an error that is no mistake of a program: of memory, of limits, of a file; None for others."""
+    if is_out_of_memory(error):
+        return f"out of memory ({describe_error(error)}): give it less at a time"
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        return f"{error.strerror}: {LIMITS[error.errno]}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be used ({error.strerror})"
+    return None
 
 
 def describe_error(error: BaseException) -> str:
@@ -294,12 +311,26 @@ class FolderLock:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, if there is one."""
         if self.file:
             self.file.close()
+            self.file = None
+
+    def holds(self, folder: Path) -> bool:
+        """Whether the locked file is still the one in this folder. Raises OSError where that cannot be known."""
+        try:
+            return self.file is not None and os.path.samestat(os.stat(folder / self.NAME), os.fstat(self.file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def acquire(self, folder: Path) -> None:
         """Take the lock. Raises UserError naming the process that has it; warns where the file system has no locks."""
         try:
+            self.release()
+            open_regular(folder / self.NAME, to_append=True).close()
             self.file = (folder / self.NAME).open("a+")
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no fcntl")
@@ -327,7 +358,7 @@ class FolderLock:
 
 def redraw(text: str, stream: TextIO) -> None:
     """Show a line on a terminal in the place of the last one that was shown so; an empty one leaves nothing there."""
-    width = shutil.get_terminal_size().columns - 1  # a terminal that is full goes to the next line
+    width = min(shutil.get_terminal_size().columns - 1, WIDEST)  # a terminal that is full goes to the next line
     stream.write(f"\r{text[:width]:<{width}}\r")
     stream.flush()
 

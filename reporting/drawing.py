@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def check_matplotlib() -> None:
 
 def draw(chart: Chart) -> Picture:
     """Draw a chart."""
+    os.environ["MPLBACKEND"] = "agg"  # files are drawn, whatever backend the user's windows have
     import matplotlib
 
     rulers = _rulers(chart.lines)

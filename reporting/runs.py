@@ -93,7 +93,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; name the folder of a run, or one that holds runs")
+            problem = "not a folder" if path.exists() else "no such folder"
+            raise UserError(f"{path}: {problem}; name the folder of a run, or one that holds runs")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
         if not inside:
             raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ from training.training_loop import Trainer
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
+
+
+_LOCKS = ExitStack()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _locks_are_given_back() -> Iterator[None]:
+    """Close those of `new_saver`."""
+    with _LOCKS:
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -155,5 +166,7 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
 
 def new_saver(folder: Path, config: TrainConfig) -> Saver:
     """The saver of a run whose folder this is."""
+    lock = _LOCKS.enter_context(FolderLock())
+    lock.acquire(folder)
     (folder / OPTIONS_FILE).touch()
-    return Saver(RunFolder(folder, config, FolderLock()))
+    return Saver(RunFolder(folder, config, lock))

@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,10 +31,31 @@ from training import hooks, saving
 from training.config import read_config
 from training.dataset import ImageDataset
 from training.loggers import Loggers
-from training.runs import RunFolder
+from training.runs import RunFolder, list_states
 from training.saving import Saver, obsolete
 from training.snapshot import load_network
 from training.training_loop import Trainer
+
+ROOT = Path(__file__).parent.parent
+OTHER = """
+import sys
+from pathlib import Path
+from dnnlib.util import FolderLock
+lock = FolderLock()
+lock.acquire(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_program(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that holds the lock of a folder."""
+    command = [sys.executable, "-c", OTHER, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "locked\n"
+        yield process
 
 
 def new_trainer(data: Path, **changes: object) -> Trainer:
@@ -188,7 +210,7 @@ def test_training_goes_on_when_the_disk_is_full(
     with no_room():
         train_steps(trainer, 2)
         saver.writer.wait()
-    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == set()
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == {FolderLock.NAME}
     train_steps(trainer, 1)
     saver.finish()
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
@@ -226,21 +248,22 @@ def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
             shutil.rmtree(tmp_path / "runs")
 
     with FolderLock() as lock, TeeLog(run_dir / "log.txt") as log:
+        lock.acquire(run_dir)
         (run_dir / OPTIONS_FILE).write_text("{}")
         saver = Saver(RunFolder(run_dir, trainer.config, lock, log))
         trainer.hooks = [remove, hooks.Folder(saver), hooks.JsonLog(run_dir)]
         train_steps(trainer, 4)
         saver.finish()
+        assert lock.holds(run_dir)
         print("the end")
     assert capsys.readouterr().err == (
-        f"Warning: {run_dir} was removed or emptied while the run went on; it is there again, with a training state\n"
+        f"Warning: {run_dir} has lost files while the run went on (removed, moved?); options, log and a training state "
+        "are written there again\n"
     )
     assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2
     assert read_config(json.loads((run_dir / OPTIONS_FILE).read_text())) == trainer.config
     assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 3  # of steps 2 to 4
     assert (run_dir / "log.txt").read_text().endswith("the end\n")
-    with FolderLock() as other:
-        other.acquire(run_dir)
 
 
 def test_a_folder_that_cannot_be_made_again_stops_the_run_with_the_state_elsewhere(
@@ -261,9 +284,51 @@ def test_a_folder_that_cannot_be_made_again_stops_the_run_with_the_state_elsewhe
     assert (tmp_path / "runs").read_text() == "another file"
     shutil.rmtree(state.parent)
     state.parent.touch()
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(state.parent))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix, dir: str(state.parent))
     with pytest.raises(UserError, match="nor could the training state be saved elsewhere"):
         saver.check_folder(trainer)
+
+
+def test_a_folder_that_another_run_has_taken_is_not_written_into(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was moved away, and a new run of the same name began; or its lock was deleted, and a second one went on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trainer = new_trainer(shapes_zip)
+    (tmp_path / "run").mkdir()
+    saver = new_saver(tmp_path / "run", trainer.config)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()
+    with other_program(tmp_path / "run") as process:
+        (tmp_path / "run" / OPTIONS_FILE).write_text("theirs")
+        with pytest.raises(UserError, match=f"in use by another program .process {process.pid} .*--resume="):
+            saver.check_folder(trainer)
+        assert (tmp_path / "run" / OPTIONS_FILE).read_text() == "theirs"
+    (state,) = tmp_path.glob("styleformer-*/training-state-000000.pt")
+    assert Checkpoint.read(state)["parts"]["state"]["step"] == 0
+
+
+def test_a_lock_that_was_deleted_is_taken_again(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip)
+    saver = new_saver(tmp_path, trainer.config)
+    (tmp_path / FolderLock.NAME).unlink()
+    saver.check_folder(trainer)
+    assert saver.folder.lock.holds(tmp_path)
+
+
+def test_copies_and_folders_named_like_states_are_left_alone(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(shapes_zip, run__keep_last=1, run__keep_every=1)
+    names = ["training-state-000000-backup.pt", "training-state-best.pt", "training-state-000003.pt.old"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "training-state-000001.pt").mkdir()
+    saver = new_saver(tmp_path, trainer.config)
+    trainer.hooks = [hooks.Snapshots(saver, 1)]
+    trainer.state.nimg = 8000
+    train_steps(trainer, 1)
+    saver.finish()
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in names)
+    assert [path.name for path in list_states(tmp_path)] == ["training-state-000008.pt"]
 
 
 def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,8 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else describe_error(error)
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "inline_container" in str(error)
+        reason = "the disk is full" if is_full else describe_error(error)
         raise WriteError(f"{path}: cannot be written ({reason}); earlier files are intact") from error
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dnnlib import screen, streams
 from dnnlib.config import UserError
-from dnnlib.util import describe_error, is_out_of_memory
+from dnnlib.util import describe_error, explain
 from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -178,7 +178,8 @@ def _launch_local(
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
     # Workers note SIGTERM and go on to the end of a step, which never comes when one of them has failed.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    if not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "").isdigit():
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"
     # The folder has mode 0700: what the processes meet in is for this user alone.
     with tempfile.TemporaryDirectory() as folder, _loopback(), _signals_passed_on():
         config = LaunchConfig(
@@ -293,8 +294,8 @@ def _work(
         dist.destroy_process_group()
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            print(f"Error (process {rank()}): out of memory ({describe_error(error)})", file=sys.stderr)
+        if message := explain(error):
+            print(f"Error (process {rank()}): {message}", file=sys.stderr)
             _leave(2)
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # who failed first says more
             print(f"Error (process {rank()}): lost contact with another process", file=sys.stderr)

@@ -344,6 +344,10 @@ class Profile:
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.path))
         self.profiler = None
+        if not self.path.exists():  # torch says so on stderr, and leaves a part
+            self.path.with_name(f"{self.path.name}.tmp").unlink(missing_ok=True)
+            print(f"Warning: {self.path}: cannot be written; training goes on", file=sys.stderr, flush=True)
+            return
         print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
 
 

@@ -61,6 +61,9 @@ class TensorBoard:
     def _writing(self) -> Iterator[Any]:
         """Yield the writer and flush it; a new one after a failure, of which the thread that writes has ended."""
         if self.has_failed:
+            for path in Path(self.writer.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+                if not path.stat().st_size:  # of a writer for which there was no room
+                    path.unlink()
             self.writer, self.has_failed = type(self.writer)(self.writer.log_dir), False
         try:
             yield self.writer

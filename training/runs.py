@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import dnnlib
-from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, differences, override, to_json
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, WriteError, differences, override, to_json
 from dnnlib.download import is_url
 from dnnlib.util import (
     PARTIAL,
@@ -57,6 +57,8 @@ PUBLISHED = {
     "celebahq256": "CelebA-HQ at 256x256",
     "lsundog256": "LSUN Dog at 256x256",
 }
+
+STATE_NAME = re.compile(r"training-state-\d+\.pt")
 
 # Files that training writes in one step, before they get their names.
 OWN_PARTIAL = re.compile(
@@ -142,7 +144,8 @@ def find_start(request: Request) -> Start:
     if not path.is_dir():
         raise UserError(f"--resume={path}: {_explain_missing(request.resume)}")
     if not list_states(path):
-        raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt)")
+        hint = f"; to go on with the newest of its runs: --outdir={path} --resume=latest" if _list_runs(path) else ""
+        raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt){hint}")
     return _choose_named(path, _saved_config(path), request)
 
 
@@ -284,15 +287,14 @@ class RunFolder:
         self.path, self.config, self.lock, self.log = path, config, lock, log
 
     def restore(self) -> bool:
-        """Make the folder again, with its options, lock and log, if it has gone; return whether it had.
+        """Make the folder again, with its options, lock and log, if it has gone or is empty; return whether it had.
 
-        A disk that does not answer for the moment has not gone. Raises OSError, UserError.
+        Another folder of its name, in which another program runs, is none to write into. A disk that does not answer
+        for the moment has not gone. Raises OSError, UserError.
         """
         try:
-            os.stat(self.path / OPTIONS_FILE)
-            return False
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            if self.lock.holds(self.path) and os.path.exists(self.path / OPTIONS_FILE):
+                return False
         except OSError:
             return False
         self.path.mkdir(parents=True, exist_ok=True)
@@ -407,8 +409,10 @@ def notes_on(name: str, snapshot: Snapshot) -> list[str]:
 
 
 def list_states(run_dir: Path) -> list[Path]:
-    """Return a run's training states, oldest first."""
-    return sorted(run_dir.glob("training-state-*.pt"))
+    """Return a run's training states, oldest first: files that are named as training names them, and no copies."""
+    return sorted(
+        path for path in run_dir.glob("training-state-*.pt") if STATE_NAME.fullmatch(path.name) and path.is_file()
+    )
 
 
 def load_latest(trainer: Trainer, run_dir: Path) -> Path:
@@ -420,7 +424,8 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     if distributed.is_main():
         _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
-            _cut_log(log, trainer.state.nimg / 1000)
+            with warn_on_write_error():
+                _cut_log(log, trainer.state.nimg / 1000)
     return chosen
 
 
@@ -462,10 +467,18 @@ def _remove_leftovers(run_dir: Path) -> None:
 
 
 def _cut_log(path: Path, kimg: float) -> None:
-    """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short."""
-    if path.exists():
-        kept = [entry for entry, age in _read_log(path) if age is None or age <= kimg]
-        write_atomically(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+    """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short.
+
+    Raises WriteError.
+    """
+    if not path.is_file():
+        return
+    kept = "".join(f"{json.dumps(entry)}\n" for entry, age in _read_log(path) if age is None or age <= kimg)
+    try:
+        if kept.encode() != path.read_bytes():
+            write_atomically(path.resolve(), kept)  # resolved: a link that leads to another disk stays one
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_ages(path: Path) -> set[float]:

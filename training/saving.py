@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import describe_error
+from dnnlib.util import describe_error, warn_on_write_error
 from torch_utils import distributed
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint
@@ -69,8 +69,8 @@ class Saver:
         except (OSError, UserError) as error:
             raise UserError(self._rescue(trainer, describe_error(error))) from None
         print(
-            f"Warning: {self.run_dir} was removed or emptied while the run went on; it is there again, with a training "
-            "state",
+            f"Warning: {self.run_dir} has lost files while the run went on (removed, moved?); options, log and a "
+            "training state are written there again",
             file=sys.stderr,
             flush=True,
         )
@@ -82,12 +82,16 @@ class Saver:
     def _rescue(self, trainer: Trainer, reason: str) -> str:
         """Write a training state to the folder of temporary files; return what is to be said."""
         problem = f"{self.run_dir}: was removed while the run went on, and cannot be made again ({reason})"
-        state = Path(tempfile.mkdtemp(prefix="styleformer-")) / f"training-state-{trainer.state.nimg // 1000:06d}.pt"
-        try:
-            trainer.save(state)
-        except WriteError as error:
-            return f"{problem}; nor could the training state be saved elsewhere: {error}"
-        return f"{problem}. The training state is in {state}: --resume={state} starts a new run from it"
+        failed = []
+        for parent in (None, Path.cwd, Path.home):  # None: the folder of temporary files
+            try:
+                folder = tempfile.mkdtemp(prefix="styleformer-", dir=parent and parent())
+                state = Path(folder) / f"training-state-{trainer.state.nimg // 1000:06d}.pt"
+                trainer.save(state)
+                return f"{problem}. The training state is in {state}: --resume={state} starts a new run from it"
+            except (OSError, RuntimeError, WriteError) as error:
+                failed.append(describe_error(error))
+        return f"{problem}; nor could the training state be saved elsewhere: {'; '.join(failed)}"
 
     def report(self, trainer: Trainer) -> None:
         """Warn of what could not be written; note what was."""
@@ -125,7 +129,8 @@ class Saver:
         # Later ones are what a run left behind that went on from an earlier state, because they are damaged.
         states = [state for state in list_states(self.run_dir) if state <= path]
         for old in obsolete(states, self.run.keep_last, self.run.keep_every):
-            old.unlink(missing_ok=True)
+            with warn_on_write_error():
+                old.unlink(missing_ok=True)
 
     @staticmethod
     def _warn(failed: Sequence[WriteError]) -> None:

@@ -6,6 +6,7 @@ only and runs no code (see torch_utils/checkpoint.py for its layout).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
 
+SNAPSHOT_NAME = re.compile(r"network-snapshot-\d+\.pkl")  # and none of a copy
 FORMAT = "network-snapshot"
 VERSION = 1
 MOST_IMAGES = 2**53  # that a network has seen: a float holds them
@@ -107,7 +109,7 @@ def write_network(path: Path, payload: dict[str, Any]) -> None:
 
 def list_snapshots(folder: Path) -> list[Path]:
     """Return the snapshots in a folder, oldest first. Raises UserError for the folder of a run that has none yet."""
-    snapshots = sorted(folder.glob("network-snapshot-*.pkl"))
+    snapshots = sorted(path for path in folder.glob("network-snapshot-*.pkl") if SNAPSHOT_NAME.fullmatch(path.name))
     if not snapshots and (folder / OPTIONS_FILE).exists():
         raise UserError(f"{folder}: this run has written no snapshot yet")
     return snapshots

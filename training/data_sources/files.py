@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dnnlib.config import FLOAT32_MAX, UserError
+from dnnlib.config import FLOAT32_MAX, OPTIONS_FILE, UserError
 from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import open_regular, parse_json, read_regular
 from training.data_sources.bounds import unpacked_limit
@@ -184,11 +184,15 @@ def open_store(path: Path) -> FileStore:
     """Open a folder or .zip of images. Raises UserError when it is missing, something else, or holds no images."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder or .zip file of images")
+    if (path / OPTIONS_FILE).exists():
+        raise UserError(f"{path} is the folder of a run, whose pictures are no data set: give that of the run's images")
     if path.is_dir():
         store: FileStore = FolderStore(path)
     elif path.suffix.lower() == ".zip":
         store = ZipStore(path)
     else:
+        if path.suffix in (".pkl", ".pt"):
+            raise UserError(f"{path} is no data set: --network takes snapshots, --resume them and training states")
         raise UserError(f"{path} is neither a folder nor a .zip file: convert it with dataset_tool.py first")
     if not store.names:
         raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}): check the path")
