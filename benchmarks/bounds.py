@@ -166,7 +166,7 @@ def _damaged_run(damage: Callable[[Path], Any]) -> Make:
     def write(folder: Path) -> list[str]:
         run_dir = folder / "00000-run"
         run_dir.mkdir()
-        shutil.copy(STATE, run_dir)
+        shutil.copy(STATE, run_dir / "training-state-000001.pt")
         options = to_json(read_config(Checkpoint.read(STATE)["config"]))
         (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
         damage(run_dir / OPTIONS_FILE)

@@ -892,7 +892,7 @@ def test_one_damaged_run_leaves_the_others_to_resume_from(
     for number in range(2):
         run_dir = tmp_path / f"0000{number}-run"
         run_dir.mkdir()
-        shutil.copy(STATE, run_dir)
+        shutil.copy(STATE, run_dir / "training-state-000001.pt")
         (run_dir / OPTIONS_FILE).write_text(json.dumps(to_json(config)))
     DAMAGED_RUNS[name](tmp_path / "00001-run" / OPTIONS_FILE)
     plain = replace(config, run=replace(config.run, num_gpus=1))

@@ -428,6 +428,7 @@ def test_a_run_without_snapshots_and_a_wrong_detector_are_named(calc: CalcMetric
     assert "--detector=no/such.pt: no such file" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one_on_every_metric(calc: CalcMetrics, snapshot: Path, program: Path) -> None:
     """Two processes share fakes and reals, gather features, and share out rows of distances.
 
@@ -449,6 +450,7 @@ def test_two_processes_agree_with_one_on_every_metric(calc: CalcMetrics, snapsho
         assert (two["num_real"], two["num_fake"]) == (one["num_real"], one["num_fake"])
 
 
+@pytest.mark.slow
 def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG files -> uint8 -> resize -> Inception -> FID, KID, IS; the network has random weights of the right shape."""
     library = pytest.importorskip("torch_fidelity")

@@ -379,7 +379,7 @@ def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examp
         assert refused is None or str(path) in refused
 
 
-@draws(100, 1000)
+@draws(50, 1000)
 def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, examples: int) -> None:
     """With a right checksum, as whoever writes them can make it."""
     config = read_config(Checkpoint.read(STATE)["config"])

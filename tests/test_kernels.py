@@ -361,7 +361,13 @@ def test_files_hold_the_order_of_activations() -> None:
 
 
 @pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not here")
-@pytest.mark.parametrize("source", custom_ops.SOURCES, ids=lambda source: source.name)
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(source, marks=[pytest.mark.slow] * (source.name == "bias_act.cu"), id=source.name)
+        for source in custom_ops.SOURCES
+    ],
+)
 def test_nvcc_compiles_for_compute_capability_9(source: Path, tmp_path: Path) -> None:
     nvcc = custom_ops.find_nvcc()
     assert nvcc is not None

@@ -211,6 +211,7 @@ def test_a_disk_that_is_full_for_a_while_costs_tensorboard_what_came_then(
 def test_wandb_sees_no_secrets_of_the_command_line(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("wandb", reason="wandb is an optional package")
     given = ["train.py", "--resume=https://u:s3cret@h/x.pkl?s3cret"]
     monkeypatch.setattr("sys.argv", given)
     seen: list[list[str]] = []

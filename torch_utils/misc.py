@@ -103,7 +103,9 @@ class OnMeta(TorchFunctionMode):
         torch.randn: torch.empty,
         torch.eye: lambda n, **_: torch.empty(n, n),
         F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),
-    } | dict.fromkeys((Tensor.normal_, Tensor.uniform_, Tensor.div), lambda x, *_, **__: x)
+    } | dict.fromkeys(
+        (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.div), lambda x, *_, **__: x
+    )
 
     def __enter__(self) -> Self:
         self.device = torch.device("meta").__enter__()
