@@ -1,4 +1,4 @@
-"""What the benchmarks share: the README's model, a clock, and the line of JSON that a measurement becomes.
+"""Parts that the benchmarks share: the README's model, a clock, and the line of JSON that a measurement becomes.
 
 Importing it puts the project's folder on the path, so that the scripts also run from a clone that is not installed.
 """

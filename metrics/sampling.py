@@ -53,7 +53,7 @@ class Generator(Protocol):
 
 
 class Images(Protocol):
-    """What a metric knows of a data set. `labels` are int64 classes [len] or float32 vectors [len, c_dim]."""
+    """Interface of a data set to metrics. `labels` are int64 classes [len] or float32 vectors [len, c_dim]."""
 
     def __len__(self) -> int: ...
     @property
@@ -76,7 +76,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricContext:
-    """What is compared, and how: the reals, and the fakes, which come from G or, without one, from `fakes`.
+    """Inputs of metrics: the reals, and the fakes, which come from G or, without one, from `fakes`.
 
     `images` is the data set, `mirrored` the same with every image's flip (--mirror), None without. The registry sets
     `counts_flips` for each metric; metrics take their reals from `reals`. G is on `device`, in evaluation mode. `cache`

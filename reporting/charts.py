@@ -1,4 +1,4 @@
-"""Which numbers of which runs are drawn into which chart, as lines of their own colour and dashes."""
+"""Charts of runs: which statistics each shows, as lines of their own colour and dashes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Line:
         return len(self.curve.values) > MANY
 
     def trend(self) -> Curve:
-        """Of many points the mean over the fiftieth of the curve around each, at its ends over what there is of it."""
+        """Centred moving average over 2 % of the curve, shorter at both ends; the raw curve if it has few points."""
         if not self.is_smoothed:
             return self.curve
         half = len(self.curve.values) // 100
@@ -99,12 +99,12 @@ class Chart:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """What is drawn, by name."""
+        """Names of the statistics that are drawn."""
         return tuple(dict.fromkeys(line.number for line in self.lines))
 
     @property
     def note(self) -> str:
-        """What faint and strong lines are, where there are both; whether the runs' values do not compare."""
+        """Caption: how faint and strong lines differ, where there are both, and whether the runs are comparable."""
         notes = []
         if any(line.is_smoothed for line in self.lines):
             notes.append("faint: every tick; strong: the mean over a fiftieth of the run")
@@ -113,13 +113,13 @@ class Chart:
         return "; ".join(notes)
 
     def label(self, line: Line) -> str:
-        """What tells a line from the others."""
+        """Label of a line: its statistic, or its run where runs are compared."""
         if not self.compares:
             return line.number
         return f"{line.run} {line.number}" if len(self.numbers) > 1 else line.run
 
     def legend(self) -> list[Entry]:
-        """Of one run its numbers by colour; of several the runs by colour, then the numbers by dashes."""
+        """Legend entries: the statistics of one run by colour; several runs by colour, then statistics by dashes."""
         if not self.compares:
             return [Entry(line.number + _best_of(line), line.colour) for line in self.lines]
         runs = {line.run: Entry(line.run + _best_of(line), line.colour) for line in self.lines}
@@ -181,7 +181,7 @@ def higher_is_better(metric: str) -> bool | None:
 
 
 def place_of_best(curve: Curve, *, higher: bool) -> int:
-    """Where in a curve its best value is, the first of equal ones."""
+    """Return the index of the best value in a curve, the first of equal ones."""
     return int(curve.values.argmax() if higher else curve.values.argmin())
 
 
@@ -196,7 +196,7 @@ def _is_positive(lines: Sequence[Line]) -> bool:
 
 
 def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str]) -> tuple[Line, ...]:
-    """What runs have of these numbers. Of several runs the colour says which, and the dashes say which number."""
+    """Return the lines of these statistics. With several runs, colour stands for the run and dashes for the statistic."""
     lines = []
     for i, (run, curves) in enumerate(runs):
         for j, number in enumerate(numbers):

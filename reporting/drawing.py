@@ -31,7 +31,7 @@ INK = "#0a0b0c"  # what is not a line; the page chooses the colour
 
 @dataclass(frozen=True)
 class Ruler:
-    """What lies along a panel: the part of a curve that is called `name`, in units of `unit`."""
+    """Horizontal axis of a panel: the field `name` of a curve, in units of `unit`."""
 
     name: str
     unit: float
@@ -187,7 +187,7 @@ def _draw_panel(chart: Chart, ruler: Ruler) -> Panel:
 
 
 def _inline(svg: str) -> str:
-    """What of an SVG file an HTML page needs: in the colour of its text, and without names that charts share."""
+    """Strip an SVG for inlining: use the page's text colour and make element ids unique per chart."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)

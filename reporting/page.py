@@ -44,7 +44,7 @@ def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int
 
 
 def _problems(runs: Sequence[Run]) -> str:
-    """What of the files could not be read, and what the runs themselves warned of."""
+    """List the files that could not be read, and the warnings of the runs."""
     items = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     items += [f"{run.name}: {line}" for run in runs for line in run.warnings]
     lines = "".join(f"<li>{escape(item)}</li>" for item in items)
@@ -52,7 +52,7 @@ def _problems(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    """How far each run has come, and where its metrics stand."""
+    """Table of the runs: progress, pace and the latest metrics."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
     rows = [["run", "kimg", "time of training", "sec/kimg", "p", "last tick"]]
     rows[0] += [head for name in metrics for head in (f"{name}, best", "last")]
