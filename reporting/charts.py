@@ -196,7 +196,7 @@ def _is_positive(lines: Sequence[Line]) -> bool:
 
 
 def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str]) -> tuple[Line, ...]:
-    """Return the lines of these statistics. With several runs, colour stands for the run and dashes for the statistic."""
+    """Return the lines of these statistics. With several runs, colour tells the run and dashes the statistic."""
     lines = []
     for i, (run, curves) in enumerate(runs):
         for j, number in enumerate(numbers):

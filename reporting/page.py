@@ -216,7 +216,7 @@ def _all_options(run: Run) -> str:
 
 
 def _environments(runs: Sequence[Run]) -> str:
-    """What each run was computed with, from each start on."""
+    """Table of the environments: what each run was computed with, from each start on."""
     starts = [(run.name, start) for run in runs for start in run.starts[-MAX_STARTS:]]
     names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_FACTS]
     rows = [["run", *names]]

@@ -1,4 +1,4 @@
-"""What a run's folder tells: its ticks, metrics, grids of images and options, also while the run is going on."""
+"""Reader of a run's folder: its ticks, metrics, grids of images and options, also while the run is going on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def total_kimg(self) -> float:
-        """How long the run is meant to be; nan if that is not known."""
+        """Planned length of the run in kimg; nan if that is not known."""
         part = self.options.get("run")
         total = part.get("total_kimg") if isinstance(part, dict) else None
         return float(total) if is_number(total, MAX_AGE) else math.nan
@@ -147,7 +147,7 @@ def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
 
 
 def _unsaid(name: str) -> float:
-    """What a number is in a tick that does not have it: updates are only counted where some were left out."""
+    """Return the value of a statistic in a tick that lacks it: updates are only counted where some were left out."""
     return 0.0 if name.startswith("Skipped/") else math.nan
 
 

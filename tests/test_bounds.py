@@ -388,7 +388,7 @@ def test_a_network_needs_no_more_numbers_than_it_stores(tmp_path: Path) -> None:
 
 
 def test_outlines_load_no_compiler() -> None:
-    """Of every family; in a process of its own, because other tests have loaded it."""
+    """Outline every family in a process of its own, because other tests have loaded it."""
     subprocess.run([sys.executable, "-c", OUTLINES], check=True, timeout=PATIENCE)
 
 
