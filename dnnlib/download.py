@@ -60,17 +60,12 @@ def cache_dir() -> Path:
     return Path(given) if given else home_folder("DNNLIB_CACHE_DIR") / ".cache" / "dnnlib"
 
 
-def _mode(mode: int) -> int:
-    """Return the mode of something new in the cache: without that of others, unless its user has chosen the folder."""
-    return mode if os.environ.get("DNNLIB_CACHE_DIR") else mode & 0o700
-
-
 def _make_folder(folder: Path) -> None:
     """Make a folder of the cache, and what is missing above it. Raises UserError as `_trusted` does."""
     for place in (*reversed(folder.parents), folder):
         _trusted(place)
         if not place.is_dir():
-            place.mkdir(mode=_mode(0o777), exist_ok=True)
+            place.mkdir(mode=0o700, exist_ok=True)
 
 
 def _trusted(path: Path) -> Path:
@@ -102,7 +97,7 @@ def _to_write(path: Path) -> Path:
 
 def _opener(path: str, flags: int) -> int:
     """Open a file for `open`: a new one with the mode of the cache, and never the target of a link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), _mode(0o666))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
 
 
 def is_url(name: object) -> bool:
@@ -139,7 +134,7 @@ def fetch(url: str) -> Path:
             raise UserError(f"{path}: has changed since it was fetched; delete it, and it is fetched again")
     else:
         about = {"url": public(address), "sha256": digest, "bytes": path.stat().st_size}
-        write_atomically(record, json.dumps(about) + "\n", mode=_mode(0o666))
+        write_atomically(record, json.dumps(about) + "\n", mode=0o600)
     _check_digest(path, expected, url, digest)
     return path
 

@@ -133,7 +133,7 @@ def _check_tensors(path: Path, part: str, content: bytes) -> None:
 
 def _first(error: Exception) -> str:
     """Return why the unpickler refuses: torch names it behind advice about how to run the code all the same."""
-    match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error: ([^\n]*)", str(error))
+    match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]*)", str(error))
     return printable(match[1] or match[2])[:100] if match else describe_error(error)
 
 
