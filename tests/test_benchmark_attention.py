@@ -20,6 +20,7 @@ import grid_attention
 SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 
 
+@pytest.mark.slow
 def test_attention_measures_memory_and_time() -> None:
     """The explicit form holds several matrices, the blockwise form as many blocks, of half the size."""
     options = [*SMALL, "--tokens=1024", "--batch=4", "--forms=plain,blockwise", "--derivatives=2"]

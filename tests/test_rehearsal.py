@@ -215,6 +215,7 @@ def test_a_lack_of_memory_is_recognised_behind_the_end_of_a_recording() -> None:
     assert not is_out_of_memory(raised_while_handling(ValueError("a shape")))
 
 
+@pytest.mark.slow
 def test_a_machine_without_enough_memory_gets_one_line(shapes32_zip: Path, tmp_path: Path) -> None:
     """The program's address space is limited to 2 GiB more than it has once it is loaded; one step takes more."""
     limited = """
