@@ -190,6 +190,7 @@ def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: P
     assert (tmp_path / "out" / "seed0002.png").exists()
 
 
+@pytest.mark.slow
 def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
     data = tmp_path / "scenes.zip"
     make_shapes(data, 128, 16)

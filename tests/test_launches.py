@@ -22,7 +22,7 @@ from dnnlib.config import UserError, override
 from training.config import PRESETS, Circumstances, resolve
 
 Count = Callable[[str], dict[str, dict[str, Any]]]
-SLOW = ("auto-64", "transgan-cifar")
+SLOW = ("auto-64", "transgan-cifar", "styleformer-c256")
 CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in launches.CASES]
 
 
@@ -60,6 +60,7 @@ def test_a_phase_launches_as_many_kernels_as_it_did(case: str, phase: str, count
     assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
 
 
+@pytest.mark.slow
 def test_the_warp_of_large_images_takes_filters(count: Count) -> None:
     """On a GPU: up to 128 pixels D's own resampling is all there is."""
     cases = ("styleformer-c256", "church128-l", "readme")

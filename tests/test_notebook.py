@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from click.testing import CliRunner
 from conftest import SMALL
 
@@ -77,6 +78,7 @@ class Notebook:
         return {"IPython": ModuleType("IPython"), "IPython.display": module}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_to_its_end(tmp_path: Path) -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     notebook = Notebook(FOLDER=str(tmp_path), OUT=str(tmp_path / "out"), KIMG=0.032)

@@ -25,15 +25,10 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def case(family: str, noise_mode: str, c_dim: int) -> Any:
-    """Without a mark for labels with Styleformer alone; the exporter takes its time."""
-    quick = (family, c_dim > 0) == ("styleformer", True)
-    return pytest.param(family, noise_mode, c_dim, marks=() if quick else pytest.mark.slow)
+CASES = [(family, *options) for options in (("const", 0), ("none", 3)) for family in GENERATORS]
 
 
-CASES = [case(family, *options) for options in (("const", 0), ("none", 3)) for family in GENERATORS]
-
-
+@pytest.mark.slow  # the exporter takes its time; test_docs.py runs the commands of docs/exchange.md
 @pytest.mark.parametrize(("family", "noise_mode", "c_dim"), CASES)
 def test_exported_graphs_compute_what_the_networks_compute(
     tmp_path: Path, family: str, noise_mode: Any, c_dim: int

@@ -343,6 +343,7 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
     assert last_state(run_dir)["state"]["nimg"] == 48
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
     """Also under `auto`, whose batch size depends on their number: the run keeps its own."""
     auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]

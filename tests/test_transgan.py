@@ -824,6 +824,7 @@ def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
         assert tuple(f"{n / 1e6:.1f}" for n in counts) == (g_count, d_count)
 
 
+@pytest.mark.slow
 def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
     """As the page composes them: each of the first four has all the departures, each of the others one fewer."""
     (baseline,) = re.findall(r"\| standard attention \| `(.*)` \|", PAGE)
