@@ -97,13 +97,12 @@ def read_styles(path: Path, G: Any) -> Tensor:
     arrays = read_arrays(path, f"--projected-w={path}")
     if "w" not in arrays:
         raise UserError(f"--projected-w={path}: has no array w; `generate.py project` writes such files")
-    if arrays["w"].dtype.kind not in "fiu":
-        raise UserError(f"--projected-w={path}: w holds {arrays['w'].dtype}, not numbers")
-    ws = torch.from_numpy(arrays["w"].astype(np.float32))
-    if ws.ndim != 3 or len(ws) == 0 or ws.shape[2] != G.w_dim or ws.shape[1] not in (1, G.num_ws):
-        raise UserError(
-            f"--projected-w={path}: w has shape {tuple(ws.shape)}, this network needs (n, {G.num_ws}, {G.w_dim})"
-        )
+    w = arrays["w"]
+    if w.dtype.kind not in "fiu":
+        raise UserError(f"--projected-w={path}: w holds {w.dtype}, not numbers")
+    if w.ndim != 3 or len(w) == 0 or w.shape[2] != G.w_dim or w.shape[1] not in (1, G.num_ws):
+        raise UserError(f"--projected-w={path}: w has shape {w.shape}, this network needs (n, {G.num_ws}, {G.w_dim})")
+    ws = torch.from_numpy(w.astype(np.float32))
     if not ws.isfinite().all():
         raise UserError(f"--projected-w={path}: w holds values that are not finite")
     return ws.expand(-1, G.num_ws, -1)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -599,6 +600,7 @@ ARRAYS: dict[str, dict[str, bytes]] = {
     "negative shape": {"w.npy": header((-4, -4))},
     "numbers of no size": {"w.npy": header((10**12,), "|V0", b"")},
     "numbers of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
+    "no numbers of 10^13": {"w.npy": header((0, 1483, 10**13), "<i2", b"")},
     "objects": {"w.npy": header((2,), "|O")},
     "too few": {"w.npy": header((16, 2))},
     "no header": {"w.npy": b"\x93NUMPY\x01\0"},
@@ -615,7 +617,8 @@ def test_arrays_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> Non
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, data in ARRAYS[name].items():
             archive.writestr(member, data)
-    refused(lambda: read_styles(path, None), f"--projected-w={path}: ")
+    G = SimpleNamespace(w_dim=16, num_ws=2)
+    refused(lambda: read_styles(path, G), f"--projected-w={path}: ")
     refused(lambda: read_direction(f"{path}:0", None), f"--direction={path}:0: ")
 
 
