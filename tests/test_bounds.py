@@ -624,7 +624,7 @@ def test_arrays_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> Non
 
 @draws(60, 3000)
 def test_shapes_of_arrays(tmp_path: Path, examples: int) -> None:
-    """What NumPy reads is read as NumPy reads it; shapes are drawn near to what fits and far from it."""
+    """Read what NumPy reads as NumPy reads it; shapes are drawn near to what fits and far from it."""
     sizes = st.lists(st.integers(0, 6) | st.integers(-2, 10**13), max_size=4)
     kinds = st.sampled_from(["<f4", ">f8", "<i2", "|b1", "|O", "<U3", "|V0", "<c8", "<f2"])
     path = tmp_path / "w.npz"

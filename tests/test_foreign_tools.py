@@ -96,7 +96,7 @@ SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
 def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
-    """Of an address with a user and a query, which no file of the run keeps."""
+    """Start from an address with a user and a query, which no file of the run keeps."""
     url = f"{site.url}/{theirs.name}"
     secret = f"{url.replace('//', '//user:s3cret@')}?signature=s3cret"
     common = [f"--data={shapes32_zip}", *SHORT]

@@ -366,7 +366,7 @@ def test_pickles_of_cifar_take_what_their_bytes_do(tmp_path: Path, name: str, mo
 
 
 def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
-    """What is read is fine, but pickle.Unpickler would allocate an array of 2^31 pointers for it."""
+    """Read values are fine, but pickle.Unpickler would allocate an array of 2^31 pointers for it."""
     path = tmp_path / "cifar.tar"
     path.write_bytes(tar_of(small_cifar(**{"batches.meta": b"\x80\x02}r\xff\xff\xff\x3f."})))
     with in_bounds(50 * MB):

@@ -491,7 +491,7 @@ def test_strange_variables_of_a_launcher_are_named(
 
 
 def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a user whom the password file does not know, as in containers."""
+    """Run as a user whom the password file does not know, as in containers."""
     for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54321)

@@ -130,7 +130,7 @@ class ImageGrids:
 
 
 class Folder:
-    """Sees every tick that the run's folder is still there (Saver.check_folder)."""
+    """Restores the run's folder at each tick, if it was removed (Saver.check_folder)."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver = saver

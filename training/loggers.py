@@ -182,7 +182,7 @@ class Loggers:
                 logger.add_picture(name, picture.cpu(), nimg)
 
     def __enter__(self) -> Loggers:
-        self.excepthook, threading.excepthook = threading.excepthook, self._leave_out_told
+        self.excepthook, threading.excepthook = threading.excepthook, self._silence_writer_thread
         return self
 
     def __exit__(
@@ -193,8 +193,8 @@ class Loggers:
                 logger.close(error is None)
         threading.excepthook = self.excepthook
 
-    def _leave_out_told(self, error: threading.ExceptHookArgs) -> None:
-        """Print no traceback of TensorBoard's thread that writes: what it meets is raised by the next call, too."""
+    def _silence_writer_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of TensorBoard's writer thread: its error is raised by the next call, too."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self.excepthook(error)
 
