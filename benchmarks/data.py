@@ -73,7 +73,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def build_with_pillow(source: str, drawing: Drawing, dest: Path) -> None:
-    items = open_source(source, labels_from_folders=False, drawing=drawing)
+    items = open_source(source, labels_from_folders=None, drawing=drawing)
     with zipfile.ZipFile(dest, "w") as archive:
         for k, item in zip(range(drawing.num_images), items, strict=False):
             pixels = load(item)

@@ -11,7 +11,7 @@ from typing import Any
 from dnnlib.util import import_extra, open_regular
 
 _MAGIC = b"ARROW1\0\0"  # before the stream, in files that end with a directory of it (Feather, version 2)
-_MOST_ROWS, _MOST_BYTES = 64, 1 << 22  # of a slice
+_MOST_ROWS, _MOST_BYTES = 4096, 1 << 22  # of a slice
 _HEADER, _COMPRESSION = 2, 3  # numbers of fields in Arrow's tables Message and RecordBatch
 
 

@@ -10,12 +10,17 @@ from typing import Any, BinaryIO
 from dnnlib.util import import_extra, open_regular
 from training.data_sources.bounds import unpacked_limit
 
-_MOST_ROWS, _MOST_BYTES = 64, 1 << 22  # of a batch
+_MOST_ROWS, _MOST_BYTES = 4096, 1 << 22  # of a batch
+_MOST_REPEATED = 1 << 26  # bytes of a batch if its values are all the same dictionary's
 _BUFFER = 1 << 20
 _FREE_ROWS = 1 << 16  # a file has so many rows at most, or as many as bytes
 _BYTES_PER_VALUE = 16  # of the limit of a file: so many values a page may have
 _DELTA_BYTE_ARRAY = 7  # an encoding in which values repeat the beginning of others
-_PAGES = {5: 2, 7: 2, 8: 4}  # field with the header of a data page, of a dictionary, of a data page 2 -> its encoding
+
+# Fields of the struct PageHeader, and where the structs in it have the encoding.
+_UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_2 = 2, 3, 5, 7, 8
+_NUM_VALUES = 1
+_ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_2: 4}
 _HEAD_BYTES = (1 << 12, 1 << 24)  # of a page's header, usually and at most
 
 
@@ -41,11 +46,29 @@ class ParquetFile:
         self._file.close()
 
     def slices(self, column: str) -> Iterator[Any]:
-        """Yield arrays of the values of a column, some megabytes at a time."""
-        num_bytes = sum(self._check_pages(chunk) for chunk in self._chunks(column))
-        rows = max(1, min(_MOST_ROWS, _MOST_BYTES * self.num_rows // max(num_bytes, 1)))
-        for batch in self._parquet.iter_batches(batch_size=rows, columns=[column], use_threads=False):
-            yield batch.column(column)
+        """Yield arrays of the values of a column, some megabytes at a time.
+
+        Values in dictionaries may repeat: together they have no more bytes than a packed file may become.
+        """
+        num_bytes, largest = self._check_pages(column)
+        rows = min(_MOST_ROWS, _MOST_BYTES * self.num_rows // max(num_bytes, 1), _MOST_REPEATED // max(largest, 1))
+        left = unpacked_limit(self._size)
+        for batch in self._parquet.iter_batches(batch_size=max(rows, 1), columns=[column], use_threads=False):
+            array = batch.column(column)
+            left -= array.nbytes
+            if left < 0:
+                raise ValueError(f"column {column} has more than {unpacked_limit(self._size)} bytes")
+            yield array
+
+    def _check_pages(self, column: str) -> tuple[int, int]:
+        """Return the bytes of a column, and those of its largest dictionary. Raises ValueError for odd pages."""
+        num_bytes = largest = 0
+        for chunk in self._chunks(column):
+            for header in self._pages(chunk):
+                unpacked = self._check_page(header)
+                num_bytes += unpacked
+                largest = max(largest, unpacked if _DICTIONARY in header else 0)
+        return num_bytes, largest
 
     def _chunks(self, column: str) -> Iterator[Any]:
         metadata = self._parquet.metadata
@@ -56,26 +79,32 @@ class ParquetFile:
                 if chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}."):
                     yield chunk
 
-    def _check_pages(self, chunk: Any) -> int:
-        """Return the bytes that the pages of a column chunk become. Raises ValueError for one out of proportion."""
-        limit = unpacked_limit(self._size)
-        starts = [chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset]
-        place, num_bytes = min(starts), 0
+    def _pages(self, chunk: Any) -> Iterator[dict[int, Any]]:
+        """Yield the headers of the pages of a column chunk, as structs of Thrift."""
+        place = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
         end = place + chunk.total_compressed_size
         if place < 0 or end > self._size:
             raise ValueError(f"a column ends at byte {end} of {self._size}")
         while place < end:
             header, length = read_struct(self._file, place)
-            about = next((header[field] for field in _PAGES if field in header), {})
-            encoding = next((about.get(_PAGES[field]) for field in _PAGES if field in header), None)
-            packed, unpacked = header.get(3, -1), header.get(2, -1)
-            if packed < 0 or not 0 <= unpacked <= limit or not 0 <= about.get(1, 0) <= limit // _BYTES_PER_VALUE:
-                raise ValueError(f"a page of {packed} bytes that becomes {unpacked}, with {about.get(1, 0)} values")
-            if encoding == _DELTA_BYTE_ARRAY:
-                raise ValueError("it is encoded as DELTA_BYTE_ARRAY: write it as PLAIN")
-            num_bytes += unpacked
+            packed = header.get(_PACKED)
+            if not isinstance(packed, int) or packed < 0:
+                raise ValueError(f"a page of {packed} bytes")
+            yield header
             place += length + packed
-        return num_bytes
+
+    def _check_page(self, header: dict[int, Any]) -> int:
+        """Return the bytes that a page becomes. Raises ValueError for one out of proportion to the file."""
+        limit, unpacked = unpacked_limit(self._size), header.get(_UNPACKED)
+        if not isinstance(unpacked, int) or not 0 <= unpacked <= limit:
+            raise ValueError(f"a page that becomes {unpacked} bytes, of {limit} that it may")
+        for kind, encoding in _ENCODING.items():
+            about = header.get(kind) or {}
+            if not 0 <= (about.get(_NUM_VALUES) or 0) <= limit // _BYTES_PER_VALUE:
+                raise ValueError(f"a page of {about[_NUM_VALUES]} values")
+            if about.get(encoding) == _DELTA_BYTE_ARRAY:
+                raise ValueError("it is encoded as DELTA_BYTE_ARRAY: write it as PLAIN")
+        return unpacked
 
 
 def read_struct(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:

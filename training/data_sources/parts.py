@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -35,7 +34,7 @@ class Parts:
     splits: dict[str, list[Path]]
     left_out: LeftOut = field(default_factory=dict)
 
-    def choose(self, split: str | None, count: Callable[[Iterable[Path]], str]) -> tuple[list[Path], list[str]]:
+    def choose(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
         """Return the files of a split, by default of `train`, and notes. Raises UserError where there is none of it.
 
         `count` says how much some files hold.
@@ -47,7 +46,9 @@ class Parts:
         chosen = _ALIASES.get(split or "", split) or ("train" if len(self.splits) > 1 else next(iter(self.splits)))
         shown = ", ".join(f"{name or 'others'} {count(files)}" for name, files in sorted(self.splits.items()))
         if chosen == "all":
-            return [file for _, files in sorted(self.splits.items()) for file in files], [f"splits: {shown}: all are read"]
+            return [file for _, files in sorted(self.splits.items()) for file in files], [
+                f"splits: {shown}: all are read"
+            ]
         if chosen not in self.splits:
             raise UserError(
                 f"{self.root} has the splits {shown}"
@@ -81,7 +82,9 @@ def find_parts(path: Path) -> Parts | None:
     others = {other: [name for name in found if name not in set(names)] for other, found in left_out.items()}
     others |= {"images beside them": images, "caches of datasets": list(filter(_is_cache, names))}
     splits = _by_split(path, [name for name in names if not _is_cache(name)])
-    return Parts(root=path, kind=kind, splits=splits, left_out={other: found for other, found in others.items() if found})
+    return Parts(
+        root=path, kind=kind, splits=splits, left_out={other: found for other, found in others.items() if found}
+    )
 
 
 def _of_kind(left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
@@ -107,7 +110,9 @@ def _by_split(root: Path, names: list[str]) -> dict[str, list[Path]]:
     for split, files in splits.items():
         twice = [file for file, count in Counter(name.rsplit("/", 1)[-1] for name in files).items() if count > 1]
         if split and twice:
-            folders = sorted(name.rsplit("/", 1)[0] if "/" in name else "." for name in files if name.endswith(twice[0]))
+            folders = sorted(
+                name.rsplit("/", 1)[0] if "/" in name else "." for name in files if name.endswith(twice[0])
+            )
             raise UserError(
                 f"{root} holds several data sets, with a {twice[0]} in each of {', '.join(folders):.200}: give one of "
                 "these folders"

@@ -13,7 +13,6 @@ from dnnlib.config import UserError
 from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
 from dnnlib.util import describe_error, import_extra, parse_json
 from training.data_sources.arrow_file import ArrowFile
-from training.data_sources.bounds import unpacked_limit
 from training.data_sources.items import Item, SourceBase
 from training.data_sources.labels import to_labels
 from training.data_sources.parquet_file import ParquetFile
@@ -38,9 +37,9 @@ class Columns(NamedTuple):
 class TableSource(SourceBase):
     """Images of tables of one kind. The labels are read first; of the images, some megabytes are in memory."""
 
-    def __init__(self, parts: Parts, split: str | None) -> None:
+    def __init__(self, parts: Parts, name: str, split: str | None) -> None:
         super().__init__()
-        self.name = parts.root.name
+        self.name = name
         self._parts = parts
         self._paths, splits = parts.choose(split, self._count)
         self._num_rows, values, self._columns = self._read_labels()
@@ -113,16 +112,11 @@ class TableSource(SourceBase):
 
     def __iter__(self) -> Iterator[Item]:
         for path, count in zip(self._paths, self._num_rows, strict=True):
-            left = unpacked_limit(os.stat(path).st_size)
             row = 0
             with self._open(path) as table:
                 for array in table.slices(self._columns.image):
                     for value in array.to_pylist():
-                        content = self._content(value)
-                        left -= len(content) if isinstance(content, bytes) else 0
-                        if left < 0:
-                            raise ValueError("its images have more than 100 times its bytes: write it again")
-                        yield Item(f"{path.name}: row {row}", content)
+                        yield Item(f"{path.name}: row {row}", self._content(value))
                         row += 1
                 if row != count:
                     raise ValueError(f"it ends after {row} of {count} rows")
@@ -139,8 +133,8 @@ class TableSource(SourceBase):
         path = Path(os.path.normpath(os.path.join(folder, name)))
         if not path.is_relative_to(folder):
             return BrokenImageError(
-                f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the table with the images "
-                "in it (to_parquet or save_to_disk of datasets)"
+                f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the images into the table, "
+                "by to_parquet() or save_to_disk() of datasets"
             )
         return path
 
