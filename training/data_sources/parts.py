@@ -43,7 +43,7 @@ class Parts:
             if split is not None:
                 raise UserError(f"--split={split}: {self.root} has no splits: leave the option out")
             return self.splits[""], []
-        chosen = _ALIASES.get(split or "", split) or ("train" if len(self.splits) > 1 else next(iter(self.splits)))
+        chosen = _canonical(split) if split else "train" if len(self.splits) > 1 else next(iter(self.splits))
         shown = ", ".join(f"{name or 'others'} {count(files)}" for name, files in sorted(self.splits.items()))
         if chosen == "all":
             return [file for _, files in sorted(self.splits.items()) for file in files], [
@@ -125,20 +125,24 @@ def split_of(name: str) -> str:
     *folders, file = name.split("/")
     stem = file.partition(".")[0]
     if (numbered := _NUMBERED.fullmatch(stem)) and numbered[1] != "data":
-        return _ALIASES.get(numbered[1].lower(), numbered[1])
+        return _canonical(numbered[1])
     for text in (stem, *reversed(folders)):
         words = [word for word in re.split(r"[-_. ]", text.lower()) if word in _KNOWN]
         if words:
-            return _ALIASES.get(words[-1], words[-1])
+            return _canonical(words[-1])
     return ""
+
+
+def _canonical(split: str) -> str:
+    return _ALIASES.get(split.lower(), split)
 
 
 def _saved_splits(path: Path) -> dict[str, list[Path]]:
     """Return the files of what `DatasetDict.save_to_disk` wrote."""
-    names = _read_object(path / "dataset_dict.json").get("splits")
+    names: Any = _read_object(path / "dataset_dict.json").get("splits")
     if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
         raise UserError(f'{path / "dataset_dict.json"} has no list of folders as "splits": save the data set again')
-    return {_ALIASES.get(name, name): _saved_files(path / name) for name in names}
+    return {_canonical(name): _saved_files(path / name) for name in names}
 
 
 def _saved_files(path: Path) -> list[Path]:
@@ -147,7 +151,7 @@ def _saved_files(path: Path) -> list[Path]:
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise UserError(f"{path} is saved with a mapping of indices: save dataset.flatten_indices() instead")
     files = state.get("_data_files")
-    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    names: Any = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or len(names) != len(files or ()) or not all(map(_is_plain_name, names)):
         raise UserError(f'{path / "state.json"} has no list of files as "_data_files": save the data set again')
     return [path / name for name in names]

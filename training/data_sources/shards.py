@@ -44,7 +44,7 @@ class ShardSource(SourceBase):
     A first pass reads names and labels. Without any label every image counts; with labels, one image of each sample.
     """
 
-    channels = 3
+    channels: int | None = 3
 
     def __init__(self, name: str, paths: list[Path]) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class ShardSource(SourceBase):
         else:
             chosen = [(sample.shard, *image) for sample in pictured for image in sample.images]
         if not chosen:
-            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}): check the path")
+            first = f"; it holds {samples[0].key!r:.80}" if samples else ""
+            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
         self.names = [image for _, _, image in chosen]
         self._places = [{place for shard, place, _ in chosen if shard == k} for k in range(len(paths))]
 
@@ -90,7 +91,7 @@ def _by_rank(sample: _Sample) -> list[tuple[int, str]]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the sample that a member belongs to, and its extension: what follows the first dot after the last slash."""
+    """Return the sample that a member belongs to, and its extension, all that follows the first dot of the file."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()

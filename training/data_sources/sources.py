@@ -36,8 +36,8 @@ from training.data_sources.tables import TableSource
 
 SUPPORTED = (
     "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
-    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, Parquet or Arrow files, tar files of WebDataset, a folder of "
-    "one of these kinds, such as a Hugging Face data set, or the word shapes"
+    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, Parquet or Arrow files, tar files of WebDataset, a "
+    "folder of such files, as of a Hugging Face data set, or the word shapes"
 )
 
 

@@ -133,8 +133,8 @@ class TableSource(SourceBase):
         path = Path(os.path.normpath(os.path.join(folder, name)))
         if not path.is_relative_to(folder):
             return BrokenImageError(
-                f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the images into the table, "
-                "by to_parquet() or save_to_disk() of datasets"
+                f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the images into the "
+                "table, by to_parquet() or save_to_disk() of datasets"
             )
         return path
 
