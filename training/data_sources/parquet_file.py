@@ -32,7 +32,9 @@ class ParquetFile:
         self._file = open_regular(path)
         self._size = os.fstat(self._file.fileno()).st_size
         try:
-            self._parquet = parquet.ParquetFile(self._file, buffer_size=_BUFFER, page_checksum_verification=True)
+            self._parquet = parquet.ParquetFile(
+                self._file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
             self.schema = self._parquet.schema_arrow
             metadata = self._parquet.metadata
             self.num_rows = sum(metadata.row_group(k).num_rows for k in range(metadata.num_row_groups))
@@ -123,6 +125,9 @@ def read_struct(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
     raise ValueError("a header of a page without an end")
 
 
+_SIZES = {3: 1, 7: 8, 8: 0}  # kind -> bytes of a byte, a double; 0: texts, whose length comes first
+
+
 class _Compact:
     """Reader of Thrift's compact protocol. Raises IndexError where the data end."""
 
@@ -162,8 +167,8 @@ class _Compact:
             return self._integer()
         if kind == 12 and depth < self._DEEPEST:
             return self.read_fields(depth + 1)[0]
-        sizes = {3: lambda: 1, 7: lambda: 8, 8: self._varint}
-        if kind not in sizes:  # lists, sets and maps: a page's header has none
+        if kind not in _SIZES:  # lists, sets and maps: a page's header has none
             raise ValueError("a damaged header of a page")
-        self._place += sizes[kind]()
+        size = _SIZES[kind] or self._varint()
+        self._place += size
         return None

@@ -54,7 +54,9 @@ class Parts:
                 f"{self.root} has the splits {shown}"
                 f"{f', and none named {split}' if split else ''}: choose one as --split=NAME, or --split=all"
             )
-        others = "" if split or len(self.splits) == 1 else "; --split=NAME reads another one, --split=all all of them"
+        if len(self.splits) == 1:
+            return self.splits[chosen], []
+        others = "" if split else "; --split=NAME reads another one, --split=all all of them"
         return self.splits[chosen], [f"splits: {shown}: {chosen} is read{others}"]
 
 
