@@ -94,7 +94,7 @@ def main() -> None:
     "--labels-from-folders",
     is_flag=False,
     flag_value="auto",
-    type=IntOrAuto(),
+    type=IntOrAuto(minimum=1),
     metavar="[LEVEL]",
     help="Folders are classes: those at the top, or in a folder that holds everything, or in train/ and val/; or those "
     "at a LEVEL, 1 for the top",
@@ -261,7 +261,7 @@ def report_changes(conversion: Conversion, problems: Problems, *, verbose: bool)
     """Print how the images of the set differ from those of the source."""
     if conversion.width and conversion.height:
         small = problems.num_smaller_than(conversion.width, conversion.height)
-        enlarged = f"; {small} were enlarged" if small else ""
+        enlarged = f"; {counted(small, 'image')} enlarged" if small else ""
         click.echo(f"Originals: {describe_sizes(problems.sizes)}{enlarged}")
     if problems.num_small:
         click.echo(
