@@ -94,7 +94,7 @@ def main() -> None:
     "--labels-from-folders",
     is_flag=False,
     flag_value="auto",
-    type=IntOrAuto(),
+    type=IntOrAuto(minimum=1),
     metavar="[LEVEL]",
     help="Folders are classes: those at the top, or in a folder that holds everything, or in train/ and val/; or those "
     "at a LEVEL, 1 for the top",
@@ -229,7 +229,7 @@ def command_again(*added: str) -> str:
         value = context.params[parameter.name or ""]
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
-            typed.append(flag if value is True else f"{flag}={value}")
+            typed.append(flag if value in (True, getattr(parameter, "flag_value", None)) else f"{flag}={value}")
     return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 
 
@@ -263,7 +263,7 @@ def report_changes(conversion: Conversion, problems: Problems, *, verbose: bool)
     """Print how the images of the set differ from those of the source."""
     if conversion.width and conversion.height:
         small = problems.num_smaller_than(conversion.width, conversion.height)
-        enlarged = f"; {small} were enlarged" if small else ""
+        enlarged = f"; {counted(small, 'image')} enlarged" if small else ""
         click.echo(f"Originals: {describe_sizes(problems.sizes)}{enlarged}")
     if problems.num_small:
         click.echo(

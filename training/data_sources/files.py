@@ -7,6 +7,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,10 @@ def open_store(path: Path) -> FileStore:
 
 
 def read_dataset_json(store: FileStore) -> DatasetJson:
-    """Read and check dataset.json, see `parse_dataset_json`; empty when the file is missing."""
+    """Read and check dataset.json, see `parse_dataset_json`; empty when the file is missing.
+
+    The names in it start from its folder, those of the result from the top of the store.
+    """
     if store.json_name is None:
         return DatasetJson()
     where = f"{store.path}: {store.json_name}"
@@ -201,29 +205,24 @@ def read_dataset_json(store: FileStore) -> DatasetJson:
         raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
     except BrokenImageError as error:
         raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
-    return parse_dataset_json(data, where)
+    content = parse_dataset_json(data, where)
+    folder = store.json_name.removesuffix(NAME)
+    if content.labels is None or not folder:
+        return content
+    return replace(content, labels={folder + name: label for name, label in content.labels.items()})
 
 
 def labels_of(store: FileStore, content: DatasetJson) -> list[Label] | None:
-    """The label of every image of `store` in order, or None. Raises UserError when an image has no label.
-
-    The names in dataset.json start from its folder.
-    """
+    """The label of every image of `store` in order, or None. Raises UserError when an image has no label."""
     if content.labels is None:
         return None
-    start = len(json_folder(store))
-    missing = [name for name in store.names if name[start:] not in content.labels]
+    missing = [name for name in store.names if name not in content.labels]
     if missing:
         raise UserError(
             f"{store.path}: {store.json_name} has no label for {missing[0]!r} and {len(missing) - 1} other images: "
             "labels must cover all images"
         )
-    return [content.labels[name[start:]] for name in store.names]
-
-
-def json_folder(store: FileStore) -> str:
-    """Return the folder of dataset.json in `store`, with a `/` at its end; empty at the top and without one."""
-    return (store.json_name or NAME).removesuffix(NAME)
+    return [content.labels[name] for name in store.names]
 
 
 def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list[str]]:

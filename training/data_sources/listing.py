@@ -102,12 +102,12 @@ def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[s
             continue
         followed.add(identity)
         yield from (prefix + file for file in files)
-        for folder in folders:
+        for folder in sorted(folders):
             if is_hidden(folder):
                 yield from _walk_hidden(root, prefix + folder)
             elif os.path.islink(os.path.join(parent, folder)):
                 links.append(prefix + folder)
-        folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
+        folders[:] = [folder for folder in folders if not is_hidden(folder)]
 
 
 def _walk_hidden(root: Path, start: str) -> Iterator[str]:
