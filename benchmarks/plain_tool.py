@@ -26,11 +26,10 @@ def images_in_zip(path: str) -> Iterator[np.ndarray]:
 
 def images_in_cifar(path: str) -> Iterator[np.ndarray]:
     with tarfile.open(path, "r:gz") as archive:
-        batches = [pickle.load(archive.extractfile(f"cifar-10-batches-py/data_batch_{k}"), encoding="latin1")  # type: ignore[arg-type]
-                   for k in range(1, 6)]  # fmt: skip
+        files = [archive.extractfile(f"cifar-10-batches-py/data_batch_{k}") for k in range(1, 6)]
+        batches = [pickle.load(file, encoding="latin1") for file in files if file]
     for batch in batches:
-        values = batch.get("data", batch.get(b"data"))
-        yield from values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        yield from batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def crop_and_resize(pixels: np.ndarray, side: int) -> np.ndarray:

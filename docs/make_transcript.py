@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +29,7 @@ NUM_FILES = 500
 
 _START, _END = "<!-- transcript: make docs -->\n", "<!-- end of transcript -->"
 _CLASSES = ("cat", "cat", "cat", "dog", "dog", "owl")
-_FORMATS = (  # suffix, format of Pillow, mode, options
+_FORMATS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # suffix, format of Pillow, mode, options
     (".jpg", "JPEG", "RGB", {"quality": 90}),
     (".JPG", "JPEG", "RGB", {"quality": 90, "exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}),
     (".jpeg", "JPEG", "CMYK", {"quality": 90}),
@@ -75,7 +76,7 @@ def messy_files() -> Iterator[tuple[str, bytes]]:
         yield f"{_CLASSES[k % 6]}/{k:04d}{suffix}", encode(scene.repeat(4, 0).repeat(4, 1), kind, mode, options)
 
 
-def encode(pixels: np.ndarray, kind: str, mode: str, options: dict[str, object]) -> bytes:
+def encode(pixels: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> bytes:
     image = Image.fromarray(pixels)
     if mode in ("RGBA", "LA"):  # the darker, the more transparent
         image.putalpha(Image.fromarray(pixels.max(axis=2)))
