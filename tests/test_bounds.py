@@ -922,6 +922,7 @@ class Program:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:pickle-based deserialization")  # of old versions of pyarrow, which refuse it so
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_no_pickle_in_a_schema_is_run(suffix: str, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")

@@ -33,6 +33,8 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
         return [number[text] for text in texts], class_names
     if kinds <= {int, bool, float}:
         return _classes(values, place), None
+    if kinds == {list} and all(len(value) == 1 and type(value[0]) is int for value in values):
+        return to_labels([value[0] for value in values], place)
     if kinds == {list}:
         return _vectors(values, place), None
     odd = next(k for k, value in enumerate(values) if type(value) is not type(values[0]) or type(value) is dict)
@@ -55,10 +57,10 @@ def _vectors(values: list[list[Any]], place: Callable[[int], str]) -> list[Label
     """Check vectors of one length. Whole numbers other than 0 and 1 are several classes of one image, and refused."""
     length = len(values[0])
     for k, value in enumerate(values):
-        if not all(type(x) in (int, float) and abs(x) <= FLOAT32_MAX for x in value):
+        if not all(isinstance(x, int | float) and abs(x) <= FLOAT32_MAX for x in value):
             raise UserError(f"{place(k)}: label {value!r:.80}: labels are {_FORMS}")
         is_set_of_classes = all(type(x) is int for x in value) and not {0, 1}.issuperset(value)
-        if is_set_of_classes or len(value) != length or length < 2:
+        if is_set_of_classes or len(value) != length or not length:
             raise UserError(
                 f"{place(k)}: label {value!r:.80}: several labels for one image need {VECTOR_FORM}; here the first "
                 f"has {length} numbers"

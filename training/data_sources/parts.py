@@ -101,7 +101,7 @@ def _total_size(root: Path, names: Iterable[str]) -> int:
 
 def _is_cache(name: str) -> bool:
     """Whether a file is a result of `Dataset.map` beside the data set, which holds the same images again."""
-    return re.search(r"(^|/)(cache|tmp)-?\w*\.arrow$", name) is not None
+    return re.search(r"(^|/)(cache-\w+|tmp\w{8})\.arrow$", name) is not None
 
 
 def _by_split(root: Path, names: list[str]) -> dict[str, list[Path]]:
