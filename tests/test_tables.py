@@ -102,7 +102,10 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "too many": (labelled([0, 2**31, 1] * 2), ["row 1", str(2**31)]),
     "floats": (labelled([0.0, 0.5, 1] * 2), ["row 1", "0.5"]),
     "not a number": (labelled([float("nan")] * N), ["row 0", "nan"]),
-    "several": (labelled([[1], [0, 2]] * 3), ["row 0", "several labels", '["img.png", [0, 1, 0, 1]]']),
+    "several": (
+        labelled([[1], [0, 2]] * 3),
+        ["several labels", "row 1", "several labels", '["img.png", [0, 1, 0, 1]]'],
+    ),
     "infinite": (labelled([[0.5, 1e300]] * N), ["row 0", "1e+300"]),
     "structs": (labelled([{"box": 1}] * N), ["column 'label' holds struct<box: int64>"]),
     "no name": (featured(labelled([0, 1, 3] * 2), label=CLASSES), ["row 2", "label 3", "3 classes"]),

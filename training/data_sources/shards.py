@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -23,14 +25,23 @@ _KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "label_n
 _BLOCK = 512  # bytes that a member takes at least
 
 
+class _Image(NamedTuple):
+    """A member of a shard that is an image: number of the shard, its first byte in it (unpacked), bytes, name."""
+
+    shard: int
+    start: int
+    size: int
+    name: str
+
+
 @dataclass
 class _Sample:
-    """The images of a sample, as places and names of members, and its label."""
+    """The images of a sample, and what may be its label, by extension."""
 
     shard: int
     key: str
-    images: list[tuple[int, str]] = field(default_factory=list)
-    labels: dict[str, Any] = field(default_factory=dict)  # by extension
+    images: list[_Image] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)
 
     @property
@@ -55,19 +66,18 @@ class ShardSource(SourceBase):
         pictured = [sample for sample in samples if sample.images]
         self._leave_out("samples without an image", [sample.key for sample in samples if not sample.images])
         if any(sample.label is not None for sample in pictured):
-            self._leave_out("further images of a sample", [name for s in pictured for _, name in _by_rank(s)[1:]])
+            self._leave_out("further images of a sample", [image.name for s in pictured for image in _by_rank(s)[1:]])
             self.labels, self.class_names = to_labels(
                 [sample.label for sample in pictured],
                 lambda k: f"{paths[pictured[k].shard]}: sample {pictured[k].key!r}",
             )
-            chosen = [(sample.shard, *_by_rank(sample)[0]) for sample in pictured]
+            self._images = [_by_rank(sample)[0] for sample in pictured]
         else:
-            chosen = [(sample.shard, *image) for sample in pictured for image in sample.images]
-        if not chosen:
+            self._images = [image for sample in pictured for image in sample.images]
+        if not self._images:
             first = f"; it holds {samples[0].key!r:.80}" if samples else ""
             raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
-        self.names = [image for _, _, image in chosen]
-        self._places = [{place for shard, place, _ in chosen if shard == k} for k in range(len(paths))]
+        self.names = [image.name for image in self._images]
 
     def _leave_out(self, kind: str, names: list[str]) -> None:
         if names:
@@ -77,17 +87,23 @@ class ShardSource(SourceBase):
         return len(self.names)
 
     def __iter__(self) -> Iterator[Item]:
-        for path, places in zip(self._paths, self._places, strict=True):
-            for place, member, stream in _members(path) if places else ():
-                if place in places:
-                    too_large = member.size > MAX_IMAGE_BYTES
-                    content = BrokenImageError(f"{member.size} bytes") if too_large else stream.read(member.size)
-                    yield Item(f"{path.name}: {member.name}", content)
+        for shard, images in groupby(self._images, key=lambda image: image.shard):
+            path = self._paths[shard]
+            with _open(path) as stream:
+                for image in images:
+                    stream.skip(image.start - stream.position)
+                    yield Item(f"{path.name}: {image.name}", _content(stream, image))
 
 
-def _by_rank(sample: _Sample) -> list[tuple[int, str]]:
+def _content(stream: Unpacked, image: _Image) -> bytes | BrokenImageError:
+    if image.size > MAX_IMAGE_BYTES:
+        return BrokenImageError(f"{image.size} bytes")
+    return stream.read(image.size)
+
+
+def _by_rank(sample: _Sample) -> list[_Image]:
     """Images of a sample, those first that have no other extension before that of their format."""
-    return sorted(sample.images, key=lambda image: split_name(image[1])[1].count("."))
+    return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -97,33 +113,39 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _members(path: Path) -> Iterator[tuple[int, Member, Unpacked]]:
-    """Yield place and header of the plain files in an archive, with the stream at their bytes. Raises UserError."""
+@contextmanager
+def _open(path: Path) -> Iterator[Unpacked]:
+    """Open an archive. Raises UserError, also for what goes wrong while it is read."""
     try:
         with open_packed(path) as stream:
-            for place, member in enumerate(read_tar(stream, stream.limit // _BLOCK + 1)):
-                if member.is_plain:
-                    yield place, member, stream
+            yield stream
     except PACKED_ERRORS as error:
         raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
 
 
 def _read_samples(paths: list[Path]) -> Iterator[_Sample]:
     for shard, path in enumerate(paths):
-        sample = None
-        for place, member, stream in _members(path):
-            key, extension = split_name(member.name)
-            if sample is None or sample.key != key or extension in sample.extensions:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(shard, key)
-            sample.extensions.add(extension)
-            if extension in (*_TEXTS, "json"):
-                sample.labels[extension] = _read_label(member, extension, stream, path)
-            elif sort_out([member.name])[0]:
-                sample.images.append((place, member.name))
-        if sample is not None:
-            yield sample
+        with _open(path) as stream:
+            members = read_tar(stream, stream.limit // _BLOCK + 1)
+            yield from _group(stream, (member for member in members if member.is_plain), shard, path)
+
+
+def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) -> Iterator[_Sample]:
+    """Yield the samples of a shard; a member of the same extension begins another one."""
+    sample = None
+    for member in members:
+        key, extension = split_name(member.name)
+        if sample is None or sample.key != key or extension in sample.extensions:
+            if sample is not None:
+                yield sample
+            sample = _Sample(shard, key)
+        sample.extensions.add(extension)
+        if extension in (*_TEXTS, "json"):
+            sample.labels[extension] = _read_label(member, extension, stream, path)
+        elif sort_out([member.name])[0]:
+            sample.images.append(_Image(shard, stream.position, member.size, member.name))
+    if sample is not None:
+        yield sample
 
 
 def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) -> Any:
