@@ -79,7 +79,7 @@ def test_labels(tmp_path: Path, kind: str, suffix: str) -> None:
 
 
 BAD: dict[str, tuple[str, list[Any], list[str]]] = {
-    "a hole": ("cls", [0, None, 1, None, 1], ["sample 'a/001' has no label", "1 others of 5"]),
+    "a hole": ("cls", [0, None, 1, None, 1], ["sample 'a/001' has no label", "2 of 5"]),
     "negative": ("cls", [0, -3, 1, 0, 0], ["sample 'a/001'", "-3"]),
     "not UTF-8": ("cls", [b"\xff\xfe", 0, 0, 0, 0], ["'a/000.cls' cannot be read"]),
     "no JSON": ("json", ["{"] * N, ["'a/000.json' cannot be read"]),

@@ -97,7 +97,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "two columns": (pa.table({"left": STRUCTS, "right": STRUCTS}), ["left", "right", "struct<", "name one of them"]),
     "no column": (pa.table({"caption": ["a"]}), ["no column holds images", "caption (string)"]),
     "no rows": (pa.table({"image": STRUCTS[:0]}), ["holds no rows"]),
-    "a hole": (labelled([0, None, 1, 0, None, 1]), ["row 1, column 'label' has no label", "1 others of 6"]),
+    "a hole": (labelled([0, None, 1, 0, None, 1]), ["row 1, column 'label' has no label", "2 of 6"]),
     "negative": (labelled([0, -2, 1] * 2), ["row 1", "-2"]),
     "too many": (labelled([0, 2**31, 1] * 2), ["row 1", str(2**31)]),
     "floats": (labelled([0.0, 0.5, 1] * 2), ["row 1", "0.5"]),

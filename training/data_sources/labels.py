@@ -23,8 +23,8 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
     if type(None) in kinds:
         missing = [k for k, value in enumerate(values) if value is None]
         raise UserError(
-            f"{place(missing[0])} has no label, and so have {len(missing) - 1:,} others of {len(values):,}: give all "
-            "images a label, or none"
+            f"{place(missing[0])} has no label, as {len(missing):,} of {len(values):,} images: give all of them one, or "
+            "none"
         )
     if kinds <= {int, str} and str in kinds:
         texts = list(map(str, values))
