@@ -8,6 +8,8 @@ from typing import Any
 from dnnlib.config import FLOAT32_MAX, UserError
 from training.data_sources.dataset_json import MAX_CLASS, VECTOR_FORM, Label
 
+_FORMS = "class numbers from 0, names of classes, or vectors of one length"
+
 Labels = tuple[list[Label] | None, list[str] | None]  # of all images, and the names of the classes
 
 
@@ -23,8 +25,8 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
     if type(None) in kinds:
         missing = [k for k, value in enumerate(values) if value is None]
         raise UserError(
-            f"{place(missing[0])} has no label, as {len(missing):,} of {len(values):,} images: give all of them one, or "
-            "none"
+            f"{place(missing[0])} has no label, as {len(missing):,} of {len(values):,} images: give all of them one, "
+            "or none"
         )
     if kinds <= {int, str} and str in kinds:
         texts = list(map(str, values))
@@ -37,11 +39,8 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
         return to_labels([value[0] for value in values], place)
     if kinds == {list}:
         return _vectors(values, place), None
-    odd = next(k for k, value in enumerate(values) if type(value) is not type(values[0]) or type(value) is dict)
+    odd = next((k for k, value in enumerate(values) if type(value) is not type(values[0])), 0)
     raise UserError(f"{place(odd)}: label {values[odd]!r:.80}: labels are {_FORMS}")
-
-
-_FORMS = "class numbers from 0, names of classes, or vectors of one length"
 
 
 def _classes(values: Iterable[int | float], place: Callable[[int], str]) -> list[Label]:
