@@ -229,7 +229,8 @@ def command_again(*added: str) -> str:
         value = context.params[parameter.name or ""]
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
-            typed.append(flag if value in (True, getattr(parameter, "flag_value", None)) else f"{flag}={value}")
+            is_bare = value is True or value == getattr(parameter, "flag_value", True)
+            typed.append(flag if is_bare else f"{flag}={value}")
     return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 
 

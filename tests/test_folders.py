@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import build, encoded, random_images, refused, run, write_files, write_zip
+from test_dataset_tool import build, encoded, random_images, refused, run, write_files, write_tar, write_zip
 
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
@@ -182,6 +182,14 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
     ]:
         _, _, output = build_labels(write_files(tmp_path / name, files), tmp_path / f"{name}.zip")
         assert "Note: " not in output
+
+
+def test_folders_in_a_tar_file_are_classes(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "in.tar.gz", images("x/train/cat/1.png", "x/train/dog/1.png", "x/val/cat/1.png"))
+    labels, names, _ = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
+    assert (labels, names) == ([0, 1, 0], ["cat", "dog"])
+    _, _, output = build_labels(source, tmp_path / "plain.zip")
+    assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders makes classes of them\n" in output
 
 
 def test_many_classes_are_summed_up() -> None:

@@ -78,6 +78,7 @@ class ShardSource(SourceBase):
             first = f"; it holds {samples[0].key!r:.80}" if samples else ""
             raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
         self.names = [image.name for image in self._images]
+        self.may_have_classes = self.labels is None
 
     def _leave_out(self, kind: str, names: list[str]) -> None:
         if names:

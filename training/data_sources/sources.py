@@ -65,10 +65,22 @@ def open_source(
     elif path == "shapes":
         source = ShapesSource(drawing)
     else:
-        source = _open_file_or_folder(snapshot_folder(location), labels_from_folders)
-    if labels_from_folders is not None and not isinstance(source, FileSource):
-        raise UserError(f"--labels-from-folders needs a folder or .zip of images, and {path} is neither")
+        source = _open_file_or_folder(snapshot_folder(location), read_labels=labels_from_folders is None)
+    if isinstance(source, FileSource | ShardSource):
+        _consider_folders(source, labels_from_folders, path)
+    elif labels_from_folders is not None:
+        raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images, and {path} is none")
     return source
+
+
+def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | None, path: str) -> None:
+    """Make folders classes, or take note of those that could be."""
+    if level is not None:
+        known = None if level == "auto" else level
+        source.labels, source.class_names, notes = classes_from_folders(source.names, known, path)
+        source.notes += notes
+    elif source.may_have_classes and (note := note_on_folders(source.names)):
+        source.notes.append(note)
 
 
 def _open_parts(parts: Parts, name: str, split: str | None) -> Source:
@@ -81,11 +93,11 @@ def _open_parts(parts: Parts, name: str, split: str | None) -> Source:
     return source
 
 
-def _open_file_or_folder(location: Path, labels_from_folders: FolderLevel | None) -> Source:
+def _open_file_or_folder(location: Path, *, read_labels: bool) -> Source:
     if location.is_dir() and (location / "data.mdb").exists():
         return LmdbSource(location)
     if location.is_dir() or location.suffix.lower() == ".zip":
-        return FileSource(open_store(location), labels_from_folders)
+        return FileSource(open_store(location), read_labels=read_labels)
     if location.suffix.lower() in (".npy", ".npz"):
         return _open_arrays(location)
     if re.search(r"idx3-ubyte(\.gz)?$", location.name):
@@ -94,23 +106,19 @@ def _open_file_or_folder(location: Path, labels_from_folders: FolderLevel | None
 
 
 class FileSource(SourceBase):
-    """Images in a folder or zip file; labels from dataset.json, or from the names of folders."""
+    """Images in a folder or zip file, with the labels of its dataset.json."""
 
-    def __init__(self, store: FileStore, labels_from_folders: FolderLevel | None) -> None:
+    def __init__(self, store: FileStore, *, read_labels: bool) -> None:
         self.name = store.path.resolve().name
+        self.names = store.names
         self.left_out = store.left_out
         self.notes = [*store.notes]
+        self.may_have_classes = store.json_name is None  # one without labels says that there are none
         self._store = store
-        if labels_from_folders is not None:
-            level = None if labels_from_folders == "auto" else labels_from_folders
-            self.labels, self.class_names, notes = classes_from_folders(store.names, level, str(store.path))
-            self.notes += notes
-            return
-        content = read_dataset_json(store)
-        self.class_names, self.labels = content.class_names, labels_of(store, content)
-        self.notes += content.notes
-        if store.json_name is None and (note := note_on_folders(store.names)):
-            self.notes.append(note)
+        if read_labels:
+            content = read_dataset_json(store)
+            self.class_names, self.labels = content.class_names, labels_of(store, content)
+            self.notes += content.notes
 
     def __len__(self) -> int:
         return len(self._store.names)
