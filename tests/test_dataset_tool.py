@@ -535,14 +535,14 @@ def test_scenes_depend_on_seed_and_number_only() -> None:
 def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     images = random_images(3, 6, 6, 3)
     files = {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)}
-    files |= {"0.jpg": b"no image", "1x.png": files["1.png"][:-40], "2x.png": encoded(np.zeros((4, 4), np.uint16))}
+    files |= {"0.jpg": b"no image", "1x.png": files["1.png"][:-40], "2x.png": b"%PDF-1.4\n"}
     source = write_files(tmp_path / "in", files)
-    assert "cannot read 0.jpg: not a PNG, JPEG, WebP or BMP image; --skip-bad" in refused(tmp_path, source)
+    assert "cannot read 0.jpg: not an image of a format that is read; --skip-bad" in refused(tmp_path, source)
     result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--skip-bad", "--workers=1")
     assert result.exit_code == 0
     assert "3 images of 6x6 pixels" in result.output
     assert "3 images could not be read" in result.output
-    for name in ("0.jpg: not a PNG", "1x.png: ", "2x.png: 16 bits per channel"):
+    for name in ("0.jpg: not an image", "1x.png: ", "2x.png: a PDF document, which is not read: export it as PNG"):
         assert f"\n  {name}" in result.output
     assert run("check", tmp_path / "out.zip").exit_code == 0
 
@@ -697,7 +697,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
         [
             "no label for '00000/new.png'",
             "00000/img00000003.png: has a label, but is not in the set",
-            "00000/img00000001.png: not a PNG",
+            "00000/img00000001.png: not an image",
             "00000/img00000002.png: is 32x16x3, not 32x32x3",
         ],
         strict=True,
