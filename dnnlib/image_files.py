@@ -233,7 +233,17 @@ def _psd(data: bytes) -> File:
             f"a PSD file of {'Lab colours' if mode == 9 else f'{bits} bits per channel'}: save it as TIFF, or convert "
             "it to RGB of 8 bits"
         )
-    return File("PSD", data, is_negative=bits == 1)
+    return File("PSD", _without_layers(data), is_negative=bits == 1)
+
+
+def _without_layers(data: bytes) -> bytes:
+    """Return a PSD file without its resources and layers, beside which it has the image that they make up."""
+    end_of_colors = position = 30 + int.from_bytes(data[26:30])
+    for _ in range(2):
+        position += 4 + int.from_bytes(data[position : position + 4])
+    if position > len(data):
+        raise BrokenImageError("a PSD file that is cut off")
+    return data[:end_of_colors] + bytes(8) + data[position:]
 
 
 # --- icons
@@ -275,7 +285,7 @@ def _jpeg2000(data: bytes) -> File:
                 width, height = right - left, bottom - top
                 check_pixels(max(width, 0), max(height, 0), data)
                 tiles = math.ceil((right - x) / across) * math.ceil((bottom - y) / down)
-                if not (0 < width and 0 < height and 0 < parts <= 4 and tiles <= max(1, len(data) // 14)):
+                if not (width > 0 and height > 0 and 0 < parts <= 4 and tiles <= max(1, len(data) // 14)):
                     raise BrokenImageError(f"a JPEG 2000 of {width}x{height} pixels, {parts} channels, {tiles} tiles")
             elif marker == _STYLE:
                 if int.from_bytes(content[2:4]) > MAX_LAYERS:
@@ -314,7 +324,7 @@ def _start_of_codestream(data: bytes) -> int:
         if size == 1:
             size = int.from_bytes(data[position + 8 : position + 16])
         position += head if name == b"jp2c" else size
-        if size < head and name != b"jp2c" or position >= len(data):
+        if (size < head and name != b"jp2c") or position >= len(data):
             raise BrokenImageError("a JPEG 2000 without pixels")
     return position
 

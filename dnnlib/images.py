@@ -84,23 +84,23 @@ TURNS = {  # by the orientation that EXIF tells, to stand upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_RAW = ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .pef .srw .raw .3fr .iiq .x3f .kdc .dcr .mrw .rwl"
-_FILMS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts"
-_DOCUMENTS = ".eps .ps .pdf .svg .svgz .ai .wmf .emf .cdr .xcf .kra .psb .odg"
-_REMEDIES = {
-    **dict.fromkeys(_RAW.split(), "develop them and save them as PNG, TIFF or JPEG"),
-    **dict.fromkeys(_FILMS.split(), "take their frames, with ffmpeg for example"),
-    **dict.fromkeys(_DOCUMENTS.split(), "export them as PNG"),
-    **dict.fromkeys(".jxl .jxr .wdp .hdp .exr .hdr .pfm .dds .qoi .avifs .heics .cur".split(), "convert them to PNG"),
-    **({} if HAS_AVIF else {".avif": "pip install -U pillow"}),
-    **({} if HAS_HEIF else dict.fromkeys(_HEIF_SUFFIXES, "pip install pillow-heif")),
+_SUFFIXES = {  # of what is not read -> what to do
+    ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .pef .srw .raw .3fr .iiq .x3f .kdc .dcr .mrw .rwl": (
+        "develop them and save them as PNG, TIFF or JPEG"
+    ),
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts": "take their frames, with ffmpeg for example",
+    ".eps .ps .pdf .svg .svgz .ai .wmf .emf .cdr .xcf .kra .psb .odg": "export them as PNG",
+    ".jxl .jxr .wdp .hdp .exr .hdr .pfm .dds .qoi .avifs .heics .cur": "convert them to PNG",
+    "" if HAS_AVIF else ".avif": "pip install -U pillow",
+    "" if HAS_HEIF else " ".join(_HEIF_SUFFIXES): "pip install pillow-heif",
 }
+_REMEDIES = {suffix: remedy for suffixes, remedy in _SUFFIXES.items() for suffix in suffixes.split()}
 _FILE = "file"  # in the information that Pillow has of an image: the File
 _EXIF = b"Exif\0\0"
 
 
 def remedy(suffix: str) -> str:
-    """Return what to do about files of a kind of picture or film that is not read here, by its suffix; '' for others."""
+    """Return what to do about files of a suffix that pictures or films have which are not read; '' for others."""
     return _REMEDIES.get(suffix.lower(), "")
 
 

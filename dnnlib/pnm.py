@@ -7,10 +7,11 @@ import warnings
 
 import numpy as np
 
-_NUMBER = rb"(?:[\s]|#[^\r\n]*[\r\n])+(\d{1,9})"
+_NUMBER = rb"(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})"  # after spaces and comments, none of which is tried twice
 _SIZE = re.compile(rb"P([1-6])" + _NUMBER + _NUMBER)
 _MOST = re.compile(_NUMBER)
 _COMMENT = re.compile(rb"#[^\r\n]*")
+_MAX_COMMENTS = 10_000
 _SPACE = b" \t\n\v\f\r"
 _PIECE = 1 << 20  # samples that are scaled at a time
 
@@ -29,6 +30,8 @@ def as_bytes(data: bytes, most_pixels: int) -> bytes:
     if kind == 4:
         return data
     count = width * height * (3 if kind in (3, 6) else 1)
+    if kind in (1, 2, 3) and data.count(b"#") > _MAX_COMMENTS:
+        raise ValueError(f"more than {_MAX_COMMENTS} comments")
     if kind == 1:
         bits = _COMMENT.sub(b"", data[head.end() :]).translate(None, _SPACE)[:count]
         if bits.strip(b"01"):

@@ -23,8 +23,9 @@ NEEDED = {
     *(INKS, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, YCBCR_WEIGHTS, YCBCR_SUBSAMPLING, YCBCR_POSITION),
     BLACK_AND_WHITE,
 }
-# None, fax of four kinds, LZW, JPEG, deflate twice, runs, Zstandard, WebP. LZMA may ask for gigabytes of memory.
-COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000, 50001}
+# None, fax of three kinds, LZW, JPEG, deflate twice, runs, Zstandard. LZMA may ask for gigabytes of memory.
+COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000}
+MAX_SAMPLES = 6  # of a pixel; more is not decoded
 NEGATIVE, YCBCR, LAB = 0, 6, 8  # photometric interpretations: of NEGATIVE the zero is white
 
 _UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # type of a value -> its bytes
@@ -163,6 +164,8 @@ class _Page:
             raise TiffError("a TIFF in the colours of Lab: convert it to RGB")
         if max(bits, default=1) > 16 or set(self.integers(SAMPLE_FORMAT)) - {1, 4}:
             raise TiffError("samples of 32 bits, signed or floats: convert it to 8 or 16 bits without a sign")
+        if self.integer(SAMPLES, 1) > MAX_SAMPLES:
+            raise TiffError(f"a TIFF of {self.integer(SAMPLES, 1)} channels: save it as RGB or RGBA")
         is_raw = compression == 1
         if is_raw and photometric == YCBCR and self.integers(YCBCR_SUBSAMPLING, (2, 2)) != (1, 1):
             raise TiffError("a TIFF of YCbCr with fewer samples of colour: convert it to RGB")
