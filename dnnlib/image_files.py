@@ -335,7 +335,7 @@ def _segments_of_jpeg2000(data: bytes, position: int) -> Iterator[tuple[int, byt
     while position + 4 <= len(data):
         marker, size = struct.unpack_from(">HH", data, position)
         if marker == _PIXELS:
-            position = end
+            position = max(end, position + 2)
             continue
         content = data[position + 4 : position + 2 + size]
         if marker == _TILE_PART and len(content) >= 6:

@@ -111,9 +111,9 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     So does an image of more than PIL.Image.MAX_IMAGE_PIXELS, and one that would take time or memory out of proportion
     to its size. Of several images in a file it is the first. It is not turned: `orientation_of` tells how it stands.
     """
-    file = prepared(data)
-    _find_decoder(file.kind)
     try:
+        file = prepared(data)
+        _find_decoder(file.kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)

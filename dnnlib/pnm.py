@@ -57,7 +57,7 @@ def _text(text: bytes) -> np.ndarray:
         warnings.simplefilter("error")
         try:
             return np.fromstring(_COMMENT.sub(b"", text), np.int64, sep=" ")
-        except DeprecationWarning:
+        except (DeprecationWarning, ValueError):
             raise ValueError("text other than numbers") from None
 
 

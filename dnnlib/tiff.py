@@ -141,7 +141,7 @@ class _Page:
         return (*self.integers(tag), default)[0]
 
     def alone(self, most_pixels: int) -> Tiff:
-        bits = self.integers(BITS, (1,))
+        bits = self.integers(BITS) or (1,)
         compression, photometric = self.integer(COMPRESSION, 1), self.integer(PHOTOMETRIC, 0)
         self._check_kind(bits, compression, photometric)
         self._check_pieces(compression, most_pixels)
@@ -162,15 +162,15 @@ class _Page:
             raise TiffError(f"a TIFF of compression {compression}: save it with LZW or without compression")
         if photometric == LAB:
             raise TiffError("a TIFF in the colours of Lab: convert it to RGB")
-        if max(bits, default=1) > 16 or set(self.integers(SAMPLE_FORMAT)) - {1, 4}:
+        if max(bits) > 16 or set(self.integers(SAMPLE_FORMAT)) - {1, 4}:
             raise TiffError("samples of 32 bits, signed or floats: convert it to 8 or 16 bits without a sign")
         if self.integer(SAMPLES, 1) > MAX_SAMPLES:
             raise TiffError(f"a TIFF of {self.integer(SAMPLES, 1)} channels: save it as RGB or RGBA")
         is_raw = compression == 1
         if is_raw and photometric == YCBCR and self.integers(YCBCR_SUBSAMPLING, (2, 2)) != (1, 1):
             raise TiffError("a TIFF of YCbCr with fewer samples of colour: convert it to RGB")
-        if is_raw and self.integer(PLANAR, 1) == 2 and max(bits, default=1) != 8:
-            raise TiffError(f"a TIFF with planes of {max(bits, default=1)} bits: save it with LZW")
+        if is_raw and self.integer(PLANAR, 1) == 2 and max(bits) != 8:
+            raise TiffError(f"a TIFF with planes of {max(bits)} bits: save it with LZW")
 
     def _check_pieces(self, compression: int, most_pixels: int) -> None:
         """Require as many strips or tiles as the image needs, of no more bytes than the file has."""
