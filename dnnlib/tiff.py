@@ -40,12 +40,12 @@ class Entry(NamedTuple):
     """An entry of a directory. `value`: four bytes, the values themselves or where they begin."""
 
     kind: int
-    count: int
+    number: int
     value: bytes
 
     @property
     def size(self) -> int:
-        return _UNITS[self.kind] * self.count
+        return _UNITS[self.kind] * self.number
 
 
 class Tiff(NamedTuple):
@@ -133,7 +133,7 @@ class _Page:
         if entry.size > 4:
             content, start = self.data, struct.unpack(f"{self.order}I", entry.value)[0]
         try:
-            return struct.unpack_from(f"{self.order}{entry.count}{_INTEGERS[entry.kind]}", content, start)
+            return struct.unpack_from(f"{self.order}{entry.number}{_INTEGERS[entry.kind]}", content, start)
         except struct.error:
             raise TiffError("a TIFF that is cut off") from None
 

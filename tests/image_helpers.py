@@ -45,7 +45,7 @@ def packed(values: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
 def tiff(
     rows: list[bytes], width: int, tags: dict[int, tuple[int, list[int]]], order: str = "<", next_page: int = 0
 ) -> bytes:
-    """Make an uncompressed TIFF of one strip. `tags`: number -> type (1 byte, 3 short, 4 long) and values, in addition."""
+    """Make an uncompressed TIFF of one strip. `tags`: more, number -> type (1 byte, 3 short, 4 long) and values."""
     pixels = b"".join(rows)
     tags = {
         256: (4, [width]),
@@ -118,3 +118,35 @@ def claims(count: int, order: str = "<") -> bytes:
     place = 8 + 2 + 12 * count + 4
     tags = (struct.pack(f"{order}HHII", 1000 + k, 7, 60_000, place) for k in range(count))
     return ORDERS[order] + struct.pack(f"{order}IH", 8, count) + b"".join(tags) + bytes(4) + bytes(60_000)
+
+
+def jpeg2000(
+    width: int, height: int, tile: int = 0, *, blocks: int = 4, layers: int = 1, precincts: bytes = b""
+) -> bytes:
+    """Make a grayscale JPEG 2000 without pixels. `blocks`: exponent of the side of code blocks, less 2."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return struct.pack(">HH", marker, len(content) + 2) + content
+
+    size = struct.pack(">HIIIIIIIIH", 0, width, height, 0, 0, tile or width, tile or height, 0, 0, 1) + b"\7\1\1"
+    style = struct.pack(">BBHBBBBBB", bool(precincts), 0, layers, 0, 5, blocks, blocks, 0, 1) + precincts
+    head = b"\xff\x4f" + segment(0xFF51, size) + segment(0xFF52, style) + segment(0xFF5C, bytes([64] * 17))
+    return head + struct.pack(">HHHIBB", 0xFF90, 10, 0, 34, 0, 1) + b"\xff\x93" + bytes(20) + b"\xff\xd9"
+
+
+def overlapping_tiff() -> bytes:
+    """Make a TIFF in which many tags that decoders read have the same megabyte."""
+    tags = [*range(256, 350), *range(529, 533)]
+    entries = b"".join(struct.pack("<HHII", tag, 7, 1 << 20, 8) for tag in tags)
+    return (
+        b"II*\0" + struct.pack("<I", 8 + (1 << 20)) + bytes(1 << 20) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
+
+
+def iso_with_claims(kind: str) -> bytes:
+    """Make an AVIF or HEIC file whose EXIF data claim more than the file has."""
+    about = Image.Exif()
+    about[0x10E] = "x" * 100_000
+    data = encoded(Image.new("RGB", (64, 64)), kind, exif=about.tobytes())
+    start, false = data.index(b"MM\0*"), claims(3000, ">")
+    return data[:start] + false + data[start + len(false) :]
