@@ -133,6 +133,9 @@ def _is_plain_png(data: bytes, shape: tuple[int, int, int]) -> bool:
     """Whether data are a PNG of `shape` that nothing turns, wherever that stands, or makes transparent."""
     if not _has_plain_header(data, shape):
         return False
+    pixels_alone = PNG_START + int.from_bytes(data[PNG_START - 8 : PNG_START - 4]) + 16  # to the end, as of encode_png
+    if len(data) == pixels_alone and data[PNG_START - 4 : PNG_START] == b"IDAT":
+        return True
     return not any(name in (b"eXIf", b"tRNS") for name, _, _ in png_chunks(data))
 
 
