@@ -29,7 +29,8 @@ from training.data_sources.codec import (
     read_shape,
     starts_as_plain_png,
 )
-from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
+from training.data_sources.dataset_json import DatasetJson
+from training.data_sources.files import labels_of, open_store, read_dataset_json
 
 try:
     import resource
@@ -222,7 +223,7 @@ class ImageDataset:
         The fingerprint is size and CRC-32 in a zip file, size and time of change in a folder: no image is read, so
         this takes seconds for a million images. A folder that is copied without its times gets another hash.
         """
-        digest = hashlib.sha256(self._store.read_json() if self._store.has_json else b"")
+        digest = hashlib.sha256(self._store.read_json() if self._store.json_name else b"")
         digest.update(f"mirror={self.config.mirror}".encode())
         for position in self._subset:
             name = self._store.names[position]
