@@ -41,8 +41,10 @@ def decode_image(data: bytes) -> np.ndarray:
     BrokenImageError for everything else, such as samples of 32 bits or images of more than PIL.Image.MAX_IMAGE_PIXELS.
     """
     with open_image(data) as image:
-        mode = _mode(image)
+        mode, size = _mode(image), image.size
         image.load()
+        if image.size != size:  # of damaged HEIC files
+            raise BrokenImageError(f"pixels of another size than the {size[0]}x{size[1]} of its header")
         turn = TURNS.get(orientation_of(image))
         image = _with_8_bits(image)
         if turn is not None:
