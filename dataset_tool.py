@@ -229,7 +229,7 @@ def command_again(*added: str) -> str:
         value = context.params[parameter.name or ""]
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
-            is_bare = value is True or value == getattr(parameter, "flag_value", True)
+            is_bare = value is True or value == getattr(parameter, "flag_value", None)
             typed.append(flag if is_bare else f"{flag}={value}")
     return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 

@@ -218,7 +218,7 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for index, message in [
         (1, r"'1.png' is 5x7 RGB, but the first image is 5x6 RGB: .*--width"),
         (2, r"'2.png' is 5x6 RGBA"),
-        (3, r"'3.png' cannot be decoded \(not a PNG"),
+        (3, r"'3.png' cannot be decoded \(not an image"),
         (4, r"'4.png' cannot be decoded"),
     ]:
         with pytest.raises(UserError, match=message):

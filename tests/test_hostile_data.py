@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 from conftest import small_config
 from hypothesis import strategies as st
+from image_helpers import claims, icon, iso_with_claims, jpeg2000, overlapping_tiff, psd, tiff
 from test_hostile import (
     CHANGES,
     DAMAGE,
@@ -142,14 +143,14 @@ def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> 
         for path in (folder, archive):
             assert run(dataset_tool.main, "check", str(path)) == 1
             assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
-            assert all("not a PNG, JPEG, WebP or BMP image" in (message or "") for message in use(path)[:1])
+            assert all("document, which is not read: export it as PNG" in (message or "") for message in use(path)[:1])
         for target in (folder, folder / name, archive):
-            with pytest.raises(UserError, match="not a PNG, JPEG, WebP or BMP image"):
+            with pytest.raises(UserError, match="document, which is not read: export it as PNG"):
                 read_targets(target)
     folder = make_run(tmp_path / "run", {"fakes000002.png": document, "reals.png": document})
     shown = read_run(folder, "run")
     build_page([shown], [], 2)
-    assert sum("not a PNG, JPEG, WebP or BMP image" in problem for problem in shown.problems) == 2
+    assert sum("document, which is not read: export it as PNG" in problem for problem in shown.problems) == 2
     assert not mark.exists()
 
 
@@ -162,7 +163,8 @@ def test_images_are_opened_in_one_place_or_by_formats() -> None:
         for node in ast.walk(ast.parse(text)) if "Image.open" in text else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                 assert "formats" in [keyword.arg for keyword in node.keywords], path
-    assert set(FORMATS) == {"PNG", "JPEG", "WEBP", "BMP"}
+    known = {"PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PSD", "TGA", "ICO", "PPM", "JPEG2000", "AVIF", "HEIF"}
+    assert set(FORMATS) <= known
 
 
 # --- images
@@ -235,6 +237,46 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
+ROWS = [bytes(8)] * 8
+TAGS = {258: (3, [8]), 262: (3, [1])}
+GOOD_PSD = psd(PIXELS[None, :, :, 0], 1)
+GIF = encoded(Image.new("L", (8, 8)), "GIF")
+FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # behind the head and the palette
+BOMBS |= {
+    "overlapping values of TIFF": overlapping_tiff,
+    "strips of TIFF that overlap": lambda: tiff(
+        [bytes(50_000)],
+        1,
+        TAGS | {257: (4, [9000]), 259: (3, [8]), 278: (4, [1]), 273: (4, [8] * 9000), 279: (4, [50_000] * 9000)},
+    ),
+    "lie of TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
+    "strips of TIFF too many": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
+    "LZMA in TIFF": lambda: tiff(ROWS, 8, TAGS | {259: (3, [34925])}),
+    "channels of TIFF": lambda: tiff(ROWS, 8, TAGS | {277: (4, [1 << 30])}),
+    "comments of GIF": lambda: GIF[:FRAME] + (b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0") + GIF[FRAME:],
+    "lie of GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
+    "PNG in an icon": lambda: icon((16, 16, 32, png_header(9000, 9000) + GOOD[33:])),
+    "bitmap in an icon": lambda: icon((16, 16, 32, struct.pack("<Iii", 40, 9000, 18000) + bytes(5000))),
+    "icons": lambda: icon(*[(16, 16, 32, b"")] * 60_000),
+    "lie of PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
+    "lie of PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
+    "resources of PSD": lambda: GOOD_PSD[:30] + struct.pack(">I", 1 << 30) + bytes(1 << 20),
+    "lie of JPEG 2000": lambda: jpeg2000(30_000, 30_000),
+    "precincts of JPEG 2000": lambda: jpeg2000(4096, 4096, precincts=bytes(6)),
+    "blocks of JPEG 2000": lambda: jpeg2000(4096, 4096, blocks=0),
+    "tiles of JPEG 2000": lambda: jpeg2000(4096, 4096, 17),
+    "layers of JPEG 2000": lambda: jpeg2000(4096, 4096, layers=65535),
+    "lie of PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
+    "comments of PPM": lambda: b"P3 1000 1000 255\n" + b"#\n" * 1_000_000,
+    "head of PPM": lambda: b"P6" + b" #\n" * 300_000,
+    "runs of Targa": lambda: (
+        struct.pack("<BBBHHBHHHHBB", 0, 0, 11, 0, 0, 0, 0, 0, 4000, 4000, 8, 0) + b"\xff\0" * 125_001
+    ),
+}
+if "AVIF" in FORMATS:
+    BOMBS["EXIF data of AVIF"] = lambda: iso_with_claims("AVIF")
+
+
 def jpeg_with(*segments: tuple[int, bytes], before: bytes = b"") -> bytes:
     """A JPEG with segments before its own."""
     added = (bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content for marker, content in segments)
@@ -253,6 +295,22 @@ def test_images_at_the_bounds_are_decoded() -> None:
     blank = encoded(Image.new("L", (4096, 4096)))
     assert len(blank) < 20_000
     assert read_shape(blank) == (4096, 4096, 1)
+
+
+def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
+    """Also where the list of the others, in an MPO, claims more than there is."""
+    image = Image.fromarray(PIXELS[:, :, 0])
+    gif = encoded(image, "GIF")
+    mpo = jpeg_with((0xE2, b"MPF\0" + claims(400)[:65_000]))
+    pages = bytearray(tiff([row.tobytes() for row in PIXELS[:, :, 0]], 8, TAGS))
+    (first,) = struct.unpack_from("<I", pages, 4)
+    (count,) = struct.unpack_from("<H", pages, first)
+    struct.pack_into("<I", pages, first + 2 + 12 * count, len(pages))
+    pages += b"".join(struct.pack("<HI", 0, len(pages) + 6 * (k + 1)) for k in range(100_000))
+    with in_bounds(30 * MB):
+        assert decode_image(gif[:-1] + GIF[FRAME:-1] * 100_000 + b";").shape[:2] == (8, 8)
+        np.testing.assert_array_equal(decode_image(mpo), decode_image(encoded(Image.fromarray(PIXELS), "JPEG")))
+        np.testing.assert_array_equal(decode_image(bytes(pages)), PIXELS[:, :, :1])
 
 
 def test_a_photograph_may_hold_other_data() -> None:
