@@ -21,7 +21,7 @@ def images_in_zip(path: str) -> Iterator[np.ndarray]:
         for name in sorted(archive.namelist()):
             if name.lower().endswith((".jpg", ".jpeg", ".png")):
                 with archive.open(name) as file:
-                    yield np.array(Image.open(file).convert("RGB"))
+                    yield np.array(Image.open(file, formats=("JPEG", "PNG")).convert("RGB"))
 
 
 def images_in_cifar(path: str) -> Iterator[np.ndarray]:
