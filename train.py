@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +39,7 @@ from training.config import (
     RunConfig,
     TrainConfig,
     customise,
+    fitting_size,
     micro_batches,
     resolve,
 )
@@ -297,13 +299,13 @@ def main(context: click.Context, **options: Any) -> None:
         ),
         about=_circumstances(dataset, device),
     )
+    is_first = distributed.launched_rank() == 0
+    if is_first:
+        dataset.check_shapes(partial(fitting_size, request.config))
     config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     if config.run.workers or config.run.num_gpus > 1:
         allow_open_files(config.run.workers or 0)
-    is_first = distributed.launched_rank() == 0
-    if is_first:
-        dataset.check_shapes()
     choose_loggers(config.run.log)
     if options["dry_run"]:
         if is_first:
@@ -516,6 +518,7 @@ def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances
     return Circumstances(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
+        is_raw=dataset.is_raw,
         on_gpu=device.type == "cuda",
         has_bf16=distributed.has_bf16(device),
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,20 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
 from dnnlib.images import BrokenImageError
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
-from training.data_sources.codec import (
-    PNG_START,
-    decode_as,
-    decode_image,
-    read_shape,
-    starts_as_plain_png,
-)
+from training.data_sources.codec import decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
+from training.data_sources.sizes import (
+    CHANNEL_NAMES,
+    Size,
+    build_command,
+    describe_channels,
+    describe_sizes,
+    suggest_size,
+)
 
 try:
     import resource
@@ -42,8 +47,8 @@ OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pi
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images that are decoded at a time
-
-_CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+START_BYTES = 1 << 16  # of a file, in which most JPEGs tell their size: EXIF data, which come before, have less
+JPEG_START = b"\xff\xd8\xff"
 
 
 LabelKind = Literal["classes", "vectors"]
@@ -156,22 +161,40 @@ class ImageDataset:
         batch[mirrored] = batch[mirrored][:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
 
-    def check_shapes(self) -> None:
-        """Raise UserError naming the first image whose header is broken or promises another size or channel count.
+    @property
+    def is_raw(self) -> bool:
+        """Whether the images are as somebody has put them there, of any kinds, not a set that dataset_tool.py made."""
+        return "format_version" not in self.meta
 
-        Sets made by dataset_tool.py were checked when they were made and are passed over. Of a plain PNG the header is
-        read; what turns an image or makes it transparent can be anywhere in others.
+    def check_shapes(self, choose_size: Callable[[Counter[Size]], Size | None] = suggest_size) -> None:
+        """Raise ConfigError where headers are broken or promise other sizes or channels: how many, and what to do.
+
+        The command that it names builds a set of the size that `choose_size` chooses from counts of (width, height).
+        Sets made by dataset_tool.py were checked when they were made and are passed over.
         """
-        if "format_version" in self.meta:
+        if not self.is_raw:
             return
-        C, H, W = self.img_shape
-        for position in self._subset:
+        shapes: Counter[tuple[int, int, int]] = Counter()
+        broken: list[str] = []
+        for position in tqdm(self._subset, "Sizes", unit="images", disable=None, leave=False):
             name = self._store.names[position]
             try:
-                if not starts_as_plain_png(self._store.read_start(name, PNG_START), (H, W, C)):
-                    self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
+                shapes[self._read_shape(name)] += 1
             except BrokenImageError as error:
-                raise self._broken(name, error) from error
+                broken.append(f"{name!r} ({error})")
+        if problem := describe_mixture(self.path, shapes, broken, choose_size):
+            raise ConfigError("data.path", str(self.path), problem)
+
+    def _read_shape(self, name: str) -> tuple[int, int, int]:
+        """(H, W, C) that the start of a file promises, or all of it where that does not suffice."""
+        C, H, W = self.img_shape
+        start = self._store.read_start(name, START_BYTES)
+        if starts_as_plain_png(start, (H, W, C)):
+            return H, W, C
+        if start.startswith(JPEG_START):
+            with suppress(BrokenImageError):  # a long header: the size comes later
+                return read_shape(start)
+        return read_shape(self._store.read(name))
 
     def _decode(self, position: int, shape: tuple[int, int, int] | None) -> np.ndarray:
         """Image [H, W, C] at a position of the store, required to have `shape` unless that is None."""
@@ -300,9 +323,41 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         return range(len(self))[index]
 
 
+def describe_mixture(
+    path: Path,
+    shapes: Counter[tuple[int, int, int]],
+    broken: list[str],
+    choose_size: Callable[[Counter[Size]], Size | None],
+) -> str | None:
+    """Say what keeps images of these shapes (H, W, C) from being a set, and the command that builds one; None if not.
+
+    `broken` names images that cannot be read, with the reason.
+    """
+    sizes: Counter[Size] = Counter()
+    channels: Counter[int] = Counter()
+    for (H, W, C), count in shapes.items():
+        sizes[W, H] += count
+        channels[C] += count
+    count = shapes.total() + len(broken)
+    found = [f"{count} images"]
+    found[0] += f" of {describe_sizes(sizes)}" if len(sizes) > 1 else ""
+    found += [describe_channels(channels)] if len(channels) > 1 else []
+    found += [f"{len(broken)} cannot be read, the first is {broken[0]}"] if broken else []
+    if len(found) == 1 and len(sizes) < 2:
+        return None
+    command = build_command(
+        path,
+        (choose_size(sizes) or suggest_size(sizes)) if len(sizes) > 1 else None,
+        channels=3 if len(channels) > 1 else None,
+        skip_bad=bool(broken),
+    )
+    kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
+    return f"{', '.join(found)}: build a set of {kind} first: {command}"
+
+
 def describe_shape(shape: tuple[int, ...]) -> str:
     """(H, W, C) as '32x48 RGB' (width x height)."""
-    return f"{shape[1]}x{shape[0]} {_CHANNEL_NAMES[shape[2]]}"
+    return f"{shape[1]}x{shape[0]} {CHANNEL_NAMES[shape[2]]}"
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:
