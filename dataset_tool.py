@@ -7,52 +7,37 @@ python dataset_tool.py check data/cifar10.zip
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
-import shutil
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import shlex
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+from click.core import ParameterSource
 from tqdm import tqdm
 
-from dnnlib.cli import DefaultGroup, Script, option
+from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
 from dnnlib.images import BrokenImageError
-from dnnlib.util import partial_path
+from dnnlib.util import counted
+from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe
+from training.data_sources.classes import Classes, choose_classes, describe_classes
 from training.data_sources.codec import SLOW_DECODER, decode_as, decode_image
-from training.data_sources.convert import (
-    RESIZE_FILTERS,
-    TRANSFORMS,
-    Conversion,
-    Converted,
-    Expected,
-    TooSmallError,
-    convert_items,
-    load,
-)
-from training.data_sources.files import Label, labels_of, open_store, read_dataset_json
-from training.data_sources.sources import SUPPORTED, Drawing, Item, Source, open_source
+from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, is_all_gray
+from training.data_sources.dataset_json import Label
+from training.data_sources.files import labels_of, open_store, read_dataset_json
+from training.data_sources.listing import count_left_out, describe_left_out
+from training.data_sources.sizes import by_short_side, describe_sizes, size_options
+from training.data_sources.sources import SUPPORTED, Drawing, FolderLevel, Source, open_source
 
 FORMAT_VERSION = 1
 
-_CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
-_CHUNK_IMAGES = 256
 _SHAPES_SIZE = 32
 _SHAPES_COUNT = 4096
 _MAX_PAD = 1024
-
-Writer = Callable[[str, bytes], None]
 
 
 @click.group(cls=DefaultGroup, default="build")
@@ -67,7 +52,8 @@ def main() -> None:
     SOURCE is {SUPPORTED}. The result is a .zip file, or a folder if DEST does not end in .zip, of uncompressed PNG
     images of one size and a dataset.json with labels, class names and how the set was made.
 
-    The first image decides how many channels the set has; others are converted where that loses nothing.
+    What is left out, and the classes, are printed before anything is written. If images cannot be used, all are listed,
+    and nothing is written.
 
     `dataset_tool.py check PATH` reads a finished set and lists everything that is wrong with it.""",
 )
@@ -98,12 +84,23 @@ def main() -> None:
 )
 @option(
     "--channels",
-    type=click.Choice(["1", "3", "4"]),
-    help="Convert to grayscale, RGB (transparency over white) or RGBA [default: as the first image]",
+    type=click.Choice(["auto", "1", "3", "4"]),
+    default="auto",
+    show_default=True,
+    help="1: grayscale; 3: RGB, transparency laid over white; 4: RGBA; auto: RGB, or grayscale if all images are",
 )
 @option("--max-images", type=click.IntRange(min=1), help="Use the first N images [default: all; 4096 for shapes]")
-@option("--labels-from-folders", is_flag=True, help="The top-level folder of an image is its class")
+@option(
+    "--labels-from-folders",
+    is_flag=False,
+    flag_value="auto",
+    type=IntOrAuto(minimum=1),
+    metavar="[LEVEL]",
+    help="Folders are classes: those at the top, or in a folder that holds everything, or in train/ and val/; or those "
+    "at a LEVEL, 1 for the top",
+)
 @option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded, and list them")
+@option("-v", "--verbose", is_flag=True, help="List all files that are left out, by name")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which scenes --source=shapes draws")
 @option("--workers", type=click.IntRange(min=1), help="Number of processes [default: one per core]")
 def build(
@@ -115,48 +112,47 @@ def build(
     transform: str | None,
     pad: int | None,
     resize_filter: str,
-    channels: str | None,
+    channels: str,
     max_images: int | None,
-    labels_from_folders: bool,
+    labels_from_folders: FolderLevel | None,
     skip_bad: bool,
+    verbose: bool,
     seed: int,
     workers: int | None,
 ) -> None:
     if resolution is not None:
         width, height = read_resolution(resolution, width, height)
-    conversion = Conversion(
-        width=width,
-        height=height,
-        transform=transform,
-        resize_filter=resize_filter,
-        channels=int(channels) if channels else None,
-    )
+    conversion = Conversion(width=width, height=height, transform=transform, resize_filter=resize_filter)
     refuse_existing(dest)
     drawing = Drawing(seed, max_images or _SHAPES_COUNT, width or _SHAPES_SIZE, height or _SHAPES_SIZE)
     images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing)
-    conversion = replace(conversion, pad=images.pad if pad is None else pad)
     num_images = min(len(images), max_images or len(images))
-    expected = probe(images, conversion, num_images, skip_bad)
+    classes = choose_classes(images.labels, images.class_names)
+    introduce(images, num_images, classes, verbose=verbose)
 
+    conversion = replace(
+        conversion,
+        pad=images.pad if pad is None else pad,
+        channels=choose_channels(images, num_images) if channels == "auto" else int(channels),
+    )
+    shape = probe(islice(images, num_images), conversion) or (1, 1, conversion.channels)
+    problems = Problems(skip_bad)
     labels: list[list[str | Label | None]] = []
-    skipped: list[str] = []
-    num_small = 0
     with new_dataset(dest) as write:
         progress = tqdm(islice(images, num_images), total=num_images, unit="images", disable=None)
-        for item, result in convert_all(progress, conversion, expected, num_images, workers or os.cpu_count() or 1):
-            if isinstance(result, BrokenImageError):
-                skipped.append(refuse_broken(item, result, skip_bad))
-                continue
-            if isinstance(result, TooSmallError):
-                num_small += 1
-                continue
-            name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
-            write(name, result)
-            labels.append([name, item.label])
-        write("dataset.json", json.dumps(describe(images, conversion, expected, labels)).encode())
-    report(dest, images, expected, labels, skipped)
-    if num_small:
-        click.echo(f"{num_small} images are smaller than {width}x{height} and were left out ({transform})")
+        converted = convert_all(progress, conversion, shape, workers or os.cpu_count() or 1)
+        for position, (item, result) in enumerate(converted):
+            png = problems.note(item, result)
+            if png is not None:
+                name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
+                write(name, png)
+                labels.append([name, classes.labels[position] if classes.labels else None])
+        refuse_problems(problems, images, conversion, shape, verbose=verbose)
+        write("dataset.json", json.dumps(describe(images, conversion, shape, labels, classes, problems)).encode())
+    H, W, C = shape
+    labelled = "with labels" if classes.labels else "without labels"
+    click.echo(f"{dest}: {len(labels)} images of {W}x{H} pixels and {C} channels, {labelled}")
+    report_changes(conversion, problems, verbose=verbose)
 
 
 def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
@@ -176,111 +172,78 @@ def refuse_existing(dest: Path) -> None:
         raise UserError(f"--dest={dest} exists: remove it or choose another name")
 
 
-def refuse_broken(item: Item, error: BrokenImageError, skip_bad: bool) -> str:
-    """One line about a broken image; raises UserError with it unless such images are to be left out."""
-    line = f"{item.name}: {error}"
-    if not skip_bad:
-        raise UserError(f"cannot read {line}; --skip-bad leaves such images out")
-    return line
+def choose_channels(source: Source, num_images: int) -> int:
+    """Return 3, or 1 if the source says that its images are gray, or all say so of themselves."""
+    if source.channels is not None:
+        return source.channels
+    headers = tqdm(islice(source, num_images), total=num_images, unit="headers", disable=None, delay=1, leave=False)
+    return 1 if is_all_gray(headers) else 3
 
 
-def probe(source: Source, conversion: Conversion, num_images: int, skip_bad: bool) -> Expected:
-    """Size and channels of the result, from the first image that can be read and is not too small."""
-    num_small = 0
-    for item in islice(source, num_images):
-        try:
-            H, W, C = conversion(load(item)).shape
-        except BrokenImageError as error:
-            refuse_broken(item, error, skip_bad)
-        except TooSmallError:
-            num_small += 1
-        else:
-            unpadded = (H - 2 * conversion.pad, W - 2 * conversion.pad, C)
-            is_copied = isinstance(item.content, np.ndarray) and item.content.shape == unpadded
-            return Expected((H, W, C), item.name, is_copied)
-    if num_small:
+def introduce(source: Source, num_images: int, classes: Classes, *, verbose: bool) -> None:
+    """Print what was found, before anything is written."""
+    click.echo(f"{source.name}: {counted(num_images, 'image')}")
+    for note in (*source.notes, *classes.notes):
+        click.echo(f"Note: {note}")
+    if classes.labels:
+        click.echo(describe_classes(classes.labels[:num_images], classes.names))
+    if source.left_out:
+        click.echo(f"Left out, {counted(count_left_out(source.left_out), 'file')}:")
+        for line in describe_left_out(source.left_out, verbose=verbose):
+            click.echo(line)
+
+
+def refuse_problems(
+    problems: Problems, source: Source, conversion: Conversion, shape: tuple[int, int, int], *, verbose: bool
+) -> None:
+    """Raise UserError where images keep the set from being built: with all of them, and the command that goes on."""
+    if problems.num_small == problems.total:
         raise UserError(
             f"--width={conversion.width} --height={conversion.height}: --transform=center-crop-wide drops smaller "
-            f"images, and leaves none of the {num_images} of {source.name}: choose a smaller size"
+            f"images, and leaves none of the {problems.total} of {source.name}: choose a smaller size"
         )
-    raise UserError(f"none of the {num_images} images of {source.name} can be read: check the source")
+    lines, options = [], []
+    if problems.broken and not problems.may_go_on_without_broken:
+        lines.append(f"{counted(len(problems.broken), 'image')} that cannot be read:")
+        lines += listed(problems.broken, verbose=verbose)
+        options.append("--skip-bad")
+    if problems.other_size:
+        images = counted(len(problems.other_size), "image")
+        lines.append(f"{images} of another size than the first, {shape[1]}x{shape[0]}:")
+        lines += listed(problems.other_size, verbose=verbose)
+        options += size_options(problems.sizes)
+    if lines:
+        all_broken = len(problems.broken) == problems.total
+        head = f"{source.name}: nothing was written, because of"
+        end = "None can be read: check the source" if all_broken else f"To go on:\n  {command_again(*options)}"
+        raise UserError("\n".join([head, *lines, end]))
 
 
-def convert_all(
-    items: Iterable[Item], conversion: Conversion, expected: Expected, num_images: int, workers: int
-) -> Iterator[tuple[Item, Converted]]:
-    """Convert in order, in chunks, in other processes; a bounded number of chunks is in memory at any time."""
-    H, W, C = expected.shape
-    chunk_size = min(max(_CHUNK_BYTES // (H * W * C), 1), _CHUNK_IMAGES)
-    iterator = iter(items)
-    chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
-    if workers == 1 or num_images <= chunk_size or expected.is_copied:  # sending pixels costs more than encoding them
-        for chunk in chunks:
-            yield from zip(chunk, convert_items(chunk, conversion, expected), strict=True)
-        return
-
-    # spawn: forking a process that has threads (of whoever calls us) can deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    pending: deque[tuple[list[Item], Future[list[Converted]]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(convert_items, chunk, conversion, expected)))
-            if len(pending) > 2 * workers:
-                yield from _finish(pending)
-        while pending:
-            yield from _finish(pending)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process died, perhaps for lack of memory: try fewer than --workers={workers}"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def command_again(*added: str) -> str:
+    """Return the command that was typed, with more options."""
+    context = click.get_current_context()
+    typed = []
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
+            flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
+            typed.append(flag if value is True else f"{flag}={value}")
+    return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 
 
-def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Iterator[tuple[Item, Converted]]:
-    chunk, future = pending.popleft()
-    return zip(chunk, future.result(), strict=True)
-
-
-@contextmanager
-def new_dataset(dest: Path) -> Iterator[Writer]:
-    """Give a function that adds a file; the set gets its name when all is written, and nothing is left if not."""
-    temporary = partial_path(dest)
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        if dest.suffix.lower() == ".zip":
-            with zipfile.ZipFile(temporary, "w") as archive:
-                yield lambda name, data: _add_to_zip(archive, name, data)
-        else:
-            temporary.mkdir()
-            yield lambda name, data: _add_to_folder(temporary, name, data)
-        os.replace(temporary, dest)
-    except OSError as error:
-        raise UserError(f"cannot write --dest={dest}: {error}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
-def _add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    info = zipfile.ZipInfo(name)  # of 1980: the same images give the same file
-    info.external_attr = 0o644 << 16
-    archive.writestr(info, data)
-
-
-def _add_to_folder(folder: Path, name: str, data: bytes) -> None:
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-
-
-def describe(source: Source, conversion: Conversion, expected: Expected, labels: list[list[Any]]) -> dict[str, Any]:
+def describe(
+    source: Source,
+    conversion: Conversion,
+    shape: tuple[int, int, int],
+    labels: list[list[Any]],
+    classes: Classes,
+    problems: Problems,
+) -> dict[str, Any]:
     """Content of dataset.json."""
-    H, W, C = expected.shape
+    H, W, C = shape
     return {
-        "labels": None if labels[0][1] is None else labels,
-        "class_names": source.class_names,
+        "labels": labels if classes.labels else None,
+        "class_names": classes.names,
         "source": source.name,
         "num_images": len(labels),
         "width": W,
@@ -289,20 +252,26 @@ def describe(source: Source, conversion: Conversion, expected: Expected, labels:
         "pad": conversion.pad,
         "transform": conversion.transform,
         "resize_filter": conversion.resize_filter if conversion.width else None,
+        "short_sides": by_short_side(problems.sizes),
         "format_version": FORMAT_VERSION,
     }
 
 
-def report(dest: Path, source: Source, expected: Expected, labels: list[list[Any]], skipped: list[str]) -> None:
-    H, W, C = expected.shape
-    labelled = "without labels" if labels[0][1] is None else "with labels"
-    click.echo(f"{dest}: {len(labels)} images of {W}x{H} pixels and {C} channels, {labelled}")
-    if source.num_ignored:
-        click.echo(f"{source.num_ignored} files of {source.name} are not images and were left out")
-    if skipped:
-        click.echo(f"{len(skipped)} images could not be read and were left out:")
-        for line in skipped:
-            click.echo(f"  {line}")
+def report_changes(conversion: Conversion, problems: Problems, *, verbose: bool) -> None:
+    """Print how the images of the set differ from those of the source."""
+    if conversion.width and conversion.height:
+        small = problems.num_smaller_than(conversion.width, conversion.height)
+        enlarged = f"; {counted(small, 'image')} enlarged" if small else ""
+        click.echo(f"Originals: {describe_sizes(problems.sizes)}{enlarged}")
+    if problems.num_small:
+        click.echo(
+            f"{problems.num_small} images are smaller than {conversion.width}x{conversion.height} and were left out "
+            f"({conversion.transform})"
+        )
+    if problems.broken:
+        click.echo(f"Left out, {counted(len(problems.broken), 'image')} that cannot be read:")
+        for line in listed(problems.broken, verbose=verbose):
+            click.echo(line)
 
 
 @main.command(cls=Script)

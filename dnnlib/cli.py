@@ -249,12 +249,15 @@ class IntList(click.ParamType):
 
 
 class IntOrAuto(click.ParamType):
-    """An integer, or the word auto."""
+    """An integer, from `minimum` up, or the word auto."""
 
     name = "INT|auto"
 
+    def __init__(self, minimum: int | None = None) -> None:
+        self.minimum = minimum
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return "auto" if value == "auto" else int(click.INT.convert(value, param, ctx))
+        return "auto" if value == "auto" else int(click.IntRange(min=self.minimum).convert(value, param, ctx))
 
 
 class Size(click.ParamType):

@@ -93,6 +93,11 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02}h"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return e.g. '1 image', '1,300 images'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def home_folder(override_variable: str) -> Path:
     """Return the user's home. Raises UserError where there is none, naming `override_variable` to set."""
     try:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
-from dnnlib.config import ConfigError, field_names, from_json, override, to_json, within
+from dnnlib.config import ConfigError, field_names, from_json, override, to_json
 from torch_utils.misc import OnMeta
 from training import misfit
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
-from training.data_sources.sizes import Size
+from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.ema import EMAConfig
@@ -479,8 +478,8 @@ def _fit_networks(config: TrainConfig, about: Circumstances) -> TrainConfig:
         raise misfit.explain(error, config, PRESETS, about.img_shape[1:], is_raw=about.is_raw) from None
 
 
-def fitting_size(config: TrainConfig, sizes: Counter[Size]) -> Size | None:
-    """Choose the (width, height) for a set of images of these sizes that the networks can make; None for want of one."""
+def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
+    """Choose (width, height) for a set of images of these sizes such that the networks can make it; None if none is."""
     return next(iter(misfit.fitting_sizes(config, sizes)), None)
 
 

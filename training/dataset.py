@@ -23,18 +23,13 @@ from tqdm import tqdm
 from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
 from dnnlib.images import BrokenImageError
+from dnnlib.util import counted
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
 from training.data_sources.codec import decode_as, decode_image, read_shape, starts_as_plain_png
-from training.data_sources.files import DatasetJson, labels_of, open_store, read_dataset_json
-from training.data_sources.sizes import (
-    CHANNEL_NAMES,
-    Size,
-    build_command,
-    describe_channels,
-    describe_sizes,
-    suggest_size,
-)
+from training.data_sources.dataset_json import DatasetJson
+from training.data_sources.files import labels_of, open_store, read_dataset_json
+from training.data_sources.sizes import Size, Sizes, build_command, crop_options, describe_sizes, suggest_size
 
 try:
     import resource
@@ -43,6 +38,8 @@ except ImportError:  # Windows
 
 OPEN_FILES = 256  # of a process of training on a GPU, generously
 OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
+
+CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
@@ -96,6 +93,7 @@ class ImageDataset:
     label_kind      "classes" or "vectors", None when c_dim is 0
     class_names     list of str, or None
     meta            the keys of dataset.json other than "labels": how the set was made
+    notes           what was recognised although it is not where or as it usually is, one sentence each
     content_hash    hex digest that names the images behind the indices, see `_content_hash`
 
     Objects can be pickled and used in forked or spawned workers. Everything that is wrong with the files raises
@@ -111,6 +109,7 @@ class ImageDataset:
         self._store = open_store(self.path)
         content = read_dataset_json(self._store)
         self.meta = content.meta
+        self.notes = [*self._store.notes, *content.notes]
         self.class_names = content.class_names
         self.has_labels = content.labels is not None
 
@@ -166,7 +165,7 @@ class ImageDataset:
         """Whether the images are as somebody has put them there, of any kinds, not a set that dataset_tool.py made."""
         return "format_version" not in self.meta
 
-    def check_shapes(self, choose_size: Callable[[Counter[Size]], Size | None] = suggest_size) -> None:
+    def check_shapes(self, choose_size: Callable[[Sizes], Size | None] = suggest_size) -> None:
         """Raise ConfigError where headers are broken or promise other sizes or channels: how many, and what to do.
 
         The command that it names builds a set of the size that `choose_size` chooses from counts of (width, height).
@@ -245,7 +244,7 @@ class ImageDataset:
         The fingerprint is size and CRC-32 in a zip file, size and time of change in a folder: no image is read, so
         this takes seconds for a million images. A folder that is copied without its times gets another hash.
         """
-        digest = hashlib.sha256(self._store.read_json() if self._store.has_json else b"")
+        digest = hashlib.sha256(self._store.read_json() if self._store.json_name else b"")
         digest.update(f"mirror={self.config.mirror}".encode())
         for position in self._subset:
             name = self._store.names[position]
@@ -324,35 +323,30 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def describe_mixture(
-    path: Path,
-    shapes: Counter[tuple[int, int, int]],
-    broken: list[str],
-    choose_size: Callable[[Counter[Size]], Size | None],
+    path: Path, shapes: Counter[tuple[int, int, int]], broken: list[str], choose_size: Callable[[Sizes], Size | None]
 ) -> str | None:
     """Say what keeps images of these shapes (H, W, C) from being a set, and the command that builds one; None if not.
 
-    `broken` names images that cannot be read, with the reason.
+    `broken` are the names of images that cannot be read, with the reason.
     """
-    sizes: Counter[Size] = Counter()
+    sizes: Sizes = Counter()
     channels: Counter[int] = Counter()
     for (H, W, C), count in shapes.items():
         sizes[W, H] += count
         channels[C] += count
-    count = shapes.total() + len(broken)
-    found = [f"{count} images"]
-    found[0] += f" of {describe_sizes(sizes)}" if len(sizes) > 1 else ""
-    found += [describe_channels(channels)] if len(channels) > 1 else []
-    found += [f"{len(broken)} cannot be read, the first is {broken[0]}"] if broken else []
-    if len(found) == 1 and len(sizes) < 2:
+    found, options = [counted(shapes.total() + len(broken), "image")], []
+    if len(sizes) > 1:
+        found[0] += f" of {describe_sizes(sizes)}"
+        options += crop_options(choose_size(sizes) or suggest_size(sizes))
+    if len(channels) > 1:
+        found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
+    if broken:
+        found.append(f"{len(broken):,} cannot be read, the first is {broken[0]}")
+        options.append("--skip-bad")
+    if len(found) == 1 and not options:
         return None
-    command = build_command(
-        path,
-        (choose_size(sizes) or suggest_size(sizes)) if len(sizes) > 1 else None,
-        channels=3 if len(channels) > 1 else None,
-        skip_bad=bool(broken),
-    )
     kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
-    return f"{', '.join(found)}: build a set of {kind} first: {command}"
+    return f"{', '.join(found)}: build a set of {kind} first: {build_command(str(path), *options)}"
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:

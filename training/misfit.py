@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dnnlib.config import ConfigError, field_names, override, within
-from training.data_sources.sizes import Size, build_command, candidate_sizes
+from training.data_sources.sizes import Size, Sizes, build_command, candidate_sizes, crop_options
 from training.networks import GENERATORS
 from training.networks.generator import GeneratorConfig, Grid, base_grids
 
@@ -27,10 +27,10 @@ def fit(config: TrainConfig, height: int, width: int) -> TrainConfig:
         return replace(config, discriminator=config.discriminator.fit(height, width))
 
 
-def fitting_sizes(config: TrainConfig, sizes: Counter[Size]) -> Iterator[Size]:
+def fitting_sizes(config: TrainConfig, sizes: Sizes) -> Iterator[Size]:
     """Yield the (width, height) of sets of images of these sizes that both networks can be for, best first."""
     fixed = config.generator.fixed_size
-    height, width = getattr(config.generator, "base", (8, 8))
+    height, width = base_of(config.generator) or (8, 8)
     for size in [fixed[::-1]] if fixed else candidate_sizes(sizes, (width, height)):
         if _fits(config, size[::-1]):
             yield size
@@ -46,7 +46,7 @@ def explain(
     """
     part, _, name = error.field.partition(".")
     settings, given = getattr(config, part), _settings_of(presets[config.preset], config, part)
-    base = {"base": settings.base} if "base" in field_names(settings) else {}
+    base = {"base": settings.base} if base_of(settings) else {}
     if getattr(settings, name) != getattr(given, name) or _part_fits(replace(given, **base), grid):
         return error
 
@@ -54,6 +54,7 @@ def explain(
     size = next(fitting_sizes(config, Counter([(width, height)])), None)
     remedies = [_rebuild(config.data.path, size, is_raw)] if size else []
     remedies += _other_options(config, presets, grid)
+    remedies = remedies[::-1] if is_raw else remedies  # a command comes last
     about = _describe_networks(part, config, presets)
     remedy = ", or ".join(remedies) or "choose another preset"
     return ConfigError("data.path", config.data.path, f"images of {width}x{height}, {about}: {remedy}")
@@ -67,12 +68,13 @@ def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
 
 def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, TrainConfig]) -> str:
     """Say what the networks are for, naming the options that chose them."""
-    generator = config.generator
-    given = _settings_of(presets[config.preset], config, "generator")
-    options = [f"--gen={_family(generator)}"] * (type(generator) is not type(presets[config.preset].generator))
-    options += [f"--base={show_base(generator.base)}"] * (
-        getattr(generator, "base", None) != getattr(given, "base", None)
-    )
+    generator, preset = config.generator, presets[config.preset]
+    options = []
+    if type(generator) is not type(preset.generator):
+        options.append(f"--gen={_family(generator)}")
+    base = base_of(generator)
+    if base and base != base_of(_settings_of(preset, config, "generator")):
+        options.append(f"--base={show_base(base)}")
     chosen = " with ".join(filter(None, [f"--cfg={config.preset}", " ".join(options)]))
     if part == "discriminator":
         return f"which the discriminator of {chosen} cannot judge"
@@ -84,7 +86,7 @@ def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, Tra
 def _rebuild(path: str, size: Size, is_raw: bool) -> str:
     """Say how to make a set of this size, by the whole command where the images are not of a set already."""
     if is_raw:
-        return f"build a set of another size first: {build_command(path, size)}"
+        return f"build a set of another size: {build_command(path, *crop_options(size))}"
     return f"rebuild the set with --width={size[0]} --height={size[1]}"
 
 
@@ -101,15 +103,20 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
     if "handover" in field_names(config.generator):
         sides = [side for side in HANDOVERS if side < max(grid)]
         choices += [(f"give --handover={side}", config, {"generator.handover": side}) for side in sides]
-    if "base" in field_names(config.generator):
-        given, bases = _settings_of(preset, config, "generator").base, small_bases(grid)
-        if config.generator.base != given:
+    if base := base_of(config.generator):
+        given, bases = base_of(_settings_of(preset, config, "generator")), small_bases(grid)
+        if base != given:
             choices.append(("leave out --base", config, {"generator.base": given}))
-            auto = override(auto, {"generator.base": config.generator.base})
+            auto = override(auto, {"generator.base": base})
         choices.append((f"give {named}", auto, {}))
         choices += [(f"give --base={show_base(base)}", config, {"generator.base": base}) for base in bases]
         choices += [(f"give {named} --base={show_base(base)}", auto, {"generator.base": base}) for base in bases]
     return [words for words, changed, values in choices if _fits(override(changed, values), grid)][:1]
+
+
+def base_of(settings: Any) -> Grid | None:
+    """Return the base grid of a generator whose resolutions double from one; None for other networks."""
+    return getattr(settings, "base", None)
 
 
 def small_bases(grid: Grid) -> list[Grid]:

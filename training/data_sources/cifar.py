@@ -13,7 +13,7 @@ import numpy as np
 from dnnlib.config import UserError
 from dnnlib.util import describe_error
 from training.data_sources.bounds import Member, Unpacked
-from training.data_sources.files import MAX_CLASS, Label
+from training.data_sources.dataset_json import MAX_CLASS, Label
 
 _MAX_MEMBER_BYTES = 1 << 28  # CIFAR-100's training set is 155 MB
 _MAX_READS = 1 << 22  # from a pickle; CIFAR-100's training set takes 0.6 million

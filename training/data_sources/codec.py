@@ -50,6 +50,12 @@ def read_shape(data: bytes) -> tuple[int, int, int]:
         return height, width, len(_mode(image))
 
 
+def is_gray(data: bytes) -> bool:
+    """Whether an image is stored as grayscale, with or without transparency. Raises BrokenImageError."""
+    with open_image(data) as image:
+        return image.mode in ("1", "L", "LA", "I;16", "I;16B", "I")
+
+
 def _to_array(image: Image.Image) -> np.ndarray:
     turn = TURNS.get(orientation_of(image))
     mode = _mode(image)

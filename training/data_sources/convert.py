@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from PIL import Image
 
 from dnnlib.config import UserError
 from dnnlib.images import BrokenImageError
-from training.data_sources.codec import decode_image, encode_png
+from training.data_sources.codec import decode_image, encode_png, is_gray
 from training.data_sources.files import read_image_file
 from training.data_sources.sources import Item
 
@@ -33,7 +34,7 @@ class TooSmallError(Exception):
 class Conversion:
     """Pixel operations: `pad` pixels of 0 on each side, the transform, the resize.
 
-    `width` and `height` are both given or both None; `channels` None keeps the channels. The transforms:
+    `width` and `height` are both given or both None. The transforms:
 
     None                    the whole image, resized to width x height, whatever its aspect ratio
     center-crop             the largest centred rectangle of the aspect ratio width:height, resized
@@ -48,7 +49,7 @@ class Conversion:
     height: int | None = None
     transform: str | None = None
     resize_filter: str = "lanczos"
-    channels: int | None = None
+    channels: int = 3
     pad: int = 0
 
     def __post_init__(self) -> None:
@@ -64,8 +65,7 @@ class Conversion:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, C] -> [height, width, channels]. Raises TooSmallError for an image that is to be dropped."""
-        if self.channels:
-            pixels = force_channels(pixels, self.channels)
+        pixels = force_channels(pixels, self.channels)
         if self.pad:
             pixels = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         if self.width is None or self.height is None:
@@ -142,56 +142,64 @@ def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray | None:
     return colors if channels == 3 else np.dstack([colors, np.full(pixels.shape[:2], 255, np.uint8)])
 
 
-Converted = bytes | BrokenImageError | TooSmallError  # a PNG file, or why there is none
+class WrongSizeError(Exception):
+    """The image differs in size from the others, and none was asked for."""
 
 
-class Expected(NamedTuple):
-    """What the first image of the source decides.
+class Converted(NamedTuple):
+    """An image for the set.
 
-    shape: (H, W, C) of all images of the set.
-    first: its name, for messages.
-    is_copied: it came as pixels and is at most padded, so that the images of this source only have to be encoded.
+    png: the file, or what keeps it out.
+    size: (width, height) of the original, None where it cannot be read.
     """
 
-    shape: tuple[int, int, int]
-    first: str
-    is_copied: bool
+    png: bytes | BrokenImageError | TooSmallError | WrongSizeError
+    size: tuple[int, int] | None
 
 
 def load(item: Item) -> np.ndarray:
     """Pixels uint8 [H, W, C] of an item. Raises BrokenImageError."""
     content = item.content
-    if isinstance(content, BrokenImageError):
-        raise content
     if isinstance(content, np.ndarray):
         return content
-    if isinstance(content, Path):
-        content = read_image_file(content)
-    return decode_image(content)
+    return decode_image(encoded(item))
 
 
-def convert_items(items: list[Item], conversion: Conversion, expected: Expected) -> list[Converted]:
-    """PNG files, or what is wrong, for a chunk of items. Raises UserError for an image that does not fit the others."""
-    results: list[Converted] = []
+def encoded(item: Item) -> bytes:
+    """Return the encoded image of an item that does not hold pixels. Raises BrokenImageError."""
+    content = item.content
+    if isinstance(content, BrokenImageError):
+        raise content
+    assert not isinstance(content, np.ndarray)
+    return read_image_file(content) if isinstance(content, Path) else content
+
+
+def is_all_gray(items: Iterable[Item]) -> bool:
+    """Whether all images that can be read are stored as grayscale; ends at the first that is not."""
+    found = None
     for item in items:
         try:
-            results.append(encode_png(_fit(conversion(load(item)), item.name, expected)))
-        except (BrokenImageError, TooSmallError) as error:
-            results.append(error)
-    return results
+            found = item.content.shape[2] == 1 if isinstance(item.content, np.ndarray) else is_gray(encoded(item))
+        except BrokenImageError:
+            continue
+        if not found:
+            return False
+    return bool(found)
 
 
-def _fit(pixels: np.ndarray, name: str, expected: Expected) -> np.ndarray:
-    H, W, C = expected.shape
-    fitted = fit_channels(pixels, C)
-    if fitted is None:
-        raise UserError(
-            f"{name!r} has {pixels.shape[2]} channels, but the first image, {expected.first!r}, has {C}: "
-            "choose what all should have with --channels=1 (grayscale), 3 (RGB) or 4 (RGBA)"
-        )
-    if fitted.shape != expected.shape:
-        raise UserError(
-            f"{name!r} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but the first image, {expected.first!r}, is "
-            f"{W}x{H}: give --width and --height, and --transform=center-crop to keep proportions"
-        )
-    return fitted
+def convert_items(items: list[Item], conversion: Conversion, shape: tuple[int, int, int]) -> list[Converted]:
+    """Convert a chunk of items to PNG files of `shape` (H, W, C)."""
+    return [_convert(item, conversion, shape) for item in items]
+
+
+def _convert(item: Item, conversion: Conversion, shape: tuple[int, int, int]) -> Converted:
+    size = None
+    try:
+        pixels = load(item)
+        size = pixels.shape[1], pixels.shape[0]
+        pixels = conversion(pixels)
+        if pixels.shape != shape:
+            raise WrongSizeError(f"{size[0]}x{size[1]}")
+        return Converted(encode_png(pixels), size)
+    except (BrokenImageError, TooSmallError, WrongSizeError) as error:
+        return Converted(error, size)

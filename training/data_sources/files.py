@@ -6,31 +6,20 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dnnlib.config import FLOAT32_MAX, OPTIONS_FILE, UserError
-from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
-from dnnlib.util import open_regular, parse_json, read_regular
+from dnnlib.config import OPTIONS_FILE, UserError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.util import open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
-
-Label = int | list[float]
-
-MAX_CLASS = 2**31 - 1
+from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json
+from training.data_sources.listing import LeftOut, describe_left_out, list_files, sort_out
 
 _MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()
-
-
-def _is_image(name: str) -> bool:
-    basename = name.rsplit("/", 1)[-1]
-    return basename.lower().endswith(IMAGE_SUFFIXES) and not basename.startswith(".")
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions") from error
 
 
 def read_image_file(path: Path) -> bytes:
@@ -42,18 +31,19 @@ def read_image_file(path: Path) -> bytes:
 
 
 class FolderStore:
-    """Images below a folder, by their path relative to it; `names` is sorted, `num_ignored` counts other files."""
+    """Images below a folder, by their path relative to it.
+
+    names      sorted
+    left_out   other files by kind, see `listing`
+    json_name  of dataset.json, None without
+    notes      on what is not where it usually is
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = sorted(
-            (Path(parent) / file).relative_to(path).as_posix()
-            for parent, _, files in os.walk(path, onerror=_refuse_folder)
-            for file in files
-        )
-        self.names = [name for name in files if _is_image(name)]
-        self.num_ignored = len(files) - len(self.names) - ("dataset.json" in files)
-        self.has_json = "dataset.json" in files
+        files, links = list_files(path)
+        self.names, self.json_name, self.left_out, self.notes = _arrange(files)
+        self.left_out |= links
 
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises BrokenImageError when it cannot be read."""
@@ -68,7 +58,8 @@ class FolderStore:
             raise BrokenImageError(error.strerror or str(error)) from error
 
     def read_json(self) -> bytes:
-        return read_regular(self.path / "dataset.json", _MAX_JSON_BYTES)
+        assert self.json_name is not None
+        return read_regular(self.path / self.json_name, _MAX_JSON_BYTES)
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size."""
@@ -80,7 +71,7 @@ class FolderStore:
 
 
 class ZipStore:
-    """Images in a zip file, by their name in it; `names` is sorted, `num_ignored` counts other files.
+    """Images in a zip file, by their name in it; with the attributes of a FolderStore.
 
     Members are read at their place in the file (`_read_at`), which costs a few microseconds and, having no file
     position, is safe across forked workers and threads. Names are only ever keys, never paths.
@@ -95,9 +86,7 @@ class ZipStore:
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
         self._members = members
-        self.names = sorted(filter(_is_image, members))
-        self.has_json = "dataset.json" in members
-        self.num_ignored = len(members) - len(self.names) - self.has_json
+        self.names, self.json_name, self.left_out, self.notes = _arrange(members)
         self._file: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,8 +106,9 @@ class ZipStore:
         return self._read_at_member(info, min(size, info.compress_size))
 
     def read_json(self) -> bytes:
-        limit = unpacked_limit(self._members["dataset.json"].compress_size)
-        return self._read("dataset.json", min(limit, _MAX_JSON_BYTES))
+        assert self.json_name is not None
+        limit = unpacked_limit(self._members[self.json_name].compress_size)
+        return self._read(self.json_name, min(limit, _MAX_JSON_BYTES))
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and CRC-32, from the zip directory."""
@@ -195,67 +185,31 @@ def open_store(path: Path) -> FileStore:
             raise UserError(f"{path} is no data set: --network takes snapshots, --resume them and training states")
         raise UserError(f"{path} is neither a folder nor a .zip file: convert it with dataset_tool.py first")
     if not store.names:
-        raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}): check the path")
+        others = describe_left_out(store.left_out, verbose=False)
+        held = f"; it holds{','.join(line.removeprefix(' ') for line in others)}" if others else ""
+        raise UserError(f"{path} holds no images{held}: check the path")
     return store
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetJson:
-    """Content of dataset.json: labels by image name (None when there are none) and all other keys as `meta`."""
-
-    labels: dict[str, Label] | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.meta.get("class_names")
-
-
 def read_dataset_json(store: FileStore) -> DatasetJson:
-    """Read and check `{"labels": [["00000/img00000000.png", 3], ...], ...}`; empty when the file is missing.
+    """Read and check dataset.json, see `parse_dataset_json`; empty when the file is missing.
 
-    All labels are class numbers, or all are vectors of one length. Raises UserError naming the first bad entry.
+    The names in it start from its folder, those of the result from the top of the store.
     """
-    if not store.has_json:
+    if store.json_name is None:
         return DatasetJson()
-    where = f"{store.path}: dataset.json"
+    where = f"{store.path}: {store.json_name}"
     try:
-        content = parse_json(store.read_json())
+        data = store.read_json()
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
-    except (BrokenImageError, ValueError) as error:
+    except BrokenImageError as error:
         raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f'{where} must be an object with the key "labels", not a {type(content).__name__}')
-    names = content.get("class_names")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f'{where}: "class_names" must be null or a list of strings, not {names!r:.80}')
-    pairs = content.pop("labels", None)
-    if pairs is None:
-        return DatasetJson(meta=content)
-    if not isinstance(pairs, list) or not pairs:
-        raise UserError(f'{where}: "labels" must be null or a list like [["00000/img00000000.png", 3], ...]')
-
-    vector_length = len(pairs[0][1]) if _is_pair(pairs[0]) and isinstance(pairs[0][1], list) else None
-    for pair in pairs:
-        if not _is_pair(pair) or not _is_label(pair[1], vector_length):
-            wanted = "class numbers from 0" if vector_length is None else f"lists of {vector_length} numbers"
-            raise UserError(f"{where}: label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
-    return DatasetJson(labels=dict(pairs), meta=content)
-
-
-def _is_pair(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def _is_label(label: object, vector_length: int | None) -> bool:
-    if vector_length is None:
-        return type(label) is int and 0 <= label <= MAX_CLASS
-    return (
-        isinstance(label, list)
-        and len(label) == vector_length > 0
-        and all(type(value) in (int, float) and abs(value) <= FLOAT32_MAX for value in label)
-    )
+    content = parse_dataset_json(data, where)
+    folder = store.json_name.removesuffix(NAME)
+    if content.labels is None or not folder:
+        return content
+    return replace(content, labels={folder + name: label for name, label in content.labels.items()})
 
 
 def labels_of(store: FileStore, content: DatasetJson) -> list[Label] | None:
@@ -265,7 +219,30 @@ def labels_of(store: FileStore, content: DatasetJson) -> list[Label] | None:
     missing = [name for name in store.names if name not in content.labels]
     if missing:
         raise UserError(
-            f"{store.path}: dataset.json has no label for {missing[0]!r} and {len(missing) - 1} other images: "
+            f"{store.path}: {store.json_name} has no label for {missing[0]!r} and {len(missing) - 1} other images: "
             "labels must cover all images"
         )
     return [content.labels[name] for name in store.names]
+
+
+def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list[str]]:
+    """Return of all files the images, dataset.json, the others by kind, and notes."""
+    names, left_out = sort_out(files)
+    found = [file for file in left_out.get(".json", ()) if file.rsplit("/", 1)[-1] == NAME]
+    json_name, notes = _find_json(found, names)
+    if json_name is not None:
+        left_out[".json"].remove(json_name)
+    return names, json_name, {kind: others for kind, others in left_out.items() if others}, notes
+
+
+def _find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return which dataset.json of those found counts: at the top, or else in the one folder that holds all images.
+
+    And a note where it is not at the top.
+    """
+    if not found or NAME in found:
+        return (NAME if found else None), []
+    around = [file for file in found if all(name.startswith(file.removesuffix(NAME)) for name in names)]
+    if around:
+        return around[0], [f"{around[0]} is read: all images are in its folder"]
+    return None, [f"{found[0]} is not read, because images lie outside its folder: to use it, give that folder"]

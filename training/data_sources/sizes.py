@@ -1,4 +1,4 @@
-"""Sizes of images: a mixture in words, the size that a set of it should have, and the command that builds that set."""
+"""Sizes of images: described, counted in powers of two, and the size that a set of them should have."""
 
 from __future__ import annotations
 
@@ -7,53 +7,63 @@ from collections import Counter
 from pathlib import Path
 
 Size = tuple[int, int]  # (width, height)
+Sizes = Counter[Size]  # number of images by size
 
-CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 SMALLEST, LARGEST = 8, 1024  # sides of the sizes that are suggested
-REACHING = 0.9  # of the images are not enlarged
+REACHING = 0.9  # of the images need not be enlarged
 
 
-def describe_sizes(sizes: Counter[Size]) -> str:
-    """Return '37 sizes, 120x90 to 4000x3000' (width x height, by area), of a single size '120x90'."""
-    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    first, last = (f"{width}x{height}" for width, height in (ordered[0], ordered[-1]))
-    return first if len(ordered) == 1 else f"{len(ordered)} sizes, {first} to {last}"
+def by_short_side(sizes: Sizes) -> dict[str, int]:
+    """Count images by their shorter side, in powers of two: "64" stands for 64 to 127 pixels."""
+    counts: Counter[int] = Counter()
+    for (width, height), count in sizes.items():
+        counts[1 << (min(width, height).bit_length() - 1)] += count
+    return {str(side): counts[side] for side in sorted(counts)}
 
 
-def describe_channels(channels: Counter[int]) -> str:
-    """Return '480 RGB, 20 grayscale', the most common first."""
-    return ", ".join(f"{count} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common())
+def describe_sizes(sizes: Sizes) -> str:
+    """Return e.g. '37 sizes, 120x90 to 4000x3000 pixels'."""
+    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
+    smallest, largest = (f"{width}x{height}" for width, height in (ordered[0], ordered[-1]))
+    return f"{smallest} pixels" if len(sizes) == 1 else f"{len(sizes)} sizes, {smallest} to {largest} pixels"
 
 
-def candidate_sizes(sizes: Counter[Size], base: Size = (SMALLEST, SMALLEST)) -> list[Size]:
-    """List `base` times powers of two, sides of 8 to 1024 pixels, best first: (width, height).
+def candidate_sizes(sizes: Sizes, base: Size = (SMALLEST, SMALLEST)) -> list[Size]:
+    """List `base` times powers of two with sides of 8 to 1024 pixels, the best size for a set of such images first.
 
-    The best is the largest that 90 % of the images reach with both sides. Then come smaller ones, at last larger ones.
+    That is the largest that 90 % of the images reach with both sides. Then come smaller ones, at last larger ones.
     """
     doubled = [(base[0] << n, base[1] << n) for n in range(LARGEST.bit_length())]
-    allowed = [size for size in doubled if SMALLEST <= min(size) and max(size) <= LARGEST]
+    allowed = [size for size in doubled if min(size) >= SMALLEST and max(size) <= LARGEST]
     needed = REACHING * sizes.total()
-    reached = {(w, h): sum(count for (W, H), count in sizes.items() if W >= w and H >= h) >= needed for w, h in allowed}
-    return [size for size in reversed(allowed) if reached[size]] + [size for size in allowed if not reached[size]]
+    reached = [size for size in allowed if _count_reaching(sizes, size) >= needed]
+    return reached[::-1] + [size for size in allowed if size not in reached]
 
 
-def suggest_size(sizes: Counter[Size]) -> Size:
-    """Return the side, twice, of the largest power of two that 90 % of the images reach with their shorter side."""
+def _count_reaching(sizes: Sizes, size: Size) -> int:
+    return sum(count for (width, height), count in sizes.items() if width >= size[0] and height >= size[1])
+
+
+def suggest_size(sizes: Sizes) -> Size:
+    """Return the square of the largest power of two that 90 % of the images reach with their shorter side."""
     return candidate_sizes(sizes)[0]
 
 
-def build_command(
-    source: str | Path, size: Size | None = None, *, channels: int | None = None, skip_bad: bool = False
-) -> str:
-    """Return the command line that builds a set from `source`, cropped to `size` if that is given."""
+def size_options(sizes: Sizes) -> list[str]:
+    """Return options of dataset_tool.py that make the images one size, the one that suits them."""
+    return crop_options(suggest_size(sizes))
+
+
+def crop_options(size: Size) -> list[str]:
+    """Return options of dataset_tool.py that make all images this size and keep their proportions."""
+    return ["--transform=center-crop", f"--width={size[0]}", f"--height={size[1]}"]
+
+
+def build_command(source: str, *options: str) -> str:
+    """Return the command that builds a set from `source` with such options, quoted for the shell."""
     path = Path(source)
     name = (path.stem if path.suffix.lower() == ".zip" else path.resolve().name) or "images"
-    shape = "" if size is None else f"-{size[0]}x{size[1]}"
     dest = Path("data", f"{name}.zip")
     if dest.exists():
-        dest = Path("data", f"{name}{shape or '-built'}.zip")
-    words = [f"--source={shlex.quote(str(source))}", f"--dest={shlex.quote(dest.as_posix())}"]
-    words += ["--transform=center-crop", f"--width={size[0]}", f"--height={size[1]}"] if size else []
-    words += [f"--channels={channels}"] if channels else []
-    words += ["--skip-bad"] if skip_bad else []
-    return " ".join(["python dataset_tool.py", *words])
+        dest = Path("data", f"{name}-built.zip")
+    return f"python dataset_tool.py {shlex.join([f'--source={source}', f'--dest={dest.as_posix()}', *options])}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,15 +24,10 @@ from training.data_sources.bounds import (
     read_tar,
 )
 from training.data_sources.cifar import read_cifar
-from training.data_sources.files import (
-    MAX_CLASS,
-    FileStore,
-    FolderStore,
-    Label,
-    labels_of,
-    open_store,
-    read_dataset_json,
-)
+from training.data_sources.classes import classes_from_folders, note_on_folders
+from training.data_sources.dataset_json import MAX_CLASS, Label
+from training.data_sources.files import FileStore, FolderStore, labels_of, open_store, read_dataset_json
+from training.data_sources.listing import LeftOut
 from training.data_sources.lmdb_file import LmdbFile
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
@@ -40,6 +35,9 @@ SUPPORTED = (
     "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
     "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, or the word shapes"
 )
+
+
+FolderLevel = int | Literal["auto"]
 
 
 class Item(NamedTuple):
@@ -50,27 +48,39 @@ class Item(NamedTuple):
     """
 
     name: str
-    label: Label | None
     content: bytes | Path | np.ndarray | BrokenImageError
 
 
 class Source(Protocol):
-    """An iterable of Items of known length. Either all items have labels or none has; iterating again starts anew."""
+    """An iterable of Items of known length; iterating again starts anew.
+
+    name         of the file or folder
+    pad          pixels of 0 that are usually added on each side
+    labels       of all images in their order, None without
+    class_names  None where the classes have only numbers, and without classes
+    channels     1 or 3, as the source says of its images; None where their headers tell
+    left_out     files that are not images, by kind
+    notes        lines on how the source is read where that is not plain
+    """
 
     name: str
-    num_ignored: int  # files that are not images
-    pad: int  # pixels of 0 that are usually added on each side
-
-    @property
-    def class_names(self) -> list[str] | None: ...
+    pad: int
+    labels: Sequence[Label] | None
+    class_names: list[str] | None
+    channels: int | None
+    left_out: LeftOut
+    notes: list[str]
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Item]: ...
 
 
-def open_source(path: str, *, labels_from_folders: bool, drawing: Drawing) -> Source:
-    """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown."""
+def open_source(path: str, *, labels_from_folders: FolderLevel | None, drawing: Drawing) -> Source:
+    """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown.
+
+    `labels_from_folders` is the level of the folders that are classes, 1 for the top.
+    """
     location = Path(path)
     if path != "shapes" and not location.exists():
         raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
@@ -88,34 +98,50 @@ def open_source(path: str, *, labels_from_folders: bool, drawing: Drawing) -> So
         source = _open_idx(location)
     else:
         source = _open_tar(location)
-    if labels_from_folders:
+    if labels_from_folders is not None:
         raise UserError(f"--labels-from-folders needs a folder or .zip of images, and {path} is neither")
     return source
 
 
-class FileSource:
-    """Images in a folder or zip file; labels from dataset.json, or from the names of the top-level folders."""
+class SourceBase:
+    """Attributes of a Source that says nothing of its images; see there."""
 
+    name = ""
     pad = 0
+    labels: Sequence[Label] | None = None
+    class_names: list[str] | None = None
+    channels: int | None = None
 
-    def __init__(self, store: FileStore, labels_from_folders: bool) -> None:
-        self.name = store.path.name
-        self.num_ignored = store.num_ignored
+    def __init__(self) -> None:
+        self.left_out: LeftOut = {}
+        self.notes: list[str] = []
+
+
+class FileSource(SourceBase):
+    """Images in a folder or zip file; labels from dataset.json, or from the names of folders."""
+
+    def __init__(self, store: FileStore, labels_from_folders: FolderLevel | None) -> None:
+        self.name = store.path.resolve().name
+        self.left_out = store.left_out
+        self.notes = [*store.notes]
         self._store = store
-        self.class_names: list[str] | None
-        self._labels: list[Label] | None
-        if labels_from_folders:
-            self.class_names, self._labels = _labels_from_folders(store)
-        else:
-            content = read_dataset_json(store)
-            self.class_names, self._labels = content.class_names, labels_of(store, content)
+        if labels_from_folders is not None:
+            level = None if labels_from_folders == "auto" else labels_from_folders
+            self.labels, self.class_names, notes = classes_from_folders(store.names, level, str(store.path))
+            self.notes += notes
+            return
+        content = read_dataset_json(store)
+        self.class_names, self.labels = content.class_names, labels_of(store, content)
+        self.notes += content.notes
+        if store.json_name is None and (note := note_on_folders(store.names)):
+            self.notes.append(note)
 
     def __len__(self) -> int:
         return len(self._store.names)
 
     def __iter__(self) -> Iterator[Item]:
-        for position, name in enumerate(self._store.names):
-            yield Item(name, self._labels[position] if self._labels else None, self._content(name))
+        for name in self._store.names:
+            yield Item(name, self._content(name))
 
     def _content(self, name: str) -> bytes | Path | BrokenImageError:
         if isinstance(self._store, FolderStore):
@@ -126,20 +152,7 @@ class FileSource:
             return error
 
 
-def _labels_from_folders(store: FileStore) -> tuple[list[str], list[Label]]:
-    outside = [name for name in store.names if "/" not in name]
-    if outside:
-        raise UserError(
-            f"{store.path}: --labels-from-folders needs every image in a folder named after its class, "
-            f"but {outside[0]!r} is in none"
-        )
-    folders = [name.split("/", 1)[0] for name in store.names]
-    class_names = sorted(set(folders))
-    number = {name: k for k, name in enumerate(class_names)}
-    return class_names, [number[folder] for folder in folders]
-
-
-class ArraySource:
+class ArraySource(SourceBase):
     """Images that are in memory or in a memory-mapped file: uint8 [N, H, W, C]."""
 
     def __init__(
@@ -150,19 +163,20 @@ class ArraySource:
         class_names: list[str] | None = None,
         pad: int = 0,
     ) -> None:
+        super().__init__()
         self.name = name
+        self.labels = labels
         self.class_names = class_names
-        self.num_ignored = 0
         self.pad = pad
+        self.channels = 1 if images.shape[3] == 1 else 3
         self._images = images
-        self._labels = labels
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __iter__(self) -> Iterator[Item]:
         for k, pixels in enumerate(self._images):
-            yield Item(f"image {k}", self._labels[k] if self._labels else None, np.ascontiguousarray(pixels))
+            yield Item(f"image {k}", np.ascontiguousarray(pixels))
 
 
 def _open_arrays(path: Path) -> ArraySource:
@@ -260,19 +274,18 @@ def _first_member(members: Iterator[Member], path: Path) -> Member:
         raise UserError(f"{path} is of an unknown kind: give {SUPPORTED}") from None
 
 
-class StlSource:
+class StlSource(SourceBase):
     """STL-10's train and unlabeled images (Coates et al. 2011), 105,000 without labels; its test images stay out.
 
     The archive is read as a stream: unpacked it would take 2.9 GB.
     """
 
-    class_names = None
-    num_ignored = 0
-    pad = 0
+    channels: int | None = 3
     _PARTS = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
     _IMAGE_BYTES = 3 * 96 * 96
 
     def __init__(self, path: Path, members: Iterable[Member]) -> None:
+        super().__init__()
         self.name = path.name
         self._path = path
         found: dict[str, int] = {}
@@ -301,17 +314,14 @@ class StlSource:
     def _read(self, stream: Unpacked, member: Member) -> Iterator[Item]:
         for k in range(member.size // self._IMAGE_BYTES):
             planes = np.frombuffer(stream.read(self._IMAGE_BYTES), np.uint8).reshape(3, 96, 96)
-            yield Item(f"{member.name} image {k}", None, planes.transpose(2, 1, 0).copy())  # from [C, W, H]
+            yield Item(f"{member.name} image {k}", planes.transpose(2, 1, 0).copy())  # from [C, W, H]
 
 
-class LmdbSource:
+class LmdbSource(SourceBase):
     """An LSUN category: an lmdb whose values are encoded images, in the order of the keys."""
 
-    class_names = None
-    num_ignored = 0
-    pad = 0
-
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.name = path.name
         self._path = path
         try:
@@ -330,7 +340,7 @@ class LmdbSource:
         try:
             for key, value in self._file:
                 too_large = len(value) > MAX_IMAGE_BYTES
-                yield Item(repr(key), None, BrokenImageError(f"{len(value)} bytes") if too_large else value)
+                yield Item(repr(key), BrokenImageError(f"{len(value)} bytes") if too_large else value)
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
 
@@ -344,16 +354,17 @@ class Drawing(NamedTuple):
     height: int
 
 
-class ShapesSource:
+class ShapesSource(SourceBase):
     """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the shape in front."""
 
     name = "shapes"
-    num_ignored = 0
-    pad = 0
+    channels: int | None = 3
     _BATCH = 256
 
     def __init__(self, drawing: Drawing) -> None:
+        super().__init__()
         self.class_names = list(KINDS)
+        self.labels = scene_labels(np.arange(drawing.num_images), seed=drawing.seed).tolist()
         self._drawing = drawing
 
     def __len__(self) -> int:
@@ -364,6 +375,5 @@ class ShapesSource:
         for start in range(0, num_images, self._BATCH):
             indices = np.arange(start, min(start + self._BATCH, num_images))
             images = draw_scenes(indices, seed=seed, width=width, height=height)
-            labels = scene_labels(indices, seed=seed).tolist()
-            for k, pixels, label in zip(indices, images, labels, strict=True):
-                yield Item(f"scene {k}", label, pixels)
+            for k, pixels in zip(indices, images, strict=True):
+                yield Item(f"scene {k}", pixels)

@@ -1,0 +1,334 @@
+"""What dataset_tool.py makes of a folder or zip file as people keep them: links, classes, labels, what is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_dataset_tool import build, encoded, random_images, refused, run, write_files, write_zip
+
+from training.data_sources.classes import choose_classes, describe_classes, find_level
+from training.data_sources.files import open_store
+from training.data_sources.stored_zip import StoredZip
+
+PNG = encoded(np.zeros((2, 2, 3), np.uint8))
+
+
+def images(*names: str) -> dict[str, bytes]:
+    return {name: encoded(random_images(2, 2, 3)) for name in names}
+
+
+def keep(tmp_path: Path, files: dict[str, bytes], packed: bool) -> Path:
+    return write_zip(tmp_path / "in.zip", files) if packed else write_files(tmp_path / "in", files)
+
+
+def build_labels(source: Path, dest: Path, *options: str) -> tuple[list[Any], list[str] | None, str]:
+    """Build and return the labels in order, the class names, and all that was printed."""
+    result = run(f"--source={source}", f"--dest={dest}", "--workers=1", *options)
+    assert result.exit_code == 0, result.output
+    with zipfile.ZipFile(dest) as archive:
+        content = json.loads(archive.read("dataset.json"))
+    return [label for _, label in content["labels"] or []], content["class_names"], result.output
+
+
+# Files that are left out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "folder",
+    [".ipynb_checkpoints", ".thumbnails", "@eaDir", ".Trash-1000", "__MACOSX", "lost+found", ".git", "#recycle"],
+)
+def test_folders_of_programs_are_left_out_and_counted(tmp_path: Path, folder: str, packed: bool) -> None:
+    names = ("a.png", f"{folder}/b.png", f"c/{folder}/d/e.png")
+    source = keep(tmp_path, images(*names), packed)
+    _, _, output = build_labels(source, tmp_path / "out.zip")
+    assert ": 1 image\n" in output
+    assert f"Left out, 2 files:\n  2 in {folder}/\n" in output
+    assert "b.png" not in output
+    _, _, output = build_labels(source, tmp_path / "again.zip", "--verbose")
+    assert f"  2 in {folder}/\n" + "".join(f"    {name}\n" for name in sorted(names[1:])) in output
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path, packed: bool) -> None:
+    others = ["1.TXT", "2.txt", "x/3.txt", "README", "v1.final version", "movie.mp4", "._a.png", "x/dataset.json"]
+    source = keep(tmp_path, {**images("a.png", "x/b.png"), **dict.fromkeys(others, b"text")}, packed)
+    _, _, output = build_labels(source, tmp_path / "out.zip")
+    lines = output.splitlines()
+    start = lines.index("Left out, 8 files:")
+    assert lines[start + 1 : start + 3] == ["  3 .txt", "  2 without an extension"]
+    assert {line.split(":")[0] for line in lines[start + 3 : start + 6]} == {
+        "  1 .json",
+        "  1 .mp4",
+        "  1 hidden files",
+    }
+
+
+def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", {**images("a.png"), **{f"x.k{k}": b"" for k in range(20)}})
+    _, _, output = build_labels(source, tmp_path / "out.zip")
+    assert output.count("  1 .k") == 12
+    assert "\n  8 of 8 other kinds\n" in output
+    _, _, output = build_labels(source, tmp_path / "all.zip", "--verbose")
+    assert output.count("  1 .k") == 20
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", {"a.txt": b"", "b.txt": b"", ".c.png": b""})
+    assert "holds no images; it holds 2 .txt, 1 hidden files: check the path" in refused(tmp_path, source)
+
+
+def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "in", images("real/a.png", "real/deep/b.png"))
+    outside = write_files(tmp_path / "outside", images("c.png", "more/d.png"))
+    (root / "again").symlink_to("real")
+    (root / "linked").symlink_to(outside)
+    (root / "twice").symlink_to(outside)
+    (root / "real" / "loop").symlink_to(root)
+    (outside / "back").symlink_to(root / "real")
+    (outside / "self").symlink_to(".")
+    store = open_store(root)
+    assert store.names == ["linked/c.png", "linked/more/d.png", "real/a.png", "real/deep/b.png"]
+    assert sorted(store.left_out["linked folders that are read already"]) == [
+        "again",
+        "linked/back",
+        "linked/self",
+        "real/loop",
+        "twice",
+    ]
+
+
+def test_a_link_to_a_folder_around_one_that_is_read_adds_only_what_is_new(tmp_path: Path) -> None:
+    outside = write_files(tmp_path / "outside", images("in/a.png", "b.png"))
+    (outside / "in" / "up").symlink_to(outside)
+    assert open_store(outside / "in").names == ["a.png", "up/b.png"]
+
+
+def test_hidden_folders_that_cannot_be_listed_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_files(tmp_path / "in", images("a.png", "lost+found/b.png"))
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("lost+found"):  # root, whom permissions do not stop, tests this too
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert open_store(root).names == ["a.png"]
+
+
+# Classes
+
+
+LAYOUTS = {  # files -> classes of each and a note
+    ("cat/1", "dog/1"): (["cat", "dog"], None),
+    ("cat/x/1", "dog/1"): (["cat", "dog"], None),
+    ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: the folders in it are the classes"),
+    ("a/b/cat/1", "a/b/dog/x/1"): (["cat", "dog"], "everything is in a/b/: the folders in it are the classes"),
+    ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: the folders in"),
+    ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
+    ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),
+    ("train/1", "val/1"): (["train", "val"], None),  # nothing else is there to tell them apart
+    ("train/1", "val/cat/1"): (["train", "val"], None),
+    ("cat/1", "cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
+    ("a/cat/1", "a/cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders_are_classes(tmp_path: Path, layout: tuple[str, ...], packed: bool) -> None:
+    expected, note = LAYOUTS[layout]
+    source = keep(tmp_path, images(*(f"{name}.png" for name in layout)), packed)
+    labels, names, output = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
+    assert names == sorted(set(expected))
+    assert [names[label] for label in labels] == expected
+    assert (f"\nNote: {note}" in output) if note else ("Note: " not in output)
+    plural = "1 class" if len(names) == 1 else f"{len(names)} classes"
+    assert f"\n{plural}: " + ", ".join(f"{name} {expected.count(name)}" for name in names) + "\n" in output
+
+
+def test_the_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", images("train/cat/a/1.png", "train/dog/a/1.png", "val/cat/b/1.png"))
+    for level, expected in [("1", ["train", "train", "val"]), ("2", ["cat", "dog", "cat"]), ("3", ["a", "a", "b"])]:
+        labels, names, _ = build_labels(source, tmp_path / f"{level}.zip", f"--labels-from-folders={level}")
+        assert names is not None
+        assert [names[label] for label in labels] == expected
+    message = refused(tmp_path, source, "--labels-from-folders=4")
+    assert "at level 4, but 'train/cat/a/1.png' and 2 others are in none" in message
+    for level in ("0", "x"):
+        result = run(f"--source={source}", f"--dest={tmp_path / 'x.zip'}", f"--labels-from-folders={level}")
+        assert result.exit_code == 2
+        assert "--labels-from-folders" in result.stderr
+
+
+def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", images("x/cat/1.png", "x/cat/2.png", "x/owl/1.png"))
+    labels, _, output = build_labels(source, tmp_path / "out.zip")
+    assert labels == []
+    assert "Note: images are in 2 folders: cat 2, owl 1: --labels-from-folders makes classes of them\n" in output
+    for name, files in [
+        ("shards", images("00000/1.png", "00001/1.png")),
+        ("flat", images("1.png", "2.png")),
+        ("some", images("1.png", "cat/2.png", "dog/2.png")),
+        ("one", images("cat/1.png")),
+        ("known", images("cat/1.png", "dog/1.png") | {"dataset.json": b'{"labels": null}'}),
+    ]:
+        _, _, output = build_labels(write_files(tmp_path / name, files), tmp_path / f"{name}.zip")
+        assert "Note: " not in output
+
+
+def test_many_classes_are_summed_up() -> None:
+    text = describe_classes([k for k in range(1200) for _ in range(1 + (k == 7))], None)
+    assert text == "1,200 classes of 1 to 2 images: 0 1, 1 1, 2 1, 3 1, 4 1, 5 1, 6 1, 7 2, 8 1, 9 1, ..."
+    assert describe_classes([[0.0, 1.0]], None) == "labels are vectors of 2 numbers"
+    assert describe_classes([0, 2], ["cat", "dog", "owl"]) == (
+        "2 classes: cat 1, owl 1; 1 of 3 class numbers have no images"
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected", "names"),
+    [
+        ([7, 20190, 7], [0, 1, 0], ["7", "20190"]),
+        ([5], [0], ["5"]),
+        ([0, 2], [0, 2], None),  # 2 of 3 occur: a class may have no images yet
+        ([1, 2, 3], [1, 2, 3], None),
+        ([0, 0], [0, 0], None),
+        ([2**31 - 1, 0], [1, 0], ["0", str(2**31 - 1)]),
+    ],
+)
+def test_sparse_class_numbers_become_dense(numbers: list[int], expected: list[int], names: list[str] | None) -> None:
+    classes = choose_classes(numbers, None)
+    assert (classes.labels, classes.names, len(classes.notes)) == (expected, names, 0 if names is None else 1)
+    assert choose_classes(numbers, ["named"]).labels == numbers
+
+
+def test_sparse_class_numbers_are_said(tmp_path: Path) -> None:
+    files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
+    labels, names, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
+    assert (labels, names) == ([1, 0], ["7", "20190"])
+    assert "Note: class numbers go up to 20190, but only 2 of them occur: they are renumbered from 0" in output
+    assert "\n2 classes: 7 1, 20190 1\n" in output
+
+
+def test_level_of_no_folders() -> None:
+    assert find_level([]) == (1, [])
+
+
+# dataset.json
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dataset_json_beside_all_images_counts(tmp_path: Path, packed: bool) -> None:
+    content = {"labels": [["x/b.png", 1], ["a.png", 0]], "class_names": ["cat", "dog"]}
+    files = images("my/set/a.png", "my/set/x/b.png") | {"my/set/dataset.json": json.dumps(content).encode()}
+    source = keep(tmp_path, files, packed)
+    labels, names, output = build_labels(source, tmp_path / "out.zip")
+    assert (labels, names) == ([0, 1], ["cat", "dog"])
+    assert "Note: my/set/dataset.json is read: all images are in its folder\n" in output
+    assert "Left out" not in output
+    result = run("check", source)
+    assert result.exit_code == 0, result.output
+    assert "with labels" in result.output
+
+
+def test_a_dataset_json_beside_some_images_does_not(tmp_path: Path) -> None:
+    files = images("a.png", "set/b.png") | {"set/dataset.json": b'{"labels": [["b.png", 0]]}'}
+    labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
+    assert labels == []
+    assert "Note: set/dataset.json is not read, because images lie outside its folder: to use it, give that" in output
+
+
+@pytest.mark.parametrize("key", ["Labels", "LABELS"])
+def test_the_key_of_labels_may_be_written_otherwise(tmp_path: Path, key: str) -> None:
+    files = images("a.png") | {"dataset.json": json.dumps({key: [["a.png", 0]]}).encode()}
+    labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
+    assert labels == [0]
+    assert f'dataset.json: the key "{key}" is read as "labels"\n' in output
+
+
+SEVERAL = {
+    "two entries": [["a.png", 3], ["b.png", 0], ["a.png", 5]],
+    "two vectors": [["a.png", [0, 1]], ["b.png", [1, 0]], ["a.png", [1, 1]]],
+    "longer entry": [["a.png", 3, 5], ["b.png", 0]],
+}
+
+
+@pytest.mark.parametrize("pairs", SEVERAL.values(), ids=SEVERAL)
+def test_several_labels_of_an_image_are_refused_with_the_form_of_vectors(tmp_path: Path, pairs: list[Any]) -> None:
+    files = images("a.png", "b.png") | {"dataset.json": json.dumps({"labels": pairs}).encode()}
+    source = write_files(tmp_path / "in", files)
+    form = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+    message = refused(tmp_path, source)
+    assert "'a.png'" in message
+    assert form in message
+    result = run("check", source)
+    assert result.exit_code == 2
+    assert form in result.stderr
+
+
+def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
+    files = images("a.png") | {"dataset.json": b'{"Labels": null, "LABELS": null}'}
+    assert 'has the keys "Labels" and "LABELS": keep one, as "labels"' in refused(
+        tmp_path, write_files(tmp_path / "in", files)
+    )
+
+
+# Results
+
+
+def test_all_problems_come_together_the_first_ten_of_a_kind(tmp_path: Path) -> None:
+    files = {f"{k:02d}.png": encoded(random_images(2, 2 + k % 2, 3)) for k in range(30)}
+    files |= {f"x{k:02d}.png": b"" for k in range(12)}
+    source = write_files(tmp_path / "in", files)
+    message = refused(tmp_path, source)
+    assert "\n12 images that cannot be read:\n  x00.png: " in message
+    assert "\n15 images of another size than the first, 2x2:\n  01.png: 3x2\n" in message
+    assert "\n  and 2 more (--verbose lists them)\n" in message
+    assert "\n  and 5 more (--verbose lists them)\n" in message
+    assert message.count(".png: ") == 20
+    assert refused(tmp_path, source, "--verbose").count(".png: ") == 27
+
+
+def test_the_originals_are_described(tmp_path: Path) -> None:
+    sizes = [(100, 70), (31, 200), (64, 64)]
+    files = {f"{k}.png": encoded(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
+    source = write_files(tmp_path / "in", files)
+    _, _, output = build_labels(source, tmp_path / "out.zip", "--resolution=32x32")
+    assert "\nOriginals: 3 sizes, 64x64 to 100x70 pixels; 1 image enlarged\n" in output
+    _, content = build(source, tmp_path / "again.zip", "--resolution=32x32")
+    assert content["short_sides"] == {"16": 1, "64": 2}
+
+
+@pytest.mark.parametrize("count", [1, 70_000])  # more than 65,535 need Zip64
+def test_stored_zip_is_the_file_that_zipfile_writes(tmp_path: Path, count: int) -> None:
+    files = {f"{k:05d}.png": b"%d" % k for k in range(count)}
+    with StoredZip(tmp_path / "a.zip") as archive:
+        for name, data in files.items():
+            archive.add(name, data)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as reference:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o644 << 16
+            reference.writestr(info, data)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
+    with StoredZip(tmp_path / "a.zip") as archive:
+        archive.add("first", b"1")
+        hole = 2**32 + 5
+        archive._file.seek(hole)  # a hole takes no room on the disk
+        archive._position = hole
+        archive.add("second", b"22")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive_read:
+        assert archive_read.read("second") == b"22"
+        assert archive_read.getinfo("second").header_offset == hole
+        assert archive_read.read("first") == b"1"

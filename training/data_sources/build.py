@@ -1,0 +1,162 @@
+"""Conversion of a source into the files of a data set: in parallel, in order, in bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from dnnlib.config import UserError
+from dnnlib.images import BrokenImageError
+from dnnlib.util import partial_path
+from training.data_sources.convert import (
+    Conversion,
+    Converted,
+    TooSmallError,
+    WrongSizeError,
+    convert_items,
+    load,
+)
+from training.data_sources.sizes import Sizes
+from training.data_sources.sources import Item
+from training.data_sources.stored_zip import StoredZip
+
+Writer = Callable[[str, bytes], None]
+
+MOST_LISTED = 10  # of each kind
+
+_CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
+_CHUNK_IMAGES = 256
+
+
+@dataclass
+class Problems:
+    """Images that cannot be taken into the set, by kind, as lines with their names."""
+
+    skip_bad: bool
+    broken: list[str] = field(default_factory=list)
+    other_size: list[str] = field(default_factory=list)
+    num_small: int = 0
+    sizes: Sizes = field(default_factory=Counter)  # of all images that can be read
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values()) + len(self.broken)
+
+    @property
+    def may_go_on_without_broken(self) -> bool:
+        return self.skip_bad and len(self.broken) < self.total
+
+    def note(self, item: Item, converted: Converted) -> bytes | None:
+        """Return the image's file; None, and take note, if there is none."""
+        if converted.size:
+            self.sizes[converted.size] += 1
+        match converted.png:
+            case bytes():
+                return converted.png
+            case TooSmallError():
+                self.num_small += 1
+            case WrongSizeError():
+                self.other_size.append(f"{item.name}: {converted.png}")
+            case BrokenImageError():
+                self.broken.append(f"{item.name}: {converted.png}")
+        return None
+
+    def num_smaller_than(self, width: int, height: int) -> int:
+        """Count the originals that have a side shorter than that."""
+        return sum(count for (w, h), count in self.sizes.items() if w < width or h < height)
+
+
+def listed(lines: list[str], *, verbose: bool) -> list[str]:
+    """Return the first of some lines, indented, and a count of the others; all of them with `verbose`."""
+    shown = lines if verbose else lines[:MOST_LISTED]
+    rest = len(lines) - len(shown)
+    return [f"  {line}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
+
+
+def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int] | None:
+    """Return the (H, W, C) that the first image becomes that can be read and is not too small; None without one."""
+    for item in items:
+        try:
+            return conversion(load(item)).shape
+        except (BrokenImageError, TooSmallError):
+            continue
+    return None
+
+
+def convert_all(
+    items: Iterable[Item], conversion: Conversion, shape: tuple[int, int, int], workers: int
+) -> Iterator[tuple[Item, Converted]]:
+    """Convert items to PNG files of `shape` (H, W, C), in order.
+
+    Encoded images are converted in other processes, and a bounded number of chunks is in memory at any time. Pixels
+    are converted here: sending them costs more than encoding them. Raises UserError when a process dies.
+    """
+    H, W, C = shape
+    chunk_size = min(max(_CHUNK_BYTES // (H * W * C), 1), _CHUNK_IMAGES)
+    iterator = iter(items)
+    chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
+    first = next(chunks, [])
+    if workers == 1 or len(first) < chunk_size or isinstance(first[0].content, np.ndarray):
+        for chunk in chain([first], chunks):
+            yield from zip(chunk, convert_items(chunk, conversion, shape), strict=True)
+        return
+
+    # spawn: forking a process that has threads (of whoever calls us) can deadlock
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pending: deque[tuple[list[Item], Future[list[Converted]]]] = deque()
+    try:
+        for chunk in chain([first], chunks):
+            pending.append((chunk, pool.submit(convert_items, chunk, conversion, shape)))
+            if len(pending) > 2 * workers:
+                yield from _finish(pending)
+        while pending:
+            yield from _finish(pending)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker process died, perhaps for lack of memory: try fewer than --workers={workers}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Iterator[tuple[Item, Converted]]:
+    chunk, future = pending.popleft()
+    return zip(chunk, future.result(), strict=True)
+
+
+@contextmanager
+def new_dataset(dest: Path) -> Iterator[Writer]:
+    """Give a function that adds a file; the set gets its name when all is written, and nothing is left if not."""
+    temporary = partial_path(dest)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if dest.suffix.lower() == ".zip":
+            with StoredZip(temporary) as archive:
+                yield archive.add
+        else:
+            temporary.mkdir()
+            yield lambda name, data: _add_to_folder(temporary, name, data)
+        os.replace(temporary, dest)
+    except OSError as error:
+        raise UserError(f"cannot write --dest={dest}: {error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _add_to_folder(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)

@@ -1,0 +1,142 @@
+"""Classes: read from folders, counted for the screen, renumbered where numbers have gaps."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from dnnlib.config import UserError
+from training.data_sources.dataset_json import Label
+
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
+
+_MOST_SHOWN = 10
+_SINGULAR = {"classes": "class", "folders": "folder"}
+_SHARD = re.compile(r"\d{5}")  # a folder of 1000 images, in which tools of this family spread a set
+
+
+class FolderClasses(NamedTuple):
+    """A class number for each image, the names of the classes, and notes on how they were found."""
+
+    labels: list[Label]
+    class_names: list[str]
+    notes: list[str]
+
+
+def classes_from_folders(names: Sequence[str], level: int | None, where: str) -> FolderClasses:
+    """Make each folder at a level a class: level 1 is the top of `where`; None finds it, see `find_level`.
+
+    Raises UserError where an image lies in no such folder.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    notes: list[str] = []
+    if level is None:
+        level, notes = find_level(folders)
+    outside = [name for name, parts in zip(names, folders, strict=True) if len(parts) < level]
+    if outside:
+        others = f" and {len(outside) - 1} others are" if len(outside) > 1 else " is"
+        raise UserError(
+            f"{where}: --labels-from-folders needs every image in a folder named after its class, at level {level}, "
+            f"but {outside[0]!r}{others} in none: move them, or give another level as --labels-from-folders=N"
+        )
+    class_names = sorted({parts[level - 1] for parts in folders})
+    number = {name: k for k, name in enumerate(class_names)}
+    if len(class_names) == 1:
+        notes.append(
+            f"all images are of one class, {class_names[0]!r}: leave out --labels-from-folders, or give the level of "
+            "the folders that are classes as --labels-from-folders=N (1 is the top)"
+        )
+    return FolderClasses([number[parts[level - 1]] for parts in folders], class_names, notes)
+
+
+def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
+    """Return the level of the folders that are classes, and notes where it is not the top.
+
+    A folder that holds everything is passed over, and so are `train/` and `val/`, if folders are in them.
+    """
+    level, notes = 1, []
+    while _are_all_deeper(folders, level):
+        tops = sorted({parts[level - 1] for parts in folders})
+        if len(tops) == 1:
+            notes.append(f"everything is in {'/'.join(folders[0][:level])}/: the folders in it are the classes")
+        elif SPLITS.issuperset(top.lower() for top in tops):
+            split_names = " and ".join(f"{top}/" for top in tops)
+            notes.append(
+                f"{split_names} are splits: the folders in them are the classes, and all splits are read; "
+                f"for one alone give its folder as --source"
+            )
+        else:
+            break
+        level += 1
+    return level, notes
+
+
+def _are_all_deeper(folders: Sequence[Sequence[str]], level: int) -> bool:
+    return bool(folders) and all(len(parts) > level for parts in folders)
+
+
+def note_on_folders(names: Sequence[str]) -> str | None:
+    """Return a line about folders that could be classes, for a set that is built without labels."""
+    folders = [name.split("/")[:-1] for name in names]
+    level, _ = find_level(folders)
+    if any(len(parts) < level for parts in folders):
+        return None
+    counts = Counter(sorted(parts[level - 1] for parts in folders))
+    if len(counts) < 2 or all(_SHARD.fullmatch(name) for name in counts):
+        return None
+    return f"images are in {_describe(counts, 'folders')}: --labels-from-folders makes classes of them"
+
+
+def describe_classes(labels: Sequence[Label], class_names: Sequence[str] | None) -> str:
+    """Return a line such as '3 classes: cat 120, dog 98, owl 4'."""
+    if isinstance(labels[0], list):
+        return f"labels are vectors of {len(labels[0])} numbers"
+    counts, num_classes = _count(labels, class_names)
+    names = class_names or ()
+    text = _describe({names[k] if k < len(names) else str(k): counts[k] for k in sorted(counts)}, "classes")
+    missing = num_classes - len(counts)
+    return f"{text}; {missing:,} of {num_classes:,} class numbers have no images" if missing else text
+
+
+def _count(labels: Sequence[Label], class_names: Sequence[str] | None) -> tuple[dict[int, int], int]:
+    """Return the images of each class number that occurs, and how many classes that makes."""
+    counts = Counter(label for label in labels if isinstance(label, int))
+    return counts, max(max(counts) + 1, len(class_names or ()))
+
+
+def _describe(counts: Mapping[str, int], noun: str) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in islice(counts.items(), _MOST_SHOWN))
+    if len(counts) == 1:
+        return f"1 {_SINGULAR[noun]}: {shown}"
+    if len(counts) <= _MOST_SHOWN:
+        return f"{len(counts)} {noun}: {shown}"
+    return f"{len(counts):,} {noun} of {min(counts.values()):,} to {max(counts.values()):,} images: {shown}, ..."
+
+
+class Classes(NamedTuple):
+    """Labels of a set and the names of its classes, None without; `notes` say where they are not the source's."""
+
+    labels: Sequence[Label] | None
+    names: list[str] | None
+    notes: list[str]
+
+
+def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None) -> Classes:
+    """Number classes from 0 where most numbers up to the highest do not occur, as in a part of a larger set.
+
+    The old numbers are then the names. Classes that have names keep their numbers.
+    """
+    if labels is None or class_names is not None or isinstance(labels[0], list):
+        return Classes(labels, class_names, [])
+    counts, num_classes = _count(labels, None)
+    if 2 * len(counts) >= num_classes:
+        return Classes(labels, None, [])
+    new = {old: k for k, old in enumerate(sorted(counts))}
+    note = (
+        f"class numbers go up to {num_classes - 1}, but only {len(counts)} of them occur: they are renumbered from 0, "
+        "and named after the old numbers"
+    )
+    return Classes([new[label] for label in labels if isinstance(label, int)], [str(old) for old in new], [note])

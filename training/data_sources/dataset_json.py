@@ -1,0 +1,103 @@
+"""dataset.json: the labels of the images of a data set, and how the set was made."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dnnlib.config import FLOAT32_MAX, UserError
+from dnnlib.util import parse_json
+
+Label = int | list[float]
+
+NAME = "dataset.json"
+MAX_CLASS = 2**31 - 1
+VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetJson:
+    """Content of dataset.json: labels by image name (None when there are none) and all other keys as `meta`.
+
+    `notes` say what was read although it is written otherwise.
+    """
+
+    labels: dict[str, Label] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.meta.get("class_names")
+
+
+def parse_dataset_json(data: bytes, where: str) -> DatasetJson:
+    """Read and check `{"labels": [["00000/img00000000.png", 3], ...], ...}`.
+
+    All labels are class numbers, or all are vectors of one length. Raises UserError naming the first bad entry of
+    `where`.
+    """
+    try:
+        content = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
+    if not isinstance(content, dict):
+        raise UserError(f'{where} must be an object with the key "labels", not a {type(content).__name__}')
+    names = content.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f'{where}: "class_names" must be null or a list of strings, not {names!r:.80}')
+    key, notes = _key_of_labels(content, where)
+    pairs = content.pop(key, None)
+    labels = None if pairs is None else _checked(pairs, f"{where}: ", key)
+    return DatasetJson(labels=labels, meta=content, notes=notes)
+
+
+def _key_of_labels(content: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """Return the key with the labels, however its letters are written, and a note if they are not lower case."""
+    keys = [key for key in content if key.lower() == "labels"]
+    if "labels" in keys or not keys:
+        return "labels", ()
+    if len(keys) > 1:
+        raise UserError(f'{where} has the keys {" and ".join(map(json.dumps, keys))}: keep one, as "labels"')
+    return keys[0], (f'{where}: the key {json.dumps(keys[0])} is read as "labels"',)
+
+
+def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
+    if not isinstance(pairs, list) or not pairs:
+        raise UserError(f'{where}"{key}" must be null or a list like [["00000/img00000000.png", 3], ...]')
+    vector_length = len(pairs[0][1]) if _is_pair(pairs[0]) and isinstance(pairs[0][1], list) else None
+    for pair in pairs:
+        if isinstance(pair, list) and len(pair) > 2 and isinstance(pair[0], str):
+            raise UserError(f"{where}label {pair!r:.80} has several labels for one image: give {VECTOR_FORM}")
+        if not _is_pair(pair) or not _is_label(pair[1], vector_length):
+            wanted = "class numbers from 0" if vector_length is None else f"lists of {vector_length} numbers"
+            raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        _refuse_several(pairs, where)
+    return labels
+
+
+def _refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
+    counts = Counter(name for name, _ in pairs)
+    several = [name for name, count in counts.items() if count > 1]
+    found = ", ".join(str(label) for name, label in pairs if name == several[0])
+    others = f" and {len(several) - 1} other images" if len(several) > 1 else ""
+    raise UserError(f"{where}{several[0]!r}{others} with several labels ({found:.80}): give one each, or {VECTOR_FORM}")
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _is_label(label: object, vector_length: int | None) -> bool:
+    if vector_length is None:
+        return type(label) is int and 0 <= label <= MAX_CLASS
+    return (
+        isinstance(label, list)
+        and len(label) == vector_length > 0
+        and all(type(value) in (int, float) and abs(value) <= FLOAT32_MAX for value in label)
+    )

@@ -1,0 +1,125 @@
+"""The image files of a folder or archive, and by kind the files that are left out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dnnlib.config import UserError
+from dnnlib.images import IMAGE_SUFFIXES, remedy
+
+# Folders in which programs keep copies and thumbnails, beside those whose name begins with a dot.
+TOOL_FOLDERS = frozenset(
+    ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+)
+_MOST_KINDS = 12  # in a listing
+_SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
+
+LeftOut = dict[str, list[str]]  # kind, such as ".txt" -> names
+
+
+def is_hidden(folder: str) -> bool:
+    """Whether a folder of that name belongs to a program and not to the data."""
+    return (folder.startswith(".") and folder not in (".", "..")) or folder in TOOL_FOLDERS
+
+
+def sort_out(names: Iterable[str]) -> tuple[list[str], LeftOut]:
+    """Split the names of files, which have `/` between folders, into images, sorted, and what is left out."""
+    images: list[str] = []
+    left_out: LeftOut = {}
+    for name in sorted(names):
+        kind = _kind_left_out(name)
+        if kind is None:
+            images.append(name)
+        else:
+            left_out.setdefault(kind, []).append(name)
+    return images, left_out
+
+
+def _kind_left_out(name: str) -> str | None:
+    """Return the kind of a file that is left out; None for an image."""
+    *folders, file = name.split("/")
+    for folder in folders:
+        if is_hidden(folder):
+            return f"in {folder}/"
+    if file.startswith("."):
+        return "hidden files"
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return None
+    return suffix if _SUFFIX.fullmatch(suffix) else "without an extension"
+
+
+def count_left_out(left_out: LeftOut) -> int:
+    return sum(map(len, left_out.values()))
+
+
+def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
+    """Lines for the screen: what is left out by kind and count, the largest kinds first; with `verbose` by name."""
+    kinds = sorted(left_out, key=lambda kind: (-len(left_out[kind]), kind))
+    lines = []
+    for kind in kinds if verbose else kinds[:_MOST_KINDS]:
+        advice = remedy(kind)
+        lines.append(f"  {len(left_out[kind])} {kind}{': ' if advice else ''}{advice}")
+        if verbose:
+            lines += [f"    {name}" for name in left_out[kind]]
+    if len(kinds) > len(lines) and not verbose:
+        rest = sum(len(left_out[kind]) for kind in kinds[_MOST_KINDS:])
+        lines.append(f"  {rest} of {len(kinds) - _MOST_KINDS} other kinds")
+    return lines
+
+
+def list_files(root: Path) -> tuple[list[str], LeftOut]:
+    """List the files below a folder, by their path relative to it, and the links to folders that are not followed.
+
+    A link to a folder is followed once: not where its folder, or one above it, has been read already. Files in hidden
+    folders are listed, too. Raises UserError for a folder that cannot be listed.
+    """
+    names: list[str] = []
+    followed: set[tuple[int, int]] = set()
+    repeated: list[str] = []
+    pending = deque([""])
+    while pending:
+        start = pending.popleft()
+        if start and _identity(root / start) in followed:
+            repeated.append(start)
+            continue
+        names += _walk(root, start, followed, pending)
+    return names, {"linked folders that are read already": repeated} if repeated else {}
+
+
+def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[str]) -> Iterator[str]:
+    """Yield the files below `start` in `root`; add folders to `followed`, and links to folders to `links`."""
+    for parent, folders, files in os.walk(root / start, onerror=_refuse_folder):
+        below = os.path.relpath(parent, root)
+        prefix = "" if below == "." else Path(below).as_posix() + "/"
+        identity = _identity(parent)
+        if identity in followed:  # within a link to a folder that holds one read already
+            folders.clear()
+            continue
+        followed.add(identity)
+        yield from (prefix + file for file in files)
+        for folder in sorted(folders):
+            if is_hidden(folder):
+                yield from _walk_hidden(root, prefix + folder)
+            elif os.path.islink(os.path.join(parent, folder)):
+                links.append(prefix + folder)
+        folders[:] = [folder for folder in folders if not is_hidden(folder)]
+
+
+def _walk_hidden(root: Path, start: str) -> Iterator[str]:
+    """Yield the files in a hidden folder, which may be nobody's to read."""
+    for parent, _, files in os.walk(root / start):
+        yield from (f"{Path(os.path.relpath(parent, root)).as_posix()}/{file}" for file in files)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions") from error
