@@ -565,6 +565,8 @@ def _options_of(resume: str | None, dry_run: bool) -> dict[str, Any]:
 def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
     """What would be trained, and from which weights; what is on the web is not fetched for it."""
     config = start.config
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
     with torch.device("meta"):
         networks = {"G": config.generator.build(), "D": config.discriminator.build()}
     parameters = {name: count_parameters(network) for name, network in networks.items()}
@@ -583,6 +585,7 @@ def _describe(trainer: Trainer) -> str:
     data, G = trainer.dataset, trainer.G
     C, H, W = data.img_shape
     lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
+    lines += [f"Note: {note}" for note in data.notes]
     if data.has_labels and not trainer.config.data.use_labels:
         lines.append("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
     z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))

@@ -8,7 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ except ImportError:  # Windows
 OPEN_FILES = 256  # of a process of training on a GPU, generously
 OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
 
+MOST = 0.9  # of the images are of one shape where the others are called exceptions
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
@@ -173,15 +174,14 @@ class ImageDataset:
         """
         if not self.is_raw:
             return
-        shapes: Counter[tuple[int, int, int]] = Counter()
-        broken: list[str] = []
+        survey = Survey()
         for position in tqdm(self._subset, "Sizes", unit="images", disable=None, leave=False):
             name = self._store.names[position]
             try:
-                shapes[self._read_shape(name)] += 1
+                survey.note(name, self._read_shape(name))
             except BrokenImageError as error:
-                broken.append(f"{name!r} ({error})")
-        if problem := describe_mixture(self.path, shapes, broken, choose_size):
+                survey.broken.append(f"{name!r} ({error})")
+        if problem := survey.describe_mixture(str(self.path), choose_size):
             raise ConfigError("data.path", str(self.path), problem)
 
     def _read_shape(self, name: str) -> tuple[int, int, int]:
@@ -322,31 +322,50 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         return range(len(self))[index]
 
 
-def describe_mixture(
-    path: Path, shapes: Counter[tuple[int, int, int]], broken: list[str], choose_size: Callable[[Sizes], Size | None]
-) -> str | None:
-    """Say what keeps images of these shapes (H, W, C) from being a set, and the command that builds one; None if not.
+@dataclass
+class Survey:
+    """Shapes (H, W, C) of images: how many have each, the first one's name, and those that cannot be read, and why."""
 
-    `broken` are the names of images that cannot be read, with the reason.
-    """
-    sizes: Sizes = Counter()
-    channels: Counter[int] = Counter()
-    for (H, W, C), count in shapes.items():
-        sizes[W, H] += count
-        channels[C] += count
-    found, options = [counted(shapes.total() + len(broken), "image")], []
-    if len(sizes) > 1:
-        found[0] += f" of {describe_sizes(sizes)}"
-        options += crop_options(choose_size(sizes) or suggest_size(sizes))
-    if len(channels) > 1:
-        found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
-    if broken:
-        found.append(f"{len(broken):,} cannot be read, the first is {broken[0]}")
-        options.append("--skip-bad")
-    if len(found) == 1 and not options:
-        return None
-    kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
-    return f"{', '.join(found)}: build a set of {kind} first: {build_command(str(path), *options)}"
+    counts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    firsts: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def note(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Count an image."""
+        self.counts[shape] += 1
+        self.firsts.setdefault(shape, name)
+
+    def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
+        """Say what keeps the images from being a set, and the command that builds one; None if nothing does."""
+        sizes: Sizes = Counter()
+        channels: Counter[int] = Counter()
+        for (H, W, C), count in self.counts.items():
+            sizes[W, H] += count
+            channels[C] += count
+        if len(self.counts) < 2 and not self.broken:
+            return None
+        found, options = [counted(self.counts.total() + len(self.broken), "image")], []
+        if len(sizes) > 1:
+            found[0] += f" of {describe_sizes(sizes)}"
+            options += crop_options(choose_size(sizes) or suggest_size(sizes))
+        if len(channels) > 1:
+            found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
+        found += self._exceptions()
+        if self.broken:
+            found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
+            options.append("--skip-bad")
+        kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
+        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *options)}"
+
+    def _exceptions(self) -> list[str]:
+        """Name the first image that is not as most are; none where they differ all around."""
+        if len(self.counts) < 2:
+            return []
+        usual, count = self.counts.most_common(1)[0]
+        if count < MOST * self.counts.total():
+            return []
+        shape, name = next(first for first in self.firsts.items() if first[0] != usual)
+        return [f"the first that differs is {name!r}, {describe_shape(shape)}"]
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
