@@ -43,6 +43,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_transcript.py
 
 clean:
 	rm -rf out .hypothesis .pytest_cache .mypy_cache .ruff_cache

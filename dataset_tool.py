@@ -227,7 +227,7 @@ def command_again(*added: str) -> str:
         value = context.params[parameter.name or ""]
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
-            typed.append(flag if value is True else f"{flag}={value}")
+            typed.append(flag if value in (True, getattr(parameter, "flag_value", None)) else f"{flag}={value}")
     return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 
 

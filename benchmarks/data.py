@@ -1,12 +1,13 @@
 """Images per second of dataset_tool.py and of ImageDataset, each beside the plain way of doing the same with Pillow.
 
-python benchmarks/data.py --source=photos.zip
+python benchmarks/data.py --source=photos.zip --side=256
 """
 
 from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -22,64 +23,81 @@ from common import ROOT, emit
 from PIL import Image
 
 from dnnlib.images import FORMATS
-from training.data_sources.convert import load
-from training.data_sources.sources import Drawing, open_source
+from training.data_sources.shapes import draw_scenes
 from training.dataset import DatasetConfig, ImageDataset, batches
 
 TOOL = ROOT / "dataset_tool.py"
+PLAIN_TOOL = ROOT / "benchmarks" / "plain_tool.py"
 
 
 @click.command()
-@click.option("--source", default="shapes", show_default=True, help="What dataset_tool.py reads; images of one size")
-@click.option("--max-images", type=click.IntRange(min=1), default=20000, show_default=True)
+@click.option("--source", help="A .zip of images of one size, or CIFAR-10's .tar.gz [default: drawn JPEGs]")
+@click.option("--side", type=click.IntRange(min=1), help="Cut the central square and resize it [default: no]")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-def main(source: str, max_images: int, workers: int, batch_size: int) -> None:
-    """Print one line of JSON with images per second; *_pillow are the baselines, in one process."""
+@click.option("--draw", type=click.IntRange(min=1), default=20000, show_default=True, help="Images without --source")
+def main(source: str | None, side: int | None, workers: int, batch_size: int, draw: int) -> None:
+    """Print one line of JSON with images per second; *_plain and *_pillow are the baselines, in one process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        if source is None:
+            source = f"{folder}/drawn.zip"
+            write_jpegs(Path(source), draw)
         dest = Path(folder) / "set.zip"
-        command = [sys.executable, str(TOOL), f"--source={source}", f"--dest={dest}", f"--max-images={max_images}"]
-        tool_seconds = seconds(
-            lambda: subprocess.run([*command, f"--workers={workers}"], check=True, stdout=subprocess.DEVNULL)
-        )
+        crop = [f"--width={side}", f"--height={side}", "--transform=center-crop"] if side else []
+        tool = [str(TOOL), f"--source={source}", f"--dest={dest}", f"--workers={workers}", *crop]
+        plain = [str(PLAIN_TOOL), source, f"{folder}/plain.zip", *([str(side)] if side else [])]
+        (tool_seconds, tool_cpu), (plain_seconds, plain_cpu) = run_script(tool), run_script(plain)
         dataset = ImageDataset(DatasetConfig(path=str(dest)))
         n = len(dataset)
-        C, H, W = dataset.img_shape
-        drawing = Drawing(0, n, W, H)
         rates = {
             "tool": n / tool_seconds,
-            "tool_pillow": n / seconds(lambda: build_with_pillow(source, drawing, Path(folder) / "pillow.zip")),
+            "tool_plain": n / plain_seconds,
             "decode": n / seconds(lambda: [dataset.images(range(i, min(i + 64, n))) for i in range(0, n, 64)]),
             "decode_pillow": n / seconds(lambda: decode_with_pillow(dest)),
             "batches": rate_of_batches(dataset, batch_size, 0),
             "batches_workers": rate_of_batches(dataset, batch_size, workers),
         }
-    rounded = {name: round(rate) for name, rate in rates.items()}
     setup = {
         "benchmark": "data",
         "source": Path(source).name,
         "num_images": n,
-        "img_shape": [C, H, W],
+        "img_shape": list(dataset.img_shape),
         "workers": workers,
+        "batch": batch_size,
     }
-    emit({**setup, "batch": batch_size, "img_per_s": rounded}, torch.device("cpu"))
+    results = {
+        "img_per_s": {name: round(rate) for name, rate in rates.items()},
+        "tool_speedup": round(plain_seconds / tool_seconds, 2),
+        "tool_speedup_cpu_seconds": round(plain_cpu / tool_cpu, 2),
+    }
+    emit({**setup, **results}, torch.device("cpu"))
+
+
+def write_jpegs(path: Path, count: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, pixels in enumerate(draw_scenes(np.arange(count), seed=0, width=32, height=32)):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "jpeg", quality=90)
+            archive.writestr(f"{k:08d}.jpg", buffer.getvalue())
+
+
+def run_script(arguments: list[str]) -> tuple[float, float]:
+    """Run a script and return its seconds and CPU seconds, its processes' included."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before, command = used(), [sys.executable, *arguments]
+    taken = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    return taken, used() - before
 
 
 def seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def build_with_pillow(source: str, drawing: Drawing, dest: Path) -> None:
-    items = open_source(source, labels_from_folders=False, drawing=drawing)
-    with zipfile.ZipFile(dest, "w") as archive:
-        for k, item in zip(range(drawing.num_images), items, strict=False):
-            pixels = load(item)
-            buffer = io.BytesIO()
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "png", compress_level=0)
-            archive.writestr(f"{k:08d}.png", buffer.getvalue())
 
 
 def decode_with_pillow(path: Path) -> None:

@@ -71,6 +71,11 @@ def test_the_generated_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.configuration(), "run `make docs`"
 
 
+def test_the_transcript_of_a_messy_folder_is_up_to_date() -> None:
+    transcript = load_script("make_transcript")
+    assert transcript.PAGE.read_text() == transcript.page(), "run `make docs`"
+
+
 def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
     sizes = {"stl10": 48, "celeba64": 64, "church128": 128}
     commands = readme_commands("train.py")

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
 
@@ -87,7 +89,8 @@ def list_files(root: Path) -> tuple[list[str], LeftOut]:
         if start and _identity(root / start) in followed:
             repeated.append(start)
             continue
-        names += _walk(root, start, followed, pending)
+        files = _walk(root, start, followed, pending)
+        names += tqdm(files, desc="listing", unit=" files", disable=None, delay=1, leave=False)
     return names, {"linked folders that are read already": repeated} if repeated else {}
 
 

@@ -155,6 +155,8 @@ class FileSource(SourceBase):
 class ArraySource(SourceBase):
     """Images that are in memory or in a memory-mapped file: uint8 [N, H, W, C]."""
 
+    _BATCH = 64  # that are copied at a time, out of any layout
+
     def __init__(
         self,
         name: str,
@@ -175,8 +177,9 @@ class ArraySource(SourceBase):
         return len(self._images)
 
     def __iter__(self) -> Iterator[Item]:
-        for k, pixels in enumerate(self._images):
-            yield Item(f"image {k}", np.ascontiguousarray(pixels))
+        for start in range(0, len(self._images), self._BATCH):
+            for k, pixels in enumerate(np.ascontiguousarray(self._images[start : start + self._BATCH]), start):
+                yield Item(f"image {k}", pixels)
 
 
 def _open_arrays(path: Path) -> ArraySource:
