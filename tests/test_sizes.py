@@ -35,9 +35,9 @@ def refusal(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False)
     return None
 
 
-def follow(config: TrainConfig, options: str, size: tuple[int, int]) -> None:
-    """Resolve as with more options: what was said to help must."""
-    values: dict[str, object] = {}
+def follow(config: TrainConfig, options: str, size: tuple[int, int], **typed: object) -> None:
+    """Resolve as with more options of the generator: what was said to help must."""
+    values = {f"generator.{name}": value for name, value in typed.items()}
     for name, value in re.findall(r"--([\w-]+)=(\S+)", options):
         if name == "cfg":
             config = PRESETS[value]
@@ -111,7 +111,7 @@ def test_what_was_given_is_what_the_message_is_about(
     assert error
     assert message in str(error)
     if " give " in str(error):
-        follow(config, str(error).rpartition(" give ")[2], size)
+        follow(PRESETS["tiny"], str(error).rpartition(" give ")[2], size, **options)
 
 
 @pytest.mark.parametrize(

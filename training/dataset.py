@@ -29,7 +29,15 @@ from torch_utils.signals import Signals
 from training.data_sources.codec import decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import labels_of, open_store, read_dataset_json
-from training.data_sources.sizes import Size, Sizes, build_command, crop_options, describe_sizes, suggest_size
+from training.data_sources.sizes import (
+    CHANNEL_NAMES,
+    Size,
+    Sizes,
+    build_command,
+    crop_options,
+    describe_sizes,
+    suggest_size,
+)
 
 try:
     import resource
@@ -40,7 +48,6 @@ OPEN_FILES = 256  # of a process of training on a GPU, generously
 OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
 
 MOST = 0.9  # of the images are of one shape where the others are called exceptions
-CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30

@@ -9,6 +9,7 @@ from pathlib import Path
 Size = tuple[int, int]  # (width, height)
 Sizes = Counter[Size]  # number of images by size
 
+CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 SMALLEST, LARGEST = 8, 1024  # sides of the sizes that are suggested
 REACHING = 0.9  # of the images need not be enlarged
 
