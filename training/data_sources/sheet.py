@@ -18,7 +18,7 @@ from dnnlib.screen import printable
 from dnnlib.util import counted
 from training.data_sources.checking import Findings, short_sides
 from training.data_sources.codec import decode_image
-from training.data_sources.dataset_json import DatasetJson
+from training.data_sources.dataset_json import MAX_CLASS, DatasetJson
 from training.data_sources.files import FileStore
 from training.data_sources.sizes import CHANNEL_NAMES, describe_sizes
 
@@ -29,7 +29,8 @@ _SIDE = 128  # pixels of a tile's image
 _GAP = 20
 _MARGIN = 40
 _HEADER = 92
-_CAPTION = 44  # below each image
+_FEWEST_COLUMNS = 5  # fewer leave the header no room
+_LINE_HEIGHT = 18  # of the text below images
 _CHECKER = 8  # side of a checkerboard's squares
 _BAR_WIDTH, _BAR_HEIGHT = 34, 44
 
@@ -66,7 +67,7 @@ def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[i
     """
     members: dict[int, list[int]] = {}
     for position in positions:
-        members.setdefault(classes.get(position, -1), []).append(position)
+        members.setdefault(classes.get(position, MAX_CLASS + 1), []).append(position)  # those without one come last
     numbers = sorted(members)
     numbers = [numbers[k] for k in spread(len(numbers), MOST_TILES)]
     shares = dict.fromkeys(numbers, 0)
@@ -84,11 +85,11 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
     labels = content.labels or {}
     found = {position: labels.get(findings.names[position]) for position in findings.readable.tolist()}
     classes = {position: label for position, label in found.items() if isinstance(label, int)}
-    names = dict(enumerate(content.class_names or ()))
+    names: dict[int, str] = dict(enumerate(content.class_names or ()))
     tiles = []
     for position in tqdm(choose_tiles(list(found), classes), "Sheet", unit="images", disable=None, leave=False):
         name, number = findings.names[position], classes.get(position)
-        class_name = None if number is None else names.get(number, f"class {number}")
+        class_name = names.get(number, f"class {number}") if number is not None else "no label" if classes else None
         with suppress(BrokenImageError):  # changed since it was looked at
             tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
     bars, is_original = short_sides(findings, content)
@@ -104,51 +105,52 @@ def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int])
         labels = f"{max(max(classes.values()) + 1, len(content.class_names or ())):,} classes"
     else:
         labels = "without labels" if content.labels is None else "labels are vectors"
-    return [f"{counted(len(findings.names), 'image')}, {labels}", sizes]
+    count = len(findings.readable)
+    part = f"; {MOST_TILES} shown, evenly spread" if count > MOST_TILES else ""
+    return [f"{counted(len(findings.names), 'image')}, {labels}{part}", sizes]
 
 
 def draw_sheet(
     title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], whose: str
 ) -> Image.Image:
     """Draw tiles in rows of 8 below a header with the title, facts, and bars: counts of `whose` by shorter side."""
-    columns = max(min(len(tiles), COLUMNS), 5)  # fewer leave the header no room
-    rows = -(-len(tiles) // columns)
+    columns = max(min(len(tiles), COLUMNS), _FEWEST_COLUMNS)
+    with_size = len({tile.pixels.shape[:2] for tile in tiles}) > 1
+    drawn = [(_fitted(tile.pixels), _caption(tile, with_size=with_size)) for tile in tiles]
+    rows = [drawn[k : k + columns] for k in range(0, len(drawn), columns)]
+    heights = [max(image.height for image, _ in row) for row in rows]  # of the images alone
+    caption = 8 + _LINE_HEIGHT * max((len(lines) for _, lines in drawn), default=0)
     width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
-    height = 2 * _MARGIN + _HEADER + rows * (_SIDE + _CAPTION + _GAP) - _GAP
+    height = 2 * _MARGIN + _HEADER + sum(heights) + len(rows) * (caption + _GAP) - _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
+
     room = width - 2 * _MARGIN
     if len(bars) > 1:
         room -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
     _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, room, "data set")
     for line, fact in enumerate(facts):
         _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, room, "")
-    sizes = {tile.pixels.shape[:2] for tile in tiles}
-    for k, tile in enumerate(tiles):
-        row, column = divmod(k, columns)
-        x = _MARGIN + column * (_SIDE + _GAP)
-        y = _MARGIN + _HEADER + row * (_SIDE + _CAPTION + _GAP)
-        _draw_tile(sheet, (x, y), tile, with_size=len(sizes) > 1)
+    base = _MARGIN + _HEADER
+    for row, row_height in zip(rows, heights, strict=True):
+        base += row_height
+        for column, (image, lines) in enumerate(row):
+            x, y = _MARGIN + column * (_SIDE + _GAP), base - image.height
+            sheet.paste(image, (x, y))
+            draw.rectangle((x - 1, y - 1, x + image.width, base), outline=_LINE)
+            for line, (text, instead) in enumerate(lines):
+                size, color = (12, _FAINT) if line else (14, _INK)
+                _write(draw, (x, base + 7 + _LINE_HEIGHT * line), text, size, color, _SIDE, instead)
+        base += caption + _GAP
     return sheet
 
 
-def _draw_tile(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], tile: Tile, *, with_size: bool
-) -> None:
-    x, y = corner
-    image = _fitted(tile.pixels)
-    left, top = x + (_SIDE - image.width) // 2, y + _SIDE - image.height  # on a common base line
-    sheet.paste(image, (left, top))
-    draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=_LINE)
+def _caption(tile: Tile, *, with_size: bool) -> list[tuple[str, str]]:
+    """Return the lines below an image, each with what to write where no font has its letters."""
     height, width = tile.pixels.shape[:2]
-    stem = PurePosixPath(tile.name).stem
-    size = f"{width}x{height}"
-    if tile.class_name is None:
-        lines = [(stem, "image"), (size if with_size else "", "")]
-    else:
-        lines = [(tile.class_name, f"class {tile.class_number}"), (size if with_size else stem, "image")]
-    _write(draw, (x, y + _SIDE + 7), lines[0][0], 14, _INK, _SIDE, lines[0][1])
-    _write(draw, (x, y + _SIDE + 26), lines[1][0], 12, _FAINT, _SIDE, lines[1][1])
+    name = (PurePosixPath(tile.name).stem, "image")
+    lines = [name] if tile.class_name is None else [(tile.class_name, f"class {tile.class_number}"), name]
+    return [lines[0], (f"{width}x{height}", "")] if with_size else lines
 
 
 def _fitted(pixels: np.ndarray) -> Image.Image:
@@ -197,10 +199,17 @@ def _write(
         font = _font(size)
         text = text if _has_letters(font, text) else instead
     if draw.textlength(text, font) > room:
-        while text and draw.textlength(text + "…", font) > room:
-            text = text[:-1]
-        text += "…"
+        text = _shortened(draw, text, font, room)
     draw.text(corner, text, color, font)
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, room: int) -> str:
+    """Leave out of the middle what is too long."""
+    for kept in range(len(text) - 1, 0, -1):
+        shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+        if draw.textlength(shorter, font) <= room:
+            return shorter
+    return "…"
 
 
 @cache
