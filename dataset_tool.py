@@ -26,12 +26,12 @@ from dnnlib.config import UserError
 from dnnlib.util import counted, write_atomically
 from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe
 from training.data_sources.checking import describe_findings, find_problems, find_remarks, inspect_all
-from training.data_sources.classes import Classes, choose_classes, describe_classes
+from training.data_sources.classes import Classes, choose_classes, describe_classes, note_on_folders
 from training.data_sources.codec import SLOW_DECODER
 from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, is_all_gray
 from training.data_sources.dataset_json import Label
 from training.data_sources.files import open_store, read_dataset_json
-from training.data_sources.listing import count_left_out, describe_left_out
+from training.data_sources.listing import LeftOut, count_left_out, describe_left_out
 from training.data_sources.sheet import make_sheet
 from training.data_sources.sizes import by_short_side, describe_sizes, size_options
 from training.data_sources.sources import SUPPORTED, Drawing, FolderLevel, Source, items_of, open_source
@@ -190,9 +190,14 @@ def introduce(source: Source, num_images: int, classes: Classes, *, verbose: boo
         click.echo(f"Note: {note}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
-    if source.left_out:
-        click.echo(f"Left out, {counted(count_left_out(source.left_out), 'file')}:")
-        for line in describe_left_out(source.left_out, verbose=verbose):
+    show_left_out(source.left_out, verbose=verbose)
+
+
+def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
+    """Print the files that are no images, by kind."""
+    if left_out:
+        click.echo(f"Left out, {counted(count_left_out(left_out), 'file')}:")
+        for line in describe_left_out(left_out, verbose=verbose):
             click.echo(line)
 
 
@@ -291,6 +296,10 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
         refuse_sheet(sheet)
     store = open_store(path)
     content = read_dataset_json(store)
+    folders = None if store.json_name else note_on_folders(store.names)
+    for note in filter(None, [*store.notes, *content.notes, folders]):
+        click.echo(f"Note: {note}")
+    show_left_out(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)
     items = tqdm(items_of(store), total=len(store.names), unit="images", disable=None)

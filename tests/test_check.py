@@ -92,6 +92,21 @@ def test_a_raw_folder_of_many_sizes_is_told_as_sizes(tmp_path: Path) -> None:
     assert "Shorter sides of the images" in result.stdout
 
 
+def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
+    images = {f"{kind}/{k}.png": noise(8, 8, 3) for kind, count in (("cat", 3), ("dog", 2)) for k in range(count)}
+    path = write_set(tmp_path / "set", images)
+    (path / "notes.txt").touch()
+    result = check(path)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[:3] == [
+        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes classes of them",
+        "Left out, 1 file:",
+        "  1 .txt",
+    ]
+    nested = write_set(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])
+    assert "Note: inner/dataset.json is read: all images are in its folder\n" in check(nested.parent).stdout
+
+
 def test_a_set_where_nothing_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"no image")

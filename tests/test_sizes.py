@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import calc_metrics
 import dataset_tool
 import train
 from dnnlib.config import ConfigError, override
@@ -252,6 +253,9 @@ def test_notes_on_the_data_are_printed(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Note: mydata/dataset.json is read: all images are in its folder" in result.stderr
     assert 'the key "Labels" is read as "labels"' in result.stderr
+    arguments = [f"--network={folder.parent}", f"--data={folder.parent}", "--metrics=swd", "--device=cpu", "--no-cache"]
+    result = CliRunner().invoke(calc_metrics.main, arguments)
+    assert result.stderr.count("Note: mydata/dataset.json is read: all images are in its folder\n") == 2  # of both
 
 
 # --- the numbers

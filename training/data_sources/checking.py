@@ -224,7 +224,8 @@ def _empty_classes(findings: Findings, content: DatasetJson) -> dict[str, list[s
     labels, names = labels_in(findings, content), content.class_names
     if not labels or not names or isinstance(labels[0], list):
         return {}
-    empty = [name for k, name in enumerate(names) if k not in set(labels)]
+    present = {label for label in labels if isinstance(label, int)}
+    empty = [name for k, name in enumerate(names) if k not in present]
     return {f"{len(empty)} of {len(names)} classes without images:": empty} if empty else {}
 
 
