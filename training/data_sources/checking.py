@@ -140,20 +140,21 @@ def inspect_all(names: Sequence[str], items: Iterable[Item], workers: int) -> Fi
     findings = Findings(names)
     known: dict[Shape, int] = {}
     chunks = _chunks(items)
+    looks: Iterator[tuple[Item, Look | BrokenImageError]]
     if workers == 1 or len(names) <= _FEW:
-        looks: Iterator[Look | BrokenImageError] = (look for chunk in chunks for look in inspect_items(chunk))
+        looks = (pair for chunk in chunks for pair in zip(chunk, inspect_items(chunk), strict=True))
     else:
         looks = map_chunks(inspect_items, chunks, workers)
-    for name, look in zip(names, looks, strict=True):
+    for item, look in looks:
         if isinstance(look, BrokenImageError):
-            findings.broken.append(f"{name}: {look}")
+            findings.broken.append(f"{item.name}: {look}")
             findings.shape_index.append(-1)
             findings.digests += bytes(_DIGEST_BYTES)
             continue
         findings.shape_index.append(known.setdefault(look.shape, len(known)))
         findings.digests += look.digest
         if look.dullness:
-            findings.dull[look.dullness].append(name)
+            findings.dull[look.dullness].append(item.name)
     findings.shapes = list(known)
     return findings
 
