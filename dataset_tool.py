@@ -102,6 +102,7 @@ def main() -> None:
     help="Folders are classes: those at the top, or in a folder that holds everything, or in train/ and val/; or those "
     "at a LEVEL, 1 for the top",
 )
+@option("--split", metavar="NAME", help="Part of a data set of tables or shards, or all [default: train]")
 @option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded, and list them")
 @option("-v", "--verbose", is_flag=True, help="List all files that are left out, by name")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which scenes --source=shapes draws")
@@ -118,6 +119,7 @@ def build(
     channels: str,
     max_images: int | None,
     labels_from_folders: FolderLevel | None,
+    split: str | None,
     skip_bad: bool,
     verbose: bool,
     seed: int,
@@ -128,7 +130,7 @@ def build(
     conversion = Conversion(width=width, height=height, transform=transform, resize_filter=resize_filter)
     refuse_existing(dest)
     drawing = Drawing(seed, max_images or _SHAPES_COUNT, width or _SHAPES_SIZE, height or _SHAPES_SIZE)
-    images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing)
+    images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing, split=split)
     num_images = min(len(images), max_images or len(images))
     classes = choose_classes(images.labels, images.class_names)
     introduce(images, num_images, classes, verbose=verbose)
@@ -235,7 +237,8 @@ def command_again(*added: str) -> str:
         value = context.params[parameter.name or ""]
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
-            typed.append(flag if value in (True, getattr(parameter, "flag_value", None)) else f"{flag}={value}")
+            is_bare = value is True or value == getattr(parameter, "flag_value", None)
+            typed.append(flag if is_bare else f"{flag}={value}")
     return f"python dataset_tool.py {shlex.join([*typed, *added])}"
 
 

@@ -94,6 +94,8 @@ def cases() -> Iterator[tuple[str, str, click.Command, Make]]:
         yield "archives", f"1 GB of zeros: {suffix}", dataset_tool.main, _source(f"set.tar.{suffix}", _zeros(pack))
     for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         yield "archives", f"1 GB of zeros: npz {method}", dataset_tool.main, _source("set.npz", _packed(method))
+    for name, (file, build, _) in bounds.TABLES.items():
+        yield "tables and shards", name, dataset_tool.main, _source(file, build)
     for number, line in enumerate([*data.STATS, "[" + "[]," * (40 * PIECE) + "[]]"]):
         yield "logs of a run", f"stats {number}", report.main, _run({"stats.jsonl": line.encode() + b"\n"})
     for number, line in enumerate(data.RECORDS):

@@ -6,14 +6,18 @@ Each is refused with one message that names the file. `make test` draws 280 exam
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +35,7 @@ import torch
 from conftest import PATIENCE
 from foreign_files import easy_dict, module, styleformer, write
 from hypothesis import strategies as st
-from test_hostile import DATA, SNAPSHOT, STATE, draws, for_all, refusal, run
+from test_hostile import DAMAGE, DATA, SNAPSHOT, STATE, damaged, draws, for_all, refusal, run
 
 import calc_metrics
 import generate
@@ -46,6 +50,7 @@ from torch_utils.checkpoint import Checkpoint, digest, read_file, write_file
 from torch_utils.pickles import read_torch_file
 from training import runs, snapshot
 from training.config import PRESETS, Circumstances, read_config, resolve
+from training.data_sources.sources import Drawing, open_source
 from training.exchange import load_folder, save_folder
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.transgan import TransGANConfig
@@ -795,6 +800,141 @@ def test_dinov2_wider_than_its_weights_is_not_built(tmp_path: Path) -> None:
         refused(lambda: setup.load("dinov2", torch.device("cpu")), "holds 2 numbers, the network of config.json has")
     (tmp_path / "config.json").write_text("[" * 100_000)
     refused(lambda: setup.load("dinov2", torch.device("cpu")), "nested too deep")
+
+
+# --- tables and shards
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+    file = io.BytesIO()
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    importlib.import_module("pyarrow.parquet").write_table(table, file, **options)
+    return file.getvalue()
+
+
+def arrow(columns: dict[str, Any], compression: str | None = None) -> bytes:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+    table, file = columns if isinstance(columns, pa.Table) else pa.table(columns), io.BytesIO()
+    with pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+def rows_of_nothing(count: int) -> bytes:
+    """An Arrow file whose only column has no bytes, with another count of its rows."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+    return arrow({"image": pa.nulls(12345)}).replace(struct.pack("<q", 12345), struct.pack("<q", count))
+
+
+def nested_columns(levels: int) -> bytes:
+    """A Parquet file without rows whose only column is in that many groups."""
+    group, leaf = b"\x35\0\x18\1a\x15\2\0", b"\x15\x0c\x25\2\x18\1a\0"
+    count = bytes([levels + 2 & 127 | 128, levels + 2 >> 7 & 127 | 128, levels + 2 >> 14])
+    return footed(b"\x15\2\x19\xfc" + count + b"\x48\1r\x15\2\0" + group * levels + leaf + b"\x16\0\x19\x0c\0")
+
+
+def footed(footer: bytes) -> bytes:
+    return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def shard(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def far_offsets() -> bytes:
+    """An Arrow file whose values lie outside of it."""
+    return arrow({"image": [b"abc", b"defgh"]}).replace(struct.pack("<3i", 0, 3, 8), struct.pack("<3i", 0, 3, 1 << 30))
+
+
+ZEROS = 70 << 20
+TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content, what the message says
+    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that becomes"),
+    "labels of zeros": (
+        "x.parquet",
+        lambda: parquet({"image": [b""], "label": ["0" * ZEROS]}, compression="zstd"),
+        "a page that becomes",
+    ),
+    "rows": ("x.parquet", lambda: parquet({"image": [b""] * 100_000}), "100000 rows, more than bytes"),
+    "prefixes": (
+        "x.parquet",
+        lambda: parquet(
+            {"image": [b"a" * 9999] * 999}, use_dictionary=False, column_encoding={"image": "DELTA_BYTE_ARRAY"}
+        ),
+        "DELTA_BYTE_ARRAY",
+    ),
+    "nested": ("x.parquet", lambda: nested_columns(2000), "more than 1000 columns that hold others"),
+    "lists": ("x.parquet", lambda: footed(b"\x15\2\x19\xfc" + b"\xff" * 8 + b"\x7f"), "cut off"),
+    "structs in structs": ("x.parquet", lambda: footed(b"\x1c" * 100_000), "nested too deep"),
+    "no footer": ("x.parquet", lambda: b"PAR1" + bytes(100), "no complete Parquet file"),
+    "long footer": ("x.parquet", lambda: b"PAR1" + b"\xff\xff\xff\x7fPAR1", "no complete Parquet file"),
+    "empty": ("x.arrow", bytes, "cannot be read"),
+    "no schema": ("x.arrow", lambda: bytes(100), "cannot be read"),
+    "compressed": ("x.arrow", lambda: arrow({"image": [bytes(ZEROS)]}, "zstd"), "it is compressed"),
+    "rows of nothing": ("x.arrow", lambda: rows_of_nothing(1 << 40), "rows, more than bytes"),
+    "offsets": ("x.arrow", far_offsets, "cannot be read"),
+    "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
+    "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
+    "label": ("x.tar", lambda: shard("0.cls", 1 << 21) + bytes(1 << 21), "2097152 bytes, more than"),
+    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "cannot be read"),
+    "name": ("x.tar", lambda: shard("n", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
+    "record": ("x.tar", lambda: shard("n", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), "of an unknown kind"),
+}
+
+
+def open_images(path: Path) -> None:
+    for _ in open_source(str(path), labels_from_folders=None, drawing=Drawing(0, 1, 8, 8)):
+        pass
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_shards_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+    file, content, text = TABLES[name]
+    (tmp_path / file).write_bytes(content())
+    assert file in refused(lambda: open_images(tmp_path / file), text)
+
+
+@draws(150, 4000)
+def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
+    columns = {"image": [{"bytes": bytes([k]) * k, "path": None} for k in range(9)], "label": list(range(9))}
+    files = {
+        "x.parquet": parquet(columns),
+        "y.parquet": parquet(columns, compression="gzip", row_group_size=2, data_page_version="2.0"),
+        "x.arrow": arrow(columns),
+        "x.tar": b"".join(shard(f"{k}.png", 9) + bytes(512) + shard(f"{k}.cls", 1) + b"1".ljust(512) for k in "abc"),
+    }
+
+    @for_all(examples, st.sampled_from(sorted(files)), DAMAGE)
+    def check(name: str, damage: Any) -> None:
+        (tmp_path / name).write_bytes(damaged(files[name], damage))
+        refusal(lambda: open_images(tmp_path / name))
+
+
+class Program:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:pickle-based deserialization")  # of old versions of pyarrow, which refuse it so
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_no_pickle_in_a_schema_is_run(suffix: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+    program = pickle.dumps(Program(tmp_path / "made"))
+    about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": program}
+    table = pa.table([[b"x"]], pa.schema([pa.field("image", pa.binary(), metadata=about)]))
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(arrow(table) if suffix == "arrow" else parquet(table))
+    refusal(lambda: open_images(path))
+    assert not (tmp_path / "made").exists()
+    pickle.loads(program)
+    assert (tmp_path / "made").exists()
 
 
 # --- pipes, and damaged runs

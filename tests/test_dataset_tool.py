@@ -672,7 +672,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
     np.savez(tmp_path / "labels.npz", images=random_images(2, 4, 4), labels=np.array([0, 1, 2]))
     np.savez(tmp_path / "names.npz", a=random_images(2, 4, 4), b=random_images(2, 4, 4))
-    other = write_tar(tmp_path / "other.tar", {"photos/a.png": b""})
+    other = write_tar(tmp_path / "other.tar", {"photos/a.txt": b""})
     for name, message in [
         ("cifar.tar.gz", "damaged"),
         ("x.bin", "is of an unknown kind: give a folder"),
@@ -686,7 +686,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("object.npy", "cannot be read as numpy arrays"),
         ("labels.npz", "labels are int64 of shape [3]"),
         ("names.npz", "holds the arrays a, b: name the one with the images"),
-        (other.name, "holds 'photos', which is not a known data set"),
+        (other.name, "; it holds 'photos/a'"),
     ]:
         output = refused(tmp_path, tmp_path / name)
         assert message in output

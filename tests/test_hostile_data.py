@@ -96,7 +96,7 @@ def refuse(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> No
         assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
     assert not (tmp_path / "made.zip").exists()
     with pytest.raises(UserError, match=message):
-        list(dataset_tool.open_source(str(path), labels_from_folders=False, drawing=dataset_tool.Drawing(0, 1, 8, 8)))
+        list(dataset_tool.open_source(str(path), labels_from_folders=None, drawing=dataset_tool.Drawing(0, 1, 8, 8)))
 
 
 # --- programs

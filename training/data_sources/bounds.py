@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -27,14 +28,10 @@ PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_MEMBERS = 10_000  # published sets of images in tar archives have ten
+_MAX_NAME_BYTES = 1 << 16  # of what holds a long name
 _PIECE = 1 << 20
-_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_HEADERS = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _WITHOUT_CONTENT = (
     tarfile.LNKTYPE,
     tarfile.SYMTYPE,
@@ -43,6 +40,7 @@ _WITHOUT_CONTENT = (
     tarfile.DIRTYPE,
     tarfile.FIFOTYPE,
 )
+_PAX_RECORD = re.compile(rb"(\d{1,5}) ([^=]{1,100})=")
 _OPENERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
@@ -72,9 +70,10 @@ class Unpacked:
     `limit` is how many there may be; to read more raises OSError.
     """
 
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
+    def __init__(self, stream: BinaryIO, limit: int, *, is_packed: bool) -> None:
         self.limit = limit
         self._stream = stream
+        self._is_packed = is_packed
         self.position = 0
 
     def read(self, size: int) -> bytes:
@@ -90,6 +89,12 @@ class Unpacked:
 
     def skip(self, size: int) -> None:
         """Pass over bytes. Raises EOFError where there are fewer."""
+        if not self._is_packed:  # its limit is its size
+            if size > self.limit - self.position:
+                raise EOFError("it is cut off")
+            self._stream.seek(size, os.SEEK_CUR)
+            self.position += size
+            return
         while size:
             piece = min(size, _PIECE)
             if len(self.read(piece)) < piece:
@@ -106,9 +111,9 @@ def open_packed(path: Path) -> Iterator[Unpacked]:
         opener = _OPENERS.get(file.read(2))
         file.seek(0)
         if opener is None:
-            yield Unpacked(file, packed)
+            yield Unpacked(file, packed, is_packed=False)
         else:
-            yield Unpacked(stack.enter_context(opener(file)), unpacked_limit(packed))
+            yield Unpacked(stack.enter_context(opener(file)), unpacked_limit(packed), is_packed=True)
 
 
 class Member(NamedTuple):
@@ -119,13 +124,15 @@ class Member(NamedTuple):
     is_plain: bool
 
 
-def read_tar(stream: Unpacked) -> Iterator[Member]:
+def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
     """Yield the members of a tar archive one after the other; until the next one, the stream is at the member's bytes.
 
-    What extends a header (PAX, long names), and takes the module tarfile time and memory out of all proportion, is
-    passed over. Raises PACKED_ERRORS.
+    Of what extends a header (PAX, long names), which takes the module tarfile time and memory out of all proportion,
+    only names are read. Raises PACKED_ERRORS, also for more members than `max_members` (default: 10,000).
     """
-    for _ in range(_MAX_MEMBERS):
+    long_name = None
+    max_members = max_members or _MAX_MEMBERS
+    for _ in range(max_members):
         header = stream.read(_BLOCK)
         if not header.strip(b"\0"):
             return
@@ -135,7 +142,29 @@ def read_tar(stream: Unpacked) -> Iterator[Member]:
         end = stream.position
         if info.type not in _WITHOUT_CONTENT:
             end += info.size + -info.size % _BLOCK
-        if info.type not in _HEADERS:
-            yield Member(info.name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
+        if info.type in _HEADERS:
+            long_name = _read_long_name(stream, info) or long_name
+        else:
+            name, long_name = long_name or info.name, None
+            yield Member(name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
         stream.skip(end - stream.position)
-    raise tarfile.HeaderError(f"more than {_MAX_MEMBERS} members")
+    raise tarfile.HeaderError(f"more than {max_members} members")
+
+
+def _read_long_name(stream: Unpacked, info: tarfile.TarInfo) -> str | None:
+    """Return the name of the next member that a header holds; None where it holds none, or too much."""
+    if info.size > _MAX_NAME_BYTES:
+        return None
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return stream.read(info.size).partition(b"\0")[0].decode(errors="surrogateescape")
+    if info.type not in _PAX:
+        return None
+    name, records = None, stream.read(info.size)
+    while match := _PAX_RECORD.match(records):  # "LENGTH KEY=VALUE\n", the length that of all
+        length = int(match[1])
+        if match[2] == b"path":
+            name = records[match.end() : length - 1].decode(errors="surrogateescape")
+        if length <= match.end():
+            raise tarfile.HeaderError("a PAX record of no length")
+        records = records[length:]
+    return name

@@ -25,9 +25,9 @@ from training.data_sources.convert import (
     convert_items,
     load,
 )
+from training.data_sources.items import Item
 from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import Sizes
-from training.data_sources.sources import Item
 from training.data_sources.stored_zip import StoredZip
 
 Writer = Callable[[str, bytes], None]

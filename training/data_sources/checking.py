@@ -17,9 +17,9 @@ from training.data_sources.classes import describe_classes
 from training.data_sources.codec import decode_as, decode_image
 from training.data_sources.convert import encoded, force_channels
 from training.data_sources.dataset_json import DatasetJson, Label
+from training.data_sources.items import Item
 from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import CHANNEL_NAMES, Sizes, by_short_side
-from training.data_sources.sources import Item
 
 Shape = tuple[int, int, int]  # (H, W, C)
 

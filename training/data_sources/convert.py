@@ -14,7 +14,7 @@ from dnnlib.config import UserError
 from dnnlib.images import BrokenImageError
 from training.data_sources.codec import decode_image, encode_png, is_gray
 from training.data_sources.files import read_image_file
-from training.data_sources.sources import Item
+from training.data_sources.items import Item
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-letterbox")
 LETTERBOXED = ("center-crop-wide", "center-crop-letterbox")

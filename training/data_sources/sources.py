@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dnnlib.config import FLOAT32_MAX, UserError
 from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
-from dnnlib.util import describe_error
+from dnnlib.util import counted, describe_error
 from training.data_sources.bounds import (
     PACKED_ERRORS,
     Member,
@@ -27,94 +27,70 @@ from training.data_sources.cifar import read_cifar
 from training.data_sources.classes import classes_from_folders, note_on_folders
 from training.data_sources.dataset_json import MAX_CLASS, Label
 from training.data_sources.files import FileStore, FolderStore, labels_of, open_store, read_dataset_json
-from training.data_sources.listing import LeftOut
+from training.data_sources.items import Item, Source, SourceBase
 from training.data_sources.lmdb_file import LmdbFile
+from training.data_sources.parts import Parts, find_parts, snapshot_folder
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
+from training.data_sources.shards import ShardSource
+from training.data_sources.tables import TableSource
 
 SUPPORTED = (
     "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
-    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, or the word shapes"
+    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, Parquet or Arrow files, tar files of WebDataset, a "
+    "folder of such files, as of a Hugging Face data set, or the word shapes"
 )
 
 
 FolderLevel = int | Literal["auto"]
 
 
-class Item(NamedTuple):
-    """One image of a source.
-
-    name: where it is in the source, for messages only.
-    content: an encoded image, the file that holds one, pixels uint8 [H, W, C], or what is wrong with it.
-    """
-
-    name: str
-    content: bytes | Path | np.ndarray | BrokenImageError
-
-
-class Source(Protocol):
-    """An iterable of Items of known length; iterating again starts anew.
-
-    name         of the file or folder
-    pad          pixels of 0 that are usually added on each side
-    labels       of all images in their order, None without
-    class_names  None where the classes have only numbers, and without classes
-    channels     1 or 3, as the source says of its images; None where their headers tell
-    left_out     files that are not images, by kind
-    notes        lines on how the source is read where that is not plain
-    """
-
-    name: str
-    pad: int
-    labels: Sequence[Label] | None
-    class_names: list[str] | None
-    channels: int | None
-    left_out: LeftOut
-    notes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Item]: ...
-
-
-def open_source(path: str, *, labels_from_folders: FolderLevel | None, drawing: Drawing) -> Source:
+def open_source(
+    path: str, *, labels_from_folders: FolderLevel | None, drawing: Drawing, split: str | None = None
+) -> Source:
     """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown.
 
-    `labels_from_folders` is the level of the folders that are classes, 1 for the top.
+    `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
+    that comes in several, None for the usual one.
     """
     location = Path(path)
     if path != "shapes" and not location.exists():
         raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
     if path != "shapes" and not (location.is_file() or location.is_dir()):
         raise UserError(f"--source={path} is neither a regular file nor a folder: give {SUPPORTED}")
-    if path == "shapes":
-        source: Source = ShapesSource(drawing)
-    elif location.is_dir() and (location / "data.mdb").exists():
-        source = LmdbSource(location)
-    elif location.is_dir() or location.suffix.lower() == ".zip":
-        return FileSource(open_store(location), labels_from_folders)
-    elif location.suffix.lower() in (".npy", ".npz"):
-        source = _open_arrays(location)
-    elif re.search(r"idx3-ubyte(\.gz)?$", location.name):
-        source = _open_idx(location)
+    parts = None if path == "shapes" else find_parts(snapshot_folder(location))
+    if parts is not None:
+        source: Source = _open_parts(parts, location.resolve().name, split)
+    elif split is not None:
+        raise UserError(f"--split={split}: {path} has no splits: leave the option out, or give the folder of a split")
+    elif path == "shapes":
+        source = ShapesSource(drawing)
     else:
-        source = _open_tar(location)
-    if labels_from_folders is not None:
+        source = _open_file_or_folder(snapshot_folder(location), labels_from_folders)
+    if labels_from_folders is not None and not isinstance(source, FileSource):
         raise UserError(f"--labels-from-folders needs a folder or .zip of images, and {path} is neither")
     return source
 
 
-class SourceBase:
-    """Attributes of a Source that says nothing of its images; see there."""
+def _open_parts(parts: Parts, name: str, split: str | None) -> Source:
+    if parts.kind != "tar":
+        return TableSource(parts, name, split)
+    paths, notes = parts.choose(split, lambda paths: counted(len(paths), "shard"))
+    source = ShardSource(name, paths)
+    source.notes += notes
+    source.left_out |= parts.left_out
+    return source
 
-    name = ""
-    pad = 0
-    labels: Sequence[Label] | None = None
-    class_names: list[str] | None = None
-    channels: int | None = None
 
-    def __init__(self) -> None:
-        self.left_out: LeftOut = {}
-        self.notes: list[str] = []
+def _open_file_or_folder(location: Path, labels_from_folders: FolderLevel | None) -> Source:
+    if location.is_dir() and (location / "data.mdb").exists():
+        return LmdbSource(location)
+    if location.is_dir() or location.suffix.lower() == ".zip":
+        return FileSource(open_store(location), labels_from_folders)
+    if location.suffix.lower() in (".npy", ".npz"):
+        return _open_arrays(location)
+    if re.search(r"idx3-ubyte(\.gz)?$", location.name):
+        return _open_idx(location)
+    return _open_tar(location)
 
 
 class FileSource(SourceBase):
@@ -259,7 +235,7 @@ def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
 
 
 def _open_tar(path: Path) -> Source:
-    """CIFAR or STL-10, told apart by the folder in the archive."""
+    """CIFAR or STL-10, told apart by the folder in the archive, or a shard of WebDataset."""
     try:
         with open_packed(path) as stream:
             members = read_tar(stream)
@@ -272,7 +248,7 @@ def _open_tar(path: Path) -> Source:
                 return StlSource(path, chain([first], members))
     except PACKED_ERRORS as error:
         raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
-    raise UserError(f"{path} holds {folder!r:.80}, which is not a known data set: give {SUPPORTED}")
+    return ShardSource(path.name, [path])
 
 
 def _first_member(members: Iterator[Member], path: Path) -> Member:

@@ -1,0 +1,193 @@
+"""Files that make up one data set: tables and tar shards in a folder, and the splits that they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dnnlib.config import UserError
+from dnnlib.util import describe_error, parse_json, read_regular
+from training.data_sources.listing import LeftOut, list_files, sort_out
+
+SUFFIXES = {
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
+}
+_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
+_KNOWN = frozenset(("train", "validation", "test", "eval", *_ALIASES))
+_NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # of a stem: NAME-train-00000-of-00005
+_MAX_JSON_BYTES = 1 << 24
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """Files of one kind, a key of SUFFIXES, by split; all are of the split "" where nothing names splits."""
+
+    root: Path
+    kind: str
+    splits: dict[str, list[Path]]
+    left_out: LeftOut = field(default_factory=dict)
+
+    def choose(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
+        """Return the files of a split, by default of `train`, and notes. Raises UserError where there is none of it.
+
+        `count` says how much some files hold.
+        """
+        if list(self.splits) == [""]:
+            if split is not None:
+                raise UserError(f"--split={split}: {self.root} has no splits: leave the option out")
+            return self.splits[""], []
+        chosen = _canonical(split) if split else "train" if len(self.splits) > 1 else next(iter(self.splits))
+        shown = ", ".join(f"{name or 'others'} {count(files)}" for name, files in sorted(self.splits.items()))
+        if chosen == "all":
+            return [file for _, files in sorted(self.splits.items()) for file in files], [
+                f"splits: {shown}: all are read"
+            ]
+        if chosen not in self.splits:
+            raise UserError(
+                f"{self.root} has the splits {shown}"
+                f"{f', and none named {split}' if split else ''}: choose one as --split=NAME, or --split=all"
+            )
+        if len(self.splits) == 1:
+            return self.splits[chosen], []
+        others = "" if split else "; --split=NAME reads another one, --split=all all of them"
+        return self.splits[chosen], [f"splits: {shown}: {chosen} is read{others}"]
+
+
+def find_parts(path: Path) -> Parts | None:
+    """Find tables or tar shards in a folder, or the table that a file is; None for anything else.
+
+    The content of a folder is the kind that takes most bytes, or images. Raises UserError for what the library
+    `datasets` saved and cannot be read.
+    """
+    if not path.is_dir():
+        kind = next((kind for kind in ("parquet", "arrow") if path.name.lower().endswith(SUFFIXES[kind])), None)
+        return Parts(root=path, kind=kind, splits={"": [path]}) if kind else None
+    if (path / "dataset_dict.json").is_file():
+        return Parts(root=path, kind="arrow", splits=_saved_splits(path))
+    if (path / "state.json").is_file():
+        return Parts(root=path, kind="arrow", splits={"": _saved_files(path)})
+    images, left_out = sort_out(list_files(path)[0])
+    by_kind = {kind: _of_kind(left_out, suffixes) for kind, suffixes in SUFFIXES.items()}
+    if not any(by_kind.values()):
+        return None
+    kind = max(by_kind, key=lambda kind: _total_size(path, by_kind[kind]))
+    names = sorted(by_kind[kind])
+    if _total_size(path, images) > _total_size(path, names):
+        return None
+    others = {other: [name for name in found if name not in set(names)] for other, found in left_out.items()}
+    others |= {"images beside them": images, "caches of datasets": list(filter(_is_cache, names))}
+    splits = _by_split(path, [name for name in names if not _is_cache(name)])
+    return Parts(
+        root=path, kind=kind, splits=splits, left_out={other: found for other, found in others.items() if found}
+    )
+
+
+def _of_kind(left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files with these suffixes that are not hidden."""
+    visible = chain.from_iterable(names for kind, names in left_out.items() if kind.startswith("."))
+    return [name for name in visible if name.lower().endswith(suffixes)]
+
+
+def _total_size(root: Path, names: Iterable[str]) -> int:
+    return sum((root / name).stat().st_size for name in names if (root / name).is_file())
+
+
+def _is_cache(name: str) -> bool:
+    """Whether a file is a result of `Dataset.map` beside the data set, which holds the same images again."""
+    return re.search(r"(^|/)(cache-\w+|tmp\w{8})\.arrow$", name) is not None
+
+
+def _by_split(root: Path, names: list[str]) -> dict[str, list[Path]]:
+    """Sort files by the splits that they belong to. Raises UserError where a folder holds several data sets."""
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        splits.setdefault(split_of(name), []).append(name)
+    for split, files in splits.items():
+        twice = [file for file, count in Counter(name.rsplit("/", 1)[-1] for name in files).items() if count > 1]
+        if split and twice:
+            folders = sorted(
+                name.rsplit("/", 1)[0] if "/" in name else "." for name in files if name.endswith(twice[0])
+            )
+            raise UserError(
+                f"{root} holds several data sets, with a {twice[0]} in each of {', '.join(folders):.200}: give one of "
+                "these folders"
+            )
+    return {split: [root / name for name in files] for split, files in splits.items()}
+
+
+def split_of(name: str) -> str:
+    """Return the split that a path names: train, validation, test, NAME in NAME-00000-of-00005; "" for none."""
+    *folders, file = name.split("/")
+    stem = file.partition(".")[0]
+    if (numbered := _NUMBERED.fullmatch(stem)) and numbered[1] != "data":
+        return _canonical(numbered[1])
+    for text in (stem, *reversed(folders)):
+        words = [word for word in re.split(r"[-_. ]", text.lower()) if word in _KNOWN]
+        if words:
+            return _canonical(words[-1])
+    return ""
+
+
+def _canonical(split: str) -> str:
+    return _ALIASES.get(split.lower(), split)
+
+
+def _saved_splits(path: Path) -> dict[str, list[Path]]:
+    """Return the files of what `DatasetDict.save_to_disk` wrote."""
+    names: Any = _read_object(path / "dataset_dict.json").get("splits")
+    if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
+        raise UserError(f'{path / "dataset_dict.json"} has no list of folders as "splits": save the data set again')
+    return {_canonical(name): _saved_files(path / name) for name in names}
+
+
+def _saved_files(path: Path) -> list[Path]:
+    """Return the files of what `Dataset.save_to_disk` wrote, in their order."""
+    state = _read_object(path / "state.json")
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise UserError(f"{path} is saved with a mapping of indices: save dataset.flatten_indices() instead")
+    files = state.get("_data_files")
+    names: Any = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if not names or len(names) != len(files or ()) or not all(map(_is_plain_name, names)):
+        raise UserError(f'{path / "state.json"} has no list of files as "_data_files": save the data set again')
+    return [path / name for name in names]
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(read_regular(path, _MAX_JSON_BYTES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({describe_error(error)}): save the data set again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no object of JSON: save the data set again")
+    return content
+
+
+def snapshot_folder(path: Path) -> Path:
+    """Return the folder with the files of a repository in a hub's cache, `datasets--USER--NAME`; `path` for others.
+
+    Raises UserError where it holds several snapshots and does not say which one is current.
+    """
+    folder = path / "snapshots"
+    if not folder.is_dir() or not (path / "refs").is_dir():
+        return path
+    try:
+        current = read_regular(path / "refs" / "main", 256).decode(errors="replace").strip()
+    except OSError:
+        current = ""
+    if _is_plain_name(current) and (folder / current).is_dir():
+        return folder / current
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if len(found) != 1:
+        raise UserError(f"{folder} holds {len(found)} snapshots ({', '.join(found):.200}): give the folder of one")
+    return folder / found[0]

@@ -1,0 +1,169 @@
+"""WebDataset: tar archives whose consecutive members with one name, up to its first dot, are one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from dnnlib.config import UserError
+from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.util import describe_error, parse_json
+from training.data_sources.bounds import PACKED_ERRORS, Member, Unpacked, open_packed, read_tar
+from training.data_sources.items import Item, SourceBase
+from training.data_sources.labels import to_labels
+from training.data_sources.listing import sort_out
+
+_MAX_LABEL_BYTES = 1 << 20
+_TEXTS = ("cls", "class", "label")  # extensions of members with a number or a name
+_KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "label_name", "category")  # of .json
+_BLOCK = 512  # bytes that a member takes at least
+
+
+class _Image(NamedTuple):
+    """A member of a shard that is an image: number of the shard, its first byte in it (unpacked), bytes, name."""
+
+    shard: int
+    start: int
+    size: int
+    name: str
+
+
+@dataclass
+class _Sample:
+    """The images of a sample, and what may be its label, by extension."""
+
+    shard: int
+    key: str
+    images: list[_Image] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
+    extensions: set[str] = field(default_factory=set)
+
+    @property
+    def label(self) -> Any:
+        return next((self.labels[kind] for kind in (*_TEXTS, "json") if self.labels.get(kind) is not None), None)
+
+
+class ShardSource(SourceBase):
+    """Images of tar archives, read one after the other; `names` are those of the members.
+
+    A first pass reads names and labels. Without any label every image counts; with labels, one image of each sample.
+    """
+
+    channels: int | None = 3
+
+    def __init__(self, name: str, paths: list[Path]) -> None:
+        super().__init__()
+        self.name = name
+        self._paths = paths
+        progress = tqdm(_read_samples(paths), desc="names and labels", unit=" samples", disable=None, leave=False)
+        samples = list(progress)
+        pictured = [sample for sample in samples if sample.images]
+        self._leave_out("samples without an image", [sample.key for sample in samples if not sample.images])
+        if any(sample.label is not None for sample in pictured):
+            self._leave_out("further images of a sample", [image.name for s in pictured for image in _by_rank(s)[1:]])
+            self.labels, self.class_names = to_labels(
+                [sample.label for sample in pictured],
+                lambda k: f"{paths[pictured[k].shard]}: sample {pictured[k].key!r}",
+            )
+            self._images = [_by_rank(sample)[0] for sample in pictured]
+        else:
+            self._images = [image for sample in pictured for image in sample.images]
+        if not self._images:
+            first = f"; it holds {samples[0].key!r:.80}" if samples else ""
+            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
+        self.names = [image.name for image in self._images]
+
+    def _leave_out(self, kind: str, names: list[str]) -> None:
+        if names:
+            self.left_out[kind] = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Item]:
+        for shard, images in groupby(self._images, key=lambda image: image.shard):
+            path = self._paths[shard]
+            with _open(path) as stream:
+                for image in images:
+                    stream.skip(image.start - stream.position)
+                    yield Item(f"{path.name}: {image.name}", _content(stream, image))
+
+
+def _content(stream: Unpacked, image: _Image) -> bytes | BrokenImageError:
+    if image.size > MAX_IMAGE_BYTES:
+        return BrokenImageError(f"{image.size} bytes")
+    return stream.read(image.size)
+
+
+def _by_rank(sample: _Sample) -> list[_Image]:
+    """Images of a sample, those first that have no other extension before that of their format."""
+    return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the sample that a member belongs to, and its extension, all that follows the first dot of the file."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Unpacked]:
+    """Open an archive. Raises UserError, also for what goes wrong while it is read."""
+    try:
+        with open_packed(path) as stream:
+            yield stream
+    except PACKED_ERRORS as error:
+        raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
+
+
+def _read_samples(paths: list[Path]) -> Iterator[_Sample]:
+    for shard, path in enumerate(paths):
+        with _open(path) as stream:
+            members = read_tar(stream, stream.limit // _BLOCK + 1)
+            yield from _group(stream, (member for member in members if member.is_plain), shard, path)
+
+
+def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) -> Iterator[_Sample]:
+    """Yield the samples of a shard; a member of the same extension begins another one."""
+    sample = None
+    for member in members:
+        key, extension = split_name(member.name)
+        if sample is None or sample.key != key or extension in sample.extensions:
+            if sample is not None:
+                yield sample
+            sample = _Sample(shard, key)
+        sample.extensions.add(extension)
+        if extension in (*_TEXTS, "json"):
+            sample.labels[extension] = _read_label(member, extension, stream, path)
+        elif sort_out([member.name])[0]:
+            sample.images.append(_Image(shard, stream.position, member.size, member.name))
+    if sample is not None:
+        yield sample
+
+
+def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) -> Any:
+    """Return a number, a text or a list; None for an empty text and for JSON without a label. Raises UserError."""
+    where = f"{path}: {member.name!r:.200}"
+    if member.size > _MAX_LABEL_BYTES:
+        raise UserError(f"{where} has {member.size} bytes, more than the {_MAX_LABEL_BYTES} of a label: check it")
+    try:
+        text = stream.read(member.size).decode().strip()
+        content = parse_json(text) if extension == "json" else text
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read ({describe_error(error)}): write it again") from error
+    if extension == "json":
+        found = content if isinstance(content, dict) else {}
+        content = next((found[key] for key in _KEYS if found.get(key) is not None), None)
+    return _number(content) if isinstance(content, str) else content
+
+
+def _number(text: str) -> int | str | None:
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 10 else text or None

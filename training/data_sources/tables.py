@@ -1,0 +1,208 @@
+"""Images in the rows of tables: Parquet and Arrow files, as hubs and the library `datasets` keep them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dnnlib.config import UserError
+from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.util import describe_error, import_extra, parse_json
+from training.data_sources.arrow_file import ArrowFile
+from training.data_sources.items import Item, SourceBase
+from training.data_sources.labels import to_labels
+from training.data_sources.parquet_file import ParquetFile
+from training.data_sources.parts import Parts
+
+_FILES: dict[str, type[ParquetFile | ArrowFile]] = {"parquet": ParquetFile, "arrow": ArrowFile}
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+_LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
+_CHANNELS = {"L": 1, "RGB": 3}  # by the mode of a feature Image
+
+
+class Columns(NamedTuple):
+    """What a table holds: the columns with the images and the labels, names of classes, channels, a note on labels."""
+
+    image: str
+    label: str | None
+    class_names: list[str] | None
+    channels: int | None
+    note: str | None
+
+
+class TableSource(SourceBase):
+    """Images of tables of one kind. The labels are read first; of the images, some megabytes are in memory."""
+
+    def __init__(self, parts: Parts, name: str, split: str | None) -> None:
+        super().__init__()
+        self.name = name
+        self._parts = parts
+        self._paths, splits = parts.choose(split, self._count)
+        self._num_rows, values, self._columns = self._read_labels()
+        self.channels = self._columns.channels
+        self.labels, self.class_names = to_labels(values, self._place) if values else (None, None)
+        if self.labels:
+            self.class_names = self._columns.class_names or self.class_names
+        self.left_out = parts.left_out
+        label = f"its label in column {self._columns.label!r}" if self.labels else "no label"
+        note = f"the image of a row is in column {self._columns.image!r}, {label}"
+        self.notes = [*splits, note, *([self._columns.note] if self._columns.note else [])]
+        self._refuse_unknown_classes()
+
+    def _count(self, paths: Iterable[Path]) -> str:
+        total = 0
+        for path in paths:
+            with self._open(path) as table:
+                total += table.num_rows
+        return f"{total:,}"
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[ParquetFile | ArrowFile]:
+        """Open a table. Raises UserError, also for what goes wrong while it is read."""
+        pa = import_extra("pyarrow", "parquet")
+        try:
+            table = _FILES[self._parts.kind](path)
+            try:
+                yield table
+            finally:
+                table.close()
+        except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, struct.error) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read ({describe_error(error)}): get or write it again") from error
+
+    def _read_labels(self) -> tuple[list[int], list[Any], Columns]:
+        """Return the number of rows of each file, the labels of all, none without, and the columns of all files."""
+        first: Columns | None = None
+        num_rows: list[int] = []
+        values: list[Any] = []
+        for path in self._paths:
+            with self._open(path) as table:
+                columns = find_columns(table.schema, path)
+                first = first or columns
+                if columns != first:
+                    raise UserError(f"{path} and {self._paths[0]} differ in columns or classes: give one of them")
+                num_rows.append(table.num_rows)
+                if columns.label is not None:
+                    values += _values(table, columns.label, path)
+        if first is None or not sum(num_rows):
+            raise UserError(f"{self._parts.root} holds no rows: check the path")
+        return num_rows, values, first
+
+    def _place(self, k: int) -> str:
+        """Name the row of image k."""
+        for path, count in zip(self._paths, self._num_rows, strict=True):
+            if k < count:
+                return f"{path}: row {k}, column {self._columns.label!r}"
+            k -= count
+        raise IndexError(k)
+
+    def _refuse_unknown_classes(self) -> None:
+        names = self._columns.class_names
+        for k, label in enumerate(self.labels or ()):
+            if names is not None and isinstance(label, int) and label >= len(names):
+                raise UserError(f"{self._place(k)}: label {label}, but there are names for {len(names)} classes only")
+
+    def __len__(self) -> int:
+        return sum(self._num_rows)
+
+    def __iter__(self) -> Iterator[Item]:
+        for path, count in zip(self._paths, self._num_rows, strict=True):
+            row = 0
+            with self._open(path) as table:
+                for array in table.slices(self._columns.image):
+                    for value in array.to_pylist():
+                        yield Item(f"{path.name}: row {row}", self._content(value))
+                        row += 1
+                if row != count:
+                    raise ValueError(f"it ends after {row} of {count} rows")
+
+    def _content(self, value: Any) -> bytes | Path | BrokenImageError:
+        """Return the bytes of an image, or the file beside the table that its row names."""
+        data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            too_large = len(data) > MAX_IMAGE_BYTES
+            return BrokenImageError(f"{len(data)} bytes") if too_large else data
+        if not isinstance(name, str) or not name or "\0" in name:
+            return BrokenImageError("the row has no image")
+        folder = os.path.abspath(self._parts.root if self._parts.root.is_dir() else self._parts.root.parent)
+        path = Path(os.path.normpath(os.path.join(folder, name)))
+        if not path.is_relative_to(folder):
+            return BrokenImageError(
+                f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the images into the "
+                "table, by to_parquet() or save_to_disk() of datasets"
+            )
+        return path
+
+
+def find_columns(schema: Any, path: Path) -> Columns:
+    """Find the columns of a schema of Arrow that hold images and labels. Raises UserError naming those that there are.
+
+    The names decide, else the features that the library `datasets` records, else the types.
+    """
+    features = _features(schema)
+    held = [field.name for field in schema if _holds_images(field.type)]
+    image = _choose(held, _IMAGE_NAMES, features, "Image") or (held[0] if len(held) == 1 else None)
+    if image is None or schema.names.count(image) > 1:
+        shown = ", ".join(f"{field.name} ({field.type!s:.80})" for field in schema)
+        problem = f"several columns could hold the images, {', '.join(held)}" if held else "no column holds images"
+        raise UserError(
+            f"{path}: {problem}, of {shown:.1000}: name one of them `image`, with bytes or structs of bytes and path"
+        )
+    others = [name for name in schema.names if name != image]
+    label = _choose(others, _LABEL_NAMES, features, "ClassLabel")
+    classes = [name for name in others if features.get(name, {}).get("_type") == "ClassLabel"]
+    note = f"columns {', '.join(classes)} are classes: name one of them `label`" if classes and not label else None
+    names = features.get(label or "", {}).get("names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    channels = _CHANNELS.get(str(features.get(image, {}).get("mode")))
+    return Columns(image, label, names if is_list else None, channels, note)
+
+
+def _choose(columns: list[str], names: tuple[str, ...], features: dict[str, Any], kind: str) -> str | None:
+    """Return the first column with one of these names, else the only one that is of this kind of feature."""
+    by_name = {column.lower(): column for column in columns}
+    found = [by_name[name] for name in names if name in by_name]
+    of_kind = [column for column in columns if features.get(column, {}).get("_type") == kind]
+    return found[0] if found else of_kind[0] if len(of_kind) == 1 else None
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Return the features that `datasets` records, by column; none where there are none."""
+    try:
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: about for name, about in features.items() if isinstance(about, dict)}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _holds_images(kind: Any) -> bool:
+    types = import_extra("pyarrow", "parquet").types
+    if types.is_struct(kind):
+        return any(kind.field(k).name == "bytes" and _holds_images(kind.field(k).type) for k in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _values(table: ParquetFile | ArrowFile, column: str, path: Path) -> list[Any]:
+    """Return the labels of all rows as numbers, texts, lists or None. Raises UserError for a column of other types."""
+    types = import_extra("pyarrow", "parquet").types
+    kind = table.schema.field(column).type
+    if types.is_null(kind):
+        return [None] * table.num_rows
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    value = kind.value_type if is_list or types.is_dictionary(kind) else kind
+    is_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
+    is_number = types.is_integer(value) or types.is_floating(value) or types.is_boolean(value)
+    if not is_number and (is_list or not is_text):
+        raise UserError(
+            f"{path}: column {column!r} holds {kind!s:.80}, which are no labels: rename or remove it, or give numbers, "
+            "texts or vectors"
+        )
+    values = [value for array in table.slices(column) for value in array.to_pylist()]
+    if len(values) != table.num_rows:
+        raise ValueError(f"it has {len(values)} labels for {table.num_rows} rows")
+    return values
