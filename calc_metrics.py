@@ -313,7 +313,10 @@ def with_labels(config: DatasetConfig) -> ImageDataset:
 
 
 def build_context(job: Job, device: torch.device, reals: ImageDataset, **generated: Any) -> MetricContext:
-    """Return what the metrics see of a job; `generated` is G or the fakes."""
+    """Return what the metrics see of a job; `generated` is G or the fakes. Prints notes on sets of images."""
+    for dataset in (reals, generated.get("fakes")):
+        for note in dataset.notes if dataset and distributed.is_main() else ():
+            click.echo(f"Note: {note}", err=True)
     return MetricContext(
         **generated,
         images=reals.with_mirror(False),

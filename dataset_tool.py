@@ -6,6 +6,7 @@ python dataset_tool.py check data/cifar10.zip
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,21 +18,23 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from PIL import Image
 from tqdm import tqdm
 
 from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
-from dnnlib.util import counted
+from dnnlib.util import counted, write_atomically
 from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe
-from training.data_sources.classes import Classes, choose_classes, describe_classes
-from training.data_sources.codec import SLOW_DECODER, decode_as, decode_image
+from training.data_sources.checking import describe_findings, find_problems, find_remarks, inspect_all
+from training.data_sources.classes import Classes, choose_classes, describe_classes, note_on_folders
+from training.data_sources.codec import SLOW_DECODER
 from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion, is_all_gray
 from training.data_sources.dataset_json import Label
-from training.data_sources.files import labels_of, open_store, read_dataset_json
-from training.data_sources.listing import count_left_out, describe_left_out
+from training.data_sources.files import open_store, read_dataset_json
+from training.data_sources.listing import LeftOut, count_left_out, describe_left_out
+from training.data_sources.sheet import make_sheet
 from training.data_sources.sizes import by_short_side, describe_sizes, size_options
-from training.data_sources.sources import SUPPORTED, Drawing, FolderLevel, Source, open_source
+from training.data_sources.sources import SUPPORTED, Drawing, FolderLevel, Source, items_of, open_source
 
 FORMAT_VERSION = 1
 
@@ -189,9 +192,14 @@ def introduce(source: Source, num_images: int, classes: Classes, *, verbose: boo
         click.echo(f"Note: {note}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
-    if source.left_out:
-        click.echo(f"Left out, {counted(count_left_out(source.left_out), 'file')}:")
-        for line in describe_left_out(source.left_out, verbose=verbose):
+    show_left_out(source.left_out, verbose=verbose)
+
+
+def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
+    """Print the files that are no images, by kind."""
+    if left_out:
+        click.echo(f"Left out, {counted(count_left_out(left_out), 'file')}:")
+        for line in describe_left_out(left_out, verbose=verbose):
             click.echo(line)
 
 
@@ -279,39 +287,57 @@ def report_changes(conversion: Conversion, problems: Problems, *, verbose: bool)
 
 @main.command(cls=Script)
 @click.argument("path", type=click.Path(path_type=Path))
-def check(path: Path) -> None:
-    """Read every image of a finished set and list everything that is wrong; exit code 1 if anything is."""
+@option("--sheet", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw 64 images of the set into a file")
+@option("-v", "--verbose", is_flag=True, help="List all images, not the first ten of each kind")
+@option("--workers", type=click.IntRange(min=1), help="Number of processes [default: one per core]")
+def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) -> None:
+    """Read every image of a set and list what is wrong; exit code 1 if anything is.
+
+    Exact copies, images of one colour or nearly black, classes and sizes are listed too, and are not wrong.
+    """
+    if sheet:
+        refuse_sheet(sheet)
     store = open_store(path)
     content = read_dataset_json(store)
-    problems = []
-    try:
-        labels_of(store, content)
-    except UserError as error:
-        problems.append(str(error))
-    known = set(store.names)
-    problems += [f"{name}: has a label, but is not in the set" for name in content.labels or () if name not in known]
-
+    folders = None if store.json_name else note_on_folders(store.names)
+    for note in filter(None, [*store.notes, *content.notes, folders]):
+        click.echo(f"Note: {note}")
+    show_left_out(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)
-    shape: tuple[int, int, int] | None = None
-    for name in tqdm(store.names, unit="images", disable=None):
-        try:
-            data = store.read(name)
-            found = (decode_as(data, shape) if shape else decode_image(data)).shape
-        except BrokenImageError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        shape = shape or found
-        if found != shape:
-            problems.append(f"{name}: is {found[1]}x{found[0]}x{found[2]}, not {shape[1]}x{shape[0]}x{shape[2]}")
+    items = tqdm(items_of(store), total=len(store.names), unit="images", disable=None)
+    findings = inspect_all(store.names, items, workers or os.cpu_count() or 1)
 
-    for problem in problems:
-        click.echo(problem)
+    problems = find_problems(findings, content)
+    for heading, lines in [*problems.items(), *find_remarks(findings, content, verbose=verbose).items()]:
+        click.echo("\n".join([heading, *listed(lines, verbose=verbose)]))
+    for line in describe_findings(findings, content):
+        click.echo(line)
+    if sheet:
+        write_sheet(sheet, make_sheet(store, content, findings))
+        click.echo(f"Drawn: {sheet}")
     if problems:
         raise SystemExit(1)
-    assert shape is not None
+    ((H, W, C),) = findings.shapes
     labelled = "without labels" if content.labels is None else "with labels"
-    click.echo(f"{path}: {len(store.names)} images of {shape[1]}x{shape[0]} pixels and {shape[2]} channels, {labelled}")
+    click.echo(f"{path}: {counted(len(store.names), 'image')} of {W}x{H} pixels and {C} channels, {labelled}")
+
+
+def refuse_sheet(sheet: Path) -> None:
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet={sheet}: a sheet is a .png file, give it such a name")
+    if sheet.exists():
+        raise UserError(f"--sheet={sheet} exists: remove it or choose another name")
+
+
+def write_sheet(sheet: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "png")
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(sheet, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--sheet={sheet} cannot be written ({error.strerror}): choose another place") from error
 
 
 if __name__ == "__main__":

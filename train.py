@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +39,7 @@ from training.config import (
     RunConfig,
     TrainConfig,
     customise,
+    fitting_size,
     micro_batches,
     resolve,
 )
@@ -297,13 +299,13 @@ def main(context: click.Context, **options: Any) -> None:
         ),
         about=_circumstances(dataset, device),
     )
+    is_first = distributed.launched_rank() == 0
+    if is_first:
+        dataset.check_shapes(partial(fitting_size, request.config))
     config = resolve(request.config, request.about)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     if config.run.workers or config.run.num_gpus > 1:
         allow_open_files(config.run.workers or 0)
-    is_first = distributed.launched_rank() == 0
-    if is_first:
-        dataset.check_shapes()
     choose_loggers(config.run.log)
     if options["dry_run"]:
         if is_first:
@@ -516,6 +518,7 @@ def _circumstances(dataset: ImageDataset, device: torch.device) -> Circumstances
     return Circumstances(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
+        is_raw=dataset.is_raw,
         on_gpu=device.type == "cuda",
         has_bf16=distributed.has_bf16(device),
     )
@@ -562,6 +565,8 @@ def _options_of(resume: str | None, dry_run: bool) -> dict[str, Any]:
 def _print_plan(start: runs.Start, dataset: ImageDataset) -> None:
     """What would be trained, and from which weights; what is on the web is not fetched for it."""
     config = start.config
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
     with torch.device("meta"):
         networks = {"G": config.generator.build(), "D": config.discriminator.build()}
     parameters = {name: count_parameters(network) for name, network in networks.items()}
@@ -580,6 +585,7 @@ def _describe(trainer: Trainer) -> str:
     data, G = trainer.dataset, trainer.G
     C, H, W = data.img_shape
     lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
+    lines += [f"Note: {note}" for note in data.notes]
     if data.has_labels and not trainer.config.data.use_labels:
         lines.append("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
     z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))

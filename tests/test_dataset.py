@@ -374,7 +374,7 @@ def test_headers_promise_what_decoding_gives() -> None:
 def test_of_plain_pngs_the_headers_are_read_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, dict[str, bytes]], Path]
 ) -> None:
-    """Others are read whole: what turns them or makes them transparent does not show in the header."""
+    """And of JPEGs; others are read whole: what turns them or makes them transparent does not show in the header."""
     images = random_images(3)
     rgb, exif = Image.fromarray(images[0]), Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
@@ -388,16 +388,16 @@ def test_of_plain_pngs_the_headers_are_read_alone(
 
     monkeypatch.setattr(dataset._store, "read", note)
     dataset.check_shapes()
-    assert whole == [*files]
+    assert whole == ["other/text.png"]
     wrong = {
-        "5x7 RGB,": as_png(random_images(1, height=7)[0]),
-        "6x5 RGB,": as_png(images[0], exif=exif),
-        "5x6 RGBA,": as_png(images[0], transparency=(1, 2, 3)),
-        "decoded": as_png(images[0])[:20],
+        "4 images of 2 sizes, 5x6 to 5x7 pixels: build a set of one size": as_png(random_images(1, height=7)[0]),
+        "4 images of 2 sizes, 5x6 to 6x5 pixels: build a set of one size": as_png(images[0], exif=exif),
+        "4 images, 3 RGB, 1 RGBA: build a set of one kind": as_png(images[0], transparency=(1, 2, 3)),
+        r"4 images, 1 cannot be read, the first is 'wrong\.png' ": as_png(images[0])[:20],
     }
     for number, (message, data) in enumerate(wrong.items()):
         dataset = open_set(write(tmp_path / f"{number}.zip", set_files(images) | {"wrong.png": data}))
-        with pytest.raises(UserError, match=rf"'wrong\.png' .*{message}"):
+        with pytest.raises(ConfigError, match=message):
             dataset.check_shapes()
 
 

@@ -726,19 +726,14 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     (images / "new.png").write_bytes((images / "img00000000.png").read_bytes())
     result = run("check", tmp_path / "set")
     assert result.exit_code == 1
-    problems = result.stdout.splitlines()
-    assert len(problems) == 4
-    for problem, words in zip(
-        problems,
-        [
-            "no label for '00000/new.png'",
-            "00000/img00000003.png: has a label, but is not in the set",
-            "00000/img00000001.png: not an image",
-            "00000/img00000002.png: is 32x16x3, not 32x32x3",
-        ],
-        strict=True,
-    ):
-        assert words in problem
+    for words in [
+        "1 image that cannot be read:\n  00000/img00000001.png: not an image",
+        "1 image of another size than the most common, 32x32:\n  00000/img00000002.png: 32x16\n",
+        "1 image without a label:\n  00000/new.png\n",
+        "1 label without an image:\n  00000/img00000003.png\n",
+        "2 images in 1 group of exact copies:\n  00000/img00000000.png = 00000/new.png\n",
+    ]:
+        assert words in result.stdout
 
 
 def test_check_refuses_what_is_no_set(tmp_path: Path) -> None:

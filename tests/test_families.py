@@ -127,7 +127,14 @@ def test_unknown_families_are_refused() -> None:
         (["--cfg=cifar", "--g-arch=skip"], "--g-arch=skip: is no setting of the family styleformer; stylegan2"),
         (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
         (["--gen=stylegan2", "--handover=16"], "--handover=16: is no setting of the family stylegan2; styleformer-c"),
-        (["--gen=styleformer-c"], "--handover=32: is no grid below 32x32 that base=(8, 8) comes by; what is: 8, 16"),
+        (
+            ["--gen=styleformer-c"],
+            "--gen=styleformer-c cannot make: rebuild the set with --width=64 --height=64, or give --h",
+        ),
+        (
+            ["--gen=styleformer-c", "--handover=24"],
+            "--handover=24: is no grid below 32x32 that base=(8, 8) comes by; w",
+        ),
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
         (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
         (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),

@@ -74,7 +74,7 @@ def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
 def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch_as(monkeypatch)
     checked: list[ImageDataset] = []
-    monkeypatch.setattr(ImageDataset, "check_shapes", lambda self: checked.append(self))
+    monkeypatch.setattr(ImageDataset, "check_shapes", lambda self, choose_size: checked.append(self))
     for rank, count in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
         run_ok("--outdir=x", f"--data={shapes_zip}", *SHORT, "-n")
@@ -327,7 +327,8 @@ def test_images_that_differ_are_found_before_the_run_starts(tmp_path: Path, mode
     Image.new(mode, size).save(tmp_path / "data" / "17.png")
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT)
     assert result.exit_code == 2
-    assert "image '17.png' is" in result.output
+    kind = {"RGB": "RGB", "RGBA": "RGBA", "L": "grayscale"}[mode]
+    assert f"the first that differs is '17.png', {size[0]}x{size[1]} {kind}: build a set of one" in result.output
     assert not (tmp_path / "runs").exists()
 
 

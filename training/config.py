@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
-from dnnlib.config import ConfigError, field_names, from_json, override, to_json, within
+from dnnlib.config import ConfigError, field_names, from_json, override, to_json
 from torch_utils.misc import OnMeta
+from training import misfit
 from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
 from training.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.ema import EMAConfig
@@ -137,6 +139,7 @@ class Circumstances:
 
     img_shape: tuple[int, int, int]
     c_dim: int
+    is_raw: bool = False  # whether they come from a folder or zip file that dataset_tool.py has not made
     on_gpu: bool = False
     has_bf16: bool = False  # in its matrix units
 
@@ -452,10 +455,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
         values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
-    with within("generator"):
-        resolved = replace(resolved, generator=resolved.generator.fit(height, width))
-    with within("discriminator"):
-        resolved = replace(resolved, discriminator=resolved.discriminator.fit(height, width))
+    resolved = _fit_networks(resolved, about)
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
@@ -463,6 +463,24 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     _check_holdout(resolved)
     _check_parts(resolved, about)
     return resolved
+
+
+def _fit_networks(config: TrainConfig, about: Circumstances) -> TrainConfig:
+    """Choose what is open of both networks for the images.
+
+    Raises ConfigError: of the option that was given and does not go with the images, of the data where none was.
+    """
+    try:
+        return misfit.fit(config, *about.img_shape[1:])
+    except ConfigError as error:
+        if config.preset not in PRESETS:  # of another version, of another project
+            raise
+        raise misfit.explain(error, config, PRESETS, about.img_shape[1:], is_raw=about.is_raw) from None
+
+
+def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
+    """Choose (width, height) for a set of images of these sizes such that the networks can make it; None if none is."""
+    return next(iter(misfit.fitting_sizes(config, sizes)), None)
 
 
 def _chooses_graphs(run: RunConfig, about: Circumstances) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -16,21 +18,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
 from dnnlib.images import BrokenImageError
+from dnnlib.util import counted
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
-from training.data_sources.codec import (
-    PNG_START,
-    decode_as,
-    decode_image,
-    read_shape,
-    starts_as_plain_png,
-)
+from training.data_sources.codec import decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import labels_of, open_store, read_dataset_json
+from training.data_sources.sizes import (
+    CHANNEL_NAMES,
+    Size,
+    Sizes,
+    build_command,
+    crop_options,
+    describe_sizes,
+    suggest_size,
+)
 
 try:
     import resource
@@ -40,11 +47,13 @@ except ImportError:  # Windows
 OPEN_FILES = 256  # of a process of training on a GPU, generously
 OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
 
+MOST = 0.9  # of the images are of one shape where the others are called exceptions
+
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images that are decoded at a time
-
-_CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+START_BYTES = 1 << 16  # of a file, in which most JPEGs tell their size: EXIF data, which come before, have less
+JPEG_START = b"\xff\xd8\xff"
 
 
 LabelKind = Literal["classes", "vectors"]
@@ -92,6 +101,7 @@ class ImageDataset:
     label_kind      "classes" or "vectors", None when c_dim is 0
     class_names     list of str, or None
     meta            the keys of dataset.json other than "labels": how the set was made
+    notes           what was recognised although it is not where or as it usually is, one sentence each
     content_hash    hex digest that names the images behind the indices, see `_content_hash`
 
     Objects can be pickled and used in forked or spawned workers. Everything that is wrong with the files raises
@@ -107,6 +117,7 @@ class ImageDataset:
         self._store = open_store(self.path)
         content = read_dataset_json(self._store)
         self.meta = content.meta
+        self.notes = [*self._store.notes, *content.notes]
         self.class_names = content.class_names
         self.has_labels = content.labels is not None
 
@@ -157,22 +168,39 @@ class ImageDataset:
         batch[mirrored] = batch[mirrored][:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
 
-    def check_shapes(self) -> None:
-        """Raise UserError naming the first image whose header is broken or promises another size or channel count.
+    @property
+    def is_raw(self) -> bool:
+        """Whether the images are as somebody has put them there, of any kinds, not a set that dataset_tool.py made."""
+        return "format_version" not in self.meta
 
-        Sets made by dataset_tool.py were checked when they were made and are passed over. Of a plain PNG the header is
-        read; what turns an image or makes it transparent can be anywhere in others.
+    def check_shapes(self, choose_size: Callable[[Sizes], Size | None] = suggest_size) -> None:
+        """Raise ConfigError where headers are broken or promise other sizes or channels: how many, and what to do.
+
+        The command that it names builds a set of the size that `choose_size` chooses from counts of (width, height).
+        Sets made by dataset_tool.py were checked when they were made and are passed over.
         """
-        if "format_version" in self.meta:
+        if not self.is_raw:
             return
-        C, H, W = self.img_shape
-        for position in self._subset:
+        survey = Survey()
+        for position in tqdm(self._subset, "Sizes", unit="images", disable=None, leave=False):
             name = self._store.names[position]
             try:
-                if not starts_as_plain_png(self._store.read_start(name, PNG_START), (H, W, C)):
-                    self._require_shape(name, read_shape(self._store.read(name)), (H, W, C))
+                survey.note(name, self._read_shape(name))
             except BrokenImageError as error:
-                raise self._broken(name, error) from error
+                survey.broken.append(f"{name!r} ({error})")
+        if problem := survey.describe_mixture(str(self.path), choose_size):
+            raise ConfigError("data.path", str(self.path), problem)
+
+    def _read_shape(self, name: str) -> tuple[int, int, int]:
+        """(H, W, C) that the start of a file promises, or all of it where that does not suffice."""
+        C, H, W = self.img_shape
+        start = self._store.read_start(name, START_BYTES)
+        if starts_as_plain_png(start, (H, W, C)):
+            return H, W, C
+        if start.startswith(JPEG_START):
+            with suppress(BrokenImageError):  # a long header: the size comes later
+                return read_shape(start)
+        return read_shape(self._store.read(name))
 
     def _decode(self, position: int, shape: tuple[int, int, int] | None) -> np.ndarray:
         """Image [H, W, C] at a position of the store, required to have `shape` unless that is None."""
@@ -301,9 +329,55 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         return range(len(self))[index]
 
 
+@dataclass
+class Survey:
+    """Shapes (H, W, C) of images: how many have each, the first one's name, and those that cannot be read, and why."""
+
+    counts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    firsts: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def note(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Count an image."""
+        self.counts[shape] += 1
+        self.firsts.setdefault(shape, name)
+
+    def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
+        """Say what keeps the images from being a set, and the command that builds one; None if nothing does."""
+        sizes: Sizes = Counter()
+        channels: Counter[int] = Counter()
+        for (H, W, C), count in self.counts.items():
+            sizes[W, H] += count
+            channels[C] += count
+        if len(self.counts) < 2 and not self.broken:
+            return None
+        found, options = [counted(self.counts.total() + len(self.broken), "image")], []
+        if len(sizes) > 1:
+            found[0] += f" of {describe_sizes(sizes)}"
+            options += crop_options(choose_size(sizes) or suggest_size(sizes))
+        if len(channels) > 1:
+            found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
+        found += self._exceptions()
+        if self.broken:
+            found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
+            options.append("--skip-bad")
+        kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
+        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *options)}"
+
+    def _exceptions(self) -> list[str]:
+        """Name the first image that is not as most are; none where they differ all around."""
+        if len(self.counts) < 2:
+            return []
+        usual, count = self.counts.most_common(1)[0]
+        if count < MOST * self.counts.total():
+            return []
+        shape, name = next(first for first in self.firsts.items() if first[0] != usual)
+        return [f"the first that differs is {name!r}, {describe_shape(shape)}"]
+
+
 def describe_shape(shape: tuple[int, ...]) -> str:
     """(H, W, C) as '32x48 RGB' (width x height)."""
-    return f"{shape[1]}x{shape[0]} {_CHANNEL_NAMES[shape[2]]}"
+    return f"{shape[1]}x{shape[0]} {CHANNEL_NAMES[shape[2]]}"
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from training.data_sources.convert import (
     load,
 )
 from training.data_sources.items import Item
+from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import Sizes
 from training.data_sources.stored_zip import StoredZip
 
@@ -112,27 +111,8 @@ def convert_all(
             yield from zip(chunk, convert_items(chunk, conversion, shape), strict=True)
         return
 
-    # spawn: forking a process that has threads (of whoever calls us) can deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    pending: deque[tuple[list[Item], Future[list[Converted]]]] = deque()
-    try:
-        for chunk in chain([first], chunks):
-            pending.append((chunk, pool.submit(convert_items, chunk, conversion, shape)))
-            if len(pending) > 2 * workers:
-                yield from _finish(pending)
-        while pending:
-            yield from _finish(pending)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process died, perhaps for lack of memory: try fewer than --workers={workers}"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _finish(pending: deque[tuple[list[Item], Future[list[Converted]]]]) -> Iterator[tuple[Item, Converted]]:
-    chunk, future = pending.popleft()
-    return zip(chunk, future.result(), strict=True)
+    convert = partial(convert_items, conversion=conversion, shape=shape)
+    yield from map_chunks(convert, chain([first], chunks), workers)
 
 
 @contextmanager

@@ -124,16 +124,22 @@ class FileSource(SourceBase):
         return len(self._store.names)
 
     def __iter__(self) -> Iterator[Item]:
-        for name in self._store.names:
-            yield Item(name, self._content(name))
+        return items_of(self._store)
 
-    def _content(self, name: str) -> bytes | Path | BrokenImageError:
-        if isinstance(self._store, FolderStore):
-            return self._store.path / name  # read by the workers: many small files are slow one after the other
-        try:
-            return self._store.read(name)
-        except BrokenImageError as error:
-            return error
+
+def items_of(store: FileStore) -> Iterator[Item]:
+    """Yield the images of a folder or zip file in the order of their names."""
+    for name in store.names:
+        yield Item(name, _content(store, name))
+
+
+def _content(store: FileStore, name: str) -> bytes | Path | BrokenImageError:
+    if isinstance(store, FolderStore):
+        return store.path / name  # read by the workers: many small files are slow one after the other
+    try:
+        return store.read(name)
+    except BrokenImageError as error:
+        return error
 
 
 class ArraySource(SourceBase):

@@ -67,6 +67,11 @@ class GeneratorConfig(ABC):
         """(height, width) of the images. Raises ConfigError while it is open."""
 
     @property
+    def fixed_size(self) -> Grid | None:
+        """(height, width) of the only images that this generator can be for; None where `fit` adapts it to others."""
+        return None
+
+    @property
     @abstractmethod
     def num_ws(self) -> int:
         """How many styles the synthesis network reads."""
@@ -168,6 +173,10 @@ class StagedConfig(GeneratorConfig):
         """(height, width) of the images. Raises ConfigError while `widths` is empty."""
         self.require_widths()
         return self.grids[-1]
+
+    @property
+    def fixed_size(self) -> Grid | None:
+        return self.grids[-1] if self.widths else None
 
     def require_widths(self) -> None:
         """Raise ConfigError while `widths` is empty."""

@@ -22,6 +22,7 @@ from training.networks.generator import (
     NoiseMode,
     StagedConfig,
     Synthesis,
+    count_resolutions,
 )
 from training.networks.layers import (
     FullyConnected,
@@ -121,9 +122,7 @@ class StyleformerConfig(StagedConfig):
 
     def fit(self, height: int, width: int) -> Self:
         """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
-        (h, w), count = self.base, 1
-        while h < height and w < width:
-            h, w, count = 2 * h, 2 * w, count + 1
+        count = len(self.widths) or count_resolutions(self.base, height, width)
         fitted = self._with_defaults(count, f"for images of {height}x{width}")
         fitted.check_img_size(height, width)
         return fitted

@@ -62,6 +62,10 @@ class StyleformerCConfig(StyleformerConfig):
         return doubled_grids(self.base, self.resolutions)[-1]
 
     @property
+    def fixed_size(self) -> Grid | None:
+        return None  # the convolutions above the blocks double as often as is needed
+
+    @property
     def conv_grids(self) -> tuple[Grid, ...]:
         """(height, width) of every resolution that has convolutions, from the one above the hand-over up."""
         return doubled_grids(self.base, self.resolutions or 0)[len(self.widths) :]

@@ -89,15 +89,15 @@ class TransGANConfig(BlockConfig, StagedConfig):
 
     def fit(self, height: int, width: int) -> Self:
         """Choose widths and blocks, where they are open, as the published models have them."""
+        if self.widths:
+            self.check_img_size(height, width)
+            return self
         count = count_resolutions(self.base, height, width)
-        if not self.widths:
-            widths, layers = published_stages(count)
-            if self.layers and len(self.layers) != count:
-                problem = f"must have one entry per resolution, {count} for images of {height}x{width}"
-                raise ConfigError("layers", self.layers, problem)
-            return replace(self, widths=widths, layers=self.layers or layers)
-        self.check_img_size(height, width)
-        return self
+        widths, layers = published_stages(count)
+        if self.layers and len(self.layers) != count:
+            problem = f"must have one entry per resolution, {count} for images of {height}x{width}"
+            raise ConfigError("layers", self.layers, problem)
+        return replace(self, widths=widths, layers=self.layers or layers)
 
     def build(self) -> Generator:
         """A generator with weights from torch's global random generator."""

@@ -1,0 +1,275 @@
+"""What is wrong with the images of a data set, and what else is to be known before training on them."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dnnlib.images import BrokenImageError
+from dnnlib.util import counted
+from training.data_sources.classes import describe_classes
+from training.data_sources.codec import decode_as, decode_image
+from training.data_sources.convert import encoded, force_channels
+from training.data_sources.dataset_json import DatasetJson, Label
+from training.data_sources.items import Item
+from training.data_sources.parallel import map_chunks
+from training.data_sources.sizes import CHANNEL_NAMES, Sizes, by_short_side
+
+Shape = tuple[int, int, int]  # (H, W, C)
+
+# An image is nearly black where at most one value in a thousand, laid over white, is brighter than this. The 12 bits of
+# a camera in a file of 16 bits become 0 to 16 of 255.
+BLACK = 16
+BRIGHT_PART = 0.001
+
+_DIGEST_BYTES = 16
+_BAR = 40  # letters of the longest bar of a histogram
+_CHUNK_BYTES = 1 << 22  # of encoded images that a worker gets at a time
+_CHUNK_IMAGES = 64
+_MOST_COPIES = 5  # named of each image
+_FEW = 256  # images for which no worker is started
+
+
+class Look(NamedTuple):
+    """What is seen of the pixels of an image: their digest, and whether they are "constant" or "nearly black"."""
+
+    shape: Shape
+    digest: bytes
+    dullness: str
+
+
+def inspect_items(items: Iterable[Item]) -> list[Look | BrokenImageError]:
+    """Decode images and look at them."""
+    found: list[Look | BrokenImageError] = []
+    shape: Shape | None = None
+    for item in items:
+        try:
+            data = encoded(item)
+            pixels = decode_image(data) if shape is None else decode_as(data, shape)
+        except BrokenImageError as error:
+            found.append(error)
+            continue
+        H, W, C = shape = pixels.shape
+        digest = hashlib.sha1(b"%dx%dx%d" % shape, usedforsecurity=False)
+        digest.update(np.ascontiguousarray(pixels).data)
+        found.append(Look((H, W, C), digest.digest()[:_DIGEST_BYTES], dullness_of(pixels)))
+    return found
+
+
+def dullness_of(pixels: np.ndarray) -> str:
+    """Return "constant" for pixels [H, W, C] that are all the same or all transparent, "nearly black", or ""."""
+    some = pixels[::4, ::4]  # which decide most cases
+    if (some == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
+        return "constant"
+    if pixels.shape[2] == 4 and not pixels[:, :, 3].any():
+        return "constant"
+    few = BRIGHT_PART * pixels[:, :, :3].size
+    if np.count_nonzero(some[:, :, :3] > BLACK) > few:  # over white they become brighter, if anything
+        return ""
+    shown = force_channels(pixels, 3) if pixels.shape[2] == 4 else pixels
+    return "nearly black" if np.count_nonzero(shown > BLACK) <= few else ""
+
+
+@dataclass
+class Findings:
+    """What was found in images, in the order of their names, with a few bytes for each.
+
+    shapes       the different ones, most common first once `complete`
+    shape_index  of each image, -1 for one that cannot be read
+    digests      of the pixels, 16 bytes each
+    broken       lines about images that cannot be read
+    dull         names of images by `Look.dullness`
+    """
+
+    names: Sequence[str]
+    shapes: list[Shape] = field(default_factory=list)
+    shape_index: array[int] = field(default_factory=lambda: array("i"))
+    digests: bytearray = field(default_factory=bytearray)
+    broken: list[str] = field(default_factory=list)
+    dull: dict[str, list[str]] = field(default_factory=lambda: {"constant": [], "nearly black": []})
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Positions of the images that can be read."""
+        return np.flatnonzero(np.frombuffer(self.shape_index, np.int32) >= 0)
+
+    @property
+    def shape_counts(self) -> Counter[Shape]:
+        """Number of images by (H, W, C)."""
+        counts = Counter(self.shape_index)
+        return Counter({shape: counts[k] for k, shape in enumerate(self.shapes)})
+
+    @property
+    def sizes(self) -> Sizes:
+        """Number of images by (width, height)."""
+        sizes: Sizes = Counter()
+        for (H, W, _), count in self.shape_counts.items():
+            sizes[W, H] += count
+        return sizes
+
+    @property
+    def channels(self) -> Counter[int]:
+        """Number of images by number of channels."""
+        channels: Counter[int] = Counter()
+        for (_, _, C), count in self.shape_counts.items():
+            channels[C] += count
+        return channels
+
+    def shape_of(self, position: int) -> Shape:
+        """(H, W, C) of an image that can be read."""
+        return self.shapes[self.shape_index[position]]
+
+    def duplicates(self) -> list[list[int]]:
+        """Return groups of positions whose pixels are the same, each in order."""
+        positions = self.readable
+        halves = np.frombuffer(self.digests, np.uint64).reshape(-1, 2)[positions]
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones stay in order
+        differs = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
+        groups = np.split(positions[order], np.flatnonzero(differs) + 1)
+        return sorted(group.tolist() for group in groups if len(group) > 1)
+
+
+def inspect_all(names: Sequence[str], items: Iterable[Item], workers: int) -> Findings:
+    """Look at all images, in processes where there are many. Raises UserError when one dies."""
+    findings = Findings(names)
+    known: dict[Shape, int] = {}
+    chunks = _chunks(items)
+    looks: Iterator[tuple[Item, Look | BrokenImageError]]
+    if workers == 1 or len(names) <= _FEW:
+        looks = (pair for chunk in chunks for pair in zip(chunk, inspect_items(chunk), strict=True))
+    else:
+        looks = map_chunks(inspect_items, chunks, workers)
+    for item, look in looks:
+        if isinstance(look, BrokenImageError):
+            findings.broken.append(f"{item.name}: {look}")
+            findings.shape_index.append(-1)
+            findings.digests += bytes(_DIGEST_BYTES)
+            continue
+        findings.shape_index.append(known.setdefault(look.shape, len(known)))
+        findings.digests += look.digest
+        if look.dullness:
+            findings.dull[look.dullness].append(item.name)
+    findings.shapes = list(known)
+    return findings
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += len(item.content) if isinstance(item.content, bytes) else 0
+        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_IMAGES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def find_problems(findings: Findings, content: DatasetJson) -> dict[str, list[str]]:
+    """Return what keeps images from being a set: lines under headings."""
+    problems = {f"{counted(len(findings.broken), 'image')} that cannot be read:": findings.broken}
+    problems |= _differing(findings, "size", {(H, W, C): f"{W}x{H}" for H, W, C in findings.shapes})
+    problems |= _differing(findings, "kind", {shape: CHANNEL_NAMES[shape[2]] for shape in findings.shapes})
+    if content.labels is not None:
+        known = set(findings.names)
+        unlabelled = [name for name in findings.names if name not in content.labels]
+        missing = [name for name in content.labels if name not in known]
+        problems[f"{counted(len(unlabelled), 'image')} without a label:"] = unlabelled
+        problems[f"{counted(len(missing), 'label')} without an image:"] = missing
+    return {heading: lines for heading, lines in problems.items() if lines}
+
+
+def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dict[str, list[str]]:
+    """Return lines about images of another kind than the most common; `kinds` has that of each shape."""
+    counts: Counter[str] = Counter()
+    for shape, count in findings.shape_counts.items():
+        counts[kinds[shape]] += count
+    if len(counts) < 2:
+        return {}
+    usual, most = counts.most_common(1)[0]
+    if most < counts.total() / 2:
+        lines = [f"{kind}: {counted(count, 'image')}" for kind, count in counts.most_common()]
+        return {f"{counts.total():,} images of {len(counts):,} {what}s:": lines}
+    found = ((findings.names[position], kinds[findings.shape_of(position)]) for position in findings.readable)
+    lines = [f"{name}: {kind}" for name, kind in found if kind != usual]
+    return {f"{counted(len(lines), 'image')} of another {what} than the most common, {usual}:": lines}
+
+
+def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> dict[str, list[str]]:
+    """Return what is no error but worth to know: lines under headings. `verbose` names all of many copies."""
+    groups = findings.duplicates()
+    most = len(findings.names) if verbose else _MOST_COPIES
+    copies = []
+    for group in groups:
+        others = len(group) - most
+        named = " = ".join(findings.names[position] for position in group[:most])
+        copies.append(f"{named} and {others} more" if others > 0 else named)
+    constant, black = findings.dull["constant"], findings.dull["nearly black"]
+    remarks = {
+        f"{counted(sum(map(len, groups)), 'image')} in {counted(len(groups), 'group')} of exact copies:": copies,
+        f"{counted(len(constant), 'constant image')}, all pixels the same:": constant,
+        f"{counted(len(black), 'nearly black image')}, {1 - BRIGHT_PART:.1%} of the values at most {BLACK} of 255, as "
+        "12 bits in 16-bit files are:": black,
+    }
+    return {heading: lines for heading, lines in remarks.items() if lines} | _empty_classes(findings, content)
+
+
+def _empty_classes(findings: Findings, content: DatasetJson) -> dict[str, list[str]]:
+    labels, names = labels_in(findings, content), content.class_names
+    if not labels or not names or isinstance(labels[0], list):
+        return {}
+    present = {label for label in labels if isinstance(label, int)}
+    empty = [name for k, name in enumerate(names) if k not in present]
+    return {f"{len(empty)} of {len(names)} classes without images:": empty} if empty else {}
+
+
+def labels_in(findings: Findings, content: DatasetJson) -> list[Label]:
+    """Return the labels of those images that have one."""
+    labels = content.labels or {}
+    return [labels[name] for name in findings.names if name in labels]
+
+
+def describe_findings(findings: Findings, content: DatasetJson) -> list[str]:
+    """Return lines such as '3 classes: cat 120, dog 98, owl 4', and a histogram of sizes."""
+    labels = labels_in(findings, content)
+    classes = [describe_classes(labels, content.class_names)] if labels else []
+    return [*classes, *histogram(*short_sides(findings, content))]
+
+
+def short_sides(findings: Findings, content: DatasetJson) -> tuple[dict[int, int], bool]:
+    """Count images by their shorter side in powers of two, and say whether they are the originals of a finished set."""
+    recorded: Any = content.meta.get("short_sides")
+    if isinstance(recorded, dict) and recorded and all(map(_is_count, recorded.items())):
+        return {int(side): count for side, count in sorted(recorded.items(), key=lambda pair: int(pair[0]))}, True
+    return {int(side): count for side, count in by_short_side(findings.sizes).items()}, False
+
+
+def _is_count(pair: tuple[str, Any]) -> bool:
+    side, count = pair
+    return (
+        isinstance(side, str)
+        and side.isascii()
+        and side.isdigit()
+        and len(side) < 10
+        and type(count) is int
+        and count > 0
+    )
+
+
+def histogram(counts: Mapping[int, int], is_original: bool) -> list[str]:
+    """Draw counts by shorter side as lines of text; none where all sides fall together."""
+    if len(counts) < 2:
+        return []
+    most = max(counts.values())
+    rows = [(f"{side} to {2 * side - 1}", f"{count:,}", -(-_BAR * count // most)) for side, count in counts.items()]
+    widths = [max(map(len, column)) for column in ([row[0] for row in rows], [row[1] for row in rows])]
+    whose = "originals" if is_original else "images"
+    lines = [f"  {sides:>{widths[0]}}  {count:>{widths[1]}}  {'#' * length}" for sides, count, length in rows]
+    return [f"Shorter sides of the {whose}, in pixels:", *lines]

@@ -1,0 +1,238 @@
+"""A contact sheet of a data set: images spread evenly over it, with what is known of them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from dnnlib.images import BrokenImageError
+from dnnlib.screen import printable
+from dnnlib.util import counted
+from training.data_sources.checking import Findings, short_sides
+from training.data_sources.codec import decode_image
+from training.data_sources.dataset_json import MAX_CLASS, DatasetJson
+from training.data_sources.files import FileStore
+from training.data_sources.sizes import CHANNEL_NAMES, describe_sizes
+
+MOST_TILES = 64
+COLUMNS = 8
+
+_SIDE = 128  # pixels of a tile's image
+_GAP = 20
+_MARGIN = 40
+_HEADER = 92
+_FEWEST_COLUMNS = 5  # fewer leave the header no room
+_LINE_HEIGHT = 18  # of the text below images
+_CHECKER = 8  # side of a checkerboard's squares
+_BAR_WIDTH, _BAR_HEIGHT = 34, 44
+
+_PAPER, _INK, _FAINT, _LINE, _ACCENT = "#ffffff", "#1c1e21", "#6b7078", "#d9dce0", "#4c78a8"
+_LIGHT, _DARK = 255, 224  # of a checkerboard
+
+# For letters that Pillow's own font lacks, where the machine has one of these.
+_OTHER_FONTS = (
+    *("NotoSans-Regular.ttf", "DejaVuSans.ttf", "arial.ttf", "Arial.ttf"),
+    *("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf"),
+)
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+class Tile(NamedTuple):
+    """An image of the sheet: pixels uint8 [H, W, C], and what stands below it."""
+
+    pixels: np.ndarray
+    name: str
+    class_name: str | None = None
+    class_number: int | None = None
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers below `count`, evenly spaced."""
+    chosen = min(count, most)
+    return [k * count // chosen for k in range(chosen)]
+
+
+def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[int]:
+    """Return up to 64 of the positions of images, evenly spaced.
+
+    Where they have classes, {position: class}, these take turns until there are 64, and stand together.
+    """
+    members: dict[int, list[int]] = {}
+    for position in positions:
+        members.setdefault(classes.get(position, MAX_CLASS + 1), []).append(position)  # those without one come last
+    numbers = sorted(members)
+    numbers = [numbers[k] for k in spread(len(numbers), MOST_TILES)]
+    shares = dict.fromkeys(numbers, 0)
+    left = min(MOST_TILES, sum(len(members[number]) for number in numbers))
+    while left:
+        for number in numbers:
+            if left and shares[number] < len(members[number]):
+                shares[number] += 1
+                left -= 1
+    return [members[number][k] for number in numbers for k in spread(len(members[number]), shares[number])]
+
+
+def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Image.Image:
+    """Read up to 64 images that can be read, and draw the sheet."""
+    labels = content.labels or {}
+    found = {position: labels.get(findings.names[position]) for position in findings.readable.tolist()}
+    classes = {position: label for position, label in found.items() if isinstance(label, int)}
+    names: dict[int, str] = dict(enumerate(content.class_names or ()))
+    tiles = []
+    for position in tqdm(choose_tiles(list(found), classes), "Sheet", unit="images", disable=None, leave=False):
+        name, number = findings.names[position], classes.get(position)
+        class_name = names.get(number, f"class {number}") if number is not None else "no label" if classes else None
+        with suppress(BrokenImageError):  # changed since it was looked at
+            tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
+    bars, is_original = short_sides(findings, content)
+    whose = "originals" if is_original else "images"
+    return draw_sheet(store.path.resolve().name, _facts(findings, content, classes), tiles, bars, whose)
+
+
+def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int]) -> list[str]:
+    """Lines for the header."""
+    channels = " and ".join(CHANNEL_NAMES[kind] for kind, _ in findings.channels.most_common())
+    sizes = f"{describe_sizes(findings.sizes)}, {channels}" if findings.sizes else "none can be read"
+    if classes:
+        labels = f"{max(max(classes.values()) + 1, len(content.class_names or ())):,} classes"
+    else:
+        labels = "without labels" if content.labels is None else "labels are vectors"
+    count = len(findings.readable)
+    part = f"; {MOST_TILES} shown, evenly spread" if count > MOST_TILES else ""
+    return [f"{counted(len(findings.names), 'image')}, {labels}{part}", sizes]
+
+
+def draw_sheet(
+    title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], whose: str
+) -> Image.Image:
+    """Draw tiles in rows of 8 below a header with the title, facts, and bars: counts of `whose` by shorter side."""
+    columns = max(min(len(tiles), COLUMNS), _FEWEST_COLUMNS)
+    with_size = len({tile.pixels.shape[:2] for tile in tiles}) > 1
+    drawn = [(_fitted(tile.pixels), _caption(tile, with_size=with_size)) for tile in tiles]
+    rows = [drawn[k : k + columns] for k in range(0, len(drawn), columns)]
+    heights = [max(image.height for image, _ in row) for row in rows]  # of the images alone
+    caption = 8 + _LINE_HEIGHT * max((len(lines) for _, lines in drawn), default=0)
+    width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
+    height = 2 * _MARGIN + _HEADER + sum(heights) + len(rows) * (caption + _GAP) - _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    room = width - 2 * _MARGIN
+    if len(bars) > 1:
+        room -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
+    _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, room, "data set")
+    for line, fact in enumerate(facts):
+        _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, room, "")
+    base = _MARGIN + _HEADER
+    for row, row_height in zip(rows, heights, strict=True):
+        base += row_height
+        for column, (image, lines) in enumerate(row):
+            x, y = _MARGIN + column * (_SIDE + _GAP), base - image.height
+            sheet.paste(image, (x, y))
+            draw.rectangle((x - 1, y - 1, x + image.width, base), outline=_LINE)
+            for line, (text, instead) in enumerate(lines):
+                size, color = (12, _FAINT) if line else (14, _INK)
+                _write(draw, (x, base + 7 + _LINE_HEIGHT * line), text, size, color, _SIDE, instead)
+        base += caption + _GAP
+    return sheet
+
+
+def _caption(tile: Tile, *, with_size: bool) -> list[tuple[str, str]]:
+    """Return the lines below an image, each with what to write where no font has its letters."""
+    height, width = tile.pixels.shape[:2]
+    name = (PurePosixPath(tile.name).stem, "image")
+    lines = [name] if tile.class_name is None else [(tile.class_name, f"class {tile.class_number}"), name]
+    return [lines[0], (f"{width}x{height}", "")] if with_size else lines
+
+
+def _fitted(pixels: np.ndarray) -> Image.Image:
+    """Fit an image into a tile: a small one enlarged by a whole number of times, transparency over a checkerboard."""
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    longer = max(image.size)
+    if longer > _SIDE:
+        size = (max(round(image.width * _SIDE / longer), 1), max(round(image.height * _SIDE / longer), 1))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    else:
+        times = _SIDE // longer
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    rows, columns = (np.arange(side) // _CHECKER for side in (image.height, image.width))
+    squares = np.where((rows[:, None] + columns) % 2, _DARK, _LIGHT).astype(np.uint8)
+    board = Image.fromarray(squares).convert("RGBA")
+    return Image.alpha_composite(board, image).convert("RGB")
+
+
+def _draw_bars(draw: ImageDraw.ImageDraw, right: int, bars: Mapping[int, int], title: str) -> int:
+    """Draw a histogram that ends at `right`, and return its width."""
+    width = max(len(bars) * _BAR_WIDTH, round(draw.textlength(title, _font(12))))
+    left, base = right - width, _MARGIN + 14 + _BAR_HEIGHT
+    _write(draw, (left, _MARGIN - 6), title, 12, _FAINT, width, "")
+    most = max(bars.values())
+    for k, (side, count) in enumerate(bars.items()):
+        x = left + k * _BAR_WIDTH
+        draw.rectangle(
+            (x, base - max(round(_BAR_HEIGHT * count / most), 1), x + _BAR_WIDTH - 6, base - 1), fill=_ACCENT
+        )
+        draw.text((x + _BAR_WIDTH // 2 - 3, base + 4), str(side), _FAINT, _font(11), anchor="ma")
+    draw.line((left, base, left + len(bars) * _BAR_WIDTH - 6, base), fill=_LINE)
+    return width
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, color: str, room: int, instead: str
+) -> None:
+    """Write a line from its upper left corner, cut to `room` pixels; `instead` where no font has its letters."""
+    text = printable(text)
+    font = _font_for(text, size)
+    if font is None:
+        text = unicodedata.normalize("NFKD", text)
+        text = "".join(letter for letter in text if not unicodedata.combining(letter))
+        font = _font(size)
+        text = text if _has_letters(font, text) else instead
+    if draw.textlength(text, font) > room:
+        text = _shortened(draw, text, font, room)
+    draw.text(corner, text, color, font)
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, room: int) -> str:
+    """Leave out of the middle what is too long."""
+    for kept in range(len(text) - 1, 0, -1):
+        shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+        if draw.textlength(shorter, font) <= room:
+            return shorter
+    return "…"
+
+
+@cache
+def _font(size: int) -> _Font:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _other_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    fonts = []
+    for name in _OTHER_FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, size))
+        except OSError:
+            continue
+    return fonts
+
+
+def _font_for(text: str, size: int) -> _Font | None:
+    """Return a font that has all letters of a text, None without one."""
+    return next((font for font in (_font(size), *_other_fonts(size)) if _has_letters(font, text)), None)
+
+
+def _has_letters(font: _Font, text: str) -> bool:
+    missing = bytes(font.getmask("\uffff"))
+    return all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in {*text})

@@ -1,0 +1,145 @@
+"""Images that the networks of a configuration cannot make or judge: which sizes would fit, and what to say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dnnlib.config import ConfigError, field_names, override, within
+from training.data_sources.sizes import Size, Sizes, build_command, candidate_sizes, crop_options
+from training.networks import GENERATORS
+from training.networks.generator import GeneratorConfig, Grid, base_grids
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+
+SHORTEST_BASE, LONGEST_BASE = 4, 16  # tokens along the side of a base grid that is suggested
+HANDOVERS = (32, 16, 8)
+
+
+def fit(config: TrainConfig, height: int, width: int) -> TrainConfig:
+    """Choose what is open of both networks for images of this size. Raises ConfigError naming the field."""
+    with within("generator"):
+        config = replace(config, generator=config.generator.fit(height, width))
+    with within("discriminator"):
+        return replace(config, discriminator=config.discriminator.fit(height, width))
+
+
+def fitting_sizes(config: TrainConfig, sizes: Sizes) -> Iterator[Size]:
+    """Yield the (width, height) of sets of images of these sizes that both networks can be for, best first."""
+    fixed = config.generator.fixed_size
+    height, width = base_of(config.generator) or (8, 8)
+    for size in [fixed[::-1]] if fixed else candidate_sizes(sizes, (width, height)):
+        if _fits(config, size[::-1]):
+            yield size
+
+
+def explain(
+    error: ConfigError, config: TrainConfig, presets: Mapping[str, TrainConfig], grid: Grid, *, is_raw: bool
+) -> ConfigError:
+    """Return the error to raise for images of `grid` (height, width) in place of the one that `fit` raised.
+
+    It stays where it names a setting that is not the preset's, or is due to such a setting. Else the preset does not
+    suit the images: the error is one of the data, and names sizes and options that go together.
+    """
+    part, _, name = error.field.partition(".")
+    settings, given = getattr(config, part), _settings_of(presets[config.preset], config, part)
+    base = {"base": settings.base} if base_of(settings) else {}
+    if getattr(settings, name) != getattr(given, name) or _part_fits(replace(given, **base), grid):
+        return error
+
+    height, width = grid
+    size = next(fitting_sizes(config, Counter([(width, height)])), None)
+    remedies = [_rebuild(config.data.path, size, is_raw)] if size else []
+    remedies += _other_options(config, presets, grid)
+    remedies = remedies[::-1] if is_raw else remedies  # a command comes last
+    about = _describe_networks(part, config, presets)
+    remedy = ", or ".join(remedies) or "choose another preset"
+    return ConfigError("data.path", config.data.path, f"images of {width}x{height}, {about}: {remedy}")
+
+
+def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
+    """Return what a preset says about a network, or would say in the family that `config` has there."""
+    given, family = getattr(preset, part), type(getattr(config, part))
+    return given if type(given) is family else family.in_place_of(given)
+
+
+def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, TrainConfig]) -> str:
+    """Say what the networks are for, naming the options that chose them."""
+    generator, preset = config.generator, presets[config.preset]
+    options = []
+    if type(generator) is not type(preset.generator):
+        options.append(f"--gen={_family(generator)}")
+    base = base_of(generator)
+    if base and base != base_of(_settings_of(preset, config, "generator")):
+        options.append(f"--base={show_base(base)}")
+    chosen = " with ".join(filter(None, [f"--cfg={config.preset}", " ".join(options)]))
+    if part == "discriminator":
+        return f"which the discriminator of {chosen} cannot judge"
+    if generator.fixed_size:
+        return "and {} is for {}x{}".format(chosen, *generator.fixed_size[::-1])
+    return f"which the generator of {chosen} cannot make"
+
+
+def _rebuild(path: str, size: Size, is_raw: bool) -> str:
+    """Say how to make a set of this size, by the whole command where the images are not of a set already."""
+    if is_raw:
+        return f"build a set of another size: {build_command(path, *crop_options(size))}"
+    return f"rebuild the set with --width={size[0]} --height={size[1]}"
+
+
+def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid: Grid) -> list[str]:
+    """Name options with which a generator of the same family makes images of this size, if there are any."""
+    preset, family = presets[config.preset], _family(config.generator)
+    auto = override(presets["auto"], {"generator.family": family})
+    if type(config.discriminator) is not type(preset.discriminator):  # by an option, which stays
+        auto = replace(auto, discriminator=type(config.discriminator).in_place_of(auto.discriminator))
+    named = "--cfg=auto" + f" --gen={family}" * (type(auto.generator) is not type(presets["auto"].generator))
+    if type(config.generator) is not type(preset.generator):
+        named = "--cfg=auto"
+    choices: list[tuple[str, TrainConfig, Mapping[str, Any]]] = []
+    if "handover" in field_names(config.generator):
+        sides = [side for side in HANDOVERS if side < max(grid)]
+        choices += [(f"give --handover={side}", config, {"generator.handover": side}) for side in sides]
+    if base := base_of(config.generator):
+        given, bases = base_of(_settings_of(preset, config, "generator")), small_bases(grid)
+        if base != given:
+            choices.append(("leave out --base", config, {"generator.base": given}))
+            auto = override(auto, {"generator.base": base})
+        choices.append((f"give {named}", auto, {}))
+        choices += [(f"give --base={show_base(base)}", config, {"generator.base": base}) for base in bases]
+        choices += [(f"give {named} --base={show_base(base)}", auto, {"generator.base": base}) for base in bases]
+    return [words for words, changed, values in choices if _fits(override(changed, values), grid)][:1]
+
+
+def base_of(settings: Any) -> Grid | None:
+    """Return the base grid of a generator whose resolutions double from one; None for other networks."""
+    return getattr(settings, "base", None)
+
+
+def small_bases(grid: Grid) -> list[Grid]:
+    """List the base grids that double to images of this size and have 4 to 16 tokens a side, the largest first."""
+    return [base for base, _ in base_grids(*grid) if max(base) <= LONGEST_BASE and min(base) >= SHORTEST_BASE]
+
+
+def show_base(base: Grid) -> str:
+    """Return a base grid as --base takes it: 8 or 8x12."""
+    return str(base[0]) if base[0] == base[1] else "{}x{}".format(*base)
+
+
+def _family(generator: GeneratorConfig) -> str:
+    return next(name for name, family in GENERATORS.items() if family is type(generator))
+
+
+def _fits(config: TrainConfig, grid: Grid) -> bool:
+    return _part_fits(config.generator, grid) and _part_fits(config.discriminator, grid)
+
+
+def _part_fits(settings: Any, grid: Grid) -> bool:
+    try:
+        settings.fit(*grid)
+    except ConfigError:
+        return False
+    return True
