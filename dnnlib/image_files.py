@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from dnnlib import pnm, tiff
 
 MAX_SCANS = 64  # of a progressive JPEG: each goes over all pixels, however few bytes it has; encoders write about 10
@@ -25,17 +27,15 @@ MAX_EXIF_STREAMS = 16  # in an AVIF or HEIC file, of what looks like the beginni
 FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000  # an image has so many at most; deflate has 8000 to a byte
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"  # after a byte 255
-_EXIF = b"Exif\0\0"
+_START_OF_SCAN, _END_OF_IMAGE, _APP2 = b"\xda", b"\xd9", b"\xe2"  # after a byte 255
+_EXIF, _LIST = b"Exif\0\0", b"MPF\0"
 # Heads of the segments before the first scan, which Pillow and libjpeg read alike; and of any segment as libjpeg finds
 # them: in coded pixels a byte 255 is followed by 0 or by the number of a restart.
 _HEADER = re.compile(rb"\xff+([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
-_MPF = b"\xe2..MPF\0"
 
-_FORMATS = {  # beginnings of what is read
-    "PNG": re.escape(PNG_SIGNATURE),
-    "JPEG": rb"\xff\xd8\xff",
+_FREQUENT = {b"\xff\xd8\xff": "JPEG", PNG_SIGNATURE: "PNG"}
+_FORMATS = {  # beginnings of what else is read
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8[79]a",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
@@ -95,6 +95,9 @@ def recognise(data: bytes) -> str:
 
     Targa files have no signature: they are known by a header whose every number fits the rest of the file.
     """
+    for signature, kind in _FREQUENT.items():
+        if data.startswith(signature):
+            return kind
     for pattern, name, remedy in _UNREAD:
         if pattern.match(data[:1024]) and not _brands(data) & _ISO_IMAGES:
             raise BrokenImageError(f"{name}, which is not read: {remedy}")
@@ -120,7 +123,9 @@ def prepared(data: bytes) -> File:
 
 
 def check_pixels(width: int, height: int, data: bytes) -> None:
-    """Raise BrokenImageError for a size that is out of proportion to the file."""
+    """Raise BrokenImageError for a size that is out of proportion to the file, or beyond Pillow's limit."""
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise BrokenImageError(f"{width}x{height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that are read")
     if width * height > max(FREE_PIXELS, PIXELS_PER_BYTE * len(data)):
         raise BrokenImageError(f"{width}x{height} pixels in {len(data)} bytes")
 
@@ -160,18 +165,22 @@ def _png(data: bytes) -> File:
 def _jpeg(data: bytes) -> File:
     """Refuse JPEGs that take disproportionate decode time. What segments hold, and what follows the image, is free.
 
-    Of several images, as in an MPO, the first is read: the list of the others stays out.
+    Of several images, as in an MPO, the first is read: the list of the others stays out. Most files need no walk over
+    their segments: they have few bytes that could begin a scan or EXIF data, and no list.
     """
+    is_suspect = data.count(b"\xff" + _START_OF_SCAN) > MAX_SCANS or data.count(_EXIF) > MAX_EXIF_SEGMENTS
+    if not is_suspect and _LIST not in data:
+        return File("JPEG", data)
     position, lists = 2, []
     while (match := _HEADER.match(data, position)) and match[1] != _START_OF_SCAN:
-        if re.match(_MPF, data[match.start(1) : match.start(1) + 7], re.DOTALL):
-            lists.append(match.start(1) + 3)
-        position = _end_of_segment(data, match)
+        if match[1] == _APP2 and data.startswith(_LIST, match.end() + 2):
+            lists.append(match.end() + 2)
+        position = match.end() + _size_of_segment(data, match.end())
     if data.count(_EXIF, 0, position if match else len(data)) > MAX_EXIF_SEGMENTS:
         raise BrokenImageError("EXIF data of more than 128 KB: save it without them")
     num_scans = 0
     while (match := _MARKER.search(data, position)) and match[1] != _END_OF_IMAGE:
-        position = _end_of_segment(data, match)
+        position = match.end() + _size_of_segment(data, match.end())
         num_scans += match[1] == _START_OF_SCAN
         if num_scans > MAX_SCANS:
             raise BrokenImageError(f"a JPEG of more than {MAX_SCANS} scans: save it again")
@@ -183,8 +192,8 @@ def _jpeg(data: bytes) -> File:
     return File("JPEG", data)
 
 
-def _end_of_segment(data: bytes, head: re.Match[bytes]) -> int:
-    return head.end() + max(2, int.from_bytes(data[head.end() : head.end() + 2]))
+def _size_of_segment(data: bytes, start: int) -> int:
+    return max(2, int.from_bytes(data[start : start + 2]))
 
 
 # --- GIF, TIFF, PPM, PSD

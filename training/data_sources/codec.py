@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -161,11 +162,18 @@ def encode_png(pixels: np.ndarray) -> bytes:
     H, W, C = pixels.shape
     rows = np.zeros((H, 1 + W * C), dtype=np.uint8)  # every row starts with its filter type, 0 = none
     rows[:, 1:] = pixels.reshape(H, W * C)
+    return _png_header(H, W, C) + _png_chunk(b"IDAT", zlib.compress(rows, 0)) + _PNG_END
+
+
+@lru_cache(16)
+def _png_header(H: int, W: int, C: int) -> bytes:
     header = struct.pack(">IIBBBBB", W, H, 8, _PNG_COLOR_TYPES[C], 0, 0, 0)
-    data = zlib.compress(rows.tobytes(), 0)
-    return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
+    return PNG_SIGNATURE + _png_chunk(b"IHDR", header)
 
 
 def _png_chunk(name: bytes, content: bytes) -> bytes:
     checksum = zlib.crc32(content, zlib.crc32(name))
     return b"".join((struct.pack(">I", len(content)), name, content, struct.pack(">I", checksum)))
+
+
+_PNG_END = _png_chunk(b"IEND", b"")
