@@ -162,7 +162,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     H, W, C = pixels.shape
     rows = np.zeros((H, 1 + W * C), dtype=np.uint8)  # every row starts with its filter type, 0 = none
     rows[:, 1:] = pixels.reshape(H, W * C)
-    return _png_header(H, W, C) + _png_chunk(b"IDAT", zlib.compress(rows, 0)) + _PNG_END
+    return _png_header(H, W, C) + _png_chunk(b"IDAT", zlib.compress(rows.data, 0)) + _PNG_END
 
 
 @lru_cache(16)

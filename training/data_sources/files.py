@@ -133,11 +133,13 @@ class ZipStore:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             # Local header (PKWARE APPNOTE 4.3.7): 30 bytes, the last four are the lengths of the name and extra field.
-            lengths = _read_at(self._file, 4, info.header_offset + 26)
-            start = (
-                info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            )
-            return _read_at(self._file, size, start)
+            # They are usually as in the directory, so that one read has all; another one follows where they are not.
+            guess = 30 + len(info.orig_filename)
+            found = _read_at(self._file, guess + size, info.header_offset)
+            head = 30 + int.from_bytes(found[26:28], "little") + int.from_bytes(found[28:30], "little")
+            if head == guess:
+                return found[guess:]
+            return _read_at(self._file, size, info.header_offset + head)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
 

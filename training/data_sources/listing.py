@@ -17,6 +17,7 @@ from dnnlib.images import IMAGE_SUFFIXES, remedy
 TOOL_FOLDERS = frozenset(
     ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 )
+_IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _MOST_KINDS = 12  # in a listing
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
 
@@ -49,8 +50,9 @@ def _kind_left_out(name: str) -> str | None:
             return f"in {folder}/"
     if file.startswith("."):
         return "hidden files"
-    suffix = os.path.splitext(file)[1].lower()
-    if suffix in IMAGE_SUFFIXES:
+    _, dot, ending = file.rpartition(".")
+    suffix = f".{ending.lower()}" if dot else ""
+    if suffix in _IMAGE_SUFFIXES:
         return None
     return suffix if _SUFFIX.fullmatch(suffix) else "without an extension"
 
