@@ -15,6 +15,7 @@ from test_dataset_tool import build, encoded, random_images, refused, run, write
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
 from training.data_sources.stored_zip import StoredZip
+from training.dataset import DatasetConfig, ImageDataset
 
 PNG = encoded(np.zeros((2, 2, 3), np.uint8))
 
@@ -134,8 +135,8 @@ LAYOUTS = {  # files -> classes of each and a note
     ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: the folders in"),
     ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
     ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),
-    ("train/1", "val/1"): (["train", "val"], None),  # nothing else is there to tell them apart
-    ("train/1", "val/cat/1"): (["train", "val"], None),
+    ("train/1", "val/1"): (["train", "val"], "train/ and val/ look like splits, and are taken as classes, because"),
+    ("train/cat/1", "test/1"): (["test", "train"], "test/ and train/ look like splits, and are taken as classes"),
     ("cat/1", "cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
     ("a/cat/1", "a/cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
 }
@@ -178,6 +179,7 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
         ("flat", images("1.png", "2.png")),
         ("some", images("1.png", "cat/2.png", "dog/2.png")),
         ("one", images("cat/1.png")),
+        ("splits", images("train/1.png", "test/1.png")),
         ("known", images("cat/1.png", "dog/1.png") | {"dataset.json": b'{"labels": null}'}),
     ]:
         _, _, output = build_labels(write_files(tmp_path / name, files), tmp_path / f"{name}.zip")
@@ -340,3 +342,28 @@ def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
         assert archive_read.read("second") == b"22"
         assert archive_read.getinfo("second").header_offset == hole
         assert archive_read.read("first") == b"1"
+
+
+def test_nothing_more_is_written_once_the_set_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(StoredZip, "add", lambda self, name, data: written.append(name))
+    files = {f"{k:02d}.png": encoded(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
+    assert "\n  03.png: 3x2\n" in refused(tmp_path, write_files(tmp_path / "in", files))
+    assert len(written) == 3
+
+
+def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
+    files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
+    source = write_files(tmp_path / "in", files)
+    (note,) = ImageDataset(DatasetConfig(path=str(source), use_labels=True, max_images=1)).notes
+    assert note == (
+        "class numbers go up to 20190, but only 2 of them occur: building the set with dataset_tool.py renumbers them "
+        "from 0"
+    )
+
+
+def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
+    files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
+    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in refused(
+        tmp_path, write_files(tmp_path / "in", files)
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
-from dnnlib.util import open_regular, read_regular
+from dnnlib.util import counted, open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
 from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json
 from training.data_sources.listing import LeftOut, describe_left_out, list_files, sort_out
@@ -220,9 +220,10 @@ def labels_of(store: FileStore, content: DatasetJson) -> list[Label] | None:
         return None
     missing = [name for name in store.names if name not in content.labels]
     if missing:
+        others = f" and {counted(len(missing) - 1, 'other image')}" if len(missing) > 1 else ""
         raise UserError(
-            f"{store.path}: {store.json_name} has no label for {missing[0]!r} and {len(missing) - 1} other images: "
-            "labels must cover all images"
+            f"{store.path}: {store.json_name} has no label for {missing[0]!r}{others}: give all images one, or take "
+            "away those without"
         )
     return [content.labels[name] for name in store.names]
 
