@@ -156,7 +156,7 @@ def build(
         write("dataset.json", json.dumps(describe(images, conversion, shape, labels, classes, problems)).encode())
     H, W, C = shape
     labelled = "with labels" if classes.labels else "without labels"
-    click.echo(f"{dest}: {len(labels)} images of {W}x{H} pixels and {C} channels, {labelled}")
+    click.echo(f"{dest}: {counted(len(labels), 'image')} of {W}x{H} pixels and {C} channels, {labelled}")
     report_changes(conversion, problems, verbose=verbose)
 
 

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from dnnlib.config import UserError
 from training.data_sources.dataset_json import Label
 
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
+# Names of splits, lower case, and what they are called on the command line.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "eval": "eval",
+}
 
 _MOST_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
@@ -62,7 +68,7 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
         tops = sorted({parts[level - 1] for parts in folders})
         if len(tops) == 1:
             notes.append(f"everything is in {'/'.join(folders[0][:level])}/: the folders in it are the classes")
-        elif SPLITS.issuperset(top.lower() for top in tops):
+        elif SPLITS.keys() >= {top.lower() for top in tops}:
             split_names = " and ".join(f"{top}/" for top in tops)
             notes.append(
                 f"{split_names} are splits: the folders in them are the classes, and all splits are read; "
@@ -82,7 +88,7 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
 def _flat_splits(folders: Sequence[Sequence[str]], level: int) -> list[str]:
     """Return the folders at a level if all are named like splits."""
     tops = sorted({parts[level - 1] for parts in folders if len(parts) >= level})
-    return tops if len(tops) > 1 and SPLITS.issuperset(top.lower() for top in tops) else []
+    return tops if len(tops) > 1 and SPLITS.keys() >= {top.lower() for top in tops} else []
 
 
 def _are_all_deeper(folders: Sequence[Sequence[str]], level: int) -> bool:
