@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from PIL import Image
 from tqdm import tqdm
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
 from dnnlib.util import counted, write_atomically
@@ -46,6 +47,7 @@ _MAX_PAD = 1024
 @click.group(cls=DefaultGroup, default="build")
 def main() -> None:
     """Build a data set, or check one."""
+    tune_allocator()
 
 
 @main.command(
