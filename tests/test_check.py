@@ -18,7 +18,7 @@ from PIL import Image
 
 import dataset_tool
 from training.data_sources.checking import (
-    dullness_of,
+    defect_of,
     histogram,
     inspect_all,
     short_sides,
@@ -163,13 +163,13 @@ def test_remarks_do_not_fail(tmp_path: Path) -> None:
     ],
 )
 def test_constant_and_nearly_black(pixels: np.ndarray, expected: str) -> None:
-    assert dullness_of(pixels) == expected
+    assert defect_of(pixels) == expected
 
 
 def test_twelve_bits_in_sixteen_are_nearly_black(tmp_path: Path) -> None:
     """The most that such a file becomes: 4095 of 65535 are 16 of 255."""
     values = np.random.RandomState(1).randint(0, 4096, (32, 32))
-    assert dullness_of(np.rint(values / 65535 * 255).astype(np.uint8)[:, :, None]) == "nearly black"
+    assert defect_of(np.rint(values / 65535 * 255).astype(np.uint8)[:, :, None]) == "nearly black"
 
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)

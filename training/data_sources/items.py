@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from training.data_sources.dataset_json import Label
 from training.data_sources.listing import LeftOut
 
