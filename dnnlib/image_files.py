@@ -1,6 +1,6 @@
-"""What kind of image bytes are, and the part of them that a decoder gets, for whatever would cost more than its size.
+"""Recognition of image files by content, and the part of them that a decoder gets.
 
-Formats are recognised by content. What a file has beside its first image stays out of the decoder where that could take
+What a file has beside its first image stays out of the decoder where that could take
 time or memory out of proportion: further images, directories whose values overlap, comments.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from dnnlib import pnm, tiff
 
 MAX_SCANS = 64  # of a progressive JPEG: each goes over all pixels, however few bytes it has; encoders write about 10
 MAX_EXIF_SEGMENTS = 2  # of a JPEG, of 64 KB each: in k of them, k^2 times 90 MB of values that overlap have room
+MAX_PROFILE = 1 << 20  # bytes of the text of EXIF data in a PNG, of which the rest does not count
 MAX_COMMENTS = 1 << 20  # bytes before the first image of a GIF
 MAX_BLOCKS = 1 << 17  # code blocks and precincts of a JPEG 2000, which take 400 bytes each, however few the file has
 MAX_LAYERS = 256  # of a JPEG 2000
@@ -29,6 +32,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _START_OF_SCAN, _END_OF_IMAGE, _APP2 = b"\xda", b"\xd9", b"\xe2"  # after a byte 255
 _EXIF, _LIST = b"Exif\0\0", b"MPF\0"
+_RAW_PROFILE = b"Raw profile type exif\0"
 # Heads of the segments before the first scan, which Pillow and libjpeg read alike; and of any segment as libjpeg finds
 # them: in coded pixels a byte 255 is followed by 0 or by the number of a restart.
 _HEADER = re.compile(rb"\xff+([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
@@ -48,26 +52,39 @@ _FORMATS = {  # beginnings of what else is read
 _AVIF = {b"avif", b"avis"}
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _ISO_IMAGES = _AVIF | _HEIC | {b"mif1", b"msf1"}
-_EXPORT, _DEVELOP = "export it as PNG", "develop it and save it as PNG, TIFF or JPEG"
-_CONVERT, _FRAMES = "convert it to PNG", "take its frames, with ffmpeg for example"
-_OTHERS = (  # beginnings of what is not read, its name, and what to do
-    (rb"\Z", "an empty file", "copy or download it again"),
-    (rb"%!PS|\xc5\xd0\xd3\xc6", "an EPS document", _EXPORT),
-    (rb"\s*%PDF", "a PDF document", _EXPORT),
-    (rb"(?i)\s*(\xef\xbb\xbf)?(<!doctype html|<html)", "a web page", "download the image itself"),
-    (rb"(?i)\s*(\xef\xbb\xbf)?(<\?xml.*)?(<!--.*)?<svg", "an SVG drawing", _EXPORT),
-    (rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile", _EXPORT),
-    (rb"version https://git-lfs", "a pointer of git LFS", "git lfs pull"),
-    (rb"FUJIFILMCCD-RAW|IIR[OS]|IIU\0|II\*\0.{4}CR", "a camera's raw file", _DEVELOP),
-    (rb"....ftypcrx ", "a camera's raw file", _DEVELOP),
-    (rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01\xba", "a film", _FRAMES),
-    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
-    (rb"v/1\x01|#\?RADIANCE|P[fF]\n", "an image of floats", "convert it to 8 or 16 bits"),
-    (rb"gimp xcf", "a GIMP project", _EXPORT),
-    (rb"PK\x03\x04|\x1f\x8b", "a packed archive", "unpack it"),
+_EXPORT, _DEVELOP = "export as PNG", "develop, and save as PNG, TIFF or JPEG"
+_CONVERT, _REDUCE, _FRAMES = "convert to PNG", "convert to 8 or 16 bits", "take the frames, with ffmpeg for example"
+_RAW = (
+    ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .pef .srw .raw .3fr .iiq .x3f .kdc .dcr .mrw .rwl",
+    rb"FUJIFILMCCD-RAW|IIR[OS]|IIU\0|II\*\0.{4}CR|....ftypcrx ",
 )
+_FILM = (
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts",
+    rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01\xba",
+)
+_OTHERS = (  # suffixes and beginnings of what is not read, its name, and what to do
+    ("", rb"\Z", "an empty file", "copy or download it again"),
+    (".eps .ps", rb"%!PS|\xc5\xd0\xd3\xc6", "an EPS document", _EXPORT),
+    (".pdf .ai", rb"\s*%PDF", "a PDF document", _EXPORT),
+    ("", rb"(?i)\s*(\xef\xbb\xbf)?(<!doctype html|<html)", "a web page", "download the image itself"),
+    (".svg .svgz", rb"(?i)\s*(\xef\xbb\xbf)?(<\?xml.*)?(<!--.*)?<svg", "an SVG drawing", _EXPORT),
+    (".wmf .emf", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile", _EXPORT),
+    ("", rb"version https://git-lfs", "a pointer of git LFS", "git lfs pull"),
+    (*_RAW, "a camera's raw file", _DEVELOP),
+    (*_FILM, "a film", _FRAMES),
+    (".jxl", rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
+    (".exr .hdr .pfm", rb"v/1\x01|#\?RADIANCE|P[fF]\n", "an image of floats", _REDUCE),
+    (".xcf", rb"gimp xcf", "a GIMP project", _EXPORT),
+    ("", rb"PK\x03\x04|\x1f\x8b", "a packed archive", "unpack it"),
+)
+_SUFFIXES = {".cdr .kra .psb .odg": _EXPORT, ".jxr .wdp .hdp .dds .qoi .avifs .heics .cur": _CONVERT}  # by these alone
+REMEDIES = {
+    suffix: remedy
+    for suffixes, remedy in [*((suffixes, remedy) for suffixes, _, _, remedy in _OTHERS), *_SUFFIXES.items()]
+    for suffix in suffixes.split()
+}
 _KNOWN = [(re.compile(pattern, re.DOTALL), name) for name, pattern in _FORMATS.items()]
-_UNREAD = [(re.compile(pattern, re.DOTALL), name, remedy) for pattern, name, remedy in _OTHERS]
+_UNREAD = [(re.compile(pattern, re.DOTALL), name, remedy) for _, pattern, name, remedy in _OTHERS]
 
 
 class BrokenImageError(Exception):
@@ -115,10 +132,10 @@ def prepared(data: bytes) -> File:
     """Return an image file without what takes time or memory out of proportion to its size. Raises BrokenImageError."""
     kind = recognise(data)
     if kind == "ICO":
-        picture = _largest_picture(data)
-        if picture.startswith(PNG_SIGNATURE):
-            return prepared(picture)
-        return File("ICO", picture)
+        image = _largest_image(data)
+        if image.startswith(PNG_SIGNATURE):
+            return prepared(image)
+        return File("ICO", image)
     return _PREPARE.get(kind, lambda data: File(kind, data))(data)
 
 
@@ -151,12 +168,30 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         position += 4  # a checksum
 
 
+def is_exif(data: bytes, name: bytes, start: int) -> bool:
+    """Tell whether a chunk of a PNG holds EXIF data: as such, or as text as ImageMagick writes them."""
+    return name == b"eXIf" or (name in (b"tEXt", b"zTXt") and data.startswith(_RAW_PROFILE, start))
+
+
 def _png(data: bytes) -> File:
-    orientation = 1
-    for name, start, end in png_chunks(data):
-        if name == b"eXIf":
-            orientation = tiff.orientation_of_exif(data[start:end])
-    return File("PNG", data, orientation)
+    """Find the orientation. As in Pillow the last chunk of its kind counts, and text only where there is no other."""
+    found = [chunk for chunk in png_chunks(data) if is_exif(data, *chunk[:2])]
+    if not found:
+        return File("PNG", data, 1)
+    name, start, end = max(reversed(found), key=lambda chunk: chunk[0] == b"eXIf")
+    exif = data[start:end] if name == b"eXIf" else _exif_of_profile(name, data[start:end])
+    return File("PNG", data, tiff.orientation_of_exif(exif))
+
+
+def _exif_of_profile(name: bytes, content: bytes) -> bytes:
+    """Return EXIF data in a text chunk: three lines, of which the last is a length, then hexadecimal digits."""
+    text = content[len(_RAW_PROFILE) :]
+    try:
+        if name == b"zTXt":
+            text = zlib.decompressobj().decompress(text[1:], MAX_PROFILE)  # behind the method, which is always 0
+        return bytes.fromhex(text[:MAX_PROFILE].decode("ascii").split("\n", 3)[3]).removeprefix(_EXIF)
+    except (zlib.error, ValueError, IndexError):  # damaged
+        return b""
 
 
 # --- JPEG
@@ -258,25 +293,27 @@ def _without_layers(data: bytes) -> bytes:
 # --- icons
 
 
-def _largest_picture(data: bytes) -> bytes:
-    """Return the largest picture of an icon, of the most colours: a PNG, or an icon of that picture alone."""
+def _largest_image(data: bytes) -> bytes:
+    """Return the largest image of an icon, of the most colours: a PNG, or an icon of that image alone."""
     count = int.from_bytes(data[4:6], "little")
     entries = [data[6 + 16 * k : 22 + 16 * k] for k in range(min(count, len(data) // 16))]
     entries = [entry for entry in entries if len(entry) == 16]
     if not entries:
-        raise BrokenImageError("an icon without pictures")
+        raise BrokenImageError("an icon without images")
     entry = max(entries, key=lambda entry: ((entry[0] or 256) * (entry[1] or 256), entry[6] + 256 * entry[7]))
     size, start = struct.unpack("<II", entry[8:])
-    picture = data[start : start + size]
-    if picture.startswith(PNG_SIGNATURE):
-        return picture
-    if len(picture) < 40:
+    image = data[start : start + size]
+    if image.startswith(PNG_SIGNATURE):
+        return image
+    if len(image) < 40:
         raise BrokenImageError("an icon that is cut off")
-    head, width, height = struct.unpack("<Iii", picture[:12])
-    if head != 40 or not (0 < width <= 256 and 0 < height <= 512):  # with its mask, as high again
+    head, width, height = struct.unpack("<Iii", image[:12])
+    if head != 40:
+        raise BrokenImageError(f"an icon whose bitmap has a header of {head} bytes, not of 40: convert to PNG")
+    if not (0 < width <= 256 and 0 < height <= 512):  # with its mask, as high again
         raise BrokenImageError(f"an icon of {width}x{height // 2} pixels, which have at most 256x256")
     sides = bytes([width % 256, height // 2 % 256])
-    return data[:4] + b"\1\0" + sides + entry[2:8] + struct.pack("<II", len(picture), 22) + picture
+    return data[:4] + b"\1\0" + sides + entry[2:8] + struct.pack("<II", len(image), 22) + image
 
 
 # --- JPEG 2000
@@ -357,17 +394,14 @@ def _segments_of_jpeg2000(data: bytes, position: int) -> Iterator[tuple[int, byt
 # --- AVIF, HEIC, Targa
 
 
-def _iso(kind: str) -> Callable[[bytes], File]:
-    def check(data: bytes) -> File:
-        """Refuse EXIF data whose values overlap; wherever they are, they begin in one of two ways."""
-        found = (match.start() for match in re.finditer(rb"II\*\0|MM\0\*", data))
-        places = list(islice(found, MAX_EXIF_STREAMS + 1))
-        sizes = [tiff.size_of_values(data, place) for place in places if _fits(data, place)]
-        if len(places) > MAX_EXIF_STREAMS or max(sizes, default=0) > len(data):
-            raise BrokenImageError("EXIF data that claim more than the file has: save it without them")
-        return File(kind, data)
-
-    return check
+def _iso(kind: str, data: bytes) -> File:
+    """Refuse EXIF data whose values overlap; wherever they are, they begin in one of two ways."""
+    found = (match.start() for match in re.finditer(rb"II\*\0|MM\0\*", data))
+    places = list(islice(found, MAX_EXIF_STREAMS + 1))
+    sizes = [tiff.size_of_values(data, place) for place in places if _fits(data, place)]
+    if len(places) > MAX_EXIF_STREAMS or max(sizes, default=0) > len(data):
+        raise BrokenImageError("EXIF data that claim more than the file has: save it without them")
+    return File(kind, data)
 
 
 def _fits(data: bytes, start: int) -> bool:
@@ -400,6 +434,6 @@ _PREPARE: dict[str, Callable[[bytes], File]] = {
     "PPM": _ppm,
     "PSD": _psd,
     "JPEG2000": _jpeg2000,
-    "AVIF": _iso("AVIF"),
-    "HEIF": _iso("HEIF"),
+    "AVIF": partial(_iso, "AVIF"),
+    "HEIF": partial(_iso, "HEIF"),
 }

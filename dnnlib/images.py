@@ -27,33 +27,8 @@ from PIL import (  # all plugins that are used, so that none is looked for later
 
 from dnnlib import tiff
 from dnnlib.config import UserError
-from dnnlib.image_files import (
-    MAX_EXIF_SEGMENTS,
-    MAX_SCANS,
-    PNG_SIGNATURE,
-    BrokenImageError,
-    File,
-    check_pixels,
-    png_chunks,
-    prepared,
-)
+from dnnlib.image_files import REMEDIES, BrokenImageError, File, check_pixels, prepared
 from dnnlib.util import import_extra
-
-__all__ = [
-    "FORMATS",
-    "IMAGE_SUFFIXES",
-    "MAX_EXIF_SEGMENTS",
-    "MAX_IMAGE_BYTES",
-    "MAX_SCANS",
-    "PNG_SIGNATURE",
-    "TURNS",
-    "BrokenImageError",
-    "file_of",
-    "open_image",
-    "orientation_of",
-    "png_chunks",
-    "remedy",
-]
 
 HAS_AVIF, HAS_HEIF = features.check("avif"), importlib.util.find_spec("pillow_heif") is not None
 _PLUGINS = (
@@ -84,23 +59,18 @@ TURNS = {  # by the orientation that EXIF tells, to stand upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SUFFIXES = {  # of what is not read -> what to do
-    ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .pef .srw .raw .3fr .iiq .x3f .kdc .dcr .mrw .rwl": (
-        "develop them and save them as PNG, TIFF or JPEG"
-    ),
-    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts": "take their frames, with ffmpeg for example",
-    ".eps .ps .pdf .svg .svgz .ai .wmf .emf .cdr .xcf .kra .psb .odg": "export them as PNG",
-    ".jxl .jxr .wdp .hdp .exr .hdr .pfm .dds .qoi .avifs .heics .cur": "convert them to PNG",
-    "" if HAS_AVIF else ".avif": "pip install -U pillow",
-    "" if HAS_HEIF else " ".join(_HEIF_SUFFIXES): "pip install pillow-heif",
+_INSTALL_AVIF, _INSTALL_HEIF = "pip install -U pillow", "pip install pillow-heif"
+_REMEDIES = {
+    **REMEDIES,
+    **({} if HAS_AVIF else {".avif": _INSTALL_AVIF}),
+    **({} if HAS_HEIF else dict.fromkeys(_HEIF_SUFFIXES, _INSTALL_HEIF)),
 }
-_REMEDIES = {suffix: remedy for suffixes, remedy in _SUFFIXES.items() for suffix in suffixes.split()}
 _FILE = "file"  # in the information that Pillow has of an image: the File
 _EXIF = b"Exif\0\0"
 
 
 def remedy(suffix: str) -> str:
-    """Return what to do about files of a suffix that pictures or films have which are not read; '' for others."""
+    """Return what to do about files of a suffix that images or films have which are not read; '' for others."""
     return _REMEDIES.get(suffix.lower(), "")
 
 
@@ -142,9 +112,9 @@ def orientation_of(image: Image.Image) -> int:
 def _find_decoder(kind: str) -> None:
     """Raise BrokenImageError where no decoder of a format is installed."""
     if kind == "AVIF" and not HAS_AVIF:
-        raise BrokenImageError("AVIF, which this version of Pillow does not read: pip install -U pillow")
+        raise BrokenImageError(f"AVIF, which this version of Pillow does not read: {_INSTALL_AVIF}")
     if kind == "HEIF":
         try:
             import_extra("pillow_heif", "heic").register_heif_opener(thumbnails=False)
         except UserError:
-            raise BrokenImageError("HEIC, which needs another package: pip install pillow-heif") from None
+            raise BrokenImageError(f"HEIC, which needs another package: {_INSTALL_HEIF}") from None

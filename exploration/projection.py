@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from dnnlib.images import IMAGE_SUFFIXES, BrokenImageError
+from dnnlib.image_files import BrokenImageError
+from dnnlib.images import IMAGE_SUFFIXES
 from exploration.directions import sampled_w
 from exploration.model import Model
 from exploration.sheets import enlargement, to_rgb

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError, open_image
+from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES, open_image
 from dnnlib.util import format_time, read_regular
 from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
 from reporting.drawing import Panel, Picture

@@ -18,7 +18,7 @@ from PIL import Image
 
 import dataset_tool
 from training.data_sources.checking import (
-    dullness_of,
+    defect_of,
     histogram,
     inspect_all,
     short_sides,
@@ -163,13 +163,18 @@ def test_remarks_do_not_fail(tmp_path: Path) -> None:
     ],
 )
 def test_constant_and_nearly_black(pixels: np.ndarray, expected: str) -> None:
-    assert dullness_of(pixels) == expected
+    assert defect_of(pixels) == expected
 
 
 def test_twelve_bits_in_sixteen_are_nearly_black(tmp_path: Path) -> None:
-    """The most that such a file becomes: 4095 of 65535 are 16 of 255."""
-    values = np.random.RandomState(1).randint(0, 4096, (32, 32))
-    assert dullness_of(np.rint(values / 65535 * 255).astype(np.uint8)[:, :, None]) == "nearly black"
+    path = write_set(tmp_path / "set", {"bright.png": noise(32, 32, 1)})
+    for bits in (12, 14):
+        values = np.random.RandomState(1).randint(0, 2**bits, (32, 32)).astype(np.uint16)
+        Image.fromarray(values).save(path / f"{bits}.png")
+    output = check(path).output
+    assert "1 nearly black image, " in output
+    assert "\n  12.png\n" in output
+    assert "14.png" not in output
 
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
@@ -306,8 +311,12 @@ def test_class_names_in_any_script_and_any_length(tmp_path: Path) -> None:
     images = {f"{k}.png": noise(8, 8, 3) for k in range(len(names))}
     sheet = sheet_of(tmp_path, images, labels=[[name, k] for k, name in enumerate(images)], class_names=names)
     assert sheet.shape[1] == 2 * 40 + 8 * 128 + 7 * 20
-    captions = sheet[-90:-40]
-    assert (captions < 128).any()
+    for k in range(len(names)):
+        left = 40 + k * (128 + 20)
+        caption = sheet[-76:-40, left : left + 128]
+        assert (caption < 150).any(), names[k]  # the file's name is gray, the class above it nearly black
+        assert (caption < 90).any() or not names[k], names[k]
+        assert len(np.unique(caption.reshape(-1, 3), axis=0)) < 256  # shades of gray, none of the noise
     assert (sheet[:, -30:] == 255).all()  # nothing is written past the margin
 
 

@@ -404,20 +404,20 @@ def test_every_command_sees_images_upright(tmp_path: Path) -> None:
 
 UNREAD = {
     b"": "an empty file",
-    b"%!PS-Adobe-3.0 EPSF": "an EPS document, which is not read: export it as PNG",
+    b"%!PS-Adobe-3.0 EPSF": "an EPS document, which is not read: export as PNG",
     b"%PDF-1.7": "a PDF document",
     b"<?xml version='1.0'?>\n<svg xmlns=''>": "an SVG drawing",
     b"<!DOCTYPE html><html>": "a web page, which is not read: download the image itself",
     b"\xd7\xcd\xc6\x9a" + bytes(40): "a Windows metafile",
     b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(40): "a Windows metafile",
     b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull",
-    b"II*\0\x10\0\0\0CR\2\0": "a camera's raw file, which is not read: develop it",
+    b"II*\0\x10\0\0\0CR\2\0": "a camera's raw file, which is not read: develop",
     b"FUJIFILMCCD-RAW 0201": "a camera's raw file",
     b"\0\0\0\x18ftypcrx \0\0\0\1crx isom": "a camera's raw file",
-    b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom": "a film, which is not read: take its frames",
+    b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom": "a film, which is not read: take the frames",
     b"\x1aE\xdf\xa3\x01\0\0\0": "a film",
     b"RIFF\0\0\0\0AVI LIST": "a film",
-    b"\xff\x0a\xfa\x7f": "JPEG XL, which is not read: convert it to PNG",
+    b"\xff\x0a\xfa\x7f": "JPEG XL, which is not read: convert to PNG",
     b"v/1\1\2\0\0\0": "an image of floats",
     b"Pf\n8 6\n-1.0\n": "an image of floats",
     b"gimp xcf v011": "a GIMP project",
@@ -467,10 +467,10 @@ def test_only_what_fits_is_taken_for_a_targa_file() -> None:
 
 def test_remedies() -> None:
     assert remedy(".heic") == ("" if "HEIF" in FORMATS else "pip install pillow-heif")
-    assert remedy(".NEF").startswith("develop them")
-    assert remedy(".svg") == "export them as PNG"
+    assert remedy(".NEF").startswith("develop")
+    assert remedy(".svg") == "export as PNG"
     assert "ffmpeg" in remedy(".mp4")
-    assert remedy(".jxl") == "convert them to PNG"
+    assert remedy(".jxl") == "convert to PNG"
     assert remedy(".txt") == remedy("") == ""
     assert not any(map(remedy, IMAGE_SUFFIXES))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_dataset_tool import build, encoded, numbers, random_images, refused, run
 
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
 from training.data_sources.shards import ShardSource
 from training.data_sources.sources import Drawing, open_source

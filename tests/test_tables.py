@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from test_dataset_tool import build, encoded, numbers, random_images, refused, run
 
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from training.data_sources import bounds, parquet_file
 from training.data_sources.items import Source
 from training.data_sources.parts import split_of

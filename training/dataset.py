@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,23 +21,15 @@ from tqdm import tqdm
 
 from dnnlib import EasyDict
 from dnnlib.config import ConfigError, UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.util import counted
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
 from training.data_sources.classes import note_on_gaps
-from training.data_sources.codec import decode_as, decode_image, read_shape, starts_as_plain_png
+from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import labels_of, open_store, read_dataset_json
-from training.data_sources.sizes import (
-    CHANNEL_NAMES,
-    Size,
-    Sizes,
-    build_command,
-    crop_options,
-    describe_sizes,
-    suggest_size,
-)
+from training.data_sources.sizes import Shape, Size, Sizes, Survey, describe_shape, suggest_size
 
 try:
     import resource
@@ -48,12 +39,10 @@ except ImportError:  # Windows
 OPEN_FILES = 256  # of a process of training on a GPU, generously
 OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
 
-MOST = 0.9  # of the images are of one shape where the others are called exceptions
-
 # The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images that are decoded at a time
-START_BYTES = 1 << 16  # of a file, in which most JPEGs tell their size: EXIF data, which come before, have less
+START_BYTES = 1 << 16  # of a file that is no PNG; most JPEGs tell their size in these: EXIF data before it have less
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -95,7 +84,8 @@ class ImageDataset:
 
     num_originals   images before `mirror` doubles them
     name            file or folder name without suffix
-    img_shape       (C, H, W), from the first image; the others are checked when they are decoded
+    img_shape       (C, H, W), from the first image, in a raw set the first that can be decoded; the others are
+                    checked when they are decoded
     c_dim           number of classes or length of the label vectors; 0 without labels or without `use_labels`
     has_labels      whether the set has labels, used or not
     labels          int64 class numbers [len], float32 vectors [len, c_dim], or [len, 0] when c_dim is 0
@@ -123,7 +113,8 @@ class ImageDataset:
         self.has_labels = content.labels is not None
 
         self._subset = _choose_subset(len(self._store.names), config, held_out)  # positions in the store's names
-        H, W, C = self._decode(int(self._subset[0]), None).shape
+        self._undecoded: dict[str, str] = {}  # names of images before the one that tells the shape, and what is wrong
+        H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
         self.labels, self.c_dim = self._read_labels(content)
         self.content_hash = self._content_hash()
@@ -192,10 +183,32 @@ class ImageDataset:
         if problem := survey.describe_mixture(str(self.path), choose_size):
             raise ConfigError("data.path", str(self.path), problem)
 
-    def _read_shape(self, name: str) -> tuple[int, int, int]:
+    def _first_shape(self) -> Shape:
+        """Return the shape of the first image; of raw images that of the first that can be decoded.
+
+        The broken ones before it are left to `check_shapes`, which tells how many there are in all.
+        """
+        for position in self._subset:
+            name = self._store.names[position]
+            try:
+                H, W, C = decode_image(self._store.read(name)).shape
+                return H, W, C
+            except BrokenImageError as error:
+                if not self.is_raw:
+                    raise self._broken(name, error) from error
+                self._undecoded[name] = str(error)
+        name, reason = next(iter(self._undecoded.items()))
+        raise UserError(
+            f"{self.path}: none of its {counted(len(self._undecoded), 'image')} can be decoded, the first is {name!r} "
+            f"({reason}): copy or download them again"
+        )
+
+    def _read_shape(self, name: str) -> Shape:
         """(H, W, C) that the start of a file promises, or all of it where that does not suffice."""
+        if name in self._undecoded:
+            raise BrokenImageError(self._undecoded[name])
         C, H, W = self.img_shape
-        start = self._store.read_start(name, START_BYTES)
+        start = self._store.read_start(name, PNG_START if name.lower().endswith(".png") else START_BYTES)
         if starts_as_plain_png(start, (H, W, C)):
             return H, W, C
         if start.startswith(JPEG_START):
@@ -203,16 +216,14 @@ class ImageDataset:
                 return read_shape(start)
         return read_shape(self._store.read(name))
 
-    def _decode(self, position: int, shape: tuple[int, int, int] | None) -> np.ndarray:
-        """Image [H, W, C] at a position of the store, required to have `shape` unless that is None."""
+    def _decode(self, position: int, shape: Shape) -> np.ndarray:
+        """Image [H, W, C] at a position of the store, required to have `shape`."""
         name = self._store.names[position]
         try:
-            data = self._store.read(name)
-            pixels = decode_image(data) if shape is None else decode_as(data, shape)
+            pixels = decode_as(self._store.read(name), shape)
         except BrokenImageError as error:
             raise self._broken(name, error) from error
-        if shape is not None:
-            self._require_shape(name, pixels.shape, shape)
+        self._require_shape(name, pixels.shape, shape)
         return pixels
 
     def _broken(self, name: str, error: BrokenImageError) -> UserError:
@@ -221,7 +232,7 @@ class ImageDataset:
             "images, and building the set with --skip-bad leaves them out"
         )
 
-    def _require_shape(self, name: str, found: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+    def _require_shape(self, name: str, found: tuple[int, ...], shape: Shape) -> None:
         if found != shape:
             raise UserError(
                 f"{self.path}: image {name!r} is {describe_shape(found)}, but the first image is "
@@ -329,57 +340,6 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
     def _position(self, index: int) -> int:
         """Index from 0 up. Raises IndexError, which also ends iteration."""
         return range(len(self))[index]
-
-
-@dataclass
-class Survey:
-    """Shapes (H, W, C) of images: how many have each, the first one's name, and those that cannot be read, and why."""
-
-    counts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    firsts: dict[tuple[int, int, int], str] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-
-    def note(self, name: str, shape: tuple[int, int, int]) -> None:
-        """Count an image."""
-        self.counts[shape] += 1
-        self.firsts.setdefault(shape, name)
-
-    def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
-        """Say what keeps the images from being a set, and the command that builds one; None if nothing does."""
-        sizes: Sizes = Counter()
-        channels: Counter[int] = Counter()
-        for (H, W, C), count in self.counts.items():
-            sizes[W, H] += count
-            channels[C] += count
-        if len(self.counts) < 2 and not self.broken:
-            return None
-        found, options = [counted(self.counts.total() + len(self.broken), "image")], []
-        if len(sizes) > 1:
-            found[0] += f" of {describe_sizes(sizes)}"
-            options += crop_options(choose_size(sizes) or suggest_size(sizes))
-        if len(channels) > 1:
-            found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
-        found += self._exceptions()
-        if self.broken:
-            found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
-            options.append("--skip-bad")
-        kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
-        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *options)}"
-
-    def _exceptions(self) -> list[str]:
-        """Name the first image that is not as most are; none where they differ all around."""
-        if len(self.counts) < 2:
-            return []
-        usual, count = self.counts.most_common(1)[0]
-        if count < MOST * self.counts.total():
-            return []
-        shape, name = next(first for first in self.firsts.items() if first[0] != usual)
-        return [f"the first that differs is {name!r}, {describe_shape(shape)}"]
-
-
-def describe_shape(shape: tuple[int, ...]) -> str:
-    """(H, W, C) as '32x48 RGB' (width x height)."""
-    return f"{shape[1]}x{shape[0]} {CHANNEL_NAMES[shape[2]]}"
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:

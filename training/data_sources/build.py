@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.util import partial_path
 from training.data_sources.convert import (
     Conversion,

@@ -1,4 +1,4 @@
-"""What is wrong with the images of a data set, and what else is to be known before training on them."""
+"""Inspection of the images of a data set: what is wrong with them, and what else is to be known before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.util import counted
 from training.data_sources.classes import describe_classes
 from training.data_sources.codec import decode_as, decode_image
@@ -19,9 +19,7 @@ from training.data_sources.convert import encoded, force_channels
 from training.data_sources.dataset_json import DatasetJson, Label
 from training.data_sources.items import Item
 from training.data_sources.parallel import map_chunks
-from training.data_sources.sizes import CHANNEL_NAMES, Sizes, by_short_side
-
-Shape = tuple[int, int, int]  # (H, W, C)
+from training.data_sources.sizes import CHANNEL_NAMES, Shape, Sizes, by_short_side, channels_of, sizes_of
 
 # An image is nearly black where at most one value in a thousand, laid over white, is brighter than this. The 12 bits of
 # a camera in a file of 16 bits become 0 to 16 of 255.
@@ -36,17 +34,17 @@ _MOST_COPIES = 5  # named of each image
 _FEW = 256  # images for which no worker is started
 
 
-class Look(NamedTuple):
-    """What is seen of the pixels of an image: their digest, and whether they are "constant" or "nearly black"."""
+class Inspection(NamedTuple):
+    """Shape, digest and defect, as of `defect_of`, of the pixels of an image."""
 
     shape: Shape
     digest: bytes
-    dullness: str
+    defect: str
 
 
-def inspect_items(items: Iterable[Item]) -> list[Look | BrokenImageError]:
+def inspect_items(items: Iterable[Item]) -> list[Inspection | BrokenImageError]:
     """Decode images and look at them."""
-    found: list[Look | BrokenImageError] = []
+    found: list[Inspection | BrokenImageError] = []
     shape: Shape | None = None
     for item in items:
         try:
@@ -58,11 +56,11 @@ def inspect_items(items: Iterable[Item]) -> list[Look | BrokenImageError]:
         H, W, C = shape = pixels.shape
         digest = hashlib.sha1(b"%dx%dx%d" % shape, usedforsecurity=False)
         digest.update(np.ascontiguousarray(pixels).data)
-        found.append(Look((H, W, C), digest.digest()[:_DIGEST_BYTES], dullness_of(pixels)))
+        found.append(Inspection((H, W, C), digest.digest()[:_DIGEST_BYTES], defect_of(pixels)))
     return found
 
 
-def dullness_of(pixels: np.ndarray) -> str:
+def defect_of(pixels: np.ndarray) -> str:
     """Return "constant" for pixels [H, W, C] that are all the same or all transparent, "nearly black", or ""."""
     some = pixels[::4, ::4]  # which decide most cases
     if (some == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
@@ -78,13 +76,13 @@ def dullness_of(pixels: np.ndarray) -> str:
 
 @dataclass
 class Findings:
-    """What was found in images, in the order of their names, with a few bytes for each.
+    """Findings about images, in the order of their names, with a few bytes for each.
 
-    shapes       the different ones, most common first once `complete`
+    shapes       the different ones, in the order in which they were found
     shape_index  of each image, -1 for one that cannot be read
     digests      of the pixels, 16 bytes each
     broken       lines about images that cannot be read
-    dull         names of images by `Look.dullness`
+    by_defect    names of images by `Inspection.defect`
     """
 
     names: Sequence[str]
@@ -92,7 +90,7 @@ class Findings:
     shape_index: array[int] = field(default_factory=lambda: array("i"))
     digests: bytearray = field(default_factory=bytearray)
     broken: list[str] = field(default_factory=list)
-    dull: dict[str, list[str]] = field(default_factory=lambda: {"constant": [], "nearly black": []})
+    by_defect: dict[str, list[str]] = field(default_factory=lambda: {"constant": [], "nearly black": []})
 
     @property
     def readable(self) -> np.ndarray:
@@ -108,18 +106,12 @@ class Findings:
     @property
     def sizes(self) -> Sizes:
         """Number of images by (width, height)."""
-        sizes: Sizes = Counter()
-        for (H, W, _), count in self.shape_counts.items():
-            sizes[W, H] += count
-        return sizes
+        return sizes_of(self.shape_counts)
 
     @property
     def channels(self) -> Counter[int]:
         """Number of images by number of channels."""
-        channels: Counter[int] = Counter()
-        for (_, _, C), count in self.shape_counts.items():
-            channels[C] += count
-        return channels
+        return channels_of(self.shape_counts)
 
     def shape_of(self, position: int) -> Shape:
         """(H, W, C) of an image that can be read."""
@@ -140,21 +132,21 @@ def inspect_all(names: Sequence[str], items: Iterable[Item], workers: int) -> Fi
     findings = Findings(names)
     known: dict[Shape, int] = {}
     chunks = _chunks(items)
-    looks: Iterator[tuple[Item, Look | BrokenImageError]]
+    results: Iterator[tuple[Item, Inspection | BrokenImageError]]
     if workers == 1 or len(names) <= _FEW:
-        looks = (pair for chunk in chunks for pair in zip(chunk, inspect_items(chunk), strict=True))
+        results = (pair for chunk in chunks for pair in zip(chunk, inspect_items(chunk), strict=True))
     else:
-        looks = map_chunks(inspect_items, chunks, workers)
-    for item, look in looks:
-        if isinstance(look, BrokenImageError):
-            findings.broken.append(f"{item.name}: {look}")
+        results = map_chunks(inspect_items, chunks, workers)
+    for item, result in results:
+        if isinstance(result, BrokenImageError):
+            findings.broken.append(f"{item.name}: {result}")
             findings.shape_index.append(-1)
             findings.digests += bytes(_DIGEST_BYTES)
             continue
-        findings.shape_index.append(known.setdefault(look.shape, len(known)))
-        findings.digests += look.digest
-        if look.dullness:
-            findings.dull[look.dullness].append(item.name)
+        findings.shape_index.append(known.setdefault(result.shape, len(known)))
+        findings.digests += result.digest
+        if result.defect:
+            findings.by_defect[result.defect].append(item.name)
     findings.shapes = list(known)
     return findings
 
@@ -211,7 +203,7 @@ def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> 
         others = len(group) - most
         named = " = ".join(findings.names[position] for position in group[:most])
         copies.append(f"{named} and {others} more" if others > 0 else named)
-    constant, black = findings.dull["constant"], findings.dull["nearly black"]
+    constant, black = findings.by_defect["constant"], findings.by_defect["nearly black"]
     remarks = {
         f"{counted(sum(map(len, groups)), 'image')} in {counted(len(groups), 'group')} of exact copies:": copies,
         f"{counted(len(constant), 'constant image')}, all pixels the same:": constant,

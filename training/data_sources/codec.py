@@ -9,15 +9,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from dnnlib.images import (
-    PNG_SIGNATURE,
-    TURNS,
-    BrokenImageError,
-    file_of,
-    open_image,
-    orientation_of,
-    png_chunks,
-)
+from dnnlib.image_files import PNG_SIGNATURE, BrokenImageError, is_exif, png_chunks
+from dnnlib.images import TURNS, file_of, open_image, orientation_of
 
 try:
     import pyspng
@@ -52,6 +45,11 @@ def decode_image(data: bytes) -> np.ndarray:
             image = image.transpose(turn)
         data = (image if image.mode == mode else image.convert(mode)).tobytes()
         return np.frombuffer(data, np.uint8).reshape(image.height, image.width, len(mode))
+
+
+def to_pillow(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 [H, W, C] as an image of Pillow's: L, RGB or RGBA."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def read_shape(data: bytes) -> tuple[int, int, int]:
@@ -139,7 +137,7 @@ def _is_plain_png(data: bytes, shape: tuple[int, int, int]) -> bool:
     pixels_alone = PNG_START + int.from_bytes(data[PNG_START - 8 : PNG_START - 4]) + 16  # to the end, as of encode_png
     if len(data) == pixels_alone and data[PNG_START - 4 : PNG_START] == b"IDAT":
         return True
-    return not any(name in (b"eXIf", b"tRNS") for name, _, _ in png_chunks(data))
+    return not any(name == b"tRNS" or is_exif(data, name, start) for name, start, _ in png_chunks(data))
 
 
 def starts_as_plain_png(start: bytes, shape: tuple[int, int, int]) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
-from training.data_sources.codec import decode_image, encode_png, is_gray
+from dnnlib.image_files import BrokenImageError
+from training.data_sources.codec import decode_image, encode_png, is_gray, to_pillow
 from training.data_sources.files import read_image_file
 from training.data_sources.items import Item
 
@@ -114,7 +114,7 @@ def resize(pixels: np.ndarray, width: int, height: int, resize_filter: str) -> n
     """Antialiased resampling, of RGBA with premultiplied alpha so that hidden colours do not bleed out."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image = to_pillow(pixels)
     resized = np.asarray(image.resize((width, height), RESIZE_FILTERS[resize_filter]))
     return resized.reshape(height, width, -1)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dnnlib.config import OPTIONS_FILE, UserError
-from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import counted, open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
 from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dnnlib.images import MAX_IMAGE_BYTES, BrokenImageError
+from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources.dataset_json import Label
 from training.data_sources.listing import LeftOut
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from dnnlib.images import IMAGE_SUFFIXES, BrokenImageError
+from dnnlib.image_files import BrokenImageError
+from dnnlib.images import IMAGE_SUFFIXES
 from dnnlib.util import describe_error, parse_json
 from training.data_sources.bounds import PACKED_ERRORS, Member, Unpacked, open_packed, read_tar
 from training.data_sources.dataset_json import NAME

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.screen import printable
 from dnnlib.util import counted
 from training.data_sources.checking import Findings, short_sides
-from training.data_sources.codec import decode_image
+from training.data_sources.codec import decode_image, to_pillow
 from training.data_sources.dataset_json import MAX_CLASS, DatasetJson
 from training.data_sources.files import FileStore
 from training.data_sources.sizes import CHANNEL_NAMES, describe_sizes
@@ -155,7 +155,7 @@ def _caption(tile: Tile, *, with_size: bool) -> list[tuple[str, str]]:
 
 def _fitted(pixels: np.ndarray) -> Image.Image:
     """Fit an image into a tile: a small one enlarged by a whole number of times, transparency over a checkerboard."""
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image = to_pillow(pixels)
     longer = max(image.size)
     if longer > _SIDE:
         size = (max(round(image.width * _SIDE / longer), 1), max(round(image.height * _SIDE / longer), 1))

@@ -1,17 +1,44 @@
-"""Sizes of images: described, counted in powers of two, and the size that a set of them should have."""
+"""Sizes of images: described, counted, and the size that a set of them should have."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from dnnlib.util import counted
+
+Shape = tuple[int, int, int]  # (H, W, C)
 Size = tuple[int, int]  # (width, height)
 Sizes = Counter[Size]  # number of images by size
 
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 SMALLEST, LARGEST = 8, 1024  # sides of the sizes that are suggested
 REACHING = 0.9  # of the images need not be enlarged
+MOST = 0.9  # of the images are of one shape where the others are called exceptions
+
+
+def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
+    """Count images by (width, height), from their number by shape."""
+    sizes: Sizes = Counter()
+    for (H, W, _), count in shapes.items():
+        sizes[W, H] += count
+    return sizes
+
+
+def channels_of(shapes: Mapping[Shape, int]) -> Counter[int]:
+    """Count images by number of channels, from their number by shape."""
+    channels: Counter[int] = Counter()
+    for (_, _, C), count in shapes.items():
+        channels[C] += count
+    return channels
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """Return (H, W, C) as "32x48 RGB", width before height."""
+    return f"{shape[1]}x{shape[0]} {CHANNEL_NAMES[shape[2]]}"
 
 
 def by_short_side(sizes: Sizes) -> dict[str, int]:
@@ -68,3 +95,45 @@ def build_command(source: str, *options: str) -> str:
     if dest.exists():
         dest = Path("data", f"{name}-built.zip")
     return f"python dataset_tool.py {shlex.join([f'--source={source}', f'--dest={dest.as_posix()}', *options])}"
+
+
+@dataclass
+class Survey:
+    """Shapes (H, W, C) of images: how many have each, the first one's name, and those that cannot be read, and why."""
+
+    counts: Counter[Shape] = field(default_factory=Counter)
+    firsts: dict[Shape, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def note(self, name: str, shape: Shape) -> None:
+        """Count an image."""
+        self.counts[shape] += 1
+        self.firsts.setdefault(shape, name)
+
+    def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
+        """Say what keeps the images from being a set, and the command that builds one; None if nothing does."""
+        sizes, channels = sizes_of(self.counts), channels_of(self.counts)
+        if len(self.counts) < 2 and not self.broken:
+            return None
+        found, options = [counted(self.counts.total() + len(self.broken), "image")], []
+        if len(sizes) > 1:
+            found[0] += f" of {describe_sizes(sizes)}"
+            options += crop_options(choose_size(sizes) or suggest_size(sizes))
+        if len(channels) > 1:
+            found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
+        found += self._exceptions()
+        if self.broken:
+            found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
+            options.append("--skip-bad")
+        kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
+        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *options)}"
+
+    def _exceptions(self) -> list[str]:
+        """Name the first image that is not as most are; none where they differ all around."""
+        if len(self.counts) < 2:
+            return []
+        usual, count = self.counts.most_common(1)[0]
+        if count < MOST * self.counts.total():
+            return []
+        shape, name = next(first for first in self.firsts.items() if first[0] != usual)
+        return [f"the first that differs is {name!r}, {describe_shape(shape)}"]

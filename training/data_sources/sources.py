@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dnnlib.config import FLOAT32_MAX, UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.util import counted, describe_error
 from training.data_sources.bounds import (
     PACKED_ERRORS,
@@ -351,7 +351,7 @@ class LmdbSource(SourceBase):
 
 
 class Drawing(NamedTuple):
-    """What the drawn scenes of `--source=shapes` depend on."""
+    """Settings of the drawn scenes of `--source=shapes`."""
 
     seed: int
     num_images: int

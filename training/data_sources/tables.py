@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dnnlib.config import UserError
-from dnnlib.images import BrokenImageError
+from dnnlib.image_files import BrokenImageError
 from dnnlib.util import describe_error, import_extra, parse_json
 from training.data_sources.arrow_file import ArrowFile
 from training.data_sources.items import Item, SourceBase, oversize
@@ -25,7 +25,7 @@ _CHANNELS = {"L": 1, "RGB": 3}  # by the mode of a feature Image
 
 
 class Columns(NamedTuple):
-    """What a table holds: the columns with the images and the labels, names of classes, channels, a note on labels."""
+    """Columns of a table with the images and the labels; names of classes, channels, and a note on labels."""
 
     image: str
     label: str | None

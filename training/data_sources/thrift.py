@@ -9,14 +9,14 @@ _DEEPEST = 16
 
 
 class Compact:
-    """Structs in bytes, from a place on. Raises IndexError where the data end, ValueError where they are none.
+    """Structs in bytes, one behind the other. Raises IndexError where the data end, ValueError where they are none.
 
     A struct is a dictionary by the numbers of its fields; texts are bytes.
     """
 
-    def __init__(self, data: bytes, place: int = 0) -> None:
+    def __init__(self, data: bytes) -> None:
         self._data = data
-        self.place = place
+        self.place = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """Return the struct at the place, which moves behind it."""
