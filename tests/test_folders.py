@@ -130,8 +130,8 @@ def test_hidden_folders_that_cannot_be_listed_stop_nothing(tmp_path: Path, monke
 LAYOUTS = {  # files -> classes of each and a note
     ("cat/1", "dog/1"): (["cat", "dog"], None),
     ("cat/x/1", "dog/1"): (["cat", "dog"], None),
-    ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: the folders in it are the classes"),
-    ("a/b/cat/1", "a/b/dog/x/1"): (["cat", "dog"], "everything is in a/b/: the folders in it are the classes"),
+    ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: classes are looked for in it"),
+    ("a/b/cat/1", "a/b/dog/x/1"): (["cat", "dog"], "everything is in a/b/: classes are looked for in it"),
     ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: the folders in"),
     ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
     ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),

@@ -67,7 +67,7 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
     while _are_all_deeper(folders, level):
         tops = sorted({parts[level - 1] for parts in folders})
         if len(tops) == 1:
-            notes.append(f"everything is in {'/'.join(folders[0][:level])}/: the folders in it are the classes")
+            notes.append(f"everything is in {'/'.join(folders[0][:level])}/: classes are looked for in it")
         elif SPLITS.keys() >= {top.lower() for top in tops}:
             split_names = " and ".join(f"{top}/" for top in tops)
             notes.append(
