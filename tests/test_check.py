@@ -167,9 +167,14 @@ def test_constant_and_nearly_black(pixels: np.ndarray, expected: str) -> None:
 
 
 def test_twelve_bits_in_sixteen_are_nearly_black(tmp_path: Path) -> None:
-    """The most that such a file becomes: 4095 of 65535 are 16 of 255."""
-    values = np.random.RandomState(1).randint(0, 4096, (32, 32))
-    assert defect_of(np.rint(values / 65535 * 255).astype(np.uint8)[:, :, None]) == "nearly black"
+    path = write_set(tmp_path / "set", {"bright.png": noise(32, 32, 1)})
+    for bits in (12, 14):
+        values = np.random.RandomState(1).randint(0, 2**bits, (32, 32)).astype(np.uint16)
+        Image.fromarray(values).save(path / f"{bits}.png")
+    output = check(path).output
+    assert "1 nearly black image, " in output
+    assert "\n  12.png\n" in output
+    assert "14.png" not in output
 
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
@@ -306,8 +311,11 @@ def test_class_names_in_any_script_and_any_length(tmp_path: Path) -> None:
     images = {f"{k}.png": noise(8, 8, 3) for k in range(len(names))}
     sheet = sheet_of(tmp_path, images, labels=[[name, k] for k, name in enumerate(images)], class_names=names)
     assert sheet.shape[1] == 2 * 40 + 8 * 128 + 7 * 20
-    captions = sheet[-90:-40]
-    assert (captions < 128).any()
+    for k in range(len(names)):
+        left = 40 + k * (128 + 20)
+        class_name, name = (sheet[top : top + 18, left : left + 128] for top in (-40 - 36, -40 - 18))
+        assert (class_name < 128).any(), names[k]
+        assert (name < 150).any(), names[k]
     assert (sheet[:, -30:] == 255).all()  # nothing is written past the margin
 
 
