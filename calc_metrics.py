@@ -11,6 +11,7 @@ from typing import Any
 import click
 import torch
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import FileOrURL, NameList, Script, config_values, option, switch
 from dnnlib.config import UserError, WriteError, override
 from dnnlib.download import cache_dir, is_url
@@ -36,7 +37,6 @@ from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw_png
 from reporting.runs import read_run
 from torch_utils import custom_ops, distributed
-from torch_utils.misc import tune_allocator
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
 from training.exchange import is_folder

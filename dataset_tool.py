@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from PIL import Image
 from tqdm import tqdm
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
 from dnnlib.util import counted, write_atomically
@@ -46,6 +47,7 @@ _MAX_PAD = 1024
 @click.group(cls=DefaultGroup, default="build")
 def main() -> None:
     """Build a data set, or check one."""
+    tune_allocator()
 
 
 @main.command(
@@ -148,7 +150,7 @@ def build(
         converted = convert_all(progress, conversion, shape, workers or os.cpu_count() or 1)
         for position, (item, result) in enumerate(converted):
             png = problems.note(item, result)
-            if png is not None:
+            if png is not None and not problems.stop_the_build:
                 name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                 write(name, png)
                 labels.append([name, classes.labels[position] if classes.labels else None])
@@ -156,7 +158,7 @@ def build(
         write("dataset.json", json.dumps(describe(images, conversion, shape, labels, classes, problems)).encode())
     H, W, C = shape
     labelled = "with labels" if classes.labels else "without labels"
-    click.echo(f"{dest}: {len(labels)} images of {W}x{H} pixels and {C} channels, {labelled}")
+    click.echo(f"{dest}: {counted(len(labels), 'image')} of {W}x{H} pixels and {C} channels, {labelled}")
     report_changes(conversion, problems, verbose=verbose)
 
 
@@ -213,7 +215,8 @@ def refuse_problems(
             f"images, and leaves none of the {problems.total} of {source.name}: choose a smaller size"
         )
     lines, options = [], []
-    if problems.broken and not problems.may_go_on_without_broken:
+    all_broken = len(problems.broken) == problems.total
+    if problems.broken and (all_broken or not problems.skip_bad):
         lines.append(f"{counted(len(problems.broken), 'image')} that cannot be read:")
         lines += listed(problems.broken, verbose=verbose)
         options.append("--skip-bad")
@@ -223,7 +226,6 @@ def refuse_problems(
         lines += listed(problems.other_size, verbose=verbose)
         options += size_options(problems.sizes)
     if lines:
-        all_broken = len(problems.broken) == problems.total
         head = f"{source.name}: nothing was written, because of"
         end = "None can be read: check the source" if all_broken else f"To go on:\n  {command_again(*options)}"
         raise UserError("\n".join([head, *lines, end]))

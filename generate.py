@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import (
     Decorator,
     DefaultGroup,
@@ -90,7 +91,7 @@ from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
 from torch_utils.images import Towards, save_grid, save_image, to_uint8
-from torch_utils.misc import name_user, tune_allocator
+from torch_utils.misc import name_user
 from training.networks import execution
 from training.snapshot import Snapshot
 

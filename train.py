@@ -18,6 +18,7 @@ import dnnlib.cli
 import legacy
 import metrics.registry
 from dnnlib import streams
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import Choice, IntList, IntOrAuto, NameList, Size, option, switch
 from dnnlib.config import ConfigError, UserError, override, to_json
 from dnnlib.download import cache_dir, is_url
@@ -28,7 +29,7 @@ from metrics.registry import MetricResult, is_best
 from metrics.report import Progress
 from metrics.sampling import MetricContext
 from torch_utils import custom_ops, distributed
-from torch_utils.misc import count_parameters, module_summary, name_user, tune_allocator
+from torch_utils.misc import count_parameters, module_summary, name_user
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
 from training.augment import Mode

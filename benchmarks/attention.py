@@ -42,10 +42,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import IntList, Script, option, with_options
 from dnnlib.config import UserError
 from torch_utils import distributed
-from torch_utils.misc import tune_allocator
 from training.networks.blockwise import BLOCK_BYTES, blockwise_attention
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

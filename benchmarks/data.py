@@ -22,6 +22,7 @@ import torch
 from common import ROOT, emit
 from PIL import Image
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.images import FORMATS
 from training.data_sources.shapes import draw_scenes
 from training.dataset import DatasetConfig, ImageDataset, batches
@@ -39,6 +40,7 @@ PLAIN_TOOL = ROOT / "benchmarks" / "plain_tool.py"
 def main(source: str | None, side: int | None, workers: int, batch_size: int, draw: int) -> None:
     """Print one line of JSON with images per second; *_plain and *_pillow are the baselines, in one process."""
     torch.set_num_threads(1)
+    tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
         if source is None:
             source = f"{folder}/drawn.zip"

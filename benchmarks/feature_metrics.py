@@ -23,6 +23,7 @@ import torch
 from common import README_EXAMPLE, emit, peak_mib, synchronize
 from torch import nn
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import Script, option
 from metrics.detectors import Detector, load_inception, load_program
 from metrics.feature_stats import Moments, Want, statistics_of
@@ -30,7 +31,6 @@ from metrics.frechet import distance_of
 from metrics.sampling import MetricContext
 from torch_utils import distributed
 from torch_utils.images import save_image
-from torch_utils.misc import tune_allocator
 from training.dataset import DatasetConfig, ImageDataset
 
 

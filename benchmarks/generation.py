@@ -16,11 +16,11 @@ import torch
 from common import README_EXAMPLE, emit, images_per_second, peak_mib
 from torch import Tensor
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import UserError
 from exploration.sampling import FastGenerator, seed_images
 from torch_utils import distributed
-from torch_utils.misc import tune_allocator
 from training.networks import execution
 from training.snapshot import load_network
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_utils.misc import tune_allocator
+from dnnlib.allocator import tune_allocator
 from training.networks import execution
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig

@@ -21,8 +21,8 @@ import torch
 from common import emit, synchronize
 from torch import Tensor
 
+from dnnlib.allocator import tune_allocator
 from torch_utils import custom_ops
-from torch_utils.misc import tune_allocator
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, upsample2d
 

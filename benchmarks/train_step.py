@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import dataset_tool
+from dnnlib.allocator import tune_allocator
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import ConfigError, UserError, override, to_json
 from torch_utils import custom_ops, distributed
-from torch_utils.misc import device_name, tune_allocator
+from torch_utils.misc import device_name
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import winograd

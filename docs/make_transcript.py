@@ -86,7 +86,10 @@ def encode(pixels: np.ndarray, kind: str, mode: str, options: dict[str, Any]) ->
 
 
 def transcript() -> str:
-    """Run the command on the folder, then the one that it proposes, and return all that a terminal shows."""
+    """Run the command on the folder, then the one that it proposes, and return what a terminal shows.
+
+    What the second one prints as the first did is cut.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in messy_files():
             path = Path(folder, "pets", name)
@@ -95,7 +98,9 @@ def transcript() -> str:
         command = f"{COMMAND} --labels-from-folders"
         first = run(command, folder)
         proposed = first.rstrip().splitlines()[-1].strip().removeprefix("python ")
-        return f"$ python {command}\n{first}\n$ python {proposed}\n{run(proposed, folder)}"
+        common = first[: first.index("Error: ")]
+        second = run(proposed, folder).replace(common, "...\n", 1)
+        return f"$ python {command}\n{first}\n$ python {proposed}\n{second}"
 
 
 # As where pillow-heif is not installed.

@@ -177,11 +177,13 @@ def test_operators_refuses(option: str, message: str) -> None:
 
 
 def test_data() -> None:
-    (row,) = results(data.main, "--max-images=32", "--workers=1", "--batch-size=8")
-    assert row["num_images"] == 32
+    (row,) = results(data.main, "--draw=32", "--side=16", "--workers=1", "--batch-size=8")
+    assert (row["num_images"], row["img_shape"]) == (32, [3, 16, 16])
+    assert row["tool_speedup"] > 0
+    assert row["tool_speedup_cpu_seconds"] > 0
     assert row["img_per_s"].keys() == {
         "tool",
-        "tool_pillow",
+        "tool_plain",
         "decode",
         "decode_pillow",
         "batches",

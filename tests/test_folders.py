@@ -15,6 +15,7 @@ from test_dataset_tool import as_file, build, random_images, refused, run, write
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
 from training.data_sources.stored_zip import StoredZip
+from training.dataset import DatasetConfig, ImageDataset
 
 PNG = as_file(np.zeros((2, 2, 3), np.uint8))
 
@@ -66,7 +67,7 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path, packed: bool) 
     assert {line.split(":")[0] for line in lines[start + 3 : start + 6]} == {
         "  1 .json",
         "  1 .mp4",
-        "  1 hidden files",
+        "  1 hidden file",
     }
 
 
@@ -81,7 +82,7 @@ def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"a.txt": b"", "b.txt": b"", ".c.png": b""})
-    assert "holds no images; it holds 2 .txt, 1 hidden files: check the path" in refused(tmp_path, source)
+    assert "holds no images; it holds 2 .txt, 1 hidden file: check the path" in refused(tmp_path, source)
 
 
 def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> N
     (outside / "self").symlink_to(".")
     store = open_store(root)
     assert store.names == ["linked/c.png", "linked/more/d.png", "real/a.png", "real/deep/b.png"]
-    assert sorted(store.left_out["linked folders that are read already"]) == [
+    assert sorted(store.left_out["linked folders read already"]) == [
         "again",
         "linked/back",
         "linked/self",
@@ -134,8 +135,8 @@ LAYOUTS = {  # files -> classes of each and a note
     ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: the folders in"),
     ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
     ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),
-    ("train/1", "val/1"): (["train", "val"], None),  # nothing else is there to tell them apart
-    ("train/1", "val/cat/1"): (["train", "val"], None),
+    ("train/1", "val/1"): (["train", "val"], "train/ and val/ look like splits, and are taken as classes, because"),
+    ("train/cat/1", "test/1"): (["test", "train"], "test/ and train/ look like splits, and are taken as classes"),
     ("cat/1", "cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
     ("a/cat/1", "a/cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
 }
@@ -178,6 +179,7 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
         ("flat", images("1.png", "2.png")),
         ("some", images("1.png", "cat/2.png", "dog/2.png")),
         ("one", images("cat/1.png")),
+        ("splits", images("train/1.png", "test/1.png")),
         ("known", images("cat/1.png", "dog/1.png") | {"dataset.json": b'{"labels": null}'}),
     ]:
         _, _, output = build_labels(write_files(tmp_path / name, files), tmp_path / f"{name}.zip")
@@ -340,3 +342,28 @@ def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
         assert archive_read.read("second") == b"22"
         assert archive_read.getinfo("second").header_offset == hole
         assert archive_read.read("first") == b"1"
+
+
+def test_nothing_more_is_written_once_the_set_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(StoredZip, "add", lambda self, name, data: written.append(name))
+    files = {f"{k:02d}.png": as_file(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
+    assert "\n  03.png: 3x2\n" in refused(tmp_path, write_files(tmp_path / "in", files))
+    assert len(written) == 3
+
+
+def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
+    files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
+    source = write_files(tmp_path / "in", files)
+    (note,) = ImageDataset(DatasetConfig(path=str(source), use_labels=True, max_images=1)).notes
+    assert note == (
+        "class numbers go up to 20190, but only 2 of them occur: building the set with dataset_tool.py renumbers them "
+        "from 0"
+    )
+
+
+def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
+    files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
+    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in refused(
+        tmp_path, write_files(tmp_path / "in", files)
+    )

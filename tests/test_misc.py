@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dnnlib.allocator import tune_allocator
 from torch_utils import misc
 
 
@@ -66,7 +67,7 @@ def test_derive_seed_tells_parts_apart() -> None:
 PAGE_FAULTS = """
 import resource, sys
 import torch
-from torch_utils.misc import tune_allocator
+from dnnlib.allocator import tune_allocator
 
 if sys.argv[1] == "tuned":
     tune_allocator()
@@ -82,7 +83,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
 def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "someone")
     misc.name_user()
@@ -94,6 +94,7 @@ def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["LOGNAME"] == getpass.getuser() == "uid_54321"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
 def test_tune_allocator_keeps_big_buffers() -> None:
     def faults(mode: str) -> int:
         command = [sys.executable, "-c", PAGE_FAULTS, mode]
@@ -109,13 +110,13 @@ def test_tune_allocator_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("ctypes.CDLL", refuse)
-    misc.tune_allocator()
+    tune_allocator()
 
 
 def test_tune_allocator_does_nothing_with_another_libc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-    misc.tune_allocator()
+    tune_allocator()
 
 
 class Net(nn.Module):

@@ -335,7 +335,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
     good = tmp_path / "good.png"
     Image.new("RGB", (40, 32)).save(good)
     for arguments, message in [
-        ([f"--target={tmp_path / 'bad.png'}", "--loss=pixels"], "bad.png cannot be read (not a PNG"),
+        ([f"--target={tmp_path / 'bad.png'}", "--loss=pixels"], "bad.png cannot be read (not an image of a"),
         (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
         (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
         ([f"--target={good}", "--loss=pixels", "--lr=0"], "--lr=0: must be positive"),

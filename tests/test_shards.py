@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import as_file, build, numbers, random_images, refused
+from test_dataset_tool import as_file, build, numbers, random_images, refused, run
 
 from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
@@ -122,7 +122,7 @@ def test_plain_archives(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"set.{suffix}", files)
     source = opened(path)
     assert source.names == ["x/img.1.png", "x/img.2.png", "y/b.JPG"]
-    assert source.left_out == {"samples without an image": ["x/README", "y/"]}
+    assert source.left_out == {"hidden files": ["y/.png"], "samples without an image": ["x/README"]}
     np.testing.assert_array_equal(build(path, tmp_path / "made.zip")[0], PIXELS[:3])
     assert "holds no images" in refused(tmp_path, write(tmp_path / f"none.{suffix}", files[2:4]))
 
@@ -166,9 +166,142 @@ def test_images_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     assert "set.tar is damaged" in refused(tmp_path, path)
 
 
+HIDDEN = ("._0.cls", "._0.png", "a/._000.cls", ".DS_Store", "__MACOSX/a/000.png", "@eaDir/x.cls", ".git/config.json")
+
+
+@pytest.mark.parametrize("where", ["before", "between", "behind"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_members_are_no_part_of_samples(tmp_path: Path, hidden: str, where: str) -> None:
+    files = samples("cls", [0, 1, 2, 1, 0])
+    files.insert({"before": 0, "between": 1, "behind": len(files)}[where], (hidden, b"\xff\xfe of macOS"))
+    source = opened(write(tmp_path / "set.tar", files))
+    assert source.labels == [0, 1, 2, 1, 0]
+    assert [item.content for item in source] == PNGS
+    assert list(source.left_out.values()) == [[hidden]]
+
+
+def test_an_archive_of_macos_keeps_its_labels(tmp_path: Path) -> None:
+    files = [(f"{k}.{kind}", data) for k in range(N) for kind, data in (("cls", b"%d" % k), ("png", PNGS[k]))]
+    doubled = [file for name, data in files for file in ((f"._{name}", b"\0\5\x16\7"), (name, data))]
+    path = write(tmp_path / "set.tar", doubled)
+    made, content = build(path, tmp_path / "made.zip")
+    np.testing.assert_array_equal(made, PIXELS)
+    assert numbers(content) == list(range(N))
+    assert opened(path).left_out == {"hidden files": [f"._{name}" for name, _ in files]}
+
+
+FOREIGN: dict[str, tuple[str, bytes]] = {
+    "large": ("annotations.json", b'{"a": "' + bytes(2 << 20) + b'"}'),
+    "lines": ("captions.json", b'{"file": "0.png"}\n{"file": "1.png"}\n'),
+    "not UTF-8": ("x/info.json", "{}".encode("utf-16")),
+    "no JSON": ("a/meta.json", b"{"),
+    "large text": ("names.label", bytes(2 << 20)),
+    "binary": ("java.class", b"\xca\xfe\xba\xbe"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("labels", [[None] * N, [0, 1, 2, 1, 0]])
+def test_files_that_belong_to_no_image_are_not_refused(tmp_path: Path, kind: str, labels: list[Any]) -> None:
+    name, data = FOREIGN[kind]
+    files = samples("cls", labels)
+    for place in (0, len(files)):
+        source = opened(write(tmp_path / "set.tar", [*files[:place], (name, data), *files[place:]]))
+        assert source.labels == (None if labels[0] is None else labels)
+        assert [item.content for item in source] == PNGS
+        assert source.left_out == {"samples without an image": [name.rpartition(".")[0]]}
+
+
+@pytest.mark.parametrize("folder", ["", "set/", "a/b/"])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_finished_set_in_an_archive_keeps_its_labels(tmp_path: Path, folder: str, suffix: str, last: bool) -> None:
+    names = [f"00000/img{k:08}.png" for k in range(N)]
+    labels = [3, 0, 1, 1, 2]
+    content = {"labels": list(map(list, zip(names, labels, strict=True)))[::-1], "class_names": list("abcd")}
+    files = [(folder + name, png) for name, png in zip(names, PNGS, strict=True)]
+    files.insert(len(files) if last else 0, (f"{folder}dataset.json", json.dumps(content).encode()))
+    path = write(tmp_path / f"set.{suffix}", files)
+    made, built = build(path, tmp_path / "made.zip")
+    np.testing.assert_array_equal(made, PIXELS)
+    assert numbers(built) == labels
+    assert built["class_names"] == list("abcd")
+    assert opened(path).notes == ([f"{folder}dataset.json is read: all images are in its folder"] if folder else [])
+
+
+def test_a_dataset_json_that_is_not_read_is_noted(tmp_path: Path) -> None:
+    member = ("dataset.json", b'{"labels": [["0.png", 0]]}')
+    images = [("x/0.png", PNGS[0]), ("y/1.png", PNGS[1])]
+    cases: dict[str, tuple[list[tuple[str, bytes]], str]] = {
+        "labels": ([*samples("cls", [0, 1]), member], "dataset.json is not read: the samples have labels"),
+        "outside": ([*images, (f"x/{member[0]}", member[1])], "x/dataset.json is not read, because images lie outside"),
+    }
+    for name, (files, note) in cases.items():
+        assert any(note in line for line in opened(write(tmp_path / f"{name}.tar", files)).notes)
+    write(tmp_path / "set" / "0.tar", [*images, member])
+    write(tmp_path / "set" / "1.tar", [("z.png", PNGS[2])])
+    source = opened(tmp_path / "set")
+    assert (source.labels, len(source)) == (None, 3)
+    assert source.notes[0] == "dataset.json is not read: to use it, unpack all 2 shards into a folder, and give that"
+    path = write(tmp_path / "missing.tar", [*images, member])
+    assert "missing.tar: dataset.json has no label for 'x/0.png'" in refused(tmp_path, path)
+    assert len(build(path, tmp_path / "made.zip", "--labels-from-folders")[0]) == 2
+    path = write(tmp_path / "bad.tar", [*images, (member[0], b"{")])
+    assert "bad.tar: dataset.json cannot be read" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize("others", [(), ("backup.tar",), ("backup-20240501_0930.tar.gz", "old/x.tgz"), ("train.tar",)])
+def test_images_count_and_not_archives_beside_them(tmp_path: Path, others: tuple[str, ...]) -> None:
+    root = tmp_path / "pets"
+    for name in others:
+        (root / "old").mkdir(parents=True, exist_ok=True)
+        write(root / name, [(f"{k}.png", PNGS[k]) for k in range(N)] * 9)
+    for k, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PNGS[k])
+    made, content = build(root, tmp_path / "made.zip", "--labels-from-folders")
+    np.testing.assert_array_equal(made, PIXELS[:4])
+    assert content["class_names"] == ["cat", "dog"]
+    notes = open_source(str(root), labels_from_folders="auto", drawing=Drawing(0, 1, 8, 8)).notes
+    more = " and 1 more" if len(others) > 1 else ""
+    expected = [
+        f"the images are read, and not {name!r}{more} beside them: to read such a file, give it as --source"
+        for name in others
+    ]
+    assert [note for note in notes if "the images are read" in note] == expected[:1]
+
+
+def test_shards_count_and_not_images_of_their_description(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    write(root / "x-000000.tar", samples("cls", [0, 1, 2, 1, 0]))
+    for name in ("logo.png", "sample.png"):
+        (root / name).write_bytes(PNGS[0])
+    source = opened(root)
+    assert (source.labels, source.left_out["images beside them"]) == ([0, 1, 2, 1, 0], ["logo.png", "sample.png"])
+    assert source.notes[0].startswith("1 .tar file is read, and not 2 images beside, such as 'logo.png': ")
+
+
+def test_shards_of_one_name_in_several_folders_and_of_no_split(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "more"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        write(tmp_path / "set" / folder / "0.tar", samples("cls", [0, 1])[:6])
+    assert len(opened(tmp_path / "set")) == 4
+    assert "splits others 1 shard, train 2 shards, and none" in refused(tmp_path, tmp_path / "set", "--split=dev")
+    assert len(build(tmp_path / "set", tmp_path / "others.zip", "--split=others")[0]) == 2
+    assert len(build(tmp_path / "set", tmp_path / "all.zip", "--split=all")[0]) == 6
+
+
+def test_left_out_members_are_counted_in_the_singular_and_plural(tmp_path: Path) -> None:
+    path = write(tmp_path / "set.tar", [("0.png", PNGS[0]), ("a.txt", b""), (".b", b""), (".c", b"")])
+    output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
+    assert "  1 sample without an image\n" in output
+    assert "  2 hidden files\n" in output
+
+
 def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "set.tar", [("0.png", PNGS[0]), ("1.png", bytes(4000)), ("2.png", b"none")])
     assert "set.tar: 2.png: not a" in refused(tmp_path, path)
-    monkeypatch.setattr("training.data_sources.shards.MAX_IMAGE_BYTES", 3000)
+    monkeypatch.setattr("training.data_sources.items.MAX_IMAGE_BYTES", 3000)
     contents = [item.content for item in opened(path)]
     assert [isinstance(content, BrokenImageError) for content in contents] == [False, True, False]
+    assert str(contents[1]) == "4000 bytes, more than the 3000 of an image: save it smaller"

@@ -184,6 +184,98 @@ def test_splits(tmp_path: Path) -> None:
     assert "several data sets, with a dev.parquet in each of data, other" in refused(tmp_path, folder)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("en/0000", "de/0000"),
+        ("data", "de/data"),
+        ("en/train-00000-of-00001", "de/train-00000-of-00002"),
+        ("en/test/0000", "de/test/0000", "fr/train/0000"),
+        ("en/x", "de/x", "train"),
+    ],
+)
+def test_configurations_are_refused(tmp_path: Path, suffix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        write(tmp_path / "set" / f"{name}.{suffix}", labelled([0] * N))
+    message = refused(tmp_path, tmp_path / "set")
+    assert "set holds several data sets, with a " in message
+    assert "fr" not in message
+    assert ("in each of ., de: give" if names[0] == "data" else "in each of de") in message
+
+
+def test_tables_of_several_names_and_of_no_split(tmp_path: Path) -> None:
+    for name, rows in (("a/0000", 1), ("b/0001", 2), ("train", 3)):
+        write(tmp_path / "set" / f"{name}.parquet", labelled([0] * N)[:rows])
+    assert len(opened(tmp_path / "set")) == 3
+    assert len(opened(tmp_path / "set", "others")) == 3
+    assert len(opened(tmp_path / "set", "all")) == N
+    assert "splits others 3, train 3" in refused(tmp_path, tmp_path / "set", "--split=dev")
+    os.remove(tmp_path / "set" / "train.parquet")
+    assert "has no splits: leave the option out" in refused(tmp_path, tmp_path / "set", "--split=others")
+
+
+def test_tables_have_no_classes_from_folders(tmp_path: Path) -> None:
+    path = write(tmp_path / "set" / "cap" / "a.parquet", labelled([0] * N)).parent
+    message = refused(tmp_path, path, "--labels-from-folders")
+    assert f"{path} holds tables, whose labels come from a column: leave out --labels-from-folders" in message
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001.parquet", "0000.parquet", "data/train.parquet", "x-test.arrow"])
+def test_tables_count_and_not_images_of_their_description(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "set" / name, labelled([0, 1, 2] * 2))
+    for image in ("logo.png", "assets/sample.png"):
+        (tmp_path / "set" / image).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / image).write_bytes(PNGS[0])
+    source = opened(tmp_path / "set")
+    assert (source.labels, source.left_out) == (
+        [0, 1, 2] * 2,
+        {"images beside them": ["assets/sample.png", "logo.png"]},
+    )
+    assert source.notes[0].startswith(f"1 {Path(name).suffix} file is read, and not 2 images beside")
+
+
+def test_a_larger_table_of_embeddings_leaves_the_images(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "embeddings.parquet", pa.table({"x": np.random.RandomState(0).rand(9000)}))
+    for k in range(3):
+        (tmp_path / "set" / f"{k}.png").write_bytes(PNGS[k])
+    source = opened(tmp_path / "set")
+    assert [item.content for item in source] == [tmp_path / "set" / f"{k}.png" for k in range(3)]
+    assert (
+        "the images are read, and not 'embeddings.parquet' beside them: to read such a file, give it as --source"
+        in source.notes
+    )
+
+
+def test_a_folder_of_caches_alone_holds_no_images(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "cache-0123abc.arrow", labelled([0] * N))
+    assert "holds no images; it holds 1 .arrow" in refused(tmp_path, tmp_path / "set")
+
+
+def test_rows_that_are_too_large_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "set.parquet", pa.table({"image": [PNGS[0], bytes(4000), b""]}))
+    monkeypatch.setattr("training.data_sources.items.MAX_IMAGE_BYTES", 3000)
+    contents = [item.content for item in opened(path)]
+    assert contents[::2] == [PNGS[0], b""]
+    assert str(contents[1]) == "4000 bytes, more than the 3000 of an image: save it smaller"
+
+
+@pytest.mark.parametrize("content", ["images", "tables", "both"])
+def test_a_folder_is_walked_once(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "set" / name for name in ("", "a", "b", "b/c")]
+    for folder in folders:
+        folder.mkdir()
+        if content != "tables":
+            (folder / "0.png").write_bytes(PNGS[0])
+        if content != "images":
+            write(folder / f"{folder.name}.parquet", labelled([0] * N))
+    scanned: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(os.path.abspath(path)) or scandir(path))  # type: ignore[func-returns-value]
+    assert len(opened(tmp_path / "set")) == (4 if content == "images" else 4 * N)
+    assert sorted(scanned) == sorted(map(str, folders))
+
+
 def save(folder: Path, table: Any, **state: Any) -> None:
     """Write what `Dataset.save_to_disk` does, in two files whose order the state tells."""
     files = [{"filename": f"data-0000{k}-of-00002.arrow"} for k in (1, 0)]

@@ -1,6 +1,5 @@
 """Seeds that depend on the position in a run, the machine, and a table of a module's parts."""
 
-import ctypes
 import getpass
 import hashlib
 import json
@@ -16,10 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-
-# glibc's names for mallopt (malloc.h).
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -50,24 +45,6 @@ def name_user() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["LOGNAME"] = f"uid_{os.getuid()}"
-
-
-def tune_allocator() -> None:
-    """Let glibc keep big buffers for the next step; elsewhere, do nothing.
-
-    By default glibc maps every buffer above 32 MiB anew and gives it back when it is freed, so that each step of a
-    training on the CPU pays for the page faults of all its activations again. Memory in use grows to its peak and
-    stays there.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has no such function
-        return
-    largest = 2**31 - 1  # mallopt takes an int
-    if mallopt(M_MMAP_THRESHOLD, largest) != 1:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the limit that glibc documents
-    mallopt(M_TRIM_THRESHOLD, largest)
 
 
 def device_name(device: torch.device) -> str:

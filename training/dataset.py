@@ -25,6 +25,7 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.util import counted
 from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
+from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import labels_of, open_store, read_dataset_json
@@ -248,6 +249,7 @@ class ImageDataset:
                 "or build the set with dataset_tool.py --labels-from-folders"
             )
         if isinstance(labels[0], int):
+            self.notes += note_on_gaps(labels, self.class_names)
             table = torch.tensor(labels, dtype=torch.int64)  # [num_images]
             c_dim = max(int(table.max()) + 1, len(self.class_names or []))
         else:

@@ -53,8 +53,9 @@ class Problems:
         return sum(self.sizes.values()) + len(self.broken)
 
     @property
-    def may_go_on_without_broken(self) -> bool:
-        return self.skip_bad and len(self.broken) < self.total
+    def stop_the_build(self) -> bool:
+        """Whether there are problems that nobody has asked to pass over: the others are still looked for."""
+        return bool(self.other_size) or (bool(self.broken) and not self.skip_bad)
 
     def note(self, item: Item, converted: Converted) -> bytes | None:
         """Return the image's file; None, and take note, if there is none."""

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from dnnlib.config import UserError
 from training.data_sources.dataset_json import Label
 
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
+# Names of splits, lower case, and what they are called on the command line.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "eval": "eval",
+}
 
 _MOST_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
@@ -62,7 +68,7 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
         tops = sorted({parts[level - 1] for parts in folders})
         if len(tops) == 1:
             notes.append(f"everything is in {'/'.join(folders[0][:level])}/: the folders in it are the classes")
-        elif SPLITS.issuperset(top.lower() for top in tops):
+        elif SPLITS.keys() >= {top.lower() for top in tops}:
             split_names = " and ".join(f"{top}/" for top in tops)
             notes.append(
                 f"{split_names} are splits: the folders in them are the classes, and all splits are read; "
@@ -71,7 +77,18 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
         else:
             break
         level += 1
+    if found := _flat_splits(folders, level):
+        notes.append(
+            f"{' and '.join(f'{name}/' for name in found)} look like splits, and are taken as classes, because images "
+            f"lie directly in them: give one split as --source"
+        )
     return level, notes
+
+
+def _flat_splits(folders: Sequence[Sequence[str]], level: int) -> list[str]:
+    """Return the folders at a level if all are named like splits."""
+    tops = sorted({parts[level - 1] for parts in folders if len(parts) >= level})
+    return tops if len(tops) > 1 and SPLITS.keys() >= {top.lower() for top in tops} else []
 
 
 def _are_all_deeper(folders: Sequence[Sequence[str]], level: int) -> bool:
@@ -82,7 +99,7 @@ def note_on_folders(names: Sequence[str]) -> str | None:
     """Return a line about folders that could be classes, for a set that is built without labels."""
     folders = [name.split("/")[:-1] for name in names]
     level, _ = find_level(folders)
-    if any(len(parts) < level for parts in folders):
+    if any(len(parts) < level for parts in folders) or _flat_splits(folders, level):
         return None
     counts = Counter(sorted(parts[level - 1] for parts in folders))
     if len(counts) < 2 or all(_SHARD.fullmatch(name) for name in counts):
@@ -129,14 +146,22 @@ def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None
 
     The old numbers are then the names. Classes that have names keep their numbers.
     """
-    if labels is None or class_names is not None or isinstance(labels[0], list):
+    if labels is None or isinstance(labels[0], list) or not (gaps := _describe_gaps(labels, class_names)):
         return Classes(labels, class_names, [])
-    counts, num_classes = _count(labels, None)
-    if 2 * len(counts) >= num_classes:
-        return Classes(labels, None, [])
-    new = {old: k for k, old in enumerate(sorted(counts))}
-    note = (
-        f"class numbers go up to {num_classes - 1}, but only {len(counts)} of them occur: they are renumbered from 0, "
-        "and named after the old numbers"
-    )
+    new = {old: k for k, old in enumerate(sorted(label for label in set(labels) if isinstance(label, int)))}
+    note = f"{gaps}: they are renumbered from 0, and named after the old numbers"
     return Classes([new[label] for label in labels if isinstance(label, int)], [str(old) for old in new], [note])
+
+
+def note_on_gaps(labels: Sequence[Label], class_names: list[str] | None) -> list[str]:
+    """Return a line about class numbers of which most do not occur, if they do not, for a set that is not built."""
+    gaps = _describe_gaps(labels, class_names)
+    return [f"{gaps}: building the set with dataset_tool.py renumbers them from 0"] if gaps else []
+
+
+def _describe_gaps(labels: Sequence[Label], class_names: list[str] | None) -> str:
+    """Return a clause where most class numbers up to the highest do not occur, and nothing names them; else ''."""
+    counts, num_classes = _count(labels, None)
+    if class_names is not None or 2 * len(counts) >= num_classes:
+        return ""
+    return f"class numbers go up to {num_classes - 1}, but only {len(counts)} of them occur"

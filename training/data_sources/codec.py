@@ -43,8 +43,8 @@ def decode_image(data: bytes) -> np.ndarray:
         image = _with_8_bits(image)
         if turn is not None:
             image = image.transpose(turn)
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+        data = (image if image.mode == mode else image.convert(mode)).tobytes()
+        return np.frombuffer(data, np.uint8).reshape(image.height, image.width, len(mode))
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:

@@ -9,17 +9,17 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES
-from dnnlib.util import open_regular, read_regular
+from dnnlib.util import counted, open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
 from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json
-from training.data_sources.listing import LeftOut, describe_left_out, list_files, sort_out
+from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, sort_out
 
-_MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()
 
 
@@ -32,7 +32,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 class FolderStore:
-    """Images below a folder, by their path relative to it.
+    """Images below a folder, by their path relative to it; `listing` is that of the folder where it is known.
 
     names      sorted
     left_out   other files by kind, see `listing`
@@ -40,9 +40,9 @@ class FolderStore:
     notes      on what is not where it usually is
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listing: Listing | None = None) -> None:
         self.path = path
-        files, links = list_files(path)
+        files, links = listing or list_files(path)
         self.names, self.json_name, self.left_out, self.notes = _arrange(files)
         self.left_out |= links
 
@@ -60,7 +60,7 @@ class FolderStore:
 
     def read_json(self) -> bytes:
         assert self.json_name is not None
-        return read_regular(self.path / self.json_name, _MAX_JSON_BYTES)
+        return read_regular(self.path / self.json_name, MAX_JSON_BYTES)
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size."""
@@ -109,7 +109,7 @@ class ZipStore:
     def read_json(self) -> bytes:
         assert self.json_name is not None
         limit = unpacked_limit(self._members[self.json_name].compress_size)
-        return self._read(self.json_name, min(limit, _MAX_JSON_BYTES))
+        return self._read(self.json_name, min(limit, MAX_JSON_BYTES))
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
         """Size in bytes and CRC-32, from the zip directory."""
@@ -173,14 +173,27 @@ def _refuse_overlaps(members: Iterable[zipfile.ZipInfo]) -> None:
 FileStore = FolderStore | ZipStore
 
 
-def open_store(path: Path) -> FileStore:
-    """Open a folder or .zip of images. Raises UserError when it is missing, something else, or holds no images."""
+class LabelledStore(Protocol):
+    """Names of images, and the dataset.json beside them, None without."""
+
+    path: Path
+    names: list[str]
+    json_name: str | None
+
+    def read_json(self) -> bytes: ...
+
+
+def open_store(path: Path, listing: Listing | None = None) -> FileStore:
+    """Open a folder, of which the listing may be known, or .zip of images.
+
+    Raises UserError when it is missing, something else, or holds no images.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder or .zip file of images")
     if (path / OPTIONS_FILE).exists():
         raise UserError(f"{path} is the folder of a run, whose pictures are no data set: give that of the run's images")
     if path.is_dir():
-        store: FileStore = FolderStore(path)
+        store: FileStore = FolderStore(path, listing)
     elif path.suffix.lower() == ".zip":
         store = ZipStore(path)
     else:
@@ -194,7 +207,7 @@ def open_store(path: Path) -> FileStore:
     return store
 
 
-def read_dataset_json(store: FileStore) -> DatasetJson:
+def read_dataset_json(store: LabelledStore) -> DatasetJson:
     """Read and check dataset.json, see `parse_dataset_json`; empty when the file is missing.
 
     The names in it start from its folder, those of the result from the top of the store.
@@ -215,15 +228,16 @@ def read_dataset_json(store: FileStore) -> DatasetJson:
     return replace(content, labels={folder + name: label for name, label in content.labels.items()})
 
 
-def labels_of(store: FileStore, content: DatasetJson) -> list[Label] | None:
+def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
     """The label of every image of `store` in order, or None. Raises UserError when an image has no label."""
     if content.labels is None:
         return None
     missing = [name for name in store.names if name not in content.labels]
     if missing:
+        others = f" and {counted(len(missing) - 1, 'other image')}" if len(missing) > 1 else ""
         raise UserError(
-            f"{store.path}: {store.json_name} has no label for {missing[0]!r} and {len(missing) - 1} other images: "
-            "labels must cover all images"
+            f"{store.path}: {store.json_name} has no label for {missing[0]!r}{others}: give all images one, or take "
+            "away those without"
         )
     return [content.labels[name] for name in store.names]
 
@@ -232,13 +246,13 @@ def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list
     """Return of all files the images, dataset.json, the others by kind, and notes."""
     names, left_out = sort_out(files)
     found = [file for file in left_out.get(".json", ()) if file.rsplit("/", 1)[-1] == NAME]
-    json_name, notes = _find_json(found, names)
+    json_name, notes = find_json(found, names)
     if json_name is not None:
         left_out[".json"].remove(json_name)
     return names, json_name, {kind: others for kind, others in left_out.items() if others}, notes
 
 
-def _find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, list[str]]:
+def find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, list[str]]:
     """Return which dataset.json of those found counts: at the top, or else in the one folder that holds all images.
 
     And a note where it is not at the top.

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources.dataset_json import Label
 from training.data_sources.listing import LeftOut
 
@@ -22,6 +23,13 @@ class Item(NamedTuple):
 
     name: str
     content: bytes | Path | np.ndarray | BrokenImageError
+
+
+def oversize(size: int) -> BrokenImageError | None:
+    """Return what is wrong with an encoded image of more bytes than are read; None for others."""
+    if size <= MAX_IMAGE_BYTES:
+        return None
+    return BrokenImageError(f"{size} bytes, more than the {MAX_IMAGE_BYTES} of an image: save it smaller")
 
 
 class Source(Protocol):

@@ -21,7 +21,10 @@ _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _MOST_KINDS = 12  # in a listing
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
 
+_PLURAL = re.compile(r"\b(cache|file|folder|image|sample)s\b")  # in the name of a kind
+
 LeftOut = dict[str, list[str]]  # kind, such as ".txt" -> names
+Listing = tuple[list[str], LeftOut]  # all files below a folder, and the links to folders that are not followed
 
 
 def is_hidden(folder: str) -> bool:
@@ -42,15 +45,20 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], LeftOut]:
     return images, left_out
 
 
+def hidden_kind(name: str) -> str | None:
+    """Return the kind of a file that is hidden or in a hidden folder; None for others."""
+    *folders, file = name.split("/")
+    hidden = next(filter(is_hidden, folders), None)
+    if hidden is not None:
+        return f"in {hidden}/"
+    return "hidden files" if file.startswith(".") else None
+
+
 def _kind_left_out(name: str) -> str | None:
     """Return the kind of a file that is left out; None for an image."""
-    *folders, file = name.split("/")
-    for folder in folders:
-        if is_hidden(folder):
-            return f"in {folder}/"
-    if file.startswith("."):
-        return "hidden files"
-    _, dot, ending = file.rpartition(".")
+    if hidden := hidden_kind(name):
+        return hidden
+    _, dot, ending = name.rpartition("/")[2].rpartition(".")
     suffix = f".{ending.lower()}" if dot else ""
     if suffix in _IMAGE_SUFFIXES:
         return None
@@ -67,7 +75,7 @@ def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
     lines = []
     for kind in kinds if verbose else kinds[:_MOST_KINDS]:
         advice = remedy(kind)
-        lines.append(f"  {len(left_out[kind])} {kind}{': ' if advice else ''}{advice}")
+        lines.append(f"  {_counted_kind(len(left_out[kind]), kind)}{': ' if advice else ''}{advice}")
         if verbose:
             lines += [f"    {name}" for name in left_out[kind]]
     if len(kinds) > len(lines) and not verbose:
@@ -76,7 +84,13 @@ def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
     return lines
 
 
-def list_files(root: Path) -> tuple[list[str], LeftOut]:
+def _counted_kind(count: int, kind: str) -> str:
+    if count == 1 and not kind.startswith((".", "in ")):
+        kind = _PLURAL.sub(r"\1", kind, count=1)
+    return f"{count} {kind}"
+
+
+def list_files(root: Path) -> Listing:
     """List the files below a folder, by their path relative to it, and the links to folders that are not followed.
 
     A link to a folder is followed once: not where its folder, or one above it, has been read already. Files in hidden
@@ -93,7 +107,7 @@ def list_files(root: Path) -> tuple[list[str], LeftOut]:
             continue
         files = _walk(root, start, followed, pending)
         names += tqdm(files, desc="listing", unit=" files", disable=None, delay=1, leave=False)
-    return names, {"linked folders that are read already": repeated} if repeated else {}
+    return names, {"linked folders read already": repeated} if repeated else {}
 
 
 def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from dnnlib.allocator import tune_allocator
 from dnnlib.config import UserError
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ def map_chunks(
     At most 2 * workers + 1 chunks wait at any time. Raises UserError when a process dies.
     """
     # spawn: forking a process that has threads (of whoever calls us) can deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=tune_allocator)
     pending: deque[tuple[list[T], Future[list[R]]]] = deque()
     try:
         for chunk in chunks:

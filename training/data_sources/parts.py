@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,28 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import UserError
-from dnnlib.util import describe_error, parse_json, read_regular
-from training.data_sources.listing import LeftOut, list_files, sort_out
+from dnnlib.util import counted, describe_error, parse_json, read_regular
+from training.data_sources.classes import SPLITS
+from training.data_sources.listing import LeftOut, Listing, sort_out
 
 SUFFIXES = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
 }
-_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
-_KNOWN = frozenset(("train", "validation", "test", "eval", *_ALIASES))
+_ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
+_OTHERS = "others"  # the split of files that name none, where other files do
 _NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # of a stem: NAME-train-00000-of-00005
+_SERIAL = re.compile(r"(?<!\d)00\d")  # in a number as files of a series have it: 000017
 _MAX_JSON_BYTES = 1 << 24
 
 
 @dataclass(kw_only=True)
 class Parts:
-    """Files of one kind, a key of SUFFIXES, by split; all are of the split "" where nothing names splits."""
+    """Files of one kind, a key of SUFFIXES, by split; all are of the split "" where nothing names splits.
+
+    `left_out` and `notes` are as those of a Source.
+    """
 
     root: Path
     kind: str
     splits: dict[str, list[Path]]
     left_out: LeftOut = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def choose(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
         """Return the files of a split, by default of `train`, and notes. Raises UserError where there is none of it.
@@ -44,7 +49,7 @@ class Parts:
                 raise UserError(f"--split={split}: {self.root} has no splits: leave the option out")
             return self.splits[""], []
         chosen = _canonical(split) if split else "train" if len(self.splits) > 1 else next(iter(self.splits))
-        shown = ", ".join(f"{name or 'others'} {count(files)}" for name, files in sorted(self.splits.items()))
+        shown = ", ".join(f"{name} {count(files)}" for name, files in sorted(self.splits.items()))
         if chosen == "all":
             return [file for _, files in sorted(self.splits.items()) for file in files], [
                 f"splits: {shown}: all are read"
@@ -60,33 +65,75 @@ class Parts:
         return self.splits[chosen], [f"splits: {shown}: {chosen} is read{others}"]
 
 
-def find_parts(path: Path) -> Parts | None:
+def find_parts(path: Path, listing: Listing | None) -> Parts | None:
     """Find tables or tar shards in a folder, or the table that a file is; None for anything else.
 
-    The content of a folder is the kind that takes most bytes, or images. Raises UserError for what the library
-    `datasets` saved and cannot be read.
+    `listing` is that of a folder, whose content is the kind that takes most bytes, or images. Raises UserError for what
+    the library `datasets` saved and cannot be read.
     """
-    if not path.is_dir():
+    if listing is None:
         kind = next((kind for kind in ("parquet", "arrow") if path.name.lower().endswith(SUFFIXES[kind])), None)
         return Parts(root=path, kind=kind, splits={"": [path]}) if kind else None
     if (path / "dataset_dict.json").is_file():
         return Parts(root=path, kind="arrow", splits=_saved_splits(path))
     if (path / "state.json").is_file():
         return Parts(root=path, kind="arrow", splits={"": _saved_files(path)})
-    images, left_out = sort_out(list_files(path)[0])
-    by_kind = {kind: _of_kind(left_out, suffixes) for kind, suffixes in SUFFIXES.items()}
-    if not any(by_kind.values()):
+    files, links = listing
+    if not any(name.lower().endswith(_ALL_SUFFIXES) for name in files):
+        return None
+    images, left_out = sort_out(files)
+    found = {kind: _of_kind(left_out, suffixes) for kind, suffixes in SUFFIXES.items()}
+    by_kind = {kind: names for kind, names in found.items() if not all(map(_is_cache, names))}
+    if not by_kind:
         return None
     kind = max(by_kind, key=lambda kind: _total_size(path, by_kind[kind]))
     names = sorted(by_kind[kind])
-    if _total_size(path, images) > _total_size(path, names):
+    if images and not _are_content(path, kind, names, images):
         return None
-    others = {other: [name for name in found if name not in set(names)] for other, found in left_out.items()}
-    others |= {"images beside them": images, "caches of datasets": list(filter(_is_cache, names))}
-    splits = _by_split(path, [name for name in names if not _is_cache(name)])
+    taken = set(names)
+    others = {other: [name for name in found if name not in taken] for other, found in left_out.items()}
+    others |= {"images beside them": images, "caches of datasets": list(filter(_is_cache, names)), **links}
+    parts = [name for name in names if not _is_cache(name)]
     return Parts(
-        root=path, kind=kind, splits=splits, left_out={other: found for other, found in others.items() if found}
+        root=path,
+        kind=kind,
+        splits=_by_split(path, parts, are_tables=kind != "tar"),
+        left_out={other: found for other, found in others.items() if found},
+        notes=_note_on_images(kind, parts, images),
     )
+
+
+def _are_content(root: Path, kind: str, names: list[str], images: list[str]) -> bool:
+    """Whether tables or shards are the data set, and the images beside them belong to its description.
+
+    They take more bytes, and are as many, or named as parts of a set: `0017.tar`, `train.parquet`. A `train.tar` may
+    well be what the images were packed into.
+    """
+    files = [name.rpartition("/")[2] for name in names]
+    are_parts = any(_SERIAL.search(file) or (kind != "tar" and split_of(file)) for file in files)
+    return (are_parts or len(names) >= len(images)) and _total_size(root, names) > _total_size(root, images)
+
+
+def _note_on_images(kind: str, parts: list[str], images: list[str]) -> list[str]:
+    """Return a note on images beside tables or tar files that are read, if there are any."""
+    if not images:
+        return []
+    are = "is" if len(parts) == 1 else "are"
+    return [
+        f"{counted(len(parts), f'.{kind} file')} {are} read, and not {counted(len(images), 'image')} beside, such as "
+        f"{images[0]!r:.80}: to read images, give a folder of them alone"
+    ]
+
+
+def note_on_parts(left_out: LeftOut) -> list[str]:
+    """Return a note on tables and tar files beside images that are read, if there are any."""
+    names = sorted(_of_kind(left_out, _ALL_SUFFIXES))
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"the images are read, and not {names[0]!r:.80}{more} beside them: to read such a file, give it as --source"
+    ]
 
 
 def _of_kind(left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
@@ -104,22 +151,30 @@ def _is_cache(name: str) -> bool:
     return re.search(r"(^|/)(cache-\w+|tmp\w{8})\.arrow$", name) is not None
 
 
-def _by_split(root: Path, names: list[str]) -> dict[str, list[Path]]:
-    """Sort files by the splits that they belong to. Raises UserError where a folder holds several data sets."""
+def _by_split(root: Path, names: list[str], *, are_tables: bool) -> dict[str, list[Path]]:
+    """Sort files by the splits that they belong to. Raises UserError where a folder holds several sets of tables."""
     splits: dict[str, list[str]] = {}
     for name in names:
         splits.setdefault(split_of(name), []).append(name)
-    for split, files in splits.items():
-        twice = [file for file, count in Counter(name.rsplit("/", 1)[-1] for name in files).items() if count > 1]
-        if split and twice:
-            folders = sorted(
-                name.rsplit("/", 1)[0] if "/" in name else "." for name in files if name.endswith(twice[0])
-            )
-            raise UserError(
-                f"{root} holds several data sets, with a {twice[0]} in each of {', '.join(folders):.200}: give one of "
-                "these folders"
-            )
+    if len(splits) > 1 and "" in splits:
+        splits.setdefault(_OTHERS, []).extend(splits.pop(""))
+    for files in splits.values() if are_tables else ():
+        _refuse_configurations(root, files)
     return {split: [root / name for name in files] for split, files in splits.items()}
+
+
+def _refuse_configurations(root: Path, files: list[str]) -> None:
+    """Raise UserError where tables of one split and number lie in several folders, as the configurations of a set."""
+    folders: dict[str, list[str]] = {}
+    for name in files:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(re.sub(r"-of-\d+", "", file), []).append(folder or ".")
+    for file, found in folders.items():
+        if len(set(found)) > 1:
+            raise UserError(
+                f"{root} holds several data sets, with a {file} in each of {', '.join(sorted(set(found))):.200}: give "
+                "one of these folders"
+            )
 
 
 def split_of(name: str) -> str:
@@ -129,14 +184,14 @@ def split_of(name: str) -> str:
     if (numbered := _NUMBERED.fullmatch(stem)) and numbered[1] != "data":
         return _canonical(numbered[1])
     for text in (stem, *reversed(folders)):
-        words = [word for word in re.split(r"[-_. ]", text.lower()) if word in _KNOWN]
+        words = [word for word in re.split(r"[-_. ]", text.lower()) if word in SPLITS]
         if words:
             return _canonical(words[-1])
     return ""
 
 
 def _canonical(split: str) -> str:
-    return _ALIASES.get(split.lower(), split)
+    return SPLITS.get(split.lower(), split)
 
 
 def _saved_splits(path: Path) -> dict[str, list[Path]]:

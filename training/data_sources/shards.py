@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
-from dnnlib.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from dnnlib.images import IMAGE_SUFFIXES
 from dnnlib.util import describe_error, parse_json
 from training.data_sources.bounds import PACKED_ERRORS, Member, Unpacked, open_packed, read_tar
-from training.data_sources.items import Item, SourceBase
+from training.data_sources.dataset_json import NAME
+from training.data_sources.files import MAX_JSON_BYTES, find_json, labels_of, read_dataset_json
+from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
-from training.data_sources.listing import sort_out
+from training.data_sources.listing import LeftOut, hidden_kind, sort_out
 
 _MAX_LABEL_BYTES = 1 << 20
 _TEXTS = ("cls", "class", "label")  # extensions of members with a number or a name
@@ -26,8 +28,8 @@ _KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "label_n
 _BLOCK = 512  # bytes that a member takes at least
 
 
-class _Image(NamedTuple):
-    """A member of a shard that is an image: number of the shard, its first byte in it (unpacked), bytes, name."""
+class _Place(NamedTuple):
+    """A member of a shard: number of the shard, its first byte in it (unpacked), bytes, name."""
 
     shard: int
     start: int
@@ -37,11 +39,11 @@ class _Image(NamedTuple):
 
 @dataclass
 class _Sample:
-    """The images of a sample, and what may be its label, by extension."""
+    """The images of a sample, and what may be its label, by extension; an error where that cannot be read."""
 
     shard: int
     key: str
-    images: list[_Image] = field(default_factory=list)
+    images: list[_Place] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)
 
@@ -50,24 +52,56 @@ class _Sample:
         return next((self.labels[kind] for kind in (*_TEXTS, "json") if self.labels.get(kind) is not None), None)
 
 
+@dataclass
+class _Aside:
+    """Members that belong to no sample: hidden ones by kind, and every dataset.json."""
+
+    hidden: LeftOut = field(default_factory=dict)
+    jsons: list[_Place] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Archive:
+    """A LabelledStore of one tar archive."""
+
+    path: Path
+    names: list[str]
+    json_name: str | None
+    place: _Place
+
+    def read_json(self) -> bytes:
+        if self.place.size > MAX_JSON_BYTES:
+            raise BrokenImageError(f"{self.place.size} bytes, more than the {MAX_JSON_BYTES} that it may have")
+        with _open(self.path) as stream:
+            stream.skip(self.place.start)
+            return stream.read(self.place.size)
+
+
 class ShardSource(SourceBase):
     """Images of tar archives, read one after the other; `names` are those of the members.
 
     A first pass reads names and labels. Without any label every image counts; with labels, one image of each sample.
+    The labels of a single archive may be in a dataset.json, which is read if `read_json`.
     """
 
     channels: int | None = 3
 
-    def __init__(self, name: str, paths: list[Path]) -> None:
+    def __init__(self, name: str, paths: list[Path], *, read_json: bool) -> None:
         super().__init__()
         self.name = name
         self._paths = paths
-        progress = tqdm(_read_samples(paths), desc="names and labels", unit=" samples", disable=None, leave=False)
-        samples = list(progress)
+        aside = _Aside()
+        samples = list(
+            tqdm(_read_samples(paths, aside), desc="names and labels", unit=" samples", disable=None, leave=False)
+        )
         pictured = [sample for sample in samples if sample.images]
-        self._leave_out("samples without an image", [sample.key for sample in samples if not sample.images])
+        self.add_left_out(aside.hidden)
+        self.add_left_out({"samples without an image": [sample.key for sample in samples if not sample.images]})
+        if fault := next((sample.label for sample in pictured if isinstance(sample.label, UserError)), None):
+            raise fault
         if any(sample.label is not None for sample in pictured):
-            self._leave_out("further images of a sample", [image.name for s in pictured for image in _by_rank(s)[1:]])
+            further = [image.name for sample in pictured for image in _by_rank(sample)[1:]]
+            self.add_left_out({"further images of a sample": further})
             self.labels, self.class_names = to_labels(
                 [sample.label for sample in pictured],
                 lambda k: f"{paths[pictured[k].shard]}: sample {pictured[k].key!r}",
@@ -80,10 +114,30 @@ class ShardSource(SourceBase):
             raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
         self.names = [image.name for image in self._images]
         self.may_have_classes = self.labels is None
+        if aside.jsons and read_json:
+            self._consider_json({place.name: place for place in aside.jsons})
 
-    def _leave_out(self, kind: str, names: list[str]) -> None:
-        if names:
-            self.left_out[kind] = names
+    def _consider_json(self, places: dict[str, _Place]) -> None:
+        """Read the labels of the dataset.json that counts, or take note of why none of them does."""
+        found, notes = find_json(list(places), self.names)
+        if self.labels is not None:
+            notes = [f"{next(iter(places))} is not read: the samples have labels"]
+        elif found is not None and len(self._paths) > 1:
+            notes = [
+                f"{found} is not read: to use it, unpack all {len(self._paths)} shards into a folder, and give that"
+            ]
+        elif found is not None:
+            store = _Archive(path=self._paths[0], names=self.names, json_name=found, place=places[found])
+            content = read_dataset_json(store)
+            self.labels, self.class_names = labels_of(store, content), content.class_names
+            self.may_have_classes = False  # one without labels says that there are none
+            notes += content.notes
+        self.notes += notes
+
+    def add_left_out(self, left_out: LeftOut) -> None:
+        for kind, names in left_out.items():
+            if names:
+                self.left_out[kind] = [*self.left_out.get(kind, ()), *names]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,13 +151,11 @@ class ShardSource(SourceBase):
                     yield Item(f"{path.name}: {image.name}", _content(stream, image))
 
 
-def _content(stream: Unpacked, image: _Image) -> bytes | BrokenImageError:
-    if image.size > MAX_IMAGE_BYTES:
-        return BrokenImageError(f"{image.size} bytes")
-    return stream.read(image.size)
+def _content(stream: Unpacked, image: _Place) -> bytes | BrokenImageError:
+    return oversize(image.size) or stream.read(image.size)
 
 
-def _by_rank(sample: _Sample) -> list[_Image]:
+def _by_rank(sample: _Sample) -> list[_Place]:
     """Images of a sample, those first that have no other extension before that of their format."""
     return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
@@ -125,11 +177,22 @@ def _open(path: Path) -> Iterator[Unpacked]:
         raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
 
 
-def _read_samples(paths: list[Path]) -> Iterator[_Sample]:
+def _read_samples(paths: list[Path], aside: _Aside) -> Iterator[_Sample]:
     for shard, path in enumerate(paths):
         with _open(path) as stream:
             members = read_tar(stream, stream.limit // _BLOCK + 1)
-            yield from _group(stream, (member for member in members if member.is_plain), shard, path)
+            yield from _group(stream, _set_aside(stream, members, shard, aside), shard, path)
+
+
+def _set_aside(stream: Unpacked, members: Iterable[Member], shard: int, aside: _Aside) -> Iterator[Member]:
+    """Yield the files that make up samples; add those that do not to `aside`."""
+    for member in filter(lambda member: member.is_plain, members):
+        if hidden := hidden_kind(member.name):
+            aside.hidden.setdefault(hidden, []).append(member.name)
+        elif member.name.rpartition("/")[2] == NAME:
+            aside.jsons.append(_Place(shard, stream.position, member.size, member.name))
+        else:
+            yield member
 
 
 def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) -> Iterator[_Sample]:
@@ -145,21 +208,21 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
         if extension in (*_TEXTS, "json"):
             sample.labels[extension] = _read_label(member, extension, stream, path)
         elif sort_out([member.name])[0]:
-            sample.images.append(_Image(shard, stream.position, member.size, member.name))
+            sample.images.append(_Place(shard, stream.position, member.size, member.name))
     if sample is not None:
         yield sample
 
 
 def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) -> Any:
-    """Return a number, a text or a list; None for an empty text and for JSON without a label. Raises UserError."""
+    """Return a number, a text or a list; None for an empty text and for JSON without a label; UserError for others."""
     where = f"{path}: {member.name!r:.200}"
     if member.size > _MAX_LABEL_BYTES:
-        raise UserError(f"{where} has {member.size} bytes, more than the {_MAX_LABEL_BYTES} of a label: check it")
+        return UserError(f"{where} has {member.size} bytes, more than the {_MAX_LABEL_BYTES} of a label: check it")
     try:
         text = stream.read(member.size).decode().strip()
         content = parse_json(text) if extension == "json" else text
     except ValueError as error:
-        raise UserError(f"{where} cannot be read ({describe_error(error)}): write it again") from error
+        return UserError(f"{where} cannot be read ({describe_error(error)}): write it again")
     if extension == "json":
         found = content if isinstance(content, dict) else {}
         content = next((found[key] for key in _KEYS if found.get(key) is not None), None)

@@ -14,7 +14,6 @@ import numpy as np
 
 from dnnlib.config import FLOAT32_MAX, UserError
 from dnnlib.image_files import BrokenImageError
-from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import counted, describe_error
 from training.data_sources.bounds import (
     PACKED_ERRORS,
@@ -28,9 +27,10 @@ from training.data_sources.cifar import read_cifar
 from training.data_sources.classes import classes_from_folders, note_on_folders
 from training.data_sources.dataset_json import MAX_CLASS, Label
 from training.data_sources.files import FileStore, FolderStore, labels_of, open_store, read_dataset_json
-from training.data_sources.items import Item, Source, SourceBase
+from training.data_sources.items import Item, Source, SourceBase, oversize
+from training.data_sources.listing import list_files
 from training.data_sources.lmdb_file import LmdbFile
-from training.data_sources.parts import Parts, find_parts, snapshot_folder
+from training.data_sources.parts import Parts, find_parts, note_on_parts, snapshot_folder
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 from training.data_sources.shards import ShardSource
 from training.data_sources.tables import TableSource
@@ -53,25 +53,41 @@ def open_source(
     `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
     that comes in several, None for the usual one.
     """
-    location = Path(path)
-    if path != "shapes" and not location.exists():
-        raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
-    if path != "shapes" and not (location.is_file() or location.is_dir()):
-        raise UserError(f"--source={path} is neither a regular file nor a folder: give {SUPPORTED}")
-    parts = None if path == "shapes" else find_parts(snapshot_folder(location))
-    if parts is not None:
-        source: Source = _open_parts(parts, location.resolve().name, split)
-    elif split is not None:
-        raise UserError(f"--split={split}: {path} has no splits: leave the option out, or give the folder of a split")
-    elif path == "shapes":
-        source = ShapesSource(drawing)
+    if path != "shapes":
+        source = _open_path(path, read_labels=labels_from_folders is None, split=split)
     else:
-        source = _open_file_or_folder(snapshot_folder(location), read_labels=labels_from_folders is None)
+        _refuse_split(path, split)
+        source = ShapesSource(drawing)
     if isinstance(source, FileSource | ShardSource):
         _consider_folders(source, labels_from_folders, path)
     elif labels_from_folders is not None:
+        if isinstance(source, TableSource):
+            raise UserError(f"{path} holds tables, whose labels come from a column: leave out --labels-from-folders")
         raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images, and {path} is none")
     return source
+
+
+def _open_path(path: str, *, read_labels: bool, split: str | None) -> Source:
+    if not Path(path).exists():
+        raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
+    if not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"--source={path} is neither a regular file nor a folder: give {SUPPORTED}")
+    location = snapshot_folder(Path(path))
+    if location.is_dir() and (location / "data.mdb").exists():
+        _refuse_split(path, split)
+        return LmdbSource(location)
+    listing = list_files(location) if location.is_dir() else None
+    if parts := find_parts(location, listing):
+        return _open_parts(parts, Path(path).resolve().name, read_labels=read_labels, split=split)
+    _refuse_split(path, split)
+    if listing is not None or location.suffix.lower() == ".zip":
+        return FileSource(open_store(location, listing), read_labels=read_labels)
+    return _open_file(location, read_labels=read_labels)
+
+
+def _refuse_split(path: str, split: str | None) -> None:
+    if split is not None:
+        raise UserError(f"--split={split}: {path} has no splits: leave the option out, or give the folder of a split")
 
 
 def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | None, path: str) -> None:
@@ -84,26 +100,22 @@ def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | Non
         source.notes.append(note)
 
 
-def _open_parts(parts: Parts, name: str, split: str | None) -> Source:
+def _open_parts(parts: Parts, name: str, *, read_labels: bool, split: str | None) -> Source:
     if parts.kind != "tar":
         return TableSource(parts, name, split)
     paths, notes = parts.choose(split, lambda paths: counted(len(paths), "shard"))
-    source = ShardSource(name, paths)
-    source.notes += notes
-    source.left_out |= parts.left_out
+    source = ShardSource(name, paths, read_json=read_labels)
+    source.notes[:0] = [*parts.notes, *notes]
+    source.add_left_out(parts.left_out)
     return source
 
 
-def _open_file_or_folder(location: Path, *, read_labels: bool) -> Source:
-    if location.is_dir() and (location / "data.mdb").exists():
-        return LmdbSource(location)
-    if location.is_dir() or location.suffix.lower() == ".zip":
-        return FileSource(open_store(location), read_labels=read_labels)
-    if location.suffix.lower() in (".npy", ".npz"):
-        return _open_arrays(location)
-    if re.search(r"idx3-ubyte(\.gz)?$", location.name):
-        return _open_idx(location)
-    return _open_tar(location)
+def _open_file(path: Path, *, read_labels: bool) -> Source:
+    if path.suffix.lower() in (".npy", ".npz"):
+        return _open_arrays(path)
+    if re.search(r"idx3-ubyte(\.gz)?$", path.name):
+        return _open_idx(path)
+    return _open_tar(path, read_labels=read_labels)
 
 
 class FileSource(SourceBase):
@@ -113,7 +125,7 @@ class FileSource(SourceBase):
         self.name = store.path.resolve().name
         self.names = store.names
         self.left_out = store.left_out
-        self.notes = [*store.notes]
+        self.notes = [*store.notes, *note_on_parts(store.left_out)]
         self.may_have_classes = store.json_name is None  # one without labels says that there are none
         self._store = store
         if read_labels:
@@ -243,7 +255,7 @@ def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _open_tar(path: Path) -> Source:
+def _open_tar(path: Path, *, read_labels: bool) -> Source:
     """CIFAR or STL-10, told apart by the folder in the archive, or a shard of WebDataset."""
     try:
         with open_packed(path) as stream:
@@ -257,7 +269,7 @@ def _open_tar(path: Path) -> Source:
                 return StlSource(path, chain([first], members))
     except PACKED_ERRORS as error:
         raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
-    return ShardSource(path.name, [path])
+    return ShardSource(path.name, [path], read_json=read_labels)
 
 
 def _first_member(members: Iterator[Member], path: Path) -> Member:
@@ -333,8 +345,7 @@ class LmdbSource(SourceBase):
     def __iter__(self) -> Iterator[Item]:
         try:
             for key, value in self._file:
-                too_large = len(value) > MAX_IMAGE_BYTES
-                yield Item(repr(key), BrokenImageError(f"{len(value)} bytes") if too_large else value)
+                yield Item(repr(key), oversize(len(value)) or value)
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
-from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import describe_error, import_extra, parse_json
 from training.data_sources.arrow_file import ArrowFile
-from training.data_sources.items import Item, SourceBase
+from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
 from training.data_sources.parquet_file import ParquetFile
 from training.data_sources.parts import Parts
@@ -51,7 +50,7 @@ class TableSource(SourceBase):
         self.left_out = parts.left_out
         label = f"its label in column {self._columns.label!r}" if self.labels else "no label"
         note = f"the image of a row is in column {self._columns.image!r}, {label}"
-        self.notes = [*splits, note, *([self._columns.note] if self._columns.note else [])]
+        self.notes = [*parts.notes, *splits, note, *([self._columns.note] if self._columns.note else [])]
         self._refuse_unknown_classes()
 
     def _count(self, paths: Iterable[Path]) -> str:
@@ -126,8 +125,7 @@ class TableSource(SourceBase):
         """Return the bytes of an image, or the file beside the table that its row names."""
         data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if data is not None:
-            too_large = len(data) > MAX_IMAGE_BYTES
-            return BrokenImageError(f"{len(data)} bytes") if too_large else data
+            return oversize(len(data)) or data
         if not isinstance(name, str) or not name or "\0" in name:
             return BrokenImageError("the row has no image")
         folder = os.path.abspath(self._parts.root if self._parts.root.is_dir() else self._parts.root.parent)
