@@ -13,7 +13,7 @@ from PIL import Image
 ORDERS = {"<": b"II*\0", ">": b"MM\0*"}
 
 
-def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()

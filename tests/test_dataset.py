@@ -386,9 +386,18 @@ def test_of_plain_pngs_the_headers_are_read_alone(
         whole.append(name)
         return read(name)
 
+    read_start, sizes = dataset._store.read_start, {}
+
+    def note_start(name: str, size: int) -> bytes:
+        sizes[name] = size
+        return read_start(name, size)
+
     monkeypatch.setattr(dataset._store, "read", note)
+    monkeypatch.setattr(dataset._store, "read_start", note_start)
     dataset.check_shapes()
     assert whole == ["other/text.png"]
+    assert sizes.pop("other/x.jpg") == 1 << 16
+    assert set(sizes.values()) == {41}
     wrong = {
         "4 images of 2 sizes, 5x6 to 5x7 pixels: build a set of one size": as_png(random_images(1, height=7)[0]),
         "4 images of 2 sizes, 5x6 to 6x5 pixels: build a set of one size": as_png(images[0], exif=exif),
@@ -399,6 +408,29 @@ def test_of_plain_pngs_the_headers_are_read_alone(
         dataset = open_set(write(tmp_path / f"{number}.zip", set_files(images) | {"wrong.png": data}))
         with pytest.raises(ConfigError, match=message):
             dataset.check_shapes()
+
+
+@pytest.mark.parametrize("write", [write_zip, write_folder])
+def test_a_broken_first_image_is_counted_with_the_others(
+    tmp_path: Path, write: Callable[[Path, dict[str, bytes]], Path]
+) -> None:
+    """Also one whose header is whole, and several; where there is no other image, that is said at once."""
+    images = random_images(3)
+    good = as_png(images[0])
+    broken = {"0/a.png": good[:60], "0/b.png": b"", "0/c.png": b"%PDF"}
+    assert read_shape(broken["0/a.png"]) == images[0].shape
+    dataset = open_set(write(tmp_path / "a.zip", broken | set_files(images)))
+    assert dataset.img_shape == (3, 6, 5)
+    with pytest.raises(ConfigError, match=r"6 images, 3 cannot be read, the first is '0/a\.png' \(.*--skip-bad$"):
+        dataset.check_shapes()
+    with pytest.raises(UserError, match=r"image '0/a\.png' cannot be decoded"):
+        dataset.images([0])
+    wide = {"0/d.png": as_png(random_images(1, height=64, width=64)[0])}
+    dataset = open_set(write(tmp_path / "b.zip", broken | wide | set_files(images)))
+    with pytest.raises(ConfigError, match=r"7 images of 2 sizes, 5x6 to 64x64 .*--width=16 --height=16 --skip-bad"):
+        dataset.check_shapes(lambda sizes: (16, 16))
+    with pytest.raises(UserError, match=r"none of its 3 images can be decoded, the first is '0/a\.png' \("):
+        open_set(write(tmp_path / "c.zip", broken))
 
 
 def _text() -> PngInfo:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from image_helpers import encoded, png_chunk
 from PIL import Image
 
 import dataset_tool
@@ -43,10 +44,8 @@ def random_images(*shape: int) -> np.ndarray:
     return rng.randint(0, 256, shape).astype(np.uint8)
 
 
-def encoded(pixels: np.ndarray, format: str = "png", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format, **options)
-    return buffer.getvalue()
+def as_file(pixels: np.ndarray, format: str = "png", **options: Any) -> bytes:
+    return encoded(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), format, **options)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
@@ -114,10 +113,10 @@ def numbers(content: dict[str, Any]) -> list[Any]:
 def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None:
     images = random_images(4, 6, 5, 3)
     files = {
-        "cat/z.bmp": encoded(images[1], "bmp"),
-        "cat/deep/a.webp": encoded(images[0], "webp", lossless=True),
-        "dog/1.PNG": encoded(images[2]),
-        "eel/1.png": encoded(images[3]),
+        "cat/z.bmp": as_file(images[1], "bmp"),
+        "cat/deep/a.webp": as_file(images[0], "webp", lossless=True),
+        "dog/1.PNG": as_file(images[2]),
+        "eel/1.png": as_file(images[3]),
         "eel/notes.txt": b"not an image",
     }
     source = write_zip(tmp_path / "in.zip", files) if packed else write_files(tmp_path / "in", files)
@@ -132,7 +131,7 @@ def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None
 
 def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     images = random_images(3, 4, 4, 3)
-    files = {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)}
+    files = {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)}
     labels = [["0.png", [0.5, 1]], ["2.png", [3, 4]], ["1.png", [0, 0]]]
     files["dataset.json"] = json.dumps({"labels": labels}).encode()
     _, content = build(write_zip(tmp_path / "in.zip", files), tmp_path / "out.zip", "--max-images=2")
@@ -142,7 +141,8 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
 
 def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
     source = write_files(
-        tmp_path / "in", {"a.png": encoded(random_images(4, 4, 3)), "b.png": encoded(random_images(4, 4, 3))}
+        tmp_path / "in",
+        {"a.png": as_file(random_images(4, 4, 3)), "b.png": as_file(random_images(4, 4, 3))},
     )
     build(source, tmp_path / "out.zip")
     assert run("--source", source, "--dest", tmp_path / "new" / "out", "--workers=1").exit_code == 0
@@ -154,7 +154,7 @@ def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
 
 
 def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
-    files = {f"{k:03d}.png": encoded(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
+    files = {f"{k:03d}.png": as_file(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
     source = write_zip(tmp_path / "in.zip", files)
     for workers in (1, 2):
         options = ("--width=4", "--height=4", "--skip-bad", f"--workers={workers}")
@@ -165,8 +165,8 @@ def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
 
 
 def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
-    files = {f"{k:03d}.png": encoded(random_images(8, 8, 3)) for k in range(300)} | {
-        "299.png": encoded(random_images(8, 9, 3))
+    files = {f"{k:03d}.png": as_file(random_images(8, 8, 3)) for k in range(300)} | {
+        "299.png": as_file(random_images(8, 9, 3))
     }
     source = write_zip(tmp_path / "in.zip", files)
     result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--workers=2")
@@ -198,7 +198,7 @@ def test_box_filter_is_the_mean() -> None:
 @pytest.mark.parametrize("resize_filter", RESIZE_FILTERS)
 def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> None:
     pixels = random_images(20, 30, 3)
-    source = write_files(tmp_path / "in", {"a.png": encoded(pixels)})
+    source = write_files(tmp_path / "in", {"a.png": as_file(pixels)})
     sizes = ("--width=8", "--height=4", f"--resize_filter={resize_filter}")
     cropped, content = build(source, tmp_path / "crop.zip", "--transform=center-crop", *sizes)
     image = Image.fromarray(pixels).crop((0, 2, 30, 17))
@@ -253,7 +253,7 @@ def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -
     sizes = [(7, 9), (8, 4), (9, 3), *[(16, 12)] * 297]
     images = {f"{k:03d}.png": random_images(height, width, 3) for k, (width, height) in enumerate(sizes)}
     labels = [[name, k] for k, name in enumerate(images)]
-    files = {name: encoded(pixels) for name, pixels in images.items()}
+    files = {name: as_file(pixels) for name, pixels in images.items()}
     source = write_files(tmp_path / "in", files | {"dataset.json": json.dumps({"labels": labels}).encode()})
     options = ("--transform=center-crop-wide", "--resolution=8x4")
     for workers in (1, 2):  # with two, other processes convert
@@ -273,7 +273,7 @@ def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
     pixels = random_images(6, 4, channels)
-    source = write_files(tmp_path / "in", {"a.png": encoded(pixels)})
+    source = write_files(tmp_path / "in", {"a.png": as_file(pixels)})
     expected = np.zeros((10, 8, channels), np.uint8)
     expected[2:8, 2:6] = pixels
     options = (f"--channels={channels}", "--pad=2")
@@ -288,7 +288,7 @@ def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_as_asked_for(tmp_path: Path, channels: int) -> None:
     images = random_images(2, 5, 7, channels)
-    source = write_files(tmp_path / "in", {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)})
+    source = write_files(tmp_path / "in", {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)})
     found, content = build(source, tmp_path / "out.zip", f"--channels={channels}")
     np.testing.assert_array_equal(found, images)
     assert content["channels"] == channels
@@ -302,11 +302,11 @@ def test_a_mixed_folder_becomes_rgb_over_white(tmp_path: Path) -> None:
     Image.fromarray(color).quantize(8).save(palette, "png")
     opaque = np.full((4, 4), 255, np.uint8)
     files = {
-        "0.png": encoded(gray),
-        "1.png": encoded(np.dstack([color, opaque])),
+        "0.png": as_file(gray),
+        "1.png": as_file(np.dstack([color, opaque])),
         "2.png": palette.getvalue(),
-        "3.png": encoded(np.dstack([color, alpha])),
-        "4.png": encoded(np.dstack([gray, alpha])),
+        "3.png": as_file(np.dstack([color, alpha])),
+        "4.png": as_file(np.dstack([gray, alpha])),
     }
     source = write_files(tmp_path / "in", files)
     found, content = build(source, tmp_path / "out.zip")
@@ -330,8 +330,8 @@ def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> No
     one_bit = io.BytesIO()
     Image.fromarray(bits.squeeze(-1)).convert("1").save(one_bit, "png")
     files = {
-        "0.png": encoded(np.dstack([gray, alpha])),
-        "1.png": encoded(gray),
+        "0.png": as_file(np.dstack([gray, alpha])),
+        "1.png": as_file(gray),
         "2.png": one_bit.getvalue(),
         "3.png": b"broken",
     }
@@ -341,7 +341,7 @@ def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> No
     np.testing.assert_array_equal(found[1:], [gray, bits])
     np.testing.assert_allclose(found[0], gray * (alpha / 255) + 255 - alpha, atol=1)
 
-    files["9.png"] = encoded(np.repeat(gray, 3, axis=2))  # as stored, not as seen
+    files["9.png"] = as_file(np.repeat(gray, 3, axis=2))  # as stored, not as seen
     source = write_zip(tmp_path / "rgb.zip", files) if packed else write_files(tmp_path / "rgb", files)
     _, content = build(source, tmp_path / "out3.zip", "--skip-bad")
     assert content["channels"] == 3
@@ -362,14 +362,15 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = random_images(4, 6, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
-    source = write_files(tmp_path / "in", {"a.png": encoded(pixels, exif=exif)})
+    source = write_files(tmp_path / "in", {"a.png": as_file(pixels, exif=exif)})
     found, _ = build(source, tmp_path / "out.zip")
     np.testing.assert_array_equal(found[0], np.rot90(pixels, -1))
 
 
 def test_sizes_must_agree(tmp_path: Path) -> None:
     source = write_files(
-        tmp_path / "in", {"a.png": encoded(random_images(4, 4, 3)), "b.png": encoded(random_images(4, 5, 3))}
+        tmp_path / "in",
+        {"a.png": as_file(random_images(4, 4, 3)), "b.png": as_file(random_images(4, 5, 3))},
     )
     message = refused(tmp_path, source)
     assert "1 image of another size than the first, 4x4:\n  b.png: 5x4\n" in message
@@ -401,12 +402,12 @@ def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
     specification.loader.exec_module(without)
     for shape in [(5, 7, 1), (4, 4, 3), (3, 2, 4)]:
         pixels = random_images(*shape)
-        for data in (codec.encode_png(pixels), encoded(pixels.squeeze())):
+        for data in (codec.encode_png(pixels), as_file(pixels.squeeze())):
             np.testing.assert_array_equal(without.decode_as(data, shape), pixels)
     with pytest.raises(without.BrokenImageError):
         without.decode_as(codec.encode_png(pixels)[:50], pixels.shape)
 
-    write_files(tmp_path, {"a.png": encoded(pixels)})
+    write_files(tmp_path, {"a.png": as_file(pixels)})
     for note, times in ((None, 0), (without.SLOW_DECODER, 1)):
         monkeypatch.setattr(dataset_tool, "SLOW_DECODER", note)
         result = run("check", tmp_path)
@@ -417,7 +418,7 @@ def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
 @pytest.mark.parametrize("C", [1, 3])
 def test_a_transparent_colour_makes_any_png_rgba(C: int) -> None:
     pixels = random_images(4, 5, C)
-    data = encoded(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
+    data = as_file(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
     assert codec.read_shape(data) == (4, 5, 4)
     np.testing.assert_array_equal(codec.decode_as(data, (4, 5, C)), codec.decode_image(data))
 
@@ -508,7 +509,7 @@ def test_lsun(tmp_path: Path) -> None:
     path = tmp_path / "church_train_lmdb"
     with lmdb.open(str(path), map_size=1 << 20) as env, env.begin(write=True) as transaction:
         for key, pixels in zip([b"c", b"a", b"b"], images, strict=True):
-            transaction.put(key, encoded(pixels, "webp", lossless=True))
+            transaction.put(key, as_file(pixels, "webp", lossless=True))
     found, content = build(path, tmp_path / "out.zip")
     np.testing.assert_array_equal(found, images[[1, 2, 0]])
     assert content["labels"] is None
@@ -564,8 +565,12 @@ def test_scenes_depend_on_seed_and_number_only() -> None:
 
 def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     images = random_images(3, 6, 6, 3)
-    files = {f"{k}.png": encoded(pixels) for k, pixels in enumerate(images)}
-    files |= {"0.jpg": b"no image", "1x.png": files["1.png"][:-40], "2x.png": encoded(np.zeros((5, 4), np.uint8))}
+    files = {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)}
+    files |= {
+        "0.jpg": b"no image",
+        "1x.png": files["1.png"][:-40],
+        "2x.png": as_file(np.zeros((5, 4), np.uint8)),
+    }
     source = write_files(tmp_path / "in", files)
     message = refused(tmp_path, source)
     assert "Error: in: nothing was written, because of\n2 images that cannot be read:\n  0.jpg: not " in message
@@ -587,14 +592,11 @@ def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
 
 
 def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
     source = write_files(tmp_path / "in", {"bomb.png": bomb})
     assert "bomb.png: DecompressionBombError" in refused(tmp_path, source)
-    files = {"a.png": encoded(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
+    files = {"a.png": as_file(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
     assert "big.png: 268435457 bytes" in refused(tmp_path, write_zip(tmp_path / "in.zip", files))
 
 
@@ -603,7 +605,7 @@ def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     names = ("../escape.png", "/tmp/absolute-escape.png", "a/../../b.png")
-    source = write_zip(inside / "in.zip", {name: encoded(pixels) for name in names})
+    source = write_zip(inside / "in.zip", {name: as_file(pixels) for name in names})
     found, _ = build(source, inside / "out.zip")
     assert len(found) == 3
     assert os.listdir(tmp_path) == ["inside"]
@@ -721,7 +723,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
 
     images = tmp_path / "set" / "00000"
     (images / "img00000001.png").write_bytes(b"broken")
-    (images / "img00000002.png").write_bytes(encoded(random_images(16, 32, 3)))
+    (images / "img00000002.png").write_bytes(as_file(random_images(16, 32, 3)))
     (images / "img00000003.png").unlink()
     (images / "new.png").write_bytes((images / "img00000000.png").read_bytes())
     result = run("check", tmp_path / "set")

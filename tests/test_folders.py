@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import build, encoded, random_images, refused, run, write_files, write_tar, write_zip
+from test_dataset_tool import as_file, build, random_images, refused, run, write_files, write_tar, write_zip
 
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
 from training.data_sources.stored_zip import StoredZip
 from training.dataset import DatasetConfig, ImageDataset
 
-PNG = encoded(np.zeros((2, 2, 3), np.uint8))
+PNG = as_file(np.zeros((2, 2, 3), np.uint8))
 
 
 def images(*names: str) -> dict[str, bytes]:
-    return {name: encoded(random_images(2, 2, 3)) for name in names}
+    return {name: as_file(random_images(2, 2, 3)) for name in names}
 
 
 def keep(tmp_path: Path, files: dict[str, bytes], packed: bool) -> Path:
@@ -295,7 +295,7 @@ def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
 
 
 def test_all_problems_come_together_the_first_ten_of_a_kind(tmp_path: Path) -> None:
-    files = {f"{k:02d}.png": encoded(random_images(2, 2 + k % 2, 3)) for k in range(30)}
+    files = {f"{k:02d}.png": as_file(random_images(2, 2 + k % 2, 3)) for k in range(30)}
     files |= {f"x{k:02d}.png": b"" for k in range(12)}
     source = write_files(tmp_path / "in", files)
     message = refused(tmp_path, source)
@@ -309,7 +309,7 @@ def test_all_problems_come_together_the_first_ten_of_a_kind(tmp_path: Path) -> N
 
 def test_the_originals_are_described(tmp_path: Path) -> None:
     sizes = [(100, 70), (31, 200), (64, 64)]
-    files = {f"{k}.png": encoded(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
+    files = {f"{k}.png": as_file(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
     source = write_files(tmp_path / "in", files)
     _, _, output = build_labels(source, tmp_path / "out.zip", "--resolution=32x32")
     assert "\nOriginals: 3 sizes, 64x64 to 100x70 pixels; 1 image enlarged\n" in output
@@ -347,7 +347,7 @@ def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
 def test_nothing_more_is_written_once_the_set_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(StoredZip, "add", lambda self, name, data: written.append(name))
-    files = {f"{k:02d}.png": encoded(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
+    files = {f"{k:02d}.png": as_file(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
     assert "\n  03.png: 3x2\n" in refused(tmp_path, write_files(tmp_path / "in", files))
     assert len(written) == 3
 

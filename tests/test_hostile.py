@@ -13,7 +13,6 @@ import random
 import signal
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -32,6 +31,7 @@ from click.testing import CliRunner
 from conftest import PATIENCE, SMALL, make_shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_helpers import encoded, png_chunk
 from PIL import Image
 
 import calc_metrics
@@ -152,17 +152,10 @@ CHANGES = (st.lists(PLACES, min_size=1, max_size=5), VALUES, st.booleans())
 # --- data sets
 
 
-def encoded(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
 def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
     """A PNG file without pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
 
 
 @cache
@@ -291,9 +284,9 @@ def test_names_that_mean_harm_are_only_names(tmp_path: Path) -> None:
     assert use(folder)[0] == f"{folder / '0.png'} cannot be read (No such file or directory): repair or remove it"
     (folder / "+.png").unlink()
     (folder / "+.png").symlink_to("/dev/zero")
-    assert "image '+.png' cannot be decoded (not a regular file)" in (use(folder)[0] or "")
+    assert "the first is '+.png' (not a regular file)" in (use(folder)[0] or "")
     os.mkfifo(folder / "#.png")  # reading it would wait for ever
-    assert "image '#.png' cannot be decoded (not a regular file)" in (use(folder)[0] or "")
+    assert "the first is '#.png' (not a regular file)" in (use(folder)[0] or "")
     assert run(dataset_tool.main, f"--source={folder}", f"--dest={tmp_path / 'again'}", "--workers=1") == 2
 
 

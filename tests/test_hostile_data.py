@@ -30,14 +30,24 @@ from PIL import Image, ImageOps
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 from conftest import small_config
 from hypothesis import strategies as st
-from image_helpers import claims, icon, iso_with_claims, jpeg2000, overlapping_tiff, psd, tiff
+from image_helpers import (
+    claims,
+    encoded,
+    icon,
+    iso_with_claims,
+    jpeg2000,
+    jpeg_with,
+    overlapping_tiff,
+    png_chunk,
+    psd,
+    tiff,
+)
 from test_hostile import (
     CHANGES,
     DAMAGE,
     changed,
     damaged,
     draws,
-    encoded,
     for_all,
     in_time,
     png_header,
@@ -51,12 +61,7 @@ import generate
 import report
 from dnnlib.config import UserError
 from dnnlib.image_files import MAX_EXIF_SEGMENTS, MAX_SCANS, BrokenImageError
-from dnnlib.images import (
-    FORMATS,
-    IMAGE_SUFFIXES,
-    open_image,
-    orientation_of,
-)
+from dnnlib.images import FORMATS, IMAGE_SUFFIXES, open_image, orientation_of
 from exploration.projection import read_targets
 from metrics.sampling import explain_misfit
 from reporting.charts import find_charts
@@ -72,7 +77,7 @@ from training.dataset import DatasetConfig, ImageDataset
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("dnnlib", "torch_utils", "training", "metrics", "exploration", "reporting", "benchmarks", "docs")
 PIXELS = np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8)
-GOOD = encoded(Image.fromarray(PIXELS))
+GOOD, JPEG = (encoded(Image.fromarray(PIXELS), kind) for kind in ("PNG", "JPEG"))
 MB = 1 << 20
 
 
@@ -195,10 +200,6 @@ def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
     return head + b"".join(tags) + bytes(4) + bytes(1000)
 
 
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
     """The good image with chunks before its pixels."""
     return GOOD[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + GOOD[33:]
@@ -211,6 +212,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "text": lambda: png_with((b"zTXt", b"k\0\0" + ZEROS)),
     "international text": lambda: png_with((b"iTXt", b"k\0\1\0\0\0" + ZEROS)),
     "profile": lambda: png_with((b"iCCP", b"k\0\0" + ZEROS)),
+    "EXIF data as text": lambda: png_with((b"zTXt", b"Raw profile type exif\0\0" + ZEROS)),
     "texts": lambda: png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(MB), 9))] * 100),
     "lie of PNG": lambda: png_header(9000, 9000) + GOOD[33:],
     "lie of BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
@@ -227,11 +229,11 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         1,
     ),
     "EXIF behind a scan that is none": lambda: jpeg_with(
-        (0xFE, b"\xff\xda"), *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
+        JPEG, (0xFE, b"\xff\xda"), *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
     ),
     "EXIF behind what Pillow passes over": lambda: jpeg_with(
-        *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1), before=b"\xff\xf0\xff\xe2\0\6\xff\xda\0\2"
-    ),
+        JPEG, *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
+    ).replace(b"\xff\xd8", b"\xff\xd8\xff\xf0\xff\xe2\0\6\xff\xda\0\2", 1),
 }
 
 
@@ -275,12 +277,6 @@ if "AVIF" in FORMATS:
     BOMBS["EXIF data of AVIF"] = lambda: iso_with_claims("AVIF")
 
 
-def jpeg_with(*segments: tuple[int, bytes], before: bytes = b"") -> bytes:
-    """A JPEG with segments before its own."""
-    added = (bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content for marker, content in segments)
-    return b"".join([b"\xff\xd8", before, *added, encoded(Image.fromarray(PIXELS), "JPEG")[2:]])
-
-
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_images_out_of_proportion_are_refused(bomb: str) -> None:
     data = BOMBS[bomb]()
@@ -299,7 +295,7 @@ def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
     """Also where the list of the others, in an MPO, claims more than there is."""
     image = Image.fromarray(PIXELS[:, :, 0])
     gif = encoded(image, "GIF")
-    mpo = jpeg_with((0xE2, b"MPF\0" + claims(400)[:65_000]))
+    mpo = jpeg_with(JPEG, (0xE2, b"MPF\0" + claims(400)[:65_000]))
     pages = bytearray(tiff([row.tobytes() for row in PIXELS[:, :, 0]], 8, TAGS))
     (first,) = struct.unpack_from("<I", pages, 4)
     (count,) = struct.unpack_from("<H", pages, first)
@@ -318,7 +314,7 @@ def test_a_photograph_may_hold_other_data() -> None:
     for data in (
         plain + np.random.RandomState(0).bytes(8 * MB),
         plain + scans,
-        jpeg_with((0xFE, scans), (0xE1, b"Exif\0\0" + exif(1) + scans), (0xE2, plain * 20)),
+        jpeg_with(JPEG, (0xFE, scans), (0xE1, b"Exif\0\0" + exif(1) + scans), (0xE2, plain * 20)),
     ):
         np.testing.assert_array_equal(decode_image(data), decode_image(plain))
 

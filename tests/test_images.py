@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import re
 import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +15,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from image_helpers import bitmap_of_icon, encoded, exif, icon, jpeg_with, packed, png, png_chunk, psd, tiff
-from PIL import Image, PsdImagePlugin
+from PIL import Image, ImageOps, PsdImagePlugin
 
 import dataset_tool
 from dnnlib import images
-from dnnlib.image_files import recognise
-from dnnlib.images import FORMATS, IMAGE_SUFFIXES, BrokenImageError, open_image, remedy
+from dnnlib.image_files import BrokenImageError, recognise
+from dnnlib.images import FORMATS, IMAGE_SUFFIXES, open_image, remedy
 from training.data_sources.codec import decode_as, decode_image, is_gray, read_shape
 from training.dataset import DatasetConfig, ImageDataset
 
@@ -311,6 +314,14 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def profile(orientation: int, order: str, name: bytes = b"zTXt") -> bytes:
+    """Make the chunk in which ImageMagick writes EXIF data: as lines of hexadecimal digits."""
+    data = b"Exif\0\0" + exif(orientation, order)
+    digits = "\n".join(re.findall(".{1,72}", data.hex()))
+    text = f"\nexif\n{len(data):8d}\n{digits}\n".encode()
+    return png_chunk(name, b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if name == b"zTXt" else text))
+
+
 def turned_tiff(orientation: int, order: str) -> bytes:
     others = {258: (3, [8] * 3), 262: (3, [2]), 277: (3, [3]), 0x112: (3, [orientation])}
     return tiff([row.tobytes() for row in RGB], W, others, order)
@@ -340,6 +351,11 @@ MAKERS: dict[str, Callable[[int, str], bytes]] = {
         packed(RGB.reshape(H, -1), 8), W, 8, 2, after=png_chunk(b"eXIf", exif(n, order))
     ),
     "PNG of 16 bits": lambda n, order: png(packed(DEEP, 16), W, 16, 0, after=png_chunk(b"eXIf", exif(n, order))),
+    "PNG, packed text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, profile(n, order)),
+    "PNG, plain text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, profile(n, order, b"tEXt")),
+    "PNG, text behind the pixels": lambda n, order: png(
+        packed(RGB.reshape(H, -1), 8), W, 8, 2, after=profile(n, order)
+    ),
     "PNG in an icon": lambda n, order: icon((W, H, 32, MAKERS["PNG"](n, order))),
     "JPEG": lambda n, order: jpeg_with(encoded(Image.fromarray(RGB), "JPEG"), (0xE1, b"Exif\0\0" + exif(n, order))),
     "MPO": lambda n, order: jpeg_with(
@@ -378,7 +394,7 @@ def test_images_stand_upright(name: str, order: str) -> None:
 
 
 def test_every_command_sees_images_upright(tmp_path: Path) -> None:
-    """Build, check and training: all orientations of one picture come out as the same image."""
+    """Build, check and training: all orientations of one image come out as the same image."""
     square = RGB[:, :H]
     folder = tmp_path / "in"
     folder.mkdir()
@@ -386,6 +402,7 @@ def test_every_command_sees_images_upright(tmp_path: Path) -> None:
         turn_back = {6: 8, 8: 6}.get(n, n)
         rows = packed(np.ascontiguousarray(TURNED[turn_back](square)).reshape(H, -1), 8)
         (folder / f"before{n}.png").write_bytes(png(rows, H, 8, 2, png_chunk(b"eXIf", exif(n))))
+        (folder / f"text{n}.png").write_bytes(png(rows, H, 8, 2, profile(n, "<")))
         (folder / f"after{n}.png").write_bytes(png(rows, H, 8, 2, after=png_chunk(b"eXIf", exif(n, ">"))))
         tags = {258: (3, [8] * 3), 262: (3, [2]), 277: (3, [3]), 0x112: (3, [n])}
         (folder / f"{n}.tif").write_bytes(tiff(rows, H, tags))
@@ -393,11 +410,58 @@ def test_every_command_sees_images_upright(tmp_path: Path) -> None:
     for arguments in ([f"--source={folder}", f"--dest={made}", "--workers=1"], ["check", folder], ["check", made]):
         result = CliRunner().invoke(dataset_tool.main, list(map(str, arguments)))
         assert result.exit_code == 0, result.output
-    expected = np.broadcast_to(square.transpose(2, 0, 1), (24, 3, H, H))
+    expected = np.broadcast_to(square.transpose(2, 0, 1), (32, 3, H, H))
     for path in (folder, made):
         dataset = ImageDataset(DatasetConfig(path=str(path)))
         dataset.check_shapes()
-        np.testing.assert_array_equal(dataset.images(range(24)).numpy(), expected)
+        np.testing.assert_array_equal(dataset.images(range(32)).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        profile(6, "<") + png_chunk(b"eXIf", exif(3)),
+        png_chunk(b"eXIf", exif(3)) + profile(6, "<"),
+        png_chunk(b"eXIf", exif(1)) + profile(6, "<", b"tEXt"),
+        profile(6, "<") + profile(8, ">"),
+        profile(6, "<", b"tEXt") + profile(8, ">") + profile(5, "<", b"tEXt"),
+    ],
+)
+def test_of_several_orientations_of_a_png_the_one_counts_that_pillow_takes(chunks: bytes) -> None:
+    data = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, chunks)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode_as(data, RGB.shape), expected)
+    assert read_shape(data) == expected.shape
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\nexif\n",
+        b"\nexif\n      10\n4578zz",
+        b"\nexif\n      10\n457",
+        b"\nexif\n      10\n\xff\xff",
+        b"\nexif\n" + b"4" * (3 << 20),
+        b"\n\n\n" + b"4" * (3 << 20),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_damaged_text_turns_nothing(content: bytes, is_packed: bool) -> None:
+    name, content = (b"zTXt", b"\0" + zlib.compress(content)) if is_packed else (b"tEXt", content)
+    chunk = png_chunk(name, b"Raw profile type exif\0" + content)
+    data = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, after=chunk)
+    assert read_shape(data) == RGB.shape
+    cut = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, after=png_chunk(b"zTXt", b"Raw profile type exif\0\0x\x9cdamage"))
+    assert read_shape(cut) == RGB.shape
+
+
+@pytest.mark.parametrize("head", [12, 64, 108, 124])
+def test_bitmaps_of_icons_with_other_headers_are_named(head: int) -> None:
+    bitmap = bitmap_of_icon(RGB)
+    with pytest.raises(BrokenImageError, match=f"an icon whose bitmap has a header of {head} bytes, not of 40"):
+        decode_image(icon((W, H, 24, struct.pack("<I", head) + bitmap[4:])))
 
 
 # --- what is not read

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import build, encoded, numbers, random_images, refused, run
+from test_dataset_tool import as_file, build, numbers, random_images, refused, run
 
 from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
@@ -19,7 +19,7 @@ from training.data_sources.sources import Drawing, open_source
 
 N = 5
 PIXELS = random_images(N, 8, 8, 3)
-PNGS = [encoded(pixels) for pixels in PIXELS]
+PNGS = [as_file(pixels) for pixels in PIXELS]
 
 
 def write(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
 import pyarrow as pa
 import pyarrow.parquet as pq
-from test_dataset_tool import build, encoded, numbers, random_images, refused, run
+from test_dataset_tool import as_file, build, numbers, random_images, refused, run
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
@@ -25,7 +25,7 @@ from training.data_sources.sources import Drawing, open_source
 
 N = 6
 PIXELS = random_images(N, 8, 8, 3)
-PNGS = [encoded(pixels) for pixels in PIXELS]
+PNGS = [as_file(pixels) for pixels in PIXELS]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 STRUCTS = pa.array([{"bytes": png, "path": f"{k}.png"} for k, png in enumerate(PNGS)], IMAGE)
 
@@ -325,9 +325,9 @@ def test_snapshots_of_a_hub(tmp_path: Path, content: str) -> None:
 
 def test_the_larger_kind_is_the_content_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "set" / "metadata.parquet", pa.table({"file_name": ["0.png"]}))
-    (tmp_path / "set" / "0.png").write_bytes(encoded(random_images(64, 64, 3)))
+    (tmp_path / "set" / "0.png").write_bytes(as_file(random_images(64, 64, 3)))
     assert len(opened(tmp_path / "set")) == 1
-    write(tmp_path / "set" / "set.parquet", pa.table({"image": [encoded(random_images(99, 99, 3))] * 2}))
+    write(tmp_path / "set" / "set.parquet", pa.table({"image": [as_file(random_images(99, 99, 3))] * 2}))
     os.remove(tmp_path / "set" / "metadata.parquet")
     source = opened(tmp_path / "set")
     assert (len(source), source.left_out) == (2, {"images beside them": ["0.png"]})

@@ -85,11 +85,13 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
     labels = content.labels or {}
     found = {position: labels.get(findings.names[position]) for position in findings.readable.tolist()}
     classes = {position: label for position, label in found.items() if isinstance(label, int)}
-    names: dict[int, str] = dict(enumerate(content.class_names or ()))
+    names = dict(enumerate(content.class_names or ()))
     tiles = []
     for position in tqdm(choose_tiles(list(found), classes), "Sheet", unit="images", disable=None, leave=False):
         name, number = findings.names[position], classes.get(position)
-        class_name = names.get(number, f"class {number}") if number is not None else "no label" if classes else None
+        class_name = "no label" if classes else None
+        if number is not None:
+            class_name = names.get(number) or f"class {number}"
         with suppress(BrokenImageError):  # changed since it was looked at
             tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
     bars, is_original = short_sides(findings, content)
