@@ -877,8 +877,17 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content
     "offsets": ("x.arrow", far_offsets, "cannot be read"),
     "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
     "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
-    "label": ("x.tar", lambda: shard("0.cls", 1 << 21) + bytes(1 << 21), "2097152 bytes, more than"),
-    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "cannot be read"),
+    "label": (
+        "x.tar",
+        lambda: shard("0.png", 0) + shard("0.cls", 1 << 21) + bytes(1 << 21),
+        "2097152 bytes, more than",
+    ),
+    "label of brackets": (
+        "x.tar",
+        lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19),
+        "cannot be read",
+    ),
+    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
     "name": ("x.tar", lambda: shard("n", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
     "record": ("x.tar", lambda: shard("n", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), "of an unknown kind"),
 }
