@@ -39,9 +39,9 @@ from reporting.runs import read_run
 from torch_utils import custom_ops, distributed
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
-from training.exchange import is_folder
 from training.networks import execution
-from training.snapshot import Snapshot, list_snapshots
+from training.snapshots.exchange import is_folder
+from training.snapshots.snapshot import Snapshot, list_snapshots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ from torch_utils import custom_ops, distributed
 from torch_utils.images import Towards, save_grid, save_image, to_uint8
 from torch_utils.misc import name_user
 from training.networks import execution
-from training.snapshot import Snapshot
+from training.snapshots.snapshot import Snapshot
 
 
 class GridSize(click.ParamType):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, get_args
 import click
 import torch
 
-import training.snapshot
+import training.snapshots.snapshot
 from dnnlib import EasyDict
 from dnnlib.cli import DefaultGroup, FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
@@ -24,10 +24,10 @@ from dnnlib.download import fetch, is_url
 from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
 from training.config import TrainConfig
-from training.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
-from training.foreign import PRESET, is_foreign, read_foreign
-from training.onnx_export import FixedNoise, export_onnx
-from training.snapshot import (
+from training.snapshots.exchange import is_folder, load_folder, read_folder, save_folder, save_snapshot
+from training.snapshots.foreign import PRESET, is_foreign, read_foreign
+from training.snapshots.onnx import FixedNoise, export_onnx
+from training.snapshots.snapshot import (
     Snapshot,
     build_networks,
     list_snapshots,
@@ -53,7 +53,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
     if is_folder(path):
         return load_folder(path, device)
     if not is_foreign(path):
-        return training.snapshot.load_network(path, device)
+        return training.snapshots.snapshot.load_network(path, device)
     foreign = read_foreign(path)
     networks = build_networks(foreign.config, foreign.states, path, device)
     about: dict[str, Any] = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p}
@@ -208,7 +208,7 @@ def convert(
     elif kind == "safetensors":
         save_folder(dest, snapshot)
     else:
-        from training.hub import save_hub_folder  # which needs the package
+        from training.snapshots.hub import save_hub_folder  # which needs the package
 
         save_hub_folder(dest, snapshot, license)
     click.echo(f"Written: {dest}")

@@ -32,7 +32,8 @@ from torch_utils import custom_ops, distributed
 from torch_utils.misc import count_parameters, module_summary, name_user
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import hooks, rehearsal, runs, trouble
-from training.augment import Mode
+from training.augment.diffaugment import DEFAULT_POLICY, DIFFAUG
+from training.augment.pipe import Mode
 from training.config import (
     PRESETS,
     TRANSFER_LEARNING,
@@ -46,7 +47,6 @@ from training.config import (
 )
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import ImageDataset, allow_open_files
-from training.diffaugment import DEFAULT_POLICY, DIFFAUG
 from training.loggers import Loggers, choose_loggers
 from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS

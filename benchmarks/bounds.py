@@ -46,9 +46,9 @@ import report
 import train
 from dnnlib.config import OPTIONS_FILE, to_json
 from torch_utils.checkpoint import Checkpoint, write_file
-from training import snapshot
 from training.config import read_config
-from training.exchange import save_folder
+from training.snapshots import snapshot
+from training.snapshots.exchange import save_folder
 
 LIMIT_SECONDS = 60
 LIMIT_BYTES = 12 << 30  # of address space

@@ -22,7 +22,7 @@ from dnnlib.config import UserError
 from exploration.sampling import FastGenerator, seed_images
 from torch_utils import distributed
 from training.networks import execution
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 
 @click.command(cls=Script, help=__doc__)

@@ -30,8 +30,8 @@ from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError
 from dnnlib.util import describe_error
 from torch_utils import distributed
-from training import augment_stages
-from training.augment_stages import GeometryStage
+from training.augment import stages
+from training.augment.stages import GeometryStage
 
 Row = dict[str, Any]
 
@@ -122,8 +122,8 @@ def warp(device: torch.device, quick: bool) -> Iterator[Row]:
         maps = stage.draw(images.detach(), torch.ones([], device=device))
         for form, limit in (("matrices", side), ("filters", 0)):
             with (
-                patch.object(augment_stages, "DENSE_SIDE_ON_GPU", limit),
-                patch.object(augment_stages, "DENSE_SIDE", limit),
+                patch.object(stages, "DENSE_SIDE_ON_GPU", limit),
+                patch.object(stages, "DENSE_SIDE", limit),
             ):
                 calls = warp_calls(stage, images, maps)
                 yield {"form": form, "side": side, "batch": batch} | timed(device, quick, **calls)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -52,6 +52,70 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConfigError, (self.field, self.value, self.problem)  # errors travel between processes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Values that a field of a configuration may have; of a tuple, each of its items. None and texts have no size."""
+
+    least: float | None = None
+    above: float | None = None  # as `least`, itself excluded
+    most: float | None = None
+    below: float | None = None  # as `most`, itself excluded
+    choices: tuple[Any, ...] | None = None
+    note: str = ""  # joins the message: a remedy, or the meaning of a value at the edge
+
+    def problem(self, value: object) -> str | None:
+        """Return the message for a value that is not allowed, else None."""
+        if self.choices is not None and value not in self.choices:
+            return f"choose one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, (int, float)) and not self._holds(value):
+            return f"must be {self}{f'; {self.note}' if self.note else ''}"
+        return None
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
+        return " and ".join(f"{word} {bound:,g}" for word, bound in words if bound is not None)
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    families: Mapping[str, type] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Declare a field of a configuration: its default, a description for the documentation, and its Bounds.
+
+    `parse` makes its value of a text typed by a user (ValueError: not one), where the type does not say how. `families`
+    are the dataclasses that it can hold, by name.
+    """
+    metadata = {"help": help, "bounds": Bounds(**bounds)}
+    metadata |= {"families": families} if families else {}
+    metadata |= {"parse": parse} if parse else {}
+    given = {"default": default} if default_factory is dataclasses.MISSING else {"default_factory": default_factory}
+    return dataclasses.field(**given, metadata=metadata)
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ConfigError for the first field of a configuration that is out of the bounds it was declared with."""
+    for field in dataclasses.fields(config):
+        bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
+        if bounds is None or value is None:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if problem := bounds.problem(item):
+                raise ConfigError(field.name, value, problem)
 
 
 def override(config: T, values: Mapping[str, Any]) -> T:

@@ -33,7 +33,7 @@ from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import spell  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
-from training.snapshot import Snapshot, load_network  # noqa: E402
+from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
 WIDTH = 780  # pixels of a picture on the page, at most; small ones are enlarged as far as that goes
 MAX_BYTES = 1_500_000  # of all pictures

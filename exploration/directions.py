@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dnnlib.config import UserError
 from dnnlib.util import import_extra
 from exploration.model import MAPPED_AT_ONCE, Model, read_arrays, save_arrays, written_whole
-from training.exchange import read_tensors
 from training.networks.layers import FullyConnected
+from training.snapshots.exchange import read_tensors
 
 RIDGE = 0.01  # of the mean variance of w: steadies a classifier of fewer images than dimensions
 

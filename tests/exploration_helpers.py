@@ -19,7 +19,7 @@ from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.transgan import TransGANConfig
-from training.snapshot import save_network
+from training.snapshots.snapshot import save_network
 
 SIZES: dict[str, Any] = {"z_dim": 16, "w_dim": 12}
 FAMILIES: dict[str, GeneratorConfig] = {

@@ -9,7 +9,7 @@ import torch
 
 from dnnlib.config import override, to_json
 from training.config import PRESETS, Circumstances, read_config, resolve
-from training.snapshot import Snapshot, load_network, save_network
+from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 # What makes each family small; a family that is not here is as its defaults say.
 SMALL: dict[str, dict[str, Any]] = {

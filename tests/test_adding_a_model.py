@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import generate
 import train
 from training.networks import GENERATORS, execution
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
 NAME = "training.networks.film"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dnnlib.config import ConfigError
 from torch_utils.graphs import no_synchronisation
-from training import augment_stages
-from training.augment import AdaController, AugmentConfig, AugmentPipe
-from training.augment_stages import (
+from training.augment import stages
+from training.augment.pipe import AdaController, AugmentConfig, AugmentPipe
+from training.augment.stages import (
     COLOR,
     GEOMETRY,
     PIPES,
@@ -326,7 +326,7 @@ WARPS = {
 @pytest.mark.parametrize("dense_side", [0, 256], ids=["filters", "matrices"])
 @pytest.mark.parametrize("name", WARPS)
 def test_warp(name: str, size: tuple[int, int], dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment_stages, "DENSE_SIDE", dense_side)
+    monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     torch.manual_seed(0)
     images = torch.randn(2, 1, *size, dtype=torch.float64)
     A = torch.tensor(WARPS[name]).expand(2, 3, 3)

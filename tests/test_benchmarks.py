@@ -25,7 +25,7 @@ import train_step
 
 from training.config import PRESETS
 from training.networks import DISCRIMINATORS, GENERATORS, winograd
-from training.snapshot import save_network
+from training.snapshots.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
 CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}

@@ -50,12 +50,13 @@ from exploration.model import read_styles, save_styles
 from metrics.detectors import read_detectors
 from torch_utils.checkpoint import Checkpoint, digest, read_file, write_file
 from torch_utils.pickles import read_torch_file
-from training import runs, snapshot
+from training import runs
 from training.config import PRESETS, Circumstances, read_config, resolve
 from training.data_sources.sources import Drawing, open_source
-from training.exchange import load_folder, save_folder
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.transgan import TransGANConfig
+from training.snapshots import snapshot
+from training.snapshots.exchange import load_folder, save_folder
 
 MOST_GROWTH = 400  # MiB; without bounds most of these files take gigabytes, or for ever
 HUGE = 10**400  # more than a float holds
@@ -411,7 +412,7 @@ def test_outlines_load_no_compiler() -> None:
 OUTLINES = """
 import sys
 from training.config import PRESETS, Circumstances, resolve
-from training.snapshot import outline
+from training.snapshots.snapshot import outline
 
 for name in ("auto", "stylegan2", "styleformer-c256", "transgan-celebahq256"):
     config = resolve(PRESETS[name], Circumstances(img_shape=(3, 256, 256), c_dim=0))

@@ -31,7 +31,7 @@ from torch_utils.checkpoint import read_file, write_file
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
 from training.networks.styleformer import StyleformerConfig
-from training.snapshot import load_network, save_network
+from training.snapshots.snapshot import load_network, save_network
 
 ROOT = Path(calc_metrics.__file__).parent
 NUM_IMAGES = 21

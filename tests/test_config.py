@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dnnlib.config import ConfigError, differences, from_json, override, to_json
-from training.augment import AugmentConfig
+from training.augment.pipe import AugmentConfig
 from training.config import (
     ADDED_FIELDS,
     PRESETS,

@@ -18,10 +18,7 @@ from torch import Tensor
 import train
 from dnnlib.config import ConfigError, override
 from torch_utils.graphs import no_synchronisation
-from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
-from training.config import PRESETS, Circumstances, resolve
-from training.dataset import ImageDataset
-from training.diffaugment import (
+from training.augment.diffaugment import (
     DEFAULT_POLICY,
     DIFFAUG,
     PARAMETERS,
@@ -32,6 +29,9 @@ from training.diffaugment import (
     DiffHue,
     DiffTranslation,
 )
+from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.config import PRESETS, Circumstances, resolve
+from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
 ONE = torch.tensor(1.0)

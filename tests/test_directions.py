@@ -27,7 +27,7 @@ from exploration.directions import (
     style_layers,
 )
 from exploration.model import Model
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 # The affine layers that read each style, by their names, counted by hand from the docstrings of the networks.
 READERS = {

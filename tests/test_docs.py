@@ -30,7 +30,7 @@ import train
 from dnnlib.cli import DefaultGroup
 from metrics.registry import registered_metrics
 from training.config import PRESETS
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

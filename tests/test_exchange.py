@@ -24,9 +24,9 @@ import dnnlib.util
 import legacy
 from dnnlib.config import UserError, to_json
 from torch_utils.checkpoint import digest
-from training.exchange import load_folder, save_folder
 from training.networks import GENERATORS
-from training.snapshot import Snapshot, load_network
+from training.snapshots.exchange import load_folder, save_folder
+from training.snapshots.snapshot import Snapshot, load_network
 
 
 def convert(*arguments: object) -> Result:

@@ -18,7 +18,7 @@ from training.config import PRESETS, Circumstances, TrainConfig, customise, reso
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 # Options of train.py that make each family tiny, for 16x16 images.
 STYLEFORMER = ["--g_dict=16,16", "--num_layers=1,1"]  # test_train_cli.py does the rest

@@ -39,7 +39,7 @@ import train
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
-from training.snapshot import Snapshot
+from training.snapshots.snapshot import Snapshot
 
 Content = dict[str, Any]
 

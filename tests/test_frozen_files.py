@@ -21,7 +21,7 @@ from torch_utils.images import to_uint8
 from training import runs
 from training.config import read_config
 from training.dataset import ImageDataset
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 from training.training_loop import Trainer
 
 DATA = Path(__file__).parent / "data"

@@ -15,7 +15,7 @@ from PIL import Image
 import generate
 from dnnlib.config import override
 from exploration import sampling
-from training.snapshot import load_network, save_network
+from training.snapshots.snapshot import load_network, save_network
 
 
 def run(*arguments: object) -> Result:

@@ -44,9 +44,10 @@ from dnnlib.config import UserError, to_json
 from dnnlib.util import FolderLock
 from metrics.registry import is_best
 from torch_utils.checkpoint import Checkpoint, digest, write_file
-from training import runs, snapshot
+from training import runs
 from training.config import Circumstances, read_config
 from training.dataset import DatasetConfig, ImageDataset
+from training.snapshots import snapshot
 from training.training_loop import Trainer
 
 DATA = Path(__file__).parent / "data"

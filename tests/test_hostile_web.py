@@ -36,7 +36,7 @@ from dnnlib.download import cache_dir, cached_path, fetch
 from dnnlib.screen import Screen, printable, public, shown, without_secrets
 from dnnlib.util import TeeLog, partial_path, write_atomically
 from torch_utils import custom_ops, distributed
-from training.transfer import Origin
+from training.snapshots.transfer import Origin
 
 DATA = bytes(range(256)) * 40
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -24,10 +24,10 @@ from PIL import Image
 from snapshot_helpers import make_snapshot
 
 import legacy
-import training.hub
+import training.snapshots.hub
 from dnnlib.config import UserError, override
-from training.hub import HubModel, save_hub_folder
-from training.snapshot import Snapshot, load_network
+from training.snapshots.hub import HubModel, save_hub_folder
+from training.snapshots.snapshot import Snapshot, load_network
 
 
 def convert(*arguments: object) -> Result:
@@ -179,7 +179,7 @@ def test_upload_and_download_go_through_the_library(
     monkeypatch.setattr(
         huggingface_hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / repo_id / filename)
     )
-    monkeypatch.setattr(training.hub, "snapshot_download", download)
+    monkeypatch.setattr(training.snapshots.hub, "snapshot_download", download)
     assert HubModel(snapshot).push_to_hub("me/cars") == "url"
     names = sorted(path.name for path in (tmp_path / "me" / "cars").iterdir())
     assert names == ["G_ema.safetensors", "README.md", "config.json", "samples.png"]
@@ -198,7 +198,7 @@ def test_without_the_package_the_extra_is_named(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "training.hub")
+    monkeypatch.delitem(sys.modules, "training.snapshots.hub")
     monkeypatch.delattr(training, "hub")
     result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
     assert (result.exit_code, "pip install '.[hub]'" in result.output) == (2, True), result.output

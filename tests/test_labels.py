@@ -25,7 +25,7 @@ from exploration.model import seed_latents
 from exploration.play import Player
 from torch_utils.images import to_uint8
 from training.dataset import DatasetConfig, ImageDataset, LabelKind, kind_of_labels
-from training.snapshot import Snapshot, load_network, save_network
+from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 
 @pytest.fixture(scope="module")

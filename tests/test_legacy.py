@@ -31,14 +31,14 @@ from test_networks import ref_synthesis as ref_styleformer
 from test_stylegan2 import ref_synthesis as ref_stylegan2
 
 import legacy
-import training.snapshot
+import training.snapshots.snapshot
 from dnnlib.config import UserError, from_json, to_json
 from training.config import TrainConfig
-from training.foreign import TRANSFORMS, WHOLE_BATCH
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
-from training.snapshot import Snapshot, save_network
+from training.snapshots.foreign import TRANSFORMS, WHOLE_BATCH
+from training.snapshots.snapshot import Snapshot, save_network
 
 Z, W, LAYERS = 5, 6, 2
 
@@ -299,7 +299,7 @@ def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> No
 
     networks = {name: getattr(snapshot, name) for name in ("G", "D", "G_ema")}
     save_network(tmp_path / "ours.pkl", config=config, **networks, nimg=snapshot.nimg, ada_p=snapshot.ada_p)
-    again = training.snapshot.load_network(tmp_path / "ours.pkl")
+    again = training.snapshots.snapshot.load_network(tmp_path / "ours.pkl")
     assert again.config == config
     for name, network in networks.items():
         for key, x in network.state_dict().items():
@@ -316,7 +316,7 @@ def test_protocols_and_both_spellings_of_numpy(protocol: int, numpy_core: str, t
 
 def test_our_own_snapshots_go_the_usual_way() -> None:
     shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
-    ours, same = legacy.load_network(shapes), training.snapshot.load_network(shapes)
+    ours, same = legacy.load_network(shapes), training.snapshots.snapshot.load_network(shapes)
     assert ours.config == same.config
     with pytest.raises(UserError, match="no such file"):
         legacy.load_network("missing.pkl")
@@ -326,7 +326,7 @@ def test_the_reader_of_our_own_points_to_that_of_all(tmp_path: Path) -> None:
     theirs = write(tmp_path / "n.pkl", {"G_ema": generator_module()})
     for path in (theirs, tmp_path):  # a pickle, a folder
         with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
-            training.snapshot.load_network(path)
+            training.snapshots.snapshot.load_network(path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

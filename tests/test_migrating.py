@@ -30,7 +30,7 @@ import training.networks.generator
 from metrics.detectors import DetectorSetup
 from metrics.registry import resolve
 from torch_utils import misc
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "migrating.md").read_text()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dataset_tool
 import train
 from dnnlib.config import override
-from training.augment import Mode
+from training.augment.pipe import Mode
 from training.config import PRESETS, Circumstances, customise, resolve
 from training.dataset import ImageDataset
 from training.loss import Objective

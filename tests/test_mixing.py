@@ -16,7 +16,7 @@ from exploration.mixing import choose_styles, mix, spell
 from exploration.model import save_styles
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 
 def test_names_are_thirds_of_the_resolutions() -> None:

@@ -18,7 +18,7 @@ from snapshot_helpers import make_snapshot
 
 from dnnlib.config import UserError
 from training.networks import GENERATORS
-from training.onnx_export import export_onnx, onnx_paths
+from training.snapshots.onnx import export_onnx, onnx_paths
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

@@ -33,7 +33,7 @@ from training.dataset import ImageDataset
 from training.loggers import Loggers
 from training.runs import RunFolder, list_states
 from training.saving import Saver, obsolete
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent

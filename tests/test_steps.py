@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_utils.misc import seed_step
-from training.augment import AugmentPipe
+from training.augment.pipe import AugmentPipe
 from training.dataset import EpochSampler, ImageDataset
 from training.networks import execution
 from training.training_loop import Trainer

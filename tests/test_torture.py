@@ -18,7 +18,7 @@ from conftest import PATIENCE, SMALL
 
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
 # Bits depend on the number of threads. With one, the tests do not disturb each other either.

@@ -32,7 +32,7 @@ from training.dataset import ImageDataset
 from training.hooks import Requests
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.runs import OWN_PARTIAL
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 from training.training_loop import Trainer
 
 SHORT = [*SMALL, "--kimg=0.064", "--tick=0.032", "--snap=1", "--metrics=none", "--device=cpu"]

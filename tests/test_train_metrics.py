@@ -22,7 +22,7 @@ from metrics.registry import find, is_best
 from reporting.runs import read_run
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset
-from training.snapshot import load_network
+from training.snapshots.snapshot import load_network
 
 SHORT = [*SMALL, "--kimg=0.064", "--tick=0.016", "--snap=2", "--device=cpu"]
 

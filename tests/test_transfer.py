@@ -17,7 +17,7 @@ from training.networks.styleformer_discriminator import StyleformerDiscriminator
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.transgan import TransGANConfig
-from training.transfer import Origin, check_frozen, copy_weights, fit, places
+from training.snapshots.transfer import Origin, check_frozen, copy_weights, fit, places
 
 G32 = StyleformerConfig(z_dim=8, w_dim=8, widths=(24, 16, 8), layers=(1, 2, 1))
 G64 = dataclasses.replace(G32, widths=(24, 16, 8, 8), layers=(1, 2, 1, 1))

@@ -25,8 +25,8 @@ import dataset_tool
 import train
 from dnnlib.config import ConfigError
 from torch_utils.checkpoint import digest
+from training.augment.diffaugment import DEFAULT_POLICY
 from training.config import PRESETS, Circumstances, TrainConfig, customise, resolve
-from training.diffaugment import DEFAULT_POLICY
 from training.ema import EMA
 from training.networks import execution
 from training.networks.attention import attend, split_heads

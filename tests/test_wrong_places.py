@@ -20,7 +20,7 @@ import legacy
 import train
 from dnnlib.config import OPTIONS_FILE, UserError
 from torch_utils.checkpoint import Checkpoint, write_file
-from training.snapshot import FORMAT, VERSION, capture_network
+from training.snapshots.snapshot import FORMAT, VERSION, capture_network
 
 SHAPES = Path(__file__).parent.parent / "docs" / "shapes.pkl"
 

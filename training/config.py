@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 from dnnlib.config import ConfigError, field_names, from_json, override, to_json
 from torch_utils.misc import OnMeta
 from training import misfit
-from training.augment import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
+from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
-from training.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.ema import EMAConfig
 from training.loss import LAZY_R1, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -25,7 +25,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 from training.networks.transgan import TransGANConfig
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
-from training.transfer import Origin
+from training.snapshots.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
 GRAPHS_SIDE = 64  # pixels; up to this longer side, a GPU would wait for the host to launch its kernels

@@ -43,10 +43,10 @@ from training.config import (
     same_training,
 )
 from training.dataset import ImageDataset
-from training.exchange import is_folder
-from training.snapshot import Snapshot
+from training.snapshots.exchange import is_folder
+from training.snapshots.snapshot import Snapshot
+from training.snapshots.transfer import Origin, check_frozen, copy_weights
 from training.training_loop import Trainer
-from training.transfer import Origin, check_frozen, copy_weights
 
 NAME_BYTES = 40  # of the data set in the name of a run's folder, which has at most 255 bytes
 # The data sets of the networks that StyleGAN2-ADA's --resume knows by name.

@@ -14,7 +14,7 @@ from torch_utils import distributed
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint
 from training.runs import RunFolder, list_states
-from training.snapshot import capture_network, write_network
+from training.snapshots.snapshot import capture_network, write_network
 from training.training_loop import Trainer
 
 

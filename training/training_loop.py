@@ -20,7 +20,7 @@ from torch_utils.graphs import GraphPool
 from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
-from training.augment import AdaController, AugmentPipe
+from training.augment.pipe import AdaController, AugmentPipe
 from training.config import TrainConfig
 from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, resident_batches
 from training.ema import EMA

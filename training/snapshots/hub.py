@@ -24,8 +24,8 @@ from dnnlib.download import sha256_of_file
 from dnnlib.util import read_metric_records
 from torch_utils.images import save_grid, to_uint8
 from training.config import TrainConfig
-from training.exchange import load_folder, new_folder, write_folder
-from training.snapshot import Snapshot
+from training.snapshots.exchange import load_folder, new_folder, write_folder
+from training.snapshots.snapshot import Snapshot
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -182,7 +182,7 @@ In a checkout of Styleformer, with `pip install '.[hub]'`:
 
 ```python
 import torch
-from training.hub import HubModel
+from training.snapshots.hub import HubModel
 
 G = HubModel.from_pretrained("NAME/MODEL").G_ema  # this repository, or a folder with its files
 img = G(torch.randn(4, G.z_dim), {c}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]

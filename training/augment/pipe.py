@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError
-from training.augment_stages import PIPES, STAGES, Transform
-from training.diffaugment import DIFFAUG, PARAMETERS
+from training.augment.diffaugment import DIFFAUG, PARAMETERS
+from training.augment.stages import PIPES, STAGES, Transform
 
 Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 

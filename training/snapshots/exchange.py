@@ -23,7 +23,7 @@ from dnnlib.config import UserError, WriteError
 from dnnlib.download import sha256_of_file
 from dnnlib.util import describe_error, import_extra, open_regular, partial_path, read_json
 from torch_utils.checkpoint import check_version, digest
-from training.snapshot import (
+from training.snapshots.snapshot import (
     MIGRATIONS,
     VERSION,
     Snapshot,

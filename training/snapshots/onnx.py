@@ -21,8 +21,8 @@ import dnnlib
 from dnnlib.config import WriteError
 from dnnlib.util import import_extra, replaced
 from torch_utils import custom_ops
-from training.exchange import make_parent, refuse_existing
-from training.snapshot import Snapshot
+from training.snapshots.exchange import make_parent, refuse_existing
+from training.snapshots.snapshot import Snapshot
 
 FixedNoise = Literal["const", "none"]  # an ONNX graph has no random generator that all runtimes share
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from dnnlib.config import FLOAT32_MAX, ConfigError, UserError, show
 from torch_utils.pickles import PickledModule, Unreadable, is_pickle, read_pickle, why
-from training.augment import AugmentConfig
-from training.augment_stages import PIPES
+from training.augment.pipe import AugmentConfig
+from training.augment.stages import PIPES
 from training.config import TrainConfig
 from training.dataset import DatasetConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
-from training.snapshot import outline
+from training.snapshots.snapshot import outline
 
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name

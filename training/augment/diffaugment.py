@@ -1,7 +1,7 @@
 """DiffAugment: differentiable transforms of real and generated images, with values drawn for each image.
 
 Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", where each fires on every image; a
-transform's own probability, if it has one, comes from TransGAN's training (Jiang et al. 2021). As in augment_stages.py,
+transform's own probability, if it has one, comes from TransGAN's training (Jiang et al. 2021). As in stages.py,
 a transform is a `draw` of values and a deterministic `transform` of images; number and shape of the draws do not depend
 on the values, and there are two derivatives. The pipe's p is always 1 here.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.augment_stages import COLOR, ColorStage, FilterStage, Transform
+from training.augment.stages import COLOR, ColorStage, FilterStage, Transform
 
 ImgShape = tuple[int, int, int]  # channels, height, width
 
