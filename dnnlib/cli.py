@@ -14,6 +14,7 @@ import click
 
 from dnnlib import streams
 from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
+from dnnlib.config_text import MOST_DIGITS
 from dnnlib.download import is_url
 from dnnlib.screen import guarded
 from dnnlib.streams import OutputError
@@ -23,7 +24,6 @@ from dnnlib.util import explain
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-MOST_DIGITS = 18  # of an integer: it fits into 64 bits
 MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do
 

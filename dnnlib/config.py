@@ -11,9 +11,11 @@ path generator.family overrides it: the class of that name makes its configurati
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -93,14 +95,16 @@ def setting(
     default_factory: Any = dataclasses.MISSING,
     families: Mapping[str, type] | None = None,
     parse: Callable[[str], Any] | None = None,
+    auto: bool = False,
     **bounds: Any,
 ) -> Any:
     """Declare a field of a configuration: its default, a description for the documentation, and its Bounds.
 
     `parse` makes its value of a text typed by a user (ValueError: not one), where the type does not say how. `families`
-    are the dataclasses that it can hold, by name.
+    are the dataclasses that it can hold, by name. None stands for a choice by data and machine if `auto`, and is typed
+    so; else it is typed `none`.
     """
-    metadata = {"help": help, "bounds": Bounds(**bounds)}
+    metadata = {"help": help, "bounds": Bounds(**bounds), "auto": auto}
     metadata |= {"families": families} if families else {}
     metadata |= {"parse": parse} if parse else {}
     given = {"default": default} if default_factory is dataclasses.MISSING else {"default_factory": default_factory}
@@ -145,6 +149,12 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 
+@functools.cache
+def hints(config_class: Any) -> dict[str, Any]:
+    """Return the types of the fields of a config class."""
+    return typing.get_type_hints(config_class)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Return nested plain dicts, lists, numbers and strings; tuples become lists."""
     result: dict[str, Any] = {}
@@ -152,7 +162,7 @@ def to_json(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             families = field.metadata.get("families")
-            head = {"family": _family_of(value, families)} if families else {}
+            head = {"family": family_of(value, families)} if families else {}
             result[field.name] = head | to_json(value)
         else:
             result[field.name] = list(value) if isinstance(value, tuple) else value
@@ -163,7 +173,7 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
     """Rebuild what `to_json` wrote. Raises ConfigError for an unknown or missing key and for a wrong type."""
     if not isinstance(data, Mapping):
         raise ConfigError(config_class.__name__, data, "expected a JSON object")
-    hints = typing.get_type_hints(config_class)
+    types_of = hints(config_class)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key, value in data.items():
         if key not in fields:
@@ -171,7 +181,7 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
     for name in fields:
         if name not in data:
             raise ConfigError(name, None, f"missing from the JSON of {config_class.__name__}")
-    values = {name: _read_field(field, hints[name], data[name]) for name, field in fields.items()}
+    values = {name: _read_field(field, types_of[name], data[name]) for name, field in fields.items()}
     return config_class(**values)
 
 
@@ -201,24 +211,38 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _family_of(config: Any, families: Mapping[str, type]) -> str:
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known word that is nearest to a text, "" where none is near."""
+    near = difflib.get_close_matches(text, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def family_of(config: Any, families: Mapping[str, type]) -> str:
+    """Return the name of the family that a configuration is of."""
     return next(name for name, family in families.items() if family is type(config))
 
 
 def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str, Any]) -> Any:
     """Return `config`, or what takes its place in the family that `values` name; refuse what that has no field for."""
-    name = values.get("family", _family_of(config, families))
-    _check_family(name, families)
+    name = values.get("family", family_of(config, families))
+    check_family(name, families)
     for path, value in values.items():
-        setting = path.partition(".")[0]
-        if setting != "family" and setting not in field_names(families[name]):
-            others = [other for other, family in families.items() if setting in field_names(family)]
-            known = f"; {', '.join(others)} can take it" if others else f", which has {', '.join(field_names(config))}"
-            raise ConfigError(path, value, f"is no setting of the family {name}{known}")
+        check_setting(name, path.partition(".")[0], value, families)
     return config if families[name] is type(config) else families[name].in_place_of(config)
 
 
-def _check_family(name: Any, families: Mapping[str, Any]) -> None:
+def check_setting(family: str, name: str, value: object, families: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a field that a family does not have."""
+    own = field_names(families[family])
+    if name == "family" or name in own:
+        return
+    others = [other for other, config_class in families.items() if name in field_names(config_class)]
+    known = f"; {', '.join(others)} can take it" if others else did_you_mean(name, own) or f"; it has {', '.join(own)}"
+    raise ConfigError(name, value, f"is no setting of the family {family}{known}")
+
+
+def check_family(name: Any, families: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a family that there is not."""
     if not isinstance(name, str) or name not in families:
         raise ConfigError("family", name, f"unknown family; known are {', '.join(families)}")
 
@@ -231,7 +255,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         data = dict(value)
         family = data.pop("family", None)
         with within(field.name):
-            _check_family(family, families)
+            check_family(family, families)
         hint, value = families[family], data
     if dataclasses.is_dataclass(hint):
         with within(field.name):

@@ -1,0 +1,154 @@
+"""Values that a user types for fields of a configuration, as text: by the type of the field, or its own parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dnnlib.config import (
+    FLOAT32_MAX,
+    ConfigError,
+    check_family,
+    check_setting,
+    did_you_mean,
+    family_of,
+    hints,
+    within,
+)
+
+MOST_DIGITS = 18  # of an integer: it fits into 64 bits
+_BOOLS = {word: True for word in ("true", "1", "yes", "on")} | {word: False for word in ("false", "0", "no", "off")}
+_EXAMPLES: Mapping[Any, str] = {int: "256,64,16", float: "3.0,20.0"}
+
+Field = dataclasses.Field[Any]
+
+
+def parse_texts(config: Any, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return {path: value} of what a user typed for fields of `config`, {path: text}.
+
+    The fields of a part are those of its family in `texts`, else in `config`. Raises ConfigError for a path that does
+    not exist, with the nearest ones that do, and for a text that is no value of the field.
+    """
+    return {path: _parse_path(config, path, text, texts) for path, text in texts.items()}
+
+
+def _parse_path(config: Any, path: str, text: str, texts: Mapping[str, str]) -> Any:
+    config_class: Any = type(config)
+    *parents, name = path.split(".")
+    for depth, parent in enumerate(parents):
+        field, prefix = _field(config_class, parent), ".".join(parents[: depth + 1])
+        if field is None or not _is_composed(config_class, field):
+            raise ConfigError(path, text, f"no such field; {_nearest(config, path)}")
+        config_class = hints(config_class)[parent]
+        if families := field.metadata.get("families"):
+            typed = text if name == "family" else texts.get(f"{prefix}.family")
+            family = typed or family_of(getattr(config, parent), families)
+            with within(prefix):
+                check_family(family, families)
+                check_setting(family, name, text, families)
+            if name == "family":
+                return text
+            config_class = families[family]
+    field = _field(config_class, name)
+    if field is None or _is_composed(config_class, field):
+        raise ConfigError(path, text, f"no such field; {_nearest(config, path)}")
+    try:
+        return parse_field(config_class, field, text)
+    except ValueError as error:
+        raise ConfigError(path, text, str(error)) from None
+
+
+def parse_field(config_class: type, field: Field, text: str) -> Any:
+    """Return the value of a field for a text. Raises ValueError, which says what is expected."""
+    hint, text = hints(config_class)[field.name], text.strip()
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = list(typing.get_args(hint)) if is_union else [hint]
+    expected = []
+    if type(None) in members:
+        members.remove(type(None))
+        nothing = "auto" if field.metadata.get("auto") else "none"
+        if text.lower() == nothing:
+            return None
+        expected.append(nothing)
+    if parse := field.metadata.get("parse"):
+        return parse(text)
+    problems = []
+    for member in members:
+        try:
+            return _parse_as(member, text)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(f"expected {' or '.join([*problems, *expected])}")
+
+
+def _parse_as(hint: Any, text: str) -> Any:
+    """Return a text as a value of a type. Raises ValueError: a noun for what is expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if text not in args:
+            raise ValueError(f"one of {', '.join(args)}{did_you_mean(text, args)}" if len(args) > 1 else args[0])
+        return text
+    if origin is tuple:
+        items = () if text.lower() == "none" else filter(None, map(str.strip, text.split(",")))
+        try:
+            return tuple(_parse_as(args[0], item) for item in items)
+        except ValueError:
+            raise ValueError(f"a list such as {_EXAMPLES[args[0]]}") from None
+    if hint is bool:
+        if text.lower() not in _BOOLS:
+            raise ValueError("true or false")
+        return _BOOLS[text.lower()]
+    if hint is int:
+        if not re.fullmatch(rf"[-+]?\d{{1,{MOST_DIGITS}}}", text, re.ASCII):
+            raise ValueError("a whole number")
+        return int(text)
+    return _parse_float(text) if hint is float else text
+
+
+def _parse_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError("a number")
+    return number
+
+
+def field_paths(config: Any) -> list[str]:
+    """Return the paths of all fields of a configuration, those of nested ones included (of every family)."""
+    paths = []
+    for field in dataclasses.fields(config):
+        families = field.metadata.get("families", {})
+        parts = list(families.values()) if families else [hints(type(config))[field.name]]
+        if _is_composed(type(config), field):
+            inner = [f"{field.name}.{f.name}" for part in parts for f in dataclasses.fields(part)]
+            paths += [f"{field.name}.family"] * bool(families) + list(dict.fromkeys(inner))
+        else:
+            paths.append(field.name)
+    return paths
+
+
+def _nearest(config: Any, path: str) -> str:
+    """Name the fields that a mistaken path may mean."""
+    paths, name = field_paths(config), path.rpartition(".")[2]
+    near = [known for known in paths if known.rpartition(".")[2] == name]
+    near = near or [known for known in paths if known.startswith(f"{path}.")]
+    near = near or difflib.get_close_matches(path, paths, n=3)
+    near = near or [known for known in paths if did_you_mean(name, [known.rpartition(".")[2]])]
+    return f"did you mean {', '.join(near)}?" if near else "docs/configuration.md lists them"
+
+
+def _field(config_class: Any, name: str) -> Field | None:
+    return next((field for field in dataclasses.fields(config_class) if field.name == name), None)
+
+
+def _is_composed(config_class: type, field: Field) -> bool:
+    """Whether the values of a field are configurations."""
+    return "families" in field.metadata or dataclasses.is_dataclass(hints(config_class)[field.name])
