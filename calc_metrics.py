@@ -12,7 +12,7 @@ import click
 import torch
 
 from dnnlib.allocator import tune_allocator
-from dnnlib.cli import FileOrURL, NameList, Script, config_values, option, switch
+from dnnlib.cli import FileOrURL, NameList, Script, option, switch
 from dnnlib.config import UserError, WriteError, override
 from dnnlib.download import cache_dir, is_url
 from dnnlib.util import write_atomically
@@ -92,10 +92,9 @@ def explain(spec: MetricSpec) -> str:
     "by other means.",
 )
 @option("--metrics", "names", type=NameList(), help="What to compute, see below.  [default: fid50k_full or swd]")
-@option("--data", field="data.path", metavar="PATH", help="Real images, zip or folder.  [default: the training images]")
+@option("--data", metavar="PATH", help="Real images, zip or folder.  [default: the training images]")
 @switch(
     "--mirror",
-    field="data.mirror",
     help="Also count every real image flipped, in the metrics below that count flips.  [default: as in training]",
 )
 @option(
@@ -158,12 +157,11 @@ def main(
 
     device = distributed.choose_device(options["device"])
     distributed.check_processes(gpus, options["device"], device)
-    options.pop("data")
-    options.pop("mirror")
+    given = {"data.path": options.pop("data"), "data.mirror": options.pop("mirror")}
     job = Job(
         network=path,
         folder=folder,
-        changes=config_values(context),
+        changes={path: value for path, value in given.items() if value is not None},
         metric_names=names,
         setup=setup,
         use_cache=not no_cache,

@@ -6,12 +6,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+import dnnlib
 from dnnlib import streams
 from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
 from dnnlib.config_text import MOST_DIGITS
@@ -29,15 +30,16 @@ PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak b
 
 
 class ConfigOption(click.Option):
-    """A click option that knows which config field it sets; `field=None` says that it sets none.
+    """A click option that may set a field of a configuration, by a text that config_text.py parses.
 
-    It may set others to the same value `also`.
+    `section` is the heading that it stands under in the help.
     """
 
-    def __init__(self, *args: Any, field: str | None = None, also: tuple[str, ...] = (), **kwargs: Any) -> None:
+    section: str | None = None
+
+    def __init__(self, *args: Any, field: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.field = field
-        self.fields = (field, *also) if field else ()
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show one spelling of each flag."""
@@ -51,8 +53,7 @@ class ConfigOption(click.Option):
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
 
-    `also` are further paths that it sets to the same value. Lists of names that are given several times are joined; of
-    other options the last counts, as usual.
+    Lists of names that are given several times are joined; of other options the last counts, as usual.
     """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
@@ -69,7 +70,20 @@ def _join_lists(context: click.Context, parameter: click.Parameter, given: Seque
 
 def switch(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
     """An option that is on as `--mirror` or `--mirror=1` and off as `--mirror=0`; None when it is not given."""
-    return option(*flags, field=field, type=bool, is_flag=False, flag_value=True, metavar="[BOOL]", **kwargs)
+    kwargs |= {"is_flag": False, "metavar": "[BOOL]"}
+    if field:
+        return option(*flags, field=field, flag_value="true", **kwargs)
+    return option(*flags, type=bool, flag_value=True, **kwargs)
+
+
+def list_option(*flags: str, field: str, **kwargs: Any) -> Decorator:
+    """An option for a field with a list of names; the lists of several are joined, `none` adds nothing."""
+    return option(*flags, field=field, multiple=True, callback=_join_texts, metavar="NAME,...", **kwargs)
+
+
+def _join_texts(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> str | None:
+    names = [text for text in given if text.lower() != "none"]
+    return ",".join(names or given[:1]) if given else None
 
 
 def with_options(options: Iterable[Decorator]) -> Decorator:
@@ -81,6 +95,30 @@ def with_options(options: Iterable[Decorator]) -> Decorator:
         return function
 
     return attach
+
+
+def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
+    """Attach options to a command, whose help shows them under the headings of a table."""
+
+    def attach(function: Any) -> Callable[..., Any]:
+        for heading, options in reversed(sections.items()):
+            for decorate in reversed(tuple(options)):
+                function = decorate(function)
+                function.__click_params__[-1].section = heading
+        return function  # type: ignore[no-any-return]
+
+    return attach
+
+
+def settings_option() -> Decorator:
+    """Return the option --set, for fields that have no flag."""
+    return option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Set any field, e.g. generator.window=8; repeatable. docs/configuration.md lists all.",
+    )
 
 
 def with_both_spellings(flags: Iterable[str]) -> list[str]:
@@ -98,14 +136,28 @@ def _other_spelling(flag: str) -> str:
     return "--" + (name.replace("_", "-") if "_" in name else name.replace("-", "_"))
 
 
-def config_values(context: click.Context) -> dict[str, Any]:
-    """Return {config path: value} for the options that the user gave."""
-    return {
-        field: context.params[parameter.name]
-        for parameter in context.command.params
-        if isinstance(parameter, ConfigOption) and context.params[parameter.name or ""] is not None
-        for field in parameter.fields
-    }
+def config_texts(context: click.Context) -> dict[str, str]:
+    """Return {config path: text} for the options that the user gave, --set among them. Raises UserError."""
+    texts = {}
+    for parameter in context.command.params:
+        text = context.params[parameter.name or ""]
+        if isinstance(parameter, ConfigOption) and parameter.field and text is not None:
+            texts[parameter.field] = text
+    settings = {}
+    for typed in context.params.get("settings", ()):
+        path, equals, text = (part.strip() for part in typed.partition("="))
+        if not equals:
+            raise UserError(f"--set {typed}: give a value: --set {path or 'FIELD'}=VALUE")
+        if path in texts:
+            raise UserError(f"--set {typed}: {_flag_of(context.command, path)} sets it too: give one of the two")
+        settings[path] = text
+    return texts | settings
+
+
+def _flag_of(command: click.Command, path: str) -> str | None:
+    """Return the flag for a field of a configuration; of a field, its name alone may be known (see ConfigError)."""
+    options = [parameter for parameter in command.params if isinstance(parameter, ConfigOption) and parameter.field]
+    return next((option.opts[0] for option in options if f".{option.field}".endswith(f".{path}")), None)
 
 
 class Program(click.Command):
@@ -131,13 +183,35 @@ class Script(Program):
     """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
     and folders that cannot be used, a lack of memory.
 
-    `--data=~/x` means what `--data ~/x` does, in which alone the shell replaces the ~.
+    `--data=~/x` means what `--data ~/x` does, in which alone the shell replaces the ~. `removed` are flags of earlier
+    versions, with their fields.
     """
+
+    def __init__(self, *args: Any, removed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.removed = removed or {}
+        click.version_option(dnnlib.__version__, prog_name="Styleformer", help="Show the version and exit.")(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         home = re.compile(r"(--[\w-]+=)(~[\w.-]*(?:/.*)?)", re.ASCII | re.DOTALL)
         matches = [(word, home.fullmatch(word)) for word in args]
-        return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
+        try:
+            return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
+        except click.NoSuchOption as error:
+            if fields := self.removed.get(error.option_name.replace("_", "-")):
+                raise click.UsageError(_explain_removed(error.option_name, fields.split(), args), ctx) from None
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options under their headings."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                heading = getattr(parameter, "section", None) or next(iter(sections), "Options")
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -156,6 +230,16 @@ class Script(Program):
             others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
             with formatter.section("Other commands (COMMAND --help)"):
                 formatter.write_dl(others)
+
+
+def _explain_removed(flag: str, fields: Sequence[str], args: Sequence[str]) -> str:
+    """Say what to give in place of a flag that is none any more, with the value in `args`."""
+    position, word = next((i, word) for i, word in enumerate(args) if word.partition("=")[0] == flag)
+    value = word.partition("=")[2]
+    if not value and position + 1 < len(args) and not args[position + 1].startswith("-"):
+        value = args[position + 1]
+    settings = " ".join(f"--set {field}={value or 'true'}" for field in fields)
+    return f"{flag} is no flag any more: give {settings}"
 
 
 class ProgramGroup(Program, click.Group):
@@ -181,22 +265,25 @@ class Failure(click.ClickException):
 
 
 def fail(command: click.Command, error: UserError) -> NoReturn:
-    """Raise the click error for a UserError; a ConfigError is named by the flag that sets its field.
+    """Raise the click error for a UserError.
 
     Under torchrun the first process of a machine speaks for those that meet the same error: torchrun ends them when it
     has gone. One that still lives after that has met the error alone, and speaks too.
     """
-    message = str(error)
-    if isinstance(error, ConfigError):
-        for parameter in command.params:
-            # A config that checks itself knows its own field's name only: generator.widths reports widths.
-            if isinstance(parameter, ConfigOption) and f".{parameter.field}".endswith(f".{error.field}"):
-                shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
-                message = f"{parameter.opts[0]}={shown}: {error.problem}"
-                break
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PRECEDENCE)
-    raise Failure(message) from None
+    raise Failure(explain_error(command, error)) from None
+
+
+def explain_error(command: click.Command, error: UserError) -> str:
+    """Return the message of a UserError; a ConfigError is named by the flag of its field, or by --set."""
+    if not isinstance(error, ConfigError):
+        return str(error)
+    flag = _flag_of(command, error.field)
+    if flag is None and "settings" in (parameter.name for parameter in command.params):
+        flag = f"--set {error.field}"
+    shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
+    return f"{flag}={shown}: {error.problem}" if flag else str(error)
 
 
 class FiniteFloat(click.types.FloatParamType):
@@ -260,20 +347,6 @@ class IntOrAuto(click.ParamType):
         return "auto" if value == "auto" else int(click.IntRange(min=self.minimum).convert(value, param, ctx))
 
 
-class Size(click.ParamType):
-    """A height and width as 8 or 8x12."""
-
-    name = "N|HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(?:x(\d{{1,{MOST_DIGITS}}}))?", str(value), re.ASCII)
-        if not match:
-            self.fail(f"{value!r} is not a size such as 8 or 8x12 (height x width)", param, ctx)
-        return int(match[1]), int(match[2] or match[1])
-
-
 class NameList(click.ParamType):
     """Comma-separated names; `none`, in any case, is the empty list."""
 
@@ -283,17 +356,6 @@ class NameList(click.ParamType):
         if isinstance(value, tuple):
             return value
         return () if value.lower() == "none" else tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-class Choice(click.Choice):
-    """One of some names; `aliases` are other words for them that are understood too."""
-
-    def __init__(self, choices: Iterable[str], **aliases: str) -> None:
-        super().__init__([*choices])
-        self.aliases = aliases
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(self.aliases.get(value, value), param, ctx)
 
 
 class IntRanges(click.ParamType):

@@ -15,7 +15,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -149,9 +149,13 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 
-@functools.cache
 def hints(config_class: Any) -> dict[str, Any]:
     """Return the types of the fields of a config class."""
+    return _hints(config_class)
+
+
+@functools.cache
+def _hints(config_class: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(config_class)
 
 
@@ -173,7 +177,7 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
     """Rebuild what `to_json` wrote. Raises ConfigError for an unknown or missing key and for a wrong type."""
     if not isinstance(data, Mapping):
         raise ConfigError(config_class.__name__, data, "expected a JSON object")
-    types_of = hints(config_class)  # type: ignore[arg-type]
+    types_of = hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key, value in data.items():
         if key not in fields:

@@ -1,0 +1,152 @@
+"""Weights and state that a run starts from: a training state, a snapshot, or random weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from torch import nn
+
+from dnnlib.config import UserError, WriteError
+from dnnlib.download import is_url
+from dnnlib.util import PARTIAL, warn_on_write_error, write_atomically
+from torch_utils import distributed
+from training.config import TrainConfig
+from training.resume import Start
+from training.runs import list_states, read_log
+from training.snapshots.snapshot import Snapshot
+from training.snapshots.transfer import Origin, check_frozen, copy_weights
+from training.training_loop import Trainer
+
+# Files that training writes in one step, before they get their names.
+OWN_PARTIAL = re.compile(
+    rf"\.(network|training|state|stats|metric|fakes\d*|reals|wandb)[-_.].*\.\d+{re.escape(PARTIAL)}", re.DOTALL
+)
+
+
+def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]) -> str:
+    """Give the trainer the state that the run starts from, and its configuration where that is; return what was done.
+
+    Raises UserError when that is damaged or does not fit.
+    """
+    if start.run_dir:
+        path = load_latest(trainer, start.run_dir)
+        return f"Resuming from {path} at kimg {trainer.state.nimg / 1000:g}"
+    if start.state:
+        if problem := _resume(trainer, start.state):
+            raise UserError(problem)
+        return f"Starting from {start.state} at kimg {trainer.state.nimg / 1000:g}"
+    if start.snapshot:
+        networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
+        trainer.config, report = transfer(trainer.config, networks, start.snapshot, load_network(start.snapshot))
+        return report
+    return "Starting from random weights"
+
+
+def transfer(
+    config: TrainConfig, networks: Mapping[str, nn.Module], name: str, snapshot: Snapshot
+) -> tuple[TrainConfig, str]:
+    """Copy the weights of a snapshot to G, D and G_ema, as far as they fit; return the configuration with their origin.
+
+    And what was done, for the log. Raises UserError when the snapshot, whose name is given, does not fit.
+    """
+    for net in ("G", "D"):
+        if getattr(snapshot, net) is None:
+            reason = snapshot.left_out.get(net, "it is not there, as in a snapshot for generation only")
+            raise UserError(f"--resume={name}: {net} cannot be taken from it: {reason}")
+    copied = {net: copy_weights(getattr(snapshot, net), network, net) for net, network in networks.items()}
+    check_frozen(networks["D"], config.freeze_layers, copied["D"])
+    origin = Origin(
+        source=name,
+        kimg=snapshot.kimg,
+        copied_g=copied["G"].share,
+        copied_d=copied["D"].share,
+        copied_g_ema=copied["G_ema"].share,
+        partial=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].partial),
+        new=tuple(f"{net}: {place}" for net in ("G", "D") for place in copied[net].new),
+    )
+    lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *notes_on(name, snapshot)]
+    if origin.source != name:
+        lines.append("The address is recorded without user, password and query: give all of it to start anew from it")
+    lines += [line for net, what in copied.items() for line in what.describe(net)]
+    return replace(config, origin=origin), "\n  ".join(lines)
+
+
+def notes_on(name: str, snapshot: Snapshot) -> list[str]:
+    """Return what a user should know of a snapshot that weights are taken from, a line each."""
+    notes = snapshot.notes()
+    folder = Path(name).parent
+    if not is_url(name) and (states := list_states(folder)):
+        notes.append(f"{states[-1].name} lies beside it: to go on with that run, --resume={folder}")
+    return notes
+
+
+def load_latest(trainer: Trainer, run_dir: Path) -> Path:
+    """Resume from the newest training state that can be used. Raises UserError when none can."""
+    chosen = _resume_newest(trainer, run_dir)
+    newest = run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
+    snapshots = [path for path in run_dir.glob("network-snapshot-*.pkl") if path <= newest]
+    trainer.last_snapshot = max(snapshots, default=None)
+    if distributed.is_main():
+        _remove_leftovers(run_dir)
+        for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+            with warn_on_write_error():
+                _cut_log(log, trainer.state.nimg / 1000)
+    return chosen
+
+
+def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
+    """Try the training states of a run, the newest first; warn of those that cannot be used."""
+    for path in reversed(distributed.from_main(lambda: list_states(run_dir))):
+        problem = _resume(trainer, path)
+        if problem is None:
+            return path
+        if distributed.is_main():
+            print(f"Warning: {problem}", file=sys.stderr)
+    return distributed.from_main(lambda: _refuse_run(run_dir))
+
+
+def _refuse_run(run_dir: Path) -> NoReturn:
+    raise UserError(f"{run_dir}: holds no training state that can be used, as the warnings say; start a new run")
+
+
+def _resume(trainer: Trainer, state: Path) -> str | None:
+    """Resume from a training state; return why any process could not. A collective call."""
+    problem, is_same = None, True
+    try:
+        is_same = trainer.resume(state)
+    except UserError as error:
+        problem = str(error)
+    if distributed.maximum([problem is not None]) == [1]:
+        return problem or f"{state}: another process could not use it"
+    if not is_same and distributed.is_main():
+        print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
+    return None
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files of processes of this run that were killed while they wrote."""
+    for path in run_dir.glob(f".*{PARTIAL}"):
+        if OWN_PARTIAL.fullmatch(path.name) and path.is_file():
+            with warn_on_write_error():
+                path.unlink(missing_ok=True)
+
+
+def _cut_log(path: Path, kimg: float) -> None:
+    """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short.
+
+    Raises WriteError.
+    """
+    if not path.is_file():
+        return
+    kept = "".join(f"{json.dumps(entry)}\n" for entry, age in read_log(path) if age is None or age <= kimg)
+    try:
+        if kept.encode() != path.read_bytes():
+            write_atomically(path.resolve(), kept)  # resolved: a link that leads to another disk stays one
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from None

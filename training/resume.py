@@ -1,0 +1,268 @@
+"""From a command line to the start of a run: a new one, or the one that --resume names.
+
+There is one rule. A run continues under its saved configuration plus what the user typed. What is typed may change the
+part `run` (duration, machine, logging); anything else that it changes is listed and refused, unless --override is
+given.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, differences, override, to_json
+from dnnlib.config_text import parse_texts
+from dnnlib.download import is_url
+from dnnlib.util import read_json
+from torch_utils import distributed
+from torch_utils.checkpoint import Checkpoint
+from training.config import (
+    PRESETS,
+    TRANSFER_LEARNING,
+    Circumstances,
+    RunConfig,
+    TrainConfig,
+    customise,
+    fitting_size,
+    read_config,
+    resolve,
+)
+from training.dataset import DatasetConfig, ImageDataset
+from training.runs import list_runs, list_states
+from training.snapshots.exchange import is_folder
+
+# Data sets of the networks that StyleGAN2-ADA's --resume knows by name.
+PUBLISHED = {
+    "ffhq256": "FFHQ at 256x256",
+    "ffhq512": "FFHQ at 512x512",
+    "ffhq1024": "FFHQ at 1024x1024",
+    "celebahq256": "CelebA-HQ at 256x256",
+    "lsundog256": "LSUN Dog at 256x256",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A command line: `texts` are the values typed for fields, by path, and `preset` is None where none was typed.
+
+    `transfer_options` returns {path: value} of what the file behind a --resume says about training that starts from it.
+    """
+
+    outdir: Path | None
+    resume: str | None = None
+    override: bool = False  # resume a run although options change what it computes
+    preset: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    transfer_options: Callable[[str], Mapping[str, Any]] = lambda path: {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Start of a run: its resolved configuration, and the run that it continues or the file that it begins with."""
+
+    config: TrainConfig
+    outdir: Path | None
+    run_dir: Path | None = None
+    state: Path | None = None
+    snapshot: str | None = None  # a path or an address
+    is_to_fit: bool = False  # whether the micro-batch is to be found (rehearsal.py)
+
+
+def names_snapshot(resume: str | None) -> bool:
+    """Whether --resume names a snapshot: an address, or a file or folder that is no training state."""
+    if resume is None or is_url(resume):
+        return resume is not None
+    path = Path(resume)
+    return is_folder(path) or (path.is_file() and path.suffix != ".pt")
+
+
+def choose_start(request: Request) -> Start:
+    """Decide how the run begins. Raises UserError for options, data or a --resume that cannot be used.
+
+    Locks nothing and writes nothing.
+    """
+    if request.override and (request.resume is None or names_snapshot(request.resume)):
+        raise UserError("--override: changes the options of a run that is resumed; give --resume=latest or its folder")
+    if request.resume is None or names_snapshot(request.resume):
+        return _new_run(request)
+    if request.resume == "latest":
+        return _latest(request) or _new_run(replace(request, resume=None))
+    path = Path(request.resume)
+    if path.is_file():
+        return _continue(request, path, _config_in(path))
+    if not path.is_dir():
+        raise UserError(f"--resume={path}: {_explain_missing(request.resume)}")
+    if not list_states(path):
+        hint = f"; to resume the newest of its runs: --outdir={path} --resume=latest" if list_runs(path) else ""
+        raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt){hint}")
+    return _continue(request, path, saved_config(path))
+
+
+def _new_run(request: Request) -> Start:
+    preset = PRESETS[request.preset or "auto"]
+    if request.resume is not None:
+        preset = override(preset, {**TRANSFER_LEARNING, **request.transfer_options(request.resume)})
+    config = complete(customise(preset, parse_texts(preset, request.texts)))
+    return Start(
+        config=config, outdir=_outdir(request), snapshot=request.resume, is_to_fit=_asks_to_fit(request, config)
+    )
+
+
+def _outdir(request: Request) -> Path:
+    if request.outdir is None:
+        raise UserError("missing option --outdir: name a folder in which the run gets a folder of its own")
+    return request.outdir
+
+
+def _latest(request: Request) -> Start | None:
+    """Return the start from the newest run that the options do not contradict, or None, with a warning if all do."""
+    outdir = _outdir(request)
+    newest: tuple[Path, TrainConfig] | None = None
+    for run_dir, saved in _readable_runs(outdir):
+        newest = newest or (run_dir, saved)
+        if not _changes(request, saved):
+            return _continue(request, run_dir, saved)
+    if newest is None:
+        return None
+    if request.override:
+        return _continue(request, *newest)
+    print(
+        f"Warning: --resume=latest: the options contradict every run in {outdir}, so a new one starts. --override "
+        f"resumes {newest[0]} and changes\n  {_list(_changes(request, newest[1]))}",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
+    """Yield the runs that have a training state, newest first, and their configurations; warn of unreadable ones."""
+    for run_dir in reversed(list_runs(outdir)):
+        if list_states(run_dir):
+            try:
+                yield run_dir, saved_config(run_dir)
+            except UserError as error:
+                print(f"Warning: {error}", file=sys.stderr)
+
+
+def _continue(request: Request, path: Path, saved: TrainConfig) -> Start:
+    """Return the start from a run's folder or a training state, whose configuration is `saved`.
+
+    Raises UserError where the options change what is computed, unless --override is given.
+    """
+    config = _merge(request, saved)
+    if changes := _differences(saved, config):
+        if not request.override:
+            raise UserError(
+                f"--resume={path}: these options contradict that run; leave them out, or give --override:\n"
+                f"  {_list(changes)}"
+            )
+        print(f"--override: resuming {path} and changing\n  {_list(changes)}", file=sys.stderr)
+    if path.is_dir():
+        return Start(config=config, outdir=request.outdir, run_dir=path, is_to_fit=_asks_to_fit(request, config, saved))
+    return Start(config=config, outdir=_outdir(request), state=path, is_to_fit=_asks_to_fit(request, config))
+
+
+def _changes(request: Request, saved: TrainConfig) -> list[str]:
+    """Return the fields that the options change outside of `run`, a line each, or why they do not go with the run."""
+    try:
+        return _differences(saved, _merge(request, saved))
+    except ConfigError as error:
+        return [str(error)]
+
+
+def _differences(saved: TrainConfig, config: TrainConfig) -> list[str]:
+    lines = differences(to_json(saved), to_json(config))
+    return [line for line in lines if not line.startswith(("run.", "origin."))]
+
+
+def _list(changes: Sequence[str]) -> str:
+    return "\n  ".join(changes)
+
+
+def _merge(request: Request, saved: TrainConfig) -> TrainConfig:
+    """Return a saved configuration plus what the user typed, resolved for this machine."""
+    base = saved
+    if request.preset not in (None, saved.preset):
+        base = replace(PRESETS[request.preset or ""], data=saved.data, origin=saved.origin, run=saved.run)
+    config = customise(base, parse_texts(base, request.texts))
+    if config.data != saved.data and not request.override:  # no need to open it
+        return config
+    return complete(replace(config, run=_fit_run(config, saved, request)))
+
+
+def _fit_run(config: TrainConfig, saved: TrainConfig, request: Request) -> RunConfig:
+    """Leave open what was chosen for another machine: CUDA graphs on a CPU, a share for other numbers of processes."""
+    run = config.run
+    if run.graphs and "run.graphs" not in request.texts and distributed.choose_device(run.device).type != "cuda":
+        run = replace(run, graphs=None)
+    is_typed = "run.batch_gpu" in request.texts or "batch_size" in request.texts
+    if run.batch_gpu == saved.run.batch_gpu and isinstance(run.batch_gpu, int) and not is_typed:
+        share = -(-(config.batch_size or run.batch_gpu) // run.num_gpus)
+        if share % run.batch_gpu:
+            run = replace(run, batch_gpu=None)
+    if request.texts.get("run.batch_gpu") == "auto" and run.num_gpus == saved.run.num_gpus:
+        run = replace(run, batch_gpu=saved.run.batch_gpu)  # it was found to fit
+    return run
+
+
+def _asks_to_fit(request: Request, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
+    """Whether --batch-gpu=auto is to try what fits; a run that continues on as many GPUs keeps what was found."""
+    on_gpu = distributed.choose_device(config.run.device).type == "cuda"
+    is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
+    return on_gpu and request.texts.get("run.batch_gpu") == "auto" and not is_found
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """Resolve a configuration for its data and this machine. Raises UserError where they do not go together."""
+    if not config.data.path:
+        raise UserError("missing option --data: name a zip or folder of images, made by dataset_tool.py")
+    dataset, device = open_dataset(config.data), distributed.choose_device(config.run.device)
+    dataset.check_shapes(partial(fitting_size, config))
+    about = Circumstances(
+        img_shape=dataset.img_shape,
+        c_dim=dataset.c_dim,
+        is_raw=dataset.is_raw,
+        on_gpu=device.type == "cuda",
+        has_bf16=distributed.has_bf16(device),
+    )
+    return resolve(config, about)
+
+
+@functools.lru_cache(maxsize=1)
+def open_dataset(config: DatasetConfig) -> ImageDataset:
+    """Open the images of a configuration, or return them where they are open."""
+    return ImageDataset(config)
+
+
+def saved_config(run_dir: Path) -> TrainConfig:
+    """Read the configuration in a run's folder. Raises UserError."""
+    path = run_dir / OPTIONS_FILE
+    try:
+        return read_config(read_json(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _config_in(state: Path) -> TrainConfig:
+    """Read the configuration in a training state."""
+    try:
+        return read_config(Checkpoint.read(state).get("config"))
+    except ConfigError as error:
+        raise UserError(f"{state}: its configuration cannot be read ({error})") from None
+
+
+def _explain_missing(name: str) -> str:
+    """Say what a --resume that is no file or folder means in StyleGAN2-ADA, or what it can be here."""
+    if name == "noresume":
+        return "trains from random weights in StyleGAN2-ADA; leave --resume out for that"
+    if name in PUBLISHED:
+        return (
+            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is no "
+            "part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
+        )
+    return "neither `latest` nor a run's folder nor a training state or snapshot"

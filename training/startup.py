@@ -1,0 +1,118 @@
+"""From the start of a run to its processes: checks that need no training, the plan of a dry run, the launch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import click
+import torch
+
+import metrics.registry
+from dnnlib.config import ConfigError, UserError, override, to_json
+from dnnlib.config_text import parse_texts
+from dnnlib.download import is_url
+from metrics.detectors import read_detectors
+from torch_utils import distributed
+from torch_utils.misc import count_parameters
+from training import worker
+from training.config import PRESETS, RunConfig, TrainConfig, customise
+from training.dataset import allow_open_files
+from training.loggers import choose_loggers
+from training.restore import notes_on, transfer
+from training.resume import Request, Start, choose_start, open_dataset
+from training.snapshots.reading import load_network, transfer_options
+
+Explain = Callable[[UserError], str]
+
+
+def train(request: Request, *, dry_run: bool, explain: Explain = str) -> None:
+    """Train, or print what would be trained.
+
+    The start is chosen once: here, or under torchrun by the first process, which then tells the others. `explain` makes
+    the message of a UserError that it meets there; elsewhere the error is raised.
+    """
+    if distributed.launched_world_size() is None:
+        start = prepare(request, dry_run=dry_run)
+        if not dry_run:
+            launch(partial(worker.train, start), start.config)
+    elif not dry_run:
+        request = _as_launched(request)
+        typed = customise(PRESETS["auto"], parse_texts(PRESETS["auto"], request.texts))
+        launch(partial(_train_as_told, request, explain), typed)
+    elif distributed.launched_rank() == 0:
+        prepare(_as_launched(request), dry_run=True)
+
+
+def launch(function: Callable[[], None], config: TrainConfig) -> None:
+    """Call a function in the processes of a configuration."""
+    device = distributed.choose_device(config.run.device)
+    distributed.check_processes(config.run.num_gpus, config.run.device, device)
+    distributed.launch(function, config.run.num_gpus, device_type=device.type, timeout=config.run.timeout)
+
+
+def _train_as_told(request: Request, explain: Explain) -> None:
+    """Train in a process of torchrun: from the start that the first one chooses."""
+
+    def choose() -> Start:
+        try:
+            return prepare(request, dry_run=False)
+        except UserError as error:
+            raise UserError(explain(error)) from None
+
+    worker.train(distributed.from_main(choose))
+
+
+def _as_launched(request: Request) -> Request:
+    """Leave number and kind of processes to torchrun, also in a run that is resumed. Raises ConfigError."""
+    launched = str(distributed.launched_world_size())
+    texts = {"run.device": "auto", "run.timeout": str(RunConfig.timeout), "run.num_gpus": launched, **request.texts}
+    if texts["run.num_gpus"] != launched:
+        raise ConfigError("run.num_gpus", texts["run.num_gpus"], f"torchrun started {launched} processes; leave it out")
+    return replace(request, texts=texts)
+
+
+def prepare(request: Request, *, dry_run: bool) -> Start:
+    """Choose the start of a run and check what it needs. Raises UserError. A dry run fetches nothing, and prints it."""
+    start = choose_start(replace(request, transfer_options=partial(_transfer_options, dry_run=dry_run)))
+    config = start.config
+    setup = read_detectors(config.run.detectors)
+    names = {name: getattr(config.run, name) for name in ("metrics", "tick_metrics")}
+    names = {name: tuple(metrics.registry.resolve(given, setup)) for name, given in names.items() if given is not None}
+    config = override(config, {f"run.{name}": value for name, value in names.items()})
+    choose_loggers(config.run.log)
+    if config.run.workers or config.run.num_gpus > 1:
+        allow_open_files(config.run.workers or 0)
+    start = replace(start, config=config)
+    if dry_run:
+        _print_plan(start)
+        return start
+    for name in [*(config.run.metrics or metrics.registry.default_metrics(setup)[0]), *config.run.tick_metrics]:
+        metrics.registry.check_available(name, setup)
+    return start
+
+
+def _transfer_options(path: str, *, dry_run: bool) -> Mapping[str, Any]:
+    """Return what a snapshot says about training from it; what is on the web is not fetched for a dry run."""
+    return {} if dry_run and is_url(path) else transfer_options(path)
+
+
+def _print_plan(start: Start) -> None:
+    """Print what would be trained, and from which weights; what is on the web is not fetched for it."""
+    config, dataset = start.config, open_dataset(start.config.data)
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
+    with torch.device("meta"):
+        networks = {"G": config.generator.build(), "D": config.discriminator.build()}
+    parameters = {name: count_parameters(network) for name, network in networks.items()}
+    if start.snapshot and not is_url(start.snapshot):
+        networks["G_ema"] = networks["G"]
+        snapshot = load_network(start.snapshot)
+        for note in notes_on(start.snapshot, snapshot):
+            click.echo(note, err=True)
+        config, _ = transfer(config, networks, start.snapshot, snapshot)
+    plan = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}
+    click.echo(json.dumps(plan, indent=2))
