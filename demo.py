@@ -31,7 +31,14 @@ THREADS = "1"
 CPU_OPTIONS = ["--kimg=11"]
 GPU_OPTIONS = [
     *("--kimg=200", "--tick=10", "--batch=32", "--g_dict=256,128,64", "--num_layers=1,2,2", "--linformer=0"),
-    *("--cbase=4096", "--cmax=256", "--glr=0.002", "--dlr=0.0025", "--ema-kimg=10", "--ada-kimg=500"),
+    *(
+        "--cbase=4096",
+        "--set=discriminator.channel_max=256",
+        "--glr=0.002",
+        "--dlr=0.0025",
+        "--ema-kimg=10",
+        "--set=augment.ada_kimg=500",
+    ),
 ]
 
 

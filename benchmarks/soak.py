@@ -24,7 +24,14 @@ import click
 import torch
 from common import ROOT, emit
 
-NETWORKS = ["--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1", "--linformer=0", "--cbase=128", "--cmax=16"]
+NETWORKS = [
+    "--cfg=tiny",
+    "--g_dict=16,16",
+    "--num_layers=1,1",
+    "--linformer=0",
+    "--cbase=128",
+    "--set=discriminator.channel_max=16",
+]
 OPTIONS = [*NETWORKS, "--batch=4", "--tick=0.2", "--snap=1", "--metrics=swd60", "--kimg=1000000", "--device=cpu"]
 EXIT_STOPPED = 3
 

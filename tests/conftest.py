@@ -139,7 +139,14 @@ LONG = (
 )
 
 # Options for train.py that make the preset `tiny` smaller still.
-SMALL = ["--cfg=tiny", "--g_dict=32,16", "--num_layers=1,1", "--cbase=256", "--cmax=16", "--workers=0"]
+SMALL = [
+    "--cfg=tiny",
+    "--g_dict=32,16",
+    "--num_layers=1,1",
+    "--cbase=256",
+    "--set=discriminator.channel_max=16",
+    "--workers=0",
+]
 SMALL += ["--batch=16", "--linformer=0", "--gamma=0.5"]
 
 

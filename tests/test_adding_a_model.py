@@ -36,8 +36,22 @@ def film(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Path) -> None:
     (line,) = re.findall(r"python train\.py (.*)", PAGE)
     command = [item for item in shlex.split(line) if not item.startswith(("--outdir", "--data"))]
-    command += [f"--outdir={tmp_path}", f"--data={shapes_zip}", "--z-dim=16", "--w-dim=16", "--cmax=8", "--tick=0.016"]
-    command += ["--pl-weight=2", "--pl-interval=1", "--snap=1", "--metrics=none", "--device=cpu", "--workers=0"]
+    command += [
+        f"--outdir={tmp_path}",
+        f"--data={shapes_zip}",
+        "--z-dim=16",
+        "--set=generator.w_dim=16",
+        "--set=discriminator.channel_max=8",
+        "--tick=0.016",
+    ]
+    command += [
+        "--pl-weight=2",
+        "--set=loss.pl_interval=1",
+        "--snap=1",
+        "--metrics=none",
+        "--device=cpu",
+        "--workers=0",
+    ]
     for kimg in ("0.016", "0.032"):
         result = CliRunner().invoke(train.main, [*command, f"--kimg={kimg}", "--resume=latest"])
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"

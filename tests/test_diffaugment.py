@@ -311,10 +311,15 @@ def plan(data: Path, *arguments: str) -> Any:
 
 def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
     assert plan(shapes_zip, "--aug=diffaug")["policy"] == ["translation", "cutout", "color"]
-    chosen = plan(shapes_zip, "--aug=diffaug", "--diffaug=color,hue")
+    chosen = plan(shapes_zip, "--aug=diffaug", "--set=augment.policy=color,hue")
     assert (chosen["mode"], chosen["policy"], chosen["p"]) == ("diffaug", ["color", "hue"], None)
-    numbers = ["--translation=0.2", "--cutout-p=0.3", "--filter-p=0.25", "--hue-p=0.5"]
-    chosen = plan(shapes32_zip, "--aug=diffaug", "--diffaug=translation,erase,hue,filter", *numbers)
+    numbers = [
+        "--set=augment.translation=0.2",
+        "--set=augment.cutout_p=0.3",
+        "--set=augment.filter_p=0.25",
+        "--set=augment.hue_p=0.5",
+    ]
+    chosen = plan(shapes32_zip, "--aug=diffaug", "--set=augment.policy=translation,erase,hue,filter", *numbers)
     assert [chosen[name] for name in ("translation", "cutout_p", "filter_p", "hue_p")] == [0.2, 0.3, 0.25, 0.5]
     assert plan(shapes_zip, "--aug=none") == plan(shapes_zip, "--aug=noaug")
     assert plan(shapes_zip, "--aug=none")["mode"] == "noaug"
@@ -329,15 +334,36 @@ def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
             "--target=0.5: --aug=diffaug does not read it: leave it out, or",
         ),
         (["--aug=diffaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=diffaug does not read it"),
-        (["--aug=none", "--max-p=0.5"], "--max-p=0.5: --aug=noaug does not read it"),
-        (["--aug=fixed", "--p=0.5", "--ada-kimg=5"], "--ada-kimg=5.0: --aug=fixed does not read it"),
-        (["--aug=diffaug", "--hue-p=0.5"], "has no effect on --diffaug=translation,cutout,color, which lacks hue"),
-        (["--aug=diffaug", "--diffaug=color", "--cutout-p=0.5"], "--diffaug=color, which lacks cutout and erase"),
-        (["--aug=diffaug", "--cutout-p=1.5"], "--cutout-p=1.5: a probability lies between 0 and 1"),
-        (["--aug=diffaug", "--translation=-0.1"], "--translation=-0.1: a fraction of the image lies between 0 and 1"),
-        (["--translation=0.2"], "--translation=0.2: --aug=ada does not read it"),
-        (["--diffaug=color"], "--diffaug=color: mode 'ada' takes no policy; leave it out or use 'diffaug'"),
-        (["--aug=diffaug", "--diffaug=colour"], "--diffaug=colour: give some of color, translation"),
+        (["--aug=none", "--set=augment.max_p=0.5"], "--set augment.max_p=0.5: --aug=noaug does not read it"),
+        (
+            ["--aug=fixed", "--p=0.5", "--set=augment.ada_kimg=5"],
+            "--set augment.ada_kimg=5.0: --aug=fixed does not read it",
+        ),
+        (
+            ["--aug=diffaug", "--set=augment.hue_p=0.5"],
+            "has no effect on augment.policy=translation,cutout,color, which lacks hue",
+        ),
+        (
+            ["--aug=diffaug", "--set=augment.policy=color", "--set=augment.cutout_p=0.5"],
+            "augment.policy=color, which lacks cutout and erase",
+        ),
+        (
+            ["--aug=diffaug", "--set=augment.cutout_p=1.5"],
+            "--set augment.cutout_p=1.5: a probability lies between 0 and 1",
+        ),
+        (
+            ["--aug=diffaug", "--set=augment.translation=-0.1"],
+            "--set augment.translation=-0.1: a fraction of the image lies between 0 and 1",
+        ),
+        (["--set=augment.translation=0.2"], "--set augment.translation=0.2: --aug=ada does not read it"),
+        (
+            ["--set=augment.policy=color"],
+            "--set augment.policy=color: mode 'ada' takes no policy; leave it out or use 'diffaug'",
+        ),
+        (
+            ["--aug=diffaug", "--set=augment.policy=colour"],
+            "--set augment.policy=colour: give some of color, translation",
+        ),
         (["--aug=diff"], "is not one of"),
     ],
 )

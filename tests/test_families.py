@@ -23,25 +23,44 @@ from training.snapshots.snapshot import load_network
 # Options of train.py that make each family tiny, for 16x16 images.
 STYLEFORMER = ["--g_dict=16,16", "--num_layers=1,1"]  # test_train_cli.py does the rest
 TINY = {
-    "stylegan2": ["--g-cmax=16", "--g-cbase=256"],
-    "styleformer-c": ["--handover=8", "--g_dict=16", "--num_layers=2", "--g-cmax=8"],
+    "stylegan2": ["--set=generator.channel_max=16", "--set=generator.channel_base=256"],
+    "styleformer-c": ["--set=generator.handover=8", "--g_dict=16", "--num_layers=2", "--set=generator.channel_max=8"],
     "transgan": [
         "--g_dict=16,4",
         "--num_layers=1,1",
-        "--heads=2",
-        "--full-upto=8",
-        "--window=8",
+        "--set=generator.num_heads=2",
+        "--set=generator.full_upto=8",
+        "--set=generator.window=8",
         "--mixing=0",
         "--pl-weight=0",
     ],
 }
 TINY_D = {
-    "styleformer": ["--cbase=256", "--cmax=16", "--d-patch=2", "--d-layers=2,1", "--d-depth=8"],
-    "stylegan2": ["--cbase=256", "--cmax=16"],
-    "transgan": ["--d-widths=8,8", "--d-layers=2,1", "--d-local=1,0", "--d-window=4", "--d-heads=2"],
+    "styleformer": [
+        "--cbase=256",
+        "--set=discriminator.channel_max=16",
+        "--set=discriminator.patch=2",
+        "--set=discriminator.layers=2,1",
+        "--set=discriminator.depth=8",
+    ],
+    "stylegan2": ["--cbase=256", "--set=discriminator.channel_max=16"],
+    "transgan": [
+        "--set=discriminator.widths=8,8",
+        "--set=discriminator.layers=2,1",
+        "--set=discriminator.local_layers=1,0",
+        "--set=discriminator.window=4",
+        "--set=discriminator.num_heads=2",
+    ],
 }
 COMMON = ["--cfg=tiny", "--workers=0", "--batch=8", "--metrics=none", "--device=cpu"]
-COMMON += ["--kimg=0.032", "--tick=0.016", "--snap=1", "--pl-weight=2", "--pl-interval=2", "--r1-interval=2"]
+COMMON += [
+    "--kimg=0.032",
+    "--tick=0.016",
+    "--snap=1",
+    "--pl-weight=2",
+    "--set=loss.pl_interval=2",
+    "--set=loss.r1_interval=2",
+]
 
 
 def about(resolution: int) -> Circumstances:
@@ -124,23 +143,44 @@ def test_unknown_families_are_refused() -> None:
     [
         (["--gen=stylegan2", "--g_dict=32,16"], "--g_dict=32,16: is no setting of the family stylegan2; styleformer"),
         (["--cfg=paper256", "--linformer"], "--linformer=True: is no setting of the family stylegan2"),
-        (["--cfg=cifar", "--g-arch=skip"], "--g-arch=skip: is no setting of the family styleformer; stylegan2"),
+        (
+            ["--cfg=cifar", "--set=generator.architecture=skip"],
+            "--set generator.architecture=skip: is no setting of the family styleformer; stylegan2",
+        ),
         (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
-        (["--gen=stylegan2", "--handover=16"], "--handover=16: is no setting of the family stylegan2; styleformer-c"),
+        (
+            ["--gen=stylegan2", "--set=generator.handover=16"],
+            "--set generator.handover=16: is no setting of the family stylegan2; styleformer-c",
+        ),
         (
             ["--gen=styleformer-c"],
             "--gen=styleformer-c cannot make: rebuild the set with --width=64 --height=64, or give --h",
         ),
         (
-            ["--gen=styleformer-c", "--handover=24"],
-            "--handover=24: is no grid below 32x32 that base=(8, 8) comes by; w",
+            ["--gen=styleformer-c", "--set=generator.handover=24"],
+            "--set generator.handover=24: is no grid below 32x32 that base=(8, 8) comes by; w",
         ),
-        (["--gen=styleformer-c", "--handover=16", "--g_dict=64"], "--num_layers=: must have one entry per resolution"),
-        (["--gen=styleformer-c", "--handover=16", "--g_dict=64", "--num_layers=1"], "1 widths end at 8: choose that"),
-        (["--gen=styleformer-c", "--handover=8", "--num_layers=1,1"], "one entry per resolution, 1 up to handover=8"),
-        (["--gen=styleformer-c", "--handover=16", "--g-cbase=9"], "--g-cbase=9: leaves no channel at 32x32"),
+        (
+            ["--gen=styleformer-c", "--set=generator.handover=16", "--g_dict=64"],
+            "--num_layers=: must have one entry per resolution",
+        ),
+        (
+            ["--gen=styleformer-c", "--set=generator.handover=16", "--g_dict=64", "--num_layers=1"],
+            "1 widths end at 8: choose that",
+        ),
+        (
+            ["--gen=styleformer-c", "--set=generator.handover=8", "--num_layers=1,1"],
+            "one entry per resolution, 1 up to handover=8",
+        ),
+        (
+            ["--gen=styleformer-c", "--set=generator.handover=16", "--set=generator.channel_base=9"],
+            "--set generator.channel_base=9: leaves no channel at 32x32",
+        ),
         (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
-        (["--gen=stylegan2", "--g-cbase=16"], "--g-cbase=16: leaves no channel at 32x32"),
+        (
+            ["--gen=stylegan2", "--set=generator.channel_base=16"],
+            "--set generator.channel_base=16: leaves no channel at 32x32",
+        ),
         (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at 32x32"),
     ],
 )
@@ -201,8 +241,14 @@ def test_every_family_trains_resumes_and_generates(shapes_zip: Path, tmp_path: P
 def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
     data = tmp_path / "scenes.zip"
     make_shapes(data, 128, 16)
-    options = ["--cfg=styleformer-c256", "--g_dict=16,16,16", "--num_layers=1,1,1", "--g-cmax=8", "--cmax=8"]
-    options += ["--z-dim=32", "--w-dim=32", "--batch=4", "--mbstd=4", "--kimg=0.008", "--metrics=none"]
+    options = [
+        "--cfg=styleformer-c256",
+        "--g_dict=16,16,16",
+        "--num_layers=1,1,1",
+        "--set=generator.channel_max=8",
+        "--set=discriminator.channel_max=8",
+    ]
+    options += ["--z-dim=32", "--set=generator.w_dim=32", "--batch=4", "--mbstd=4", "--kimg=0.008", "--metrics=none"]
     options += ["--workers=0", "--device=cpu"]
     run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *options)
     (run_dir,) = (tmp_path / "runs").iterdir()
@@ -228,14 +274,26 @@ def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path, p
 
 # Options with which pairs of families learn drawn scenes of 16x16 within 3,000 images. `make demo` is the Styleformer's
 # own test; its images are nearer to the data from the start.
-SMALL_G = ["--g-cbase=512", "--g-cmax=64"]
-SMALL_D = ["--cbase=512", "--cmax=64"]
+SMALL_G = ["--set=generator.channel_base=512", "--set=generator.channel_max=64"]
+SMALL_D = ["--cbase=512", "--set=discriminator.channel_max=64"]
 LEARNING = {
     ("stylegan2", "stylegan2"): [*SMALL_G, *SMALL_D],
-    ("styleformer-c", "stylegan2"): ["--handover=8", "--g_dict=128", "--num_layers=1", *SMALL_G, *SMALL_D],
+    ("styleformer-c", "stylegan2"): [
+        "--set=generator.handover=8",
+        "--g_dict=128",
+        "--num_layers=1",
+        *SMALL_G,
+        *SMALL_D,
+    ],
     ("transgan", "stylegan2"): ["--g_dict=128,32", "--num_layers=1,1", *SMALL_D],
     ("stylegan2", "styleformer"): [*SMALL_G, *SMALL_D],
-    ("stylegan2", "transgan"): [*SMALL_G, "--d-widths=48,16", "--d-layers=1,1", "--d-local=0,0", "--dlr=0.001"],
+    ("stylegan2", "transgan"): [
+        *SMALL_G,
+        "--set=discriminator.widths=48,16",
+        "--set=discriminator.layers=1,1",
+        "--set=discriminator.local_layers=0,0",
+        "--dlr=0.001",
+    ],
 }
 
 

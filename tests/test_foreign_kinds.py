@@ -166,7 +166,7 @@ def test_commands(name: str, files: dict[str, Path], data: dict[int, Path], tmp_
 
 
 MODELS = {
-    "stylegan2": ["--gen=stylegan2", "--g-cbase=48", "--g-cmax=5"],
+    "stylegan2": ["--gen=stylegan2", "--set=generator.channel_base=48", "--set=generator.channel_max=5"],
     "styleformer": ["--base=8", "--g_dict=8,6", "--num_layers=1,2", "--depth=4"],
     "linformer": ["--base=16", "--g_dict=8,6", "--num_layers=1,2", "--depth=4", "--linformer=1"],
 }
@@ -174,7 +174,15 @@ MODELS = {
 
 def resume(path: Path, data: Path, outdir: Path, *more: str, model: str = "stylegan2") -> Any:
     """Train a step from a snapshot."""
-    shared = ["--cfg=auto", "--z-dim=5", "--w-dim=6", "--map-depth=2", "--cbase=48", "--cmax=8", "--d-arch=resnet"]
+    shared = [
+        "--cfg=auto",
+        "--z-dim=5",
+        "--set=generator.w_dim=6",
+        "--map-depth=2",
+        "--cbase=48",
+        "--set=discriminator.channel_max=8",
+        "--d-arch=resnet",
+    ]
     run = ["--metrics=none", "--device=cpu", "--batch=4", "--kimg=0.004", "--tick=1", f"--resume={path}"]
     arguments = [f"--outdir={outdir}", f"--data={data}", *shared, *MODELS[model], *run, *more]
     return CliRunner().invoke(train.main, arguments)
@@ -229,7 +237,7 @@ def test_a_training_starts_from_a_foreign_snapshot(
 
 @pytest.mark.parametrize(
     ("bound", "flags", "expected"),
-    [(True, (), 0.7), (False, (), 1.0), (None, (), 1.0), (True, ("--max-p=0.5",), 0.5)],
+    [(True, (), 0.7), (False, (), 1.0), (None, (), 1.0), (True, ("--set=augment.max_p=0.5",), 0.5)],
 )
 def test_the_bound_of_p_goes_with_the_weights(
     bound: bool | None, flags: tuple[str, ...], expected: float, data: dict[int, Path], tmp_path: Path

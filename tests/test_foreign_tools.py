@@ -150,7 +150,7 @@ def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip:
     for name, message in wrong.items():
         result = run(train.main, *common, f"--resume={name}")
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
-    unfit = run(train.main, *common, f"--resume={theirs}", "--w-dim=32")
+    unfit = run(train.main, *common, f"--resume={theirs}", "--set=generator.w_dim=32")
     assert (unfit.exit_code, "the snapshot has styles of 64 numbers" in unfit.stderr) == (2, True), unfit.output
 
     origin = json.loads(run_ok(train.main, *common, f"--resume={theirs}"))["options"]["origin"]

@@ -281,10 +281,10 @@ def documented_figures() -> dict[str, str]:
 def test_what_stats_jsonl_holds_is_documented_and_nothing_else(shapes_zip: Path, tmp_path: Path) -> None:
     """In runs that together have every option that adds a figure."""
     variants = (
-        ["--pl-weight=2", "--pl-interval=1", "--r1-interval=1", "--holdout=32"],
+        ["--pl-weight=2", "--set=loss.pl_interval=1", "--set=loss.r1_interval=1", "--holdout=32"],
         ["--loss=relativistic"],
         ["--loss=wgangp-eps", "--gamma=0"],
-        ["--glr=1e30", "--nan=skip"],
+        ["--glr=1e30", "--set=run.nan=skip"],
     )
     found: set[str] = set()
     for i, options in enumerate(variants):

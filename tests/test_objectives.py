@@ -417,10 +417,27 @@ def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, to
 
 # Side of the images and options with which an objective learns to draw scenes: TransGAN's with both of its networks and
 # n_critic, but with larger steps than the paper's, since there are few of them.
-SMALL_TRANSGANS = ["--gen=transgan", "--base=4", "--z-dim=32", "--w-dim=32", "--g_dict=64,16", "--num_layers=1,1"]
-SMALL_TRANSGANS += ["--disc=transgan", "--d-widths=32,16", "--d-layers=1,1", "--d-local=0,0", "--clip=5"]
+SMALL_TRANSGANS = [
+    "--gen=transgan",
+    "--base=4",
+    "--z-dim=32",
+    "--set=generator.w_dim=32",
+    "--g_dict=64,16",
+    "--num_layers=1,1",
+]
+SMALL_TRANSGANS += [
+    "--disc=transgan",
+    "--set=discriminator.widths=32,16",
+    "--set=discriminator.layers=1,1",
+    "--set=discriminator.local_layers=0,0",
+    "--set=g_optimizer.clip_norm=5",
+    "--set=d_optimizer.clip_norm=5",
+]
 LEARNING: dict[str, tuple[int, list[str]]] = {
-    "wgangp-eps": (8, [*SMALL_TRANSGANS, "--n-critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"]),
+    "wgangp-eps": (
+        8,
+        [*SMALL_TRANSGANS, "--set=loss.n_critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"],
+    ),
     "relativistic": (16, ["--gen=stylegan2", *SMALL_G, *SMALL_D, "--kimg=1"]),
 }
 
@@ -466,7 +483,15 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
     base = plan(shapes32_zip, "--cfg=cifar").loss
     assert plan(shapes32_zip, "--cfg=cifar", "--loss=logistic").loss == base
     assert plan(shapes32_zip, "--cfg=cifar", "--loss=hinge").loss == replace(base, objective="hinge")
-    wgan = plan(shapes32_zip, "--cfg=cifar", "--loss=wgangp-eps", "--n-critic=4", "--g-batch-scale=2", "--clip=5")
+    wgan = plan(
+        shapes32_zip,
+        "--cfg=cifar",
+        "--loss=wgangp-eps",
+        "--set=loss.n_critic=4",
+        "--set=loss.g_batch_scale=2",
+        "--set=g_optimizer.clip_norm=5",
+        "--set=d_optimizer.clip_norm=5",
+    )
     without_r1: dict[str, Any] = {"r1_gamma": 0.0, "r1_interval": None}
     weights: dict[str, Any] = {"gp_weight": 10.0, "drift_weight": 0.001, "n_critic": 4, "g_batch_scale": 2}
     assert wgan.loss == replace(base, objective="wgangp-eps", **without_r1, **weights)
@@ -482,15 +507,25 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
     ("arguments", "message"),
     [
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
-        (["--loss=relativistic", "--r1-interval=16"], "--r1-interval=16: only --loss=logistic and hinge have R1"),
-        (["--gp-weight=5"], "--gp-weight=5.0: only --loss=wgangp-eps has it; leave it out"),
-        (["--clip=-1"], "--clip=-1.0: a bound of a norm must be positive"),
-        (["--n-critic=0"], "--n-critic=0: must be at least 1"),
         (
-            ["--batch=8", "--mbstd=6", "--g-batch-scale=3"],
+            ["--loss=relativistic", "--set=loss.r1_interval=16"],
+            "--set loss.r1_interval=16: only --loss=logistic and hinge have R1",
+        ),
+        (["--set=loss.gp_weight=5"], "--set loss.gp_weight=5.0: only --loss=wgangp-eps has it; leave it out"),
+        (
+            ["--set=g_optimizer.clip_norm=-1", "--set=d_optimizer.clip_norm=-1"],
+            "--set=g_optimizer.clip_norm=-1.0:",
+            "--set d_optimizer.clip_norm=-1.0: a bound of a norm must be positive",
+        ),
+        (["--set=loss.n_critic=0"], "--set loss.n_critic=0: must be at least 1"),
+        (
+            ["--batch=8", "--mbstd=6", "--set=loss.g_batch_scale=3"],
             "--batch-gpu=8: cannot be cut into minibatch-std groups of 6",
         ),
-        (["--batch=4", "--mbstd=8", "--g-batch-scale=3"], "with --g-batch-scale=3, 12 images cannot be cut into"),
+        (
+            ["--batch=4", "--mbstd=8", "--set=loss.g_batch_scale=3"],
+            "with loss.g_batch_scale=3, 12 images cannot be cut into",
+        ),
     ],
 )
 def test_refusals_name_the_flag(shapes_zip: Path, arguments: list[str], message: str) -> None:

@@ -229,7 +229,7 @@ train.main()
     options = [
         "--cfg=tiny",
         "--batch=4096",
-        "--cmax=512",
+        "--set=discriminator.channel_max=512",
         "--cbase=16384",
         "--kimg=5",
         "--metrics=none",

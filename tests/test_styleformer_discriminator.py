@@ -244,12 +244,19 @@ def test_options(shapes32_zip: Path) -> None:
         command = ["--outdir=x", f"--data={shapes32_zip}", "--device=cpu", "-n", "--disc=styleformer", *arguments]
         return CliRunner().invoke(train.main, command)
 
-    result = run("--cfg=cifar", "--d-patch=4", "--d-layers=3,1", "--cmax=256", "--d-depth=64", "--mbstd=8")
+    result = run(
+        "--cfg=cifar",
+        "--set=discriminator.patch=4",
+        "--set=discriminator.layers=3,1",
+        "--set=discriminator.channel_max=256",
+        "--set=discriminator.depth=64",
+        "--mbstd=8",
+    )
     assert result.exit_code == 0, result.output
     chosen = json.loads(result.stdout)["options"]["discriminator"]
     expected = {"patch": 4, "layers": [3, 1], "channel_max": 256, "depth": 64, "mbstd_group_size": 8}
     assert chosen | expected == chosen
-    refused = run("--d-layers=2,2")
+    refused = run("--set=discriminator.layers=2,2")
     assert refused.exit_code == 2
-    assert "--d-layers=2,2: must have one entry per grid, 3 for images of 32x32" in refused.stderr
+    assert "--set discriminator.layers=2,2: must have one entry per grid, 3 for images of 32x32" in refused.stderr
     assert "--d-arch=skip: is no setting of the family styleformer; stylegan2" in run("--d-arch=skip").stderr

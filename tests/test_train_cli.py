@@ -159,7 +159,7 @@ def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.Monke
         raise AssertionError
 
     monkeypatch.setattr(metrics.registry, "check_available", fetch)
-    for arguments in ([], ["--metrics=fid50k_full", "--tick-metrics=is5k"]):
+    for arguments in ([], ["--metrics=fid50k_full", "--set=run.tick_metrics=is5k"]):
         assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", *arguments).exit_code == 0
     assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
 
@@ -178,9 +178,14 @@ def test_a_run_without_metrics_says_what_it_computes_and_why(
 
 
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
-    described = ["--desc=first.try", "--mbstd-group=32"]
+    described = ["--desc=first.try", "--set=discriminator.mbstd_group_size=32"]
     output = run_ok(
-        f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=swd100", "--profile=9", *described
+        f"--outdir={tmp_path}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        "--metrics=swd100",
+        "--set=run.profile_steps=9",
+        *described,
     )
     (run_dir,) = run_dirs(tmp_path)
     assert run_dir.name == "00000-shapes-tiny-gpus1-batch16-first.try"
@@ -271,8 +276,8 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
-        (["--workers=2", "--data-on-gpu"], "--workers=2: has no work with --data-on-gpu"),
-        (["--keep-last=0"], "--keep-last=0: must be positive"),
+        (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: has no work with --data-on-gpu"),
+        (["--set=run.keep_last=0"], "--set run.keep_last=0: must be positive"),
         (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
 )
@@ -379,7 +384,7 @@ def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_p
 
 
 def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, tmp_path: Path) -> None:
-    run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--tick=1", "--profile=100")
+    run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--tick=1", "--set=run.profile_steps=100")
     (run_dir,) = run_dirs(tmp_path)
     first, last = (run_dir / name for name in ("fakes_init.png", "fakes000000.png"))
     assert first.read_bytes() != last.read_bytes()
@@ -390,7 +395,7 @@ def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, 
 def test_a_profile_is_written_or_missed_when_training_ends_early(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--profile=100"]
+    common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--set=run.profile_steps=100"]
     result = run(f"--outdir={tmp_path / 'short'}", *common, "--kimg=0.048")  # 3 steps
     assert result.stderr.count("Warning: --profile: training ended before") == 1
 
@@ -538,7 +543,7 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
         rename(source, dest)
 
     monkeypatch.setattr(os, "replace", note)
-    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--keep-last=1", "--keep-best"]
+    common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--set=run.keep_last=1", "--keep-best"]
     scored = [*common, "--metrics=swd100"]
     run_ok(*scored, "--kimg=0.064")
     assert "at kimg 0.064" in run_ok(*scored, "--kimg=0.096", "--resume=latest")

@@ -57,7 +57,13 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
         *SHORT,
         bound(program),
     ]
-    arguments += ["--metrics=fid60_full,is60", "--metrics-every=3", "--tick-metrics=swd20", "--mirror", "--subset=100"]
+    arguments += [
+        "--metrics=fid60_full,is60",
+        "--set=run.metrics_every=3",
+        "--set=run.tick_metrics=swd20",
+        "--mirror",
+        "--subset=100",
+    ]
     result = run(*arguments, "--holdout=32")
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     [run_dir] = (tmp_path / "runs").iterdir()
@@ -94,14 +100,14 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
 def test_a_metric_that_a_run_was_killed_in_is_computed_when_it_goes_on(shapes_zip: Path, tmp_path: Path) -> None:
     """The training state of a tick is written while its metrics are computed."""
     arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20", "--resume=latest"]
-    assert run(*arguments, "--tick-metrics=swd30").exit_code == 0
+    assert run(*arguments, "--set=run.tick_metrics=swd30").exit_code == 0
     [run_dir] = (tmp_path / "runs").iterdir()
     log, best = run_dir / "metric-swd20.jsonl", run_dir / "network-best-swd20.pkl"
     whole = lines(log)
     worse = [line | {"results": {"swd20": 1e9}} for line in whole[:-1]]
     log.write_text("".join(json.dumps(line) + "\n" for line in worse))
     best.unlink()
-    result = run(*arguments, "--tick-metrics=swd30")
+    result = run(*arguments, "--set=run.tick_metrics=swd30")
     assert result.exit_code == 0, result.output
     again = lines(log)[-1]
     assert [again[key] for key in ("results", "kimg")] == [whole[-1][key] for key in ("results", "kimg")]
@@ -118,7 +124,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
-    for option in ("--metrics=fid50k_full", "--tick-metrics=fid5k"):
+    for option in ("--metrics=fid50k_full", "--set=run.tick_metrics=fid5k"):
         result = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, option)
         assert result.exit_code == 2
         assert "weights-inception-2015-12-05-6726825d.pth" in result.output
@@ -131,7 +137,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
     ):
         path = script_program(tmp_path / f"{name}.pt", network)
         unfit = run(*[f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT], f"--detector={path}",
-                    f"--tick-metrics={metric}")  # fmt: skip
+                    f"--set=run.tick_metrics={metric}")  # fmt: skip
         assert unfit.exit_code == 2
         assert problem in unfit.output
     few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
@@ -143,7 +149,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
 def test_none_in_any_case_means_no_metrics(shapes_zip: Path, tmp_path: Path, word: str) -> None:
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--dry-run"]
-    result = run(*arguments, f"--metrics={word}", f"--tick-metrics={word}")
+    result = run(*arguments, f"--metrics={word}", f"--set=run.tick_metrics={word}")
     assert result.exit_code == 0, result.output
     options = json.loads(result.stdout)["options"]["run"]
     assert (options["metrics"], options["tick_metrics"]) == ([], [])
@@ -344,7 +350,7 @@ def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
         *SHORT,
         bound(program),
     ]
-    result = run(*arguments, "--metrics=none", "--tick-metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
+    result = run(*arguments, "--metrics=none", "--set=run.tick_metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
     assert result.exit_code == 0, result.output
     assert (len(seen["load"]), len(seen["choose_reals"])) == (1, 1)
     assert max(map(len, seen["latents"])) == 8

@@ -839,7 +839,7 @@ def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
         return json.loads(result.stdout)["options"]
 
     rows = [baseline.replace("=full", f"={form}").split() for form in ("full", "nystrom", "axis", "grid")]
-    for left_out in ("--multi-scale", "--norm", "position"):
+    for left_out in ("--set=discriminator.multi_scale=true", "--set=generator.norm=true", "position"):
         rows.append([option for option in rows[-1] if left_out not in option])
     plans = [plan(row) for row in rows]
     forms = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]

@@ -115,7 +115,7 @@ class Watchdog:
         plural = "es" if len(stopped) > 1 else ""
         print(
             f"Error: process{plural} {names}: stopped {self.timeout:g} seconds ago, and the others wait; "
-            "--resume=latest goes on from the last training state. --timeout sets how long they do",
+            "--resume=latest goes on from the last training state. --set run.timeout=SECONDS sets how long they do",
             file=sys.stderr,
             flush=True,
         )

@@ -80,7 +80,7 @@ class RunConfig:
             if (getattr(self, name) or 0) > most:
                 raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
         if self.keep_best and self.metrics == () and not self.tick_metrics:
-            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or --tick-metrics")
+            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or run.tick_metrics")
         if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
             raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
         if self.nan not in ("stop", "skip"):
@@ -393,8 +393,10 @@ def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
     intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
     for weight, interval in intervals.items():
         if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
-            flag = interval.replace("_", "-")
-            problem = f"has no effect without an interval, which --cfg={config.preset} leaves out: give --{flag} too"
+            problem = (
+                f"has no effect without an interval, which --cfg={config.preset} leaves out: give --set "
+                f"loss.{interval}=INT too"
+            )
             raise ConfigError(f"loss.{weight}", values[f"loss.{weight}"], problem)
 
 
@@ -409,7 +411,7 @@ def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) ->
             raise ConfigError(path, value, problem)
         readers = [transform for transform, parameter in PARAMETERS.items() if path == f"augment.{parameter}"]
         if readers and not set(readers) & set(policy):
-            problem = f"has no effect on --diffaug={','.join(policy)}, which lacks {' and '.join(readers)}"
+            problem = f"has no effect on augment.policy={','.join(policy)}, which lacks {' and '.join(readers)}"
             raise ConfigError(path, value, problem)
 
 
@@ -520,7 +522,9 @@ def _check_batches(config: TrainConfig) -> None:
     for count in {batch_gpu, batch_gpu * config.loss.g_batch_scale}:
         group = min(config.discriminator.group_size, count)
         if group and count % group:
-            images = "" if count == batch_gpu else f"with --g-batch-scale={config.loss.g_batch_scale}, {count} images "
+            images = (
+                "" if count == batch_gpu else f"with loss.g_batch_scale={config.loss.g_batch_scale}, {count} images "
+            )
             problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of it"
             raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:

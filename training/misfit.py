@@ -102,7 +102,7 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
     choices: list[tuple[str, TrainConfig, Mapping[str, Any]]] = []
     if "handover" in field_names(config.generator):
         sides = [side for side in HANDOVERS if side < max(grid)]
-        choices += [(f"give --handover={side}", config, {"generator.handover": side}) for side in sides]
+        choices += [(f"give --set generator.handover={side}", config, {"generator.handover": side}) for side in sides]
     if base := base_of(config.generator):
         given, bases = base_of(_settings_of(preset, config, "generator")), small_bases(grid)
         if base != given:

@@ -141,7 +141,9 @@ def _check_styles(source: Any, target: Any, name: str) -> None:
     """Layers fit whatever the size of the style, but would all be driven by random ones."""
     there, here = (getattr(network, "w_dim", None) for network in (source, target))
     if there != here:
-        raise UserError(f"{name}: the snapshot has styles of {there} numbers, here they have {here}: --w-dim={there}")
+        raise UserError(
+            f"{name}: the snapshot has styles of {there} numbers, here they have {here}: give --set generator.w_dim={there}"
+        )
 
 
 def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], problem: str) -> None:
