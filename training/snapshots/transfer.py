@@ -142,7 +142,8 @@ def _check_styles(source: Any, target: Any, name: str) -> None:
     there, here = (getattr(network, "w_dim", None) for network in (source, target))
     if there != here:
         raise UserError(
-            f"{name}: the snapshot has styles of {there} numbers, here they have {here}: give --set generator.w_dim={there}"
+            f"{name}: the snapshot has styles of {there} numbers, here they have {here}: give --set "
+            f"generator.w_dim={there}"
         )
 
 
