@@ -16,7 +16,6 @@ from dnnlib.cli import FileOrURL, NameList, Script, option, switch
 from dnnlib.config import UserError, WriteError, override
 from dnnlib.download import cache_dir, is_url
 from dnnlib.util import write_atomically
-from legacy import load_network, local_file
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.feature_stats import with_network
 from metrics.registry import (
@@ -41,6 +40,7 @@ from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
 from training.networks import execution
 from training.snapshots.exchange import is_folder
+from training.snapshots.reading import load_network, local_file
 from training.snapshots.snapshot import Snapshot, list_snapshots
 
 

@@ -86,13 +86,13 @@ from exploration.projection import (
 from exploration.sampling import FastGenerator, seed_images
 from exploration.sheets import enlargement, sheet, tiles_of, to_rgb
 from exploration.video import MIN_FRAME, check_encoder, open_video
-from legacy import load_network
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import features_towards, lpips_towards
 from torch_utils import custom_ops, distributed
 from torch_utils.images import Towards, save_grid, save_image, to_uint8
 from torch_utils.misc import name_user
 from training.networks import execution
+from training.snapshots.reading import load_network
 from training.snapshots.snapshot import Snapshot
 
 

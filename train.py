@@ -137,7 +137,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--d-arch", field="discriminator.architecture", metavar="NAME",
                help="orig, skip or resnet (stylegan2). [resnet]"),
         option("--cbase", field="discriminator.channel_base", metavar="INT",
-               help="Channel base: channels x resolution (stylegan2)."),
+               help="Channel base: channels x resolution (stylegan2, styleformer)."),
         option("--mbstd", field="discriminator.mbstd_group_size", metavar="INT",
                help="Group size of minibatch-std, 0 = off (stylegan2, styleformer)."),
     ),

@@ -100,12 +100,12 @@ def with_options(options: Iterable[Decorator]) -> Decorator:
 def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
     """Attach options to a command, whose help shows them under the headings of a table."""
 
-    def attach(function: Any) -> Callable[..., Any]:
-        for heading, options in reversed(sections.items()):
+    def attach(function: Any) -> Any:
+        for heading, options in reversed([*sections.items()]):
             for decorate in reversed(tuple(options)):
                 function = decorate(function)
                 function.__click_params__[-1].section = heading
-        return function  # type: ignore[no-any-return]
+        return function
 
     return attach
 
@@ -140,7 +140,7 @@ def config_texts(context: click.Context) -> dict[str, str]:
     """Return {config path: text} for the options that the user gave, --set among them. Raises UserError."""
     texts = {}
     for parameter in context.command.params:
-        text = context.params[parameter.name or ""]
+        text = context.params.get(parameter.name or "")
         if isinstance(parameter, ConfigOption) and parameter.field and text is not None:
             texts[parameter.field] = text
     settings = {}

@@ -111,7 +111,7 @@ def train_help() -> str:
 def configuration() -> str:
     """Return a table of all fields with their flags, and one of the presets."""
     options = [option for option in train.main.params if isinstance(option, ConfigOption)]
-    flags = {field: option.opts[0] for option in options for field in option.fields}
+    flags = {option.field: option.opts[0] for option in options if option.field}
     tables = [_fields_table(*part, flags) for part in _parts()]
     return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", PRESETS_HEADER, _presets_table(flags)])
 

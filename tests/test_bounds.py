@@ -44,13 +44,12 @@ import legacy
 import train
 from dnnlib.allocator import tune_allocator
 from dnnlib.config import OPTIONS_FILE, override, to_json
-from dnnlib.util import FolderLock
 from exploration.directions import read_direction
 from exploration.model import read_styles, save_styles
 from metrics.detectors import read_detectors
 from torch_utils.checkpoint import Checkpoint, digest, read_file, write_file
 from torch_utils.pickles import read_torch_file
-from training import runs
+from training import resume
 from training.config import PRESETS, Circumstances, read_config, resolve
 from training.data_sources.sources import Drawing, open_source
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -1044,27 +1043,21 @@ def test_damaged_options_of_a_run(tmp_path: Path) -> None:
     for damage in DAMAGED_VALUES.values():
         path.write_text(options)
         damage(path)
-        refused(lambda: runs._saved_config(tmp_path), str(path))
+        refused(lambda: resume.saved_config(tmp_path), str(path))
 
 
 @pytest.mark.parametrize("name", [*DAMAGED_FILES, "run.total_kimg=NaN"])
 def test_one_damaged_run_leaves_the_others_to_resume_from(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = read_config(Checkpoint.read(STATE)["config"])
+    config = override(read_config(Checkpoint.read(STATE)["config"]), {"data.path": str(DATA / "shapes.zip")})
     for number in range(2):
         run_dir = tmp_path / f"0000{number}-run"
         run_dir.mkdir()
         shutil.copy(STATE, run_dir / "training-state-000001.pt")
         (run_dir / OPTIONS_FILE).write_text(json.dumps(to_json(config)))
     DAMAGED_RUNS[name](tmp_path / "00001-run" / OPTIONS_FILE)
-    plain = replace(config, run=replace(config.run, num_gpus=1))
-    about = Circumstances(
-        img_shape=(config.generator.img_channels, *config.generator.img_size), c_dim=config.generator.c_dim
-    )
-    request = runs.Request(outdir=tmp_path, resume="latest", plain=plain, transfer=plain, about=about)
-    with FolderLock() as lock:
-        start = runs.choose_start(request, lock)
+    start = resume.choose_start(resume.Request(outdir=tmp_path, resume="latest"))
     assert start.run_dir == tmp_path / "00000-run"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1

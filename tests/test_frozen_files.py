@@ -18,7 +18,7 @@ from PIL import Image
 
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.images import to_uint8
-from training import runs
+from training import restore
 from training.config import read_config
 from training.dataset import ImageDataset
 from training.snapshots.snapshot import load_network
@@ -56,7 +56,7 @@ def test_a_snapshot_of_version_1_makes_the_images_that_it_made() -> None:
 def test_training_goes_on_from_version_1_as_it_went_on_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(DATA / "training-state-v1.pt", tmp_path / "training-state-000000.pt")
     trainer = new_trainer()
-    assert runs.load_latest(trainer, tmp_path) == tmp_path / "training-state-000000.pt"
+    assert restore.load_latest(trainer, tmp_path) == tmp_path / "training-state-000000.pt"
     assert capsys.readouterr().err == ""  # the data have not changed, says their hash
     assert (trainer.state.nimg, trainer.state.step) == (104, 13)
     assert float(trainer.augment.p) == pytest.approx(0.14)

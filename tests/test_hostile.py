@@ -40,13 +40,13 @@ import generate
 import legacy
 import train
 from dnnlib.cli import ConfigOption
-from dnnlib.config import UserError, to_json
-from dnnlib.util import FolderLock
+from dnnlib.config import UserError, override, to_json
 from metrics.registry import is_best
 from torch_utils.checkpoint import Checkpoint, digest, write_file
-from training import runs
-from training.config import Circumstances, read_config
+from training import restore
+from training.config import read_config
 from training.dataset import DatasetConfig, ImageDataset
+from training.resume import Request, choose_start
 from training.snapshots import snapshot
 from training.training_loop import Trainer
 
@@ -412,8 +412,7 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
 def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
     """training_options.json is refused or has the meaning of a configuration; strange lines of logs are left out."""
     config = read_config(snapshot.read_file(SNAPSHOT, snapshot.FORMAT, snapshot.VERSION, {})["config"])
-    about = Circumstances(img_shape=(3, 16, 16), c_dim=5)
-    request = runs.Request(outdir=tmp_path, resume="latest", plain=config, transfer=config, about=about)
+    config = override(config, {"data.path": str(shapes_zip)})
     run_dir = tmp_path / "00000-run"
     run_dir.mkdir()
     (run_dir / "training-state-000000.pt").touch()
@@ -425,10 +424,9 @@ def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, exampl
         text = json.dumps(changed(to_json(config), where, value, remove)).encode()
         (run_dir / "training_options.json").write_bytes(text if instead is None else instead)
         for resume in ("latest", str(run_dir)):
-            with FolderLock() as lock:
-                refusal(partial(runs.choose_start, replace(request, resume=resume), lock))
+            refusal(partial(choose_start, Request(outdir=tmp_path, resume=resume)))
         (run_dir / "stats.jsonl").write_bytes(b"\n".join(log))
-        runs._cut_log(run_dir / "stats.jsonl", 5.0)
+        restore._cut_log(run_dir / "stats.jsonl", 5.0)
         kept = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
         assert all(entry.get("Progress/kimg", entry.get("kimg", 0)) in (0, 1, None) or entry for entry in kept)
         (run_dir / "metric-swd.jsonl").write_bytes(b"\n".join([*log, b'{"results": {"swd": "x"}}', b'{"results": 3}']))

@@ -10,9 +10,9 @@ import torch
 from conftest import small_config
 
 import metrics.registry
-import train
 from torch_utils import distributed
 from torch_utils.checkpoint import read_file, write_file
+from training import worker
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
@@ -54,7 +54,7 @@ def _train(config: TrainConfig, path: Path) -> None:
 
     trainer.hooks = [note]
     trainer.train()
-    context = train.build_context(trainer)
+    context = worker.build_context(trainer)
     results: dict[str, float] = {}
     for result in metrics.registry.compute_all(["swd100"], context):
         results |= result.results

@@ -22,16 +22,16 @@ from PIL import Image
 
 import metrics.registry
 import train
-from dnnlib.cli import PRECEDENCE, ConfigOption, Script
-from dnnlib.config import field_names, from_json, override, to_json
+from dnnlib.cli import PRECEDENCE, Script
+from dnnlib.config import from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
+from training import worker
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Requests
-from training.networks import DISCRIMINATORS, GENERATORS
-from training.runs import OWN_PARTIAL
+from training.restore import OWN_PARTIAL
 from training.snapshots.snapshot import load_network
 from training.training_loop import Trainer
 
@@ -79,39 +79,6 @@ def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("RANK", rank)
         run_ok("--outdir=x", f"--data={shapes_zip}", *SHORT, "-n")
         assert len(checked) == count
-
-
-def test_every_option_sets_a_field_of_the_configuration() -> None:
-    """Options default to None (the preset decides), and their fields exist, those of a network in some family."""
-    scripted = {"outdir", "cfg", "resume", "override", "dry_run", "fp32", "nobench", "help"}
-    given = train.main.make_context("train.py", []).params
-    found: set[str] = set()
-    wanted: set[str] = set()
-    for option in train.main.params:
-        assert option.name is not None
-        if isinstance(option, ConfigOption) and option.field:
-            assert given[option.name] is None, option.name
-            wanted |= {*option.fields}
-        else:
-            assert option.name in scripted
-    for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
-        for family in families:
-            config = override(PRESETS["cifar"], {f"{part}.family": family})
-            values = {path: _get(config, path) for path in wanted if _has(config, path)}
-            assert override(config, {f"{part}.family": family, **values}) == config
-            found |= {f"{part}.family", *values}
-    assert found == wanted
-
-
-def _has(config: Any, path: str) -> bool:
-    *parents, name = path.split(".")
-    return name in field_names(_get(config, ".".join(parents)) if parents else config)
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def test_both_spellings_of_flags_are_known() -> None:
@@ -167,18 +134,18 @@ def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.Monke
 def test_a_run_without_metrics_says_what_it_computes_and_why(
     shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "SLOW_DECODER", None)
+    monkeypatch.setattr(worker, "SLOW_DECODER", None)
     about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
     config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
-    (note,) = train._notes(config)
+    (note,) = worker._notes(config)
     assert note.startswith("No --metrics given; computing ")
-    assert train._notes(override(config, {"run.metrics": ()})) == []
-    monkeypatch.setattr(train, "SLOW_DECODER", "Pillow decodes the images")
-    assert train._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
+    assert worker._notes(override(config, {"run.metrics": ()})) == []
+    monkeypatch.setattr(worker, "SLOW_DECODER", "Pillow decodes the images")
+    assert worker._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
 
 
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
-    described = ["--desc=first.try", "--set=discriminator.mbstd_group_size=32"]
+    described = ["--desc=first.try", "--mbstd=32"]
     output = run_ok(
         f"--outdir={tmp_path}",
         f"--data={shapes_zip}",
@@ -278,7 +245,7 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--seed=-1"], "--seed=-1"),
         (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: has no work with --data-on-gpu"),
         (["--set=run.keep_last=0"], "--set run.keep_last=0: must be positive"),
-        (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
+        (["--override"], "--override: changes the options of a run that is resumed; give --resume=latest"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -446,23 +413,6 @@ def test_auto_fills_in_only_what_is_not_given(
     )
 
 
-def test_latest_prefers_the_run_of_the_asked_precision(shapes_zip: Path, tmp_path: Path) -> None:
-    """Unasked, a precision that another machine would have chosen is taken over; one that was asked for then is not."""
-    arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--metrics=none"]
-
-    def resumed(*options: str) -> str:
-        lines = run_ok(*arguments, "--resume=latest", *options).splitlines()
-        return next(line for line in lines if line.startswith(("Resuming from", "Starting from")))
-
-    run_ok(*arguments, "--precision=fp16")
-    assert resumed() == "Starting from random weights"  # float32, as a CPU does unasked
-    assert "/00000-" in resumed("--precision=fp16")
-    run_ok(*arguments, "--precision=bf16")
-    assert "/00001-" in resumed()
-    shutil.rmtree(next(tmp_path.glob("00001-*")))
-    assert "/00002-" in resumed()
-
-
 def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_path: Path) -> None:
     """Learning rates and a fixed p are in the training state as well: the options win."""
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--aug=fixed"]
@@ -471,7 +421,7 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     other = ["--p=0.5", "--glr=0.003", "--gamma=2"]
     plain = run(*common, *other, "--kimg=0.016", "--resume=latest")
     assert plain.exit_code == 0
-    assert f"so a new one starts. --override goes on with {run_dir}" in plain.stderr
+    assert f"so a new one starts. --override resumes {run_dir}" in plain.stderr
     assert "g_optimizer.lr: 0.001 -> 0.003" in plain.stderr
     shutil.rmtree(run_dirs(tmp_path)[1])
     refused = run(*common, *other, f"--resume={run_dir}")
@@ -497,9 +447,9 @@ def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Pa
     config = small_config(shapes_zip)
     with_graphs = override(config, {"run.graphs": True})
     on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
-    assert "choose --graphs=0, --batch-gpu=8" in train._too_large(with_graphs, on_gpu)
-    assert "--graphs" not in train._too_large(config, on_gpu)
-    assert "--graphs" not in train._too_large(with_graphs, on_host)
+    assert "choose --graphs=0, --batch-gpu=8" in worker._too_large(with_graphs, on_gpu)
+    assert "--graphs" not in worker._too_large(config, on_gpu)
+    assert "--graphs" not in worker._too_large(with_graphs, on_host)
 
 
 def test_out_of_memory_is_answered_with_the_flags_that_help(

@@ -20,7 +20,7 @@ from torch_utils import distributed, graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat, Stats
-from training import hooks, runs
+from training import hooks, restore
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
@@ -298,7 +298,7 @@ def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
         "".join(json.dumps({"Progress/kimg": kimg}) + "\n" for kimg in (0.0, 0.016, 0.032))
     )
     again = new_trainer(config)
-    assert runs.load_latest(again, tmp_path).name == "training-state-000001.pt"
+    assert restore.load_latest(again, tmp_path).name == "training-state-000001.pt"
     assert "Warning: " + str(newest) in capsys.readouterr().err
     assert digest(again.capture()["parts"]) == expected
     lines = (tmp_path / "stats.jsonl").read_text().splitlines()
@@ -306,7 +306,7 @@ def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no training state that can be used"):
-        runs.load_latest(again, tmp_path)
+        restore.load_latest(again, tmp_path)
 
 
 def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_p
         path.write_text("mine")
     (tmp_path / f".stats.jsonl.7{PARTIAL}").mkdir()
     (tmp_path / f".stats.jsonl.8{PARTIAL}" / "inside").mkdir(parents=True)
-    runs.load_latest(trainer, tmp_path)
+    restore.load_latest(trainer, tmp_path)
     assert not any(path.exists() for path in own)
     kept = [*others, f".stats.jsonl.7{PARTIAL}", f".stats.jsonl.8{PARTIAL}"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +19,7 @@ from torch_utils import distributed
 from training.config import TrainConfig
 from training.resume import Start
 from training.runs import list_states, read_log
+from training.snapshots.reading import load_network
 from training.snapshots.snapshot import Snapshot
 from training.snapshots.transfer import Origin, check_frozen, copy_weights
 from training.training_loop import Trainer
@@ -29,7 +30,7 @@ OWN_PARTIAL = re.compile(
 )
 
 
-def load(trainer: Trainer, start: Start, load_network: Callable[[str], Snapshot]) -> str:
+def load(trainer: Trainer, start: Start) -> str:
     """Give the trainer the state that the run starts from, and its configuration where that is; return what was done.
 
     Raises UserError when that is damaged or does not fit.
