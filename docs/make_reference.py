@@ -29,13 +29,21 @@ a frozen dataclass beside the class that it configures. `train.py` starts from a
 options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
 every snapshot and every training state. `python train.py ... -n` prints it without training.
 
+**Every field can be set**, by its flag where it has one and by `--set` in any case:
+
+    python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8 --set g_optimizer.beta2=0.9
+
+Lists are typed with commas, sizes as `8x12` (height x width), switches as `true` or `false`; `none` stands for nothing
+and `auto` for a choice by data and machine, where a field has that. A mistyped name is answered with the nearest ones.
+
 Generator and discriminator can be of several families (`--gen`, `--disc`): the other families' fields take the place of
 the preset's, open where they can be; of a generator only latents, mapping network and clamp stay, of a discriminator
-nothing. TransGAN has no mapping network either, unless `--map-depth` asks for one. A flag that the family has no field
-for is refused.
+nothing. TransGAN has no mapping network either, unless `--map-depth` asks for one. A setting that the family has no
+field for is refused.
 
-`--resume=latest` goes on with a run whose configuration is equal in everything but `run`: that part says how long,
-where and how loud. Of it, `batch_gpu` and `num_gpus` decide what is drawn and seen together
+A run that is resumed has its saved configuration plus the options that are typed. Those may change the part `run`
+(duration, machine, logging), and anything else only with `--override` ([running.md](running.md#stopping-and-resuming)).
+Of `run`, `batch_gpu` and `num_gpus` decide what is drawn and seen together
 ([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` leaves updates out.
 
 ## What `auto` chooses
@@ -54,8 +62,8 @@ From the larger side R of the images, the number of GPUs and what they can do:
 | precision | bfloat16 on GPUs that have units for it (from Ampere on), float32 on others and on a CPU |
 | CUDA graphs | on GPUs for images of up to 64 pixels, unless `--grad-checkpoint` is given |
 
-GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precision=fp16 --reduced-from=R/8`, for example
-32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
+GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precision=fp16 --set reduced_from=R/8`, for
+example 32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
 """
 
 PRESETS_HEADER = """The last column has what else differs from `auto` with networks of the same families.
@@ -174,9 +182,9 @@ def _presets_table(flags: dict[str, str]) -> str:
             data["loss.r1_gamma"] = ""  # it has no R1
         shown = [_show(path, data.get(path, "")) for path in columns.values()]
         further = [
-            f"`{flags[path]}={_show(path, value)}`"
+            f"`{flags.get(path, path)}={_show(path, value)}`"
             for path, value in _differences(config).items()
-            if path in flags and path not in columns.values()
+            if path not in columns.values()
         ]
         rows.append(f"| {name} | {' | '.join(shown)} | {' '.join(dict.fromkeys(further))} |")
     return "\n".join(rows) + "\n"

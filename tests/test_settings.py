@@ -204,12 +204,12 @@ def test_texts_that_are_no_values(path: str, text: str, problem: str) -> None:
     assert problem in caught.value.problem
 
 
-def test_any_field_can_be_set(shapes_zip: Path) -> None:
-    options = planned(shapes_zip, "--set", "g_optimizer.beta2=0.9", "--set=augment.ada_interval=8", "--set", "seed=3")
+def test_any_field_can_be_set(shapes32_zip: Path) -> None:
+    options = planned(shapes32_zip, "--set", "g_optimizer.beta2=0.9", "--set=augment.ada_interval=8", "--set", "seed=3")
     assert options["g_optimizer"]["beta2"] == 0.9
     assert options["augment"]["ada_interval"] == 8
     assert options["seed"] == 3
-    options = planned(shapes_zip, "--set=run.total_kimg=2", "--set=run.total_kimg=3")  # the last one counts
+    options = planned(shapes32_zip, "--set=run.total_kimg=2", "--set=run.total_kimg=3")  # the last one counts
     assert options["run"]["total_kimg"] == 3
 
 
@@ -228,8 +228,8 @@ def test_any_field_can_be_set(shapes_zip: Path) -> None:
         (["--kims=5"], "--kimg"),
     ],
 )
-def test_mistakes(shapes_zip: Path, arguments: list[str], message: str) -> None:
-    result = run("--outdir=x", f"--data={shapes_zip}", "--cfg=tiny", "--device=cpu", "-n", *arguments)
+def test_mistakes(shapes32_zip: Path, arguments: list[str], message: str) -> None:
+    result = run("--outdir=x", f"--data={shapes32_zip}", "--cfg=tiny", "--device=cpu", "-n", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -280,15 +280,12 @@ def test_json_round_trip_of_what_a_run_stores(shapes_zip: Path) -> None:
     assert to_json(config) == plan["options"]
 
 
-def test_a_mistake_found_by_the_workers_gets_one_line_too(
-    shapes_zip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_that_cannot_be_is_found_before_processes_start(shapes_zip: Path, tmp_path: Path) -> None:
     result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", f"--resume={tmp_path}")
     assert result.exit_code == 2
-    printed = capfd.readouterr().err
-    assert printed.count("Error") == 1
-    assert "holds no training state" in printed
-    assert "Traceback" not in printed
+    assert result.stderr.startswith("Error: ")
+    assert "holds no training state" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (16, 32)), ("RGBA", (16, 16)), ("L", (16, 16))])
