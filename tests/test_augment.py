@@ -103,11 +103,34 @@ def test_only_the_groups_of_the_pipe_are_built() -> None:
 
 
 def test_a_pipe_is_named_after_its_groups() -> None:
-    groups = ["blit", "geom", "color", "filter", "noise", "cutout"]
+    groups = ["blit", "geom", "color", "filter", "noise", "cutout"]  # of Karras et al. 2020b
     for pipe in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"):
         assert list(PIPES[pipe]) == groups[: len(pipe)]
         assert pipe == "".join(group[0] for group in PIPES[pipe])
     assert {pipe: PIPES[pipe] for pipe in groups} == {group: (group,) for group in groups}
+    assert [t.name for t in GEOMETRY if t.group in groups] == [*GEOMETRY_BY_HAND]
+    assert [t.name for t in COLOR if t.group in groups] == COLOR_NAMES
+
+
+def test_a_transform_with_a_group_of_its_own_changes_no_pipe_that_does_not_name_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`bgc` draws and computes what it did before there was another row, wherever that stands."""
+
+    def invert(u: torch.Tensor, n: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return torch.diag(torch.tensor([-1.0, -1, -1, 1])).to(u).expand(u.shape[1], 4, 4)
+
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    torch.manual_seed(0)
+    before = build("bgc", (3, 16, 16), p=0.5)(images)
+    monkeypatch.setattr(stages, "COLOR", (stages.MatrixTransform("invert", "negative", invert), *COLOR))
+    monkeypatch.setattr(ColorStage, "groups", stages.groups_of(stages.COLOR))
+    monkeypatch.setitem(PIPES, "bgc-negative", (*PIPES["bgc"], "negative"))
+    monkeypatch.setitem(PIPES, "negative", ("negative",))
+    torch.manual_seed(0)
+    torch.testing.assert_close(build("bgc", (3, 16, 16), p=0.5)(images), before, rtol=0, atol=0)
+    torch.testing.assert_close(build("negative", (3, 16, 16), p=1.0)(images), -images)
+    assert len(build("bgc-negative", (3, 16, 16), p=1.0).stages[1].transforms) == len(COLOR) + 1  # type: ignore[arg-type]
 
 
 def test_without_augmentation_nothing_is_built_or_refused() -> None:
@@ -198,6 +221,14 @@ GEOMETRY_BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndar
 }
 
 
+COLOR_NAMES = ["brightness", "contrast", "lumaflip", "hue", "saturation"]
+
+
+def row(transforms: tuple[stages.MatrixTransform, ...], name: str) -> stages.MatrixTransform:
+    """Return the row of a table of transforms that has a name."""
+    return next(transform for transform in transforms if transform.name == name)
+
+
 def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
     eye, luma = np.eye(4), np.outer(LUMA, LUMA)
     if name == "brightness":
@@ -219,19 +250,19 @@ def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.parametrize("index", range(len(GEOMETRY)), ids=[t.name for t in GEOMETRY])
-def test_geometric_matrix(index: int) -> None:
-    transform = GEOMETRY[index]
-    torch.manual_seed(index)
+@pytest.mark.parametrize("name", GEOMETRY_BY_HAND)
+def test_geometric_matrix(name: str) -> None:
+    transform = row(GEOMETRY, name)
+    torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     expected = [GEOMETRY_BY_HAND[transform.name](u[:, b].numpy(), n[:, b].numpy(), 24, 40) for b in range(50)]
     np.testing.assert_allclose(transform.matrix(u, n, (24, 40)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("index", range(len(COLOR)), ids=[t.name for t in COLOR])
-def test_color_matrix(index: int) -> None:
-    transform = COLOR[index]
-    torch.manual_seed(index)
+@pytest.mark.parametrize("name", COLOR_NAMES)
+def test_color_matrix(name: str) -> None:
+    transform = row(COLOR, name)
+    torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     expected = [color_by_hand(transform.name, u[:, b].numpy(), n[:, b].numpy()) for b in range(50)]
     np.testing.assert_allclose(transform.matrix(u, n, (8, 8)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
@@ -239,7 +270,7 @@ def test_color_matrix(index: int) -> None:
 
 def test_integer_shift_rounds_half_to_even() -> None:
     u = (torch.tensor([[0.5, 1.5, 2.5, -2.5]] * 2, dtype=torch.float64) / 4 + 1) / 2  # times 32/8: the shift
-    (xint,) = (t for t in GEOMETRY if t.name == "xint")
+    xint = row(GEOMETRY, "xint")
     assert (-xint.matrix(u, u, (32, 32))[:, 0, 2]).tolist() == [0, 2, 2, -2]
 
 
@@ -252,10 +283,9 @@ def test_geometry_multiplies_inverses_on_the_right() -> None:
     torch.manual_seed(3)
     u = torch.rand(8, 3, 6, dtype=torch.float64).numpy()
     n = torch.randn(8, 2, 6, dtype=torch.float64).numpy()
-    names = ["xflip", "rotate90", "xint", "scale", "rotate_pre", "aniso", "rotate_post", "xfrac"]
     for b in range(6):
         expected = np.eye(3)
-        for i, name in enumerate(names):
+        for i, name in enumerate(GEOMETRY_BY_HAND):
             chance = 1 - sqrt(0.4) if name.startswith("rotate_") else 0.6
             if u[i, 2, b] < chance:
                 expected = expected @ GEOMETRY_BY_HAND[name](u[i, :2, b], n[i, :, b], 24, 40)
@@ -271,7 +301,7 @@ def test_color_multiplies_on_the_left() -> None:
     n = torch.randn(5, 2, 6, dtype=torch.float64).numpy()
     for b in range(6):
         expected = np.eye(4)
-        for i, name in enumerate(["brightness", "contrast", "lumaflip", "hue", "saturation"]):
+        for i, name in enumerate(COLOR_NAMES):
             if u[i, 2, b] < 0.6:
                 expected = color_by_hand(name, u[i, :2, b], n[i, :, b]) @ expected
         np.testing.assert_allclose(K[b].numpy(), expected, rtol=0, atol=1e-12)
@@ -364,9 +394,8 @@ def test_blits_turn_the_right_way(transform: str, expected: Callable[[Tensor], T
     """Close, not exact: the filter is asymmetric. A maps output to input, so Rot(pi/2) turns the image to the left."""
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5, 5), size=[40, 40], mode="bicubic")
-    (row,) = (t for t in GEOMETRY if t.name == transform)
     u = torch.full([2, 1], 0.5 if transform == "xflip" else 0.3)
-    turned = GeometryStage("blit", (1, 40, 40)).transform(smooth, row.matrix(u, u, (40, 40)))
+    turned = GeometryStage("blit", (1, 40, 40)).transform(smooth, row(GEOMETRY, transform).matrix(u, u, (40, 40)))
     target = expected(smooth)
     assert (turned - target)[..., 3:-3, 3:-3].std() < 0.1 * target.std()
     assert (smooth - target).std() > 0.5 * target.std()
@@ -380,8 +409,7 @@ def colors(matrix: Tensor, images: Tensor) -> Tensor:
 
 
 def color_matrix(name: str, *, u: float = 0.0, n: float = 0.0) -> Tensor:
-    (row,) = (t for t in COLOR if t.name == name)
-    return row.matrix(torch.full([2, 1], u), torch.full([2, 1], n), (6, 7))
+    return row(COLOR, name).matrix(torch.full([2, 1], u), torch.full([2, 1], n), (6, 7))
 
 
 def test_colors_closed_forms() -> None:
@@ -528,7 +556,8 @@ def test_cutout_draws() -> None:
 def test_gates_fire_with_their_probability(p: float) -> None:
     B = 20000
     share = {"xflip": 0.5, "rotate90": 0.75, "lumaflip": 0.5}  # of the draws that differ from the identity
-    for transforms in (GEOMETRY, COLOR):
+    for table, names in ((GEOMETRY, GEOMETRY_BY_HAND), (COLOR, COLOR_NAMES)):
+        transforms = [row(table, name) for name in names]
         torch.manual_seed(0)
         size = (1 << 20, 1 << 20)  # so large that an integer shift is never 0
         matrices = draw_matrices(transforms, B, torch.tensor(p), size, like=torch.zeros([], dtype=torch.float64))

@@ -7,8 +7,9 @@ a deterministic function of images and values. So any transform can be forced, i
 
     ColorStage("color", (3, 32, 32)).transform(images, contrast(u, n, (32, 32)))
 
-To add a geometric or a colour transform, write its matrix as a function and give it a row in GEOMETRY or COLOR; to
-add another kind, write a Stage and give it a place in STAGES. Randomness comes from torch's global generators, in the
+To add a geometric or a colour transform, write its matrix as a function and give it a row in GEOMETRY or COLOR, with a
+group of its own, and add a pipe that names the group to PIPES: pipes that do not name it stay what they are, to the
+last draw. To add another kind, write a Stage and give it a place in STAGES. Randomness comes from torch's global generators, in the
 same number of draws whatever fires; nothing here waits for the device.
 """
 
@@ -60,6 +61,11 @@ class MatrixTransform:
     matrix: MatrixFunction
     chance: Callable[[Tensor], Tensor] = lambda p: p
     rgb_only: bool = False
+
+
+def groups_of(transforms: Sequence[MatrixTransform]) -> tuple[str, ...]:
+    """Return the groups of transforms, each once."""
+    return tuple(dict.fromkeys(transform.group for transform in transforms))
 
 
 def draw_matrices(
@@ -296,7 +302,7 @@ class GeometryStage(Stage):
     turns are close to, not exactly, those of the pixels.
     """
 
-    groups = ("blit", "geom")
+    groups = groups_of(GEOMETRY)
     is_deterministic = False  # grid_sample adds up gradients in no fixed order
     taps: Tensor
     up_x: Tensor
@@ -357,14 +363,14 @@ class GeometryStage(Stage):
 class ColorStage(Stage):
     """Colour transforms, all as one affine map of the colours per image; alpha stays as it is."""
 
-    groups = ("color",)
+    groups = groups_of(COLOR)
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
         if self.channels not in (1, 3, 4):
             problem = f"colour transforms need 1, 3 or 4 channels, the images have {self.channels}; use 'bg'"
             raise ConfigError("pipe", pipe, problem)
-        self.transforms = [t for t in COLOR if self.channels >= 3 or not t.rgb_only]
+        self.transforms = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return K [B, 4, 4], the map of (r, g, b, 1): each transform joins on the left."""
