@@ -31,7 +31,7 @@ every snapshot and every training state. `python train.py ... -n` prints it with
 
 **Every field can be set**, by its flag where it has one and by `--set` in any case:
 
-    python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8 --set g_optimizer.beta2=0.9
+    python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8
 
 Lists are typed with commas, sizes as `8x12` (height x width), switches as `true` or `false`; `none` stands for nothing
 and `auto` for a choice by data and machine, where a field has that. A mistyped name is answered with the nearest ones.

@@ -9,8 +9,10 @@ a deterministic function of images and values. So any transform can be forced, i
 
 To add a geometric or a colour transform, write its matrix as a function and give it a row in GEOMETRY or COLOR, with a
 group of its own, and add a pipe that names the group to PIPES: pipes that do not name it stay what they are, to the
-last draw. To add another kind, write a Stage and give it a place in STAGES. Randomness comes from torch's global generators, in the
-same number of draws whatever fires; nothing here waits for the device.
+last draw. To add another kind, write a Stage and give it a place in STAGES.
+
+Randomness comes from torch's global generators, in the same number of draws whatever fires; nothing here waits for the
+device.
 """
 
 from abc import ABC, abstractmethod
