@@ -292,10 +292,18 @@ def test_images_that_a_policy_cannot_treat(
     assert caught.value.field == "policy"
 
 
-@pytest.mark.parametrize("policy", [(), ("colour",), ("color", "color")])
-def test_policies_that_are_none(policy: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="color, translation, cutout, erase, filter, hue, each once"):
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ((), "give some of color, translation, cutout, erase, filter, hue, each once"),
+        (("color", "color"), "give some of color, translation, cutout, erase, filter, hue, each once"),
+        (("color", "colour"), "'colour' is none of color, translation, cutout, erase, filter, hue"),
+    ],
+)
+def test_policies_that_are_none(policy: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         AugmentConfig(mode="diffaug", policy=policy)
+    assert caught.value.field == "policy"
 
 
 def test_every_field_belongs_to_a_mode() -> None:
@@ -333,11 +341,11 @@ def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
         (["--aug=fixed", "--p=0.5", "--ada-kimg=5"], "--ada-kimg=5.0: --aug=fixed does not read it"),
         (["--aug=diffaug", "--hue-p=0.5"], "has no effect on --diffaug=translation,cutout,color, which lacks hue"),
         (["--aug=diffaug", "--diffaug=color", "--cutout-p=0.5"], "--diffaug=color, which lacks cutout and erase"),
-        (["--aug=diffaug", "--cutout-p=1.5"], "--cutout-p=1.5: a probability lies between 0 and 1"),
-        (["--aug=diffaug", "--translation=-0.1"], "--translation=-0.1: a fraction of the image lies between 0 and 1"),
+        (["--aug=diffaug", "--cutout-p=1.5"], "--cutout-p=1.5: must lie in 0..1"),
+        (["--aug=diffaug", "--translation=-0.1"], "--translation=-0.1: must lie in 0..1"),
         (["--translation=0.2"], "--translation=0.2: --aug=ada does not read it"),
         (["--diffaug=color"], "--diffaug=color: mode 'ada' takes no policy; leave it out or use 'diffaug'"),
-        (["--aug=diffaug", "--diffaug=colour"], "--diffaug=colour: give some of color, translation"),
+        (["--aug=diffaug", "--diffaug=colour"], "--diffaug=colour: 'colour' is none of color, translation"),
         (["--aug=diff"], "is not one of"),
     ],
 )

@@ -268,11 +268,11 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--freezed=99"], "--freezed=99: this discriminator has 7 layers"),
         (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a training state or snapshot"),
         (["--device=gpu"], "--device=gpu: no such kind of device"),
-        (["--gamma=-1"], "--gamma=-1.0: a weight cannot be negative"),
+        (["--gamma=-1"], "--gamma=-1.0: must be at least 0; 0 turns the regulariser off"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
         (["--workers=2", "--data-on-gpu"], "--workers=2: has no work with --data-on-gpu"),
-        (["--keep-last=0"], "--keep-last=0: must be positive"),
+        (["--keep-last=0"], "--keep-last=0: must be at least 1"),
         (["--override"], "--override: changes the options of a run that goes on; give --resume=latest"),
     ],
 )
