@@ -38,7 +38,7 @@ class DiscriminatorConfig(ABC):
         least=1,
         note="height and width",
     )
-    c_dim: int = setting(0, "Size of the labels; follows from the data.", least=0)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
 
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 

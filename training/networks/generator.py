@@ -28,7 +28,7 @@ class GeneratorConfig(ABC):
     """
 
     z_dim: int = setting(512, "Size of the latent z.", least=1)
-    c_dim: int = setting(0, "Size of the labels; follows from the data.", least=0)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
     w_dim: int = setting(512, "Size of the style w.", least=1)
     mapping_layers: int = setting(2, "Layers of the mapping network.", least=1)
     img_channels: int = setting(3, "Channels of the images; follows from the data.", least=1)

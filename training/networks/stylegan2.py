@@ -47,7 +47,9 @@ class StyleGAN2Config(DoublingConfig):
     convolutions. `resolutions` None and `channel_base` 0 stand for choices that are still to be made.
     """
 
-    architecture: Architecture = setting("skip", "Path to the image: skip connections, residual blocks, or plain.")
+    architecture: Architecture = setting(
+        "skip", "Architecture: plain (orig), skip connections to RGB, or residual blocks."
+    )
     channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
     channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
 

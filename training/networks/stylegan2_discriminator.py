@@ -29,7 +29,9 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     `channel_base` 0 means "not chosen yet": such a config cannot be built.
     """
 
-    architecture: Architecture = setting("resnet", "Path of the image: skip connections, residual blocks, or plain.")
+    architecture: Architecture = setting(
+        "resnet", "Architecture: plain (orig), skip connections from RGB, or residual blocks."
+    )
     channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
     channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
     mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", least=0)

@@ -39,7 +39,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     )
     layers: tuple[int, ...] = setting((3, 3), "Blocks per scale, finest first; (): by the images.", least=0)
     local_layers: tuple[int, ...] = setting(
-        (0, 0), "Blocks per scale, of the first, that attend as `attention` says; (): by the images.", least=0
+        (0, 0), "First blocks per scale, which attend as `attention` says; (): by the images.", least=0
     )
     multi_scale: bool = setting(True, "Patches of the image that join at every scale, not at the finest alone.")
     overlap: bool = setting(False, "Overlap, by half, of the finest patches.")
