@@ -30,7 +30,7 @@ from attention import BLOCKS, DTYPES, MATRICES, SHARED, check_choices, run_cases
 from torch import Tensor
 
 from dnnlib.cli import IntList, Script, option, with_options
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import ConfigError, UserError, check_bounds
 from training.networks import execution
 from training.networks.blockwise import BLOCK_BYTES
 from training.networks.vit import BlockConfig
@@ -60,7 +60,7 @@ class GridCase:
             window=self.window,
             landmarks=self.landmarks,
         )
-        config.check_blocks()
+        check_bounds(config)
         config.check_grid((self.resolution, self.resolution))
         return config
 

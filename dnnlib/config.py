@@ -2,7 +2,7 @@
 
 A field that can hold one of several dataclasses (the families of generators, say) names them in its metadata:
 
-    generator: GeneratorConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
+    generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
 
 Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}. The
 path generator.family overrides it: the class of that name makes its configuration `in_place_of(the old one)`.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -58,24 +60,36 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Values that a field of a configuration may have; of a tuple, each of its items. None and texts have no size."""
+    """Values that a field of a configuration may have; of a tuple, each of its items. Texts have no size."""
 
     least: float | None = None
     above: float | None = None  # as `least`, itself excluded
     most: float | None = None
     below: float | None = None  # as `most`, itself excluded
     choices: tuple[Any, ...] | None = None
+    length: int | None = None  # of a tuple
+    optional: bool = True  # whether None is allowed
     note: str = ""  # joins the message: a remedy, or the meaning of a value at the edge
 
     def problem(self, value: object) -> str | None:
         """Return the message for a value that is not allowed, else None."""
-        if self.choices is not None and value not in self.choices:
-            return f"choose one of {', '.join(map(str, self.choices))}"
-        if isinstance(value, (int, float)) and not self._holds(value):
-            return f"must be {self}{f'; {self.note}' if self.note else ''}"
-        return None
+        if value is None and self.optional:
+            return None
+        problem = self._problem(value)
+        return f"{problem}; {self.note}" if problem and self.note else problem
 
-    def _holds(self, value: float) -> bool:
+    def _problem(self, value: object) -> str | None:
+        items = value if isinstance(value, (tuple, list)) else None
+        if self.length is not None and (items is None or len(items) != self.length):
+            return f"must be {self.length} numbers"
+        for item in (value,) if items is None else items:
+            if self.choices is not None and item not in self.choices:
+                return f"choose one of {self}" if items is None else f"{show(item)} is none of {self}"
+            if isinstance(item, numbers.Real) and not self._holds(item):
+                return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
+        return "cannot be None" if value is None else None
+
+    def _holds(self, value: Any) -> bool:
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -84,8 +98,15 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        words = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
-        return " and ".join(f"{word} {bound:,g}" for word, bound in words if bound is not None)
+        """Return the names or the range in words: `a, b`, `at least 1`, `0..1`; "" if there are no bounds."""
+        if self.choices is not None:
+            return ", ".join(map(str, self.choices))
+        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        words = {word: f"{end:,}" for word, end in ends.items() if end is not None}
+        if len(words) == 2:
+            excluded = [words[word] for word in ("above", "below") if word in words]
+            return ", ".join(["..".join(words.values()), *(f"{end} excluded" for end in excluded)])
+        return "positive" if self.above == 0 else "".join(f"{word} {end}" for word, end in words.items())
 
 
 def setting(
@@ -112,14 +133,46 @@ def setting(
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ConfigError for the first field of a configuration that is out of the bounds it was declared with."""
-    for field in dataclasses.fields(config):
-        bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
-        if bounds is None or value is None:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            if problem := bounds.problem(item):
-                raise ConfigError(field.name, value, problem)
+    """Raise ConfigError for the first field of a configuration that is out of its bounds."""
+    for name, bounds in bounds_of(type(config)).items():
+        value = getattr(config, name)
+        if problem := bounds.problem(value):
+            raise ConfigError(name, value, problem)
+
+
+def bounds_of(config_class: Any) -> Mapping[str, Bounds]:
+    """Return the Bounds of each field of a config class: as declared, with what its type says.
+
+    The type gives the choices of a Literal, the length of a tuple, and whether None is allowed.
+    """
+    return _bounds_of(config_class)
+
+
+@functools.cache
+def _bounds_of(config_class: Any) -> Mapping[str, Bounds]:
+    declared = {field.name: field.metadata.get("bounds", Bounds()) for field in dataclasses.fields(config_class)}
+    return {name: _with_type(bounds, hints(config_class)[name]) for name, bounds in declared.items()}
+
+
+def _with_type(bounds: Bounds, hint: Any) -> Bounds:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if is_union else (hint,)
+    bounds = dataclasses.replace(bounds, optional=types.NoneType in members)
+    kinds = [member for member in members if member is not types.NoneType]
+    origin, args = typing.get_origin(kinds[0]), typing.get_args(kinds[0])
+    if len(kinds) == 1 and origin is typing.Literal:
+        return dataclasses.replace(bounds, choices=args)
+    if origin is tuple and Ellipsis not in args:
+        return dataclasses.replace(bounds, length=len(args))
+    return bounds
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) for a text such as 8 or 8x12. Raises ValueError for others."""
+    match = re.fullmatch(r"(\d{1,18})(?:x(\d{1,18}))?", text, re.ASCII)  # so many digits fit into 64 bits
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 8 or 8x12 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def override(config: T, values: Mapping[str, Any]) -> T:

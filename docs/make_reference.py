@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from dnnlib.cli import ConfigOption  # noqa: E402
-from dnnlib.config import override, to_json  # noqa: E402
+from dnnlib.config import bounds_of, override, to_json  # noqa: E402
 from training.config import PRESETS, TrainConfig  # noqa: E402
 
 HEADER = """# Configuration
@@ -66,42 +67,18 @@ GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precisi
 example 32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
 """
 
+FIELDS_HEADER = """## Fields
+
+A default `auto` or `none` is None in Python, or for a field that says so () or 0. Of lists, the values are those of
+each item.
+"""
+
 PRESETS_HEADER = """The last column has what else differs from `auto` with networks of the same families.
 
 That Styleformer's released models were trained on the schedule of `cifar` is inferred from the sizes of their files;
 the widths and the schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) says what is
 inferred of TransGAN's.
 """
-
-CHOSEN_BY_RESOLVE = {
-    "batch_size",
-    "run.batch_gpu",
-    "generator.linformer",
-    "generator.widths",
-    "generator.layers",
-    "generator.resolutions",
-    "generator.channel_base",
-    "discriminator.channel_base",
-    "discriminator.patch",
-    "discriminator.widths",
-    "discriminator.layers",
-    "discriminator.local_layers",
-    "g_optimizer.lr",
-    "d_optimizer.lr",
-    "loss.r1_gamma",
-    "loss.gp_weight",
-    "loss.drift_weight",
-    "augment.policy",
-    "ema.kimg",
-    "run.metrics",
-    "run.log",
-    "run.device",
-    "run.workers",
-    "run.data_on_gpu",
-    "run.graphs",
-    "precision",
-    "channels_last",
-}
 
 
 def main() -> None:
@@ -121,7 +98,7 @@ def configuration() -> str:
     options = [option for option in train.main.params if isinstance(option, ConfigOption)]
     flags = {option.field: option.opts[0] for option in options if option.field}
     tables = [_fields_table(*part, flags) for part in _parts()]
-    return "\n".join([HEADER, "## Fields\n", *tables, "## Presets\n", PRESETS_HEADER, _presets_table(flags)])
+    return "\n".join([HEADER, FIELDS_HEADER, *tables, "## Presets\n", PRESETS_HEADER, _presets_table(flags)])
 
 
 def _parts() -> list[tuple[str, str, Any]]:
@@ -140,15 +117,28 @@ def _parts() -> list[tuple[str, str, Any]]:
 
 
 def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> str:
+    bounds = bounds_of(type(config))
     heading = f"### {title}\n\n`{type(config).__name__}` in {_source(type(config))}. {_summary(config)}\n"
-    rows = ["| field | flag | default |", "|---|---|---|"]
+    rows = ["| field | flag | default | values | description |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not dataclasses.is_dataclass(value) and field.name != "preset":
             full = f"{path}.{field.name}" if path else field.name
             flag = f"`{flags[full]}`" if full in flags else ""
-            rows.append(f"| {field.name} | {flag} | {_show(full, value)} |")
+            values, text = bounds[field.name], field.metadata["help"]
+            rows.append(f"| {field.name} | {flag} | {_show(full, value)} | {values} | {text} |")
     return "\n".join([heading, *rows, ""])
+
+
+@cache
+def _open_values() -> dict[str, Any]:
+    """Return {path: value} of the values that stand for a choice by data and machine."""
+    values: dict[str, Any] = {}
+    for _, path, config in _parts():
+        prefix = f"{path}." if path else ""
+        values |= {f"{prefix}{field.name}": None for field in dataclasses.fields(config) if field.metadata["auto"]}
+        values |= {f"{prefix}{name}": value for name, value in getattr(config, "OPEN", {}).items()}
+    return values
 
 
 def _source(config_class: type) -> str:
@@ -212,7 +202,8 @@ def _flatten(data: Any, path: str = "") -> dict[str, Any]:
 def _show(path: str, value: Any) -> str:
     if value == "" and path.startswith(("generator.", "discriminator.")):
         return ""
-    if path in CHOSEN_BY_RESOLVE and value in (None, (), 0) and value is not False:
+    open_values = _open_values()
+    if path in open_values and value == open_values[path]:
         return "auto"
     if value is None or value == "":
         return "none"

@@ -453,8 +453,8 @@ def test_image_size_that_does_not_fit() -> None:
     ("changes", "field", "text"),
     [
         ({"layers": (1, 3)}, "layers", "has 3"),
-        ({"layers": (1, 0, 3)}, "layers", "at least one"),
-        ({"widths": (256, 0, 16)}, "widths", "at least 1"),
+        ({"layers": (1, 0, 3)}, "layers", "each must be at least 1"),
+        ({"widths": (256, 0, 16)}, "widths", "each must be at least 1"),
         ({"widths": (256, 100, 16)}, "widths", "100 is not a multiple of its 3 heads .* 99 or 102"),
         ({"widths": (3,), "layers": (1,), "minimum_head": 4}, "widths", "work: 4"),
         ({"base": (8,)}, "base", "height and width"),

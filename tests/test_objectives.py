@@ -462,7 +462,7 @@ def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: 
         ({"objective": "wgangp-eps"}, "r1_interval", "only --loss=logistic and hinge have R1"),
         ({"objective": "relativistic"}, "r1_interval", "only --loss=logistic and hinge have R1"),
         ({"objective": "relativistic", "r1_interval": None, "g_batch_scale": 2}, "g_batch_scale", "leave it at 1"),
-        ({"objective": "wgangp-eps", "r1_interval": None, "gp_weight": -1.0}, "gp_weight", "cannot be negative"),
+        ({"objective": "wgangp-eps", "r1_interval": None, "gp_weight": -1.0}, "gp_weight", "at least 0; 0 turns"),
     ],
 )
 def test_settings_that_an_objective_has_no_use_for_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
@@ -514,8 +514,7 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
         (["--set=loss.gp_weight=5"], "--set loss.gp_weight=5.0: only --loss=wgangp-eps has it; leave it out"),
         (
             ["--set=g_optimizer.clip_norm=-1", "--set=d_optimizer.clip_norm=-1"],
-            "--set=g_optimizer.clip_norm=-1.0:",
-            "--set d_optimizer.clip_norm=-1.0: a bound of a norm must be positive",
+            "--set g_optimizer.clip_norm=-1.0: must be positive; leave it out for no clipping",
         ),
         (["--set=loss.n_critic=0"], "--set loss.n_critic=0: must be at least 1"),
         (

@@ -358,8 +358,8 @@ def test_image_folder_dataset_gives_the_files(tmp_path: Path) -> None:
         plain[6]
     wrong: list[tuple[Any, str]] = [
         ({"resolution": 32}, "resolution=32: the images in .* are 16x16 RGB; .* --width=32"),
-        ({"max_size": 0}, "max_size=0: a subset has at least 1 image"),
-        ({"random_seed": -1}, "random_seed=-1: must not be negative"),
+        ({"max_size": 0}, "max_size=0: must be at least 1; leave it out to use all"),
+        ({"random_seed": -1}, "random_seed=-1: must be at least 0"),
     ]
     for arguments, message in wrong:
         with pytest.raises(UserError, match=message):

@@ -228,7 +228,7 @@ def test_open_choices_follow_the_images(size: tuple[int, int], patch: int, grids
         ({"layers": (1, 1)}, "layers", "one entry per grid, 3 for images of 32x32 in patches of 2"),
         ({"channel_base": 8}, "channel_base", "leaves no channel at 16x16"),
         ({"layers": ()}, "layers", "not chosen yet"),
-        ({"layers": (1, 0, 1)}, "layers", "at least one encoder block"),
+        ({"layers": (1, 0, 1)}, "layers", "each must be at least 1"),
         ({"depth": 0}, "depth", "at least 1"),
         ({"conv_clamp": -1.0}, "conv_clamp", "positive"),
     ],

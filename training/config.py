@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
-from dnnlib.config import ConfigError, field_names, from_json, override, to_json
+from dnnlib.config import ConfigError, check_bounds, field_names, from_json, override, setting, to_json
 from torch_utils.misc import OnMeta
 from training import misfit
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
@@ -34,60 +34,73 @@ LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named afte
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, where, in which pieces and how loud. A resumed run may differ in it.
+    """Duration, device, micro-batches, logging. A resumed run may differ in it.
 
     The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
     one piece at a time, and to DiffAugment's cutout, whose probability is of a piece. Nothing else in here changes what
     a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
-    total_kimg: float = 25_000
-    tick_kimg: float = 4
-    snapshot_ticks: int = 50
-    keep_last: int = 2  # training states: the newest, and one to fall back on should it be damaged
-    keep_every: float | None = None  # kimg: beside those, the first at or after each multiple
-    keep_best: bool = False  # beside those, the one of the best network by the main metric
-    metrics: tuple[str, ...] | None = None  # None: the default metric
-    metrics_every: int | None = None  # ticks; None: at snapshots
-    tick_metrics: tuple[str, ...] = ()  # cheap ones, every tick
-    log: tuple[str, ...] | None = None  # what shows figures and pictures; None: TensorBoard if it is installed
-    detectors: tuple[str, ...] = ()  # the user's files for metrics: programs, weights, folders
-    desc: str = ""  # a word for the name of the run's folder
-    num_gpus: int = 1
-    batch_gpu: int | Literal["auto"] | None = None  # images at a time per process; None: its whole share of the batch
-    device: str | None = None  # None: a GPU if there is one
-    workers: int | None = None  # None: 2 beside a GPU, in this process on a CPU
-    data_on_gpu: bool | None = None  # keep all images decoded on the device; None: on a GPU, if they are few
-    nan: str = "stop"  # what to do at the tick after values that are not finite: stop or skip (their updates)
-    recompute: bool = False  # gradient checkpointing: activations again in the backward pass instead of keeping them
-    compile: bool = False  # torch.compile for the main phases, which are differentiated once
-    graphs: bool | None = None  # CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side
-    cudnn_benchmark: bool = True
-    timeout: float = 1800  # seconds that processes wait for one that has stopped
-    deterministic: bool = False  # only algorithms that give the same bits every time
-    profile_steps: int = 0
+    total_kimg: float = setting(25_000, "Length of the training, in thousands of real images.", above=0)
+    tick_kimg: float = setting(4, "Interval of progress lines and statistics, in thousands of images.", above=0)
+    snapshot_ticks: int = setting(50, "Interval of snapshots, training states and image grids, in ticks.", least=1)
+    keep_last: int = setting(2, "Newest training states to keep; 2 leave a fallback for a damaged one.", least=1)
+    keep_every: float | None = setting(
+        None, "Thousands of images between training states that are kept for good; None: none are.", above=0
+    )
+    keep_best: bool = setting(False, "Retention of the training state with the best value of the first metric.")
+    metrics: tuple[str, ...] | None = setting(
+        None, "Metrics at snapshots, of which the first picks the best network; None: fid50k_full or swd.", auto=True
+    )
+    metrics_every: int | None = setting(None, "Interval of the metrics, in ticks; None: at every snapshot.", least=1)
+    tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")
+    log: tuple[str, ...] | None = setting(
+        None,
+        "Loggers of statistics and images; None: TensorBoard if it is installed.",
+        auto=True,
+        choices=LOGGERS,
+        note="`none` logs nowhere",
+    )
+    detectors: tuple[str, ...] = setting((), "Files of custom detectors for metrics: programs, weights, folders.")
+    desc: str = setting("", "Suffix of the name of the run's folder: at most 60 letters, digits and -_.")
+    num_gpus: int = setting(1, "Processes on this machine, one per GPU.", least=1)
+    batch_gpu: int | Literal["auto"] | None = setting(
+        None,
+        "Micro-batch: images at a time per process; None: its whole share of the batch; auto: as many as fit.",
+        least=1,
+    )
+    device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if there is one.", auto=True)
+    workers: int | None = setting(
+        None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, least=0, most=1024
+    )
+    data_on_gpu: bool | None = setting(
+        None, "Data set kept decoded on the device; None: on a GPU, up to 2 GiB.", auto=True
+    )
+    nan: str = setting(
+        "stop",
+        "Response to values that are not finite: stop at the next tick, or skip their updates.",
+        choices=("stop", "skip"),
+    )
+    recompute: bool = setting(
+        False, "Gradient checkpointing: recompute activations in the backward pass; less memory, more time."
+    )
+    compile: bool = setting(False, "Use of torch.compile for the main phases, which are differentiated once.")
+    graphs: bool | None = setting(
+        None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side.", auto=True
+    )
+    cudnn_benchmark: bool = setting(True, "Use of cuDNN's benchmarks to choose the fastest convolutions.")
+    timeout: float = setting(1800, "Seconds that processes wait for one that has stopped.", above=0, most=100_000_000)
+    deterministic: bool = setting(False, "Deterministic algorithms only: bit-identical results every time.")
+    profile_steps: int = setting(0, "Steps of which a Chrome trace is written; 0: none.", least=0)
 
     def __post_init__(self) -> None:
-        positive = ("total_kimg", "tick_kimg", "snapshot_ticks", "metrics_every", "num_gpus", "batch_gpu")
-        for name in (*positive, "keep_last", "keep_every", "timeout"):
-            value = getattr(self, name)
-            if value is not None and value != "auto" and not value > 0:
-                raise ConfigError(name, value, "must be positive")
-        for name in ("workers", "profile_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(name, getattr(self, name), "cannot be negative")
-        for name, most in (("workers", 1024), ("timeout", 1e8)):
-            if (getattr(self, name) or 0) > most:
-                raise ConfigError(name, getattr(self, name), f"the most is {most:g}")
+        check_bounds(self)
         if self.keep_best and self.metrics == () and not self.tick_metrics:
             raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or run.tick_metrics")
+        if self.data_on_gpu and self.workers:
+            raise ConfigError("workers", self.workers, "has no work with run.data_on_gpu: give one of the two")
         if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
             raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
-        if self.nan not in ("stop", "skip"):
-            raise ConfigError("nan", self.nan, "choose stop or skip")
-        for name in self.log or ():
-            if name not in LOGGERS:
-                raise ConfigError("log", self.log, f"{name!r} is none of {', '.join(LOGGERS)}; `none` logs nowhere")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
                 problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
@@ -98,39 +111,43 @@ class RunConfig:
 class TrainConfig:
     """Everything that a training run is determined by. None means: `resolve` chooses it from data and machine."""
 
-    preset: str
-    seed: int = 0
-    data: DatasetConfig = field(default_factory=DatasetConfig)
-    generator: GeneratorConfig = field(default_factory=StyleformerConfig, metadata={"families": GENERATORS})
-    discriminator: DiscriminatorConfig = field(
-        default_factory=StyleGAN2DiscriminatorConfig, metadata={"families": DISCRIMINATORS}
+    preset: str = setting(help="Name of the preset that the configuration started from.")
+    seed: int = setting(0, "Seed of weights, latents, data order and noise.", least=0, most=2**63 - 1)
+    data: DatasetConfig = setting(help="Training images.", default_factory=DatasetConfig)
+    generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
+    discriminator: DiscriminatorConfig = setting(
+        help="Discriminator.", default_factory=StyleGAN2DiscriminatorConfig, families=DISCRIMINATORS
     )
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    g_optimizer: AdamConfig = field(default_factory=AdamConfig)
-    d_optimizer: AdamConfig = field(default_factory=AdamConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    batch_size: int | None = None
-    w_avg_rate: float = 0.005  # share of the batch mean that enters w_avg in each phase
-    freeze_layers: int = 0  # Freeze-D: layers of D, counted from the image, that are not trained
-    precision: Precision | None = None  # None: bf16 on a GPU that has it, else fp32
-    reduced_from: int = 0  # grids of this longer side and larger compute in `precision`
-    allow_tf32: bool = False
-    channels_last: bool | None = None  # None: with reduced precision on a GPU
-    origin: Origin = field(default_factory=Origin)  # recorded, not chosen: what the weights were at first
-    run: RunConfig = field(default_factory=RunConfig)
+    augment: AugmentConfig = setting(help="Augmentation.", default_factory=AugmentConfig)
+    loss: LossConfig = setting(help="Objective and regularisers.", default_factory=LossConfig)
+    g_optimizer: AdamConfig = setting(help="Optimizer of the generator.", default_factory=AdamConfig)
+    d_optimizer: AdamConfig = setting(help="Optimizer of the discriminator.", default_factory=AdamConfig)
+    ema: EMAConfig = setting(help="Moving average of the generator's weights.", default_factory=EMAConfig)
+    batch_size: int | None = setting(
+        None, "Images per optimizer step, over all GPUs; None: by resolution and GPUs.", auto=True, least=1
+    )
+    w_avg_rate: float = setting(0.005, "Share of the batch mean of w that enters w_avg in each phase.", least=0, most=1)
+    freeze_layers: int = setting(
+        0, "Freeze-D: layers of D, counted from the image, that are not trained.", least=0, note="0 trains all of D"
+    )
+    precision: Precision | None = setting(
+        None, "Precision of activations; None: bf16 on a GPU that has it, else fp32.", auto=True
+    )
+    reduced_from: int = setting(
+        0,
+        "Longer side from which on grids compute in `precision`; smaller grids use float32.",
+        least=0,
+        note="0 reduces all grids",
+    )
+    allow_tf32: bool = setting(False, "Permission of TF32 in float32 matrix products and convolutions.")
+    channels_last: bool | None = setting(
+        None, "Memory layout channels-last; None: on a GPU, unless it computes in float32.", auto=True
+    )
+    origin: Origin = setting(help="Record of the weights that the run started from.", default_factory=Origin)
+    run: RunConfig = setting(help="Duration, device, micro-batches, logging.", default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError("batch_size", self.batch_size, "must be at least 1")
-        if self.freeze_layers < 0:
-            raise ConfigError("freeze_layers", self.freeze_layers, "cannot be negative; 0 trains all of D")
-        if self.precision not in (None, *get_args(Precision)):
-            raise ConfigError("precision", self.precision, f"choose one of {', '.join(get_args(Precision))}")
-        if self.reduced_from < 0:
-            raise ConfigError("reduced_from", self.reduced_from, "cannot be negative; 0 reduces all grids")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError("seed", self.seed, "must lie in 0..2^63-1")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

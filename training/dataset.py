@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dnnlib import EasyDict
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import ConfigError, UserError, check_bounds, setting
 from dnnlib.image_files import BrokenImageError
 from dnnlib.util import counted
 from torch_utils.images import square_resolution
@@ -51,29 +51,21 @@ LabelKind = Literal["classes", "vectors"]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """Which images to train on.
+    """Images to train on; `ImageDataset(config, held_out=True)` has those that `holdout` leaves out."""
 
-    path: folder or .zip file of images of one size, as dataset_tool.py writes it.
-    use_labels: condition on the labels of dataset.json.
-    max_images: use a random subset of this many images, chosen by `seed`; None uses all.
-    holdout: leave out this many images, chosen by `seed`: those of ImageDataset(config, held_out=True).
-    mirror: show every image also flipped left to right, which doubles the set.
-    """
-
-    path: str = ""
-    use_labels: bool = False
-    max_images: int | None = None
-    holdout: int = 0
-    mirror: bool = False
-    seed: int = 0
+    path: str = setting("", "Folder or zip file of images of one size, as dataset_tool.py writes it.")
+    use_labels: bool = setting(False, "Conditioning on the labels of dataset.json.")
+    max_images: int | None = setting(
+        None, "Size of a random subset, chosen by `seed`; None: all images.", least=1, note="leave it out to use all"
+    )
+    holdout: int = setting(
+        0, "Images, chosen by `seed`, that are left out of the training.", least=0, note="0 holds out nothing"
+    )
+    mirror: bool = setting(False, "Horizontal flips: every image is also shown mirrored, which doubles the set.")
+    seed: int = setting(0, "Seed of the subset and of the held-out images.", least=0)
 
     def __post_init__(self) -> None:
-        if self.max_images is not None and self.max_images < 1:
-            raise ConfigError("max_images", self.max_images, "a subset has at least 1 image: leave it out to use all")
-        if self.holdout < 0:
-            raise ConfigError("holdout", self.holdout, "cannot be negative; 0 holds out nothing")
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "must not be negative")
+        check_bounds(self)
 
 
 class ImageDataset:

@@ -9,22 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, check_bounds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """`kimg` is the half-life in thousands of images (None: chosen from the batch size); `rampup` shortens it to
-    that fraction of the images seen so far (None: no ramp)."""
+    """Exponential moving average of the generator's weights."""
 
-    kimg: float | None = None
-    rampup: float | None = 0.05
+    kimg: float | None = setting(
+        None,
+        "Half-life, in thousands of images; None: 10/32 of the batch size.",
+        auto=True,
+        least=0,
+        note="0 turns averaging off",
+    )
+    rampup: float | None = setting(
+        0.05, "Upper bound of the half-life, as a fraction of the images seen so far; None: no ramp-up.", above=0
+    )
 
     def __post_init__(self) -> None:
-        if self.kimg is not None and self.kimg < 0:
-            raise ConfigError("kimg", self.kimg, "the half-life cannot be negative; 0 turns averaging off")
-        if self.rampup is not None and self.rampup <= 0:
-            raise ConfigError("rampup", self.rampup, "must be positive")
+        check_bounds(self)
 
 
 class EMA:

@@ -339,7 +339,11 @@ class Profile:
             return
         self.is_done = True
         if self.profiler is None:
-            print("Warning: --profile: training ended before the steps that are profiled", file=sys.stderr, flush=True)
+            print(
+                "Warning: run.profile_steps: training ended before the steps that are profiled",
+                file=sys.stderr,
+                flush=True,
+            )
             return
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.path))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, check_bounds, setting
 from torch_utils.misc import compiled
 from training.dataset import encode_labels
 from training.networks import execution
@@ -28,45 +28,49 @@ Objective = Literal["logistic", "hinge", "wgangp-eps", "relativistic"]
 LAZY_R1 = ("logistic", "hinge")
 # The weights that only one objective has, and what they are where nothing else is said.
 OWN_WEIGHTS: dict[str, dict[str, float]] = {"wgangp-eps": {"gp_weight": 10.0, "drift_weight": 1e-3}}
+OFF = "0 turns the regulariser off"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The objective, its regularisers, and how often the generator moves.
 
-    r1_gamma None: chosen from resolution and batch size. An interval of None drops the regulariser's correction of the
-    optimizer; a weight of 0 drops the regulariser alone. `gp_weight` and `drift_weight` belong to wgangp-eps. G moves
-    every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
+    An interval of None drops a regulariser's correction of the optimizer; a weight of 0 drops the regulariser alone. G
+    moves every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
     """
 
-    objective: Objective = "logistic"
-    n_critic: int = 1
-    g_batch_scale: int = 1
-    gp_weight: float | None = None
-    drift_weight: float | None = None
-    r1_gamma: float | None = None
-    r1_interval: int | None = 16
-    pl_weight: float = 2.0
-    pl_interval: int | None = 4
-    pl_decay: float = 0.01
-    style_mixing: float = 0.9
+    objective: Objective = setting("logistic", "Training objective.")
+    n_critic: int = setting(1, "Discriminator steps per generator step.", least=1)
+    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", least=1)
+    gp_weight: float | None = setting(
+        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, least=0, note=OFF
+    )
+    drift_weight: float | None = setting(
+        None,
+        "Weight of the squared mean logit of reals, of wgangp-eps; None: 0.001 with it.",
+        auto=True,
+        least=0,
+        note=OFF,
+    )
+    r1_gamma: float | None = setting(
+        None,
+        "Weight of R1, with relativistic of R1 and R2; None: by resolution and batch size.",
+        auto=True,
+        least=0,
+        note=OFF,
+    )
+    r1_interval: int | None = setting(
+        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", least=1
+    )
+    pl_weight: float = setting(2.0, "Weight of path length regularisation.", least=0, note=OFF)
+    pl_interval: int | None = setting(
+        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", least=1
+    )
+    pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", least=0, most=1)
+    style_mixing: float = setting(0.9, "Probability of style mixing.", least=0, most=1)
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise ConfigError("objective", self.objective, f"choose one of {', '.join(get_args(Objective))}")
-        for name in ("r1_gamma", "pl_weight", "gp_weight", "drift_weight"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(name, value, "a weight cannot be negative; 0 turns the regulariser off")
-        for name in ("n_critic", "g_batch_scale"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
-        for name in ("r1_interval", "pl_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, value, "a phase cannot be due more often than every step; use 1 or more")
-        if not 0 <= self.style_mixing <= 1:
-            raise ConfigError("style_mixing", self.style_mixing, "a probability lies in 0..1")
+        check_bounds(self)
         self._check_objective()
 
     def _check_objective(self) -> None:
@@ -77,7 +81,7 @@ class LossConfig:
                     raise ConfigError(name, getattr(self, name), f"only --loss={owner} has it; leave it out")
         if self.objective == "wgangp-eps" and self.r1_gamma:
             problem = (
-                "wgangp-eps has a penalty of its own (--gp-weight): R1 needs --loss=logistic, hinge or relativistic"
+                "wgangp-eps has a penalty of its own (loss.gp_weight): R1 needs --loss=logistic, hinge or relativistic"
             )
             raise ConfigError("r1_gamma", self.r1_gamma, problem)
         if self.objective not in LAZY_R1 and self.r1_interval is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, check_bounds, setting
 from torch_utils.gradients import FlatGradients
 from training.loss import (
     LossConfig,
@@ -34,22 +34,21 @@ Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """Adam (Kingma & Ba 2015). lr None: chosen from the resolution. `clip_norm` bounds the norm of all gradients."""
+    """Adam (Kingma & Ba 2015)."""
 
-    lr: float | None = None
-    beta1: float = 0.0
-    beta2: float = 0.99
-    eps: float = 1e-8
-    clip_norm: float | None = None
+    lr: float | None = setting(None, "Learning rate; None: 0.0025, from 1024 pixels on 0.002.", auto=True, above=0)
+    beta1: float = setting(0.0, "Decay of the mean of gradients.", least=0, below=1)
+    beta2: float = setting(0.99, "Decay of the mean of squared gradients.", least=0, below=1)
+    eps: float = setting(1e-8, "Term added to the denominator, against division by zero.", least=0)
+    clip_norm: float | None = setting(
+        None,
+        "Largest norm of all gradients of the network together; None: no clipping.",
+        above=0,
+        note="leave it out for no clipping",
+    )
 
     def __post_init__(self) -> None:
-        if self.lr is not None and self.lr <= 0:
-            raise ConfigError("lr", self.lr, "a learning rate must be positive")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError("clip_norm", self.clip_norm, "a bound of a norm must be positive; leave it out for none")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must lie in 0..1, 1 excluded")
+        check_bounds(self)
 
 
 class Learner:

@@ -68,14 +68,14 @@ CONDITIONS = (
         holds=lambda x: _gap(x) < 0.01,
         patience=3,
         message="D's scores of real images are no higher than those of generated ones, so it is of no use to G: lower "
-        "--dlr, or --gamma (or --gp-weight)",
+        "--dlr, or --gamma (or loss.gp_weight)",
     ),
     Condition(
         name="Images are the same",
         holds=lambda x: x["Images/diversity"] < 0.05,
         patience=2,
         message="generated images hardly differ from each other (G has collapsed, or its output is saturated): lower "
-        "--glr, raise --gamma (or --gp-weight), or go back to an earlier training state",
+        "--glr, raise --gamma (or loss.gp_weight), or go back to an earlier training state",
     ),
     Condition(
         name="p is at its bound",

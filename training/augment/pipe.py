@@ -6,12 +6,12 @@ or DiffAugment (diffaugment.py).
 
 from dataclasses import dataclass
 from math import isclose
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, check_bounds, setting
 from training.augment.diffaugment import DIFFAUG, PARAMETERS
 from training.augment.stages import PIPES, STAGES, Transform
 
@@ -26,53 +26,49 @@ MODE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
+def parse_mode(text: str) -> str:
+    """Return a mode as it is typed: `none` is another word for noaug."""
+    return "noaug" if text == "none" else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Which transforms the discriminator sees, and with which probability p each of them fires."""
+    """Transforms that the discriminator sees, each of which fires with probability p."""
 
-    mode: Mode = "ada"  # no augmentation, p from the controller, constant p, or DiffAugment
-    pipe: str = "bgc"  # a key of PIPES: blit, geom, color, filter, noise, cutout, bg, ..., bgcfnc
-    p: float | None = None  # 'fixed' only: the probability
-    target: float = 0.6  # 'ada' only: the mean sign of D(real) to aim for
-    ada_kimg: float = 500  # 'ada' only: thousands of images in which p can move by 1
-    ada_interval: int = 4  # 'ada' only: steps between adjustments of p
-    max_p: float = 1.0  # 'ada' only: upper bound of p
-    policy: tuple[str, ...] | None = None  # 'diffaug' only: keys of DIFFAUG, in order; None: translation,cutout,color
-    translation: float = 0.125  # 'diffaug' only: largest shift, in units of the image's size
-    cutout_p: float = 1.0  # 'diffaug' only: probability of cutout or erase, for a whole micro-batch
-    filter_p: float = 1.0  # 'diffaug' only: probability of the filter, per image and band
-    hue_p: float = 1.0  # 'diffaug' only: probability of the hue, per image
+    mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
+    pipe: str = setting("bgc", "Groups of ADA's transforms, for ada and fixed.", choices=tuple(PIPES))
+    p: float | None = setting(None, "Probability of each transform, for fixed; None in other modes.", least=0, most=1)
+    target: float = setting(0.6, "Target of ADA: mean sign of D(real).", least=0, most=1)
+    ada_kimg: float = setting(500, "Speed of ADA: thousands of images in which p can move by 1.", above=0)
+    ada_interval: int = setting(4, "Steps between adjustments of ADA's p.", least=1)
+    max_p: float = setting(1.0, "Upper bound of ADA's p.", above=0, most=1)
+    policy: tuple[str, ...] | None = setting(
+        None, "Transforms of DiffAugment, in order; None: translation,cutout,color.", auto=True, choices=tuple(DIFFAUG)
+    )
+    translation: float = setting(
+        0.125, "Largest shift of DiffAugment's translation, as a fraction of the image's size.", least=0, most=1
+    )
+    cutout_p: float = setting(
+        1.0, "Probability of DiffAugment's cutout or erase, drawn once per micro-batch.", least=0, most=1
+    )
+    filter_p: float = setting(
+        1.0, "Probability of DiffAugment's filter, per image and frequency band.", least=0, most=1
+    )
+    hue_p: float = setting(1.0, "Probability of DiffAugment's hue, per image.", least=0, most=1)
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError("mode", self.mode, f"choose one of {', '.join(get_args(Mode))}")
-        if self.pipe not in PIPES:
-            raise ConfigError("pipe", self.pipe, f"no such augmentation pipeline; choose one of {', '.join(PIPES)}")
+        check_bounds(self)
         if self.mode == "fixed" and self.p is None:
             raise ConfigError("p", self.p, "mode 'fixed' needs the probability of augmentation, from 0 to 1")
         if self.mode != "fixed" and self.p is not None:
             raise ConfigError("p", self.p, f"mode '{self.mode}' takes no probability; leave it out or use 'fixed'")
-        for name in ("p", "cutout_p", "filter_p", "hue_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(name, value, "a probability lies between 0 and 1")
-        if not 0 <= self.translation <= 1:
-            raise ConfigError("translation", self.translation, "a fraction of the image lies between 0 and 1")
         if self.policy is not None:
             self._check_policy(self.policy)
-        if not 0 <= self.target <= 1:
-            raise ConfigError("target", self.target, "the mean sign to aim for lies between 0 and 1")
-        if not self.ada_kimg > 0:
-            raise ConfigError("ada_kimg", self.ada_kimg, "give a positive number of thousand images")
-        if self.ada_interval < 1:
-            raise ConfigError("ada_interval", self.ada_interval, "give a positive number of steps")
-        if not 0 < self.max_p <= 1:
-            raise ConfigError("max_p", self.max_p, "the bound of a probability lies above 0 and is at most 1")
 
     def _check_policy(self, policy: tuple[str, ...]) -> None:
         if self.mode != "diffaug":
             raise ConfigError("policy", policy, f"mode '{self.mode}' takes no policy; leave it out or use 'diffaug'")
-        if not policy or not set(policy) <= set(DIFFAUG) or len(set(policy)) < len(policy):
+        if not policy or len(set(policy)) < len(policy):
             raise ConfigError("policy", policy, f"give some of {', '.join(DIFFAUG)}, each once")
 
     @property

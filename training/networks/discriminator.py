@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from dnnlib.config import field_names
-from training.networks.layers import ImageShape, check_labels, require_at_least, require_reasonable, require_size
+from dnnlib.config import check_bounds, field_names, parse_size, setting
+from training.networks.layers import ImageShape, check_labels, require_reasonable
 
 
 def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -30,17 +30,21 @@ class DiscriminatorConfig(ABC):
     open fields cannot be built.
     """
 
-    img_channels: int = 3
-    img_size: tuple[int, int] = (32, 32)  # (height, width)
-    c_dim: int = 0
+    img_channels: int = setting(3, "Channels of the images; follows from the data.", least=1)
+    img_size: tuple[int, int] = setting(
+        (32, 32),
+        "Height and width of the images; follows from the data.",
+        parse=parse_size,
+        least=1,
+        note="height and width",
+    )
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
 
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         require_reasonable(self)
-        require_at_least(self, 1, "img_channels")
-        require_at_least(self, 0, "c_dim")
-        require_size(self, "img_size")
 
     @classmethod
     def in_place_of(cls, other: DiscriminatorConfig) -> Self:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, field_names
+from dnnlib.config import ConfigError, bounds_of, check_bounds, field_names, parse_size, setting
 from training.networks import execution
-from training.networks.layers import ImageShape, require_at_least, require_reasonable, require_size
+from training.networks.layers import ImageShape, require_reasonable
 from training.networks.mapping import MappingNetwork, StyleMapping
 
 NoiseMode = Literal["const", "random", "none"]
@@ -23,27 +23,24 @@ Grid = tuple[int, int]  # (height, width)
 class GeneratorConfig(ABC):
     """The part of a generator's configuration that all families share.
 
-    `conv_clamp` bounds activations; None is no clamp. A family adds its own fields. Some of them may be open, to be
-    chosen from the data by `fit`; a configuration with open fields cannot be built.
+    A family adds its own fields. Some of them may be open, to be chosen from the data by `fit`; a configuration with
+    open fields cannot be built.
     """
 
-    z_dim: int = 512
-    c_dim: int = 0
-    w_dim: int = 512
-    mapping_layers: int = 2
-    img_channels: int = 3
-    conv_clamp: float | None = 256.0
+    z_dim: int = setting(512, "Size of the latent z.", least=1)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
+    w_dim: int = setting(512, "Size of the style w.", least=1)
+    mapping_layers: int = setting(2, "Layers of the mapping network.", least=1)
+    img_channels: int = setting(3, "Channels of the images; follows from the data.", least=1)
+    conv_clamp: float | None = setting(
+        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+    )
 
     OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
-    MIN_MAPPING_LAYERS: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         require_reasonable(self)
-        require_at_least(self, 1, "z_dim", "w_dim", "img_channels")
-        require_at_least(self, 0, "c_dim")
-        require_at_least(self, self.MIN_MAPPING_LAYERS, "mapping_layers")
-        if self.conv_clamp is not None and self.conv_clamp <= 0:
-            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
 
     @classmethod
     def in_place_of(cls, other: GeneratorConfig) -> Self:
@@ -52,7 +49,7 @@ class GeneratorConfig(ABC):
         Where `other` has no mapping network and this family needs one, it gets its own default.
         """
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
-        if other.mapping_layers < cls.MIN_MAPPING_LAYERS:
+        if bounds_of(cls)["mapping_layers"].problem(other.mapping_layers):
             del shared["mapping_layers"]
         return cls(**shared, **cls.OPEN)
 
@@ -114,16 +111,18 @@ class DoublingConfig(GeneratorConfig):
     `resolutions` None stands for a choice that is still to be made.
     """
 
-    base: Grid = (4, 4)
-    resolutions: int | None = 4
+    base: Grid = setting(
+        (4, 4),
+        "Base grid, the lowest resolution: height and width.",
+        parse=parse_size,
+        least=1,
+        note="height and width",
+    )
+    resolutions: int | None = setting(
+        4, "Number of resolutions, from the base grid up; None: by the images.", auto=True, least=1
+    )
 
     OPEN: ClassVar[Mapping[str, Any]] = {"resolutions": None}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_size(self, "base")
-        if self.resolutions is not None:
-            require_at_least(self, 1, "resolutions")
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -150,15 +149,20 @@ class StagedConfig(GeneratorConfig):
     still to be made.
     """
 
-    base: Grid = (8, 8)
-    widths: tuple[int, ...] = ()
-    layers: tuple[int, ...] = ()
+    base: Grid = setting(
+        (8, 8),
+        "Base grid, the lowest resolution: height and width.",
+        parse=parse_size,
+        least=1,
+        note="height and width",
+    )
+    widths: tuple[int, ...] = setting((), "Hidden size per resolution, lowest first; (): by the images.", least=1)
+    layers: tuple[int, ...] = setting((), "Blocks per resolution, lowest first; (): by the images.", least=0)
 
     OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_size(self, "base")
         if self.widths and len(self.layers) != len(self.widths):
             problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
             raise ConfigError("layers", self.layers, problem)

@@ -54,14 +54,6 @@ class ImageShape:
         return square_resolution(self.img_shape)
 
 
-def require_at_least(config: object, minimum: int, *fields: str) -> None:
-    """Raise ConfigError for the first of these fields of `config` whose value is below `minimum`."""
-    for field in fields:
-        value = getattr(config, field)
-        if value < minimum:
-            raise ConfigError(field, value, f"must be at least {minimum}")
-
-
 # No network that a machine of today holds is beyond these. Without them one number in a file would fill its memory.
 _MOST_LAYERS, _MOST_ANYTHING = 1000, 2**20
 
@@ -76,13 +68,6 @@ def require_reasonable(config: Any) -> None:
         total = sum(numbers) if most == _MOST_LAYERS else 0
         if len(items) > _MOST_LAYERS or max(total, *numbers, 0) > most:
             raise ConfigError(name, value, f"no network is that large: the most is {most}")
-
-
-def require_size(config: object, field: str) -> None:
-    """Raise ConfigError unless this field of `config` is a (height, width) of positive numbers."""
-    value = getattr(config, field)
-    if len(value) != 2 or min(value) < 1:
-        raise ConfigError(field, value, "must be two positive numbers, height and width")
 
 
 def check_labels(c: Tensor | None, c_dim: int, batch: int) -> None:

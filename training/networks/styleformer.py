@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
@@ -29,7 +29,6 @@ from training.networks.layers import (
     Resampling,
     demodulation,
     limit_rows,
-    require_at_least,
     resample_filter,
     to_map,
     to_tokens,
@@ -62,33 +61,32 @@ class StyleformerConfig(StagedConfig):
     paper's ablations: EncoderBlock says what each is.
     """
 
-    widths: tuple[int, ...] = (256, 64, 16)
-    layers: tuple[int, ...] = (1, 3, 3)
-    depth: int = 32
-    minimum_head: int = 1
-    linformer: bool | None = False  # None: still to be chosen, as with widths=()
-    linformer_k: int = 256
-    linformer_min_tokens: int = 1024
-    ffn: bool = False
-    layernorm: LayerNormPlace = "before"
-    style_attention: bool = True
-    residual: bool = True
+    widths: tuple[int, ...] = setting(
+        (256, 64, 16), "Hidden size per resolution, lowest first; (): by the images.", least=1
+    )
+    layers: tuple[int, ...] = setting(
+        (1, 3, 3), "Encoder blocks per resolution, lowest first; (): by the images.", least=1
+    )
+    depth: int = setting(32, "Channels per attention head.", least=1)
+    minimum_head: int = setting(1, "Minimum number of heads.", least=1)
+    linformer: bool | None = setting(
+        False, "Linformer attention where there are many tokens; None: with more than 3 resolutions.", auto=True
+    )
+    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", least=1)
+    ffn: bool = setting(False, "Feed-forward network in every encoder block (ablation).")
+    layernorm: LayerNormPlace = setting("before", "Place of LayerNorm: before Q, K, V, or after attention (ablation).")
+    style_attention: bool = setting(True, "Modulation of the input of attention, besides its values (ablation).")
+    residual: bool = setting(True, "Residual connection around attention, from the values (ablation).")
 
     OPEN: ClassVar[Mapping[str, Any]] = {**StagedConfig.OPEN, "linformer": None}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "depth", "minimum_head", "linformer_k", "linformer_min_tokens")
-        if self.layernorm not in get_args(LayerNormPlace):
-            raise ConfigError("layernorm", self.layernorm, f"must be one of {', '.join(get_args(LayerNormPlace))}")
-        if any(count < 1 for count in self.layers):
-            raise ConfigError("layers", self.layers, "every resolution needs at least one encoder block")
         for width in self.widths:
             self._check_width(width)
 
     def _check_width(self, width: int) -> None:
-        if width < 1:
-            raise ConfigError("widths", self.widths, "every width must be at least 1")
         if width % self.num_heads(width):
             below = next((w for w in range(width - 1, 0, -1) if w % self.num_heads(w) == 0), None)
             above = next(w for w in range(width + 1, 3 * width + self.minimum_head) if w % self.num_heads(w) == 0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from training.networks import styleformer, stylegan2
 from training.networks.generator import (
     Generator,
@@ -17,7 +17,7 @@ from training.networks.generator import (
     count_resolutions,
     doubled_grids,
 )
-from training.networks.layers import require_at_least, to_map
+from training.networks.layers import to_map
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import channels_on_grid, check_channel_base, default_channel_base
 
@@ -31,19 +31,23 @@ class StyleformerCConfig(StyleformerConfig):
     open as None, `channel_base` as 0.
     """
 
-    widths: tuple[int, ...] = (512, 256, 256)
-    layers: tuple[int, ...] = (1, 2, 2)
-    handover: int = 32
-    resolutions: int | None = 5
-    channel_base: int = 16384
-    channel_max: int = 512
+    widths: tuple[int, ...] = setting(
+        (512, 256, 256), "Hidden size per resolution up to the hand-over, lowest first; (): by the images.", least=1
+    )
+    layers: tuple[int, ...] = setting(
+        (1, 2, 2), "Encoder blocks per resolution up to the hand-over, lowest first; (): by the images.", least=1
+    )
+    handover: int = setting(32, "Highest resolution of encoder blocks; above it are convolutions.", least=1)
+    resolutions: int | None = setting(
+        5, "Number of resolutions of both parts together; None: by the images.", auto=True, least=1
+    )
+    channel_base: int = setting(16384, "Channels x resolution of the convolutions; 0: by the images.", least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
 
     OPEN: ClassVar[Mapping[str, Any]] = {**StyleformerConfig.OPEN, "resolutions": None, "channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "handover", "channel_max")
-        require_at_least(self, 0, "channel_base")
         if self.widths and max(self.grids[-1]) != self.handover:
             last, count = max(self.grids[-1]), len(self.widths)
             problem = f"base={self.base} and {count} widths end at {last}: choose that, or another number of widths"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
 from training.networks.attention import SelfAttention
 from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
 from training.networks.generator import Grid
-from training.networks.layers import Conv2d, require_at_least, resample_filter, to_map, to_tokens
+from training.networks.layers import Conv2d, resample_filter, to_map, to_tokens
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2 import channels_on_grid, check_channel_base
 from training.networks.stylegan2_discriminator import DiscriminatorEpilogue
@@ -42,27 +42,20 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
     `layers` () and `channel_base` 0 stand for choices that are still to be made.
     """
 
-    patch: int = 2
-    layers: tuple[int, ...] = (2, 2, 2)
-    channel_base: int = CHANNEL_BASE
-    channel_max: int = 512
-    depth: int = 32
-    linformer_k: int = 256
-    linformer_min_tokens: int = 1024
-    mapping_layers: int = 8
-    mbstd_group_size: int = 4
-    conv_clamp: float | None = 256.0
+    patch: int = setting(2, "Side of the patches, in pixels; 0: by the images.", least=0)
+    layers: tuple[int, ...] = setting((2, 2, 2), "Encoder blocks per grid, finest first; (): by the images.", least=1)
+    channel_base: int = setting(CHANNEL_BASE, "Channels x resolution of the convolutions; 0: by the images.", least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
+    depth: int = setting(32, "Channels per attention head.", least=1)
+    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", least=1)
+    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", least=1)
+    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", least=0)
+    conv_clamp: float | None = setting(
+        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+    )
 
     OPEN: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "channel_max", "depth", "linformer_k", "linformer_min_tokens", "mapping_layers")
-        require_at_least(self, 0, "patch", "channel_base", "mbstd_group_size")
-        if any(count < 1 for count in self.layers):
-            raise ConfigError("layers", self.layers, "every grid needs at least one encoder block")
-        if self.conv_clamp is not None and self.conv_clamp <= 0:
-            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
 
     def _check_grids(self) -> None:
         """Raise ConfigError where patches, blocks or channels do not fit the images."""

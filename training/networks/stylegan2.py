@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d, upsample2d
 from training.networks import execution
@@ -27,7 +27,6 @@ from training.networks.layers import (
     ACTIVATION_GAINS,
     FullyConnected,
     limit_rows,
-    require_at_least,
     resample_filter,
 )
 
@@ -48,20 +47,18 @@ class StyleGAN2Config(DoublingConfig):
     convolutions. `resolutions` None and `channel_base` 0 stand for choices that are still to be made.
     """
 
-    architecture: Architecture = "skip"
-    channel_base: int = 32768
-    channel_max: int = 512
+    architecture: Architecture = setting(
+        "skip", "Architecture: plain (orig), skip connections to RGB, or residual blocks."
+    )
+    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
 
     OPEN: ClassVar[Mapping[str, Any]] = {**DoublingConfig.OPEN, "channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "channel_max")
-        require_at_least(self, 0, "channel_base")
         if self.resolutions is not None:
             check_channel_base(self, self.img_size)
-        if self.architecture not in get_args(Architecture):
-            raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
 
     @property
     def num_ws(self) -> int:

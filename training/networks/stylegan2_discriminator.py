@@ -6,15 +6,15 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
 from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
-from training.networks.layers import Conv2d, FullyConnected, MinibatchStd, require_at_least, resample_filter
+from training.networks.layers import Conv2d, FullyConnected, MinibatchStd, resample_filter
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2 import Architecture, channels_on_grid, check_channel_base, default_channel_base
 
@@ -29,26 +29,24 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     `channel_base` 0 means "not chosen yet": such a config cannot be built.
     """
 
-    architecture: Architecture = "resnet"
-    channel_base: int = 32768
-    channel_max: int = 512
-    mapping_layers: int = 8
-    cmap_dim: int | None = None
-    mbstd_group_size: int = 4
-    conv_clamp: float | None = 256.0
+    architecture: Architecture = setting(
+        "resnet", "Architecture: plain (orig), skip connections from RGB, or residual blocks."
+    )
+    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
+    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", least=0)
+    cmap_dim: int | None = setting(
+        None, "Size of the projection of labels; None: the channels of the smallest grid.", least=1
+    )
+    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", least=0)
+    conv_clamp: float | None = setting(
+        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+    )
 
     OPEN: ClassVar[Mapping[str, Any]] = {"channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "channel_max")
-        require_at_least(self, 0, "channel_base", "mapping_layers", "mbstd_group_size")
-        if self.cmap_dim is not None:
-            require_at_least(self, 1, "cmap_dim")
-        if self.architecture not in get_args(Architecture):
-            raise ConfigError("architecture", self.architecture, f"must be one of {', '.join(get_args(Architecture))}")
-        if self.conv_clamp is not None and self.conv_clamp <= 0:
-            raise ConfigError("conv_clamp", self.conv_clamp, "must be positive, or None for no clamp")
         if len(self.grids) == 1:
             problem = "cannot be halved: both sides must be even and larger than 4, so resize the images"
             raise ConfigError("img_size", self.img_size, problem)

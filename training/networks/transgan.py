@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError, field_names
+from dnnlib.config import ConfigError, field_names, setting
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import execution
 from training.networks.generator import (
@@ -22,7 +22,7 @@ from training.networks.generator import (
     Synthesis,
     count_resolutions,
 )
-from training.networks.layers import Resampling, require_at_least, to_map, to_tokens
+from training.networks.layers import Resampling, to_map, to_tokens
 from training.networks.mapping import LatentMapping, StyleMapping
 from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 
@@ -39,27 +39,25 @@ class TransGANConfig(BlockConfig, StagedConfig):
     choice that is still to be made; such a config cannot be built.
     """
 
-    mapping_layers: int = 0
-    widths: tuple[int, ...] = (1024, 256, 64)
-    layers: tuple[int, ...] = (5, 4, 2)
-    full_upto: int = 32
-    latent_tokens: int = 0
-    antialias: int = 0
-
-    MIN_MAPPING_LAYERS: ClassVar[int] = 0
+    mapping_layers: int = setting(0, "Layers of the mapping network; 0: w is z.", least=0)
+    widths: tuple[int, ...] = setting(
+        (1024, 256, 64), "Channels per resolution, lowest first; (): by the images.", least=1
+    )
+    layers: tuple[int, ...] = setting((5, 4, 2), "Blocks per resolution, lowest first; (): by the images.", least=0)
+    full_upto: int = setting(
+        32, "Highest resolution with attention among all tokens, whatever `attention` is.", least=0
+    )
+    latent_tokens: int = setting(0, "Tokens made from z that every block also attends to.", least=0)
+    antialias: int = setting(0, "Upsamplings with a low-pass filter, counted from the last one.", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_blocks()
-        require_at_least(self, 0, "full_upto", "latent_tokens", "antialias")
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
             problem = (
-                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and --w-dim the same "
+                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and generator.w_dim the same "
                 "value, or add a mapping network (--map-depth)"
             )
             raise ConfigError("w_dim", self.w_dim, problem)
-        if any(count < 0 for count in self.layers):
-            raise ConfigError("layers", self.layers, "a resolution cannot have fewer than 0 blocks")
         if self.widths:
             self._check_stages()
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from training.networks import execution
 from training.networks.convolution import conv2d
 from training.networks.discriminator import Discriminator, DiscriminatorConfig, project
 from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import CellAttention
-from training.networks.layers import require_at_least, to_map, to_tokens
+from training.networks.layers import to_map, to_tokens
 from training.networks.vit import Block, BlockConfig, Linear, Norm, position_embedding
 
 
@@ -32,20 +32,22 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     made, with `widths`, `layers` and `local_layers`; such a config cannot be built.
     """
 
-    norm: Norm = "layer"
-    patch: int = 2
-    widths: tuple[int, ...] = (288, 96)
-    layers: tuple[int, ...] = (3, 3)
-    local_layers: tuple[int, ...] = (0, 0)
-    multi_scale: bool = True
-    overlap: bool = False
+    norm: Norm = setting("layer", "Normalisation: token-wise or LayerNorm.")
+    patch: int = setting(2, "Side of the finest patches, in pixels; 0: by the images.", least=0)
+    widths: tuple[int, ...] = setting(
+        (288, 96), "Channels that each scale adds, finest first; (): by the images.", least=0
+    )
+    layers: tuple[int, ...] = setting((3, 3), "Blocks per scale, finest first; (): by the images.", least=0)
+    local_layers: tuple[int, ...] = setting(
+        (0, 0), "First blocks per scale, which attend as `attention` says; (): by the images.", least=0
+    )
+    multi_scale: bool = setting(True, "Patches of the image that join at every scale, not at the finest alone.")
+    overlap: bool = setting(False, "Overlap, by half, of the finest patches.")
 
     OPEN: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_blocks()
-        require_at_least(self, 0, "patch")
         if self.overlap and self.patch % 2:
             raise ConfigError("overlap", True, f"needs patches of an even size, patch={self.patch} is not")
         if self.patch and self.widths and self.layers and self.local_layers:
@@ -57,7 +59,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
                 problem = f"must have one entry per scale, as widths={self.widths} has {len(self.widths)}"
                 raise ConfigError(name, getattr(self, name), problem)
         for count, local in zip(self.layers, self.local_layers, strict=True):
-            if count < 0 or not 0 <= local <= count:
+            if local > count:
                 problem = f"must lie between 0 and the number of blocks of each scale, layers={self.layers}"
                 raise ConfigError("local_layers", self.local_layers, problem)
         for width in self.stage_widths:
@@ -65,7 +67,9 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
         largest = self.patch << (len(self.widths) - 1)
         if any(side % largest for side in self.img_size):
             problem = f"{len(self.widths)} scales from patches of {self.patch} need sides that {largest} divides"
-            raise ConfigError("img_size", self.img_size, f"{problem}: choose another --d-patch or fewer scales")
+            raise ConfigError(
+                "img_size", self.img_size, f"{problem}: choose another discriminator.patch or fewer scales"
+            )
         for grid, local in zip(self.grids, self.local_layers, strict=True):
             if local:
                 self.check_grid(grid)

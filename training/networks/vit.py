@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnnlib.config import ConfigError
+from dnnlib.config import ConfigError, setting
 from training.networks import execution
 from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import AxisAttention, CellAttention, Form, NystromAttention
-from training.networks.layers import require_at_least
 
 Norm = Literal["token", "layer"]
 Position = Literal["absolute", "relative", "both"]
@@ -25,28 +24,19 @@ MLP_RATIO = 4  # width of the hidden layer, in units of the block's
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """How the blocks of a network normalise and attend.
+    """Normalisation and attention of a network's blocks.
 
-    `norm` is token-wise or LayerNorm. `position` is a learned embedding per token of a stage, a learned bias per offset
-    in each block, or both. `attention` is the form that attention takes where there are many tokens: `full` among all,
-    `grid` inside windows of `window` x `window` tokens, `axis` along rows and columns, `nystrom` by `landmarks`. With
-    `attention_noise` every self-attention sees its tokens with noise of a learned strength.
+    `attention` is `full` among all tokens, `grid` inside windows of `window` x `window` tokens, `axis` along rows and
+    columns, `nystrom` by `landmarks`.
     """
 
-    num_heads: int = 4
-    norm: Norm = "token"
-    position: Position = "both"
-    attention: Form = "grid"
-    window: int = 16
-    landmarks: int = 64
-    attention_noise: bool = False
-
-    def check_blocks(self) -> None:
-        """Raise ConfigError for what cannot work whatever the grids."""
-        require_at_least(self, 1, "num_heads", "window", "landmarks")
-        for name, known in (("norm", Norm), ("position", Position), ("attention", Form)):
-            if getattr(self, name) not in get_args(known):
-                raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(get_args(known))}")
+    num_heads: int = setting(4, "Attention heads.", least=1)
+    norm: Norm = setting("token", "Normalisation: token-wise or LayerNorm.")
+    position: Position = setting("both", "Positions: an embedding per token of a stage, a bias per offset, or both.")
+    attention: Form = setting("grid", "Form of attention where there are many tokens.")
+    window: int = setting(16, "Side of the windows of grid attention, in tokens.", least=1)
+    landmarks: int = setting(64, "Landmarks of nystrom attention.", least=1)
+    attention_noise: bool = setting(False, "Noise of learned strength, added to the tokens before self-attention.")
 
     def check_width(self, field: str, width: int) -> None:
         """Raise ConfigError, naming `field`, unless the heads share the width evenly."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import UserError, check_bounds, setting
 from dnnlib.screen import public
 
 MIN_FITTING = 0.5  # of the parameters that both networks have a place for; less, and it is another configuration
@@ -23,26 +23,20 @@ MIN_COPIED = 0.1  # of all parameters; less, and nothing of use is left
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run started from. `copied_...` are shares of the parameters of G, D and the averaged G.
+    """Weights that a run started from; recorded, not chosen. Secrets in an address are left out."""
 
-    `partial` and `new` name the tensors that were copied in part and not at all. `source` None: random weights; of an
-    address, what may be secret in it is left out.
-    """
-
-    source: str | None = None
-    kimg: float = 0.0
-    copied_g: float = 0.0
-    copied_d: float = 0.0
-    copied_g_ema: float = 0.0
-    partial: tuple[str, ...] = ()
-    new: tuple[str, ...] = ()
+    source: str | None = setting(None, "File or address of the snapshot; None: random weights.")
+    kimg: float = setting(0.0, "Thousands of images that its networks were trained for.")
+    copied_g: float = setting(0.0, "Share of G's parameters that were copied.", least=0, most=1)
+    copied_d: float = setting(0.0, "Share of D's parameters that were copied.", least=0, most=1)
+    copied_g_ema: float = setting(0.0, "Share of the averaged G's parameters that were copied.", least=0, most=1)
+    partial: tuple[str, ...] = setting((), "Names of the tensors that were copied in part.")
+    new: tuple[str, ...] = setting((), "Names of the tensors that were not copied at all.")
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.source is not None:
             object.__setattr__(self, "source", public(self.source))
-        for name in ("copied_g", "copied_d", "copied_g_ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(name, getattr(self, name), "a share lies between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
