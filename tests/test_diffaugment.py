@@ -372,7 +372,7 @@ def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
             ["--aug=diffaug", "--set=augment.policy=colour"],
             "--set augment.policy=colour: 'colour' is none of color, translation",
         ),
-        (["--aug=diff"], "is not one of"),
+        (["--aug=diff"], "choose one of noaug, ada, fixed, diffaug"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:

@@ -361,7 +361,7 @@ def test_a_profile_is_written_or_missed_when_training_ends_early(
 ) -> None:
     common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--set=run.profile_steps=100"]
     result = run(f"--outdir={tmp_path / 'short'}", *common, "--kimg=0.048")  # 3 steps
-    assert result.stderr.count("Warning: --profile: training ended before") == 1
+    assert result.stderr.count("Warning: run.profile_steps: training ended before") == 1
 
     def stop(self: Requests, trainer: Trainer) -> None:
         trainer.is_stopped = trainer.state.step == 5

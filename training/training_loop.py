@@ -369,8 +369,8 @@ class Trainer:
         raise UserError(
             f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
             f"its update was left out, and training stops. {known}; {start} with a higher --gamma (or "
-            "loss.gp_weight), lower --glr and --dlr, or --precision=fp32. Or go on with --resume=latest --set run.nan=skip, which "
-            "leaves such updates out"
+            "loss.gp_weight), lower --glr and --dlr, or --precision=fp32. Or resume with --set "
+            "run.nan=skip, which leaves such updates out"
         )
 
     def _progress(self) -> dict[str, float]:
