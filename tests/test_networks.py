@@ -18,9 +18,19 @@ from training.config import PRESETS
 from training.networks import GENERATORS, execution
 from training.networks.attention import SelfAttention
 from training.networks.generator import Generator, GeneratorConfig, base_grids
-from training.networks.layers import Conv2d, FullyConnected, normalize_2nd_moment, to_map, to_tokens
+from training.networks.layers import (
+    Conv2d,
+    FullyConnected,
+    demodulated_linear,
+    normalize_2nd_moment,
+    scaled_noise,
+    to_map,
+    to_tokens,
+)
 from training.networks.mapping import MappingNetwork
-from training.networks.styleformer import EncoderBlock, StyleformerConfig, ToRGB
+from training.networks.styleformer import StyleformerConfig, ToRGB
+from training.networks.styleformer_ablations import AblatedEncoderBlock
+from training.networks.styleformer_block import EncoderBlock
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]
@@ -287,6 +297,48 @@ def test_no_label_is_none_or_empty() -> None:
     torch.testing.assert_close(G(z, None), G(z, z.new_zeros(len(z), 0)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_ablations_have_another_block(name: str) -> None:
+    with torch.device("meta"):
+        G = VARIANTS[name].build()
+    types = {type(module) for module in G.modules() if isinstance(module, EncoderBlock)}
+    ablations = ("ffn", "norm after", "no style in attention", "no residual", "all ablations")
+    assert types == {AblatedEncoderBlock if name in ablations else EncoderBlock}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.005)],
+    ids=str,
+)
+def test_demodulated_linear_equals_the_definition(dtype: torch.dtype, error: float) -> None:
+    """In float16 too where weights would overflow it: their scale is undone."""
+    torch.manual_seed(0)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x, plus = torch.randn(3, 5, 8, dtype=exact).to(dtype), torch.randn(3, 5, 1, dtype=exact).to(dtype)
+    weight, style, gain = (torch.randn(*shape, dtype=exact) for shape in ((7, 8), (3, 8), (3, 7)))
+    weight = weight * 1e5 if dtype == torch.float16 else weight
+    expected = ref_demodulated(*(tensor.double().numpy() for tensor in (x, weight, style)))
+    for factor, term in ((None, None), (gain, None), (None, plus), (gain, plus)):
+        actual = demodulated_linear(x, weight, style, gain=factor, plus=term)
+        assert actual.dtype == dtype
+        scaled = expected if factor is None else expected * factor.double().numpy()[:, None]
+        shifted = scaled if term is None else scaled + term.double().numpy()
+        np.testing.assert_allclose(actual.double().numpy(), shifted, rtol=0, atol=error)
+
+
+def test_noise_is_one_map_for_all_images_or_one_for_each() -> None:
+    const, strength = torch.randn(4, 6), torch.tensor(0.5)
+    assert torch.equal(scaled_noise(const, strength, "const", 3), const[None] / 2)
+    assert torch.equal(scaled_noise(const.expand(3, 4, 6), strength, "const", 3), const.expand(3, 4, 6) / 2)
+    assert torch.equal(scaled_noise(const, strength, "none", 3), torch.zeros(1, 4, 6))
+    for given in (const, const.expand(3, 4, 6)):
+        torch.manual_seed(1)
+        drawn = scaled_noise(given, strength, "random", 3)
+        torch.manual_seed(1)
+        assert torch.equal(drawn, torch.randn(3, 4, 6) / 2)
+
+
 def test_random_noise_is_one_draw_per_image_and_token() -> None:
     block = EncoderBlock(TINY, (2, 3), 8, 12).double()
     randomize(block)
@@ -367,7 +419,6 @@ def test_initial_values() -> None:
     assert Conv2d(40, 40, 3).weight.std().item() == pytest.approx(1, rel=0.02)
 
     block = EncoderBlock(StyleformerConfig(linformer=True), (32, 32), 64, 64)
-    assert block.residual_weight is not None
     for weight, fan_in in [(block.qkv_weight, 64), (block.residual_weight, 64)]:
         assert weight.abs().max().item() <= 1 / math.sqrt(fan_in)
         assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.05)

@@ -28,7 +28,7 @@ from metrics import detectors
 from metrics.detectors import DetectorSetup
 from metrics.path_length import judged_part
 from metrics.perceptual import features_towards, lpips_towards
-from training.networks.styleformer import EncoderBlock
+from training.networks.styleformer_block import EncoderBlock
 from training.networks.stylegan2 import ModulatedConv
 
 CPU = torch.device("cpu")

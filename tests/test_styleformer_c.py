@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dnnlib.config import ConfigError
 from training.networks import execution
-from training.networks.styleformer import EncoderBlock, StyleformerConfig
+from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer_block import EncoderBlock
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import ModulatedConv, StyleGAN2Config
 

@@ -6,16 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, bounds_of, check_bounds, field_names, parse_size, setting
 from training.networks import execution
-from training.networks.layers import ImageShape, require_reasonable
+from training.networks.layers import ImageShape, NoiseMode, require_reasonable
 from training.networks.mapping import MappingNetwork, StyleMapping
 
-NoiseMode = Literal["const", "random", "none"]
 Grid = tuple[int, int]  # (height, width)
 
 

@@ -19,6 +19,8 @@ from training.networks.convolution import conv2d
 Activation = Literal["linear", "lrelu"]
 ACTIVATION_GAINS: dict[Activation, float] = {"linear": 1.0, "lrelu": math.sqrt(2)}
 
+NoiseMode = Literal["const", "random", "none"]
+
 
 def resample_filter() -> Tensor:
     """The separable binomial filter of all up- and downsampling (StyleGAN2, appendix B)."""
@@ -82,19 +84,64 @@ def normalize_2nd_moment(x: Tensor) -> Tensor:
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
+    """A plain weight matrix (out, in) from U(+-1/sqrt(in))."""
+    bound = 1 / math.sqrt(in_features)
+    return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+
+
+def modulate(x: Tensor, style: Tensor) -> Tensor:
+    """Scale the channels of x (B, N, C) by the style (B, C) of each image, in float32 if x is float16."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the product may be beyond float16's 65,504
+    return x * style.unsqueeze(1).to(dtype)
+
+
 def demodulation(weight: Tensor, style: Tensor) -> Tensor:
-    """What brings the outputs of a modulated linear map back to unit variance, (B, out).
+    """Factors that bring the outputs of a modulated linear map back to unit variance, (B, out).
 
         d_bj = (sum_i (W_ji s_bi)^2 + 1e-8)^(-1/2)        StyleGAN2, equation 3
 
-    weight (out, in), style (B, in). Multiplying outputs by d equals demodulating the weights of every image.
+    weight (out, in), style (B, in). Multiplying outputs by d equals demodulating the weights of every image. No factor
+    is above 1e4.
     """
     return (style.square() @ weight.square().t() + 1e-8).rsqrt()
 
 
-def limit_rows(x: Tensor) -> Tensor:
-    """Scale every row of x (rows, C) to a largest absolute value of 1."""
-    return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
+def demodulated_linear(
+    x: Tensor, weight: Tensor, style: Tensor, *, gain: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    """Linear map of x, which `style` has scaled, brought back to unit variance: gain d x W^T + plus.
+
+    x (B, N, in), weight (out, in), style (B, in), gain (B, out) -> (B, N, out) in x's type; the `demodulation` d and
+    its product with `gain` are computed in the type of `style`. `plus` must broadcast to the output.
+    """
+    weight = limit_rows(weight, x.dtype)
+    scale = demodulation(weight, style) if gain is None else demodulation(weight, style) * gain
+    scale = scale.unsqueeze(1).to(x.dtype)  # (B, 1, out)
+    y = F.linear(x, weight.to(x.dtype))
+    return y * scale if plus is None else torch.addcmul(plus, y, scale)
+
+
+def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale rows of x (rows, C) to a largest absolute value of 1 where float16 computes with them, else return x.
+
+    For weights and styles whose scale a demodulation undoes: products stay below float16's largest number, 65,504.
+    """
+    return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) if dtype == torch.float16 else x
+
+
+def scaled_noise(const: Tensor, strength: Tensor, mode: NoiseMode, batch: int) -> Tensor:
+    """Noise that is added to all channels alike (StyleGAN, section 3.2): `strength` times n ~ N(0, 1).
+
+    `const` (h, w) is the map n of mode 'const'; a projection has one for each image, (batch, h, w). 'random' draws a
+    map for each image from torch's global generator, 'none' is zero. Returns (batch or 1, h, w) in the type of `const`.
+    """
+    noise = const.reshape(-1, *const.shape[-2:])
+    if mode == "none":
+        return torch.zeros_like(noise)
+    if mode == "random":
+        noise = torch.randn(batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
+    return noise * strength
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -9,13 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dnnlib.config import ConfigError, setting
-from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
-from training.networks.attention import SelfAttention
 from training.networks.generator import (
     Generator,
     Grid,
@@ -28,11 +25,13 @@ from training.networks.layers import (
     FullyConnected,
     Resampling,
     demodulation,
-    limit_rows,
     resample_filter,
     to_map,
     to_tokens,
+    uniform_weight,
 )
+from training.networks.styleformer_ablations import AblatedEncoderBlock, is_ablated
+from training.networks.styleformer_block import EncoderBlock
 
 # Widths and blocks per resolution, by the number of resolutions, where a configuration leaves them open.
 DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -58,7 +57,7 @@ class StyleformerConfig(StagedConfig):
     encoder blocks. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks of at least
     `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `widths=()` stands for a choice that is
     still to be made; such a config cannot be built. `ffn`, `layernorm`, `style_attention` and `residual` are the
-    paper's ablations: EncoderBlock says what each is.
+    paper's ablations: AblatedEncoderBlock says what each is.
     """
 
     widths: tuple[int, ...] = setting(
@@ -143,121 +142,6 @@ class StyleformerConfig(StagedConfig):
         return StyleformerGenerator(self)
 
 
-def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
-    """A plain weight matrix (out, in) from U(+-1/sqrt(in))."""
-    bound = 1 / math.sqrt(in_features)
-    return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
-
-
-class FeedForward(nn.Module):
-    """X + gelu(LayerNorm(X) W1^T + b1) W2^T + b2, four times as wide inside: what other transformers have."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight1, self.bias1 = uniform_weight(4 * width, width), nn.Parameter(torch.zeros(4 * width))
-        self.weight2, self.bias2 = uniform_weight(width, 4 * width), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, C), in x's type."""
-        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2))
-        hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[2:]), weight1, bias1))  # (B, N, 4C)
-        return x + F.linear(hidden, weight2, bias2)
-
-
-class EncoderBlock(nn.Module):
-    """Attention with modulated, demodulated linear maps; no feed-forward network. Styleformer, figure 2.
-
-        X'  = LayerNorm(s1 X)
-        Q, K, V = d_q X' Wq^T, d_k X' Wk^T, s2 d_v X' Wv^T
-        Y   = d_o Attention(Q, K, V) Wo^T + d_u V U^T + noise + b
-        out = clamp(lrelu(Y))
-
-    with styles s1, s2 affine in w and demodulations d (d_q, d_k, d_v by s1, d_o, d_u by s2). The residual branch
-    starts at V, not at X: after demodulation the attention output has a standard deviation of sqrt(sum A^2), which
-    vanishes for long sequences. The leaky ReLU has no gain.
-
-    Ablations: without `style_attention`, s1 = 1; with `layernorm` after, X' = s1 X, and Y is normalised before noise
-    and bias join it; without `residual`, Y has no term in U; with `ffn`, Y then passes through a FeedForward.
-    """
-
-    noise_const: Tensor
-
-    def __init__(self, config: StyleformerConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
-        super().__init__()
-        N = math.prod(grid)
-        use_linformer = config.linformer and config.linformer_min_tokens <= N
-        self.conv_clamp = config.conv_clamp
-        self.style_attention = config.style_attention
-        self.norm_after = config.layernorm == "after"
-        self.affine = FullyConnected(config.w_dim, 2 * width if config.style_attention else width, bias_init=1.0)
-        self.qkv_weight = uniform_weight(3 * width, width)
-        self.attention = SelfAttention(config.num_heads(width), N, config.linformer_k if use_linformer else None)
-        self.out_weight = uniform_weight(out_width, width)
-        self.residual_weight = uniform_weight(out_width, width) if config.residual else None
-        self.ffn = FeedForward(out_width) if config.ffn else None
-        self.noise_strength = nn.Parameter(torch.zeros(()))
-        self.bias = nn.Parameter(torch.zeros(out_width))
-        self.register_buffer("noise_const", torch.randn(N, 1))
-
-    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """x (B, N, C), w (B, w_dim) -> (B, N, C_out), computed in x's type; styles and demodulations in float32."""
-        B, _, C = x.shape
-        dtype = x.dtype
-        style_input, style_value = self._styles(w)  # each (B, C)
-        weights: list[Tensor] = [self.qkv_weight, self.out_weight]
-        weights += [] if self.residual_weight is None else [self.residual_weight]
-        if dtype == torch.float16:  # its largest number is 65,504; the demodulations undo these scalings
-            x, style_value, weights = x.float(), limit_rows(style_value), [limit_rows(weight) for weight in weights]
-        qkv_weight, out_weight, *residual_weight = weights
-
-        # Gains per channel: those of Q and K meet in the dot product, so Q carries both.
-        gain_q, gain_k, gain_v = demodulation(qkv_weight, style_input).unsqueeze(1).chunk(3, dim=2)
-        x = x * style_input.unsqueeze(1).to(x.dtype)
-        x = (x if self.norm_after else F.layer_norm(x, (C,))).to(dtype)
-        q, k, v = F.linear(x, qkv_weight.to(dtype)).chunk(3, dim=2)  # each (B, N, C)
-        gain_qk = gain_q * gain_k
-        if dtype == torch.float16:  # small styles make it large
-            gain_qk = gain_qk.sqrt()
-            k = k * gain_qk.to(dtype)
-        q = q * gain_qk.to(dtype)
-        v = v * (gain_v * style_value.unsqueeze(1)).to(dtype)
-
-        gain_out = demodulation(out_weight, style_value).unsqueeze(1).to(dtype)  # (B, 1, C_out)
-        attended = F.linear(self.attention(q, k, v), out_weight.to(dtype))  # (B, N, C_out)
-        noise = self._noise(B, noise_mode).to(dtype)
-        is_complete = self.ffn is None and not self.norm_after
-        x = torch.addcmul(noise, attended, gain_out) if is_complete else attended * gain_out
-        for weight in residual_weight:  # one or none
-            gain = demodulation(weight, style_value).unsqueeze(1).to(dtype)
-            x = torch.addcmul(x, F.linear(v, weight.to(dtype)), gain)
-        if not is_complete:
-            x = self._after_attention(x) + noise
-        return bias_act(x, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
-
-    def _styles(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The styles of the input and of the values, (B, C) each."""
-        styles: Tensor = self.affine(w)
-        if not self.style_attention:
-            return torch.ones_like(styles), styles
-        style_input, style_value = styles.chunk(2, dim=1)
-        return style_input, style_value
-
-    def _after_attention(self, x: Tensor) -> Tensor:
-        """What ablations do to Y."""
-        if self.norm_after:
-            x = F.layer_norm(x, x.shape[2:])
-        return x if self.ffn is None else self.ffn(x)
-
-    def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
-        """Noise (B or 1, N, 1), the same for all channels of a token."""
-        noise = self.noise_const.reshape(-1, *self.noise_const.shape[-2:])  # whoever projects has one for each image
-        if mode == "none":
-            return torch.zeros_like(noise)
-        if mode == "random":
-            noise = torch.randn(batch, *self.noise_const.shape, dtype=noise.dtype, device=noise.device)
-        return noise * self.noise_strength
-
-
 class ToRGB(nn.Module):
     """Modulated and demodulated linear map from tokens to image channels, without clamp.
 
@@ -307,7 +191,8 @@ class Stage(nn.Module):
         num_blocks = config.layers[index]
         out_widths = [width] * (num_blocks - 1) + [out_width]
         self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
-        self.blocks = nn.ModuleList(EncoderBlock(config, self.grid, width, out) for out in out_widths)
+        block_class = AblatedEncoderBlock if is_ablated(config) else EncoderBlock
+        self.blocks = nn.ModuleList(block_class(config, self.grid, width, out) for out in out_widths)
         self.torgb = ToRGB(out_width, config.img_channels, config.w_dim)
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
         self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)

@@ -28,6 +28,7 @@ from training.networks.layers import (
     FullyConnected,
     limit_rows,
     resample_filter,
+    scaled_noise,
 )
 
 Architecture = Literal["orig", "skip", "resnet"]
@@ -109,9 +110,9 @@ def modulated_conv2d(
 
     Inputs and outputs are scaled instead of the weights, so that all images share one convolution.
     """
-    if x.dtype == torch.float16:  # its largest number is 65,504; the demodulation undoes these scalings
-        weight = limit_rows(weight.flatten(1)).view_as(weight) / math.sqrt(weight[0].numel())
-        style = limit_rows(style)
+    style = limit_rows(style, x.dtype)
+    if x.dtype == torch.float16:
+        weight = limit_rows(weight.flatten(1), x.dtype).view_as(weight) / math.sqrt(weight[0].numel())
     gain = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # (B, O)
     y = _convolve(x * style[:, :, None, None].to(x.dtype), weight.to(x.dtype), up_filter)
     return torch.addcmul(noise, y, gain[:, :, None, None].to(x.dtype))
@@ -158,19 +159,10 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
         """x (B, C, H, W), w (B, w_dim) -> (B, C_out, up H, up W), computed in x's type."""
-        noise = self._noise(len(x), noise_mode).to(x.dtype)
+        noise = scaled_noise(self.noise_const, self.noise_strength, noise_mode, len(x)).unsqueeze(1).to(x.dtype)
         up_filter = self.up_filter if self.up == 2 else None
         x = modulated_conv2d(x, self.weight, self.affine(w), noise, up_filter=up_filter)
         return bias_act(x, self.bias, act="lrelu", gain=self.gain, clamp=self.clamp)
-
-    def _noise(self, batch: int, mode: NoiseMode) -> Tensor:
-        """Noise (B or 1, 1, H, W), the same for all channels of a pixel."""
-        noise = self.noise_const.reshape(-1, 1, *self.noise_const.shape[-2:])  # a projection has one for each image
-        if mode == "none":
-            return torch.zeros_like(noise)
-        if mode == "random":
-            noise = torch.randn(batch, 1, *self.noise_const.shape, dtype=noise.dtype, device=noise.device)
-        return noise * self.noise_strength
 
 
 class ToRGB(nn.Module):

@@ -54,8 +54,8 @@ class TransGANConfig(BlockConfig, StagedConfig):
         super().__post_init__()
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
             problem = (
-                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and generator.w_dim the "
-                "same value, or add a mapping network (--map-depth)"
+                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and generator.w_dim "
+                "the same value, or add a mapping network (--map-depth)"
             )
             raise ConfigError("w_dim", self.w_dim, problem)
         if self.widths:

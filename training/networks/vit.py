@@ -15,6 +15,7 @@ from training.networks import execution
 from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import AxisAttention, CellAttention, Form, NystromAttention
+from training.networks.layers import scaled_noise
 
 Norm = Literal["token", "layer"]
 Position = Literal["absolute", "relative", "both"]
@@ -128,12 +129,7 @@ class TokenNoise(nn.Module):
 
     def forward(self, x: Tensor, mode: NoiseMode) -> Tensor:
         """x (B, N, C) -> (B, N, C), in x's type; 'random' draws from torch's global generator."""
-        if mode == "none":
-            return x
-        noise = self.noise_const  # (N, 1); a projection has one for each image, (B, N, 1)
-        if mode == "random":
-            noise = torch.randn(len(x), x.shape[1], 1, dtype=noise.dtype, device=noise.device)
-        return x + (self.strength * noise).to(x.dtype)
+        return x + scaled_noise(self.noise_const, self.strength, mode, len(x)).to(x.dtype)
 
 
 class CrossAttention(nn.Module):

@@ -1,0 +1,75 @@
+"""The Styleformer paper's ablations of the encoder block (docs/ablations.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.networks.layers import FullyConnected, demodulated_linear, limit_rows, uniform_weight
+from training.networks.styleformer_block import EncoderBlock
+
+if TYPE_CHECKING:
+    from training.networks.styleformer import StyleformerConfig
+
+
+def is_ablated(config: StyleformerConfig) -> bool:
+    """Whether blocks of this configuration differ from `EncoderBlock`."""
+    return config.ffn or config.layernorm == "after" or not config.style_attention or not config.residual
+
+
+class FeedForward(nn.Module):
+    """X + gelu(LayerNorm(X) W1^T + b1) W2^T + b2, four times as wide inside: what other transformers have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight1, self.bias1 = uniform_weight(4 * width, width), nn.Parameter(torch.zeros(4 * width))
+        self.weight2, self.bias2 = uniform_weight(width, 4 * width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, C), in x's type."""
+        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2))
+        hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[2:]), weight1, bias1))  # (B, N, 4C)
+        return x + F.linear(hidden, weight2, bias2)
+
+
+class AblatedEncoderBlock(EncoderBlock):
+    """An encoder block with one or more of the ablations.
+
+    Without `style_attention`, s1 = 1; with `layernorm` after, X' = s1 X, and Y is normalised before noise joins it;
+    without `residual`, Y has no term in U; with `ffn`, Y passes through a FeedForward before noise joins it.
+    """
+
+    def __init__(self, config: StyleformerConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
+        super().__init__(config, grid, width, out_width)
+        self.style_attention = config.style_attention
+        self.norm_after = config.layernorm == "after"
+        self.has_residual = config.residual
+
+    def build_styles(self, config: StyleformerConfig, width: int) -> None:
+        self.affine = FullyConnected(config.w_dim, 2 * width if config.style_attention else width, bias_init=1.0)
+
+    def build_output(self, config: StyleformerConfig, width: int, out_width: int) -> None:
+        self.out_weight = uniform_weight(out_width, width)
+        if config.residual:
+            self.residual_weight = uniform_weight(out_width, width)
+        self.ffn = FeedForward(out_width) if config.ffn else None
+
+    def styles(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.style_attention:
+            return super().styles(w, dtype)
+        s2 = self.affine(w)  # (B, C)
+        return torch.ones_like(s2), limit_rows(s2, dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return x if self.norm_after else super().normalize(x)
+
+    def output(self, attended: Tensor, v: Tensor, s2: Tensor, noise: Tensor) -> Tensor:
+        y = demodulated_linear(attended, self.out_weight, s2)
+        if self.has_residual:
+            y = demodulated_linear(v, self.residual_weight, s2, plus=y)
+        if self.norm_after:
+            y = F.layer_norm(y, y.shape[2:])
+        return (y if self.ffn is None else self.ffn(y)) + noise
