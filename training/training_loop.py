@@ -51,21 +51,6 @@ class TrainState:
         self.elapsed = float(min(elapsed, MOST_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a micro-batch reports: the shapes of the batch means that it has added up, in order, and its statistics."""
-
-    shapes: dict[str, torch.Size]
-    moments: dict[str, Tensor]
-
-    def split(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names of the means and their values, which stand in this order in `flat`."""
-        start = 0
-        for name, shape in self.shapes.items():
-            yield name, flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-
-
 class Failures:
     """How often each phase met values that are not finite, and at which step first: kept on the device."""
 
@@ -171,14 +156,14 @@ class Trainer:
             recompute=config.run.recompute,
             random_noise=True,
         )
-        self.graphs: GraphPool[Report] | None = GraphPool() if config.run.graphs else None
+        self.graphs: GraphPool[dict[str, Tensor]] | None = GraphPool() if config.run.graphs else None
 
         self.state = TrainState()
         self.stats = Stats(device)
         self.failures = Failures(device)
         self.last_snapshot: Path | None = None  # for messages
         self.stopwatch = Stopwatch(device)
-        # Batch means that losses return (LossTerms.means) -> the running state that they drive.
+        # Batch means that losses return (LossTerms.means) -> the running state that they move, once per phase.
         self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
@@ -202,9 +187,8 @@ class Trainer:
         frozen_layers = self.D.layers_from_image()[: config.freeze_layers]
         frozen = {id(p) for layer in frozen_layers for p in layer.parameters()}
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
-        room = self.G.w_dim + 8  # the mean w is the largest of the batch means
-        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval, room)
-        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval, room)
+        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval)
+        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval)
         players = Players(
             G=self.G,
             D=self.D,
@@ -252,17 +236,18 @@ class Trainer:
         with learner.learning(), execution.using(self.execution):
             accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
             learner.gradients.zero()
+            phase.means.zero()
             found = Stats(self.device)
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
-                report = accumulate(x, y)
-                found.add_moments(report.moments)
+                found.add_moments(accumulate(x, y))
 
-        norm, is_bad = learner.gradients.reduce()
+        norm, means = learner.gradients.reduce(), phase.means.reduce()
+        is_bad = ~(norm + phase.means.vector.sum()).isfinite()
         learner.clip(norm)
         learner.step(skip=is_bad)
-        for name, value in report.split(learner.gradients.means):
-            self.trackers[name](value, is_bad)
+        for name, mean in means.items():
+            self.trackers[name](mean, is_bad)
         found.add({f"Gradients/{phase.name}_norm": norm})
         self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
@@ -283,22 +268,18 @@ class Trainer:
                 self._accumulator(phase, x, y)(x, y)
             phase.learner.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
-    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
+    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
         accumulate = partial(self._accumulate, phase)
         return self.graphs.record(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
-    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Report:
-        """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
+    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> dict[str, Tensor]:
+        """Add the gradient and the means of a micro-batch to those of its phase; return its statistics' moments."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
         (terms.loss * (phase.weight * share)).backward()
-        means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)])
-        phase.learner.gradients.means[: len(means)] += means * share
-        return Report(
-            shapes={name: x.shape for name, x in terms.means.items()},
-            moments={name: moments(x) for name, x in terms.stats.items()},
-        )
+        phase.means.add(terms, share)
+        return {name: moments(x) for name, x in terms.stats.items()}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of each batch: images in [-1, 1] and float labels, on the device."""
