@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import OnStep
 from test_families import SMALL_D, SMALL_G, distances
 from test_loss import H, LinearG, W, batch, players
 from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
@@ -274,7 +275,7 @@ def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_
         everything(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
     )
     seen = [flat(trainer.G)]
-    trainer.hooks = [lambda trainer: seen.append(flat(trainer.G)) if trainer.state.step else None]
+    trainer.hooks = [OnStep(lambda trainer: seen.append(flat(trainer.G)))]
     train_steps(trainer, 7)
     moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moved == [True, False, False, True, False, False, True]

@@ -27,6 +27,7 @@ from dnnlib.config import field_names, from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
+from training import worker
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Requests
@@ -167,14 +168,14 @@ def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.Monke
 def test_a_run_without_metrics_says_what_it_computes_and_why(
     shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "SLOW_DECODER", None)
+    monkeypatch.setattr(worker, "SLOW_DECODER", None)
     about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
     config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
-    (note,) = train._notes(config)
+    (note,) = worker._notes(config)
     assert note.startswith("No --metrics given; computing ")
-    assert train._notes(override(config, {"run.metrics": ()})) == []
-    monkeypatch.setattr(train, "SLOW_DECODER", "Pillow decodes the images")
-    assert train._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
+    assert worker._notes(override(config, {"run.metrics": ()})) == []
+    monkeypatch.setattr(worker, "SLOW_DECODER", "Pillow decodes the images")
+    assert worker._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
 
 
 def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
@@ -492,9 +493,9 @@ def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Pa
     config = small_config(shapes_zip)
     with_graphs = override(config, {"run.graphs": True})
     on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
-    assert "choose --graphs=0, --batch-gpu=8" in train._too_large(with_graphs, on_gpu)
-    assert "--graphs" not in train._too_large(config, on_gpu)
-    assert "--graphs" not in train._too_large(with_graphs, on_host)
+    assert "choose --graphs=0, --batch-gpu=8" in worker._too_large(with_graphs, on_gpu)
+    assert "--graphs" not in worker._too_large(config, on_gpu)
+    assert "--graphs" not in worker._too_large(with_graphs, on_host)
 
 
 def test_out_of_memory_is_answered_with_the_flags_that_help(

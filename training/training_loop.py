@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from training.ema import EMA
 from training.loss import Players
 from training.networks import execution
 from training.phases import Phase, build_learner, build_phases
+
+if TYPE_CHECKING:
+    from training.hooks import Hook
 
 MOST_SECONDS = 1e10  # that a run can have taken
 
@@ -126,18 +129,14 @@ def set_arithmetic(config: TrainConfig) -> None:
 
 
 class Trainer:
-    """Owns everything that changes during training; `train` runs it.
-
-    A hook is called before the first step and after every step; `trainer.tick` is then None, or what a tick reports.
-    """
+    """Owns everything that changes during training; `train` runs it, and calls the hooks at their times."""
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         self.batch_size, self.batch_gpu = _cut_batch(config)
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
-        self.hooks: Sequence[Callable[[Trainer], None]] = ()
-        self.tick: Tick | None = None
+        self.hooks: Sequence[Hook] = ()
         self.is_stopped = False  # by a hook, before the end
 
         seed_step(config.seed, "init", 0)
@@ -203,14 +202,21 @@ class Trainer:
             players, config.loss, self.g_learner, self.d_learner, use_compiled=config.run.compile
         )
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all images have been seen."""
+        return self.state.nimg >= self.total_nimg
+
     def train(self) -> None:
         """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
+        for hook in self.hooks:
+            hook.on_start(self)
         data = self._batches()
         began = time.monotonic() - self.state.elapsed
         self._start_tick()
         if self.state.step == 0:
-            self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
-        while self.state.nimg < self.total_nimg and not self.is_stopped:
+            self._call_hooks(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
+        while not (self.is_finished or self.is_stopped):
             with self.stopwatch.section("data"):
                 img, c = next(data)
             for phase in self.phases:
@@ -222,7 +228,9 @@ class Trainer:
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
             self.ada.update(self.state.step, self.batch_size)
-            self._report(self._finish_tick())
+            self._call_hooks(self._finish_tick())
+        for hook in reversed(self.hooks):
+            hook.on_end(self)
 
     def run_phase(self, phase: Phase, img: Tensor, c: Tensor) -> None:
         """One optimizer step from this process's share of the batch, in micro-batches of `batch_gpu` images.
@@ -303,12 +311,15 @@ class Trainer:
                 img = img.contiguous(memory_format=torch.channels_last)
             yield img, encode_labels(labels, self.dataset.c_dim)
 
-    def _report(self, tick: Tick | None) -> None:
-        self.tick = tick
+    def _call_hooks(self, tick: Tick | None) -> None:
+        """Call every hook after a step, and at a tick, of which the first comes before any step."""
         began = time.monotonic()
         for hook in self.hooks:
-            hook(self)
-        if tick is not None:
+            if self.state.step > 0:
+                hook.on_step(self)
+            if tick:
+                hook.on_tick(self, tick)
+        if tick:
             self._start_tick(maintenance=time.monotonic() - began)
 
     def _start_tick(self, maintenance: float = 0.0) -> None:
@@ -319,10 +330,9 @@ class Trainer:
         """Return the tick that ends at this step, without its figures; None where none does."""
         number = self.state.nimg // self.tick_nimg
         previous = (self.state.nimg - self.batch_size) // self.tick_nimg
-        is_last = self.state.nimg >= self.total_nimg
-        if number == previous and not is_last:
+        if number == previous and not self.is_finished:
             return None
-        return Tick(number, previous, is_first=False, is_last=is_last, stats={}, values={})
+        return Tick(number, previous, is_first=False, is_last=self.is_finished, stats={}, values={})
 
     def _finish_tick(self) -> Tick | None:
         """Return the tick's figures when one has just ended."""

@@ -1,0 +1,189 @@
+"""One process of a training run: agree on how to start, build, load, train."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import metrics.registry
+from dnnlib import streams
+from dnnlib.allocator import tune_allocator
+from dnnlib.config import UserError
+from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory, warn_on_write_error
+from metrics.detectors import read_detectors
+from metrics.sampling import MetricContext
+from torch_utils import custom_ops, distributed
+from torch_utils.misc import module_summary, name_user
+from torch_utils.signals import EXIT_STOPPED, Signals
+from training import rehearsal, runs
+from training.config import TrainConfig, micro_batches
+from training.data_sources.codec import SLOW_DECODER
+from training.dataset import ImageDataset
+from training.evaluation import Evaluation, build_context, metric_names
+from training.health import Diversity, HealthCheck
+from training.hooks import (
+    Folder,
+    Hook,
+    ImageGrids,
+    JsonLog,
+    Log,
+    Overfitting,
+    Profile,
+    Progress,
+    Requests,
+    Snapshots,
+)
+from training.loggers import Loggers, choose_loggers
+from training.saving import Saver
+from training.snapshots.loading import load_network
+from training.training_loop import Trainer, set_arithmetic
+
+
+def train_worker(request: runs.Request) -> None:
+    """Train in this process, together with the others. Raises SystemExit if a signal stopped the training."""
+    streams.protect(needs_stdout=False)  # the run's folder has all that is printed
+    name_user()
+    tune_allocator()
+    with Signals() as signals, FolderLock() as lock:
+        is_stopped = _train(request, signals, lock)
+        distributed.barrier()  # or the launcher would end the others when the first has gone
+    if is_stopped:
+        raise SystemExit(EXIT_STOPPED)
+
+
+def _train(request: runs.Request, signals: Signals, lock: FolderLock) -> bool:
+    """Train; return whether a signal stopped it before the end."""
+    start = distributed.from_main(lambda: runs.choose_start(request, lock))
+    device = distributed.use_device(start.config.run.device)
+    operators = custom_ops.prepare(device)
+    set_arithmetic(start.config)
+    dataset = ImageDataset(start.config.data)
+    if start.is_to_fit:
+        sizes = micro_batches(start.config)
+        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+    config = start.config
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        origin = runs.load(trainer, start, load_network)
+        start = replace(start, config=trainer.config)
+        trainer.synchronise()
+        context = build_context(trainer)
+        metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
+        run_dir = distributed.from_main(lambda: runs.create(start, request.outdir, dataset, lock))
+        log = TeeLog(run_dir / "log.txt") if distributed.is_main() else None
+        with log or nullcontext(), open_loggers(run_dir, config, trainer.state.nimg) as loggers:
+            if distributed.is_main():
+                print(_describe(trainer))
+                with warn_on_write_error():
+                    print(runs.note_start(run_dir, trainer))
+            _say("\n".join([operators, origin, *_notes(config)]))
+            graphs = ", CUDA graphs" if config.run.graphs else ""
+            _say(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
+            saver = Saver(runs.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
+            if start.state:  # what --resume=latest then goes on from
+                saver.save(trainer, snapshot=False)
+                distributed.from_main(saver.finish)
+            is_resumed = start.run_dir is not None
+            trainer.hooks = build_hooks(trainer, saver, context, loggers, signals, is_resumed=is_resumed)
+            trainer.train()
+            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+    return trainer.is_stopped
+
+
+@contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise UserError, which says what to do, where memory is not enough inside, or a worker is killed for that."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if "DataLoader worker" in str(error):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader's handler would raise in what follows
+            raise UserError(
+                f"a process that decodes images has ended ({describe_error(error)}): by hand, or the machine ran out "
+                "of memory. --resume=latest goes on; if it happens again, choose fewer --workers"
+            ) from None
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(config, error)) from None
+
+
+def _too_large(config: TrainConfig, error: BaseException) -> str:
+    """Say what to do when memory is not enough."""
+    batch_gpu = config.run.batch_gpu
+    assert isinstance(batch_gpu, int)
+    sizes = [size for size in micro_batches(config) if size < batch_gpu]
+    half = next((size for size in sizes if size <= batch_gpu / 2), sizes[-1] if sizes else None)
+    smaller = [] if half is None else [f"--batch-gpu={half}"]
+    smaller += [] if config.run.recompute else ["--grad-checkpoint"]
+    smaller += [] if getattr(config.generator, "linformer", True) else ["--linformer (another network)"]
+    smaller = smaller or ["a smaller network"]
+    if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error):
+        smaller = ["--graphs=0"] * bool(config.run.graphs) + smaller
+        return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
+    return (
+        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"{', '.join(smaller)}, or fewer --workers"
+    )
+
+
+def build_hooks(
+    trainer: Trainer, saver: Saver, context: MetricContext, loggers: Loggers, signals: Signals, *, is_resumed: bool
+) -> list[Hook]:
+    """Return the actions beside training, in the order in which they happen."""
+    run, data, run_dir = trainer.config.run, trainer.config.data, saver.run_dir
+    chain: list[Hook] = [Folder(saver)]
+    if data.holdout:
+        chain.append(Overfitting(ImageDataset(data, held_out=True)))
+    chain += [Diversity(), Progress(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
+    chain += [ImageGrids(run_dir, run.snapshot_ticks, loggers), Snapshots(saver, run.snapshot_ticks)]
+    if run.profile_steps and distributed.is_main():
+        chain.append(Profile(run_dir, run.profile_steps))
+    if metric_names(run, context.setup) or run.tick_metrics:
+        chain.append(Evaluation(saver, context, loggers, is_resumed=is_resumed))
+    chain.append(Requests(saver, signals))
+    return chain
+
+
+def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:
+    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    if not distributed.is_main():
+        return Loggers((), run_dir, config)
+    names = choose_loggers(config.run.log)
+    if not names and config.run.log is None:
+        _say("TensorBoard events are not written: the package tensorboard is not installed")
+    return Loggers(names, run_dir, config, nimg)
+
+
+def _describe(trainer: Trainer) -> str:
+    """Return a summary of the data and the networks, for the log."""
+    data, G = trainer.dataset, trainer.G
+    C, H, W = data.img_shape
+    lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
+    lines += [f"Note: {note}" for note in data.notes]
+    if data.has_labels and not trainer.config.data.use_labels:
+        lines.append("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
+    z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
+    lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
+    return "\n".join(lines)
+
+
+def _notes(config: TrainConfig) -> list[str]:
+    """Return lines for the log: a slow decoder, and where a run departs from a paper's protocol."""
+    group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
+    notes = [SLOW_DECODER] if SLOW_DECODER else []
+    if isinstance(batch_gpu, int) and batch_gpu < group:
+        notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, as a GPU has no more at a time")
+    if config.run.metrics is None:
+        notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
+    return notes
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
