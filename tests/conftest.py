@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,9 +21,10 @@ from dnnlib.util import FolderLock
 from torch_utils import distributed
 from training.config import PRESETS, Circumstances, TrainConfig, resolve
 from training.dataset import ImageDataset
+from training.hooks import Hook
 from training.runs import RunFolder
 from training.saving import Saver
-from training.training_loop import Trainer
+from training.training_loop import Tick, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -65,6 +66,26 @@ def stub_gpu() -> Iterator[Executor]:
             yield pool
     except UserError as error:
         pytest.skip(str(error))
+
+
+class OnStep(Hook):
+    """Calls a function after every step."""
+
+    def __init__(self, function: Callable[[Trainer], object]) -> None:
+        self.function = function
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.function(trainer)
+
+
+class OnTick(Hook):
+    """Calls a function at every tick."""
+
+    def __init__(self, function: Callable[[Trainer, Tick], object]) -> None:
+        self.function = function
+
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        self.function(trainer, tick)
 
 
 def all_recorded(trainer: Trainer) -> bool:

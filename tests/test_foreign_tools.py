@@ -192,8 +192,9 @@ def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
 
 def test_info_of_our_own_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(__file__).parent / "data" / "network-snapshot-v1.pkl"
-    monkeypatch.setattr(legacy, "build_networks", lambda *_: pytest.fail("a network was built"))
-    about = json.loads(run_ok(legacy.main, "info", ours, "--json"))
+    with monkeypatch.context() as patch:
+        patch.setattr("training.snapshots.snapshot.build_networks", lambda *_: pytest.fail("a network was built"))
+        about = json.loads(run_ok(legacy.main, "info", ours, "--json"))
     assert (about["kimg"], about["format_version"], about["written_by"]) == (0.104, 1, "0.1.0")
     assert about["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())
     missing = run(legacy.main, "info", "missing.pkl")

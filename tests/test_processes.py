@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import OnTick, small_config
 
 import metrics.registry
 from torch_utils import distributed
 from torch_utils.checkpoint import read_file, write_file
-from training import worker
 from training.config import TrainConfig
 from training.dataset import ImageDataset
-from training.training_loop import Trainer
-from training.trouble import Diversity
+from training.evaluation import build_context
+from training.health import Diversity
+from training.training_loop import Tick, Trainer
 
 STEPS = 6
 # Every phase, and an ADA that moves. A large epsilon in Adam: with the usual one its first steps are the signs of
@@ -43,18 +43,16 @@ def _train(config: TrainConfig, path: Path) -> None:
     trainer.tick_nimg = trainer.total_nimg // 2
     figures: dict[str, list[float]] = {}
 
-    def note(trainer: Trainer) -> None:
-        Diversity()(trainer)
-        if trainer.tick is not None:
-            for name, stat in trainer.tick.stats.items():
-                figures[f"{trainer.tick.number} {name}"] = [stat.mean, stat.std, stat.count]
-            if distributed.is_main():
-                values = ("Progress/augment", "Images/diversity")
-                figures[f"{trainer.tick.number} values"] = [trainer.tick.values[name] for name in values]
+    def note(trainer: Trainer, tick: Tick) -> None:
+        for name, stat in tick.stats.items():
+            figures[f"{tick.number} {name}"] = [stat.mean, stat.std, stat.count]
+        if distributed.is_main():
+            values = ("Progress/augment", "Images/diversity")
+            figures[f"{tick.number} values"] = [tick.values[name] for name in values]
 
-    trainer.hooks = [note]
+    trainer.hooks = [Diversity(), OnTick(note)]
     trainer.train()
-    context = worker.build_context(trainer)
+    context = build_context(trainer)
     results: dict[str, float] = {}
     for result in metrics.registry.compute_all(["swd100"], context):
         results |= result.results

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, new_saver, small_config
+from conftest import PATIENCE, OnStep, new_saver, small_config
 from PIL import Image
 
 from dnnlib.config import OPTIONS_FILE, UserError, WriteError
@@ -30,6 +30,7 @@ from torch_utils.checkpoint import Checkpoint, digest
 from training import hooks, saving
 from training.config import read_config
 from training.dataset import ImageDataset
+from training.evaluation import Evaluation, build_context
 from training.loggers import Loggers
 from training.runs import RunFolder, list_states
 from training.saving import Saver, obsolete
@@ -123,17 +124,18 @@ def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path
 def test_metrics_and_pictures_are_those_of_the_averaged_network(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = new_trainer(shapes_zip, ema__rampup=None)
+    trainer = new_trainer(shapes_zip, ema__rampup=None, run__metrics=("swd20",))
     evaluated: list[Any] = []
 
-    def evaluate(names: Any, G: Any, *others: Any) -> dict[str, float]:
-        evaluated.append(G)
-        return {}
+    def evaluate(names: Any, context: Any) -> list[Any]:
+        evaluated.append(context.G)
+        return []
 
+    monkeypatch.setattr("metrics.registry.compute_all", evaluate)
     loggers = Loggers((), tmp_path, trainer.config)
     pictures = hooks.ImageGrids(tmp_path, 1, loggers)
     monkeypatch.setattr(pictures, "_count", lambda trainer: 16)
-    trainer.hooks = [hooks.Metrics(new_saver(tmp_path, trainer.config), [(1, ["any"])], 1, evaluate, loggers), pictures]
+    trainer.hooks = [Evaluation(new_saver(tmp_path, trainer.config), build_context(trainer), loggers), pictures]
     train_steps(trainer, 1)
     assert all(G is trainer.ema.module for G in evaluated)
     assert len(evaluated) == 2
@@ -207,12 +209,10 @@ def test_training_goes_on_when_the_disk_is_full(
     saver = new_saver(tmp_path, trainer.config)
     grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
     trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
-    with no_room():
+    with no_room(), pytest.raises(WriteError, match="cannot be written"):  # by the files of the end
         train_steps(trainer, 2)
-        saver.writer.wait()
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == {FolderLock.NAME}
     train_steps(trainer, 1)
-    saver.finish()
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
     messages = capsys.readouterr().err
     for name in ("network-snapshot-000000.pkl", "training-state-000000.pt", "stats.jsonl", "reals.png"):
@@ -251,7 +251,7 @@ def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
         lock.acquire(run_dir)
         (run_dir / OPTIONS_FILE).write_text("{}")
         saver = Saver(RunFolder(run_dir, trainer.config, lock, log))
-        trainer.hooks = [remove, hooks.Folder(saver), hooks.JsonLog(run_dir)]
+        trainer.hooks = [OnStep(remove), hooks.Folder(saver), hooks.JsonLog(run_dir)]
         train_steps(trainer, 4)
         saver.finish()
         assert lock.holds(run_dir)

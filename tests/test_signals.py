@@ -9,12 +9,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, new_saver, small_config
+from conftest import PATIENCE, OnStep, OnTick, new_saver, small_config
 
 from dnnlib.config import UserError, override
 from torch_utils import distributed
@@ -30,14 +29,9 @@ def new_trainer(data: Path) -> Trainer:
     return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
 
 
-def at_step(step: int, number: signal.Signals) -> Callable[[Trainer], None]:
+def at_step(step: int, number: signal.Signals) -> OnStep:
     """A hook that signals its own process."""
-
-    def hook(trainer: Trainer) -> None:
-        if trainer.state.step == step:
-            signal.raise_signal(number)
-
-    return hook
+    return OnStep(lambda trainer: signal.raise_signal(number) if trainer.state.step == step else None)
 
 
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
@@ -57,13 +51,13 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
     signals = Signals()
     requests = hooks.Requests(saver, signals)
     with signals:
-        trainer.hooks = [at_step(2, signal.SIGUSR1), at_step(4, signal.SIGTERM), requests, look]
+        trainer.hooks = [at_step(2, signal.SIGUSR1), at_step(4, signal.SIGTERM), requests, OnStep(look)]
         trainer.train()
         signals.stop = 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert seen == [32, 32, 64]
     assert trainer.is_stopped
-    straight.hooks = [stop_at_step_4]
+    straight.hooks = [OnStep(stop_at_step_4)]
     straight.train()
     ours, theirs = trainer.capture()["parts"], straight.capture()["parts"]
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
@@ -73,7 +67,8 @@ def test_a_signal_before_the_first_step_waits_for_something_to_save(shapes_zip: 
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     with Signals() as signals:
-        trainer.hooks = [at_step(0, signal.SIGTERM), hooks.Requests(saver, signals)]
+        at_start = OnTick(lambda trainer, tick: signal.raise_signal(signal.SIGTERM) if tick.is_first else None)
+        trainer.hooks = [at_start, hooks.Requests(saver, signals)]
         trainer.train()
         signals.stop = 0
     saver.finish()
@@ -89,22 +84,22 @@ def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp
         with torch.no_grad():
             trainer.D.epilogue.out.bias.fill_(float("nan") if trainer.state.step == 1 else 0.0)
 
-    def note(trainer: Trainer) -> None:
-        if trainer.tick is not None and not trainer.tick.is_first:
-            ticks.append(trainer.tick)
+    def note(trainer: Trainer, tick: Tick) -> None:
+        if not tick.is_first:
+            ticks.append(tick)
 
     config = override(small_config(shapes_zip), {"run.nan": "skip", "run.tick_kimg": 0.064, "run.total_kimg": 0.064})
     straight, first, second = (Trainer(config, ImageDataset(config.data), torch.device("cpu")) for _ in range(3))
-    straight.hooks = [spoil, note]
+    straight.hooks = [OnStep(spoil), OnTick(note)]
     straight.train()
     saver = new_saver(tmp_path, config)
     with Signals() as signals:
-        first.hooks = [spoil, at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
+        first.hooks = [OnStep(spoil), at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
         first.train()
         signals.stop = 0
     saver.finish()
     second.resume(tmp_path / "training-state-000000.pt")
-    second.hooks = [spoil, note]
+    second.hooks = [OnStep(spoil), OnTick(note)]
     second.train()
     whole, resumed = ticks
     assert whole.stats == resumed.stats

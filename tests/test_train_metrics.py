@@ -162,7 +162,7 @@ def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_pa
         arguments = [f"--outdir={tmp_path / name}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=16"]
         if name == "without":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(hooks.Overfitting, "__call__", lambda self, trainer: None)
+                patch.setattr(hooks.Overfitting, "on_tick", lambda self, trainer, tick: None)
                 assert run(*arguments).exit_code == 0
         else:
             assert run(*arguments).exit_code == 0
@@ -237,12 +237,12 @@ def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
         return torch.full((len(z), 3, 16, 16), 0.7)
 
     generator.z_dim, generator.c_dim = 4, 0  # type: ignore[attr-defined]
-    tick = SimpleNamespace(values={})
+    tick: Any = SimpleNamespace(values={})
     trainer: Any = SimpleNamespace(
-        tick=tick, dataset=training, device=torch.device("cpu"), batch_gpu=8, G=generator, D=brightness,
+        dataset=training, device=torch.device("cpu"), batch_gpu=8, G=generator, D=brightness,
         augment=lambda img: img, config=SimpleNamespace(seed=0), state=SimpleNamespace(nimg=0),
     )  # fmt: skip
-    hooks.Overfitting(held_out)(trainer)
+    hooks.Overfitting(held_out).on_tick(trainer, tick)
     values = tick.values
     every = held_out.images(range(56)).double() / 127.5 - 1
     means = every.mean(dim=(1, 2, 3)) + 0.1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PATIENCE, all_recorded, small_config
+from conftest import PATIENCE, OnTick, all_recorded, small_config
 
 from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, override
 from dnnlib.util import PARTIAL
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(sh
     trainer.last_snapshot = Path("network-snapshot-000007.pkl")
     spoil(trainer.phases[1], trainer, step=1)
     ticks: list[int] = []
-    trainer.hooks = [lambda trainer: ticks.append(trainer.state.nimg) if trainer.tick else None]
+    trainer.hooks = [OnTick(lambda trainer, tick: ticks.append(trainer.state.nimg))]
     with pytest.raises(UserError, match=r"D_main met .* at step 1 \(kimg 0\.0\).*--resume=network-snapshot-000007"):
         train_steps(trainer, 6)
     assert ticks == [0]
@@ -176,7 +176,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
     spoil(trainer.phases[2], trainer, step=0)
     trainer.phases = trainer.phases[:3]
     ticks: list[Tick] = []
-    trainer.hooks = [lambda trainer: ticks.append(trainer.tick) if trainer.tick else None]
+    trainer.hooks = [OnTick(lambda trainer, tick: ticks.append(tick))]
     train_steps(untouched, 1)
     train_steps(trainer, 2)
     assert [tick.values.get("Skipped/D_main") for tick in ticks] == [None, 1.0, None]
@@ -339,11 +339,10 @@ def test_times_do_not_depend_on_the_clock_that_can_be_set(shapes_zip: Path, monk
     monkeypatch.setattr("time.time", lambda: float(next(clock)))
     times: list[float] = []
 
-    def note(trainer: Trainer) -> None:
-        if trainer.tick:
-            times.extend(value for name, value in trainer.tick.values.items() if name.startswith("Timing/"))
+    def note(trainer: Trainer, tick: Tick) -> None:
+        times.extend(value for name, value in tick.values.items() if name.startswith("Timing/"))
 
-    trainer.hooks = [note]
+    trainer.hooks = [OnTick(note)]
     train_steps(trainer, 2)
     assert len(times) > 10
     assert all(0 <= value < PATIENCE * 1e6 for value in times)  # milliseconds, at most
@@ -485,14 +484,14 @@ def test_the_time_left_counts_metrics_and_files_too(
 ) -> None:
     clock = iter([0.0, 1000.0, 1060.0, 1060.0])
     monkeypatch.setattr(hooks.time, "monotonic", lambda: next(clock))
-    trainer: Any = SimpleNamespace(tick=None, total_nimg=10_000, state=TrainState(nimg=100))
+    trainer: Any = SimpleNamespace(total_nimg=10_000, state=TrainState(nimg=100))
     progress = hooks.Progress()
-    progress(trainer)  # the first step is done
+    progress.on_step(trainer)  # the first
     stats = {name: Stat(mean=-1.2345, std=0.0, count=8) for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real")}
     values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
-    trainer.tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
+    tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
     trainer.state = TrainState(nimg=1100, elapsed=3600.0)
-    progress(trainer)  # 1 kimg in 60 seconds, 20 of them training
+    progress.on_tick(trainer, tick)  # 1 kimg in 60 seconds, 20 of them training
     line = capsys.readouterr().out
     assert "kimg 1.1 " in line
     assert "left 8m 54s" in line

@@ -363,6 +363,14 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
+def average(x: Tensor) -> Tensor:
+    """Replace x by its mean over all processes, and return it. A collective call."""
+    if world_size() > 1:
+        all_reduce(x)
+        x /= world_size()
+    return x
+
+
 def maximum(values: Sequence[int]) -> list[int]:
     """Return the largest of each value over all processes. Does not wait for GPUs."""
     if world_size() == 1:

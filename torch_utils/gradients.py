@@ -17,32 +17,25 @@ class FlatGradients:
 
     A backward pass adds to the views in place. A parameter that a loss does not reach has a gradient of zero, not None,
     so that what an optimizer does with it depends neither on the loss nor on how an operator is implemented.
-    `num_means` more numbers travel with the gradients: the batch means that a loss returns.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], num_means: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         like = parameters[0]
-        self.buffer = torch.zeros(sum(sizes) + num_means, dtype=like.dtype, device=like.device)
-        self.gradients, self.means = self.buffer.split([sum(sizes), num_means])
+        self.buffer = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
         offset = 0
         for p, size in zip(parameters, sizes, strict=True):
             p.grad = self.buffer.as_strided(p.shape, p.stride(), offset)  # an optimizer wants the parameter's layout
             offset += size
 
     def zero(self) -> None:
-        """Forget the gradients and the means."""
+        """Forget the gradients."""
         self.buffer.zero_()
 
-    def reduce(self) -> tuple[Tensor, Tensor]:
-        """Replace gradients and means by their averages over all processes.
+    def reduce(self) -> Tensor:
+        """Replace the gradients by their averages over all processes; return their norm, a scalar on the device.
 
-        Returns the norm of the gradients and whether anything among all of these is not finite, as scalars on the
-        device; a norm that is too large for its type counts as that too. A collective call; every process gets the
-        same answer.
+        It is not finite if any gradient is not, or if it is too large for its type. A collective call; every process
+        gets the same answer.
         """
-        if distributed.world_size() > 1:
-            distributed.all_reduce(self.buffer)
-            self.buffer /= distributed.world_size()
-        norm = self.gradients.norm()
-        return norm, ~(norm + self.means.sum()).isfinite()
+        return distributed.average(self.buffer).norm()

@@ -1,7 +1,7 @@
 """What happens beside training: progress, pictures, snapshots, training states, metrics, logs, traces.
 
-A hook is a callable that the trainer calls before the first step and after every step, on every process. It looks at
-`trainer.tick` (None between ticks) and decides for itself what is due; who writes a file asks `is_main`.
+A hook overrides the methods of `Hook` that it needs. The trainer calls them on every process; a hook that writes a file
+asks `is_main`. One that evaluates networks is in training/evaluation.py, one that warns in training/health.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,31 @@ from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
 from training.loggers import Loggers
-from training.runs import read_ages
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
-Keep = Callable[[str], None]  # (name of a metric): keeps the networks as the best by it
 
-# (names of metrics, G_ema, its snapshot if one was written, kimg, keep): computes, prints and logs them, and returns
-# the numbers by name. The best network is kept before its number is logged, so that no interruption loses it.
-Evaluate = Callable[[Sequence[str], Any, Path | None, float, Keep], dict[str, float]]
+class Hook:
+    """An action beside training. By default it does nothing.
+
+    After a step every hook in turn is called, with `on_step` and then, where a tick ends, `on_tick`: so a hook finds
+    in a tick's values what those before it have added.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Act before the first step of this program, in a new run or a resumed one."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Act after a step."""
+
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        """Act at a tick: number 0 before the first step of a new run, the last one after its last step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Act when training ends or a hook stops it, the last hook first. Not called after an error."""
 
 
-class Progress:
+class Progress(Hook):
     """A line per tick, and on a terminal one that is redrawn in between.
 
     The time left comes from the pace since the program began, with pictures, snapshots and metrics.
@@ -44,23 +56,23 @@ class Progress:
         self.drawn = time.monotonic()
         self.began: tuple[float, int] | None = None  # when the first step was done, and the images until then
 
-    def __call__(self, trainer: Trainer) -> None:
-        if not distributed.is_main():
-            return
+    def on_step(self, trainer: Trainer) -> None:
         now, nimg = time.monotonic(), trainer.state.nimg
-        if self.began is None and not (trainer.tick and trainer.tick.is_first):
-            self.began = now, nimg
-        if trainer.tick is not None:
-            print(self._tick_line(trainer), flush=True)
-            for name, count in trainer.tick.values.items():
-                if name.startswith("Skipped/"):
-                    phase = name.partition("/")[2]
-                    print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
-        elif sys.stdout.isatty() and now - self.drawn > 0.5:
+        self.began = self.began or (now, nimg)
+        if distributed.is_main() and sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
             redraw(f"{kimg}, {rate:.1f} img/s, {self._left(trainer)} left", sys.stdout)
             self.drawn = now
+
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if not distributed.is_main():
+            return
+        print(self._tick_line(trainer, tick), flush=True)
+        for name, count in tick.values.items():
+            if name.startswith("Skipped/"):
+                phase = name.partition("/")[2]
+                print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
 
     def _left(self, trainer: Trainer) -> str:
         """How long the rest takes; '?' after the first step."""
@@ -69,9 +81,8 @@ class Progress:
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
         return format_time((time.monotonic() - began) / done * left) if done else "?"
 
-    def _tick_line(self, trainer: Trainer) -> str:
-        tick, nimg = trainer.tick, trainer.state.nimg
-        assert tick is not None
+    def _tick_line(self, trainer: Trainer, tick: Tick) -> str:
+        nimg = trainer.state.nimg
         parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<7g} time {format_time(trainer.state.elapsed):<7s}"]
         pace = tick.values.get("Timing/sec_per_kimg")
         if pace:
@@ -85,17 +96,17 @@ class Progress:
         return "  ".join(parts)
 
 
-class ImageGrids:
+class ImageGrids(Hook):
     """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; the latents are the same in all of them."""
 
     def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
         self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None or not trainer.tick.reached(self.snapshot_ticks) or not distributed.is_main():
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if not tick.reached(self.snapshot_ticks) or not distributed.is_main():
             return
-        name = "fakes_init.png" if trainer.tick.is_first else f"fakes{_kimg(trainer)}.png"
-        if trainer.tick.is_first:
+        name = "fakes_init.png" if tick.is_first else f"fakes{trainer.state.nimg // 1000:06d}.png"
+        if tick.is_first:
             self._show("reals", self._real_images(trainer), self.run_dir / "reals.png", trainer)
         self._show("fakes", self._generate(trainer), self.run_dir / name, trainer)
 
@@ -129,32 +140,33 @@ class ImageGrids:
         return torch.cat([to_uint8(G(zs, cs)).cpu() for zs, cs in parts])
 
 
-class Folder:
+class Folder(Hook):
     """Restores the run's folder at each tick, if it was removed (Saver.check_folder)."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is not None and not trainer.tick.is_first:
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if not tick.is_first:
             self.saver.check_folder(trainer)
 
 
-class Snapshots:
+class Snapshots(Hook):
     """network-snapshot-<kimg>.pkl and training-state-<kimg>.pt, every `snapshot_ticks` ticks and at the end."""
 
     def __init__(self, saver: Saver, snapshot_ticks: int) -> None:
         self.saver, self.snapshot_ticks = saver, snapshot_ticks
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None:
-            return
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
         self.saver.report(trainer)
-        if trainer.tick.reached(self.snapshot_ticks):
+        if tick.reached(self.snapshot_ticks):
             self.saver.save(trainer, snapshot=True)
 
+    def on_end(self, trainer: Trainer) -> None:
+        distributed.from_main(self.saver.finish)
 
-class Requests:
+
+class Requests(Hook):
     """Writes a training state when a signal asks for it, and stops training if it asks for that.
 
     What is asked for before the first step waits for it: until then there is nothing to go on from.
@@ -163,8 +175,8 @@ class Requests:
     def __init__(self, saver: Saver, signals: Signals) -> None:
         self.saver, self.signals = saver, signals
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.state.step == 0 or trainer.state.nimg >= trainer.total_nimg:
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.is_finished:
             return
         request = self.signals.agree(trainer.state.step)
         if request.stop is None and not request.save:
@@ -178,60 +190,7 @@ class Requests:
         trainer.is_stopped = request.stop is not None
 
 
-class Metrics:
-    """Evaluates the averaged generator, and keeps the best one so far (Saver.keep_best).
-
-    `schedule` says every how many ticks which metrics are due.
-    """
-
-    def __init__(
-        self,
-        saver: Saver,
-        schedule: Sequence[tuple[int, Sequence[str]]],
-        snapshot_ticks: int,
-        evaluate: Evaluate,
-        loggers: Loggers,
-    ) -> None:
-        self.saver, self.schedule, self.snapshot_ticks = saver, schedule, snapshot_ticks
-        self.evaluate, self.loggers = evaluate, loggers
-
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is not None:
-            self._evaluate(trainer, trainer.tick, self._due(trainer.tick))
-
-    def catch_up(self, trainer: Trainer) -> None:
-        """Evaluate what is due where a run goes on and is not logged: it was killed while that was computed."""
-        tick = trainer.tick_here()
-        if tick is None:
-            return
-        folder, kimg = self.saver.run_dir, trainer.state.nimg / 1000
-        missing = distributed.from_main(
-            lambda: [name for name in self._due(tick) if kimg not in read_ages(folder / f"metric-{name}.jsonl")]
-        )
-        self._evaluate(trainer, tick, missing)
-
-    def _due(self, tick: Tick) -> list[str]:
-        return [name for every, names in self.schedule if tick.reached(every) for name in names]
-
-    def _evaluate(self, trainer: Trainer, tick: Tick, names: Sequence[str]) -> None:
-        if not names:
-            return
-        if self.saver.run.keep_best:
-            trainer.check_replicas()
-        snapshot = self.saver.run_dir / f"network-snapshot-{_kimg(trainer)}.pkl"
-        is_written = tick.reached(self.snapshot_ticks)
-        kimg = trainer.state.nimg / 1000
-
-        def keep(metric: str) -> None:
-            with warn_on_write_error():
-                self.saver.keep_best(trainer, metric)
-                print(f"Best {metric} so far, kept as network-best-{metric}.pkl", flush=True)
-
-        values = self.evaluate(names, trainer.ema.module, snapshot if is_written else None, kimg, keep)
-        self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
-
-
-class Overfitting:
+class Overfitting(Hook):
     """How D tells images that it was trained with from held-out ones (Karras et al. 2020b, equation 1).
 
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
@@ -246,9 +205,7 @@ class Overfitting:
     def __init__(self, holdout: ImageDataset) -> None:
         self.holdout = holdout
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None:
-            return
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
         sides = {"train": trainer.dataset, "holdout": self.holdout, "generated": None}
         scores = {name: self._mean_scores(trainer, name, source) for name, source in sides.items()}
         values = {f"Overfitting/score_{name}": score for name, (score, _) in scores.items()}
@@ -257,7 +214,7 @@ class Overfitting:
         values["Overfitting/r_t"] = scores["train"][1]
         if train != generated:
             values["Overfitting/r_v"] = (train - held_out) / (train - generated)
-        trainer.tick.values.update({name: value for name, value in values.items() if math.isfinite(value)})
+        tick.values.update({name: value for name, value in values.items() if math.isfinite(value)})
 
     @torch.no_grad()
     def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
@@ -285,59 +242,59 @@ class Overfitting:
         return score, sign
 
 
-class JsonLog:
+class JsonLog(Hook):
     """stats.jsonl: one line per tick with every figure and the standard deviation of every loss term."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "stats.jsonl"
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None or not distributed.is_main():
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if not distributed.is_main():
             return
-        line: dict[str, Any] = dict(trainer.tick.values)
-        for name, stat in trainer.tick.stats.items():
+        line: dict[str, Any] = dict(tick.values)
+        for name, stat in tick.stats.items():
             mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
             line[name] = {"mean": mean, "std": std, "num": stat.count}
         with warn_on_write_error():
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
-class Log:
+class Log(Hook):
     """The same figures for TensorBoard, Weights & Biases (training/loggers.py), every tick."""
 
     def __init__(self, loggers: Loggers) -> None:
         self.loggers = loggers
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None:
-            return
-        means = {name: stat.mean for name, stat in trainer.tick.stats.items() if math.isfinite(stat.mean)}
-        self.loggers.add(trainer.tick.values | means, trainer.state.nimg)
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        means = {name: stat.mean for name, stat in tick.stats.items() if math.isfinite(stat.mean)}
+        self.loggers.add(tick.values | means, trainer.state.nimg)
 
 
-class Profile:
+class Profile(Hook):
     """trace.json: a Chrome trace of `steps` training steps after the first few, or of those until the run stops."""
 
     WAIT = 3
 
     def __init__(self, run_dir: Path, steps: int) -> None:
-        self.path, self.steps, self.calls, self.is_done = run_dir / "trace.json", steps, 0, False
+        self.path, self.steps, self.done, self.is_written = run_dir / "trace.json", steps, 0, False
         self.profiler: torch.profiler.profile | None = None
 
-    def __call__(self, trainer: Trainer) -> None:
-        self.calls += 1
-        is_last = trainer.tick is not None and trainer.tick.is_last
-        if is_last or self.calls == self.WAIT + 1 + self.steps:
-            self.finish()
-        elif self.calls == self.WAIT + 1:
+    def on_step(self, trainer: Trainer) -> None:
+        self.done += 1
+        if trainer.is_finished or self.done == self.WAIT + self.steps:
+            self._finish()
+        elif self.done == self.WAIT:
             self.profiler = torch.profiler.profile(acc_events=True)  # of the one cycle; without it torch 2.11 warns
             self.profiler.start()
 
-    def finish(self) -> None:
+    def on_end(self, trainer: Trainer) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
         """Write the trace of the steps that there were, unless that is done."""
-        if self.is_done:
+        if self.is_written:
             return
-        self.is_done = True
+        self.is_written = True
         if self.profiler is None:
             print(
                 "Warning: run.profile_steps: training ended before the steps that are profiled",
@@ -352,8 +309,4 @@ class Profile:
             self.path.with_name(f"{self.path.name}.tmp").unlink(missing_ok=True)
             print(f"Warning: {self.path}: cannot be written; training goes on", file=sys.stderr, flush=True)
             return
-        print(f"Profile of {self.calls - self.WAIT - 1} steps: {self.path} (for chrome://tracing)", flush=True)
-
-
-def _kimg(trainer: Trainer) -> str:
-    return f"{trainer.state.nimg // 1000:06d}"
+        print(f"Profile of {self.done - self.WAIT} steps: {self.path} (for chrome://tracing)", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
 from training.loss import (
     LossConfig,
@@ -54,7 +55,6 @@ class AdamConfig:
 class Learner:
     """The parameters that training changes in one network, with their gradients and the optimizer that moves them.
 
-    `num_means` is how many numbers the batch means of a loss (LossTerms.means and the loss itself) may have in all.
     `clip_norm` bounds the norm of all gradients together; None does not.
     """
 
@@ -62,13 +62,12 @@ class Learner:
         self,
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        num_means: int = 8,
         clip_norm: float | None = None,
     ) -> None:
         self.parameters = parameters
         self.optimizer: Any = optimizer
         self.clip_norm = clip_norm
-        self.gradients = FlatGradients(parameters, num_means)
+        self.gradients = FlatGradients(parameters)
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -84,7 +83,7 @@ class Learner:
     def clip(self, norm: Tensor) -> None:
         """Scale the gradients, whose norm is `norm`, down to a norm of clip_norm if it is larger."""
         if self.clip_norm is not None:
-            self.gradients.gradients *= (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+            self.gradients.buffer *= (self.clip_norm / (norm + 1e-6)).clamp(max=1)
 
     def step(self, skip: Tensor) -> None:
         """Move the parameters by their gradients unless `skip`, a boolean scalar on the device, is true."""
@@ -92,11 +91,41 @@ class Learner:
         self.optimizer.step()
 
 
+class BatchMeans:
+    """The means of a loss over the batch, LossTerms.means and the loss itself, as one vector on the device.
+
+    Each micro-batch adds its share. The first one makes the vector; it is the same tensor from then on, so that a CUDA
+    graph can add to it.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, torch.Size] = {}
+        self.vector = torch.zeros(0)  # the means one after the other, and last the loss
+
+    def zero(self) -> None:
+        """Forget the means."""
+        self.vector.zero_()
+
+    def add(self, terms: LossTerms, share: float) -> None:
+        """Add the means of a micro-batch, which is this share of the batch of a process."""
+        means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)]) * share
+        if not len(self.vector):
+            self.shapes = {name: x.shape for name, x in terms.means.items()}
+            self.vector = torch.zeros_like(means)
+        self.vector += means
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Replace the means by their averages over all processes; return them by name. A collective call."""
+        *means, _ = distributed.average(self.vector).split([*(shape.numel() for shape in self.shapes.values()), 1])
+        return {name: mean.view(shape) for mean, (name, shape) in zip(means, self.shapes.items(), strict=True)}
+
+
 @dataclass
 class Phase:
     """Every `interval` steps: the gradient of `weight * loss` to a learner, then one optimizer step.
 
-    A regulariser's weight is how many steps of its network's main phase it stands for.
+    A regulariser's weight is how many steps of its network's main phase it stands for. `means` are those of the batch
+    at hand.
     """
 
     name: str
@@ -104,15 +133,14 @@ class Phase:
     loss: Loss
     interval: int = 1
     weight: int = 1
+    means: BatchMeans = field(default_factory=BatchMeans)
 
     def is_due(self, step: int) -> bool:
         """Whether the phase runs in this step, counted from 0."""
         return step % self.interval == 0
 
 
-def build_learner(
-    parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None, num_means: int = 8
-) -> Learner:
+def build_learner(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Learner:
     """Return a learner with Adam, slowed down by r = k/(k+1) where it also steps for a regulariser every k steps.
 
     lr r, beta1^r, beta2^r: Karras et al. 2020a, appendix B, "lazy regularization".
@@ -123,7 +151,7 @@ def build_learner(
     betas = (config.beta1**r, config.beta2**r)
     # Fused: one kernel for all parameters, and it can leave a step out without the host knowing.
     adam = torch.optim.Adam(parameters, lr=config.lr * r, betas=betas, eps=config.eps, fused=True)
-    return Learner(parameters, adam, num_means, config.clip_norm)
+    return Learner(parameters, adam, config.clip_norm)
 
 
 def _logistic(players: Players, config: LossConfig) -> tuple[Loss, Loss]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from training.ema import EMA
 from training.loss import Players
 from training.networks import execution
 from training.phases import Phase, build_learner, build_phases
+
+if TYPE_CHECKING:
+    from training.hooks import Hook
 
 MOST_SECONDS = 1e10  # that a run can have taken
 
@@ -49,21 +52,6 @@ class TrainState:
         self.nimg, self.step = map(int, counts)
         elapsed = state.get("elapsed")  # only shown, so whatever a clock has done to it is no reason to refuse
         self.elapsed = float(min(elapsed, MOST_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a micro-batch reports: the shapes of the batch means that it has added up, in order, and its statistics."""
-
-    shapes: dict[str, torch.Size]
-    moments: dict[str, Tensor]
-
-    def split(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names of the means and their values, which stand in this order in `flat`."""
-        start = 0
-        for name, shape in self.shapes.items():
-            yield name, flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
 
 
 class Failures:
@@ -141,18 +129,14 @@ def set_arithmetic(config: TrainConfig) -> None:
 
 
 class Trainer:
-    """Owns everything that changes during training; `train` runs it.
-
-    A hook is called before the first step and after every step; `trainer.tick` is then None, or what a tick reports.
-    """
+    """Owns everything that changes during training; `train` runs it, and calls the hooks at their times."""
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         self.batch_size, self.batch_gpu = _cut_batch(config)
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
-        self.hooks: Sequence[Callable[[Trainer], None]] = ()
-        self.tick: Tick | None = None
+        self.hooks: Sequence[Hook] = ()
         self.is_stopped = False  # by a hook, before the end
 
         seed_step(config.seed, "init", 0)
@@ -171,14 +155,14 @@ class Trainer:
             recompute=config.run.recompute,
             random_noise=True,
         )
-        self.graphs: GraphPool[Report] | None = GraphPool() if config.run.graphs else None
+        self.graphs: GraphPool[dict[str, Tensor]] | None = GraphPool() if config.run.graphs else None
 
         self.state = TrainState()
         self.stats = Stats(device)
         self.failures = Failures(device)
         self.last_snapshot: Path | None = None  # for messages
         self.stopwatch = Stopwatch(device)
-        # Batch means that losses return (LossTerms.means) -> the running state that they drive.
+        # Batch means that losses return (LossTerms.means) -> the running state that they move, once per phase.
         self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
@@ -202,9 +186,8 @@ class Trainer:
         frozen_layers = self.D.layers_from_image()[: config.freeze_layers]
         frozen = {id(p) for layer in frozen_layers for p in layer.parameters()}
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
-        room = self.G.w_dim + 8  # the mean w is the largest of the batch means
-        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval, room)
-        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval, room)
+        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval)
+        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval)
         players = Players(
             G=self.G,
             D=self.D,
@@ -219,14 +202,21 @@ class Trainer:
             players, config.loss, self.g_learner, self.d_learner, use_compiled=config.run.compile
         )
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all images have been seen."""
+        return self.state.nimg >= self.total_nimg
+
     def train(self) -> None:
         """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
+        for hook in self.hooks:
+            hook.on_start(self)
         data = self._batches()
         began = time.monotonic() - self.state.elapsed
         self._start_tick()
         if self.state.step == 0:
-            self._report(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
-        while self.state.nimg < self.total_nimg and not self.is_stopped:
+            self._call_hooks(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
+        while not (self.is_finished or self.is_stopped):
             with self.stopwatch.section("data"):
                 img, c = next(data)
             for phase in self.phases:
@@ -238,7 +228,9 @@ class Trainer:
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
             self.ada.update(self.state.step, self.batch_size)
-            self._report(self._finish_tick())
+            self._call_hooks(self._finish_tick())
+        for hook in reversed(self.hooks):
+            hook.on_end(self)
 
     def run_phase(self, phase: Phase, img: Tensor, c: Tensor) -> None:
         """One optimizer step from this process's share of the batch, in micro-batches of `batch_gpu` images.
@@ -252,17 +244,18 @@ class Trainer:
         with learner.learning(), execution.using(self.execution):
             accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
             learner.gradients.zero()
+            phase.means.zero()
             found = Stats(self.device)
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
-                report = accumulate(x, y)
-                found.add_moments(report.moments)
+                found.add_moments(accumulate(x, y))
 
-        norm, is_bad = learner.gradients.reduce()
+        norm, means = learner.gradients.reduce(), phase.means.reduce()
+        is_bad = ~(norm + phase.means.vector.sum()).isfinite()
         learner.clip(norm)
         learner.step(skip=is_bad)
-        for name, value in report.split(learner.gradients.means):
-            self.trackers[name](value, is_bad)
+        for name, mean in means.items():
+            self.trackers[name](mean, is_bad)
         found.add({f"Gradients/{phase.name}_norm": norm})
         self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
@@ -283,22 +276,18 @@ class Trainer:
                 self._accumulator(phase, x, y)(x, y)
             phase.learner.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
-    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Report]:
+    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
         accumulate = partial(self._accumulate, phase)
         return self.graphs.record(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
-    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Report:
-        """Add the gradient of a micro-batch, its loss and the batch means to the learner's gradients and means."""
+    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> dict[str, Tensor]:
+        """Add the gradient and the means of a micro-batch to those of its phase; return its statistics' moments."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
         (terms.loss * (phase.weight * share)).backward()
-        means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)])
-        phase.learner.gradients.means[: len(means)] += means * share
-        return Report(
-            shapes={name: x.shape for name, x in terms.means.items()},
-            moments={name: moments(x) for name, x in terms.stats.items()},
-        )
+        phase.means.add(terms, share)
+        return {name: moments(x) for name, x in terms.stats.items()}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of each batch: images in [-1, 1] and float labels, on the device."""
@@ -322,12 +311,15 @@ class Trainer:
                 img = img.contiguous(memory_format=torch.channels_last)
             yield img, encode_labels(labels, self.dataset.c_dim)
 
-    def _report(self, tick: Tick | None) -> None:
-        self.tick = tick
+    def _call_hooks(self, tick: Tick | None) -> None:
+        """Call every hook after a step, and at a tick, of which the first comes before any step."""
         began = time.monotonic()
         for hook in self.hooks:
-            hook(self)
-        if tick is not None:
+            if self.state.step > 0:
+                hook.on_step(self)
+            if tick:
+                hook.on_tick(self, tick)
+        if tick:
             self._start_tick(maintenance=time.monotonic() - began)
 
     def _start_tick(self, maintenance: float = 0.0) -> None:
@@ -338,10 +330,9 @@ class Trainer:
         """Return the tick that ends at this step, without its figures; None where none does."""
         number = self.state.nimg // self.tick_nimg
         previous = (self.state.nimg - self.batch_size) // self.tick_nimg
-        is_last = self.state.nimg >= self.total_nimg
-        if number == previous and not is_last:
+        if number == previous and not self.is_finished:
             return None
-        return Tick(number, previous, is_first=False, is_last=is_last, stats={}, values={})
+        return Tick(number, previous, is_first=False, is_last=self.is_finished, stats={}, values={})
 
     def _finish_tick(self) -> Tick | None:
         """Return the tick's figures when one has just ended."""

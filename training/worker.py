@@ -1,14 +1,13 @@
-"""Processes of a run: each builds, loads and trains; the first one prints and writes."""
+"""One process of a training run: build, load, train."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,20 +15,30 @@ import metrics.registry
 from dnnlib import streams
 from dnnlib.allocator import tune_allocator
 from dnnlib.config import UserError
-from dnnlib.download import cache_dir
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory, warn_on_write_error
-from metrics.detectors import DetectorSetup, read_detectors
-from metrics.feature_stats import with_network
-from metrics.registry import MetricResult, is_best
-from metrics.report import Progress
+from metrics.detectors import read_detectors
 from metrics.sampling import MetricContext
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import module_summary, name_user
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import hooks, rehearsal, restore, runs, trouble
-from training.config import RunConfig, TrainConfig, micro_batches
+from training import rehearsal, restore, runs
+from training.config import TrainConfig, micro_batches
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import ImageDataset
+from training.evaluation import Evaluation, build_context, metric_names
+from training.health import Diversity, HealthCheck
+from training.hooks import (
+    Folder,
+    Hook,
+    ImageGrids,
+    JsonLog,
+    Log,
+    Overfitting,
+    Profile,
+    Progress,
+    Requests,
+    Snapshots,
+)
 from training.loggers import Loggers, choose_loggers
 from training.resume import Start
 from training.saving import Saver
@@ -37,7 +46,7 @@ from training.training_loop import Trainer, set_arithmetic
 
 
 def train(start: Start) -> None:
-    """Train in this process, one of those of the run. Raises SystemExit if a signal stopped it."""
+    """Train in this process, together with the others. Raises SystemExit if a signal stopped the training."""
     streams.protect(needs_stdout=False)  # the run's folder has all that is printed
     name_user()
     tune_allocator()
@@ -64,7 +73,7 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         origin = restore.load(trainer, start)
-        config = trainer.config
+        config = trainer.config  # with the origin of the weights
         trainer.synchronise()
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
@@ -82,13 +91,10 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
-            trainer.hooks = [*build_hooks(trainer, run_dir, saver, context, loggers), hooks.Requests(saver, signals)]
-            if start.run_dir:
-                _catch_up(trainer)
+            is_resumed = start.run_dir is not None
+            trainer.hooks = build_hooks(trainer, saver, context, loggers, signals, is_resumed=is_resumed)
             trainer.train()
-            _finish_profile(trainer)
-            distributed.from_main(saver.finish)
-            _say(f"Stopped; --resume=latest goes on: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            _say(f"Stopped; --resume=latest continues it: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
     return trainer.is_stopped
 
 
@@ -110,7 +116,7 @@ def _memory_errors(config: TrainConfig) -> Iterator[None]:
 
 
 def _too_large(config: TrainConfig, error: BaseException) -> str:
-    """What to do when memory is not enough."""
+    """Say what to do when memory is not enough."""
     batch_gpu = config.run.batch_gpu
     assert isinstance(batch_gpu, int)
     sizes = [size for size in micro_batches(config) if size < batch_gpu]
@@ -128,37 +134,22 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
     )
 
 
-def build_hooks(trainer: Trainer, run_dir: Path, saver: Saver, context: MetricContext, loggers: Loggers) -> list[Any]:
-    """Return what happens beside training, in the order in which it happens."""
-    run, data = trainer.config.run, trainer.config.data
-    chain: list[Any] = [hooks.Folder(saver)]
-    chain += [hooks.Overfitting(ImageDataset(data, held_out=True))] if data.holdout else []
-    chain += [trouble.Diversity(), hooks.Progress(), trouble.Trouble(), hooks.JsonLog(run_dir)]
-    chain += [hooks.Log(loggers), hooks.ImageGrids(run_dir, run.snapshot_ticks, loggers)]
-    chain.append(hooks.Snapshots(saver, run.snapshot_ticks))
+def build_hooks(
+    trainer: Trainer, saver: Saver, context: MetricContext, loggers: Loggers, signals: Signals, *, is_resumed: bool
+) -> list[Hook]:
+    """Return the actions beside training, in the order in which they happen."""
+    run, data, run_dir = trainer.config.run, trainer.config.data, saver.run_dir
+    chain: list[Hook] = [Folder(saver)]
+    if data.holdout:
+        chain.append(Overfitting(ImageDataset(data, held_out=True)))
+    chain += [Diversity(), Progress(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
+    chain += [ImageGrids(run_dir, run.snapshot_ticks, loggers), Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
-        chain.append(hooks.Profile(run_dir, run.profile_steps))
-    names = metric_names(run, context.setup)
-    schedule = [(run.metrics_every or run.snapshot_ticks, names), (1, run.tick_metrics)]
-    if names or run.tick_metrics:
-        main_metric = (*names, *run.tick_metrics)[0]
-        evaluate = _evaluator(trainer, saver, context, main_metric)
-        chain.append(hooks.Metrics(saver, schedule, run.snapshot_ticks, evaluate, loggers))
+        chain.append(Profile(run_dir, run.profile_steps))
+    if metric_names(run, context.setup) or run.tick_metrics:
+        chain.append(Evaluation(saver, context, loggers, is_resumed=is_resumed))
+    chain.append(Requests(saver, signals))
     return chain
-
-
-def _catch_up(trainer: Trainer) -> None:
-    """Compute the metrics that a run which was killed still owes of the step where it goes on."""
-    for hook in trainer.hooks:
-        if isinstance(hook, hooks.Metrics):
-            hook.catch_up(trainer)
-
-
-def _finish_profile(trainer: Trainer) -> None:
-    """Write the trace of a run that was stopped while it was recorded."""
-    for hook in trainer.hooks:
-        if isinstance(hook, hooks.Profile):
-            hook.finish()
 
 
 def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:
@@ -171,66 +162,8 @@ def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:
     return Loggers(names, run_dir, config, nimg)
 
 
-def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
-    """Return the metrics of --metrics, or those that are computed without it."""
-    return metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
-
-
-def build_context(trainer: Trainer) -> MetricContext:
-    """Return what metrics see of a run: all reals, as published, even if it trains on fewer."""
-    data = trainer.config.data
-    whole = replace(data, max_images=None, holdout=0)
-    dataset = trainer.dataset if whole == data else ImageDataset(whole)
-    return MetricContext(
-        G=trainer.ema.module,
-        images=dataset.with_mirror(False),
-        mirrored=dataset if data.mirror else None,
-        device=trainer.device,
-        batch_size=trainer.batch_gpu,
-        setup=read_detectors(trainer.config.run.detectors),
-        cache=cache_dir() / "statistics",
-        progress=Progress(),
-    )
-
-
-def _evaluator(trainer: Trainer, saver: Saver, context: MetricContext, main_metric: str) -> hooks.Evaluate:
-    """Return the callable that computes metrics of a generator, prints them and appends them to the run."""
-    higher_is_better = metrics.registry.find(main_metric, context.setup)[0].higher_is_better
-
-    def evaluate(
-        names: Sequence[str], G_ema: Any, snapshot: Path | None, kimg: float, keep: hooks.Keep
-    ) -> dict[str, float]:
-        nonlocal context  # whose detectors and statistics of the reals serve all ticks
-        context = with_network(context, G_ema)
-        values: dict[str, float] = {}
-        for result in metrics.registry.compute_all(names, context):
-            values |= result.results
-            if distributed.is_main():
-                written = saver.settled(snapshot)
-                record = metrics.registry.result_to_json(
-                    result, context, snapshot=written, kimg=kimg, data=trainer.config.data.path
-                )
-                with warn_on_write_error():
-                    if result.metric == main_metric and is_best(
-                        record, saver.run_dir, higher_is_better=higher_is_better
-                    ):
-                        keep(main_metric)
-                    metrics.registry.append_result(saver.run_dir, record)
-                _say(_describe_result(result, kimg))
-        return values
-
-    return evaluate
-
-
-def _describe_result(result: MetricResult, kimg: float) -> str:
-    values = "  ".join(f"{key} {value:.3f}" for key, value in result.results.items())
-    counts = f"{result.num_real} real, {result.num_fake} fake"
-    warnings = "".join(f"\nWarning: {result.metric}: {warning}" for warning in result.warnings)
-    return f"kimg {kimg:g}: {values}  ({result.seconds:.0f}s, {counts}){warnings}"
-
-
 def _describe(trainer: Trainer) -> str:
-    """The data and the networks, for the log."""
+    """Return a summary of the data and the networks, for the log."""
     data, G = trainer.dataset, trainer.G
     C, H, W = data.img_shape
     lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
@@ -243,7 +176,7 @@ def _describe(trainer: Trainer) -> str:
 
 
 def _notes(config: TrainConfig) -> list[str]:
-    """Lines for the log: a slow decoder, and where a run departs from a paper's protocol."""
+    """Return lines for the log: a slow decoder, and where a run departs from a paper's protocol."""
     group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
     notes = [SLOW_DECODER] if SLOW_DECODER else []
     if isinstance(batch_gpu, int) and batch_gpu < group:

@@ -1,6 +1,6 @@
 """Warnings about a training that goes wrong, from the figures of each tick; docs/troubleshooting.md says more of each.
 
-`Diversity` adds one figure to a tick, `Trouble` tests the conditions of CONDITIONS in all of them.
+`Diversity` adds one figure to a tick, `HealthCheck` tests the conditions of CONDITIONS in all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torch_utils import distributed
 from training.dataset import encode_labels
-from training.training_loop import Trainer
+from training.hooks import Hook
+from training.training_loop import Tick, Trainer
 
 
 class Figures(dict[str, float]):
@@ -85,17 +86,17 @@ CONDITIONS = (
 )
 
 
-class Trouble:
+class HealthCheck(Hook):
     """Prints a condition's message when it has begun to hold; once, until it has not held in between."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions
         self.ticks = dict.fromkeys((condition.name for condition in conditions), 0)  # in a row that each has held
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None or trainer.tick.is_first or not distributed.is_main():
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if tick.is_first or not distributed.is_main():
             return
-        for condition in self.begun(_figures(trainer)):
+        for condition in self.begun(_figures(trainer, tick)):
             print(f'Warning: {condition.message} (docs/troubleshooting.md, "{condition.name}")', flush=True)
 
     def begun(self, figures: Figures) -> list[Condition]:
@@ -105,16 +106,15 @@ class Trouble:
         return [condition for condition in self.conditions if self.ticks[condition.name] == condition.patience]
 
 
-def _figures(trainer: Trainer) -> Figures:
-    assert trainer.tick is not None
-    figures = Figures(trainer.tick.values)
-    for name, stat in trainer.tick.stats.items():
+def _figures(trainer: Trainer, tick: Tick) -> Figures:
+    figures = Figures(tick.values)
+    for name, stat in tick.stats.items():
         figures[name], figures[f"{name} std"] = stat.mean, stat.std
     figures["ADA/is_saturated"] = float(trainer.ada.is_saturated(figures["Progress/augment"]))
     return figures
 
 
-class Diversity:
+class Diversity(Hook):
     """Images/diversity: how much generated images differ from each other, as a share of how much the reals do.
 
         mean_chw sqrt(Var_b G(z_b, c)) / mean_chw sqrt(Var_b x_b)
@@ -128,15 +128,15 @@ class Diversity:
     def __init__(self) -> None:
         self.spread_of_reals: float | None = None
 
-    def __call__(self, trainer: Trainer) -> None:
-        if trainer.tick is None or not distributed.is_main():
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        if not distributed.is_main():
             return
         if self.spread_of_reals is None:
             indices = torch.arange(self.NUM_IMAGES) * len(trainer.dataset) // self.NUM_IMAGES
             self.spread_of_reals = spread(trainer.dataset.images(indices).float() / 127.5 - 1)
         fakes = spread(self._generate(trainer))
         if self.spread_of_reals > 0 and math.isfinite(fakes):
-            trainer.tick.values["Images/diversity"] = fakes / self.spread_of_reals
+            tick.values["Images/diversity"] = fakes / self.spread_of_reals
 
     @torch.no_grad()
     def _generate(self, trainer: Trainer) -> Tensor:

@@ -12,10 +12,9 @@ from click.testing import CliRunner
 from conftest import SMALL, small_config
 
 import train
-from training import trouble
 from training.dataset import ImageDataset
+from training.health import CONDITIONS, Diversity, Figures, HealthCheck, spread
 from training.training_loop import Tick, Trainer
-from training.trouble import CONDITIONS, Figures, Trouble
 
 ROOT = Path(__file__).parent.parent
 # Of a run that goes well, and what the figures become when it does not.
@@ -38,14 +37,14 @@ TROUBLES: list[tuple[str, dict[str, float]]] = [
 ]
 
 
-def names(watch: Trouble, figures: dict[str, float]) -> list[str]:
+def names(watch: HealthCheck, figures: dict[str, float]) -> list[str]:
     return [condition.name for condition in watch.begun(Figures(figures))]
 
 
 @pytest.mark.parametrize(("name", "change"), TROUBLES)
 def test_each_condition_is_told_once_until_it_has_cleared(name: str, change: dict[str, float]) -> None:
     (patience,) = (condition.patience for condition in CONDITIONS if condition.name == name)
-    watch, bad = Trouble(), HEALTHY | change
+    watch, bad = HealthCheck(), HEALTHY | change
     told = [names(watch, figures) for figures in [HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 4]]
     expected: list[list[str]] = [[]] * 12
     for begins in (1, 8):
@@ -62,14 +61,14 @@ def test_every_condition_has_ticks_above_and_a_section_in_the_documentation() ->
 
 @pytest.mark.parametrize("left_out", HEALTHY)
 def test_figures_that_a_loss_does_not_report_are_no_trouble(left_out: str) -> None:
-    watch = Trouble()
+    watch = HealthCheck()
     partial = {name: value for name, value in HEALTHY.items() if name != left_out}
     assert [names(watch, partial) for _ in range(5)] == [[]] * 5
 
 
 def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> None:
     """What wgangp-eps and relativistic report: signs of differences, and none of generated images."""
-    watch = Trouble()
+    watch = HealthCheck()
     scores = {"Loss/scores/real": 30.0, "Loss/scores/fake": -20.0, "Loss/D/loss": -45.0, "Loss/signs/real": 1.0}
     figures = {name: value for name, value in (HEALTHY | scores).items() if name != "Loss/signs/fake"}
     assert [names(watch, figures) for _ in range(5)] == [[]] * 5
@@ -79,8 +78,8 @@ def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> No
 def test_adas_bound_is_read_from_the_controller(shapes_zip: Path, capsys: pytest.CaptureFixture[str], p: float) -> None:
     config = small_config(shapes_zip, augment__max_p=0.5)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
-    trainer.tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": p})
-    Trouble()(trainer)
+    tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": p})
+    HealthCheck().on_tick(trainer, tick)
     assert ("ADA's p is at its upper bound" in capsys.readouterr().out) == (p == 0.5)
 
 
@@ -92,8 +91,8 @@ def test_diversity_is_the_spread_of_fakes_over_that_of_reals(shapes_zip: Path) -
 
     def look(G: Any) -> float:
         tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={})
-        at: Any = SimpleNamespace(tick=tick, dataset=data, G=G, device=torch.device("cpu"), batch_gpu=16)
-        trouble.Diversity()(at)
+        at: Any = SimpleNamespace(dataset=data, G=G, device=torch.device("cpu"), batch_gpu=16)
+        Diversity().on_tick(at, tick)
         return tick.values["Images/diversity"]
 
     class Repeats:
@@ -109,9 +108,7 @@ def test_diversity_is_the_spread_of_fakes_over_that_of_reals(shapes_zip: Path) -
 
     assert [look(Repeats(scale)) for scale in (1.0, 0.25, 0.0)] == pytest.approx([1.0, 0.25, 0.0], abs=1e-6)
     assert asked == [(16, "const")] * 6
-    assert look(Repeats(1e6)) == pytest.approx(
-        reals.sign().double().std(dim=0, correction=0).mean() / trouble.spread(reals)
-    )
+    assert look(Repeats(1e6)) == pytest.approx(reals.sign().double().std(dim=0, correction=0).mean() / spread(reals))
 
 
 SHORT = [*SMALL, "--metrics=none", "--device=cpu", "--tick=0.032", "--snap=99", "--kimg=0.256"]

@@ -1,0 +1,116 @@
+"""Metrics while training: the hook that computes and logs them, and keeps the best network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import metrics.registry
+from dnnlib.download import cache_dir
+from dnnlib.util import warn_on_write_error
+from metrics.detectors import DetectorSetup, read_detectors
+from metrics.feature_stats import with_network
+from metrics.registry import MetricResult, is_best
+from metrics.report import Progress
+from metrics.sampling import MetricContext
+from torch_utils import distributed
+from training.config import RunConfig
+from training.dataset import ImageDataset
+from training.hooks import Hook
+from training.loggers import Loggers
+from training.runs import read_ages
+from training.saving import Saver
+from training.training_loop import Tick, Trainer
+
+
+class Evaluation(Hook):
+    """Evaluates the averaged generator, and keeps the best one so far by the first metric (Saver.keep_best).
+
+    With `is_resumed`, metrics that are due where a run is resumed and are not logged are computed first: it was killed
+    while they were computed.
+    """
+
+    def __init__(self, saver: Saver, context: MetricContext, loggers: Loggers, *, is_resumed: bool = False) -> None:
+        self.saver, self.context, self.loggers, self.is_resumed = saver, context, loggers, is_resumed
+        names, tick_metrics = metric_names(saver.run, context.setup), saver.run.tick_metrics
+        # every how many ticks which metrics are due
+        self.schedule = [(saver.run.metrics_every or saver.run.snapshot_ticks, names), (1, tick_metrics)]
+        self.main_metric = (*names, *tick_metrics)[0]
+        self.higher_is_better = metrics.registry.find(self.main_metric, context.setup)[0].higher_is_better
+
+    def on_start(self, trainer: Trainer) -> None:
+        tick = trainer.tick_here() if self.is_resumed else None
+        if tick:
+            self._evaluate(trainer, tick, distributed.from_main(lambda: self._missing(trainer, tick)))
+
+    def on_tick(self, trainer: Trainer, tick: Tick) -> None:
+        self._evaluate(trainer, tick, self._due(tick))
+
+    def _due(self, tick: Tick) -> list[str]:
+        return [name for every, names in self.schedule if tick.reached(every) for name in names]
+
+    def _missing(self, trainer: Trainer, tick: Tick) -> list[str]:
+        """Return the metrics that are due and have no line in the run's folder."""
+        folder, kimg = self.saver.run_dir, trainer.state.nimg / 1000
+        return [name for name in self._due(tick) if kimg not in read_ages(folder / f"metric-{name}.jsonl")]
+
+    def _evaluate(self, trainer: Trainer, tick: Tick, names: Sequence[str]) -> None:
+        if not names:
+            return
+        if self.saver.run.keep_best:
+            trainer.check_replicas()
+        snapshot = self.saver.run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
+        is_written = tick.reached(self.saver.run.snapshot_ticks)
+        self.context = with_network(self.context, trainer.ema.module)  # keeps detectors and statistics of the reals
+        values: dict[str, float] = {}
+        for result in metrics.registry.compute_all(names, self.context):
+            values |= result.results
+            if distributed.is_main():
+                self._record(trainer, result, snapshot if is_written else None)
+        self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
+
+    def _record(self, trainer: Trainer, result: MetricResult, snapshot: Path | None) -> None:
+        """Print a result and append it to its log. The best network is kept first: no interruption loses it."""
+        folder, kimg, data = self.saver.run_dir, trainer.state.nimg / 1000, trainer.config.data.path
+        written = self.saver.settled(snapshot)
+        record = metrics.registry.result_to_json(result, self.context, snapshot=written, kimg=kimg, data=data)
+        with warn_on_write_error():
+            if result.metric == self.main_metric and is_best(record, folder, higher_is_better=self.higher_is_better):
+                self._keep(trainer)
+            metrics.registry.append_result(folder, record)
+        print(_describe(result, kimg), flush=True)
+
+    def _keep(self, trainer: Trainer) -> None:
+        with warn_on_write_error():
+            self.saver.keep_best(trainer, self.main_metric)
+            print(f"Best {self.main_metric} so far, kept as network-best-{self.main_metric}.pkl", flush=True)
+
+
+def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
+    """Return the metrics of --metrics, or those that are computed without it."""
+    return metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
+
+
+def build_context(trainer: Trainer) -> MetricContext:
+    """Return what metrics see of a run: all reals, as published, even if it trains on fewer."""
+    data = trainer.config.data
+    whole = replace(data, max_images=None, holdout=0)
+    dataset = trainer.dataset if whole == data else ImageDataset(whole)
+    return MetricContext(
+        G=trainer.ema.module,
+        images=dataset.with_mirror(False),
+        mirrored=dataset if data.mirror else None,
+        device=trainer.device,
+        batch_size=trainer.batch_gpu,
+        setup=read_detectors(trainer.config.run.detectors),
+        cache=cache_dir() / "statistics",
+        progress=Progress(),
+    )
+
+
+def _describe(result: MetricResult, kimg: float) -> str:
+    values = "  ".join(f"{key} {value:.3f}" for key, value in result.results.items())
+    counts = f"{result.num_real} real, {result.num_fake} fake"
+    warnings = "".join(f"\nWarning: {result.metric}: {warning}" for warning in result.warnings)
+    return f"kimg {kimg:g}: {values}  ({result.seconds:.0f}s, {counts}){warnings}"
