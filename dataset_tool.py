@@ -236,7 +236,7 @@ def command_again(*added: str) -> str:
     context = click.get_current_context()
     typed = []
     for parameter in context.command.params:
-        value = context.params[parameter.name or ""]
+        value = context.params.get(parameter.name or "")
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
             is_bare = value is True or value == getattr(parameter, "flag_value", None)

@@ -486,7 +486,7 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
         ),
     }
     table = [(name, flag) for name, (command, _) in scripts.items() for flag in every_option(command)]
-    assert len(table) > 100
+    assert len(table) > 80
     before = {path: path.read_bytes() for path in (few, network)}
     for command, arguments in scripts.values():
         assert run(command, *arguments) == 0

@@ -199,7 +199,7 @@ def test_without_the_package_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.delitem(sys.modules, "training.snapshots.hub")
-    monkeypatch.delattr(training, "hub")
+    monkeypatch.delattr(training.snapshots, "hub")
     result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
     assert (result.exit_code, "pip install '.[hub]'" in result.output) == (2, True), result.output
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def refusal(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False)
 def follow(config: TrainConfig, options: str, size: tuple[int, int], **typed: object) -> None:
     """Resolve as with more options of the generator: what was said to help must."""
     values = {f"generator.{name}": value for name, value in typed.items()}
-    for name, value in re.findall(r"--([\w-]+)=(\S+)", options):
+    for name, value in re.findall(r"--(?:set generator\.)?([\w-]+)=(\S+)", options):
         if name == "cfg":
             config = PRESETS[value]
         elif name == "gen":
@@ -234,7 +234,7 @@ def test_a_set_of_the_tool_is_told_to_be_rebuilt(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     options = ["--source=shapes", f"--dest={path}", "--max-images=3", "--resolution=64x64", "--workers=1"]
     assert CliRunner().invoke(dataset_tool.main, options).exit_code == 0
-    for resume in ([], [f"--resume={tmp_path}"], ["--resume=latest"]):
+    for resume in ([], ["--resume=latest"]):
         assert refused(f"--data={path}", "--cfg=tiny", *resume) == (
             f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the set with --width=32 "
             "--height=32, or give --cfg=auto"

@@ -928,7 +928,11 @@ def test_changing_between_families_keeps_what_they_share() -> None:
         ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per resolution"),
         ({"layers": (1, 1, -1)}, "layers", "each must be at least 0"),
-        ({"w_dim": 6}, "w_dim", "without a mapping network w is z, of z_dim=5 numbers: give --z-dim and --w-dim"),
+        (
+            {"w_dim": 6},
+            "w_dim",
+            "without a mapping network w is z, of z_dim=5 numbers: give --z-dim and generator.w_dim",
+        ),
         ({"window": 3}, "window", "does not divide the grid 4x8; what does: 4, 2"),
         ({"attention": "nystrom"}, "landmarks", "does not divide the 32 tokens of the grid 4x8"),
         ({"attention": "dense"}, "attention", "one of full, grid, axis, nystrom"),
