@@ -9,21 +9,20 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import Script, with_options
-from generate import MIX_OPTIONS, mix_command, mixed_styles
+from dnnlib.cli import Script, call, with_options
+from exploration.commands.mix import MIX_OPTIONS, mixed_styles
 
 
 @click.command(cls=Script)
 @with_options(MIX_OPTIONS)
 @mixed_styles("0-6")
-@click.pass_context
-def main(context: click.Context, **options: Any) -> None:
+def main(**options: Any) -> None:
     """Mix the styles of two images, as `generate.py mix` does: ROW-COL.png for each pair, and grid.png.
 
     \b
     python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT
     """
-    context.invoke(mix_command, **options)
+    call("exploration.mixing:make_mixtures", **options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -108,6 +109,12 @@ def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
         return function
 
     return attach
+
+
+def call(function: str, **options: Any) -> Any:
+    """Call e.g. `exploration.play:play` and import its module now: with torch, which a command's help does without."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(**options)
 
 
 def settings_option() -> Decorator:

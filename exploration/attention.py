@@ -13,15 +13,22 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from dnnlib.config import UserError
-from exploration.model import Model
-from exploration.sheets import enlarged, marked, overlay, sheet
+from exploration.model import Model, check_seeds, gather_styles, save_arrays
+from exploration.opening import is_mapping, open_model
+from exploration.output import counted, make_outdir, save_pixels
+from exploration.sheets import enlarged, marked, overlay, sheet, to_rgb
+from torch_utils.images import to_uint8
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling
@@ -271,3 +278,37 @@ def draw_heads(picture: np.ndarray, found: AttentionMaps, block: str) -> np.ndar
         for query, (x, y) in enumerate(found.pixels)
     ]
     return sheet(rows, [block, *(f"head {head}" for head in range(len(found.maps[block])))])
+
+
+def draw_attention(
+    *,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    queries: tuple[str, ...],
+    heads: bool,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Run `generate.py attention`."""
+    model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
+    check_seeds("--seeds", seeds)
+    names, ws = gather_styles(model, seeds, projected_w)
+    choose_pixels(queries, record(model, ws[:1])[0], 0, model.G.img_shape[1:])  # refuses before anything is written
+    make_outdir(outdir)
+    found_maps = (found for part in ws.split(model.batch) for found in maps_of(model, part, queries))
+    for name, (picture, found) in zip(tqdm(names, unit="img"), found_maps, strict=True):
+        save_arrays(outdir / f"{name}-attention.npz", found.arrays())
+        save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
+        for block in found.maps if heads else ():
+            save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
+    click.echo(
+        f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files"
+    )
+
+
+def maps_of(model: Model, ws: Tensor, queries: tuple[str, ...]) -> Iterator[tuple[np.ndarray, AttentionMaps]]:
+    """Yield the image (H, W, 3) of each of some styles, made together, and its maps. Raises UserError."""
+    records, img = record(model, ws)
+    for image, picture in enumerate(to_uint8(img).permute(0, 2, 3, 1).cpu().numpy()):
+        pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
+        yield to_rgb(picture), attention_maps(records, image, pixels, model.G.img_shape[1:])

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.util import import_extra
-from exploration.model import MAPPED_AT_ONCE, Model, read_arrays, save_arrays, written_whole
+from exploration.mixing import choose_styles, spell
+from exploration.model import (
+    MAPPED_AT_ONCE,
+    Model,
+    check_seeds,
+    gather_styles,
+    read_arrays,
+    save_arrays,
+    written_whole,
+)
+from exploration.opening import open_model
+from exploration.output import counted, make_outdir, save_pixels
+from exploration.sheets import sheet, tiles_of
 from training.networks.layers import FullyConnected
 from training.snapshots.exchange import read_tensors
 
@@ -213,3 +227,89 @@ def _safetensors(path: Path) -> Any:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: directions are kept in .npz or .safetensors files")
     return import_extra("safetensors.torch", "safetensors")
+
+
+def check_strength(strength: float | None, direction: str | None) -> None:
+    """Raise UserError for a --strength without a --direction."""
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+
+
+def edited(styles: Iterator[Tensor], direction: str | None, strength: float | None, model: Model) -> Iterator[Tensor]:
+    """Move styles (n, num_ws, w_dim) as --direction and --strength say. Raises UserError at once."""
+    if direction is None:
+        return styles
+    found, index = read_direction(direction, model.G)
+    return (found.edit(ws, index, 1.0 if strength is None else strength) for ws in styles)
+
+
+def draw_directions(
+    *,
+    method: str,
+    styles: str,
+    components: int | None,
+    samples: int,
+    positive: tuple[int, ...] | None,
+    negative: tuple[int, ...] | None,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    strength: float,
+    steps: int,
+    save: Path | None,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Run `generate.py directions`."""
+    save = save or outdir / "directions.npz"
+    check_ending(save)
+    check_groups(method, components, positive, negative)
+    model = open_model(**options)
+    for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
+        check_seeds(flag, given)
+    names, ws = gather_styles(model, seeds, projected_w)
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    if positive and negative:
+        has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
+        found = between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
+    else:
+        found = find_directions(model, method, chosen, components, samples)
+    make_outdir(outdir)
+    save_directions(save, found)
+    strengths = torch.arange(1 - steps, steps, 2) * (strength / (steps - 1))
+    for index in tqdm(range(len(found.directions)), unit="direction"):
+        moved = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
+        rows = [tiles_of(images) for images in model.images(moved).split(steps)]
+        save_pixels(sheet(rows, [signed(value) for value in strengths.tolist()]), outdir / f"direction{index:02d}.png")
+    click.echo(
+        f"{counted(len(found.directions), 'direction')} for styles {spell(chosen)} in {save}; edits of "
+        f"{counted(len(names), 'image')} along each in {outdir}"
+    )
+
+
+def check_groups(
+    method: str, components: int | None, positive: tuple[int, ...] | None, negative: tuple[int, ...] | None
+) -> None:
+    """Raise UserError for options of `directions` that the method does not have, or lacks."""
+    by_groups = method in ("mean", "linear")
+    if by_groups and not (positive and negative):
+        raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
+    if not by_groups and (positive or negative):
+        raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
+    if by_groups and components is not None:
+        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+
+
+def find_directions(
+    model: Model, method: str, styles: tuple[int, ...], components: int | None, samples: int
+) -> Directions:
+    """Find directions without examples, by the method sefa or pca. Raises UserError for more than there are."""
+    most = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
+    if components is not None and components > most:
+        raise UserError(f"--components={components}: --method={method} finds {most} here")
+    count, drawn = components or min(5, most), sampled_w(model, samples)
+    return factorise(model, styles, count, drawn) if method == "sefa" else principal(drawn, styles, count)
+
+
+def signed(number: float) -> str:
+    """A caption: +1.5, -3, 0."""
+    return f"{number:+.4g}" if number else "0"

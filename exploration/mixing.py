@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
+import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
+from exploration.model import check_seeds, gather_styles
+from exploration.opening import open_model
+from exploration.output import counted, make_outdir, save_batches, save_pixels
 from exploration.sheets import sheet, tiles_of
 
 
@@ -60,3 +67,31 @@ def mixing_sheet(rows: Tensor, cols: Tensor, mixed: Tensor) -> np.ndarray:
     lines = [[left, *tiles_of(mixtures)] for left, mixtures in zip(tiles_of(rows), mixed, strict=True)]
     corner = np.full_like(lines[0][0], 255)
     return sheet([[corner, *tiles_of(cols)], *lines], has_frame=True)
+
+
+def make_mixtures(
+    *,
+    rows: tuple[int, ...] | None,
+    projected_w: Path | None,
+    cols: tuple[int, ...],
+    styles: str,
+    outdir: Path,
+    **options: Any,
+) -> None:
+    """Run `generate.py mix`."""
+    model = open_model(**options)
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    check_seeds("--rows", rows)
+    check_seeds("--cols", cols)
+    row_names, row_ws = gather_styles(model, rows, projected_w, flag="--rows", name="{}")
+    col_ws = model.styles_of(cols)
+    make_outdir(outdir)
+    mixed = mix(row_ws, col_ws, chosen)  # (R, C, num_ws, w_dim)
+    names = [f"{row}-{col}" for row in row_names for col in cols]
+    made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
+    left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
+    save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
+    click.echo(
+        f"{counted(len(names), 'mixture')} in {outdir}, with styles {spell(chosen)} of the columns; "
+        "all of them in grid.png"
+    )

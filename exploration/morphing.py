@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dnnlib.config import UserError
-from exploration.directions import Directions
-from exploration.model import Model, seed_latents
-from exploration.sheets import to_rgb
+from exploration.directions import Directions, check_strength, read_direction
+from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
+from exploration.opening import is_mapping, open_model
+from exploration.output import counted, make_outdir
+from exploration.sheets import enlargement, to_rgb
+from exploration.video import MIN_FRAME, check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
 Interpolation = Literal["w", "z", "spline"]
@@ -130,3 +136,81 @@ def film(model: Model, way: StylesAt, timing: Timing, grid: tuple[int, int], sca
         images = model.images(way(times).flatten(0, 1)).unflatten(0, (len(times), rows, columns))
         pictures = images.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).numpy()  # (T, rows H, columns W, C)
         yield from to_rgb(pictures).repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def make_video(
+    *,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    output: Path,
+    interpolation: Interpolation,
+    grid: tuple[int, int],
+    frames: int,
+    fps: float,
+    loop: bool,
+    classes: tuple[int, ...] | None,
+    trunc_to: float | None,
+    direction: str | None,
+    strength: float | None,
+    scale: int | None,
+    **options: Any,
+) -> None:
+    """Run `generate.py video`."""
+    check_encoder(output, fps)
+    check_strength(strength, direction)
+    if projected_w is not None:
+        check_saved_keyframes(projected_w, interpolation, trunc_to, classes)
+    if classes and (options["class_index"], options["label"]) != (None, None):
+        raise UserError("--classes: goes with neither --class nor --label")
+    if classes:
+        options |= {"class_index": classes[0], "class_flag": "--classes"}
+    model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
+    check_seeds("--seeds", seeds)
+    psi = model.truncation_psi if trunc_to is None else 1.0
+    cells = grid[0] * grid[1]
+    if projected_w is None and seeds is not None:
+        way, timing = _between_seeds(model, seeds, classes, psi, cells, interpolation, steps=frames, loop=loop)
+    else:
+        names, ws = gather_styles(model, seeds, projected_w)
+        timing = Timing(num_keys=keys_per_cell(len(names), cells, None), steps=frames, loop=loop)
+        way = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
+    if trunc_to is not None:
+        way = sweep_truncation(way, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
+    if direction is not None:
+        found, index = read_direction(direction, model.G)
+        way = sweep_direction(way, found, index, 3.0 if strength is None else strength, timing)
+    scale = scale or enlargement(model.G.img_shape[1:], MIN_FRAME)
+    make_outdir(output.parent, flag=f"--output={output}")
+    with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
+        for frame in film(model, way, timing, grid, scale):
+            add(frame)
+            progress.update()
+    click.echo(f"{counted(timing.num_frames, 'frame')} in {output}, {timing.num_frames / fps:.1f} s")
+
+
+def _between_seeds(
+    model: Model,
+    seeds: tuple[int, ...],
+    classes: tuple[int, ...] | None,
+    psi: float,
+    cells: int,
+    interpolation: Interpolation,
+    *,
+    steps: int,
+    loop: bool,
+) -> tuple[StylesAt, Timing]:
+    """Return the way through seeds, whose keyframes have the model's label or `classes`, and its timing."""
+    timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=steps, loop=loop)
+    labels = [label_of(model.G.c_dim, index, "--classes") for index in classes or ()]
+    c = torch.cat(labels or [model.c] * timing.num_keys).to(model.device)  # (keys, c_dim)
+    return through_seeds(model, seeds, c, interpolation, timing, cells, psi), timing
+
+
+def check_saved_keyframes(
+    projected_w: Path, interpolation: Interpolation, trunc_to: float | None, classes: tuple[int, ...] | None
+) -> None:
+    """Raise UserError for options of `video` that are for seeds alone."""
+    if interpolation == "z" or trunc_to is not None or classes:
+        raise UserError(
+            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
+        )

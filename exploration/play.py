@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import click
 import numpy as np
 import torch
 from PIL import Image
@@ -29,6 +31,7 @@ from dnnlib.util import describe_error
 from exploration.attention import BlockRecord, has_attention, record, tokens_of
 from exploration.mixing import choose_styles, mix, spell
 from exploration.model import Model, label_of, seed_latents
+from exploration.opening import build_model, choose_label, open_network
 from exploration.sheets import enlarged, marked, overlay, to_rgb
 
 HOST = "127.0.0.1"
@@ -283,3 +286,16 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
         return Server((HOST, port), Handler)
     except OSError as error:
         raise UserError(f"--port={port}: cannot be used ({error.strerror}); choose another one") from None
+
+
+def play(
+    *, network: Path | str, label: tuple[float, ...] | None, batch: int, precision: str, device: str | None, port: int
+) -> None:
+    """Run `generate.py play`."""
+    snapshot, where = open_network(network, device)
+    has_classes = label is None and snapshot.label_kind() != "vectors"  # and questions name theirs
+    c = choose_label(snapshot, None, label, is_needed=not has_classes)
+    model = build_model(snapshot, where, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)
+    with open_server(Player(model, has_classes=has_classes), port) as server, suppress(KeyboardInterrupt):
+        click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
+        server.serve_forever()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,10 +21,14 @@ from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import IMAGE_SUFFIXES
 from exploration.directions import sampled_w
-from exploration.model import Model
+from exploration.model import Model, save_styles
+from exploration.opening import open_model
+from exploration.output import counted, make_outdir
 from exploration.sheets import enlargement, to_rgb
-from exploration.video import MIN_FRAME, open_video
-from torch_utils.images import Towards, to_uint8
+from exploration.video import MIN_FRAME, check_encoder, open_video
+from metrics.detectors import DetectorSetup, read_detectors
+from metrics.perceptual import features_towards, lpips_towards
+from torch_utils.images import Towards, save_image, to_uint8
 from torch_utils.misc import derive_seed
 from training.data_sources.codec import decode_image
 from training.data_sources.convert import Conversion
@@ -245,3 +250,84 @@ def fit_targets(targets: Iterable[np.ndarray], img_shape: tuple[int, int, int]) 
     C, H, W = img_shape
     conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
     return torch.stack([torch.from_numpy(conversion(pixels).copy()).permute(2, 0, 1) for pixels in targets])
+
+
+def project_images(save_video: bool | None, outdir: Path, **options: Any) -> None:
+    """Run `generate.py project`."""
+    job = prepare_projection(**options)
+    run_projection(job, outdir, [f"proj{index:02d}" for index in range(len(job.names))], save_video=bool(save_video))
+    click.echo(
+        f"{counted(len(job.names), 'projection')} in {outdir}; the styles are in projected_w.npz, for --projected-w"
+    )
+
+
+def project_image(*, target: Path, save_video: bool, outdir: Path, **options: Any) -> None:
+    """Run `projector.py`."""
+    job = prepare_projection(target=target, batch=1, **options)
+    if len(job.names) > 1:
+        raise UserError(f"--target={target}: {len(job.names)} images; name one, or use generate.py project")
+    run_projection(job, outdir, ["proj"], save_video=save_video)
+    save_image(job.targets[0], outdir / "target.png")
+    click.echo(f"1 projection in {outdir}; its styles are in projected_w.npz, for generate.py --projected-w")
+
+
+def prepare_projection(
+    *,
+    target: Path,
+    loss: str | None,
+    detectors: tuple[str, ...] | None,
+    num_steps: int,
+    space: Literal["w", "w+"],
+    lr: float,
+    fix_noise: bool,
+    seed: int,
+    **options: Any,
+) -> ProjectionJob:
+    """Read the targets, the network and the distance that --target and PROJECTION_OPTIONS name. Raises UserError."""
+    if lr <= 0:
+        raise UserError(f"--lr={lr:g}: must be positive")
+    targets = read_targets(target)  # before anything else takes time
+    setup = read_detectors(detectors or ())
+    model = open_model(**options)
+    towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
+    images = fit_targets(targets.values(), model.G.img_shape)
+    config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
+    return ProjectionJob(model=model, names=[*targets], targets=images, towards=towards, config=config)
+
+
+def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Towards:
+    """Return the distance that --loss and --detector name. Raises UserError for one that cannot be had."""
+    if loss == "features":
+        if setup.program is None:
+            raise UserError("--loss=features: of which network? name its program with --detector=FILE")
+        return features_towards(setup.program, device)
+    if setup.program is not None:
+        raise UserError(f"--detector={setup.program}: --loss={loss} has no use for a program; use --loss=features")
+    if loss == "pixels":
+        return pixels_towards
+    try:
+        setup.prepare("lpips")
+    except UserError as error:
+        raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of your own --detector") from None
+    return lpips_towards(setup, device)
+
+
+def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
+    """Project the targets in batches. Write STEM.png, with `save_video` STEM.mp4, and projected_w.npz after each."""
+    films = [outdir / f"{stem}.mp4" for stem in stems] if save_video else []
+    if films:
+        check_encoder(films[0], FILM_FPS, instead="give --save-video=0")
+    make_outdir(outdir)
+    found = []
+    for start in range(0, len(stems), job.model.batch):
+        part = slice(start, start + job.model.batch)
+        ws, made, before, after = project_batch(
+            job.model, job.targets[part], job.towards, job.config, start, films[part]
+        )
+        for index, (name, stem) in enumerate(zip(job.names[part], stems[part], strict=True)):
+            change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
+            click.echo(f"{stem}: {name}, {change}")
+        found.append(ws)
+        save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
+        for stem, image in zip(stems[part], made, strict=True):
+            save_image(image, outdir / f"{stem}.png")

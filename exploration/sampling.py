@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
-from exploration.model import BATCH_MULTIPLE, fill_up, seed_latents
+from dnnlib.config import UserError
+from exploration.directions import check_strength, edited
+from exploration.model import BATCH_MULTIPLE, check_seeds, fill_up, seed_latents, style_batches
+from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
+from exploration.output import counted, make_outdir, save_batches
 from torch_utils.graphs import GraphPool
-from torch_utils.images import to_uint8
+from torch_utils.images import save_grid, to_uint8
 from torch_utils.misc import compiled
 from training.networks import execution
 
@@ -55,3 +62,56 @@ def seed_images(
     z = fill_up(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
     img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
     return to_uint8(img[: len(seeds)])
+
+
+def make_images(
+    *,
+    network: Path | str,
+    seeds: tuple[int, ...] | None,
+    projected_w: Path | None,
+    outdir: Path,
+    trunc: float,
+    class_index: int | None,
+    label: tuple[float, ...] | None,
+    noise_mode: str,
+    direction: str | None,
+    strength: float | None,
+    grid: bool,
+    batch: int,
+    precision: str,
+    use_compile: bool | None,
+    use_graphs: bool | None,
+    device: str | None,
+) -> None:
+    """Run `generate.py images`."""
+    check_strength(strength, direction)
+    has_styles, is_fast = projected_w is not None or direction is not None, bool(use_compile or use_graphs)
+    if has_styles and (is_fast or noise_mode == "random"):
+        raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
+    snapshot, where = open_network(network, device)
+    if use_graphs and where.type != "cuda":
+        raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
+    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(where)
+    check_seeds("--seeds", seeds)
+    if has_styles:
+        model = build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+        names, styles = style_batches(model, seeds, projected_w)
+        edits = edited(styles, direction, strength, model)
+        batches: Iterable[Tensor] = (images for ws in edits for images in model.render(ws))
+    elif seeds is None:
+        raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
+    else:
+        names = [f"seed{seed:04d}" for seed in seeds]
+        G: Any = snapshot.G_ema
+        multiple = BATCH_MULTIPLE
+        if is_fast:
+            G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
+            multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE  # so that all batches are of one size
+        parts = (seeds[start : start + batch] for start in range(0, len(seeds), batch))
+        batches = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
+    make_outdir(outdir)
+    with torch.no_grad(), execution.using(execution_of(snapshot, precision)):
+        made = save_batches(batches, names, outdir, keep=grid)
+    if grid:
+        save_grid(torch.cat(made), outdir / "grid.png")
+    click.echo(f"{counted(len(names), 'image')} in {outdir}")

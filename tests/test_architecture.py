@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,31 @@ def test_every_package_is_installed_by_the_project_file() -> None:
     }
     assert set(settings["packages"]) == folders
     assert set(settings["py-modules"]) == SCRIPTS
+
+
+HELP = """
+import sys
+from click.testing import CliRunner
+import generate, projector, style_mixing, train
+
+def run(main, *arguments):
+    result = CliRunner().invoke(main, arguments)
+    print(result.exit_code, *arguments, result.output.partition("\\n")[0])
+
+for name in generate.main.commands:
+    run(generate.main, name, "--help")
+    run(generate.main, name)
+for main in (generate.main, train.main, projector.main, style_mixing.main):
+    run(main, "--help")
+    run(main, "--no-such-option")
+print("imported:", *sorted({"torch", "numpy", "PIL", "scipy", "matplotlib"} & {*sys.modules}))
+"""
+
+
+def test_help_and_usage_errors_import_no_libraries_of_numbers() -> None:
+    found = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
+    *lines, imported = found.stdout.splitlines()
+    assert imported == "imported:"
+    assert len(lines) == 2 * 7 + 2 * 4
+    for line in lines:
+        assert line.split()[0] == ("0" if "--help" in line.split(" Usage")[0] else "2"), line

@@ -15,6 +15,8 @@ from PIL import Image
 import generate
 from dnnlib.config import override
 from exploration import sampling
+from exploration.commands.options import PRECISIONS
+from training.networks import execution
 from training.snapshots.snapshot import load_network, save_network
 
 
@@ -213,3 +215,7 @@ def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snaps
         alone = sampling.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
         among = sampling.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
     assert torch.equal(alone[0], among[0])
+
+
+def test_the_option_has_all_precisions() -> None:
+    assert [*execution.REDUCED] == [*PRECISIONS]

@@ -21,6 +21,7 @@ from PIL import Image
 import generate
 import legacy
 import train
+from exploration import opening
 from exploration.model import seed_latents
 from exploration.play import Player
 from torch_utils.images import to_uint8
@@ -174,9 +175,9 @@ def test_play_has_one_label_for_vectors(vectors_zip: Path, tmp_path: Path) -> No
     path = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors")
     assert "--label: labels of this network are vectors" in refused("play", f"--network={path}", "--port=0")
     snapshot: Snapshot = load_network(path)
-    c = generate.choose_label(snapshot, None, (3.0, 20.0))
+    c = opening.choose_label(snapshot, None, (3.0, 20.0))
     options = {"noise_mode": "const", "batch": 8, "precision": "fp32", "trunc": 1.0}
-    model = generate.build_model(snapshot, torch.device("cpu"), c, **options)  # type: ignore[arg-type]
+    model = opening.build_model(snapshot, torch.device("cpu"), c, **options)  # type: ignore[arg-type]
     player = Player(model, has_classes=False)
     assert '"classes": 0' in player.page()
     styles = player._styles(player._question({"seed": "5"}), [5])

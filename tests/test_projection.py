@@ -18,7 +18,6 @@ from test_metrics import natural_images
 from test_video import decode
 from torch import Tensor, nn
 
-import generate
 import projector
 from dnnlib.config import UserError
 from exploration import projection, video
@@ -251,14 +250,14 @@ def test_what_was_found_is_kept_when_a_later_batch_fails(
 ) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")
-    original = generate.project_batch
+    original = projection.project_batch
 
     def failing(model: Model, targets: Tensor, *others: Any) -> Any:
         if len(targets) == 1:
             raise RuntimeError("CUDA out of memory")
         return original(model, targets, *others)
 
-    monkeypatch.setattr(generate, "project_batch", failing)
+    monkeypatch.setattr(projection, "project_batch", failing)
     options = ("--num-steps=2", "--loss=pixels", "--batch=2", f"--target={tmp_path / 'in'}", f"--outdir={out}")
     assert run("project", f"--network={network}", *options).exit_code != 0
     with np.load(out / "projected_w.npz") as file:

@@ -1,0 +1,37 @@
+"""Options of `generate.py images`; exploration/sampling.py does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.cli import IntRanges, Script, call, option, switch
+from exploration.commands.options import BATCH, CLASS, DEVICE, LABEL, NETWORK, PRECISION, PROJECTED, TRUNC
+
+
+@click.command("images", cls=Script)
+@NETWORK
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds, e.g. 0-35,40; the same one, the same image.")
+@PROJECTED
+@option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
+@TRUNC
+@CLASS
+@LABEL
+@option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
+@option("--direction", metavar="FILE:INDEX", help="Edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far, in standard deviations of w.  [default: 1]")
+@option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
+@BATCH
+@PRECISION
+@switch("--compile", "use_compile", help="Compile the generator first: pays for thousands of images.")
+@switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
+@DEVICE
+def images(**options: Any) -> None:
+    """Generate images from a snapshot with its averaged generator.
+
+    \b
+    python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
+    """
+    call("exploration.sampling:make_images", **options)

@@ -1,0 +1,22 @@
+"""Options of `generate.py play`; exploration/play.py does the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dnnlib.cli import Script, call, option, with_options
+from exploration.commands.options import BATCH, DEVICE, LABEL, NETWORK, PRECISION
+
+
+@click.command("play", cls=Script)
+@with_options((NETWORK, LABEL, BATCH, PRECISION, DEVICE))
+@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+def play(**options: Any) -> None:
+    """Play with seeds, truncation, mixing and attention in a browser on this machine.
+
+    \b
+    python generate.py play --network=docs/shapes.pkl
+    """
+    call("exploration.play:play", **options)

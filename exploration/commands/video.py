@@ -1,0 +1,57 @@
+"""Options of `generate.py video`; exploration/morphing.py does the work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.cli import IntRanges, Script, call, option, switch, with_options
+from exploration.commands.options import MODEL_OPTIONS
+
+
+class GridSize(click.ParamType):
+    """Columns and rows, e.g. 3x2."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a number of columns and rows such as 3x2", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@click.command("video", cls=Script)
+@with_options(MODEL_OPTIONS)
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds of the keyframes.")
+@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as keyframes before those of --seeds.")
+@option("--output", required=True, type=click.Path(path_type=Path), help="Video to write: .mp4 or .gif.")
+@option(
+    "--interpolation",
+    type=click.Choice(["w", "z", "spline"]),
+    default="w",
+    show_default=True,
+    help="Between keyframes: straight in w, on great circles in z, or a cubic spline in w.",
+)
+@option(
+    "--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are shared out in order."
+)
+@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
+@option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
+@switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
+@option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
+@option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
+@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction that `directions` found.")
+@option("--strength", type=float, help="How far to both sides, in standard deviations of w.  [default: 3]")
+@option("--scale", type=click.IntRange(min=1), help="Enlarge pixels.  [default: images to 128 pixels or more a side]")
+def video(**options: Any) -> None:
+    """Film the way from image to image.
+
+    \b
+    python generate.py video --network=docs/shapes.pkl --seeds=0-5 --grid=3x2 --trunc-to=0.2 --output=out/sweep.gif
+    python generate.py video --network=SNAPSHOT --seeds=7 --classes=0-9 --interpolation=spline --output=out/classes.mp4
+    """
+    call("exploration.morphing:make_video", **options)
