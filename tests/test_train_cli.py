@@ -366,7 +366,7 @@ def test_a_profile_is_written_or_missed_when_training_ends_early(
     def stop(self: Requests, trainer: Trainer) -> None:
         trainer.is_stopped = trainer.state.step == 5
 
-    monkeypatch.setattr(Requests, "__call__", stop)
+    monkeypatch.setattr(Requests, "on_step", stop)
     result = run(f"--outdir={tmp_path / 'stopped'}", *common, "--kimg=1")
     assert result.exit_code == EXIT_STOPPED
     assert "Profile of 2 steps" in result.stdout
