@@ -72,6 +72,16 @@ class Want:
     flips: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a comparison, the reals or the fakes, for which a recipe is chosen: the sizes of both, and a seed."""
+
+    of: Literal["real", "fake"]
+    num_real: int
+    num_fake: int
+    seed: int
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and covariance (divided by N) in float64: `count`, `mean` (F,), `cov` (F, F)."""

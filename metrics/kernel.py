@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
-from metrics.feature_stats import Result, SubsetRows, Want, statistics_of
-from metrics.frechet import NUM_IMAGES
-from metrics.registry import Measurement, register_metric
-from metrics.sampling import MetricContext
+from metrics.feature_stats import Result, Side, SubsetRows
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
-CLEAN = "100 subsets of at most 1,000 (Parmar et al. 2022)"
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
@@ -37,58 +31,16 @@ def kernel_distance(real: Result, fake: Result) -> tuple[float, float]:
     return float(values.mean()), float(values.std(correction=0))
 
 
-def _wants(context: MetricContext, num_real: int | None, num_fake: int) -> list[Want]:
-    total = len(context.reals)
-    size = min(total if num_real is None else min(num_real, total), num_fake, SUBSET_SIZE)
+def kernel_numbers(real: Result, fake: Result) -> dict[str, float]:
+    """Return a metric's numbers: the mean and, of several subsets, their standard deviation."""
+    mean, std = kernel_distance(real, fake)
+    return {"": mean} if len(real["index"]) == 1 else {"": mean, "_std": std}
+
+
+def subsets(side: Side) -> SubsetRows:
+    """Return the subsets of one side: one where they would be whole sets. Raises UserError for single images."""
+    size = min(side.num_real, side.num_fake, SUBSET_SIZE)
     if size < 2:
         raise UserError(f"a kernel distance needs at least 2 images on each side, here it has {size}")
-    whole = num_fake == size == (total if num_real is None else min(num_real, total))  # then all subsets are the same
-    real, fake = (SubsetRows(1 if whole else SUBSETS, size, f"kid-{of}", context.seed) for of in ("real", "fake"))
-    return [
-        Want(of="real", role="inception", count=num_real, recipe=real, flips=context.has_flips),
-        Want(of="fake", role="inception", count=num_fake, recipe=fake),
-    ]
-
-
-def _plan_full(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, None, count or NUM_IMAGES)
-
-
-def _plan_equal(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, count or NUM_IMAGES, count or NUM_IMAGES)
-
-
-def _measure(context: MetricContext, name: str, wants: list[Want]) -> Measurement:
-    real, fake = (statistics_of(context)[want] for want in wants)
-    mean, std = kernel_distance(real, fake)
-    num_real, num_fake = (statistics_of(context).size(want) for want in wants)
-    values = {name: mean} if len(real["index"]) == 1 else {name: mean, f"{name}_std": std}
-    return Measurement(values=values, num_real=num_real, num_fake=num_fake)
-
-
-_KID: dict[str, Any] = {"roles": ("inception",), "paper": "Binkowski et al. 2018", "clean": CLEAN}
-
-
-@register_metric(
-    "kid<N>_full",
-    help="kernel inception distance of N fakes to all reals, unbiased for small sets; papers often print it x 1000",
-    protocol="100 subsets of at most 1,000; 50,000 fakes or <N>, all reals",
-    plan=_plan_full,
-    **_KID,
-)
-def kid_full(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the distance of N fakes to all reals, and its standard deviation over the subsets."""
-    return _measure(context, name, _plan_full(context, count))
-
-
-@register_metric(
-    "kid<N>",
-    help="kernel inception distance of N fakes to as many reals",
-    protocol="100 subsets of at most 1,000; 50,000 or <N> fakes and as many reals, at most all",
-    plan=_plan_equal,
-    counts_flips=True,
-    **_KID,
-)
-def kid(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the distance of N fakes to N reals, and its standard deviation over the subsets."""
-    return _measure(context, name, _plan_equal(context, count))
+    is_whole = side.num_fake == size == side.num_real  # then all subsets are the same
+    return SubsetRows(1 if is_whole else SUBSETS, size, f"kid-{side.of}", side.seed)

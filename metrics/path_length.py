@@ -20,9 +20,8 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from metrics.detectors import full_float32
-from metrics.frechet import NUM_IMAGES
 from metrics.registry import Measurement, register_metric
-from metrics.sampling import MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
+from metrics.sampling import NUM_IMAGES, MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
 from torch_utils.interpolation import slerp
 
 EPSILON = 1e-4

@@ -6,17 +6,13 @@ Distances are computed block by block: no more than BLOCK x N exist at a time. T
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
 from metrics.detectors import full_float32
-from metrics.feature_stats import Rows, Want, statistics_of
-from metrics.frechet import MAX_REALS, NUM_IMAGES
-from metrics.registry import Measurement, register_metric
-from metrics.sampling import MetricContext, gather_rows, own_shard
+from metrics.feature_stats import Result
+from metrics.sampling import gather_rows, own_shard
 
 PR_NEIGHBOURS = 3
 DC_NEIGHBOURS = 5
@@ -88,97 +84,16 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
     return float(density), float(coverage)
 
 
-def _wants(context: MetricContext, num_real: int, num_fake: int, *, half: bool) -> list[Want]:
-    return [
-        Want(of="real", role="vgg16", count=num_real, recipe=Rows(half), flips=context.has_flips),
-        Want(of="fake", role="vgg16", count=num_fake, recipe=Rows(half)),
-    ]
-
-
-def _plan_pr_full(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, MAX_REALS, count or NUM_IMAGES, half=True)
-
-
-def _plan_pr(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, count or NUM_IMAGES, count or NUM_IMAGES, half=True)
-
-
-def _plan_dc_full(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, MAX_REALS, count or NUM_IMAGES, half=False)
-
-
-def _plan_dc(context: MetricContext, count: int | None) -> list[Want]:
-    return _wants(context, count or NUM_IMAGES, count or NUM_IMAGES, half=False)
-
-
-def _measure(context: MetricContext, name: str, wants: list[Want], *, kind: str) -> Measurement:
-    real, fake = (statistics_of(context)[want]["rows"] for want in wants)
-    longest = max(float(x.float().norm(dim=1).max()) for x in (real, fake))
-    if real.dtype == torch.float16 and 2 * longest > torch.finfo(torch.float16).max:
+def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:
+    """Return a metric's numbers from two Rows in float16. Raises UserError for features whose distances overflow it."""
+    longest = max(float(side["rows"].float().norm(dim=1).max()) for side in (real, fake))
+    if 2 * longest > torch.finfo(torch.float16).max:
         raise UserError("the detector's features are too large for distances in float16: scale them down")
-    if kind == "precision_recall":
-        values = dict(zip(("precision", "recall"), precision_recall(real, fake), strict=True))
-    else:
-        values = dict(zip(("density", "coverage"), density_coverage(real, fake), strict=True))
-    named = {f"{name}_{key}": value for key, value in values.items()}
-    return Measurement(values=named, num_real=len(real), num_fake=len(fake))
+    precision, recall = precision_recall(real["rows"], fake["rows"])
+    return {"_precision": precision, "_recall": recall}
 
 
-_SHARED: dict[str, Any] = {"roles": ("vgg16",), "library_suffix": "_tvgg16", "higher_is_better": True}
-_NOTE = (
-    "recorded as {}_tvgg16 with torchvision's VGG16, whose numbers do not compare with the StyleGAN family's vgg16.pt"
-)
-
-
-@register_metric(
-    "pr<N>3_full",
-    help=f"precision and recall of N fakes against all reals; {_NOTE.format('pr<N>3_full')}",
-    protocol="3 neighbours, features and distances in float16; 50,000 fakes or <N>, all reals up to 200,000",
-    paper="Kynkaanniemi et al. 2019",
-    plan=_plan_pr_full,
-    **_SHARED,
-)
-def pr_full(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return precision and recall of N fakes against all reals."""
-    return _measure(context, name, _plan_pr_full(context, count), kind="precision_recall")
-
-
-@register_metric(
-    "pr<N>3",
-    help=f"precision and recall of N fakes against as many reals; {_NOTE.format('pr<N>3')}",
-    protocol="3 neighbours, features and distances in float16; 50,000 or <N> fakes and as many reals, at most all",
-    paper="Kynkaanniemi et al. 2019",
-    plan=_plan_pr,
-    counts_flips=True,
-    **_SHARED,
-)
-def pr(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return precision and recall of N fakes against N reals."""
-    return _measure(context, name, _plan_pr(context, count), kind="precision_recall")
-
-
-@register_metric(
-    "dc<N>_full",
-    help=f"density and coverage of N fakes against all reals; {_NOTE.format('dc<N>_full')}",
-    protocol="5 neighbours, distances in float32; 50,000 fakes or <N>, all reals up to 200,000",
-    paper="Naeem et al. 2020",
-    plan=_plan_dc_full,
-    **_SHARED,
-)
-def dc_full(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return density and coverage of N fakes against all reals."""
-    return _measure(context, name, _plan_dc_full(context, count), kind="density_coverage")
-
-
-@register_metric(
-    "dc<N>",
-    help=f"density and coverage of N fakes against as many reals; {_NOTE.format('dc<N>')}",
-    protocol="5 neighbours, distances in float32; 50,000 or <N> fakes and as many reals, at most all",
-    paper="Naeem et al. 2020",
-    plan=_plan_dc,
-    counts_flips=True,
-    **_SHARED,
-)
-def dc(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return density and coverage of N fakes against N reals."""
-    return _measure(context, name, _plan_dc(context, count), kind="density_coverage")
+def density_coverage_numbers(real: Result, fake: Result) -> dict[str, float]:
+    """Return a metric's numbers from two Rows."""
+    density, coverage = density_coverage(real["rows"], fake["rows"])
+    return {"_density": density, "_coverage": coverage}

@@ -1,9 +1,10 @@
 """The metrics by name: what each needs and means, how one is computed, and the JSON line that records a result.
 
-A metric is one file in this folder with one decorated function; `metrics/__init__.py` imports every file here:
+A metric that compares a detector's features is a row of metrics/feature_metrics.py. Any other is one file in this
+folder with one decorated function; `metrics/__init__.py` imports every file here:
 
-    @register_metric("fid<N>_full", help=..., protocol=..., paper=..., roles=("inception",), plan=...)
-    def fid(context: MetricContext, name: str, count: int | None) -> Measurement: ...
+    @register_metric("swd<N>", help=..., protocol=..., paper=...)
+    def swd(context: MetricContext, name: str, count: int | None) -> Measurement: ...
 """
 
 from __future__ import annotations

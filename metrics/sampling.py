@@ -28,6 +28,8 @@ from torch_utils.misc import derive_seed
 
 Progress = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
+NUM_IMAGES = 50_000  # fakes of a metric whose name has no count
+MAX_REALS = 200_000  # of the metrics that hold every feature
 BLOCK = 64  # positions that share a stream of random numbers
 READERS = 4  # threads that decode images ahead
 

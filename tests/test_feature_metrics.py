@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch import Tensor
 import metrics
 from dnnlib.config import UserError
 from metrics import feature_stats
-from metrics.detectors import DetectorSetup, read_detectors
+from metrics.detectors import DetectorSetup, Role, read_detectors
+from metrics.feature_metrics import register_feature_metric
 from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, Want, rebatched
-from metrics.frechet import distance_of, frechet_distance, wants_of
+from metrics.frechet import distance_of, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.precision_recall import density_coverage, precision_recall
@@ -37,6 +39,12 @@ def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tens
     mix = np.random.RandomState(99).standard_normal((dimensions, dimensions)) / math.sqrt(dimensions)
     rows = np.maximum(stream.standard_normal((count, dimensions)) @ mix + shift, 0)
     return torch.from_numpy(rows.astype(np.float32))
+
+
+def moments_of(role: Role, num_real: int | None, num_fake: int) -> list[Want]:
+    """What a Frechet distance is made of."""
+    sides: list[tuple[Literal["real", "fake"], int | None]] = [("real", num_real), ("fake", num_fake)]
+    return [Want(of=of, role=role, count=count, recipe=Moments()) for of, count in sides]
 
 
 def bound_to(program: Path, protocol: str = "stylegan") -> DetectorSetup:
@@ -414,7 +422,7 @@ def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
 ) -> None:
     monkeypatch.setattr(DetectorSetup, "identity", lambda *_: {"detector_sha256": "0"})
     statistics = feature_stats.statistics_of(build(DetectorSetup(), cache=tmp_path))
-    want = wants_of("inception", None, 60)[0]
+    want = moments_of("inception", None, 60)[0]
     paths = [statistics._path(want)]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     paths.append(statistics._path(want))
@@ -563,6 +571,42 @@ def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup, name: 
     assert [want.of for want in wants] == ["real", "fake"][-len(wants) :]
 
 
+def test_a_metric_of_features_is_a_function_and_a_row(setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the documentation, against NumPy, and as many reals as fakes; with the passes that others make."""
+    monkeypatch.setattr(metrics.registry, "_METRICS", dict(metrics.registry._METRICS))
+    guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
+    _, example = guide.split("features of reals and fakes, as FID, KID and precision do")
+    code = "\n".join(line[4:] for line in example.splitlines() if line.startswith("    ") or not line)
+    defined: dict[str, Any] = {}
+    exec(compile(code, "docs/metrics.md", "exec"), defined)
+    register_feature_metric(replace(defined["MEANS"], pattern="means<N>", reals="equal"))
+    with pytest.raises(AssertionError, match="registered twice"):
+        register_feature_metric(defined["MEANS"])
+
+    context = build(setup)
+    found = {result.metric: result for result in compute_all(["means60", "means60_full", "fid60"], context)}
+    [(_, images)] = metrics.sampling.fake_batches(build(setup), 60)
+    chosen = metrics.sampling.choose_reals(context, 60)
+    for name, reals in (("means60", natural_images(90)[chosen]), ("means60_full", natural_images(90))):
+        means = [SmallDetector()(x)[0].double().numpy().mean(axis=0) for x in (reals, images)]
+        expected = {name: np.linalg.norm(means[0] - means[1]), f"{name}_largest": np.abs(means[0] - means[1]).max()}
+        assert found[name].results == pytest.approx(expected, rel=1e-6)
+        assert (found[name].num_real, found[name].num_fake) == (len(reals), 60)
+    assert found["means60_full"].protocol == "features of small.pt; Euclidean; 50,000 fakes or <N>, all reals"
+    G, read = context.network, context.images
+    assert isinstance(G, Stripes)
+    assert isinstance(read, CountedImages)
+    assert (sum(map(len, G.latents)), read.read) == (60, 60 + 90)
+
+
+def test_an_inception_score_of_fewer_images_than_splits_is_refused_before_any_is_made(setup: DetectorSetup) -> None:
+    context = build(setup)
+    with pytest.raises(UserError, match="metric is9: 10 splits need at least 10 images"):
+        results(context, "fid60,is9")
+    assert isinstance(context.network, Stripes)
+    assert context.network.latents == []
+
+
 def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
@@ -572,7 +616,7 @@ def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
     context = build(read_detectors((str(tmp_path / "dino"),)))
     measured = results(context, "fd10_dinov2")["fd10_dinov2"]
     statistics = feature_stats.statistics_of(context)
-    moments = [statistics[want] for want in wants_of("dinov2", None, 10)]
+    moments = [statistics[want] for want in moments_of("dinov2", None, 10)]
     assert measured == pytest.approx(distance_of(*moments, unbiased=True), rel=1e-9)
     assert measured != pytest.approx(distance_of(*moments), rel=1e-4)
 
@@ -582,7 +626,7 @@ def test_clean_divides_by_one_less(program: Path) -> None:
     usual = build(bound_to(program))
     statistics = feature_stats.statistics_of(usual)
     for name, num_real, num_fake in (("fid60_full", None, 60), ("fid40", 40, 40)):
-        moments = [statistics[want] for want in wants_of("inception", num_real, num_fake)]
+        moments = [statistics[want] for want in moments_of("inception", num_real, num_fake)]
         expected = [distance_of(*moments, unbiased=unbiased) for unbiased in (False, True)]
         assert results(usual, name)[name] == pytest.approx(expected[0], rel=1e-9)
         assert results(context, name)[name] == pytest.approx(expected[1], rel=1e-9)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import metrics
 from dnnlib.config import UserError
 from metrics import detectors, path_length
+from metrics.class_frechet import class_distances
 from metrics.detectors import Detector, DetectorSetup, read_detectors
-from metrics.frechet import class_distances, frechet_distance
+from metrics.frechet import frechet_distance
 from metrics.path_length import trimmed_mean
 from metrics.precision_recall import precision_recall
 from metrics.registry import compute_all

@@ -1,0 +1,106 @@
+"""Frechet distance within each class of a conditional model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dnnlib.config import UserError
+from metrics.feature_stats import Rows, Want, statistics_of
+from metrics.frechet import few_images, frechet_distance
+from metrics.registry import Measurement, register_metric
+from metrics.sampling import (
+    MAX_REALS,
+    NUM_IMAGES,
+    MetricContext,
+    choose_fakes,
+    choose_reals,
+    own_shard,
+    random_labels,
+)
+from torch_utils.distributed import all_reduce
+
+
+def _plan_class(context: MetricContext, count: int | None) -> list[Want]:
+    classes, reals = _classes_of(context), min(len(context.reals), MAX_REALS)
+    _present(*_labels(context, reals, count or NUM_IMAGES), classes)
+    return [
+        Want(of="real", role="inception", count=reals, recipe=Rows()),
+        Want(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
+    ]
+
+
+def _classes_of(context: MetricContext) -> int:
+    """Return the number of classes. Raises UserError for data or networks without."""
+    labels = context.images.labels
+    if labels.ndim != 1 or (context.G is not None and context.G.c_dim == 0):
+        raise UserError("needs classes: a data set with class numbers, and a network that was trained with --cond")
+    classes = context.images.c_dim
+    if context.fakes is not None and (context.fakes.labels.ndim != 1 or context.fakes.c_dim > classes):
+        raise UserError(
+            f"needs the classes of the generated images: give them a dataset.json with class numbers below {classes}"
+        )
+    return classes
+
+
+def _labels(context: MetricContext, num_real: int, num_fake: int) -> tuple[Tensor, Tensor]:
+    """Return the classes of the reals and of the fakes, which are known before any is made."""
+    real = context.reals.labels[choose_reals(context, num_real)].to(context.device)
+    if context.fakes is None:
+        return real, random_labels(context, range(num_fake)).argmax(dim=1)
+    return real, context.fakes.labels[choose_fakes(context, context.fakes, num_fake)].to(context.device)
+
+
+def _present(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
+    """Return the classes that have images. Raises UserError for one with a single image, or on one side only."""
+    counts = [labels.bincount(minlength=classes).tolist() for labels in (real_class, fake_class)]
+    present = []
+    for number, found in enumerate(zip(*counts, strict=True)):
+        if any(found) and min(found) < 2:
+            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+        if any(found):
+            present.append(number)
+    return present
+
+
+def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:
+    """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64, nan where it has none.
+
+    The processes share out the classes. Raises UserError for a class with a single image, or images on one side only.
+    """
+    present = _present(real_class, fake_class, classes)
+    distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
+    for number in (present[position] for position in own_shard(len(present))):
+        sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]
+        means = [x.mean(dim=0) for x in sets]
+        covs = [(x - mean).T @ (x - mean) / len(x) for x, mean in zip(sets, means, strict=True)]
+        distances[number] = frechet_distance(means[0], covs[0], means[1], covs[1])
+    absent = torch.ones_like(distances, dtype=torch.bool)
+    absent[present] = False
+    return all_reduce(distances).masked_fill(absent, torch.nan)
+
+
+@register_metric(
+    "fid<N>_class",
+    help="mean over classes of the FID of a class's fakes to its reals, the worst class, and each; conditional models",
+    protocol="covariance over N; 50,000 fakes or <N> over all classes, all reals up to 200,000",
+    paper="none: FID of Heusel et al. 2017 within each class",
+    roles=("inception",),
+    plan=_plan_class,
+)
+def fid_class(context: MetricContext, name: str, count: int | None) -> Measurement:
+    """Return the mean, the largest, and every class's distance."""
+    wants = _plan_class(context, count)
+    real, fake = (statistics_of(context)[want]["rows"] for want in wants)
+    real_class, fake_class = _labels(context, len(real), len(fake))
+    distances = class_distances(real, real_class, fake, fake_class, _classes_of(context))
+    present = distances.isfinite().nonzero()[:, 0].tolist()  # a data set may name classes that it has no images of
+    values = {name: float(distances[present].mean()), f"{name}_worst": float(distances[present].max())}
+    values |= {f"{name}_{number}": float(distances[number]) for number in present}
+    smallest = int(min(labels.bincount()[present].min() for labels in (real_class, fake_class)))
+    return Measurement(
+        values=values,
+        num_real=len(real),
+        num_fake=len(fake),
+        warnings=few_images(smallest, real.shape[1], "in the smallest class "),
+    )

@@ -1,0 +1,210 @@
+"""Table of the metrics of a detector's features: FID, KID, inception score, precision/recall, density/coverage.
+
+Each compares a statistic of the reals with the same of the fakes. To add one, write a pure function of two results of
+metrics/feature_stats.py, and a row of METRICS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from metrics.detectors import Role
+from metrics.feature_stats import Moments, Recipe, Rows, Side, Want, statistics_of
+from metrics.frechet import frechet_numbers, warn_of_few
+from metrics.inception_score import class_sums, score_numbers
+from metrics.kernel import kernel_numbers, subsets
+from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
+from metrics.registry import Measurement, register_metric
+from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext
+
+Reals = Literal["all", "most", "equal", "none"]
+PROTOCOLS: dict[Reals, str] = {  # how many images take part
+    "all": "50,000 fakes or <N>, all reals",
+    "most": "50,000 fakes or <N>, all reals up to 200,000",
+    "equal": "50,000 or <N> fakes and as many reals, at most all",
+    "none": "50,000 fakes or <N>",
+}
+
+
+def nothing(*results: object) -> tuple[str, ...]:
+    """Return no warnings."""
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMetric:
+    """A metric of the features of one detector.
+
+    pattern, help, paper, clean, library_suffix, higher_is_better    as in MetricSpec
+    protocol        what happens to the features; the number of images is said after it
+    role            the detector
+    reals           how many take part, a key of PROTOCOLS; flips are among them under --mirror if `equal`
+    recipe          Side -> the statistic that is made of that side
+    numbers         (reals' statistic, fakes') -> {ending of the name: value}, the first one counts; without reals
+                    (fakes' statistic) -> the same. All processes call it and return the same
+    clean_numbers   the function under --protocol=clean, where it is another
+    warnings        of the same statistics -> warnings for the record
+    """
+
+    pattern: str
+    help: str
+    protocol: str
+    paper: str
+    role: Role
+    reals: Reals
+    recipe: Callable[[Side], Recipe]
+    numbers: Callable[..., dict[str, float]]
+    clean_numbers: Callable[..., dict[str, float]] | None = None
+    warnings: Callable[..., tuple[str, ...]] = nothing
+    clean: str | None = None
+    library_suffix: str = ""
+    higher_is_better: bool = False
+
+    def plan(self, context: MetricContext, count: int | None) -> list[Want]:
+        """Return the statistics that are compared: of the reals, unless none take part, and of the fakes."""
+        num_fake = count or NUM_IMAGES
+        limits: dict[Reals, int | None] = {"all": None, "most": MAX_REALS, "equal": num_fake, "none": 0}
+        limit, total = limits[self.reals], len(context.reals)
+        sizes = {"num_real": total if limit is None else min(limit, total), "num_fake": num_fake, "seed": context.seed}
+        real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
+        wants = [Want(of="fake", role=self.role, count=num_fake, recipe=fake)]
+        if self.reals != "none":
+            wants.insert(0, Want(of="real", role=self.role, count=limit, recipe=real, flips=context.has_flips))
+        return wants
+
+    def measure(self, context: MetricContext, name: str, count: int | None) -> Measurement:
+        """Return the numbers of the statistics of `plan`."""
+        statistics, wants = statistics_of(context), self.plan(context, count)
+        results = [statistics[want] for want in wants]
+        sizes = {want.of: statistics.size(want) for want in wants}
+        numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
+        return Measurement(
+            values={f"{name}{ending}": value for ending, value in numbers(*results).items()},
+            num_real=sizes.get("real", 0),
+            num_fake=sizes["fake"],
+            warnings=self.warnings(*results),
+        )
+
+
+def always(recipe: Recipe) -> Callable[[Side], Recipe]:
+    """Choose the same recipe for both sides, whatever their sizes."""
+    return lambda side: recipe
+
+
+def register_feature_metric(metric: FeatureMetric) -> None:
+    """Register a row of METRICS, or one of a file of its own."""
+    register_metric(
+        metric.pattern,
+        help=metric.help,
+        protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
+        paper=metric.paper,
+        roles=(metric.role,),
+        plan=metric.plan,
+        counts_flips=metric.reals == "equal",
+        clean=metric.clean,
+        library_suffix=metric.library_suffix,
+        higher_is_better=metric.higher_is_better,
+    )(metric.measure)
+
+
+FID = FeatureMetric(
+    pattern="fid<N>_full",
+    help="Frechet inception distance of N fakes to all reals, the usual FID",
+    protocol="covariance over N",
+    paper="Heusel et al. 2017",
+    role="inception",
+    reals="all",
+    recipe=always(Moments()),
+    numbers=frechet_numbers,
+    clean_numbers=partial(frechet_numbers, unbiased=True),
+    warnings=warn_of_few,
+    clean="covariance over N-1 (Parmar et al. 2022)",
+)
+DINO = FeatureMetric(
+    pattern="fd<N>_dinov2",
+    help="Frechet distance over DINOv2 features of N fakes to all reals; another scale than FID",
+    protocol="covariance over N-1",
+    paper="Stein et al. 2023",
+    role="dinov2",
+    reals="all",
+    recipe=always(Moments()),
+    numbers=partial(frechet_numbers, unbiased=True),
+    warnings=warn_of_few,
+)
+KID = FeatureMetric(
+    pattern="kid<N>_full",
+    help="kernel inception distance of N fakes to all reals, unbiased for small sets; papers often print it x 1000",
+    protocol="100 subsets of at most 1,000",
+    paper="Binkowski et al. 2018",
+    role="inception",
+    reals="all",
+    recipe=subsets,
+    numbers=kernel_numbers,
+    clean="100 subsets of at most 1,000 (Parmar et al. 2022)",
+)
+SCORE = FeatureMetric(
+    pattern="is<N>",
+    help="inception score of N fakes; no reals take part",
+    protocol="class logits (of Inception: 1008, without bias), 10 splits",
+    paper="Salimans et al. 2016",
+    role="inception",
+    reals="none",
+    recipe=class_sums,
+    numbers=score_numbers,
+    higher_is_better=True,
+)
+TVGG16 = (
+    "recorded as {}_tvgg16 with torchvision's VGG16, whose numbers do not compare with the StyleGAN family's vgg16.pt"
+)
+PRECISION = FeatureMetric(
+    pattern="pr<N>3_full",
+    help=f"precision and recall of N fakes against all reals; {TVGG16.format('pr<N>3_full')}",
+    protocol="3 neighbours, features and distances in float16",
+    paper="Kynkaanniemi et al. 2019",
+    role="vgg16",
+    reals="most",
+    recipe=always(Rows(half=True)),
+    numbers=precision_recall_numbers,
+    library_suffix="_tvgg16",
+    higher_is_better=True,
+)
+DENSITY = FeatureMetric(
+    pattern="dc<N>_full",
+    help=f"density and coverage of N fakes against all reals; {TVGG16.format('dc<N>_full')}",
+    protocol="5 neighbours, distances in float32",
+    paper="Naeem et al. 2020",
+    role="vgg16",
+    reals="most",
+    recipe=always(Rows()),
+    numbers=density_coverage_numbers,
+    library_suffix="_tvgg16",
+    higher_is_better=True,
+)
+METRICS = (
+    FID,
+    replace(FID, pattern="fid<N>", reals="equal", help="Frechet inception distance of N fakes to as many reals"),
+    DINO,
+    KID,
+    replace(KID, pattern="kid<N>", reals="equal", help="kernel inception distance of N fakes to as many reals"),
+    SCORE,
+    PRECISION,
+    replace(
+        PRECISION,
+        pattern="pr<N>3",
+        reals="equal",
+        help=f"precision and recall of N fakes against as many reals; {TVGG16.format('pr<N>3')}",
+    ),
+    DENSITY,
+    replace(
+        DENSITY,
+        pattern="dc<N>",
+        reals="equal",
+        help=f"density and coverage of N fakes against as many reals; {TVGG16.format('dc<N>')}",
+    ),
+)
+
+for _metric in METRICS:
+    register_feature_metric(_metric)
