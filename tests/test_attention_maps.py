@@ -209,7 +209,7 @@ def test_records_keep_no_more_than_their_images_and_not_for_long(
         made.extend(map(weakref.ref, records))
         return records, img
 
-    monkeypatch.setattr(generate, "record", noted)
+    monkeypatch.setattr(attention, "record", noted)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     run_ok("attention", f"--network={network}", "--query=0,0", "--seeds=0-1", "--batch=1", f"--outdir={tmp_path}")
     assert len(made) == 3 * 4  # the first image is asked before anything is written
