@@ -16,7 +16,6 @@ from test_networks import TINY, Array, below, build, ref_block, ref_demodulated,
 from test_transgan import build as build_transgan
 from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
 
-import generate
 from dnnlib.config import UserError
 from exploration import attention
 from exploration.attention import attention_maps, choose_pixels, most_attended, record, tokens_of

@@ -126,7 +126,7 @@ def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> Non
 @QUIET_COMPILER
 @pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
 def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zip: Path, objective: str) -> None:
-    settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS[objective]}
+    settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS.get(objective, {})}
     source = build(shapes_zip, "cpu", **settings)
     plain, compiled = (gradients(build(shapes_zip, "cpu", **settings, run__compile=on), source) for on in (False, True))
     for phase, gradient in plain.items():
@@ -138,7 +138,7 @@ def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zi
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str) -> None:
     """Two batches with two seeds, one after the other: nothing of the first is left in the second."""
-    settings = {"augment__pipe": "color", "loss__objective": objective, **SETTINGS[objective]}
+    settings = {"augment__pipe": "color", "loss__objective": objective, **SETTINGS.get(objective, {})}
     eager, graphs = (build(shapes_zip, "cuda", **settings, run__graphs=on) for on in (False, True))
     data = eager._batches()
     for position in (0, 1000):
@@ -191,7 +191,7 @@ def test_reduced_precision_adds_little_to_the_noise_of_a_batch(
     on the norm of D's gradient, whose direction rounding turns where D is almost flat, less than half.
     """
     limit = 1 / 2 if objective == "wgangp-eps" else 1 / 10
-    settings = {"loss__objective": objective, **SETTINGS[objective]}
+    settings = {"loss__objective": objective, **SETTINGS.get(objective, {})}
     source = build(shapes_zip, device, **settings)
     source.total_nimg = 5 * source.batch_size
     source.train()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import dataset_tool
 import train
 from dnnlib.config import override
+from training import loss
 from training.augment.pipe import Mode
 from training.config import PRESETS, Circumstances, customise, resolve
 from training.dataset import ImageDataset
-from training.loss import Objective
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.training_loop import Trainer
 
@@ -34,7 +34,7 @@ D_SETTINGS: dict[str, dict[str, Any]] = {
     "transgan": {"widths": (8, 8), "layers": (1, 1), "local_layers": (0, 0), "num_heads": 2},
 }
 A_SETTINGS: dict[str, dict[str, Any]] = {"noaug": {}, "ada": {"pipe": "bgc"}, "fixed": {"p": 0.5}, "diffaug": {}}
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
+OBJECTIVES = tuple(loss.OBJECTIVES)
 MODES: tuple[str, ...] = get_args(Mode)
 
 

@@ -1,16 +1,18 @@
 """Losses and regularisers: functions of (players, real images, labels) that return LossTerms.
 
-A new one is a function here and a line in `phases.build_phases`. Losses are means over the micro-batch and change
-nothing: what has to move with training (w_avg, the path-length mean, ADA's statistic) leaves as a batch mean in
-`LossTerms.means`, and the trainer applies it once per phase, averaged over all micro-batches and processes.
+A new objective is two functions here and a row of OBJECTIVES; a new regulariser a function here and a line in
+`phases.build_phases`. Losses are means over the micro-batch and change nothing: what has to move with training (w_avg,
+the path-length mean, ADA's statistic) leaves as a batch mean in `LossTerms.means`, and the trainer applies it once per
+phase, averaged over all micro-batches and processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,93 +23,6 @@ from torch_utils.misc import compiled
 from training.dataset import encode_labels
 from training.networks import execution
 
-Objective = Literal["logistic", "hinge", "wgangp-eps", "relativistic"]
-
-# With R1 as a lazy regulariser: a phase of its own, every `r1_interval` steps. relativistic has R1 and R2 in every
-# step, wgangp-eps neither.
-LAZY_R1 = ("logistic", "hinge")
-# The weights that only one objective has, and what they are where nothing else is said.
-OWN_WEIGHTS: dict[str, dict[str, float]] = {"wgangp-eps": {"gp_weight": 10.0, "drift_weight": 1e-3}}
-OFF = "0 turns the regulariser off"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The objective, its regularisers, and how often the generator moves.
-
-    An interval of None drops a regulariser's correction of the optimizer; a weight of 0 drops the regulariser alone. G
-    moves every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
-    """
-
-    objective: Objective = setting("logistic", "Training objective.")
-    n_critic: int = setting(1, "Discriminator steps per generator step.", least=1)
-    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", least=1)
-    gp_weight: float | None = setting(
-        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, least=0, note=OFF
-    )
-    drift_weight: float | None = setting(
-        None,
-        "Weight of the squared mean logit of reals, of wgangp-eps; None: 0.001 with it.",
-        auto=True,
-        least=0,
-        note=OFF,
-    )
-    r1_gamma: float | None = setting(
-        None,
-        "Weight of R1, with relativistic of R1 and R2; None: by resolution and batch size.",
-        auto=True,
-        least=0,
-        note=OFF,
-    )
-    r1_interval: int | None = setting(
-        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", least=1
-    )
-    pl_weight: float = setting(2.0, "Weight of path length regularisation.", least=0, note=OFF)
-    pl_interval: int | None = setting(
-        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", least=1
-    )
-    pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", least=0, most=1)
-    style_mixing: float = setting(0.9, "Probability of style mixing.", least=0, most=1)
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        self._check_objective()
-
-    def _check_objective(self) -> None:
-        """Refuse what the objective has no use for."""
-        for owner, weights in OWN_WEIGHTS.items():
-            for name in weights:
-                if getattr(self, name) is not None and self.objective != owner:
-                    raise ConfigError(name, getattr(self, name), f"only --loss={owner} has it; leave it out")
-        if self.objective == "wgangp-eps" and self.r1_gamma:
-            problem = (
-                "wgangp-eps has a penalty of its own (loss.gp_weight): R1 needs --loss=logistic, hinge or relativistic"
-            )
-            raise ConfigError("r1_gamma", self.r1_gamma, problem)
-        if self.objective not in LAZY_R1 and self.r1_interval is not None:
-            problem = f"only --loss={' and '.join(LAZY_R1)} have R1 as a lazy regulariser; leave it out"
-            raise ConfigError("r1_interval", self.r1_interval, problem)
-        if self.objective == "relativistic" and self.g_batch_scale > 1:
-            problem = "relativistic compares each generated image with a real one of the batch: leave it at 1"
-            raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
-
-    def with_objective(self, objective: Objective) -> Self:
-        """Return this configuration with another objective, without what only the old one had."""
-        values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
-        if (objective in LAZY_R1) != (self.objective in LAZY_R1):
-            values["r1_interval"] = 16 if objective in LAZY_R1 else None
-        if "wgangp-eps" in (objective, self.objective):
-            values["r1_gamma"] = None
-        if objective == "relativistic":
-            values["g_batch_scale"] = 1
-        return self if objective == self.objective else replace(self, **values)
-
-    def fit(self, resolution: int, batch_size: int) -> Self:
-        """Choose the weights that are open for images of this longer side and batches of this size."""
-        gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
-        weights: dict[str, Any] = {"r1_gamma": gamma, **OWN_WEIGHTS.get(self.objective, {})}
-        return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})
-
 
 @dataclass
 class LossTerms:
@@ -116,6 +31,10 @@ class LossTerms:
     loss: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+
+
+Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
+Losses = tuple[Loss, Loss]  # of the main phases of G and D
 
 
 @dataclass
@@ -317,3 +236,133 @@ def path_length(players: Players, img: Tensor, c: Tensor, weight: float, decay: 
     loss = weight * penalty.mean()
     stats = {"Loss/pl_penalty": penalty, "Loss/path_length": lengths, "Loss/G/reg": loss}
     return LossTerms(loss, stats, {"w_avg": mean_w, "pl_mean": lengths.detach().mean()})
+
+
+def _logistic(players: Players, config: LossConfig) -> Losses:
+    g_loss = partial(generator_logistic, players, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_logistic, players)
+
+
+def _hinge(players: Players, config: LossConfig) -> Losses:
+    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_hinge, players)
+
+
+def _wgangp_eps(players: Players, config: LossConfig) -> Losses:
+    g_loss = partial(generator_wgan, players, batch_scale=config.g_batch_scale)
+    gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
+    return g_loss, partial(discriminator_wgan, players, gp_weight=gp_weight, drift_weight=drift_weight)
+
+
+def _relativistic(players: Players, config: LossConfig) -> Losses:
+    d_loss = partial(discriminator_relativistic, players, gamma=_chosen(config, "r1_gamma"))
+    return partial(generator_relativistic, players), d_loss
+
+
+def _chosen(config: LossConfig, name: str) -> float:
+    value: float | None = getattr(config, name)
+    if value is None:
+        raise ConfigError(name, None, "not resolved")
+    return value
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective: its losses, and which regularisers and settings go with it.
+
+    `losses` returns those of the main phases of G and D. With `lazy_r1`, R1 is a phase of its own, every `r1_interval`
+    steps; relativistic has R1 and R2 in every step, wgangp-eps neither. `weights` are those that only this objective
+    has, with their defaults.
+    """
+
+    losses: Callable[[Players, LossConfig], Losses]
+    lazy_r1: bool = True
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "logistic": Objective(_logistic),
+    "hinge": Objective(_hinge),
+    "wgangp-eps": Objective(_wgangp_eps, lazy_r1=False, weights={"gp_weight": 10.0, "drift_weight": 1e-3}),
+    "relativistic": Objective(_relativistic, lazy_r1=False),
+}
+LAZY_R1 = tuple(name for name, objective in OBJECTIVES.items() if objective.lazy_r1)
+OFF = "0 turns the regulariser off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective, its regularisers, and how often the generator moves.
+
+    An interval of None drops a regulariser's correction of the optimizer; a weight of 0 drops the regulariser alone. G
+    moves every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
+    """
+
+    objective: str = setting("logistic", "Training objective.", choices=tuple(OBJECTIVES))
+    n_critic: int = setting(1, "Discriminator steps per generator step.", least=1)
+    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", least=1)
+    gp_weight: float | None = setting(
+        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, least=0, note=OFF
+    )
+    drift_weight: float | None = setting(
+        None,
+        "Weight of the squared mean logit of reals, of wgangp-eps; None: 0.001 with it.",
+        auto=True,
+        least=0,
+        note=OFF,
+    )
+    r1_gamma: float | None = setting(
+        None,
+        "Weight of R1, with relativistic of R1 and R2; None: by resolution and batch size.",
+        auto=True,
+        least=0,
+        note=OFF,
+    )
+    r1_interval: int | None = setting(
+        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", least=1
+    )
+    pl_weight: float = setting(2.0, "Weight of path length regularisation.", least=0, note=OFF)
+    pl_interval: int | None = setting(
+        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", least=1
+    )
+    pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", least=0, most=1)
+    style_mixing: float = setting(0.9, "Probability of style mixing.", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse what the objective has no use for."""
+        for owner, objective in OBJECTIVES.items():
+            for name in objective.weights:
+                if getattr(self, name) is not None and self.objective != owner:
+                    raise ConfigError(name, getattr(self, name), f"only --loss={owner} has it; leave it out")
+        if self.objective == "wgangp-eps" and self.r1_gamma:
+            problem = (
+                "wgangp-eps has a penalty of its own (loss.gp_weight): R1 needs --loss=logistic, hinge or relativistic"
+            )
+            raise ConfigError("r1_gamma", self.r1_gamma, problem)
+        if self.objective not in LAZY_R1 and self.r1_interval is not None:
+            problem = f"only --loss={' and '.join(LAZY_R1)} have R1 as a lazy regulariser; leave it out"
+            raise ConfigError("r1_interval", self.r1_interval, problem)
+        if self.objective == "relativistic" and self.g_batch_scale > 1:
+            problem = "relativistic compares each generated image with a real one of the batch: leave it at 1"
+            raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
+
+    def with_objective(self, objective: str) -> Self:
+        """Return this configuration with another objective, without what only the old one had."""
+        values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
+        if (objective in LAZY_R1) != (self.objective in LAZY_R1):
+            values["r1_interval"] = 16 if objective in LAZY_R1 else None
+        if "wgangp-eps" in (objective, self.objective):
+            values["r1_gamma"] = None
+        if objective == "relativistic":
+            values["g_batch_scale"] = 1
+        return self if objective == self.objective else replace(self, **values)
+
+    def fit(self, resolution: int, batch_size: int) -> Self:
+        """Choose the weights that are open for images of this longer side and batches of this size."""
+        gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
+        weights: dict[str, Any] = {"r1_gamma": gamma, **OBJECTIVES[self.objective].weights}
+        return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})

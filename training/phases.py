@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,23 +14,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, check_bounds, setting
 from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
-from training.loss import (
-    LossConfig,
-    LossTerms,
-    Players,
-    discriminator_hinge,
-    discriminator_logistic,
-    discriminator_relativistic,
-    discriminator_wgan,
-    generator_linear,
-    generator_logistic,
-    generator_relativistic,
-    generator_wgan,
-    path_length,
-    r1_penalty,
-)
-
-Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
+from training.loss import OBJECTIVES, Loss, LossConfig, LossTerms, Players, path_length, r1_penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,49 +138,12 @@ def build_learner(parameters: list[nn.Parameter], config: AdamConfig, regularisa
     return Learner(parameters, adam, config.clip_norm)
 
 
-def _logistic(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
-    g_loss = partial(generator_logistic, players, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_logistic, players)
-
-
-def _hinge(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
-    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_hinge, players)
-
-
-def _wgangp_eps(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
-    g_loss = partial(generator_wgan, players, batch_scale=config.g_batch_scale)
-    gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
-    return g_loss, partial(discriminator_wgan, players, gp_weight=gp_weight, drift_weight=drift_weight)
-
-
-def _relativistic(players: Players, config: LossConfig) -> tuple[Loss, Loss]:
-    d_loss = partial(discriminator_relativistic, players, gamma=_chosen(config, "r1_gamma"))
-    return partial(generator_relativistic, players), d_loss
-
-
-def _chosen(config: LossConfig, name: str) -> float:
-    value: float | None = getattr(config, name)
-    if value is None:
-        raise ConfigError(name, None, "not resolved")
-    return value
-
-
-# By objective: the losses of the main phases of G and D.
-MAIN_LOSSES: dict[str, Callable[[Players, LossConfig], tuple[Loss, Loss]]] = {
-    "logistic": _logistic,
-    "hinge": _hinge,
-    "wgangp-eps": _wgangp_eps,
-    "relativistic": _relativistic,
-}
-
-
 def build_phases(
     players: Players, config: LossConfig, g: Learner, d: Learner, *, use_compiled: bool = False
 ) -> list[Phase]:
     """Return the phases of a step in their order; torch.compile serves what is differentiated once."""
     main = players.compiled() if use_compiled else players
-    g_loss, d_loss = MAIN_LOSSES[config.objective](main, config)
+    g_loss, d_loss = OBJECTIVES[config.objective].losses(main, config)
     phases = [Phase("G_main", g, g_loss, interval=config.n_critic)]
     if config.pl_weight and config.pl_interval:
         loss = partial(path_length, players, weight=config.pl_weight, decay=config.pl_decay)
