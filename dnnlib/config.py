@@ -84,7 +84,8 @@ class Bounds:
             return f"must be {self.length} numbers"
         for item in (value,) if items is None else items:
             if self.choices is not None and item not in self.choices:
-                return f"choose one of {self}" if items is None else f"{show(item)} is none of {self}"
+                hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
+                return f"choose one of {self}{hint}" if items is None else f"{show(item)} is none of {self}{hint}"
             if isinstance(item, numbers.Real) and not self._holds(item):
                 return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
