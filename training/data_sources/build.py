@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -13,9 +14,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import partial_path
 from training.data_sources.convert import (
     Conversion,
@@ -36,6 +39,7 @@ MOST_LISTED = 10  # of each kind
 
 _CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
 _CHUNK_IMAGES = 256
+_PNG_BYTES = 1 << 17  # of an uncompressed PNG of MAX_IMAGE_BYTES at most, beside its rows
 
 
 @dataclass
@@ -88,10 +92,22 @@ def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int]
     """Return the (H, W, C) that the first image becomes that can be read and is not too small; None without one."""
     for item in items:
         try:
-            return conversion(load(item)).shape
+            shape = conversion(load(item)).shape
         except (BrokenImageError, TooSmallError):
             continue
+        _refuse_large(item, shape)
+        return shape
     return None
+
+
+def _refuse_large(item: Item, shape: tuple[int, int, int]) -> None:
+    """Raise UserError for an image that the set could hold, and nobody read."""
+    H, W, C = shape
+    if H * (1 + W * C) > MAX_IMAGE_BYTES - _PNG_BYTES or H * W > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise UserError(
+            f"{item.name}: an image of {W}x{H} pixels and {C} channels is more than can be read from a set: choose a "
+            "smaller size by --width and --height"
+        )
 
 
 def convert_all(
