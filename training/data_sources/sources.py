@@ -27,7 +27,7 @@ from training.data_sources.cifar import read_cifar
 from training.data_sources.classes import classes_from_folders, note_on_folders
 from training.data_sources.dataset_json import MAX_CLASS, Label
 from training.data_sources.files import FileStore, FolderStore, labels_of, open_store, read_dataset_json
-from training.data_sources.items import Item, Source, SourceBase, oversize
+from training.data_sources.items import SHAPES, Item, Source, SourceBase, oversize
 from training.data_sources.listing import list_files
 from training.data_sources.lmdb_file import LmdbFile
 from training.data_sources.parts import Parts, find_parts, note_on_parts, snapshot_folder
@@ -53,7 +53,7 @@ def open_source(
     `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
     that comes in several, None for the usual one.
     """
-    if path != "shapes":
+    if path != SHAPES:
         source = _open_path(path, read_labels=labels_from_folders is None, split=split)
     else:
         _refuse_split(path, split)
@@ -362,7 +362,7 @@ class Drawing(NamedTuple):
 class ShapesSource(SourceBase):
     """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the shape in front."""
 
-    name = "shapes"
+    name = SHAPES
     channels: int | None = 3
     _BATCH = 256
     _BATCH_PIXELS = 1 << 22
