@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
+from dnnlib.screen import printable
 from dnnlib.util import counted, write_atomically
 from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe, refuse_dest
 from training.data_sources.checking import describe_findings, find_problems, find_remarks, inspect_all
@@ -185,9 +186,9 @@ def choose_channels(source: Source, num_images: int) -> int:
 
 def introduce(source: Source, num_images: int, classes: Classes, *, verbose: bool) -> None:
     """Print what was found, before anything is written."""
-    click.echo(f"{source.name}: {counted(num_images, 'image')}")
+    click.echo(f"{printable(source.name)}: {counted(num_images, 'image')}")
     for note in (*source.notes, *classes.notes):
-        click.echo(f"Note: {note}")
+        click.echo(f"Note: {printable(note)}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
     show_left_out(source.left_out, verbose=verbose)
@@ -299,7 +300,7 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     content = read_dataset_json(store)
     folders = None if store.json_name else note_on_folders(store.names)
     for note in filter(None, [*store.notes, *content.notes, folders]):
-        click.echo(f"Note: {note}")
+        click.echo(f"Note: {printable(note)}")
     show_left_out(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)

@@ -19,6 +19,7 @@ from PIL import Image
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES
+from dnnlib.screen import printable
 from dnnlib.util import partial_path
 from training.data_sources.convert import (
     Conversion,
@@ -85,7 +86,7 @@ def listed(lines: list[str], *, verbose: bool) -> list[str]:
     """Return the first of some lines, indented, and a count of the others; all of them with `verbose`."""
     shown = lines if verbose else lines[:MOST_LISTED]
     rest = len(lines) - len(shown)
-    return [f"  {line}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
+    return [f"  {printable(line)}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
 
 
 def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int] | None:
