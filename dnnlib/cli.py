@@ -137,7 +137,16 @@ class Script(Program):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         home = re.compile(r"(--[\w-]+=)(~[\w.-]*(?:/.*)?)", re.ASCII | re.DOTALL)
         matches = [(word, home.fullmatch(word)) for word in args]
-        return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
+        args = [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches]
+        for word in args:
+            self._check_optional_value(ctx, *word.partition("=")[::2])
+        return super().parse_args(ctx, args)
+
+    def _check_optional_value(self, ctx: click.Context, flag: str, value: str) -> None:
+        """Refuse `--mirror=-1` for its value: click takes that, of flags with an optional value, for another flag."""
+        for parameter in self.params if value.startswith("-") else ():
+            if flag in parameter.opts and isinstance(parameter, ConfigOption) and parameter.flag_value is not None:
+                parameter.type.convert(value, parameter, ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
