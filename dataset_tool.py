@@ -24,8 +24,9 @@ from tqdm import tqdm
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import DefaultGroup, IntOrAuto, Script, option
 from dnnlib.config import UserError
+from dnnlib.screen import printable
 from dnnlib.util import counted, write_atomically
-from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe
+from training.data_sources.build import Problems, convert_all, listed, new_dataset, probe, refuse_dest
 from training.data_sources.checking import describe_findings, find_problems, find_remarks, inspect_all
 from training.data_sources.classes import Classes, choose_classes, describe_classes, note_on_folders
 from training.data_sources.codec import SLOW_DECODER
@@ -33,6 +34,7 @@ from training.data_sources.convert import RESIZE_FILTERS, TRANSFORMS, Conversion
 from training.data_sources.dataset_json import Label
 from training.data_sources.files import open_store, read_dataset_json
 from training.data_sources.listing import LeftOut, count_left_out, describe_left_out
+from training.data_sources.parallel import ended_by_signals
 from training.data_sources.sheet import make_sheet
 from training.data_sources.sizes import by_short_side, describe_sizes, size_options
 from training.data_sources.sources import SUPPORTED, Drawing, FolderLevel, Source, items_of, open_source
@@ -45,9 +47,11 @@ _MAX_PAD = 1024
 
 
 @click.group(cls=DefaultGroup, default="build")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Build a data set, or check one."""
     tune_allocator()
+    context.with_resource(ended_by_signals())
 
 
 @main.command(
@@ -130,7 +134,7 @@ def build(
     if resolution is not None:
         width, height = read_resolution(resolution, width, height)
     conversion = Conversion(width=width, height=height, transform=transform, resize_filter=resize_filter)
-    refuse_existing(dest)
+    refuse_dest(dest, source)
     drawing = Drawing(seed, max_images or _SHAPES_COUNT, width or _SHAPES_SIZE, height or _SHAPES_SIZE)
     images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing, split=split)
     num_images = min(len(images), max_images or len(images))
@@ -172,13 +176,6 @@ def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def refuse_existing(dest: Path) -> None:
-    if not dest.name:
-        raise UserError(f"--dest={dest}: give the name of a .zip file or folder to write")
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"--dest={dest} exists: remove it or choose another name")
-
-
 def choose_channels(source: Source, num_images: int) -> int:
     """Return 3, or 1 if the source says that its images are gray, or all say so of themselves."""
     if source.channels is not None:
@@ -189,9 +186,9 @@ def choose_channels(source: Source, num_images: int) -> int:
 
 def introduce(source: Source, num_images: int, classes: Classes, *, verbose: bool) -> None:
     """Print what was found, before anything is written."""
-    click.echo(f"{source.name}: {counted(num_images, 'image')}")
+    click.echo(f"{printable(source.name)}: {counted(num_images, 'image')}")
     for note in (*source.notes, *classes.notes):
-        click.echo(f"Note: {note}")
+        click.echo(f"Note: {printable(note)}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
     show_left_out(source.left_out, verbose=verbose)
@@ -298,12 +295,12 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     Exact copies, images of one colour or nearly black, classes and sizes are listed too, and are not wrong.
     """
     if sheet:
-        refuse_sheet(sheet)
+        refuse_sheet(sheet, path)
     store = open_store(path)
     content = read_dataset_json(store)
     folders = None if store.json_name else note_on_folders(store.names)
     for note in filter(None, [*store.notes, *content.notes, folders]):
-        click.echo(f"Note: {note}")
+        click.echo(f"Note: {printable(note)}")
     show_left_out(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)
@@ -325,11 +322,13 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     click.echo(f"{path}: {counted(len(store.names), 'image')} of {W}x{H} pixels and {C} channels, {labelled}")
 
 
-def refuse_sheet(sheet: Path) -> None:
+def refuse_sheet(sheet: Path, path: Path) -> None:
     if sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet={sheet}: a sheet is a .png file, give it such a name")
     if sheet.exists():
         raise UserError(f"--sheet={sheet} exists: remove it or choose another name")
+    if sheet.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--sheet={sheet} lies in {path}, and would be an image of it: choose another place")
 
 
 def write_sheet(sheet: Path, image: Image.Image) -> None:

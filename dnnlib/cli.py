@@ -202,12 +202,22 @@ class Script(Program):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         home = re.compile(r"(--[\w-]+=)(~[\w.-]*(?:/.*)?)", re.ASCII | re.DOTALL)
         matches = [(word, home.fullmatch(word)) for word in args]
+        args = [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches]
+        for word in args:
+            self._check_optional_value(ctx, *word.partition("=")[::2])
         try:
-            return super().parse_args(ctx, [m[1] + os.path.expanduser(m[2]) if m else word for word, m in matches])
+            return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if fields := self.removed.get(error.option_name.replace("_", "-")):
                 raise click.UsageError(_explain_removed(error.option_name, fields.split(), args), ctx) from None
             raise
+
+    def _check_optional_value(self, ctx: click.Context, flag: str, value: str) -> None:
+        """Refuse `--mirror=-1` for its value: click takes that, of flags with an optional value, for another flag."""
+        for parameter in self.params if value.startswith("-") else ():
+            if flag in parameter.opts and isinstance(parameter, ConfigOption) and parameter.flag_value is not None:
+                kind = click.BOOL if parameter.field else parameter.type
+                kind.convert(value, parameter, ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options under their headings."""

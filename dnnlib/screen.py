@@ -24,12 +24,17 @@ _PLAIN_FRAGMENT = re.compile(r"#(sha256=[0-9a-f]+|[a-z]{1,20}([._-][a-z]{1,20}){
 
 
 def printable(text: str) -> str:
-    r"""Return a name on one line, its control characters as a terminal shows none: \x1b, \u202e."""
+    r"""Return a name on one line, its control characters as a terminal shows none: \x1b, \u202e.
+
+    So are bytes of the name of a file that are no UTF-8: \xff.
+    """
     return _ANY_CONTROL.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # as os.fsdecode shows a byte
+        code -= 0xDC00
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 

@@ -350,13 +350,20 @@ def test_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
         ("sheet", "a sheet is a .png file"),
         ("folder.png", "exists: remove it"),
         ("there.png/sheet.png", "cannot be"),
+        ("set/sheet.png", "would be an image of it: choose another place"),
+        ("set/new/sheet.png", "would be an image of it"),
+        ("alias/sheet.png", "would be an image of it"),
+        ("new/../set/a/../sheet.png", "would be an image of it"),
     ],
 )
 def test_a_sheet_is_never_written_over_anything(tmp_path: Path, name: str, message: str) -> None:
     path = write_set(tmp_path / "set", {"a.png": noise(8, 8, 3)})
     (tmp_path / "there.png").write_bytes(b"precious")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "alias").symlink_to(path)
+    before = sorted(tmp_path.rglob("*"))
     result = check(path, f"--sheet={tmp_path / name}")
+    assert sorted(tmp_path.rglob("*")) == before
     assert result.exit_code == 2
     assert message in result.stderr
     assert (tmp_path / "there.png").read_bytes() == b"precious"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import dataset_tool
 from dnnlib.config import ConfigError, UserError
 from training.data_sources.codec import decode_image, read_shape
 from training.dataset import DatasetConfig, EpochSampler, ImageDataset, batches, encode_labels, resident_batches
@@ -431,6 +434,48 @@ def test_a_broken_first_image_is_counted_with_the_others(
         dataset.check_shapes(lambda sizes: (16, 16))
     with pytest.raises(UserError, match=r"none of its 3 images can be decoded, the first is '0/a\.png' \("):
         open_set(write(tmp_path / "c.zip", broken))
+
+
+@pytest.mark.parametrize("broken", [["a.png"], ["0.png", "z/b.jpg"], ["a.png", "b.png", "z/d.png"]])
+def test_links_that_lead_nowhere_are_counted_as_broken_images(tmp_path: Path, broken: list[str]) -> None:
+    folder = write_folder(tmp_path / "set", set_files(random_images(3)) | {"z/whole.png": as_png(random_images(1)[0])})
+    for name in broken:
+        (folder / name).symlink_to(tmp_path / "nowhere.png")
+    dataset = open_set(folder)
+    expected = rf"{4 + len(broken)} images, {len(broken)} cannot be read, the first is '{broken[0]}' \(No such .*--skip"
+    with pytest.raises(ConfigError, match=expected):
+        dataset.check_shapes()
+    before = dataset.content_hash
+    (tmp_path / "nowhere.png").write_bytes(as_png(random_images(1)[0]))
+    assert open_set(folder).content_hash != before
+
+
+@pytest.mark.parametrize(
+    ("extra", "options"),
+    [
+        ({}, []),
+        ({"dog/2.png": as_png(random_images(1, height=9, width=9)[0])}, ["--transform=center-crop", "--width=8"]),
+        ({"dog/2.png": b"broken"}, ["--skip-bad"]),
+        ({"dog/2.png": b"", "dog/3.png": as_png(random_images(1, height=40)[0])}, ["--width=8", "--skip-bad"]),
+    ],
+)
+def test_what_is_wrong_with_a_set_without_labels_is_mended_by_one_command(
+    tmp_path: Path, extra: dict[str, bytes], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the message, run as it is, gives a set that training takes."""
+    files = {f"{kind}/{k}.png": as_png(random_images(1)[0]) for kind in ("cat", "dog") for k in range(2)}
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "my pets", files | extra)
+    with pytest.raises(UserError) as error:
+        open_set(Path("my pets"), use_labels=True)
+    command = shlex.split(str(error.value).partition("build a set with labels: ")[2])
+    assert command[:4] == ["python", "dataset_tool.py", "--source=my pets", "--dest=data/my pets.zip"]
+    assert {*options, "--labels-from-folders"} <= {*command}
+    built = CliRunner().invoke(dataset_tool.main, [*command[2:], "--workers=1"])
+    assert built.exit_code == 0, built.output
+    dataset = open_set(Path("data/my pets.zip"), use_labels=True)
+    dataset.check_shapes()
+    assert (dataset.c_dim, dataset.class_names) == (2, ["cat", "dog"])
 
 
 def _text() -> PngInfo:

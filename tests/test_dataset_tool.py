@@ -8,12 +8,16 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
+import subprocess
 import sys
 import tarfile
+import time
 import types
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ import dataset_tool
 from dataset_tool import main
 from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources import codec
+from training.data_sources.codec import encode_png
 from training.data_sources.convert import (
+    MAX_SIDE,
     RESIZE_FILTERS,
     Conversion,
     TooSmallError,
@@ -710,6 +716,169 @@ def test_existing_destination_is_refused(tmp_path: Path) -> None:
         assert code == 0 or "exists: remove it or choose another name" in result.output
     assert (tmp_path / "a.zip").read_bytes() == b"precious"
     assert (tmp_path / "empty" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("dest", "message"),
+    [
+        ("dangling.zip", "exists: remove it"),
+        ("link-to-empty", "exists: remove it"),
+        ("fifo", "exists: remove it"),
+        ("empty.zip", "exists: remove it"),  # a folder
+        ("/dev/null", "exists: remove it"),
+        ("/dev/null/x.zip", "/dev/null is no folder"),
+        ("src/1.png/x.zip", "src/1.png is no folder"),
+        ("src/1.png/new/x", "src/1.png is no folder"),
+        ("dangling.zip/x", "dangling.zip is no folder"),
+        ("src/out", "lies in --source="),
+        ("src/new/out", "lies in --source="),
+        ("alias/out", "lies in --source="),
+        ("src/../src/out.d", "lies in --source="),
+        (".", "give the name of a .zip file or folder"),
+    ],
+)
+def test_places_where_no_set_can_be_are_refused_at_once(
+    tmp_path: Path, dest: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_files(tmp_path / "src", {f"{k}.png": as_file(random_images(8, 8, 3)) for k in range(3)})
+    for link, target in [("dangling.zip", "/nowhere/x"), ("link-to-empty", "empty.zip"), ("alias", "src")]:
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "empty.zip").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    result = run(f"--source={source}", f"--dest={dest}", "--workers=1")
+    assert (result.exit_code, result.stdout) == (2, "")  # nothing was even read
+    assert result.stderr.startswith(f"Error: --dest={dest}")
+    assert message in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "empty.zip").is_symlink()
+
+
+def test_a_zip_file_may_lie_beside_the_images_of_its_source(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "src", {"1.png": as_file(random_images(8, 8, 3))})
+    first, _ = build(source, source / "set.zip")
+    again, _ = build(source, source / "new" / "again.zip")
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set"])
+def test_a_set_that_another_program_finished_meanwhile_stays(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = tmp_path / name
+
+    def finish(*_: Any, **__: Any) -> dict[str, Any]:
+        write_files(tmp_path, {name if dest.suffix else f"{name}/0.png": b"of the other"})
+        return {}
+
+    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the end
+    result = run("--source=shapes", f"--dest={dest}", "--max-images=3", "--workers=1")
+    assert (result.exit_code, result.stderr) == (2, f"Error: --dest={dest} exists: remove it or choose another name\n")
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"of the other"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
+def test_signals_end_the_workers_too_and_leave_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    source = write_files(tmp_path / "src", {f"{k}.png": as_file(random_images(8, 8, 3)) for k in range(256)})
+    for k in range(256, 8000):
+        os.link(source / f"{k % 256}.png", source / f"{k}.png")
+    start = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path('{}', {})"
+    code = start.format(dataset_tool.__file__, "run_name='__main__'")
+    options = [f"--source={source}", f"--dest={tmp_path / 'set.zip'}", "--width=512", "--height=512", "--workers=2"]
+    with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True) as tool:
+        wait_until(lambda: any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".set.zip.*.partial")))
+        tool.send_signal(number)
+        _, errors = tool.communicate(timeout=60)  # workers that lived on would hold the pipe open
+    assert "Traceback" not in errors
+    assert tool.returncode == {signal.SIGINT: 1, signal.SIGKILL: -number}.get(number, 128 + number)
+    assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--width=100000", "--height=100000"),
+        ("--width=9500", "--height=9500"),
+        ("--width=8001", "--height=1"),
+        ("--width=1", "--height=99999999"),
+        ("--resolution=8x8001",),
+        ("--width=20000", "--height=8", "--transform=center-crop-letterbox"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["files", "shapes"])
+def test_sizes_that_nobody_could_read_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
+    source = write_files(tmp_path / "src", {"1.png": as_file(random_images(8, 8, 3))})
+    message = refused(tmp_path, source if kind == "files" else "shapes", *options)
+    assert "a side of the images of a set has at most 8000 pixels: choose a smaller size" in message
+
+
+def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a size: by their channels, by padding, by Pillow's bound."""
+    np.save(tmp_path / "large.npy", random_images(1, 100, 100, 3))
+    monkeypatch.setattr("training.data_sources.build.MAX_IMAGE_BYTES", (1 << 17) + 30_100)
+    build(tmp_path / "large.npy", tmp_path / "fits.zip")
+    for options, size in [(("--channels=4",), "100x100 pixels and 4"), (("--pad=1",), "102x102 pixels and 3")]:
+        message = refused(tmp_path, tmp_path / "large.npy", *options)
+        assert f"image 0: an image of {size} channels is more than can be read from a set: choose a" in message
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)
+    assert "100x100 pixels" in refused(tmp_path, tmp_path / "large.npy", "--channels=1")
+
+
+def test_the_largest_images_that_can_be_asked_for_can_be_read() -> None:
+    part = len(encode_png(random_images(1000, 1000, 4)))
+    assert part * (MAX_SIDE / 1000) ** 2 < MAX_IMAGE_BYTES
+    assert len(encode_png(random_images(MAX_SIDE, 1, 4))) < MAX_IMAGE_BYTES
+    assert Image.MAX_IMAGE_PIXELS
+    assert Image.MAX_IMAGE_PIXELS > MAX_SIDE**2
+
+
+def test_shapes_of_any_number_take_no_memory_at_once(tmp_path: Path) -> None:
+    assert "shapes has at most 10000000 images" in refused(tmp_path, "shapes", "--max-images=1000000000000")
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        (b"a\nb", r"a\x0ab"),
+        (b"red\x1b[31m", r"red\x1b[31m"),
+        (b"back\rover", r"back\x0dover"),
+        (b"tab\t", r"tab\x09"),
+        (b"latin-\xe9", r"latin-\xe9"),
+        ("left\u202etfel".encode(), r"left\u202etfel"),
+        ("Zoë".encode(), "Zoë"),
+    ],
+)
+def test_names_are_printed_on_one_line_without_control_characters(tmp_path: Path, name: bytes, printed: str) -> None:
+    """Of images, of classes, of what is left out; by build and by check."""
+    text = os.fsdecode(name)
+    source = write_files(tmp_path / "src", {f"{text}/broken.png": b"x", f"{text}/n.{text}": b"x"})
+    write_files(source, {f"{text}/1.png": as_file(random_images(8, 8, 3)), "z/2.png": as_file(random_images(8, 8, 3))})
+    made = run(f"--source={source}", f"--dest={tmp_path / 'set.zip'}", "-v", "--labels-from-folders", "--workers=1")
+    checked = run("check", source, "-v", "--workers=1")
+    assert (made.exit_code, checked.exit_code) == (2, 1)
+    assert f"2 classes: {printed} 2, z 1" in made.stdout
+    assert f"\n  {printed}/broken.png: " in made.stderr
+    assert f"images are in 2 folders: {printed} 2, z 1" in checked.stdout
+    for output in (made.stdout, checked.stdout):
+        assert f"\n    {printed}/n.{printed}\n" in output
+    assert f"\n  {printed}/broken.png: " in checked.stdout
+    both = made.output + checked.output
+    assert all(letter == "\n" or letter.isprintable() for letter in both)
 
 
 # check

@@ -24,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from training import loggers
+from training.config import LOGGERS
 
 # Three ticks of one step and one evaluation more than the first picture.
 SHORT = [*SMALL, "--device=cpu", "--tick=0.016", "--snap=3"]

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from conftest import SMALL, launch_as, make_shapes, small_config
 from PIL import Image
 
+import dataset_tool
 import metrics.registry
 import train
 from dnnlib.cli import PRECEDENCE, Script
@@ -95,6 +96,26 @@ def test_a_home_directory_is_found_after_an_equals_sign(
     plan = json.loads(run_ok(f"--outdir={tmp_path}", "--data=~/shapes.zip", *SHORT, "--desc=a-b", "-n"))
     assert plan["options"]["data"]["path"] == str(shapes_zip)
     assert plan["options"]["run"]["desc"] == "a-b"
+
+
+@pytest.mark.parametrize(
+    ("program", "flag", "value", "message"),
+    [
+        (dataset_tool.main, "--labels-from-folders", "-1", "-1 is not in the range x>=1"),
+        (dataset_tool.main, "--labels_from_folders", "-x", "'-x' is not a valid integer"),
+        (train.main, "--mirror", "-1", "'-1' is not a valid boolean"),
+        (train.main, "--cond", "--yes", "'--yes' is not a valid boolean"),
+        (train.main, "--data_on_gpu", "-", "'-' is not a valid"),
+    ],
+)
+def test_a_value_with_a_minus_sign_is_no_other_flag(
+    program: click.Command, flag: str, value: str, message: str
+) -> None:
+    result = CliRunner().invoke(program, [f"{flag}={value}"])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag[:6]}" in result.stderr
+    assert message in result.stderr
+    assert "No such option" not in result.stderr
 
 
 def test_the_command_of_the_papers_readme_is_understood(shapes32_zip: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import labels_of, open_store, read_dataset_json
-from training.data_sources.sizes import Shape, Size, Sizes, Survey, describe_shape, suggest_size
+from training.data_sources.sizes import Shape, Size, Sizes, Survey, build_command, describe_shape, suggest_size
 
 try:
     import resource
@@ -157,6 +157,13 @@ class ImageDataset:
         """Whether the images are as somebody has put them there, of any kinds, not a set that dataset_tool.py made."""
         return "format_version" not in self.meta
 
+    def _way_to_labels(self) -> str:
+        """Say how to build a set that has labels, and that can be trained on, from the images."""
+        if not self.is_raw:
+            return "build the set again from its source, with dataset_tool.py --labels-from-folders"
+        command = build_command(self.config.path, *self._survey().options(suggest_size), "--labels-from-folders")
+        return f"if its folders are classes, build a set with labels: {command}"
+
     def check_shapes(self, choose_size: Callable[[Sizes], Size | None] = suggest_size) -> None:
         """Raise ConfigError where headers are broken or promise other sizes or channels: how many, and what to do.
 
@@ -165,6 +172,11 @@ class ImageDataset:
         """
         if not self.is_raw:
             return
+        if problem := self._survey().describe_mixture(str(self.path), choose_size):
+            raise ConfigError("data.path", str(self.path), problem)
+
+    def _survey(self) -> Survey:
+        """Read the headers of all images."""
         survey = Survey()
         for position in tqdm(self._subset, "Sizes", unit="images", disable=None, leave=False):
             name = self._store.names[position]
@@ -172,8 +184,7 @@ class ImageDataset:
                 survey.note(name, self._read_shape(name))
             except BrokenImageError as error:
                 survey.broken.append(f"{name!r} ({error})")
-        if problem := survey.describe_mixture(str(self.path), choose_size):
-            raise ConfigError("data.path", str(self.path), problem)
+        return survey
 
     def _first_shape(self) -> Shape:
         """Return the shape of the first image; of raw images that of the first that can be decoded.
@@ -238,7 +249,7 @@ class ImageDataset:
         if labels is None:
             raise UserError(
                 f'{self.path} has no labels (dataset.json is missing or says "labels": null): train without labels, '
-                "or build the set with dataset_tool.py --labels-from-folders"
+                f"or {self._way_to_labels()}"
             )
         if isinstance(labels[0], int):
             self.notes += note_on_gaps(labels, self.class_names)

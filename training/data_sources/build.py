@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -13,9 +14,12 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
+from dnnlib.images import MAX_IMAGE_BYTES
+from dnnlib.screen import printable
 from dnnlib.util import partial_path
 from training.data_sources.convert import (
     Conversion,
@@ -25,7 +29,7 @@ from training.data_sources.convert import (
     convert_items,
     load,
 )
-from training.data_sources.items import Item
+from training.data_sources.items import SHAPES, Item
 from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import Sizes
 from training.data_sources.stored_zip import StoredZip
@@ -36,6 +40,7 @@ MOST_LISTED = 10  # of each kind
 
 _CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
 _CHUNK_IMAGES = 256
+_PNG_BYTES = 1 << 17  # of an uncompressed PNG of MAX_IMAGE_BYTES at most, beside its rows
 
 
 @dataclass
@@ -81,17 +86,30 @@ def listed(lines: list[str], *, verbose: bool) -> list[str]:
     """Return the first of some lines, indented, and a count of the others; all of them with `verbose`."""
     shown = lines if verbose else lines[:MOST_LISTED]
     rest = len(lines) - len(shown)
-    return [f"  {line}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
+    return [f"  {printable(line)}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
 
 
 def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int] | None:
     """Return the (H, W, C) that the first image becomes that can be read and is not too small; None without one."""
     for item in items:
         try:
-            return conversion(load(item)).shape
+            shape = conversion(load(item)).shape
         except (BrokenImageError, TooSmallError):
             continue
+        _refuse_large(item, shape)
+        return shape
     return None
+
+
+def _refuse_large(item: Item, shape: tuple[int, int, int]) -> None:
+    """Raise UserError for an image that the set could hold, and nobody read."""
+    H, W, C = shape
+    max_pixels = Image.MAX_IMAGE_PIXELS or math.inf
+    if H * (1 + W * C) > MAX_IMAGE_BYTES - _PNG_BYTES or max_pixels < H * W:
+        raise UserError(
+            f"{item.name}: an image of {W}x{H} pixels and {C} channels is more than can be read from a set: choose a "
+            "smaller size by --width and --height"
+        )
 
 
 def convert_all(
@@ -122,12 +140,13 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
     temporary = partial_path(dest)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        if dest.suffix.lower() == ".zip":
+        if _is_zip(dest):
             with StoredZip(temporary) as archive:
                 yield archive.add
         else:
             temporary.mkdir()
             yield lambda name, data: _add_to_folder(temporary, name, data)
+        refuse_existing(dest)  # another program may have written it meanwhile
         os.replace(temporary, dest)
     except OSError as error:
         raise UserError(f"cannot write --dest={dest}: {error}") from error
@@ -135,6 +154,32 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def refuse_dest(dest: Path, source: str) -> None:
+    """Raise UserError where no set can be written, or where the next one built from `source` would hold its images."""
+    if not dest.name:
+        raise UserError(f"--dest={dest}: give the name of a .zip file or folder to write")
+    refuse_existing(dest)
+    above = next(folder for folder in dest.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UserError(f"--dest={dest}: {above} is no folder: choose another place")
+    if not _is_zip(dest) and source != SHAPES and dest.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(
+            f"--dest={dest} lies in --source={source}, and its images would be part of that: choose a place outside, "
+            "or a .zip file"
+        )
+
+
+def refuse_existing(dest: Path) -> None:
+    """Raise UserError where something has the name of a set, other than the empty folder that it may become."""
+    may_become = not _is_zip(dest) and dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())
+    if os.path.lexists(dest) and not may_become:
+        raise UserError(f"--dest={dest} exists: remove it or choose another name")
+
+
+def _is_zip(dest: Path) -> bool:
+    return dest.suffix.lower() == ".zip"
 
 
 def _add_to_folder(folder: Path, name: str, data: bytes) -> None:

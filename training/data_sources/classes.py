@@ -9,6 +9,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from dnnlib.config import UserError
+from dnnlib.screen import printable
 from training.data_sources.dataset_json import Label
 
 # Names of splits, lower case, and what they are called on the command line.
@@ -125,7 +126,7 @@ def _count(labels: Sequence[Label], class_names: Sequence[str] | None) -> tuple[
 
 
 def _describe(counts: Mapping[str, int], noun: str) -> str:
-    shown = ", ".join(f"{name} {count:,}" for name, count in islice(counts.items(), _MOST_SHOWN))
+    shown = ", ".join(f"{printable(name)} {count:,}" for name, count in islice(counts.items(), _MOST_SHOWN))
     if len(counts) == 1:
         return f"1 {_SINGULAR[noun]}: {shown}"
     if len(counts) <= _MOST_SHOWN:

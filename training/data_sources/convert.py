@@ -18,6 +18,7 @@ from training.data_sources.items import Item
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-letterbox")
 LETTERBOXED = ("center-crop-wide", "center-crop-letterbox")
+MAX_SIDE = 8000  # of an image that is asked for: its uncompressed PNG is one that can be read, in RGBA too
 RESIZE_FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -57,6 +58,11 @@ class Conversion:
             raise UserError("--width and --height belong together: give both or neither")
         if self.width is None and self.transform:
             raise UserError(f"--transform={self.transform} needs the size of the result: give --width and --height")
+        if self.width and self.height and max(self.width, self.height) > MAX_SIDE:
+            raise UserError(
+                f"--width={self.width} --height={self.height}: a side of the images of a set has at most {MAX_SIDE} "
+                "pixels: choose a smaller size"
+            )
         if self.width and self.height and self.transform in LETTERBOXED and self.height > self.width:
             raise UserError(
                 f"--height={self.height} is more than --width={self.width}: --transform={self.transform} lays wide "

@@ -63,11 +63,14 @@ class FolderStore:
         return read_regular(self.path / self.json_name, MAX_JSON_BYTES)
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
-        """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size."""
+        """Size in bytes and time of last change in ns: uncompressed images of one shape all have the same size.
+
+        Nothing for a file that is not there, as a broken link's: `read` tells what is wrong with it.
+        """
         try:
             about = (self.path / name).stat()
-        except OSError as error:
-            raise UserError(f"{self.path / name} cannot be read ({error.strerror}): repair or remove it") from error
+        except OSError:
+            return ()
         return about.st_size, about.st_mtime_ns
 
 

@@ -13,6 +13,8 @@ from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources.dataset_json import Label
 from training.data_sources.listing import LeftOut
 
+SHAPES = "shapes"  # the source that is no file
+
 
 class Item(NamedTuple):
     """One image of a source.

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
+from dnnlib.screen import printable
 
 # Folders in which programs keep copies and thumbnails, beside those whose name begins with a dot.
 TOOL_FOLDERS = frozenset(
@@ -75,9 +76,9 @@ def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
     lines = []
     for kind in kinds if verbose else kinds[:_MOST_KINDS]:
         advice = remedy(kind)
-        lines.append(f"  {_counted_kind(len(left_out[kind]), kind)}{': ' if advice else ''}{advice}")
+        lines.append(f"  {printable(_counted_kind(len(left_out[kind]), kind))}{': ' if advice else ''}{advice}")
         if verbose:
-            lines += [f"    {name}" for name in left_out[kind]]
+            lines += [f"    {printable(name)}" for name in left_out[kind]]
     if len(kinds) > len(lines) and not verbose:
         rest = sum(len(left_out[kind]) for kind in kinds[_MOST_KINDS:])
         lines.append(f"  {rest} of {len(kinds) - _MOST_KINDS} other kinds")

@@ -115,18 +115,22 @@ class Survey:
         sizes, channels = sizes_of(self.counts), channels_of(self.counts)
         if len(self.counts) < 2 and not self.broken:
             return None
-        found, options = [counted(self.counts.total() + len(self.broken), "image")], []
+        found = [counted(self.counts.total() + len(self.broken), "image")]
         if len(sizes) > 1:
             found[0] += f" of {describe_sizes(sizes)}"
-            options += crop_options(choose_size(sizes) or suggest_size(sizes))
         if len(channels) > 1:
             found += [f"{count:,} {CHANNEL_NAMES[kind]}" for kind, count in channels.most_common()]
         found += self._exceptions()
         if self.broken:
             found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
-            options.append("--skip-bad")
         kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
-        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *options)}"
+        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *self.options(choose_size))}"
+
+    def options(self, choose_size: Callable[[Sizes], Size | None]) -> list[str]:
+        """Return the options of dataset_tool.py that make the images a set."""
+        sizes = sizes_of(self.counts)
+        crop = crop_options(choose_size(sizes) or suggest_size(sizes)) if len(sizes) > 1 else []
+        return crop + (["--skip-bad"] if self.broken else [])
 
     def _exceptions(self) -> list[str]:
         """Name the first image that is not as most are; none where they differ all around."""

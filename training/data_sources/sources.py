@@ -27,7 +27,7 @@ from training.data_sources.cifar import read_cifar
 from training.data_sources.classes import classes_from_folders, note_on_folders
 from training.data_sources.dataset_json import MAX_CLASS, Label
 from training.data_sources.files import FileStore, FolderStore, labels_of, open_store, read_dataset_json
-from training.data_sources.items import Item, Source, SourceBase, oversize
+from training.data_sources.items import SHAPES, Item, Source, SourceBase, oversize
 from training.data_sources.listing import list_files
 from training.data_sources.lmdb_file import LmdbFile
 from training.data_sources.parts import Parts, find_parts, note_on_parts, snapshot_folder
@@ -53,7 +53,7 @@ def open_source(
     `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
     that comes in several, None for the usual one.
     """
-    if path != "shapes":
+    if path != SHAPES:
         source = _open_path(path, read_labels=labels_from_folders is None, split=split)
     else:
         _refuse_split(path, split)
@@ -362,14 +362,21 @@ class Drawing(NamedTuple):
 class ShapesSource(SourceBase):
     """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the shape in front."""
 
-    name = "shapes"
+    name = SHAPES
     channels: int | None = 3
     _BATCH = 256
+    _BATCH_PIXELS = 1 << 22
+    _LABEL_BATCH = 1 << 16
+    _MAX_SCENES = 10_000_000
 
     def __init__(self, drawing: Drawing) -> None:
         super().__init__()
+        if drawing.num_images > self._MAX_SCENES:
+            raise UserError(f"--max-images={drawing.num_images}: shapes has at most {self._MAX_SCENES} images")
         self.class_names = list(KINDS)
-        self.labels = scene_labels(np.arange(drawing.num_images), seed=drawing.seed).tolist()
+        self.labels = []
+        for indices in self._batches(drawing.num_images, self._LABEL_BATCH):
+            self.labels += scene_labels(indices, seed=drawing.seed).tolist()
         self._drawing = drawing
 
     def __len__(self) -> int:
@@ -377,8 +384,12 @@ class ShapesSource(SourceBase):
 
     def __iter__(self) -> Iterator[Item]:
         seed, num_images, width, height = self._drawing
-        for start in range(0, num_images, self._BATCH):
-            indices = np.arange(start, min(start + self._BATCH, num_images))
+        for indices in self._batches(num_images, min(self._BATCH, self._BATCH_PIXELS // (width * height) or 1)):
             images = draw_scenes(indices, seed=seed, width=width, height=height)
             for k, pixels in zip(indices, images, strict=True):
                 yield Item(f"scene {k}", pixels)
+
+    @staticmethod
+    def _batches(num_images: int, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, num_images, size):
+            yield np.arange(start, min(start + size, num_images))
