@@ -129,8 +129,8 @@ def test_a_transform_with_a_group_of_its_own_changes_no_pipe_that_does_not_name_
     monkeypatch.setitem(PIPES, "negative", ("negative",))
     torch.manual_seed(0)
     torch.testing.assert_close(build("bgc", (3, 16, 16), p=0.5)(images), before, rtol=0, atol=0)
-    torch.testing.assert_close(build("negative", (3, 16, 16), p=1.0)(images), -images)
-    assert len(build("bgc-negative", (3, 16, 16), p=1.0).stages[1].transforms) == len(COLOR) + 1  # type: ignore[arg-type]
+    torch.testing.assert_close(ColorStage("negative", (3, 16, 16))(images, torch.ones([])), -images)
+    assert len(ColorStage("bgc-negative", (3, 16, 16)).transforms) == len(COLOR) + 1
 
 
 def test_without_augmentation_nothing_is_built_or_refused() -> None:

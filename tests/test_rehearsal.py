@@ -20,8 +20,8 @@ from dnnlib.config import ConfigError, UserError, override
 from dnnlib.util import is_out_of_memory
 from torch_utils import distributed
 from torch_utils.checkpoint import digest
-from training import rehearsal
-from training.config import Circumstances, TrainConfig, micro_batches
+from training import rehearsal, resume
+from training.config import TrainConfig, micro_batches
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
@@ -148,7 +148,7 @@ def test_a_run_records_what_was_found_and_keeps_it(
         return result.stdout, json.loads(options_file.read_text())["run"]["batch_gpu"]
 
     assert run("--kimg=0.016")[1] == 16  # on a CPU
-    monkeypatch.setattr(train, "Circumstances", lambda **about: Circumstances(**about | {"on_gpu": True}))
+    monkeypatch.setattr(resume, "is_on_gpu", lambda config: True)
     computed = lack_memory(monkeypatch, "D_main", most=8)
     printed, chosen = run("--kimg=0.016", "--seed=1")
     assert ("--batch-gpu=auto: 8 images at a time (16 did not fit)" in printed, chosen) == (True, 8)

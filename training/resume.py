@@ -198,7 +198,7 @@ def _merge(request: Request, saved: TrainConfig) -> TrainConfig:
 def _fit_run(config: TrainConfig, saved: TrainConfig, request: Request) -> RunConfig:
     """Leave open what was chosen for another machine: CUDA graphs on a CPU, a share for other numbers of processes."""
     run = config.run
-    if run.graphs and "run.graphs" not in request.texts and distributed.choose_device(run.device).type != "cuda":
+    if run.graphs and "run.graphs" not in request.texts and not is_on_gpu(config):
         run = replace(run, graphs=None)
     is_typed = "run.batch_gpu" in request.texts or "batch_size" in request.texts
     if run.batch_gpu == saved.run.batch_gpu and isinstance(run.batch_gpu, int) and not is_typed:
@@ -212,25 +212,29 @@ def _fit_run(config: TrainConfig, saved: TrainConfig, request: Request) -> RunCo
 
 def _asks_to_fit(request: Request, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
     """Whether --batch-gpu=auto is to try what fits; a run that continues on as many GPUs keeps what was found."""
-    on_gpu = distributed.choose_device(config.run.device).type == "cuda"
     is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
-    return on_gpu and request.texts.get("run.batch_gpu") == "auto" and not is_found
+    return is_on_gpu(config) and request.texts.get("run.batch_gpu") == "auto" and not is_found
 
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Resolve a configuration for its data and this machine. Raises UserError where they do not go together."""
     if not config.data.path:
         raise UserError("missing option --data: name a zip or folder of images, made by dataset_tool.py")
-    dataset, device = open_dataset(config.data), distributed.choose_device(config.run.device)
+    dataset = open_dataset(config.data)
     dataset.check_shapes(partial(fitting_size, config))
     about = Circumstances(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
         is_raw=dataset.is_raw,
-        on_gpu=device.type == "cuda",
-        has_bf16=distributed.has_bf16(device),
+        on_gpu=is_on_gpu(config),
+        has_bf16=distributed.has_bf16(distributed.choose_device(config.run.device)),
     )
     return resolve(config, about)
+
+
+def is_on_gpu(config: TrainConfig) -> bool:
+    """Whether a run of this configuration uses a GPU. Raises UserError for a device that is not there."""
+    return distributed.choose_device(config.run.device).type == "cuda"
 
 
 @functools.lru_cache(maxsize=1)
