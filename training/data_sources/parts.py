@@ -13,6 +13,7 @@ from dnnlib.config import UserError
 from dnnlib.util import counted, describe_error, parse_json, read_regular
 from training.data_sources.classes import SPLITS
 from training.data_sources.listing import LeftOut, Listing, sort_out
+from training.data_sources.numbering import gaps, missing_parts
 
 SUFFIXES = {
     "parquet": (".parquet",),
@@ -39,11 +40,24 @@ class Parts:
     left_out: LeftOut = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def choose(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
-        """Return the files of a split, by default of `train`, and notes. Raises UserError where there is none of it.
+    def choose(
+        self, split: str | None, count: Callable[[Sequence[Path]], str], *, skip_missing: bool
+    ) -> tuple[list[Path], list[str]]:
+        """Return the files of a split, by default of `train`, and notes.
 
-        `count` says how much some files hold.
+        `count` says how much some files hold. Raises UserError where there is none of the split, and, unless
+        `skip_missing`, where the names of its files tell that there are others.
         """
+        paths, notes = self._of_split(split, count)
+        if missing := missing_parts(paths):
+            if not skip_missing:
+                raise UserError(f"{self.root}: {missing}: get it complete, or read those that are there by --skip-bad")
+            notes.append(f"{missing}: those that are there are read")
+        if numbers := gaps(paths):
+            notes.append(f"no file has the number {numbers}, though others are before and after: is one missing?")
+        return paths, notes
+
+    def _of_split(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
         if list(self.splits) == [""]:
             if split is not None:
                 raise UserError(f"--split={split}: {self.root} has no splits: leave the option out")

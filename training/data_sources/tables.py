@@ -37,11 +37,11 @@ class Columns(NamedTuple):
 class TableSource(SourceBase):
     """Images of tables of one kind. The labels are read first; of the images, some megabytes are in memory."""
 
-    def __init__(self, parts: Parts, name: str, split: str | None) -> None:
+    def __init__(self, parts: Parts, name: str, split: str | None, *, skip_missing: bool) -> None:
         super().__init__()
         self.name = name
         self._parts = parts
-        self._paths, splits = parts.choose(split, self._count)
+        self._paths, splits = parts.choose(split, self._count, skip_missing=skip_missing)
         self._num_rows, values, self._columns = self._read_labels()
         self.channels = self._columns.channels
         self.labels, self.class_names = to_labels(values, self._place) if values else (None, None)

@@ -1,0 +1,74 @@
+"""Folders and archives as downloads, other programs and half-finished copies leave them, read by dataset_tool.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_dataset_tool import as_file, random_images, run, write_tar
+
+PNG = as_file(random_images(8, 8, 3))
+
+
+def write_parts(folder: Path, names: list[str]) -> Path:
+    """Write a table or shard of one image for each name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if ".parquet" in name:
+            pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+            pytest.importorskip("pyarrow.parquet").write_table(pa.table({"image": [PNG], "label": [0]}), path)
+        else:
+            write_tar(path, {"0.png": PNG})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["train-00001-of-00002.parquet"], [], "1 of 2 files is missing, such as train-00000-of-00002:"),
+        (["train-00000-of-00003-0a1b.parquet"], [], "2 of 3 files are missing, such as train-00001-of-00003:"),
+        (["a/x-00000-of-00002.parquet", "a/x-00001-of-00002.parquet", "b/y-00002-of-00003.tar"], [], ""),
+        (["data/x-00000-of-00003.tar", "data/x-00002-of-00003.tar"], [], "such as x-00001-of-00003:"),
+        (["x-000001-of-000003.tar", "x-000003-of-000003.tar"], [], "1 of 3 files is missing, such as x-000002-of"),
+        (["test-00000-of-00001.tar", "train-00000-of-00002.tar"], [], "such as train-00001-of-00002"),
+        (["test-00001-of-00002.tar", "train-00000-of-00001.tar"], ["--split=all"], "such as test-00000-of-00002"),
+        (["test-00001-of-00002.tar", "train-00000-of-00001.tar"], [], ""),
+        (["x-000000000-of-999999999.tar"], [], "999,999,998 of 999,999,999 files are missing"),
+        (["x-00001-of-00002.tar", "x-00002-of-00002.tar"], [], ""),
+    ],
+)
+def test_files_missing_of_a_total_are_an_error(
+    tmp_path: Path, names: list[str], options: list[str], message: str
+) -> None:
+    source = write_parts(tmp_path / "set", names)
+    command = [f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1", *options]
+    result = run(*command)
+    assert result.exit_code == (2 if message else 0), result.output
+    assert message in result.stderr
+    assert ("by --skip-bad" in result.stderr) == bool(message)
+    if message:
+        result = run(*command, "--skip-bad")
+        assert result.exit_code == 0, result.output
+        assert message.rstrip(":") in result.stdout
+        assert "those that are there are read" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["00000.tar", "00002.tar"], "00001"),
+        (["x-000000.tar.gz", "x-000009.tar.gz"], "000001, 000002, 000003, ..."),
+        (["0000.parquet", "0001.parquet", "0003.parquet"], "0002"),
+        (["0000000000.tar", "4000000000.tar"], ""),
+        (["00000.tar", "00001.tar"], ""),
+        (["00004.tar"], ""),
+        (["2019.tar", "2021.tar"], ""),
+    ],
+)
+def test_gaps_in_the_numbers_of_shards_are_noted(tmp_path: Path, names: list[str], numbers: str) -> None:
+    source = write_parts(tmp_path / "set", names)
+    result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
+    assert result.exit_code == 0, result.output
+    assert ("Note: no file has the number" in result.stdout) == bool(numbers)
+    assert not numbers or f"the number {numbers}, though" in result.stdout
