@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
-from test_dataset_tool import as_file, random_images, run, write_tar
+from test_dataset_tool import as_file, random_images, run, write_files, write_tar, write_zip
 
 PNG = as_file(random_images(8, 8, 3))
 
@@ -72,3 +73,65 @@ def test_gaps_in_the_numbers_of_shards_are_noted(tmp_path: Path, names: list[str
     assert result.exit_code == 0, result.output
     assert ("Note: no file has the number" in result.stdout) == bool(numbers)
     assert not numbers or f"the number {numbers}, though" in result.stdout
+
+
+def keep(folder: Path, names: list[str], suffix: str) -> Path:
+    """Write images into a folder, or a zip file if there is a suffix."""
+    files = {f"{name}.png": PNG for name in names}
+    return write_zip(folder / f"pets{suffix}", files) if suffix else write_files(folder / "pets", files)
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+@pytest.mark.parametrize(
+    ("names", "option", "message"),
+    [
+        (["train/cat/0", "train/dog/0", "test/0"], "", "Note: test/ and train/ look like splits, and all are read"),
+        (["train/0", "val/0"], "", "Note: train/ and val/ look like splits, and all are read"),
+        (["x/Train/cat/0", "x/TEST/0"], "", "Note: TEST/ and Train/ look like splits"),
+        (
+            ["train/cat/0", "train/dog/0", "test/0"],
+            "auto",
+            "which may be classes, in train/, but directly in test/: give",
+        ),
+        (["train/cat/0", "val/cat/0", "test/0"], "auto", "in train/ and val/, but directly in test/"),
+        (
+            ["x/train/cat/0", "x/train/0", "x/val/dog/0"],
+            "auto",
+            "the splits classes by --labels-from-folders=2",
+        ),
+        (["train/cat/0", "test/0"], "1", "2 classes: test 1, train 1"),
+        (["train/cat/0", "test/0"], "2", "'test/0.png' is in none: move them into one, or give a smaller level, as"),
+        (["train/cat/0", "test/0", "test/1"], "2", "and 1 other are in none"),
+        (["0", "cat/0"], "auto", "at level 1, but '0.png' is in none: move them into one\n"),
+        (["0", "1", "2", "cat/0"], "3", "'0.png' and 3 others are in none: move them into one\n"),
+        (["a/b/0", "a/0"], "3", "--labels-from-folders=1\n"),
+    ],
+)
+def test_splits_are_told_from_classes(tmp_path: Path, suffix: str, names: list[str], option: str, message: str) -> None:
+    source = keep(tmp_path, names, suffix)
+    options = [f"--labels-from-folders={option}"] if option else []
+    result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1", *options)
+    assert message in result.output
+    is_fine = "Note" in message or "2 classes" in message
+    assert result.exit_code == (0 if is_fine else 2)
+    assert (tmp_path / "made.zip").exists() == is_fine
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ([r"cat\0.png", r"dog\0.png", "cat\\", "dog\\"], ["cat", "dog"]),
+        ([r"pets\cat\0.png", r"pets\dog\0.png", r"pets\note.txt"], ["cat", "dog"]),
+        (["a/x\\0.png", "b/y\\0.png"], ["a", "b"]),  # a part of the name, as elsewhere on Unix
+    ],
+)
+def test_backslashes_in_zip_files_are_between_folders_if_nothing_else_is(
+    tmp_path: Path, names: list[str], classes: list[str]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, PNG if name.endswith("png") else b"")
+    result = run(f"--source={tmp_path / 'in.zip'}", f"--dest={tmp_path / 'made.zip'}", "--labels-from-folders")
+    assert result.exit_code == 0, result.output
+    assert f"2 classes: {classes[0]} 1, {classes[1]} 1" in result.stdout
+    assert "in.zip: 2 images\n" in result.stdout

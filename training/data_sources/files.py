@@ -85,7 +85,7 @@ class ZipStore:
         self.path = path
         try:
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+                members = _members(archive.infolist())
             _refuse_overlaps(members.values())
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
@@ -146,6 +146,13 @@ class ZipStore:
             return _read_at(self._file, size, info.header_offset + head)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
+
+
+def _members(infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    r"""Return the files by name. Where no name has a `/`, `\` is between folders, as some programs of Windows write."""
+    has_slashes = any("/" in info.filename for info in infos)
+    named = ((info.filename if has_slashes else info.filename.replace("\\", "/"), info) for info in infos)
+    return {name: info for name, info in named if not name.endswith("/")}
 
 
 def _read_at(file: int, size: int, place: int) -> bytes:
