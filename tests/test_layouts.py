@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
-from test_dataset_tool import as_file, random_images, run, write_files, write_tar, write_zip
+from test_dataset_tool import as_file, build, numbers, random_images, refused, run, write_files, write_tar, write_zip
+
+from training.dataset import DatasetConfig, ImageDataset
 
 PNG = as_file(random_images(8, 8, 3))
 
@@ -135,3 +138,111 @@ def test_backslashes_in_zip_files_are_between_folders_if_nothing_else_is(
     assert result.exit_code == 0, result.output
     assert f"2 classes: {classes[0]} 1, {classes[1]} 1" in result.stdout
     assert "in.zip: 2 images\n" in result.stdout
+
+
+def write_json(*pairs: tuple[str, int]) -> bytes:
+    return json.dumps({"labels": pairs}).encode()
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".tar"])
+@pytest.mark.parametrize(
+    ("json_name", "names", "note"),
+    [
+        ("dataset.json", "{}", ""),
+        ("dataset.json", "./{}", "dataset.json: its name './a/x.png' is read as 'a/x.png'"),
+        ("dataset.json", ".\\{}", r"its name '.\\a/x.png' is read as 'a/x.png'"),
+        ("Dataset.json", "{}", "Dataset.json is read as dataset.json"),
+        ("DATASET.JSON", "./{}", "DATASET.JSON is read as dataset.json"),
+        ("a/dataset.json", "{}", "a/dataset.json: its name 'a/x.png' is read as 'a/x.png'"),
+        ("a/dataset.json", "./{}", "a/dataset.json: its name './a/x.png' is read as 'a/x.png'"),
+        ("a/DataSet.json", "{}", "a/DataSet.json is read: all images are in its folder"),
+    ],
+)
+def test_labels_are_found_however_the_names_are_written(
+    tmp_path: Path, suffix: str, json_name: str, names: str, note: str
+) -> None:
+    pairs = [(names.format(name), label) for label, name in enumerate(["a/x.png", "a/y.png"])]
+    files = {"a/x.png": PNG, "a/y.png": PNG, json_name: write_json(*pairs)}
+    write = {"": write_files, ".zip": write_zip, ".tar": write_tar}[suffix]
+    _, content = build(write(tmp_path / f"in{suffix}", files), tmp_path / "made.zip")
+    assert numbers(content) == [0, 1]
+    result = run(f"--source={tmp_path / f'in{suffix}'}", f"--dest={tmp_path / 'again.zip'}", "--workers=1")
+    assert note in result.stdout
+    assert ("Note: " in result.stdout) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([("a.png", 0), ("./a.png", 1), ("./b.png", 0)], "'a.png' with several labels (0, 1)"),
+        ([("./a.png", 0)], "has no label for 'b.png'"),
+        ([("q/a.png", 0), ("q/b.png", 1)], "has no label for 'a.png' and 1 other image"),
+    ],
+)
+def test_names_that_no_form_makes_good_are_refused(tmp_path: Path, pairs: list[tuple[str, int]], message: str) -> None:
+    files = {"a.png": PNG, "b.png": PNG, "dataset.json": write_json(*pairs)}
+    assert message in refused(tmp_path, write_files(tmp_path / "in", files))
+
+
+@pytest.mark.parametrize(("extra", "note"), [(["q.png"], "'q.png'\n"), (["z/a.png", "q.png"], "'q.png' and 1 other\n")])
+def test_labels_of_images_that_are_not_there_are_noted(tmp_path: Path, extra: list[str], note: str) -> None:
+    pairs = [(name, 1) for name in [*extra, "a.png"]]
+    source = write_files(tmp_path / "in", {"a.png": PNG, "dataset.json": write_json(*pairs)})
+    result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
+    assert f"Note: dataset.json has labels of images that are not there: {note}" in result.stdout
+    assert result.exit_code == 0
+    (remark,) = ImageDataset(DatasetConfig(path=str(source))).notes
+    assert remark.endswith(note.rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    "folder", ["@Recycle", "@Recently-Snapshot", "#snapshot", "~snapshot", "@tmp", "#recycle", "@eaDir", "$RECYCLE.BIN"]
+)
+def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str) -> None:
+    source = write_files(tmp_path / "in", {"a.png": PNG, f"{folder}/old/b.png": PNG, f"c/{folder}/d.png": PNG})
+    result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
+    assert f"in: 1 image\nLeft out, 2 files:\n  2 in {folder}/\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["label=cat/0.parquet", "label=dog/0.parquet"],
+        ["label=cat/0.parquet", "label=dog/1.parquet"],
+        ["train/Class=1/0.parquet"],
+        ["year=2020/cls=a/part-0.parquet", "year=2021/cls=b/part-0.parquet"],
+    ],
+)
+def test_labels_in_folders_of_tables_are_not_lost(tmp_path: Path, names: list[str]) -> None:
+    message = refused(tmp_path, write_parts(tmp_path / "set", names))
+    assert "the labels are in names of folders, such as '" in message
+    assert f"parquet.write_table(parquet.read_table('{tmp_path / 'set'}'), 'FILE.parquet')" in message
+
+
+def test_the_remedy_for_labels_in_folders_of_tables(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an optional package")
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [PNG] * 3, "label": ["cat", "dog", "cat"]})
+    parquet.write_to_dataset(table, tmp_path / "set", partition_cols=["label"])
+    assert "'label=cat'" in refused(tmp_path, tmp_path / "set")
+    parquet.write_table(parquet.read_table(tmp_path / "set"), tmp_path / "one.parquet")
+    _, content = build(tmp_path / "one.parquet", tmp_path / "made.zip")
+    assert content["class_names"] == ["cat", "dog"]
+    assert numbers(content) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("unknown", [-1, -1.0])
+@pytest.mark.parametrize("suffix", [".parquet", ".tar"])
+def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: str, unknown: float) -> None:
+    if suffix == ".tar":
+        (tmp_path / "set").mkdir()
+        for split, label in [("train", 3), ("test", int(unknown))]:
+            write_tar(tmp_path / "set" / f"{split}.tar", {"0.png": PNG, "0.cls": str(label).encode()})
+    else:
+        pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
+        write_parts(tmp_path / "set", ["train.parquet"])
+        table = pa.table({"image": [PNG], "label": [unknown]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "test.parquet")
+    message = refused(tmp_path, tmp_path / "set", "--split=all")
+    assert "label -1 means that the class is not known" in message
+    assert "choose a split of images with labels by --split=NAME" in message

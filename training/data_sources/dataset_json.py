@@ -18,6 +18,11 @@ MAX_CLASS = 2**31 - 1
 VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
 
 
+def is_dataset_json(name: str) -> bool:
+    """Whether a path is that of a dataset.json, however its letters are written."""
+    return name.rpartition("/")[2].lower() == NAME
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetJson:
     """Content of dataset.json: labels by image name (None when there are none) and all other keys as `meta`.
@@ -77,11 +82,12 @@ def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
             raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
     labels = dict(pairs)
     if len(labels) < len(pairs):
-        _refuse_several(pairs, where)
+        refuse_several(pairs, where)
     return labels
 
 
-def _refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
+def refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
+    """Raise UserError with the first name that has several labels."""
     counts = Counter(name for name, _ in pairs)
     several = [name for name, count in counts.items() if count > 1]
     found = ", ".join(str(label) for name, label in pairs if name == several[0])

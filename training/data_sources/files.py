@@ -6,7 +6,7 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,14 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import counted, open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
-from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json
+from training.data_sources.dataset_json import (
+    NAME,
+    DatasetJson,
+    Label,
+    is_dataset_json,
+    parse_dataset_json,
+    refuse_several,
+)
 from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, sort_out
 
 MAX_JSON_BYTES = 1 << 30
@@ -231,11 +238,42 @@ def read_dataset_json(store: LabelledStore) -> DatasetJson:
         raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
     except BrokenImageError as error:
         raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
-    content = parse_dataset_json(data, where)
-    folder = store.json_name.removesuffix(NAME)
-    if content.labels is None or not folder:
+    return _placed(parse_dataset_json(data, where), store, where)
+
+
+def _placed(content: DatasetJson, store: LabelledStore, where: str) -> DatasetJson:
+    """Return the content with labels by names from the top of the store.
+
+    In the file they start from its folder, or from the top, with `./` or `\\` or without: as most of them are found.
+    """
+    labels = content.labels
+    assert store.json_name is not None
+    folder = store.json_name[: -len(NAME)]
+    if labels is None or (not folder and all(name in labels for name in store.names)):
+        return _with_note_on_missing(content, store)
+    known = set(store.names)
+    forms: list[Callable[[str], str]] = [folder.__add__, lambda name: folder + _plain(name), _plain]
+    form = max(forms, key=lambda form: sum(form(name) in known for name in labels))
+    pairs = [(form(name), label) for name, label in labels.items()]
+    if len(dict(pairs)) < len(pairs):
+        refuse_several(pairs, f"{where}: ")
+    first = next(iter(labels))
+    note = () if form is forms[0] else (f"{store.json_name}: its name {first!r:.80} is read as {form(first)!r:.80}",)
+    return _with_note_on_missing(replace(content, labels=dict(pairs), notes=(*content.notes, *note)), store)
+
+
+def _plain(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _with_note_on_missing(content: DatasetJson, store: LabelledStore) -> DatasetJson:
+    """Return the content with a note where images that have labels are not there."""
+    if content.labels is None or len(content.labels) <= len(store.names):
         return content
-    return replace(content, labels={folder + name: label for name, label in content.labels.items()})
+    missing = content.labels.keys() - set(store.names)
+    others = f" and {counted(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
+    note = f"{store.json_name} has labels of images that are not there: {min(missing)!r:.80}{others}"
+    return replace(content, notes=(*content.notes, note))
 
 
 def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
@@ -255,7 +293,7 @@ def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
 def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list[str]]:
     """Return of all files the images, dataset.json, the others by kind, and notes."""
     names, left_out = sort_out(files)
-    found = [file for file in left_out.get(".json", ()) if file.rsplit("/", 1)[-1] == NAME]
+    found = [file for file in left_out.get(".json", ()) if is_dataset_json(file)]
     json_name, notes = find_json(found, names)
     if json_name is not None:
         left_out[".json"].remove(json_name)
@@ -269,7 +307,10 @@ def find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, l
     """
     if not found or NAME in found:
         return (NAME if found else None), []
-    around = [file for file in found if all(name.startswith(file.removesuffix(NAME)) for name in names)]
+    if top := [file for file in found if "/" not in file]:
+        return top[0], [f"{top[0]} is read as {NAME}"]
+    around = [file for file in found if all(name.startswith(file[: -len(NAME)]) for name in names)]
     if around:
+        around.sort(key=lambda file: not file.endswith(NAME))
         return around[0], [f"{around[0]} is read: all images are in its folder"]
     return None, [f"{found[0]} is not read, because images lie outside its folder: to use it, give that folder"]

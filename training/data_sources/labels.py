@@ -46,6 +46,11 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
 def _classes(values: Iterable[int | float], place: Callable[[int], str]) -> list[Label]:
     classes: list[Label] = []
     for k, value in enumerate(values):
+        if value == -1:
+            raise UserError(
+                f"{place(k)}: label -1 means that the class is not known, as in test sets, but other images have one: "
+                "choose a split of images with labels by --split=NAME, or give all images a label"
+            )
         if not 0 <= value <= MAX_CLASS or value != int(value):
             raise UserError(f"{place(k)}: label {value!r}: labels are {_FORMS}")
         classes.append(int(value))

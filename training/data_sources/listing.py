@@ -16,7 +16,10 @@ from dnnlib.screen import printable
 
 # Folders in which programs keep copies and thumbnails, beside those whose name begins with a dot.
 TOOL_FOLDERS = frozenset(
-    ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+    (
+        *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # of file servers
+        *("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+    )
 )
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _MOST_KINDS = 12  # in a listing

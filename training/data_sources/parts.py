@@ -21,6 +21,7 @@ SUFFIXES = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
 }
 _ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
+LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # of columns, lower case, the first that is there
 _OTHERS = "others"  # the split of files that name none, where other files do
 _NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # of a stem: NAME-train-00000-of-00005
 _SERIAL = re.compile(r"(?<!\d)00\d")  # in a number as files of a series have it: 000017
@@ -172,6 +173,8 @@ def _by_split(root: Path, names: list[str], *, are_tables: bool) -> dict[str, li
         splits.setdefault(split_of(name), []).append(name)
     if len(splits) > 1 and "" in splits:
         splits.setdefault(_OTHERS, []).extend(splits.pop(""))
+    if are_tables:
+        _refuse_partitions(root, names)
     for files in splits.values() if are_tables else ():
         _refuse_configurations(root, files)
     return {split: [root / name for name in files] for split, files in splits.items()}
@@ -189,6 +192,19 @@ def _refuse_configurations(root: Path, files: list[str]) -> None:
                 f"{root} holds several data sets, with a {file} in each of {', '.join(sorted(set(found))):.200}: give "
                 "one of these folders"
             )
+
+
+def _refuse_partitions(root: Path, names: list[str]) -> None:
+    """Raise UserError where the labels are in the names of folders, `label=cat/`, and in no column."""
+    for name in names:
+        for folder in name.split("/")[:-1]:
+            key, equals, _ = folder.partition("=")
+            if equals and key.lower() in LABEL_NAMES:
+                raise UserError(
+                    f"{root}: the labels are in names of folders, such as {folder!r:.80}, which are not read: make a "
+                    "column of them by parquet of pyarrow: "
+                    f"parquet.write_table(parquet.read_table({str(root)!r}), 'FILE.parquet')"
+                )
 
 
 def split_of(name: str) -> str:

@@ -16,7 +16,7 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.images import IMAGE_SUFFIXES
 from dnnlib.util import describe_error, parse_json
 from training.data_sources.bounds import PACKED_ERRORS, Member, Unpacked, open_packed, read_tar
-from training.data_sources.dataset_json import NAME
+from training.data_sources.dataset_json import is_dataset_json
 from training.data_sources.files import MAX_JSON_BYTES, find_json, labels_of, read_dataset_json
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
@@ -189,7 +189,7 @@ def _set_aside(stream: Unpacked, members: Iterable[Member], shard: int, aside: _
     for member in filter(lambda member: member.is_plain, members):
         if hidden := hidden_kind(member.name):
             aside.hidden.setdefault(hidden, []).append(member.name)
-        elif member.name.rpartition("/")[2] == NAME:
+        elif is_dataset_json(member.name):
             aside.jsons.append(_Place(shard, stream.position, member.size, member.name))
         else:
             yield member

@@ -16,11 +16,10 @@ from training.data_sources.arrow_file import ArrowFile
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
 from training.data_sources.parquet_file import ParquetFile
-from training.data_sources.parts import Parts
+from training.data_sources.parts import LABEL_NAMES, Parts
 
 _FILES: dict[str, type[ParquetFile | ArrowFile]] = {"parquet": ParquetFile, "arrow": ArrowFile}
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
-_LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 _CHANNELS = {"L": 1, "RGB": 3}  # by the mode of a feature Image
 
 
@@ -153,7 +152,7 @@ def find_columns(schema: Any, path: Path) -> Columns:
             f"{path}: {problem}, of {shown:.1000}: name one of them `image`, with bytes or structs of bytes and path"
         )
     others = [name for name in schema.names if name != image]
-    label = _choose(others, _LABEL_NAMES, features, "ClassLabel")
+    label = _choose(others, LABEL_NAMES, features, "ClassLabel")
     classes = [name for name in others if features.get(name, {}).get("_type") == "ClassLabel"]
     note = f"columns {', '.join(classes)} are classes: name one of them `label`" if classes and not label else None
     names = features.get(label or "", {}).get("names")
