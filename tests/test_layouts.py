@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_dataset_tool import as_file, build, numbers, random_images, refused, run, write_files, write_tar, write_zip
 
+from dnnlib.config import UserError
 from training.dataset import DatasetConfig, ImageDataset
 
 PNG = as_file(random_images(8, 8, 3))
@@ -246,3 +247,50 @@ def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: st
     message = refused(tmp_path, tmp_path / "set", "--split=all")
     assert "label -1 means that the class is not known" in message
     assert "choose a split of images with labels by --split=NAME" in message
+
+
+LOGO = {"logo.png": as_file(random_images(9, 9, 3))}
+STATE = {
+    "state.json": b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}',
+    "data-00000-of-00001.arrow": b"",
+}
+UNBUILT: dict[str, tuple[dict[str, bytes], str]] = {
+    "tables and a logo": ({"train-00000-of-00001.parquet": bytes(10_000), **LOGO}, "in .parquet files"),
+    "a hub's cache": ({"refs/main": b"1", "blobs/2": b"", "snapshots/1/0000.parquet": b""}, "in .parquet files"),
+    "save_to_disk": (STATE, "in .arrow files"),
+    "save_to_disk of splits": (
+        {"dataset_dict.json": b'{"splits": ["train"]}', **{f"train/{name}": data for name, data in STATE.items()}},
+        "in .arrow files",
+    ),
+    "shards": ({"00000.tar": bytes(1024), "00001.tar": bytes(1024), "sizes.json": b"{}"}, "in .tar files"),
+    "lmdb": ({"data.mdb": b"", "lock.mdb": b""}, "in lmdb files"),
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_what_only_a_build_can_read_is_answered_with_its_command(tmp_path: Path, kind: str) -> None:
+    files, message = UNBUILT[kind]
+    source = write_files(tmp_path / "my set", files)
+    result = run("check", str(source))
+    assert result.exit_code == 2
+    assert f"{source} holds a data set {message}, not in images: build a set of it: python data" in result.stderr
+    assert f"dataset_tool.py '--source={source}' '--dest=data/my set.zip'" in result.stderr
+    with pytest.raises(UserError) as error:
+        ImageDataset(DatasetConfig(path=str(source)))
+    assert f"Error: {error.value}\n" == result.stderr
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz", "x.npz", "train-images-idx3-ubyte.gz"])
+def test_files_that_only_a_build_can_read_are_answered_with_its_command(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    result = run("check", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert (
+        f"build a set of it: python dataset_tool.py --source={tmp_path / name} --dest=data/{name}.zip\n"
+        in result.stderr
+    )
+
+
+def test_images_beside_a_packed_copy_of_them_are_checked(tmp_path: Path) -> None:
+    result = run("check", str(write_files(tmp_path / "in", {"a.png": PNG, "b.png": PNG, "train.tar": bytes(10_000)})))
+    assert result.exit_code == 0, result.output

@@ -25,6 +25,8 @@ from training.data_sources.dataset_json import (
     refuse_several,
 )
 from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, sort_out
+from training.data_sources.parts import find_parts
+from training.data_sources.sizes import build_command
 
 MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()
@@ -201,7 +203,7 @@ class LabelledStore(Protocol):
 
 
 def open_store(path: Path, listing: Listing | None = None) -> FileStore:
-    """Open a folder, of which the listing may be known, or .zip of images.
+    """Open a folder, of which the listing may be known to be of images, or .zip of images.
 
     Raises UserError when it is missing, something else, or holds no images.
     """
@@ -210,18 +212,30 @@ def open_store(path: Path, listing: Listing | None = None) -> FileStore:
     if (path / OPTIONS_FILE).exists():
         raise UserError(f"{path} is the folder of a run, whose pictures are no data set: give that of the run's images")
     if path.is_dir():
-        store: FileStore = FolderStore(path, listing)
+        store: FileStore = FolderStore(path, listing or _list_images(path))
     elif path.suffix.lower() == ".zip":
         store = ZipStore(path)
     else:
         if path.suffix in (".pkl", ".pt"):
             raise UserError(f"{path} is no data set: --network takes snapshots, --resume them and training states")
-        raise UserError(f"{path} is neither a folder nor a .zip file: convert it with dataset_tool.py first")
+        raise UserError(f"{path} is neither a folder nor a .zip file: build a set of it: {build_command(str(path))}")
     if not store.names:
         others = describe_left_out(store.left_out, verbose=False)
         held = f"; it holds{','.join(line.removeprefix(' ') for line in others)}" if others else ""
         raise UserError(f"{path} holds no images{held}: check the path")
     return store
+
+
+def _list_images(path: Path) -> Listing:
+    """List the files below a folder. Raises UserError where the data set is tables, shards or lmdb among them."""
+    listing = list_files(path)
+    parts = find_parts(path, listing)
+    if parts or (path / "data.mdb").exists():
+        kind = f".{parts.kind}" if parts else "lmdb"
+        raise UserError(
+            f"{path} holds a data set in {kind} files, not in images: build a set of it: {build_command(str(path))}"
+        )
+    return listing
 
 
 def read_dataset_json(store: LabelledStore) -> DatasetJson:
