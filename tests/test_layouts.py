@@ -150,12 +150,12 @@ def write_json(*pairs: tuple[str, int]) -> bytes:
     ("json_name", "names", "note"),
     [
         ("dataset.json", "{}", ""),
-        ("dataset.json", "./{}", "dataset.json: its name './a/x.png' is read as 'a/x.png'"),
-        ("dataset.json", ".\\{}", r"its name '.\\a/x.png' is read as 'a/x.png'"),
+        ("dataset.json", "./{}", "dataset.json: the label of './a/x.png' is taken for 'a/x.png', from the top"),
+        ("dataset.json", ".\\{}", r"the label of '.\\a/x.png' is taken for 'a/x.png', from the top"),
         ("Dataset.json", "{}", "Dataset.json is read as dataset.json"),
         ("DATASET.JSON", "./{}", "DATASET.JSON is read as dataset.json"),
-        ("a/dataset.json", "{}", "a/dataset.json: its name 'a/x.png' is read as 'a/x.png'"),
-        ("a/dataset.json", "./{}", "a/dataset.json: its name './a/x.png' is read as 'a/x.png'"),
+        ("a/dataset.json", "{}", "a/dataset.json: the label of 'a/x.png' is taken for 'a/x.png', from the top"),
+        ("a/dataset.json", "./{}", "a/dataset.json: the label of './a/x.png' is taken for 'a/x.png', from the top"),
         ("a/DataSet.json", "{}", "a/DataSet.json is read: all images are in its folder"),
     ],
 )

@@ -272,7 +272,8 @@ def _placed(content: DatasetJson, store: LabelledStore, where: str) -> DatasetJs
     if len(dict(pairs)) < len(pairs):
         refuse_several(pairs, f"{where}: ")
     first = next(iter(labels))
-    note = () if form is forms[0] else (f"{store.json_name}: its name {first!r:.80} is read as {form(first)!r:.80}",)
+    found = f"{store.json_name}: the label of {first!r:.80} is taken for {form(first)!r:.80}, from the top of the set"
+    note = () if form is forms[0] else (found,)
     return _with_note_on_missing(replace(content, labels=dict(pairs), notes=(*content.notes, *note)), store)
 
 
