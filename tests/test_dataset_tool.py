@@ -618,6 +618,35 @@ def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
     assert sorted(os.listdir(inside)) == ["in.zip", "out.zip"]
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.png", "b.png", "a.png"), "'a.png' 2 times:"),
+        (("x/a.png", "b.png", "x/a.png", "b.png", "x/a.png"), "'x/a.png' 3 times, and 1 other name more than once:"),
+        (("a.png", "dataset.json", "dataset.json"), "'dataset.json' 2 times:"),
+        (("a.png", "notes.txt", "notes.txt"), "'notes.txt' 2 times:"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    """Each read would give one of the files, and the others would be lost without a word."""
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, name in enumerate(names):
+            archive.writestr(name, as_file(random_images(4, 4, 3)) if name.endswith("png") else f"{{}} {k}")
+    assert f"{path} holds {message}" in refused(tmp_path, path)
+    result = run("check", path)
+    assert (result.exit_code, f"{path} holds {message}" in result.stderr) == (2, True)
+
+
+def test_zip_files_may_name_folders_twice(tmp_path: Path) -> None:
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for name in ("x/", "x/a.png", "y/", "y/a.png", "x/"):
+            archive.writestr(name, b"" if name.endswith("/") else as_file(random_images(4, 4, 3)))
+    assert len(build(path, tmp_path / "out.zip")[0]) == 2
+
+
 class RunsCode:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.path}",)
