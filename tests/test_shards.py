@@ -14,6 +14,7 @@ from test_dataset_tool import as_file, build, numbers, random_images, refused, r
 
 from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
+from training.data_sources.listing import LINKS, SPECIAL_FILES
 from training.data_sources.shards import ShardSource
 from training.data_sources.sources import Drawing, open_source
 
@@ -296,6 +297,37 @@ def test_left_out_members_are_counted_in_the_singular_and_plural(tmp_path: Path)
     output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
     assert "  1 sample without an image\n" in output
     assert "  2 hidden files\n" in output
+
+
+MEMBERS = {
+    "hard link": (tarfile.LNKTYPE, LINKS),
+    "symbolic link": (tarfile.SYMTYPE, LINKS),
+    "sparse file": (tarfile.GNUTYPE_SPARSE, SPECIAL_FILES),
+    "device": (tarfile.CHRTYPE, SPECIAL_FILES),
+    "pipe": (tarfile.FIFOTYPE, SPECIAL_FILES),
+    "folder": (tarfile.DIRTYPE, None),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_members_that_are_no_plain_files_are_counted(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Their pictures are missing in the set; its owner can unpack the archive."""
+    member_type, listed = MEMBERS[kind]
+    path = tmp_path / f"set.{suffix}"
+    for images in (PNGS[:2], []):
+        with tarfile.open(path, "w:gz" if suffix == "tar.gz" else "w") as archive:
+            for name, png in (("x/0.png", None), *((f"x/{k}.png", png) for k, png in enumerate(images, 1))):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname, info.size = (tarfile.REGTYPE, "", len(png)) if png else (member_type, "y", 0)
+                archive.addfile(info, io.BytesIO(png or b""))
+        if images:
+            assert opened(path).left_out == ({listed: ["x/0.png"]} if listed else {})
+            output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
+            assert (": to use them, unpack it into a folder, and give that\n" in output) == bool(listed)
+        else:
+            what = listed.replace("links", "link").replace("files", "file") if listed else "nothing"
+            assert f"it holds {'1 ' if listed else ''}{what}" in refused(tmp_path, path)
 
 
 def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

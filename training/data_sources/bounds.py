@@ -117,11 +117,24 @@ def open_packed(path: Path) -> Iterator[Unpacked]:
 
 
 class Member(NamedTuple):
-    """A member of a tar archive; `is_plain` says whether it is a file, and no link, folder or sparse file."""
+    """A member of a tar archive, and its type as the module tarfile has it."""
 
     name: str
     size: int
-    is_plain: bool
+    type: bytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a file, and no link, folder or sparse file."""
+        return self.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.type == tarfile.DIRTYPE
+
+    @property
+    def is_link(self) -> bool:
+        return self.type in (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
 def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
@@ -146,7 +159,7 @@ def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Membe
             long_name = _read_long_name(stream, info) or long_name
         else:
             name, long_name = long_name or info.name, None
-            yield Member(name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
+            yield Member(name.removeprefix("./"), info.size, info.type)
         stream.skip(end - stream.position)
     raise tarfile.HeaderError(f"more than {max_members} members")
 

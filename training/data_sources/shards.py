@@ -20,7 +20,7 @@ from training.data_sources.dataset_json import NAME
 from training.data_sources.files import MAX_JSON_BYTES, find_json, labels_of, read_dataset_json
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
-from training.data_sources.listing import LeftOut, hidden_kind, sort_out
+from training.data_sources.listing import LINKS, SPECIAL_FILES, LeftOut, describe_left_out, hidden_kind, sort_out
 
 _MAX_LABEL_BYTES = 1 << 20
 _TEXTS = ("cls", "class", "label")  # extensions of members with a number or a name
@@ -54,9 +54,9 @@ class _Sample:
 
 @dataclass
 class _Aside:
-    """Members that belong to no sample: hidden ones by kind, and every dataset.json."""
+    """Members that belong to no sample: hidden ones, links and such by kind, and every dataset.json."""
 
-    hidden: LeftOut = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
     jsons: list[_Place] = field(default_factory=list)
 
 
@@ -95,7 +95,7 @@ class ShardSource(SourceBase):
             tqdm(_read_samples(paths, aside), desc="names and labels", unit=" samples", disable=None, leave=False)
         )
         pictured = [sample for sample in samples if sample.images]
-        self.add_left_out(aside.hidden)
+        self.add_left_out(aside.left_out)
         self.add_left_out({"samples without an image": [sample.key for sample in samples if not sample.images]})
         if fault := next((sample.label for sample in pictured if isinstance(sample.label, UserError)), None):
             raise fault
@@ -110,8 +110,9 @@ class ShardSource(SourceBase):
         else:
             self._images = [image for sample in pictured for image in sample.images]
         if not self._images:
-            first = f"; it holds {samples[0].key!r:.80}" if samples else ""
-            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
+            others = [line.strip() for line in describe_left_out(aside.left_out, verbose=False)]
+            held = f"{samples[0].key!r:.80}: check the path" if samples else ", ".join(others) or "nothing"
+            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}")
         self.names = [image.name for image in self._images]
         self.may_have_classes = self.labels is None
         if aside.jsons and read_json:
@@ -186,9 +187,12 @@ def _read_samples(paths: list[Path], aside: _Aside) -> Iterator[_Sample]:
 
 def _set_aside(stream: Unpacked, members: Iterable[Member], shard: int, aside: _Aside) -> Iterator[Member]:
     """Yield the files that make up samples; add those that do not to `aside`."""
-    for member in filter(lambda member: member.is_plain, members):
-        if hidden := hidden_kind(member.name):
-            aside.hidden.setdefault(hidden, []).append(member.name)
+    for member in members:
+        if member.is_folder:
+            continue
+        kind = hidden_kind(member.name) or (LINKS if member.is_link else None if member.is_plain else SPECIAL_FILES)
+        if kind is not None:
+            aside.left_out.setdefault(kind, []).append(member.name)
         elif member.name.rpartition("/")[2] == NAME:
             aside.jsons.append(_Place(shard, stream.position, member.size, member.name))
         else:
