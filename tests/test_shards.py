@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +332,46 @@ def test_members_that_are_no_plain_files_are_counted(tmp_path: Path, kind: str, 
         else:
             what = listed.replace("links", "link").replace("files", "file") if listed else "nothing"
             assert f"it holds {'1 ' if listed else ''}{what}" in refused(tmp_path, path)
+
+
+def archive_of(names: Iterable[int]) -> bytes:
+    """A tar archive as the module tarfile writes it: 0.png is PNGS[0]."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for k in names:
+            info = tarfile.TarInfo(f"{k}.png")
+            info.size = len(PNGS[k])
+            archive.addfile(info, io.BytesIO(PNGS[k]))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("blocks", range(8))
+def test_archives_that_are_cut_off_are_damaged(tmp_path: Path, pack: Callable[[bytes], bytes], blocks: int) -> None:
+    """Each image takes two blocks of 512 bytes: also where a member ends, it is not the archive that does."""
+    path = tmp_path / "set.tar"
+    whole = archive_of(range(4))
+    path.write_bytes(pack(whole[: 512 * blocks]))
+    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in refused(tmp_path, path)
+    path.write_bytes(pack(whole[: 512 * 9]))  # one block of zeros is an end: some programs write no more
+    assert len(opened(path)) == 4
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("parts", [(range(3), range(3, 5)), (range(1), (), range(1, 5)), ((), range(5))])
+def test_archives_in_one_file_are_all_read(
+    tmp_path: Path, pack: Callable[[bytes], bytes], parts: tuple[Iterable[int], ...]
+) -> None:
+    """As `cat` and `tar --concatenate` write them, packed in one piece or each by itself."""
+    path = tmp_path / "set.tar"
+    archives = [archive_of(part) for part in parts]
+    for content in (pack(b"".join(archives)), b"".join(map(pack, archives))):
+        path.write_bytes(content)
+        source = opened(path)
+        assert source.names == [f"{k}.png" for k in range(5)]
+        assert [item.content for item in source] == PNGS
+    path.write_bytes(pack(b"".join(archives) + b"a note"))
+    assert "set.tar is damaged" in refused(tmp_path, path)
 
 
 def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
