@@ -923,7 +923,8 @@ def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
         "x.parquet": parquet(columns),
         "y.parquet": parquet(columns, compression="gzip", row_group_size=2, data_page_version="2.0"),
         "x.arrow": arrow(columns),
-        "x.tar": b"".join(shard(f"{k}.png", 9) + bytes(512) + shard(f"{k}.cls", 1) + b"1".ljust(512) for k in "abc") + bytes(END),
+        "x.tar": b"".join(shard(f"{k}.png", 9) + bytes(512) + shard(f"{k}.cls", 1) + b"1".ljust(512) for k in "abc")
+        + bytes(END),
     }
 
     @for_all(examples, st.sampled_from(sorted(files)), DAMAGE)

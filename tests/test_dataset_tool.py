@@ -639,9 +639,10 @@ def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[st
     assert (result.exit_code, f"{path} holds {message}" in result.stderr) == (2, True)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_zip_files_may_name_folders_twice(tmp_path: Path) -> None:
     path = tmp_path / "in.zip"
-    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+    with zipfile.ZipFile(path, "w") as archive:
         for name in ("x/", "x/a.png", "y/", "y/a.png", "x/"):
             archive.writestr(name, b"" if name.endswith("/") else as_file(random_images(4, 4, 3)))
     assert len(build(path, tmp_path / "out.zip")[0]) == 2

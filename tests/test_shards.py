@@ -57,6 +57,7 @@ def samples(extension: str, labels: list[Any]) -> list[tuple[str, bytes]]:
     return files
 
 
+CAPTIONS = [f"a/{k:03}.txt" for k in range(N)]
 LABELS: dict[str, tuple[str, list[Any], Any, Any]] = {  # extension, contents, labels, names of classes
     "numbers": ("cls", [0, 1, 2, 1, 0], [0, 1, 2, 1, 0], None),
     "numbers in lines": ("cls", [b"3\n", b" 4 ", b"0", b"0", b"7\r\n"], [3, 4, 0, 0, 7], None),
@@ -64,7 +65,7 @@ LABELS: dict[str, tuple[str, list[Any], Any, Any]] = {  # extension, contents, l
     "names and numbers": ("CLS", ["7", "cat", "7", "7", "cat"], [0, 1, 0, 0, 1], ["7", "cat"]),
     **{
         f"json {key}": ("json", [json.dumps({"url": "x", key: k}) for k in (2, 0, 1, 1, 0)], [2, 0, 1, 1, 0], None)
-        for key in ("label", "cls", "class", "class_id")
+        for key in ("label", "labels", "cls", "class", "class_id")
     },
     "json names": ("json", [json.dumps({"class_name": name}) for name in "baabb"], [1, 0, 0, 1, 1], ["a", "b"]),
     "json vectors": ("json", [json.dumps({"label": [k, 0.5]}) for k in range(N)], [[k, 0.5] for k in range(N)], None),
@@ -91,6 +92,16 @@ BAD: dict[str, tuple[str, list[Any], list[str]]] = {
     "deep JSON": ("json", ["[" * 10_000] * N, ["'a/000.json' cannot be read"]),
     "large": ("cls", [bytes(2 << 20)] * N, ["'a/000.cls' has 2097152 bytes"]),
     "several": ("json", [json.dumps({"label": [k, 3]}) for k in range(N)], ["several labels", "[0, 1, 0, 1]"]),
+    "several in a list": ("json", [json.dumps({"labels": [k, 3]}) for k in range(N)], ["several labels"]),
+    "several in a text": ("cls", ["1 2"] * N, ["'a/000': label [1, 2]: several labels", "[0, 1, 0, 1]"]),
+    "several with commas": ("label", ["1, 2", "3,4", "1", "2", "3"], ["'a/002': label 1"]),
+    "several in lines": ("cls", ["0\n5"] * N, ["several labels"]),
+    "more dots": ("05.0.cls", ["0"] * N, ["'a/000.05.0.cls'", "no further dots in names"]),
+    "more dots in some": (
+        "coarse.class",
+        ["0", None, None, None, None],
+        ["'a/000.coarse.class'", "no further dots in names"],
+    ),
     "object": ("json", [json.dumps({"label": {}})] * N, ["sample 'a/000'", "label {}"]),
 }
 
@@ -100,6 +111,48 @@ def test_labels_that_are_none(tmp_path: Path, kind: str) -> None:
     extension, contents, parts = BAD[kind]
     message = refused(tmp_path, write(tmp_path / "set.tar", samples(extension, contents)))
     assert [part for part in ("set.tar", *parts) if part not in message] == []
+
+
+def test_vectors_in_texts(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "set.tar", samples("cls", ["0 1", "1 1", "1,0", "0, 0", "0\n1"])))
+    assert (source.labels, source.class_names) == ([[0, 1], [1, 1], [1, 0], [0, 0], [0, 1]], None)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_labels_apart_from_their_images_are_refused(tmp_path: Path, kind: str, step: int) -> None:
+    label = b"1" if kind == "cls" else b'{"label": 1}'
+    images, labels = [(f"{k}.png", PNGS[k]) for k in range(3)], [(f"{k}.{kind}", label) for k in range(3)]
+    path = write(tmp_path / "set.tar", [*images, *labels][::step])
+    message = refused(tmp_path, path)
+    assert "set.tar: the image and the label of sample '" in message
+    assert "one after the other" in message
+    named_alike = [*images, *[(f"labels/{name}", data) for name, data in labels]]  # of other samples
+    assert opened(write(tmp_path / "set.tar", named_alike)).left_out == {
+        "samples without an image": ["labels/0", "labels/1", "labels/2"]
+    }
+
+
+def test_members_that_are_neither_images_nor_labels_are_counted(tmp_path: Path) -> None:
+    members = {
+        "txt": b"a caption",
+        "coarse.cls": b"3",
+        "json": b"{}",
+        "meta.json": b'{"label": 3}',
+        "npy": b"",
+        "x": b"",
+    }
+    files = [(f"0.{kind}", data) for kind, data in {"png": PNGS[0], "cls": b"7", **members, "label": b""}.items()]
+    source = opened(write(tmp_path / "set.tar", files))
+    assert source.labels == [7]
+    assert source.left_out == {
+        ".txt": ["0.txt"],
+        ".cls": ["0.coarse.cls"],
+        ".json": ["0.json", "0.meta.json"],
+        ".npy": ["0.npy"],
+        ".x": ["0.x"],
+        ".label": ["0.label"],
+    }
 
 
 def test_folder_of_shards(tmp_path: Path) -> None:
@@ -182,7 +235,7 @@ def test_hidden_members_are_no_part_of_samples(tmp_path: Path, hidden: str, wher
     source = opened(write(tmp_path / "set.tar", files))
     assert source.labels == [0, 1, 2, 1, 0]
     assert [item.content for item in source] == PNGS
-    assert list(source.left_out.values()) == [[hidden]]
+    assert list(source.left_out.values()) == [[hidden], CAPTIONS]
 
 
 def test_an_archive_of_macos_keeps_its_labels(tmp_path: Path) -> None:
@@ -214,7 +267,7 @@ def test_files_that_belong_to_no_image_are_not_refused(tmp_path: Path, kind: str
         source = opened(write(tmp_path / "set.tar", [*files[:place], (name, data), *files[place:]]))
         assert source.labels == (None if labels[0] is None else labels)
         assert [item.content for item in source] == PNGS
-        assert source.left_out == {"samples without an image": [name.rpartition(".")[0]]}
+        assert source.left_out == {".txt": CAPTIONS, "samples without an image": [name.rpartition(".")[0]]}
 
 
 @pytest.mark.parametrize("folder", ["", "set/", "a/b/"])

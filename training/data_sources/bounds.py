@@ -140,8 +140,9 @@ class Member(NamedTuple):
 def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
     """Yield the members of a tar archive one after the other; until the next one, the stream is at the member's bytes.
 
-    An archive that is appended to another one is read, too. Of what extends a header (PAX, long names), which takes the module tarfile time and memory out of all proportion,
-    only names are read. Raises PACKED_ERRORS, also for more members than `max_members` (default: 10,000).
+    An archive that is appended to another one is read, too. Of what extends a header (PAX, long names), which takes the
+    module tarfile time and memory out of all proportion, only names are read. Raises PACKED_ERRORS, also for more
+    members than `max_members` (default: 10,000), and for an archive without an end.
     """
     long_name = None
     max_members = max_members or _MAX_MEMBERS
