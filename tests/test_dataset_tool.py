@@ -145,6 +145,35 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     assert content["num_images"] == 2
 
 
+SEVERAL = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
+    "sets": ([[1, 3], [0, 2]], "[1, 3]"),
+    "sets behind one of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
+    "sets of several lengths": ([[1, 2], [0]], "[0]"),
+    "a class, then a set": ([1, [0, 2]], "[0, 2]"),
+    "negative": ([[0, -1], [0, 1]], "[0, -1]"),
+    "bits": ([[0, 1], [1, 1]], None),
+    "fractions": ([[0.5, 3], [2, 7]], None),
+    "written as fractions": ([[1.0, 3.0], [0.0, 2.0]], None),
+    "one number": ([[3], [7]], None),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -> None:
+    """The rule of tables: they would be trained on as numbers of which one is more than another."""
+    labels, named = SEVERAL[kind]
+    names = ["a.png", "b.png"]
+    content = {"labels": list(map(list, zip(names, labels, strict=True)))}
+    files = {name: as_file(random_images(4, 4, 3)) for name in names}
+    source = write_zip(tmp_path / "in.zip", {**files, "dataset.json": json.dumps(content).encode()})
+    if named is None:
+        assert numbers(build(source, tmp_path / "made.zip")[1]) == labels
+    for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'refused.zip'}")):
+        assert (result.exit_code == 2) == (named is not None)
+        assert named is None or f", {named}]: " in result.stderr
+        assert named is None or '["img.png", [0, 1, 0, 1]]' in result.stderr
+
+
 def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",

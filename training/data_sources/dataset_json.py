@@ -17,6 +17,8 @@ NAME = "dataset.json"
 MAX_CLASS = 2**31 - 1
 VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
 
+SEVERAL_LABELS = f"several labels for one image need {VECTOR_FORM}; if it is a vector, write whole numbers of it as 3.0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetJson:
@@ -74,11 +76,25 @@ def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
             raise UserError(f"{where}label {pair!r:.80} has several labels for one image: give {VECTOR_FORM}")
         if not _is_pair(pair) or not _is_label(pair[1], vector_length):
             wanted = "class numbers from 0" if vector_length is None else f"lists of {vector_length} numbers"
-            raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
+            several = _is_pair(pair) and isinstance(pair[1], list)
+            remedy = f"; several labels for one image need {VECTOR_FORM}" if several else ""
+            raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}{remedy}")
+    if vector_length and (odd := find_set_of_classes([label for _, label in pairs])) is not None:
+        raise UserError(f"{where}label {pairs[odd]!r:.80}: {SEVERAL_LABELS}")
     labels = dict(pairs)
     if len(labels) < len(pairs):
         _refuse_several(pairs, where)
     return labels
+
+
+def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
+    """Return the place of the first vector that is several classes of one image; None if there is none.
+
+    Such are whole numbers other than 0 and 1, where no vector has a fraction or a number written as one (3.0).
+    """
+    if not all(type(x) is int for vector in vectors for x in vector):
+        return None
+    return next((k for k, vector in enumerate(vectors) if len(vector) > 1 and not {0, 1}.issuperset(vector)), None)
 
 
 def _refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:

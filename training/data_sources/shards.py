@@ -257,8 +257,8 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
 
 def _refusal_of_dots(member: Member, path: Path) -> UserError:
     return UserError(
-        f"{path}: {member.name!r:.200}: the name of a sample ends at its first dot, behind which only the extension may be: write the "
-        "archive again with no further dots in names"
+        f"{path}: {member.name!r:.200}: the name of a sample ends at its first dot, and here it is not the last: "
+        "write the archive again with no further dots in names"
     )
 
 
