@@ -145,7 +145,9 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     assert content["num_images"] == 2
 
 
-SEVERAL = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
+SEVERAL: dict[
+    str, tuple[list[Any], str | None]
+] = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
     "sets": ([[1, 3], [0, 2]], "[1, 3]"),
     "sets behind one of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
     "sets of several lengths": ([[1, 2], [0]], "[0]"),
@@ -172,6 +174,34 @@ def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -
         assert (result.exit_code == 2) == (named is not None)
         assert named is None or f", {named}]: " in result.stderr
         assert named is None or '["img.png", [0, 1, 0, 1]]' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "refused_label"),
+    [
+        ([7, 20190], ["a", "b"], 7),
+        ([0, 2], ["a", "b"], 2),
+        ([0, 1], ["a"], 1),
+        ([0, 1], [], 0),
+        ([0, 1], ["a", "b"], None),
+        ([0, 1], ["a", "b", "c"], None),
+        ([[0.5, 3], [1, 2]], ["a"], None),
+        (None, ["a"], None),
+    ],
+)
+def test_names_of_classes_cover_all_numbers(
+    tmp_path: Path, labels: list[Any] | None, class_names: list[str], refused_label: int | None
+) -> None:
+    """Names for a part would make 20,191 classes of which most have no images, and which nothing renumbers."""
+    names = ["a.png", "b.png"]
+    pairs = labels and list(map(list, zip(names, labels, strict=True)))
+    content = json.dumps({"labels": pairs, "class_names": class_names}).encode()
+    source = write_files(
+        tmp_path / "in", {"dataset.json": content, **{name: as_file(random_images(4, 4, 3)) for name in names}}
+    )
+    for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}")):
+        message = f": label {refused_label}, but classes have {len(class_names)} name"
+        assert (result.exit_code, message in result.stderr) == ((0, False) if refused_label is None else (2, True))
 
 
 def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:

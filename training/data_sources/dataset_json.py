@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dnnlib.config import FLOAT32_MAX, UserError
-from dnnlib.util import parse_json
+from dnnlib.util import counted, parse_json
 
 Label = int | list[float]
 
@@ -54,6 +54,7 @@ def parse_dataset_json(data: bytes, where: str) -> DatasetJson:
     key, notes = _key_of_labels(content, where)
     pairs = content.pop(key, None)
     labels = None if pairs is None else _checked(pairs, f"{where}: ", key)
+    refuse_unnamed(list((labels or {}).values()), names, lambda k: f"{where}: {pairs[k][0]!r:.80}")
     return DatasetJson(labels=labels, meta=content, notes=notes)
 
 
@@ -95,6 +96,19 @@ def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
     if not all(type(x) is int for vector in vectors for x in vector):
         return None
     return next((k for k, vector in enumerate(vectors) if len(vector) > 1 and not {0, 1}.issuperset(vector)), None)
+
+
+def refuse_unnamed(labels: Sequence[Label], class_names: Sequence[str] | None, place: Callable[[int], str]) -> None:
+    """Raise UserError where classes have names, but not all of them. `place` names the image k in messages."""
+    if class_names is None:
+        return
+    count = len(class_names)
+    unnamed = next((k for k, label in enumerate(labels) if isinstance(label, int) and label >= count), None)
+    if unnamed is not None:
+        raise UserError(
+            f"{place(unnamed)}: label {labels[unnamed]}, but classes have {counted(count, 'name')} only: name all of "
+            "them, numbered from 0, or none"
+        )
 
 
 def _refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
