@@ -6,6 +6,7 @@ import os
 import threading
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,12 +95,14 @@ class ZipStore:
         self.path = path
         try:
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                members = _members(archive.infolist())
-            _refuse_overlaps(members.values())
+                infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+            _refuse_overlaps(infos)
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
-        self._members = members
-        self.names, self.json_name, self.left_out, self.notes = _arrange(members)
+        self._members = _members(infos)
+        if len(self._members) < len(infos):
+            _refuse_repeated_names(path, infos)
+        self.names, self.json_name, self.left_out, self.notes = _arrange(self._members)
         self._file: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,6 +190,16 @@ def _refuse_overlaps(members: Iterable[zipfile.ZipInfo]) -> None:
         if info.header_offset < end:
             raise ValueError(f"{info.filename!r:.80} overlaps another member")
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
+
+
+def _refuse_repeated_names(path: Path, members: Iterable[zipfile.ZipInfo]) -> None:
+    counts = Counter(info.filename for info in members)
+    repeated = [name for name, count in counts.items() if count > 1]
+    others = f", and {counted(len(repeated) - 1, 'other name')} more than once" if len(repeated) > 1 else ""
+    raise UserError(
+        f"{path} holds {repeated[0]!r:.80} {counts[repeated[0]]} times{others}: pack the files again, each once and "
+        "under a name of its own"
+    )
 
 
 FileStore = FolderStore | ZipStore

@@ -13,6 +13,7 @@ from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.util import describe_error, import_extra, parse_json
 from training.data_sources.arrow_file import ArrowFile
+from training.data_sources.dataset_json import refuse_unnamed
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
 from training.data_sources.parquet_file import ParquetFile
@@ -50,7 +51,7 @@ class TableSource(SourceBase):
         label = f"its label in column {self._columns.label!r}" if self.labels else "no label"
         note = f"the image of a row is in column {self._columns.image!r}, {label}"
         self.notes = [*parts.notes, *splits, note, *([self._columns.note] if self._columns.note else [])]
-        self._refuse_unknown_classes()
+        refuse_unnamed(self.labels or (), self._columns.class_names, self._place)
 
     def _count(self, paths: Iterable[Path]) -> str:
         total = 0
@@ -99,12 +100,6 @@ class TableSource(SourceBase):
                 return f"{path}: row {k}, column {self._columns.label!r}"
             k -= count
         raise IndexError(k)
-
-    def _refuse_unknown_classes(self) -> None:
-        names = self._columns.class_names
-        for k, label in enumerate(self.labels or ()):
-            if names is not None and isinstance(label, int) and label >= len(names):
-                raise UserError(f"{self._place(k)}: label {label}, but there are names for {len(names)} classes only")
 
     def __len__(self) -> int:
         return sum(self._num_rows)
