@@ -109,7 +109,11 @@ def main(context: click.Context) -> None:
     "at a LEVEL, 1 for the top",
 )
 @option("--split", metavar="NAME", help="Part of a data set of tables or shards, or all [default: train]")
-@option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded, and list them")
+@option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave out images that cannot be decoded, and list them; of tables and shards use those that are there",
+)
 @option("-v", "--verbose", is_flag=True, help="List all files that are left out, by name")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which scenes --source=shapes draws")
 @option("--workers", type=click.IntRange(min=1), help="Number of processes [default: one per core]")
@@ -136,7 +140,9 @@ def build(
     conversion = Conversion(width=width, height=height, transform=transform, resize_filter=resize_filter)
     refuse_dest(dest, source)
     drawing = Drawing(seed, max_images or _SHAPES_COUNT, width or _SHAPES_SIZE, height or _SHAPES_SIZE)
-    images = open_source(source, labels_from_folders=labels_from_folders, drawing=drawing, split=split)
+    images = open_source(
+        source, labels_from_folders=labels_from_folders, drawing=drawing, split=split, skip_missing=skip_bad
+    )
     num_images = min(len(images), max_images or len(images))
     classes = choose_classes(images.labels, images.class_names)
     introduce(images, num_images, classes, verbose=verbose)

@@ -860,6 +860,7 @@ def far_offsets() -> bytes:
 
 
 ZEROS = 70 << 20
+END = 2 * tarfile.BLOCKSIZE  # of zeros, which a tar archive ends with
 TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content, what the message says
     "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that becomes"),
     "labels of zeros": (
@@ -889,12 +890,12 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content
     "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
     "label": (
         "x.tar",
-        lambda: shard("0.png", 0) + shard("0.cls", 1 << 21) + bytes(1 << 21),
+        lambda: shard("0.png", 0) + shard("0.cls", 1 << 21) + bytes((1 << 21) + END),
         "2097152 bytes, more than",
     ),
     "label of brackets": (
         "x.tar",
-        lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19),
+        lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19) + bytes(END),
         "cannot be read",
     ),
     "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
@@ -922,7 +923,8 @@ def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
         "x.parquet": parquet(columns),
         "y.parquet": parquet(columns, compression="gzip", row_group_size=2, data_page_version="2.0"),
         "x.arrow": arrow(columns),
-        "x.tar": b"".join(shard(f"{k}.png", 9) + bytes(512) + shard(f"{k}.cls", 1) + b"1".ljust(512) for k in "abc"),
+        "x.tar": b"".join(shard(f"{k}.png", 9) + bytes(512) + shard(f"{k}.cls", 1) + b"1".ljust(512) for k in "abc")
+        + bytes(END),
     }
 
     @for_all(examples, st.sampled_from(sorted(files)), DAMAGE)

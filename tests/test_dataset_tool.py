@@ -145,6 +145,65 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     assert content["num_images"] == 2
 
 
+SEVERAL: dict[
+    str, tuple[list[Any], str | None]
+] = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
+    "sets": ([[1, 3], [0, 2]], "[1, 3]"),
+    "sets behind one of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
+    "sets of several lengths": ([[1, 2], [0]], "[0]"),
+    "a class, then a set": ([1, [0, 2]], "[0, 2]"),
+    "negative": ([[0, -1], [0, 1]], "[0, -1]"),
+    "bits": ([[0, 1], [1, 1]], None),
+    "fractions": ([[0.5, 3], [2, 7]], None),
+    "written as fractions": ([[1.0, 3.0], [0.0, 2.0]], None),
+    "one number": ([[3], [7]], None),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -> None:
+    """The rule of tables: they would be trained on as numbers of which one is more than another."""
+    labels, named = SEVERAL[kind]
+    names = ["a.png", "b.png"]
+    content = {"labels": list(map(list, zip(names, labels, strict=True)))}
+    files = {name: as_file(random_images(4, 4, 3)) for name in names}
+    source = write_zip(tmp_path / "in.zip", {**files, "dataset.json": json.dumps(content).encode()})
+    if named is None:
+        assert numbers(build(source, tmp_path / "made.zip")[1]) == labels
+    for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'refused.zip'}")):
+        assert (result.exit_code == 2) == (named is not None)
+        assert named is None or f", {named}]: " in result.stderr
+        assert named is None or '["img.png", [0, 1, 0, 1]]' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "refused_label"),
+    [
+        ([7, 20190], ["a", "b"], 7),
+        ([0, 2], ["a", "b"], 2),
+        ([0, 1], ["a"], 1),
+        ([0, 1], [], 0),
+        ([0, 1], ["a", "b"], None),
+        ([0, 1], ["a", "b", "c"], None),
+        ([[0.5, 3], [1, 2]], ["a"], None),
+        (None, ["a"], None),
+    ],
+)
+def test_names_of_classes_cover_all_numbers(
+    tmp_path: Path, labels: list[Any] | None, class_names: list[str], refused_label: int | None
+) -> None:
+    """Names for a part would make 20,191 classes of which most have no images, and which nothing renumbers."""
+    names = ["a.png", "b.png"]
+    pairs = labels and list(map(list, zip(names, labels, strict=True)))
+    content = json.dumps({"labels": pairs, "class_names": class_names}).encode()
+    source = write_files(
+        tmp_path / "in", {"dataset.json": content, **{name: as_file(random_images(4, 4, 3)) for name in names}}
+    )
+    for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}")):
+        message = f": label {refused_label}, but classes have {len(class_names)} name"
+        assert (result.exit_code, message in result.stderr) == ((0, False) if refused_label is None else (2, True))
+
+
 def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",
@@ -616,6 +675,36 @@ def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
     assert len(found) == 3
     assert os.listdir(tmp_path) == ["inside"]
     assert sorted(os.listdir(inside)) == ["in.zip", "out.zip"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.png", "b.png", "a.png"), "'a.png' 2 times:"),
+        (("x/a.png", "b.png", "x/a.png", "b.png", "x/a.png"), "'x/a.png' 3 times, and 1 other name more than once:"),
+        (("a.png", "dataset.json", "dataset.json"), "'dataset.json' 2 times:"),
+        (("a.png", "notes.txt", "notes.txt"), "'notes.txt' 2 times:"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    """Each read would give one of the files, and the others would be lost without a word."""
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, name in enumerate(names):
+            archive.writestr(name, as_file(random_images(4, 4, 3)) if name.endswith("png") else f"{{}} {k}")
+    assert f"{path} holds {message}" in refused(tmp_path, path)
+    result = run("check", path)
+    assert (result.exit_code, f"{path} holds {message}" in result.stderr) == (2, True)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_files_may_name_folders_twice(tmp_path: Path) -> None:
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("x/", "x/a.png", "y/", "y/a.png", "x/"):
+            archive.writestr(name, b"" if name.endswith("/") else as_file(random_images(4, 4, 3)))
+    assert len(build(path, tmp_path / "out.zip")[0]) == 2
 
 
 class RunsCode:

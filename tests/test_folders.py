@@ -136,7 +136,6 @@ LAYOUTS = {  # files -> classes of each and a note
     ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
     ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),
     ("train/1", "val/1"): (["train", "val"], "train/ and val/ look like splits, and are taken as classes, because"),
-    ("train/cat/1", "test/1"): (["test", "train"], "test/ and train/ look like splits, and are taken as classes"),
     ("cat/1", "cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
     ("a/cat/1", "a/cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
 }
@@ -179,7 +178,6 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
         ("flat", images("1.png", "2.png")),
         ("some", images("1.png", "cat/2.png", "dog/2.png")),
         ("one", images("cat/1.png")),
-        ("splits", images("train/1.png", "test/1.png")),
         ("known", images("cat/1.png", "dog/1.png") | {"dataset.json": b'{"labels": null}'}),
     ]:
         _, _, output = build_labels(write_files(tmp_path / name, files), tmp_path / f"{name}.zip")

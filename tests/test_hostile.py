@@ -249,7 +249,7 @@ def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
         use(tmp_path / "set.zip")
 
     deep = b"[" * 100_000
-    huge = json.dumps({**good, "labels": [[names[0], 2**31 - 1], [names[1], 0], [names[2], 10**400]]}).encode()
+    huge = json.dumps({"labels": [[names[0], 2**31 - 1], [names[1], 0], [names[2], 10**400]]}).encode()
     for content in (deep, b'{"labels": ' + deep, huge, b"\xff\xfe{}", b"NaN"):
         write(content)
         outcome = use(tmp_path / "set.zip")

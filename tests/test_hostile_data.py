@@ -436,7 +436,7 @@ TARS: dict[str, tuple[bytes, str]] = {
         FIRST + (header("name", 1, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 2000 + bytes(1024),
         "holds no uint8",
     ),
-    "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE), "whole 96x96 images"),
+    "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "whole 96x96 images"),
     "many": (FIRST * 101, "more than 100 members"),
     "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a plain file"),
     "twice": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),

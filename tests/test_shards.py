@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from test_dataset_tool import as_file, build, numbers, random_images, refused, r
 
 from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
+from training.data_sources.listing import LINKS, SPECIAL_FILES
 from training.data_sources.shards import ShardSource
 from training.data_sources.sources import Drawing, open_source
 
@@ -52,6 +57,7 @@ def samples(extension: str, labels: list[Any]) -> list[tuple[str, bytes]]:
     return files
 
 
+CAPTIONS = [f"a/{k:03}.txt" for k in range(N)]
 LABELS: dict[str, tuple[str, list[Any], Any, Any]] = {  # extension, contents, labels, names of classes
     "numbers": ("cls", [0, 1, 2, 1, 0], [0, 1, 2, 1, 0], None),
     "numbers in lines": ("cls", [b"3\n", b" 4 ", b"0", b"0", b"7\r\n"], [3, 4, 0, 0, 7], None),
@@ -59,7 +65,7 @@ LABELS: dict[str, tuple[str, list[Any], Any, Any]] = {  # extension, contents, l
     "names and numbers": ("CLS", ["7", "cat", "7", "7", "cat"], [0, 1, 0, 0, 1], ["7", "cat"]),
     **{
         f"json {key}": ("json", [json.dumps({"url": "x", key: k}) for k in (2, 0, 1, 1, 0)], [2, 0, 1, 1, 0], None)
-        for key in ("label", "cls", "class", "class_id")
+        for key in ("label", "labels", "cls", "class", "class_id")
     },
     "json names": ("json", [json.dumps({"class_name": name}) for name in "baabb"], [1, 0, 0, 1, 1], ["a", "b"]),
     "json vectors": ("json", [json.dumps({"label": [k, 0.5]}) for k in range(N)], [[k, 0.5] for k in range(N)], None),
@@ -86,6 +92,16 @@ BAD: dict[str, tuple[str, list[Any], list[str]]] = {
     "deep JSON": ("json", ["[" * 10_000] * N, ["'a/000.json' cannot be read"]),
     "large": ("cls", [bytes(2 << 20)] * N, ["'a/000.cls' has 2097152 bytes"]),
     "several": ("json", [json.dumps({"label": [k, 3]}) for k in range(N)], ["several labels", "[0, 1, 0, 1]"]),
+    "several in a list": ("json", [json.dumps({"labels": [k, 3]}) for k in range(N)], ["several labels"]),
+    "several in a text": ("cls", ["1 2"] * N, ["'a/000': label [1, 2]: several labels", "[0, 1, 0, 1]"]),
+    "several with commas": ("label", ["1, 2", "3,4", "1", "2", "3"], ["'a/002': label 1"]),
+    "several in lines": ("cls", ["0\n5"] * N, ["several labels"]),
+    "more dots": ("05.0.cls", ["0"] * N, ["'a/000.05.0.cls'", "no further dots in names"]),
+    "more dots in some": (
+        "coarse.class",
+        ["0", None, None, None, None],
+        ["'a/000.coarse.class'", "no further dots in names"],
+    ),
     "object": ("json", [json.dumps({"label": {}})] * N, ["sample 'a/000'", "label {}"]),
 }
 
@@ -95,6 +111,48 @@ def test_labels_that_are_none(tmp_path: Path, kind: str) -> None:
     extension, contents, parts = BAD[kind]
     message = refused(tmp_path, write(tmp_path / "set.tar", samples(extension, contents)))
     assert [part for part in ("set.tar", *parts) if part not in message] == []
+
+
+def test_vectors_in_texts(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "set.tar", samples("cls", ["0 1", "1 1", "1,0", "0, 0", "0\n1"])))
+    assert (source.labels, source.class_names) == ([[0, 1], [1, 1], [1, 0], [0, 0], [0, 1]], None)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_labels_apart_from_their_images_are_refused(tmp_path: Path, kind: str, step: int) -> None:
+    label = b"1" if kind == "cls" else b'{"label": 1}'
+    images, labels = [(f"{k}.png", PNGS[k]) for k in range(3)], [(f"{k}.{kind}", label) for k in range(3)]
+    path = write(tmp_path / "set.tar", [*images, *labels][::step])
+    message = refused(tmp_path, path)
+    assert "set.tar: the image and the label of sample '" in message
+    assert "one after the other" in message
+    named_alike = [*images, *[(f"labels/{name}", data) for name, data in labels]]  # of other samples
+    assert opened(write(tmp_path / "set.tar", named_alike)).left_out == {
+        "samples without an image": ["labels/0", "labels/1", "labels/2"]
+    }
+
+
+def test_members_that_are_neither_images_nor_labels_are_counted(tmp_path: Path) -> None:
+    members = {
+        "txt": b"a caption",
+        "coarse.cls": b"3",
+        "json": b"{}",
+        "meta.json": b'{"label": 3}',
+        "npy": b"",
+        "x": b"",
+    }
+    files = [(f"0.{kind}", data) for kind, data in {"png": PNGS[0], "cls": b"7", **members, "label": b""}.items()]
+    source = opened(write(tmp_path / "set.tar", files))
+    assert source.labels == [7]
+    assert source.left_out == {
+        ".txt": ["0.txt"],
+        ".cls": ["0.coarse.cls"],
+        ".json": ["0.json", "0.meta.json"],
+        ".npy": ["0.npy"],
+        ".x": ["0.x"],
+        ".label": ["0.label"],
+    }
 
 
 def test_folder_of_shards(tmp_path: Path) -> None:
@@ -177,7 +235,7 @@ def test_hidden_members_are_no_part_of_samples(tmp_path: Path, hidden: str, wher
     source = opened(write(tmp_path / "set.tar", files))
     assert source.labels == [0, 1, 2, 1, 0]
     assert [item.content for item in source] == PNGS
-    assert list(source.left_out.values()) == [[hidden]]
+    assert list(source.left_out.values()) == [[hidden], CAPTIONS]
 
 
 def test_an_archive_of_macos_keeps_its_labels(tmp_path: Path) -> None:
@@ -209,7 +267,7 @@ def test_files_that_belong_to_no_image_are_not_refused(tmp_path: Path, kind: str
         source = opened(write(tmp_path / "set.tar", [*files[:place], (name, data), *files[place:]]))
         assert source.labels == (None if labels[0] is None else labels)
         assert [item.content for item in source] == PNGS
-        assert source.left_out == {"samples without an image": [name.rpartition(".")[0]]}
+        assert source.left_out == {".txt": CAPTIONS, "samples without an image": [name.rpartition(".")[0]]}
 
 
 @pytest.mark.parametrize("folder", ["", "set/", "a/b/"])
@@ -296,6 +354,77 @@ def test_left_out_members_are_counted_in_the_singular_and_plural(tmp_path: Path)
     output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
     assert "  1 sample without an image\n" in output
     assert "  2 hidden files\n" in output
+
+
+MEMBERS = {
+    "hard link": (tarfile.LNKTYPE, LINKS),
+    "symbolic link": (tarfile.SYMTYPE, LINKS),
+    "sparse file": (tarfile.GNUTYPE_SPARSE, SPECIAL_FILES),
+    "device": (tarfile.CHRTYPE, SPECIAL_FILES),
+    "pipe": (tarfile.FIFOTYPE, SPECIAL_FILES),
+    "folder": (tarfile.DIRTYPE, None),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_members_that_are_no_plain_files_are_counted(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Their pictures are missing in the set; its owner can unpack the archive."""
+    member_type, listed = MEMBERS[kind]
+    path = tmp_path / f"set.{suffix}"
+    for images in (PNGS[:2], []):
+        with tarfile.open(path, "w:gz" if suffix == "tar.gz" else "w") as archive:
+            for name, png in (("x/0.png", None), *((f"x/{k}.png", png) for k, png in enumerate(images, 1))):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname, info.size = (tarfile.REGTYPE, "", len(png)) if png else (member_type, "y", 0)
+                archive.addfile(info, io.BytesIO(png or b""))
+        if images:
+            assert opened(path).left_out == ({listed: ["x/0.png"]} if listed else {})
+            output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
+            assert (": to use them, unpack it into a folder, and give that\n" in output) == bool(listed)
+        else:
+            what = listed.replace("links", "link").replace("files", "file") if listed else "nothing"
+            assert f"it holds {'1 ' if listed else ''}{what}" in refused(tmp_path, path)
+
+
+def archive_of(names: Iterable[int]) -> bytes:
+    """A tar archive as the module tarfile writes it: 0.png is PNGS[0]."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for k in names:
+            info = tarfile.TarInfo(f"{k}.png")
+            info.size = len(PNGS[k])
+            archive.addfile(info, io.BytesIO(PNGS[k]))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("blocks", range(8))
+def test_archives_that_are_cut_off_are_damaged(tmp_path: Path, pack: Callable[[bytes], bytes], blocks: int) -> None:
+    """Each image takes two blocks of 512 bytes: also where a member ends, it is not the archive that does."""
+    path = tmp_path / "set.tar"
+    whole = archive_of(range(4))
+    path.write_bytes(pack(whole[: 512 * blocks]))
+    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in refused(tmp_path, path)
+    path.write_bytes(pack(whole[: 512 * 9]))  # one block of zeros is an end: some programs write no more
+    assert len(opened(path)) == 4
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("parts", [(range(3), range(3, 5)), (range(1), (), range(1, 5)), ((), range(5))])
+def test_archives_in_one_file_are_all_read(
+    tmp_path: Path, pack: Callable[[bytes], bytes], parts: tuple[Iterable[int], ...]
+) -> None:
+    """As `cat` and `tar --concatenate` write them, packed in one piece or each by itself."""
+    path = tmp_path / "set.tar"
+    archives = [archive_of(part) for part in parts]
+    for content in (pack(b"".join(archives)), b"".join(map(pack, archives))):
+        path.write_bytes(content)
+        source = opened(path)
+        assert source.names == [f"{k}.png" for k in range(5)]
+        assert [item.content for item in source] == PNGS
+    path.write_bytes(pack(b"".join(archives) + b"a note"))
+    assert "set.tar is damaged" in refused(tmp_path, path)
 
 
 def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     ),
     "infinite": (labelled([[0.5, 1e300]] * N), ["row 0", "1e+300"]),
     "structs": (labelled([{"box": 1}] * N), ["column 'label' holds struct<box: int64>"]),
-    "no name": (featured(labelled([0, 1, 3] * 2), label=CLASSES), ["row 2", "label 3", "3 classes"]),
+    "no name": (featured(labelled([0, 1, 3] * 2), label=CLASSES), ["row 2", "label 3", "3 names"]),
 }
 
 

@@ -117,24 +117,38 @@ def open_packed(path: Path) -> Iterator[Unpacked]:
 
 
 class Member(NamedTuple):
-    """A member of a tar archive; `is_plain` says whether it is a file, and no link, folder or sparse file."""
+    """A member of a tar archive, and its type as the module tarfile has it."""
 
     name: str
     size: int
-    is_plain: bool
+    type: bytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a file, and no link, folder or sparse file."""
+        return self.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.type == tarfile.DIRTYPE
+
+    @property
+    def is_link(self) -> bool:
+        return self.type in (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
 def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
     """Yield the members of a tar archive one after the other; until the next one, the stream is at the member's bytes.
 
-    Of what extends a header (PAX, long names), which takes the module tarfile time and memory out of all proportion,
-    only names are read. Raises PACKED_ERRORS, also for more members than `max_members` (default: 10,000).
+    An archive that is appended to another one is read, too. Of what extends a header (PAX, long names), which takes the
+    module tarfile time and memory out of all proportion, only names are read. Raises PACKED_ERRORS, also for more
+    members than `max_members` (default: 10,000), and for an archive without an end.
     """
     long_name = None
     max_members = max_members or _MAX_MEMBERS
     for _ in range(max_members):
-        header = stream.read(_BLOCK)
-        if not header.strip(b"\0"):
+        header = _read_header(stream)
+        if header is None:
             return
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         if info.size < 0:
@@ -146,9 +160,24 @@ def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Membe
             long_name = _read_long_name(stream, info) or long_name
         else:
             name, long_name = long_name or info.name, None
-            yield Member(name.removeprefix("./"), info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
+            yield Member(name.removeprefix("./"), info.size, info.type)
         stream.skip(end - stream.position)
     raise tarfile.HeaderError(f"more than {max_members} members")
+
+
+def _read_header(stream: Unpacked) -> bytes | None:
+    """Return the next block that is not of zeros, of which one at least ends an archive; None at the end.
+
+    Raises EOFError where the archive has no such end.
+    """
+    has_end = stream.position == 0  # an empty file is no archive, and none that is cut off
+    while block := stream.read(_BLOCK):
+        if block.strip(b"\0"):
+            return block
+        has_end = True
+    if not has_end:
+        raise EOFError("it is cut off")
+    return None
 
 
 def _read_long_name(stream: Unpacked, info: tarfile.TarInfo) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from dnnlib.config import UserError
 from dnnlib.screen import printable
+from dnnlib.util import counted
 from training.data_sources.dataset_json import Label
 
 # Names of splits, lower case, and what they are called on the command line.
@@ -22,6 +23,7 @@ SPLITS = {
 
 _MOST_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
+_ONE_SPLIT = "give the folder of one split as --source (unpack a packed file first)"
 _SHARD = re.compile(r"\d{5}")  # a folder of 1000 images, in which tools of this family spread a set
 
 
@@ -42,12 +44,15 @@ def classes_from_folders(names: Sequence[str], level: int | None, where: str) ->
     notes: list[str] = []
     if level is None:
         level, notes = find_level(folders)
-    outside = [name for name, parts in zip(names, folders, strict=True) if len(parts) < level]
+        _refuse_mixed_splits(folders, level, where)
+    outside = [name for name in names if name.count("/") < level]
     if outside:
-        others = f" and {len(outside) - 1} others are" if len(outside) > 1 else " is"
+        others = f" and {counted(len(outside) - 1, 'other')} are" if len(outside) > 1 else " is"
+        deepest = min(name.count("/") for name in outside)
+        another = f", or give a smaller level, as --labels-from-folders={deepest}" if deepest else ""
         raise UserError(
             f"{where}: --labels-from-folders needs every image in a folder named after its class, at level {level}, "
-            f"but {outside[0]!r}{others} in none: move them, or give another level as --labels-from-folders=N"
+            f"but {outside[0]!r}{others} in none: move them into one{another}"
         )
     class_names = sorted({parts[level - 1] for parts in folders})
     number = {name: k for k, name in enumerate(class_names)}
@@ -70,9 +75,8 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
         if len(tops) == 1:
             notes.append(f"everything is in {'/'.join(folders[0][:level])}/: classes are looked for in it")
         elif SPLITS.keys() >= {top.lower() for top in tops}:
-            split_names = " and ".join(f"{top}/" for top in tops)
             notes.append(
-                f"{split_names} are splits: the folders in them are the classes, and all splits are read; "
+                f"{_listed(tops)} are splits: the folders in them are the classes, and all splits are read; "
                 f"for one alone give its folder as --source"
             )
         else:
@@ -80,10 +84,25 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
         level += 1
     if found := _flat_splits(folders, level):
         notes.append(
-            f"{' and '.join(f'{name}/' for name in found)} look like splits, and are taken as classes, because images "
-            f"lie directly in them: give one split as --source"
+            f"{_listed(found)} look like splits, and are taken as classes, because images "
+            f"lie directly in them: {_ONE_SPLIT}"
         )
     return level, notes
+
+
+def _refuse_mixed_splits(folders: Sequence[Sequence[str]], level: int, where: str) -> None:
+    """Raise UserError where some splits hold folders of classes and others images alone, as Kaggle's test sets do."""
+    found = _flat_splits(folders, level)
+    flat = sorted({parts[level - 1] for parts in folders if len(parts) == level})
+    if found and flat != found:
+        raise UserError(
+            f"{where}: images are in folders, which may be classes, in {_listed(set(found).difference(flat))}, but "
+            f"directly in {_listed(flat)}: {_ONE_SPLIT}, or make the splits classes by --labels-from-folders={level}"
+        )
+
+
+def _listed(folders: Iterable[str]) -> str:
+    return " and ".join(f"{folder}/" for folder in sorted(folders))
 
 
 def _flat_splits(folders: Sequence[Sequence[str]], level: int) -> list[str]:
@@ -100,8 +119,10 @@ def note_on_folders(names: Sequence[str]) -> str | None:
     """Return a line about folders that could be classes, for a set that is built without labels."""
     folders = [name.split("/")[:-1] for name in names]
     level, _ = find_level(folders)
-    if any(len(parts) < level for parts in folders) or _flat_splits(folders, level):
+    if any(len(parts) < level for parts in folders):
         return None
+    if found := _flat_splits(folders, level):
+        return f"{_listed(found)} look like splits, and all are read: for one alone, {_ONE_SPLIT}"
     counts = Counter(sorted(parts[level - 1] for parts in folders))
     if len(counts) < 2 or all(_SHARD.fullmatch(name) for name in counts):
         return None

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dnnlib.config import FLOAT32_MAX, UserError
-from dnnlib.util import parse_json
+from dnnlib.util import counted, parse_json
 
 Label = int | list[float]
 
 NAME = "dataset.json"
 MAX_CLASS = 2**31 - 1
 VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+
+SEVERAL_LABELS = f"several labels for one image need {VECTOR_FORM}; if it is a vector, write whole numbers of it as 3.0"
+
+
+def is_dataset_json(name: str) -> bool:
+    """Whether a path is that of a dataset.json, however its letters are written."""
+    return name.rpartition("/")[2].lower() == NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ def parse_dataset_json(data: bytes, where: str) -> DatasetJson:
     key, notes = _key_of_labels(content, where)
     pairs = content.pop(key, None)
     labels = None if pairs is None else _checked(pairs, f"{where}: ", key)
+    refuse_unnamed(list((labels or {}).values()), names, lambda k: f"{where}: {pairs[k][0]!r:.80}")
     return DatasetJson(labels=labels, meta=content, notes=notes)
 
 
@@ -74,14 +82,42 @@ def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
             raise UserError(f"{where}label {pair!r:.80} has several labels for one image: give {VECTOR_FORM}")
         if not _is_pair(pair) or not _is_label(pair[1], vector_length):
             wanted = "class numbers from 0" if vector_length is None else f"lists of {vector_length} numbers"
-            raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}")
+            several = _is_pair(pair) and isinstance(pair[1], list)
+            remedy = f"; several labels for one image need {VECTOR_FORM}" if several else ""
+            raise UserError(f"{where}label {pair!r:.80}: labels are pairs [name, label], all of them {wanted}{remedy}")
+    if vector_length and (odd := find_set_of_classes([label for _, label in pairs])) is not None:
+        raise UserError(f"{where}label {pairs[odd]!r:.80}: {SEVERAL_LABELS}")
     labels = dict(pairs)
     if len(labels) < len(pairs):
-        _refuse_several(pairs, where)
+        refuse_several(pairs, where)
     return labels
 
 
-def _refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
+def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
+    """Return the place of the first vector that is several classes of one image; None if there is none.
+
+    Such are whole numbers other than 0 and 1, where no vector has a fraction or a number written as one (3.0).
+    """
+    if not all(type(x) is int for vector in vectors for x in vector):
+        return None
+    return next((k for k, vector in enumerate(vectors) if len(vector) > 1 and not {0, 1}.issuperset(vector)), None)
+
+
+def refuse_unnamed(labels: Sequence[Label], class_names: Sequence[str] | None, place: Callable[[int], str]) -> None:
+    """Raise UserError where classes have names, but not all of them. `place` names the image k in messages."""
+    if class_names is None:
+        return
+    count = len(class_names)
+    unnamed = next((k for k, label in enumerate(labels) if isinstance(label, int) and label >= count), None)
+    if unnamed is not None:
+        raise UserError(
+            f"{place(unnamed)}: label {labels[unnamed]}, but classes have {counted(count, 'name')} only: name all of "
+            "them, numbered from 0, or none"
+        )
+
+
+def refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
+    """Raise UserError with the first name that has several labels."""
     counts = Counter(name for name, _ in pairs)
     several = [name for name, count in counts.items() if count > 1]
     found = ", ".join(str(label) for name, label in pairs if name == several[0])

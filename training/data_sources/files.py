@@ -6,7 +6,8 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,17 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES
 from dnnlib.util import counted, open_regular, read_regular
 from training.data_sources.bounds import unpacked_limit
-from training.data_sources.dataset_json import NAME, DatasetJson, Label, parse_dataset_json
+from training.data_sources.dataset_json import (
+    NAME,
+    DatasetJson,
+    Label,
+    is_dataset_json,
+    parse_dataset_json,
+    refuse_several,
+)
 from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, sort_out
+from training.data_sources.parts import find_parts
+from training.data_sources.sizes import build_command
 
 MAX_JSON_BYTES = 1 << 30
 _TURNS = threading.Lock()
@@ -85,12 +95,14 @@ class ZipStore:
         self.path = path
         try:
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-            _refuse_overlaps(members.values())
+                infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+            _refuse_overlaps(infos)
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... on damaged files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
-        self._members = members
-        self.names, self.json_name, self.left_out, self.notes = _arrange(members)
+        self._members = _members(infos)
+        if len(self._members) < len(infos):
+            _refuse_repeated_names(path, infos)
+        self.names, self.json_name, self.left_out, self.notes = _arrange(self._members)
         self._file: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,6 +160,13 @@ class ZipStore:
             raise BrokenImageError(str(error)) from error
 
 
+def _members(infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    r"""Return the files by name. Where no name has a `/`, `\` is between folders, as some programs of Windows write."""
+    has_slashes = any("/" in info.filename for info in infos)
+    named = ((info.filename if has_slashes else info.filename.replace("\\", "/"), info) for info in infos)
+    return {name: info for name, info in named if not name.endswith("/")}
+
+
 def _read_at(file: int, size: int, place: int) -> bytes:
     """Read at a place of a file. Windows has no pread; it forks no workers either, so that threads taking turns do."""
     if hasattr(os, "pread"):
@@ -173,6 +192,16 @@ def _refuse_overlaps(members: Iterable[zipfile.ZipInfo]) -> None:
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
 
 
+def _refuse_repeated_names(path: Path, members: Iterable[zipfile.ZipInfo]) -> None:
+    counts = Counter(info.filename for info in members)
+    repeated = [name for name, count in counts.items() if count > 1]
+    others = f", and {counted(len(repeated) - 1, 'other name')} more than once" if len(repeated) > 1 else ""
+    raise UserError(
+        f"{path} holds {repeated[0]!r:.80} {counts[repeated[0]]} times{others}: pack the files again, each once and "
+        "under a name of its own"
+    )
+
+
 FileStore = FolderStore | ZipStore
 
 
@@ -187,7 +216,7 @@ class LabelledStore(Protocol):
 
 
 def open_store(path: Path, listing: Listing | None = None) -> FileStore:
-    """Open a folder, of which the listing may be known, or .zip of images.
+    """Open a folder, of which the listing may be known to be of images, or .zip of images.
 
     Raises UserError when it is missing, something else, or holds no images.
     """
@@ -196,18 +225,30 @@ def open_store(path: Path, listing: Listing | None = None) -> FileStore:
     if (path / OPTIONS_FILE).exists():
         raise UserError(f"{path} is the folder of a run, whose pictures are no data set: give that of the run's images")
     if path.is_dir():
-        store: FileStore = FolderStore(path, listing)
+        store: FileStore = FolderStore(path, listing or _list_images(path))
     elif path.suffix.lower() == ".zip":
         store = ZipStore(path)
     else:
         if path.suffix in (".pkl", ".pt"):
             raise UserError(f"{path} is no data set: --network takes snapshots, --resume them and training states")
-        raise UserError(f"{path} is neither a folder nor a .zip file: convert it with dataset_tool.py first")
+        raise UserError(f"{path} is neither a folder nor a .zip file: build a set of it: {build_command(str(path))}")
     if not store.names:
         others = describe_left_out(store.left_out, verbose=False)
         held = f"; it holds{','.join(line.removeprefix(' ') for line in others)}" if others else ""
         raise UserError(f"{path} holds no images{held}: check the path")
     return store
+
+
+def _list_images(path: Path) -> Listing:
+    """List the files below a folder. Raises UserError where the data set is tables, shards or lmdb among them."""
+    listing = list_files(path)
+    parts = find_parts(path, listing)
+    if parts or (path / "data.mdb").exists():
+        kind = f".{parts.kind}" if parts else "lmdb"
+        raise UserError(
+            f"{path} holds a data set in {kind} files, not in images: build a set of it: {build_command(str(path))}"
+        )
+    return listing
 
 
 def read_dataset_json(store: LabelledStore) -> DatasetJson:
@@ -224,11 +265,43 @@ def read_dataset_json(store: LabelledStore) -> DatasetJson:
         raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
     except BrokenImageError as error:
         raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
-    content = parse_dataset_json(data, where)
-    folder = store.json_name.removesuffix(NAME)
-    if content.labels is None or not folder:
+    return _placed(parse_dataset_json(data, where), store, where)
+
+
+def _placed(content: DatasetJson, store: LabelledStore, where: str) -> DatasetJson:
+    """Return the content with labels by names from the top of the store.
+
+    In the file they start from its folder, or from the top, with `./` or `\\` or without: as most of them are found.
+    """
+    labels = content.labels
+    assert store.json_name is not None
+    folder = store.json_name[: -len(NAME)]
+    if labels is None or (not folder and all(name in labels for name in store.names)):
+        return _with_note_on_missing(content, store)
+    known = set(store.names)
+    forms: list[Callable[[str], str]] = [folder.__add__, lambda name: folder + _plain(name), _plain]
+    form = max(forms, key=lambda form: sum(form(name) in known for name in labels))
+    pairs = [(form(name), label) for name, label in labels.items()]
+    if len(dict(pairs)) < len(pairs):
+        refuse_several(pairs, f"{where}: ")
+    first = next(iter(labels))
+    found = f"{store.json_name}: the label of {first!r:.80} is taken for {form(first)!r:.80}, from the top of the set"
+    note = () if form is forms[0] else (found,)
+    return _with_note_on_missing(replace(content, labels=dict(pairs), notes=(*content.notes, *note)), store)
+
+
+def _plain(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _with_note_on_missing(content: DatasetJson, store: LabelledStore) -> DatasetJson:
+    """Return the content with a note where images that have labels are not there."""
+    if content.labels is None or len(content.labels) <= len(store.names):
         return content
-    return replace(content, labels={folder + name: label for name, label in content.labels.items()})
+    missing = content.labels.keys() - set(store.names)
+    others = f" and {counted(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
+    note = f"{store.json_name} has labels of images that are not there: {min(missing)!r:.80}{others}"
+    return replace(content, notes=(*content.notes, note))
 
 
 def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
@@ -248,7 +321,7 @@ def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
 def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list[str]]:
     """Return of all files the images, dataset.json, the others by kind, and notes."""
     names, left_out = sort_out(files)
-    found = [file for file in left_out.get(".json", ()) if file.rsplit("/", 1)[-1] == NAME]
+    found = [file for file in left_out.get(".json", ()) if is_dataset_json(file)]
     json_name, notes = find_json(found, names)
     if json_name is not None:
         left_out[".json"].remove(json_name)
@@ -262,7 +335,10 @@ def find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, l
     """
     if not found or NAME in found:
         return (NAME if found else None), []
-    around = [file for file in found if all(name.startswith(file.removesuffix(NAME)) for name in names)]
+    if top := [file for file in found if "/" not in file]:
+        return top[0], [f"{top[0]} is read as {NAME}"]
+    around = [file for file in found if all(name.startswith(file[: -len(NAME)]) for name in names)]
     if around:
+        around.sort(key=lambda file: not file.endswith(NAME))
         return around[0], [f"{around[0]} is read: all images are in its folder"]
     return None, [f"{found[0]} is not read, because images lie outside its folder: to use it, give that folder"]

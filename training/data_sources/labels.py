@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dnnlib.config import FLOAT32_MAX, UserError
-from training.data_sources.dataset_json import MAX_CLASS, VECTOR_FORM, Label
+from training.data_sources.dataset_json import MAX_CLASS, SEVERAL_LABELS, VECTOR_FORM, Label, find_set_of_classes
 
 _FORMS = "class numbers from 0, names of classes, or vectors of one length"
 
@@ -46,6 +46,11 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
 def _classes(values: Iterable[int | float], place: Callable[[int], str]) -> list[Label]:
     classes: list[Label] = []
     for k, value in enumerate(values):
+        if value == -1:
+            raise UserError(
+                f"{place(k)}: label -1 means that the class is not known, as in test sets, but other images have one: "
+                "choose a split of images with labels by --split=NAME, or give all images a label"
+            )
         if not 0 <= value <= MAX_CLASS or value != int(value):
             raise UserError(f"{place(k)}: label {value!r}: labels are {_FORMS}")
         classes.append(int(value))
@@ -58,10 +63,11 @@ def _vectors(values: list[list[Any]], place: Callable[[int], str]) -> list[Label
     for k, value in enumerate(values):
         if not all(isinstance(x, int | float) and abs(x) <= FLOAT32_MAX for x in value):
             raise UserError(f"{place(k)}: label {value!r:.80}: labels are {_FORMS}")
-        is_set_of_classes = all(type(x) is int for x in value) and not {0, 1}.issuperset(value)
-        if is_set_of_classes or len(value) != length or not length:
+        if len(value) != length or not length:
             raise UserError(
                 f"{place(k)}: label {value!r:.80}: several labels for one image need {VECTOR_FORM}; here the first "
                 f"has {length} numbers"
             )
+    if (odd := find_set_of_classes(values)) is not None:
+        raise UserError(f"{place(odd)}: label {values[odd]!r:.80}: {SEVERAL_LABELS}")
     return [list(map(float, value)) for value in values]

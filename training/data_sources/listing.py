@@ -16,13 +16,20 @@ from dnnlib.screen import printable
 
 # Folders in which programs keep copies and thumbnails, beside those whose name begins with a dot.
 TOOL_FOLDERS = frozenset(
-    ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+    (
+        *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # of file servers
+        *("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+    )
 )
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _MOST_KINDS = 12  # in a listing
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
 
-_PLURAL = re.compile(r"\b(cache|file|folder|image|sample)s\b")  # in the name of a kind
+_PLURAL = re.compile(r"\b(cache|file|folder|image|link|sample)s\b")  # in the name of a kind
+
+LINKS, SPECIAL_FILES = "links in a tar file", "sparse or special files in a tar file"
+_UNPACK = "to use them, unpack it into a folder, and give that"
+_ADVICE = {LINKS: _UNPACK, SPECIAL_FILES: _UNPACK}
 
 LeftOut = dict[str, list[str]]  # kind, such as ".txt" -> names
 Listing = tuple[list[str], LeftOut]  # all files below a folder, and the links to folders that are not followed
@@ -75,7 +82,7 @@ def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
     kinds = sorted(left_out, key=lambda kind: (-len(left_out[kind]), kind))
     lines = []
     for kind in kinds if verbose else kinds[:_MOST_KINDS]:
-        advice = remedy(kind)
+        advice = _ADVICE.get(kind) or remedy(kind)
         lines.append(f"  {printable(_counted_kind(len(left_out[kind]), kind))}{': ' if advice else ''}{advice}")
         if verbose:
             lines += [f"    {printable(name)}" for name in left_out[kind]]

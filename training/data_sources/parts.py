@@ -13,6 +13,7 @@ from dnnlib.config import UserError
 from dnnlib.util import counted, describe_error, parse_json, read_regular
 from training.data_sources.classes import SPLITS
 from training.data_sources.listing import LeftOut, Listing, sort_out
+from training.data_sources.numbering import gaps, missing_parts
 
 SUFFIXES = {
     "parquet": (".parquet",),
@@ -20,6 +21,7 @@ SUFFIXES = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
 }
 _ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
+LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # of columns, lower case, the first that is there
 _OTHERS = "others"  # the split of files that name none, where other files do
 _NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # of a stem: NAME-train-00000-of-00005
 _SERIAL = re.compile(r"(?<!\d)00\d")  # in a number as files of a series have it: 000017
@@ -39,11 +41,24 @@ class Parts:
     left_out: LeftOut = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def choose(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
-        """Return the files of a split, by default of `train`, and notes. Raises UserError where there is none of it.
+    def choose(
+        self, split: str | None, count: Callable[[Sequence[Path]], str], *, skip_missing: bool
+    ) -> tuple[list[Path], list[str]]:
+        """Return the files of a split, by default of `train`, and notes.
 
-        `count` says how much some files hold.
+        `count` says how much some files hold. Raises UserError where there is none of the split, and, unless
+        `skip_missing`, where the names of its files tell that there are others.
         """
+        paths, notes = self._of_split(split, count)
+        if missing := missing_parts(paths):
+            if not skip_missing:
+                raise UserError(f"{self.root}: {missing}: get it complete, or read those that are there by --skip-bad")
+            notes.append(f"{missing}: those that are there are read")
+        if numbers := gaps(paths):
+            notes.append(f"no file has the number {numbers}, though others are before and after: is one missing?")
+        return paths, notes
+
+    def _of_split(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
         if list(self.splits) == [""]:
             if split is not None:
                 raise UserError(f"--split={split}: {self.root} has no splits: leave the option out")
@@ -158,6 +173,8 @@ def _by_split(root: Path, names: list[str], *, are_tables: bool) -> dict[str, li
         splits.setdefault(split_of(name), []).append(name)
     if len(splits) > 1 and "" in splits:
         splits.setdefault(_OTHERS, []).extend(splits.pop(""))
+    if are_tables:
+        _refuse_partitions(root, names)
     for files in splits.values() if are_tables else ():
         _refuse_configurations(root, files)
     return {split: [root / name for name in files] for split, files in splits.items()}
@@ -175,6 +192,19 @@ def _refuse_configurations(root: Path, files: list[str]) -> None:
                 f"{root} holds several data sets, with a {file} in each of {', '.join(sorted(set(found))):.200}: give "
                 "one of these folders"
             )
+
+
+def _refuse_partitions(root: Path, names: list[str]) -> None:
+    """Raise UserError where the labels are in the names of folders, `label=cat/`, and in no column."""
+    for name in names:
+        for folder in name.split("/")[:-1]:
+            key, equals, _ = folder.partition("=")
+            if equals and key.lower() in LABEL_NAMES:
+                raise UserError(
+                    f"{root}: the labels are in names of folders, such as {folder!r:.80}, which are not read: make a "
+                    "column of them by parquet of pyarrow: "
+                    f"parquet.write_table(parquet.read_table({str(root)!r}), 'FILE.parquet')"
+                )
 
 
 def split_of(name: str) -> str:

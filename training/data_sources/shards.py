@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,15 +17,16 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.images import IMAGE_SUFFIXES
 from dnnlib.util import describe_error, parse_json
 from training.data_sources.bounds import PACKED_ERRORS, Member, Unpacked, open_packed, read_tar
-from training.data_sources.dataset_json import NAME
+from training.data_sources.dataset_json import is_dataset_json
 from training.data_sources.files import MAX_JSON_BYTES, find_json, labels_of, read_dataset_json
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
-from training.data_sources.listing import LeftOut, hidden_kind, sort_out
+from training.data_sources.listing import LINKS, SPECIAL_FILES, LeftOut, describe_left_out, hidden_kind, sort_out
 
 _MAX_LABEL_BYTES = 1 << 20
 _TEXTS = ("cls", "class", "label")  # extensions of members with a number or a name
-_KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "label_name", "category")  # of .json
+_KEYS = ("cls", "label", "labels", "class", "class_id", "label_id", "class_name", "label_name", "category")  # of .json
+_SEVERAL = re.compile(r"-?\d{1,9}([\s,]+-?\d{1,9})+", re.ASCII)  # class numbers in a text
 _BLOCK = 512  # bytes that a member takes at least
 
 
@@ -39,12 +41,13 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Sample:
-    """The images of a sample, and what may be its label, by extension; an error where that cannot be read."""
+    """The images of a sample, what may be its label, by extension, an error where that cannot be read, and others."""
 
     shard: int
     key: str
     images: list[_Place] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)
 
     @property
@@ -54,9 +57,9 @@ class _Sample:
 
 @dataclass
 class _Aside:
-    """Members that belong to no sample: hidden ones by kind, and every dataset.json."""
+    """Members that belong to no sample: hidden ones, links and such by kind, and every dataset.json."""
 
-    hidden: LeftOut = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
     jsons: list[_Place] = field(default_factory=list)
 
 
@@ -95,10 +98,12 @@ class ShardSource(SourceBase):
             tqdm(_read_samples(paths, aside), desc="names and labels", unit=" samples", disable=None, leave=False)
         )
         pictured = [sample for sample in samples if sample.images]
-        self.add_left_out(aside.hidden)
+        self.add_left_out(aside.left_out)
+        self.add_left_out(sort_out(name for sample in pictured for name in sample.others)[1])
         self.add_left_out({"samples without an image": [sample.key for sample in samples if not sample.images]})
         if fault := next((sample.label for sample in pictured if isinstance(sample.label, UserError)), None):
             raise fault
+        _refuse_labels_apart(paths, samples)
         if any(sample.label is not None for sample in pictured):
             further = [image.name for sample in pictured for image in _by_rank(sample)[1:]]
             self.add_left_out({"further images of a sample": further})
@@ -110,8 +115,9 @@ class ShardSource(SourceBase):
         else:
             self._images = [image for sample in pictured for image in sample.images]
         if not self._images:
-            first = f"; it holds {samples[0].key!r:.80}" if samples else ""
-            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}){first}: check the path")
+            others = [line.strip() for line in describe_left_out(aside.left_out, verbose=False)]
+            held = f"{samples[0].key!r:.80}: check the path" if samples else ", ".join(others) or "nothing"
+            raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}")
         self.names = [image.name for image in self._images]
         self.may_have_classes = self.labels is None
         if aside.jsons and read_json:
@@ -160,6 +166,17 @@ def _by_rank(sample: _Sample) -> list[_Place]:
     return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
 
+def _refuse_labels_apart(paths: list[Path], samples: list[_Sample]) -> None:
+    """Raise UserError where the label of an image does not follow or precede it, but lies elsewhere in its shard."""
+    unlabelled = {(sample.shard, sample.key) for sample in samples if sample.images and sample.label is None}
+    for sample in samples if unlabelled else ():
+        if not sample.images and (sample.shard, sample.key) in unlabelled and sample.label is not None:
+            raise UserError(
+                f"{paths[sample.shard]}: the image and the label of sample {sample.key!r:.80} are apart: write the "
+                "members of each sample one after the other, as `tar --sort=name` does"
+            )
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Return the sample that a member belongs to, and its extension, all that follows the first dot of the file."""
     folder, slash, file = name.rpartition("/")
@@ -186,10 +203,13 @@ def _read_samples(paths: list[Path], aside: _Aside) -> Iterator[_Sample]:
 
 def _set_aside(stream: Unpacked, members: Iterable[Member], shard: int, aside: _Aside) -> Iterator[Member]:
     """Yield the files that make up samples; add those that do not to `aside`."""
-    for member in filter(lambda member: member.is_plain, members):
-        if hidden := hidden_kind(member.name):
-            aside.hidden.setdefault(hidden, []).append(member.name)
-        elif member.name.rpartition("/")[2] == NAME:
+    for member in members:
+        if member.is_folder:
+            continue
+        kind = hidden_kind(member.name) or (LINKS if member.is_link else None if member.is_plain else SPECIAL_FILES)
+        if kind is not None:
+            aside.left_out.setdefault(kind, []).append(member.name)
+        elif is_dataset_json(member.name):
             aside.jsons.append(_Place(shard, stream.position, member.size, member.name))
         else:
             yield member
@@ -205,10 +225,16 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
                 yield sample
             sample = _Sample(shard, key)
         sample.extensions.add(extension)
+        kind = extension.rpartition(".")[2]
         if extension in (*_TEXTS, "json"):
             sample.labels[extension] = _read_label(member, extension, stream, path)
+        elif kind in _TEXTS:
+            sample.labels.setdefault(kind, _refusal_of_dots(member, path))
         elif sort_out([member.name])[0]:
             sample.images.append(_Place(shard, stream.position, member.size, member.name))
+            continue
+        if sample.labels.get(extension) is None:
+            sample.others.append(member.name)
     if sample is not None:
         yield sample
 
@@ -229,6 +255,15 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
     return _number(content) if isinstance(content, str) else content
 
 
-def _number(text: str) -> int | str | None:
+def _refusal_of_dots(member: Member, path: Path) -> UserError:
+    return UserError(
+        f"{path}: {member.name!r:.200}: the name of a sample ends at its first dot, and here it is not the last: "
+        "write the archive again with no further dots in names"
+    )
+
+
+def _number(text: str) -> int | str | list[int] | None:
+    if _SEVERAL.fullmatch(text):
+        return [int(number) for number in re.split(r"[\s,]+", text)]
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 10 else text or None

@@ -46,15 +46,21 @@ FolderLevel = int | Literal["auto"]
 
 
 def open_source(
-    path: str, *, labels_from_folders: FolderLevel | None, drawing: Drawing, split: str | None = None
+    path: str,
+    *,
+    labels_from_folders: FolderLevel | None,
+    drawing: Drawing,
+    split: str | None = None,
+    skip_missing: bool = False,
 ) -> Source:
     """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown.
 
     `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
-    that comes in several, None for the usual one.
+    that comes in several, None for the usual one; `skip_missing` whether files of a series may be missing.
     """
     if path != SHAPES:
-        source = _open_path(path, read_labels=labels_from_folders is None, split=split)
+        read_labels = labels_from_folders is None
+        source = _open_path(path, read_labels=read_labels, split=split, skip_missing=skip_missing)
     else:
         _refuse_split(path, split)
         source = ShapesSource(drawing)
@@ -67,7 +73,7 @@ def open_source(
     return source
 
 
-def _open_path(path: str, *, read_labels: bool, split: str | None) -> Source:
+def _open_path(path: str, *, read_labels: bool, split: str | None, skip_missing: bool) -> Source:
     if not Path(path).exists():
         raise UserError(f"--source={path} does not exist: give {SUPPORTED}")
     if not (Path(path).is_file() or Path(path).is_dir()):
@@ -78,7 +84,10 @@ def _open_path(path: str, *, read_labels: bool, split: str | None) -> Source:
         return LmdbSource(location)
     listing = list_files(location) if location.is_dir() else None
     if parts := find_parts(location, listing):
-        return _open_parts(parts, Path(path).resolve().name, read_labels=read_labels, split=split)
+        name = Path(path).resolve().name
+        if parts.kind != "tar":
+            return TableSource(parts, name, split, skip_missing=skip_missing)
+        return _open_shards(parts, name, read_labels=read_labels, split=split, skip_missing=skip_missing)
     _refuse_split(path, split)
     if listing is not None or location.suffix.lower() == ".zip":
         return FileSource(open_store(location, listing), read_labels=read_labels)
@@ -100,10 +109,8 @@ def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | Non
         source.notes.append(note)
 
 
-def _open_parts(parts: Parts, name: str, *, read_labels: bool, split: str | None) -> Source:
-    if parts.kind != "tar":
-        return TableSource(parts, name, split)
-    paths, notes = parts.choose(split, lambda paths: counted(len(paths), "shard"))
+def _open_shards(parts: Parts, name: str, *, read_labels: bool, split: str | None, skip_missing: bool) -> ShardSource:
+    paths, notes = parts.choose(split, lambda paths: counted(len(paths), "shard"), skip_missing=skip_missing)
     source = ShardSource(name, paths, read_json=read_labels)
     source.notes[:0] = [*parts.notes, *notes]
     source.add_left_out(parts.left_out)

@@ -13,14 +13,14 @@ from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.util import describe_error, import_extra, parse_json
 from training.data_sources.arrow_file import ArrowFile
+from training.data_sources.dataset_json import refuse_unnamed
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
 from training.data_sources.parquet_file import ParquetFile
-from training.data_sources.parts import Parts
+from training.data_sources.parts import LABEL_NAMES, Parts
 
 _FILES: dict[str, type[ParquetFile | ArrowFile]] = {"parquet": ParquetFile, "arrow": ArrowFile}
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
-_LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 _CHANNELS = {"L": 1, "RGB": 3}  # by the mode of a feature Image
 
 
@@ -37,11 +37,11 @@ class Columns(NamedTuple):
 class TableSource(SourceBase):
     """Images of tables of one kind. The labels are read first; of the images, some megabytes are in memory."""
 
-    def __init__(self, parts: Parts, name: str, split: str | None) -> None:
+    def __init__(self, parts: Parts, name: str, split: str | None, *, skip_missing: bool) -> None:
         super().__init__()
         self.name = name
         self._parts = parts
-        self._paths, splits = parts.choose(split, self._count)
+        self._paths, splits = parts.choose(split, self._count, skip_missing=skip_missing)
         self._num_rows, values, self._columns = self._read_labels()
         self.channels = self._columns.channels
         self.labels, self.class_names = to_labels(values, self._place) if values else (None, None)
@@ -51,7 +51,7 @@ class TableSource(SourceBase):
         label = f"its label in column {self._columns.label!r}" if self.labels else "no label"
         note = f"the image of a row is in column {self._columns.image!r}, {label}"
         self.notes = [*parts.notes, *splits, note, *([self._columns.note] if self._columns.note else [])]
-        self._refuse_unknown_classes()
+        refuse_unnamed(self.labels or (), self._columns.class_names, self._place)
 
     def _count(self, paths: Iterable[Path]) -> str:
         total = 0
@@ -101,12 +101,6 @@ class TableSource(SourceBase):
             k -= count
         raise IndexError(k)
 
-    def _refuse_unknown_classes(self) -> None:
-        names = self._columns.class_names
-        for k, label in enumerate(self.labels or ()):
-            if names is not None and isinstance(label, int) and label >= len(names):
-                raise UserError(f"{self._place(k)}: label {label}, but there are names for {len(names)} classes only")
-
     def __len__(self) -> int:
         return sum(self._num_rows)
 
@@ -153,7 +147,7 @@ def find_columns(schema: Any, path: Path) -> Columns:
             f"{path}: {problem}, of {shown:.1000}: name one of them `image`, with bytes or structs of bytes and path"
         )
     others = [name for name in schema.names if name != image]
-    label = _choose(others, _LABEL_NAMES, features, "ClassLabel")
+    label = _choose(others, LABEL_NAMES, features, "ClassLabel")
     classes = [name for name in others if features.get(name, {}).get("_type") == "ClassLabel"]
     note = f"columns {', '.join(classes)} are classes: name one of them `label`" if classes and not label else None
     names = features.get(label or "", {}).get("names")

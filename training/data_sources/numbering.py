@@ -1,0 +1,50 @@
+"""Files of a series that are not there, by the numbers in the names of the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+
+from dnnlib.util import counted
+
+_OF = re.compile(r"(.*?)(?<!\d)(\d{3,9})-of-(\d{3,9})")  # NAME-00000-of-00005, and what follows
+_SERIAL = re.compile(r"(.*?)(?<!\d)(\d{4,9})(?:\.\D.*)?")  # NAME-000017.tar
+
+
+def missing_parts(paths: Iterable[Path]) -> str:
+    """Return a clause on the files that are missing of the total that others tell in their names; '' for none."""
+    groups: dict[tuple[Path, str, int, int], set[int]] = {}
+    for path in paths:
+        if found := _OF.match(path.name):
+            series = path.parent, found[1], len(found[2]), int(found[3])
+            groups.setdefault(series, set()).add(int(found[2]))
+    clauses = []
+    for (_, prefix, width, total), numbers in groups.items():
+        first = 1 if total in numbers and 0 not in numbers else 0
+        wanted = range(first, first + total)
+        if missing := total - sum(number in wanted for number in numbers):
+            example = next(number for number in wanted if number not in numbers)
+            are = "is" if missing == 1 else "are"
+            name = f"{prefix}{example:0{width}}-of-{total:0{width}}"
+            clauses.append(f"{missing:,} of {counted(total, 'file')} {are} missing, such as {name}")
+    return "; ".join(clauses)
+
+
+def gaps(paths: Iterable[Path]) -> str:
+    """Return a clause on the numbers that are missing between others, as 00000.tar and 00002.tar have; '' for none."""
+    groups: dict[tuple[Path, str, int], set[int]] = {}
+    for path in paths:
+        if not _OF.match(path.name) and (found := _SERIAL.fullmatch(path.name)) and found[2].startswith("0"):
+            groups.setdefault((path.parent, found[1], len(found[2])), set()).add(int(found[2]))
+    clauses = []
+    for (_, _, width), numbers in groups.items():
+        if missing := max(numbers) - min(numbers) + 1 - len(numbers):
+            shown = ", ".join(f"{number:0{width}}" for number in islice(_absent(numbers), min(missing, 3)))
+            clauses.append(f"{shown}{', ...' if missing > 3 else ''}")
+    return "; ".join(clauses)
+
+
+def _absent(numbers: set[int]) -> Iterator[int]:
+    return (number for number in count(min(numbers)) if number not in numbers)
