@@ -82,7 +82,7 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
 
     expected = {"G_main", "D_main"}
     expected |= {"G_reg"} if trainer.G.num_ws > 1 else set()
-    expected |= {"D_reg"} if objective in ("logistic", "hinge") else set()
+    expected |= {"D_reg"} if objective in loss.LAZY_R1 else set()
     assert {phase.name for phase in trainer.phases} == expected
     before = flat(trainer.G), flat(trainer.D), flat(trainer.ema.module)
     trainer.total_nimg = 8
@@ -103,7 +103,7 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
         (
             ["--loss=wgangp-eps", "--set=loss.r1_interval=16"],
-            "--set loss.r1_interval=16: only --loss=logistic and hinge have R1",
+            f"--set loss.r1_interval=16: only --loss={' and '.join(loss.LAZY_R1)} have R1",
         ),
         (["--loss=relativistic", "--set=loss.g_batch_scale=2"], "--set loss.g_batch_scale=2: relativistic compares"),
         (["--loss=hinge", "--set=loss.drift_weight=0.1"], "--set loss.drift_weight=0.1: only --loss=wgangp-eps has it"),

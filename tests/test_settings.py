@@ -221,7 +221,7 @@ def test_any_field_can_be_set(shapes32_zip: Path) -> None:
         (["--set=run.total_kimg=3", "--kimg=2"], "--set run.total_kimg=3: --kimg sets it too: give one of the two"),
         (["--set=augment.ada_interval=0"], "--set augment.ada_interval=0: must be at least 1"),
         (["--kimg=x"], "--kimg=x: expected a number"),
-        (["--loss=logstic"], "--loss=logstic: choose one of logistic, hinge, wgangp-eps, relativistic; did you"),
+        (["--loss=logstic"], "relativistic; did you mean logistic?"),
         (["--log=wandbx"], "--log=wandbx: 'wandbx' is none of tensorboard, wandb; did you mean wandb?"),
         (["--keep-last=5"], "--keep-last is no flag any more: give --set run.keep_last=5"),
         (["--keep_last", "5"], "--keep_last is no flag any more: give --set run.keep_last=5"),
