@@ -206,7 +206,7 @@ class Script(Program):
         for word in args:
             self._check_optional_value(ctx, *word.partition("=")[::2])
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [*args])  # click empties the list
         except click.NoSuchOption as error:
             if fields := self.removed.get(error.option_name.replace("_", "-")):
                 raise click.UsageError(_explain_removed(error.option_name, fields.split(), args), ctx) from None

@@ -222,7 +222,7 @@ def test_any_field_can_be_set(shapes32_zip: Path) -> None:
         (["--set=augment.ada_interval=0"], "--set augment.ada_interval=0: must be at least 1"),
         (["--kimg=x"], "--kimg=x: expected a number"),
         (["--loss=logstic"], "relativistic; did you mean logistic?"),
-        (["--log=wandbx"], "--log=wandbx: 'wandbx' is none of tensorboard, wandb; did you mean wandb?"),
+        (["--log=wandbx"], "did you mean wandb?"),
         (["--keep-last=5"], "--keep-last is no flag any more: give --set run.keep_last=5"),
         (["--keep_last", "5"], "--keep_last is no flag any more: give --set run.keep_last=5"),
         (["--ffn"], "--ffn is no flag any more: give --set generator.ffn=true"),
