@@ -19,8 +19,9 @@ from metrics.detectors import read_detectors
 from torch_utils import distributed
 from torch_utils.misc import count_parameters
 from training import worker
-from training.config import PRESETS, RunConfig, TrainConfig, customise
+from training.config import PRESETS, RunConfig, TrainConfig
 from training.dataset import allow_open_files
+from training.evaluation import metric_names
 from training.loggers import choose_loggers
 from training.restore import notes_on, transfer
 from training.resume import Request, Start, choose_start, open_dataset
@@ -41,7 +42,8 @@ def train(request: Request, *, dry_run: bool, explain: Explain = str) -> None:
             launch(partial(worker.train, start), start.config)
     elif not dry_run:
         request = _as_launched(request)
-        typed = customise(PRESETS["auto"], parse_texts(PRESETS["auto"], request.texts))
+        run = {path: text for path, text in request.texts.items() if path.startswith("run.")}
+        typed = override(PRESETS["auto"], parse_texts(PRESETS["auto"], run))
         launch(partial(_train_as_told, request, explain), typed)
     elif distributed.launched_rank() == 0:
         prepare(_as_launched(request), dry_run=True)
@@ -90,7 +92,7 @@ def prepare(request: Request, *, dry_run: bool) -> Start:
     if dry_run:
         _print_plan(start)
         return start
-    for name in [*(config.run.metrics or metrics.registry.default_metrics(setup)[0]), *config.run.tick_metrics]:
+    for name in [*metric_names(config.run, setup), *config.run.tick_metrics]:
         metrics.registry.check_available(name, setup)
     return start
 
