@@ -216,7 +216,7 @@ class Script(Program):
         """Refuse `--mirror=-1` for its value: click takes that, of flags with an optional value, for another flag."""
         for parameter in self.params if value.startswith("-") else ():
             if flag in parameter.opts and isinstance(parameter, ConfigOption) and parameter.flag_value is not None:
-                kind = click.BOOL if parameter.field else parameter.type
+                kind = click.BOOL if parameter.flag_value == "true" else parameter.type
                 kind.convert(value, parameter, ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
