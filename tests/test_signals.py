@@ -140,9 +140,10 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's own handler, which sets `stop`, has to wait until C returns: here, from waiting for a condition."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # also in the background of a shell
     seen: list[tuple[bool, int]] = []
     c = ctypes.CDLL(None)
     mutex, condition = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
