@@ -20,7 +20,6 @@ from training.config import (
     TrainConfig,
     read_config,
     resolve,
-    same_training,
 )
 from training.phases import AdamConfig
 
@@ -275,10 +274,3 @@ def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
 def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_it_can() -> None:
     with pytest.raises(ConfigError, match=r"12"):
         resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 48, 48), c_dim=0))
-
-
-def test_same_training_ignores_how_long_and_how_loud() -> None:
-    config = resolve(PRESETS["cifar"], CIFAR)
-    longer = replace(config, run=replace(config.run, total_kimg=1, metrics=("swd",)))
-    assert same_training(config, longer)
-    assert not same_training(config, replace(config, seed=1))

@@ -645,8 +645,3 @@ def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
     if not families or not isinstance(family, str) or family not in families:
         return True  # from_json refuses a family that is none
     return name in field_names(families[family])
-
-
-def same_training(old: TrainConfig, new: TrainConfig) -> bool:
-    """Whether two configurations compute the same steps, however long they run, whatever they started from."""
-    return replace(old, run=new.run, origin=new.origin) == new

@@ -163,8 +163,7 @@ class ZipStore:
 def _members(infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     r"""Return the files by name. Where no name has a `/`, `\` is between folders, as some programs of Windows write."""
     has_slashes = any("/" in info.filename for info in infos)
-    named = ((info.filename if has_slashes else info.filename.replace("\\", "/"), info) for info in infos)
-    return {name: info for name, info in named if not name.endswith("/")}
+    return {info.filename if has_slashes else info.filename.replace("\\", "/"): info for info in infos}
 
 
 def _read_at(file: int, size: int, place: int) -> bytes:
