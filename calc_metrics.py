@@ -17,6 +17,7 @@ from dnnlib.config import UserError, WriteError, override
 from dnnlib.download import cache_dir, is_url
 from dnnlib.util import write_atomically
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
+from metrics.display import ProgressLine, to_table
 from metrics.feature_stats import with_network
 from metrics.registry import (
     MetricSpec,
@@ -30,11 +31,10 @@ from metrics.registry import (
     result_to_json,
     to_line,
 )
-from metrics.report import Progress, to_table
 from metrics.sampling import MetricContext, silent
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw_png
-from reporting.runs import read_run
+from reporting.run_reader import read_run
 from torch_utils import custom_ops, distributed
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
@@ -327,7 +327,7 @@ def build_context(job: Job, device: torch.device, reals: ImageDataset, **generat
         noise_mode=job.noise_mode,
         setup=job.setup,
         cache=cache_dir() / "statistics" if job.use_cache else None,
-        progress=Progress() if job.verbose else silent,
+        progress=ProgressLine() if job.verbose else silent,
     )
 
 

@@ -14,7 +14,7 @@ from dnnlib.util import write_atomically
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw
 from reporting.page import build_page
-from reporting.runs import find_runs, read_run
+from reporting.run_reader import find_runs, read_run
 
 
 @click.command(cls=Script, context_settings={"max_content_width": 110, "show_default": True})
@@ -52,13 +52,13 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     if not shown:
         raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
     outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
-    pictures = [draw(chart) for chart in find_charts(shown)]
-    page = build_page(shown, pictures, max_images).encode(errors="backslashreplace")  # names of files can be any bytes
+    charts = [draw(chart) for chart in find_charts(shown)]
+    page = build_page(shown, charts, max_images).encode(errors="backslashreplace")  # names of files can be any bytes
     for run in shown:
         for problem in run.problems:
             click.echo(f"Warning: {run.path}: {problem}", err=True)
-    write(outdir, {"report.html": page} | {f"{picture.chart.name}.png": picture.png for picture in pictures})
-    click.echo(f"{outdir / 'report.html'}, and {len(pictures)} charts beside it as PNG")
+    write(outdir, {"report.html": page} | {f"{picture.chart.name}.png": picture.png for picture in charts})
+    click.echo(f"{outdir / 'report.html'}, and {len(charts)} charts beside it as PNG")
 
 
 def name_runs(folders: Sequence[Path]) -> list[str]:

@@ -251,7 +251,7 @@ def main(context: click.Context, **options: Any) -> None:
     """
     from training import resume, startup  # with torch, which --help does without
 
-    request = resume.Request(
+    request = resume.RunRequest(
         outdir=options["outdir"] and Path(options["outdir"]),
         resume=options["resume"],
         override=bool(options["override"]),

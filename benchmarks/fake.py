@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_utils import custom_ops
-from torch_utils.ops import registry
-from training.config import Circumstances, TrainConfig
+from torch_utils.ops import library
+from training.config import Environment, TrainConfig
 from training.training_loop import Trainer
 
 
@@ -28,7 +28,7 @@ def fake_tensors() -> Iterator[None]:
         for owner, name, substitute in (
             (nn.Module, "to", move),  # modules of fake tensors refuse to be moved
             (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # which reads values
-            (registry, "kernels", lambda: None),
+            (library, "kernels", lambda: None),
             (custom_ops, "why_not", lambda: None),
         ):
             stack.enter_context(patch.object(owner, name, substitute))
@@ -54,10 +54,10 @@ def move(module: nn.Module, device: Any = None, memory_format: torch.memory_form
     return module
 
 
-def new_trainer(config: TrainConfig, about: Circumstances, device: torch.device) -> Trainer:
+def new_trainer(config: TrainConfig, env: Environment, device: torch.device) -> Trainer:
     """Return a trainer for a data set of which only the labels exist: class numbers, or none."""
-    labels = torch.empty(100, dtype=torch.int64) if about.c_dim else torch.empty(100, 0)
-    dataset: Any = SimpleNamespace(img_shape=about.img_shape, c_dim=about.c_dim, labels=labels)
+    labels = torch.empty(100, dtype=torch.int64) if env.c_dim else torch.empty(100, 0)
+    dataset: Any = SimpleNamespace(img_shape=env.img_shape, c_dim=env.c_dim, labels=labels)
     return Trainer(config, dataset, device)
 
 

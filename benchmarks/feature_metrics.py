@@ -26,7 +26,7 @@ from torch import nn
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import Script, option
 from metrics.detectors import Detector, load_inception, load_program
-from metrics.feature_stats import Moments, Want, statistics_of
+from metrics.feature_stats import Moments, StatRequest, statistics_of
 from metrics.frechet import distance_of
 from metrics.sampling import MetricContext
 from torch_utils import distributed
@@ -58,13 +58,13 @@ def main(images: int, detector: Path | None, batch: int, detector_batch: int, de
         statistics = statistics_of(context)
         statistics.detectors["inception"] = network
         alone = time_alone(network, images, detector_batch, where)
-        wants = {
-            "generated": Want(of="fake", role="inception", count=images, recipe=Moments()),
-            "real": Want(of="real", role="inception", count=images, recipe=Moments()),
+        requests = {
+            "generated": StatRequest(of="fake", role="inception", count=images, recipe=Moments()),
+            "real": StatRequest(of="real", role="inception", count=images, recipe=Moments()),
         }
-        for kind, want in wants.items():
+        for kind, request in requests.items():
             with timed(where) as clock:
-                result = statistics[want]
+                result = statistics[request]
             emit(
                 {
                     "benchmark": "feature_metrics",
@@ -79,7 +79,7 @@ def main(images: int, detector: Path | None, batch: int, detector_batch: int, de
                 where,
             )
         with timed(where) as clock:
-            distance_of(statistics[wants["real"]], statistics[wants["generated"]])
+            distance_of(statistics[requests["real"]], statistics[requests["generated"]])
         emit({"benchmark": "feature_metrics", "pass": "distance", "seconds": round(clock.seconds, 2)}, where)
 
 

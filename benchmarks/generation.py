@@ -19,7 +19,7 @@ from torch import Tensor
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import UserError
-from exploration.sampling import FastGenerator, seed_images
+from exploration.seed_images import FastGenerator, seed_images
 from torch_utils import distributed
 from training.networks import execution
 from training.snapshots.snapshot import load_network

@@ -56,7 +56,7 @@ README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class SuiteStage:
     """A command of Python and the seconds that it may take, after which it gets `stop` and little later is killed.
 
     `needs` are stages that must have run before, `expected` the exit codes of success.
@@ -83,24 +83,24 @@ class Options:
     workdir: Path
 
 
-def build_stages(options: Options) -> dict[str, Stage]:
+def build_stages(options: Options) -> dict[str, SuiteStage]:
     """Return the stages in their order: what brings most for its time comes first."""
     stages = {
-        "machine": Stage(command=benchmark("micro", options, "--parts=machine", *quick(options)), limit=40),
-        "build": Stage(command=["-m", "torch_utils.custom_ops"], limit=90),
+        "machine": SuiteStage(command=benchmark("micro", options, "--parts=machine", *quick(options)), limit=40),
+        "build": SuiteStage(command=["-m", "torch_utils.custom_ops"], limit=90),
         "kernels": run_tests(options, 70, *KERNEL_TESTS),
         "large": step(options, 70, "large", "bf16"),
         "large-graphs": step(options, 70, "large", "bf16+graphs"),
         "profile": profile_step(options, "bf16"),
         "profile-graphs": profile_step(options, "bf16+graphs"),
-        "micro": Stage(
+        "micro": SuiteStage(
             command=benchmark("micro", options, "--parts=attention,warp,convolution", *quick(options)), limit=60
         ),
         "readme": step(options, 70, "readme-32", "bf16,bf16+graphs"),
         "large-compiled": step(options, 120, "large", "bf16+compile+graphs"),
         "equality": run_tests(options, 80, *TRAINING_TESTS),
         "large-baselines": step(options, 100, "large", "fp32+nchw+loader,plain"),
-        "data": Stage(command=make_data(options), limit=40),
+        "data": SuiteStage(command=make_data(options), limit=40),
         "train": train(options),
         "tests": run_tests(options, 120),
         "distance": measure_snapshots(options, "last.pkl"),
@@ -110,11 +110,13 @@ def build_stages(options: Options) -> dict[str, Stage]:
         "stylegan2": step(options, 60, "stylegan2", "bf16,bf16+graphs"),
         "transgan": step(options, 90, "transgan", "bf16,bf16+graphs"),
         "styleformer-c": step(options, 60, "styleformer-c", "bf16,bf16+graphs"),
-        "networks": Stage(command=benchmark("networks", options, *NETWORKS[options.quick]), limit=90),
-        "generation": Stage(command=benchmark("generation", options, *GENERATION[options.quick]), limit=60),
-        "attention": Stage(command=benchmark("attention", options, *ATTENTION[options.quick]), limit=60),
-        "grid-attention": Stage(command=benchmark("grid_attention", options, *GRID_ATTENTION[options.quick]), limit=60),
-        "operators": Stage(command=benchmark("operators", options, *OPERATORS[options.quick]), limit=90),
+        "networks": SuiteStage(command=benchmark("networks", options, *NETWORKS[options.quick]), limit=90),
+        "generation": SuiteStage(command=benchmark("generation", options, *GENERATION[options.quick]), limit=60),
+        "attention": SuiteStage(command=benchmark("self_attention", options, *ATTENTION[options.quick]), limit=60),
+        "grid-attention": SuiteStage(
+            command=benchmark("grid_attention", options, *GRID_ATTENTION[options.quick]), limit=60
+        ),
+        "operators": SuiteStage(command=benchmark("operators", options, *OPERATORS[options.quick]), limit=90),
     }
     left_out = [] if options.device != "cpu" else ["build", "profile-graphs", "large-graphs", "large-compiled"]
     left_out += [] if options.detector else ["distance", "distances"]
@@ -157,28 +159,28 @@ def benchmark(script: str, options: Options, *arguments: str) -> list[str]:
     return [f"benchmarks/{script}.py", f"--device={options.device}", *arguments]
 
 
-def step(options: Options, limit: float, model: str, modes: str) -> Stage:
+def step(options: Options, limit: float, model: str, modes: str) -> SuiteStage:
     """Time a training step. On a CPU there are no graphs, and compiling takes too long to try."""
     if options.device == "cpu":
         words = [[word for word in mode.split("+") if word not in ("graphs", "compile")] for mode in modes.split(",")]
         modes = ",".join(dict.fromkeys("+".join(mode) for mode in words))
     if options.quick:
         modes = modes.split(",")[-1]
-        return Stage(command=benchmark("train_step", options, *TINY, f"--modes={modes}", *SHORT), limit=limit)
-    return Stage(command=benchmark("train_step", options, *STEPS[model], f"--modes={modes}", *LONG), limit=limit)
+        return SuiteStage(command=benchmark("train_step", options, *TINY, f"--modes={modes}", *SHORT), limit=limit)
+    return SuiteStage(command=benchmark("train_step", options, *STEPS[model], f"--modes={modes}", *LONG), limit=limit)
 
 
 SHORT, LONG = ["--steps=1", "--warmup=1"], ["--steps=10", "--warmup=4"]
 
 
-def profile_step(options: Options, mode: str) -> Stage:
+def profile_step(options: Options, mode: str) -> SuiteStage:
     model = [*TINY, "--calls=1"] if options.quick else STEPS["large"]
     mode = mode.replace("bf16", "fp32") if options.device == "cpu" else mode  # which few CPUs are fast in
     tables = f"--tables={options.outdir / 'profile.txt'}"
-    return Stage(command=benchmark("profile_step", options, *model, f"--modes={mode}", tables), limit=60)
+    return SuiteStage(command=benchmark("profile_step", options, *model, f"--modes={mode}", tables), limit=60)
 
 
-def run_tests(options: Options, limit: float, *modules: str) -> Stage:
+def run_tests(options: Options, limit: float, *modules: str) -> SuiteStage:
     """Run tests that need a GPU: of these modules, or all that no other stage runs."""
     processes = f"--numprocesses={2 if options.quick else 8}"
     command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
@@ -186,7 +188,7 @@ def run_tests(options: Options, limit: float, *modules: str) -> Stage:
     if not modules:
         files = [f"--ignore=tests/{module}.py" for module in (*KERNEL_TESTS, *TRAINING_TESTS)]
     # pytest answers SIGINT by a summary.
-    return Stage(command=[*command, *files, "--continue-on-collection-errors"], limit=limit, stop=signal.SIGINT)
+    return SuiteStage(command=[*command, *files, "--continue-on-collection-errors"], limit=limit, stop=signal.SIGINT)
 
 
 def make_data(options: Options) -> list[str]:
@@ -206,7 +208,7 @@ def scenes(preset: str) -> list[str]:
     return ["--source=shapes", f"--height={height}", f"--width={width}"]
 
 
-def train(options: Options) -> Stage:
+def train(options: Options) -> SuiteStage:
     """Train until a signal asks for the end, which train.py answers by saving and exit code 3."""
     model = [f"--cfg={options.preset}"] if options.preset else README_TRAINING
     length = ["--batch=64", "--tick=10", "--snap=1", f"--metrics={METRIC}"]
@@ -214,22 +216,22 @@ def train(options: Options) -> Stage:
         model, length = ["--cfg=tiny"], ["--batch=8", "--tick=0.032", "--snap=1", "--metrics=swd32", "--kimg=0.064"]
     folders = [f"--outdir={options.workdir / 'runs'}", f"--data={options.workdir / 'data.zip'}"]
     command = ["train.py", *folders, *model, *length, f"--device={options.device}"]
-    return Stage(command=command, limit=options.train_seconds, needs=("data",), expected=(0, 3))
+    return SuiteStage(command=command, limit=options.train_seconds, needs=("data",), expected=(0, 3))
 
 
-def measure_snapshots(options: Options, which: str) -> Stage:
+def measure_snapshots(options: Options, which: str) -> SuiteStage:
     """Compute Frechet distances of the detector's features between the data set and one snapshot, or all of a run."""
     metric = "fid64_full" if options.quick else "fid10k_full"
     command = ["calc_metrics.py", f"--network={options.workdir / which}", f"--metrics={metric}"]
     command += [f"--detector={options.detector}", f"--device={options.device}", "--no-cache", "--detector-batch=256"]
-    return Stage(command=command, limit=90, needs=("train",))
+    return SuiteStage(command=command, limit=90, needs=("train",))
 
 
 @dataclass(kw_only=True)
 class Suite:
     """Runs stages until the time is over and keeps what they found."""
 
-    stages: dict[str, Stage]
+    stages: dict[str, SuiteStage]
     options: Options
     deadline: float
     again: Callable[[Sequence[str]], str]  # the command for stages that were not started
@@ -252,7 +254,7 @@ class Suite:
             self.save()
             self.report(name)
 
-    def run_stage(self, stage: Stage, limit: float) -> dict[str, Any]:
+    def run_stage(self, stage: SuiteStage, limit: float) -> dict[str, Any]:
         """Run one command, log its output, and return what is to be known of it."""
         shown = shlex.join(["python", *stage.command])
         output, errors = self.options.workdir / "stdout", self.options.workdir / "stderr"
@@ -362,7 +364,7 @@ COLUMNS = {
     "profile": ["mode", "phase", "graph", "kernels", "busy_ms", "span_ms"],
     "networks": ["network", "batch", "gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s", "peak_mib"],
     "generation": ["mode", "batch", "img_per_s", "ms_per_batch", "peak_mib"],
-    "attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
+    "self_attention": ["form", "derivatives", "tokens", "ms", "peak_mib", "problem"],
     "grid_attention": ["form", "derivatives", "resolution", "ms", "peak_mib", "problem"],
     "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
 }  # fmt: skip
@@ -437,7 +439,7 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def choose(stages: dict[str, Stage], only: Sequence[str] | None, skip: Sequence[str]) -> dict[str, Stage]:
+def choose(stages: dict[str, SuiteStage], only: Sequence[str] | None, skip: Sequence[str]) -> dict[str, SuiteStage]:
     """Return the stages with these names and what they need; the build always. Raises UserError for unknown names."""
     for flag, names in (("--only", only or ()), ("--skip", skip)):
         for name in names:

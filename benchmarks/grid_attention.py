@@ -6,9 +6,9 @@ grid      inside windows of --window x --window tokens
 axis      within rows, then columns
 nystrom   by --landmarks landmarks
 
-All but nystrom have a relative position per head, which is learned. Derivatives, `peak_mib`, times and problems are
-those of benchmarks/attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid
-and axis go over blocks of their matrices. The networks' own code computes (training/networks/grid_attention.py).
+All but nystrom have a learned relative position per head. Derivatives, `peak_mib`, times and problems are those of
+benchmarks/self_attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid and
+axis compute their matrices in blocks. The code under test is training/networks/grid_attention.py.
 
 \b
     python benchmarks/grid_attention.py --device=cuda --batch=8
@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 import torch
-from attention import BLOCKS, DTYPES, MATRICES, SHARED, check_choices, run_cases
+from self_attention import BLOCKS, DTYPES, MATRICES, SHARED, check_choices, run_cases
 from torch import Tensor
 
 from dnnlib.cli import IntList, Script, option, with_options

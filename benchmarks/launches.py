@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError, override
 from torch_utils import custom_ops
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.training_loop import Trainer
 
 STUB = Path(__file__).with_name("cuda_stub.cpp")
@@ -104,10 +104,10 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 def count_launches(case: str) -> list[dict[str, Any]]:
     """Run each phase of a case once; call it in one of `processes`."""
     chosen = CASES[case]
-    about = Circumstances(img_shape=(3, chosen.side, chosen.side), c_dim=chosen.classes, on_gpu=True, has_bf16=True)
-    config = resolve(override(chosen.config, {"run.graphs": False}), about)
+    env = Environment(img_shape=(3, chosen.side, chosen.side), c_dim=chosen.classes, on_gpu=True, has_bf16=True)
+    config = resolve(override(chosen.config, {"run.graphs": False}), env)
     with fake_tensors(), custom_ops.implementation(chosen.impl):
-        trainer = new_trainer(config, about, DEVICE)
+        trainer = new_trainer(config, env, DEVICE)
         batch = new_batch(trainer)
         steps: dict[str, tuple[Any, ...]] = {phase.name: (trainer.run_phase, phase, *batch) for phase in trainer.phases}
         steps["averages"] = (update_averages, trainer)

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 import torch
-from attention import peak, reset_peak
 from common import emit, images_per_second
+from self_attention import peak, reset_peak
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -52,10 +52,10 @@ def main(
     where = distributed.choose_device(device)
     config = choose_config(preset, batch, where, modes)
     with tempfile.TemporaryDirectory() as folder:
-        config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
+        config, env = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
         for mode in modes:
             threads = torch.get_num_threads()
-            settings = Settings(config=config, about=about, steps=calls, warmup=WARMUPS, threads=threads, mode=mode)
+            settings = Settings(config=config, env=env, steps=calls, warmup=WARMUPS, threads=threads, mode=mode)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 pool.submit(profile_phases, settings, where, tables).result()
 

@@ -34,7 +34,7 @@ from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import ConfigError, UserError, override, to_json
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import device_name
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.networks import winograd
 from training.training_loop import Trainer, set_arithmetic
@@ -68,7 +68,7 @@ class Settings:
     """A model to measure, its circumstances, and a mode."""
 
     config: TrainConfig
-    about: Circumstances
+    env: Environment
     steps: int
     warmup: int
     threads: int
@@ -110,13 +110,13 @@ def main(
     config = override(config, {"generator.layers": num_layers} if num_layers else {})
 
     with tempfile.TemporaryDirectory() as folder:
-        config, about = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
-        gflop = gflop_per_image(config, about)
+        config, env = with_synthetic_images(config, resolution, Path(folder), on_gpu=where.type == "cuda")
+        gflop = gflop_per_image(config, env)
         run = measure if len(modes) == 1 else in_own_process
         seconds = 0.0
         for mode in modes:
             threads = threads or torch.get_num_threads()
-            settings = Settings(config=config, about=about, steps=steps, warmup=warmup, threads=threads, mode=mode)
+            settings = Settings(config=config, env=env, steps=steps, warmup=warmup, threads=threads, mode=mode)
             result = run(settings)
             seconds = seconds or result["sec_per_kimg"]
             emit({**result, "speedup": round(seconds / result["sec_per_kimg"], 2)} | rates(result, gflop, where), where)
@@ -139,7 +139,7 @@ def in_own_process(settings: Settings) -> dict[str, Any]:
 
 def with_synthetic_images(
     config: TrainConfig, resolution: int | None, folder: Path, *, on_gpu: bool
-) -> tuple[TrainConfig, Circumstances]:
+) -> tuple[TrainConfig, Environment]:
     """Make a data set of drawn scenes that suits the generator; return what `resolve` takes."""
     try:
         height, width = (resolution, resolution) if resolution else config.generator.img_size
@@ -151,7 +151,7 @@ def with_synthetic_images(
         dataset_tool.main(
             ["--source=shapes", f"--dest={config.data.path}", *size, "--workers=1"], standalone_mode=False
         )
-    return config, Circumstances(img_shape=(3, height, width), c_dim=0, on_gpu=on_gpu)
+    return config, Environment(img_shape=(3, height, width), c_dim=0, on_gpu=on_gpu)
 
 
 class CountOperations(TorchDispatchMode):
@@ -169,16 +169,16 @@ class CountOperations(TorchDispatchMode):
         return result
 
 
-def gflop_per_image(config: TrainConfig, about: Circumstances) -> float:
+def gflop_per_image(config: TrainConfig, env: Environment) -> float:
     """Count multiplications and additions of the products and convolutions of a step, per image.
 
     All phases with their derivatives, in plain float32 and on fake tensors; a phase that is due every k steps counts
     1/k. What a mode computes again, or saves by Winograd's algorithm, does not change what the model needs.
     """
-    small = resolve(override(config, {"batch_size": FLOP_BATCH, "precision": "fp32"}), replace(about, on_gpu=False))
+    small = resolve(override(config, {"batch_size": FLOP_BATCH, "precision": "fp32"}), replace(env, on_gpu=False))
     flop = 0.0
-    with fake_tensors(), patch.object(winograd, "pays", never), sdpa_kernel(SDPBackend.MATH):
-        trainer = new_trainer(small, about, torch.device("cpu"))
+    with fake_tensors(), patch.object(winograd, "is_profitable", never), sdpa_kernel(SDPBackend.MATH):
+        trainer = new_trainer(small, env, torch.device("cpu"))
         for phase in trainer.phases:
             with CountOperations() as counter:
                 trainer.run_phase(phase, *new_batch(trainer))
@@ -202,7 +202,7 @@ def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
     config = settings.config
     for word in words:
         config = override(config, CHANGES[word])
-    config = resolve(config, settings.about)
+    config = resolve(config, settings.env)
     torch.set_num_threads(settings.threads)
     device = distributed.use_device(config.run.device)
     if device.type == "cpu" and "no-allocator" not in words:
@@ -212,7 +212,7 @@ def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
         if "reference" in words:
             stack.enter_context(custom_ops.implementation("reference"))
         if "no-winograd" in words:
-            stack.enter_context(patch.object(winograd, "pays", never))
+            stack.enter_context(patch.object(winograd, "is_profitable", never))
         yield Trainer(config, ImageDataset(config.data), device)
 
 
@@ -251,7 +251,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def never(x: Tensor, weight: Tensor) -> bool:
-    """Stand in for `winograd.pays`."""
+    """Stand in for `winograd.is_profitable`."""
     return False
 
 

@@ -16,7 +16,7 @@ import click
 import dnnlib
 from dnnlib import streams
 from dnnlib.config import FLOAT32_MAX, ConfigError, UserError
-from dnnlib.config_text import MOST_DIGITS
+from dnnlib.config_text import MAX_DIGITS
 from dnnlib.download import is_url
 from dnnlib.screen import guarded
 from dnnlib.streams import OutputError
@@ -26,8 +26,8 @@ from dnnlib.util import explain
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-MOST_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
-PRECEDENCE = 5.0  # seconds that the first process under torchrun has to speak before others do
+MAX_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
+HEAD_START = 5.0  # seconds that the first process under torchrun has to speak before others do
 
 
 class ConfigOption(click.Option):
@@ -130,12 +130,12 @@ def settings_option() -> Decorator:
 
 def with_both_spellings(flags: Iterable[str]) -> list[str]:
     """Return the flags, each long one followed by its spelling with `-` for `_` or `_` for `-`."""
-    spelled = []
+    both = []
     for flag in flags:
-        spelled.append(flag)
+        both.append(flag)
         if flag.startswith("--") and _other_spelling(flag) != flag:
-            spelled.append(_other_spelling(flag))
-    return spelled
+            both.append(_other_spelling(flag))
+    return both
 
 
 def _other_spelling(flag: str) -> str:
@@ -288,7 +288,7 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
     has gone. One that still lives after that has met the error alone, and speaks too.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PRECEDENCE)
+        time.sleep(HEAD_START)
     raise Failure(explain_error(command, error)) from None
 
 
@@ -347,7 +347,7 @@ class IntList(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        if not re.fullmatch(rf"\d{{1,{MOST_DIGITS}}}(,\d{{1,{MOST_DIGITS}}})*", str(value), re.ASCII):
+        if not re.fullmatch(rf"\d{{1,{MAX_DIGITS}}}(,\d{{1,{MAX_DIGITS}}})*", str(value), re.ASCII):
             self.fail(f"{value!r} is not a comma-separated list of integers such as 256,64,16", param, ctx)
         return tuple(int(item) for item in str(value).split(","))
 
@@ -385,13 +385,13 @@ class IntRanges(click.ParamType):
             return value
         numbers: list[int] = []
         for part in str(value).split(","):
-            match = re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(?:-(\d{{1,{MOST_DIGITS}}}))?", part.strip(), re.ASCII)
+            match = re.fullmatch(rf"(\d{{1,{MAX_DIGITS}}})(?:-(\d{{1,{MAX_DIGITS}}}))?", part.strip(), re.ASCII)
             if not match:
                 self.fail(f"{part!r} in {value!r} is neither a number nor a range such as 0-35", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"the range {part!r} runs backwards: write {last}-{first}", param, ctx)
-            if len(numbers) + last - first >= MOST_NUMBERS:
-                self.fail(f"{value!r} is more than {MOST_NUMBERS} numbers", param, ctx)
+            if len(numbers) + last - first >= MAX_NUMBERS:
+                self.fail(f"{value!r} is more than {MAX_NUMBERS} numbers", param, ctx)
             numbers += range(first, last + 1)
         return tuple(numbers)

@@ -5,7 +5,7 @@ A field that can hold one of several dataclasses (the families of generators, sa
     generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
 
 Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}. The
-path generator.family overrides it: the class of that name makes its configuration `in_place_of(the old one)`.
+path generator.family overrides it: the class of that name makes its configuration `convert_from(the old one)`.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class ConfigError(UserError):
 class Bounds:
     """Values that a field of a configuration may have; of a tuple, each of its items. Texts have no size."""
 
-    least: float | None = None
-    above: float | None = None  # as `least`, itself excluded
-    most: float | None = None
-    below: float | None = None  # as `most`, itself excluded
+    at_least: float | None = None
+    above: float | None = None  # as `at_least`, itself excluded
+    at_most: float | None = None
+    below: float | None = None  # as `at_most`, itself excluded
     choices: tuple[Any, ...] | None = None
     length: int | None = None  # of a tuple
     optional: bool = True  # whether None is allowed
@@ -92,9 +92,9 @@ class Bounds:
 
     def _holds(self, value: Any) -> bool:
         return (
-            (self.least is None or value >= self.least)
+            (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
+            and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
 
@@ -102,7 +102,7 @@ class Bounds:
         """Return the names or the range in words: `a, b`, `at least 1`, `0..1`; "" if there are no bounds."""
         if self.choices is not None:
             return ", ".join(map(str, self.choices))
-        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         words = {word: f"{end:,}" for word, end in ends.items() if end is not None}
         if len(words) == 2:
             excluded = [words[word] for word in ("above", "below") if word in words]
@@ -194,7 +194,7 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         else:
             own[name] = value
     for name, inner in nested.items():
-        with within(name):
+        with path_prefix(name):
             inner_config = getattr(config, name)
             if families := fields[name].metadata.get("families"):
                 inner_config = _choose_family(inner_config, inner, families)
@@ -244,7 +244,7 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
 
 
 @contextmanager
-def within(name: str) -> Iterator[None]:
+def path_prefix(name: str) -> Iterator[None]:
     """Prefix the field of a ConfigError raised inside with the name of the field that holds it."""
     try:
         yield
@@ -286,7 +286,7 @@ def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str
     check_family(name, families)
     for path, value in values.items():
         check_setting(name, path.partition(".")[0], value, families)
-    return config if families[name] is type(config) else families[name].in_place_of(config)
+    return config if families[name] is type(config) else families[name].convert_from(config)
 
 
 def check_setting(family: str, name: str, value: object, families: Mapping[str, Any]) -> None:
@@ -312,11 +312,11 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise ConfigError(field.name, value, "expected a JSON object")
         data = dict(value)
         family = data.pop("family", None)
-        with within(field.name):
+        with path_prefix(field.name):
             check_family(family, families)
         hint, value = families[family], data
     if dataclasses.is_dataclass(hint):
-        with within(field.name):
+        with path_prefix(field.name):
             return from_json(typing.cast(type, hint), value)
     if isinstance(value, list):
         value = tuple(value)

@@ -19,10 +19,10 @@ from dnnlib.config import (
     did_you_mean,
     family_of,
     hints,
-    within,
+    path_prefix,
 )
 
-MOST_DIGITS = 18  # of an integer: it fits into 64 bits
+MAX_DIGITS = 18  # of an integer: it fits into 64 bits
 _BOOLS = {word: True for word in ("true", "1", "yes", "on")} | {word: False for word in ("false", "0", "no", "off")}
 _EXAMPLES: Mapping[Any, str] = {int: "256,64,16", float: "3.0,20.0"}
 
@@ -49,7 +49,7 @@ def _parse_path(config: Any, path: str, text: str, texts: Mapping[str, str]) -> 
         if families := field.metadata.get("families"):
             typed = text if name == "family" else texts.get(f"{prefix}.family")
             family = typed or family_of(getattr(config, parent), families)
-            with within(prefix):
+            with path_prefix(prefix):
                 check_family(family, families)
                 check_setting(family, name, text, families)
             if name == "family":
@@ -105,7 +105,7 @@ def _parse_as(hint: Any, text: str) -> Any:
             raise ValueError("true or false")
         return _BOOLS[text.lower()]
     if hint is int:
-        if not re.fullmatch(rf"[-+]?\d{{1,{MOST_DIGITS}}}", text, re.ASCII):
+        if not re.fullmatch(rf"[-+]?\d{{1,{MAX_DIGITS}}}", text, re.ASCII):
             raise ValueError("a whole number")
         return int(text)
     return _parse_float(text) if hint is float else text

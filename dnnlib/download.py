@@ -40,7 +40,7 @@ except ImportError:  # Windows
 TIMEOUT = 20  # seconds without a byte from the server
 ANSWER_SECONDS = 120  # until it has said what it will send, redirections included
 PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # an interval that brings fewer bytes is no progress worth waiting for
-LARGEST = 1 << 36  # bytes of a file: 64 GiB
+MAX_BYTES = 1 << 36  # bytes of a file: 64 GiB
 ATTEMPTS = 5  # to go on after a break; without any progress there is no further one
 CHUNK = 1 << 16  # bytes that are written at a time
 RECORD_BYTES = 1 << 16
@@ -284,8 +284,8 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
         ):
             for chunk in _chunks(answer):
-                if file.tell() + len(chunk) > LARGEST:
-                    raise UserError(f"{public(url)}: is larger than the {LARGEST} bytes that are fetched")
+                if file.tell() + len(chunk) > MAX_BYTES:
+                    raise UserError(f"{public(url)}: is larger than the {MAX_BYTES} bytes that are fetched")
                 file.write(chunk)
                 progress.update(len(chunk))
     found = _size(part)
@@ -309,9 +309,9 @@ def _announced(answer: requests.Response, start: int, url: str) -> int | None:
         return None
     if not re.fullmatch(r"[0-9]{1,15}", length):
         raise UserError(f"{public(url)}: the server announces {printable(length[:40])!r} bytes, which is no length")
-    if start + int(length) > LARGEST:
+    if start + int(length) > MAX_BYTES:
         raise UserError(
-            f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the {LARGEST} that are "
+            f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the {MAX_BYTES} that are "
             "fetched: fetch it by other means, and give the file"
         )
     return start + int(length)
@@ -444,10 +444,10 @@ class Page(html.parser.HTMLParser):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.within = ""
+        self.tag = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.within = tag
+        self.tag = tag
         values = {name: value or "" for name, value in attrs}
         if tag == "form" and not self.form:
             self.form = values.get("action", "")
@@ -457,10 +457,10 @@ class Page(html.parser.HTMLParser):
             self.link = self.link or values["href"]
 
     def handle_endtag(self, tag: str) -> None:
-        self.within = ""
+        self.tag = ""
 
     def handle_data(self, data: str) -> None:
-        if self.within == "title":
+        if self.tag == "title":
             self.title += data
 
 

@@ -28,9 +28,9 @@ import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
 from dnnlib.images import open_image  # noqa: E402
-from exploration.attention import has_attention  # noqa: E402
+from exploration.attention_maps import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
-from exploration.mixing import spell  # noqa: E402
+from exploration.mixing import format_ranges  # noqa: E402
 from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
@@ -60,7 +60,7 @@ def entries(G: Any) -> Iterator[Entry]:
     for name, styles in G.style_groups.items():
         yield Entry(
             title=f"Style mixing: {name}",
-            text=f"Each image has the styles {spell(styles)} of its column and the others of its row.",
+            text=f"Each image has the styles {format_ranges(styles)} of its column and the others of its row.",
             commands=(f"mix --rows=0-3 --cols=4-9 --styles={name} --outdir=out",),
             pictures=(("out/grid.png", f"mix-{name}.png"),),
         )

@@ -137,7 +137,7 @@ def _open_values() -> dict[str, Any]:
     for _, path, config in _parts():
         prefix = f"{path}." if path else ""
         values |= {f"{prefix}{field.name}": None for field in dataclasses.fields(config) if field.metadata["auto"]}
-        values |= {f"{prefix}{name}": value for name, value in getattr(config, "OPEN", {}).items()}
+        values |= {f"{prefix}{name}": value for name, value in getattr(config, "AUTO", {}).items()}
     return values
 
 

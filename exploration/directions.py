@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.util import import_extra
-from exploration.mixing import choose_styles, spell
+from exploration.mixing import choose_styles, format_ranges
 from exploration.model import (
     MAPPED_AT_ONCE,
     Model,
@@ -281,7 +281,7 @@ def draw_directions(
         rows = [tiles_of(images) for images in model.images(moved).split(steps)]
         save_pixels(sheet(rows, [signed(value) for value in strengths.tolist()]), outdir / f"direction{index:02d}.png")
     click.echo(
-        f"{counted(len(found.directions), 'direction')} for styles {spell(chosen)} in {save}; edits of "
+        f"{counted(len(found.directions), 'direction')} for styles {format_ranges(chosen)} in {save}; edits of "
         f"{counted(len(names), 'image')} along each in {outdir}"
     )
 

@@ -34,14 +34,14 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
         elif match and int(match[1]) <= int(match[2] or match[1]) < num_ws:
             chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
         else:
-            names = ", ".join(["all", *(f"{name} ({spell(indices)})" for name, indices in groups.items())])
+            names = ", ".join(["all", *(f"{name} ({format_ranges(indices)})" for name, indices in groups.items())])
             raise UserError(
-                f"--styles={text}: {part!r} is no choice; this network has {spell(range(num_ws))}, or {names}"
+                f"--styles={text}: {part!r} is no choice; this network has {format_ranges(range(num_ws))}, or {names}"
             )
     return tuple(sorted(chosen))
 
 
-def spell(indices: Sequence[int]) -> str:
+def format_ranges(indices: Sequence[int]) -> str:
     """Write ascending indices as ranges: (0, 1, 2, 5) as '0-2,5'."""
     runs: list[list[int]] = []
     for index in indices:
@@ -92,6 +92,6 @@ def make_mixtures(
     left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
     save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
     click.echo(
-        f"{counted(len(names), 'mixture')} in {outdir}, with styles {spell(chosen)} of the columns; "
+        f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the columns; "
         "all of them in grid.png"
     )

@@ -28,18 +28,18 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from dnnlib.util import describe_error
-from exploration.attention import BlockRecord, has_attention, record, tokens_of
-from exploration.mixing import choose_styles, mix, spell
+from exploration.attention_maps import BlockRecord, has_attention, record, tokens_of
+from exploration.mixing import choose_styles, format_ranges, mix
 from exploration.model import Model, label_of, seed_latents
 from exploration.opening import build_model, choose_label, open_network
 from exploration.sheets import enlarged, marked, overlay, to_rgb
 
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
-MOST_IMAGES = 64  # in one answer
-MOST_KEPT = 2**30  # bytes of images, or one answer if that is more
-LARGEST_SEED = 2**32 - 1
-LARGEST_PSI = 2.0
+MAX_IMAGES = 64  # in one answer
+MAX_KEPT = 2**30  # bytes of images, or one answer if that is more
+MAX_SEED = 2**32 - 1
+MAX_PSI = 2.0
 SILENCE = 30.0  # seconds after which a connection without a request is closed
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 NAVIGATION = [["navigate"], ["document"]]  # the mode and the destination of a request for a whole window
@@ -53,7 +53,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ImageRequest:
     """The images of `count` seeds from `seed` on, each with some `styles` of the seed `other`, if one is given."""
 
     seed: int
@@ -65,7 +65,7 @@ class Question:
 
 
 class Player:
-    """Answers questions about a model. Images are made in batches, and kept for the next question.
+    """Answers questions about a model. Images are made in batches, and kept for the next request.
 
     With `has_classes`, questions to a conditional network name a class; else all images have the model's label.
     """
@@ -75,7 +75,7 @@ class Player:
         self.num_classes = model.G.c_dim if has_classes else 0
         self.lock = Lock()  # a model computes for one request at a time
         self.images: OrderedDict[Any, Tensor] = OrderedDict()
-        self.most_images = max(MOST_IMAGES, MOST_KEPT // math.prod(model.G.img_shape))
+        self.max_images = max(MAX_IMAGES, MAX_KEPT // math.prod(model.G.img_shape))
         self.records: tuple[Any, list[BlockRecord]] | None = None
 
     def page(self) -> str:
@@ -84,7 +84,7 @@ class Player:
         facts = {
             "name": type(G).__name__,
             "size": G.img_shape[1:],
-            "groups": {name: spell(styles) for name, styles in G.style_groups.items()},
+            "groups": {name: format_ranges(styles) for name, styles in G.style_groups.items()},
             "classes": self.num_classes,
             "attention": has_attention(G.synthesis),
         }
@@ -98,19 +98,19 @@ class Player:
             return self._images(given) if path == "/images" else self._attention(given)
 
     def _images(self, given: dict[str, str]) -> Mapping[str, Any]:
-        question = self._question(given)
-        return {"images": [data_uri(pixels_of(img)) for img in self._made(question)]}
+        request = self._parse_request(given)
+        return {"images": [data_uri(pixels_of(img)) for img in self._made(request)]}
 
     def _attention(self, given: dict[str, str]) -> Mapping[str, Any]:
         """The maps of all blocks for the pixel x, y, averaged over heads, drawn over the image."""
         height, width = self.model.G.img_shape[1:]
         x, y = whole(given, "x", 0, width - 1), whole(given, "y", 0, height - 1)
-        question = self._question(given)
-        if question.count != 1:
+        request = self._parse_request(given)
+        if request.count != 1:
             raise UserError("count: attention is of one image")
-        if self.records is None or self.records[0] != question:
-            self.records = question, record(self.model, self._styles(question, [question.seed]))[0]
-        picture = pixels_of(self._made(question)[0])
+        if self.records is None or self.records[0] != request:
+            self.records = request, record(self.model, self._styles(request, [request.seed]))[0]
+        picture = pixels_of(self._made(request)[0])
         image = enlarged(picture)
         maps = [{"block": "the position", "image": data_uri(marked(image, x, y, (height, width)))}]
         for block in self.records[1]:
@@ -119,18 +119,18 @@ class Player:
             maps.append({"block": block.name, "image": data_uri(overlay(image, weights))})
         return {"maps": maps}
 
-    def _question(self, given: dict[str, str]) -> Question:
+    def _parse_request(self, given: dict[str, str]) -> ImageRequest:
         """Take what all requests can say out of `given`. Raises UserError when something is left."""
         G = self.model.G
-        count = whole(given, "count", 1, MOST_IMAGES, default=1)
-        other = whole(given, "other", 0, LARGEST_SEED) if "other" in given else None
+        count = whole(given, "count", 1, MAX_IMAGES, default=1)
+        other = whole(given, "other", 0, MAX_SEED) if "other" in given else None
         if (other is None) != ("styles" not in given):
             raise UserError("other, styles: give both or none")
         if "class" in given and not self.num_classes:
             raise UserError(f"class={given['class']}: there are no classes to choose from")
         class_index = whole(given, "class", 0, self.num_classes - 1) if self.num_classes else None
-        question = Question(
-            seed=whole(given, "seed", 0, LARGEST_SEED - count + 1),
+        request = ImageRequest(
+            seed=whole(given, "seed", 0, MAX_SEED - count + 1),
             count=count,
             psi=psi_of(given.pop("trunc", "1")),
             class_index=class_index,
@@ -139,32 +139,32 @@ class Player:
         )
         if given:
             raise UserError(f"{', '.join(given)}: not understood here")
-        return question
+        return request
 
-    def _made(self, question: Question) -> list[Tensor]:
+    def _made(self, request: ImageRequest) -> list[Tensor]:
         """Images (C, H, W), those that are not there yet made together."""
-        seeds = range(question.seed, question.seed + question.count)
-        rest = (question.psi, question.class_index, question.other, question.styles)
+        seeds = range(request.seed, request.seed + request.count)
+        rest = (request.psi, request.class_index, request.other, request.styles)
         missing = [seed for seed in seeds if (seed, rest) not in self.images]
         if missing:
-            for seed, img in zip(missing, self.model.images(self._styles(question, missing)), strict=True):
+            for seed, img in zip(missing, self.model.images(self._styles(request, missing)), strict=True):
                 self.images[seed, rest] = img.clone()  # else it keeps all that were made with it
         for seed in seeds:
             self.images.move_to_end((seed, rest))
         found = [self.images[seed, rest] for seed in seeds]
-        while len(self.images) > self.most_images:
+        while len(self.images) > self.max_images:
             self.images.popitem(last=False)
         return found
 
-    def _styles(self, question: Question, seeds: list[int]) -> Tensor:
-        others = [] if question.other is None else [question.other]
+    def _styles(self, request: ImageRequest, seeds: list[int]) -> Tensor:
+        others = [] if request.other is None else [request.other]
         z = seed_latents([*seeds, *others], self.model.G.z_dim)
         c = self.model.c
-        if question.class_index is not None:
-            c = label_of(self.model.G.c_dim, question.class_index)
+        if request.class_index is not None:
+            c = label_of(self.model.G.c_dim, request.class_index)
         c = c.to(self.model.device).expand(len(z), -1)
-        ws = self.model.map(z, c, question.psi)  # (n, num_ws, w_dim)
-        return mix(ws[: len(seeds)], ws[len(seeds) :], question.styles)[:, 0] if others else ws
+        ws = self.model.map(z, c, request.psi)  # (n, num_ws, w_dim)
+        return mix(ws[: len(seeds)], ws[len(seeds) :], request.styles)[:, 0] if others else ws
 
 
 def read_query(query: str) -> dict[str, str]:
@@ -197,8 +197,8 @@ def psi_of(text: str) -> float:
         psi = float(text)
     except ValueError:
         psi = math.nan
-    if not abs(psi) <= LARGEST_PSI:
-        raise UserError(f"trunc={text}: must be a number from {-LARGEST_PSI:g} to {LARGEST_PSI:g}")
+    if not abs(psi) <= MAX_PSI:
+        raise UserError(f"trunc={text}: must be a number from {-MAX_PSI:g} to {MAX_PSI:g}")
     return psi
 
 
@@ -258,7 +258,7 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
                 return 200, player.answer(path, query)
             except UserError as error:
                 return 400, {"error": str(error)}
-            except Exception as error:  # e.g. too little memory for this question: the next one may be answered
+            except Exception as error:  # e.g. too little memory for this request: the next one may be answered
                 traceback.print_exc()
                 return 500, {"error": describe_error(error)}
 

@@ -27,8 +27,8 @@ from exploration.output import counted, make_outdir
 from exploration.sheets import enlargement, to_rgb
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from metrics.detectors import DetectorSetup, read_detectors
-from metrics.perceptual import features_towards, lpips_towards
-from torch_utils.images import Towards, save_image, to_uint8
+from metrics.perceptual import feature_distance, lpips_distance
+from torch_utils.images import DistanceTo, save_image, to_uint8
 from torch_utils.misc import derive_seed
 from training.data_sources.codec import decode_image
 from training.data_sources.convert import Conversion
@@ -36,7 +36,7 @@ from training.data_sources.files import open_store, read_image_file
 from training.networks import execution
 
 FILM_FPS = 30
-SMALLEST = 8  # the grid of the last scale of pixels, and of noise
+MIN_SIDE = 8  # the grid of the last scale of pixels, and of noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class ProjectionJob:
     model: Model
     names: list[str]
     targets: Tensor
-    towards: Towards
+    distance_to: DistanceTo
     config: ProjectionConfig
 
 
@@ -91,7 +91,7 @@ class Step:
 
 
 def project(
-    model: Model, targets: Tensor, towards: Towards, config: ProjectionConfig, first: int = 0
+    model: Model, targets: Tensor, distance_to: DistanceTo, config: ProjectionConfig, first: int = 0
 ) -> Iterator[Step]:
     """Look for the styles of targets (B, C, H, W) in [-1, 1], all at once, step by step; the last one is the result.
 
@@ -106,7 +106,7 @@ def project(
         torch.Generator().manual_seed(derive_seed(config.seed, "project", first + index))
         for index in range(len(targets))
     ]
-    distance = towards(targets)
+    distance = distance_to(targets)
     for step in range(config.num_steps):
         t = step / config.num_steps
         optimizer.param_groups[0]["lr"] = config.rate_at(t)
@@ -131,7 +131,7 @@ def project(
 def project_batch(
     model: Model,
     targets: Tensor,
-    towards: Towards,
+    distance_to: DistanceTo,
     config: ProjectionConfig,
     first: int,
     films: Sequence[Path],
@@ -147,7 +147,7 @@ def project_batch(
     with ExitStack() as stack:
         videos = [stack.enter_context(open_video(path, fps=FILM_FPS)) for path in films]
         progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
-        for number, step in enumerate(project(model, goals, towards, config, first)):
+        for number, step in enumerate(project(model, goals, distance_to, config, first)):
             before = before or step.distances.tolist()
             if videos:
                 pairs = torch.cat([targets, to_uint8(step.images).cpu()], dim=3).permute(0, 2, 3, 1).numpy()
@@ -158,7 +158,7 @@ def project_batch(
             progress.update()
     img = model.synthesise(step.ws)
     with torch.no_grad():
-        after = towards(goals)(img)
+        after = distance_to(goals)(img)
     if not after.isfinite().all():
         raise UserError(f"--lr={config.learning_rate:g}: the search left all finite numbers; choose a smaller one")
     return step.ws, to_uint8(img).cpu(), before, after.tolist()
@@ -189,14 +189,14 @@ def as_map(noise: Tensor, img_size: tuple[int, int]) -> Tensor:
 def noise_correlation(noise: Tensor) -> Tensor:
     """Sum over images and scales of the squared correlation of noise (B, 1, H, W) with itself one row and column on.
 
-    Each scale halves the sides while they have more than SMALLEST positions: means of 2x2 values times 2, which keeps
+    Each scale halves the sides while they have more than MIN_SIDE positions: means of 2x2 values times 2, which keeps
     the variance of white noise.
     """
     total = noise.new_zeros(())
     while True:
         for axis in (2, 3):
             total = total + (noise * noise.roll(1, dims=axis)).mean(dim=(1, 2, 3)).square().sum()
-        if min(noise.shape[2:]) <= SMALLEST:
+        if min(noise.shape[2:]) <= MIN_SIDE:
             return total
         noise = 2 * F.avg_pool2d(noise, 2)
 
@@ -210,10 +210,10 @@ def normalise(noises: dict[str, Tensor]) -> None:
         noise *= noise.square().mean(dim=axes, keepdim=True).rsqrt()
 
 
-def pixels_towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """The mean squared difference of images, averaged over scales: each halves the sides, down to SMALLEST."""
+def pixel_distance(targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean squared difference of images, averaged over scales: each halves the sides, down to MIN_SIDE."""
     scales = [targets]
-    while min(scales[-1].shape[2:]) >= 2 * SMALLEST:
+    while min(scales[-1].shape[2:]) >= 2 * MIN_SIDE:
         scales.append(F.avg_pool2d(scales[-1], 2))
 
     def distance(img: Tensor) -> Tensor:
@@ -289,27 +289,27 @@ def prepare_projection(
     targets = read_targets(target)  # before anything else takes time
     setup = read_detectors(detectors or ())
     model = open_model(**options)
-    towards = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
+    distance_to = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
     images = fit_targets(targets.values(), model.G.img_shape)
     config = ProjectionConfig(num_steps=num_steps, space=space, learning_rate=lr, fix_noise=fix_noise, seed=seed)
-    return ProjectionJob(model=model, names=[*targets], targets=images, towards=towards, config=config)
+    return ProjectionJob(model=model, names=[*targets], targets=images, distance_to=distance_to, config=config)
 
 
-def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Towards:
+def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> DistanceTo:
     """Return the distance that --loss and --detector name. Raises UserError for one that cannot be had."""
     if loss == "features":
         if setup.program is None:
             raise UserError("--loss=features: of which network? name its program with --detector=FILE")
-        return features_towards(setup.program, device)
+        return feature_distance(setup.program, device)
     if setup.program is not None:
         raise UserError(f"--detector={setup.program}: --loss={loss} has no use for a program; use --loss=features")
     if loss == "pixels":
-        return pixels_towards
+        return pixel_distance
     try:
         setup.prepare("lpips")
     except UserError as error:
         raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of your own --detector") from None
-    return lpips_towards(setup, device)
+    return lpips_distance(setup, device)
 
 
 def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
@@ -322,7 +322,7 @@ def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, sa
     for start in range(0, len(stems), job.model.batch):
         part = slice(start, start + job.model.batch)
         ws, made, before, after = project_batch(
-            job.model, job.targets[part], job.towards, job.config, start, films[part]
+            job.model, job.targets[part], job.distance_to, job.config, start, films[part]
         )
         for index, (name, stem) in enumerate(zip(job.names[part], stems[part], strict=True)):
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"

@@ -23,7 +23,7 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def enlargement(size: Sequence[int], least: int) -> int:
-    """How often to repeat pixels so that the longer side of a picture (height, width) has `least` or more."""
+    """How often to repeat pixels so that the longer side of a picture (height, width) has `at_least` or more."""
     return -(-least // max(size))
 
 

@@ -17,10 +17,10 @@ from metrics.registry import (
     result_to_json,
     to_line,
 )
-from metrics.sampling import Generator, Images, MetricContext
+from metrics.sampling import ImageGenerator, Images, MetricContext
 
 __all__ = [
-    "Generator",
+    "ImageGenerator",
     "Images",
     "Measurement",
     "MetricContext",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
-from metrics.feature_stats import Rows, Want, statistics_of
+from metrics.feature_stats import Rows, StatRequest, statistics_of
 from metrics.frechet import few_images, frechet_distance
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import (
@@ -21,12 +21,12 @@ from metrics.sampling import (
 from torch_utils.distributed import all_reduce
 
 
-def _plan_class(context: MetricContext, count: int | None) -> list[Want]:
+def _plan_class(context: MetricContext, count: int | None) -> list[StatRequest]:
     classes, reals = _classes_of(context), min(len(context.reals), MAX_REALS)
     _present(*_labels(context, reals, count or NUM_IMAGES), classes)
     return [
-        Want(of="real", role="inception", count=reals, recipe=Rows()),
-        Want(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
+        StatRequest(of="real", role="inception", count=reals, recipe=Rows()),
+        StatRequest(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
     ]
 
 
@@ -90,8 +90,8 @@ def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: 
 )
 def fid_class(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the mean, the largest, and every class's distance."""
-    wants = _plan_class(context, count)
-    real, fake = (statistics_of(context)[want]["rows"] for want in wants)
+    requests = _plan_class(context, count)
+    real, fake = (statistics_of(context)[request]["rows"] for request in requests)
     real_class, fake_class = _labels(context, len(real), len(fake))
     distances = class_distances(real, real_class, fake, fake_class, _classes_of(context))
     present = distances.isfinite().nonzero()[:, 0].tolist()  # a data set may name classes that it has no images of

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 from metrics.detectors import Role
-from metrics.feature_stats import Moments, Recipe, Rows, Side, Want, statistics_of
+from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
 from metrics.frechet import frechet_numbers, warn_of_few
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
@@ -63,23 +63,25 @@ class FeatureMetric:
     library_suffix: str = ""
     higher_is_better: bool = False
 
-    def plan(self, context: MetricContext, count: int | None) -> list[Want]:
+    def plan(self, context: MetricContext, count: int | None) -> list[StatRequest]:
         """Return the statistics that are compared: of the reals, unless none take part, and of the fakes."""
         num_fake = count or NUM_IMAGES
         limits: dict[Reals, int | None] = {"all": None, "most": MAX_REALS, "equal": num_fake, "none": 0}
         limit, total = limits[self.reals], len(context.reals)
         sizes = {"num_real": total if limit is None else min(limit, total), "num_fake": num_fake, "seed": context.seed}
         real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
-        wants = [Want(of="fake", role=self.role, count=num_fake, recipe=fake)]
+        requests = [StatRequest(of="fake", role=self.role, count=num_fake, recipe=fake)]
         if self.reals != "none":
-            wants.insert(0, Want(of="real", role=self.role, count=limit, recipe=real, flips=context.has_flips))
-        return wants
+            requests.insert(
+                0, StatRequest(of="real", role=self.role, count=limit, recipe=real, flips=context.has_flips)
+            )
+        return requests
 
     def measure(self, context: MetricContext, name: str, count: int | None) -> Measurement:
         """Return the numbers of the statistics of `plan`."""
-        statistics, wants = statistics_of(context), self.plan(context, count)
-        results = [statistics[want] for want in wants]
-        sizes = {want.of: statistics.size(want) for want in wants}
+        statistics, requests = statistics_of(context), self.plan(context, count)
+        results = [statistics[request] for request in requests]
+        sizes = {request.of: statistics.size(request) for request in requests}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
         return Measurement(
             values={f"{name}{ending}": value for ending, value in numbers(*results).items()},

@@ -1,8 +1,8 @@
 """Statistics of features, streamed over batches and processes, and kept on disk for sets of real images.
 
-A metric says what it wants: `Want(of="fake", role="inception", count=50_000, recipe=Moments())`. `collect` groups the
-wants of all metrics, so that a set of images is generated or read once, passes through each network once, and feeds
-every recipe. A recipe's result is a dict of tensors, the same on every process whatever the batch size.
+A metric plans requests such as `StatRequest(of="fake", role="inception", count=50_000, recipe=Moments())`.
+`collect` groups the requests of all metrics: each image is generated or read once, passes through each network once,
+and feeds every recipe. A recipe's result is a dict of tensors, the same on every process whatever the batch size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dnnlib.config import UserError
 from metrics.detectors import Detector, Role
 from metrics.sampling import (
     Batches,
-    Generator,
+    ImageGenerator,
     MetricContext,
     choose_reals,
     fake_batches,
@@ -62,7 +62,7 @@ class Recipe(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Want:
+class StatRequest:
     """A statistic of the features of `count` images (None: all reals); `flips`: flips are among the reals."""
 
     of: Literal["real", "fake"]
@@ -202,14 +202,14 @@ def statistics_of(context: MetricContext) -> Statistics:
     return shared
 
 
-def with_network(context: MetricContext, G: Generator) -> MetricContext:
+def with_network(context: MetricContext, G: ImageGenerator) -> MetricContext:
     """Return a context for another network on the same data; detectors and statistics of the reals are kept."""
     old = statistics_of(context)
     following = replace(context, G=G, shared={})
     new = statistics_of(following)
     new.detectors = old.detectors
-    new.results = {want: result for want, result in old.results.items() if want.of == "real"}
-    new.seconds = {want: 0.0 for want in new.results}
+    new.results = {request: result for request, result in old.results.items() if request.of == "real"}
+    new.seconds = {request: 0.0 for request in new.results}
     return following
 
 
@@ -218,42 +218,44 @@ class Statistics:
 
     def __init__(self, context: MetricContext) -> None:
         self.context = context
-        self.results: dict[Want, Result] = {}
-        self.seconds: dict[Want, float] = {}
+        self.results: dict[StatRequest, Result] = {}
+        self.seconds: dict[StatRequest, float] = {}
         self.detectors: dict[Role, Detector] = {}
 
-    def __getitem__(self, want: Want) -> Result:
-        self.collect([want])
-        return self.results[self._normal(want)]
+    def __getitem__(self, request: StatRequest) -> Result:
+        self.collect([request])
+        return self.results[self._normal(request)]
 
-    def seconds_of(self, wants: Iterable[Want]) -> float:
-        """Return how long the passes took in which these wants were met, each shared pass in full."""
-        passes = {want.of: self.seconds[want] for want in map(self._normal, wants)}
+    def seconds_of(self, requests: Iterable[StatRequest]) -> float:
+        """Return how long the passes took in which these requests were met, each shared pass in full."""
+        passes = {request.of: self.seconds[request] for request in map(self._normal, requests)}
         return sum(passes.values())
 
-    def _normal(self, want: Want) -> Want:
+    def _normal(self, request: StatRequest) -> StatRequest:
         """Name all reals in one way, so that a count that is no restriction shares their pass."""
-        is_all = want.of == "real" and want.count is not None and want.count >= len(self._context_of(want).reals)
-        return replace(want, count=None) if is_all else want
+        is_all = (
+            request.of == "real" and request.count is not None and request.count >= len(self._context_of(request).reals)
+        )
+        return replace(request, count=None) if is_all else request
 
-    def _context_of(self, want: Want) -> MetricContext:
-        """Return the context whose `reals` are those of a want."""
-        return replace(self.context, counts_flips=want.flips)
+    def _context_of(self, request: StatRequest) -> MetricContext:
+        """Return the context whose `reals` are those of a request."""
+        return replace(self.context, counts_flips=request.flips)
 
-    def collect(self, wants: Iterable[Want]) -> None:
+    def collect(self, requests: Iterable[StatRequest]) -> None:
         """Make what is wanted and not there yet: one pass over all fakes, one over each size of set of reals."""
-        todo = [want for want in dict.fromkeys(map(self._normal, wants)) if want not in self.results]
-        self._run([want for want in todo if want.of == "fake"])
-        for want in [want for want in todo if want.of == "real"]:
-            kept = self._load(want)
+        todo = [request for request in dict.fromkeys(map(self._normal, requests)) if request not in self.results]
+        self._run([request for request in todo if request.of == "fake"])
+        for request in [request for request in todo if request.of == "real"]:
+            kept = self._load(request)
             if kept is not None:
-                self.results[want], self.seconds[want] = kept, 0.0
-        unread = [want for want in todo if want.of == "real" and want not in self.results]
-        for chosen in dict.fromkeys((want.count, want.flips) for want in unread):
-            group = [want for want in unread if (want.count, want.flips) == chosen]
+                self.results[request], self.seconds[request] = kept, 0.0
+        unread = [request for request in todo if request.of == "real" and request not in self.results]
+        for chosen in dict.fromkeys((request.count, request.flips) for request in unread):
+            group = [request for request in unread if (request.count, request.flips) == chosen]
             self._run(group)
-            for want in group:
-                self._save(want)
+            for request in group:
+                self._save(request)
 
     def try_out(self, role: Role, *, with_classes: bool) -> None:
         """Show a user's own network blank images of the data's shape: two, then one, which a fixed batch size fails on.
@@ -268,41 +270,41 @@ class Statistics:
         if with_classes and logits is None:
             raise UserError(NO_CLASSES)
 
-    def _run(self, wants: list[Want]) -> None:
+    def _run(self, requests: list[StatRequest]) -> None:
         """Send one set of images, of the largest size that is wanted, through the networks that are wanted."""
-        if not wants:
+        if not requests:
             return
         start = time.perf_counter()
-        sizes = {want: self.size(want) for want in wants}
+        sizes = {request: self.size(request) for request in requests}
         total = max(sizes.values())
-        accumulators = {want: want.recipe.start(sizes[want]) for want in wants}
+        accumulators = {request: request.recipe.start(sizes[request]) for request in requests}
         broken: dict[tuple[Role, str], Tensor] = {}  # on the device, so that the host does not wait in every batch
-        for positions, images in self._batches(wants[0], total):
-            for role in dict.fromkeys(want.role for want in wants):
+        for positions, images in self._batches(requests[0], total):
+            for role in dict.fromkeys(request.role for request in requests):
                 features, logits = self._detector(role)(images)
                 for key, x in (((role, "features"), features), ((role, "class logits"), logits)):
                     if x is not None:
                         is_broken = x.isfinite().all().logical_not()
                         broken[key] = broken[key] | is_broken if key in broken else is_broken
-                for want in [want for want in wants if want.role == role]:
-                    inside = min(max(sizes[want] - positions.start, 0), len(features))
+                for request in [request for request in requests if request.role == role]:
+                    inside = min(max(sizes[request] - positions.start, 0), len(features))
                     part = slice(0, inside if len(positions) else 0)
-                    accumulators[want].add(positions, features[part], None if logits is None else logits[part])
+                    accumulators[request].add(positions, features[part], None if logits is None else logits[part])
         for (role, what), is_broken in broken.items():
             if is_broken:
                 raise UserError(f"the detector {self._detector(role).name} returns {what} that are not finite")
-        for want in wants:
-            self.results[want] = accumulators[want].finish()
-        for want in wants:
-            self.seconds[want] = time.perf_counter() - start
+        for request in requests:
+            self.results[request] = accumulators[request].finish()
+        for request in requests:
+            self.seconds[request] = time.perf_counter() - start
 
-    def _batches(self, want: Want, total: int) -> Batches:
+    def _batches(self, request: StatRequest, total: int) -> Batches:
         """Yield this process's images in the detector's batches; a process without any gets one blank image.
 
         So every process learns the sizes of the features. The blank image stands at no position.
         """
-        context = self._context_of(want)
-        if want.of == "fake":
+        context = self._context_of(request)
+        if request.of == "fake":
             batches = fake_batches(context, total)
         else:
             batches = real_batches(context, choose_reals(context, total))
@@ -312,15 +314,15 @@ class Statistics:
             return iter([(range(share.start, share.start), blank)])
         return rebatched(batches, context.detector_batch)
 
-    def size(self, want: Want) -> int:
-        """Return how many images a want comes to."""
-        everything = len(self._context_of(want).reals)
-        if want.of == "fake":
-            assert want.count is not None
-            return want.count
+    def size(self, request: StatRequest) -> int:
+        """Return how many images a request comes to."""
+        everything = len(self._context_of(request).reals)
+        if request.of == "fake":
+            assert request.count is not None
+            return request.count
         if everything == 0:
             raise UserError("the data set holds no images: metrics need some to compare with")
-        return everything if want.count is None else min(want.count, everything)
+        return everything if request.count is None else min(request.count, everything)
 
     def _detector(self, role: Role) -> Detector:
         if role not in self.detectors:
@@ -329,25 +331,25 @@ class Statistics:
 
     # Statistics of reals on disk. The first process reads and writes; others may not see its disk.
 
-    def _path(self, want: Want) -> Path | None:
-        context = self._context_of(want)
+    def _path(self, request: StatRequest) -> Path | None:
+        context = self._context_of(request)
         if context.cache is None:
             return None
-        size = self.size(want)
+        size = self.size(request)
         key = {
             "version": VERSION,
             "data": context.reals.content_hash,  # which differs with and without flips
             "chosen": None if size == len(context.reals) else [size, context.seed],
-            "detector": context.setup.identity(want.role)["detector_sha256"],
-            "library": context.setup.library_of(want.role),
+            "detector": context.setup.identity(request.role)["detector_sha256"],
+            "library": context.setup.library_of(request.role),
             "protocol": context.setup.protocol,
-            "recipe": repr(want.recipe),
+            "recipe": repr(request.recipe),
         }
         return context.cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.pt"
 
-    def _load(self, want: Want) -> Result | None:
+    def _load(self, request: StatRequest) -> Result | None:
         def read() -> Result | None:
-            path = self._path(want)
+            path = self._path(request)
             if path is None or not path.exists():
                 return None
             try:
@@ -362,13 +364,13 @@ class Statistics:
         kept = from_main(read)
         return None if kept is None else {name: x.to(self.context.device) for name, x in kept.items()}
 
-    def _save(self, want: Want) -> None:
-        path = self._path(want) if is_main() else None
+    def _save(self, request: StatRequest) -> None:
+        path = self._path(request) if is_main() else None
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, FORMAT, VERSION, self.results[want])
+            write_file(path, FORMAT, VERSION, self.results[request])
         except (OSError, UserError) as error:
             print(f"Warning: statistics of the real images are not kept ({error})", file=sys.stderr)
 

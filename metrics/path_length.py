@@ -45,7 +45,7 @@ def trimmed_mean(distances: np.ndarray) -> float:
     return float(distances[(low <= distances) & (distances <= high)].mean())
 
 
-def judged_part(img: Tensor, crop: bool) -> Tensor:
+def lpips_input(img: Tensor, crop: bool) -> Tensor:
     """Return images (B, C, H, W) in [-1, 1] as LPIPS sees them: RGB in 0..255, no larger than 256 pixels."""
     if crop:
         H, W = img.shape[2:]
@@ -106,7 +106,7 @@ def path_length(context: MetricContext, name: str, count: int, walk: Walk) -> Me
     distance = context.setup.load_similarity(context.device)
     parts = [torch.zeros(0, device=context.device)]
     for one, other in steps(context, walk, count):
-        parts.append(distance(judged_part(one, walk.crop), judged_part(other, walk.crop)) / EPSILON**2)
+        parts.append(distance(lpips_input(one, walk.crop), lpips_input(other, walk.crop)) / EPSILON**2)
     distances = gather_rows(torch.cat(parts)[:, None])[:, 0].cpu().double().numpy()
     if not np.isfinite(distances).all():
         raise UserError("the network returns values that are not finite (its training diverged): no metric exists")

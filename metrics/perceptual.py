@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from metrics.detectors import DetectorSetup, full_float32, load_module
-from metrics.path_length import judged_part
-from torch_utils.images import Towards
+from metrics.path_length import lpips_input
+from torch_utils.images import DistanceTo
 
 
-def lpips_towards(setup: DetectorSetup, device: torch.device) -> Towards:
+def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
     """LPIPS of torch-fidelity on RGB or gray images, averaged down to 256 pixels.
 
     sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2        Zhang et al. 2018
@@ -28,10 +28,10 @@ def lpips_towards(setup: DetectorSetup, device: torch.device) -> Towards:
     network = setup.load_lpips_network(device)
 
     def units(img: Tensor) -> list[Tensor]:
-        activations = network.net(network.normalize(judged_part(img, crop=False)))  # five of (B, C, H, W)
+        activations = network.net(network.normalize(lpips_input(img, crop=False)))  # five of (B, C, H, W)
         return [x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in activations]
 
-    def towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
+    def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad(), full_float32():
             goals = units(targets)
 
@@ -43,10 +43,10 @@ def lpips_towards(setup: DetectorSetup, device: torch.device) -> Towards:
 
         return distance
 
-    return towards
+    return distance_to
 
 
-def features_towards(path: Path, device: torch.device) -> Towards:
+def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     """|f(img) - f(target)|^2 / |f(target)|^2 of a program's features f, which is given float pixels in 0..255.
 
     Of a program that takes `return_lpips`, as the StyleGAN family's VGG16 does, f is what it returns with it: squared
@@ -61,7 +61,7 @@ def features_towards(path: Path, device: torch.device) -> Towards:
         options = {"resize_images": False, "return_lpips": True}
 
     def features(img: Tensor) -> Tensor:
-        pixels = judged_part(img, crop=False) if is_lpips else (img * 127.5 + 128).clamp(0, 255)
+        pixels = lpips_input(img, crop=False) if is_lpips else (img * 127.5 + 128).clamp(0, 255)
         try:
             with full_float32():
                 output: Any = module(pixels, **options)
@@ -72,7 +72,7 @@ def features_towards(path: Path, device: torch.device) -> Towards:
             ) from None
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
-    def towards(targets: Tensor) -> Callable[[Tensor], Tensor]:
+    def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.enable_grad():  # of TorchScript, a result may carry a graph even without
             goal = features(targets.clone().requires_grad_())
         if not goal.requires_grad:
@@ -81,7 +81,7 @@ def features_towards(path: Path, device: torch.device) -> Towards:
         unit = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
         return lambda img: (features(img) - goal).square().sum(dim=1) / unit
 
-    return towards
+    return distance_to
 
 
 def _admit_floats(module: Any) -> None:

@@ -69,7 +69,7 @@ FUNCTIONS = re.compile(
 )
 METHODS = ("size", "stride", "storage_offset")
 POWERS = ("Pow", "PowByNatural")
-LONGEST_EXPRESSION = 20_000
+MAX_EXPRESSION = 20_000
 
 # Variables that torch.load follows in spite of its arguments; it refuses to work under both.
 DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -206,7 +206,7 @@ def _check_operator(name: str) -> None:
 def _check_expression(text: str) -> None:
     """Raise ValueError unless Python's evaluation of a text is arithmetic of sizes."""
     try:
-        nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))] if len(text) <= LONGEST_EXPRESSION else []
+        nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))] if len(text) <= MAX_EXPRESSION else []
     except SyntaxError:
         nodes = []
     calls = [node for node in nodes if isinstance(node, ast.Call)]

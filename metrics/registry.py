@@ -31,7 +31,7 @@ from dnnlib.config import UserError
 from dnnlib.download import sha256_of_file
 from dnnlib.util import append_line, read_metric_records
 from metrics.detectors import DetectorSetup, Role
-from metrics.feature_stats import ClassSums, Want, statistics_of
+from metrics.feature_stats import ClassSums, StatRequest, statistics_of
 from metrics.sampling import MetricContext
 
 COMPARABLE = (  # two records of a metric compare when these are equal
@@ -59,15 +59,15 @@ class Measurement:
 
 
 MetricFunction = Callable[[MetricContext, str, int | None], Measurement]
-Plan = Callable[[MetricContext, int | None], Sequence[Want]]
+Plan = Callable[[MetricContext, int | None], Sequence[StatRequest]]
 
 
 def _nothing() -> None:
     """Report nothing missing."""
 
 
-def _no_plan(context: MetricContext, count: int | None) -> Sequence[Want]:
-    """Want no statistics of features."""
+def _no_plan(context: MetricContext, count: int | None) -> Sequence[StatRequest]:
+    """Return an empty plan: no statistics of features."""
     return ()
 
 
@@ -227,7 +227,7 @@ def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], s
     return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is there"
 
 
-def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Want, ...]]:
+def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[StatRequest, ...]]:
     """Find out what metrics need, before anything is generated: fetch it, try it out, and return their plans.
 
     Raises UserError for what is missing or does not work, and for data that a metric cannot use.
@@ -239,7 +239,7 @@ def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Wan
         with _naming(name):
             plans[name] = tuple(spec.plan(replace(context, counts_flips=spec.counts_flips), count))
             for role in spec.roles:
-                with_classes = any(isinstance(want.recipe, ClassSums) for want in plans[name])
+                with_classes = any(isinstance(request.recipe, ClassSums) for request in plans[name])
                 statistics_of(context).try_out(role, with_classes=with_classes)
     return plans
 
@@ -258,7 +258,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
     plans = prepare(specs, context)
     statistics = statistics_of(context)
-    statistics.collect(want for plan in plans.values() for want in plan)
+    statistics.collect(request for plan in plans.values() for request in plan)
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         own = replace(context, counts_flips=spec.counts_flips)

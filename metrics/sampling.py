@@ -26,7 +26,7 @@ from torch_utils.distributed import rank, world_size
 from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 
-Progress = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
+ProgressCallback = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
 NUM_IMAGES = 50_000  # fakes of a metric whose name has no count
 MAX_REALS = 200_000  # of the metrics that hold every feature
@@ -34,7 +34,7 @@ BLOCK = 64  # positions that share a stream of random numbers
 READERS = 4  # threads that decode images ahead
 
 
-class Generator(Protocol):
+class ImageGenerator(Protocol):
     """Interface of a generator to the metrics: latents and labels in, images in about [-1, 1] out."""
 
     @property
@@ -86,7 +86,7 @@ class MetricContext:
     common. Raises UserError when the two sides do not fit together.
     """
 
-    G: Generator | None = None
+    G: ImageGenerator | None = None
     fakes: Images | None = None
     images: Images
     mirrored: Images | None = None
@@ -99,7 +99,7 @@ class MetricContext:
     noise_mode: str = "const"
     setup: DetectorSetup = field(default_factory=DetectorSetup)
     cache: Path | None = None
-    progress: Progress = field(default=silent, repr=False)
+    progress: ProgressCallback = field(default=silent, repr=False)
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class MetricContext:
         return self.mirrored if self.counts_flips and self.mirrored is not None else self.images
 
     @property
-    def network(self) -> Generator:
+    def network(self) -> ImageGenerator:
         """G. Raises UserError when the fakes are files."""
         if self.G is None:
             raise UserError("needs a network, and only images are given")
@@ -221,7 +221,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 
 
 @torch.no_grad()
-def _generate_batches(context: MetricContext, G: Generator, count: int) -> Batches:
+def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> Batches:
     share = own_shard(count)
     is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # there, so that the host does not wait for it
     for positions in cut(share, context.batch_size):

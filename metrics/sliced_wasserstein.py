@@ -41,7 +41,7 @@ from torch_utils.distributed import all_reduce
 
 PATCH = 7  # pixels on a side
 PATCHES = 128  # per image and level
-SMALLEST = 16  # no level below this many pixels on its shorter side
+MIN_SIDE = 16  # no level below this many pixels on its shorter side
 DIRECTIONS = 4 * 128  # four repeats of 128 directions, averaged
 NUM_IMAGES = 16_384
 STEPS = 128  # stored steps per grey level; a Laplacian level lies within +-255, and 255 * 128 < 2^15
@@ -139,7 +139,7 @@ def named(name: str, values: dict[str, float]) -> dict[str, float]:
 def pyramid_shapes(height: int, width: int) -> list[tuple[int, int]]:
     """Return (height, width) of every level, the finest first: halved, rounded up, while both sides stay >= 16."""
     shapes = [(height, width)]
-    while min((side + 1) // 2 for side in shapes[-1]) >= SMALLEST:
+    while min((side + 1) // 2 for side in shapes[-1]) >= MIN_SIDE:
         height, width = shapes[-1]
         shapes.append(((height + 1) // 2, (width + 1) // 2))
     return shapes

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.config import UserError
 from metrics import registry
-from reporting.runs import Curve, Run
+from reporting.run_reader import Curve, Run
 
 
 @dataclass(frozen=True)

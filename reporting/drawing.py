@@ -18,7 +18,7 @@ import numpy as np
 
 from dnnlib.config import UserError
 from reporting.charts import Chart, Line
-from reporting.runs import Curve
+from reporting.run_reader import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ INK = "#0a0b0c"  # what is not a line; the page chooses the colour
 
 
 @dataclass(frozen=True)
-class Ruler:
+class Axis:
     """Horizontal axis of a panel: the field `name` of a curve, in units of `unit`."""
 
     name: str
@@ -43,10 +43,10 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart along one ruler, as SVG. The share of its width from `left` to `right` shows `first` to `last`."""
+    """A chart along one axis, as SVG. The share of its width from `left` to `right` shows `first` to `last`."""
 
     svg: str
-    ruler: Ruler
+    axis: Axis
     left: float
     right: float
     first: float
@@ -54,8 +54,8 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A chart, drawn: PNG of all, and a panel for each ruler."""
+class RenderedChart:
+    """A chart, drawn: PNG of all, and a panel for each axis."""
 
     chart: Chart
     png: bytes
@@ -68,61 +68,61 @@ def check_matplotlib() -> None:
         raise UserError("the package matplotlib is not installed: pip install '.[metrics]'")
 
 
-def draw(chart: Chart) -> Picture:
+def draw(chart: Chart) -> RenderedChart:
     """Draw a chart."""
     os.environ["MPLBACKEND"] = "agg"  # files are drawn, whatever backend the user's windows have
     import matplotlib
 
-    rulers = _rulers(chart.lines)
+    x_axes = _x_axes(chart.lines)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        return Picture(chart, draw_png(chart), tuple(_draw_panel(chart, ruler) for ruler in rulers))
+        return RenderedChart(chart, draw_png(chart), tuple(_draw_panel(chart, axis) for axis in x_axes))
 
 
-def _rulers(lines: Sequence[Line]) -> list[Ruler]:
+def _x_axes(lines: Sequence[Line]) -> list[Axis]:
     """kimg, and the time where it is known."""
     seconds = np.concatenate([line.curve.seconds for line in lines])
     longest = seconds[np.isfinite(seconds)].max(initial=-1)
     if longest < 0:
-        return [Ruler("kimg", 1, "kimg")]
+        return [Axis("kimg", 1, "kimg")]
     units = {"days": 86400, "hours": 3600, "minutes": 60}
     words = next((words for words, unit in units.items() if longest > 2 * unit), "minutes")
-    return [Ruler("kimg", 1, "kimg"), Ruler("seconds", units[words], f"{words} of training")]
+    return [Axis("kimg", 1, "kimg"), Axis("seconds", units[words], f"{words} of training")]
 
 
 def draw_png(chart: Chart) -> bytes:
-    """Draw a chart for a file: along each ruler, with title and legend."""
+    """Draw a chart for a file: along each axis, with title and legend."""
     from matplotlib.figure import Figure
 
-    rulers = _rulers(chart.lines)
+    x_axes = _x_axes(chart.lines)
     columns = 1 if chart.compares else 4
     rows = -(-len(chart.legend()) // columns)
     figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")
     title = chart.title + (f" ({chart.note})" if chart.note else "")
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12)
-    for axes, ruler in zip(figure.subplots(1, len(rulers), squeeze=False)[0], rulers, strict=True):
-        _plot(axes, chart, ruler)
+    for axes, axis in zip(figure.subplots(1, len(x_axes), squeeze=False)[0], x_axes, strict=True):
+        _plot(axes, chart, axis)
     _add_legend(figure, chart, columns)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def _plot(axes: Axes, chart: Chart, ruler: Ruler) -> None:
-    """Draw the lines of a chart along a ruler."""
+def _plot(axes: Axes, chart: Chart, axis: Axis) -> None:
+    """Draw the lines of a chart along an x axis."""
     for line in chart.lines:
         style: dict[str, Any] = {"color": line.colour, "linestyle": _style(line.dashes), "linewidth": 1.4}
-        x, y = _extremes(ruler.along(line.curve), line.curve.values)
+        x, y = _extremes(axis.along(line.curve), line.curve.values)
         if line.is_smoothed:
             axes.plot(x, y, color=line.colour, linewidth=0.5, alpha=0.3)
             trend = line.trend()
-            x, y = _extremes(ruler.along(trend), trend.values)
+            x, y = _extremes(axis.along(trend), trend.values)
         axes.plot(x, y, marker="." if len(x) < FEW else None, **style)
         if line.best is not None:
-            best = ruler.along(line.curve)[line.best], line.curve.values[line.best]
+            best = axis.along(line.curve)[line.best], line.curve.values[line.best]
             axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
     if chart.is_log:
         _use_decades(axes)
-    axes.set(xlabel=ruler.label, ylabel=_plain(chart.unit))
+    axes.set(xlabel=axis.label, ylabel=_plain(chart.unit))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -169,21 +169,21 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 
 
-def _draw_panel(chart: Chart, ruler: Ruler) -> Panel:
-    """Draw a chart along one ruler for the page, which has title and legend beside it."""
+def _draw_panel(chart: Chart, axis: Axis) -> Panel:
+    """Draw a chart along one axis for the page, which has title and legend beside it."""
     import matplotlib
     from matplotlib.figure import Figure
 
     inks: dict[Any, Any] = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
-    inks |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {ruler.name}"}
+    inks |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {axis.name}"}
     with matplotlib.rc_context(inks):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        _plot(axes, chart, ruler)
+        _plot(axes, chart, axis)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     box = axes.get_position()
-    return Panel(_inline(buffer.getvalue()), ruler, box.x0, box.x1, *axes.get_xlim())
+    return Panel(_inline(buffer.getvalue()), axis, box.x0, box.x1, *axes.get_xlim())
 
 
 def _inline(svg: str) -> str:

@@ -20,22 +20,22 @@ from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES, open_image
 from dnnlib.util import format_time, read_regular
 from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
-from reporting.drawing import Panel, Picture
-from reporting.runs import Curve, Grid, Run
+from reporting.drawing import Panel, RenderedChart
+from reporting.run_reader import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # pixels of a grid in the page
-MAX_STARTS, MAX_FACTS = 50, 30  # of a run that are shown, and what is told of each
+MAX_STARTS, MAX_FACTS = 50, 30  # of a run that are shown, and facts per run
 READ = 300  # points of a line whose values are shown under the pointer
 
 
-def build_page(runs: Sequence[Run], pictures: Iterable[Picture], max_images: int) -> str:
+def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
     """Return the page, with at most `max_images` grids of all runs together, but two of each in any case."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     per_run = max(max_images // len(runs), 2)
     grids = [_grids(run, per_run) for run in runs]
     parts = [f"<h1>{escape(title)}</h1>", _problems(runs), _overview(runs), "<h2>Generated images</h2>", *grids]
-    parts += ["<h2>Curves</h2>", *map(_chart, pictures)]
+    parts += ["<h2>Curves</h2>", *map(_chart, charts)]
     parts += ["<h2>Options</h2>", _differing_options(runs), *map(_all_options, runs)]
     parts.append(_environments(runs))
     written = f"Written {_date(datetime.now(UTC).timestamp())} by report.py."
@@ -150,7 +150,7 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _chart(picture: Picture) -> str:
+def _chart(picture: RenderedChart) -> str:
     """The panels of a chart, its legend, and what the pointer shows."""
     chart = picture.chart
     lines = escape(json.dumps([_readings(chart, line) for line in chart.lines], separators=(",", ":")))
@@ -175,10 +175,10 @@ def _readings(chart: Chart, line: Line) -> dict[str, Any]:
 
 def _panel(panel: Panel) -> str:
     """A drawing, and for the script which part of it is what."""
-    ruler, unit = panel.ruler, panel.ruler.unit
-    told = {"name": ruler.name, "label": ruler.label, "unit": unit, "left": panel.left, "right": panel.right}
-    told |= {"first": panel.first * unit, "last": panel.last * unit}
-    return f'<div class="panel" data-ruler="{escape(json.dumps(told))}">{panel.svg}</div>'
+    axis, unit = panel.axis, panel.axis.unit
+    scale = {"name": axis.name, "label": axis.label, "unit": unit, "left": panel.left, "right": panel.right}
+    scale |= {"first": panel.first * unit, "last": panel.last * unit}
+    return f'<div class="panel" data-axis="{escape(json.dumps(scale))}">{panel.svg}</div>'
 
 
 def _swatch(entry: Entry) -> str:

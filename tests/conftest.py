@@ -19,10 +19,10 @@ import dataset_tool
 from dnnlib.config import OPTIONS_FILE, UserError, override
 from dnnlib.util import FolderLock
 from torch_utils import distributed
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Hook
-from training.runs import RunFolder
+from training.run_folder import RunFolder
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
@@ -155,7 +155,7 @@ LONG = (
     "test_portability",
     "test_onnx",
     "test_failures",
-    "test_rehearsal",
+    "test_auto_batch",
     "test_training",
 )
 
@@ -189,7 +189,7 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
     config = override(PRESETS["tiny"], values)
     dataset = ImageDataset(config.data)
     on_gpu = torch.cuda.is_available()
-    return resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim, on_gpu=on_gpu))
+    return resolve(config, Environment(img_shape=dataset.img_shape, c_dim=dataset.c_dim, on_gpu=on_gpu))
 
 
 def new_saver(folder: Path, config: TrainConfig) -> Saver:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dnnlib.config import override, to_json
-from training.config import PRESETS, Circumstances, read_config, resolve
+from training.config import PRESETS, Environment, read_config, resolve
 from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 # What makes each family small; a family that is not here is as its defaults say.
@@ -25,7 +25,7 @@ def make_snapshot(path: Path, family: str = "styleformer", *, c_dim: int = 0, da
     changes = {"family": family, "z_dim": 16, "w_dim": 16} | SMALL.get(family, {})
     config = override(PRESETS["tiny"], {f"generator.{name}": value for name, value in changes.items()})
     small_d = {"discriminator.channel_base": 64, "discriminator.mapping_layers": 2, "data.path": data}
-    config = resolve(override(config, small_d), Circumstances(img_shape=(3, 8, 8), c_dim=c_dim))
+    config = resolve(override(config, small_d), Environment(img_shape=(3, 8, 8), c_dim=c_dim))
     config = read_config(to_json(config))  # 12 is 12.0 where a field is a float
     torch.manual_seed(5)
     G, D, G_ema = config.generator.build(), config.discriminator.build(), config.generator.build()

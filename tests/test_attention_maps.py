@@ -17,8 +17,8 @@ from test_transgan import build as build_transgan
 from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
 
 from dnnlib.config import UserError
-from exploration import attention
-from exploration.attention import attention_maps, choose_pixels, most_attended, record, tokens_of
+from exploration import attention_maps as attention
+from exploration.attention_maps import attention_maps, choose_pixels, most_attended, record, tokens_of
 from exploration.model import Model
 from exploration.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig

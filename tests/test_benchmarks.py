@@ -72,7 +72,7 @@ def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.Mo
     run_phase = train_step.Trainer.run_phase
 
     def spy(self: Any, phase: Any, img: torch.Tensor, c: torch.Tensor) -> None:
-        uses_winograd = winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))
+        uses_winograd = winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))
         calls.append((phase.name, len(img), uses_winograd))
         run_phase(self, phase, img, c)
 
@@ -81,7 +81,7 @@ def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.Mo
     names = [name for name, batch, _ in calls if batch == 8]  # the others count operations
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
-    assert winograd.pays(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # and was put back
+    assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # and was put back
     assert (row["mode"], row["precision"], row["speedup"]) == ("bf16+no-winograd", "bf16", 1)
 
 

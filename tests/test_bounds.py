@@ -50,14 +50,14 @@ from metrics.detectors import read_detectors
 from torch_utils.checkpoint import Checkpoint, digest, read_file, write_file
 from torch_utils.pickles import read_torch_file
 from training import resume
-from training.config import PRESETS, Circumstances, read_config, resolve
+from training.config import PRESETS, Environment, read_config, resolve
 from training.data_sources.sources import Drawing, open_source
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.transgan import TransGANConfig
 from training.snapshots import snapshot
 from training.snapshots.exchange import load_folder, save_folder
 
-MOST_GROWTH = 400  # MiB; without bounds most of these files take gigabytes, or for ever
+MAX_GROWTH = 400  # MiB; without bounds most of these files take gigabytes, or for ever
 HUGE = 10**400  # more than a float holds
 
 
@@ -89,7 +89,7 @@ def little_memory() -> Iterator[None]:
     """Fail when what is inside takes hundreds of megabytes, also where the process has had as many before."""
     before = restart_peak_memory()
     yield
-    assert before is None or peak_memory() - before < MOST_GROWTH
+    assert before is None or peak_memory() - before < MAX_GROWTH
 
 
 def test_memory_is_measured_after_a_peak() -> None:
@@ -98,7 +98,7 @@ def test_memory_is_measured_after_a_peak() -> None:
     tune_allocator()
     for _ in range(2):
         with pytest.raises(AssertionError), little_memory():
-            bytearray(b"x") * ((MOST_GROWTH + 100) << 20)
+            bytearray(b"x") * ((MAX_GROWTH + 100) << 20)
 
 
 def refused(function: Callable[[], Any], text: str = "") -> str:
@@ -373,12 +373,12 @@ def test_networks_wider_than_their_tensors_are_not_built(name: str, tmp_path: Pa
 @pytest.mark.slow
 def test_outlines_are_what_torch_says() -> None:
     """Names, shapes and types of every family, as on torch's own meta device."""
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=3)
+    env = Environment(img_shape=(3, 32, 32), c_dim=3)
     for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
         for family in families:
             changes: dict[str, Any] = {f"{part}.family": family}
             changes |= {"generator.handover": 16} if family == "styleformer-c" else {}
-            config = getattr(resolve(override(PRESETS["tiny"], changes), about), part)
+            config = getattr(resolve(override(PRESETS["tiny"], changes), env), part)
             with torch.device("meta"):
                 expected = config.build()
             found = snapshot.outline(config, "x")
@@ -410,11 +410,11 @@ def test_outlines_load_no_compiler() -> None:
 
 OUTLINES = """
 import sys
-from training.config import PRESETS, Circumstances, resolve
+from training.config import PRESETS, Environment, resolve
 from training.snapshots.snapshot import outline
 
 for name in ("auto", "stylegan2", "styleformer-c256", "transgan-celebahq256"):
-    config = resolve(PRESETS[name], Circumstances(img_shape=(3, 256, 256), c_dim=0))
+    config = resolve(PRESETS[name], Environment(img_shape=(3, 256, 256), c_dim=0))
     outline(config.generator, "G")
     outline(config.discriminator, "D")
 assert "torch._dynamo" not in sys.modules
@@ -1059,7 +1059,7 @@ def test_one_damaged_run_leaves_the_others_to_resume_from(
         shutil.copy(STATE, run_dir / "training-state-000001.pt")
         (run_dir / OPTIONS_FILE).write_text(json.dumps(to_json(config)))
     DAMAGED_RUNS[name](tmp_path / "00001-run" / OPTIONS_FILE)
-    start = resume.choose_start(resume.Request(outdir=tmp_path, resume="latest"))
+    start = resume.choose_start(resume.RunRequest(outdir=tmp_path, resume="latest"))
     assert start.run_dir == tmp_path / "00000-run"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1

@@ -23,7 +23,7 @@ PARTS = (RunConfig, DatasetConfig, AugmentConfig, LossConfig, AdamConfig, EMACon
 CONFIGS: tuple[Any, ...] = (TrainConfig, *PARTS, *GENERATORS.values(), *DISCRIMINATORS.values())
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
 BOUNDED = [(config, field) for config, field in FIELDS if str(bounds_of(config)[field.name])]
-ENDS = ("least", "above", "most", "below")
+ENDS = ("at_least", "above", "at_most", "below")
 # What a value at the edge of its bounds needs of other fields.
 ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("AugmentConfig", "p"): {"mode": "fixed"},
@@ -75,11 +75,11 @@ def inside_and_outside(config: Any, name: str, bounds: Bounds) -> tuple[list[Any
         edge = getattr(bounds, end)
         if edge is None:
             continue
-        sign = 1 if end in ("least", "above") else -1
+        sign = 1 if end in ("at_least", "above") else -1
         near = (lambda sign, edge=edge: math.nextafter(edge, sign * math.inf)) if is_real(config, name) else None
         within, beyond = (near(sign), near(-sign)) if near else (edge + sign, edge - sign)
-        inside += [within, edge] if end in ("least", "most") else [within]
-        outside += [beyond] if end in ("least", "most") else [edge, beyond]
+        inside += [within, edge] if end in ("at_least", "at_most") else [within]
+        outside += [beyond] if end in ("at_least", "at_most") else [edge, beyond]
     return inside, outside
 
 
@@ -111,22 +111,22 @@ def test_values_at_the_edge_of_the_bounds(config: Any, field: dataclasses.Field[
 @pytest.mark.parametrize(
     ("bounds", "value", "message"),
     [
-        (Bounds(least=1), 0, "must be at least 1"),
-        (Bounds(least=1, note="1 is all"), (2, 0), "each must be at least 1; 1 is all"),
+        (Bounds(at_least=1), 0, "must be at least 1"),
+        (Bounds(at_least=1, note="1 is all"), (2, 0), "each must be at least 1; 1 is all"),
         (Bounds(above=0), 0.0, "must be positive"),
         (Bounds(above=2), 2, "must be above 2"),
-        (Bounds(most=1024), 1025, "must be at most 1,024"),
+        (Bounds(at_most=1024), 1025, "must be at most 1,024"),
         (Bounds(below=0.5), 0.5, "must be below 0.5"),
-        (Bounds(least=0, most=1), -0.1, "must lie in 0..1"),
-        (Bounds(least=0, below=1), 1, "must lie in 0..1, 1 excluded"),
+        (Bounds(at_least=0, at_most=1), -0.1, "must lie in 0..1"),
+        (Bounds(at_least=0, below=1), 1, "must lie in 0..1, 1 excluded"),
         (Bounds(above=0, below=1), math.nan, "must lie in 0..1, 0 excluded, 1 excluded"),
         (Bounds(choices=("stop", "skip")), "halt", "choose one of stop, skip"),
         (Bounds(choices=("a", "b"), note="each once"), ("a", "c"), "'c' is none of a, b; each once"),
         (Bounds(length=2), (8,), "must be 2 numbers"),
-        (Bounds(length=2, least=1), 8, "must be 2 numbers"),
+        (Bounds(length=2, at_least=1), 8, "must be 2 numbers"),
         (Bounds(optional=False), None, "cannot be None"),
-        (Bounds(least=1), None, None),
-        (Bounds(least=1), "auto", None),
+        (Bounds(at_least=1), None, None),
+        (Bounds(at_least=1), "auto", None),
         (Bounds(), math.nan, None),
     ],
 )

@@ -26,7 +26,7 @@ from training.data_sources.checking import (
 from training.data_sources.codec import encode_png
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import open_store
-from training.data_sources.sheet import MOST_TILES, Tile, choose_tiles, draw_sheet, spread
+from training.data_sources.sheet import MAX_TILES, Tile, choose_tiles, draw_sheet, spread
 from training.data_sources.sources import items_of
 
 NOISE = np.random.RandomState(0)
@@ -266,7 +266,7 @@ def test_classes_take_turns(sizes: list[int], expected: list[int]) -> None:
     random.Random(0).shuffle(labels)
     chosen = choose_tiles(range(len(labels)), dict(enumerate(labels)))
     found = Counter(labels[position] for position in chosen)
-    assert len({*chosen}) == len(chosen) == min(MOST_TILES, len(labels))
+    assert len({*chosen}) == len(chosen) == min(MAX_TILES, len(labels))
     assert [found[k] for k in sorted(found)] == expected
     assert [labels[position] for position in chosen] == sorted(labels[position] for position in chosen)
 

@@ -15,7 +15,7 @@ from training.augment.pipe import AugmentConfig
 from training.config import (
     ADDED_FIELDS,
     PRESETS,
-    Circumstances,
+    Environment,
     RunConfig,
     TrainConfig,
     read_config,
@@ -23,7 +23,7 @@ from training.config import (
 )
 from training.phases import AdamConfig
 
-CIFAR = Circumstances(img_shape=(3, 32, 32), c_dim=0)
+CIFAR = Environment(img_shape=(3, 32, 32), c_dim=0)
 # A training without what came after the first files, as far as it says what other fields may be.
 BEFORE_OBJECTIVES: dict[str, Any] = {"loss.objective": "logistic", "augment.mode": "ada", "augment.policy": None}
 
@@ -59,7 +59,7 @@ def test_override_names_the_whole_path_of_what_it_refuses() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name: str) -> None:
-    config = resolve(PRESETS[name], Circumstances(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
+    config = resolve(PRESETS[name], Environment(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
     text = json.dumps(to_json(config))
     assert from_json(TrainConfig, json.loads(text)) == config
     assert config.preset == name
@@ -139,7 +139,7 @@ def test_a_transgan_from_before_its_noise_has_none_and_diffaugments_own_numbers(
 
 @pytest.mark.parametrize("family", [None, 3, [], {}, "biggan"])
 def test_a_family_in_a_file_that_is_none_is_refused(family: Any) -> None:
-    data = to_json(resolve(PRESETS["tiny"], Circumstances(img_shape=(3, 32, 32), c_dim=0)))
+    data = to_json(resolve(PRESETS["tiny"], Environment(img_shape=(3, 32, 32), c_dim=0)))
     for part in ("generator", "discriminator"):
         with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; known are style"):
             read_config(data | {part: data[part] | {"family": family}})
@@ -147,7 +147,7 @@ def test_a_family_in_a_file_that_is_none_is_refused(family: Any) -> None:
 
 def test_precision_and_layout_follow_the_machine() -> None:
     def resolved(**machine: bool) -> tuple[str | None, bool | None]:
-        config = resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 32, 32), c_dim=0, **machine))
+        config = resolve(PRESETS["cifar"], Environment(img_shape=(3, 32, 32), c_dim=0, **machine))
         return config.precision, config.channels_last
 
     assert resolved() == ("fp32", False)
@@ -173,12 +173,12 @@ def test_graphs_are_the_default_where_launches_take_the_time(
     side: int, on_gpu: bool, options: dict[str, bool], graphs: bool
 ) -> None:
     config = override(PRESETS["auto"], options)
-    assert resolve(config, Circumstances(img_shape=(3, side, side), c_dim=0, on_gpu=on_gpu)).run.graphs is graphs
+    assert resolve(config, Environment(img_shape=(3, side, side), c_dim=0, on_gpu=on_gpu)).run.graphs is graphs
 
 
 def test_graphs_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="need a GPU"):
-        resolve(override(PRESETS["cifar"], {"run.graphs": True}), Circumstances(img_shape=(3, 32, 32), c_dim=0))
+        resolve(override(PRESETS["cifar"], {"run.graphs": True}), Environment(img_shape=(3, 32, 32), c_dim=0))
     with pytest.raises(ConfigError, match="leave out --grad-checkpoint"):
         override(PRESETS["cifar"], {"run.graphs": True, "run.recompute": True})
 
@@ -202,7 +202,7 @@ def test_auto_follows_resolution_and_gpus(
     resolution: int, gpus: int, batch: int, gamma: float, channel_base: int
 ) -> None:
     config = override(PRESETS["auto"], {"run.num_gpus": gpus})
-    resolved = resolve(config, Circumstances(img_shape=(3, resolution, resolution), c_dim=0))
+    resolved = resolve(config, Environment(img_shape=(3, resolution, resolution), c_dim=0))
     assert resolved.batch_size == batch
     assert resolved.run.batch_gpu == batch // gpus
     assert resolved.loss.r1_gamma == pytest.approx(gamma)
@@ -233,7 +233,7 @@ SCHEDULES = {
 def test_presets_have_the_published_schedule(name: str) -> None:
     side, batch, group, fmaps, lr, gamma, ema_kimg, rampup, depth, kimg = SCHEDULES[name]
     config = override(PRESETS[name], {"run.num_gpus": 8 if name == "auto" else 1})
-    config = resolve(config, Circumstances(img_shape=(3, side, side), c_dim=0))
+    config = resolve(config, Environment(img_shape=(3, side, side), c_dim=0))
     D, loss, is_cifar = to_json(config)["discriminator"], config.loss, kimg == 100_000
     assert (config.batch_size, D["mbstd_group_size"], D["channel_base"]) == (batch, group, fmaps * 32768)
     assert config.g_optimizer == config.d_optimizer == AdamConfig(lr=lr, beta1=0.0, beta2=0.99, eps=1e-8)
@@ -250,7 +250,7 @@ def test_presets_have_the_published_schedule(name: str) -> None:
 
 
 def test_resolve_takes_channels_labels_and_size_from_the_data() -> None:
-    resolved = resolve(PRESETS["auto"], Circumstances(img_shape=(1, 64, 64), c_dim=7))
+    resolved = resolve(PRESETS["auto"], Environment(img_shape=(1, 64, 64), c_dim=7))
     assert (resolved.generator.img_channels, resolved.discriminator.img_channels) == (1, 1)
     assert (resolved.generator.c_dim, resolved.discriminator.c_dim) == (7, 7)
     assert resolved.discriminator.img_size == (64, 64)
@@ -273,4 +273,4 @@ def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
 
 def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_it_can() -> None:
     with pytest.raises(ConfigError, match=r"12"):
-        resolve(PRESETS["cifar"], Circumstances(img_shape=(3, 48, 48), c_dim=0))
+        resolve(PRESETS["cifar"], Environment(img_shape=(3, 48, 48), c_dim=0))

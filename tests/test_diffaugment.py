@@ -30,7 +30,7 @@ from training.augment.diffaugment import (
     DiffTranslation,
 )
 from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
-from training.config import PRESETS, Circumstances, resolve
+from training.config import PRESETS, Environment, resolve
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
@@ -399,9 +399,9 @@ def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> Non
 
 
 def test_only_the_filter_is_not_deterministic_on_a_gpu() -> None:
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     config = override(PRESETS["tiny"], {"augment.mode": "diffaug", "run.deterministic": True})
-    resolve(config, about)
+    resolve(config, env)
     augment = dataclasses.replace(config.augment, policy=("filter",))
     with pytest.raises(ConfigError, match="--aug=diffaug without filter"):
-        resolve(dataclasses.replace(config, augment=augment), about)
+        resolve(dataclasses.replace(config, augment=augment), env)

@@ -223,7 +223,7 @@ def test_winograd_convolution_equals_the_direct_one(H: int, W: int) -> None:
 
 def test_winograd_convolution_in_float32() -> None:
     x, weight = torch.randn(1, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48  # outputs have a standard deviation of 1
-    assert winograd.pays(x, weight)
+    assert winograd.is_profitable(x, weight)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
     assert (winograd.conv3x3(x, weight) - expected).square().mean().sqrt() < 3e-6
     conv = Conv2d(256, 256, 3)

@@ -21,7 +21,7 @@ from torch_utils import custom_ops
 from torch_utils.misc import seed_step
 from training.dataset import ImageDataset
 from training.networks import execution, winograd
-from training.phases import AdamConfig, build_learner
+from training.phases import AdamConfig, build_updater
 from training.training_loop import Trainer
 
 STEPS = 10
@@ -147,13 +147,13 @@ def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, 
         for phases in zip(eager.phases, graphs.phases, strict=True):
             buffers = []
             for trainer, phase in zip((eager, graphs), phases, strict=True):
-                with phase.learner.learning(), execution.using(trainer.execution):
+                with phase.updater.requiring_grad(), execution.using(trainer.execution):
                     accumulate = trainer._accumulator(phase, x, y)
-                    phase.learner.gradients.zero()
+                    phase.updater.gradients.zero()
                     phase.means.zero()
                     seed_step(0, phase.name, position)
                     accumulate(x, y)
-                buffers.append(torch.cat([phase.learner.gradients.buffer, phase.means.vector]))
+                buffers.append(torch.cat([phase.updater.gradients.buffer, phase.means.vector]))
             difference = (buffers[1] - buffers[0]).norm()
             assert difference < 1e-4 * buffers[0].norm(), phases[0].name
     assert all_recorded(graphs)
@@ -167,13 +167,13 @@ def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
     img, c = next(trainer._batches())
     found = {}
     for phase in trainer.phases:
-        learner = phase.learner
-        with learner.learning(), execution.using(trainer.execution):
-            learner.gradients.zero()
+        updater = phase.updater
+        with updater.requiring_grad(), execution.using(trainer.execution):
+            updater.gradients.zero()
             seed_step(trainer.config.seed, phase.name, 0)
             trainer._accumulate(phase, img[: trainer.batch_gpu], c[: trainer.batch_gpu])
         # By dimensions: the buffer is in the order of memory, which channels_last changes.
-        found[phase.name] = torch.cat([p.grad.double().reshape(-1) for p in learner.parameters if p.grad is not None])
+        found[phase.name] = torch.cat([p.grad.double().reshape(-1) for p in updater.parameters if p.grad is not None])
     return found
 
 
@@ -278,15 +278,15 @@ def test_winograd_in_bf16_is_as_good_as_bf16_needs() -> None:
 def test_the_fused_optimizer_follows_adams_formula() -> None:
     """Kingma & Ba 2015, algorithm 1, in float64; a step that is to be skipped leaves everything as it is."""
     p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-    learner = build_learner([p], AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3), None)
+    updater = build_updater([p], AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3), None)
     w, m, v = p.detach().double(), torch.zeros(7).double(), torch.zeros(7).double()
     skip = torch.tensor([False, True, False, False])
     taken = 0
     for step in range(4):
         g = torch.randn(7, generator=torch.Generator().manual_seed(step))
-        learner.gradients.zero()
-        learner.gradients.buffer[:7] += float("inf") if skip[step] else g
-        learner.step(skip=skip[step])
+        updater.gradients.zero()
+        updater.gradients.buffer[:7] += float("inf") if skip[step] else g
+        updater.step(skip=skip[step])
         if not skip[step]:
             taken += 1
             m, v = 0.5 * m + 0.5 * g.double(), 0.9 * v + 0.1 * g.double() ** 2

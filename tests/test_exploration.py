@@ -13,7 +13,7 @@ from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run
 from torch import Tensor, nn
 
 from dnnlib.config import UserError, WriteError
-from exploration.attention import record
+from exploration.attention_maps import record
 from exploration.directions import factorise, sampled_w
 from exploration.model import Model, read_styles, save_styles, seed_latents
 from exploration.sheets import sheet

@@ -14,7 +14,7 @@ from conftest import PATIENCE, small_config
 from test_torture import start
 
 from torch_utils import distributed
-from torch_utils.watchdog import Pulse, Sign, find_stopped
+from torch_utils.watchdog import Pulse, RankStatus, find_stopped
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
@@ -56,7 +56,7 @@ def test_a_process_that_stops_is_named(capfd: pytest.CaptureFixture[str]) -> Non
 
 def test_only_who_is_behind_has_stopped() -> None:
     def stopped(*positions: int) -> list[int]:
-        return find_stopped({rank: Sign(position, "here") for rank, position in enumerate(positions)})
+        return find_stopped({rank: RankStatus(position, "here") for rank, position in enumerate(positions)})
 
     assert stopped(5, 5, 5) == []
     assert stopped(5, 4, 5) == [1]
@@ -64,8 +64,8 @@ def test_only_who_is_behind_has_stopped() -> None:
 
 
 def test_who_gives_no_sign_of_life_has_stopped_wherever_it_is() -> None:
-    signs = {rank: Sign(5, "here") for rank in range(3)}
-    assert find_stopped(signs, silent=[2]) == [2]
+    statuses = {rank: RankStatus(5, "here") for rank in range(3)}
+    assert find_stopped(statuses, silent=[2]) == [2]
     pulse = Pulse(timeout=10)
     assert pulse.find_silent({0: 1, 1: 1}, now=100) == []
     assert pulse.find_silent({0: 2, 1: 1}, now=110) == []

@@ -14,7 +14,7 @@ from conftest import make_shapes
 import generate
 import train
 from dnnlib.config import ConfigError, from_json, override, to_json
-from training.config import PRESETS, Circumstances, TrainConfig, customise, resolve
+from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -63,8 +63,8 @@ COMMON += [
 ]
 
 
-def about(resolution: int) -> Circumstances:
-    return Circumstances(img_shape=(3, resolution, resolution), c_dim=0)
+def env(resolution: int) -> Environment:
+    return Environment(img_shape=(3, resolution, resolution), c_dim=0)
 
 
 def run(*arguments: object) -> Result:
@@ -96,7 +96,7 @@ def test_cifar_with_stylegan2_is_the_published_model(shapes32_zip: Path) -> None
     ],
 )
 def test_presets_of_stylegan2_have_its_generator(preset: str, resolution: int, parameters: int) -> None:
-    config = resolve(PRESETS[preset], about(resolution))
+    config = resolve(PRESETS[preset], env(resolution))
     with torch.device("meta"):
         G = config.generator.build()
     assert sum(p.numel() for p in G.parameters()) == parameters
@@ -107,7 +107,7 @@ def test_the_same_presets_with_a_styleformer(preset: str) -> None:
     config = override(PRESETS[preset], {"generator.family": "styleformer"})
     assert config.generator == StyleformerConfig(widths=(), layers=(), linformer=None, mapping_layers=8)
     assert config.preset == preset
-    resolved = resolve(config, about(64)).generator
+    resolved = resolve(config, env(64)).generator
     assert isinstance(resolved, StyleformerConfig)
     assert (resolved.widths, resolved.layers, resolved.linformer) == ((512, 256, 128, 64), (1, 2, 1, 1), True)
 
@@ -125,7 +125,7 @@ def test_another_family_keeps_what_the_families_share() -> None:
 
 @pytest.mark.parametrize("family", GENERATORS)
 def test_every_family_survives_json(family: str) -> None:
-    config = resolve(customise(PRESETS["auto"], {"generator.family": family}), about(64))
+    config = resolve(apply_options(PRESETS["auto"], {"generator.family": family}), env(64))
     data = json.loads(json.dumps(to_json(config)))
     assert data["generator"]["family"] == family
     assert from_json(TrainConfig, data) == config

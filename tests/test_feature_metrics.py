@@ -21,7 +21,7 @@ from dnnlib.config import UserError
 from metrics import feature_stats
 from metrics.detectors import DetectorSetup, Role, read_detectors
 from metrics.feature_metrics import register_feature_metric
-from metrics.feature_stats import ClassSums, Moments, Result, Rows, SubsetRows, Want, rebatched
+from metrics.feature_stats import ClassSums, Moments, Result, Rows, StatRequest, SubsetRows, rebatched
 from metrics.frechet import distance_of, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
@@ -41,10 +41,10 @@ def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tens
     return torch.from_numpy(rows.astype(np.float32))
 
 
-def moments_of(role: Role, num_real: int | None, num_fake: int) -> list[Want]:
+def moments_of(role: Role, num_real: int | None, num_fake: int) -> list[StatRequest]:
     """What a Frechet distance is made of."""
     sides: list[tuple[Literal["real", "fake"], int | None]] = [("real", num_real), ("fake", num_fake)]
-    return [Want(of=of, role=role, count=count, recipe=Moments()) for of, count in sides]
+    return [StatRequest(of=of, role=role, count=count, recipe=Moments()) for of, count in sides]
 
 
 def bound_to(program: Path, protocol: str = "stylegan") -> DetectorSetup:
@@ -413,8 +413,8 @@ def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: Detec
     recipes: list[Any] = [Moments(), Rows(), Rows(half=True)]
     recipes += [SubsetRows(number=2, size=9, stream="kid-real", seed=seed) for seed in (0, 1)]
     statistics = feature_stats.statistics_of(build(setup, cache=tmp_path))
-    wants = [Want(of="real", role="inception", count=None, recipe=recipe) for recipe in recipes]
-    assert len({statistics._path(want) for want in wants}) == len(wants)
+    requests = [StatRequest(of="real", role="inception", count=None, recipe=recipe) for recipe in recipes]
+    assert len({statistics._path(request) for request in requests}) == len(requests)
 
 
 def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
@@ -422,10 +422,10 @@ def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
 ) -> None:
     monkeypatch.setattr(DetectorSetup, "identity", lambda *_: {"detector_sha256": "0"})
     statistics = feature_stats.statistics_of(build(DetectorSetup(), cache=tmp_path))
-    want = moments_of("inception", None, 60)[0]
-    paths = [statistics._path(want)]
+    request = moments_of("inception", None, 60)[0]
+    paths = [statistics._path(request)]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
-    paths.append(statistics._path(want))
+    paths.append(statistics._path(request))
     assert paths[0] != paths[1]
 
 
@@ -501,7 +501,7 @@ def test_a_process_without_images_still_learns_the_shape_of_the_features(
     monkeypatch.setattr(feature_stats, "own_shard", lambda count: range(0, 0))
     context = build(setup)
     statistics = feature_stats.statistics_of(context)
-    statistics.collect([feature_stats.Want(of="fake", role="inception", count=20, recipe=Rows())])
+    statistics.collect([feature_stats.StatRequest(of="fake", role="inception", count=20, recipe=Rows())])
     [result] = statistics.results.values()
     assert result["rows"].shape == (0, 6)
 
@@ -566,9 +566,9 @@ PLANS: dict[str, tuple[list[int | None], list[Any]]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup, name: str) -> None:
     spec, count = find(name)
-    wants = spec.plan(build(setup, images=ManyImages(natural_images(2))), count)
-    assert ([want.count for want in wants], [want.recipe for want in wants]) == PLANS[name]
-    assert [want.of for want in wants] == ["real", "fake"][-len(wants) :]
+    requests = spec.plan(build(setup, images=ManyImages(natural_images(2))), count)
+    assert ([request.count for request in requests], [request.recipe for request in requests]) == PLANS[name]
+    assert [request.of for request in requests] == ["real", "fake"][-len(requests) :]
 
 
 def test_a_metric_of_features_is_a_function_and_a_row(setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
     context = build(read_detectors((str(tmp_path / "dino"),)))
     measured = results(context, "fd10_dinov2")["fd10_dinov2"]
     statistics = feature_stats.statistics_of(context)
-    moments = [statistics[want] for want in moments_of("dinov2", None, 10)]
+    moments = [statistics[request] for request in moments_of("dinov2", None, 10)]
     assert measured == pytest.approx(distance_of(*moments, unbiased=True), rel=1e-9)
     assert measured != pytest.approx(distance_of(*moments), rel=1e-4)
 
@@ -626,7 +626,7 @@ def test_clean_divides_by_one_less(program: Path) -> None:
     usual = build(bound_to(program))
     statistics = feature_stats.statistics_of(usual)
     for name, num_real, num_fake in (("fid60_full", None, 60), ("fid40", 40, 40)):
-        moments = [statistics[want] for want in moments_of("inception", num_real, num_fake)]
+        moments = [statistics[request] for request in moments_of("inception", num_real, num_fake)]
         expected = [distance_of(*moments, unbiased=unbiased) for unbiased in (False, True)]
         assert results(usual, name)[name] == pytest.approx(expected[0], rel=1e-9)
         assert results(context, name)[name] == pytest.approx(expected[1], rel=1e-9)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import generate
 from dnnlib.config import override
-from exploration import sampling
+from exploration import seed_images
 from exploration.commands.options import PRECISIONS
 from training.networks import execution
 from training.snapshots.snapshot import load_network, save_network
@@ -200,11 +200,11 @@ def test_graphs_need_a_gpu(snapshot: Path, tmp_path: Path) -> None:
 def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
     G = load_network(snapshot, "cuda").G_ema
     c = torch.zeros(1, 0, device="cuda")
-    fast = sampling.FastGenerator(G, use_graphs=True)
+    fast = seed_images.FastGenerator(G, use_graphs=True)
     with torch.no_grad():
         for seeds in ((0, 1, 2), (7, 8, 9)):
-            plain = sampling.seed_images(G, seeds, c, 0.7, noise_mode)
-            assert torch.equal(sampling.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
+            plain = seed_images.seed_images(G, seeds, c, 0.7, noise_mode)
+            assert torch.equal(seed_images.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
     assert fast.graphs is not None
     assert len(fast.graphs.recorded) == 1
 
@@ -212,8 +212,8 @@ def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
 def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snapshot: Path) -> None:
     G, c = load_network(snapshot).G_ema, torch.zeros(1, 0)
     with torch.no_grad():
-        alone = sampling.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
-        among = sampling.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
+        alone = seed_images.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
+        among = seed_images.seed_images(G, (5, 6), c, 1.0, "random", batch_multiple=16)
     assert torch.equal(alone[0], among[0])
 
 

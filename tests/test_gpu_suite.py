@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_suite
 import micro
 import train_step
-from gpu_suite import Options, Stage, Suite
+from gpu_suite import Options, Suite, SuiteStage
 
 from dnnlib.config import UserError
 from training.config import PRESETS
 
 MACHINE = {"device": "a GPU", "torch": "2", "date": "today", "commit": "this"}
-PRINTS = Stage(command=["-c", 'print(\'{"benchmark": "networks", "network": "one"}\')'], limit=30)
-FAILS = Stage(command=["-c", "import sys; print('why', file=sys.stderr); sys.exit(4)"], limit=30)
+PRINTS = SuiteStage(command=["-c", 'print(\'{"benchmark": "networks", "network": "one"}\')'], limit=30)
+FAILS = SuiteStage(command=["-c", "import sys; print('why', file=sys.stderr); sys.exit(4)"], limit=30)
 
 
 def options(tmp_path: Path, **changes: Any) -> Options:
@@ -49,7 +49,7 @@ def options(tmp_path: Path, **changes: Any) -> Options:
     )
 
 
-def run_suite(tmp_path: Path, seconds: float = 60, **stages: Stage) -> dict[str, Any]:
+def run_suite(tmp_path: Path, seconds: float = 60, **stages: SuiteStage) -> dict[str, Any]:
     """Run these stages; return what was found of each."""
     suite = Suite(
         stages=stages,
@@ -138,7 +138,7 @@ def test_stages_that_fail_do_not_stop_the_others(tmp_path: Path) -> None:
 
 def test_results_are_saved_after_each_stage(tmp_path: Path) -> None:
     reads = f"import shutil; shutil.copy({str(tmp_path / 'results.json')!r}, {str(tmp_path / 'then.json')!r})"
-    run_suite(tmp_path, first=PRINTS, second=Stage(command=["-c", reads], limit=30))
+    run_suite(tmp_path, first=PRINTS, second=SuiteStage(command=["-c", reads], limit=30))
     then = json.loads((tmp_path / "then.json").read_text())["stages"]
     assert then["first"]["rows"]
     assert then["second"] == {"outcome": "not started"}
@@ -165,7 +165,7 @@ def test_a_stage_that_takes_too_long_is_asked_and_then_killed_with_its_children(
 ) -> None:
     monkeypatch.setattr(gpu_suite, "GRACE", 3)
     began = time.monotonic()
-    found = run_suite(tmp_path, endless=Stage(command=["-c", STUBBORN], limit=2))
+    found = run_suite(tmp_path, endless=SuiteStage(command=["-c", STUBBORN], limit=2))
     assert time.monotonic() - began < 20
     assert found["endless"]["outcome"] == "stopped at its limit"
     child, asked = (tmp_path / "stdout").read_text().split()

@@ -13,11 +13,11 @@ from conftest import SMALL, small_config
 
 import train
 from training.dataset import ImageDataset
-from training.health import CONDITIONS, Diversity, Figures, HealthCheck, spread
+from training.health import CONDITIONS, Diversity, HealthCheck, TickValues, spread
 from training.training_loop import Tick, Trainer
 
 ROOT = Path(__file__).parent.parent
-# Of a run that goes well, and what the figures become when it does not.
+# Of a run that goes well, and what the values become when it does not.
 HEALTHY = {
     "Loss/scores/real": 1.5,
     "Loss/scores/fake": -1.0,
@@ -37,15 +37,15 @@ TROUBLES: list[tuple[str, dict[str, float]]] = [
 ]
 
 
-def names(watch: HealthCheck, figures: dict[str, float]) -> list[str]:
-    return [condition.name for condition in watch.begun(Figures(figures))]
+def names(watch: HealthCheck, values: dict[str, float]) -> list[str]:
+    return [condition.name for condition in watch.begun(TickValues(values))]
 
 
 @pytest.mark.parametrize(("name", "change"), TROUBLES)
 def test_each_condition_is_told_once_until_it_has_cleared(name: str, change: dict[str, float]) -> None:
     (patience,) = (condition.patience for condition in CONDITIONS if condition.name == name)
     watch, bad = HealthCheck(), HEALTHY | change
-    told = [names(watch, figures) for figures in [HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 4]]
+    told = [names(watch, values) for values in [HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 4]]
     expected: list[list[str]] = [[]] * 12
     for begins in (1, 8):
         expected[begins + patience - 1] = [name]
@@ -70,8 +70,8 @@ def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> No
     """What wgangp-eps and relativistic report: signs of differences, and none of generated images."""
     watch = HealthCheck()
     scores = {"Loss/scores/real": 30.0, "Loss/scores/fake": -20.0, "Loss/D/loss": -45.0, "Loss/signs/real": 1.0}
-    figures = {name: value for name, value in (HEALTHY | scores).items() if name != "Loss/signs/fake"}
-    assert [names(watch, figures) for _ in range(5)] == [[]] * 5
+    values = {name: value for name, value in (HEALTHY | scores).items() if name != "Loss/signs/fake"}
+    assert [names(watch, values) for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize("p", [0.5, 0.25])

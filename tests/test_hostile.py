@@ -46,7 +46,7 @@ from torch_utils.checkpoint import Checkpoint, digest, write_file
 from training import restore
 from training.config import read_config
 from training.dataset import DatasetConfig, ImageDataset
-from training.resume import Request, choose_start
+from training.resume import RunRequest, choose_start
 from training.snapshots import snapshot
 from training.training_loop import Trainer
 
@@ -426,7 +426,7 @@ def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, exampl
         text = json.dumps(changed(to_json(config), where, value, remove)).encode()
         (run_dir / "training_options.json").write_bytes(text if instead is None else instead)
         for resume in ("latest", str(run_dir)):
-            refusal(partial(choose_start, Request(outdir=tmp_path, resume=resume)))
+            refusal(partial(choose_start, RunRequest(outdir=tmp_path, resume=resume)))
         (run_dir / "stats.jsonl").write_bytes(b"\n".join(log))
         restore._cut_log(run_dir / "stats.jsonl", 5.0)
         kept = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]

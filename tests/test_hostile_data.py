@@ -67,8 +67,8 @@ from metrics.sampling import explain_misfit
 from reporting.charts import find_charts
 from reporting.drawing import draw
 from reporting.page import build_page
-from reporting.runs import read_run
-from training import runs
+from reporting.run_reader import read_run
+from training import run_folder
 from training.data_sources import bounds, cifar
 from training.data_sources.codec import decode_image, read_shape
 from training.data_sources.lmdb_file import LmdbFile
@@ -83,7 +83,7 @@ MB = 1 << 20
 
 @contextmanager
 def in_bounds(most: int) -> Iterator[None]:
-    """Fail when what is inside hangs, or has more than `most` bytes at a time."""
+    """Fail when what is inside hangs, or has more than `at_most` bytes at a time."""
     tracemalloc.start()
     try:
         with in_time():
@@ -870,6 +870,6 @@ def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
         path = tmp_path / f"{name}.zip"
         assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0
         config = small_config(path, **{"run.desc": "y" * 60})
-        folder = runs._make_run_dir(tmp_path / "runs", config, ImageDataset(config.data))
+        folder = run_folder._make_run_dir(tmp_path / "runs", config, ImageDataset(config.data))
         assert folder.is_dir()
         assert len(os.fsencode(folder.name)) < 200

@@ -129,9 +129,9 @@ def test_answers_that_are_no_file_are_refused_in_one_line(kind: str) -> None:
 
 
 def test_a_file_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
-    monkeypatch.setattr(download, "LARGEST", len(DATA))
+    monkeypatch.setattr(download, "MAX_BYTES", len(DATA))
     assert fetch(f"{site.url}/net.pkl").read_bytes() == DATA
-    monkeypatch.setattr(download, "LARGEST", len(DATA) - 1)
+    monkeypatch.setattr(download, "MAX_BYTES", len(DATA) - 1)
     with pytest.raises(
         UserError, match=rf"has {len(DATA)} bytes \(Content-Length\), more than the {len(DATA) - 1} that"
     ):

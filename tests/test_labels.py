@@ -180,6 +180,6 @@ def test_play_has_one_label_for_vectors(vectors_zip: Path, tmp_path: Path) -> No
     model = opening.build_model(snapshot, torch.device("cpu"), c, **options)  # type: ignore[arg-type]
     player = Player(model, has_classes=False)
     assert '"classes": 0' in player.page()
-    styles = player._styles(player._question({"seed": "5"}), [5])
+    styles = player._styles(player._parse_request({"seed": "5"}), [5])
     expected = snapshot.G_ema.mapping(seed_latents([5], model.G.z_dim), torch.tensor([[3.0, 20.0]]))
     torch.testing.assert_close(styles, expected)

@@ -19,7 +19,7 @@ import fake
 import launches
 
 from dnnlib.config import UserError, override
-from training.config import PRESETS, Circumstances, resolve
+from training.config import PRESETS, Environment, resolve
 
 Count = Callable[[str], dict[str, dict[str, Any]]]
 SLOW = ("auto-64", "transgan-cifar", "styleformer-c256")
@@ -97,10 +97,10 @@ MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
     """Watch D's main phase of `tiny` with a mistake in the augmentation, or that many launches more."""
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
-    config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), about)
+    env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), env)
     with fake.fake_tensors():
-        trainer = fake.new_trainer(config, about, launches.DEVICE)
+        trainer = fake.new_trainer(config, env, launches.DEVICE)
 
         def augment(x: Tensor) -> Tensor:
             for _ in range(more):

@@ -164,7 +164,7 @@ class Broken:
     def add(self, figures: Any, nimg: int) -> None:
         raise RuntimeError("the service\nhas gone")
 
-    def add_picture(self, name: str, picture: Any, nimg: int) -> None:
+    def add_image(self, name: str, picture: Any, nimg: int) -> None:
         raise ConnectionError("no route")
 
     def close(self, succeeded: bool) -> None:
@@ -237,7 +237,7 @@ def test_a_logger_that_cannot_begin_is_left_out(
     monkeypatch.setitem(loggers._CLASSES, "wandb", refuse)
     with loggers.Loggers(("wandb",), tmp_path, small_config(shapes_zip)) as chosen:
         chosen.add({"x": 1.0}, 0)
-        chosen.add_picture("x", torch.zeros([1, 2, 2], dtype=torch.uint8), 0)
+        chosen.add_image("x", torch.zeros([1, 2, 2], dtype=torch.uint8), 0)
     assert capsys.readouterr().err == "Warning: --log=wandb: RuntimeError: api_key not configured; training goes on\n"
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from training.config import PRESETS
 from training.ema import EMA, EMAConfig
-from training.loss import Players, discriminator_logistic, generator_logistic, path_length, r1_penalty
-from training.phases import Learner, Phase, build_learner, build_phases
+from training.loss import GAN, discriminator_logistic, generator_logistic, path_length, r1_penalty
+from training.phases import Phase, Updater, build_phases, build_updater
 
 H = W = 4
 
@@ -48,11 +48,11 @@ class LinearD(nn.Module):
         return ((img * self.a).sum(dim=(1, 2, 3)) + self.b)[:, None]
 
 
-def players(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> Players:
+def make_gan(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> GAN:
     torch.manual_seed(1)
     labels = torch.zeros(10, 0)
     pl_mean = torch.tensor(0.7, dtype=torch.float64)
-    return Players(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
+    return GAN(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
 
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor]:
@@ -60,50 +60,50 @@ def batch(count: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def test_logistic_losses_are_means_of_softplus() -> None:
-    game = players()
+    gan = make_gan()
     img, c = batch()
     torch.manual_seed(5)
-    terms = discriminator_logistic(game, img, c)
+    terms = discriminator_logistic(gan, img, c)
     torch.manual_seed(5)
-    fake, _, mean_w = game.generate(len(img))
-    real_logits, fake_logits = game.D(img, c), game.D(fake, c)
+    fake, _, mean_w = gan.generate(len(img))
+    real_logits, fake_logits = gan.D(img, c), gan.D(fake, c)
     expected = (1 + fake_logits.exp()).log().mean() + (1 + (-real_logits).exp()).log().mean()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert terms.means["real_sign"].item() == pytest.approx(real_logits.sign().mean().item())
     torch.testing.assert_close(terms.means["w_avg"], mean_w)
 
     torch.manual_seed(5)
-    terms = generator_logistic(game, img, c)
+    terms = generator_logistic(gan, img, c)
     assert terms.loss.item() == pytest.approx((1 + (-fake_logits).exp()).log().mean().item(), rel=1e-10)
 
 
 def test_r1_of_a_linear_discriminator_is_half_gamma_times_its_squared_weights() -> None:
-    game = players()
-    terms = r1_penalty(game, *batch(), gamma=3.0)
-    assert terms.loss.item() == pytest.approx(1.5 * game.D.a.square().sum().item(), rel=1e-10)
+    gan = make_gan()
+    terms = r1_penalty(gan, *batch(), gamma=3.0)
+    assert terms.loss.item() == pytest.approx(1.5 * gan.D.a.square().sum().item(), rel=1e-10)
     terms.loss.backward()
-    torch.testing.assert_close(game.D.a.grad, 3.0 * game.D.a.detach())
-    assert game.D.b.grad is None
+    torch.testing.assert_close(gan.D.a.grad, 3.0 * gan.D.a.detach())
+    assert gan.D.b.grad is None
 
 
 def test_r1_is_taken_by_the_image_before_augmentation() -> None:
-    game = players(augment=lambda x: 5 * x)
-    terms = r1_penalty(game, *batch(), gamma=2.0)
-    assert terms.loss.item() == pytest.approx(25 * game.D.a.square().sum().item(), rel=1e-10)
+    gan = make_gan(augment=lambda x: 5 * x)
+    terms = r1_penalty(gan, *batch(), gamma=2.0)
+    assert terms.loss.item() == pytest.approx(25 * gan.D.a.square().sum().item(), rel=1e-10)
 
 
 def test_path_length_of_a_linear_generator() -> None:
     """Each of the num_ws styles has the gradient A^T y, so a length is |A^T y| with the y that was drawn."""
-    game = players()
+    gan = make_gan()
     img, c = batch(6)
     torch.manual_seed(9)
-    terms = path_length(game, img, c, weight=2.0, decay=0.25)
+    terms = path_length(gan, img, c, weight=2.0, decay=0.25)
 
     torch.manual_seed(9)
     torch.randn(3, 3)  # z of half of the batch
     torch.randint(10, [3])  # its labels
     y = torch.randn(3, 2, H, W, dtype=torch.float64) / math.sqrt(H * W)
-    A = game.G.A.detach().requires_grad_(True)
+    A = gan.G.A.detach().requires_grad_(True)
     lengths = (y.reshape(3, -1) @ A).norm(dim=1)
     mean = 0.7 + 0.25 * (lengths.mean() - 0.7)
     expected = 2 * (lengths - mean).square().mean()
@@ -111,17 +111,17 @@ def test_path_length_of_a_linear_generator() -> None:
     assert terms.means["pl_mean"].item() == pytest.approx(lengths.mean().item(), rel=1e-9)
     terms.loss.backward()
     expected.backward()  # also through the share of this batch in the mean
-    torch.testing.assert_close(game.G.A.grad, A.grad)
+    torch.testing.assert_close(gan.G.A.grad, A.grad)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_style_mixing_swaps_the_styles_from_a_uniform_cut_on(probability: float) -> None:
-    game = players(style_mixing=probability)
+    gan = make_gan(style_mixing=probability)
     z, c = torch.ones(1, 3), torch.zeros(1, 0)
     cuts = []
     torch.manual_seed(0)
     for _ in range(400):
-        ws, mean_w = game.sample_styles(z, c)
+        ws, mean_w = gan.sample_styles(z, c)
         assert torch.equal(mean_w, torch.full([3], 2.0, dtype=torch.float64))  # of the first z only
         kept = (ws[0] == 2).all(dim=1)
         cut = int(kept.sum())
@@ -139,29 +139,29 @@ def test_lazy_regularisation_slows_adam_down() -> None:
     """The figures of the CIFAR configuration: k = 4 for G, 16 for D; lr 0.0025, betas (0, 0.99)."""
     parameters = [nn.Parameter(torch.zeros(1))]
     config = PRESETS["cifar"].g_optimizer
-    g = build_learner(parameters, config, 4).optimizer.param_groups[0]
-    d = build_learner(parameters, config, 16).optimizer.param_groups[0]
+    g = build_updater(parameters, config, 4).optimizer.param_groups[0]
+    d = build_updater(parameters, config, 16).optimizer.param_groups[0]
     assert (g["lr"], g["betas"][1]) == (pytest.approx(0.002), pytest.approx(0.991992, abs=1e-6))
     assert (d["lr"], d["betas"][1]) == (pytest.approx(0.00235294, abs=1e-8), pytest.approx(0.990585, abs=1e-6))
     assert (g["betas"][0], g["eps"]) == (0.0, 1e-8)
-    assert build_learner(parameters, config, None).optimizer.param_groups[0]["lr"] == 0.0025
+    assert build_updater(parameters, config, None).optimizer.param_groups[0]["lr"] == 0.0025
 
 
 def test_phases_of_the_presets() -> None:
     parameters = [nn.Parameter(torch.zeros(1))]
-    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
 
     def phases(preset: str, gamma: float) -> list[tuple[str, int]]:
         from dataclasses import replace
 
         loss = replace(PRESETS[preset].loss, r1_gamma=gamma)
-        built: list[Phase] = build_phases(players(), loss, learner, learner)
+        built: list[Phase] = build_phases(make_gan(), loss, updater, updater)
         return [(phase.name, phase.interval) for phase in built]
 
     assert phases("stylegan2", 10) == [("G_main", 1), ("G_reg", 4), ("D_main", 1), ("D_reg", 16)]
     assert phases("cifar", 0.01) == [("G_main", 1), ("D_main", 1), ("D_reg", 16)]
     assert phases("cifar", 0) == [("G_main", 1), ("D_main", 1)]
-    phase = Phase("x", learner, lambda img, c: generator_logistic(players(), img, c), interval=4)
+    phase = Phase("x", updater, lambda img, c: generator_logistic(make_gan(), img, c), interval=4)
     assert [step for step in range(10) if phase.is_due(step)] == [0, 4, 8]
 
 

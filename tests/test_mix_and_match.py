@@ -16,7 +16,7 @@ import train
 from dnnlib.config import override
 from training import loss
 from training.augment.pipe import Mode
-from training.config import PRESETS, Circumstances, customise, resolve
+from training.config import PRESETS, Environment, apply_options, resolve
 from training.dataset import ImageDataset
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.training_loop import Trainer
@@ -75,9 +75,9 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
     every_phase = {"loss.pl_weight": 1.0, "loss.pl_interval": 1, "loss.r1_interval": 1, "loss.style_mixing": 0.9}
     small = {"batch_size": 4, "run.batch_gpu": 2, "generator.z_dim": 8, "generator.w_dim": 8}
     preset = override(PRESETS["tiny"], {**every_phase, **small, "augment.ada_interval": 2, "run.tick_kimg": 0.004})
-    config = customise(preset, values)
+    config = apply_options(preset, values)
     dataset = ImageDataset(config.data)
-    config = resolve(config, Circumstances(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
+    config = resolve(config, Environment(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
     trainer = Trainer(config, dataset, torch.device("cpu"))
 
     expected = {"G_main", "D_main"}

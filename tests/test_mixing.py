@@ -12,7 +12,7 @@ from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run
 
 import style_mixing
 from dnnlib.config import UserError
-from exploration.mixing import choose_styles, mix, spell
+from exploration.mixing import choose_styles, format_ranges, mix
 from exploration.model import save_styles
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -55,7 +55,7 @@ def test_styles_by_number_range_and_name() -> None:
     groups = {"coarse": (0, 1), "fine": (4, 5)}
     assert choose_styles("3,coarse,0-1", 6, groups) == (0, 1, 3)
     assert choose_styles("all", 3, {}) == (0, 1, 2)
-    assert spell((0, 1, 2, 4, 6, 7)) == "0-2,4,6-7"
+    assert format_ranges((0, 1, 2, 4, 6, 7)) == "0-2,4,6-7"
     for text in ("6", "2-1", "middle", "", "-1", "1-"):
         with pytest.raises(UserError, match=r"this network has 0-5, or all, coarse \(0-1\), fine \(4-5\)"):
             choose_styles(text, 6, groups)

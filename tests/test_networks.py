@@ -28,7 +28,7 @@ from training.networks.layers import (
     to_tokens,
 )
 from training.networks.mapping import MappingNetwork
-from training.networks.styleformer import StyleformerConfig, ToRGB
+from training.networks.styleformer import StyleformerConfig, StyleformerToRGB
 from training.networks.styleformer_ablations import AblatedEncoderBlock
 from training.networks.styleformer_block import EncoderBlock
 
@@ -385,7 +385,7 @@ def test_attention_maps_of_a_generator_come_from_forward_hooks() -> None:
 
 
 def test_torgb_equals_the_equation() -> None:
-    torgb = ToRGB(8, 3, 6).double()
+    torgb = StyleformerToRGB(8, 3, 6).double()
     randomize(torgb)
     x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb)))

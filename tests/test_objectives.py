@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from conftest import OnStep
 from test_families import SMALL_D, SMALL_G, distances
-from test_loss import H, LinearG, W, batch, players
+from test_loss import H, LinearG, W, batch, make_gan
 from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
 from torch import Tensor, nn
 
@@ -22,11 +22,11 @@ import train
 from dnnlib.config import ConfigError, from_json
 from torch_utils.checkpoint import Checkpoint, digest
 from training import loss
-from training.config import PRESETS, TrainConfig, customise
+from training.config import PRESETS, TrainConfig, apply_options
 from training.loss import (
+    GAN,
     LossConfig,
     LossTerms,
-    Players,
     discriminator_hinge,
     discriminator_relativistic,
     discriminator_wgan,
@@ -34,7 +34,7 @@ from training.loss import (
     generator_relativistic,
     path_length,
 )
-from training.phases import AdamConfig, BatchMeans, Learner, build_learner, build_phases
+from training.phases import AdamConfig, BatchMeans, Updater, build_phases, build_updater
 from training.training_loop import Trainer
 
 OBJECTIVES = tuple(loss.OBJECTIVES)
@@ -53,19 +53,19 @@ def softplus(x: Tensor) -> Tensor:
     return (1 + x.exp()).log()
 
 
-def drawn(game: Players, count: int, c: Tensor | None = None) -> Tensor:
+def drawn(gan: GAN, count: int, c: Tensor | None = None) -> Tensor:
     """The images that a loss draws first after this seed."""
     torch.manual_seed(5)
     with torch.no_grad():
-        fake: Tensor = game.generate(count, c)[0]
+        fake: Tensor = gan.generate(count, c)[0]
     torch.manual_seed(5)
     return fake
 
 
 def test_hinge_and_linear_losses() -> None:
-    game, (img, c) = players(), batch()
-    fake_logits, real_logits = game.D(drawn(game, 6), c)[:, 0], game.D(img, c)[:, 0]
-    terms = discriminator_hinge(game, img, c)
+    gan, (img, c) = make_gan(), batch()
+    fake_logits, real_logits = gan.D(drawn(gan, 6), c)[:, 0], gan.D(img, c)[:, 0]
+    terms = discriminator_hinge(gan, img, c)
     expected = sum(
         max(0.0, 1 + f) + max(0.0, 1 - r) for f, r in zip(fake_logits.tolist(), real_logits.tolist(), strict=True)
     )
@@ -73,25 +73,25 @@ def test_hinge_and_linear_losses() -> None:
     assert 0 < (real_logits < 1).sum() < 6  # both sides of the kink
     assert terms.means["real_sign"].item() == pytest.approx(real_logits.sign().mean().item())
     torch.manual_seed(5)
-    assert generator_linear(game, img, c).loss.item() == pytest.approx(-fake_logits.mean().item(), rel=1e-10)
+    assert generator_linear(gan, img, c).loss.item() == pytest.approx(-fake_logits.mean().item(), rel=1e-10)
 
 
 def test_wasserstein_loss_of_a_linear_critic() -> None:
     """The gradient of <a, x> is a everywhere; the images are augmented once, so the penalty knows no factor of 5."""
-    game, (img, c) = players(augment=lambda x: 5 * x), batch()
-    fake_logits, real_logits = game.D(5 * drawn(game, 6, c), c), game.D(5 * img, c)
-    terms = discriminator_wgan(game, img, c, gp_weight=10.0, drift_weight=0.5)
-    penalty = (game.D.a.norm() - 1).square()
+    gan, (img, c) = make_gan(augment=lambda x: 5 * x), batch()
+    fake_logits, real_logits = gan.D(5 * drawn(gan, 6, c), c), gan.D(5 * img, c)
+    terms = discriminator_wgan(gan, img, c, gp_weight=10.0, drift_weight=0.5)
+    penalty = (gan.D.a.norm() - 1).square()
     expected = fake_logits.mean() - real_logits.mean() + 10 * penalty + 0.5 * real_logits.mean() ** 2
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert terms.stats["Loss/gradient_penalty"].tolist() == pytest.approx([penalty.item()] * 6)
     signs = (real_logits - fake_logits).sign().mean()
     assert terms.means["real_sign"].item() == pytest.approx(signs.item())
     expected.backward()
-    gradient = game.D.a.grad.clone()
-    game.D.a.grad = None
+    gradient = gan.D.a.grad.clone()
+    gan.D.a.grad = None
     terms.loss.backward()
-    torch.testing.assert_close(game.D.a.grad, gradient)
+    torch.testing.assert_close(gan.D.a.grad, gradient)
 
 
 class Recorder(nn.Module):
@@ -113,13 +113,13 @@ def test_interpolates_lie_between_augmented_images_and_are_not_augmented_again()
         calls.append(x)
         return torch.randn_like(x) + x  # fresh draws at each call
 
-    game = players(augment)
-    game = replace(game, D=Recorder())
+    gan = make_gan(augment)
+    gan = replace(gan, D=Recorder())
     img, _ = batch()
     c = torch.arange(6.0)[:, None].expand(6, 0)
-    terms = discriminator_wgan(game, img, c, gp_weight=1.0, drift_weight=0.0)
+    terms = discriminator_wgan(gan, img, c, gp_weight=1.0, drift_weight=0.0)
     assert len(calls) == 2
-    (fake, _), (real, _), (between, labels) = game.D.seen
+    (fake, _), (real, _), (between, labels) = gan.D.seen
     t = ((between - real) / (fake - real)).flatten(1)
     assert t.std(dim=1).max() < 1e-6  # one t per image
     assert ((t >= 0) & (t <= 1)).all()
@@ -130,46 +130,46 @@ def test_interpolates_lie_between_augmented_images_and_are_not_augmented_again()
 
 
 def test_a_flat_critic_has_a_finite_penalty() -> None:
-    game, (img, c) = players(), batch()
+    gan, (img, c) = make_gan(), batch()
     with torch.no_grad():
-        game.D.a.zero_()
-    terms = discriminator_wgan(game, img, c, gp_weight=10.0, drift_weight=0.0)
+        gan.D.a.zero_()
+    terms = discriminator_wgan(gan, img, c, gp_weight=10.0, drift_weight=0.0)
     assert terms.stats["Loss/gradient_penalty"].tolist() == [1.0] * 6
     terms.loss.backward()
-    assert game.D.a.grad.isfinite().all()
+    assert gan.D.a.grad.isfinite().all()
 
 
 def test_relativistic_losses_compare_pairs() -> None:
     """R1 and R2 of <a, x / 5> are |a|^2 / 25 each, by the images before augmentation."""
-    game, (img, c) = players(augment=lambda x: x / 5), batch()
-    fake_logits, real_logits = game.D(drawn(game, 6, c) / 5, c), game.D(img / 5, c)
-    terms = discriminator_relativistic(game, img, c, gamma=3.0)
-    norm = 1 / 25 * game.D.a.square().sum()
+    gan, (img, c) = make_gan(augment=lambda x: x / 5), batch()
+    fake_logits, real_logits = gan.D(drawn(gan, 6, c) / 5, c), gan.D(img / 5, c)
+    terms = discriminator_relativistic(gan, img, c, gamma=3.0)
+    norm = 1 / 25 * gan.D.a.square().sum()
     expected = softplus(fake_logits - real_logits).mean() + 3 / 2 * (norm + norm)
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert terms.means["real_sign"].item() == pytest.approx((real_logits - fake_logits).sign().mean().item())
     assert terms.stats["Loss/r1_penalty"].tolist() == pytest.approx([norm.item()] * 6)
     assert terms.stats["Loss/r2_penalty"].tolist() == pytest.approx([norm.item()] * 6)
     expected.backward()
-    gradient = game.D.a.grad.clone()
-    game.D.a.grad = None
+    gradient = gan.D.a.grad.clone()
+    gan.D.a.grad = None
     terms.loss.backward()
-    torch.testing.assert_close(game.D.a.grad, gradient)
+    torch.testing.assert_close(gan.D.a.grad, gradient)
 
     torch.manual_seed(5)
-    terms = generator_relativistic(game, img, c)
+    terms = generator_relativistic(gan, img, c)
     assert terms.loss.item() == pytest.approx(softplus(real_logits - fake_logits).mean().item(), rel=1e-10)
-    game.D.a.grad = None
+    gan.D.a.grad = None
     terms.loss.backward()
-    assert game.G.A.grad.abs().sum() > 0
+    assert gan.G.A.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_a_classifier_reports_signs_of_generated_images(objective: str) -> None:
     """Where D compares, its logits have no zero: their signs would say that it tells all when it does as it should."""
     parameters = [nn.Parameter(torch.zeros(1))]
-    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
-    phases = build_phases(players(), settings(objective).fit(32, 6), learner, learner)
+    updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
+    phases = build_phases(make_gan(), settings(objective).fit(32, 6), updater, updater)
     stats = next(phase for phase in phases if phase.name == "G_main").loss(*batch()).stats
     assert stats.keys() >= {"Loss/G/loss", "Loss/scores/fake"}
     if objective in CLASSIFIERS | COMPARISONS:
@@ -188,37 +188,37 @@ class LabelledG(LinearG):
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda game, img, c: discriminator_wgan(game, img, c, gp_weight=1.0, drift_weight=0.0),
-        lambda game, img, c: discriminator_relativistic(game, img, c, gamma=1.0),
+        lambda gan, img, c: discriminator_wgan(gan, img, c, gp_weight=1.0, drift_weight=0.0),
+        lambda gan, img, c: discriminator_relativistic(gan, img, c, gamma=1.0),
         generator_relativistic,
     ],
     ids=["wgan", "relativistic D", "relativistic G"],
 )
 def test_what_is_compared_has_the_same_labels(loss: Callable[..., Any]) -> None:
-    game = players()
+    gan = make_gan()
     c = torch.arange(6.0)[:, None]
     img = torch.randn(6, 2, H, W, dtype=torch.float64)
     G = LabelledG()
-    game = replace(game, G=G, D=Recorder(), labels=torch.full([10, 1], 99.0))
-    loss(game, img, c)
+    gan = replace(gan, G=G, D=Recorder(), labels=torch.full([10, 1], 99.0))
+    loss(gan, img, c)
     direction = G.synthesis(G.mapping(torch.zeros(1, 3), torch.ones(1, 1)), "random")[0]
     expected = c.double().reshape(-1, 1, 1, 1) * direction
-    fakes = next(x for x, _ in game.D.seen if not torch.equal(x, img))
+    fakes = next(x for x, _ in gan.D.seen if not torch.equal(x, img))
     torch.testing.assert_close(fakes, expected.detach())
-    assert all(torch.equal(labels, c) for _, labels in game.D.seen)
+    assert all(torch.equal(labels, c) for _, labels in gan.D.seen)
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge", "wgangp-eps"])
 def test_a_generator_can_have_a_larger_batch(objective: str) -> None:
-    game = replace(players(), D=Recorder())
+    gan = replace(make_gan(), D=Recorder())
     parameters = [nn.Parameter(torch.zeros(1))]
-    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
+    updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     config = settings(objective, g_batch_scale=3).fit(32, 6)
-    g_main, d_main = (phase for phase in build_phases(game, config, learner, learner) if phase.name.endswith("main"))
+    g_main, d_main = (phase for phase in build_phases(gan, config, updater, updater) if phase.name.endswith("main"))
     g_main.loss(*batch())
-    assert [len(x) for x, _ in game.D.seen] == [18]
+    assert [len(x) for x, _ in gan.D.seen] == [18]
     d_main.loss(*batch())
-    assert {len(x) for x, _ in game.D.seen[1:]} == {6}
+    assert {len(x) for x, _ in gan.D.seen[1:]} == {6}
 
 
 def settings(objective: str, **changes: Any) -> LossConfig:
@@ -228,13 +228,13 @@ def settings(objective: str, **changes: Any) -> LossConfig:
 
 def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None:
     """On linear networks, whose penalties follow from |a|; other tests check the losses with numbers of their own."""
-    game, (img, c) = players(), batch()
-    norm, mean = game.D.a.detach().norm().item(), game.D(img, c).mean().item()
-    g, d = (build_learner([nn.Parameter(torch.zeros(1))], AdamConfig(lr=0.1), None) for _ in range(2))
+    gan, (img, c) = make_gan(), batch()
+    norm, mean = gan.D.a.detach().norm().item(), gan.D(img, c).mean().item()
+    g, d = (build_updater([nn.Parameter(torch.zeros(1))], AdamConfig(lr=0.1), None) for _ in range(2))
 
     def loss_of(name: str, config: LossConfig) -> float:
-        phases = build_phases(game, config, g, d)
-        assert all(phase.learner is {"G": g, "D": d}[phase.name[0]] for phase in phases)
+        phases = build_phases(gan, config, g, d)
+        assert all(phase.updater is {"G": g, "D": d}[phase.name[0]] for phase in phases)
         torch.manual_seed(5)
         return next(phase for phase in phases if phase.name == name).loss(img, c).loss.item()
 
@@ -242,7 +242,7 @@ def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None
         config = settings(objective, r1_gamma=3.0, pl_weight=5.0, pl_decay=0.25)
         assert loss_of("D_reg", config) == pytest.approx(3 / 2 * norm**2)
         torch.manual_seed(5)
-        expected = path_length(game, img, c, weight=5.0, decay=0.25).loss.item()
+        expected = path_length(gan, img, c, weight=5.0, decay=0.25).loss.item()
         assert loss_of("G_reg", config) == pytest.approx(expected)
 
     plain, penalised, drifting = (
@@ -267,8 +267,8 @@ def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None
 def test_phases_their_intervals_and_weights(objective: str, expected: list[tuple[str, int, int]]) -> None:
     """A critic that steps more often does not make the generator's steps larger."""
     parameters = [nn.Parameter(torch.zeros(1))]
-    learner = Learner(parameters, torch.optim.SGD(parameters, lr=1))
-    phases = build_phases(players(), settings(objective, n_critic=5).fit(32, 8), learner, learner)
+    updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
+    phases = build_phases(make_gan(), settings(objective, n_critic=5).fit(32, 8), updater, updater)
     assert [(phase.name, phase.interval, phase.weight) for phase in phases] == expected
 
 
@@ -295,8 +295,8 @@ def flat(module: nn.Module) -> Tensor:
 
 def test_weights_do_not_decay_and_no_option_says_so() -> None:
     p = nn.Parameter(torch.ones(3))
-    learner = build_learner([p], AdamConfig(lr=0.1), None)
-    learner.step(skip=torch.tensor(False))
+    updater = build_updater([p], AdamConfig(lr=0.1), None)
+    updater.step(skip=torch.tensor(False))
     assert torch.equal(p.detach(), torch.ones(3))  # the gradient is zero
     assert not any("decay" in flag for parameter in train.main.params for flag in parameter.opts)
 
@@ -304,14 +304,14 @@ def test_weights_do_not_decay_and_no_option_says_so() -> None:
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
     ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
-    learner = build_learner(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
+    updater = build_updater(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
     torch.manual_seed(0)
     for a, b in zip(ours, theirs, strict=True):
         b.grad = torch.randn_like(b)
         assert a.grad is not None
         a.grad.copy_(b.grad)
-    norm = learner.gradients.reduce()
-    learner.clip(norm)
+    norm = updater.gradients.reduce()
+    updater.clip(norm)
     torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(theirs, max_norm), norm)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -319,14 +319,14 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
 
 def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
     p = nn.Parameter(torch.ones(3))
-    learner = build_learner([p], AdamConfig(lr=0.1, clip_norm=1.0), None)
-    learner.gradients.buffer[0] = float("inf")
-    norm = learner.gradients.reduce()
-    learner.clip(norm)
-    learner.step(skip=~norm.isfinite())
+    updater = build_updater([p], AdamConfig(lr=0.1, clip_norm=1.0), None)
+    updater.gradients.buffer[0] = float("inf")
+    norm = updater.gradients.reduce()
+    updater.clip(norm)
+    updater.step(skip=~norm.isfinite())
     assert norm == float("inf")
     assert torch.equal(p.detach(), torch.ones(3))
-    assert not any(row["exp_avg_sq"].any() for row in learner.optimizer.state.values())
+    assert not any(row["exp_avg_sq"].any() for row in updater.optimizer.state.values())
 
 
 @pytest.mark.parametrize("name", ["w_avg", "real_sign", "loss"])
@@ -339,7 +339,7 @@ def test_batch_means_that_are_not_finite_are_bad_too(shapes_zip: Path, name: str
     def loss(img: Tensor, c: Tensor) -> LossTerms:
         values = {"w_avg": torch.ones(trainer.G.w_dim), "real_sign": torch.ones([]), "loss": torch.ones([])}
         values[name] = values[name] * next(factors)
-        nothing = sum(0 * p.sum() for p in phase.learner.parameters)
+        nothing = sum(0 * p.sum() for p in phase.updater.parameters)
         return LossTerms(values.pop("loss") + nothing, means=values)
 
     phase.loss = loss
@@ -378,7 +378,7 @@ def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
     for phase in trainer.phases:
         trainer.run_phase(phase, img, c)
         bound = 1e-4 if phase.name.startswith("G") else 2e-4
-        assert phase.learner.gradients.buffer.norm().item() == pytest.approx(bound, rel=1e-2), phase.name
+        assert phase.updater.gradients.buffer.norm().item() == pytest.approx(bound, rel=1e-2), phase.name
 
 
 def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
@@ -534,7 +534,7 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
     relativistic = plan(shapes32_zip, "--cfg=cifar", "--loss=relativistic", "--gamma=0.05").loss
     assert relativistic == replace(base, objective="relativistic", r1_interval=None, r1_gamma=0.05)
 
-    back = customise(replace(PRESETS["auto"], loss=settings("wgangp-eps")), {"loss.objective": "hinge"}).loss
+    back = apply_options(replace(PRESETS["auto"], loss=settings("wgangp-eps")), {"loss.objective": "hinge"}).loss
     assert back == LossConfig(objective="hinge")
 
 

@@ -154,12 +154,12 @@ def test_trimming_leaves_out_both_tails() -> None:
 
 def test_large_images_are_averaged_down_and_gray_repeated() -> None:
     img = torch.rand(1, 1, 1024, 1024, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    seen = path_length.judged_part(img, crop=False)
+    seen = path_length.lpips_input(img, crop=False)
     assert seen.shape == (1, 3, 256, 256)
     torch.testing.assert_close(seen[0, 2, 3, 5], (img[0, 0, 12:16, 20:24].mean() + 1) * 127.5)
-    assert path_length.judged_part(img[:, :, :300, :300], crop=False).shape == (1, 3, 300, 300)
+    assert path_length.lpips_input(img[:, :, :300, :300], crop=False).shape == (1, 3, 300, 300)
     with pytest.raises(UserError, match="needs images of 16 pixels a side, and here it has 8 of the face's part"):
-        path_length.judged_part(img[:, :, :16, :16], crop=True)
+        path_length.lpips_input(img[:, :, :16, :16], crop=True)
 
 
 @pytest.mark.parametrize("name", ["ppl2_wend", "ppl_wfull", "ppl_wend"])

@@ -26,10 +26,10 @@ from conftest import PATIENCE
 from exploration_helpers import TRANSGAN, build, make_model, make_snapshot, model_of, run, run_ok
 from PIL import Image
 
-from exploration.attention import attention_maps, record
+from exploration.attention_maps import attention_maps, record
 from exploration.mixing import mix
 from exploration.model import Model, label_of, seed_latents
-from exploration.play import LARGEST_SEED, Player, open_server
+from exploration.play import MAX_SEED, Player, open_server
 from exploration.sheets import enlarged, overlay
 from training.networks.stylegan2 import StyleGAN2Config
 
@@ -89,8 +89,8 @@ def test_images_are_those_of_their_seeds_and_mixtures() -> None:
 
 
 def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exploration.play.MOST_IMAGES", 3)
-    monkeypatch.setattr("exploration.play.MOST_KEPT", 4 * 3 * 32 * 32)
+    monkeypatch.setattr("exploration.play.MAX_IMAGES", 3)
+    monkeypatch.setattr("exploration.play.MAX_KEPT", 4 * 3 * 32 * 32)
     player, render = Player(make_model()), Model.images
     sizes: list[int] = []
 
@@ -143,7 +143,7 @@ NONSENSE = {
     "images?seed=%D9%A3": "seed=٣: must be a whole number",
     "images?seed=%ff": "the query is not one: 'utf-8' codec",
     "images?seed=" + "9" * 5000: "99: must be a whole number",
-    f"images?seed={LARGEST_SEED}&count=2": "must be a whole number from 0 to 4294967294",
+    f"images?seed={MAX_SEED}&count=2": "must be a whole number from 0 to 4294967294",
     "images?seed=0&count=0": "count=0: must be a whole number from 1 to 64",
     "images?seed=0&count=65": "count=65: must be a whole number from 1 to 64",
     "images?seed=0&seed=1": "the query says something twice",

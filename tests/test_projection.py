@@ -22,11 +22,11 @@ import projector
 from dnnlib.config import UserError
 from exploration import projection, video
 from exploration.model import Model
-from exploration.projection import ProjectionConfig, as_map, noise_correlation, pixels_towards, project
+from exploration.projection import ProjectionConfig, as_map, noise_correlation, pixel_distance, project
 from metrics import detectors
 from metrics.detectors import DetectorSetup
-from metrics.path_length import judged_part
-from metrics.perceptual import features_towards, lpips_towards
+from metrics.path_length import lpips_input
+from metrics.perceptual import feature_distance, lpips_distance
 from training.networks.styleformer_block import EncoderBlock
 from training.networks.stylegan2 import ModulatedConv
 
@@ -64,7 +64,7 @@ def test_pixels_are_compared_at_every_scale() -> None:
     difference = (img - goal).numpy()
     halved = difference.reshape(2, 3, 20, 2, 12, 2).mean(axis=(3, 5))
     expected = [(np.square(difference[i]).mean() + np.square(halved[i]).mean()) / 2 for i in range(2)]
-    np.testing.assert_allclose(pixels_towards(goal)(img), expected, rtol=1e-5)
+    np.testing.assert_allclose(pixel_distance(goal)(img), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [EncoderBlock, ModulatedConv])
@@ -99,9 +99,9 @@ def test_images_of_the_generator_are_found_again(family: str, fix_noise: bool) -
     w_avg, _ = projection.mean_and_spread(model, config.num_samples)
     with torch.no_grad():
         goals = model.G.synthesis(model.styles_of((4, 5, 6)))
-        *_, last = project(model, goals, pixels_towards, config)
+        *_, last = project(model, goals, pixel_distance, config)
         start, end = (
-            pixels_towards(goals)(model.G.synthesis(ws)) for ws in (w_avg.expand(3, model.G.num_ws, -1), last.ws)
+            pixel_distance(goals)(model.G.synthesis(ws)) for ws in (w_avg.expand(3, model.G.num_ws, -1), last.ws)
         )
     assert (end < start / 4).all()
     assert (end / start).median() < 1 / 10
@@ -116,9 +116,9 @@ def test_each_image_goes_its_own_way() -> None:
     with torch.no_grad():
         goals = model.G.synthesis(model.styles_of((4, 5)))
     config = ProjectionConfig(num_steps=5, space="w+", num_samples=100)
-    *_, both = project(model, goals, pixels_towards, config)
-    *_, alone = project(model, goals[1:], pixels_towards, config, first=1)
-    *_, other = project(model, goals[1:], pixels_towards, config, first=7)
+    *_, both = project(model, goals, pixel_distance, config)
+    *_, alone = project(model, goals[1:], pixel_distance, config, first=1)
+    *_, other = project(model, goals[1:], pixel_distance, config, first=7)
     torch.testing.assert_close(both.ws[1:], alone.ws, rtol=1e-3, atol=1e-3)
     assert (other.ws - alone.ws).abs().max() > 0.01
     assert not torch.equal(both.ws[:, 0], both.ws[:, 1])
@@ -134,7 +134,7 @@ def test_features_of_programs_have_gradients(kind: str, tmp_path: Path) -> None:
         path = export_program(tmp_path / "d.pt2", detector, uint8)
     goals = (uint8.float() - 128) / 127.5
     img = (goals + 0.2 * torch.randn(goals.shape)).requires_grad_()
-    distances = features_towards(path, CPU)(goals)(img)
+    distances = feature_distance(path, CPU)(goals)(img)
     f, g = detector((img * 127.5 + 128).clamp(0, 255))[0], detector(uint8)[0]
     torch.testing.assert_close(distances, (f - g).square().sum(dim=1) / g.square().sum(dim=1))
     distances.sum().backward()
@@ -166,13 +166,13 @@ class Picky(nn.Module):
 
 def test_programs_of_other_kinds(tmp_path: Path) -> None:
     goals, img = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
-    lpips = features_towards(script_program(tmp_path / "vgg.pt", LikeTheFamilys()), CPU)(goals)(img)
-    expected = ((judged_part(img, False) - judged_part(goals, False)) / 100).square().sum(dim=(1, 2, 3))
+    lpips = feature_distance(script_program(tmp_path / "vgg.pt", LikeTheFamilys()), CPU)(goals)(img)
+    expected = ((lpips_input(img, False) - lpips_input(goals, False)) / 100).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(lpips, expected)
     for module, message in ((WithoutGradient(), "have no gradient"), (Picky(), "cannot see float images")):
         path = script_program(tmp_path / "x.pt", module)
         with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
-            features_towards(path, CPU)(goals)
+            feature_distance(path, CPU)(goals)
 
 
 def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(DetectorSetup, "_lpips_states", lambda self: (vgg, linear))
     images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
     img = images[2:].clone().requires_grad_()
-    distances = lpips_towards(DetectorSetup(), CPU)(images[:2])(img)
+    distances = lpips_distance(DetectorSetup(), CPU)(images[:2])(img)
     expected = detectors.load_lpips(vgg, linear, CPU)((images[:2] + 1) * 127.5, (images[2:] + 1) * 127.5)
     torch.testing.assert_close(distances.detach(), expected, rtol=1e-4, atol=1e-6)
     distances.sum().backward()
@@ -203,7 +203,7 @@ def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = {f"lin{i}.model.1.weight": weight.reshape(1, -1, 1, 1) for i, weight in enumerate(weights)}
     monkeypatch.setattr(DetectorSetup, "_lpips_states", lambda self: (vgg.state_dict(), linear))
     images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
-    distances = lpips_towards(DetectorSetup(), CPU)(images[:2])(images[2:])
+    distances = lpips_distance(DetectorSetup(), CPU)(images[:2])(images[2:])
 
     mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])  # of the published LPIPS
     x, expected = ((images - mean[:, None, None]) / std[:, None, None]).double(), torch.zeros(2).double()

@@ -24,7 +24,7 @@ from PIL import Image
 import report
 from reporting import drawing, page
 from reporting.charts import find_charts
-from reporting.runs import find_runs, read_run
+from reporting.run_reader import find_runs, read_run
 
 NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gradients/G_main_norm", "Ours/new_signal")
 
@@ -61,7 +61,7 @@ def run_report(*arguments: str | Path) -> Result:
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts without a picture, for what is not about them."""
-    monkeypatch.setattr(report, "draw", lambda chart: drawing.Picture(chart, b"", ()))
+    monkeypatch.setattr(report, "draw", lambda chart: drawing.RenderedChart(chart, b"", ()))
 
 
 class Page(HTMLParser):

@@ -13,7 +13,7 @@ from conftest import make_shapes
 
 from dnnlib.config import OPTIONS_FILE, UserError, override, to_json
 from training.config import PRESETS, TrainConfig
-from training.resume import Request, Start, choose_start, complete, open_dataset
+from training.resume import RunRequest, Start, choose_start, complete, open_dataset
 
 TEXTS = {"generator.widths": "32,16", "generator.layers": "1,1", "run.device": "cpu"}
 
@@ -26,12 +26,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def new(data: Path, tmp_path: Path) -> Callable[..., Request]:
+def new(data: Path, tmp_path: Path) -> Callable[..., RunRequest]:
     """Return a function that makes the request of a command line with the options of TEXTS and others."""
 
-    def make(resume: str | Path | None = None, preset: str | None = "tiny", **changes: Any) -> Request:
+    def make(resume: str | Path | None = None, preset: str | None = "tiny", **changes: Any) -> RunRequest:
         texts = {"data.path": str(data), **TEXTS} | changes.pop("texts", {})
-        return Request(
+        return RunRequest(
             outdir=tmp_path / "runs",
             resume=None if resume is None else str(resume),
             preset=preset,
@@ -53,15 +53,15 @@ def save(start: Start, number: int = 0, **changes: Any) -> Path:
     return run_dir
 
 
-def test_the_folder_alone_is_enough(new: Callable[..., Request]) -> None:
+def test_the_folder_alone_is_enough(new: Callable[..., RunRequest]) -> None:
     """Every field comes from the saved configuration, whatever the presets say now."""
     start = choose_start(new(texts={"loss.r1_gamma": "3", "run.total_kimg": "5", "g_optimizer.beta2": "0.9"}))
     run_dir = save(start)
-    resumed = choose_start(Request(outdir=None, resume=str(run_dir)))
+    resumed = choose_start(RunRequest(outdir=None, resume=str(run_dir)))
     assert (resumed.config, resumed.run_dir) == (start.config, run_dir)
 
 
-def test_typing_again_what_was_typed_changes_nothing(new: Callable[..., Request]) -> None:
+def test_typing_again_what_was_typed_changes_nothing(new: Callable[..., RunRequest]) -> None:
     for number, texts in enumerate(
         (
             {},
@@ -77,7 +77,7 @@ def test_typing_again_what_was_typed_changes_nothing(new: Callable[..., Request]
         assert choose_start(new("latest", texts=texts)).run_dir == run_dir
 
 
-def test_the_part_run_may_change(new: Callable[..., Request]) -> None:
+def test_the_part_run_may_change(new: Callable[..., RunRequest]) -> None:
     start = choose_start(new())
     run_dir = save(start)
     texts = {"run.total_kimg": "99", "run.metrics": "none", "run.snapshot_ticks": "7"}
@@ -101,7 +101,7 @@ def test_the_part_run_may_change(new: Callable[..., Request]) -> None:
     ],
 )
 def test_anything_else_is_listed_and_refused_unless_overridden(
-    new: Callable[..., Request],
+    new: Callable[..., RunRequest],
     capsys: pytest.CaptureFixture[str],
     texts: dict[str, str],
     preset: str | None,
@@ -130,7 +130,7 @@ def test_anything_else_is_listed_and_refused_unless_overridden(
         assert str(list(config) if isinstance(config, tuple) else config) == value.split(" -> ")[1].strip("'")
 
 
-def test_latest_is_the_newest_run_that_is_not_contradicted(new: Callable[..., Request]) -> None:
+def test_latest_is_the_newest_run_that_is_not_contradicted(new: Callable[..., RunRequest]) -> None:
     """An option that is not typed contradicts no run."""
     runs = {}
     for number, gamma in enumerate(("1", "2", "1", "3")):
@@ -142,7 +142,7 @@ def test_latest_is_the_newest_run_that_is_not_contradicted(new: Callable[..., Re
 
 
 def test_runs_that_cannot_be_read_are_passed_over(
-    new: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+    new: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = save(choose_start(new()))
     broken = save(choose_start(new()), 1)
@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_read_are_passed_over(
 
 
 def test_runs_of_other_families_or_data_are_contradicted(
-    new: Callable[..., Request], data: Path, tmp_path: Path
+    new: Callable[..., RunRequest], data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.zip"
     make_shapes(other, 16, 24)
@@ -172,7 +172,7 @@ def test_runs_of_other_families_or_data_are_contradicted(
     assert choose_start(replace(request, resume="latest")).run_dir == run_dir  # the other data are not opened
 
 
-def test_shares_follow_the_number_of_processes(new: Callable[..., Request]) -> None:
+def test_shares_follow_the_number_of_processes(new: Callable[..., RunRequest]) -> None:
     """A micro-batch stays while it divides the share of a process."""
     start = choose_start(new(texts={"batch_size": "32", "run.batch_gpu": "8"}))
     assert start.config.run.batch_gpu == 8
@@ -190,7 +190,7 @@ def test_shares_follow_the_number_of_processes(new: Callable[..., Request]) -> N
     assert share(batch_gpu="16") == 16
 
 
-def test_what_another_machine_chose_is_chosen_anew(new: Callable[..., Request]) -> None:
+def test_what_another_machine_chose_is_chosen_anew(new: Callable[..., RunRequest]) -> None:
     """CUDA graphs, which a run had on a GPU, are no reason to refuse it on a CPU."""
     start = choose_start(new())
     run_dir = save(start, **{"run.graphs": True})
@@ -199,23 +199,23 @@ def test_what_another_machine_chose_is_chosen_anew(new: Callable[..., Request]) 
         choose_start(new(run_dir, texts={"run.graphs": "true"}))
 
 
-def test_a_state_starts_a_new_run_of_its_configuration(new: Callable[..., Request], monkeypatch: Any) -> None:
+def test_a_state_starts_a_new_run_of_its_configuration(new: Callable[..., RunRequest], monkeypatch: Any) -> None:
     start = choose_start(new(texts={"loss.r1_gamma": "3"}))
     state = save(start) / "training-state-000000.pt"
     monkeypatch.setattr("training.resume.Checkpoint.read", lambda path: {"config": to_json(start.config)})
-    new_run = choose_start(Request(outdir=start.outdir, resume=str(state)))
+    new_run = choose_start(RunRequest(outdir=start.outdir, resume=str(state)))
     assert (new_run.config, new_run.run_dir, new_run.state) == (start.config, None, state)
     with pytest.raises(UserError, match="missing option --outdir"):
-        choose_start(Request(outdir=None, resume=str(state)))
+        choose_start(RunRequest(outdir=None, resume=str(state)))
     with pytest.raises(UserError, match=r"loss.r1_gamma: 3.0 -> 4.0"):
-        choose_start(Request(outdir=start.outdir, resume=str(state), texts={"loss.r1_gamma": "4"}))
+        choose_start(RunRequest(outdir=start.outdir, resume=str(state), texts={"loss.r1_gamma": "4"}))
 
 
 def test_what_a_new_run_needs_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing option --data"):
-        choose_start(Request(outdir=tmp_path))
+        choose_start(RunRequest(outdir=tmp_path))
     with pytest.raises(UserError, match="missing option --data"):
-        choose_start(Request(outdir=tmp_path, resume="latest"))
+        choose_start(RunRequest(outdir=tmp_path, resume="latest"))
 
 
 def test_resolving_twice_changes_nothing(data: Path) -> None:

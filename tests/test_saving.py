@@ -32,7 +32,7 @@ from training.config import read_config
 from training.dataset import ImageDataset
 from training.evaluation import Evaluation, build_context
 from training.loggers import Loggers
-from training.runs import RunFolder, list_states
+from training.run_folder import RunFolder, list_states
 from training.saving import Saver, obsolete
 from training.snapshots.snapshot import load_network
 from training.training_loop import Trainer

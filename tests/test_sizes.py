@@ -19,7 +19,7 @@ import calc_metrics
 import dataset_tool
 import train
 from dnnlib.config import ConfigError, override
-from training.config import PRESETS, Circumstances, TrainConfig, customise, resolve
+from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.data_sources.sizes import build_command, candidate_sizes, describe_sizes, suggest_size
 from training.networks import DISCRIMINATORS, GENERATORS
 
@@ -30,7 +30,7 @@ NEVER = "g_dict|widths|num_layers|img_size|resolutions|--d-"  # what nobody has 
 def refusal(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False) -> ConfigError | None:
     config = override(config, {"data.path": "a set.zip"})
     try:
-        resolve(config, Circumstances(img_shape=(3, size[1], size[0]), c_dim=0, is_raw=is_raw))
+        resolve(config, Environment(img_shape=(3, size[1], size[0]), c_dim=0, is_raw=is_raw))
     except ConfigError as error:
         return error
     return None
@@ -50,7 +50,7 @@ def follow(config: TrainConfig, options: str, size: tuple[int, int], **typed: ob
             assert name == "base"
             sides = [int(side) for side in value.split("x")]
             values["generator.base"] = (sides[0], sides[-1])
-    assert refusal(customise(config, values), size) is None
+    assert refusal(apply_options(config, values), size) is None
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -107,7 +107,7 @@ def test_the_size_of_a_preset_is_that_of_its_name() -> None:
 def test_what_was_given_is_what_the_message_is_about(
     options: dict[str, object], size: tuple[int, int], message: str
 ) -> None:
-    config = customise(PRESETS["tiny"], {f"generator.{name}": value for name, value in options.items()})
+    config = apply_options(PRESETS["tiny"], {f"generator.{name}": value for name, value in options.items()})
     error = refusal(config, size)
     assert error
     assert message in str(error)
@@ -133,7 +133,7 @@ def test_the_discriminators_misfits_too(
         "discriminator.family": family,
     }
     values |= {f"discriminator.{name}": value for name, value in options.items()}
-    error = refusal(customise(PRESETS["transgan-cifar"], values), size)
+    error = refusal(apply_options(PRESETS["transgan-cifar"], values), size)
     assert error
     assert message in str(error)
 

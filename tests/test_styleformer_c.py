@@ -136,7 +136,7 @@ def test_reduced_precision_is_close(dtype: torch.dtype) -> None:
 
 
 def test_fit_chooses_what_is_open() -> None:
-    open_config = StyleformerCConfig(**StyleformerCConfig.OPEN)
+    open_config = StyleformerCConfig(**StyleformerCConfig.AUTO)
     config = open_config.fit(256, 256)
     assert (config.widths, config.layers, config.linformer) == ((512, 256, 256), (1, 2, 2), False)
     assert (config.img_size, config.conv_grids) == ((256, 256), ((64, 64), (128, 128), (256, 256)))

@@ -32,7 +32,7 @@ import train
 from dnnlib.config import ConfigError
 from training.networks import execution
 from training.networks.styleformer_discriminator import (
-    EncoderBlock,
+    DiscriminatorEncoderBlock,
     StyleformerDiscriminator,
     StyleformerDiscriminatorConfig,
 )
@@ -132,12 +132,12 @@ def test_parameters_of_the_default() -> None:
     expected += sum(3 * C**2 + 2 * C * C2 + C2 + C * tokens for C, C2, tokens in blocks)
     expected += 512 * 513 * 9 + 512 + 512 * 512 * 16 + 512 + 512 + 1
     assert sum(parameter.numel() for parameter in D.parameters()) == expected
-    heads = [module.attention.num_heads for module in D.modules() if isinstance(module, EncoderBlock)]
+    heads = [module.attention.num_heads for module in D.modules() if isinstance(module, DiscriminatorEncoderBlock)]
     assert heads == [8, 8, 16, 16, 16, 16]
 
 
 def test_second_derivatives_of_a_block() -> None:
-    block = EncoderBlock(VARIANTS["linformer"], (2, 3), 8, 6, is_first=True).double()
+    block = DiscriminatorEncoderBlock(VARIANTS["linformer"], (2, 3), 8, 6, is_first=True).double()
     x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
     with execution.using(twice_differentiable=True):
         assert torch.autograd.gradgradcheck(block, (x,))
@@ -211,7 +211,7 @@ def test_layers_from_image() -> None:
     ],
 )
 def test_open_choices_follow_the_images(size: tuple[int, int], patch: int, grids: list[int]) -> None:
-    config = StyleformerDiscriminatorConfig(**StyleformerDiscriminatorConfig.OPEN).fit(*size)
+    config = StyleformerDiscriminatorConfig(**StyleformerDiscriminatorConfig.AUTO).fit(*size)
     assert (config.patch, [grid[0] for grid in config.grids]) == (patch, grids)
     assert config.layers == (2,) * len(grids)
     for grid in config.grids:

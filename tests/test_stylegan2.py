@@ -20,7 +20,7 @@ from training.networks.stylegan2 import (
     ModulatedConv,
     StyleGAN2Config,
     StyleGAN2Generator,
-    ToRGB,
+    StyleGAN2ToRGB,
     modulated_conv2d,
 )
 
@@ -191,10 +191,10 @@ def test_wide_layers_on_a_cpu_go_through_winograd(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     C = winograd.MIN_CHANNELS
     x, weight, style = torch.randn(1, C, 16, 16), torch.randn(C, C, 3, 3), torch.randn(1, C)
-    assert winograd.pays(x, weight)
+    assert winograd.is_profitable(x, weight)
     noise = torch.zeros(1)
     fast = modulated_conv2d(x, weight, style, noise)
-    monkeypatch.setattr(winograd, "pays", lambda *_: False)
+    monkeypatch.setattr(winograd, "is_profitable", lambda *_: False)
     direct = modulated_conv2d(x, weight, style, noise)
     assert 0 < (fast - direct).abs().max().item() < 1e-4
 
@@ -211,7 +211,7 @@ def test_float16_survives_weights_and_styles_that_are_large() -> None:
 
 def test_torgb_equals_the_equation() -> None:
     config = dataclasses.replace(TINY, conv_clamp=0.5)
-    torgb = ToRGB(config, 8).double()
+    torgb = StyleGAN2ToRGB(config, 8).double()
     randomize(torgb)
     x, w = torch.randn(2, 8, 3, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb), 0.5))
@@ -303,7 +303,7 @@ def test_recomputing_changes_nothing(name: str) -> None:
 
 
 def test_fit_chooses_what_is_open() -> None:
-    config = StyleGAN2Config(**StyleGAN2Config.OPEN)
+    config = StyleGAN2Config(**StyleGAN2Config.AUTO)
     assert config.fit(64, 64).img_size == (64, 64)
     assert config.fit(512, 512).channel_base == 2 * config.fit(256, 256).channel_base == 32768
     assert dataclasses.replace(config, base=(3, 4)).fit(48, 64).grids == ((3, 4), (6, 8), (12, 16), (24, 32), (48, 64))

@@ -23,13 +23,13 @@ from PIL import Image
 import dataset_tool
 import metrics.registry
 import train
-from dnnlib.cli import PRECEDENCE, Script
+from dnnlib.cli import HEAD_START, Script
 from dnnlib.config import from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
 from training import worker
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Requests
 from training.restore import OWN_PARTIAL
@@ -59,7 +59,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
     return state["parts"]
 
 
-@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [PRECEDENCE])])
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [HEAD_START])])
 def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_run_without_metrics_says_what_it_computes_and_why(
     shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "SLOW_DECODER", None)
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0)
+    about = Environment(img_shape=(3, 32, 32), c_dim=0)
     config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
     (note,) = worker._notes(config)
     assert note.startswith("No --metrics given; computing ")

@@ -19,7 +19,7 @@ from dnnlib.config import ConfigError
 from metrics import feature_stats, sampling
 from metrics.detectors import DetectorSetup
 from metrics.registry import find, is_best
-from reporting.runs import read_run
+from reporting.run_reader import read_run
 from training import hooks
 from training.dataset import DatasetConfig, ImageDataset
 from training.snapshots.snapshot import load_network

@@ -21,10 +21,10 @@ from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat, Stats
 from training import hooks, restore
-from training.config import PRESETS, Circumstances, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
-from training.phases import Learner, Phase
+from training.phases import Phase, Updater
 from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
 # All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
@@ -127,8 +127,8 @@ def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(sha
 def test_a_phase_steps_by_its_weight_times_the_mean_gradient(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, batch_size=8, run__batch_gpu=2))
     x = torch.nn.Parameter(torch.zeros(()))
-    learner = Learner([x], torch.optim.SGD([x], lr=1.0, fused=True))
-    phase = Phase("x", learner, lambda img, c: LossTerms(x * img.mean()), interval=3, weight=5)
+    updater = Updater([x], torch.optim.SGD([x], lr=1.0, fused=True))
+    phase = Phase("x", updater, lambda img, c: LossTerms(x * img.mean()), interval=3, weight=5)
     img = torch.arange(8.0).reshape(8, 1, 1, 1)
     trainer.run_phase(phase, img, torch.zeros(8, 0))
     assert x.item() == pytest.approx(-5 * img.mean().item())
@@ -192,7 +192,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
         for name, x in again.checkpoint.parts[part].state_dict().items():
             if name != "mapping.w_avg":
                 assert torch.equal(x, theirs[name]), f"{part} {name}"
-    moments = again.d_learner.optimizer.state_dict()["state"]
+    moments = again.d_updater.optimizer.state_dict()["state"]
     assert all(not row["exp_avg_sq"].any() and row["step"] == 0 for row in moments.values())
 
 
@@ -452,7 +452,7 @@ def test_all_of_training_has_deterministic_algorithms(shapes_zip: Path) -> None:
 @pytest.mark.parametrize(("pipe", "is_refused"), [("bgc", True), ("filter", True), ("blit", True), ("color", False)])
 def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(pipe: str, is_refused: bool) -> None:
     config = override(PRESETS["tiny"], {"augment.pipe": pipe, "run.deterministic": True})
-    about = Circumstances(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    about = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
         resolve(config, about)
     resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
@@ -485,7 +485,7 @@ def test_the_time_left_counts_metrics_and_files_too(
     clock = iter([0.0, 1000.0, 1060.0, 1060.0])
     monkeypatch.setattr(hooks.time, "monotonic", lambda: next(clock))
     trainer: Any = SimpleNamespace(total_nimg=10_000, state=TrainState(nimg=100))
-    progress = hooks.Progress()
+    progress = hooks.TickLine()
     progress.on_step(trainer)  # the first
     stats = {name: Stat(mean=-1.2345, std=0.0, count=8) for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real")}
     values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}

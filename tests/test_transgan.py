@@ -26,7 +26,7 @@ import train
 from dnnlib.config import ConfigError
 from torch_utils.checkpoint import digest
 from training.augment.diffaugment import DEFAULT_POLICY
-from training.config import PRESETS, Circumstances, TrainConfig, customise, resolve
+from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.ema import EMA
 from training.networks import execution
 from training.networks.attention import attend, split_heads
@@ -558,7 +558,7 @@ def noisy_config(data: Path) -> TrainConfig:
         "run.batch_gpu": 4,
         "batch_size": 8,
     }
-    return resolve(customise(PRESETS["tiny"], options), Circumstances(img_shape=(3, 16, 16), c_dim=0))
+    return resolve(apply_options(PRESETS["tiny"], options), Environment(img_shape=(3, 16, 16), c_dim=0))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -742,7 +742,7 @@ def count(config: Any) -> int:
 def test_presets_have_the_published_numbers_of_parameters(
     preset: str, size: int, published: tuple[str, str] | None, g_count: int, d_count: int
 ) -> None:
-    config = resolve(PRESETS[preset], Circumstances(img_shape=(3, size, size), c_dim=0))
+    config = resolve(PRESETS[preset], Environment(img_shape=(3, size, size), c_dim=0))
     counts = count(config.generator), count(config.discriminator)
     assert counts == (g_count, d_count)
     assert published is None or tuple(f"{n / 1e6:.1f}" for n in counts) == published
@@ -759,7 +759,7 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
     assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
     assert config.data.mirror
-    fitted = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
+    fitted = resolve(config, Environment(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
 
 
@@ -819,7 +819,7 @@ def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
     assert [name for name, *_ in rows] == [name for name in PRESETS if name.startswith("transgan")]
     for name, g_count, d_count in rows:
         config = PRESETS[name]
-        config = resolve(config, Circumstances(img_shape=(3, *config.generator.img_size), c_dim=0))
+        config = resolve(config, Environment(img_shape=(3, *config.generator.img_size), c_dim=0))
         counts = count(config.generator), count(config.discriminator)
         assert tuple(f"{n / 1e6:.1f}" for n in counts) == (g_count, d_count)
 
@@ -893,7 +893,7 @@ def test_freeze_d_takes_patches_and_blocks_from_the_image_on() -> None:
     ],
 )
 def test_fit_chooses_the_published_stages(size: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> None:
-    config = TransGANConfig(**TransGANConfig.OPEN).fit(size, size)
+    config = TransGANConfig(**TransGANConfig.AUTO).fit(size, size)
     assert (config.widths, config.layers, config.img_size) == (widths, layers, (size, size))
     assert published_stages(len(widths)) == (widths, layers)
 
@@ -908,16 +908,16 @@ def test_fit_chooses_the_published_stages(size: int, widths: tuple[int, ...], la
     ],
 )
 def test_fit_chooses_patches(size: tuple[int, int], patch: int, grids: Any) -> None:
-    config = TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.OPEN).fit(*size)
+    config = TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO).fit(*size)
     assert (config.patch, config.grids, config.img_size) == (patch, grids, size)
 
 
 def test_changing_between_families_keeps_what_they_share() -> None:
     mapped = StyleformerConfig(z_dim=7, w_dim=9, mapping_layers=4, c_dim=2)
-    config = TransGANConfig.in_place_of(mapped)
+    config = TransGANConfig.convert_from(mapped)
     assert (config.z_dim, config.w_dim, config.mapping_layers, config.c_dim) == (7, 7, 0, 2)
     assert (config.widths, config.layers) == ((), ())
-    back = StyleformerConfig.in_place_of(config)
+    back = StyleformerConfig.convert_from(config)
     assert (back.z_dim, back.w_dim, back.mapping_layers) == (7, 7, 2)
 
 
@@ -967,8 +967,8 @@ def test_discriminator_config_errors(changes: dict[str, Any], field: str, text: 
 
 def test_what_is_open_cannot_be_built() -> None:
     for config in (
-        TransGANConfig(**TransGANConfig.OPEN),
-        TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.OPEN),
+        TransGANConfig(**TransGANConfig.AUTO),
+        TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO),
     ):
         with pytest.raises(ConfigError, match="chosen"):
             config.build()

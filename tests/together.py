@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 # Each has a function `in_two_processes(folder, data)`, which both processes call; what it writes is tested there.
-MODULES = ("test_training", "test_objectives", "test_rehearsal", "test_signals", "test_custom_ops", "test_hostile_web")
+MODULES = ("test_training", "test_objectives", "test_auto_batch", "test_signals", "test_custom_ops", "test_hostile_web")
 
 
 def work(folder: Path, data: Path) -> None:

@@ -37,8 +37,8 @@ from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0  # seconds
-MOST_ON_A_CPU = 16  # processes, however few cores there are
-MOST_PROCESSES = 10**6  # on all machines
+MAX_ON_A_CPU = 16  # processes, however few cores there are
+MAX_PROCESSES = 10**6  # on all machines
 
 
 def rank() -> int:
@@ -63,7 +63,7 @@ def launched_world_size() -> int | None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    world_size = _launched("WORLD_SIZE", 1, MOST_PROCESSES)
+    world_size = _launched("WORLD_SIZE", 1, MAX_PROCESSES)
     _launched("RANK", 0, world_size - 1)
     _launched("LOCAL_RANK", 0, _launched("LOCAL_WORLD_SIZE", 1, world_size) - 1)
     _launched("MASTER_PORT", 1, 65535)
@@ -74,7 +74,7 @@ def launched_world_size() -> int | None:
 
 def launched_rank() -> int:
     """Return this process's number as torchrun gave it, before there is a group; 0 outside torchrun."""
-    return 0 if launched_world_size() is None else _launched("RANK", 0, MOST_PROCESSES)
+    return 0 if launched_world_size() is None else _launched("RANK", 0, MAX_PROCESSES)
 
 
 def _launched(name: str, low: int, high: int) -> int:
@@ -97,7 +97,7 @@ def choose_device(requested: str | None = None) -> torch.device:
 
     Does not touch it: a process that only launches others would hold memory of a GPU.
     """
-    local_rank = _launched("LOCAL_RANK", 0, MOST_PROCESSES) if "LOCAL_RANK" in os.environ else 0
+    local_rank = _launched("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if requested is None:
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -133,7 +133,7 @@ def use_device(requested: str | None = None) -> torch.device:
 def check_processes(count: int, requested: str | None, device: torch.device) -> None:
     """Raise UserError when `count` processes on this machine cannot have a device each, or are too many for a CPU."""
     if device.type != "cuda":
-        most = max(MOST_ON_A_CPU, os.cpu_count() or 1)
+        most = max(MAX_ON_A_CPU, os.cpu_count() or 1)
         if launched_world_size() is None and count > most:
             raise UserError(f"--gpus={count}: too many processes for this machine without GPUs; at most {most}")
         return
@@ -141,7 +141,7 @@ def check_processes(count: int, requested: str | None, device: torch.device) -> 
         raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")
     flag = "--gpus"
     if launched_world_size() is not None:
-        flag, count = "torchrun --nproc-per-node", _launched("LOCAL_WORLD_SIZE", 1, MOST_PROCESSES)
+        flag, count = "torchrun --nproc-per-node", _launched("LOCAL_WORLD_SIZE", 1, MAX_PROCESSES)
     if count > torch.cuda.device_count():
         raise UserError(f"{flag}={count}: this machine has {torch.cuda.device_count()} CUDA devices")
 

@@ -15,7 +15,7 @@ from dnnlib.config import WriteError
 from dnnlib.util import write_atomically
 
 # Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
-Towards = Callable[[Tensor], Callable[[Tensor], Tensor]]
+DistanceTo = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 def square_resolution(img_shape: Sequence[int]) -> int:

@@ -29,7 +29,7 @@ REPEAT_SECONDS = 1.0  # Ctrl-C reaches a worker from the terminal and from its l
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SignalRequest:
     """What is asked for: to write a training state, and by which signal (None: not at all) to stop afterwards."""
 
     save: bool
@@ -94,14 +94,14 @@ class Signals:
             with suppress(OSError, ValueError):  # a stream that fails, or is closed at the end of the program
                 print(message, file=sys.stderr, flush=True)
 
-    def agree(self, step: int) -> Request:
+    def agree(self, step: int) -> SignalRequest:
         """Return what any process was asked for since the last time. A collective call for every step.
 
         Between the steps at which processes talk to each other the answer is: nothing.
         """
         if distributed.world_size() > 1 and step % INTERVAL:
-            return Request(save=False, stop=None)
+            return SignalRequest(save=False, stop=None)
         save, stop = distributed.maximum([int(self.save), self.stop])
         if save:
             self.save = False
-        return Request(save=bool(save), stop=signal.Signals(stop) if stop else None)
+        return SignalRequest(save=bool(save), stop=signal.Signals(stop) if stop else None)

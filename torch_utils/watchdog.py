@@ -13,29 +13,29 @@ from dataclasses import dataclass
 
 from torch import distributed as dist
 
-LEAST_SILENCE = 5.0  # seconds; who is silent for less may be slow on a busy machine
+MIN_SILENCE = 5.0  # seconds; who is silent for less may be slow on a busy machine
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankStatus:
     """How far a process has come, in collective calls, and on which machine it runs."""
 
     position: int
     host: str
 
 
-def find_stopped(signs: dict[int, Sign], silent: Collection[int] = ()) -> list[int]:
-    """Return the ranks that the others wait for: the `silent` ones, which give no sign of life any more, or else those
-    that have entered the fewest collective calls.
+def find_stopped(statuses: dict[int, RankStatus], silent: Collection[int] = ()) -> list[int]:
+    """Return the ranks that the others wait for.
 
-    There are none when all are alive and equally far: they compute, or wait for something outside.
+    They are the `silent` ranks, whose heartbeats have stopped, or else the ranks that have entered the fewest
+    collective calls. The list is empty if all ranks are alive and have entered equally many calls.
     """
     if silent:
         return sorted(silent)
-    positions = [sign.position for sign in signs.values()]
+    positions = [status.position for status in statuses.values()]
     if min(positions) == max(positions):
         return []
-    return [rank for rank, sign in signs.items() if sign.position == min(positions)]
+    return [rank for rank, status in statuses.items() if status.position == min(positions)]
 
 
 class Pulse:
@@ -88,8 +88,8 @@ class Watchdog:
         try:
             shared = dist.PrefixStore("watchdog", self.open_store())
             everyone = [str(rank) for rank in range(self.world_size)]
-            pulse = Pulse(max(self.timeout, LEAST_SILENCE))
-            last: dict[int, Sign] = {}
+            pulse = Pulse(max(self.timeout, MIN_SILENCE))
+            last: dict[int, RankStatus] = {}
             since = time.monotonic()
             for beat in itertools.count():
                 if self.over.wait(self.pause):
@@ -98,20 +98,20 @@ class Watchdog:
                 if not shared.check(everyone):
                     continue
                 received = {rank: _read(shared.get(str(rank))) for rank in range(self.world_size)}
-                signs = {rank: sign for rank, (_, sign) in received.items()}
+                statuses = {rank: status for rank, (_, status) in received.items()}
                 now = time.monotonic()
-                if signs != last:
-                    last, since = signs, now
+                if statuses != last:
+                    last, since = statuses, now
                 silent = pulse.find_silent({rank: number for rank, (number, _) in received.items()}, now)
-                stopped = find_stopped(signs, silent) if silent or now - since > self.timeout else []
+                stopped = find_stopped(statuses, silent) if silent or now - since > self.timeout else []
                 # Of the ranks that wait, the lowest speaks.
-                if stopped and self.rank == min(set(signs) - set(stopped), default=None):
-                    self._give_up(stopped, signs)
+                if stopped and self.rank == min(set(statuses) - set(stopped), default=None):
+                    self._give_up(stopped, statuses)
         except RuntimeError:  # the store has gone, and with it the launcher
             return
 
-    def _give_up(self, stopped: list[int], signs: dict[int, Sign]) -> None:
-        names = ", ".join(f"{rank} on {signs[rank].host}" for rank in stopped)
+    def _give_up(self, stopped: list[int], statuses: dict[int, RankStatus]) -> None:
+        names = ", ".join(f"{rank} on {statuses[rank].host}" for rank in stopped)
         plural = "es" if len(stopped) > 1 else ""
         print(
             f"Error: process{plural} {names}: stopped {self.timeout:g} seconds ago, and the others wait; "
@@ -122,7 +122,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _read(text: bytes) -> tuple[int, Sign]:
-    """Return what a rank has told: its beat, and its sign."""
+def _read(text: bytes) -> tuple[int, RankStatus]:
+    """Return what a rank has told: its beat, and its status."""
     beat, position, host = text.decode().split(" ", 2)
-    return int(beat), Sign(int(position), host)
+    return int(beat), RankStatus(int(position), host)

@@ -43,8 +43,8 @@ class RunConfig:
 
     total_kimg: float = setting(25_000, "Length of the training, in thousands of real images.", above=0)
     tick_kimg: float = setting(4, "Interval of progress lines and statistics, in thousands of images.", above=0)
-    snapshot_ticks: int = setting(50, "Interval of snapshots, training states and image grids, in ticks.", least=1)
-    keep_last: int = setting(2, "Newest training states to keep; 2 leave a fallback for a damaged one.", least=1)
+    snapshot_ticks: int = setting(50, "Interval of snapshots, training states and image grids, in ticks.", at_least=1)
+    keep_last: int = setting(2, "Newest training states to keep; 2 leave a fallback for a damaged one.", at_least=1)
     keep_every: float | None = setting(
         None, "Thousands of images between training states that are kept for good; None: none are.", above=0
     )
@@ -52,7 +52,7 @@ class RunConfig:
     metrics: tuple[str, ...] | None = setting(
         None, "Metrics at snapshots, of which the first picks the best network; None: fid50k_full or swd.", auto=True
     )
-    metrics_every: int | None = setting(None, "Interval of the metrics, in ticks; None: at every snapshot.", least=1)
+    metrics_every: int | None = setting(None, "Interval of the metrics, in ticks; None: at every snapshot.", at_least=1)
     tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")
     log: tuple[str, ...] | None = setting(
         None,
@@ -63,15 +63,15 @@ class RunConfig:
     )
     detectors: tuple[str, ...] = setting((), "Files of custom detectors for metrics: programs, weights, folders.")
     desc: str = setting("", "Suffix of the name of the run's folder: at most 60 letters, digits and -_.")
-    num_gpus: int = setting(1, "Processes on this machine, one per GPU.", least=1)
+    num_gpus: int = setting(1, "Processes on this machine, one per GPU.", at_least=1)
     batch_gpu: int | Literal["auto"] | None = setting(
         None,
         "Micro-batch: images at a time per process; None: its whole share of the batch; auto: as many as fit.",
-        least=1,
+        at_least=1,
     )
     device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if there is one.", auto=True)
     workers: int | None = setting(
-        None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, least=0, most=1024
+        None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, at_least=0, at_most=1024
     )
     data_on_gpu: bool | None = setting(
         None, "Data set kept decoded on the device; None: on a GPU, up to 2 GiB.", auto=True
@@ -89,9 +89,11 @@ class RunConfig:
         None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side.", auto=True
     )
     cudnn_benchmark: bool = setting(True, "Use of cuDNN's benchmarks to choose the fastest convolutions.")
-    timeout: float = setting(1800, "Seconds that processes wait for one that has stopped.", above=0, most=100_000_000)
+    timeout: float = setting(
+        1800, "Seconds that processes wait for one that has stopped.", above=0, at_most=100_000_000
+    )
     deterministic: bool = setting(False, "Deterministic algorithms only: bit-identical results every time.")
-    profile_steps: int = setting(0, "Steps of which a Chrome trace is written; 0: none.", least=0)
+    profile_steps: int = setting(0, "Steps of which a Chrome trace is written; 0: none.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -112,7 +114,7 @@ class TrainConfig:
     """Everything that a training run is determined by. None means: `resolve` chooses it from data and machine."""
 
     preset: str = setting(help="Name of the preset that the configuration started from.")
-    seed: int = setting(0, "Seed of weights, latents, data order and noise.", least=0, most=2**63 - 1)
+    seed: int = setting(0, "Seed of weights, latents, data order and noise.", at_least=0, at_most=2**63 - 1)
     data: DatasetConfig = setting(help="Training images.", default_factory=DatasetConfig)
     generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
     discriminator: DiscriminatorConfig = setting(
@@ -124,11 +126,13 @@ class TrainConfig:
     d_optimizer: AdamConfig = setting(help="Optimizer of the discriminator.", default_factory=AdamConfig)
     ema: EMAConfig = setting(help="Moving average of the generator's weights.", default_factory=EMAConfig)
     batch_size: int | None = setting(
-        None, "Images per optimizer step, over all GPUs; None: by resolution and GPUs.", auto=True, least=1
+        None, "Images per optimizer step, over all GPUs; None: by resolution and GPUs.", auto=True, at_least=1
     )
-    w_avg_rate: float = setting(0.005, "Share of the batch mean of w that enters w_avg in each phase.", least=0, most=1)
+    w_avg_rate: float = setting(
+        0.005, "Share of the batch mean of w that enters w_avg in each phase.", at_least=0, at_most=1
+    )
     freeze_layers: int = setting(
-        0, "Freeze-D: layers of D, counted from the image, that are not trained.", least=0, note="0 trains all of D"
+        0, "Freeze-D: layers of D, counted from the image, that are not trained.", at_least=0, note="0 trains all of D"
     )
     precision: Precision | None = setting(
         None, "Precision of activations; None: bf16 on a GPU that has it, else fp32.", auto=True
@@ -136,7 +140,7 @@ class TrainConfig:
     reduced_from: int = setting(
         0,
         "Longer side from which on grids compute in `precision`; smaller grids use float32.",
-        least=0,
+        at_least=0,
         note="0 reduces all grids",
     )
     allow_tf32: bool = setting(False, "Permission of TF32 in float32 matrix products and convolutions.")
@@ -151,7 +155,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circumstances:
+class Environment:
     """What `resolve` needs to know of the training images and the machine."""
 
     img_shape: tuple[int, int, int]
@@ -164,8 +168,8 @@ class Circumstances:
 def _presets() -> dict[str, TrainConfig]:
     auto = TrainConfig(
         preset="auto",
-        generator=StyleformerConfig(**StyleformerConfig.OPEN),
-        discriminator=StyleGAN2DiscriminatorConfig(**StyleGAN2DiscriminatorConfig.OPEN),
+        generator=StyleformerConfig(**StyleformerConfig.AUTO),
+        discriminator=StyleGAN2DiscriminatorConfig(**StyleGAN2DiscriminatorConfig.AUTO),
     )
     stylegan2 = TrainConfig(
         preset="stylegan2",
@@ -385,7 +389,7 @@ PRESETS: Mapping[str, TrainConfig] = _presets()
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
-def customise(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset under a user's options, {config path: value}.
 
     What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
@@ -439,7 +443,7 @@ def _has_styles(generator: GeneratorConfig) -> bool:
         return True
 
 
-def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
+def resolve(config: TrainConfig, about: Environment) -> TrainConfig:
     """Fill in what depends on the data or the machine, and check that the parts fit together.
 
     Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
@@ -484,7 +488,7 @@ def resolve(config: TrainConfig, about: Circumstances) -> TrainConfig:
     return resolved
 
 
-def _fit_networks(config: TrainConfig, about: Circumstances) -> TrainConfig:
+def _fit_networks(config: TrainConfig, about: Environment) -> TrainConfig:
     """Choose what is open of both networks for the images.
 
     Raises ConfigError: of the option that was given and does not go with the images, of the data where none was.
@@ -502,7 +506,7 @@ def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
     return next(iter(misfit.fitting_sizes(config, sizes)), None)
 
 
-def _chooses_graphs(run: RunConfig, about: Circumstances) -> bool:
+def _chooses_graphs(run: RunConfig, about: Environment) -> bool:
     return about.on_gpu and max(about.img_shape[1:]) <= GRAPHS_SIDE and not run.recompute
 
 
@@ -568,7 +572,7 @@ def _check_holdout(config: TrainConfig) -> None:
         )
 
 
-def _check_parts(config: TrainConfig, about: Circumstances) -> None:
+def _check_parts(config: TrainConfig, about: Environment) -> None:
     pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
     if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (

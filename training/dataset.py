@@ -56,13 +56,13 @@ class DatasetConfig:
     path: str = setting("", "Folder or zip file of images of one size, as dataset_tool.py writes it.")
     use_labels: bool = setting(False, "Conditioning on the labels of dataset.json.")
     max_images: int | None = setting(
-        None, "Size of a random subset, chosen by `seed`; None: all images.", least=1, note="leave it out to use all"
+        None, "Size of a random subset, chosen by `seed`; None: all images.", at_least=1, note="leave it out to use all"
     )
     holdout: int = setting(
-        0, "Images, chosen by `seed`, that are left out of the training.", least=0, note="0 holds out nothing"
+        0, "Images, chosen by `seed`, that are left out of the training.", at_least=0, note="0 holds out nothing"
     )
     mirror: bool = setting(False, "Horizontal flips: every image is also shown mirrored, which doubles the set.")
-    seed: int = setting(0, "Seed of the subset and of the held-out images.", least=0)
+    seed: int = setting(0, "Seed of the subset and of the held-out images.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)

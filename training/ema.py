@@ -20,7 +20,7 @@ class EMAConfig:
         None,
         "Half-life, in thousands of images; None: 10/32 of the batch size.",
         auto=True,
-        least=0,
+        at_least=0,
         note="0 turns averaging off",
     )
     rampup: float | None = setting(

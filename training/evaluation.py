@@ -10,16 +10,16 @@ import metrics.registry
 from dnnlib.download import cache_dir
 from dnnlib.util import warn_on_write_error
 from metrics.detectors import DetectorSetup, read_detectors
+from metrics.display import ProgressLine
 from metrics.feature_stats import with_network
 from metrics.registry import MetricResult, is_best
-from metrics.report import Progress
 from metrics.sampling import MetricContext
 from torch_utils import distributed
 from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.hooks import Hook
 from training.loggers import Loggers
-from training.runs import read_ages
+from training.run_folder import read_ages
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
@@ -105,7 +105,7 @@ def build_context(trainer: Trainer) -> MetricContext:
         batch_size=trainer.batch_gpu,
         setup=read_detectors(trainer.config.run.detectors),
         cache=cache_dir() / "statistics",
-        progress=Progress(),
+        progress=ProgressLine(),
     )
 
 

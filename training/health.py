@@ -1,4 +1,4 @@
-"""Warnings about a training that goes wrong, from the figures of each tick; docs/troubleshooting.md says more of each.
+"""Warnings about a training that goes wrong, from the values of each tick; docs/troubleshooting.md says more of each.
 
 `Diversity` adds one figure to a tick, `HealthCheck` tests the conditions of CONDITIONS in all of them.
 """
@@ -18,10 +18,10 @@ from training.hooks import Hook
 from training.training_loop import Tick, Trainer
 
 
-class Figures(dict[str, float]):
+class TickValues(dict[str, float]):
     """A tick's values and the means of its statistics by name; what is not there is nan, which no comparison holds for.
 
-    Losses report what they have, so a condition does not apply where its figures are missing.
+    Losses report what they have, so a condition does not apply where its values are missing.
     """
 
     def __missing__(self, name: str) -> float:
@@ -36,17 +36,17 @@ class Condition:
     """
 
     name: str
-    holds: Callable[[Figures], bool]
+    holds: Callable[[TickValues], bool]
     message: str
     patience: int = 1
 
 
-def _gap(x: Figures) -> float:
+def _gap(x: TickValues) -> float:
     """By how much D's scores of real images are above those of generated ones."""
     return x["Loss/scores/real"] - x["Loss/scores/fake"]
 
 
-def _tells_all(x: Figures) -> bool:
+def _tells_all(x: TickValues) -> bool:
     """D's signs are those of a classifier without mistakes, or its loss is almost 0 because scores lie far apart.
 
     A D that only compares is no classifier: its objectives report no signs of generated images. The critic of a
@@ -96,22 +96,22 @@ class HealthCheck(Hook):
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
         if tick.is_first or not distributed.is_main():
             return
-        for condition in self.begun(_figures(trainer, tick)):
+        for condition in self.begun(_tick_values(trainer, tick)):
             print(f'Warning: {condition.message} (docs/troubleshooting.md, "{condition.name}")', flush=True)
 
-    def begun(self, figures: Figures) -> list[Condition]:
-        """Take in the figures of a tick; return the conditions that have held for as long as it takes, just now."""
+    def begun(self, values: TickValues) -> list[Condition]:
+        """Take in the values of a tick; return the conditions that have held for as long as it takes, just now."""
         for condition in self.conditions:
-            self.ticks[condition.name] = self.ticks[condition.name] + 1 if condition.holds(figures) else 0
+            self.ticks[condition.name] = self.ticks[condition.name] + 1 if condition.holds(values) else 0
         return [condition for condition in self.conditions if self.ticks[condition.name] == condition.patience]
 
 
-def _figures(trainer: Trainer, tick: Tick) -> Figures:
-    figures = Figures(tick.values)
+def _tick_values(trainer: Trainer, tick: Tick) -> TickValues:
+    values = TickValues(tick.values)
     for name, stat in tick.stats.items():
-        figures[name], figures[f"{name} std"] = stat.mean, stat.std
-    figures["ADA/is_saturated"] = float(trainer.ada.is_saturated(figures["Progress/augment"]))
-    return figures
+        values[name], values[f"{name} std"] = stat.mean, stat.std
+    values["ADA/is_saturated"] = float(trainer.ada.is_saturated(values["Progress/augment"]))
+    return values
 
 
 class Diversity(Hook):

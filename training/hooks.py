@@ -46,7 +46,7 @@ class Hook:
         """Act when training ends or a hook stops it, the last hook first. Not called after an error."""
 
 
-class Progress(Hook):
+class TickLine(Hook):
     """A line per tick, and on a terminal one that is redrawn in between.
 
     The time left comes from the pace since the program began, with pictures, snapshots and metrics.
@@ -114,7 +114,7 @@ class ImageGrids(Hook):
         grid = make_grid(images)
         with warn_on_write_error():
             save_image(grid, path)
-        self.loggers.add_picture(f"Images/{name}", grid, trainer.state.nimg)
+        self.loggers.add_image(f"Images/{name}", grid, trainer.state.nimg)
 
     def _count(self, trainer: Trainer) -> int:
         """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""

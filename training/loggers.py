@@ -1,6 +1,6 @@
-"""Where the figures and pictures of a run go beside its folder: TensorBoard, Weights & Biases.
+"""Where the values and pictures of a run go beside its folder: TensorBoard, Weights & Biases.
 
-A logger has `add(figures, nimg)`, `add_picture(name, picture, nimg)` and `close(succeeded)`; LOGGERS names all there
+A logger has `add(values, nimg)`, `add_image(name, picture, nimg)` and `close(succeeded)`; LOGGERS names all there
 are. `Loggers` gives all of a run the same, and one that fails never stops training.
 """
 
@@ -26,12 +26,12 @@ from training.config import LOGGERS, TrainConfig
 
 
 class Logger(Protocol):
-    """What shows the figures of a run."""
+    """What shows the values of a run."""
 
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        """Show figures by name."""
+    def add(self, values: Mapping[str, float], nimg: int) -> None:
+        """Show values by name."""
 
-    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
         """Show a picture, uint8 (C, H, W)."""
 
     def close(self, succeeded: bool) -> None:
@@ -48,12 +48,12 @@ class TensorBoard:
         self.writer = SummaryWriter(str(run_dir), purge_step=nimg + 1 if nimg else None)
         self.has_failed = False
 
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
+    def add(self, values: Mapping[str, float], nimg: int) -> None:
         with self._writing() as writer:
-            for name, value in figures.items():
+            for name, value in values.items():
                 writer.add_scalar(name, value, nimg)
 
-    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
         with self._writing() as writer:
             writer.add_image(name, picture, nimg)
 
@@ -109,10 +109,10 @@ class WeightsAndBiases:
             write_atomically(path, secrets.token_hex(4) + "\n")
         return read_regular(path, 100).decode(errors="replace").strip()
 
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        self.run.log({**figures, "Progress/kimg": nimg / 1000})
+    def add(self, values: Mapping[str, float], nimg: int) -> None:
+        self.run.log({**values, "Progress/kimg": nimg / 1000})
 
-    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
         pixels = picture.permute(1, 2, 0).numpy()  # (H, W, C)
         self.run.log({name: self.wandb.Image(pixels), "Progress/kimg": nimg / 1000})
 
@@ -166,20 +166,20 @@ class Loggers:
         self.loggers: dict[str, Logger] = {}
         self.problems: set[str] = set()  # that were told
         for name in names:
-            with self._going_on_without(name):
+            with self._warn_on_write_error(name):
                 self.loggers[name] = _CLASSES[name](run_dir, config, nimg)
 
-    def add(self, figures: Mapping[str, float], nimg: int) -> None:
-        """Show figures by name."""
+    def add(self, values: Mapping[str, float], nimg: int) -> None:
+        """Show values by name."""
         for name, logger in self.loggers.items():
-            with self._going_on_without(name):
-                logger.add(figures, nimg)
+            with self._warn_on_write_error(name):
+                logger.add(values, nimg)
 
-    def add_picture(self, name: str, picture: Tensor, nimg: int) -> None:
+    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
         """Show a picture, uint8 (C, H, W)."""
         for logger_name, logger in self.loggers.items():
-            with self._going_on_without(logger_name):
-                logger.add_picture(name, picture.cpu(), nimg)
+            with self._warn_on_write_error(logger_name):
+                logger.add_image(name, picture.cpu(), nimg)
 
     def __enter__(self) -> Loggers:
         self.excepthook, threading.excepthook = threading.excepthook, self._silence_writer_thread
@@ -189,7 +189,7 @@ class Loggers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, logger in self.loggers.items():
-            with self._going_on_without(name):
+            with self._warn_on_write_error(name):
                 logger.close(error is None)
         threading.excepthook = self.excepthook
 
@@ -199,7 +199,7 @@ class Loggers:
             self.excepthook(error)
 
     @contextmanager
-    def _going_on_without(self, name: str) -> Iterator[None]:
+    def _warn_on_write_error(self, name: str) -> Iterator[None]:
         """Warn of whatever goes wrong inside, in code and services that are not ours, and go on."""
         try:
             yield

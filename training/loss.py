@@ -1,4 +1,4 @@
-"""Losses and regularisers: functions of (players, real images, labels) that return LossTerms.
+"""Losses and regularisers: functions of (gan, real images, labels) that return LossTerms.
 
 A new objective is two functions here and a row of OBJECTIVES; a new regulariser a function here and a line in
 `phases.build_phases`. Losses are means over the micro-batch and change nothing: what has to move with training (w_avg,
@@ -38,7 +38,7 @@ Losses = tuple[Loss, Loss]  # of the main phases of G and D
 
 
 @dataclass
-class Players:
+class GAN:
     """What the losses act on. `labels` are those of all training images; generated images get random ones of them."""
 
     G: Any  # a generator: mapping, synthesis, z_dim, c_dim, num_ws
@@ -47,14 +47,16 @@ class Players:
     labels: Tensor  # (items,) class indices or (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
-    wrap: Callable[[Any], Callable[..., Tensor]] = lambda network: network  # makes of a network what is called
+    wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: (
+        network
+    )  # applied to G.synthesis and D, e.g. torch.compile
 
     def __post_init__(self) -> None:
-        self.synthesize, self.discriminate = self.wrap(self.G.synthesis), self.wrap(self.D)
+        self.synthesize, self.discriminate = self.wrapper(self.G.synthesis), self.wrapper(self.D)
 
-    def compiled(self) -> Players:
-        """Return the same players, called through torch.compile, which cannot differentiate twice."""
-        return replace(self, wrap=compiled)
+    def compiled(self) -> GAN:
+        """Return the same gan, called through torch.compile, which cannot differentiate twice."""
+        return replace(self, wrapper=compiled)
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
         """Return fresh z (count, z_dim) and labels c (count, c_dim) of randomly drawn training images."""
@@ -87,45 +89,45 @@ class Players:
         ws, mean_w = self.sample_styles(z, c)
         return self.synthesize(ws, noise_mode="random"), c, mean_w
 
-    def judge(self, img: Tensor, c: Tensor) -> Tensor:
+    def logits(self, img: Tensor, c: Tensor) -> Tensor:
         """Return D's logits of freshly augmented images."""
         return self.discriminate(self.augment(img), c)
 
 
-def generator_logistic(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
+def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """softplus(-D(T(G(z)))): the non-saturating logistic loss (Goodfellow et al. 2014) under augmentation T."""
-    fake, fake_c, mean_w = players.generate(batch_scale * len(img))
-    logits = players.judge(fake, fake_c)
+    fake, fake_c, mean_w = gan.generate(batch_scale * len(img))
+    logits = gan.logits(fake, fake_c)
     return _generator_terms(F.softplus(-logits).mean(), logits, mean_w)
 
 
-def discriminator_logistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
-    fake_logits, real_logits, mean_w = _judge_both(players, img, c)
+    fake_logits, real_logits, mean_w = _logits_of_both(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
     return _discriminator_terms(loss, real_logits, real_logits, mean_w)
 
 
-def generator_linear(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
+def generator_linear(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """-D(T(G(z))): the generator's side of the hinge loss and of the Wasserstein distance."""
-    fake, fake_c, mean_w = players.generate(batch_scale * len(img))
-    logits = players.judge(fake, fake_c)
+    fake, fake_c, mean_w = gan.generate(batch_scale * len(img))
+    logits = gan.logits(fake, fake_c)
     return _generator_terms(-logits.mean(), logits, mean_w)
 
 
-def generator_wgan(players: Players, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
+def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """-D(T(G(z))), of which the Wasserstein distance knows no zero."""
-    return _without_signs(generator_linear(players, img, c, batch_scale))
+    return _omit_signs(generator_linear(gan, img, c, batch_scale))
 
 
-def discriminator_hinge(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
-    fake_logits, real_logits, mean_w = _judge_both(players, img, c)
+    fake_logits, real_logits, mean_w = _logits_of_both(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
     return _discriminator_terms(loss, real_logits, real_logits, mean_w)
 
 
-def discriminator_wgan(players: Players, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
+def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
     """E[D(T(G(z)))] - E[D(T(x))] + gp_weight E[(|grad D(u)| - 1)^2] + drift_weight E[D(T(x))]^2.
 
     u is a uniform interpolate of an augmented real and an augmented generated image (Gulrajani et al. 2017): what D
@@ -133,10 +135,10 @@ def discriminator_wgan(players: Players, img: Tensor, c: Tensor, gp_weight: floa
     near zero (Karras et al. 2018, who square them one by one; here, as in TransGAN, their mean over the micro-batch).
     """
     with torch.no_grad():
-        fake, _, mean_w = players.generate(len(img), c)
-        fake, real = players.augment(fake), players.augment(img)
-    fake_logits, real_logits = players.discriminate(fake, c), players.discriminate(real, c)
-    penalty = gradient_penalty(players, real, fake, c)
+        fake, _, mean_w = gan.generate(len(img), c)
+        fake, real = gan.augment(fake), gan.augment(img)
+    fake_logits, real_logits = gan.discriminate(fake, c), gan.discriminate(real, c)
+    penalty = gradient_penalty(gan, real, fake, c)
     mean_real = real_logits.mean()
     loss = fake_logits.mean() - mean_real + gp_weight * penalty.mean() + drift_weight * mean_real.square()
     terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
@@ -144,35 +146,35 @@ def discriminator_wgan(players: Players, img: Tensor, c: Tensor, gp_weight: floa
     return terms
 
 
-def gradient_penalty(players: Players, real: Tensor, fake: Tensor, c: Tensor) -> Tensor:
+def gradient_penalty(gan: GAN, real: Tensor, fake: Tensor, c: Tensor) -> Tensor:
     """(|grad_u D(u)| - 1)^2 at u = real + t (fake - real), t ~ U(0, 1) per image: (B,)."""
     t = torch.rand([len(real), 1, 1, 1], dtype=real.dtype, device=real.device)
     between = real.lerp(fake, t).requires_grad_(True)
     with execution.using(twice_differentiable=True):
-        (gradient,) = torch.autograd.grad(players.D(between, c).sum(), between, create_graph=True)
+        (gradient,) = torch.autograd.grad(gan.D(between, c).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square()
 
 
-def generator_relativistic(players: Players, img: Tensor, c: Tensor) -> LossTerms:
+def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(x)) - D(T(G(z)))) on pairs with the same labels (Jolicoeur-Martineau 2019; Huang et al. 2024)."""
-    fake, _, mean_w = players.generate(len(img), c)
+    fake, _, mean_w = gan.generate(len(img), c)
     with torch.no_grad():
-        real_logits = players.judge(img, c)
-    logits = players.judge(fake, c)
-    return _without_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
+        real_logits = gan.logits(img, c)
+    logits = gan.logits(fake, c)
+    return _omit_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
 
 
-def discriminator_relativistic(players: Players, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
+def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
     """softplus(D(T(G(z))) - D(T(x))) + gamma/2 (E[|grad_x D(T(x))|^2] + E[|grad D(T(G(z)))|^2]), on the same pairs.
 
     Huang et al. 2024, "The GAN is dead; long live the GAN!": R1 and R2 in every step. Both are taken, as R1 elsewhere,
     by the images before augmentation.
     """
     with torch.no_grad():
-        fake, _, mean_w = players.generate(len(img), c)
+        fake, _, mean_w = gan.generate(len(img), c)
     images = img.detach().requires_grad_(True), fake.requires_grad_(True)
     with execution.using(twice_differentiable=True):
-        real_logits, fake_logits = (players.D(players.augment(x), c) for x in images)
+        real_logits, fake_logits = (gan.D(gan.augment(x), c) for x in images)
         gradients = torch.autograd.grad(real_logits.sum() + fake_logits.sum(), images, create_graph=True)
     real_penalty, fake_penalty = (g.square().sum(dim=(1, 2, 3)) for g in gradients)  # each (B,)
     loss = F.softplus(fake_logits - real_logits).mean() + gamma / 2 * (real_penalty + fake_penalty).mean()
@@ -181,11 +183,11 @@ def discriminator_relativistic(players: Players, img: Tensor, c: Tensor, gamma: 
     return terms
 
 
-def _judge_both(players: Players, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _logits_of_both(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return D's logits of as many generated images as there are real ones, those of the real ones, and the mean w."""
     with torch.no_grad():
-        fake, fake_c, mean_w = players.generate(len(img))
-    return players.judge(fake, fake_c), players.judge(img, c), mean_w
+        fake, fake_c, mean_w = gan.generate(len(img))
+    return gan.logits(fake, fake_c), gan.logits(img, c), mean_w
 
 
 def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
@@ -193,7 +195,7 @@ def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
     return LossTerms(loss, stats, {"w_avg": mean_w})
 
 
-def _without_signs(terms: LossTerms) -> LossTerms:
+def _omit_signs(terms: LossTerms) -> LossTerms:
     """The terms of a generator whose D only compares: no logit is right or wrong by itself."""
     stats = {name: value for name, value in terms.stats.items() if name != "Loss/signs/fake"}
     return replace(terms, stats=stats)
@@ -207,56 +209,56 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
-def r1_penalty(players: Players, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
+def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x, by the images before augmentation (Mescheder et al. 2018)."""
     img = img.detach().requires_grad_(True)
     with execution.using(twice_differentiable=True):
-        logits = players.judge(img, c)
+        logits = gan.logits(img, c)
         (gradient,) = torch.autograd.grad(logits.sum(), img, create_graph=True)
     squared_norm = gradient.square().sum(dim=(1, 2, 3))  # (B,)
     loss = (gamma / 2) * squared_norm.mean()
     return LossTerms(loss, {"Loss/r1_penalty": squared_norm, "Loss/D/reg": loss})
 
 
-def path_length(players: Players, img: Tensor, c: Tensor, weight: float, decay: float) -> LossTerms:
+def path_length(gan: GAN, img: Tensor, c: Tensor, weight: float, decay: float) -> LossTerms:
     """weight E[(|J_w^T y| - a)^2], y ~ N(0, I) / sqrt(HW), a the running mean length (Karras et al. 2020a, eq. 4).
 
     On half of the micro-batch. The length of one image: root of the mean over its num_ws styles of |gradient|^2.
     The gradient also flows through this batch's share in a.
     """
-    z, c = players.sample_latents(len(img) // 2)
-    ws, mean_w = players.sample_styles(z, c)
+    z, c = gan.sample_latents(len(img) // 2)
+    ws, mean_w = gan.sample_styles(z, c)
     with execution.using(twice_differentiable=True):
-        fake = players.synthesize(ws, noise_mode="random")
+        fake = gan.synthesize(ws, noise_mode="random")
         y = torch.randn_like(fake) / math.sqrt(fake.shape[2] * fake.shape[3])
         (gradient,) = torch.autograd.grad((fake * y).sum(), ws, create_graph=True)  # (B/2, num_ws, w_dim)
     lengths = gradient.square().sum(dim=2).mean(dim=1).sqrt()  # (B/2,)
-    mean_length = players.pl_mean.lerp(lengths.mean(), decay)
+    mean_length = gan.pl_mean.lerp(lengths.mean(), decay)
     penalty = (lengths - mean_length).square()
     loss = weight * penalty.mean()
     stats = {"Loss/pl_penalty": penalty, "Loss/path_length": lengths, "Loss/G/reg": loss}
     return LossTerms(loss, stats, {"w_avg": mean_w, "pl_mean": lengths.detach().mean()})
 
 
-def _logistic(players: Players, config: LossConfig) -> Losses:
-    g_loss = partial(generator_logistic, players, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_logistic, players)
+def _logistic(gan: GAN, config: LossConfig) -> Losses:
+    g_loss = partial(generator_logistic, gan, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_logistic, gan)
 
 
-def _hinge(players: Players, config: LossConfig) -> Losses:
-    g_loss = partial(generator_linear, players, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_hinge, players)
+def _hinge(gan: GAN, config: LossConfig) -> Losses:
+    g_loss = partial(generator_linear, gan, batch_scale=config.g_batch_scale)
+    return g_loss, partial(discriminator_hinge, gan)
 
 
-def _wgangp_eps(players: Players, config: LossConfig) -> Losses:
-    g_loss = partial(generator_wgan, players, batch_scale=config.g_batch_scale)
+def _wgangp_eps(gan: GAN, config: LossConfig) -> Losses:
+    g_loss = partial(generator_wgan, gan, batch_scale=config.g_batch_scale)
     gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
-    return g_loss, partial(discriminator_wgan, players, gp_weight=gp_weight, drift_weight=drift_weight)
+    return g_loss, partial(discriminator_wgan, gan, gp_weight=gp_weight, drift_weight=drift_weight)
 
 
-def _relativistic(players: Players, config: LossConfig) -> Losses:
-    d_loss = partial(discriminator_relativistic, players, gamma=_chosen(config, "r1_gamma"))
-    return partial(generator_relativistic, players), d_loss
+def _relativistic(gan: GAN, config: LossConfig) -> Losses:
+    d_loss = partial(discriminator_relativistic, gan, gamma=_chosen(config, "r1_gamma"))
+    return partial(generator_relativistic, gan), d_loss
 
 
 def _chosen(config: LossConfig, name: str) -> float:
@@ -275,7 +277,7 @@ class Objective:
     has, with their defaults.
     """
 
-    losses: Callable[[Players, LossConfig], Losses]
+    losses: Callable[[GAN, LossConfig], Losses]
     lazy_r1: bool = True
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -299,34 +301,34 @@ class LossConfig:
     """
 
     objective: str = setting("logistic", "Training objective.", choices=tuple(OBJECTIVES))
-    n_critic: int = setting(1, "Discriminator steps per generator step.", least=1)
-    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", least=1)
+    n_critic: int = setting(1, "Discriminator steps per generator step.", at_least=1)
+    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", at_least=1)
     gp_weight: float | None = setting(
-        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, least=0, note=OFF
+        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, at_least=0, note=OFF
     )
     drift_weight: float | None = setting(
         None,
         "Weight of the squared mean logit of reals, of wgangp-eps; None: 0.001 with it.",
         auto=True,
-        least=0,
+        at_least=0,
         note=OFF,
     )
     r1_gamma: float | None = setting(
         None,
         "Weight of R1, with relativistic of R1 and R2; None: by resolution and batch size.",
         auto=True,
-        least=0,
+        at_least=0,
         note=OFF,
     )
     r1_interval: int | None = setting(
-        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", least=1
+        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", at_least=1
     )
-    pl_weight: float = setting(2.0, "Weight of path length regularisation.", least=0, note=OFF)
+    pl_weight: float = setting(2.0, "Weight of path length regularisation.", at_least=0, note=OFF)
     pl_interval: int | None = setting(
-        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", least=1
+        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", at_least=1
     )
-    pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", least=0, most=1)
-    style_mixing: float = setting(0.9, "Probability of style mixing.", least=0, most=1)
+    pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", at_least=0, at_most=1)
+    style_mixing: float = setting(0.9, "Probability of style mixing.", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dnnlib.config import ConfigError, field_names, override, within
+from dnnlib.config import ConfigError, field_names, override, path_prefix
 from training.data_sources.sizes import Size, Sizes, build_command, candidate_sizes, crop_options
 from training.networks import GENERATORS
 from training.networks.generator import GeneratorConfig, Grid, base_grids
@@ -15,15 +15,15 @@ from training.networks.generator import GeneratorConfig, Grid, base_grids
 if TYPE_CHECKING:
     from training.config import TrainConfig
 
-SHORTEST_BASE, LONGEST_BASE = 4, 16  # tokens along the side of a base grid that is suggested
+MIN_BASE, MAX_BASE = 4, 16  # tokens along the side of a base grid that is suggested
 HANDOVERS = (32, 16, 8)
 
 
 def fit(config: TrainConfig, height: int, width: int) -> TrainConfig:
     """Choose what is open of both networks for images of this size. Raises ConfigError naming the field."""
-    with within("generator"):
+    with path_prefix("generator"):
         config = replace(config, generator=config.generator.fit(height, width))
-    with within("discriminator"):
+    with path_prefix("discriminator"):
         return replace(config, discriminator=config.discriminator.fit(height, width))
 
 
@@ -63,7 +63,7 @@ def explain(
 def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
     """Return what a preset says about a network, or would say in the family that `config` has there."""
     given, family = getattr(preset, part), type(getattr(config, part))
-    return given if type(given) is family else family.in_place_of(given)
+    return given if type(given) is family else family.convert_from(given)
 
 
 def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, TrainConfig]) -> str:
@@ -95,7 +95,7 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
     preset, family = presets[config.preset], _family(config.generator)
     auto = override(presets["auto"], {"generator.family": family})
     if type(config.discriminator) is not type(preset.discriminator):  # by an option, which stays
-        auto = replace(auto, discriminator=type(config.discriminator).in_place_of(auto.discriminator))
+        auto = replace(auto, discriminator=type(config.discriminator).convert_from(auto.discriminator))
     named = "--cfg=auto" + f" --gen={family}" * (type(auto.generator) is not type(presets["auto"].generator))
     if type(config.generator) is not type(preset.generator):
         named = "--cfg=auto"
@@ -121,7 +121,7 @@ def base_of(settings: Any) -> Grid | None:
 
 def small_bases(grid: Grid) -> list[Grid]:
     """List the base grids that double to images of this size and have 4 to 16 tokens a side, the largest first."""
-    return [base for base, _ in base_grids(*grid) if max(base) <= LONGEST_BASE and min(base) >= SHORTEST_BASE]
+    return [base for base, _ in base_grids(*grid) if max(base) <= MAX_BASE and min(base) >= MIN_BASE]
 
 
 def show_base(base: Grid) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, check_bounds, setting
 from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
-from training.loss import OBJECTIVES, Loss, LossConfig, LossTerms, Players, path_length, r1_penalty
+from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_length, r1_penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class AdamConfig:
     """Adam (Kingma & Ba 2015)."""
 
     lr: float | None = setting(None, "Learning rate; None: 0.0025, from 1024 pixels on 0.002.", auto=True, above=0)
-    beta1: float = setting(0.0, "Decay of the mean of gradients.", least=0, below=1)
-    beta2: float = setting(0.99, "Decay of the mean of squared gradients.", least=0, below=1)
-    eps: float = setting(1e-8, "Term added to the denominator, against division by zero.", least=0)
+    beta1: float = setting(0.0, "Decay of the mean of gradients.", at_least=0, below=1)
+    beta2: float = setting(0.99, "Decay of the mean of squared gradients.", at_least=0, below=1)
+    eps: float = setting(1e-8, "Term added to the denominator, against division by zero.", at_least=0)
     clip_norm: float | None = setting(
         None,
         "Largest norm of all gradients of the network together; None: no clipping.",
@@ -36,7 +36,7 @@ class AdamConfig:
         check_bounds(self)
 
 
-class Learner:
+class Updater:
     """The parameters that training changes in one network, with their gradients and the optimizer that moves them.
 
     `clip_norm` bounds the norm of all gradients together; None does not.
@@ -54,7 +54,7 @@ class Learner:
         self.gradients = FlatGradients(parameters)
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
+    def requiring_grad(self) -> Iterator[None]:
         """Let these parameters, and no others, collect gradients."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -106,14 +106,14 @@ class BatchMeans:
 
 @dataclass
 class Phase:
-    """Every `interval` steps: the gradient of `weight * loss` to a learner, then one optimizer step.
+    """Every `interval` steps: the gradient of `weight * loss` goes to an updater, then one optimizer step.
 
     A regulariser's weight is how many steps of its network's main phase it stands for. `means` are those of the batch
     at hand.
     """
 
     name: str
-    learner: Learner
+    updater: Updater
     loss: Loss
     interval: int = 1
     weight: int = 1
@@ -124,8 +124,8 @@ class Phase:
         return step % self.interval == 0
 
 
-def build_learner(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Learner:
-    """Return a learner with Adam, slowed down by r = k/(k+1) where it also steps for a regulariser every k steps.
+def build_updater(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Updater:
+    """Return an updater with Adam, slowed down by r = k/(k+1) where it also steps for a regulariser every k steps.
 
     lr r, beta1^r, beta2^r: Karras et al. 2020a, appendix B, "lazy regularization".
     """
@@ -135,21 +135,19 @@ def build_learner(parameters: list[nn.Parameter], config: AdamConfig, regularisa
     betas = (config.beta1**r, config.beta2**r)
     # Fused: one kernel for all parameters, and it can leave a step out without the host knowing.
     adam = torch.optim.Adam(parameters, lr=config.lr * r, betas=betas, eps=config.eps, fused=True)
-    return Learner(parameters, adam, config.clip_norm)
+    return Updater(parameters, adam, config.clip_norm)
 
 
-def build_phases(
-    players: Players, config: LossConfig, g: Learner, d: Learner, *, use_compiled: bool = False
-) -> list[Phase]:
+def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_compiled: bool = False) -> list[Phase]:
     """Return the phases of a step in their order; torch.compile serves what is differentiated once."""
-    main = players.compiled() if use_compiled else players
+    main = gan.compiled() if use_compiled else gan
     g_loss, d_loss = OBJECTIVES[config.objective].losses(main, config)
     phases = [Phase("G_main", g, g_loss, interval=config.n_critic)]
     if config.pl_weight and config.pl_interval:
-        loss = partial(path_length, players, weight=config.pl_weight, decay=config.pl_decay)
+        loss = partial(path_length, gan, weight=config.pl_weight, decay=config.pl_decay)
         phases.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
     phases.append(Phase("D_main", d, d_loss))
     if config.r1_gamma and config.r1_interval:
-        penalty = partial(r1_penalty, players, gamma=config.r1_gamma)
+        penalty = partial(r1_penalty, gan, gamma=config.r1_gamma)
         phases.append(Phase("D_reg", d, penalty, interval=config.r1_interval, weight=config.r1_interval))
     return phases

@@ -18,7 +18,7 @@ from dnnlib.util import PARTIAL, warn_on_write_error, write_atomically
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.resume import Start
-from training.runs import list_states, read_log
+from training.run_folder import list_states, read_log
 from training.snapshots.reading import load_network
 from training.snapshots.snapshot import Snapshot
 from training.snapshots.transfer import Origin, check_frozen, copy_weights

@@ -24,16 +24,16 @@ from torch_utils.checkpoint import Checkpoint
 from training.config import (
     PRESETS,
     TRANSFER_LEARNING,
-    Circumstances,
+    Environment,
     RunConfig,
     TrainConfig,
-    customise,
+    apply_options,
     fitting_size,
     read_config,
     resolve,
 )
 from training.dataset import DatasetConfig, ImageDataset
-from training.runs import list_runs, list_states
+from training.run_folder import list_runs, list_states
 from training.snapshots.exchange import is_folder
 
 # Data sets of the networks that StyleGAN2-ADA's --resume knows by name.
@@ -47,7 +47,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RunRequest:
     """A command line: `texts` are the values typed for fields, by path, and `preset` is None where none was typed.
 
     `transfer_options` returns {path: value} of what the file behind a --resume says about training that starts from it.
@@ -70,7 +70,7 @@ class Start:
     run_dir: Path | None = None
     state: Path | None = None
     snapshot: str | None = None  # a path or an address
-    is_to_fit: bool = False  # whether the micro-batch is to be found (rehearsal.py)
+    is_to_fit: bool = False  # whether the micro-batch is to be found (auto_batch.py)
 
 
 def names_snapshot(resume: str | None) -> bool:
@@ -81,7 +81,7 @@ def names_snapshot(resume: str | None) -> bool:
     return is_folder(path) or (path.is_file() and path.suffix != ".pt")
 
 
-def choose_start(request: Request) -> Start:
+def choose_start(request: RunRequest) -> Start:
     """Decide how the run begins. Raises UserError for options, data or a --resume that cannot be used.
 
     Locks nothing and writes nothing.
@@ -103,23 +103,23 @@ def choose_start(request: Request) -> Start:
     return _continue(request, path, saved_config(path))
 
 
-def _new_run(request: Request) -> Start:
+def _new_run(request: RunRequest) -> Start:
     preset = PRESETS[request.preset or "auto"]
     if request.resume is not None:
         preset = override(preset, {**TRANSFER_LEARNING, **request.transfer_options(request.resume)})
-    config = complete(customise(preset, parse_texts(preset, request.texts)))
+    config = complete(apply_options(preset, parse_texts(preset, request.texts)))
     return Start(
         config=config, outdir=_outdir(request), snapshot=request.resume, is_to_fit=_asks_to_fit(request, config)
     )
 
 
-def _outdir(request: Request) -> Path:
+def _outdir(request: RunRequest) -> Path:
     if request.outdir is None:
         raise UserError("missing option --outdir: name a folder in which the run gets a folder of its own")
     return request.outdir
 
 
-def _latest(request: Request) -> Start | None:
+def _latest(request: RunRequest) -> Start | None:
     """Return the start from the newest run that the options do not contradict, or None, with a warning if all do."""
     outdir = _outdir(request)
     newest: tuple[Path, TrainConfig] | None = None
@@ -149,7 +149,7 @@ def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
                 print(f"Warning: {error}", file=sys.stderr)
 
 
-def _continue(request: Request, path: Path, saved: TrainConfig) -> Start:
+def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
     """Return the start from a run's folder or a training state, whose configuration is `saved`.
 
     Raises UserError where the options change what is computed, unless --override is given.
@@ -167,7 +167,7 @@ def _continue(request: Request, path: Path, saved: TrainConfig) -> Start:
     return Start(config=config, outdir=_outdir(request), state=path, is_to_fit=_asks_to_fit(request, config))
 
 
-def _changes(request: Request, saved: TrainConfig) -> list[str]:
+def _changes(request: RunRequest, saved: TrainConfig) -> list[str]:
     """Return the fields that the options change outside of `run`, a line each, or why they do not go with the run."""
     try:
         return _differences(saved, _merge(request, saved))
@@ -184,18 +184,18 @@ def _list(changes: Sequence[str]) -> str:
     return "\n  ".join(changes)
 
 
-def _merge(request: Request, saved: TrainConfig) -> TrainConfig:
+def _merge(request: RunRequest, saved: TrainConfig) -> TrainConfig:
     """Return a saved configuration plus what the user typed, resolved for this machine."""
     base = saved
     if request.preset not in (None, saved.preset):
         base = replace(PRESETS[request.preset or ""], data=saved.data, origin=saved.origin, run=saved.run)
-    config = customise(base, parse_texts(base, request.texts))
+    config = apply_options(base, parse_texts(base, request.texts))
     if config.data != saved.data and not request.override:  # no need to open it
         return config
     return complete(replace(config, run=_fit_run(config, saved, request)))
 
 
-def _fit_run(config: TrainConfig, saved: TrainConfig, request: Request) -> RunConfig:
+def _fit_run(config: TrainConfig, saved: TrainConfig, request: RunRequest) -> RunConfig:
     """Leave open what was chosen for another machine: CUDA graphs on a CPU, a share for other numbers of processes."""
     run = config.run
     if run.graphs and "run.graphs" not in request.texts and not is_on_gpu(config):
@@ -210,7 +210,7 @@ def _fit_run(config: TrainConfig, saved: TrainConfig, request: Request) -> RunCo
     return run
 
 
-def _asks_to_fit(request: Request, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
+def _asks_to_fit(request: RunRequest, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
     """Whether --batch-gpu=auto is to try what fits; a run that continues on as many GPUs keeps what was found."""
     is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
     return is_on_gpu(config) and request.texts.get("run.batch_gpu") == "auto" and not is_found
@@ -222,7 +222,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise UserError("missing option --data: name a zip or folder of images, made by dataset_tool.py")
     dataset = open_dataset(config.data)
     dataset.check_shapes(partial(fitting_size, config))
-    about = Circumstances(
+    about = Environment(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
         is_raw=dataset.is_raw,

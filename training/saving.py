@@ -13,7 +13,7 @@ from dnnlib.util import describe_error, warn_on_write_error
 from torch_utils import distributed
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint
-from training.runs import RunFolder, list_states
+from training.run_folder import RunFolder, list_states
 from training.snapshots.snapshot import capture_network, write_network
 from training.training_loop import Trainer
 

@@ -24,13 +24,13 @@ from training.dataset import allow_open_files
 from training.evaluation import metric_names
 from training.loggers import choose_loggers
 from training.restore import notes_on, transfer
-from training.resume import Request, Start, choose_start, open_dataset
+from training.resume import RunRequest, Start, choose_start, open_dataset
 from training.snapshots.reading import load_network, transfer_options
 
 Explain = Callable[[UserError], str]
 
 
-def train(request: Request, *, dry_run: bool, explain: Explain = str) -> None:
+def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None:
     """Train, or print what would be trained.
 
     The start is chosen once: here, or under torchrun by the first process, which then tells the others. `explain` makes
@@ -44,7 +44,7 @@ def train(request: Request, *, dry_run: bool, explain: Explain = str) -> None:
         request = _as_launched(request)
         run = {path: text for path, text in request.texts.items() if path.startswith("run.")}
         typed = override(PRESETS["auto"], parse_texts(PRESETS["auto"], run))
-        launch(partial(_train_as_told, request, explain), typed)
+        launch(partial(_train_under_torchrun, request, explain), typed)
     elif distributed.launched_rank() == 0:
         prepare(_as_launched(request), dry_run=True)
 
@@ -56,7 +56,7 @@ def launch(function: Callable[[], None], config: TrainConfig) -> None:
     distributed.launch(function, config.run.num_gpus, device_type=device.type, timeout=config.run.timeout)
 
 
-def _train_as_told(request: Request, explain: Explain) -> None:
+def _train_under_torchrun(request: RunRequest, explain: Explain) -> None:
     """Train in a process of torchrun: from the start that the first one chooses."""
 
     def choose() -> Start:
@@ -68,7 +68,7 @@ def _train_as_told(request: Request, explain: Explain) -> None:
     worker.train(distributed.from_main(choose))
 
 
-def _as_launched(request: Request) -> Request:
+def _as_launched(request: RunRequest) -> RunRequest:
     """Leave number and kind of processes to torchrun, also in a run that is resumed. Raises ConfigError."""
     launched = str(distributed.launched_world_size())
     texts = {"run.device": "auto", "run.timeout": str(RunConfig.timeout), "run.num_gpus": launched, **request.texts}
@@ -77,7 +77,7 @@ def _as_launched(request: Request) -> Request:
     return replace(request, texts=texts)
 
 
-def prepare(request: Request, *, dry_run: bool) -> Start:
+def prepare(request: RunRequest, *, dry_run: bool) -> Start:
     """Choose the start of a run and check what it needs. Raises UserError. A dry run fetches nothing, and prints it."""
     start = choose_start(replace(request, transfer_options=partial(_transfer_options, dry_run=dry_run)))
     config = start.config

@@ -24,14 +24,14 @@ from training.augment.pipe import AdaController, AugmentPipe
 from training.config import TrainConfig
 from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, resident_batches
 from training.ema import EMA
-from training.loss import Players
+from training.loss import GAN
 from training.networks import execution
-from training.phases import Phase, build_learner, build_phases
+from training.phases import Phase, build_phases, build_updater
 
 if TYPE_CHECKING:
     from training.hooks import Hook
 
-MOST_SECONDS = 1e10  # that a run can have taken
+MAX_SECONDS = 1e10  # that a run can have taken
 
 
 @dataclass
@@ -51,7 +51,7 @@ class TrainState:
             raise ValueError(f"nimg and step are {counts}"[:200])
         self.nimg, self.step = map(int, counts)
         elapsed = state.get("elapsed")  # only shown, so whatever a clock has done to it is no reason to refuse
-        self.elapsed = float(min(elapsed, MOST_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
+        self.elapsed = float(min(elapsed, MAX_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
 
 
 class Failures:
@@ -172,8 +172,8 @@ class Trainer:
             G=self.G,
             D=self.D,
             G_ema=self.ema.module,
-            g_optimizer=self.g_learner.optimizer,
-            d_optimizer=self.d_learner.optimizer,
+            g_optimizer=self.g_updater.optimizer,
+            d_optimizer=self.d_updater.optimizer,
             ada=self.ada,
             pl_mean=self.pl_mean,
             state=self.state,
@@ -186,9 +186,9 @@ class Trainer:
         frozen_layers = self.D.layers_from_image()[: config.freeze_layers]
         frozen = {id(p) for layer in frozen_layers for p in layer.parameters()}
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
-        self.g_learner = build_learner([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval)
-        self.d_learner = build_learner(d_parameters, config.d_optimizer, config.loss.r1_interval)
-        players = Players(
+        self.g_updater = build_updater([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval)
+        self.d_updater = build_updater(d_parameters, config.d_optimizer, config.loss.r1_interval)
+        gan = GAN(
             G=self.G,
             D=self.D,
             augment=self.augment,
@@ -198,9 +198,7 @@ class Trainer:
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
-        self.phases = build_phases(
-            players, config.loss, self.g_learner, self.d_learner, use_compiled=config.run.compile
-        )
+        self.phases = build_phases(gan, config.loss, self.g_updater, self.d_updater, use_compiled=config.run.compile)
 
     @property
     def is_finished(self) -> bool:
@@ -240,27 +238,27 @@ class Trainer:
         on how many processes share the batch. Where anything is not finite, optimizer and running state stay as they
         are and nothing enters the statistics.
         """
-        learner, first = phase.learner, self.state.nimg + distributed.rank() * len(img)
-        with learner.learning(), execution.using(self.execution):
+        updater, first = phase.updater, self.state.nimg + distributed.rank() * len(img)
+        with updater.requiring_grad(), execution.using(self.execution):
             accumulate = self._accumulator(phase, img[: self.batch_gpu], c[: self.batch_gpu])
-            learner.gradients.zero()
+            updater.gradients.zero()
             phase.means.zero()
             found = Stats(self.device)
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
                 found.add_moments(accumulate(x, y))
 
-        norm, means = learner.gradients.reduce(), phase.means.reduce()
+        norm, means = updater.gradients.reduce(), phase.means.reduce()
         is_bad = ~(norm + phase.means.vector.sum()).isfinite()
-        learner.clip(norm)
-        learner.step(skip=is_bad)
+        updater.clip(norm)
+        updater.step(skip=is_bad)
         for name, mean in means.items():
             self.trackers[name](mean, is_bad)
         found.add({f"Gradients/{phase.name}_norm": norm})
         self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
         self.failures.note(phase.name, self.state.step, is_bad)
 
-    def rehearse(self) -> None:
+    def trial_step(self) -> None:
         """Compute every phase twice on this process alone, and throw the gradients away: to see what memory it takes.
 
         The optimizers leave their steps out, but have their moments, and the data are loaded. Too little memory for
@@ -272,9 +270,9 @@ class Trainer:
         img, c = next(data)
         x, y = img[: self.batch_gpu], c[: self.batch_gpu]
         for phase in self.phases * 2:
-            with phase.learner.learning(), execution.using(self.execution):
+            with phase.updater.requiring_grad(), execution.using(self.execution):
                 self._accumulator(phase, x, y)(x, y)
-            phase.learner.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
+            phase.updater.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
@@ -422,10 +420,10 @@ class Trainer:
 
         Settings that a state holds beside what has been learned are not taken from there: the configuration rules.
         """
-        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        groups = [group for x in (self.g_updater, self.d_updater) for group in x.optimizer.param_groups]
         settings = [{name: group[name] for name in ("lr", "betas", "eps")} for group in groups]
         payload = self.checkpoint.load(path)
-        groups = [group for x in (self.g_learner, self.d_learner) for group in x.optimizer.param_groups]
+        groups = [group for x in (self.g_updater, self.d_updater) for group in x.optimizer.param_groups]
         for group, chosen in zip(groups, settings, strict=True):
             group.update(chosen)
         if self.config.augment.constant_p is not None:

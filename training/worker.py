@@ -21,7 +21,7 @@ from metrics.sampling import MetricContext
 from torch_utils import custom_ops, distributed
 from torch_utils.misc import module_summary, name_user
 from torch_utils.signals import EXIT_STOPPED, Signals
-from training import rehearsal, restore, runs
+from training import auto_batch, restore, run_folder
 from training.config import TrainConfig, micro_batches
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import ImageDataset
@@ -35,9 +35,9 @@ from training.hooks import (
     Log,
     Overfitting,
     Profile,
-    Progress,
     Requests,
     Snapshots,
+    TickLine,
 )
 from training.loggers import Loggers, choose_loggers
 from training.resume import Start
@@ -67,8 +67,8 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     dataset = ImageDataset(start.config.data)
     if start.is_to_fit:
         sizes = micro_batches(start.config)
-        start = replace(start, config=rehearsal.choose_batch_gpu(start.config, dataset, device))
-        operators += f"\n{rehearsal.describe_choice(start.config, sizes)}"
+        start = replace(start, config=auto_batch.choose_batch_gpu(start.config, dataset, device))
+        operators += f"\n{auto_batch.describe_choice(start.config, sizes)}"
     config = start.config
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
@@ -77,17 +77,17 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
         trainer.synchronise()
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
-        run_dir = distributed.from_main(lambda: runs.create(start.run_dir, start.outdir, config, dataset, lock))
+        run_dir = distributed.from_main(lambda: run_folder.create(start.run_dir, start.outdir, config, dataset, lock))
         log = TeeLog(run_dir / "log.txt") if distributed.is_main() else None
         with log or nullcontext(), open_loggers(run_dir, config, trainer.state.nimg) as loggers:
             if distributed.is_main():
                 print(_describe(trainer))
                 with warn_on_write_error():
-                    print(runs.note_start(run_dir, trainer))
+                    print(run_folder.note_start(run_dir, trainer))
             _say("\n".join([operators, origin, *_notes(config)]))
             graphs = ", CUDA graphs" if config.run.graphs else ""
             _say(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
-            saver = Saver(runs.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
+            saver = Saver(run_folder.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
             if start.state:  # what --resume=latest then goes on from
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
@@ -142,7 +142,7 @@ def build_hooks(
     chain: list[Hook] = [Folder(saver)]
     if data.holdout:
         chain.append(Overfitting(ImageDataset(data, held_out=True)))
-    chain += [Diversity(), Progress(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
+    chain += [Diversity(), TickLine(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
     chain += [ImageGrids(run_dir, run.snapshot_ticks, loggers), Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(Profile(run_dir, run.profile_steps))

@@ -1,4 +1,4 @@
-"""Options of `generate.py attention`; exploration/attention.py does the work."""
+"""Options of `generate.py attention`; exploration/attention_maps.py does the work."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def attention(**options: Any) -> None:
     \b
     python generate.py attention --network=docs/shapes.pkl --seeds=0-3 --query=16,16 --query=most:2 --outdir=out
     """
-    call("exploration.attention:draw_attention", **options)
+    call("exploration.attention_maps:draw_attention", **options)

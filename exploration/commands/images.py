@@ -1,4 +1,4 @@
-"""Options of `generate.py images`; exploration/sampling.py does the work."""
+"""Options of `generate.py images`; exploration/seed_images.py does the work."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def images(**options: Any) -> None:
     \b
     python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
     """
-    call("exploration.sampling:make_images", **options)
+    call("exploration.seed_images:make_images", **options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_utils import custom_ops
 from torch_utils.custom_ops import Impl, Kernels
-from torch_utils.ops import registry
+from torch_utils.ops import library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def launch(
     clamp: float,
 ) -> Tensor:
     """Run the kernel: order 0 on x, order 1 on a gradient x of the output, order 2 on a gradient x of that."""
-    layout = registry.layout(x if saved is None else saved)
+    layout = library.layout(x if saved is None else saved)
     x = x.contiguous(memory_format=layout)
     saved = None if saved is None else saved.contiguous(memory_format=layout)
     grad = None if grad is None else grad.contiguous(memory_format=layout)
@@ -134,7 +134,7 @@ def launch(
     if not x.numel():
         return y
     if b is not None:
-        b = b.contiguous() if b.dtype == x.dtype else b.to(registry.computed_in(x.dtype)).contiguous()
+        b = b.contiguous() if b.dtype == x.dtype else b.to(library.computed_in(x.dtype)).contiguous()
     slow_to_fast = list(range(x.ndim)) if layout == torch.contiguous_format else [0, 2, 3, 1]
     faster = slow_to_fast[slow_to_fast.index(dim) + 1 :]
     kernels.call(
@@ -161,13 +161,13 @@ def launch(
 
 
 def _forward_cuda(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
-    return launch(registry.kernels(), 0, x, b, None, None, dim, act, alpha, gain, clamp)
+    return launch(library.kernels(), 0, x, b, None, None, dim, act, alpha, gain, clamp)
 
 
 def _grad_cuda(
     grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
 ) -> Tensor:
-    return launch(registry.kernels(), 1, grad, b, saved, None, dim, act, alpha, gain, clamp)
+    return launch(library.kernels(), 1, grad, b, saved, None, dim, act, alpha, gain, clamp)
 
 
 def _grad2_cuda(
@@ -181,7 +181,7 @@ def _grad2_cuda(
     gain: float,
     clamp: float,
 ) -> Tensor:
-    return launch(registry.kernels(), 2, double, b, x, grad, dim, act, alpha, gain, clamp)
+    return launch(library.kernels(), 2, double, b, x, grad, dim, act, alpha, gain, clamp)
 
 
 def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
@@ -189,7 +189,7 @@ def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, 
     y = _reference(
         x, b, dim, activation, None if activation.alpha is None else alpha, gain, None if clamp < 0 else clamp
     )
-    return y.clone(memory_format=registry.layout(x))
+    return y.clone(memory_format=library.layout(x))
 
 
 def _slope(act: str, x: Tensor, alpha: float) -> Tensor:
@@ -243,7 +243,7 @@ def _grad_cpu(
     else:
         passes = _unclamped(x, act, alpha, gain, clamp)
     dx = torch.where(passes, grad * gain * _slope(act, x, alpha), 0)
-    return dx.clone(memory_format=registry.layout(saved))
+    return dx.clone(memory_format=library.layout(saved))
 
 
 def _grad2_cpu(
@@ -260,19 +260,19 @@ def _grad2_cpu(
     v = _with_bias(x, b, dim)
     passes = _unclamped(v, act, alpha, gain, clamp)
     ddx = torch.where(passes, double * grad * gain * _bend(act, v, alpha), 0)
-    return ddx.clone(memory_format=registry.layout(x))
+    return ddx.clone(memory_format=library.layout(x))
 
 
 def _bias_gradient(dx: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sum dx over all dimensions but one, in float32 at least."""
     dims = [i for i in range(dx.ndim) if i != dim]
-    return (dx.sum(dims, dtype=registry.computed_in(dx.dtype)) if dims else dx).to(dtype)
+    return (dx.sum(dims, dtype=library.computed_in(dx.dtype)) if dims else dx).to(dtype)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
-        with registry.below_autograd():
+        with library.below_autograd():
             y = _bias_act(x, b, *options)
         _, act, alpha, gain, clamp = options
         ctx.options, ctx.b_dtype = options, None if b is None else b.dtype
@@ -304,7 +304,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, saved: Tensor, b: Tensor | None, *options: Any) -> Tensor:
-        with registry.below_autograd():
+        with library.below_autograd():
             dx = _bias_act_grad(grad, saved, b, *options)
         ctx.options = options
         ctx.bends = options[1] not in PIECEWISE_LINEAR
@@ -326,7 +326,7 @@ class _Gradient(torch.autograd.Function):
 class _SecondGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        with registry.below_autograd():
+        with library.below_autograd():
             return _bias_act_grad2(*args)
 
     @staticmethod
@@ -335,24 +335,24 @@ class _SecondGradient(torch.autograd.Function):
 
 
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
-_bias_act = registry.register(
+_bias_act = library.register(
     f"bias_act(Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
     cpu=_forward_cpu,
     cuda=_forward_cuda,
-    fake=lambda x, *_: torch.empty_like(x, memory_format=registry.layout(x)),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=library.layout(x)),
     function=_Forward,
 )
-_bias_act_grad = registry.register(
+_bias_act_grad = library.register(
     f"bias_act_grad(Tensor grad, Tensor saved, Tensor? b, {_OPTIONS}) -> Tensor",
     cpu=_grad_cpu,
     cuda=_grad_cuda,
-    fake=lambda grad, saved, *_: torch.empty_like(grad, memory_format=registry.layout(saved)),
+    fake=lambda grad, saved, *_: torch.empty_like(grad, memory_format=library.layout(saved)),
     function=_Gradient,
 )
-_bias_act_grad2 = registry.register(
+_bias_act_grad2 = library.register(
     f"bias_act_grad2(Tensor double, Tensor grad, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
     cpu=_grad2_cpu,
     cuda=_grad2_cuda,
-    fake=lambda double, grad, x, *_: torch.empty_like(double, memory_format=registry.layout(x)),
+    fake=lambda double, grad, x, *_: torch.empty_like(double, memory_format=library.layout(x)),
     function=_SecondGradient,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_utils import custom_ops
 from torch_utils.custom_ops import Impl, Kernels
-from torch_utils.ops import registry
+from torch_utils.ops import library
 
 Pair = int | Sequence[int]
 
@@ -83,7 +83,7 @@ def upfirdn2d(
     if custom_ops.use_kernels(impl, x):
         if f.device != x.device:
             raise ValueError(f"the filter is on {f.device}, x on {x.device}: move them to one device")
-        f = f.to(registry.computed_in(x.dtype))
+        f = f.to(library.computed_in(x.dtype))
         if f.ndim == 2 or len(f) <= SHORT_FILTER:
             return _upfirdn2d(x, f, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1), flip_filter, gain)
         x = _upfirdn2d(x, f[None, :], (up_x, 1), (down_x, 1), (x0, x1, 0, 0), flip_filter, gain)
@@ -305,9 +305,9 @@ def launch(
     gain: float,
 ) -> Tensor:
     """Run the kernel."""
-    layout = registry.layout(x)
+    layout = library.layout(x)
     x = x.contiguous(memory_format=layout)
-    f = f.to(registry.computed_in(x.dtype)).contiguous()
+    f = f.to(library.computed_in(x.dtype)).contiguous()
     B, C, H, W = x.shape
     y = torch.empty(out_size(x, f, up, down, padding), dtype=x.dtype, device=x.device, memory_format=layout)
     if not y.numel():
@@ -347,7 +347,7 @@ def _cuda(
     flip: bool,
     gain: float,
 ) -> Tensor:
-    return launch(registry.kernels(), x, f, up, down, padding, flip, gain)
+    return launch(library.kernels(), x, f, up, down, padding, flip, gain)
 
 
 def _cpu(
@@ -361,11 +361,11 @@ def _cpu(
 ) -> Tensor:
     kernel = _correlation(f, x.dtype, flip) * gain
     y = _resample(x, kernel, (up[0], up[1]), (down[0], down[1]), (padding[0], padding[1], padding[2], padding[3]))
-    return y.contiguous(memory_format=registry.layout(x))
+    return y.contiguous(memory_format=library.layout(x))
 
 
 def _fake(x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], *_: Any) -> Tensor:
-    size, layout = out_size(x, f, up, down, padding), registry.layout(x)
+    size, layout = out_size(x, f, up, down, padding), library.layout(x)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -385,7 +385,7 @@ class _Upfirdn2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(f)
         ctx.up, ctx.down, ctx.padding, ctx.flip, ctx.gain, ctx.in_size = up, down, padding, flip, gain, x.shape[2:]
-        with registry.below_autograd():
+        with library.below_autograd():
             return _upfirdn2d(x, f, up, down, padding, flip, gain)
 
     @staticmethod
@@ -397,7 +397,7 @@ class _Upfirdn2d(torch.autograd.Function):
         return _upfirdn2d(grad, f, ctx.down, ctx.up, padding, not ctx.flip, ctx.gain), *[None] * 6
 
 
-_upfirdn2d = registry.register(
+_upfirdn2d = library.register(
     "upfirdn2d(Tensor x, Tensor f, SymInt[] up, SymInt[] down, SymInt[] padding, bool flip, float gain) -> Tensor",
     cpu=_cpu,
     cuda=_cuda,

@@ -37,24 +37,26 @@ class AugmentConfig:
 
     mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
     pipe: str = setting("bgc", "Groups of ADA's transforms, for ada and fixed.", choices=tuple(PIPES))
-    p: float | None = setting(None, "Probability of each transform, for fixed; None in other modes.", least=0, most=1)
-    target: float = setting(0.6, "Target of ADA: mean sign of D(real).", least=0, most=1)
+    p: float | None = setting(
+        None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
+    )
+    target: float = setting(0.6, "Target of ADA: mean sign of D(real).", at_least=0, at_most=1)
     ada_kimg: float = setting(500, "Speed of ADA: thousands of images in which p can move by 1.", above=0)
-    ada_interval: int = setting(4, "Steps between adjustments of ADA's p.", least=1)
-    max_p: float = setting(1.0, "Upper bound of ADA's p.", above=0, most=1)
+    ada_interval: int = setting(4, "Steps between adjustments of ADA's p.", at_least=1)
+    max_p: float = setting(1.0, "Upper bound of ADA's p.", above=0, at_most=1)
     policy: tuple[str, ...] | None = setting(
         None, "Transforms of DiffAugment, in order; None: translation,cutout,color.", auto=True, choices=tuple(DIFFAUG)
     )
     translation: float = setting(
-        0.125, "Largest shift of DiffAugment's translation, as a fraction of the image's size.", least=0, most=1
+        0.125, "Largest shift of DiffAugment's translation, as a fraction of the image's size.", at_least=0, at_most=1
     )
     cutout_p: float = setting(
-        1.0, "Probability of DiffAugment's cutout or erase, drawn once per micro-batch.", least=0, most=1
+        1.0, "Probability of DiffAugment's cutout or erase, drawn once per micro-batch.", at_least=0, at_most=1
     )
     filter_p: float = setting(
-        1.0, "Probability of DiffAugment's filter, per image and frequency band.", least=0, most=1
+        1.0, "Probability of DiffAugment's filter, per image and frequency band.", at_least=0, at_most=1
     )
-    hue_p: float = setting(1.0, "Probability of DiffAugment's hue, per image.", least=0, most=1)
+    hue_p: float = setting(1.0, "Probability of DiffAugment's hue, per image.", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)

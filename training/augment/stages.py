@@ -9,7 +9,7 @@ a deterministic function of images and values. So any transform can be forced, i
 
 To add a geometric or a colour transform, write its matrix as a function and give it a row in GEOMETRY or COLOR, with a
 group of its own, and add a pipe that names the group to PIPES: pipes that do not name it stay what they are, to the
-last draw. To add another kind, write a Stage and give it a place in STAGES.
+last draw. To add another kind, write a AugmentStage and give it a place in STAGES.
 
 Randomness comes from torch's global generators, in the same number of draws whatever fires; nothing here waits for the
 device.
@@ -258,7 +258,7 @@ class Transform(nn.Module, ABC):
         return self.transform(images, self.draw(images, p))
 
 
-class Stage(Transform):
+class AugmentStage(Transform):
     """A part of the pipeline, used when one of its `groups` is on.
 
     Built from the pipe's name and the shape (C, H, W) of the images; raises ConfigError when it cannot treat them.
@@ -295,7 +295,7 @@ def downsample(x: Tensor, taps: Tensor) -> Tensor:
     return upfirdn2d(x, taps[None, :], down=(2, 1), padding=(-1, -1, 0, 0), flip_filter=True)
 
 
-class GeometryStage(Stage):
+class GeometryStage(AugmentStage):
     """Pixel blitting and general geometric transforms, all as one affine map per image.
 
     The image continues beyond its border by reflection, without end. It is resampled at twice its resolution between
@@ -362,7 +362,7 @@ class GeometryStage(Stage):
         return torch.stack([(column + 0.5) / (2 * W) - 1, (row + 0.5) / (2 * H) - 1], dim=-1)
 
 
-class ColorStage(Stage):
+class ColorStage(AugmentStage):
     """Colour transforms, all as one affine map of the colours per image; alpha stays as it is."""
 
     groups = groups_of(COLOR)
@@ -409,7 +409,7 @@ def filter_bank() -> Tensor:
     return torch.from_numpy(bank)
 
 
-class FilterStage(Stage):
+class FilterStage(AugmentStage):
     """Amplify or weaken four frequency bands, while the expected power of a natural image stays the same."""
 
     groups = ("filter",)
@@ -449,7 +449,7 @@ class FilterStage(Stage):
         return x.reshape(B, C, H, W)
 
 
-class NoiseStage(Stage):
+class NoiseStage(AugmentStage):
     """Add white noise; its standard deviation is 0.1 |N| for each image."""
 
     groups = ("noise",)
@@ -464,7 +464,7 @@ class NoiseStage(Stage):
         return images + values
 
 
-class CutoutStage(Stage):
+class CutoutStage(AugmentStage):
     """Set a rectangle of half the image's height and width to zero; a part of it may lie outside."""
 
     groups = ("cutout",)
@@ -486,4 +486,4 @@ class CutoutStage(Stage):
 
 
 # In order of execution.
-STAGES: tuple[type[Stage], ...] = (GeometryStage, ColorStage, FilterStage, NoiseStage, CutoutStage)
+STAGES: tuple[type[AugmentStage], ...] = (GeometryStage, ColorStage, FilterStage, NoiseStage, CutoutStage)

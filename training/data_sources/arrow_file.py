@@ -11,7 +11,7 @@ from typing import Any
 from dnnlib.util import import_extra, open_regular
 
 _MAGIC = b"ARROW1\0\0"  # before the stream, in files that end with a directory of it (Feather, version 2)
-_MOST_ROWS, _MOST_BYTES = 4096, 1 << 22  # of a slice
+_MAX_ROWS, _MAX_BYTES = 4096, 1 << 22  # of a slice
 _HEADER, _COMPRESSION = 2, 3  # numbers of fields in Arrow's tables Message and RecordBatch
 
 
@@ -36,7 +36,7 @@ class ArrowFile:
         for batch in self._batches([column]):
             (array,) = batch.columns
             array.validate(full=True)  # pyarrow believes the offsets that it reads
-            step = max(1, min(_MOST_ROWS, _MOST_BYTES * len(array) // max(array.nbytes, 1)))
+            step = max(1, min(_MAX_ROWS, _MAX_BYTES * len(array) // max(array.nbytes, 1)))
             for start in range(0, len(array), step):
                 yield array.slice(start, step)
                 if hasattr(self._map, "madvise"):

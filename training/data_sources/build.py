@@ -36,7 +36,7 @@ from training.data_sources.stored_zip import StoredZip
 
 Writer = Callable[[str, bytes], None]
 
-MOST_LISTED = 10  # of each kind
+MAX_LISTED = 10  # of each kind
 
 _CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
 _CHUNK_IMAGES = 256
@@ -84,7 +84,7 @@ class Problems:
 
 def listed(lines: list[str], *, verbose: bool) -> list[str]:
     """Return the first of some lines, indented, and a count of the others; all of them with `verbose`."""
-    shown = lines if verbose else lines[:MOST_LISTED]
+    shown = lines if verbose else lines[:MAX_LISTED]
     rest = len(lines) - len(shown)
     return [f"  {printable(line)}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
 

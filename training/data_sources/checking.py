@@ -30,7 +30,7 @@ _DIGEST_BYTES = 16
 _BAR = 40  # letters of the longest bar of a histogram
 _CHUNK_BYTES = 1 << 22  # of encoded images that a worker gets at a time
 _CHUNK_IMAGES = 64
-_MOST_COPIES = 5  # named of each image
+_MAX_COPIES = 5  # named of each image
 _FEW = 256  # images for which no worker is started
 
 
@@ -197,7 +197,7 @@ def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dic
 def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> dict[str, list[str]]:
     """Return what is no error but worth to know: lines under headings. `verbose` names all of many copies."""
     groups = findings.duplicates()
-    most = len(findings.names) if verbose else _MOST_COPIES
+    most = len(findings.names) if verbose else _MAX_COPIES
     copies = []
     for group in groups:
         others = len(group) - most

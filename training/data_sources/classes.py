@@ -21,7 +21,7 @@ SPLITS = {
     "eval": "eval",
 }
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
 _ONE_SPLIT = "give the folder of one split as --source (unpack a packed file first)"
 _SHARD = re.compile(r"\d{5}")  # a folder of 1000 images, in which tools of this family spread a set
@@ -147,10 +147,10 @@ def _count(labels: Sequence[Label], class_names: Sequence[str] | None) -> tuple[
 
 
 def _describe(counts: Mapping[str, int], noun: str) -> str:
-    shown = ", ".join(f"{printable(name)} {count:,}" for name, count in islice(counts.items(), _MOST_SHOWN))
+    shown = ", ".join(f"{printable(name)} {count:,}" for name, count in islice(counts.items(), _MAX_SHOWN))
     if len(counts) == 1:
         return f"1 {_SINGULAR[noun]}: {shown}"
-    if len(counts) <= _MOST_SHOWN:
+    if len(counts) <= _MAX_SHOWN:
         return f"{len(counts)} {noun}: {shown}"
     return f"{len(counts):,} {noun} of {min(counts.values()):,} to {max(counts.values()):,} images: {shown}, ..."
 

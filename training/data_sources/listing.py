@@ -22,7 +22,7 @@ TOOL_FOLDERS = frozenset(
     )
 )
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_MOST_KINDS = 12  # in a listing
+_MAX_KINDS = 12  # in a listing
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
 
 _PLURAL = re.compile(r"\b(cache|file|folder|image|link|sample)s\b")  # in the name of a kind
@@ -81,14 +81,14 @@ def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
     """Lines for the screen: what is left out by kind and count, the largest kinds first; with `verbose` by name."""
     kinds = sorted(left_out, key=lambda kind: (-len(left_out[kind]), kind))
     lines = []
-    for kind in kinds if verbose else kinds[:_MOST_KINDS]:
+    for kind in kinds if verbose else kinds[:_MAX_KINDS]:
         advice = _ADVICE.get(kind) or remedy(kind)
         lines.append(f"  {printable(_counted_kind(len(left_out[kind]), kind))}{': ' if advice else ''}{advice}")
         if verbose:
             lines += [f"    {printable(name)}" for name in left_out[kind]]
     if len(kinds) > len(lines) and not verbose:
-        rest = sum(len(left_out[kind]) for kind in kinds[_MOST_KINDS:])
-        lines.append(f"  {rest} of {len(kinds) - _MOST_KINDS} other kinds")
+        rest = sum(len(left_out[kind]) for kind in kinds[_MAX_KINDS:])
+        lines.append(f"  {rest} of {len(kinds) - _MAX_KINDS} other kinds")
     return lines
 
 

@@ -14,14 +14,14 @@ from dnnlib.util import import_extra, open_regular
 from training.data_sources.bounds import unpacked_limit
 from training.data_sources.thrift import Compact
 
-_MOST_ROWS, _MOST_BYTES = 4096, 1 << 22  # of a batch
-_MOST_REPEATED = 1 << 26  # bytes of a batch if its values are all the same dictionary's
+_MAX_ROWS, _MAX_BYTES = 4096, 1 << 22  # of a batch
+_MAX_REPEATED = 1 << 26  # bytes of a batch if its values are all the same dictionary's
 _BUFFER = 1 << 20
 _FREE_ROWS = 1 << 16  # a file has so many rows at most, or as many as bytes
 _BYTES_PER_VALUE = 16  # of the limit of a file: so many values a page may have
 _HEADER_BYTES = (1 << 12, 1 << 24)  # of a page, usually and at most
-_MOST_FOOTER = 1 << 26
-_MOST_GROUPS = 1000  # columns that hold others, which may all be nested
+_MAX_FOOTER = 1 << 26
+_MAX_GROUPS = 1000  # columns that hold others, which may all be nested
 _MAGIC = b"PAR1"
 _DELTA_BYTE_ARRAY = 7  # an encoding in which values repeat the beginning of others
 
@@ -64,7 +64,7 @@ class ParquetFile:
         Values in dictionaries may repeat: together they have no more bytes than a packed file may become.
         """
         num_bytes, largest = self._check_pages(column)
-        rows = min(_MOST_ROWS, _MOST_BYTES * self.num_rows // max(num_bytes, 1), _MOST_REPEATED // max(largest, 1))
+        rows = min(_MAX_ROWS, _MAX_BYTES * self.num_rows // max(num_bytes, 1), _MAX_REPEATED // max(largest, 1))
         left = unpacked_limit(self._size)
         for batch in self._parquet.iter_batches(batch_size=max(rows, 1), columns=[column], use_threads=False):
             array = batch.column(column)
@@ -81,13 +81,13 @@ class ParquetFile:
         """Return the row groups. Raises ValueError where the columns are not those of a flat list of chunks."""
         end = self._read(max(self._size - 8, 0), 8)
         size = int.from_bytes(end[:4], "little")
-        if end[4:] != _MAGIC or self._read(0, 4) != _MAGIC or size > min(self._size - 12, _MOST_FOOTER):
+        if end[4:] != _MAGIC or self._read(0, 4) != _MAGIC or size > min(self._size - 12, _MAX_FOOTER):
             raise ValueError("it is no complete Parquet file")
         footer = Compact(self._read(self._size - 8 - size, size)).struct()
         elements = _structs(footer, _SCHEMA)
         num_columns = sum(not element.get(_CHILDREN) for element in elements)
-        if len(elements) - num_columns > _MOST_GROUPS:
-            raise ValueError(f"more than {_MOST_GROUPS} columns that hold others")
+        if len(elements) - num_columns > _MAX_GROUPS:
+            raise ValueError(f"more than {_MAX_GROUPS} columns that hold others")
         groups = _structs(footer, _ROW_GROUPS)
         if any(len(_structs(group, _COLUMNS)) != num_columns or _whole(group, _GROUP_ROWS) < 0 for group in groups):
             raise ValueError("its row groups do not have the columns that it names")

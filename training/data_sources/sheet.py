@@ -22,14 +22,14 @@ from training.data_sources.dataset_json import MAX_CLASS, DatasetJson
 from training.data_sources.files import FileStore
 from training.data_sources.sizes import CHANNEL_NAMES, describe_sizes
 
-MOST_TILES = 64
+MAX_TILES = 64
 COLUMNS = 8
 
 _SIDE = 128  # pixels of a tile's image
 _GAP = 20
 _MARGIN = 40
 _HEADER = 92
-_FEWEST_COLUMNS = 5  # fewer leave the header no room
+_MIN_COLUMNS = 5  # fewer columns leave no room for the header
 _LINE_HEIGHT = 18  # of the text below images
 _CHECKER = 8  # side of a checkerboard's squares
 _BAR_WIDTH, _BAR_HEIGHT = 34, 44
@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers below `count`, evenly spaced."""
+    """Return at most `at_most` of the numbers below `count`, evenly spaced."""
     chosen = min(count, most)
     return [k * count // chosen for k in range(chosen)]
 
@@ -69,9 +69,9 @@ def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[i
     for position in positions:
         members.setdefault(classes.get(position, MAX_CLASS + 1), []).append(position)  # those without one come last
     numbers = sorted(members)
-    numbers = [numbers[k] for k in spread(len(numbers), MOST_TILES)]
+    numbers = [numbers[k] for k in spread(len(numbers), MAX_TILES)]
     shares = dict.fromkeys(numbers, 0)
-    left = min(MOST_TILES, sum(len(members[number]) for number in numbers))
+    left = min(MAX_TILES, sum(len(members[number]) for number in numbers))
     while left:
         for number in numbers:
             if left and shares[number] < len(members[number]):
@@ -108,7 +108,7 @@ def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int])
     else:
         labels = "without labels" if content.labels is None else "labels are vectors"
     count = len(findings.readable)
-    part = f"; {MOST_TILES} shown, evenly spread" if count > MOST_TILES else ""
+    part = f"; {MAX_TILES} shown, evenly spread" if count > MAX_TILES else ""
     return [f"{counted(len(findings.names), 'image')}, {labels}{part}", sizes]
 
 
@@ -116,7 +116,7 @@ def draw_sheet(
     title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], whose: str
 ) -> Image.Image:
     """Draw tiles in rows of 8 below a header with the title, facts, and bars: counts of `whose` by shorter side."""
-    columns = max(min(len(tiles), COLUMNS), _FEWEST_COLUMNS)
+    columns = max(min(len(tiles), COLUMNS), _MIN_COLUMNS)
     with_size = len({tile.pixels.shape[:2] for tile in tiles}) > 1
     drawn = [(_fitted(tile.pixels), _caption(tile, with_size=with_size)) for tile in tiles]
     rows = [drawn[k : k + columns] for k in range(0, len(drawn), columns)]
@@ -127,12 +127,12 @@ def draw_sheet(
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    room = width - 2 * _MARGIN
+    max_width = width - 2 * _MARGIN
     if len(bars) > 1:
-        room -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
-    _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, room, "data set")
+        max_width -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
+    _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, max_width, "data set")
     for line, fact in enumerate(facts):
-        _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, room, "")
+        _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, max_width, "")
     base = _MARGIN + _HEADER
     for row, row_height in zip(rows, heights, strict=True):
         base += row_height
@@ -190,9 +190,9 @@ def _draw_bars(draw: ImageDraw.ImageDraw, right: int, bars: Mapping[int, int], t
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, color: str, room: int, instead: str
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, color: str, max_width: int, instead: str
 ) -> None:
-    """Write a line from its upper left corner, cut to `room` pixels; `instead` where no font has its letters."""
+    """Write a line from its upper left corner, cut to `max_width` pixels; `instead` where no font has its letters."""
     text = printable(text)
     font = _font_for(text, size)
     if font is None:
@@ -200,16 +200,16 @@ def _write(
         text = "".join(letter for letter in text if not unicodedata.combining(letter))
         font = _font(size)
         text = text if _has_letters(font, text) else instead
-    if draw.textlength(text, font) > room:
-        text = _shortened(draw, text, font, room)
+    if draw.textlength(text, font) > max_width:
+        text = _shortened(draw, text, font, max_width)
     draw.text(corner, text, color, font)
 
 
-def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, room: int) -> str:
+def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, max_width: int) -> str:
     """Leave out of the middle what is too long."""
     for kept in range(len(text) - 1, 0, -1):
         shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-        if draw.textlength(shorter, font) <= room:
+        if draw.textlength(shorter, font) <= max_width:
             return shorter
     return "…"
 

@@ -15,9 +15,9 @@ Size = tuple[int, int]  # (width, height)
 Sizes = Counter[Size]  # number of images by size
 
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
-SMALLEST, LARGEST = 8, 1024  # sides of the sizes that are suggested
+MIN_SIDE, MAX_SIDE = 8, 1024  # sides of the sizes that are suggested
 REACHING = 0.9  # of the images need not be enlarged
-MOST = 0.9  # of the images are of one shape where the others are called exceptions
+MAJORITY = 0.9  # of the images are of one shape where the others are called exceptions
 
 
 def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
@@ -56,13 +56,13 @@ def describe_sizes(sizes: Sizes) -> str:
     return f"{smallest} pixels" if len(sizes) == 1 else f"{len(sizes)} sizes, {smallest} to {largest} pixels"
 
 
-def candidate_sizes(sizes: Sizes, base: Size = (SMALLEST, SMALLEST)) -> list[Size]:
+def candidate_sizes(sizes: Sizes, base: Size = (MIN_SIDE, MIN_SIDE)) -> list[Size]:
     """List `base` times powers of two with sides of 8 to 1024 pixels, the best size for a set of such images first.
 
     That is the largest that 90 % of the images reach with both sides. Then come smaller ones, at last larger ones.
     """
-    doubled = [(base[0] << n, base[1] << n) for n in range(LARGEST.bit_length())]
-    allowed = [size for size in doubled if min(size) >= SMALLEST and max(size) <= LARGEST]
+    doubled = [(base[0] << n, base[1] << n) for n in range(MAX_SIDE.bit_length())]
+    allowed = [size for size in doubled if min(size) >= MIN_SIDE and max(size) <= MAX_SIDE]
     needed = REACHING * sizes.total()
     reached = [size for size in allowed if _count_reaching(sizes, size) >= needed]
     return reached[::-1] + [size for size in allowed if size not in reached]
@@ -137,7 +137,7 @@ class Survey:
         if len(self.counts) < 2:
             return []
         usual, count = self.counts.most_common(1)[0]
-        if count < MOST * self.counts.total():
+        if count < MAJORITY * self.counts.total():
             return []
         shape, name = next(first for first in self.firsts.items() if first[0] != usual)
         return [f"the first that differs is {name!r}, {describe_shape(shape)}"]

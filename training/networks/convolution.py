@@ -11,7 +11,7 @@ from training.networks import execution, winograd
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """F.conv2d of x (B, I, H, W) with weight (O, I, k, k) and bias (O,)."""
-    if stride == 1 and padding == 1 and bias is None and winograd.pays(x, weight):
+    if stride == 1 and padding == 1 and bias is None and winograd.is_profitable(x, weight):
         return winograd.conv3x3(x, weight)
     if _has_slow_derivatives(x):
         y = differentiable.conv2d(x, weight, stride=stride, padding=padding)

@@ -30,26 +30,26 @@ class DiscriminatorConfig(ABC):
     open fields cannot be built.
     """
 
-    img_channels: int = setting(3, "Channels of the images; follows from the data.", least=1)
+    img_channels: int = setting(3, "Channels of the images; follows from the data.", at_least=1)
     img_size: tuple[int, int] = setting(
         (32, 32),
         "Height and width of the images; follows from the data.",
         parse=parse_size,
-        least=1,
+        at_least=1,
         note="height and width",
     )
-    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", at_least=0)
 
-    OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+    AUTO: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
         check_bounds(self)
         require_reasonable(self)
 
     @classmethod
-    def in_place_of(cls, other: DiscriminatorConfig) -> Self:
+    def convert_from(cls, other: DiscriminatorConfig) -> Self:
         """Return this family with the shared fields of `other`, and open where it can be."""
-        return cls(**{name: getattr(other, name) for name in field_names(DiscriminatorConfig)}, **cls.OPEN)
+        return cls(**{name: getattr(other, name) for name in field_names(DiscriminatorConfig)}, **cls.AUTO)
 
     @property
     def group_size(self) -> int:

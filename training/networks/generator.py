@@ -26,23 +26,23 @@ class GeneratorConfig(ABC):
     open fields cannot be built.
     """
 
-    z_dim: int = setting(512, "Size of the latent z.", least=1)
-    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", least=0)
-    w_dim: int = setting(512, "Size of the style w.", least=1)
-    mapping_layers: int = setting(2, "Layers of the mapping network.", least=1)
-    img_channels: int = setting(3, "Channels of the images; follows from the data.", least=1)
+    z_dim: int = setting(512, "Size of the latent z.", at_least=1)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", at_least=0)
+    w_dim: int = setting(512, "Size of the style w.", at_least=1)
+    mapping_layers: int = setting(2, "Layers of the mapping network.", at_least=1)
+    img_channels: int = setting(3, "Channels of the images; follows from the data.", at_least=1)
     conv_clamp: float | None = setting(
         256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
     )
 
-    OPEN: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+    AUTO: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
 
     def __post_init__(self) -> None:
         check_bounds(self)
         require_reasonable(self)
 
     @classmethod
-    def in_place_of(cls, other: GeneratorConfig) -> Self:
+    def convert_from(cls, other: GeneratorConfig) -> Self:
         """Return this family with the shared fields of `other`, and open where it can be.
 
         Where `other` has no mapping network and this family needs one, it gets its own default.
@@ -50,7 +50,7 @@ class GeneratorConfig(ABC):
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
         if bounds_of(cls)["mapping_layers"].problem(other.mapping_layers):
             del shared["mapping_layers"]
-        return cls(**shared, **cls.OPEN)
+        return cls(**shared, **cls.AUTO)
 
     @property
     def folder_words(self) -> tuple[str, ...]:
@@ -114,14 +114,14 @@ class DoublingConfig(GeneratorConfig):
         (4, 4),
         "Base grid, the lowest resolution: height and width.",
         parse=parse_size,
-        least=1,
+        at_least=1,
         note="height and width",
     )
     resolutions: int | None = setting(
-        4, "Number of resolutions, from the base grid up; None: by the images.", auto=True, least=1
+        4, "Number of resolutions, from the base grid up; None: by the images.", auto=True, at_least=1
     )
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"resolutions": None}
+    AUTO: ClassVar[Mapping[str, Any]] = {"resolutions": None}
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -152,13 +152,13 @@ class StagedConfig(GeneratorConfig):
         (8, 8),
         "Base grid, the lowest resolution: height and width.",
         parse=parse_size,
-        least=1,
+        at_least=1,
         note="height and width",
     )
-    widths: tuple[int, ...] = setting((), "Hidden size per resolution, lowest first; (): by the images.", least=1)
-    layers: tuple[int, ...] = setting((), "Blocks per resolution, lowest first; (): by the images.", least=0)
+    widths: tuple[int, ...] = setting((), "Hidden size per resolution, lowest first; (): by the images.", at_least=1)
+    layers: tuple[int, ...] = setting((), "Blocks per resolution, lowest first; (): by the images.", at_least=0)
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
+    AUTO: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,18 +57,18 @@ class ImageShape:
 
 
 # No network that a machine of today holds is beyond these. Without them one number in a file would fill its memory.
-_MOST_LAYERS, _MOST_ANYTHING = 1000, 2**20
+_MAX_LAYERS, _MAX_ANYTHING = 1000, 2**20
 
 
 def require_reasonable(config: Any) -> None:
     """Raise ConfigError for the first number in a field of `config` that is beyond all networks."""
     for name in field_names(config):
         value = getattr(config, name)
-        most = _MOST_LAYERS if "layers" in name or name == "resolutions" else _MOST_ANYTHING
+        most = _MAX_LAYERS if "layers" in name or name == "resolutions" else _MAX_ANYTHING
         items = value if isinstance(value, tuple) else (value,)
         numbers = [item for item in items if isinstance(item, int)]
-        total = sum(numbers) if most == _MOST_LAYERS else 0
-        if len(items) > _MOST_LAYERS or max(total, *numbers, 0) > most:
+        total = sum(numbers) if most == _MAX_LAYERS else 0
+        if len(items) > _MAX_LAYERS or max(total, *numbers, 0) > most:
             raise ConfigError(name, value, f"no network is that large: the most is {most}")
 
 

@@ -61,24 +61,24 @@ class StyleformerConfig(StagedConfig):
     """
 
     widths: tuple[int, ...] = setting(
-        (256, 64, 16), "Hidden size per resolution, lowest first; (): by the images.", least=1
+        (256, 64, 16), "Hidden size per resolution, lowest first; (): by the images.", at_least=1
     )
     layers: tuple[int, ...] = setting(
-        (1, 3, 3), "Encoder blocks per resolution, lowest first; (): by the images.", least=1
+        (1, 3, 3), "Encoder blocks per resolution, lowest first; (): by the images.", at_least=1
     )
-    depth: int = setting(32, "Channels per attention head.", least=1)
-    minimum_head: int = setting(1, "Minimum number of heads.", least=1)
+    depth: int = setting(32, "Channels per attention head.", at_least=1)
+    minimum_head: int = setting(1, "Minimum number of heads.", at_least=1)
     linformer: bool | None = setting(
         False, "Linformer attention where there are many tokens; None: with more than 3 resolutions.", auto=True
     )
-    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", least=1)
-    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", least=1)
+    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", at_least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", at_least=1)
     ffn: bool = setting(False, "Feed-forward network in every encoder block (ablation).")
     layernorm: LayerNormPlace = setting("before", "Place of LayerNorm: before Q, K, V, or after attention (ablation).")
     style_attention: bool = setting(True, "Modulation of the input of attention, besides its values (ablation).")
     residual: bool = setting(True, "Residual connection around attention, from the values (ablation).")
 
-    OPEN: ClassVar[Mapping[str, Any]] = {**StagedConfig.OPEN, "linformer": None}
+    AUTO: ClassVar[Mapping[str, Any]] = {**StagedConfig.AUTO, "linformer": None}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,7 +142,7 @@ class StyleformerConfig(StagedConfig):
         return StyleformerGenerator(self)
 
 
-class ToRGB(nn.Module):
+class StyleformerToRGB(nn.Module):
     """Modulated and demodulated linear map from tokens to image channels, without clamp.
 
     y_o = (sum_i W_oi s_i x_i) (sum_i (W_oi s_i)^2 + 1e-8)^(-1/2) + b_o
@@ -176,7 +176,7 @@ class Upsampling(Resampling):
         return to_tokens(upsample2d(to_map(x, self.grid), self.resample_filter))
 
 
-class Stage(nn.Module):
+class StyleformerStage(nn.Module):
     """All that happens at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
 
     resample_filter: Tensor
@@ -193,7 +193,7 @@ class Stage(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
         block_class = AblatedEncoderBlock if is_ablated(config) else EncoderBlock
         self.blocks = nn.ModuleList(block_class(config, self.grid, width, out) for out in out_widths)
-        self.torgb = ToRGB(out_width, config.img_channels, config.w_dim)
+        self.torgb = StyleformerToRGB(out_width, config.img_channels, config.w_dim)
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
         self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)
 
@@ -209,7 +209,7 @@ class Stage(nn.Module):
         return self.upsampling(x), rgb  # (B, 4N, C_out) but for the last stage
 
 
-class SynthesisNetwork(Synthesis):
+class StyleformerSynthesis(Synthesis):
     """From a learned constant on the base grid to the image, one stage per resolution.
 
     Block i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first block.
@@ -219,7 +219,7 @@ class SynthesisNetwork(Synthesis):
         super().__init__(config)
         self.layers = config.layers
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
-        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
+        self.stages = nn.ModuleList(StyleformerStage(config, index) for index in range(len(config.widths)))
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         return self.encode(ws, noise_mode)[1]
@@ -239,5 +239,5 @@ class SynthesisNetwork(Synthesis):
 class StyleformerGenerator(Generator):
     """Mapping and Styleformer synthesis."""
 
-    def build_synthesis(self, config: StyleformerConfig) -> SynthesisNetwork:
-        return SynthesisNetwork(config)
+    def build_synthesis(self, config: StyleformerConfig) -> StyleformerSynthesis:
+        return StyleformerSynthesis(config)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, setting
-from training.networks import styleformer, stylegan2
 from training.networks.generator import (
     Generator,
     Grid,
@@ -18,8 +17,8 @@ from training.networks.generator import (
     doubled_grids,
 )
 from training.networks.layers import to_map
-from training.networks.styleformer import StyleformerConfig
-from training.networks.stylegan2 import channels_on_grid, check_channel_base, default_channel_base
+from training.networks.styleformer import StyleformerConfig, StyleformerSynthesis
+from training.networks.stylegan2 import StyleGAN2Stage, channels_on_grid, check_channel_base, default_channel_base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +31,19 @@ class StyleformerCConfig(StyleformerConfig):
     """
 
     widths: tuple[int, ...] = setting(
-        (512, 256, 256), "Hidden size per resolution up to the hand-over, lowest first; (): by the images.", least=1
+        (512, 256, 256), "Hidden size per resolution up to the hand-over, lowest first; (): by the images.", at_least=1
     )
     layers: tuple[int, ...] = setting(
-        (1, 2, 2), "Encoder blocks per resolution up to the hand-over, lowest first; (): by the images.", least=1
+        (1, 2, 2), "Encoder blocks per resolution up to the hand-over, lowest first; (): by the images.", at_least=1
     )
-    handover: int = setting(32, "Highest resolution of encoder blocks; above it are convolutions.", least=1)
+    handover: int = setting(32, "Highest resolution of encoder blocks; above it are convolutions.", at_least=1)
     resolutions: int | None = setting(
-        5, "Number of resolutions of both parts together; None: by the images.", auto=True, least=1
+        5, "Number of resolutions of both parts together; None: by the images.", auto=True, at_least=1
     )
-    channel_base: int = setting(16384, "Channels x resolution of the convolutions; 0: by the images.", least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
+    channel_base: int = setting(16384, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
 
-    OPEN: ClassVar[Mapping[str, Any]] = {**StyleformerConfig.OPEN, "resolutions": None, "channel_base": 0}
+    AUTO: ClassVar[Mapping[str, Any]] = {**StyleformerConfig.AUTO, "resolutions": None, "channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,10 +118,10 @@ class StyleformerCConfig(StyleformerConfig):
         return StyleformerCGenerator(self)
 
 
-class SynthesisNetwork(styleformer.SynthesisNetwork):
-    """A Styleformer up to the hand-over, whose tokens become the map that StyleGAN2's stages go on from.
+class StyleformerCSynthesis(StyleformerSynthesis):
+    """Styleformer stages up to the hand-over, then StyleGAN2 stages on the feature map of the last tokens.
 
-    There is one image for both: each stage upsamples it and adds its own. Encoder blocks read ws[:, :num_layout_ws].
+    Each stage upsamples the RGB image of the stage before and adds to it. Encoder blocks read ws[:, :num_layout_ws].
     The ToRGB at the hand-over shares its style with the first convolution: it is the first that colours.
     """
 
@@ -132,7 +131,7 @@ class SynthesisNetwork(styleformer.SynthesisNetwork):
         self.handover = config.grids[-1]
         channels = [config.widths[-1], *(channels_on_grid(config, grid) for grid in config.conv_grids)]
         self.conv_stages = nn.ModuleList(
-            stylegan2.Stage(config, before, after, grid)
+            StyleGAN2Stage(config, before, after, grid)
             for before, after, grid in zip(channels[:-1], channels[1:], config.conv_grids, strict=True)
         )
 
@@ -148,5 +147,5 @@ class SynthesisNetwork(styleformer.SynthesisNetwork):
 class StyleformerCGenerator(Generator):
     """Mapping and Styleformer-C synthesis."""
 
-    def build_synthesis(self, config: StyleformerCConfig) -> SynthesisNetwork:
-        return SynthesisNetwork(config)
+    def build_synthesis(self, config: StyleformerCConfig) -> StyleformerCSynthesis:
+        return StyleformerCSynthesis(config)

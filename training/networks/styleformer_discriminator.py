@@ -42,20 +42,24 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
     `layers` () and `channel_base` 0 stand for choices that are still to be made.
     """
 
-    patch: int = setting(2, "Side of the patches, in pixels; 0: by the images.", least=0)
-    layers: tuple[int, ...] = setting((2, 2, 2), "Encoder blocks per grid, finest first; (): by the images.", least=1)
-    channel_base: int = setting(CHANNEL_BASE, "Channels x resolution of the convolutions; 0: by the images.", least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
-    depth: int = setting(32, "Channels per attention head.", least=1)
-    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", least=1)
-    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", least=1)
-    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", least=1)
-    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", least=0)
+    patch: int = setting(2, "Side of the patches, in pixels; 0: by the images.", at_least=0)
+    layers: tuple[int, ...] = setting(
+        (2, 2, 2), "Encoder blocks per grid, finest first; (): by the images.", at_least=1
+    )
+    channel_base: int = setting(
+        CHANNEL_BASE, "Channels x resolution of the convolutions; 0: by the images.", at_least=0
+    )
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
+    depth: int = setting(32, "Channels per attention head.", at_least=1)
+    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", at_least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", at_least=1)
+    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", at_least=1)
+    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", at_least=0)
     conv_clamp: float | None = setting(
         256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
     )
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
+    AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
 
     def _check_grids(self) -> None:
         """Raise ConfigError where patches, blocks or channels do not fit the images."""
@@ -92,7 +96,7 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
         return fitted
 
     def build(self) -> StyleformerDiscriminator:
-        for name, opened in self.OPEN.items():
+        for name, opened in self.AUTO.items():
             if getattr(self, name) == opened:
                 raise ConfigError(name, opened, "not chosen yet")
         self._check_grids()
@@ -113,7 +117,7 @@ class PatchEmbedding(nn.Module):
         return to_tokens(self.conv(patches))
 
 
-class EncoderBlock(nn.Module):
+class DiscriminatorEncoderBlock(nn.Module):
     """Attention with a residual branch that starts at the values; no feed-forward network.
 
         X'  = LayerNorm(X + P)
@@ -156,13 +160,14 @@ class EncoderBlock(nn.Module):
         return bias_act(y, self.bias, dim=2, act="lrelu", clamp=self.clamp)
 
 
-class Stage(nn.ModuleList):
+class DiscriminatorStage(nn.ModuleList):
     """The encoder blocks of one grid."""
 
     def __init__(self, config: StyleformerDiscriminatorConfig, grid: Grid, out_widths: Sequence[int]) -> None:
         width = config.num_channels(grid)
         super().__init__(
-            EncoderBlock(config, grid, width, out, is_first=index == 0) for index, out in enumerate(out_widths)
+            DiscriminatorEncoderBlock(config, grid, width, out, is_first=index == 0)
+            for index, out in enumerate(out_widths)
         )
         self.place = "{}x{}".format(*grid)
 
@@ -186,7 +191,7 @@ class StyleformerDiscriminator(Discriminator):
             self.grids, config.layers, widths, [*widths[1:], widths[-1]], strict=True
         ):
             outs = [width] * (count - 1) + [following]
-            self.stages.append(Stage(config, grid, outs))
+            self.stages.append(DiscriminatorStage(config, grid, outs))
         self.epilogue = DiscriminatorEpilogue(
             widths[-1],
             self.grids[-1],

@@ -51,10 +51,10 @@ class StyleGAN2Config(DoublingConfig):
     architecture: Architecture = setting(
         "skip", "Architecture: plain (orig), skip connections to RGB, or residual blocks."
     )
-    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
+    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
 
-    OPEN: ClassVar[Mapping[str, Any]] = {**DoublingConfig.OPEN, "channel_base": 0}
+    AUTO: ClassVar[Mapping[str, Any]] = {**DoublingConfig.AUTO, "channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +165,7 @@ class ModulatedConv(nn.Module):
         return bias_act(x, self.bias, act="lrelu", gain=self.gain, clamp=self.clamp)
 
 
-class ToRGB(nn.Module):
+class StyleGAN2ToRGB(nn.Module):
     """Modulated, not demodulated, linear map from channels to image channels, with clamp.
 
     y_o = clamp(sum_i W_oi s_i x_i + b_o),   s = affine(w) / sqrt(C)
@@ -203,7 +203,7 @@ class Shortcut(nn.Module):
         return upsample2d(conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
 
 
-class Stage(nn.Module):
+class StyleGAN2Stage(nn.Module):
     """All that happens at one resolution: two convolutions, the first of which doubles the grid, and ToRGB.
 
     `in_channels` None: the first stage, which starts from a constant and has one convolution.
@@ -234,7 +234,7 @@ class Stage(nn.Module):
                 gain = math.sqrt(0.5)  # both branches of the sum carry it, which keeps its variance
         layers.append(ModulatedConv(config, channels, channels, grid, gain=gain))
         self.convs = nn.ModuleList(layers)
-        self.torgb = ToRGB(config, channels) if has_torgb else None
+        self.torgb = StyleGAN2ToRGB(config, channels) if has_torgb else None
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor | None]:
@@ -252,7 +252,7 @@ class Stage(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
-class SynthesisNetwork(Synthesis):
+class StyleGAN2Synthesis(Synthesis):
     """From a learned constant on the base grid to the image, one stage per resolution.
 
     Convolution i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first.
@@ -264,7 +264,7 @@ class SynthesisNetwork(Synthesis):
         channels = [channels_on_grid(config, grid) for grid in grids]
         self.const = nn.Parameter(torch.randn(channels[0], *config.base))
         self.stages = nn.ModuleList(
-            Stage(
+            StyleGAN2Stage(
                 config,
                 before,
                 after,
@@ -288,5 +288,5 @@ class SynthesisNetwork(Synthesis):
 class StyleGAN2Generator(Generator):
     """Mapping and StyleGAN2 synthesis."""
 
-    def build_synthesis(self, config: StyleGAN2Config) -> SynthesisNetwork:
-        return SynthesisNetwork(config)
+    def build_synthesis(self, config: StyleGAN2Config) -> StyleGAN2Synthesis:
+        return StyleGAN2Synthesis(config)

@@ -32,18 +32,18 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     architecture: Architecture = setting(
         "resnet", "Architecture: plain (orig), skip connections from RGB, or residual blocks."
     )
-    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", least=1)
-    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", least=0)
+    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
+    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
+    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", at_least=0)
     cmap_dim: int | None = setting(
-        None, "Size of the projection of labels; None: the channels of the smallest grid.", least=1
+        None, "Size of the projection of labels; None: the channels of the smallest grid.", at_least=1
     )
-    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", least=0)
+    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", at_least=0)
     conv_clamp: float | None = setting(
         256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
     )
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"channel_base": 0}
+    AUTO: ClassVar[Mapping[str, Any]] = {"channel_base": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()

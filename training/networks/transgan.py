@@ -39,16 +39,16 @@ class TransGANConfig(BlockConfig, StagedConfig):
     choice that is still to be made; such a config cannot be built.
     """
 
-    mapping_layers: int = setting(0, "Layers of the mapping network; 0: w is z.", least=0)
+    mapping_layers: int = setting(0, "Layers of the mapping network; 0: w is z.", at_least=0)
     widths: tuple[int, ...] = setting(
-        (1024, 256, 64), "Channels per resolution, lowest first; (): by the images.", least=1
+        (1024, 256, 64), "Channels per resolution, lowest first; (): by the images.", at_least=1
     )
-    layers: tuple[int, ...] = setting((5, 4, 2), "Blocks per resolution, lowest first; (): by the images.", least=0)
+    layers: tuple[int, ...] = setting((5, 4, 2), "Blocks per resolution, lowest first; (): by the images.", at_least=0)
     full_upto: int = setting(
-        32, "Highest resolution with attention among all tokens, whatever `attention` is.", least=0
+        32, "Highest resolution with attention among all tokens, whatever `attention` is.", at_least=0
     )
-    latent_tokens: int = setting(0, "Tokens made from z that every block also attends to.", least=0)
-    antialias: int = setting(0, "Upsamplings with a low-pass filter, counted from the last one.", least=0)
+    latent_tokens: int = setting(0, "Tokens made from z that every block also attends to.", at_least=0)
+    antialias: int = setting(0, "Upsamplings with a low-pass filter, counted from the last one.", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,10 +75,10 @@ class TransGANConfig(BlockConfig, StagedConfig):
                 self.check_grid(grid)
 
     @classmethod
-    def in_place_of(cls, other: GeneratorConfig) -> Self:
+    def convert_from(cls, other: GeneratorConfig) -> Self:
         """Return a TransGAN with the shared fields of `other`, but without its mapping network."""
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
-        return cls(**(shared | {"mapping_layers": 0, "w_dim": other.z_dim}), **cls.OPEN)
+        return cls(**(shared | {"mapping_layers": 0, "w_dim": other.z_dim}), **cls.AUTO)
 
     @property
     def num_ws(self) -> int:
@@ -162,7 +162,7 @@ class Antialias(Resampling):
         return to_tokens(upfirdn2d(to_map(x, self.grid), self.taps, padding=1))
 
 
-class Stage(nn.Module):
+class TransGANStage(nn.Module):
     """All that happens at one resolution: upsampling, position, blocks."""
 
     def __init__(self, config: TransGANConfig, index: int) -> None:
@@ -202,7 +202,7 @@ class Stage(nn.Module):
         return x
 
 
-class SynthesisNetwork(Synthesis):
+class TransGANSynthesis(Synthesis):
     """A linear stem from the style to the base grid, one stage per resolution, and a linear map to the image.
 
     There is no tanh. Without `attention_noise` all noise modes give the same image. Linear layers start as PyTorch's
@@ -219,7 +219,7 @@ class SynthesisNetwork(Synthesis):
         if config.latent_tokens:
             self.latent_stem = Linear(config.w_dim, config.latent_tokens * width)
             self.latent_position = position_embedding(config.latent_tokens, width)
-        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.widths)))
+        self.stages = nn.ModuleList(TransGANStage(config, index) for index in range(len(config.widths)))
         self.torgb = Linear(config.widths[-1], config.img_channels)
         nn.init.xavier_uniform_(self.torgb.weight)
 
@@ -242,5 +242,5 @@ class TransGANGenerator(Generator):
             return super().build_mapping(config)
         return LatentMapping(z_dim=config.z_dim, c_dim=config.c_dim, num_ws=config.num_ws)
 
-    def build_synthesis(self, config: TransGANConfig) -> SynthesisNetwork:
-        return SynthesisNetwork(config)
+    def build_synthesis(self, config: TransGANConfig) -> TransGANSynthesis:
+        return TransGANSynthesis(config)

@@ -33,18 +33,18 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     """
 
     norm: Norm = setting("layer", "Normalisation: token-wise or LayerNorm.")
-    patch: int = setting(2, "Side of the finest patches, in pixels; 0: by the images.", least=0)
+    patch: int = setting(2, "Side of the finest patches, in pixels; 0: by the images.", at_least=0)
     widths: tuple[int, ...] = setting(
-        (288, 96), "Channels that each scale adds, finest first; (): by the images.", least=0
+        (288, 96), "Channels that each scale adds, finest first; (): by the images.", at_least=0
     )
-    layers: tuple[int, ...] = setting((3, 3), "Blocks per scale, finest first; (): by the images.", least=0)
+    layers: tuple[int, ...] = setting((3, 3), "Blocks per scale, finest first; (): by the images.", at_least=0)
     local_layers: tuple[int, ...] = setting(
-        (0, 0), "First blocks per scale, which attend as `attention` says; (): by the images.", least=0
+        (0, 0), "First blocks per scale, which attend as `attention` says; (): by the images.", at_least=0
     )
     multi_scale: bool = setting(True, "Patches of the image that join at every scale, not at the finest alone.")
     overlap: bool = setting(False, "Overlap, by half, of the finest patches.")
 
-    OPEN: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
+    AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +99,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
         return replace(self, img_size=(height, width), patch=patch, widths=widths, layers=layers, local_layers=local)
 
     def build(self) -> Discriminator:
-        for name in self.OPEN:
+        for name in self.AUTO:
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), "not chosen yet: it follows from the size of the images")
         return TransGANDiscriminator(self)

@@ -31,12 +31,12 @@ class BlockConfig:
     columns, `nystrom` by `landmarks`.
     """
 
-    num_heads: int = setting(4, "Attention heads.", least=1)
+    num_heads: int = setting(4, "Attention heads.", at_least=1)
     norm: Norm = setting("token", "Normalisation: token-wise or LayerNorm.")
     position: Position = setting("both", "Positions: an embedding per token of a stage, a bias per offset, or both.")
     attention: Form = setting("grid", "Form of attention where there are many tokens.")
-    window: int = setting(16, "Side of the windows of grid attention, in tokens.", least=1)
-    landmarks: int = setting(64, "Landmarks of nystrom attention.", least=1)
+    window: int = setting(16, "Side of the windows of grid attention, in tokens.", at_least=1)
+    landmarks: int = setting(64, "Landmarks of nystrom attention.", at_least=1)
     attention_noise: bool = setting(False, "Noise of learned strength, added to the tokens before self-attention.")
 
     def check_width(self, field: str, width: int) -> None:

@@ -41,7 +41,7 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
 DATA, KERNEL, OUTPUT = _transforms()  # (36, 36), (36, 9), (16, 36)
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def is_profitable(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` can take x (B, C, H, W) and weight (C_out, C, 3, 3), and is faster than F.conv2d.
 
     The batch size plays no part: an image's result must not depend on it. Whatever runs an exported graph has

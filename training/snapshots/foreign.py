@@ -1,4 +1,4 @@
-"""Foreign snapshots: networks of this project from the tensors and arguments in files of other projects.
+"""ForeignSnapshot snapshots: networks of this project from the tensors and arguments in files of other projects.
 
 The snapshots of the public Styleformer release, of StyleGAN2-ADA-PyTorch and, for StyleGAN2, of StyleGAN3's repository
 are pickles that carry the Python source of their networks and run it when they are opened. Here torch_utils/pickles.py
@@ -35,7 +35,7 @@ from training.snapshots.snapshot import outline
 WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
 PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
 KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  # entries of a snapshot
-MOST_NAMED = 10  # of the entries that are not known
+MAX_NAMED = 10  # of the entries that are not known
 # Arguments that belong to the synthesis network, and are the generator's own in StyleGAN3's repository.
 OF_SYNTHESIS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "architecture")
 
@@ -46,7 +46,7 @@ Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, sev
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class ForeignSnapshot:
     """What a snapshot of another project comes to here: a configuration, and tensors under our names by network.
 
     `left_out` says why an entry of the file was not read, by its name.
@@ -74,7 +74,7 @@ def is_foreign(path: Path) -> bool:
     return is_pickle(path)
 
 
-def read_foreign(path: Path) -> Foreign:
+def read_foreign(path: Path) -> ForeignSnapshot:
     """Read a snapshot of another project. Raises UserError naming the file and what in it cannot be read."""
     content = read_pickle(path)
     try:
@@ -90,7 +90,7 @@ def _printable(text: object, length: int = 500) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[:length])
 
 
-def _interpret(content: Any, path: Path) -> Foreign:
+def _interpret(content: Any, path: Path) -> ForeignSnapshot:
     generator = _read_generator(_module(_entries(content), "G_ema"), "G_ema")
     left_out: dict[str, str] = {}
 
@@ -101,7 +101,7 @@ def _interpret(content: Any, path: Path) -> Foreign:
             left_out[name] = _printable(error).removeprefix(f"{name}: ")
             return default
 
-    def read_other_generator() -> Read:
+    def read_other_generator() -> ForeignNetwork:
         other = _read_generator(_module(content, "G"), "G")
         if other.config != generator.config:
             raise UserError("G and G_ema have different arguments")
@@ -124,7 +124,7 @@ def _interpret(content: Any, path: Path) -> Foreign:
         data=data or _read_data({}, generator.config),
         **generator.values | values,
     )
-    return Foreign(
+    return ForeignSnapshot(
         origin=generator.release.name,
         config=config,
         states={name: network.state for name, network in networks.items()},
@@ -137,9 +137,9 @@ def _interpret(content: Any, path: Path) -> Foreign:
 def _name_others(content: Mapping[Any, Any]) -> dict[str, str]:
     """Return the entries that are not known, the first of them by name, and that they are not."""
     others = [name for name in content if name not in KNOWN]
-    names = [_printable(name, 40) if isinstance(name, str) else "a key that is no text" for name in others[:MOST_NAMED]]
-    if len(others) > MOST_NAMED:
-        names.append(f"{len(others) - MOST_NAMED} more")
+    names = [_printable(name, 40) if isinstance(name, str) else "a key that is no text" for name in others[:MAX_NAMED]]
+    if len(others) > MAX_NAMED:
+        names.append(f"{len(others) - MAX_NAMED} more")
     return dict.fromkeys(names, "not known here")
 
 
@@ -251,7 +251,7 @@ def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
+class CodeBase:
     """A code base, and what its networks are where their arguments leave it open."""
 
     name: str
@@ -260,22 +260,22 @@ class Release:
     w_avg_beta: float = 0.995
 
 
-STYLEFORMER = Release(name="Styleformer, public release")
-STYLEGAN2_ADA = Release(name="StyleGAN2-ADA, PyTorch")
-STYLEGAN3 = Release(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.0, num_fp16_res=4, w_avg_beta=0.998)
+STYLEFORMER = CodeBase(name="Styleformer, public release")
+STYLEGAN2_ADA = CodeBase(name="StyleGAN2-ADA, PyTorch")
+STYLEGAN3 = CodeBase(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.0, num_fp16_res=4, w_avg_beta=0.998)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
+class ForeignNetwork:
     """A network: its configuration, its tensors under our names, what else TrainConfig learns, and who wrote it."""
 
     config: Any
     state: dict[str, Tensor]
     values: dict[str, Any]
-    release: Release
+    release: CodeBase
 
 
-def _read_generator(module: PickledModule, name: str) -> Read:
+def _read_generator(module: PickledModule, name: str) -> ForeignNetwork:
     """Read a Styleformer or StyleGAN2 generator; the class of both is called Generator."""
     tensors = _tensors(module)
     _refuse_stylegan3(module, tensors, name)
@@ -300,7 +300,9 @@ def _read_generator(module: PickledModule, name: str) -> Read:
     config, rename = read(synthesis, tensors, resolution, {**shared, "conv_clamp": clamp})
     for part in (mapping, synthesis, arguments):
         part.finish()
-    return Read(config=config, state=convert_state(config, tensors, rename, name), values=values, release=release)
+    return ForeignNetwork(
+        config=config, state=convert_state(config, tensors, rename, name), values=values, release=release
+    )
 
 
 def _tensors(module: PickledModule) -> Tensors:
@@ -338,7 +340,7 @@ def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
     return count
 
 
-def _read_precision(arguments: Arguments, resolution: int, release: Release) -> dict[str, Any]:
+def _read_precision(arguments: Arguments, resolution: int, release: CodeBase) -> dict[str, Any]:
     """In float16 were the highest resolutions, none below 8x8."""
     count = arguments.integer("num_fp16_res", release.num_fp16_res, low=0, high=16)
     arguments.drop("fp16_channels_last")  # a layout in memory
@@ -463,7 +465,7 @@ def _rename_mapping(name: str) -> tuple[str, ...]:
     return (re.sub(r"^mapping\.layers\.", "mapping.fc", name),)
 
 
-def _read_discriminator(module: PickledModule, generator: Read) -> Read:
+def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> ForeignNetwork:
     """Read the discriminator that goes with a generator."""
     if module.class_name != "Discriminator":
         raise UserError(f"D is of class {module.class_name}, expected Discriminator")
@@ -510,7 +512,7 @@ def _read_discriminator(module: PickledModule, generator: Read) -> Read:
         return _rename_mapping(name)
 
     state = convert_state(config, _tensors(module), rename, "D")
-    return Read(config=config, state=state, values=values, release=generator.release)
+    return ForeignNetwork(config=config, state=state, values=values, release=generator.release)
 
 
 def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ from training.dataset import LabelKind, kind_of_labels
 SNAPSHOT_NAME = re.compile(r"network-snapshot-\d+\.pkl")  # and none of a copy
 FORMAT = "network-snapshot"
 VERSION = 1
-MOST_IMAGES = 2**53  # that a network has seen: a float holds them
-MOST_DERIVED = 2**25  # elements of buffers that are not stored, such as matrices that resample
+MAX_IMAGES = 2**53  # that a network has seen: a float holds them
+MAX_DERIVED = 2**25  # elements of buffers that are not stored, such as matrices that resample
 MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
 
 
@@ -145,7 +145,7 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
     if not isinstance(states, dict) or not set(states) & {*network_configs(config)}:
         raise UserError(f"{path}: holds no networks; use another copy")
     fits = {
-        "nimg": type(nimg) is int and 0 <= nimg < MOST_IMAGES,
+        "nimg": type(nimg) is int and 0 <= nimg < MAX_IMAGES,
         "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p <= FLOAT32_MAX,
         "labels": labels in (None, *get_args(LabelKind)),
     }
@@ -221,8 +221,8 @@ def outline(config: Any, where: str) -> nn.Module:
         raise UserError(f"{where}: no network is as its configuration says ({describe_error(error)})") from None
     stored = network.state_dict()
     derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)
-    if derived > MOST_DERIVED:
-        raise UserError(f"{where}: needs {derived} buffer elements beside its weights, limit {MOST_DERIVED}")
+    if derived > MAX_DERIVED:
+        raise UserError(f"{where}: needs {derived} buffer elements beside its weights, limit {MAX_DERIVED}")
     return network
 
 

@@ -27,9 +27,9 @@ class Origin:
 
     source: str | None = setting(None, "File or address of the snapshot; None: random weights.")
     kimg: float = setting(0.0, "Thousands of images that its networks were trained for.")
-    copied_g: float = setting(0.0, "Share of G's parameters that were copied.", least=0, most=1)
-    copied_d: float = setting(0.0, "Share of D's parameters that were copied.", least=0, most=1)
-    copied_g_ema: float = setting(0.0, "Share of the averaged G's parameters that were copied.", least=0, most=1)
+    copied_g: float = setting(0.0, "Share of G's parameters that were copied.", at_least=0, at_most=1)
+    copied_d: float = setting(0.0, "Share of D's parameters that were copied.", at_least=0, at_most=1)
+    copied_g_ema: float = setting(0.0, "Share of the averaged G's parameters that were copied.", at_least=0, at_most=1)
     partial: tuple[str, ...] = setting((), "Names of the tensors that were copied in part.")
     new: tuple[str, ...] = setting((), "Names of the tensors that were not copied at all.")
 

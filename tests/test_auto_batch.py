@@ -20,7 +20,7 @@ from dnnlib.config import ConfigError, UserError, override
 from dnnlib.util import is_out_of_memory
 from torch_utils import distributed
 from torch_utils.checkpoint import digest
-from training import rehearsal, resume
+from training import auto_batch, resume
 from training.config import TrainConfig, micro_batches
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
@@ -73,10 +73,10 @@ def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> 
 def test_every_phase_is_tried_out(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     config = small_config(shapes_zip, batch_size=8, loss__pl_weight=2.0, loss__pl_interval=4, run__batch_gpu="auto")
     computed = lack_memory(monkeypatch, phase, most=4)
-    chosen = rehearsal.choose_batch_gpu(config, ImageDataset(config.data), CPU)
+    chosen = auto_batch.choose_batch_gpu(config, ImageDataset(config.data), CPU)
     assert chosen == override(config, {"run.batch_gpu": 4})
     assert [name for name, size in computed if size == 4] == ["G_main", "G_reg", "D_main", "D_reg"] * 2
-    assert rehearsal.describe_choice(chosen, micro_batches(config)) == (
+    assert auto_batch.describe_choice(chosen, micro_batches(config)) == (
         "--batch-gpu=auto: 4 images at a time (8 did not fit)"
     )
 
@@ -96,9 +96,9 @@ def test_nothing_remains_of_a_rehearsal(shapes_zip: Path) -> None:
     trainer = Trainer(config, dataset, CPU)
     parts = ("G", "D", "G_ema", "ada", "pl_mean", "state")
     before = [digest(trainer.capture()["parts"][part]) for part in parts]
-    trainer.rehearse()
+    trainer.trial_step()
     assert [digest(trainer.capture()["parts"][part]) for part in parts] == before
-    assert rehearsal.fits_in_memory(config, dataset, CPU)
+    assert auto_batch.fits_in_memory(config, dataset, CPU)
     assert digest(trained()) == expected
 
 
@@ -107,16 +107,16 @@ def test_what_fits_nowhere_and_other_errors_are_told(shapes_zip: Path, monkeypat
     dataset = ImageDataset(config.data)
     lack_memory(monkeypatch, "D_reg", most=0)
     with pytest.raises(UserError, match=r"out of memory even with 4 images at a time \(tried 16, 8, 4\)"):
-        rehearsal.choose_batch_gpu(config, dataset, CPU)
+        auto_batch.choose_batch_gpu(config, dataset, CPU)
     with pytest.raises(UserError, match="choose --graphs=0, --grad-checkpoint"):
-        rehearsal.choose_batch_gpu(override(config, {"run.graphs": True}), dataset, CPU, fits=lambda *_: False)
+        auto_batch.choose_batch_gpu(override(config, {"run.graphs": True}), dataset, CPU, fits=lambda *_: False)
 
     def broken(*args: object) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Trainer, "_accumulate", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        rehearsal.choose_batch_gpu(config, dataset, CPU)
+        auto_batch.choose_batch_gpu(config, dataset, CPU)
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
@@ -126,12 +126,12 @@ def in_two_processes(folder: Path, data: Path) -> None:
         return candidate.run.batch_gpu <= limit
 
     config = small_config(data, batch_size=32, run__num_gpus=2, run__batch_gpu="auto")
-    chosen = rehearsal.choose_batch_gpu(config, None, CPU, fits)  # type: ignore[arg-type]
+    chosen = auto_batch.choose_batch_gpu(config, None, CPU, fits)  # type: ignore[arg-type]
     (folder / f"{distributed.rank()}").write_text(str(chosen.run.batch_gpu))
 
 
 def test_the_smallest_of_all_processes_counts(together: Path) -> None:
-    assert [(together / "test_rehearsal" / rank).read_text() for rank in "01"] == ["4", "4"]
+    assert [(together / "test_auto_batch" / rank).read_text() for rank in "01"] == ["4", "4"]
 
 
 SHORT = [*SMALL, "--batch-gpu=auto", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
@@ -163,12 +163,12 @@ def test_a_gpu_with_little_memory_gets_small_micro_batches(shapes_zip: Path) -> 
     device = torch.device("cuda", 0)
     config = small_config(shapes_zip, batch_size=256, run__batch_gpu="auto")
     dataset = ImageDataset(config.data)
-    assert rehearsal.choose_batch_gpu(config, dataset, device).run.batch_gpu == 256
+    assert auto_batch.choose_batch_gpu(config, dataset, device).run.batch_gpu == 256
     reserved = torch.cuda.max_memory_reserved(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(reserved / total / 2, device)
     try:
-        chosen = rehearsal.choose_batch_gpu(config, dataset, device)
+        chosen = auto_batch.choose_batch_gpu(config, dataset, device)
         assert chosen.run.batch_gpu in (128, 64, 32, 16)
         trainer = Trainer(chosen, dataset, device)
         trainer.total_nimg = 512

@@ -10,8 +10,8 @@ One derivative is that of a training step: forward and backward. Two are those o
 backward of a random projection, and the backward of the squared gradients.
 
 \b
-    python benchmarks/attention.py --device=cuda --batch=8 --heads=4
-    python benchmarks/attention.py --tokens=1024,4096 --forms=plain,blockwise
+    python benchmarks/self_attention.py --device=cuda --batch=8 --heads=4
+    python benchmarks/self_attention.py --tokens=1024,4096 --forms=plain,blockwise
 
 Prints one line of JSON for each form, number of derivatives and N. `peak_mib` is what the passes needed besides their
 inputs: tensors on a GPU; on a CPU the growth of the resident memory, for which each line has a process of its own (this
@@ -141,7 +141,7 @@ def main(
         for order in derivatives
         for N in tokens
     ]
-    run_cases("attention", cases, **machine)
+    run_cases("self_attention", cases, **machine)
 
 
 def check_choices(forms: str, known: Sequence[str], derivatives: Sequence[int]) -> list[str]:

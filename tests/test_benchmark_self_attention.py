@@ -1,4 +1,4 @@
-"""benchmarks/attention.py with few tokens: the problems it reports, and memory that is known beforehand."""
+"""benchmarks/self_attention.py with few tokens: the problems it reports, and memory that is known beforehand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from test_benchmarks import results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import attention
 import grid_attention
+import self_attention
 
 SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 
@@ -24,12 +24,12 @@ SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 def test_attention_measures_memory_and_time() -> None:
     """The explicit form holds several matrices, the blockwise form as many blocks, of half the size."""
     options = [*SMALL, "--tokens=1024", "--batch=4", "--forms=plain,blockwise", "--derivatives=2"]
-    plain, blockwise = results(attention.main, *options)
+    plain, blockwise = results(self_attention.main, *options)
     assert (plain["form"], blockwise["form"]) == ("plain", "blockwise")
     matrix = 4 * 1024**2 * 4 / 2**20
-    block = attention.BLOCK_BYTES["cpu"] / 2**20
-    assert 4 * matrix < plain["peak_mib"] < attention.MATRICES[2] * matrix
-    assert 4 * block < blockwise["peak_mib"] < attention.BLOCKS * block
+    block = self_attention.BLOCK_BYTES["cpu"] / 2**20
+    assert 4 * matrix < plain["peak_mib"] < self_attention.MATRICES[2] * matrix
+    assert 4 * block < blockwise["peak_mib"] < self_attention.BLOCKS * block
     for row in (plain, blockwise):
         assert (row["tokens"], row["derivatives"]) == (1024, 2)
         assert row["ms"] > 0
@@ -39,14 +39,16 @@ def test_attention_measures_memory_and_time() -> None:
 def problem(**case: Any) -> Any:
     """What is reported of a case that cannot be measured, which needs no process of its own."""
     sizes: dict[str, Any] = {"batch": 1, "heads": 1, "head_dim": 4, "projected_tokens": 2, "dtype": "float32"}
-    measured = attention.measure(attention.Case(**case, **sizes), torch.device("cpu"), 1, torch.get_num_threads())
+    measured = self_attention.measure(
+        self_attention.Case(**case, **sizes), torch.device("cpu"), 1, torch.get_num_threads()
+    )
     assert measured.keys() == {"problem"}
     return measured["problem"]
 
 
 def test_attention_says_why_there_is_no_result() -> None:
     options = ["--tokens=65536", "--forms=plain", "--derivatives=2", "--max-gib=0.5"]
-    (refused,) = results(attention.main, *SMALL, *options)
+    (refused,) = results(self_attention.main, *SMALL, *options)
     assert refused["problem"] == "not started: needs matrices of about 192 GiB, limit 0.5"
     assert "ms" not in refused
     assert problem(form="fused", derivatives=2, tokens=16) == "has no second derivative"
@@ -55,28 +57,28 @@ def test_attention_says_why_there_is_no_result() -> None:
 def test_attention_reports_that_memory_ran_out() -> None:
     """More tokens than a process has addresses; other failures are not results."""
     assert problem(form="plain", derivatives=1, tokens=2**44) == "out of memory"
-    assert attention.explain(torch.OutOfMemoryError("CUDA out of memory.")) == "out of memory"
+    assert self_attention.explain(torch.OutOfMemoryError("CUDA out of memory.")) == "out of memory"
     with pytest.raises(RuntimeError, match="another"):
-        attention.explain(RuntimeError("another"))
+        self_attention.explain(RuntimeError("another"))
 
 
 def test_attention_forms_compute_the_same() -> None:
     case = {"derivatives": 2, "tokens": 8, "batch": 2, "heads": 3, "head_dim": 4, "projected_tokens": 2}
-    cases = {form: attention.Case(form=form, dtype="float32", **case) for form in attention.FORMS}
-    inputs = attention.make_inputs(cases["plain"], torch.device("cpu"), tokens=8)
-    out = {form: attention.attend(cases[form], inputs) for form in attention.FORMS}
+    cases = {form: self_attention.Case(form=form, dtype="float32", **case) for form in self_attention.FORMS}
+    inputs = self_attention.make_inputs(cases["plain"], torch.device("cpu"), tokens=8)
+    out = {form: self_attention.attend(cases[form], inputs) for form in self_attention.FORMS}
     for form in ("fused", "blockwise", "linformer"):  # which without a projection is plain
         torch.testing.assert_close(out[form], out["plain"])
-    shortened = attention.attend(cases["linformer"], [*inputs, torch.eye(8)[:2]])
+    shortened = self_attention.attend(cases["linformer"], [*inputs, torch.eye(8)[:2]])
     k, v = inputs[1][:, :, :2], inputs[2][:, :, :2]
-    torch.testing.assert_close(shortened, attention.attend(cases["plain"], [inputs[0], k, v]))
+    torch.testing.assert_close(shortened, self_attention.attend(cases["plain"], [inputs[0], k, v]))
 
 
 @pytest.mark.parametrize(
     ("option", "problem"), [("--forms=plain,flash", "no 'flash'"), ("--derivatives=1,3", "choose from 1,2")]
 )
 def test_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:
-    outcome = CliRunner().invoke(attention.main, [option, "--device=cpu"])
+    outcome = CliRunner().invoke(self_attention.main, [option, "--device=cpu"])
     assert outcome.exit_code == 2
     assert problem in outcome.output
 
@@ -99,7 +101,7 @@ def test_grid_attention_measures_the_networks_own_code() -> None:
         case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)
         inputs, run = case.prepare(torch.device("cpu"))
         assert run().shape == inputs[0].shape == (2, 64, 8)
-        attention.differentiate(case, inputs, run)  # every input has both derivatives
+        self_attention.differentiate(case, inputs, run)  # every input has both derivatives
         assert len(inputs) == 3 + {"full": 1, "grid": 1, "axis": 2, "nystrom": 0}[form]
         assert case.small().matrix_gib() < 0.1
 

@@ -55,7 +55,7 @@ def fits_in_memory(config: TrainConfig, dataset: ImageDataset, device: torch.dev
         if on_gpu:
             torch.cuda.init()  # without it nothing can be reset
             torch.cuda.reset_peak_memory_stats(device)
-        Trainer(config, dataset, device).rehearse()
+        Trainer(config, dataset, device).trial_step()
         return not on_gpu or _peak_share(device) <= SHARE
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):

@@ -13,7 +13,7 @@ from torch_utils import distributed
 Record = dict[str, Any]  # as registry.result_to_json returns it
 
 
-class Progress:
+class ProgressLine:
     """Says on stderr how far the first process is with its share of the images, and how long the rest takes."""
 
     def __init__(self) -> None:
