@@ -195,7 +195,7 @@ def test_every_flag_of_a_benchmark_exists() -> None:
     for page in PAGES:
         for script, line in re.findall(r"python (benchmarks/\w+\.py) (.*)", page.read_text().replace("\\\n", " ")):
             source = (ROOT / script).read_text()
-            if "from attention import" in source:  # whose options the two share
+            if "from self_attention import" in source:  # whose options the two share
                 source += (ROOT / "benchmarks" / "self_attention.py").read_text()
             assert {flag for flag in flags(line) if f'"{flag}"' not in source} == set(), f"{page.name}: {script} {line}"
             lines += 1
