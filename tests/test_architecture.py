@@ -42,7 +42,7 @@ def _imported(file: Path) -> set[str]:
     return names
 
 
-def test_every_package_is_installed_by_the_project_file() -> None:
+def test_pyproject_lists_every_package() -> None:
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -74,7 +74,7 @@ print("imported:", *sorted({"torch", "numpy", "PIL", "scipy", "matplotlib"} & {*
 """
 
 
-def test_help_and_usage_errors_import_no_libraries_of_numbers() -> None:
+def test_help_and_usage_errors_import_no_numeric_library() -> None:
     found = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
     *lines, imported = found.stdout.splitlines()
     assert imported == "imported:"

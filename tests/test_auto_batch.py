@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
         (6, 1, 0, 2, [6, 3, 2]),  # path length takes half a piece
     ],
 )
-def test_micro_batches_are_cut_as_minibatch_std_allows(
+def test_micro_batches_respect_minibatch_std_groups(
     shapes_zip: Path, batch: int, gpus: int, group: int, pl_weight: float, sizes: list[int]
 ) -> None:
     values = {"batch_size": batch, "run__num_gpus": gpus, "loss__pl_weight": pl_weight, "loss__pl_interval": 4}
@@ -49,7 +49,7 @@ def test_micro_batches_are_cut_as_minibatch_std_allows(
     assert config.run.batch_gpu == sizes[0]  # before anything is tried, and on a CPU for good
 
 
-def test_a_batch_that_cannot_be_cut_is_refused_as_ever(shapes_zip: Path) -> None:
+def test_an_indivisible_batch_is_refused(shapes_zip: Path) -> None:
     with pytest.raises(ConfigError, match="must be a multiple of 18"):
         small_config(shapes_zip, batch_size=17, run__num_gpus=3, run__batch_gpu="auto")
 
@@ -70,7 +70,7 @@ def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> 
 
 
 @pytest.mark.parametrize("phase", ["G_main", "G_reg", "D_main", "D_reg"])
-def test_every_phase_is_tried_out(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+def test_the_trial_step_runs_every_phase(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     config = small_config(shapes_zip, batch_size=8, loss__pl_weight=2.0, loss__pl_interval=4, run__batch_gpu="auto")
     computed = lack_memory(monkeypatch, phase, most=4)
     chosen = auto_batch.choose_batch_gpu(config, ImageDataset(config.data), CPU)
@@ -81,7 +81,7 @@ def test_every_phase_is_tried_out(shapes_zip: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_nothing_remains_of_a_rehearsal(shapes_zip: Path) -> None:
+def test_a_trial_step_leaves_no_trace(shapes_zip: Path) -> None:
     """Not in the rehearsing trainer's weights, and not in the training that follows."""
 
     def trained() -> dict[str, Any]:
@@ -102,7 +102,9 @@ def test_nothing_remains_of_a_rehearsal(shapes_zip: Path) -> None:
     assert digest(trained()) == expected
 
 
-def test_what_fits_nowhere_and_other_errors_are_told(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_never_fits_and_other_errors_are_reported(
+    shapes_zip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_config(shapes_zip, run__batch_gpu="auto")
     dataset = ImageDataset(config.data)
     lack_memory(monkeypatch, "D_reg", most=0)
@@ -130,14 +132,14 @@ def in_two_processes(folder: Path, data: Path) -> None:
     (folder / f"{distributed.rank()}").write_text(str(chosen.run.batch_gpu))
 
 
-def test_the_smallest_of_all_processes_counts(together: Path) -> None:
+def test_the_smallest_size_over_all_processes_is_chosen(together: Path) -> None:
     assert [(together / "test_auto_batch" / rank).read_text() for rank in "01"] == ["4", "4"]
 
 
 SHORT = [*SMALL, "--batch-gpu=auto", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
 
 
-def test_a_run_records_what_was_found_and_keeps_it(
+def test_a_run_records_the_chosen_size_and_keeps_it(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*options: str) -> tuple[str, int]:
@@ -188,7 +190,7 @@ def test_a_gpu_with_little_memory_gets_small_micro_batches(shapes_zip: Path) -> 
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
-def test_a_lack_of_memory_is_recognised(error: Exception, expected: bool) -> None:
+def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
 
 
@@ -208,7 +210,7 @@ def raised_while_handling(first: Exception, cause: Exception | None = None) -> E
     return caught.value
 
 
-def test_a_lack_of_memory_is_recognised_behind_the_end_of_a_recording() -> None:
+def test_out_of_memory_is_recognised_behind_a_capture_error() -> None:
     lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert is_out_of_memory(raised_while_handling(lack))
     assert not is_out_of_memory(raised_while_handling(lack, cause=ValueError("another reason")))
@@ -216,7 +218,7 @@ def test_a_lack_of_memory_is_recognised_behind_the_end_of_a_recording() -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_without_enough_memory_gets_one_line(shapes32_zip: Path, tmp_path: Path) -> None:
+def test_out_of_memory_ends_with_one_line(shapes32_zip: Path, tmp_path: Path) -> None:
     """The program's address space is limited to 2 GiB more than it has once it is loaded; one step takes more."""
     limited = """
 import resource, sys

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import feature_metrics
 
 
-def test_the_passes_are_timed_with_the_detectors_share(tmp_path: Path) -> None:
+def test_passes_are_timed_with_the_share_of_the_detector(tmp_path: Path) -> None:
     program = script_program(tmp_path / "small.pt", SmallDetector())
     arguments = ["--images=24", "--batch=8", "--detector-batch=6", "--device=cpu", f"--detector={program}"]
     outcome = CliRunner().invoke(feature_metrics.main, arguments, catch_exceptions=False)

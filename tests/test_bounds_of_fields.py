@@ -134,7 +134,7 @@ def test_messages_of_bounds(bounds: Bounds, value: Any, message: str | None) -> 
     assert bounds.problem(value) == message
 
 
-def test_bounds_take_from_the_type_what_it_says() -> None:
+def test_bounds_derive_from_the_type_of_the_field() -> None:
     bounds = bounds_of(TrainConfig)
     assert (bounds["precision"].choices, bounds["precision"].optional) == (("fp32", "bf16", "fp16"), True)
     assert (bounds["seed"].choices, bounds["seed"].optional) == (None, False)
@@ -154,11 +154,11 @@ def test_every_field_has_a_description(config: Any) -> None:
 
 
 @pytest.mark.parametrize(("text", "size"), [("8", (8, 8)), ("8x12", (8, 12)), ("0", (0, 0))])
-def test_sizes(text: str, size: tuple[int, int]) -> None:
+def test_sizes_are_parsed(text: str, size: tuple[int, int]) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "8x", "x8", "8x8x8", "-8", "8.5", "8 x 8", "٨", "1" * 19, "8\n"])
-def test_texts_that_are_no_size(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a size such as 8 or 8x12 \(height x width\)"):
         parse_size(text)

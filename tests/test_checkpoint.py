@@ -23,7 +23,7 @@ PAYLOAD: dict[str, Any] = {
 }
 
 
-def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_file_round_trips(tmp_path: Path) -> None:
     write_file(tmp_path / "f", "thing", 1, PAYLOAD)
     read = read_file(tmp_path / "f", "thing", 1, {})
     assert digest(read) == digest(PAYLOAD)
@@ -31,13 +31,13 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_torch_reads_it_without_running_code(tmp_path: Path) -> None:
+def test_torch_load_reads_it_with_weights_only(tmp_path: Path) -> None:
     write_file(tmp_path / "f", "thing", 1, PAYLOAD)
     document = torch.load(tmp_path / "f", weights_only=True)
     assert document["format"] == "thing"
 
 
-def test_digest_sees_values_types_shapes_and_order() -> None:
+def test_the_digest_covers_values_types_shapes_and_order() -> None:
     x = torch.zeros(4)
     variants = [
         {"x": x},
@@ -53,7 +53,7 @@ def test_digest_sees_values_types_shapes_and_order() -> None:
     assert len({digest(variant) for variant in variants}) == len(variants)
 
 
-def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_tensor_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_file(path, "thing", 1, {"x": torch.full([1000], 1.5)})
     data = bytearray(path.read_bytes())
@@ -64,7 +64,7 @@ def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
         read_file(path, "thing", 1, {})
 
 
-def test_files_cut_short_anywhere_are_refused(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_file(path, "thing", 1, PAYLOAD)
     data = path.read_bytes()
@@ -79,7 +79,7 @@ class Hostile:
         return os.mkdir, ("pwned",)
 
 
-def test_foreign_pickles_are_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_pickles_are_refused_without_executing_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"G": Hostile()}))
     torch.save({"G": Hostile()}, tmp_path / "zip.pkl")
@@ -109,7 +109,7 @@ def test_older_versions_are_migrated_step_by_step(tmp_path: Path) -> None:
     assert read_file(tmp_path / "f", "thing", 3, migrations) == {"n": 3}
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
     write_file(path, "thing", 1, {"n": 1})
 
@@ -144,7 +144,7 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", ["to contiguous", "to channels last"])
-def test_a_fused_optimizer_goes_on_in_another_memory_layout(tmp_path: Path, device: str, change: str) -> None:
+def test_a_fused_optimizer_continues_in_another_memory_layout(tmp_path: Path, device: str, change: str) -> None:
     """Its moments follow their parameters: the next step is the one that would have come without the change."""
     there, here = torch.channels_last, torch.contiguous_format
     if change == "to channels last":

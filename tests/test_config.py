@@ -44,12 +44,12 @@ class Outer:
     rate: float | None = None
 
 
-def test_override_replaces_nested_fields_and_nothing_else() -> None:
+def test_override_replaces_only_the_given_fields() -> None:
     changed = override(Outer(), {"inner.sizes": (3,), "rate": 0.5})
     assert changed == Outer(inner=Inner(count=1, sizes=(3,)), rate=0.5)
 
 
-def test_override_names_the_whole_path_of_what_it_refuses() -> None:
+def test_override_errors_name_the_full_path() -> None:
     with pytest.raises(ConfigError) as refused:
         override(Outer(), {"inner.count": -1})
     assert refused.value.field == "inner.count"
@@ -58,7 +58,7 @@ def test_override_names_the_whole_path_of_what_it_refuses() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name: str) -> None:
+def test_presets_round_trip_through_json(name: str) -> None:
     config = resolve(PRESETS[name], Environment(img_shape=(3, *_size(PRESETS[name])), c_dim=0))
     text = json.dumps(to_json(config))
     assert from_json(TrainConfig, json.loads(text)) == config
@@ -72,7 +72,7 @@ def _size(config: TrainConfig) -> tuple[int, int]:
         return (128, 128)
 
 
-def test_json_with_wrong_contents_is_refused() -> None:
+def test_invalid_json_configurations_are_refused() -> None:
     good = to_json(Outer(inner=Inner(count=2)))
     with pytest.raises(ConfigError, match="unknown key"):
         from_json(Outer, good | {"speed": 1})
@@ -96,18 +96,18 @@ def test_json_with_wrong_contents_is_refused() -> None:
         ("keep_every", float("inf"), True),
     ],
 )
-def test_a_number_is_told_its_range_only_where_its_type_fits(field: str, value: Any, is_out_of_range: bool) -> None:
+def test_the_range_is_reported_only_if_the_type_is_right(field: str, value: Any, is_out_of_range: bool) -> None:
     with pytest.raises(ConfigError, match=rf"^{field}=.*: expected ") as caught:
         from_json(RunConfig, {**to_json(RunConfig()), field: value})
     assert ("of at most 64 bits" in str(caught.value)) == is_out_of_range
 
 
-def test_numpys_floats_are_floats() -> None:
+def test_numpy_floats_are_accepted() -> None:
     assert from_json(RunConfig, {**to_json(RunConfig()), "total_kimg": np.float64(2.5)}).total_kimg == 2.5
 
 
 @pytest.mark.parametrize("preset", ["tiny", "transgan-cifar"])
-def test_a_configuration_from_before_a_field_is_read_as_what_it_was(preset: str) -> None:
+def test_old_configurations_get_the_old_defaults_of_new_fields(preset: str) -> None:
     config = resolve(override(PRESETS[preset], BEFORE_OBJECTIVES), CIFAR)
     data = json.loads(json.dumps(to_json(config)))
     removed = {}
@@ -123,7 +123,7 @@ def test_a_configuration_from_before_a_field_is_read_as_what_it_was(preset: str)
         read_config({key: value for key, value in data.items() if key != "seed"})
 
 
-def test_a_transgan_from_before_its_noise_has_none_and_diffaugments_own_numbers() -> None:
+def test_old_transgan_configurations_have_no_noise() -> None:
     config = resolve(PRESETS["transgan-cifar"], CIFAR)
     data = json.loads(json.dumps(to_json(config)))
     new = {"generator": ["attention_noise"], "discriminator": ["attention_noise"]}
@@ -138,14 +138,14 @@ def test_a_transgan_from_before_its_noise_has_none_and_diffaugments_own_numbers(
 
 
 @pytest.mark.parametrize("family", [None, 3, [], {}, "biggan"])
-def test_a_family_in_a_file_that_is_none_is_refused(family: Any) -> None:
+def test_an_unknown_family_in_a_file_is_refused(family: Any) -> None:
     data = to_json(resolve(PRESETS["tiny"], Environment(img_shape=(3, 32, 32), c_dim=0)))
     for part in ("generator", "discriminator"):
         with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; known are style"):
             read_config(data | {part: data[part] | {"family": family}})
 
 
-def test_precision_and_layout_follow_the_machine() -> None:
+def test_precision_and_layout_follow_the_device() -> None:
     def resolved(**machine: bool) -> tuple[str | None, bool | None]:
         config = resolve(PRESETS["cifar"], Environment(img_shape=(3, 32, 32), c_dim=0, **machine))
         return config.precision, config.channels_last
@@ -169,14 +169,14 @@ def test_precision_and_layout_follow_the_machine() -> None:
         (32, False, {}, False),
     ],
 )
-def test_graphs_are_the_default_where_launches_take_the_time(
+def test_graphs_are_the_default_for_small_images(
     side: int, on_gpu: bool, options: dict[str, bool], graphs: bool
 ) -> None:
     config = override(PRESETS["auto"], options)
     assert resolve(config, Environment(img_shape=(3, side, side), c_dim=0, on_gpu=on_gpu)).run.graphs is graphs
 
 
-def test_graphs_that_cannot_be_are_refused() -> None:
+def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="need a GPU"):
         resolve(override(PRESETS["cifar"], {"run.graphs": True}), Environment(img_shape=(3, 32, 32), c_dim=0))
     with pytest.raises(ConfigError, match="leave out --grad-checkpoint"):
@@ -256,7 +256,7 @@ def test_resolve_takes_channels_labels_and_size_from_the_data() -> None:
     assert resolved.discriminator.img_size == (64, 64)
 
 
-def test_a_batch_that_cannot_be_cut_is_refused_with_one_that_can() -> None:
+def test_an_indivisible_batch_is_refused_with_a_suggestion() -> None:
     config = override(PRESETS["cifar"], {"batch_size": 30, "run.num_gpus": 4})
     with pytest.raises(ConfigError, match=r"multiple of 32 .* --batch=32"):
         resolve(config, CIFAR)
@@ -271,6 +271,6 @@ def test_a_micro_batch_of_one_cannot_have_path_length() -> None:
         resolve(config, CIFAR)
 
 
-def test_an_image_size_that_the_generator_cannot_make_is_refused_with_the_sizes_it_can() -> None:
+def test_an_unsupported_image_size_is_refused_with_the_supported() -> None:
     with pytest.raises(ConfigError, match=r"12"):
         resolve(PRESETS["cifar"], Environment(img_shape=(3, 48, 48), c_dim=0))

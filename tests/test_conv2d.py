@@ -46,7 +46,7 @@ def test_derivatives_equal_those_of_pytorch(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_derivatives_equal_differences(case: str) -> None:
+def test_derivatives_equal_finite_differences(case: str) -> None:
     convolve, _, shape = CASES[case]
     assert torch.autograd.gradcheck(convolve, inputs(shape))
     assert torch.autograd.gradgradcheck(convolve, inputs(shape))
@@ -65,7 +65,7 @@ def test_third_derivatives() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
+def test_unneeded_gradients_are_not_computed() -> None:
     x, w = inputs((4, 3, 3, 3))
     x.requires_grad_(False)
     (grad,) = torch.autograd.grad(ours.conv2d(x, w, padding=1).sum(), w)

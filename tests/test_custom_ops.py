@@ -48,7 +48,7 @@ def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @needs_nvcc
-def test_builds_once_and_leaves_one_file(source: Path) -> None:
+def test_kernels_are_built_once_and_leave_one_file(source: Path) -> None:
     folder = custom_ops.extensions_folder()
     folder.mkdir(parents=True)
     (folder / "lock").touch()  # as a killed build of torch leaves it
@@ -70,7 +70,7 @@ def test_builds_once_and_leaves_one_file(source: Path) -> None:
     assert first.path.stat().st_mtime_ns == written
 
 
-def test_the_name_depends_on_everything(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_build_name_depends_on_every_input(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [custom_ops.library_path("9.0"), custom_ops.library_path("8.0;9.0")]
     source.write_text(TINY + "// changed\n")
     paths.append(custom_ops.library_path("9.0"))
@@ -119,7 +119,7 @@ def test_reasons_name_the_remedy(source: Path, monkeypatch: pytest.MonkeyPatch, 
     assert reason() == "this torch was built without CUDA; install one that has it"
 
 
-def test_toolkit_version(tmp_path: Path) -> None:
+def test_the_toolkit_version_is_parsed(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     for text, expected in (("Cuda compilation tools, release 12.8, V12.8.93", "12.8"), ("broken", None)):
         nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
@@ -131,7 +131,7 @@ def test_toolkit_version(tmp_path: Path) -> None:
             assert custom_ops.toolkit_version(str(nvcc)) == expected
 
 
-def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architectures_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"TORCH_CUDA_ARCH_LIST=9\.0 or --arch=9\.0"):
         custom_ops.architectures()
@@ -143,7 +143,9 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert custom_ops.architectures() == "8.0;9.0+PTX"
 
 
-def test_auto_says_once_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_reports_the_reason_of_a_fallback_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
 
     def build() -> None:
@@ -162,7 +164,7 @@ def test_auto_says_once_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, capsy
         custom_ops.use_kernels("cuda", x)
 
 
-def test_compiled_functions_ask_once_and_keep_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_functions_look_for_kernels_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def load_quietly() -> None:
@@ -180,7 +182,7 @@ def test_compiled_functions_ask_once_and_keep_the_answer(monkeypatch: pytest.Mon
     assert len(calls) == 1
 
 
-def test_auto_does_not_look_for_kernels_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_does_not_look_for_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(custom_ops, "why_not", lambda: pytest.fail("looked for kernels"))
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
@@ -293,7 +295,7 @@ def run_module(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
-def test_command_says_what_is_missing() -> None:
+def test_the_command_reports_missing_tools() -> None:
     result = run_module()
     assert result.returncode == 1
     assert f"torch:         {torch.__version__}" in result.stdout
@@ -303,7 +305,7 @@ def test_command_says_what_is_missing() -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-def test_command_builds_the_kernels() -> None:
+def test_the_command_builds_the_kernels() -> None:
     result = run_module("--arch=9.0")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = dict(line.split(":", 1) for line in result.stdout.splitlines())

@@ -32,7 +32,7 @@ def run_demo(*arguments: str) -> Result:
     return CliRunner().invoke(demo.main, arguments)
 
 
-def test_results_are_those_of_whole_records(tmp_path: Path) -> None:
+def test_results_come_from_complete_records(tmp_path: Path) -> None:
     lines = ('{"results": {"swd500": 9.5}}', '{"results": {"swd500": NaN}}', '{"results": {"swd500": 3}}', '{"resul')
     (tmp_path / "metric-swd500.jsonl").write_text("\n".join(lines))
     assert demo.read_results(tmp_path, "swd500") == [9.5, 3]
@@ -50,12 +50,12 @@ def test_only_the_default_folder_is_emptied(commands: list[tuple[str, ...]]) -> 
     assert not Path("default").exists()
 
 
-def test_the_folder_is_that_of_the_caller(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
+def test_the_folder_is_relative_to_the_caller(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
     assert run_demo("--outdir=new", "--device=cpu").exit_code == 0
     assert f"--dest={tmp_path / 'new' / 'shapes.zip'}" in commands[0]
 
 
-def test_the_device_is_the_one_given(commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_given_device_is_used(commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_demo("--outdir=new", "--device=gpu")
     assert (result.exit_code, "--device=gpu: no such kind of device" in result.stderr) == (2, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

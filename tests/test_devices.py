@@ -32,7 +32,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     return devices
 
 
-def test_a_gpu_is_named_without_being_used(used: list[torch.device]) -> None:
+def test_a_gpu_is_named_without_initialising_it(used: list[torch.device]) -> None:
     names = ["cuda:0", "cuda", None]
     assert [str(distributed.choose_device(name)) for name in names] == ["cuda:0", "cuda:1", "cuda:1"]
     with pytest.raises(UserError, match="--device=cuda:2: this machine has 2 CUDA devices"):
@@ -53,13 +53,13 @@ def test_each_process_of_a_machine_needs_a_gpu(used: list[torch.device], monkeyp
         distributed.check_processes(6, None, device)
 
 
-def test_a_gpu_that_is_used_is_this_processes(used: list[torch.device]) -> None:
+def test_each_process_uses_its_own_gpu(used: list[torch.device]) -> None:
     assert str(distributed.use_device()) == "cuda:1"
     assert str(distributed.use_device("cpu")) == "cpu"
     assert list(map(str, used)) == ["cuda:1"]
 
 
-def test_the_mode_in_which_waiting_for_a_gpu_is_an_error_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_errors_are_enabled_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str | int] = []
 
     def set_mode(mode: str | int) -> None:
@@ -74,7 +74,7 @@ def test_the_mode_in_which_waiting_for_a_gpu_is_an_error_ends_with_its_block(mon
     assert modes == ["error", 1]
 
 
-def test_the_chosen_gpu_is_asked_for_bfloat16(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_support_is_that_of_the_chosen_gpu(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=(7, 8)[device.index]))
     assert [distributed.has_bf16(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")] == [False, True, False]
     assert used == []
@@ -90,7 +90,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
-def test_processes_on_gpus_form_a_group_that_knows_theirs_and_one_for_the_host(
+def test_gpu_processes_get_a_device_and_a_host_group(
     used: list[torch.device], groups: list[tuple[str, dict[str, Any]]]
 ) -> None:
     timeout = timedelta(seconds=60)
@@ -124,7 +124,7 @@ def nothing() -> None:
     """What workers would do."""
 
 
-def test_workers_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_workers_report_errors_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     with pytest.raises(SystemExit) as stopped:
         distributed.launch(nothing, 2)
@@ -163,7 +163,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_waiting_is_an_error_just_before_a_function_is_recorded(recordings: list[str]) -> None:
+def test_synchronisation_before_a_capture_is_an_error(recordings: list[str]) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         recordings.append("run")
         return x
@@ -179,7 +179,7 @@ class Freed:
         self.itself = self
 
 
-def test_nothing_is_freed_while_a_graph_is_recorded(recordings: list[str]) -> None:
+def test_nothing_is_freed_during_a_capture(recordings: list[str]) -> None:
     garbage: list[weakref.ref[Freed]] = []
     left: list[int] = []
 
@@ -211,7 +211,7 @@ class Failing:
         return x
 
 
-def test_a_recording_that_breaks_off_leaves_the_gpu_usable(recordings: list[str]) -> None:
+def test_an_aborted_capture_leaves_the_gpu_usable(recordings: list[str]) -> None:
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
         Captured(Failing(recordings, RuntimeError("operation not permitted when stream is capturing\nAt ...")), NOTHING)
     assert recordings[-2:] == ["restore the stream", "renew the generator"]
@@ -221,7 +221,7 @@ NOTHING = torch.zeros(1)
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_a_phase_that_cannot_be_recorded_runs_without(
+def test_a_phase_that_cannot_be_captured_runs_eagerly(
     recordings: list[str], early: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
@@ -239,7 +239,7 @@ def test_a_phase_that_cannot_be_recorded_runs_without(
     assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
 
 
-def test_without_memory_for_graphs_there_are_none(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_graphs_are_disabled_when_memory_runs_out(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     bad = Failing(recordings, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     pool: GraphPool[torch.Tensor] = GraphPool(must_fit=True)
     with pytest.raises(torch.OutOfMemoryError):
@@ -257,7 +257,7 @@ def test_without_memory_for_graphs_there_are_none(recordings: list[str], capsys:
     assert capsys.readouterr().err.count("GPU memory is too small for CUDA graphs, so none are used") == 1
 
 
-def test_mistakes_in_a_function_are_not_hidden(recordings: list[str]) -> None:
+def test_errors_in_a_captured_function_are_raised(recordings: list[str]) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
     with pytest.raises(TypeError, match="a mistake"):
         pool.record("G_main", "G_main", Failing(recordings, TypeError("a mistake"), early=True), NOTHING)
@@ -265,7 +265,7 @@ def test_mistakes_in_a_function_are_not_hidden(recordings: list[str]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
-def test_the_gpu_works_after_a_recording_that_broke_off(wait: Callable[[torch.Tensor], object]) -> None:
+def test_the_gpu_works_after_an_aborted_capture(wait: Callable[[torch.Tensor], object]) -> None:
     """Reading a value is detected in the warm-up; waiting in another way ends the recording."""
 
     def draws(x: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def test_the_transcript_of_a_messy_folder_is_up_to_date() -> None:
     assert transcript.PAGE.read_text() == transcript.page(), "run `make docs`"
 
 
-def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
+def test_the_training_commands_of_the_readme_resolve(tmp_path: Path) -> None:
     sizes = {"stl10": 48, "celeba64": 64, "church128": 128}
     commands = readme_commands("train.py")
     assert len(commands) >= 5
@@ -95,7 +95,7 @@ def test_the_readmes_trainings_resolve(tmp_path: Path) -> None:
             assert f"{json.loads(result.stdout)['parameters']['G'] / 1e6:.1f}" == millions, row
 
 
-def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     of_labels = ("--class=", "--label=")  # which the network here does not have
@@ -111,7 +111,7 @@ def test_the_readmes_image_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "out" / "3-9.png").exists()
 
 
-def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_and_code_of_exploring_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one folder and in order, because some need what others wrote."""
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
@@ -129,7 +129,7 @@ def test_the_commands_and_the_code_of_exploring_run(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/snapshots.md", "docs/migrating.md"])
-def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     scope: dict[str, object] = {}
@@ -137,7 +137,7 @@ def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -
     assert tuple(scope["img"].shape) == (4, 3, 32, 32)  # type: ignore[attr-defined]
 
 
-def test_the_readmes_info_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_info_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (command,) = [command for command in readme_commands("legacy.py") if command[0] == "info"]
     result = CliRunner().invoke(legacy.main, command)
@@ -145,9 +145,7 @@ def test_the_readmes_info_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "styleformer, 292,428 parameters" in result.output
 
 
-def test_the_commands_and_the_python_of_the_page_on_exchange_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_and_code_of_exchange_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the ONNX graphs make the image that generate.py makes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -202,7 +200,7 @@ def test_every_flag_of_a_benchmark_exists() -> None:
     assert lines > 5
 
 
-def test_every_preset_metric_and_make_target_that_is_named_exists() -> None:
+def test_every_named_preset_metric_and_make_target_exists() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"--cfg=([\w-]+)", text)) <= {*PRESETS, "help"}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -219,7 +217,7 @@ def test_every_script_has_help(name: str) -> None:
     assert "Usage:" in result.output
 
 
-def test_the_gallery_is_what_its_script_writes_and_small() -> None:
+def test_the_gallery_is_up_to_date_and_small() -> None:
     gallery = load_script("make_gallery")
     text = (ROOT / "docs" / "gallery.md").read_text()
     (network,) = set(re.findall(r"--network=([\w./-]+)", text))
@@ -253,7 +251,7 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
 
-def test_the_tutorials_data_set_and_plan_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     for i in range(4):
@@ -267,7 +265,7 @@ def test_the_tutorials_data_set_and_plan_are_made(tmp_path: Path, monkeypatch: p
     assert '"images": 8' in result.output  # and their mirror images
 
 
-def test_every_extra_that_is_named_exists() -> None:
+def test_every_named_extra_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = set()
     for pattern in ("*.md", "*.yml", "*.py", "docs/*.md", "docs/*.ipynb", "*/*.py", "*/*/*.py"):
@@ -279,7 +277,7 @@ def test_every_extra_that_is_named_exists() -> None:
     assert {"metrics", "wandb"} <= named <= set(extras)
 
 
-def test_links_between_the_pages_lead_somewhere() -> None:
+def test_links_between_the_pages_resolve() -> None:
     """To files that exist, and to headings that do."""
     for page in PAGES:
         for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
@@ -295,13 +293,13 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
 
 
-def test_the_index_has_every_page() -> None:
+def test_the_index_lists_every_page() -> None:
     listed = set(re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE))
     pages = {path.name for pattern in ("*.md", "*.ipynb") for path in (ROOT / "docs").glob(pattern)}
     assert listed == pages - {"README.md"} | {"../CHANGELOG.md"}
 
 
-def test_every_file_of_the_tree_that_is_named_exists() -> None:
+def test_every_named_file_of_the_tree_exists() -> None:
     for page in PAGES:
         for path in re.findall(
             r"`((?:benchmarks|docs|exploration|metrics|tests|torch_utils|training)/[\w/.]+)`", page.read_text()
@@ -309,7 +307,7 @@ def test_every_file_of_the_tree_that_is_named_exists() -> None:
             assert (ROOT / path).exists() or path == "training/networks/film.py", f"{page.name}: {path}"
 
 
-def test_the_shipped_snapshot_is_small_and_names_no_machine() -> None:
+def test_the_shipped_snapshot_is_small_and_anonymous() -> None:
     path = ROOT / "docs" / "shapes.pkl"
     assert path.stat().st_size <= 3e6
     assert load_network(path).config.data.path == "shapes.zip"

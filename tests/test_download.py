@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_fetched_once_and_its_checksum_recorded(site: Site, cache: Path) -> None:
+def test_a_file_is_downloaded_once_with_its_checksum(site: Site, cache: Path) -> None:
     url = f"{site.url}/models/net.pkl"
     path = fetch(url)
     assert path.read_bytes() == DATA
@@ -65,7 +65,7 @@ def test_a_file_is_fetched_once_and_its_checksum_recorded(site: Site, cache: Pat
         fetch(url)
 
 
-def test_a_checksum_in_the_address_is_checked(site: Site) -> None:
+def test_a_checksum_in_the_url_is_verified(site: Site) -> None:
     url, digest = f"{site.url}/models/net.pkl", hashlib.sha256(DATA).hexdigest()
     with pytest.raises(UserError, match=f"the file's sha256 is {digest}"):
         fetch(f"{url}#sha256=00000000")
@@ -77,13 +77,13 @@ def test_a_checksum_in_the_address_is_checked(site: Site) -> None:
         fetch(f"{url}#md5=1234")
 
 
-def test_a_download_goes_on_where_it_broke_off(site: Site) -> None:
+def test_an_interrupted_download_is_resumed(site: Site) -> None:
     site.breaks["/models/net.pkl"] = [1000, 2000]
     assert fetch(f"{site.url}/models/net.pkl").read_bytes() == DATA
     assert [asked for _, asked in site.requests] == [None, "bytes=1000-", "bytes=3000-"]
 
 
-def test_another_part_than_was_asked_for_is_no_file(site: Site) -> None:
+def test_a_wrong_byte_range_is_refused(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000]
     site.skips = 10
@@ -94,7 +94,7 @@ def test_another_part_than_was_asked_for_is_no_file(site: Site) -> None:
         fetch(f"{site.url}/part.pkl")
 
 
-def test_a_download_goes_on_the_next_time(site: Site) -> None:
+def test_a_download_is_resumed_by_the_next_call(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000, 0]
     with pytest.raises(UserError, match=r"net\.pkl: could not be fetched"):
@@ -105,7 +105,7 @@ def test_a_download_goes_on_the_next_time(site: Site) -> None:
     assert names(cached_path(url).parent) == ["net.pkl", "net.pkl.json"]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site) -> None:
+def test_a_file_changed_on_the_server_is_downloaded_again(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.breaks["/models/net.pkl"] = [1000, 0]
     with pytest.raises(UserError):
@@ -114,7 +114,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site) -> None:
     assert fetch(url).read_bytes() == DATA[::-1]
 
 
-def test_without_a_version_nothing_is_joined(site: Site) -> None:
+def test_parts_without_a_validator_are_not_joined(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     site.has_etags = False
     site.breaks["/models/net.pkl"] = [1000]
@@ -124,7 +124,7 @@ def test_without_a_version_nothing_is_joined(site: Site) -> None:
     assert fetch(url).read_bytes() == DATA
 
 
-def test_what_is_no_file_is_refused_by_name(site: Site, cache: Path) -> None:
+def test_responses_that_are_not_files_are_refused(site: Site, cache: Path) -> None:
     site.pages["/login"] = (200, HTML, b"<html><title>Sign in &amp; wait</title></html>")
     with pytest.raises(UserError, match=r"/login: the answer is a page of HTML \('Sign in & wait'\), not a file"):
         fetch(f"{site.url}/login")
@@ -136,7 +136,7 @@ def test_what_is_no_file_is_refused_by_name(site: Site, cache: Path) -> None:
     assert not list(cache.rglob("*.pkl"))
 
 
-def test_a_server_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_server_is_reported(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
 
     given_up = threading.Event()
@@ -157,7 +157,7 @@ def test_redirections_are_followed(site: Site) -> None:
     assert fetch(f"{site.url}/moved").read_bytes() == DATA
 
 
-def test_processes_fetch_together(site: Site) -> None:
+def test_processes_share_one_download(site: Site) -> None:
     url = f"{site.url}/models/net.pkl"
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         paths = pool.map(fetch, [url] * 4, chunksize=1)
@@ -169,14 +169,14 @@ LINKS = ["/file/d/FILE/view?usp=sharing", "/open?id=FILE", "/uc?id=FILE&export=d
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_drive_small_files_come_at_once(drive: Site, link: str) -> None:
+def test_drive_small_files_download_directly(drive: Site, link: str) -> None:
     path = fetch(drive.url + link)
     assert path.read_bytes() == DATA
     assert path.name == "FILE.pkl"
     assert drive.requests[-1][0] == "/uc?export=download&id=FILE"
 
 
-def test_drive_form(drive: Site) -> None:
+def test_drive_confirmation_forms_are_submitted(drive: Site) -> None:
     form = (
         '<html><title>Google Drive - Virus scan warning</title><form id="download-form" method="get" '
         f'action="{drive.url}/download"><input type="hidden" name="id" value="FILE">'
@@ -188,18 +188,18 @@ def test_drive_form(drive: Site) -> None:
     assert drive.requests[-1][0] == "/download?id=FILE&export=download&confirm=t0ken&uuid=1-2-3"
 
 
-def test_drive_link(drive: Site) -> None:
+def test_drive_confirmation_links_are_followed(drive: Site) -> None:
     page = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
     drive.pages["/uc"] = (200, HTML, page)
     assert fetch(f"{drive.url}/open?id=FILE").read_bytes() == DATA
 
 
-def test_drive_cookie(drive: Site) -> None:
+def test_drive_confirmation_cookies_are_used(drive: Site) -> None:
     drive.pages["/uc"] = (200, HTML | {"Set-Cookie": "download_warning_13=t0ken"}, b"<html>Really?</html>")
     assert fetch(f"{drive.url}/open?id=FILE").read_bytes() == DATA
 
 
-def test_drive_refusals(drive: Site) -> None:
+def test_drive_refusals_are_reported(drive: Site) -> None:
     drive.pages["/uc"] = (200, HTML, b"<html><title>Google Drive - Quota exceeded</title></html>")
     with pytest.raises(UserError, match="Quota exceeded"):
         fetch(f"{drive.url}/open?id=FILE")
@@ -216,7 +216,7 @@ def test_drive_refusals(drive: Site) -> None:
         fetch(f"{drive.url}/open?id=FILE")
 
 
-def test_what_is_an_address() -> None:
+def test_urls_are_recognised() -> None:
     assert is_url("https://example.org/a.pkl")
     assert not is_url("a.pkl")
     assert not is_url(Path("https://example.org"))

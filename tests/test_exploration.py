@@ -44,7 +44,7 @@ def model_of(G: Any, **options: Any) -> Model:
     return Model(G=G, device=torch.device("cpu"), c=torch.zeros(1, 0), **options)
 
 
-def test_what_a_network_cannot_do_is_said() -> None:
+def test_unsupported_operations_are_refused_by_name() -> None:
     model = model_of(Other())
     assert model.images(model.styles_of((0, 1))).shape == (2, 3, 8, 8)
     with pytest.raises(UserError, match="Other: no linear layer reads these styles, so --method=sefa"):
@@ -56,7 +56,7 @@ def test_what_a_network_cannot_do_is_said() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_depend_on_their_styles_alone(family: str) -> None:
+def test_images_depend_only_on_their_styles(family: str) -> None:
     """Whatever the batch: to the last bit. And they are G's own."""
     several, single = make_model(family, batch=16), make_model(family, batch=1)
     ws = several.styles_of(range(11))
@@ -81,7 +81,7 @@ def test_saved_styles_of_a_conditional_network_need_no_class(shapes_zip: Path, t
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (96, 48), (40, 256)])
-def test_captions_stand_above_the_middle_of_their_columns(height: int, width: int) -> None:
+def test_captions_are_centred_above_their_columns(height: int, width: int) -> None:
     captions = ["x", "attention, rollout", "+0.5"]
     tile = np.full((height, width, 3), 255, np.uint8)
     drawn = sheet([[tile] * 3] * 2, captions)
@@ -114,7 +114,7 @@ def test_one_style_per_image_goes_to_all_layers(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_commands_do_the_same_on_a_gpu(family: str, shapes_zip: Path, tmp_path: Path) -> None:
+def test_commands_give_the_same_results_on_a_gpu(family: str, shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, family)
     for device in ("cpu", "cuda"):
         out = tmp_path / device

@@ -33,13 +33,13 @@ def new_trainer() -> Trainer:
     return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
 
 
-def test_the_files_are_as_old_as_they_say() -> None:
+def test_the_files_have_the_format_version_of_their_name() -> None:
     for name in ("training-state-v1.pt", "network-snapshot-v1.pkl"):
         document = torch.load(DATA / name, weights_only=True)
         assert (document["version"], document["written_by"]) == (1, "0.1.0")
 
 
-def test_a_snapshot_of_version_1_makes_the_images_that_it_made() -> None:
+def test_a_version_1_snapshot_generates_the_stored_images() -> None:
     snapshot = load_network(DATA / "network-snapshot-v1.pkl")
     assert (snapshot.nimg, snapshot.config.data.path) == (104, "shapes.zip")
     assert snapshot.ada_p == pytest.approx(0.14)
@@ -53,7 +53,7 @@ def test_a_snapshot_of_version_1_makes_the_images_that_it_made() -> None:
     assert (grid - expected).abs().max() <= 1
 
 
-def test_training_goes_on_from_version_1_as_it_went_on_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_resumes_from_version_1_as_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(DATA / "training-state-v1.pt", tmp_path / "training-state-000000.pt")
     trainer = new_trainer()
     assert restore.load_latest(trainer, tmp_path) == tmp_path / "training-state-000000.pt"

@@ -61,14 +61,14 @@ def test_a_seed_gives_the_same_image_in_batches_of_any_size(snapshot: Path, tmp_
     assert not np.array_equal(pixels(tmp_path / "1" / "seed0000.png"), pixels(tmp_path / "1" / "seed0001.png"))
 
 
-def test_images_are_made_in_float32_and_not_in_tf32(snapshot: Path, tmp_path: Path) -> None:
+def test_images_are_generated_in_float32_without_tf32(snapshot: Path, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     assert run(f"--network={snapshot}", "--seed=5", f"--outdir={tmp_path}").exit_code == 0
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_noise_modes_differ(snapshot: Path, tmp_path: Path) -> None:
+def test_noise_modes_give_different_images(snapshot: Path, tmp_path: Path) -> None:
     for mode in ("const", "random", "none"):
         run(f"--network={snapshot}", "--seed=5", f"--noise-mode={mode}", f"--outdir={tmp_path / mode}")
     const, random, none = (pixels(tmp_path / mode / "seed0005.png") for mode in ("const", "random", "none"))
@@ -76,7 +76,7 @@ def test_noise_modes_differ(snapshot: Path, tmp_path: Path) -> None:
     assert not np.array_equal(const, none)
 
 
-def test_latents_are_numpys_and_pixels_follow_the_formula(snapshot: Path, tmp_path: Path) -> None:
+def test_latents_are_numpys_and_pixels_are_rounded(snapshot: Path, tmp_path: Path) -> None:
     assert run(f"--network={snapshot}", "--seeds=11", f"--outdir={tmp_path}").exit_code == 0
     G = load_network(snapshot).G_ema.double()
     z = torch.from_numpy(np.random.RandomState(11).randn(1, G.z_dim))
@@ -88,7 +88,7 @@ def test_latents_are_numpys_and_pixels_follow_the_formula(snapshot: Path, tmp_pa
     assert (difference != 0).mean() < 0.01
 
 
-def test_truncation_to_zero_gives_the_average_image_for_every_seed(snapshot: Path, tmp_path: Path) -> None:
+def test_truncation_psi_0_gives_the_average_image(snapshot: Path, tmp_path: Path) -> None:
     assert run(f"--network={snapshot}", "--seeds=0-2", "--trunc=0", f"--outdir={tmp_path}").exit_code == 0
     images = [pixels(tmp_path / f"seed{seed:04d}.png") for seed in range(3)]
     assert np.array_equal(images[0], images[1])
@@ -96,7 +96,9 @@ def test_truncation_to_zero_gives_the_average_image_for_every_seed(snapshot: Pat
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_channels_and_grid(shapes_zip: Path, tmp_path: Path, channels: int, mode: str) -> None:
+def test_images_of_any_channels_and_grids_are_written(
+    shapes_zip: Path, tmp_path: Path, channels: int, mode: str
+) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=channels)
     result = run(f"--network={network}", "--seeds=0-4", f"--outdir={tmp_path / 'out'}", "--grid")
     assert result.exit_code == 0, result.output
@@ -107,13 +109,13 @@ def test_channels_and_grid(shapes_zip: Path, tmp_path: Path, channels: int, mode
         assert (np.asarray(grid)[16:, 32:] == 255).all()
 
 
-def test_channels_that_no_picture_file_has_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
+def test_unsupported_numbers_of_channels_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=2)
     result = run(f"--network={network}", "--seeds=0", f"--outdir={tmp_path / 'out'}")
     assert (result.exit_code, "its images have 2 channels" in result.output) == (2, True)
 
 
-def test_classes_of_a_conditional_network(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_class_is_required_for_conditional_networks(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
     for index in (0, 2):
         arguments = [f"--network={network}", "--seeds=0", f"--class={index}", f"--outdir={tmp_path / str(index)}"]
@@ -137,7 +139,9 @@ def test_classes_of_a_conditional_network(shapes_zip: Path, tmp_path: Path) -> N
         (["--device=cuda:99"], "--device=cuda:99"),
     ],
 )
-def test_mistakes_get_a_message(snapshot: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused_with_a_message(
+    snapshot: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     result = run(f"--network={snapshot}", "--seeds=0", f"--outdir={tmp_path / 'out'}", *arguments)
     assert result.exit_code == 2
     assert message in result.output
@@ -154,7 +158,7 @@ def test_a_flipped_byte_in_a_snapshot_is_refused(snapshot: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision_gives_almost_the_same_images(snapshot: Path, tmp_path: Path, precision: str) -> None:
+def test_reduced_precision_gives_similar_images(snapshot: Path, tmp_path: Path, precision: str) -> None:
     for folder, options in (("exact", []), ("reduced", [f"--precision={precision}"])):
         result = run(f"--network={snapshot}", "--seeds=0-3", f"--outdir={tmp_path / folder}", *options)
         assert result.exit_code == 0, result.output
@@ -167,7 +171,7 @@ def test_reduced_precision_gives_almost_the_same_images(snapshot: Path, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
-def test_compiled_images_are_the_same_but_for_rounding(
+def test_compiled_images_are_equal_up_to_rounding(
     snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the compiler's front end alone; it must see one batch size, whatever the number of seeds."""
@@ -197,7 +201,7 @@ def test_graphs_need_a_gpu(snapshot: Path, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("noise_mode", ["const", "random"])
-def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
+def test_graphs_do_not_change_the_images(snapshot: Path, noise_mode: str) -> None:
     G = load_network(snapshot, "cuda").G_ema
     c = torch.zeros(1, 0, device="cuda")
     fast = seed_images.FastGenerator(G, use_graphs=True)
@@ -209,7 +213,7 @@ def test_graphs_change_nothing(snapshot: Path, noise_mode: str) -> None:
     assert len(fast.graphs.recorded) == 1
 
 
-def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snapshot: Path) -> None:
+def test_random_noise_depends_only_on_the_seed(snapshot: Path) -> None:
     G, c = load_network(snapshot).G_ema, torch.zeros(1, 0)
     with torch.no_grad():
         alone = seed_images.seed_images(G, (5,), c, 1.0, "random", batch_multiple=16)
@@ -217,5 +221,5 @@ def test_random_noise_depends_on_the_seed_alone_in_batches_of_any_multiple(snaps
     assert torch.equal(alone[0], among[0])
 
 
-def test_the_option_has_all_precisions() -> None:
+def test_the_precision_option_lists_all_precisions() -> None:
     assert [*execution.REDUCED] == [*PRECISIONS]

@@ -64,7 +64,7 @@ def run_suite(tmp_path: Path, seconds: float = 60, **stages: SuiteStage) -> dict
     return found
 
 
-def test_what_brings_most_comes_first(tmp_path: Path) -> None:
+def test_the_most_valuable_stages_come_first(tmp_path: Path) -> None:
     names = [*gpu_suite.build_stages(options(tmp_path))]
     assert names[:16] == [
         *("machine", "build", "kernels", "large", "large-graphs", "profile", "profile-graphs", "micro", "readme"),
@@ -75,7 +75,7 @@ def test_what_brings_most_comes_first(tmp_path: Path) -> None:
     assert {*names} - {*without} == {"distance", "distances"}
 
 
-def test_a_cpu_tries_each_script_once(tmp_path: Path) -> None:
+def test_a_cpu_run_starts_each_script_once(tmp_path: Path) -> None:
     stages = gpu_suite.build_stages(options(tmp_path, device="cpu", quick=True))
     commands = [tuple(stage.command) for stage in stages.values()]
     assert len(commands) == len(set(commands))
@@ -86,7 +86,7 @@ def test_a_cpu_tries_each_script_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("preset", [None, "stylegan2"])
-def test_scripts_understand_how_they_are_started(
+def test_scripts_accept_the_options_of_the_suite(
     tmp_path: Path, quick: bool, preset: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(click.Path, "convert", lambda self, value, *_: Path(value))  # files that are not there
@@ -104,7 +104,7 @@ def test_scripts_understand_how_they_are_started(
             assert {*params["parts"]} <= micro.PARTS.keys()
 
 
-def test_tests_are_run_once_each(tmp_path: Path) -> None:
+def test_each_gpu_test_runs_once(tmp_path: Path) -> None:
     stages = gpu_suite.build_stages(options(tmp_path))
     chosen = [word for name in ("kernels", "equality") for word in stages[name].command if word.startswith("tests/")]
     assert len(chosen) == 6
@@ -113,7 +113,7 @@ def test_tests_are_run_once_each(tmp_path: Path) -> None:
     assert sorted(ignored) == sorted(chosen)
 
 
-def test_the_data_have_the_size_of_what_is_trained(tmp_path: Path) -> None:
+def test_the_dataset_has_the_image_size_of_the_preset(tmp_path: Path) -> None:
     def source(**changes: Any) -> list[str]:
         return gpu_suite.make_data(options(tmp_path, **changes))[1:-1]
 
@@ -122,7 +122,7 @@ def test_the_data_have_the_size_of_what_is_trained(tmp_path: Path) -> None:
     assert source(data=None, preset="celeba64-l") == ["--source=shapes", "--height=64", "--width=64"]
 
 
-def test_stages_that_fail_do_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_failed_stage_does_not_stop_the_others(tmp_path: Path) -> None:
     found = run_suite(tmp_path, first=FAILS, second=PRINTS, third=replace(PRINTS, needs=("first",)))
     assert found["first"]["problem"] == "exit 4\nwhy"
     assert found["second"]["rows"] == [{"benchmark": "networks", "network": "one"}]
@@ -144,7 +144,7 @@ def test_results_are_saved_after_each_stage(tmp_path: Path) -> None:
     assert then["second"] == {"outcome": "not started"}
 
 
-def test_what_was_not_started_is_named_with_its_command(tmp_path: Path) -> None:
+def test_skipped_stages_are_listed_with_their_command(tmp_path: Path) -> None:
     found = run_suite(tmp_path, seconds=gpu_suite.SHORTEST + gpu_suite.GRACE - 1, first=PRINTS, second=FAILS)
     assert [stage["outcome"] for stage in found.values()] == ["not started"] * 2
     assert "Not started; this runs it:\n\n    again --only=first,second\n" in (tmp_path / "summary.md").read_text()
@@ -160,7 +160,7 @@ while True:
 """
 
 
-def test_a_stage_that_takes_too_long_is_asked_and_then_killed_with_its_children(
+def test_a_stage_over_its_limit_is_terminated_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_suite, "GRACE", 3)
@@ -174,7 +174,7 @@ def test_a_stage_that_takes_too_long_is_asked_and_then_killed_with_its_children(
     assert state[:1] in ("", "Z")
 
 
-def test_a_training_that_is_stopped_has_succeeded(tmp_path: Path) -> None:
+def test_a_training_stopped_by_the_limit_counts_as_success(tmp_path: Path) -> None:
     ends = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); time.sleep(60)"
     stage = gpu_suite.train(options(tmp_path))
     assert stage.limit == 100
@@ -194,7 +194,7 @@ ERROR tests/test_play.py - ModuleNotFoundError
 """
 
 
-def test_tests_are_counted_as_far_as_they_came() -> None:
+def test_tests_are_counted_up_to_an_interruption() -> None:
     found = gpu_suite.read_output(PYTEST_OUTPUT)
     assert found["tests"] == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
     assert found["failed"] == [
@@ -205,7 +205,7 @@ def test_tests_are_counted_as_far_as_they_came() -> None:
     assert gpu_suite.read_output("torch: 2\nresult:        built\n") == {"kernels": "built"}
 
 
-def test_chosen_stages_bring_what_they_need(tmp_path: Path) -> None:
+def test_selected_stages_include_their_dependencies(tmp_path: Path) -> None:
     stages = gpu_suite.build_stages(options(tmp_path))
     assert [*gpu_suite.choose(stages, ["networks", "distance"], [])] == [
         *("build", "data", "train", "distance", "networks")
@@ -217,7 +217,7 @@ def test_chosen_stages_bring_what_they_need(tmp_path: Path) -> None:
         gpu_suite.choose(stages, None, ["all"])
 
 
-def test_the_curve_and_the_newest_image_of_a_training_are_kept(tmp_path: Path) -> None:
+def test_the_curve_and_newest_image_of_a_training_are_kept(tmp_path: Path) -> None:
     run_dir, outdir = tmp_path / "runs" / "00000-data-cifar", tmp_path / "out"
     run_dir.mkdir(parents=True)
     outdir.mkdir()
@@ -238,7 +238,7 @@ def test_the_curve_and_the_newest_image_of_a_training_are_kept(tmp_path: Path) -
     assert (tmp_path / "run").resolve() == run_dir
 
 
-def test_the_suite_is_for_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_suite_requires_a_gpu_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = CliRunner().invoke(gpu_suite.main, [f"--outdir={tmp_path / 'out'}"])
     assert outcome.exit_code == 2
@@ -246,9 +246,7 @@ def test_the_suite_is_for_a_gpu_unless_told_otherwise(monkeypatch: pytest.Monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_for_the_rest_runs_the_stages_that_are_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_printed_command_runs_the_remaining_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["--device=cpu", "--quick", "--minutes=0.5", "--outdir", str(tmp_path), "--only", "attention,networks"]
     monkeypatch.setattr(gpu_suite, "SHORTEST", 60)
     outcome = CliRunner().invoke(gpu_suite.main, arguments, catch_exceptions=False)
@@ -262,7 +260,7 @@ def test_the_command_for_the_rest_runs_the_stages_that_are_left(
     assert (params["device"], params["quick"], params["minutes"], params["data"]) == ("cpu", True, 0.5, None)
 
 
-def test_the_suite_runs_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_runs_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu_suite.describe_machine("cpu", None)["commit"] == "unknown"
     assert gpu_suite.describe_machine("cpu", "abc")["commit"] == "abc"
@@ -291,7 +289,7 @@ def export_detector(path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
+def test_the_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     detector = export_detector(tmp_path / "detector.pt2")
     outdir = tmp_path / "out"
     arguments = ["--device=cpu", "--quick", "--minutes=15", f"--outdir={outdir}", f"--detector={detector}"]

@@ -82,7 +82,7 @@ def fail_to_record(how: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_a_phase_that_cannot_be_recorded_spoils_nothing(how: str, stub_gpu: Executor) -> None:
+def test_a_phase_that_cannot_be_captured_has_no_side_effects(how: str, stub_gpu: Executor) -> None:
     facts = stub_gpu.submit(fail_to_record, how).result()
     messages = facts.pop("messages").splitlines()
     has_memory = how != "memory"

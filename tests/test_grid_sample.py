@@ -18,7 +18,7 @@ def images_and_grid(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_those_of_pytorch(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_values_and_gradients_equal_pytorchs(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     images, grid = images_and_grid(dtype)
     images = images.contiguous(memory_format=memory_format).requires_grad_()
     results = []
@@ -28,7 +28,7 @@ def test_values_and_gradients_are_those_of_pytorch(dtype: torch.dtype, memory_fo
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_point_between_pixels_takes_from_each_by_its_distance() -> None:
+def test_interpolation_is_linear_in_the_distance() -> None:
     """And zero from what lies outside. Pixel centres of a row of four are at -3/4, -1/4, 1/4 and 3/4."""
     row = torch.tensor([1.0, 10.0, 100.0, 1000.0]).reshape(1, 1, 1, 4)
     x = torch.tensor([-0.75, -0.625, 0.0, 0.625, 1.0, 1.3])
@@ -37,7 +37,7 @@ def test_a_point_between_pixels_takes_from_each_by_its_distance() -> None:
     torch.testing.assert_close(grid_sample(row, grid).flatten(), expected)
 
 
-def test_every_derivative_is_that_of_finite_differences() -> None:
+def test_derivatives_equal_finite_differences() -> None:
     images, grid = images_and_grid()
     images.requires_grad_()
 
@@ -49,14 +49,14 @@ def test_every_derivative_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(gradient, images)
 
 
-def test_a_grid_that_would_need_a_gradient_is_refused() -> None:
+def test_a_grid_that_requires_grad_is_refused() -> None:
     images, grid = images_and_grid()
     with pytest.raises(ValueError, match="detach the grid"):
         grid_sample(images, grid.requires_grad_())
 
 
 @pytest.mark.gpu
-def test_the_gpu_computes_what_the_cpu_does() -> None:
+def test_the_gpu_agrees_with_the_cpu() -> None:
     images, grid = images_and_grid(torch.float32)
     results = []
     for device in ("cpu", "cuda"):

@@ -42,7 +42,7 @@ def names(watch: HealthCheck, values: dict[str, float]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "change"), TROUBLES)
-def test_each_condition_is_told_once_until_it_has_cleared(name: str, change: dict[str, float]) -> None:
+def test_each_condition_is_reported_once_until_it_clears(name: str, change: dict[str, float]) -> None:
     (patience,) = (condition.patience for condition in CONDITIONS if condition.name == name)
     watch, bad = HealthCheck(), HEALTHY | change
     told = [names(watch, values) for values in [HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 4]]
@@ -52,7 +52,7 @@ def test_each_condition_is_told_once_until_it_has_cleared(name: str, change: dic
     assert told == expected
 
 
-def test_every_condition_has_ticks_above_and_a_section_in_the_documentation() -> None:
+def test_every_condition_is_tested_and_documented() -> None:
     described = (ROOT / "docs" / "troubleshooting.md").read_text()
     for condition in CONDITIONS:
         assert condition.name in dict(TROUBLES)
@@ -60,13 +60,13 @@ def test_every_condition_has_ticks_above_and_a_section_in_the_documentation() ->
 
 
 @pytest.mark.parametrize("left_out", HEALTHY)
-def test_figures_that_a_loss_does_not_report_are_no_trouble(left_out: str) -> None:
+def test_values_a_loss_does_not_report_raise_no_warning(left_out: str) -> None:
     watch = HealthCheck()
     partial = {name: value for name, value in HEALTHY.items() if name != left_out}
     assert [names(watch, partial) for _ in range(5)] == [[]] * 5
 
 
-def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> None:
+def test_a_critic_that_ranks_perfectly_raises_no_warning() -> None:
     """What wgangp-eps and relativistic report: signs of differences, and none of generated images."""
     watch = HealthCheck()
     scores = {"Loss/scores/real": 30.0, "Loss/scores/fake": -20.0, "Loss/D/loss": -45.0, "Loss/signs/real": 1.0}
@@ -75,7 +75,9 @@ def test_a_critic_that_ranks_all_reals_above_all_fakes_does_as_it_should() -> No
 
 
 @pytest.mark.parametrize("p", [0.5, 0.25])
-def test_adas_bound_is_read_from_the_controller(shapes_zip: Path, capsys: pytest.CaptureFixture[str], p: float) -> None:
+def test_the_bound_of_p_comes_from_the_ada_controller(
+    shapes_zip: Path, capsys: pytest.CaptureFixture[str], p: float
+) -> None:
     config = small_config(shapes_zip, augment__max_p=0.5)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": p})
@@ -83,7 +85,7 @@ def test_adas_bound_is_read_from_the_controller(shapes_zip: Path, capsys: pytest
     assert ("ADA's p is at its upper bound" in capsys.readouterr().out) == (p == 0.5)
 
 
-def test_diversity_is_the_spread_of_fakes_over_that_of_reals(shapes_zip: Path) -> None:
+def test_diversity_is_the_ratio_of_fake_to_real_spread(shapes_zip: Path) -> None:
     """A generator that repeats images of the data set, scaled by s about their mean: the diversity is s."""
     data = ImageDataset(small_config(shapes_zip).data)
     reals = data.images([k * 8 for k in range(32)]).float() / 127.5 - 1  # those that it looks at, of 256
@@ -126,9 +128,7 @@ SHORT = [*SMALL, "--metrics=none", "--device=cpu", "--tick=0.032", "--snap=99", 
         ),
     ],
 )
-def test_runs_that_go_wrong_are_told_about(
-    shapes_zip: Path, tmp_path: Path, options: list[str], expected: set[str]
-) -> None:
+def test_failing_runs_print_warnings(shapes_zip: Path, tmp_path: Path, options: list[str], expected: set[str]) -> None:
     result = CliRunner().invoke(train.main, [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, *options])
     assert result.exit_code == 0, result.output
     told = {line.rpartition(', "')[2].rstrip('")') for line in result.stdout.splitlines() if "Warning" in line}

@@ -42,7 +42,7 @@ def new_trainer(data: Path) -> Trainer:
     return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
 
 
-def test_hooks_are_called_one_after_the_other_and_end_in_reverse(shapes_zip: Path, tmp_path: Path) -> None:
+def test_hooks_run_in_order_and_end_in_reverse(shapes_zip: Path, tmp_path: Path) -> None:
     calls: list[str] = []
     trainer = new_trainer(shapes_zip)
     trainer.hooks = [Notes("a", calls), Hook(), Notes("b", calls, stop=1)]
@@ -60,7 +60,7 @@ def test_hooks_are_called_one_after_the_other_and_end_in_reverse(shapes_zip: Pat
     assert calls == ["a start 1", "b start 1", *rest, "b end 3", "a end 3"]
 
 
-def test_after_an_error_nothing_ends(shapes_zip: Path) -> None:
+def test_hooks_do_not_end_after_an_error(shapes_zip: Path) -> None:
     calls: list[str] = []
     trainer = new_trainer(shapes_zip)
     trainer.hooks = [Notes("a", calls, error=1)]
@@ -70,7 +70,7 @@ def test_after_an_error_nothing_ends(shapes_zip: Path) -> None:
 
 
 @pytest.mark.parametrize(("total", "steps", "traced"), [(3, 9, None), (4, 9, 1), (9, 2, 2)])
-def test_a_profile_has_the_steps_after_the_first_three(
+def test_a_profile_starts_after_three_steps(
     tmp_path: Path, shapes_zip: Path, capsys: pytest.CaptureFixture[str], total: int, steps: int, traced: int | None
 ) -> None:
     trainer = new_trainer(shapes_zip)

@@ -74,7 +74,7 @@ LENGTHS = ["12abc", "1e9", "²", "٣", "9" * 5000, "-1", "+5", "0x10", "1_0", " 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_lengths_that_are_none_are_refused(length: str) -> None:
+def test_invalid_content_lengths_are_refused(length: str) -> None:
     head = b"Content-Length: " + length.encode() + b"\r\n\r\n"
     with answering(OK + head + b"12345") as url:
         line = refused(legacy.main, "info", f"{url}/net.pkl")
@@ -84,7 +84,7 @@ def test_lengths_that_are_none_are_refused(length: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_lengths_that_contradict_each_other_are_refused() -> None:
+def test_contradictory_content_lengths_are_refused() -> None:
     """By urllib3, which leaves the connection to the garbage collector then."""
     for lengths in (b"Content-Length: 5, 6\r\n", b"Content-Length: 5\r\nContent-Length: 6\r\n"):
         with answering(OK + lengths + b"\r\n12345") as url:
@@ -118,7 +118,7 @@ HEADS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_answers_that_are_no_file_are_refused_in_one_line(kind: str) -> None:
+def test_invalid_responses_are_refused_in_one_line(kind: str) -> None:
     with answering(HEADS[kind]) as url:
         line = refused(legacy.main, "info", f"{url}/net.pkl")
     assert line.startswith(f"Error: {url}/net.pkl: ")
@@ -128,7 +128,7 @@ def test_answers_that_are_no_file_are_refused_in_one_line(kind: str) -> None:
     assert not list(cache_dir().rglob("*.pkl"))
 
 
-def test_a_file_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+def test_downloads_have_a_size_limit(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", len(DATA))
     assert fetch(f"{site.url}/net.pkl").read_bytes() == DATA
     monkeypatch.setattr(download, "MAX_BYTES", len(DATA) - 1)
@@ -144,7 +144,7 @@ def test_a_file_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, site: Site) 
 
 
 @pytest.mark.parametrize("head", [OK + b"Content-Length: 30000\r\n\r\n", b""])
-def test_a_server_that_trickles_is_given_up(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trickling_server_is_abandoned(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its file and in its headers; each byte comes well before it would be too late for the first one."""
     monkeypatch.setattr(download, "PACE_SECONDS", 0.3)
     monkeypatch.setattr(download, "ANSWER_SECONDS", PATIENCE if head else 0.3)
@@ -181,7 +181,7 @@ def plant(kind: str, place: Path, victim: Path) -> None:
     [(name, kind) for name in READ + WRITTEN for kind in ("dangling link", "pipe", "folder")]
     + [(name, kind) for name in WRITTEN for kind in ("link", "hard link")],
 )
-def test_what_is_planted_in_the_cache_is_not_used(name: str, kind: str, site: Site, tmp_path: Path) -> None:
+def test_planted_cache_files_are_not_used(name: str, kind: str, site: Site, tmp_path: Path) -> None:
     url = f"{site.url}/net.pkl"
     (tmp_path / "victim").write_bytes(b"precious")
     plant(kind, cached_path(url).with_name(name), tmp_path / "victim")
@@ -209,7 +209,7 @@ def test_links_of_other_users_are_not_followed(
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])
-def test_files_of_the_cache_may_lie_elsewhere(kind: str, site: Site, tmp_path: Path) -> None:
+def test_the_cache_folder_may_be_elsewhere(kind: str, site: Site, tmp_path: Path) -> None:
     """On another disk, or in a copy of the cache that was made by `cp -al`."""
     for name in READ:
         path = fetch(f"{site.url}/net.pkl").with_name(name)
@@ -219,7 +219,7 @@ def test_files_of_the_cache_may_lie_elsewhere(kind: str, site: Site, tmp_path: P
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_folders_may_be_links_of_their_user(
+def test_folders_may_be_links_of_their_owner(
     depth: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as downloads -> /scratch, where homes are small."""
@@ -239,7 +239,7 @@ def test_folders_may_be_links_of_their_user(
         fetch(url)
 
 
-def test_a_cache_is_for_its_user_alone(site: Site, tmp_path: Path) -> None:
+def test_a_cache_is_private_to_its_user(site: Site, tmp_path: Path) -> None:
     """Whatever the umask is, also what a broken download has left."""
     cache = tmp_path / "cache"
     before = os.umask(0)
@@ -299,7 +299,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("address", SECRETS)
-def test_secrets_of_addresses_are_left_out(address: str) -> None:
+def test_secrets_in_urls_are_redacted(address: str) -> None:
     expected = SECRETS[address]
     assert public(address) == expected
     assert Origin(source=address).source == expected
@@ -317,7 +317,7 @@ def test_secrets_of_addresses_are_left_out(address: str) -> None:
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_text_without_secrets_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert public(text) == without_secrets(text) == text
 
 
@@ -326,7 +326,7 @@ WORDS = st.text("abcXYZ019._~-%$&+,;=", min_size=1, max_size=8)
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(WORDS, WORDS, WORDS, st.booleans(), st.booleans())
-def test_addresses_of_any_form_are_as_a_parser_of_addresses_says(
+def test_urls_are_redacted_as_a_url_parser_reads_them(
     host: str, path: str, secret: str, has_user: bool, has_query: bool
 ) -> None:
     host, secret = quote(host, safe="").replace("%", "").lower() + "h", f"S3CRET{secret}"
@@ -350,7 +350,7 @@ REFUSALS: list[Callable[[str], tuple[Any, list[str]]]] = [
 
 
 @pytest.mark.parametrize("number", range(len(REFUSALS)))
-def test_no_command_tells_the_secrets_of_an_address(
+def test_no_command_prints_the_secrets_of_a_url(
     number: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong with it: a server that refuses, one that is not there, a name that is none here."""
@@ -366,7 +366,7 @@ def test_no_command_tells_the_secrets_of_an_address(
     assert b"s3cret" not in kept
 
 
-def test_records_of_the_cache_name_addresses_without_secrets(site: Site) -> None:
+def test_cache_records_hold_urls_without_secrets(site: Site) -> None:
     url = f"{site.url.replace('//', '//user:s3cret@')}/net.pkl?signature=s3cret"
     path = fetch(url)
     record = json.loads(path.with_name("net.pkl.json").read_text())
@@ -377,7 +377,7 @@ def test_records_of_the_cache_name_addresses_without_secrets(site: Site) -> None
 @pytest.mark.parametrize(
     "url", ["http://", "http://[::1", "http://h:x/y", "http://h:99999/y", "http://:80/", "https://?x"]
 )
-def test_addresses_that_are_none(url: str) -> None:
+def test_malformed_urls_are_refused(url: str) -> None:
     assert "invalid URL: no host, or a bad port" in refused(legacy.main, "info", url)
 
 
@@ -407,7 +407,7 @@ DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 @example("\x1b\x1b[31m[31m")
 @example("\r\x1b[2K\r")
 @example("\r\r\n")
-def test_nothing_that_moves_a_terminal_is_shown(text: str) -> None:
+def test_terminal_control_sequences_are_escaped(text: str) -> None:
     body = shown(text).strip("\r")
     assert not [
         c for c in body if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or c in "\u202e\u2028\u2066"
@@ -419,7 +419,7 @@ def test_nothing_that_moves_a_terminal_is_shown(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NASTY if "\0" not in name])
-def test_commands_print_no_control_characters_of_names(name: str, tmp_path: Path) -> None:
+def test_commands_escape_control_characters_in_names(name: str, tmp_path: Path) -> None:
     folder = tmp_path / f"{name}folder"
     folder.mkdir()
     (folder / f"{name}.pkl").write_bytes(b"no snapshot")
@@ -445,7 +445,7 @@ def test_commands_print_no_control_characters_of_names(name: str, tmp_path: Path
         assert result.output.replace("\n", "").replace("\r", "").isprintable(), (command, result.output)
 
 
-def test_what_libraries_send_to_a_terminal_is_no_noise(capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_output_to_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     r"""Colours of W&B, cursor moves of tqdm's further bars, and lines that end with \r\n."""
     stream = Screen(sys.stdout)
     stream.write("\x1b[34mwandb\x1b[0m: Run \x1b[1;33mx\x1b[m\n")
@@ -455,7 +455,7 @@ def test_what_libraries_send_to_a_terminal_is_no_noise(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "wandb: Run x\n\n\r50%A\nB\nC\\x07\n"
 
 
-def test_a_log_shows_what_the_screen_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_equals_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "Starting from https://u:s3cret@h/x?s3cret \x1b[31mred\x07"
     stream = Screen(sys.stdout)
     print(text, file=stream)
@@ -475,9 +475,7 @@ STRANGE = ["", "abc", "-1", "1.5", "²", "1e9", "9" * 5000, "7777777", " 1", "0x
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("value", STRANGE)
-def test_strange_variables_of_a_launcher_are_named(
-    name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_launcher_variables_are_named(name: str, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     launch_as(monkeypatch)
     if value is None:
         monkeypatch.delenv(name)
@@ -490,7 +488,7 @@ def test_strange_variables_of_a_launcher_are_named(
         assert len(str(caught.value)) < 250
 
 
-def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_home_is_reported_with_the_variable_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Run as a user whom the password file does not know, as in containers."""
     for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -539,7 +537,7 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /proc/net/tcp here, which says who listens")
-def test_processes_of_one_machine_listen_to_it_alone(together: Path) -> None:
+def test_processes_of_one_machine_listen_on_loopback_only(together: Path) -> None:
     """The launcher and its workers, who do reach each other: they have met at the barrier."""
     for rank in range(2):
         found, interface = json.loads((together / "test_hostile_web" / str(rank)).read_text())

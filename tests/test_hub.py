@@ -72,7 +72,7 @@ def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
         file.write(json.dumps(entry | changes) + "\n")
 
 
-def test_a_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_a_hub_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_path: Path) -> None:
     result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
     assert result.exit_code == 0, result.output
     assert result.output.endswith(f"To upload it: hf upload NAME/MODEL {tmp_path / 'cars'}\n")
@@ -87,7 +87,7 @@ def test_a_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_pa
 
 
 @pytest.mark.parametrize("source", ["/home/me/secret/n.pkl", "https://me:secret@site.org/secret/n.pkl?token=secret"])
-def test_nothing_of_the_machine_is_published(snapshot: Snapshot, tmp_path: Path, source: str) -> None:
+def test_nothing_about_the_machine_is_published(snapshot: Snapshot, tmp_path: Path, source: str) -> None:
     programs = ("/home/me/secret/i.pt2", "vgg16:/home/me/secret/v.pt2", "inception:x.pt2", "/home/secret/dino/")
     config = override(snapshot.config, {"origin.source": source, "run.detectors": programs})
     save_hub_folder(tmp_path / "cars", replace(snapshot, config=config))
@@ -98,7 +98,7 @@ def test_nothing_of_the_machine_is_published(snapshot: Snapshot, tmp_path: Path,
     assert published.run.detectors == ("i.pt2", "vgg16:v.pt2", "inception:x.pt2", "dino")
 
 
-def test_the_picture_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:
+def test_the_sample_image_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:
     with Image.open(folder / "samples.png") as image:
         assert image.size == (32, 32)  # 4 x 4 images of 8x8
         found = np.asarray(image)[8:16, 8:16].astype(int)  # the sixth
@@ -107,7 +107,7 @@ def test_the_picture_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:
     assert np.abs(found - np.floor(expected.clip(0, 255))).max() <= 1
 
 
-def test_the_card_says_what_is_known(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_the_card_states_the_known_facts(snapshot: Snapshot, tmp_path: Path) -> None:
     record(snapshot, "fid50k_full", 30.0, snapshot_sha256="of another network")
     record(snapshot, "fid50k_full", 20.0)
     record(snapshot, "fid50k_full", 12.345)
@@ -139,7 +139,7 @@ def test_the_code_in_the_card_runs(tmp_path: Path, c_dim: int) -> None:
     assert scope["img"].shape == (4, 3, 8, 8)
 
 
-def test_without_licence_and_metrics_the_card_says_so(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_the_card_states_a_missing_licence_and_metrics(snapshot: Snapshot, tmp_path: Path) -> None:
     save_hub_folder(tmp_path / "cars", snapshot)
     card = ModelCard.load(tmp_path / "cars" / "README.md")
     assert card.data.license is None
@@ -147,7 +147,7 @@ def test_without_licence_and_metrics_the_card_says_so(snapshot: Snapshot, tmp_pa
     assert "None are recorded." in card.text
 
 
-def test_a_line_of_metrics_that_was_cut_short_is_left_out(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_a_truncated_metric_record_is_skipped(snapshot: Snapshot, tmp_path: Path) -> None:
     (snapshot.path.parent / "metric-fid5k.jsonl").write_text('{"metric": "fid5k", "res\n')
     record(snapshot, "fid5k", 20.0)
     save_hub_folder(tmp_path / "cars", snapshot)
@@ -187,14 +187,14 @@ def test_upload_and_download_go_through_the_library(
     assert torch.equal(loaded.G_ema(torch.ones(1, 16), None), snapshot.G_ema(torch.ones(1, 16), None))
 
 
-def test_damage_is_refused(folder: Path) -> None:
+def test_corrupt_folders_are_refused(folder: Path) -> None:
     path = folder / "G_ema.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"G_ema\.safetensors: damaged"):
         HubModel.from_pretrained(folder)
 
 
-def test_without_the_package_the_extra_is_named(
+def test_a_missing_package_is_reported_with_its_extra(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

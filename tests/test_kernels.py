@@ -189,7 +189,7 @@ def test_bias_act(act: str, dtype: torch.dtype, offset: int, target: Target, mon
         assert_equal(torch.where(clear.to(dx.device), ddx, 0), torch.where(clear, ddx64, zero).detach(), dtype)
 
 
-def test_bias_act_of_other_alphas(target: Target) -> None:
+def test_bias_act_with_other_alphas(target: Target) -> None:
     for act, alpha in (("lrelu", 0.05), ("lrelu", -0.5), ("elu", 1.7)):
         x = image(4, 6, dtype=torch.float64).to(target.device)
         x64 = x.cpu().requires_grad_()
@@ -204,7 +204,7 @@ def test_bias_act_of_other_alphas(target: Target) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bias_act_knows_clamped_values_by_their_rounded_edge(dtype: torch.dtype, target: Target) -> None:
+def test_bias_act_detects_clamping_after_rounding(dtype: torch.dtype, target: Target) -> None:
     """0.4 is no bfloat16: y of a clamped value is 0.40039, or below 0.4 for other edges; no gradient may pass."""
     x = torch.tensor([[-30.0, -0.1, 0.1, 30.0]], dtype=dtype, device=target.device)
     for clamp in (0.4, 0.7, 1.1, 3.3, 256.0 / 3):
@@ -215,7 +215,7 @@ def test_bias_act_knows_clamped_values_by_their_rounded_edge(dtype: torch.dtype,
         assert torch.equal(dx.bool(), inside), clamp
 
 
-def test_bias_act_keeps_what_is_not_a_number_and_infinities(target: Target) -> None:
+def test_bias_act_keeps_nan_and_infinity(target: Target) -> None:
     x = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]], device=target.device)
     for act in ("linear", "relu", "lrelu", "sigmoid", "tanh", "softplus", "elu", "selu"):
         for clamp in (-1.0, 2.0):
@@ -226,7 +226,7 @@ def test_bias_act_keeps_what_is_not_a_number_and_infinities(target: Target) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_numbers_of_16_bits_are_rounded_as_torch_rounds_them(dtype: torch.dtype, target: Target) -> None:
+def test_half_types_are_rounded_as_in_torch(dtype: torch.dtype, target: Target) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, -1)
     x = every.to(target.device)
     for gain in (1.0, 0.3, 1 / 3000):
@@ -307,7 +307,7 @@ def test_upfirdn2d(
     assert compared > len(RESAMPLINGS) // 2
 
 
-def test_upfirdn2d_of_several_blocks(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upfirdn2d_with_several_blocks(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     f = torch.tensor([0.125, 0.375, 0.375, 0.125])
     for size, up, down in (((5, 7, 33, 32), 1, 1), ((5, 7, 16, 16), 2, 1), ((5, 7, 34, 34), 1, 2)):
         x = image(*size, dtype=torch.float32).to(target.device)
@@ -319,7 +319,7 @@ def test_upfirdn2d_of_several_blocks(target: Target, monkeypatch: pytest.MonkeyP
         assert_equal(y, expected, torch.float32)
 
 
-def test_indices_of_64_bits(tmp_path: Path) -> None:
+def test_kernels_use_64_bit_indices_where_needed(tmp_path: Path) -> None:
     """What tensors beyond 2^31 elements take, on small ones."""
     kernels = custom_ops.Kernels(compile_for_host(tmp_path / "wide.so", "-std=c++17", "-O0", "-DINDEX_LIMIT=0"))
     for channels_last in (False, True):
@@ -333,7 +333,7 @@ def test_indices_of_64_bits(tmp_path: Path) -> None:
             torch.testing.assert_close(y, upfirdn2d(x, f, up=up, padding=(2, 3, 1, 4)), rtol=1e-4, atol=1e-5)
 
 
-def test_normalises_what_is_not_dense(target: Target) -> None:
+def test_non_dense_inputs_are_made_dense(target: Target) -> None:
     x = image(2, 3, 8, 12, dtype=torch.float32).to(target.device)
     b = image(6, dtype=torch.float32).to(target.device)
     f = image(8, dtype=torch.float32).to(target.device)
@@ -347,14 +347,14 @@ def test_normalises_what_is_not_dense(target: Target) -> None:
         torch.testing.assert_close(y, upfirdn2d(view, f[::2], up=2, padding=2, impl="reference"), rtol=1e-4, atol=1e-5)
 
 
-def test_images_too_large_to_count_are_refused(target: Target) -> None:
+def test_images_beyond_the_index_range_are_refused(target: Target) -> None:
     x = torch.zeros(1, 1, 2, 2, device=target.device)
     f = torch.ones(1, 1, device=target.device)
     with pytest.raises(RuntimeError, match=r"upfirdn2d on \[1, 1, 2, 2\].*CUDA error 1"):
         upfirdn2d_module.launch(target.kernels, x, f, (2**30, 1), (2**30, 1), (0, 0, 0, 0), False, 1.0)
 
 
-def test_files_hold_the_order_of_activations() -> None:
+def test_the_kernel_and_python_agree_on_activation_indices() -> None:
     source = (custom_ops.FOLDER / "bias_act.cu").read_text()
     names = source.partition("enum Act : int {")[2].partition("}")[0].split(",")
     assert [name.strip().lower() for name in names[:-1]] == list(ACTIVATIONS)

@@ -62,7 +62,7 @@ def refused(*arguments: str) -> str:
     return result.output
 
 
-def test_data_sets_know_what_their_labels_are(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
+def test_datasets_know_their_kind_of_labels(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
     assert ImageDataset(DatasetConfig(path=str(vectors_zip), use_labels=True)).label_kind == "vectors"
     assert ImageDataset(DatasetConfig(path=str(shapes_zip), use_labels=True)).label_kind == "classes"
     assert ImageDataset(DatasetConfig(path=str(shapes_zip))).label_kind is None
@@ -70,7 +70,7 @@ def test_data_sets_know_what_their_labels_are(vectors_zip: Path, shapes_zip: Pat
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("vectors", "labels of 2 numbers"), ("classes", "5 classes")])
-def test_training_records_it_and_conversions_keep_it(
+def test_training_records_the_kind_and_conversions_keep_it(
     kind: str, shown: str, vectors_zip: Path, shapes_zip: Path, tmp_path: Path
 ) -> None:
     data = vectors_zip if kind == "vectors" else shapes_zip
@@ -88,7 +88,7 @@ def test_training_records_it_and_conversions_keep_it(
     assert f"16x16, 3 channels, {shown}\n" in info
 
 
-def test_a_label_makes_the_images_of_its_numbers(vectors_zip: Path, tmp_path: Path) -> None:
+def test_a_label_conditions_the_images(vectors_zip: Path, tmp_path: Path) -> None:
     path = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors")
     result = run(f"--network={path}", "--seeds=3", "--label=3.0,20.0", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
@@ -100,7 +100,7 @@ def test_a_label_makes_the_images_of_its_numbers(vectors_zip: Path, tmp_path: Pa
     assert (other != expected).any()
 
 
-def test_every_command_takes_one(vectors_zip: Path, tmp_path: Path) -> None:
+def test_every_command_accepts_a_label(vectors_zip: Path, tmp_path: Path) -> None:
     path, label = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors"), "--label=3.0,20.0"
     target = tmp_path / "target.png"
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(target)
@@ -133,15 +133,13 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("flags", REFUSALS)
-def test_labels_that_a_network_of_vectors_does_not_have(
-    flags: tuple[str, ...], vectors_zip: Path, tmp_path: Path
-) -> None:
+def test_invalid_label_vectors_are_refused(flags: tuple[str, ...], vectors_zip: Path, tmp_path: Path) -> None:
     path = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors")
     assert REFUSALS[flags] in refused(f"--network={path}", "--seeds=0", f"--outdir={tmp_path / 'out'}", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_networks_of_classes_and_without_labels(shapes_zip: Path, tmp_path: Path) -> None:
+def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path: Path) -> None:
     """A mixture of classes is a vector; a network without labels has none."""
     path, out = snapshot_of(tmp_path / "n.pkl", shapes_zip, "classes"), f"--outdir={tmp_path}"
     result = run(f"--network={path}", "--seeds=0", "--class=1", out)
@@ -153,7 +151,7 @@ def test_networks_of_classes_and_without_labels(shapes_zip: Path, tmp_path: Path
     assert "was trained without labels" in refused(f"--network={plain}", "--seeds=0", "--label=1", out)
 
 
-def test_files_without_the_record(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
+def test_files_without_the_record_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
     """Decided by their data set; without it, a warning says what they are taken for."""
     by_data = snapshot_of(tmp_path / "data.pkl", vectors_zip, None)
     out = f"--outdir={tmp_path}"
@@ -171,7 +169,7 @@ def test_files_without_the_record(vectors_zip: Path, shapes_zip: Path, tmp_path:
     assert legacy.load_network(theirs).label_kind() is None  # its data set is not here
 
 
-def test_play_has_one_label_for_vectors(vectors_zip: Path, tmp_path: Path) -> None:
+def test_play_uses_one_label_for_vector_networks(vectors_zip: Path, tmp_path: Path) -> None:
     path = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors")
     assert "--label: labels of this network are vectors" in refused("play", f"--network={path}", "--port=0")
     snapshot: Snapshot = load_network(path)

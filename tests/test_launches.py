@@ -54,14 +54,14 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize(("case", "phase"), [(case, phase) for case in LAUNCHES for phase in LAUNCHES[case]])
-def test_a_phase_launches_as_many_kernels_as_it_did(case: str, phase: str, count: Count) -> None:
+def test_launch_counts_per_phase_do_not_grow(case: str, phase: str, count: Count) -> None:
     """But for 2 %, which versions of PyTorch may differ by."""
     row = count(case)[phase]
     assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
 
 
 @pytest.mark.slow
-def test_the_warp_of_large_images_takes_filters(count: Count) -> None:
+def test_the_warp_of_large_images_uses_filters(count: Count) -> None:
     """On a GPU: up to 128 pixels D's own resampling is all there is."""
     cases = ("styleformer-c256", "church128-l", "readme")
     large, medium, small = (count(case)["D_reg"]["most"].get("styleformer.upfirdn2d", 0) for case in cases)
@@ -71,7 +71,7 @@ def test_the_warp_of_large_images_takes_filters(count: Count) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in launches.CASES if case not in ("fp16-bgcfnc", *SLOW)])
-def test_no_convolution_has_an_image_for_a_filter(case: str, count: Count) -> None:
+def test_no_convolution_uses_an_image_as_its_filter(case: str, count: Count) -> None:
     """As the second derivatives of F.conv2d have; filters for images have up to 80 taps, of bgcfnc only."""
     assert all(row["largest_filter"] <= 12 for row in count(case).values())
 
@@ -113,7 +113,7 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(mistake: str, stub_gpu: Executor) -> None:
+def test_synchronisation_and_device_mixing_are_detected(mistake: str, stub_gpu: Executor) -> None:
     row = stub_gpu.submit(run_d_main, mistake).result()
     assert MISTAKES[mistake][1] in row.get("problem", "none")
     assert row["where"].startswith("training/loss.py:")  # where the augmentation is called
@@ -125,14 +125,14 @@ def test_launches_are_counted(stub_gpu: Executor) -> None:
     assert many - few == 200
 
 
-def test_the_command_prints_what_was_counted(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_counts(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         launches.main(["--cases=readme,huge"])
     assert stopped.value.code == 2
     assert "--cases: 'huge' is none of readme, cifar-large" in capfd.readouterr().err
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with (

@@ -49,7 +49,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def test_a_folder_is_one_programs_until_that_is_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_folder_is_locked_until_its_process_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop that one"):
         lock.acquire(tmp_path)
     holder.kill()  # and not the one that it has forked
@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_gets_a_warning(
         lock.acquire(tmp_path / "missing")
 
 
-def test_a_run_that_goes_on_elsewhere_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_run_active_elsewhere_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
     """Nothing of it has changed then: its log is not cut, though the state is older."""
     short = [*SMALL, "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu", "--resume=latest"]
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *short]

@@ -84,7 +84,7 @@ def curves_of(ticks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 @pytest.mark.usefixtures("_offline")
-def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_path: Path) -> None:
+def test_tensorboard_and_wandb_hold_the_values_of_the_run(shapes_zip: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     options = (f"--kimg={LENGTH}", "--metrics=swd16", "--log=tensorboard,wandb")
     result = run_training(shapes_zip, tmp_path, *options)
@@ -123,7 +123,7 @@ def test_tensorboard_and_wandb_show_what_the_folder_has(shapes_zip: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("_offline")
-def test_a_run_that_goes_on_is_the_same_run_in_wandb(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_wandb_run(shapes_zip: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     options = ("--metrics=none", "--log=wandb", "--resume=latest")
     for kimg in (LENGTH, 2 * LENGTH):
@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(shapes_zip: Path, tmp_path:
     assert ages == pytest.approx([0.016 * i for i in range(1, 7)])
 
 
-def test_tensorboard_shows_a_tick_once_after_a_run_was_killed(shapes_zip: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_no_duplicate_ticks_after_a_kill(shapes_zip: Path, tmp_path: Path) -> None:
     options = ("--metrics=none", "--log=tensorboard", "--resume=latest")
     assert run_training(shapes_zip, tmp_path, "--kimg=0.032", *options).exit_code == 0
     (run_dir,) = tmp_path.glob("0*")
@@ -171,9 +171,7 @@ class Broken:
         raise TimeoutError("too late")
 
 
-def test_a_logger_that_fails_stops_neither_training_nor_others(
-    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setitem(loggers._CLASSES, "wandb", Broken)
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
@@ -186,7 +184,7 @@ def test_a_logger_that_fails_stops_neither_training_nor_others(
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_is_full_for_a_while_costs_tensorboard_what_came_then(
+def test_tensorboard_loses_only_events_of_a_full_disk(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its own thread meets the error; it ends with a traceback otherwise, and nothing is written any more."""
@@ -209,7 +207,7 @@ def test_a_disk_that_is_full_for_a_while_costs_tensorboard_what_came_then(
     assert sorted(event.step for event in accumulated.Scalars("x")) == [0, 1, 4, 5]
 
 
-def test_wandb_sees_no_secrets_of_the_command_line(
+def test_wandb_receives_no_secrets_of_the_command_line(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is an optional package")
@@ -228,7 +226,7 @@ def test_wandb_sees_no_secrets_of_the_command_line(
     assert sys.argv is given
 
 
-def test_a_logger_that_cannot_begin_is_left_out(
+def test_a_logger_that_cannot_start_is_skipped(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(run_dir: Path, config: Any, nimg: int) -> loggers.Logger:
@@ -241,7 +239,7 @@ def test_a_logger_that_cannot_begin_is_left_out(
     assert capsys.readouterr().err == "Warning: --log=wandb: RuntimeError: api_key not configured; training goes on\n"
 
 
-def test_loggers_that_cannot_be_are_refused_before_anything_is_written(
+def test_unavailable_loggers_are_refused_before_writing(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run_training(shapes_zip, tmp_path / "runs", "--log=wanddb")
@@ -259,7 +257,7 @@ def test_loggers_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_nothing_is_shown_where_nothing_was_asked_for(shapes_zip: Path, tmp_path: Path) -> None:
+def test_no_logger_runs_by_default(shapes_zip: Path, tmp_path: Path) -> None:
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=none")
     assert result.exit_code == 0, result.output
     (run_dir,) = tmp_path.glob("0*")
@@ -279,7 +277,7 @@ def documented_figures() -> dict[str, str]:
     }
 
 
-def test_what_stats_jsonl_holds_is_documented_and_nothing_else(shapes_zip: Path, tmp_path: Path) -> None:
+def test_stats_jsonl_keys_equal_the_documented_keys(shapes_zip: Path, tmp_path: Path) -> None:
     """In runs that together have every option that adds a figure."""
     variants = (
         ["--pl-weight=2", "--set=loss.pl_interval=1", "--set=loss.r1_interval=1", "--holdout=32"],

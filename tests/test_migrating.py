@@ -80,7 +80,7 @@ def flags_of(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize("script", THEIRS)
-def test_every_flag_of_theirs_is_there_with_what_is_true(script: str) -> None:
+def test_every_foreign_flag_is_listed_with_its_real_status(script: str) -> None:
     statuses = table(f"`{script}`")
     assert statuses.keys() == set(THEIRS[script].split())
     known = flags_of(OURS[script])
@@ -90,7 +90,7 @@ def test_every_flag_of_theirs_is_there_with_what_is_true(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", [script for script in OURS if script != "dataset_tool.py"])
-def test_rows_about_snapshots_say_what_the_flags_take(script: str) -> None:
+def test_rows_about_snapshots_match_the_flags(script: str) -> None:
     """That they take addresses and foreign files is tested in test_foreign_tools.py."""
     flag = SNAPSHOTS.get(script, "--network")
     (option,) = (option for option in OURS[script].params if flag in option.opts)
@@ -100,7 +100,7 @@ def test_rows_about_snapshots_say_what_the_flags_take(script: str) -> None:
     assert "theirs are read as they are" in row
 
 
-def test_what_is_the_same_as_in_stylegan3_is_there() -> None:
+def test_flags_shared_with_stylegan3_are_listed() -> None:
     commands = {"train.py": "train.py", "gen_images.py": "generate.py", "dataset_tool.py": "dataset_tool.py"}
     known = {there: flags_of(OURS[here]) for there, here in commands.items()}
     known["gen_video.py"] = flags_of(generate.main.commands["video"])
@@ -113,13 +113,13 @@ def test_what_is_the_same_as_in_stylegan3_is_there() -> None:
     assert not {"--translate", "--rotate"} & known["gen_images.py"]
 
 
-def test_every_file_of_theirs_is_there() -> None:
+def test_every_foreign_file_is_listed() -> None:
     statuses = table("Files")
     assert statuses.keys() >= FILES
     assert {statuses[name] for name in FILES} == {"same", "changed"}
 
 
-def test_their_names_of_metrics_are_known() -> None:
+def test_foreign_metric_names_are_known() -> None:
     for name in METRICS:
         (found,) = resolve([name], DetectorSetup())
         assert found in (name, f"{name}_tvgg16")
@@ -133,7 +133,7 @@ def commands(script: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_their_trainings_run_as_they_are(tmp_path: Path) -> None:
+def test_foreign_training_commands_run_unchanged(tmp_path: Path) -> None:
     sizes = {"ffhq256x256": 256, "celeba64": 64}
     for command in commands("train.py"):
         name = next(Path(item.partition("=")[2]).stem for item in command if item.startswith("--data="))
@@ -148,7 +148,9 @@ def test_their_trainings_run_as_they_are(tmp_path: Path) -> None:
         assert json.loads(result.stdout)["parameters"]["D"] > 1_000_000
 
 
-def test_their_images_are_made_as_they_are(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_image_commands_run_unchanged(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one folder; the last command needs what projector.py writes, here after few steps and without LPIPS."""
     monkeypatch.chdir(tmp_path)
     plain = exploration_helpers.make_snapshot(tmp_path / "plain.pkl", shapes_zip, "stylegan2")
@@ -165,7 +167,7 @@ def test_their_images_are_made_as_they_are(shapes_zip: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("script", ["calc_metrics.py", "dataset_tool.py"])
-def test_their_other_commands_are_understood(script: str) -> None:
+def test_other_foreign_commands_run_unchanged(script: str) -> None:
     """Without the files that they are about: the parser takes them, and the metrics are known."""
     for command in commands(script):
         context = OURS[script].make_context(script, list(command))
@@ -204,7 +206,7 @@ def resume(name: str, data: Path, outdir: Path) -> Result:
     return CliRunner().invoke(train.main, [*arguments, f"--resume={name}"])
 
 
-def test_what_python_code_uses_is_there_as_the_page_says() -> None:
+def test_the_python_names_on_the_page_exist() -> None:
     """Of each expression in the first column: same or changed is there, refused is not."""
     page = section("In Python")
     rows = re.findall(r"^\| `(.*?)`(.*?) \| (\w+) \|", page, re.MULTILINE)

@@ -59,7 +59,7 @@ def test_derive_seed_fills_the_range_that_manual_seed_takes() -> None:
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)
 
 
-def test_derive_seed_tells_parts_apart() -> None:
+def test_derive_seed_separates_its_parts() -> None:
     parts: list[tuple[int | str, ...]] = [(1, 23), (12, 3), (1, 2, 3), (3, 2, 1), (123,), ("123",), ("1", 23), ()]
     assert len({misc.derive_seed(*each) for each in parts}) == len(parts)
 
@@ -83,7 +83,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unnamed_user_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "someone")
     misc.name_user()
     assert os.environ["LOGNAME"] == "someone"

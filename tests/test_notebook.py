@@ -79,7 +79,7 @@ class Notebook:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_to_its_end(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path: Path) -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     notebook = Notebook(FOLDER=str(tmp_path), OUT=str(tmp_path / "out"), KIMG=0.032)
     for cell in cells:

@@ -30,9 +30,7 @@ CASES = [(family, *options) for options in (("const", 0), ("none", 3)) for famil
 
 @pytest.mark.slow  # the exporter takes its time; test_docs.py runs the commands of docs/exchange.md
 @pytest.mark.parametrize(("family", "noise_mode", "c_dim"), CASES)
-def test_exported_graphs_compute_what_the_networks_compute(
-    tmp_path: Path, family: str, noise_mode: Any, c_dim: int
-) -> None:
+def test_exported_graphs_equal_the_networks(tmp_path: Path, family: str, noise_mode: Any, c_dim: int) -> None:
     snapshot = make_snapshot(tmp_path / "n.pkl", family, c_dim=c_dim)
     G = snapshot.G_ema
     paths = export_onnx(tmp_path / "g.onnx", snapshot, noise_mode)
@@ -61,14 +59,14 @@ def test_exported_graphs_compute_what_the_networks_compute(
 
 
 @pytest.mark.parametrize("given", ["model-1.5", "model-1.5.onnx", "model-1.5.ONNX"])
-def test_names_of_files_keep_their_dots(given: str) -> None:
+def test_file_names_keep_their_dots(given: str) -> None:
     assert [str(path) for path in onnx_paths(Path("out", given))] == [
         "out/model-1.5-mapping.onnx",
         "out/model-1.5-synthesis.onnx",
     ]
 
 
-def test_a_snapshot_without_an_averaged_generator_is_refused(tmp_path: Path) -> None:
+def test_a_snapshot_without_g_ema_is_refused(tmp_path: Path) -> None:
     snapshot = replace(make_snapshot(tmp_path / "n.pkl"), G_ema=None)
     with pytest.raises(UserError, match=r"n\.pkl: holds no averaged generator \(G_ema\), which is what is exported"):
         export_onnx(tmp_path / "g.onnx", snapshot)

@@ -180,7 +180,7 @@ def test_up_and_down_sizes(factor: int | tuple[int, int], taps: int) -> None:
     assert upsample2d(x, f, factor, padding=(1, 2)).shape == (1, 2, 6 * factor_y + 4, 8 * factor_x + 2)
 
 
-def test_up_and_down_keep_the_brightness() -> None:
+def test_up_and_down_keep_the_mean() -> None:
     flat = torch.ones(1, 1, 16, 16)
     for f in (setup_filter([1, 3, 3, 1]), setup_filter([[1, 2, 1, 0], [0, 1, 2, 1], [1, 2, 1, 0], [0, 1, 2, 1]])):
         torch.testing.assert_close(upsample2d(flat, f)[:, :, 4:-4, 4:-4], torch.ones(1, 1, 24, 24))
@@ -188,7 +188,7 @@ def test_up_and_down_keep_the_brightness() -> None:
     torch.testing.assert_close(upsample2d(flat, setup_filter([1, 1]), gain=3)[0, 0, 9], torch.full((32,), 3.0))
 
 
-def test_flip_filter_in_up_and_down() -> None:
+def test_flip_filter_reverses_the_taps_in_up_and_down() -> None:
     x, f = image(1, 1, 8, 8), torch.tensor(SEPARABLE[4])
     torch.testing.assert_close(upsample2d(x, f, flip_filter=True), upsample2d(x, f.flip(0)))
     torch.testing.assert_close(downsample2d(x, f, flip_filter=True), downsample2d(x, f.flip(0)))
@@ -223,7 +223,7 @@ def test_setup_filter_refuses_to_normalise_zero() -> None:
         ({"padding": -2}, "smaller than the filter"),
     ],
 )
-def test_upfirdn2d_refuses(kwargs: dict[str, object], message: str) -> None:
+def test_upfirdn2d_refuses_invalid_arguments(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         upfirdn2d(image(1, 1, 6, 6), setup_filter([1, 3, 3, 1]), **kwargs)  # type: ignore[arg-type]
 
@@ -312,7 +312,7 @@ def test_bias_act_keeps_type_format_and_input(dtype: torch.dtype) -> None:
         ({"b": torch.zeros(3, 1)}, r"bias has shape \[3, 1\]"),
     ],
 )
-def test_bias_act_refuses(kwargs: dict[str, object], message: str) -> None:
+def test_bias_act_refuses_invalid_arguments(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bias_act(image(2, 3, 4), **kwargs)  # type: ignore[arg-type]
 

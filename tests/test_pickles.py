@@ -130,7 +130,7 @@ CODE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CODE)
 @pytest.mark.parametrize("protocol", [3, 4])
-def test_names_outside_of_the_table(
+def test_names_outside_the_allowlist_are_refused(
     name: str, protocol: int, tmp_path: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,9 @@ def test_names_outside_of_the_table(
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_code_in_a_nested_stream(name: str, tmp_path: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_nested_stream_is_refused(
+    name: str, tmp_path: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(tmp_path, dumps(Call(LOAD, (dumps(CODE[name], 3),))), "which no (snapshot|tensor) needs")
     buffer = io.BytesIO()
@@ -172,7 +174,7 @@ def tensor(stream: bytes, offset: Any = 0, size: Any = (2,), stride: Any = (1,))
     return Call(REBUILD, (Call(LOAD, (stream,)), offset, size, stride, False, collections.OrderedDict()))
 
 
-def test_the_stream_by_hand_is_one(tmp_path: Path) -> None:
+def test_the_handwritten_stream_is_valid(tmp_path: Path) -> None:
     data = struct.pack("<2f", 1.5, 2.5)
     assert read(tmp_path, dumps(tensor(storage_stream(data=data)))).tolist() == [1.5, 2.5]
 
@@ -205,7 +207,7 @@ HOSTILE_TENSORS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_TENSORS)
-def test_hostile_tensors(name: str, tmp_path: Path) -> None:
+def test_hostile_tensors_are_refused(name: str, tmp_path: Path) -> None:
     refused(tmp_path, dumps({"x": HOSTILE_TENSORS[name]}))
 
 
@@ -235,7 +237,7 @@ HOSTILE_CALLS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_CALLS)
-def test_allowed_names_with_hostile_arguments(name: str, tmp_path: Path) -> None:
+def test_allowed_names_with_hostile_arguments_are_refused(name: str, tmp_path: Path) -> None:
     refused(tmp_path, dumps({"x": HOSTILE_CALLS[name]}))
 
 
@@ -280,13 +282,13 @@ BYTES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_hostile_instructions(name: str, tmp_path: Path) -> None:
+def test_hostile_instructions_are_refused(name: str, tmp_path: Path) -> None:
     data, text = BYTES[name]
     refused(tmp_path, data, text)
 
 
 @pytest.mark.parametrize("count", [1_000, 120_000])
-def test_deep_nesting(count: int, tmp_path: Path) -> None:
+def test_deep_nesting_is_refused(count: int, tmp_path: Path) -> None:
     tuples, lists = PROTO + b")" + b"\x85" * count, PROTO + b"(" * count
     refused(tmp_path, lists + b"l" * count + b".", "nested too deeply|instruction", 20)
     refused(tmp_path, PROTO + b"}" + tuples[2:] + b"K\x01s.", "key of type tuple|more instructions", 20)
@@ -296,11 +298,11 @@ def test_deep_nesting(count: int, tmp_path: Path) -> None:
         assert isinstance(read(tmp_path, tuples + b"."), tuple)
 
 
-def test_more_instructions_than_any_file_needs(tmp_path: Path) -> None:
+def test_too_many_instructions_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, PROTO + b"]" + b"K\x01a" * 260_000 + b".", "more instructions", 20)
 
 
-def test_bombs_of_references(tmp_path: Path) -> None:
+def test_reference_bombs_are_refused(tmp_path: Path) -> None:
     stream = storage_stream(claimed=250_000, data=b"\0" * 1_000_000)
     again = PROTO + b"]" + dumps(stream)[2:-1] + b"r\x63\x00\x00\x000".replace(b"0", b"")
     load = b"ctorch.storage\n_load_from_bytes\nj\x63\x00\x00\x00\x85Ra"
@@ -318,13 +320,13 @@ def test_bombs_of_references(tmp_path: Path) -> None:
     refused(tmp_path, dumps(copies), "more numbers")
 
 
-def test_bombs_of_bytes_that_are_written_as_text(tmp_path: Path) -> None:
+def test_byte_bombs_written_as_text_are_refused(tmp_path: Path) -> None:
     text = dumps("x" * 1_000_000)[2:-1].split(b"\x94")[0] + b"r\x63\x00\x00\x00"
     encode = b"c_codecs\nencode\nj\x63\x00\x00\x00X\x06\x00\x00\x00latin1\x86Ra"
     refused(tmp_path, PROTO + b"]" + text + b"a" + encode * 1000 + b".", "more encoded bytes")
 
 
-def test_keys_that_collide(tmp_path: Path) -> None:
+def test_colliding_keys_are_refused(tmp_path: Path) -> None:
     """Python's hash of whole numbers is their remainder by 2^61 - 1, and n equal ones take n^2 comparisons."""
     keys = [number * (2**61 - 1) for number in range(30_000)]
     items = PROTO + b"}(" + b"".join(dumps(key, 3)[2:-1] + b"N" for key in keys) + b"u."
@@ -334,7 +336,7 @@ def test_keys_that_collide(tmp_path: Path) -> None:
     assert read(tmp_path, dumps({2**32: -(2**32)})) == {2**32: -(2**32)}
 
 
-def test_what_a_file_holds_besides_is_dropped_and_said(tmp_path: Path) -> None:
+def test_other_contents_are_dropped_and_reported(tmp_path: Path) -> None:
     """Objects of other classes with items, states and arguments: the rest of the file is read."""
     other = Call(Name("their.package", "Thing"), (1,), {"x": 2}, iter([("a", 1)]))
     array = Call(
@@ -355,12 +357,12 @@ def test_what_a_file_holds_besides_is_dropped_and_said(tmp_path: Path) -> None:
         assert reasons(found["float key"]) == ["a key of type float, expected text or a whole number"]
 
 
-def test_a_byte_order_holds_for_every_use_of_a_type(tmp_path: Path) -> None:
+def test_a_byte_order_holds_for_every_use_of_a_dtype(tmp_path: Path) -> None:
     numbers = [Call(Name("numpy._core.multiarray", "scalar"), (BIG_ENDIAN, bytes(7) + b"@")) for _ in range(2)]
     assert len(reasons(read(tmp_path, dumps(numbers)))) == 2
 
 
-def test_state_dicts_of_torch_and_dicts_with_attributes(tmp_path: Path) -> None:
+def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
     """Both are dicts with a state, which says nothing that is needed."""
     layer = torch.nn.Linear(2, 2)
     torch.save(layer.state_dict(), tmp_path / "weights.pth")
@@ -372,7 +374,7 @@ def test_state_dicts_of_torch_and_dicts_with_attributes(tmp_path: Path) -> None:
     assert read(tmp_path, dumps(theirs)) == {"a": 1}
 
 
-def test_what_a_fork_adds_may_be_large_or_odd(tmp_path: Path) -> None:
+def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
     content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
     found = read(tmp_path, dumps(content))
     assert (found["integer"], len(found["z"])) == (10**700, 600_000)
@@ -412,7 +414,7 @@ def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
     assert time.process_time() - started < 1
 
 
-def test_wrappers_and_copies_of_modules(tmp_path: Path) -> None:
+def test_wrappers_and_copies_of_modules_are_read(tmp_path: Path) -> None:
     """DataParallel as pickle writes an object; persistence and EasyDict in a package of another project."""
     inner = module_with({})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": inner}}
@@ -437,7 +439,7 @@ def module_with(modules: dict[str, Any]) -> Call:
     return Call(PERSISTENT, ({"type": "class", "version": 6, "class_name": "Layer", "state": state},))
 
 
-def test_modules_that_hold_each_other(tmp_path: Path) -> None:
+def test_cyclic_modules_are_refused(tmp_path: Path) -> None:
     top = module_with({})
     for _ in range(25):
         top = module_with({"a": top, "b": top})
@@ -458,7 +460,7 @@ def test_modules_that_hold_each_other(tmp_path: Path) -> None:
         PickledModule("Layer", {}).tensors()
 
 
-def test_files_that_are_cut_off_or_damaged(tmp_path: Path) -> None:
+def test_truncated_and_corrupt_files_are_refused(tmp_path: Path) -> None:
     data = dumps({"x": torch.nn.Parameter(torch.arange(6.0)), "y": [1, "two", (3.0,)], "z": {1}})
     for length in range(0, len(data), 3):
         refused(tmp_path, data[:length])
@@ -476,7 +478,7 @@ def test_files_that_are_cut_off_or_damaged(tmp_path: Path) -> None:
     assert outcomes["refused"] > 250
 
 
-def test_what_counts_as_a_pickle(tmp_path: Path) -> None:
+def test_pickles_are_recognised(tmp_path: Path) -> None:
     pickles = {b"\x80\x04N.": True, b"": False, b"\x80": False, b"PK\x03\x04": False, b"(lp0\n.": False}
     for data, expected in pickles.items():
         (tmp_path / "f").write_bytes(data)

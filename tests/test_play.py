@@ -73,7 +73,7 @@ def as_pixels(img: torch.Tensor) -> np.ndarray:
     return img.permute(1, 2, 0).numpy()
 
 
-def test_images_are_those_of_their_seeds_and_mixtures() -> None:
+def test_images_equal_those_of_the_commands() -> None:
     model = make_model(truncation_psi=0.7)
     ws = model.styles_of([4, 5, 6, 9])
     styles = model.G.style_groups["coarse"]
@@ -88,7 +88,7 @@ def test_images_are_those_of_their_seeds_and_mixtures() -> None:
     assert not torch.equal(plain, mixed)
 
 
-def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exploration.play.MAX_IMAGES", 3)
     monkeypatch.setattr("exploration.play.MAX_KEPT", 4 * 3 * 32 * 32)
     player, render = Player(make_model()), Model.images
@@ -106,7 +106,7 @@ def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPa
     assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
 
 
-def test_classes_are_the_questions_own() -> None:
+def test_the_class_comes_from_the_request() -> None:
     G = build(StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64))
     model = Model(G=G, device=torch.device("cpu"), c=label_of(3, 2))
     expected = model.images(model.map(seed_latents([5], 16)))[0]
@@ -118,7 +118,7 @@ def test_classes_are_the_questions_own() -> None:
     assert (status, b"has no self-attention" in body) == (400, True)
 
 
-def test_attention_is_that_of_the_command() -> None:
+def test_attention_maps_equal_those_of_the_command() -> None:
     model, size = make_model(), (32, 32)
     records, _ = record(model, model.styles_of([3]))
     maps = attention_maps(records, 0, torch.tensor([[7, 20]]), size).maps
@@ -165,7 +165,7 @@ NONSENSE = {
 }
 
 
-def test_nonsense_is_answered_with_400() -> None:
+def test_invalid_requests_are_answered_with_400() -> None:
     player = Player(make_model())
     with served(player) as port:
         for query, message in NONSENSE.items():
@@ -216,7 +216,7 @@ FROM_ELSEWHERE += ["Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", 
 FROM_HERE = ["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: none", "Origin: http://localhost", "X: y"]
 
 
-def test_only_this_page_is_answered() -> None:
+def test_requests_from_other_pages_are_refused() -> None:
     player = Player(make_model())
     with served(player) as port:
         for path in ("/", "/images?seed=0", "/attention?seed=0&x=0&y=0"):
@@ -232,7 +232,7 @@ def test_only_this_page_is_answered() -> None:
             assert ask_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
 
 
-def test_a_link_leads_to_the_page_and_to_nothing_else() -> None:
+def test_a_link_may_open_only_the_page() -> None:
     window = ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
     frame = (*window[:2], "Sec-Fetch-Dest: iframe")
     script = (window[0], "Sec-Fetch-Mode: no-cors", window[2])
@@ -252,7 +252,7 @@ def test_a_link_leads_to_the_page_and_to_nothing_else() -> None:
     assert not player.images
 
 
-def test_no_other_page_can_frame_or_read_this_one() -> None:
+def test_other_pages_cannot_frame_or_read_the_page() -> None:
     with served(Player(make_model())) as port:
         for path in ("/", "/images?seed=0", "/images", "/nothing"):
             answer = ask_raw(port, f"GET {path} HTTP/1.1", "Host: localhost")[1]
@@ -267,9 +267,7 @@ def test_no_other_page_can_frame_or_read_this_one() -> None:
             assert ask_raw(port, f"{method} / HTTP/1.1", "Host: localhost")[0] == 501
 
 
-def test_a_connection_that_says_nothing_is_closed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     player = Player(make_model())
     with monkeypatch.context() as patch:
         patch.setattr("exploration.play.SILENCE", 0.1)
@@ -284,7 +282,7 @@ def test_a_connection_that_says_nothing_is_closed(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nOf 80 GiB"), ValueError("CUDA out of memory.")])
-def test_a_question_that_fails_is_answered_too(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_request_gets_an_error_response(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(model: Model, ws: torch.Tensor) -> torch.Tensor:
         raise error
 
@@ -296,7 +294,7 @@ def test_a_question_that_fails_is_answered_too(error: Exception, monkeypatch: py
         assert len(ask(port, "images", seed=0)["images"]) == 1
 
 
-def test_the_page_tells_only_what_the_network_has() -> None:
+def test_the_page_shows_only_supported_controls() -> None:
     thirds = {"coarse", "middle", "fine"}
     for model, groups, has_attention in (
         (make_model("styleformer-c"), thirds | {"transformer", "conv"}, True),
@@ -355,7 +353,7 @@ def seen_by_a_browser(model: Model, script: str) -> Any:
     return json.loads(html.unescape(found[1]))
 
 
-def test_a_browser_mixes_and_shows_attention() -> None:
+def test_a_browser_shows_mixing_and_attention() -> None:
     script = """
         const large = $("large"), before = large.src;
         $("pick").click();
@@ -373,7 +371,7 @@ def test_a_browser_mixes_and_shows_attention() -> None:
     assert "with coarse of seed 2" in what
 
 
-def test_a_browser_chooses_where_there_is_nothing_to_mix() -> None:
+def test_a_browser_hides_mixing_without_styles() -> None:
     """TransGAN has one style: a click with shift chooses too. And two clicks on the arrow are two pages."""
     script = """
         $("after").click();

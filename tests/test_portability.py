@@ -25,7 +25,7 @@ if __name__ == "__main__":
 """
 
 
-def test_training_works_without_what_only_posix_has(shapes_zip: Path, tmp_path: Path) -> None:
+def test_training_works_without_posix_features(shapes_zip: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(WITHOUT)
     options = [*SMALL, "--device=cpu", "--tick=0.016", "--kimg=0.032", "--metrics=none", "--log=none", "--workers=1"]

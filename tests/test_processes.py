@@ -69,7 +69,9 @@ def result(config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "batch"), [(3, 12), (2, 16)])
-def test_processes_share_a_batch_without_a_trace(shapes_zip: Path, tmp_path: Path, processes: int, batch: int) -> None:
+def test_results_do_not_depend_on_the_number_of_processes(
+    shapes_zip: Path, tmp_path: Path, processes: int, batch: int
+) -> None:
     """Micro-batches of 4: three in one process or one in each of three; four in one or two in each of two.
 
     Weights differ by 2e-7 after four steps. After six a rounding that lets a unit of D change its sign, on a background

@@ -202,7 +202,9 @@ ATTACKS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
-def test_what_would_run_code_is_refused(kind: str, changed: Callable[[Change], Path], tmp_path: Path) -> None:
+def test_programs_that_would_execute_code_are_refused(
+    kind: str, changed: Callable[[Change], Path], tmp_path: Path
+) -> None:
     change, message = ATTACKS[kind]
     path = changed(change)
     with pytest.raises(UserError, match=message) as caught:
@@ -212,7 +214,7 @@ def test_what_would_run_code_is_refused(kind: str, changed: Callable[[Change], P
     assert [file.name for file in tmp_path.iterdir()] == ["bad.pt2"]
 
 
-def test_names_in_notes_are_free_and_what_torch_reads_is_not(changed: Callable[..., Path]) -> None:
+def test_only_names_that_torch_resolves_are_restricted(changed: Callable[..., Path]) -> None:
     """A tensor that is called `metadata` hides nothing; text of stack traces, and files beside the program, may be."""
     free = everywhere("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
     extra = part("extra/notes.txt", pickle.dumps(Harm(), 0))
@@ -224,14 +226,14 @@ def test_names_in_notes_are_free_and_what_torch_reads_is_not(changed: Callable[.
         programs.check(changed(hidden))
 
 
-def test_an_archive_is_not_compressed(changed: Callable[..., Path]) -> None:
+def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
     bomb = part("extra/zeros", bytes(1 << 20))
     with pytest.raises(UserError, match="is compressed, or its parts overlap"):
         programs.check(changed(bomb, zipfile.ZIP_DEFLATED))
 
 
 @pytest.mark.parametrize("kind", ["sample inputs", "weights in one file", "a pickled weight", "a pickled constant"])
-def test_torch_runs_no_code_even_where_nothing_was_checked(
+def test_torch_executes_no_code_even_without_the_check(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the user lets torch.load read everything; afterwards that holds again."""
@@ -265,7 +267,7 @@ class Larger(nn.Module):
 
 
 @pytest.mark.parametrize("has_attention", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_programs_of_every_shape_are_read(tmp_path: Path, has_attention: bool) -> None:
+def test_valid_programs_are_read(tmp_path: Path, has_attention: bool) -> None:
     """Sizes that are not known, and conditions on them; the same numbers as the module itself."""
     torch.manual_seed(0)
     module = Larger(has_attention=has_attention).eval()
@@ -279,7 +281,9 @@ def test_programs_of_every_shape_are_read(tmp_path: Path, has_attention: bool) -
     torch.testing.assert_close(logits, expected[1])
 
 
-def test_what_a_program_is_is_said_once(program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kind_of_a_program_is_reported_once(
+    program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = script_program(tmp_path / "small.pt", SmallDetector())
     for path in (program, script):
         first = load_program(path, CPU)(IMAGES)[0]
@@ -291,7 +295,7 @@ def test_what_a_program_is_is_said_once(program: Path, tmp_path: Path, capsys: p
     ]
 
 
-def test_a_pipe_is_no_detector(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_a_detector(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(UserError, match=r"pipe\.pt: cannot be read \(not a regular file\)"):
         read_detectors((str(tmp_path / "pipe.pt"),))

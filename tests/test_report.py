@@ -102,7 +102,7 @@ class Page(HTMLParser):
         return found
 
 
-def test_the_page_holds_all_that_it_shows(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "00000-<b>&-run", side=800)
     result = run_report(run)
     assert result.exit_code == 0, result.output
@@ -164,7 +164,7 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, *runs: Path) -> dict[str, dict[str
     return drawn
 
 
-def test_one_run_is_drawn_as_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curves_of_one_run_equal_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = lines_of(monkeypatch, make_run(tmp_path / "run", ticks=5))
     assert drawn["Metric swd5k: lower is better"]["#0072B2 -"].tolist() == [[0, 100], [4, 98], [8, 96]]
     losses = drawn["Losses of G and D"]
@@ -177,7 +177,7 @@ def test_one_run_is_drawn_as_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not any("Timing" in title or "timestamp" in title for title in drawn)
 
 
-def test_runs_of_different_lengths_lie_over_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_different_lengths_are_overlaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long, short = make_run(tmp_path / "long", ticks=9), make_run(tmp_path / "short", ticks=3)
     (long / "metric-swd5k.jsonl").unlink()
     drawn = lines_of(monkeypatch, long, short)
@@ -191,7 +191,7 @@ def test_runs_of_different_lengths_lie_over_each_other(tmp_path: Path, monkeypat
     assert list(drawn["Metric swd5k: lower is better"]) == ["#D55E00 -"]  # the colour stays the run's
 
 
-def test_runs_whose_metrics_were_measured_in_different_ways_do_not_compare(tmp_path: Path) -> None:
+def test_metrics_of_different_protocols_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("old", "new", "other")]
     for run, mirror, seed in zip(runs, (True, False, False), (0, 0, 1), strict=True):
         (run / "metric-swd5k.jsonl").write_text(metric_line(4, 90.0, mirror=mirror, seed=seed))
@@ -206,7 +206,7 @@ def test_runs_whose_metrics_were_measured_in_different_ways_do_not_compare(tmp_p
     assert notes(old) == notes(old, old) == [""]
 
 
-def test_of_many_ticks_the_mean_is_drawn_before_all_of_them(tmp_path: Path) -> None:
+def test_long_curves_are_drawn_with_a_moving_average(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1, grids=())
     values = np.random.RandomState(0).rand(5000)
     values[3210] = 7
@@ -234,7 +234,7 @@ def test_of_many_ticks_the_mean_is_drawn_before_all_of_them(tmp_path: Path) -> N
         ("from_elsewhere", [1.0, 20.0, 3.0], False, None),
     ],
 )
-def test_the_best_value_is_marked(
+def test_the_best_metric_value_is_marked(
     tmp_path: Path, metric: str, values: list[float], is_log: bool, best: int | None
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -249,7 +249,7 @@ def test_the_best_value_is_marked(
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
+def test_a_folder_of_runs_reports_all_of_them(tmp_path: Path) -> None:
     make_run(tmp_path / "long", ticks=9)
     make_run(tmp_path / "short", ticks=3)
     (tmp_path / "data").mkdir()
@@ -263,7 +263,7 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_kimg_are_told_in_full(tmp_path: Path) -> None:
+def test_kimg_are_printed_in_full(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1)
     (run / "stats.jsonl").write_text('{"Progress/kimg": 12345.6}\n')
     (run / "training_options.json").write_text('{"run": {"total_kimg": 250000}}')
@@ -271,7 +271,7 @@ def test_kimg_are_told_in_full(tmp_path: Path) -> None:
     assert "<td>12345.6 of 250000</td>" in (run / "report" / "report.html").read_text()
 
 
-def test_updates_are_left_out_in_no_tick_that_does_not_say_so(tmp_path: Path) -> None:
+def test_skipped_updates_appear_only_where_logged(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     ticks: list[dict[str, float]] = [{}, {"Skipped/D_main": 5.0}, {}, {"Skipped/D_main": 4.0, "Skipped/G_main": 1.0}]
     lines = (json.dumps({"Progress/kimg": i} | tick) + "\n" for i, tick in enumerate(ticks))
@@ -280,7 +280,7 @@ def test_updates_are_left_out_in_no_tick_that_does_not_say_so(tmp_path: Path) ->
     assert [line.curve.values.tolist() for line in chart.lines] == [[0, 5, 0, 4], [0, 0, 0, 1]]
 
 
-def test_the_time_of_a_metric_is_that_of_its_kimg(tmp_path: Path) -> None:
+def test_the_time_of_a_metric_is_interpolated_at_its_kimg(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=5)
     (run / "metric-swd5k.jsonl").write_text("".join(metric_line(kimg, 1.0) for kimg in (0, 3, 8, 50)))
     curve = read_run(run, "run").metrics["swd5k"]
@@ -289,7 +289,7 @@ def test_the_time_of_a_metric_is_that_of_its_kimg(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_what_is_damaged_is_left_out_and_told(tmp_path: Path) -> None:
+def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", side=160)
     with (run / "stats.jsonl").open("a") as file:
         file.write('{"Progress/kimg": \n[1]\n{"Progress/kimg": NaN}\n{"other": 1}\n\x00\xff\n')
@@ -320,7 +320,7 @@ def test_what_is_damaged_is_left_out_and_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     begun, empty = tmp_path / "a", make_run(tmp_path / "b", ticks=1, grids=())
     begun.mkdir()
     (begun / "training_options.json").write_text("{}")
@@ -337,7 +337,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_are_not_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in ((tmp_path, "neither a run"), (tmp_path / "no", "no such folder")):
         result = run_report(path)
         assert result.exit_code == 2
@@ -353,7 +353,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_a_report_goes_into_the_folder_that_was_named(tmp_path: Path) -> None:
+def test_the_report_is_written_to_outdir(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "runs" / "a", ticks=2), make_run(tmp_path / "others" / "b", ticks=2)
     for arguments, folder in (
         ([first], first),
@@ -366,7 +366,7 @@ def test_a_report_goes_into_the_folder_that_was_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_of_many_grids_some_are_shown(tmp_path: Path) -> None:
+def test_long_series_of_grids_are_thinned(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2, grids=())
     for kimg in range(1, 30):
         shutil.copy(run / "fakes_init.png", run / f"fakes{kimg:06d}.png")
@@ -382,7 +382,7 @@ def test_of_many_grids_some_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_what_a_run_warned_of_and_was_computed_with_is_told(tmp_path: Path) -> None:
+def test_warnings_and_environment_of_a_run_are_listed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     warning = "Warning: D tells <nothing>"
     (run / "log.txt").write_text(f"tick 1\n{warning}\ntick 2\n{warning}\nError: the end\nmore\n")
@@ -397,7 +397,7 @@ def test_what_a_run_warned_of_and_was_computed_with_is_told(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
+def test_unexpected_files_are_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     for name in ("stats.jsonl", "log.txt", "fakes000004.png"):
         (run / name).unlink(missing_ok=True)
@@ -409,7 +409,7 @@ def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_undrawn")
-def test_odd_names_and_numbers_are_told(tmp_path: Path) -> None:
+def test_odd_names_and_numbers_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / os.fsdecode(b"$body \xff"), ticks=2)
     nested, long = '{"a": ' * 5000 + "1" + "}" * 5000, "1" * 400
     with (run / "stats.jsonl").open("a") as file:
@@ -428,7 +428,7 @@ def test_odd_names_and_numbers_are_told(tmp_path: Path) -> None:
     assert list(read_run(run, "run").metrics) == ["swd5k"]
 
 
-def test_names_are_no_formulas(tmp_path: Path) -> None:
+def test_names_are_not_parsed_as_formulas(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     (run / "metric-swd5k.jsonl").rename(run / "metric-a$b_$c.jsonl")
     runs = [read_run(run, name) for name in ("cost$5_vs_$10", os.fsdecode(b"\xff"))]
@@ -436,7 +436,7 @@ def test_names_are_no_formulas(tmp_path: Path) -> None:
     assert ">a$b_$c</text>" in picture.panels[0].svg
 
 
-def test_no_two_lines_look_the_same(tmp_path: Path) -> None:
+def test_lines_are_visually_distinct(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     values = {f"Gradients/{i}": {"mean": i + 1.0} for i in range(9)}
     (run / "stats.jsonl").write_text(json.dumps({"Progress/kimg": 1.0} | values) + "\n")
@@ -446,7 +446,7 @@ def test_no_two_lines_look_the_same(tmp_path: Path) -> None:
     assert len({page._swatch(entry) for entry in chart.legend()}) == 2 + 9
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_distinguished(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a/run", "b/run", "b/other", "c/exp/0", "d/exp/0")]
     assert report.name_runs(folders) == ["a/run", "b/run", "other", "c/exp/0", "d/exp/0"]
 
@@ -457,7 +457,7 @@ def test_a_run_is_shown_once(tmp_path: Path) -> None:
     assert find_runs([run, run.parent / ".." / "runs", tmp_path / "runs" / "newest"]) == [run]
 
 
-def test_a_warning_that_comes_again_is_among_the_last(tmp_path: Path) -> None:
+def test_a_repeated_warning_is_among_the_last(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1)
     warnings = [f"Warning: {i}\n" for i in (0, *range(25), 0)]
     (run / "log.txt").write_text("".join(warnings))
@@ -465,7 +465,7 @@ def test_a_warning_that_comes_again_is_among_the_last(tmp_path: Path) -> None:
     assert shown == [*(f"Warning: {i}" for i in range(6, 25)), "Warning: 0 (3 times)"]
 
 
-def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")

@@ -53,7 +53,7 @@ def save(start: Start, number: int = 0, **changes: Any) -> Path:
     return run_dir
 
 
-def test_the_folder_alone_is_enough(new: Callable[..., RunRequest]) -> None:
+def test_a_run_resumes_from_its_folder_alone(new: Callable[..., RunRequest]) -> None:
     """Every field comes from the saved configuration, whatever the presets say now."""
     start = choose_start(new(texts={"loss.r1_gamma": "3", "run.total_kimg": "5", "g_optimizer.beta2": "0.9"}))
     run_dir = save(start)
@@ -61,7 +61,7 @@ def test_the_folder_alone_is_enough(new: Callable[..., RunRequest]) -> None:
     assert (resumed.config, resumed.run_dir) == (start.config, run_dir)
 
 
-def test_typing_again_what_was_typed_changes_nothing(new: Callable[..., RunRequest]) -> None:
+def test_repeating_the_options_changes_nothing(new: Callable[..., RunRequest]) -> None:
     for number, texts in enumerate(
         (
             {},
@@ -77,7 +77,7 @@ def test_typing_again_what_was_typed_changes_nothing(new: Callable[..., RunReque
         assert choose_start(new("latest", texts=texts)).run_dir == run_dir
 
 
-def test_the_part_run_may_change(new: Callable[..., RunRequest]) -> None:
+def test_run_settings_may_change_on_resume(new: Callable[..., RunRequest]) -> None:
     start = choose_start(new())
     run_dir = save(start)
     texts = {"run.total_kimg": "99", "run.metrics": "none", "run.snapshot_ticks": "7"}
@@ -100,7 +100,7 @@ def test_the_part_run_may_change(new: Callable[..., RunRequest]) -> None:
         ({}, "auto", "preset: 'tiny' -> 'auto'"),
     ],
 )
-def test_anything_else_is_listed_and_refused_unless_overridden(
+def test_other_changes_are_refused_without_override(
     new: Callable[..., RunRequest],
     capsys: pytest.CaptureFixture[str],
     texts: dict[str, str],
@@ -130,7 +130,7 @@ def test_anything_else_is_listed_and_refused_unless_overridden(
         assert str(list(config) if isinstance(config, tuple) else config) == value.split(" -> ")[1].strip("'")
 
 
-def test_latest_is_the_newest_run_that_is_not_contradicted(new: Callable[..., RunRequest]) -> None:
+def test_latest_is_the_newest_run_with_matching_options(new: Callable[..., RunRequest]) -> None:
     """An option that is not typed contradicts no run."""
     runs = {}
     for number, gamma in enumerate(("1", "2", "1", "3")):
@@ -141,9 +141,7 @@ def test_latest_is_the_newest_run_that_is_not_contradicted(new: Callable[..., Ru
     assert choose_start(new("latest", texts={"loss.r1_gamma": "4"})).run_dir is None
 
 
-def test_runs_that_cannot_be_read_are_passed_over(
-    new: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_runs_are_skipped(new: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = save(choose_start(new()))
     broken = save(choose_start(new()), 1)
     (broken / OPTIONS_FILE).write_text("[]")
@@ -157,7 +155,7 @@ def test_runs_that_cannot_be_read_are_passed_over(
         choose_start(new(without_state))
 
 
-def test_runs_of_other_families_or_data_are_contradicted(
+def test_runs_of_other_families_or_data_do_not_match(
     new: Callable[..., RunRequest], data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.zip"
@@ -172,7 +170,7 @@ def test_runs_of_other_families_or_data_are_contradicted(
     assert choose_start(replace(request, resume="latest")).run_dir == run_dir  # the other data are not opened
 
 
-def test_shares_follow_the_number_of_processes(new: Callable[..., RunRequest]) -> None:
+def test_micro_batches_follow_the_number_of_processes(new: Callable[..., RunRequest]) -> None:
     """A micro-batch stays while it divides the share of a process."""
     start = choose_start(new(texts={"batch_size": "32", "run.batch_gpu": "8"}))
     assert start.config.run.batch_gpu == 8
@@ -190,7 +188,7 @@ def test_shares_follow_the_number_of_processes(new: Callable[..., RunRequest]) -
     assert share(batch_gpu="16") == 16
 
 
-def test_what_another_machine_chose_is_chosen_anew(new: Callable[..., RunRequest]) -> None:
+def test_automatic_choices_are_made_anew_on_another_machine(new: Callable[..., RunRequest]) -> None:
     """CUDA graphs, which a run had on a GPU, are no reason to refuse it on a CPU."""
     start = choose_start(new())
     run_dir = save(start, **{"run.graphs": True})
@@ -211,7 +209,7 @@ def test_a_state_starts_a_new_run_of_its_configuration(new: Callable[..., RunReq
         choose_start(RunRequest(outdir=start.outdir, resume=str(state), texts={"loss.r1_gamma": "4"}))
 
 
-def test_what_a_new_run_needs_is_named(tmp_path: Path) -> None:
+def test_missing_options_of_a_new_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing option --data"):
         choose_start(RunRequest(outdir=tmp_path))
     with pytest.raises(UserError, match="missing option --data"):

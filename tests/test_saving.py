@@ -80,9 +80,7 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_state_is_written_as_it_was_when_it_was_copied(
-    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_is_written_as_copied(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     train_steps(trainer, 1)
@@ -121,9 +119,7 @@ def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path
     assert not any(getattr(snapshot, name).training for name in networks)
 
 
-def test_metrics_and_pictures_are_those_of_the_averaged_network(
-    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_and_grids_use_g_ema(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new_trainer(shapes_zip, ema__rampup=None, run__metrics=("swd20",))
     evaluated: list[Any] = []
 
@@ -148,7 +144,7 @@ def test_metrics_and_pictures_are_those_of_the_averaged_network(
     assert (expected - other).abs().max() > 0.02
 
 
-def test_one_write_is_in_flight_at_most() -> None:
+def test_at_most_one_write_is_in_flight() -> None:
     running, most = [], []
 
     def job(number: int) -> None:
@@ -188,7 +184,7 @@ def test_nothing_is_copied_while_a_write_is_in_flight(
     saver.writer.wait()
 
 
-def test_mistakes_of_a_job_are_raised_and_full_disks_reported() -> None:
+def test_job_errors_are_raised_and_full_disks_reported() -> None:
     def broken(error: Exception) -> None:
         raise error
 
@@ -202,7 +198,7 @@ def test_mistakes_of_a_job_are_raised_and_full_disks_reported() -> None:
         writer.join()
 
 
-def test_training_goes_on_when_the_disk_is_full(
+def test_training_continues_when_the_disk_is_full(
     shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = new_trainer(shapes_zip)
@@ -226,7 +222,7 @@ def test_training_goes_on_when_the_disk_is_full(
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"] == 48
 
 
-def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(document: Any, file: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -236,7 +232,7 @@ def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
+def test_a_deleted_folder_is_recreated_with_the_state(
     shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = new_trainer(shapes_zip)
@@ -266,7 +262,7 @@ def test_a_folder_that_vanishes_is_made_again_with_the_state_in_it(
     assert (run_dir / "log.txt").read_text().endswith("the end\n")
 
 
-def test_a_folder_that_cannot_be_made_again_stops_the_run_with_the_state_elsewhere(
+def test_an_unwritable_folder_stops_the_run_with_a_rescued_state(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -289,7 +285,7 @@ def test_a_folder_that_cannot_be_made_again_stops_the_run_with_the_state_elsewhe
         saver.check_folder(trainer)
 
 
-def test_a_folder_that_another_run_has_taken_is_not_written_into(
+def test_a_folder_taken_by_another_run_is_not_written_to(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was moved away, and a new run of the same name began; or its lock was deleted, and a second one went on."""
@@ -308,7 +304,7 @@ def test_a_folder_that_another_run_has_taken_is_not_written_into(
     assert Checkpoint.read(state)["parts"]["state"]["step"] == 0
 
 
-def test_a_lock_that_was_deleted_is_taken_again(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_deleted_lock_is_taken_again(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     (tmp_path / FolderLock.NAME).unlink()
@@ -331,7 +327,7 @@ def test_copies_and_folders_named_like_states_are_left_alone(shapes_zip: Path, t
     assert [path.name for path in list_states(tmp_path)] == ["training-state-000008.pt"]
 
 
-def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_only_log_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with TeeLog(tmp_path / "log.txt") as log:
         log.file.close()
         log.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
@@ -339,7 +335,7 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capsy
     assert capsys.readouterr().out == "on the screen\n"
 
 
-def test_redrawn_lines_give_way_to_what_is_printed(
+def test_printed_output_overwrites_redrawn_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "21")
@@ -357,7 +353,7 @@ def test_redrawn_lines_give_way_to_what_is_printed(
     ("last", "every", "kept"),
     [(2, None, [9, 10]), (1, 4, [4, 8, 10]), (3, 100, [8, 9, 10]), (1, 2.5, [3, 5, 8, 10]), (99, None, range(1, 11))],
 )
-def test_the_last_states_are_kept_and_some_for_ever(last: int, every: float | None, kept: list[int]) -> None:
+def test_the_last_states_are_kept_and_some_permanently(last: int, every: float | None, kept: list[int]) -> None:
     """The same whether files go one by one, as in a run, or all at once."""
 
     def path(kimg: int) -> Path:
@@ -373,7 +369,7 @@ def test_the_last_states_are_kept_and_some_for_ever(last: int, every: float | No
     assert [state for state in everything if state not in obsolete(everything, last, every)] == expected
 
 
-def test_damaged_states_ahead_of_a_run_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
+def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
     """A run that went on from before them would otherwise throw away what it writes."""
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (7, 9):
@@ -390,7 +386,7 @@ def test_damaged_states_ahead_of_a_run_do_not_count_as_kept(shapes_zip: Path, tm
     assert Checkpoint.read(tmp_path / "training-state-000008.pt")["parts"]["state"]["nimg"] == 8016
 
 
-def test_a_run_keeps_as_many_states_as_it_is_told(shapes_zip: Path, tmp_path: Path) -> None:
+def test_keep_states_sets_the_number_of_kept_states(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (3, 5):
         trainer.save(tmp_path / f"training-state-{kimg:06d}.pt")

@@ -49,7 +49,7 @@ def planned(data: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)["options"]
 
 
-def test_the_flags_are_these() -> None:
+def test_the_list_of_flags_is_complete() -> None:
     """Later work adds fields, which --set reaches, not flags."""
     options = train.main.get_params(click.Context(train.main))
     assert {next(flag for flag in option.opts if flag.startswith("--"))[2:] for option in options} == FLAGS
@@ -67,7 +67,7 @@ def test_presets_are_listed() -> None:
     assert (unknown.exit_code, "did you mean cifar?" in unknown.output) == (2, True)
 
 
-def test_help_comes_without_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys, train\n"
         "try: train.main(['--help'])\n"
@@ -81,7 +81,7 @@ def test_help_comes_without_torch() -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
-def test_the_help_names_the_families_that_have_a_field(option: ConfigOption) -> None:
+def test_the_help_names_the_families_of_a_field(option: ConfigOption) -> None:
     part, _, name = (option.field or "").partition(".")
     if part not in FAMILIES or name == "family":
         return
@@ -137,7 +137,7 @@ def typed(value: Any, field: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def test_every_value_of_every_preset_can_be_typed() -> None:
+def test_every_preset_value_round_trips_through_text() -> None:
     seen = set()
     for config, field, value in fields_of_presets():
         text = typed(value, field)
@@ -167,7 +167,7 @@ def test_every_value_of_every_preset_can_be_typed() -> None:
         ({"data.mirror": "on", "data.use_labels": "0"}, {"data.mirror": True, "data.use_labels": False}),
     ],
 )
-def test_texts_become_values_by_the_type_of_the_field(texts: dict[str, str], values: dict[str, Any]) -> None:
+def test_texts_are_parsed_by_the_type_of_the_field(texts: dict[str, str], values: dict[str, Any]) -> None:
     parsed = parse_texts(PRESETS["auto"], texts)
     assert {path: parsed[path] for path in values} == values
 
@@ -197,14 +197,14 @@ def test_texts_become_values_by_the_type_of_the_field(texts: dict[str, str], val
         ("g_optimizer.clip_norm", "auto", "expected a number or none"),
     ],
 )
-def test_texts_that_are_no_values(path: str, text: str, problem: str) -> None:
+def test_invalid_texts_are_refused(path: str, text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_texts(PRESETS["auto"], {path: text})
     assert caught.value.field == path
     assert problem in caught.value.problem
 
 
-def test_any_field_can_be_set(shapes32_zip: Path) -> None:
+def test_set_reaches_every_field(shapes32_zip: Path) -> None:
     options = planned(shapes32_zip, "--set", "g_optimizer.beta2=0.9", "--set=augment.ada_interval=8", "--set", "seed=3")
     assert options["g_optimizer"]["beta2"] == 0.9
     assert options["augment"]["ada_interval"] == 8
@@ -230,7 +230,7 @@ def test_any_field_can_be_set(shapes32_zip: Path) -> None:
         (["--kims=5"], "--kimg"),
     ],
 )
-def test_mistakes(shapes32_zip: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_refused_with_a_hint(shapes32_zip: Path, arguments: list[str], message: str) -> None:
     result = run("--outdir=x", f"--data={shapes32_zip}", "--cfg=tiny", "--device=cpu", "-n", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -246,7 +246,7 @@ def test_removed_flags_name_fields() -> None:
             assert path in field_paths(PRESETS["auto"])
 
 
-def test_no_page_and_no_message_names_a_removed_flag() -> None:
+def test_no_page_or_message_names_a_removed_flag() -> None:
     """But where it says that they are removed; --heads and --window are flags of other programs too."""
     flags = [flag for flag in train.REMOVED if flag not in ("--heads", "--window", "--landmarks")]
     pattern = re.compile(rf"(?<![\w-])({'|'.join(flags)})(?![\w-])")
@@ -257,5 +257,5 @@ def test_no_page_and_no_message_names_a_removed_flag() -> None:
             assert not pattern.findall(file.read_text()), file
 
 
-def test_hints_are_those_of_the_class() -> None:
+def test_hints_come_from_the_class() -> None:
     assert hints(type(PRESETS["auto"]))["seed"] is int

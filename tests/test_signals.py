@@ -34,7 +34,7 @@ def at_step(step: int, number: signal.Signals) -> OnStep:
     return OnStep(lambda trainer: signal.raise_signal(number) if trainer.state.step == step else None)
 
 
-def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
+def test_sigusr1_saves_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
     trainer, straight = new_trainer(shapes_zip), new_trainer(shapes_zip)
     before = signal.getsignal(signal.SIGTERM)
     saver = new_saver(tmp_path, trainer.config)
@@ -63,7 +63,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops(shapes_zip: Path,
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
 
 
-def test_a_signal_before_the_first_step_waits_for_something_to_save(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_waits_for_a_state(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     with Signals() as signals:
@@ -76,7 +76,7 @@ def test_a_signal_before_the_first_step_waits_for_something_to_save(shapes_zip: 
     assert Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["step"] == 1
 
 
-def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_tick_interrupted_by_a_signal_is_logged_in_full(shapes_zip: Path, tmp_path: Path) -> None:
     """Also the updates that it left out: at the second of its four steps D is broken, before the signal."""
     ticks: list[Tick] = []
 
@@ -109,7 +109,7 @@ def test_the_tick_in_which_a_signal_came_is_reported_whole(shapes_zip: Path, tmp
         assert skipped == {"Skipped/D_main": 1, "Skipped/G_main": 1}
 
 
-def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_failure_is_reported_before_a_signal_saves(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     with torch.no_grad():
         trainer.D.epilogue.out.weight.fill_(float("nan"))
@@ -121,7 +121,9 @@ def test_a_failure_is_told_before_a_signal_saves_beyond_it(shapes_zip: Path, tmp
     assert list(tmp_path.glob("*.pt")) == []
 
 
-def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_second_sigint_exits_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     clock = [100.0]
@@ -139,7 +141,7 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == f"\n{answer}\n"
 
 
-def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
+def test_ctrl_c_interrupts_a_running_operator(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's own handler, which sets `stop`, has to wait until C returns: here, from waiting for a condition."""
@@ -171,7 +173,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_inside_of_an_operator(
     assert "Ctrl-C: stopping" in capsys.readouterr().err
 
 
-def test_a_signal_that_a_program_was_started_to_ignore_stays_ignored() -> None:
+def test_an_inherited_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals() as signals:
@@ -198,13 +200,13 @@ def in_two_processes(folder: Path, data: Path) -> None:
         (folder / f"{distributed.rank()}.json").write_text(json.dumps(heard))
 
 
-def test_all_processes_hear_of_a_signal_at_the_same_step(together: Path) -> None:
+def test_all_processes_act_on_a_signal_at_the_same_step(together: Path) -> None:
     expected = {str(INTERVAL): [True, None], str(2 * INTERVAL): [False, int(signal.SIGTERM)]}
     heard = [json.loads((together / "test_signals" / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert heard == [expected, expected]
 
 
-def test_the_data_loaders_processes_outlive_a_signal_to_all(shapes_zip: Path) -> None:
+def test_data_loader_processes_survive_a_group_signal(shapes_zip: Path) -> None:
     import multiprocessing
 
     dataset = ImageDataset(DatasetConfig(path=str(shapes_zip)))

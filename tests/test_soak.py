@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_nothing_grows_and_nothing_is_left(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_files_do_not_grow(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Snapshots, states, pictures and a metric at every tick, images from two workers. Memory: to 2 %."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     soak = importlib.import_module("soak")

@@ -82,7 +82,7 @@ REASONS = {"full": "No space left on device", "pipe": "Broken pipe", "terminal":
 @pytest.mark.parametrize(
     ("kind", "arguments"), [("full", []), ("terminal", []), ("pipe", ["--lines=100000"]), ("full", ["--help"])]
 )
-def test_a_script_whose_output_fails_ends_with_one_line(kind: str, arguments: list[str]) -> None:
+def test_a_failing_output_stream_ends_with_one_line(kind: str, arguments: list[str]) -> None:
     with failing(kind) as descriptor:
         done = run(SCRIPT, *arguments, stdout=descriptor)
     assert done.returncode == 2
@@ -98,12 +98,12 @@ def test_a_script_whose_output_fails_ends_with_one_line(kind: str, arguments: li
         (">/dev/full 2>/dev/full", (2, "", "")),
     ],
 )
-def test_a_script_whose_streams_are_closed(closed: str, expected: tuple[int, str, str]) -> None:
+def test_scripts_run_with_closed_streams(closed: str, expected: tuple[int, str, str]) -> None:
     done = run(SCRIPT, closed=closed)
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
-def test_an_error_is_no_traceback_with_stderr_closed() -> None:
+def test_errors_print_no_traceback_with_stderr_closed() -> None:
     assert run(SCRIPT, "--lines=x", closed="2>&-").returncode == 2
 
 
@@ -111,7 +111,7 @@ def test_an_error_is_no_traceback_with_stderr_closed() -> None:
     ("kind", "names"),
     [("pipe", ("stdout",)), ("full", ("stdout",)), ("full", ("stderr",)), ("terminal", ("stdout", "stderr"))],
 )
-def test_training_goes_on_without_a_stream_and_its_log_says_so_once(
+def test_training_continues_without_a_stream_and_logs_it_once(
     tmp_path: Path, kind: str, names: tuple[str, ...]
 ) -> None:
     log = tmp_path / "log.txt"

@@ -60,7 +60,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [HEAD_START])])
-def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
+def test_under_torchrun_local_rank_0_reports_errors_first(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
 ) -> None:
     """The others wait to be ended by torchrun, or were alone in what they met."""
@@ -72,7 +72,7 @@ def test_under_torchrun_the_first_process_of_each_machine_speaks_first(
     assert "--kimg=long: expected a number" in result.stderr
 
 
-def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch_as(monkeypatch)
     checked: list[ImageDataset] = []
     monkeypatch.setattr(ImageDataset, "check_shapes", lambda self, choose_size: checked.append(self))
@@ -82,13 +82,13 @@ def test_one_process_checks_the_data(shapes_zip: Path, monkeypatch: pytest.Monke
         assert len(checked) == count
 
 
-def test_both_spellings_of_flags_are_known() -> None:
+def test_flags_accept_dashes_and_underscores() -> None:
     spelled = {flag for option in train.main.params for flag in option.opts}
     for flag in ("--g_dict", "--g-dict", "--num_layers", "--num-layers", "--minimum-head", "--allow_tf32", "--dry_run"):
         assert flag in spelled
 
 
-def test_a_home_directory_is_found_after_an_equals_sign(
+def test_a_tilde_is_expanded_after_an_equals_sign(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(shapes_zip.parent))
@@ -108,9 +108,7 @@ def test_a_home_directory_is_found_after_an_equals_sign(
         (train.main, "--grad_checkpoint", "-", "'-' is not a valid"),
     ],
 )
-def test_a_value_with_a_minus_sign_is_no_other_flag(
-    program: click.Command, flag: str, value: str, message: str
-) -> None:
+def test_a_negative_value_is_not_taken_for_a_flag(program: click.Command, flag: str, value: str, message: str) -> None:
     result = CliRunner().invoke(program, [f"{flag}={value}"])
     assert result.exit_code == 2
     assert f"Invalid value for '{flag[:6]}" in result.stderr
@@ -118,7 +116,7 @@ def test_a_value_with_a_minus_sign_is_no_other_flag(
     assert "No such option" not in result.stderr
 
 
-def test_the_command_of_the_papers_readme_is_understood(shapes32_zip: Path, tmp_path: Path) -> None:
+def test_the_command_of_the_public_readme_is_accepted(shapes32_zip: Path, tmp_path: Path) -> None:
     arguments = f"--outdir={tmp_path / 'runs'} --data={shapes32_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
     plan = json.loads(output)  # all of stdout
@@ -142,7 +140,7 @@ def test_switches_take_values_as_in_older_commands(shapes32_zip: Path) -> None:
     assert plan["images"] == 512
 
 
-def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_downloads_nothing(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*_: object) -> None:
         raise AssertionError
 
@@ -152,9 +150,7 @@ def test_a_dry_run_fetches_nothing(shapes32_zip: Path, monkeypatch: pytest.Monke
     assert run("--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n", "--metrics=fid50k_ful").exit_code == 2
 
 
-def test_a_run_without_metrics_says_what_it_computes_and_why(
-    shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_metric_is_reported_with_its_reason(shapes32_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "SLOW_DECODER", None)
     about = Environment(img_shape=(3, 32, 32), c_dim=0)
     config = resolve(override(PRESETS["cifar"], {"data.path": str(shapes32_zip)}), about)
@@ -165,7 +161,7 @@ def test_a_run_without_metrics_says_what_it_computes_and_why(
     assert worker._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
 
 
-def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path) -> None:
     described = ["--desc=first.try", "--mbstd=32"]
     output = run_ok(
         f"--outdir={tmp_path}",
@@ -226,7 +222,7 @@ def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path
     assert "loss.r1_gamma: 0.5 -> 3.0" in refused.output
 
 
-def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp_path: Path) -> None:
+def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Path) -> None:
     run_ok(f"--outdir={tmp_path / 'a'}", f"--data={shapes_zip}", *SHORT)
     source = run_dirs(tmp_path / "a")[0] / "network-snapshot-000000.pkl"
     arguments = [f"--outdir={tmp_path / 'b'}", f"--data={shapes_zip}", *SHORT, "--kimg=0.016", f"--resume={source}"]
@@ -269,7 +265,7 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--override"], "--override: changes the options of a run that is resumed; give --resume=latest"),
     ],
 )
-def test_mistakes_get_one_line_and_leave_nothing(
+def test_mistakes_get_one_line_and_leave_no_files(
     shapes_zip: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, *arguments)
@@ -280,7 +276,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_labels_that_are_asked_for_and_missing(tmp_path: Path) -> None:
+def test_missing_labels_are_reported(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "data" / "a.png")
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT, "--cond")
@@ -289,19 +285,19 @@ def test_labels_that_are_asked_for_and_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_option_that_is_missing_is_named() -> None:
+def test_a_missing_option_is_named() -> None:
     result = run("--outdir=x", "--cfg=tiny")
     assert result.exit_code == 2
     assert "missing option --data" in result.output
 
 
-def test_json_round_trip_of_what_a_run_stores(shapes_zip: Path) -> None:
+def test_the_stored_configuration_round_trips(shapes_zip: Path) -> None:
     plan = json.loads(run_ok("--outdir=x", f"--data={shapes_zip}", "--cfg=auto", "-n"))
     config = from_json(TrainConfig, plan["options"])
     assert to_json(config) == plan["options"]
 
 
-def test_a_start_that_cannot_be_is_found_before_processes_start(shapes_zip: Path, tmp_path: Path) -> None:
+def test_impossible_starts_are_refused_before_launch(shapes_zip: Path, tmp_path: Path) -> None:
     result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", f"--resume={tmp_path}")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
@@ -310,7 +306,7 @@ def test_a_start_that_cannot_be_is_found_before_processes_start(shapes_zip: Path
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (16, 32)), ("RGBA", (16, 16)), ("L", (16, 16))])
-def test_images_that_differ_are_found_before_the_run_starts(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+def test_mixed_image_sizes_are_found_before_launch(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
     (tmp_path / "data").mkdir()
     for number in range(20):
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / f"{number:02d}.png")
@@ -335,7 +331,7 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
     """Also under `auto`, whose batch size depends on their number: the run keeps its own."""
     auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
@@ -351,7 +347,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shapes_zip: Path, tmp_pa
         assert len((run_dir / f"{name}.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_truncated_log_does_not_prevent_resuming(shapes_zip: Path, tmp_path: Path) -> None:
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT]
     run_ok(*common, "--kimg=0.032")
     (run_dir,) = run_dirs(tmp_path)
@@ -368,7 +364,7 @@ def test_a_log_that_was_cut_short_does_not_stop_a_resume(shapes_zip: Path, tmp_p
     assert (run_dir / "metric-fid50k_full.jsonl").read_text() == of_images
 
 
-def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_run_shorter_than_a_tick_logs_start_and_end(shapes_zip: Path, tmp_path: Path) -> None:
     run_ok(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--tick=1", "--set=run.profile_steps=100")
     (run_dir,) = run_dirs(tmp_path)
     first, last = (run_dir / name for name in ("fakes_init.png", "fakes000000.png"))
@@ -377,7 +373,7 @@ def test_a_run_shorter_than_a_tick_has_a_beginning_and_an_end(shapes_zip: Path, 
     assert (run_dir / "trace.json").exists()  # of the steps there were
 
 
-def test_a_profile_is_written_or_missed_when_training_ends_early(
+def test_a_profile_of_a_short_run_is_written_or_reported(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [f"--data={shapes_zip}", *SHORT, "--tick=1", "--set=run.profile_steps=100"]
@@ -395,7 +391,7 @@ def test_a_profile_is_written_or_missed_when_training_ends_early(
     assert (run_dir / "trace.json").exists()
 
 
-def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_changed_dataset_is_detected_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.zip"
     shutil.copy(shapes_zip, data)
     common = [f"--outdir={tmp_path / 'runs'}", f"--data={data}", *SHORT, "--resume=latest"]
@@ -416,7 +412,7 @@ def test_a_change_of_the_data_is_noticed_on_resume(shapes_zip: Path, tmp_path: P
         (["--linformer=0"], [1, 2, 1, 1], False),
     ],
 )
-def test_auto_fills_in_only_what_is_not_given(
+def test_auto_fills_in_only_missing_values(
     tmp_path: Path, given: list[str], layers: list[int], linformer: bool
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -431,7 +427,7 @@ def test_auto_fills_in_only_what_is_not_given(
     )
 
 
-def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_path: Path) -> None:
+def test_override_resumes_with_other_options(shapes_zip: Path, tmp_path: Path) -> None:
     """Learning rates and a fixed p are in the training state as well: the options win."""
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--aug=fixed"]
     run_ok(*common, "--p=0.25", "--kimg=0.016")
@@ -461,7 +457,7 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
 
 
-def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Path) -> None:
+def test_out_of_memory_suggests_disabling_graphs_first(shapes_zip: Path) -> None:
     config = small_config(shapes_zip)
     with_graphs = override(config, {"run.graphs": True})
     on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
@@ -470,7 +466,7 @@ def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Pa
     assert "--graphs" not in worker._too_large(with_graphs, on_host)
 
 
-def test_out_of_memory_is_answered_with_the_flags_that_help(
+def test_out_of_memory_names_the_flags_that_help(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_much(*args: object) -> None:
@@ -492,7 +488,7 @@ def test_out_of_memory_is_answered_with_the_flags_that_help(
         assert (result.exit_code, answer in result.stderr) == (2, True), result.stderr
 
 
-def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
+def test_the_best_state_is_kept_and_starts_a_new_run(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By scores 3, 1, 2 and, after a stop, 4: the best stays that of the second tick, and latest is still latest."""
@@ -539,7 +535,7 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
 
 
-def test_lists_that_are_given_several_times_are_joined(shapes32_zip: Path) -> None:
+def test_repeated_list_options_are_joined(shapes32_zip: Path) -> None:
     arguments = ["--outdir=x", f"--data={shapes32_zip}", "--cfg=tiny", "--device=cpu", "-n"]
 
     def planned(*options: str) -> Any:
@@ -550,7 +546,7 @@ def test_lists_that_are_given_several_times_are_joined(shapes32_zip: Path) -> No
     assert planned("--metrics=none", "--metrics=swd60") == ["swd60"]
 
 
-def test_a_closed_stderr_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `command 2>&-` leaves it; then progress and warnings have nowhere to go."""
 
     @click.command(cls=Script)

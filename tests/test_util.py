@@ -39,7 +39,7 @@ def strange(folder: Path) -> list[Path]:
     return [*(folder / name for name in ("pipe", "link", "socket", "zero", "folder")), Path("/dev/zero")]
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_non_regular_files_are_refused_without_blocking(tmp_path: Path) -> None:
     for path in strange(tmp_path):
         for read in (open_regular, read_json, lambda path: read_regular(path, 9), lambda path: list(read_lines(path))):
             with pytest.raises(OSError, match=path.name) as error:
@@ -53,7 +53,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
         open_regular(tmp_path / "missing")
 
 
-def test_regular_files_are_read_and_extended(tmp_path: Path) -> None:
+def test_regular_files_are_read_and_appended(tmp_path: Path) -> None:
     path = tmp_path / "file"
     append_line(path, "é")
     append_line(path, "2")
@@ -68,7 +68,7 @@ def test_regular_files_are_read_and_extended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value", [0, -1, 2**63 - 1, -(2**63), 2**64 - 1, 1e308, [[]], {"a": [None, True, "x"]}, "9" * 9999]
 )
-def test_json_documents_are_as_the_module_reads_them(value: Any) -> None:
+def test_json_documents_equal_those_of_the_json_module(value: Any) -> None:
     assert parse_json(json.dumps(value)) == value == parse_json(json.dumps(value).encode())
 
 
@@ -86,13 +86,13 @@ def test_json_documents_are_as_the_module_reads_them(value: Any) -> None:
         b"\xff",
     ],
 )
-def test_json_documents_that_are_none_or_out_of_bounds(text: str | bytes) -> None:
+def test_invalid_json_documents_are_refused(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
 
 
 @pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":[', "]}"), ('[0,{"a":', "}]")])
-def test_depth_of_json_documents(start: str, end: str) -> None:
+def test_deeply_nested_json_is_refused(start: str, end: str) -> None:
     count = MAX_JSON_DEPTH // (len(end))
     parse_json(start * count + "0" + end * count)
     with pytest.raises(ValueError, match="nested too deep"):
@@ -107,7 +107,7 @@ def test_lines_are_read_in_pieces(tmp_path: Path) -> None:
     assert [len(line) for line in read_lines(path)] == [MAX_LINE_BYTES, 2, 1]
 
 
-def test_lines_of_json_and_records(tmp_path: Path) -> None:
+def test_json_lines_are_read_as_records(tmp_path: Path) -> None:
     path = tmp_path / "metric-a.jsonl"
     assert list(read_json_lines(path)) == []
     good = [{"results": {"a": 1}}, {"results": {"a": -2.5, "b": 0}, "kimg": None}]

@@ -53,7 +53,9 @@ def _npz(array: bool) -> bytes:
         (lambda: b"hello", "another kind"),
     ],
 )
-def test_what_is_no_snapshot_is_told_what_it_is(tmp_path: Path, content: Callable[[], bytes], expected: str) -> None:
+def test_files_that_are_not_snapshots_are_identified(
+    tmp_path: Path, content: Callable[[], bytes], expected: str
+) -> None:
     path = tmp_path / "network.pkl"
     path.write_bytes(content())
     with pytest.raises(UserError, match="^" + str(path)) as error:
@@ -61,7 +63,7 @@ def test_what_is_no_snapshot_is_told_what_it_is(tmp_path: Path, content: Callabl
     assert expected in str(error.value)
 
 
-def test_a_data_set_as_a_snapshot_and_the_other_way_round(shapes_zip: Path, tmp_path: Path) -> None:
+def test_datasets_and_snapshots_are_not_confused(shapes_zip: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a data set, which --data takes"):
         legacy.load_network(shapes_zip)
     result = CliRunner().invoke(train.main, [*SMALL, f"--data={SHAPES}", f"--outdir={tmp_path}", "-n"])
@@ -69,7 +71,7 @@ def test_a_data_set_as_a_snapshot_and_the_other_way_round(shapes_zip: Path, tmp_
     assert str(SHAPES) in result.output
 
 
-def test_a_training_state_as_a_snapshot_and_the_other_way_round(tmp_path: Path) -> None:
+def test_states_and_snapshots_are_not_confused(tmp_path: Path) -> None:
     state = tmp_path / "training-state-000001.pt"
     write_file(state, Checkpoint.FORMAT, Checkpoint.VERSION, {"parts": {}})
     with pytest.raises(UserError, match=r"a training-state file.*--resume takes it; snapshots .* network-snapshot-"):
@@ -78,7 +80,7 @@ def test_a_training_state_as_a_snapshot_and_the_other_way_round(tmp_path: Path) 
         Checkpoint.read(SHAPES)
 
 
-def test_a_single_array_as_styles(tmp_path: Path) -> None:
+def test_a_bare_array_is_refused_as_styles(tmp_path: Path) -> None:
     path = tmp_path / "w.npy"
     path.write_bytes(_npz(array=True))
     result = CliRunner().invoke(
@@ -89,7 +91,7 @@ def test_a_single_array_as_styles(tmp_path: Path) -> None:
     assert "numpy.savez('styles.npz', w=numpy.load(FILE))" in result.output
 
 
-def test_the_folder_of_a_run_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
+def test_a_run_folder_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
     (tmp_path / OPTIONS_FILE).write_text("{}")
     arguments = [f"--network={tmp_path}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]
     none = CliRunner().invoke(generate.main, arguments)
@@ -114,7 +116,7 @@ def test_conversion_needs_no_command(tmp_path: Path) -> None:
     assert (dest / "config.json").exists()
 
 
-def test_transfer_learning_says_that_the_run_itself_could_go_on(shapes_zip: Path, tmp_path: Path) -> None:
+def test_transfer_learning_mentions_that_the_run_can_resume(shapes_zip: Path, tmp_path: Path) -> None:
     config = small_config(shapes_zip)
     networks: dict[str, Any] = {"G": config.generator.build(), "D": config.discriminator.build()}
     snapshot = tmp_path / "network-snapshot-000001.pkl"
