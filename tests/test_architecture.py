@@ -1,4 +1,4 @@
-"""Who may import whom: dnnlib <- torch_utils <- metrics <- training <- exploration <- scripts."""
+"""Import rule of the packages: dnnlib <- torch_utils <- metrics <- training <- exploration <- scripts."""
 
 from __future__ import annotations
 

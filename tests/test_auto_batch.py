@@ -1,4 +1,4 @@
-"""--batch-gpu=auto: which sizes are tried, that all processes agree, that nothing remains of it; lack of memory."""
+"""--batch-gpu=auto: candidate sizes, agreement of all processes, no side effects, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ CPU = torch.device("cpu")
     [
         (64, 2, 4, 0, [32, 16, 8, 4]),
         (24, 1, 4, 0, [24, 12, 8, 4]),
-        (32, 1, 32, 0, [32]),  # smaller pieces would have smaller groups
+        (32, 1, 32, 0, [32]),  # smaller micro-batches would have smaller minibatch-std groups
         (16, 1, 32, 0, [16]),
         (6, 1, 0, 0, [6, 3, 2, 1]),
-        (6, 1, 0, 2, [6, 3, 2]),  # path length takes half a piece
+        (6, 1, 0, 2, [6, 3, 2]),  # path length uses half of a micro-batch
     ],
 )
 def test_micro_batches_respect_minibatch_std_groups(
@@ -46,7 +46,7 @@ def test_micro_batches_respect_minibatch_std_groups(
     values = {"batch_size": batch, "run__num_gpus": gpus, "loss__pl_weight": pl_weight, "loss__pl_interval": 4}
     config = small_config(shapes_zip, **values, discriminator__mbstd_group_size=group, run__batch_gpu="auto")
     assert micro_batches(config) == sizes
-    assert config.run.batch_gpu == sizes[0]  # before anything is tried, and on a CPU for good
+    assert config.run.batch_gpu == sizes[0]  # before the search, and always on a CPU
 
 
 def test_an_indivisible_batch_is_refused(shapes_zip: Path) -> None:
@@ -55,7 +55,7 @@ def test_an_indivisible_batch_is_refused(shapes_zip: Path) -> None:
 
 
 def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> list[tuple[str, int]]:
-    """Let a phase fail with more than so many images; return where what is computed will be noted."""
+    """Make phases fail with more than `most` images; return the list that records the sizes."""
     computed: list[tuple[str, int]] = []
     accumulate = Trainer._accumulate
 
@@ -82,7 +82,7 @@ def test_the_trial_step_runs_every_phase(shapes_zip: Path, monkeypatch: pytest.M
 
 
 def test_a_trial_step_leaves_no_trace(shapes_zip: Path) -> None:
-    """Not in the rehearsing trainer's weights, and not in the training that follows."""
+    """Neither the weights of the trial trainer nor the training that follows are changed."""
 
     def trained() -> dict[str, Any]:
         trainer = Trainer(config, dataset, CPU)
@@ -195,7 +195,7 @@ def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -
 
 
 def raised_while_handling(first: Exception, cause: Exception | None = None) -> Exception:
-    """What comes out of the end of a CUDA graph's recording when something was raised in it."""
+    """Return the error that leaves a CUDA graph capture in which another error was raised."""
     recording = contextlib.ExitStack()
 
     def end() -> None:
@@ -219,7 +219,7 @@ def test_out_of_memory_is_recognised_behind_a_capture_error() -> None:
 
 @pytest.mark.slow
 def test_out_of_memory_ends_with_one_line(shapes32_zip: Path, tmp_path: Path) -> None:
-    """The program's address space is limited to 2 GiB more than it has once it is loaded; one step takes more."""
+    """The address space is limited to 2 GiB above its size after start-up; one step needs more."""
     limited = """
 import resource, sys
 import train

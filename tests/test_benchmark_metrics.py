@@ -1,4 +1,4 @@
-"""The benchmark of feature metrics with tiny settings: lines of JSON with the promised keys."""
+"""The benchmark of feature metrics with tiny settings prints JSON lines with the documented keys."""
 
 from __future__ import annotations
 

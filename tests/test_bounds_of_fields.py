@@ -1,4 +1,4 @@
-"""The fields of all configurations: their bounds, the messages of those, and their descriptions."""
+"""Bounds, error messages and descriptions of all configuration fields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIGS: tuple[Any, ...] = (TrainConfig, *PARTS, *GENERATORS.values(), *DISCRIMI
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
 BOUNDED = [(config, field) for config, field in FIELDS if str(bounds_of(config)[field.name])]
 ENDS = ("at_least", "above", "at_most", "below")
-# What a value at the edge of its bounds needs of other fields.
+# Other fields that a value at the edge of its bounds requires.
 ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("AugmentConfig", "p"): {"mode": "fixed"},
     ("AugmentConfig", "policy"): {"mode": "diffaug"},
@@ -32,7 +32,7 @@ ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("LossConfig", "drift_weight"): {"objective": "wgangp-eps", "r1_interval": None},
     ("LossConfig", "objective"): {"r1_interval": None},
 }
-# Fields whose smallest values the checks between fields of some class refuse.
+# Fields whose smallest values are refused by a check between fields.
 SHAPES = {
     "base",
     "resolutions",
@@ -52,7 +52,7 @@ def identify(value: Any) -> str:
 
 
 def refusal(config: Any, values: dict[str, Any]) -> ConfigError | None:
-    """The error that a configuration is refused with, None if it is not."""
+    """Return the error with which a configuration is refused, or None."""
     preset = {"preset": "auto"} if config is TrainConfig else {}
     try:
         config(**preset, **values)
@@ -62,12 +62,12 @@ def refusal(config: Any, values: dict[str, Any]) -> ConfigError | None:
 
 
 def is_real(config: Any, name: str) -> bool:
-    """Whether a field is for numbers with fractions."""
+    """Return whether a field holds floats."""
     return "float" in str(hints(config)[name])
 
 
 def inside_and_outside(config: Any, name: str, bounds: Bounds) -> tuple[list[Any], list[Any]]:
-    """Values at and beside each end of the bounds."""
+    """Return the values at, just inside and just outside each end of the bounds."""
     if bounds.choices is not None:
         return list(bounds.choices), [f"{bounds.choices[0]}-", ""]
     inside, outside = [], [math.nan] if is_real(config, name) else []

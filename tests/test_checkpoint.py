@@ -1,4 +1,4 @@
-"""Files of tensors: round trip, damage, foreign pickles, and what is left behind when writing fails."""
+"""Tensor files: round trip, corruption, foreign pickles, failed writes."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", ["to contiguous", "to channels last"])
 def test_a_fused_optimizer_continues_in_another_memory_layout(tmp_path: Path, device: str, change: str) -> None:
-    """Its moments follow their parameters: the next step is the one that would have come without the change."""
+    """The moments are permuted with their parameters: the next step equals that without the change of layout."""
     there, here = torch.channels_last, torch.contiguous_format
     if change == "to channels last":
         there, here = here, there

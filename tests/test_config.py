@@ -24,7 +24,7 @@ from training.config import (
 from training.phases import AdamConfig
 
 CIFAR = Environment(img_shape=(3, 32, 32), c_dim=0)
-# A training without what came after the first files, as far as it says what other fields may be.
+# Settings of a run from before the newer fields, so that the other fields are valid.
 BEFORE_OBJECTIVES: dict[str, Any] = {"loss.objective": "logistic", "augment.mode": "ada", "augment.policy": None}
 
 
@@ -68,7 +68,7 @@ def test_presets_round_trip_through_json(name: str) -> None:
 def _size(config: TrainConfig) -> tuple[int, int]:
     try:
         return config.generator.img_size
-    except ConfigError:  # still open
+    except ConfigError:  # not yet resolved
         return (128, 128)
 
 

@@ -30,7 +30,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
 
 
 def derivatives(convolve: Convolve, x: Tensor, w: Tensor) -> list[Tensor]:
-    """The output, the gradients of a function of it, and those of the norms of these."""
+    """Return the output, its gradients, and the gradients of the gradient norms."""
     y = convolve(x, w)
     first = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
     second = [torch.autograd.grad(g.square().sum(), (x, w), retain_graph=True) for g in first]
@@ -80,7 +80,7 @@ gpu = pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_second_derivatives_on_a_gpu(case: str, channels_last: bool) -> None:
-    """Networks take them there, in both layouts, and only where they are said to be needed."""
+    """Networks use these convolutions on a GPU, in both memory layouts, only where second derivatives are requested."""
     _, reference, shape = CASES[case]
     x, w = inputs(shape)
     layout = torch.channels_last if channels_last else torch.contiguous_format

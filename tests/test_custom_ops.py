@@ -1,4 +1,4 @@
-"""Building, finding and agreeing on the CUDA kernels, without a GPU."""
+"""Building, locating and agreeing on the CUDA kernels, without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch_utils import custom_ops, distributed
 ROOT = Path(__file__).parent.parent
 needs_nvcc = pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not here")
 
-# As small as a library can be that is taken for the kernels.
+# The smallest library that is accepted as the kernels.
 TINY = """
 __global__ void kernel() {}
 extern "C" int bias_act() { return 7; }
@@ -33,7 +33,7 @@ extern "C" const char* error_text(int) { return "seven"; }
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing loaded yet, and a folder for extensions that is empty."""
+    """Reset the loaded kernels and use an empty extensions folder."""
     monkeypatch.setattr(custom_ops, "_state", custom_ops._State())
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -51,14 +51,14 @@ def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_kernels_are_built_once_and_leave_one_file(source: Path) -> None:
     folder = custom_ops.extensions_folder()
     folder.mkdir(parents=True)
-    (folder / "lock").touch()  # as a killed build of torch leaves it
+    (folder / "lock").touch()  # left by a killed build of torch
     (folder / f"{custom_ops.library_path('9.0').stem}-killed").mkdir()
 
     first = custom_ops.build("9.0")
     assert first.seconds > 0
     assert first.path == custom_ops.library_path("9.0")
     assert {path.name for path in folder.glob("*.so")} == {first.path.name}
-    assert len(list(folder.iterdir())) == 3  # no folder of this build remains
+    assert len(list(folder.iterdir())) == 3  # no temporary build folder remains
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
     kernels = custom_ops.Kernels(first.path)
@@ -168,7 +168,7 @@ def test_compiled_functions_look_for_kernels_once(monkeypatch: pytest.MonkeyPatc
     calls = []
 
     def load_quietly() -> None:
-        calls.append(os.getpid())  # nothing that a compiler could trace
+        calls.append(os.getpid())  # no untraceable call remains
         custom_ops._state.reason = "none"
 
     monkeypatch.setattr(custom_ops, "_load_quietly", load_quietly)
@@ -220,7 +220,7 @@ def test_prepare_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
-    """Prepare while the build fails here, there, or nowhere; write down what came of it."""
+    """Prepare the kernels while the build fails on one process or on none; write down the outcome."""
     rank = distributed.rank()
     results = []
     for fails in (None, 0, 1):
@@ -244,7 +244,7 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
 
 class Loaded:
-    """In place of a library: it notes where it came from."""
+    """A stand-in for a library that records its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -267,7 +267,7 @@ def test_processes_agree_and_rank_0_builds_first(together: Path) -> None:
         assert results[1 - fails] == {"line": fallback + other, "came_first": None}
 
 
-# What was built is called as it is on a GPU, in a process of its own. Without a GPU every call must return an error.
+# Calls the built kernels as on a GPU, in a process of its own. Without a GPU every call must return an error.
 LAUNCH_ALL = """
 import pathlib, sys, torch
 from torch_utils import custom_ops
@@ -322,6 +322,6 @@ def test_the_command_builds_the_kernels() -> None:
     assert lines["result"].strip().startswith("built")
     assert float(lines["seconds"]) > 0
     library = custom_ops.extensions_folder() / lines["library"].strip()
-    if not torch.cuda.is_available():  # otherwise it would be given addresses that no GPU has
+    if not torch.cuda.is_available():  # the kernels would receive host addresses otherwise
         done = subprocess.run([sys.executable, "-c", LAUNCH_ALL, library], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr

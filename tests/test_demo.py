@@ -1,4 +1,4 @@
-"""The demo's folder and device; what its commands do is tested with each of them."""
+"""Folder and device of the demo; its commands have tests of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import demo
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
-    """The commands that the demo would run in a folder elsewhere, up to training."""
+    """Return the commands of the demo in another folder, up to training."""
     found: list[tuple[str, ...]] = []
 
     def run(*command: str) -> None:

@@ -1,4 +1,4 @@
-"""What only matters with GPUs or several machines, as far as a CPU can tell: devices, groups, recordings."""
+"""Devices, process groups and graph captures of GPUs and several machines, as far as a CPU can test them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch_utils.graphs import Captured, CaptureError, GraphPool, no_synchronisa
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Two GPUs, of which this process is given the second; the devices that it makes its own."""
+    """Simulate two GPUs with this process on the second; return the devices set as current."""
     devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -41,7 +41,7 @@ def test_a_gpu_is_named_without_initialising_it(used: list[torch.device]) -> Non
 
 
 def test_each_process_of_a_machine_needs_a_gpu(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torchrun too, whose first process has one and says so for those that have none."""
+    """Under torchrun, the first process, which has a GPU, reports the error for the processes without one."""
     device = distributed.choose_device()
     distributed.check_processes(2, None, device)
     with pytest.raises(UserError, match="--gpus=3: this machine has 2 CUDA devices"):
@@ -82,7 +82,7 @@ def test_bfloat16_support_is_that_of_the_chosen_gpu(used: list[torch.device], mo
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """The process groups that are made, none of them real."""
+    """Record the created process groups; none is real."""
     made: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.append((backend, options)))
     monkeypatch.setattr(dist, "new_group", lambda backend, **options: made.append((backend, options)))
@@ -121,7 +121,7 @@ def fail_otherwise() -> None:
 
 
 def nothing() -> None:
-    """What workers would do."""
+    """Stand in for the work of a process."""
 
 
 def test_workers_report_errors_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ class Stream:
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A GPU that runs functions at once and records nothing; what is done to record them, in order."""
+    """Simulate a GPU that runs functions eagerly; return the capture calls in their order."""
     done: list[str] = []
 
     @contextlib.contextmanager
@@ -173,7 +173,7 @@ def test_synchronisation_before_a_capture_is_an_error(recordings: list[str]) -> 
 
 
 class Freed:
-    """Garbage in a cycle, as networks and hooks are."""
+    """A reference cycle, as between networks and hooks."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -199,7 +199,7 @@ def test_nothing_is_freed_during_a_capture(recordings: list[str]) -> None:
 
 
 class Failing:
-    """A function that raises when it is recorded, or with `early` before."""
+    """A function that raises during capture, or before it with `early`."""
 
     def __init__(self, recordings: list[str], error: Exception, *, early: bool = False) -> None:
         self.recordings, self.error, self.early, self.calls = recordings, error, early, 0
@@ -235,7 +235,7 @@ def test_a_phase_that_cannot_be_captured_runs_eagerly(
         "Warning: D_reg cannot be recorded as a CUDA graph (called a synchronizing CUDA operation) and runs without; "
         "--graphs=0 turns graphs off\n"
     )
-    assert not pool.recorded  # they would not follow the seed
+    assert not pool.recorded  # random numbers would not follow the seed
     assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
 
 
@@ -266,7 +266,7 @@ def test_errors_in_a_captured_function_are_raised(recordings: list[str]) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
 def test_the_gpu_works_after_an_aborted_capture(wait: Callable[[torch.Tensor], object]) -> None:
-    """Reading a value is detected in the warm-up; waiting in another way ends the recording."""
+    """Reading a value is detected in the warm-up; any other synchronisation aborts the capture."""
 
     def draws(x: torch.Tensor) -> torch.Tensor:
         return x + torch.randn_like(x)

@@ -1,4 +1,4 @@
-"""The documentation is true: generated parts are up to date, commands and code run, links lead somewhere."""
+"""Documentation: generated parts are up to date, commands and code run, links resolve."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COMMANDS = {
 
 
 def readme_commands(script: str) -> list[list[str]]:
-    """The arguments of the commands in the README that are complete, i.e. without `...`."""
+    """Return the arguments of the complete commands in the README, i.e. those without `...`."""
     text = README.replace("\\\n", " ")
     lines = re.findall(rf"python {re.escape(script)} ([^`\n]*)", text)
     commands = [shlex.split(line, comments=True) for line in lines]
@@ -60,7 +60,7 @@ def load_script(name: str) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
+    sys.modules[name] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     return module
 
@@ -98,11 +98,11 @@ def test_the_training_commands_of_the_readme_resolve(tmp_path: Path) -> None:
 def test_the_image_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    of_labels = ("--class=", "--label=")  # which the network here does not have
+    of_labels = ("--class=", "--label=")  # the network of this test has none
     commands = [c for c in readme_commands("generate.py") if not any(item.startswith(of_labels) for item in c)]
     assert len(commands) >= 2
     for command in commands:
-        if command[0] == "play":  # has no end; test_play.py has it
+        if command[0] == "play":  # runs until interrupted; tested in test_play.py
             continue
         arguments = [item.replace("SNAPSHOT", "docs/shapes.pkl") for item in command]
         result = CliRunner().invoke(generate.main, arguments)
@@ -112,7 +112,7 @@ def test_the_image_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_commands_and_code_of_exploring_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one folder and in order, because some need what others wrote."""
+    """Commands run in one folder and in order, because later ones read the files of earlier ones."""
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -120,7 +120,7 @@ def test_the_commands_and_code_of_exploring_md_run(tmp_path: Path, monkeypatch: 
     commands = re.findall(r"^    python generate.py (.*)", text, re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
-        if command.startswith("play "):  # has no end; test_play.py has it
+        if command.startswith("play "):  # runs until interrupted; tested in test_play.py
             continue
         result = CliRunner().invoke(generate.main, shlex.split(command, comments=True))
         assert result.exit_code == 0, f"{command}\n{result.output}"
@@ -146,7 +146,7 @@ def test_the_info_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_commands_and_code_of_exchange_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the ONNX graphs make the image that generate.py makes."""
+    """The ONNX graphs give the image of generate.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     page = (ROOT / "docs" / "exchange.md").read_text()
@@ -184,7 +184,7 @@ def test_every_flag_in_the_documentation_exists(script: str) -> None:
 
 
 def flags(line: str) -> set[str]:
-    """The long flags of a command."""
+    """Return the long flags of a command line."""
     return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line.split("#")[0]))
 
 
@@ -193,7 +193,7 @@ def test_every_flag_of_a_benchmark_exists() -> None:
     for page in PAGES:
         for script, line in re.findall(r"python (benchmarks/\w+\.py) (.*)", page.read_text().replace("\\\n", " ")):
             source = (ROOT / script).read_text()
-            if "from self_attention import" in source:  # whose options the two share
+            if "from self_attention import" in source:  # shares its options with grid_attention.py
                 source += (ROOT / "benchmarks" / "self_attention.py").read_text()
             assert {flag for flag in flags(line) if f'"{flag}"' not in source} == set(), f"{page.name}: {script} {line}"
             lines += 1
@@ -228,7 +228,7 @@ def test_the_gallery_is_up_to_date_and_small() -> None:
 
 
 def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One section of it, in another folder; pictures that are no gallery's stay."""
+    """Rebuild one section in another folder; images that do not belong to the gallery stay."""
     gallery = load_script("make_gallery")
     some = [
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
@@ -262,7 +262,7 @@ def test_the_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.Mo
     for script, arguments in commands:
         result = CliRunner().invoke(COMMANDS[script], shlex.split(arguments))
         assert result.exit_code == 0, f"{script} {arguments}\n{result.output}"
-    assert '"images": 8' in result.output  # and their mirror images
+    assert '"images": 8' in result.output  # and their mirror images: the floor counts flips
 
 
 def test_every_named_extra_exists() -> None:
@@ -278,7 +278,7 @@ def test_every_named_extra_exists() -> None:
 
 
 def test_links_between_the_pages_resolve() -> None:
-    """To files that exist, and to headings that do."""
+    """Links point to existing files and headings."""
     for page in PAGES:
         for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
             file, _, heading = link.partition("#")
@@ -288,7 +288,7 @@ def test_links_between_the_pages_resolve() -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """What a page's headings are called in links."""
+    """Return the link anchors of the headings of a page."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
 

@@ -1,4 +1,4 @@
-"""Downloads from a server in a thread: resumed, refused, checked, cached; and Google Drive's ways."""
+"""Downloads from a server in a thread: resume, refusals, checksums, cache, Google Drive confirmations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def drive(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The same server as Google Drive, which shows a page for /uc and has the file under /download."""
+    """Make the server act as Google Drive: a page at /uc, the file at /download."""
     monkeypatch.setattr(download, "DRIVE_HOSTS", ("127.0.0.1",))
     site.files = {"/download": DATA, "/uc": DATA}
     site.confirm = "t0ken"

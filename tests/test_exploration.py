@@ -1,4 +1,4 @@
-"""What all commands of generate.py share: models of any kind, files, and the same results on a GPU."""
+"""Behaviour shared by all commands of generate.py: any model, input files, equal results on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.networks.mapping import MappingNetwork
 
 
 class Other(nn.Module):
-    """A generator of an unknown kind: one style, which no layer reads by a linear map."""
+    """A generator of an unknown family: one style, read by no linear layer."""
 
     z_dim, w_dim, c_dim, num_ws, img_shape = 16, 12, 0, 1, (3, 8, 8)
 
@@ -57,7 +57,7 @@ def test_unsupported_operations_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_depend_only_on_their_styles(family: str) -> None:
-    """Whatever the batch: to the last bit. And they are G's own."""
+    """Images equal those of G, bit for bit at any batch size."""
     several, single = make_model(family, batch=16), make_model(family, batch=1)
     ws = several.styles_of(range(11))
     assert torch.equal(ws[7:9], several.styles_of((7, 8)))

@@ -1,8 +1,8 @@
-"""Files of earlier versions can be read for ever.
+"""Files of earlier versions remain readable.
 
-tests/data holds what release 0.1.0 wrote, with format version 1: a training state, a snapshot of the same moment and
-one of a step later, the images of the first snapshot, and the data set. Never make them anew; add files of later
-versions. The step is one without regularisers: of parameters that a loss does not reach, Adam took no notice then.
+tests/data holds files of release 0.1.0, format version 1: a training state, the snapshot of the same step, the snapshot
+of the next step, the images of the first snapshot, and the dataset. Never regenerate them; add files of later versions.
+The step runs no regulariser, because Adam then skipped parameters that received no gradient.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_training_resumes_from_version_1_as_recorded(tmp_path: Path, capsys: pyt
     shutil.copy(DATA / "training-state-v1.pt", tmp_path / "training-state-000000.pt")
     trainer = new_trainer()
     assert restore.load_latest(trainer, tmp_path) == tmp_path / "training-state-000000.pt"
-    assert capsys.readouterr().err == ""  # the data have not changed, says their hash
+    assert capsys.readouterr().err == ""  # the dataset is recognised by its hash
     assert (trainer.state.nimg, trainer.state.step) == (104, 13)
     assert float(trainer.augment.p) == pytest.approx(0.14)
     before = {name: x.clone() for name, x in trainer.D.state_dict().items()}

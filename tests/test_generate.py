@@ -1,4 +1,4 @@
-"""generate.py: a seed is an image, whatever else is asked for in the same call."""
+"""generate.py: the image of a seed does not depend on the other seeds of a call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*arguments: object) -> Result:
 
 
 def make_snapshot(path: Path, data: Path, **changes: Any) -> Path:
-    """An untrained snapshot whose noise is not zero, as it would be after training."""
+    """Write an untrained snapshot with non-zero noise strengths."""
     config = override(small_config(data), {f"generator.{name}": value for name, value in changes.items()})
     torch.manual_seed(3)
     G = config.generator.build()
@@ -84,7 +84,7 @@ def test_latents_are_numpys_and_pixels_are_rounded(snapshot: Path, tmp_path: Pat
         img = G(z, None)[0].permute(1, 2, 0).numpy()
     expected = np.floor(np.clip(img * 127.5 + 128, 0, 255))
     difference = np.abs(pixels(tmp_path / "seed0011.png") - expected)
-    assert difference.max() <= 1  # float32 rounds a few values to the other side of a whole number
+    assert difference.max() <= 1  # float32 rounds a few values to the neighbouring integer
     assert (difference != 0).mean() < 0.01
 
 
@@ -170,11 +170,11 @@ def test_reduced_precision_gives_similar_images(snapshot: Path, tmp_path: Path, 
     assert np.abs(exact - reduced).mean() < 1
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
+@pytest.mark.filterwarnings("ignore")  # warnings of torch.compile about its own internals
 def test_compiled_images_are_equal_up_to_rounding(
     snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the compiler's front end alone; it must see one batch size, whatever the number of seeds."""
+    """Only the compiler's front end runs; it must see one batch size for any number of seeds."""
     sizes: list[int] = []
     compile_for_real = torch.compile
 

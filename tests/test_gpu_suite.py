@@ -1,4 +1,4 @@
-"""benchmarks/gpu_suite.py: what it starts, in which order, and what it keeps when stages fail or time runs out."""
+"""benchmarks/gpu_suite.py: order of the stages, time limits, and results kept after failures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def options(tmp_path: Path, **changes: Any) -> Options:
 
 
 def run_suite(tmp_path: Path, seconds: float = 60, **stages: SuiteStage) -> dict[str, Any]:
-    """Run these stages; return what was found of each."""
+    """Run these stages; return the results by stage."""
     suite = Suite(
         stages=stages,
         options=options(tmp_path),
@@ -89,7 +89,7 @@ def test_a_cpu_run_starts_each_script_once(tmp_path: Path) -> None:
 def test_scripts_accept_the_options_of_the_suite(
     tmp_path: Path, quick: bool, preset: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(click.Path, "convert", lambda self, value, *_: Path(value))  # files that are not there
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, *_: Path(value))  # missing files
     device = "cpu" if quick else "cuda"
     for name, stage in gpu_suite.build_stages(options(tmp_path, quick=quick, preset=preset, device=device)).items():
         script, *arguments = stage.command

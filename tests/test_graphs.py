@@ -1,4 +1,4 @@
-"""CUDA graphs that cannot be recorded, under PyTorch's own allocator and generator, with a stub in a GPU's place."""
+"""Failing CUDA graph captures with PyTorch's own allocator and generator, on a stub in place of a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def waits(x: Tensor) -> Tensor:
 
 
 def takes_memory(x: Tensor) -> Tensor:
-    """Once it is recorded: before, it would not get as far."""
+    """Allocate memory that the stub refuses during the capture only."""
     y = torch.empty(GIB, dtype=torch.uint8, device=x.device)
     if torch.cuda.is_current_stream_capturing():
         y = torch.empty(100 * GIB, dtype=torch.uint8, device=x.device)
@@ -41,7 +41,7 @@ BAD: dict[str, Callable[[Tensor], Tensor]] = {"value": reads_a_value, "wait": wa
 
 
 def fail_to_record(how: str) -> dict[str, Any]:
-    """Record a phase, fail to record another one, go on; what is then the case."""
+    """Capture a phase, fail to capture another one, continue; return the resulting state."""
     stub = ctypes.CDLL(None)
     stub.stub_allow_waiting()
     stub.stub_memory_used.restype = ctypes.c_size_t
@@ -49,7 +49,7 @@ def fail_to_record(how: str) -> dict[str, Any]:
 
     def good(x: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing() and not kept:
-            kept.append(torch.empty(2**20, device=x.device))  # as a library's workspace, which outlives the graph
+            kept.append(torch.empty(2**20, device=x.device))  # such as a library's workspace, which outlives the graph
         return x + torch.randn_like(x)
 
     x = torch.zeros(1000, device="cuda")
@@ -74,7 +74,7 @@ def fail_to_record(how: str) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     facts["MiB reserved"] = torch.cuda.memory_reserved() // 2**20
-    # Memory that is cached must still be given back where there is too little.
+    # Cached memory must still be released when memory runs out.
     stub.stub_limit_memory(ctypes.c_size_t(stub.stub_memory_used() + 10 * GIB))
     for size in (6, 8):
         torch.empty(size * GIB, dtype=torch.uint8, device="cuda")
@@ -93,7 +93,7 @@ def test_a_phase_that_cannot_be_captured_has_no_side_effects(how: str, stub_gpu:
         "stream restored": True,
         "capturing": False,
         "sync debug mode": 0,
-        "G_main": has_memory,  # once memory was too small, there are no graphs
+        "G_main": has_memory,  # graphs stay disabled once memory ran out
         "D_reg": has_memory,
     }
     assert messages == [f"Warning: {WARNINGS[how]}; --graphs=0 turns graphs off"]

@@ -11,7 +11,7 @@ from torch_utils.ops.grid_sample import grid_sample
 
 
 def images_and_grid(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Images, and points of which some lie outside."""
+    """Return images and sampling points, some of them outside the image."""
     torch.manual_seed(0)
     return torch.randn(2, 3, 5, 7, dtype=dtype), torch.rand(2, 4, 6, 2, dtype=dtype) * 2.4 - 1.2
 
@@ -29,7 +29,7 @@ def test_values_and_gradients_equal_pytorchs(dtype: torch.dtype, memory_format: 
 
 
 def test_interpolation_is_linear_in_the_distance() -> None:
-    """And zero from what lies outside. Pixel centres of a row of four are at -3/4, -1/4, 1/4 and 3/4."""
+    """Points outside the image give zero. Pixel centres of a row of four are at -3/4, -1/4, 1/4 and 3/4."""
     row = torch.tensor([1.0, 10.0, 100.0, 1000.0]).reshape(1, 1, 1, 4)
     x = torch.tensor([-0.75, -0.625, 0.0, 0.625, 1.0, 1.3])
     grid = torch.stack([x, torch.zeros_like(x)], dim=1)[None, None]

@@ -1,4 +1,4 @@
-"""Warnings about a training that goes wrong: each condition on ticks made for it, and runs that do go wrong."""
+"""Warnings about failing training: each condition on constructed ticks, and on real failing runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.health import CONDITIONS, Diversity, HealthCheck, TickValues, spre
 from training.training_loop import Tick, Trainer
 
 ROOT = Path(__file__).parent.parent
-# Of a run that goes well, and what the values become when it does not.
+# Values of a healthy run, and the changes that make each condition hold.
 HEALTHY = {
     "Loss/scores/real": 1.5,
     "Loss/scores/fake": -1.0,
@@ -67,7 +67,7 @@ def test_values_a_loss_does_not_report_raise_no_warning(left_out: str) -> None:
 
 
 def test_a_critic_that_ranks_perfectly_raises_no_warning() -> None:
-    """What wgangp-eps and relativistic report: signs of differences, and none of generated images."""
+    """wgangp-eps and relativistic losses report the signs of score differences, none of generated images."""
     watch = HealthCheck()
     scores = {"Loss/scores/real": 30.0, "Loss/scores/fake": -20.0, "Loss/D/loss": -45.0, "Loss/signs/real": 1.0}
     values = {name: value for name, value in (HEALTHY | scores).items() if name != "Loss/signs/fake"}
@@ -86,9 +86,9 @@ def test_the_bound_of_p_comes_from_the_ada_controller(
 
 
 def test_diversity_is_the_ratio_of_fake_to_real_spread(shapes_zip: Path) -> None:
-    """A generator that repeats images of the data set, scaled by s about their mean: the diversity is s."""
+    """Diversity is s for a generator that returns dataset images scaled by s about their mean."""
     data = ImageDataset(small_config(shapes_zip).data)
-    reals = data.images([k * 8 for k in range(32)]).float() / 127.5 - 1  # those that it looks at, of 256
+    reals = data.images([k * 8 for k in range(32)]).float() / 127.5 - 1  # the images used for diversity, of 256
     asked: list[tuple[int, Any]] = []
 
     def look(G: Any) -> float:

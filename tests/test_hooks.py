@@ -1,4 +1,4 @@
-"""Hooks: when each method is called, in which order, and what an error or a stop leaves out."""
+"""Hooks: order of the calls, with and without errors or an early stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.training_loop import Tick, Trainer
 
 
 class Notes(Hook):
-    """Writes down every call; stops the training, or breaks it, after a step."""
+    """A hook that records every call and stops or breaks the training after a step."""
 
     def __init__(self, name: str, calls: list[str], stop: int | None = None, error: int | None = None) -> None:
         self.name, self.calls, self.stop, self.error = name, calls, stop, error
@@ -37,7 +37,7 @@ class Notes(Hook):
 
 
 def new_trainer(data: Path) -> Trainer:
-    """A trainer of three steps, with a tick after the second one and at the end."""
+    """Return a trainer of three steps with ticks after the second step and at the end."""
     config = small_config(data, batch_size=8, run__tick_kimg=0.016, run__total_kimg=0.024)
     return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
 

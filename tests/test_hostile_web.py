@@ -1,4 +1,4 @@
-"""The network as an enemy: servers that lie, stall or send bombs, planted links, secrets of addresses, names."""
+"""Hostile networks: lying servers, decompression bombs, planted links, secrets in URLs, control characters."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(command: Any, *arguments: str) -> Result:
 
 
 def refused(command: Any, *arguments: str) -> str:
-    """Return the one line with which a command refuses something."""
+    """Return the one-line error message of a failing command."""
     result = run(command, *arguments)
     assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
     errors = [line for line in result.stderr.splitlines() if not line.startswith("Fetching ")]
@@ -85,7 +85,7 @@ def test_invalid_content_lengths_are_refused(length: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_contradictory_content_lengths_are_refused() -> None:
-    """By urllib3, which leaves the connection to the garbage collector then."""
+    """urllib3 refuses them and leaves the connection to the garbage collector."""
     for lengths in (b"Content-Length: 5, 6\r\n", b"Content-Length: 5\r\nContent-Length: 6\r\n"):
         with answering(OK + lengths + b"\r\n12345") as url:
             assert "could not be fetched" in refused(legacy.main, "info", f"{url}/net.pkl")
@@ -145,10 +145,10 @@ def test_downloads_have_a_size_limit(monkeypatch: pytest.MonkeyPatch, site: Site
 
 @pytest.mark.parametrize("head", [OK + b"Content-Length: 30000\r\n\r\n", b""])
 def test_a_trickling_server_is_abandoned(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its file and in its headers; each byte comes well before it would be too late for the first one."""
+    """The server trickles the body or the headers; each byte arrives well before the read timeout."""
     monkeypatch.setattr(download, "PACE_SECONDS", 0.3)
     monkeypatch.setattr(download, "ANSWER_SECONDS", PATIENCE if head else 0.3)
-    content = (head or OK + b"A: ") + b"x" * 30_000  # a minute
+    content = (head or OK + b"A: ") + b"x" * 30_000  # one minute
     reason = "which is too slow to wait for" if head else "no complete answer after 0.3 seconds"
     with answering(content, pause=0.002) as url, pytest.raises(UserError, match=f"could not be fetched .*{reason}"):
         fetch(f"{url}/net.pkl")
@@ -162,7 +162,7 @@ REMEDY = "; remove it, or set DNNLIB_CACHE_DIR to another folder$"
 
 
 def plant(kind: str, place: Path, victim: Path) -> None:
-    """Put something in the place of a file of the cache."""
+    """Replace a cache file by something else."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if kind == "link":
         place.symlink_to(victim)
@@ -210,7 +210,7 @@ def test_links_of_other_users_are_not_followed(
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])
 def test_the_cache_folder_may_be_elsewhere(kind: str, site: Site, tmp_path: Path) -> None:
-    """On another disk, or in a copy of the cache that was made by `cp -al`."""
+    """For example on another disk, or in a hard-linked copy made by `cp -al`."""
     for name in READ:
         path = fetch(f"{site.url}/net.pkl").with_name(name)
         plant(kind, path, path.rename(tmp_path / name))
@@ -222,7 +222,7 @@ def test_the_cache_folder_may_be_elsewhere(kind: str, site: Site, tmp_path: Path
 def test_folders_may_be_links_of_their_owner(
     depth: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as downloads -> /scratch, where homes are small."""
+    """For example downloads -> /scratch where home directories are small."""
     url = f"{site.url}/net.pkl"
     folder = [*cached_path(url).parents][depth]
     (tmp_path / "elsewhere").mkdir()
@@ -240,7 +240,7 @@ def test_folders_may_be_links_of_their_owner(
 
 
 def test_a_cache_is_private_to_its_user(site: Site, tmp_path: Path) -> None:
-    """Whatever the umask is, also what a broken download has left."""
+    """Files are private at any umask, those of an interrupted download too."""
     cache = tmp_path / "cache"
     before = os.umask(0)
     try:
@@ -264,7 +264,7 @@ def test_an_atomic_write_does_not_follow_a_link(tmp_path: Path) -> None:
     assert ((tmp_path / "victim").read_bytes(), (tmp_path / "file").read_text()) == (b"precious", "new")
 
 
-# Addresses.
+# URLs.
 
 SECRETS = {
     "https://user:s3cret@example.org/net.pkl": "https://example.org/net.pkl",
@@ -353,7 +353,7 @@ REFUSALS: list[Callable[[str], tuple[Any, list[str]]]] = [
 def test_no_command_prints_the_secrets_of_a_url(
     number: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong with it: a server that refuses, one that is not there, a name that is none here."""
+    """Cases: a refusing server, an unreachable server, an unknown host name."""
     monkeypatch.chdir(tmp_path)
     for base in (site.url, "http://127.0.0.1:9", "http://no-such-host.invalid", "http://[::1"):
         url = f"{base.replace('//', '//user:s3cret@')}/missing.pkl?signature=s3cret"
@@ -371,7 +371,7 @@ def test_cache_records_hold_urls_without_secrets(site: Site) -> None:
     path = fetch(url)
     record = json.loads(path.with_name("net.pkl.json").read_text())
     assert (path.read_bytes(), record["url"]) == (DATA, f"{site.url}/net.pkl")
-    assert site.requests == [("/net.pkl?signature=s3cret", None)]  # the server is still asked for all of it
+    assert site.requests == [("/net.pkl?signature=s3cret", None)]  # the request itself keeps the full URL
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ NASTY = [
 ]
 
 
-# What sets the direction of writing for the text that follows (Unicode, annex 9).
+# Characters that set the direction of the following text (Unicode, annex 9).
 DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -446,7 +446,7 @@ def test_commands_escape_control_characters_in_names(name: str, tmp_path: Path) 
 
 
 def test_library_output_to_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    r"""Colours of W&B, cursor moves of tqdm's further bars, and lines that end with \r\n."""
+    r"""Colours of W&B, cursor movement of nested tqdm bars, and lines ending with \r\n."""
     stream = Screen(sys.stdout)
     stream.write("\x1b[34mwandb\x1b[0m: Run \x1b[1;33mx\x1b[m\n")
     for text in ("\n", "\r50%", "\x1b[A", "\x1b[?25l"):
@@ -489,7 +489,7 @@ def test_invalid_launcher_variables_are_named(name: str, value: str | None, monk
 
 
 def test_a_missing_home_is_reported_with_the_variable_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Run as a user whom the password file does not know, as in containers."""
+    """Runs as a user without an entry in the password file, as in containers."""
     for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54321)
@@ -517,7 +517,7 @@ def test_a_local_rank_alone_is_checked_by_every_command(monkeypatch: pytest.Monk
 
 
 def listening(pids: list[int]) -> list[tuple[str, str]]:
-    """Addresses, in hexadecimal, on which processes listen, and where the kernel says so."""
+    """Return the hexadecimal addresses on which processes listen, with the /proc file of each."""
     links = [f"/proc/{pid}/fd/{fd}" for pid in pids for fd in os.listdir(f"/proc/{pid}/fd")]
     inodes = {os.readlink(link)[8:-1] for link in links if os.path.exists(link) or os.path.islink(link)}
     found = []
@@ -538,13 +538,13 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /proc/net/tcp here, which says who listens")
 def test_processes_of_one_machine_listen_on_loopback_only(together: Path) -> None:
-    """The launcher and its workers, who do reach each other: they have met at the barrier."""
+    """The launcher and its workers reach each other: they pass a barrier."""
     for rank in range(2):
         found, interface = json.loads((together / "test_hostile_web" / str(rank)).read_text())
         assert found
         assert {tuple(address) for address in found} <= {("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")}
         assert interface.startswith("lo")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    with socket.create_server(("", 0)) as server:  # that the test would see one which listens to all
+    with socket.create_server(("", 0)) as server:  # the test would notice a socket that listens on all interfaces
         assert ("tcp", "00000000") in listening([os.getpid()])
         assert server.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Folders for the Hugging Face Hub: what they hold, what they do not, and that they load. Nothing here goes online."""
+"""Folders for the Hugging Face Hub: contents, privacy, loading. No test accesses the network."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _without_metrics(snapshot: Snapshot) -> Iterator[None]:
 
 
 def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
-    """Append to metric-<name>.jsonl what calc_metrics.py would."""
+    """Append a record to metric-<name>.jsonl as calc_metrics.py does."""
     entry = {
         "metric": name,
         "results": {name: value},
@@ -157,7 +157,7 @@ def test_a_truncated_metric_record_is_skipped(snapshot: Snapshot, tmp_path: Path
 def test_upload_and_download_go_through_the_library(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a folder in the place of the Hub."""
+    """A folder stands in for the Hub."""
 
     class Hub:
         def __init__(self, token: str | None) -> None:

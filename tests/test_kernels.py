@@ -1,8 +1,8 @@
 """The code of the CUDA kernels, run thread by thread on this machine's processor (and, marked `gpu`, on a GPU).
 
 g++ compiles the .cu files with cuda_on_cpu.h in place of CUDA: indexing and arithmetic are those of the GPU. Inputs and
-outputs lie between numbers that are not numbers, so that a read beyond an edge shows in the result and a write beyond
-it destroys them; the undefined-behaviour sanitizer reports overflows and vector accesses that are not aligned.
+outputs are surrounded by NaN guards: a read out of bounds shows in the result, a write out of bounds destroys a guard.
+The undefined-behaviour sanitizer reports overflows and misaligned vector accesses.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ HOST_FLAGS = (
     *("-std=c++17", "-O1", "-fno-strict-aliasing", "-fsanitize=undefined"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
-GUARD = 64  # elements around every tensor; a multiple of 16 bytes
+GUARD = 64  # guard elements around every tensor; a multiple of 16 bytes
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(TOLERANCES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where kernels run."""
+    """Device and library that run the kernels."""
 
     kernels: custom_ops.Kernels
     device: str
@@ -83,7 +83,7 @@ def target(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) ->
 
 
 def guarded(x: Tensor, offset: int = 0) -> Tensor:
-    """Return a copy of x, strides too, inside a buffer of NaN; `offset` elements off 16 bytes."""
+    """Return a copy of x with equal strides inside a buffer of NaN, `offset` elements off 16-byte alignment."""
     size = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
     buffer = torch.full((size + 2 * GUARD,), math.nan, dtype=x.dtype, device=x.device)
     view = buffer.as_strided(x.shape, x.stride(), GUARD + offset)
@@ -123,7 +123,7 @@ def assert_equal(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 # shape, dimension of the bias, channels last
 PLACES: list[tuple[tuple[int, ...], int, bool]] = [
-    ((2, 3, 5, 7), 1, False),  # rows of an odd length: vectors span channels
+    ((2, 3, 5, 7), 1, False),  # rows of odd length: vectors span channels
     ((3, 5, 1, 2), 1, False),  # several channels in a vector
     ((2, 4, 4, 8), 1, False),  # whole vectors per channel
     ((2, 3, 5, 7), 1, True),
@@ -205,7 +205,7 @@ def test_bias_act_with_other_alphas(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_act_detects_clamping_after_rounding(dtype: torch.dtype, target: Target) -> None:
-    """0.4 is no bfloat16: y of a clamped value is 0.40039, or below 0.4 for other edges; no gradient may pass."""
+    """bfloat16 has no 0.4: y of a clamped value is 0.40039 or just below 0.4; its gradient must be zero."""
     x = torch.tensor([[-30.0, -0.1, 0.1, 30.0]], dtype=dtype, device=target.device)
     for clamp in (0.4, 0.7, 1.1, 3.3, 256.0 / 3):
         y = bias_act_module.launch(target.kernels, 0, x * 10, None, None, None, 1, "lrelu", 0.9, 1.0, clamp)
@@ -284,7 +284,7 @@ def test_upfirdn2d(
     target: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the reference in float64, which test_ops.py compares with SciPy."""
+    """Compare with the float64 reference, which test_ops.py compares with SciPy."""
     *size, channels_last = shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = image(*size, dtype=dtype).contiguous(memory_format=layout).to(target.device)
@@ -320,7 +320,7 @@ def test_upfirdn2d_with_several_blocks(target: Target, monkeypatch: pytest.Monke
 
 
 def test_kernels_use_64_bit_indices_where_needed(tmp_path: Path) -> None:
-    """What tensors beyond 2^31 elements take, on small ones."""
+    """Small tensors run the code path of tensors beyond 2^31 elements."""
     kernels = custom_ops.Kernels(compile_for_host(tmp_path / "wide.so", "-std=c++17", "-O0", "-DINDEX_LIMIT=0"))
     for channels_last in (False, True):
         x = image(2, 3, 5, 7, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Labels say what they are: a class is no vector, and a network remembers which of the two it was trained on."""
+"""Kinds of labels: classes and vectors are distinguished, and networks record which kind they were trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 @pytest.fixture(scope="module")
 def vectors_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images of 16x16 with an age and a temperature each."""
+    """Write eight images of 16x16 with an age and a temperature each."""
     path = tmp_path_factory.mktemp("data") / "vectors.zip"
     labels = []
     with zipfile.ZipFile(path, "w") as archive:
@@ -45,7 +45,7 @@ def vectors_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snapshot_of(path: Path, data: Path, labels: LabelKind | None, c_dim: int = 2) -> Path:
-    """An untrained conditional network."""
+    """Write the snapshot of an untrained conditional network."""
     generator = dataclasses.replace(FAMILIES["styleformer"], c_dim=c_dim)
     config = dataclasses.replace(small_config(data), generator=generator)
     save_network(path, config=config, G_ema=build(generator), labels=labels)
@@ -140,7 +140,7 @@ def test_invalid_label_vectors_are_refused(flags: tuple[str, ...], vectors_zip: 
 
 
 def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path: Path) -> None:
-    """A mixture of classes is a vector; a network without labels has none."""
+    """Class networks take class mixtures as vectors; networks without labels take none."""
     path, out = snapshot_of(tmp_path / "n.pkl", shapes_zip, "classes"), f"--outdir={tmp_path}"
     result = run(f"--network={path}", "--seeds=0", "--class=1", out)
     assert result.exit_code == 0, result.output
@@ -152,7 +152,7 @@ def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path:
 
 
 def test_files_without_the_record_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    """Decided by their data set; without it, a warning says what they are taken for."""
+    """The dataset decides; without it, a warning states the assumed kind."""
     by_data = snapshot_of(tmp_path / "data.pkl", vectors_zip, None)
     out = f"--outdir={tmp_path}"
     assert load_network(by_data).labels is None
@@ -166,7 +166,7 @@ def test_files_without_the_record_are_read(vectors_zip: Path, shapes_zip: Path, 
     assert "Warning" not in run(f"--network={lost}", "--seeds=0", "--label=0,1", out).output
     tensors, arguments = styleformer(3)
     theirs = write(tmp_path / "theirs.pkl", {"G_ema": module("Generator", tensors, **arguments)})
-    assert legacy.load_network(theirs).label_kind() is None  # its data set is not here
+    assert legacy.load_network(theirs).label_kind() is None  # its dataset is missing
 
 
 def test_play_uses_one_label_for_vector_networks(vectors_zip: Path, tmp_path: Path) -> None:

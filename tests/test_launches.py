@@ -1,4 +1,4 @@
-"""A training step on fake CUDA tensors: no phase waits for the GPU, mixes devices, or launches more than it did."""
+"""A training step on fake CUDA tensors: no phase synchronises, mixes devices, or launches more kernels than before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case fo
 
 @pytest.fixture(scope="module")
 def count(stub_gpu: Executor) -> Count:
-    """Rows of launches.py for a case, by phase."""
+    """Return the rows of launches.py for a case, by phase."""
 
     @cache
     def count(case: str) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ def test_no_phase_waits_for_the_gpu_or_mixes_devices(case: str, count: Count) ->
     assert ("G_reg" in rows) == (config.loss.pl_weight > 0)
 
 
-# A lower number is good news: write it here.
+# Lower a number here when a change reduces the count.
 LAUNCHES = {
     "readme": {"G_main": 1439, "D_main": 1121, "D_reg": 570, "averages": 10},
     "cifar-large": {"G_main": 1751, "D_main": 1203, "D_reg": 571, "averages": 10},
@@ -55,14 +55,14 @@ LAUNCHES = {
 
 @pytest.mark.parametrize(("case", "phase"), [(case, phase) for case in LAUNCHES for phase in LAUNCHES[case]])
 def test_launch_counts_per_phase_do_not_grow(case: str, phase: str, count: Count) -> None:
-    """But for 2 %, which versions of PyTorch may differ by."""
+    """Counts may differ by 2 % between versions of PyTorch."""
     row = count(case)[phase]
     assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
 
 
 @pytest.mark.slow
 def test_the_warp_of_large_images_uses_filters(count: Count) -> None:
-    """On a GPU: up to 128 pixels D's own resampling is all there is."""
+    """On a GPU, images of up to 128 pixels are resampled by D only."""
     cases = ("styleformer-c256", "church128-l", "readme")
     large, medium, small = (count(case)["D_reg"]["most"].get("styleformer.upfirdn2d", 0) for case in cases)
     assert large > 40
@@ -72,7 +72,7 @@ def test_the_warp_of_large_images_uses_filters(count: Count) -> None:
 
 @pytest.mark.parametrize("case", [case for case in launches.CASES if case not in ("fp16-bgcfnc", *SLOW)])
 def test_no_convolution_uses_an_image_as_its_filter(case: str, count: Count) -> None:
-    """As the second derivatives of F.conv2d have; filters for images have up to 80 taps, of bgcfnc only."""
+    """The second derivatives of F.conv2d use images as filters; the filters of bgcfnc have at most 80 taps."""
     assert all(row["largest_filter"] <= 12 for row in count(case).values())
 
 
@@ -96,7 +96,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
-    """Watch D's main phase of `tiny` with a mistake in the augmentation, or that many launches more."""
+    """Count the launches of D_main of `tiny` with a faulty augmentation, or with additional launches."""
     env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), env)
     with fake.fake_tensors():
@@ -116,11 +116,11 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
 def test_synchronisation_and_device_mixing_are_detected(mistake: str, stub_gpu: Executor) -> None:
     row = stub_gpu.submit(run_d_main, mistake).result()
     assert MISTAKES[mistake][1] in row.get("problem", "none")
-    assert row["where"].startswith("training/loss.py:")  # where the augmentation is called
+    assert row["where"].startswith("training/loss.py:")  # the line that calls the augmentation
 
 
 def test_launches_are_counted(stub_gpu: Executor) -> None:
-    """Real and generated images are augmented once each, and no gradient flows back to them."""
+    """Real and generated images are augmented once each, without gradients with respect to the images."""
     few, many = (stub_gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
     assert many - few == 200
 

@@ -20,7 +20,7 @@ from dnnlib.config import UserError, WriteError
 from dnnlib.util import FolderLock
 
 ROOT = Path(__file__).parent.parent
-# Takes a folder's lock, forks a process that outlives it (as workers that decode images do), and waits.
+# Takes the lock of a folder, forks a process that outlives it (as decoding workers do), and waits.
 HOLDER = f"""
 PATIENCE = {PATIENCE}
 import os, sys, time
@@ -38,13 +38,13 @@ time.sleep(PATIENCE)
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock of tmp_path."""
+    """Start a process that holds the lock of tmp_path."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout
     assert process.stdout.readline() == "locked\n"
     yield process
-    os.killpg(process.pid, signal.SIGKILL)  # the forked one
+    os.killpg(process.pid, signal.SIGKILL)  # the forked process
     process.wait(PATIENCE)
     process.stdout.close()
 
@@ -52,7 +52,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_folder_is_locked_until_its_process_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop that one"):
         lock.acquire(tmp_path)
-    holder.kill()  # and not the one that it has forked
+    holder.kill()  # but not the process forked by it
     holder.wait(PATIENCE)
     with FolderLock() as lock:
         lock.acquire(tmp_path)
@@ -74,7 +74,7 @@ def test_a_file_system_without_locks_gets_a_warning(
 
 
 def test_a_run_active_elsewhere_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
-    """Nothing of it has changed then: its log is not cut, though the state is older."""
+    """The run is unchanged: its log is not truncated although the state is older."""
     short = [*SMALL, "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu", "--resume=latest"]
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *short]
     assert CliRunner().invoke(train.main, [*arguments, "--kimg=0.016"]).exit_code == 0

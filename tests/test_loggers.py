@@ -1,4 +1,4 @@
-"""Loggers: each is given the same figures and pictures, W&B goes on where it stopped, none can stop training."""
+"""Loggers: equal values and images in each, W&B continues on resume, no failure stops training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import train
 from training import loggers
 from training.config import LOGGERS
 
-# Three ticks of one step and one evaluation more than the first picture.
+# Three ticks of one step, and one evaluation after the first image grid.
 SHORT = [*SMALL, "--device=cpu", "--tick=0.016", "--snap=3"]
 LENGTH = 0.048
 
@@ -37,7 +37,7 @@ def run_training(data: Path, outdir: Path, *options: str) -> Result:
 
 @pytest.fixture
 def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """W&B without a service or an account, and without the user's own settings."""
+    """Use W&B offline, without an account and without the user's settings."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -45,11 +45,11 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def read_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what W&B keeps offline: a log in blocks of 32 KiB, records headed by CRC-32, length and kind."""
+    """Yield the records of an offline W&B log: blocks of 32 KiB; each record starts with CRC-32, length and kind."""
     import wandb
     from wandb.proto import wandb_internal_pb2
 
-    wandb.teardown()  # its process writes the last of it when it ends
+    wandb.teardown()  # the W&B process writes the last records when it exits
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         data, place, whole = path.read_bytes(), 7, b""
         while place + 7 <= len(data):
@@ -60,20 +60,20 @@ def read_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
             whole += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind in (1, 4):  # the whole record, or its last part
+            if kind in (1, 4):  # a whole record, or the last part of one
                 record = wandb_internal_pb2.Record.FromString(whole)  # type: ignore[attr-defined]
                 yield record.WhichOneof("record_type"), record
                 whole = b""
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows that were logged to W&B."""
+    """Return the rows logged to W&B."""
     rows = [record.history.item for kind, record in read_records(run_dir) if kind == "history"]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
 def curves_of(ticks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The numbers in the lines of stats.jsonl, by name, with the images until then."""
+    """Return the curves in stats.jsonl by name, as pairs of (images, value)."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for tick in ticks:
         for name, value in tick.items():
@@ -102,7 +102,7 @@ def test_tensorboard_and_wandb_hold_the_values_of_the_run(shapes_zip: Path, tmp_
     for name, curve in expected.items():
         assert np.array(scalars[name]) == pytest.approx(np.array(curve)), name
         logged = [(round(row["Progress/kimg"] * 1000), row[name]) for row in history if name in row]
-        if name != "Progress/kimg":  # which each row has, as the axis
+        if name != "Progress/kimg":  # the axis, present in each row
             assert np.array(logged) == pytest.approx(np.array(curve)), name
     values = [record["results"]["swd16"] for record in metric]
     assert [event.value for event in board.Scalars("Metrics/swd16")] == pytest.approx(values)
@@ -148,7 +148,7 @@ def test_tensorboard_has_no_duplicate_ticks_after_a_kill(shapes_zip: Path, tmp_p
     (state,) = run_dir.glob("training-state-*.pt")
     earlier = state.read_bytes()
     assert run_training(shapes_zip, tmp_path, "--kimg=0.064", *options).exit_code == 0
-    state.write_bytes(earlier)  # as if it had been killed before the last one was written
+    state.write_bytes(earlier)  # as after a kill before the last state was written
     result = run_training(shapes_zip, tmp_path, "--kimg=0.064", *options)
     assert "at kimg 0.032" in result.output, result.output
     steps = [event.step for event in EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")]
@@ -156,7 +156,7 @@ def test_tensorboard_has_no_duplicate_ticks_after_a_kill(shapes_zip: Path, tmp_p
 
 
 class Broken:
-    """A logger whose service has gone."""
+    """A logger whose service is unavailable."""
 
     def __init__(self, run_dir: Path, config: Any, nimg: int) -> None:
         self.calls = 0
@@ -178,7 +178,7 @@ def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, m
     assert result.exit_code == 0, result.output
     for problem in ("RuntimeError: the service has gone", "ConnectionError: no route", "TimeoutError: too late"):
         warning = f"Warning: --log=wandb: {problem}; training goes on\n"
-        assert result.output.count(warning) == 1, result.output  # not at every tick
+        assert result.output.count(warning) == 1, result.output  # only once, not at every tick
     (run_dir,) = tmp_path.glob("0*")
     assert len(EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")) == 3
 
@@ -187,7 +187,7 @@ def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, m
 def test_tensorboard_loses_only_events_of_a_full_disk(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own thread meets the error; it ends with a traceback otherwise, and nothing is written any more."""
+    """The writer's thread handles the error; otherwise the thread dies with a traceback and nothing more is written."""
     full: list[int] = []
     write = RecordWriter.write
 
@@ -247,7 +247,7 @@ def test_unavailable_loggers_are_refused_before_writing(
     assert f"--log=wanddb: 'wanddb' is none of {', '.join(LOGGERS)}; did you mean wandb?" in result.output
 
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (tmp_path / "wandb").mkdir()  # what W&B leaves behind where it was used is no package
+    (tmp_path / "wandb").mkdir()  # a wandb/ folder left by an offline run is not the package
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
     assert loggers.choose_loggers(None) == ()
@@ -266,7 +266,7 @@ def test_no_logger_runs_by_default(shapes_zip: Path, tmp_path: Path) -> None:
 
 
 def documented_figures() -> dict[str, str]:
-    """The names in the table of stats.jsonl in docs/running.md as patterns, each with the rest of its row."""
+    """Return the table of stats.jsonl in docs/running.md as {name pattern: rest of the row}."""
     text = (Path(__file__).parent.parent / "docs" / "running.md").read_text()
     section = text[text.index("## stats.jsonl") : text.index("## Several processes")]
     rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section, flags=re.MULTILINE)
@@ -278,7 +278,7 @@ def documented_figures() -> dict[str, str]:
 
 
 def test_stats_jsonl_keys_equal_the_documented_keys(shapes_zip: Path, tmp_path: Path) -> None:
-    """In runs that together have every option that adds a figure."""
+    """The runs together enable every option that adds a key."""
     variants = (
         ["--pl-weight=2", "--set=loss.pl_interval=1", "--set=loss.r1_interval=1", "--holdout=32"],
         ["--loss=relativistic"],

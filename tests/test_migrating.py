@@ -1,4 +1,4 @@
-"""docs/migrating.md is complete and true: every flag of the other projects, with what really became of it."""
+"""docs/migrating.md: complete lists of the other projects' flags and files, with statuses that match the code."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ OURS: dict[str, click.Command] = {
     "dataset_tool.py": dataset_tool.build,
     "legacy.py": legacy.main.commands["convert"],
 }
-SNAPSHOTS = {"train.py": "--resume", "legacy.py": "--source"}  # the flags that name one, elsewhere --network
+SNAPSHOTS = {"train.py": "--resume", "legacy.py": "--source"}  # flags that take a snapshot; --network elsewhere
 
 
 def section(title: str) -> str:
-    """The text under a heading, up to the next."""
+    """Return the text between a heading and the next."""
     return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def table(title: str) -> dict[str, str]:
-    """What the tables of a section say of each name: same, changed or refused."""
+    """Return the status of each name in the tables of a section: same, changed or refused."""
     rows = re.findall(r"^\| (`.*?) \| (\w+) \|", section(title), re.MULTILINE)
     return {name: status for names, status in rows for name in re.findall(r"`(.*?)`", names)}
 
@@ -91,7 +91,7 @@ def test_every_foreign_flag_is_listed_with_its_real_status(script: str) -> None:
 
 @pytest.mark.parametrize("script", [script for script in OURS if script != "dataset_tool.py"])
 def test_rows_about_snapshots_match_the_flags(script: str) -> None:
-    """That they take addresses and foreign files is tested in test_foreign_tools.py."""
+    """test_foreign_tools.py tests that these flags take URLs and foreign files."""
     flag = SNAPSHOTS.get(script, "--network")
     (option,) = (option for option in OURS[script].params if flag in option.opts)
     assert "URL" in option.make_metavar(click.Context(OURS[script]))
@@ -151,7 +151,7 @@ def test_foreign_training_commands_run_unchanged(tmp_path: Path) -> None:
 def test_foreign_image_commands_run_unchanged(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one folder; the last command needs what projector.py writes, here after few steps and without LPIPS."""
+    """Commands share a folder; the last one reads the output of projector.py, here run for few steps without LPIPS."""
     monkeypatch.chdir(tmp_path)
     plain = exploration_helpers.make_snapshot(tmp_path / "plain.pkl", shapes_zip, "stylegan2")
     classes = exploration_helpers.make_snapshot(tmp_path / "classes.pkl", shapes_zip, "stylegan2", c_dim=2)
@@ -168,7 +168,7 @@ def test_foreign_image_commands_run_unchanged(
 
 @pytest.mark.parametrize("script", ["calc_metrics.py", "dataset_tool.py"])
 def test_other_foreign_commands_run_unchanged(script: str) -> None:
-    """Without the files that they are about: the parser takes them, and the metrics are known."""
+    """The files are missing: the parser accepts the commands and the metrics are known."""
     for command in commands(script):
         context = OURS[script].make_context(script, list(command))
         resolve(context.params.get("names", ()), DetectorSetup())
@@ -207,7 +207,7 @@ def resume(name: str, data: Path, outdir: Path) -> Result:
 
 
 def test_the_python_names_on_the_page_exist() -> None:
-    """Of each expression in the first column: same or changed is there, refused is not."""
+    """Expressions in the first column exist if their status is same or changed, and do not if it is refused."""
     page = section("In Python")
     rows = re.findall(r"^\| `(.*?)`(.*?) \| (\w+) \|", page, re.MULTILINE)
     G = load_network(ROOT / "docs" / "shapes.pkl").G_ema
@@ -220,7 +220,7 @@ def test_the_python_names_on_the_page_exist() -> None:
             owner, *names = re.match(r"[\w.]+", expression)[0].split(".")  # type: ignore[index]
             value: object = roots[owner]
             if owner == "ds":
-                continue  # set in __init__; test_python_interface.py has them
+                continue  # set in __init__; tested in test_python_interface.py
             for name in names:
                 value = getattr(value, name, None)
             keywords = re.findall(r"(\w+)=", expression)
@@ -231,7 +231,7 @@ def test_the_python_names_on_the_page_exist() -> None:
 
 
 def keywords_of(value: Any) -> set[str]:
-    """Names of the arguments of a function, of a class, or of a network's call."""
+    """Return the argument names of a function, a class, or the call of a network."""
     if isinstance(value, training.networks.generator.Generator):
         return keywords_of(value.forward) | keywords_of(value.synthesis)
     return set(inspect.signature(value.forward if isinstance(value, nn.Module) else value).parameters)

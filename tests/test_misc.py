@@ -33,7 +33,7 @@ def test_seed_step_separates_seeds_phases_and_positions() -> None:
 
 
 def test_seeds_that_differ_in_high_bits_give_independent_numbers() -> None:
-    """A generator that drops the high bits would correlate perfectly."""
+    """A generator that ignores the high bits would correlate perfectly."""
     samples = []
     for exponent in (32, 40, 48, 56, 62):
         misc.seed_step(2**exponent, "D", 0)
@@ -54,7 +54,7 @@ def test_neighbouring_positions_give_independent_numbers() -> None:
 def test_derive_seed_fills_the_range_that_manual_seed_takes() -> None:
     seeds = [misc.derive_seed("phase", i) for i in range(4000)]
     assert all(0 <= seed < 2**63 for seed in seeds)
-    for bit in range(63):  # each bit is set in half of the seeds: 6 standard deviations are 190
+    for bit in range(63):  # each bit is set in half of the seeds; 6 standard deviations are 190
         assert abs(sum(seed >> bit & 1 for seed in seeds) - 2000) < 190
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)
 
@@ -120,7 +120,7 @@ def test_tune_allocator_does_nothing_with_another_libc(monkeypatch: pytest.Monke
 
 
 class Net(nn.Module):
-    """Two uses of one weight, a buffer, a tuple as output and a part without tensors."""
+    """A module with a shared weight, a buffer, a tuple as output and a submodule without tensors."""
 
     mean: Tensor
 
@@ -153,7 +153,7 @@ def test_module_summary() -> None:
     assert cells["head (Linear)"] == ["25", "0", "[4,", "5]"]
     assert cells["unused (Linear)"][-3:] == ["3", "0", "-"]
     assert "act (ReLU)" not in cells
-    assert "tied (Linear)" not in cells  # its tensor is counted under "head"
+    assert "tied (Linear)" not in cells  # the tensor is counted under "head"
     assert not any(part._forward_hooks for part in net.modules())
 
 

@@ -1,4 +1,4 @@
-"""docs/colab.ipynb runs from its first cell to its last, with small settings and without a notebook server."""
+"""docs/colab.ipynb runs from start to end with small settings, without a notebook server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCRIPTS = {
     "dataset_tool.py": dataset_tool.main,
     "report.py": report.main,
 }
-# What makes it short: the cells' own options stay, and these come after them.
+# Options appended to those of the cells, to make the run short.
 SMALLER = {
     "train.py": [*SMALL, "--g_dict=32,16,16", "--num_layers=1,1,1", "--tick=0.016", "--snap=1", "--device=cpu"],
     "dataset_tool.py": ["--max-images=64", "--workers=1"],
@@ -40,7 +40,7 @@ SMALLER = {
 
 
 class Notebook:
-    """What of IPython the cells use: `!` and `%cd` with names in braces, and IPython.display."""
+    """The subset of IPython used by the cells: `!` and `%cd` with names in braces, and IPython.display."""
 
     def __init__(self, **replaced: Any) -> None:
         self.scope: dict[str, Any] = {}
@@ -70,7 +70,7 @@ class Notebook:
         self.commands.append([script, *arguments])
 
     def display(self) -> dict[str, ModuleType]:
-        """A stand-in for IPython.display that notes what is shown."""
+        """A stand-in for IPython.display that records the displayed objects."""
         module: Any = ModuleType("IPython.display")
         module.Image = lambda path: ("image", Path(path))
         module.HTML = lambda filename: ("html", Path(filename))

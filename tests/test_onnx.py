@@ -1,4 +1,4 @@
-"""Exported graphs compute what the networks compute, for every family, in batches of any size."""
+"""Exported graphs equal the networks, for every family and any batch size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 CASES = [(family, *options) for options in (("const", 0), ("none", 3)) for family in GENERATORS]
 
 
-@pytest.mark.slow  # the exporter takes its time; test_docs.py runs the commands of docs/exchange.md
+@pytest.mark.slow  # the exporter is slow; test_docs.py runs the commands of docs/exchange.md
 @pytest.mark.parametrize(("family", "noise_mode", "c_dim"), CASES)
 def test_exported_graphs_equal_the_networks(tmp_path: Path, family: str, noise_mode: Any, c_dim: int) -> None:
     snapshot = make_snapshot(tmp_path / "n.pkl", family, c_dim=c_dim)
@@ -40,7 +40,7 @@ def test_exported_graphs_equal_the_networks(tmp_path: Path, family: str, noise_m
         assert {node.domain for node in model.graph.node} == {""}  # standard operators only
         sizes = [value.type.tensor_type.shape.dim[0].dim_param for value in [*model.graph.input, *model.graph.output]]
         assert {*sizes} <= {"batch", ""}
-        assert b".py" not in path.read_bytes()  # no stack of whoever exported it
+        assert b".py" not in path.read_bytes()  # no stack traces of the exporting machine
         assert {p.key: p.value for p in model.metadata_props}["noise_mode"] == noise_mode
     mapping, synthesis = map(session, paths)
     cutoff = 1

@@ -85,9 +85,9 @@ def test_upfirdn2d_matrix_equals_scipy(case: str, shape: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 5)])
 def test_upfirdn2d_agrees_with_scipy_upfirdn(up: int, down: int) -> None:
-    """SciPy's own upfirdn, along each axis, is the case of full padding."""
+    """scipy.signal.upfirdn along each axis is the case of full padding."""
     x, f = image(1, 2, 11, 8), torch.tensor(SEPARABLE[6])
-    full = (5, 5 - (up - 1))  # SciPy stuffs no zeros after the last sample
+    full = (5, 5 - (up - 1))  # SciPy inserts no zeros after the last sample
     expected = scipy.signal.upfirdn(f.numpy(), x.numpy(), up, down, axis=-1)
     expected = scipy.signal.upfirdn(f.numpy(), expected, up, down, axis=-2)
     np.testing.assert_allclose(upfirdn2d(x, f, up=up, down=down, padding=full * 2), expected, atol=1e-12)
@@ -114,7 +114,7 @@ def test_upfirdn2d_keeps_type_and_memory_format(
 @pytest.mark.parametrize("f", [torch.tensor(SEPARABLE[3]), torch.tensor(SEPARABLE[6]), image(2, 3).float()])
 @pytest.mark.parametrize("case", CASES)
 def test_upfirdn2d_is_its_own_transpose(case: str, f: Tensor) -> None:
-    """The operator is linear: its derivative is the transpose of its matrix, and the derivative of that the matrix."""
+    """The operator is linear: its gradient is the transpose of its matrix, and the second derivative is the matrix."""
     x = image(1, 1, 9, 11).requires_grad_()
     y = upfirdn2d(x, f, **CASES[case])
     basis = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
@@ -317,8 +317,8 @@ def test_bias_act_refuses_invalid_arguments(kwargs: dict[str, object], message: 
         bias_act(image(2, 3, 4), **kwargs)  # type: ignore[arg-type]
 
 
-# The operators as torch.library knows them. On a CPU they run the reference, so that registration, shapes and
-# derivatives can be checked here; test_kernels.py checks the kernels that take its place on a GPU.
+# The operators as registered with torch.library. On a CPU they run the reference, so registration, shapes and
+# derivatives are tested here; test_kernels.py tests the kernels that replace the reference on a GPU.
 
 
 def samples_of_bias_act(act: str, device: str = "cpu") -> list[tuple[Any, ...]]:
@@ -344,8 +344,8 @@ def samples_of_upfirdn2d(device: str = "cpu") -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize("act", ["lrelu", "swish"])  # piecewise linear, and not
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck itself
+@pytest.mark.parametrize("act", ["lrelu", "swish"])  # piecewise linear, and smooth
 def test_bias_act_is_registered(act: str) -> None:
     for sample in samples_of_bias_act(act):
         torch.library.opcheck(torch.ops.styleformer.bias_act.default, sample)
@@ -360,7 +360,7 @@ def test_bias_act_is_registered(act: str) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck itself
 def test_upfirdn2d_is_registered() -> None:
     for sample in samples_of_upfirdn2d():
         torch.library.opcheck(torch.ops.styleformer.upfirdn2d.default, sample)
@@ -398,7 +398,7 @@ def test_the_operator_has_no_third_derivative() -> None:
 
 
 def test_bias_gradient_sums_in_float32() -> None:
-    """4099 is no bfloat16."""
+    """4099 is not representable in bfloat16."""
     x, b = torch.zeros(4099, 2, dtype=torch.bfloat16), torch.zeros(2, requires_grad=True)
     y = torch.ops.styleformer.bias_act(x, b, 1, "linear", 0.0, 1.0, 2.0)
     y.backward(torch.ones_like(y))
@@ -407,7 +407,7 @@ def test_bias_gradient_sums_in_float32() -> None:
 
 
 def test_piecewise_linear_activations_keep_only_their_output() -> None:
-    """The input can be freed: the next layer keeps the output anyway."""
+    """The input can be freed because the next layer keeps the output anyway."""
     x, b = image(2, 3), image(3).requires_grad_()
     for act, alpha, gain, kept in (
         ("lrelu", 0.2, 1.0, 1),
@@ -428,7 +428,7 @@ def operators_in(graph: torch.fx.GraphModule) -> list[str]:
 
 @pytest.fixture
 def operators_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the public functions take the operators as they do on a GPU; they run the reference here."""
+    """Make the public functions call the registered operators as on a GPU; here these run the reference."""
     monkeypatch.setattr(custom_ops, "use_kernels", lambda impl, x: True)
 
 
@@ -478,7 +478,7 @@ def test_compile_and_export_see_one_operator() -> None:
     torch.testing.assert_close(compiled_grad, grad)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of torch 2.11 itself
 def test_compile_on_the_cpu_traces_the_reference() -> None:
     x, f = image(2, 3, 8, 6), setup_filter([1, 3, 3, 1])
 
@@ -505,7 +505,7 @@ GPU_DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 1e-
 
 
 def assert_close_to_float64(ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    """`tolerance` counts from the largest value, since sums lose what is small beside it."""
+    """Compare with float64; `tolerance` is relative to the largest value, because sums lose smaller terms."""
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(ours.double().cpu(), expected, rtol=tolerance, atol=tolerance * scale)
 
@@ -514,7 +514,7 @@ def assert_close_to_float64(ours: Tensor, expected: Tensor, tolerance: float) ->
 @pytest.mark.parametrize(("dtype", "tolerance"), GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_bias_act_on_gpu(act: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The kernels, and the gradients of x and b, against the reference in float64."""
+    """Compare the kernels and the gradients of x and b with the float64 reference."""
     for shape, dim in (((4, 64, 33, 33), 1), ((2, 64, 32), 2), ((8, 512), 1), ((0, 3, 2, 2), 1), ((5, 7, 9, 1), 1)):
         for memory_format in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
             x = image(*shape).to("cuda", dtype).contiguous(memory_format=memory_format).requires_grad_()
@@ -522,7 +522,7 @@ def test_bias_act_on_gpu(act: str, dtype: torch.dtype, tolerance: float) -> None
             b.requires_grad_()
             grad = image(*shape, seed=2).to("cuda", dtype)
             x64, b64 = (tensor.detach().double().cpu().requires_grad_() for tensor in (x, b))
-            # the clamp is far from every value, so that rounding moves none across it
+            # no value is near the clamp, so rounding moves none across it
             y = bias_act(x, b, dim=dim, act=act, clamp=50.0, impl="cuda")
             y64 = bias_act(x64, b64, dim=dim, act=act, clamp=50.0)
             assert y.dtype == dtype
@@ -553,7 +553,7 @@ def test_derivatives_of_bias_act_on_gpu(act: str) -> None:
 def test_upfirdn2d_on_gpu(
     channels: int, memory_format: torch.memory_format, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """The kernels and their gradients against the reference in float64, for the networks' filters and others."""
+    """Compare the kernels and their gradients with the float64 reference, for the networks' filters and others."""
     filters = [torch.tensor(taps) for taps in SEPARABLE.values()]
     filters += [setup_filter([1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]), image(4, 4).float()]
     cases: list[dict[str, Any]] = [
@@ -619,7 +619,7 @@ def test_cuda_graph_replays_the_kernels() -> None:
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
+@pytest.mark.filterwarnings("ignore")  # warnings of torch.compile about its own internals
 def test_compiled_network_runs_the_kernels() -> None:
     x, b, f = torch.randn(4, 8, 32, 32).cuda(), torch.randn(8).cuda(), setup_filter([1, 3, 3, 1]).cuda()
     graphs: list[list[str]] = []

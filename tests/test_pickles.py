@@ -1,4 +1,4 @@
-"""Hostile pickles: nothing in them runs, whatever they claim costs little, and each is refused with one message."""
+"""Hostile pickles: no code is executed, time and memory stay bounded, and each file is refused with one message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
 
 @pytest.fixture
 def sentinel(tmp_path: Path) -> Path:
-    """A file that code in a pickle would make."""
+    """Return the path of a file that code in the pickle would create."""
     return tmp_path / "sentinel"
 
 
@@ -41,7 +41,7 @@ def read(tmp_path: Path, data: bytes) -> Any:
 
 
 def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) -> str:
-    """Read in little time and memory of this process; return why the file, or what in it, is not read."""
+    """Read a file within little time and memory; return the reason why it, or a part of it, is refused."""
     started = time.process_time()
     tracemalloc.start()
     try:
@@ -61,7 +61,7 @@ def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) ->
 
 
 def reasons(value: Any) -> list[str]:
-    """Why values are unreadable, in what a file holds."""
+    """Return the reasons of all unreadable values in the contents of a file."""
     if isinstance(value, Unreadable):
         return [value.reason]
     if isinstance(value, PickledModule):
@@ -71,7 +71,7 @@ def reasons(value: Any) -> list[str]:
 
 
 def stored(x: torch.Tensor) -> bytes:
-    """What torch pickles the numbers of a tensor as."""
+    """Return the persistent id that torch pickles for the storage of a tensor."""
     buffer = io.BytesIO()
     torch.save(x.untyped_storage() if False else x.storage(), buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
@@ -149,14 +149,14 @@ def test_code_in_a_nested_stream_is_refused(
     refused(tmp_path, dumps(Call(LOAD, (dumps(CODE[name], 3),))), "which no (snapshot|tensor) needs")
     buffer = io.BytesIO()
     torch.save(torch.zeros(2), buffer, pickle_protocol=2)
-    refused(tmp_path, dumps(Call(LOAD, (buffer.getvalue(),))), "instruction PERSID")  # a zip file begins with P
+    refused(tmp_path, dumps(Call(LOAD, (buffer.getvalue(),))), "instruction PERSID")  # zip files begin with P
     start = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
     refused(tmp_path, dumps(Call(LOAD, (start + dumps(CODE[name], 3),))), "which no (snapshot|tensor) needs")
     assert not sentinel.exists()
 
 
 def storage_stream(*, claimed: int = 2, count: int | None = None, data: bytes = b"\0" * 8, key: Any = None) -> bytes:
-    """A stream for a float tensor by hand; `claimed` elements in the pickle, `count` before the numbers."""
+    """Return a handwritten stream of a float tensor: `claimed` elements in the pickle, `count` before the numbers."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
@@ -313,7 +313,7 @@ def test_reference_bombs_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, PROTO + b"]" + pairs + b"a" + build * 10_000 + b".", "more instructions")
 
     view = tensor(storage_stream(claimed=10_000, data=b"\0" * 40_000), size=(10_000,))
-    views = [view] * 3  # pickled once and referred to twice
+    views = [view] * 3  # pickled once, referenced twice
     assert len(read(tmp_path, dumps(views))) == 3
     storage = Call(LOAD, (storage_stream(claimed=10_000, data=b"\0" * 40_000),))
     copies = [Call(REBUILD, (storage, 0, (10_000,), (1,), False, ())) for _ in range(100)]
@@ -327,7 +327,7 @@ def test_byte_bombs_written_as_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_colliding_keys_are_refused(tmp_path: Path) -> None:
-    """Python's hash of whole numbers is their remainder by 2^61 - 1, and n equal ones take n^2 comparisons."""
+    """Python hashes integers modulo 2^61 - 1; n keys with equal hashes take n^2 comparisons."""
     keys = [number * (2**61 - 1) for number in range(30_000)]
     items = PROTO + b"}(" + b"".join(dumps(key, 3)[2:-1] + b"N" for key in keys) + b"u."
     refused(tmp_path, items, "a key that is larger")
@@ -337,7 +337,7 @@ def test_colliding_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_contents_are_dropped_and_reported(tmp_path: Path) -> None:
-    """Objects of other classes with items, states and arguments: the rest of the file is read."""
+    """Objects of other classes may have items, states and arguments; the rest of the file is read."""
     other = Call(Name("their.package", "Thing"), (1,), {"x": 2}, iter([("a", 1)]))
     array = Call(
         Name("numpy._core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"), (1, (2,), b"?")
@@ -363,7 +363,7 @@ def test_a_byte_order_holds_for_every_use_of_a_dtype(tmp_path: Path) -> None:
 
 
 def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
-    """Both are dicts with a state, which says nothing that is needed."""
+    """Both are dicts with a state that holds no needed information."""
     layer = torch.nn.Linear(2, 2)
     torch.save(layer.state_dict(), tmp_path / "weights.pth")
     assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of its network"
@@ -383,7 +383,7 @@ def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
 def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> None:
-    """A tuple that is referred to again and again would be copied as often."""
+    """Every reference to a tuple would copy the tuple otherwise."""
     big = dumps(tuple(range(50_000)))[2:-1] + b"r\x63\x00\x00\x000"
     name = f"c{call.module}\n{call.name}\n".encode()
     shape = name + b"(K\x00K\x00j\x63\x00\x00\x00j\x63\x00\x00\x00\x89NtRa"
@@ -415,7 +415,7 @@ def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
 
 
 def test_wrappers_and_copies_of_modules_are_read(tmp_path: Path) -> None:
-    """DataParallel as pickle writes an object; persistence and EasyDict in a package of another project."""
+    """DataParallel is pickled as a plain object; persistence and EasyDict are in a package of another project."""
     inner = module_with({})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": inner}}
     for module_name, name in (("data_parallel", "DataParallel"), ("distributed", "DistributedDataParallel")):
@@ -472,7 +472,7 @@ def test_truncated_and_corrupt_files_are_refused(tmp_path: Path) -> None:
             damaged[rng.randrange(len(data))] = rng.randrange(256)
         try:
             read(tmp_path, bytes(damaged))
-            outcomes["read"] += 1  # a flip within a number or a text
+            outcomes["read"] += 1  # a bit flip within a number or a string
         except UserError:
             outcomes["refused"] += 1
     assert outcomes["refused"] > 250

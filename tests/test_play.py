@@ -1,4 +1,4 @@
-"""generate.py play: what the page asks for is answered as the other commands would, and nonsense with 400."""
+"""generate.py play: requests get the results of the other commands; invalid requests get status 400."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.networks.stylegan2 import StyleGAN2Config
 
 @contextmanager
 def served(player: Player) -> Iterator[int]:
-    """The port of a page that is there meanwhile."""
+    """Serve the page in a thread; return its port."""
     with open_server(player, 0) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -101,7 +101,7 @@ def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Model, "images", counted)
     for query in ("seed=0&count=3", "seed=0&count=3", "seed=1&count=3", "seed=1&count=3&trunc=0.5", "seed=0"):
         player.answer("/images", query)
-    assert sizes == [3, 1, 3, 1]  # the last one was no longer kept
+    assert sizes == [3, 1, 3, 1]  # the oldest image was no longer cached
     assert len(player.images) == 4
     assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
 
@@ -181,7 +181,7 @@ def test_invalid_requests_are_answered_with_400() -> None:
 
 
 def ask_raw(port: int, *lines: str) -> tuple[int, str]:
-    """Send these lines as the head of a request; return the status, and the whole answer."""
+    """Send these lines as the head of a request; return the status and the whole response."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
@@ -276,7 +276,7 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: 
                 with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
                     connection.sendall(said)
                     assert connection.recv(1) == b""
-    with served(player) as port:  # with time to send a request
+    with served(player) as port:  # with enough time to send a request
         assert get(port, "/")[0] == 200
     assert capsys.readouterr().err == ""
 
@@ -327,7 +327,7 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
 
 
 def seen_by_a_browser(model: Model, script: str) -> Any:
-    """What a script makes of the page when it has loaded; `until` waits for what a function calls true."""
+    """Return the result of a script on the loaded page; `until` is a predicate to wait for."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
@@ -367,12 +367,12 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         const maps = document.querySelectorAll("#maps img").length;
         return [maps, pixel, $("what").textContent, $("problem").textContent];"""
     maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
-    assert (maps, pixel, problem) == (5, [16, 1], "")  # the position, and four blocks
+    assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
     assert "with coarse of seed 2" in what
 
 
 def test_a_browser_hides_mixing_without_styles() -> None:
-    """TransGAN has one style: a click with shift chooses too. And two clicks on the arrow are two pages."""
+    """TransGAN has one style, so shift-click selects too. Two clicks on the arrow advance two pages."""
     script = """
         $("after").click();
         $("after").click();

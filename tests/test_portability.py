@@ -1,4 +1,4 @@
-"""What Windows lacks is taken away, and the project still works. (On Windows itself nothing has been tried.)"""
+"""Training without the POSIX features that Windows lacks. (Windows itself is untested.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import PATIENCE, SMALL
 
-# os.pread, SIGUSR1 and SIGKILL, the modules resource and fcntl, and fork: workers are spawned.
+# Removed: os.pread, SIGUSR1, SIGKILL, the modules resource and fcntl, and fork; workers are spawned.
 WITHOUT = """
 import multiprocessing, os, signal, sys
 import torch, torch.distributed, torch.utils.data

@@ -1,4 +1,4 @@
-"""One, two and three processes compute the same: weights, ADA's p, statistics, metrics."""
+"""One, two and three processes give equal weights, ADA p, statistics and metrics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from training.health import Diversity
 from training.training_loop import Tick, Trainer
 
 STEPS = 6
-# Every phase, and an ADA that moves. A large epsilon in Adam: with the usual one its first steps are the signs of
-# gradients, which rounding turns where they are small.
+# All phases and a changing ADA p. Adam's epsilon is large: with the usual value the first steps are the signs of the
+# gradients, which rounding flips where gradients are small.
 CONFIG = {
     "loss__pl_weight": 2.0,
     "loss__pl_interval": 2,
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def _train(config: TrainConfig, path: Path) -> None:
-    """Train, and write all that has come of it: the state, the figures of both ticks, metrics of the average."""
+    """Train and write the results: the state, the values of both ticks, and metrics of G_ema."""
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     trainer.augment.p.fill_(0.5)
     trainer.total_nimg = STEPS * trainer.batch_size
@@ -72,10 +72,10 @@ def result(config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
 def test_results_do_not_depend_on_the_number_of_processes(
     shapes_zip: Path, tmp_path: Path, processes: int, batch: int
 ) -> None:
-    """Micro-batches of 4: three in one process or one in each of three; four in one or two in each of two.
+    """Micro-batches of 4: three on one process or one on each of three; four on one or two on each of two.
 
-    Weights differ by 2e-7 after four steps. After six a rounding that lets a unit of D change its sign, on a background
-    of one colour at many pixels, can have moved a bias by 1e-5.
+    Weights differ by 2e-7 after four steps. After six steps, rounding can flip the sign of a unit of D at many pixels
+    of a uniform background and so change a bias by 1e-5.
     """
     one, more = (
         result(small_config(shapes_zip, **CONFIG, batch_size=batch, run__num_gpus=count), tmp_path)
@@ -86,11 +86,13 @@ def test_results_do_not_depend_on_the_number_of_processes(
             torch.testing.assert_close(more["state"][part][name], x, rtol=1e-4, atol=5e-5, msg=f"{part} {name}")
     for name, x in one["state"]["ada"].items():
         assert torch.equal(more["state"]["ada"][name], x), name
-    assert float(one["state"]["ada"]["p"]) not in (0, 0.5, 1)  # it has moved
+    assert float(one["state"]["ada"]["p"]) not in (0, 0.5, 1)  # p has changed
     assert more["state"]["state"] == one["state"]["state"] == STEPS * batch
     assert more["figures"].keys() == one["figures"].keys()
     for name, figures in one["figures"].items():
-        compared = 2 if "Gradients/" in name else 3  # each process reports the norm of the common gradient
+        compared = 2 if "Gradients/" in name else 3  # each process logs the norm of the averaged gradient
         assert more["figures"][name][:compared] == pytest.approx(figures[:compared], rel=1e-3, abs=1e-4), name
-    assert one["figures"]["1 Loss/signs/real"][2] == 3 * batch  # reals since the tick before, of all processes
+    assert (
+        one["figures"]["1 Loss/signs/real"][2] == 3 * batch
+    )  # real images since the previous tick, over all processes
     assert more["metrics"] == pytest.approx(one["metrics"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Programs of --detector: archives that would run code when they are loaded are refused, and whole ones are not."""
+"""Programs for --detector: archives that would execute code on loading are refused, valid ones are read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Change = Callable[[Parts], None]
 
 
 class Harm:
-    """Makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("pwned",)
@@ -48,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Path]:
-    """Write the program with some of its parts changed, in a folder that the test is in."""
+    """Write the program with some of its parts changed to the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def write(change: Change, compression: int = zipfile.ZIP_STORED) -> Path:
@@ -91,7 +91,7 @@ def everywhere(key: str, value: Any) -> Change:
 
 
 def renamed(old: str, new: str) -> Change:
-    """Put another name in the graph wherever one stands."""
+    """Replace a name everywhere in the graph."""
 
     def apply(parts: Parts) -> None:
         text = parts["models/model.json"].decode()
@@ -101,7 +101,7 @@ def renamed(old: str, new: str) -> Change:
 
 
 def called(target: str, text: str = "mkdir pwned") -> Change:
-    """Call something else with a text before all."""
+    """Add a call of another function with a string at the start of the graph."""
     argument = {"name": "self", "arg": {"as_string": text}, "kind": 1}
     node = {"target": target, "inputs": [argument], "outputs": [], "metadata": {}, "name": "x"}
     node["is_hop_single_tensor_return"] = None  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def called(target: str, text: str = "mkdir pwned") -> Change:
 
 
 def payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) -> Change:
-    """Describe one more tensor that is a pickle."""
+    """Add the description of a tensor that is a pickle."""
     place = f"data/{folder}/model_{folder}_config.json"
 
     def apply(parts: Parts) -> None:
@@ -127,7 +127,7 @@ def payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) 
 
 
 def older(parts: Parts) -> None:
-    """Hide an archive of the older form, which torch tries when the newer one fails, among the files."""
+    """Hide an archive of the older format, which torch tries if the newer one fails, among the files."""
     document = json.loads(parts.pop("models/model.json"))
     document["guards_code"] = [f"{CODE} is None"]
     parts["^version"] = b"8.20"
@@ -215,7 +215,7 @@ def test_programs_that_would_execute_code_are_refused(
 
 
 def test_only_names_that_torch_resolves_are_restricted(changed: Callable[..., Path]) -> None:
-    """A tensor that is called `metadata` hides nothing; text of stack traces, and files beside the program, may be."""
+    """A tensor named `metadata` hides nothing; stack traces and extra files are allowed."""
     free = everywhere("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
     extra = part("extra/notes.txt", pickle.dumps(Harm(), 0))
     features, logits = load_program(changed(lambda parts: (free(parts), extra(parts))), CPU)(IMAGES)
@@ -236,10 +236,10 @@ def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
 def test_torch_executes_no_code_even_without_the_check(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the user lets torch.load read everything; afterwards that holds again."""
+    """The setting that lets torch.load read everything is disabled for the call and restored afterwards."""
     monkeypatch.setenv(programs.MORE_THAN_DATA, "1")
     monkeypatch.setattr(programs, "check", lambda path: None)
-    with suppress(pickle.UnpicklingError):  # torch may leave out what it cannot read
+    with suppress(pickle.UnpicklingError):  # torch may skip entries it cannot read
         programs.load(changed(ATTACKS[kind][0]))
     assert not Path("pwned").exists()
     assert os.environ[programs.MORE_THAN_DATA] == "1"
@@ -247,7 +247,7 @@ def test_torch_executes_no_code_even_without_the_check(
 
 
 class Larger(nn.Module):
-    """Operators, constants and symbolic sizes of every kind that a detector has."""
+    """A module with operators, constants and symbolic sizes of every kind used by detectors."""
 
     def __init__(self, *, has_attention: bool) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Larger(nn.Module):
 
 @pytest.mark.parametrize("has_attention", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_valid_programs_are_read(tmp_path: Path, has_attention: bool) -> None:
-    """Sizes that are not known, and conditions on them; the same numbers as the module itself."""
+    """Programs with symbolic sizes and conditions on them give the values of the module."""
     torch.manual_seed(0)
     module = Larger(has_attention=has_attention).eval()
     auto = torch.export.Dim.AUTO

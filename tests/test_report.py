@@ -1,4 +1,4 @@
-"""report.py: what is drawn is what the files hold, what is damaged is told, and the page needs nothing but itself."""
+"""report.py: charts equal the files, corrupt records give warnings, and the page is self-contained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gr
 
 
 def make_run(path: Path, ticks: int = 6, grids: Sequence[int] = (4, 8), mode: str = "RGB", side: int = 64) -> Path:
-    """A run's folder as training writes it, 2 kimg and 30 seconds a tick."""
+    """Write a run folder as training does, with 2 kimg and 30 seconds per tick."""
     path.mkdir(parents=True)
     options = {"preset": "tiny", "loss": {"r1_gamma": len(path.name)}, "run": {"total_kimg": 20}}
     (path / "training_options.json").write_text(json.dumps(options))
@@ -60,12 +60,12 @@ def run_report(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts without a picture, for what is not about them."""
+    """Skip the rendering of charts, for tests of other parts."""
     monkeypatch.setattr(report, "draw", lambda chart: drawing.RenderedChart(chart, b"", ()))
 
 
 class Page(HTMLParser):
-    """All tags of a page, and whether each that was opened was closed."""
+    """Parser that collects all tags of a page and checks that each opened tag is closed."""
 
     VOID = ("meta", "img", "input")
 
@@ -85,12 +85,12 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def charts(self) -> dict[str, list[dict[str, Any]]]:
-        """What the pointer shows of each chart's lines, by the chart's title."""
+        """Return the hover data of each chart's lines, by the chart's title."""
         shown = [attributes for _, attributes in self.tags if "data-lines" in attributes]
         return {str(chart["aria-label"]): json.loads(str(chart["data-lines"])) for chart in shown}
 
     def images(self) -> dict[str, Image.Image]:
-        """The pictures by their description, decoded."""
+        """Return the decoded images by their alternative text."""
         found: dict[str, Image.Image] = {}
         for tag, attributes in self.tags:
             if tag == "img":
@@ -144,7 +144,7 @@ def test_grids_of_any_channels_are_shown(tmp_path: Path, mode: str) -> None:
 
 
 def lines_of(monkeypatch: pytest.MonkeyPatch, *runs: Path) -> dict[str, dict[str, np.ndarray]]:
-    """What matplotlib is told to draw in the left half of each chart's PNG: kimg and values by colour and dashes."""
+    """Record the lines plotted in the left half of each chart's PNG: kimg and values by colour and dashes."""
     from matplotlib.figure import Figure
 
     drawn: dict[str, dict[str, np.ndarray]] = {}
@@ -168,12 +168,17 @@ def test_the_curves_of_one_run_equal_its_log(tmp_path: Path, monkeypatch: pytest
     drawn = lines_of(monkeypatch, make_run(tmp_path / "run", ticks=5))
     assert drawn["Metric swd5k: lower is better"]["#0072B2 -"].tolist() == [[0, 100], [4, 98], [8, 96]]
     losses = drawn["Losses of G and D"]
-    assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, as names are in order
+    assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, because names are sorted
     assert losses["#D55E00 -"].tolist() == [[2, 2], [4, 3], [6, 4], [8, 5]]
     assert drawn["Probability p of the augmentation"]["#0072B2 -"][:, 1].tolist() == pytest.approx(
         [0, 0.01, 0.02, 0.03, 0.04]
     )
-    assert next(iter(drawn["Other figures"].values())).tolist() == [[2, 7], [4, 8], [6, 9], [8, 10]]  # no name is lost
+    assert next(iter(drawn["Other figures"].values())).tolist() == [
+        [2, 7],
+        [4, 8],
+        [6, 9],
+        [8, 10],
+    ]  # no name is dropped
     assert not any("Timing" in title or "timestamp" in title for title in drawn)
 
 
@@ -188,7 +193,7 @@ def test_runs_of_different_lengths_are_overlaid(tmp_path: Path, monkeypatch: pyt
         "#D55E00 -": 2,
         "#D55E00 --": 2,
     }
-    assert list(drawn["Metric swd5k: lower is better"]) == ["#D55E00 -"]  # the colour stays the run's
+    assert list(drawn["Metric swd5k: lower is better"]) == ["#D55E00 -"]  # each run keeps its colour
 
 
 def test_metrics_of_different_protocols_are_not_compared(tmp_path: Path) -> None:
@@ -219,7 +224,7 @@ def test_long_curves_are_drawn_with_a_moving_average(tmp_path: Path) -> None:
         assert trend[place] == pytest.approx(values[max(place - 50, 0) : place + 51].mean())
     x, y = drawing._extremes(chart.lines[0].curve.kimg, values)
     assert len(x) <= 2 * drawing.SHOWN
-    assert (3210, 7) in set(zip(x, y, strict=True))  # no peak is lost
+    assert (3210, 7) in set(zip(x, y, strict=True))  # no peak is dropped
     assert y.min() == values.min()
 
 
@@ -257,7 +262,7 @@ def test_a_folder_of_runs_reports_all_of_them(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = (tmp_path / "report" / "report.html").read_text()
     assert "<tr><td>loss.r1_gamma</td><td>4</td><td>5</td></tr>" in text
-    assert "<td>preset</td>" not in text  # which is the same in both
+    assert "<td>preset</td>" not in text  # equal in both
     assert "16 of 20" in text
     assert "4 of 20" in text
 
@@ -285,7 +290,7 @@ def test_the_time_of_a_metric_is_interpolated_at_its_kimg(tmp_path: Path) -> Non
     (run / "metric-swd5k.jsonl").write_text("".join(metric_line(kimg, 1.0) for kimg in (0, 3, 8, 50)))
     curve = read_run(run, "run").metrics["swd5k"]
     assert list(curve.seconds[:3]) == [0, 45, 120]
-    assert math.isnan(curve.seconds[3])  # of a snapshot beyond what the log still has
+    assert math.isnan(curve.seconds[3])  # a snapshot newer than the truncated log
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -293,7 +298,9 @@ def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", side=160)
     with (run / "stats.jsonl").open("a") as file:
         file.write('{"Progress/kimg": \n[1]\n{"Progress/kimg": NaN}\n{"other": 1}\n\x00\xff\n')
-        file.write('{"Progress/kimg": 14.0, "Loss/G/loss": {"mean": null}}\n{"Progress/kimg": 16.')  # being written
+        file.write(
+            '{"Progress/kimg": 14.0, "Loss/G/loss": {"mean": null}}\n{"Progress/kimg": 16.'
+        )  # incomplete, still being written
     with (run / "metric-swd5k.jsonl").open("a") as file:
         file.write(metric_line(4, 1.0, seed=1) + metric_line(None, 5.0) + metric_line(10, 3.0))
     (run / "metric-fid.jsonl").write_text("nonsense\n")
@@ -470,7 +477,7 @@ def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pyt
     if browser is None:
         pytest.skip("no Chromium on this machine")
     run = make_run(tmp_path / "run", ticks=3)
-    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page has SVG
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();

@@ -1,4 +1,4 @@
-"""The rule of resuming: the saved configuration plus what was typed (training/resume.py)."""
+"""The rule of resuming (training/resume.py): the saved configuration with the options of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def new(data: Path, tmp_path: Path) -> Callable[..., RunRequest]:
-    """Return a function that makes the request of a command line with the options of TEXTS and others."""
+    """Return a function that builds the request of a command line with TEXTS and further options."""
 
     def make(resume: str | Path | None = None, preset: str | None = "tiny", **changes: Any) -> RunRequest:
         texts = {"data.path": str(data), **TEXTS} | changes.pop("texts", {})
@@ -43,7 +43,7 @@ def new(data: Path, tmp_path: Path) -> Callable[..., RunRequest]:
 
 
 def save(start: Start, number: int = 0, **changes: Any) -> Path:
-    """Write what a run leaves that --resume reads before its training state."""
+    """Write the files of a run that --resume reads before the training state."""
     assert start.outdir
     run_dir = start.outdir / f"{number:05d}-run"
     run_dir.mkdir(parents=True)
@@ -54,7 +54,7 @@ def save(start: Start, number: int = 0, **changes: Any) -> Path:
 
 
 def test_a_run_resumes_from_its_folder_alone(new: Callable[..., RunRequest]) -> None:
-    """Every field comes from the saved configuration, whatever the presets say now."""
+    """Every field comes from the saved configuration, even if the presets have changed."""
     start = choose_start(new(texts={"loss.r1_gamma": "3", "run.total_kimg": "5", "g_optimizer.beta2": "0.9"}))
     run_dir = save(start)
     resumed = choose_start(RunRequest(outdir=None, resume=str(run_dir)))
@@ -131,7 +131,7 @@ def test_other_changes_are_refused_without_override(
 
 
 def test_latest_is_the_newest_run_with_matching_options(new: Callable[..., RunRequest]) -> None:
-    """An option that is not typed contradicts no run."""
+    """An option that is not given matches every run."""
     runs = {}
     for number, gamma in enumerate(("1", "2", "1", "3")):
         runs[number] = save(choose_start(new(texts={"loss.r1_gamma": gamma})), number)
@@ -165,13 +165,13 @@ def test_runs_of_other_families_or_data_do_not_match(
     request = replace(new(texts=texts), texts={"data.path": str(data), "run.device": "cpu", **texts})
     run_dir = save(choose_start(request), 1)
     assert choose_start(replace(request, resume="latest")).run_dir == run_dir
-    assert choose_start(new("latest")).run_dir is None  # its widths are no field of the other family
+    assert choose_start(new("latest")).run_dir is None  # the other family has no field `widths`
     other.unlink()
-    assert choose_start(replace(request, resume="latest")).run_dir == run_dir  # the other data are not opened
+    assert choose_start(replace(request, resume="latest")).run_dir == run_dir  # the other dataset is not opened
 
 
 def test_micro_batches_follow_the_number_of_processes(new: Callable[..., RunRequest]) -> None:
-    """A micro-batch stays while it divides the share of a process."""
+    """A micro-batch size is kept while it divides the batch of a process."""
     start = choose_start(new(texts={"batch_size": "32", "run.batch_gpu": "8"}))
     assert start.config.run.batch_gpu == 8
     run_dir = save(start)
@@ -189,7 +189,7 @@ def test_micro_batches_follow_the_number_of_processes(new: Callable[..., RunRequ
 
 
 def test_automatic_choices_are_made_anew_on_another_machine(new: Callable[..., RunRequest]) -> None:
-    """CUDA graphs, which a run had on a GPU, are no reason to refuse it on a CPU."""
+    """A run that used CUDA graphs on a GPU can resume on a CPU."""
     start = choose_start(new())
     run_dir = save(start, **{"run.graphs": True})
     assert choose_start(new(run_dir)).config == start.config
@@ -217,7 +217,7 @@ def test_missing_options_of_a_new_run_are_named(tmp_path: Path) -> None:
 
 
 def test_resolving_twice_changes_nothing(data: Path) -> None:
-    """What resume relies on: a resolved configuration is complete."""
+    """Resuming relies on resolved configurations being complete."""
     for name in ("auto", "tiny", "cifar", "transgan-cifar"):
         size = {"tiny": 32, "cifar": 32, "transgan-cifar": 32}.get(name, 16)
         path = data if size == 16 else data.with_name(f"{name}.zip")

@@ -1,4 +1,4 @@
-"""Writing in the background: what is written is what was copied, what fails is told, and the right files are kept."""
+"""Background writing: files hold the copied values, failures are reported, and the right files are kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ sys.stdin.read()
 
 @contextmanager
 def other_program(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that holds the lock of a folder."""
+    """Start a program that holds the lock of a folder."""
     command = [sys.executable, "-c", OTHER, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -71,7 +71,7 @@ def train_steps(trainer: Trainer, steps: int) -> None:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """While active, no file of this process can grow: the kernel refuses, as on a full disk."""
+    """Limit file sizes so that the kernel refuses writes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
@@ -94,7 +94,7 @@ def test_a_state_is_written_as_copied(shapes_zip: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Checkpoint, "write", write_later)
     saver.save(trainer, snapshot=False)
-    train_steps(trainer, 2)  # the writer still waits
+    train_steps(trainer, 2)  # the writer is still blocked
     assert not (tmp_path / "training-state-000000.pt").exists()
     go_on.set()
     saver.finish()
@@ -156,7 +156,7 @@ def test_at_most_one_write_is_in_flight() -> None:
     writer = BackgroundWriter()
     for number in range(4):
         writer.submit(partial(job, number))
-        assert writer.job  # not waited for
+        assert writer.job  # the call does not wait for the writer
     assert writer.join() == []
     assert most == [1, 1, 1, 1]
 
@@ -179,7 +179,7 @@ def test_nothing_is_copied_while_a_write_is_in_flight(
     saver.save(trainer, snapshot=True)
     assert in_flight == [None, None]
     saver.writer.submit(partial(time.sleep, 0.05))
-    saver.save(trainer, snapshot=False)  # of the same step: nothing to write, nor to wait for
+    saver.save(trainer, snapshot=False)  # the same step: nothing to write or wait for
     assert saver.writer.job
     saver.writer.wait()
 
@@ -205,7 +205,7 @@ def test_training_continues_when_the_disk_is_full(
     saver = new_saver(tmp_path, trainer.config)
     grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
     trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
-    with no_room(), pytest.raises(WriteError, match="cannot be written"):  # by the files of the end
+    with no_room(), pytest.raises(WriteError, match="cannot be written"):  # replaced by the files of the last step
         train_steps(trainer, 2)
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == {FolderLock.NAME}
     train_steps(trainer, 1)
@@ -258,7 +258,7 @@ def test_a_deleted_folder_is_recreated_with_the_state(
     )
     assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2
     assert read_config(json.loads((run_dir / OPTIONS_FILE).read_text())) == trainer.config
-    assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 3  # of steps 2 to 4
+    assert len((run_dir / "stats.jsonl").read_text().splitlines()) == 3  # the states of steps 2 to 4
     assert (run_dir / "log.txt").read_text().endswith("the end\n")
 
 
@@ -288,7 +288,7 @@ def test_an_unwritable_folder_stops_the_run_with_a_rescued_state(
 def test_a_folder_taken_by_another_run_is_not_written_to(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was moved away, and a new run of the same name began; or its lock was deleted, and a second one went on."""
+    """The folder was moved and a new run took its name, or its lock was deleted and a second run continued it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trainer = new_trainer(shapes_zip)
     (tmp_path / "run").mkdir()
@@ -344,7 +344,7 @@ def test_printed_output_overwrites_redrawn_lines(
         redraw("kimg 1.1 of 2", sys.stdout)
         print("tick 1")
         print("tick 2")
-    blank = 20 * " "  # the terminal but for its last column
+    blank = 20 * " "  # the width of the terminal minus its last column
     assert capsys.readouterr().out == f"\rkimg 1.0 of 2, 9 img\r\rkimg 1.1 of 2       \r\r{blank}\rtick 1\ntick 2\n"
     assert (tmp_path / "log.txt").read_text() == "tick 1\ntick 2\n"
 
@@ -354,7 +354,7 @@ def test_printed_output_overwrites_redrawn_lines(
     [(2, None, [9, 10]), (1, 4, [4, 8, 10]), (3, 100, [8, 9, 10]), (1, 2.5, [3, 5, 8, 10]), (99, None, range(1, 11))],
 )
 def test_the_last_states_are_kept_and_some_permanently(last: int, every: float | None, kept: list[int]) -> None:
-    """The same whether files go one by one, as in a run, or all at once."""
+    """The result is the same whether files are deleted one by one, as in a run, or all at once."""
 
     def path(kimg: int) -> Path:
         return Path(f"training-state-{kimg:06d}.pt")
@@ -370,7 +370,7 @@ def test_the_last_states_are_kept_and_some_permanently(last: int, every: float |
 
 
 def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
-    """A run that went on from before them would otherwise throw away what it writes."""
+    """A run resumed from an earlier state would otherwise delete the states it writes."""
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (7, 9):
         (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")

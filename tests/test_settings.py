@@ -1,4 +1,4 @@
-"""Values typed for fields of the configuration: flags, --set, flags of earlier versions, the help."""
+"""Values of configuration fields on the command line: flags, --set, flags of earlier versions, the help."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def planned(data: Path, *arguments: str) -> Any:
 
 
 def test_the_list_of_flags_is_complete() -> None:
-    """Later work adds fields, which --set reaches, not flags."""
+    """New fields are set by --set; no flags are added."""
     options = train.main.get_params(click.Context(train.main))
     assert {next(flag for flag in option.opts if flag.startswith("--"))[2:] for option in options} == FLAGS
 
@@ -92,7 +92,7 @@ def test_the_help_names_the_families_of_a_field(option: ConfigOption) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_the_help_names_all_choices(option: ConfigOption) -> None:
-    """The help is written by hand, since it is shown without the configuration."""
+    """The help is written by hand because it is shown without loading the configuration."""
     part, _, name = (option.field or "").partition(".")
     choices: tuple[str, ...] = ()
     for config in configs_with(option.field or ""):
@@ -209,7 +209,7 @@ def test_set_reaches_every_field(shapes32_zip: Path) -> None:
     assert options["g_optimizer"]["beta2"] == 0.9
     assert options["augment"]["ada_interval"] == 8
     assert options["seed"] == 3
-    options = planned(shapes32_zip, "--set=run.total_kimg=2", "--set=run.total_kimg=3")  # the last one counts
+    options = planned(shapes32_zip, "--set=run.total_kimg=2", "--set=run.total_kimg=3")  # the last value wins
     assert options["run"]["total_kimg"] == 3
 
 
@@ -247,7 +247,7 @@ def test_removed_flags_name_fields() -> None:
 
 
 def test_no_page_or_message_names_a_removed_flag() -> None:
-    """But where it says that they are removed; --heads and --window are flags of other programs too."""
+    """Exceptions are the texts about the removal; --heads and --window are flags of other programs too."""
     flags = [flag for flag in train.REMOVED if flag not in ("--heads", "--window", "--landmarks")]
     pattern = re.compile(rf"(?<![\w-])({'|'.join(flags)})(?![\w-])")
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.rglob("*.py")]

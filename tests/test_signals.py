@@ -1,4 +1,4 @@
-"""Signals: noted, agreed on by all processes, acted upon after the step."""
+"""Signals: recorded, agreed on by all processes, handled after the step."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_signal_before_the_first_step_waits_for_a_state(shapes_zip: Path, tmp_
 
 
 def test_a_tick_interrupted_by_a_signal_is_logged_in_full(shapes_zip: Path, tmp_path: Path) -> None:
-    """Also the updates that it left out: at the second of its four steps D is broken, before the signal."""
+    """The log includes skipped updates: D breaks at the second of the four steps, before the signal."""
     ticks: list[Tick] = []
 
     def spoil(trainer: Trainer) -> None:
@@ -144,8 +144,10 @@ def test_only_a_second_sigint_exits_at_once(
 def test_ctrl_c_interrupts_a_running_operator(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's own handler, which sets `stop`, has to wait until C returns: here, from waiting for a condition."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # also in the background of a shell
+    """Python's own handler, which sets `stop`, runs only after C code returns; here it waits for a condition."""
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: signal.SIG_DFL
+    )  # SIGINT is ignored in the background of a shell
     seen: list[tuple[bool, int]] = []
     c = ctypes.CDLL(None)
     mutex, condition = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
@@ -154,7 +156,7 @@ def test_ctrl_c_interrupts_a_running_operator(
     c.pthread_mutex_lock(mutex)
 
     def press(signals: Signals) -> None:
-        c.pthread_mutex_lock(mutex)  # which the main thread holds until it waits, and needs again to go on
+        c.pthread_mutex_lock(mutex)  # held by the main thread until it waits, and needed again to continue
         os.kill(os.getpid(), signal.SIGINT)
         deadline = time.monotonic() + PATIENCE
         while signals.interrupted == math.inf and time.monotonic() < deadline:
@@ -187,7 +189,7 @@ def test_an_inherited_ignored_signal_stays_ignored() -> None:
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
-    """Only the second one is signalled, at its own time."""
+    """Signal only the second process, at a time of its own."""
     heard = {}
     with Signals() as signals:
         for step in range(1, 2 * INTERVAL + 1):
@@ -217,7 +219,7 @@ def test_data_loader_processes_survive_a_group_signal(shapes_zip: Path) -> None:
     assert worker.pid
     for number in Signals.HANDLED:
         os.kill(worker.pid, number)
-    ahead = 8  # more than are prefetched
+    ahead = 8  # more batches than are prefetched
     expected = batches(dataset, seed=0, position=4, batch_size=4)
     for _ in range(ahead):
         assert torch.equal(next(stream)[0], next(expected)[0])

@@ -1,4 +1,4 @@
-"""A run of thousands of steps holds at its end what it held at its beginning."""
+"""A run of thousands of steps uses no more memory, files or threads at its end than at its start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_memory_and_files_do_not_grow(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Snapshots, states, pictures and a metric at every tick, images from two workers. Memory: to 2 %."""
+    """Every tick writes a snapshot, a state, a grid and a metric; two workers load images. Memory may grow by 2 %."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     soak = importlib.import_module("soak")
     found = soak.summarise(*soak.watch(tmp_path / "runs", shapes_zip, 2000))

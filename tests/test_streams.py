@@ -1,4 +1,4 @@
-"""Standard streams that fail: a script ends with one line, and training goes on with all that is printed in log.txt."""
+"""Failing standard streams: scripts end with one line; training continues and logs everything to log.txt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ print("the end", flush=True)
 
 @contextmanager
 def failing(kind: str) -> Iterator[int]:
-    """A descriptor to which writing fails: the disk is full, the reader has gone, or the terminal was closed."""
+    """Yield a descriptor whose writes fail: full disk, closed pipe, or closed terminal."""
     if kind == "full":
         descriptor = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -71,7 +71,7 @@ def failing(kind: str) -> Iterator[int]:
 def run(
     code: str, *arguments: str, closed: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code as a program; the shell closes the streams `closed`, as in `>&-`."""
+    """Run Python code as a program whose streams `closed` are closed by the shell, as in `>&-`."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, check=False, stdout=stdout, stderr=stderr)
 
@@ -131,7 +131,7 @@ def test_training_continues_without_a_stream_and_logs_it_once(
 
 
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything() -> None:
-    """A terminal that another program has made non-blocking refuses what does not fit, for the moment."""
+    """A terminal set to non-blocking by another program temporarily refuses output that does not fit."""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     with subprocess.Popen([sys.executable, "-c", SCRIPT, "--lines=12000"], cwd=ROOT, stdout=sink) as process:
@@ -139,7 +139,7 @@ def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything() -> None:
         with open(source) as file:
             lines = file.read().splitlines()
     assert process.returncode == 0
-    assert lines == [f"line {i}" for i in range(12_000)]  # 117 KB; a pipe has 64
+    assert lines == [f"line {i}" for i in range(12_000)]  # 117 KB; a pipe holds 64 KB
 
 
 def test_every_script_is_protected() -> None:

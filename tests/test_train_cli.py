@@ -63,7 +63,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 def test_under_torchrun_local_rank_0_reports_errors_first(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
 ) -> None:
-    """The others wait to be ended by torchrun, or were alone in what they met."""
+    """The other processes wait until torchrun ends them, and report errors that only they met."""
     launch_as(monkeypatch, RANK="2", LOCAL_RANK=local_rank, WORLD_SIZE="4")
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -119,7 +119,7 @@ def test_a_negative_value_is_not_taken_for_a_flag(program: click.Command, flag: 
 def test_the_command_of_the_public_readme_is_accepted(shapes32_zip: Path, tmp_path: Path) -> None:
     arguments = f"--outdir={tmp_path / 'runs'} --data={shapes32_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
-    plan = json.loads(output)  # all of stdout
+    plan = json.loads(output)  # the whole of stdout
     assert plan["parameters"] == {"G": 1_334_142, "D": 20_720_641}
     config = from_json(TrainConfig, plan["options"])
     assert (config.batch_size, config.loss.r1_gamma, config.run.total_kimg) == (32, 0.01, 100_000)
@@ -193,7 +193,7 @@ def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path)
     metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
     written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
-    assert metrics[-1]["snapshot_sha256"] == written  # though it is written in the background
+    assert metrics[-1]["snapshot_sha256"] == written  # although written in the background
     assert "kimg 0.064" in (run_dir / "log.txt").read_text()
     with Image.open(run_dir / "reals.png") as picture:
         assert picture.size == (16 * 16, 16 * 16)
@@ -203,7 +203,7 @@ def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path
     data = f"--data={shapes_zip}"
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run_ok(f"--outdir={straight}", data, *SHORT)
-    for kimg in (0.032, 0.064):  # the first finds no run and starts one, the second continues it
+    for kimg in (0.032, 0.064):  # the first call starts a run, the second continues it
         output = run_ok(f"--outdir={stopped}", data, *SHORT, f"--kimg={kimg}", "--resume=latest")
     assert "Resuming from" in output
     (run_dir,) = run_dirs(stopped)
@@ -211,11 +211,13 @@ def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path
     ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert ticks == [0.0, 0.032, 0.064]
 
-    run_ok(f"--outdir={stopped}", data, *SHORT, "--gamma=3", "--resume=latest")  # another configuration: a new run
+    run_ok(
+        f"--outdir={stopped}", data, *SHORT, "--gamma=3", "--resume=latest"
+    )  # another configuration starts a new run
     assert [path.name[:6] for path in run_dirs(stopped)] == ["00000-", "00001-"]
     run_ok(f"--outdir={stopped}", data, *SHORT, "--kimg=0.08", f"--resume={run_dir}")
     assert last_state(run_dir)["state"]["nimg"] == 80
-    run_ok(f"--outdir={stopped}", data, *SHORT)  # without --resume always a new run
+    run_ok(f"--outdir={stopped}", data, *SHORT)  # a new run without --resume
     assert len(run_dirs(stopped)) == 3
     refused = run(f"--outdir={stopped}", data, *SHORT, "--gamma=3", f"--resume={run_dir}")
     assert refused.exit_code == 2
@@ -228,14 +230,14 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
     arguments = [f"--outdir={tmp_path / 'b'}", f"--data={shapes_zip}", *SHORT, "--kimg=0.016", f"--resume={source}"]
     output = run_ok(*arguments, "--cond")
     assert "G: new: mapping.embed.weight" in output
-    assert "G: copied in part: mapping.layers.0.weight" in output  # it reads the label too
+    assert "G: copied in part: mapping.layers.0.weight" in output  # the first layer reads the label too
     (run_dir,) = run_dirs(tmp_path / "b")
     options = json.loads((run_dir / "training_options.json").read_text())
     assert options["augment"]["ada_kimg"] == 100
     assert options["ema"]["rampup"] is None
     first = load_network(source).G.state_dict()
     then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
-    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step away
+    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step later
 
     misfit = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
     assert misfit.exit_code == 2
@@ -332,7 +334,7 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
-    """Also under `auto`, whose batch size depends on their number: the run keeps its own."""
+    """The run keeps its batch size under `auto` too, which derives it from the number of GPUs."""
     auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
     run_ok(*common, "--kimg=0.064", "--gpus=2")
@@ -353,7 +355,7 @@ def test_a_truncated_log_does_not_prevent_resuming(shapes_zip: Path, tmp_path: P
     (run_dir,) = run_dirs(tmp_path)
     with (run_dir / "stats.jsonl").open("a") as log:
         log.write('{"Progress/ti')
-    of_images = '{"metric": "fid50k_full", "kimg": null}\n'  # as calc_metrics.py writes it beside a folder of images
+    of_images = '{"metric": "fid50k_full", "kimg": null}\n'  # as written by calc_metrics.py beside a folder of images
     (run_dir / "metric-fid50k_full.jsonl").write_text(of_images + '{"metric": "fid50k_full", "kimg": 9}\n')
     (tmp_path / "00001-other").mkdir()
     (tmp_path / "00001-other" / "training-state-000000.pt").touch()
@@ -370,7 +372,7 @@ def test_a_run_shorter_than_a_tick_logs_start_and_end(shapes_zip: Path, tmp_path
     first, last = (run_dir / name for name in ("fakes_init.png", "fakes000000.png"))
     assert first.read_bytes() != last.read_bytes()
     assert load_network(run_dir / "network-snapshot-000000.pkl").kimg == 0.064
-    assert (run_dir / "trace.json").exists()  # of the steps there were
+    assert (run_dir / "trace.json").exists()  # of the steps that ran
 
 
 def test_a_profile_of_a_short_run_is_written_or_reported(
@@ -428,7 +430,7 @@ def test_auto_fills_in_only_missing_values(
 
 
 def test_override_resumes_with_other_options(shapes_zip: Path, tmp_path: Path) -> None:
-    """Learning rates and a fixed p are in the training state as well: the options win."""
+    """Learning rates and a fixed p are stored in the training state too; the options take precedence."""
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--aug=fixed"]
     run_ok(*common, "--p=0.25", "--kimg=0.016")
     (run_dir,) = run_dirs(tmp_path)
@@ -480,8 +482,11 @@ def test_out_of_memory_names_the_flags_that_help(
         "--linformer (another network)"
     )
     for options, answer in (
-        (["--batch-gpu=2"], "choose --grad-checkpoint, --linformer"),  # path length takes half of it
-        (["--mbstd=8", "--batch=24", "--batch-gpu=24"], "choose --batch-gpu=8, --grad-checkpoint"),  # 12 has no groups
+        (["--batch-gpu=2"], "choose --grad-checkpoint, --linformer"),  # path length uses half of a micro-batch
+        (
+            ["--mbstd=8", "--batch=24", "--batch-gpu=24"],
+            "choose --batch-gpu=8, --grad-checkpoint",
+        ),  # a micro-batch of 12 has no minibatch-std groups
         (["--batch-gpu=2", "--linformer=1", "--grad-checkpoint"], "choose a smaller network\n"),
     ):
         result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--pl-weight=2", *options)
@@ -491,7 +496,7 @@ def test_out_of_memory_names_the_flags_that_help(
 def test_the_best_state_is_kept_and_starts_a_new_run(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By scores 3, 1, 2 and, after a stop, 4: the best stays that of the second tick, and latest is still latest."""
+    """Metric values are 3, 1, 2 and, after a stop, 4: the best stays the second tick, and latest stays the latest."""
     scores = iter([3.0, 1.0, 2.0, 4.0, 0.5])
     compute_all = metrics.registry.compute_all
 
@@ -519,15 +524,15 @@ def test_the_best_state_is_kept_and_starts_a_new_run(
     output = run_ok(*scored, "--kimg=0.064", f"--resume={best}")
     assert f"Starting from {best} at kimg 0.032" in output
     assert len(renamed) > 6
-    assert all(OWN_PARTIAL.fullmatch(name) for name in renamed)  # what a resumed run removes, had it been killed
+    assert all(OWN_PARTIAL.fullmatch(name) for name in renamed)  # a resumed run removes this file after a kill
     new = run_dirs(tmp_path)[1]
     assert last_state(new)["state"]["nimg"] == 64
     assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32
     straight = tmp_path / "straight"
     run_ok(f"--outdir={straight}", f"--data={shapes_zip}", *SHORT)
     assert digest(last_state(new)) == digest(last_state(run_dirs(straight)[0]))
-    run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # nothing left to do
-    assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # its own copy, for --resume=latest
+    run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # no steps remain
+    assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # a copy of its own, for --resume=latest
 
     refused = run(*common, "--metrics=none")
     assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
@@ -547,7 +552,7 @@ def test_repeated_list_options_are_joined(shapes32_zip: Path) -> None:
 
 
 def test_a_closed_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `command 2>&-` leaves it; then progress and warnings have nowhere to go."""
+    """With `command 2>&-`, progress and warnings are discarded."""
 
     @click.command(cls=Script)
     def command() -> None:

@@ -1,4 +1,4 @@
-"""Readers of regular files, of JSON and of its lines, within bounds."""
+"""Bounded readers of regular files, JSON documents and JSON lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dnnlib.util import (
 
 
 def strange(folder: Path) -> list[Path]:
-    """A pipe, a link to one, a socket, a device, a link to it, a folder."""
+    """Return a pipe, a link to a pipe, a socket, a device, a link to a device, and a folder."""
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to("pipe")
     with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as listener:

@@ -1,4 +1,4 @@
-"""A file in the wrong place: the message says what it is and which option takes it."""
+"""Files passed to the wrong option: the message identifies the file and names the right option."""
 
 from __future__ import annotations
 
