@@ -229,12 +229,14 @@ class Script(Program):
                 kind.convert(value, parameter, ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
-        """Complete an option; directly after the name of a DefaultGroup also one of its commands."""
-        items = super().shell_complete(ctx, incomplete)
+        """Complete an option, in one spelling; directly after the name of a DefaultGroup also one of its commands."""
+        items = {item.value: item for item in super().shell_complete(ctx, incomplete)}
+        every = [*items]
+        items = {flag: items[flag] for i, flag in enumerate(every) if _other_spelling(flag) not in every[:i]}
         group = ctx.meta.get(_BARE_GROUP)
         commands = group.commands.items() if group and not incomplete.startswith("-") else ()
         names = [(name, one.get_short_help_str()) for name, one in commands if name.startswith(incomplete)]
-        return [*items, *(CompletionItem(name, help=text) for name, text in names)]
+        return [*items.values(), *(CompletionItem(name, help=text) for name, text in names)]
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help text, whose examples run the command by the name that was typed."""

@@ -16,9 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dnnlib import __version__
-
 if TYPE_CHECKING:
+    from dnnlib import __version__
     from styleformer.interface import Dataset, compute_metric, generate, load_network, train
 
 __all__ = ["Dataset", "__version__", "compute_metric", "generate", "load_network", "train"]
@@ -27,7 +26,7 @@ __all__ = ["Dataset", "__version__", "compute_metric", "generate", "load_network
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(__all__)}")
-    return getattr(importlib.import_module("styleformer.interface"), name)
+    return getattr(importlib.import_module("dnnlib" if name == "__version__" else "styleformer.interface"), name)
 
 
 def __dir__() -> list[str]:

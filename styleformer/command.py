@@ -47,15 +47,17 @@ class LazyGroup(ProgramGroup):
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run under the name `styleformer`, also as `python -m styleformer`."""
-        if f"_{NAME.upper()}_COMPLETE" in os.environ:
-            from styleformer import completion
+        """Run under the name `styleformer`, also as `python -m styleformer`; or complete a line of a shell."""
+        kwargs = {"prog_name": NAME, **kwargs}
+        if f"_{NAME.upper()}_COMPLETE" not in os.environ:
+            return super().main(*args, **kwargs)
+        from styleformer import completion
 
-            completion.register()
-        return super().main(*args, **{"prog_name": NAME, **kwargs})
+        completion.register()
+        return click.Group.main(self, *args, **kwargs)  # without the guard of the screen, which takes no bytes
 
 
-@click.command(cls=LazyGroup)
+@click.command(NAME, cls=LazyGroup)
 @click.version_option(dnnlib.__version__, prog_name="Styleformer", help="Show the version and exit.")
 def main() -> None:
     """Train, sample and measure style-based transformer GANs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from click.shell_completion import BashComplete, FishComplete, ZshComplete, add_completion_class
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete, add_completion_class
 
 FISH = """\
 function %(complete_func)s
@@ -40,11 +40,17 @@ class Bash(BashComplete):
 
 
 class Zsh(ZshComplete):
-    """Zsh, in which values are completed behind `--flag=`."""
+    """Zsh, in which a completion is the whole word: `--flag=` and the value. Paths are completed behind `--flag=`."""
 
-    source_template = ZshComplete.source_template.replace(
-        "    local -a completions\n", "    compset -P 1 '--*='\n    local -a completions\n", 1
-    )
+    source_template = ZshComplete.source_template.replace("_path_files", "compset -P 1 '--*='; _path_files")
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        flag, equals, _ = incomplete.partition("=")
+        items = super().get_completions(args, incomplete)
+        for item in items if equals and flag.startswith("--") else ():
+            if item.type == "plain":
+                item.value = f"{flag}={item.value}"
+        return items
 
 
 class Fish(FishComplete):
