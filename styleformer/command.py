@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 import dnnlib
 from dnnlib.cli import ProgramGroup
+from dnnlib.config import did_you_mean
 
 NAME = "styleformer"
 COMMANDS = {  # name: the script that has it as `main`, and a line of help
@@ -37,6 +38,17 @@ class LazyGroup(ProgramGroup):
             return None
         command: click.Command = importlib.import_module(COMMANDS[name][0]).main
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Resolve the name of a command. Raises UsageError with the nearest name, or with that of a script."""
+        name = args[0]
+        if name in COMMANDS or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        meant = self.scripts.get(name.removesuffix(".py"))
+        hint = f"; did you mean {meant}?" if meant else did_you_mean(name, COMMANDS)
+        raise click.UsageError(f"no command {name!r}{hint}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands (COMMAND --help)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,14 @@ def test_errors_name_the_command_that_was_typed(tmp_path: Path) -> None:
     assert f"{tmp_path / 'train.py'}: not a file of this project" in message(
         main, "snapshot", "info", tmp_path / "train.py"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("trian", "; did you mean train?"), ("dataset_tool.py", "; did you mean dataset?"), ("x", "")]
+)
+def test_an_unknown_command_is_refused_with_the_nearest_one(name: str, hint: str) -> None:
+    result = CliRunner().invoke(main, [name])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, f"Error: no command {name!r}{hint}")
 
 
 LAZY = """
@@ -273,6 +282,24 @@ def test_datasets_are_read_by_item(shapes_zip: Path) -> None:
     image, label = dataset[3]
     assert (image.shape, image.dtype, label.dtype) == ((3, 16, 16), np.uint8, np.float32)
     assert label.shape == (dataset.label_dim,)
+
+
+def test_the_python_of_the_page_runs(shapes32_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shapes.zip").symlink_to(shapes32_zip)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    scope: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    for code in blocks:
+        if "styleformer.train(" not in code:  # a training, of which tests/test_training.py has enough
+            exec(code, scope)
+    assert len(blocks) == 3
+    assert scope["images"].shape == (4, 3, 32, 32)
+    assert scope["img"].shape == (4, 3, 32, 32)
+    assert scope["record"]["results"]["swd64"] > 0
+    assert scope["image"].shape == (3, 32, 32)
 
 
 def test_names_of_ours_in_the_working_directory_break_nothing(tmp_path: Path) -> None:
