@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from dnnlib.cli import (
     Script,
@@ -59,12 +60,17 @@ def _choose_preset(context: click.Context, parameter: click.Parameter, name: str
     return name
 
 
+def _complete_preset(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    return [CompletionItem(name, help=text) for name, text in PRESETS.items() if name.startswith(incomplete)]
+
+
 # fmt: off
 OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "General": (
         option("--outdir", metavar="DIR", help="Folder in which the run gets a numbered folder of its own."),
         option("--data", field="data.path", metavar="PATH", help="Training images: zip or folder by dataset_tool.py."),
-        option("--cfg", metavar="PRESET", callback=_choose_preset, help="Preset; --cfg=help lists them. [auto]"),
+        option("--cfg", metavar="PRESET", callback=_choose_preset, shell_complete=_complete_preset,
+               help="Preset; --cfg=help lists them. [auto]"),
         option("--gpus", field="run.num_gpus", metavar="INT", help="Processes on this machine, one per GPU. [1]"),
         option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
         option("--resume", metavar="latest|DIR|PT|PKL|URL",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 import dnnlib
 from dnnlib import streams
@@ -28,6 +29,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 MAX_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
 HEAD_START = 5.0  # seconds that the first process under torchrun has to speak before others do
+_BARE_GROUP = "dnnlib.cli.bare_group"  # key of the DefaultGroup in a context's meta if no argument follows the group
 
 
 class ConfigOption(click.Option):
@@ -49,6 +51,13 @@ class ConfigOption(click.Option):
         record = super().get_help_record(ctx)
         self.opts = every
         return record
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        """Complete a path where the metavar names one. The options of a configuration have no type that would."""
+        items = super().shell_complete(ctx, incomplete)
+        if items or not {"PATH", "DIR", "FILE", "PKL"} & {*re.findall(r"[A-Z]+", self.metavar or "")}:
+            return items
+        return [CompletionItem(incomplete, type="dir" if self.metavar == "DIR" else "file")]
 
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
@@ -219,13 +228,30 @@ class Script(Program):
                 kind = click.BOOL if parameter.flag_value == "true" else parameter.type
                 kind.convert(value, parameter, ctx)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        """Complete an option, in one spelling; directly after the name of a DefaultGroup also one of its commands."""
+        items = {item.value: item for item in super().shell_complete(ctx, incomplete)}
+        every = [*items]
+        items = {flag: items[flag] for i, flag in enumerate(every) if _other_spelling(flag) not in every[:i]}
+        group = ctx.meta.get(_BARE_GROUP)
+        commands = group.commands.items() if group and not incomplete.startswith("-") else ()
+        names = [(name, one.get_short_help_str()) for name, one in commands if name.startswith(incomplete)]
+        return [*items.values(), *(CompletionItem(name, help=text) for name, text in names)]
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help text, whose examples run the command by the name that was typed."""
+        text = self.help
+        self.help = text and as_typed(text, ctx)
+        super().format_help_text(ctx, formatter)
+        self.help = text
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options under their headings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 heading = getattr(parameter, "section", None) or next(iter(sections), "Options")
-                sections.setdefault(heading, []).append(record)
+                sections.setdefault(heading, []).append((record[0], as_typed(record[1], ctx)))
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -272,7 +298,25 @@ class DefaultGroup(ProgramGroup):
         self.default = default
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            ctx.meta[_BARE_GROUP] = self
         return super().parse_args(ctx, args if args and not args[0].startswith("-") else [self.default, *args])
+
+
+def as_typed(text: str, context: click.Context | None = None) -> str:
+    """Return a text in which scripts have the name by which they were run: `styleformer train` for `python train.py`.
+
+    The text stays as it is where a script was run by its own name. A command that runs scripts by other names has them
+    as `scripts`, {script: name}. Words that may be a path of the user's stay: behind a quote, `=` or `/`, or in front.
+    """
+    context = context or click.get_current_context(silent=True)
+    root = context.find_root() if context else None
+    names: Mapping[str, str] = getattr(root.command, "scripts", {}) if root else {}
+    if not root or not names:
+        return text
+    script = rf"(?<!^)(?<![\w./\\='\"-])(?:python )?\b({'|'.join(names)})\.py\b"
+    text = re.sub(script, lambda match: f"{root.info_name} {names[match[1]]}", text)
+    return re.sub(r"pip install '\.\[\w+\]'", r"\g<0> in the checkout", text)
 
 
 class Failure(click.ClickException):
@@ -295,12 +339,12 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
 def explain_error(command: click.Command, error: UserError) -> str:
     """Return the message of a UserError; a ConfigError is named by the flag of its field, or by --set."""
     if not isinstance(error, ConfigError):
-        return str(error)
+        return as_typed(str(error))
     flag = _flag_of(command, error.field)
     if flag is None and "settings" in (parameter.name for parameter in command.params):
         flag = f"--set {error.field}"
     shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
-    return f"{flag}={shown}: {error.problem}" if flag else str(error)
+    return as_typed(f"{flag}={shown}: {error.problem}" if flag else str(error))
 
 
 class FiniteFloat(click.types.FloatParamType):
@@ -337,6 +381,9 @@ class FileOrURL(click.ParamType):
                 f"{value}: of addresses, only http:// and https:// are fetched; fetch the file yourself", param, ctx
             )
         return Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 class IntList(click.ParamType):

@@ -1,4 +1,4 @@
-"""Import rule of the packages: dnnlib <- torch_utils <- metrics <- training <- exploration <- scripts."""
+"""Import order: dnnlib <- torch_utils <- metrics <- training <- exploration <- scripts <- styleformer."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ALLOWED = {
     "reporting": {"dnnlib", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+ALLOWED["styleformer"] = {*ALLOWED, *SCRIPTS, "styleformer"}
 
 
 @pytest.mark.parametrize("package", ALLOWED)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("benchmarks", "dnnlib", "docs", "exploration", "metrics", "reporting", "tests", "torch_utils", "training")
-FILES = sorted([*ROOT.glob("*.py"), *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))])
+FOLDERS = (
+    "benchmarks", "dnnlib", "docs", "exploration", "metrics", "reporting", "styleformer", "tests", "torch_utils",
+    "training",
+)  # fmt: skip
+FILES = sorted([*ROOT.glob("*.py"), *(file for name in FOLDERS for file in (ROOT / name).rglob("*.py"))])
 TEST_MODULES = [file for file in FILES if file.name.startswith("test_")]
 
 # Openings of a clause without a head, or of a sentence whose subject stands elsewhere.
