@@ -303,7 +303,7 @@ def other_files(folder: Path) -> dict[Path, str]:
 
 def test_files_of_other_code_bases_are_named(tmp_path: Path) -> None:
     for path, text in other_files(tmp_path).items():
-        refused(path, text, "which is not of this family")
+        refused(path, text, "which is not supported")
     path = next(iter(tmp_path.glob("checkpoint.pt")))
     cut = tmp_path / "cut.pt"
     cut.write_bytes(path.read_bytes()[:-100])

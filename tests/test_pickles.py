@@ -315,7 +315,7 @@ def test_bombs_of_references(tmp_path: Path) -> None:
     assert len(read(tmp_path, dumps(views))) == 3
     storage = Call(LOAD, (storage_stream(claimed=10_000, data=b"\0" * 40_000),))
     copies = [Call(REBUILD, (storage, 0, (10_000,), (1,), False, ())) for _ in range(100)]
-    refused(tmp_path, dumps(copies), "more numbers")
+    refused(tmp_path, dumps(copies), "more elements")
 
 
 def test_bombs_of_bytes_that_are_written_as_text(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_what_a_fork_adds_may_be_large_or_odd(tmp_path: Path) -> None:
     content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
     found = read(tmp_path, dumps(content))
     assert (found["integer"], len(found["z"])) == (10**700, 600_000)
-    assert "whose numbers overlap" in found["expanded"].reason
+    assert "whose elements overlap" in found["expanded"].reason
 
 
 @pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
