@@ -135,7 +135,7 @@ def test_only_a_later_sigint_exits_at_once(monkeypatch: pytest.MonkeyPatch, caps
     assert codes == []
     signals._answer(signal.SIGINT)
     assert codes == [EXIT_INTERRUPTED]
-    answer = "Ctrl-C: stopping after this step, the state will be saved; press again to lose it"
+    answer = "Ctrl-C: stopping after this step and saving the state; press again to exit without saving"
     assert capsys.readouterr().err == f"\n{answer}\n"
 
 

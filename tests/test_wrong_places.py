@@ -76,7 +76,7 @@ def test_a_training_state_as_a_snapshot_and_the_other_way_round(tmp_path: Path) 
         UserError, match=r"a training-state file.*pass it to --resume; the snapshots .* network-snapshot-"
     ):
         legacy.load_network(state)
-    with pytest.raises(UserError, match=r"a network-snapshot file.*--network takes it, and --resume for transfer"):
+    with pytest.raises(UserError, match=r"a network-snapshot file.*pass it to --network, or to --resume for transfer"):
         Checkpoint.read(SHAPES)
 
 
