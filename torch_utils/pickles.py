@@ -637,13 +637,13 @@ class _Names:
             ("torch.nn.parallel.distributed", WRAPPERS[1]): lambda: PickledModule(WRAPPERS[1], {}),
         }
         # Accepted from any module, because projects keep copies in different places.
-        self.by_name_alone: dict[str, Callable[..., Any]] = {
+        self.by_name: dict[str, Callable[..., Any]] = {
             "EasyDict": self.make_dict,
             "_reconstruct_persistent_obj": _make_module,
         }
 
     def __call__(self, module: str, name: str) -> _Name | Unreadable:
-        call = self.calls.get((module, name)) or self.by_name_alone.get(name)
+        call = self.calls.get((module, name)) or self.by_name.get(name)
         full = _shorten(f"{module}.{name}")
         if call:
             return _Name(full, call)

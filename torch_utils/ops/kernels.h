@@ -38,8 +38,8 @@ __host__ __device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to 
 // N elements that are loaded or stored with one instruction.
 template <class T, int N> struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
 
-// Read a Pack, or zeros if `condition` is false. The data is selected in 32-bit words, because the compiler would select
-// 16-bit elements one by one.
+// Read a Pack, or zeros if `condition` is false. The data is selected in 32-bit words, because the compiler would
+// select 16-bit elements one by one.
 template <int BYTES> struct alignas(BYTES) Words { uint32_t w[BYTES / 4]; };
 template <> struct Words<2> { uint16_t w; };
 template <class T, int N> __device__ __forceinline__ Pack<T, N> read_if(bool condition, const T* from) {

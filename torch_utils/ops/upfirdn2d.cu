@@ -50,14 +50,16 @@ template <class Index> __device__ __forceinline__ Position position(Index i, con
 __device__ __forceinline__ Position this_position(const Order& order) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= order.total) return {-1, 0, 0, 0};
-    return order.total <= INDEX_LIMIT ? position(static_cast<uint32_t>(i), order) : position(static_cast<uint64_t>(i), order);
+    if (order.total <= INDEX_LIMIT) return position(static_cast<uint32_t>(i), order);
+    return position(static_cast<uint64_t>(i), order);
 }
 
 // Generic kernel for any factors, padding and filter: one output per thread, skipping taps on inserted zeros.
 template <class T> __global__ void any_kernel(Resample<T> a, Order order) {
     const Position p = this_position(order);
     if (p.map < 0) return;
-    const int ux = p.x * a.down_x - a.pad_x, uy = p.y * a.down_y - a.pad_y;  // position of tap (0, 0) on the upsampled grid
+    // Position of tap (0, 0) on the upsampled grid.
+    const int ux = p.x * a.down_x - a.pad_x, uy = p.y * a.down_y - a.pad_y;
     const int left = ux > 0 ? (ux + a.up_x - 1) / a.up_x : 0;  // first sample under the filter
     const int top = uy > 0 ? (uy + a.up_y - 1) / a.up_y : 0;
     const T* map = a.x + p.map * a.H * a.W * a.inner + p.c;
@@ -89,9 +91,9 @@ __device__ __forceinline__ void correlate(const S (&f)[P::FW], const S (&v)[P::C
                 if ((tx * P::DX + kx) % P::UX == 0) sum[tx][k] += f[kx] * v[(tx * P::DX + kx) / P::UX][k];
 }
 
-// Each thread computes TY x TX outputs in VEC adjacent channels; VEC = 1 requires inner = 1. Each sample is loaded once,
-// row by row, and accumulated into all outputs that it contributes to. All loops are unrolled, so that sums and taps
-// stay in registers and taps on inserted zeros are eliminated.
+// Each thread computes TY x TX outputs in VEC adjacent channels; VEC = 1 requires inner = 1. Samples are loaded
+// once, row by row, and accumulated into all outputs that they contribute to. All loops are unrolled, so that sums and
+// taps stay in registers and taps on inserted zeros are eliminated.
 template <class T, int VEC, class P> __global__ void tile_kernel(Resample<T> a, Order order) {
     using S = Computed<T>;
     const Position p = this_position(order);
