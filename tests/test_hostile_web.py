@@ -133,7 +133,7 @@ def test_a_file_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, site: Site) 
     assert fetch(f"{site.url}/net.pkl").read_bytes() == DATA
     monkeypatch.setattr(download, "MAX_BYTES", len(DATA) - 1)
     with pytest.raises(
-        UserError, match=rf"has {len(DATA)} bytes \(Content-Length\), more than the {len(DATA) - 1} that"
+        UserError, match=rf"has {len(DATA)} bytes \(Content-Length\), more than the limit of {len(DATA) - 1}"
     ):
         fetch(f"{site.url}/net.pkl?2")
     with (
@@ -511,7 +511,7 @@ def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_local_rank_alone_is_checked_by_every_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOCAL_RANK", "abc")
-    with pytest.raises(UserError, match="LOCAL_RANK=abc: in the environment, must be a whole number"):
+    with pytest.raises(UserError, match="LOCAL_RANK=abc: this environment variable must be a whole number"):
         distributed.choose_device()
 
 

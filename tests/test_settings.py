@@ -226,7 +226,7 @@ def test_any_field_can_be_set(shapes32_zip: Path) -> None:
         (["--keep-last=5"], "--keep-last was removed: use --set run.keep_last=5"),
         (["--keep_last", "5"], "--keep_last was removed: use --set run.keep_last=5"),
         (["--ffn"], "--ffn was removed: use --set generator.ffn=true"),
-        (["--clip=5"], "give --set g_optimizer.clip_norm=5 --set d_optimizer.clip_norm=5"),
+        (["--clip=5"], "use --set g_optimizer.clip_norm=5 --set d_optimizer.clip_norm=5"),
         (["--kims=5"], "--kimg"),
     ],
 )

@@ -68,7 +68,7 @@ def launched_world_size() -> int | None:
     _launcher_variable("LOCAL_RANK", 0, _launcher_variable("LOCAL_WORLD_SIZE", 1, world_size) - 1)
     _launcher_variable("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR"):
-        raise UserError("MASTER_ADDR (host name of rank 0) is missing from the environment; torchrun sets it")
+        raise UserError("MASTER_ADDR is missing from the environment (host name of rank 0); torchrun sets it")
     return world_size
 
 
@@ -82,7 +82,7 @@ def _launcher_variable(name: str, low: int, high: int) -> int:
     text = os.environ.get(name)
     if text is None:
         raise UserError(
-            f"{name} (a whole number from {low} to {high}) is missing from the environment; torchrun sets it"
+            f"{name} is missing from the environment (a whole number from {low} to {high}); torchrun sets it"
         )
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(
