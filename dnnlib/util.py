@@ -372,8 +372,8 @@ class TeeLog:
     """While active, everything printed to stdout and stderr also goes to a file, except lines that are redrawn.
 
     Redrawn lines are overwritten on the screen by the next output. If an error ends the block, it is the last entry of
-    the file. If the disk is full, output goes to the screen only; if a stream fails, one warning is logged and output goes
-    to the file only.
+    the file. If the disk is full, output goes to the screen only; if a stream fails, one warning is logged and output
+    goes to the file only.
     """
 
     def __init__(self, path: Path) -> None:
