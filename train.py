@@ -83,7 +83,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
                help="Train on a random subset of this many images."),
         option("--holdout", field="data.holdout", metavar="INT",
                help="Hold out this many images and log D's mean logits for them, to monitor overfitting. [0]"),
-        switch("--mirror", field="data.mirror", help="Extend the dataset by horizontally flipped images."),
+        switch("--mirror", field="data.mirror", help="Extend the dataset with horizontally flipped images."),
         option("--workers", field="run.workers", metavar="INT",
                help="Data loader processes per GPU. [2; 0 on a CPU]"),
     ),

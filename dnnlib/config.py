@@ -85,7 +85,7 @@ class Bounds:
         for item in (value,) if items is None else items:
             if self.choices is not None and item not in self.choices:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
-                return f"choose one of {self}{hint}" if items is None else f"{show(item)} is none of {self}{hint}"
+                return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
             if isinstance(item, numbers.Real) and not self._holds(item):
                 return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
@@ -296,7 +296,7 @@ def check_setting(family: str, name: str, value: object, families: Mapping[str, 
         return
     others = [other for other, config_class in families.items() if name in field_names(config_class)]
     known = f"; {', '.join(others)} can take it" if others else did_you_mean(name, own) or f"; it has {', '.join(own)}"
-    raise ConfigError(name, value, f"is no setting of the family {family}{known}")
+    raise ConfigError(name, value, f"is not a setting of the family {family}{known}")
 
 
 def check_family(name: Any, families: Mapping[str, Any]) -> None:

@@ -196,13 +196,13 @@ def chained(levels: int) -> Any:
 
 one = torch.zeros(1)
 TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "lists in two places": (lambda path: save(path, {"x": nested(list)}), "in several places"),
-    "tuples in two places": (lambda path: save(path, {"x": nested(tuple)}), "in several places"),
-    "dicts in two places": (lambda path: save(path, {"x": nested(dict)}), "in several places"),
-    "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "in several places"),
-    "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
-    "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
-    "a key of tuples": (tuple_key, "a key that is no text"),
+    "lists in two places": (lambda path: save(path, {"x": nested(list)}), "more than once"),
+    "tuples in two places": (lambda path: save(path, {"x": nested(tuple)}), "more than once"),
+    "dicts in two places": (lambda path: save(path, {"x": nested(dict)}), "more than once"),
+    "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "more than once"),
+    "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "more than once"),
+    "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "more than once"),
+    "a key of tuples": (tuple_key, "a non-text key"),
     "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose elements overlap"),
     "strides that overlap": (
         lambda path: save(path, {"x": torch.zeros(2**15).as_strided((2**14, 2**14), (1, 1))}),
@@ -223,8 +223,8 @@ TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: save(path, {"x": torch.zeros(1, dtype=torch.complex64)}),
         "a malformed persistent id",
     ),
-    "version 0": (lambda path: save(path, payload(), version=0), "format version 0, where the first is 1"),
-    "version -1": (lambda path: save(path, payload(), version=-1), "format version -1, where the first is 1"),
+    "version 0": (lambda path: save(path, payload(), version=0), "format version 0, but the first is 1"),
+    "version -1": (lambda path: save(path, payload(), version=-1), "format version -1, but the first is 1"),
     "version true": (lambda path: save(path, payload(), version=True), "not a file of this project"),
 }
 
@@ -548,7 +548,7 @@ DOCUMENTS: dict[str, tuple[Callable[[str], str], str]] = {
     "images to infinity": (replaced("nimg", "Infinity"), "nimg=inf"),
     "p of 400 digits": (replaced("ada_p", str(HUGE)), "more than 64 bits"),
     "p that is no number": (replaced("ada_p", "NaN"), "ada_p=nan"),
-    "version 0": (replaced("version", "0"), "format version 0, where the first is 1"),
+    "version 0": (replaced("version", "0"), "format version 0, but the first is 1"),
     "version -3": (replaced("version", "-3"), "format version -3"),
     "version true": (replaced("version", "true"), "not a file of this project"),
     "version of 30 digits": (replaced("version", "9" * 30), "more than 64 bits"),

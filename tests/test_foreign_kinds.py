@@ -290,7 +290,7 @@ def other_files(folder: Path) -> dict[Path, str]:
         "weights.pth": (layers, "a bare state_dict"),
         "nested.pth": ({"state_dict": layers, "epoch": 3}, "a bare state_dict"),
         "object.pt": (torch.nn.Linear(1, 1), "a pickled object ("),
-        "values.pt": ({"epoch": 3, "loss": 0.5}, "a file of torch.save that holds epoch, loss"),
+        "values.pt": ({"epoch": 3, "loss": 0.5}, "a torch.save file that holds epoch, loss"),
     }
     for name, (content, _) in files.items():
         torch.save(content, folder / name)

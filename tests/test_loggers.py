@@ -246,7 +246,7 @@ def test_loggers_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     result = run_training(shapes_zip, tmp_path / "runs", "--log=wanddb")
     assert result.exit_code == 2
-    assert f"--log=wanddb: 'wanddb' is none of {', '.join(LOGGERS)}; did you mean wandb?" in result.output
+    assert f"--log=wanddb: 'wanddb' is not one of {', '.join(LOGGERS)}; did you mean wandb?" in result.output
 
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb").mkdir()  # what W&B leaves behind where it was used is no package

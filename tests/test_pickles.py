@@ -268,7 +268,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "key without value": (PROTO + b"}(K\x01u.", "key"),
     "call of a number": (PROTO + b"K\x01)R.", "no name"),
     "call without tuple": (PROTO + b"cbuiltins\nset\nK\x01R.", "no name"),
-    "name of numbers": (PROTO + b"K\x01K\x02\x93.", "no text"),
+    "name of numbers": (PROTO + b"K\x01K\x02\x93.", "not text"),
     "class as a key": (PROTO + b"}cbuiltins\nset\nK\x01s.", "key of type"),
     "unknown instruction": (PROTO + b"\xff.", "damaged"),
     "protocol 9": (b"\x80\x09K\x01.", "protocol"),
@@ -450,7 +450,7 @@ def test_modules_that_hold_each_other(tmp_path: Path) -> None:
     looped["again"] = module
     with pytest.raises(UserError, match="more than any network"):
         module.tensors()
-    for kind, value, text in (("_parameters", 5, "no tensor"), ("_modules", 5, "no module")):
+    for kind, value, text in (("_parameters", 5, "not a tensor"), ("_modules", 5, "not a module")):
         state: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}, kind: {"x": value}}
         with pytest.raises(UserError, match=text):
             PickledModule("Layer", state).tensors()

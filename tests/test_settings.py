@@ -175,7 +175,7 @@ def test_texts_become_values_by_the_type_of_the_field(texts: dict[str, str], val
 @pytest.mark.parametrize(
     ("path", "text", "problem"),
     [
-        ("generator.window", "8", "is no setting of the family styleformer; transgan can take it"),
+        ("generator.window", "8", "is not a setting of the family styleformer; transgan can take it"),
         ("generator.widhts", "8", "did you mean widths?"),
         ("generator.family", "transgn", "unknown family"),
         ("loss.r1_gama", "8", "did you mean loss.r1_gamma"),
@@ -216,7 +216,7 @@ def test_any_field_can_be_set(shapes32_zip: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set=generator.window=8"], "--set generator.window=8: is no setting of the family styleformer; transgan"),
+        (["--set=generator.window=8"], "--set generator.window=8: is not a setting of the family styleformer"),
         (["--set=seed"], "--set seed: give a value: --set seed=VALUE"),
         (["--set=run.total_kimg=3", "--kimg=2"], "--set run.total_kimg=3: --kimg sets it too: give one of the two"),
         (["--set=augment.ada_interval=0"], "--set augment.ada_interval=0: must be at least 1"),

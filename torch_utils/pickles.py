@@ -122,12 +122,12 @@ class PickledModule:
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
                     if value is not None and not isinstance(value, Tensor):
-                        raise UserError(f"{prefix}{name} is no tensor{why(value)}")
+                        raise UserError(f"{prefix}{name} is not a tensor{why(value)}")
                     if value is not None:
                         found[prefix + name] = value
             for name, child in module.children("_modules").items():
                 if child is not None and not isinstance(child, PickledModule):
-                    raise UserError(f"{prefix}{name} is no module{why(child)}")
+                    raise UserError(f"{prefix}{name} is not a module{why(child)}")
                 if child is not None:
                     queue.append((f"{prefix}{name}.", child))
         return found
@@ -218,7 +218,7 @@ def read_pickle(path: Path) -> Any:
             if stream.tell() != size:
                 raise UserError("data follows its end")
     except UserError as error:
-        raise UserError(f"{path}: {error}; nothing of it was run") from None
+        raise UserError(f"{path}: {error}; no code in it was run") from None
     return content
 
 
@@ -293,7 +293,7 @@ def _check_plain(value: Any, seen: set[int], depth: int) -> None:
     if type(value) is not Tensor and not value:  # there is only one empty tuple
         return
     if id(value) in seen:
-        raise UserError("holds a container or tensor in several places, which no file of this project does")
+        raise UserError("holds a container or tensor more than once, which no file of this project does")
     if depth > MAX_DEPTH:
         raise UserError("its containers are nested too deeply")
     seen.add(id(value))
@@ -351,8 +351,8 @@ def _describe(content: Any) -> str | None:
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
         return "a bare state_dict, without the arguments of its network"
-    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a key that is no text" for key in [*content][:6])
-    return f"a file of torch.save that holds {keys}" if content else None
+    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a non-text key" for key in [*content][:6])
+    return f"a torch.save file that holds {keys}" if content else None
 
 
 class _Machine:
@@ -387,9 +387,9 @@ class _Machine:
         code = self.stream.read(1)
         opcode = _OPCODES.get(code.decode("latin-1"))
         if opcode is None:
-            raise UserError("damaged (no instruction where one is due)" if code else "cut off")
+            raise UserError("damaged (an unknown opcode)" if code else "cut off")
         if opcode.name not in _STEPS and opcode.name != "STOP":
-            raise UserError(f"it uses the instruction {opcode.name}, which snapshots do not")
+            raise UserError(f"it uses the instruction {opcode.name}, which no snapshot needs")
         return opcode
 
     def _read_argument(self, opcode: Any) -> Any:
@@ -500,9 +500,9 @@ class _Machine:
 
     def _push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UserError("it refers to a name that is no text")
+            raise UserError("it refers to a name that is not text")
         if len(module) + len(name) > MAX_PATH:
-            self.stack.append(Unreadable("it refers to a name that is longer than any"))
+            self.stack.append(Unreadable("it refers to a name that is longer than any in a snapshot"))
             return
         self.stack.append(self.names(module, name))
 
@@ -516,7 +516,7 @@ class _Machine:
             raise UserError("it calls something that has no name")
         try:
             if len(arguments) > MAX_ARGUMENTS:
-                raise UserError(f"{len(arguments)} of them")
+                raise UserError(f"{len(arguments)} arguments")
             self.stack.append(function.call(*arguments))
         except LimitError:
             raise
@@ -529,7 +529,7 @@ class _Machine:
         self._pop()
         self.call(_)
         if not isinstance(self.stack[-1], Unreadable):
-            raise UserError("it makes an object with keyword arguments")
+            raise UserError("it creates an object with keyword arguments")
 
     def set_state(self, _: None) -> None:
         """Apply BUILD to a wrapper module or a NumPy dtype, whose state holds the byte order.
@@ -545,13 +545,13 @@ class _Machine:
         elif type(value) is dict and isinstance(state, (dict, tuple)):
             pass
         elif not isinstance(value, Unreadable):
-            value = Unreadable("the state of something that has none")
+            value = Unreadable("a state for an object without one")
         self.stack.append(value)
 
     def load_outside(self, _: None) -> None:
         key = self._pop()
         if self.load is None:
-            raise UserError("it refers to something outside of the file (a persistent id)")
+            raise UserError("it refers to data outside the file (a persistent id)")
         self.stack.append(self.load(key))
 
 
@@ -698,9 +698,9 @@ def _storage_type(module: str, name: str) -> torch.dtype | Unreadable:
 
 def _make_module(meta: dict[str, Any]) -> PickledModule:
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
-        raise UserError("a persistent object that is no module")
+        raise UserError("a persistent object that is not a module")
     if meta.get("version") != 6:
-        raise UserError("a persistent object of another version than 6")
+        raise UserError("a persistent object with a version other than 6")
     name = meta.get("class_name")
     if not isinstance(name, str):
         raise UserError("a persistent object without a class")
@@ -709,13 +709,13 @@ def _make_module(meta: dict[str, Any]) -> PickledModule:
 
 def _make_numpy_type(code: str, *_: Any) -> _NumpyType:
     if not isinstance(code, str) or code not in SCALARS:
-        raise UserError("a NumPy type that is no number")
+        raise UserError("a NumPy dtype that is not numeric")
     return _NumpyType(code)
 
 
 def _make_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
     if not isinstance(kind, _NumpyType) or kind.code not in SCALARS or not isinstance(data, bytes):
-        raise UserError("a NumPy scalar that is no number")
+        raise UserError("a NumPy scalar that is not a number")
     dtype = np.dtype(f"<{kind.code}")
     if len(data) != dtype.itemsize:
         raise UserError("a NumPy scalar whose length does not match its type")
@@ -725,7 +725,7 @@ def _make_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
 
 def _make_parameter(tensor: Tensor, *_: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise UserError("a parameter that is no tensor")
+        raise UserError("a parameter that is not a tensor")
     return tensor
 
 
