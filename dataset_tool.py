@@ -1,4 +1,4 @@
-"""Build a data set for training from images, archives or published sets, and check one that exists.
+"""Build a training dataset from images, archives or published datasets; check an existing dataset.
 
 python dataset_tool.py --source=cifar-10-python.tar.gz --dest=data/cifar10.zip
 python dataset_tool.py check data/cifar10.zip
@@ -49,54 +49,54 @@ _MAX_PAD = 1024
 @click.group(cls=DefaultGroup, default="build")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Build a data set, or check one."""
+    """Build or check a dataset."""
     tune_allocator()
     context.with_resource(ended_by_signals())
 
 
 @main.command(
     cls=Script,
-    help=f"""Build a data set for training from SOURCE.
+    help=f"""Build a training dataset from SOURCE.
 
-    SOURCE is {SUPPORTED}. The result is a .zip file, or a folder if DEST does not end in .zip, of uncompressed PNG
-    images of one size and a dataset.json with labels, class names and how the set was made.
+    SOURCE is {SUPPORTED}. The result is a .zip file, or a folder if DEST does not end in .zip. It holds uncompressed
+    PNG images of equal size and a dataset.json with labels, class names and the build settings.
 
-    What is left out, and the classes, are printed before anything is written. If images cannot be used, all are listed,
-    and nothing is written.
+    Skipped files and the classes are printed before anything is written. If images cannot be used, all of them are
+    listed and nothing is written.
 
-    `dataset_tool.py check PATH` reads a finished set and lists everything that is wrong with it.""",
+    `dataset_tool.py check PATH` verifies an existing dataset and lists all problems.""",
 )
-@option("--source", metavar="PATH", required=True, help="What to read")
+@option("--source", metavar="PATH", required=True, help="Images to read, see above")
 @option("--dest", metavar="PATH", required=True, type=click.Path(path_type=Path), help=".zip file or folder to write")
-@option("--width", type=click.IntRange(min=1), help="Width of the result in pixels [default: as it is; 32 for shapes]")
-@option(
-    "--height", type=click.IntRange(min=1), help="Height of the result in pixels [default: as it is; 32 for shapes]"
-)
-@option("--resolution", metavar="WxH", help="Width and height in one, such as 256x256")
+@option("--width", type=click.IntRange(min=1), help="Output width in pixels [default: unchanged; 32 for shapes]")
+@option("--height", type=click.IntRange(min=1), help="Output height in pixels [default: unchanged; 32 for shapes]")
+@option("--resolution", metavar="WxH", help="Output width and height, such as 256x256")
 @option(
     "--transform",
     type=click.Choice(TRANSFORMS),
-    help="center-crop: crop to width:height, then resize; center-crop-wide: StyleGAN2-ADA's for LSUN Car, in a black "
-    "square of side width; center-crop-letterbox: center-crop in such a square [default: resize only]",
+    help="center-crop: crop to the aspect ratio width:height, then resize; center-crop-wide: as in StyleGAN2-ADA for "
+    "LSUN Car, padded with black to a square of side width; center-crop-letterbox: center-crop, padded likewise "
+    "[default: resize only]",
 )
 @option(
     "--pad",
     type=click.IntRange(min=0, max=_MAX_PAD),
-    help="First add this many pixels of black on each side [default: 2 for MNIST, else 0]",
+    help="Pad each side with this many black pixels before the transform [default: 2 for MNIST, else 0]",
 )
 @option(
     "--resize-filter",
     type=click.Choice(list(RESIZE_FILTERS)),
     default="lanczos",
     show_default=True,
-    help="Resampling; the published numbers for FFHQ at 256x256 need box",
+    help="Resampling filter; published results for FFHQ at 256x256 require box",
 )
 @option(
     "--channels",
     type=click.Choice(["auto", "1", "3", "4"]),
     default="auto",
     show_default=True,
-    help="1: grayscale; 3: RGB, transparency laid over white; 4: RGBA; auto: RGB, or grayscale if all images are",
+    help="1: grayscale; 3: RGB, transparent images composited over white; 4: RGBA; auto: grayscale if all images are, "
+    "else RGB",
 )
 @option("--max-images", type=click.IntRange(min=1), help="Use the first N images [default: all; 4096 for shapes]")
 @option(
@@ -105,17 +105,17 @@ def main(context: click.Context) -> None:
     flag_value="auto",
     type=IntOrAuto(minimum=1),
     metavar="[LEVEL]",
-    help="Folders are classes: those at the top, or in a folder that holds everything, or in train/ and val/; or those "
-    "at a LEVEL, 1 for the top",
+    help="Use folders as classes: the top-level folders, or the folders inside a single enclosing folder or inside "
+    "train/ and val/; with LEVEL, the folders at that level, 1 for the top",
 )
-@option("--split", metavar="NAME", help="Part of a data set of tables or shards, or all [default: train]")
+@option("--split", metavar="NAME", help="Split of a dataset of tables or shards, or all [default: train]")
 @option(
     "--skip-bad",
     is_flag=True,
-    help="Leave out images that cannot be decoded, and list them; of tables and shards use those that are there",
+    help="Skip and list images that cannot be decoded; ignore missing tables and shards",
 )
-@option("-v", "--verbose", is_flag=True, help="List all files that are left out, by name")
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which scenes --source=shapes draws")
+@option("-v", "--verbose", is_flag=True, help="List all skipped files by name")
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of --source=shapes")
 @option("--workers", type=click.IntRange(min=1), help="Number of processes [default: one per core]")
 def build(
     source: str,
@@ -145,7 +145,7 @@ def build(
     )
     num_images = min(len(images), max_images or len(images))
     classes = choose_classes(images.labels, images.class_names)
-    introduce(images, num_images, classes, verbose=verbose)
+    describe_source(images, num_images, classes, verbose=verbose)
 
     conversion = replace(
         conversion,
@@ -173,7 +173,7 @@ def build(
 
 
 def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
-    """Width and height of e.g. 256x128. Raises UserError for anything else, and where one of them is given already."""
+    """Parse e.g. 256x128 to (width, height). Raises UserError, also if `others` (--width, --height) are set."""
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
     if not match:
         raise UserError(f"--resolution={text}: give width and height in pixels, such as 256x256")
@@ -183,15 +183,15 @@ def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
 
 
 def choose_channels(source: Source, num_images: int) -> int:
-    """Return 3, or 1 if the source says that its images are gray, or all say so of themselves."""
+    """Return the number of channels: the source's, or else 1 if all image headers are grayscale, or else 3."""
     if source.channels is not None:
         return source.channels
     headers = tqdm(islice(source, num_images), total=num_images, unit="headers", disable=None, delay=1, leave=False)
     return 1 if is_all_gray(headers) else 3
 
 
-def introduce(source: Source, num_images: int, classes: Classes, *, verbose: bool) -> None:
-    """Print what was found, before anything is written."""
+def describe_source(source: Source, num_images: int, classes: Classes, *, verbose: bool) -> None:
+    """Print the source, notes, classes and skipped files, before anything is written."""
     click.echo(f"{printable(source.name)}: {counted(num_images, 'image')}")
     for note in (*source.notes, *classes.notes):
         click.echo(f"Note: {printable(note)}")
@@ -201,9 +201,9 @@ def introduce(source: Source, num_images: int, classes: Classes, *, verbose: boo
 
 
 def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
-    """Print the files that are no images, by kind."""
+    """Print the files that are not images, by kind."""
     if left_out:
-        click.echo(f"Left out, {counted(count_left_out(left_out), 'file')}:")
+        click.echo(f"Skipped {counted(count_left_out(left_out), 'file')}:")
         for line in describe_left_out(left_out, verbose=verbose):
             click.echo(line)
 
@@ -211,11 +211,11 @@ def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
 def refuse_problems(
     problems: Problems, source: Source, conversion: Conversion, shape: tuple[int, int, int], *, verbose: bool
 ) -> None:
-    """Raise UserError where images keep the set from being built: with all of them, and the command that goes on."""
+    """Raise UserError if unusable images prevent the build; the message lists them and a command that works."""
     if problems.num_small == problems.total:
         raise UserError(
-            f"--width={conversion.width} --height={conversion.height}: --transform=center-crop-wide drops smaller "
-            f"images, and leaves none of the {problems.total} of {source.name}: choose a smaller size"
+            f"--width={conversion.width} --height={conversion.height}: --transform=center-crop-wide skips smaller "
+            f"images, which are all {problems.total} images of {source.name}: choose a smaller size"
         )
     lines, options = [], []
     all_broken = len(problems.broken) == problems.total
@@ -230,21 +230,21 @@ def refuse_problems(
         options += size_options(problems.sizes)
     if lines:
         head = f"{source.name}: nothing was written, because of"
-        end = "None can be read: check the source" if all_broken else f"To go on:\n  {command_again(*options)}"
+        end = "None can be read: check the source" if all_broken else f"To continue:\n  {command_again(*options)}"
         raise UserError("\n".join([head, *lines, end]))
 
 
 def command_again(*added: str) -> str:
-    """Return the command that was typed, with more options."""
+    """Return the command line of this call with further options."""
     context = click.get_current_context()
-    typed = []
+    words = []
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=lambda flag: (len(flag), flag.count("-")))
             is_bare = value is True or value == getattr(parameter, "flag_value", None)
-            typed.append(flag if is_bare else f"{flag}={value}")
-    return f"python dataset_tool.py {shlex.join([*typed, *added])}"
+            words.append(flag if is_bare else f"{flag}={value}")
+    return f"python dataset_tool.py {shlex.join([*words, *added])}"
 
 
 def describe(
@@ -255,7 +255,7 @@ def describe(
     classes: Classes,
     problems: Problems,
 ) -> dict[str, Any]:
-    """Content of dataset.json."""
+    """Return the content of dataset.json."""
     H, W, C = shape
     return {
         "labels": labels if classes.labels else None,
@@ -274,31 +274,31 @@ def describe(
 
 
 def report_changes(conversion: Conversion, problems: Problems, *, verbose: bool) -> None:
-    """Print how the images of the set differ from those of the source."""
+    """Print how the images of the dataset differ from the source: resized and skipped images."""
     if conversion.width and conversion.height:
         small = problems.num_smaller_than(conversion.width, conversion.height)
         enlarged = f"; {counted(small, 'image')} enlarged" if small else ""
         click.echo(f"Originals: {describe_sizes(problems.sizes)}{enlarged}")
     if problems.num_small:
         click.echo(
-            f"{problems.num_small} images are smaller than {conversion.width}x{conversion.height} and were left out "
+            f"{problems.num_small} images are smaller than {conversion.width}x{conversion.height} and were skipped "
             f"({conversion.transform})"
         )
     if problems.broken:
-        click.echo(f"Left out, {counted(len(problems.broken), 'image')} that cannot be read:")
+        click.echo(f"Skipped {counted(len(problems.broken), 'image')} that cannot be read:")
         for line in listed(problems.broken, verbose=verbose):
             click.echo(line)
 
 
 @main.command(cls=Script)
 @click.argument("path", type=click.Path(path_type=Path))
-@option("--sheet", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw 64 images of the set into a file")
-@option("-v", "--verbose", is_flag=True, help="List all images, not the first ten of each kind")
+@option("--sheet", metavar="FILE.png", type=click.Path(path_type=Path), help="Write a contact sheet of 64 images")
+@option("-v", "--verbose", is_flag=True, help="List all images instead of the first ten per problem")
 @option("--workers", type=click.IntRange(min=1), help="Number of processes [default: one per core]")
 def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) -> None:
-    """Read every image of a set and list what is wrong; exit code 1 if anything is.
+    """Verify every image of a dataset and list all problems; exit code 1 if there are any.
 
-    Exact copies, images of one colour or nearly black, classes and sizes are listed too, and are not wrong.
+    Duplicates, uniform and nearly black images, classes and sizes are also listed but are not problems.
     """
     if sheet:
         refuse_sheet(sheet, path)
@@ -330,11 +330,11 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
 
 def refuse_sheet(sheet: Path, path: Path) -> None:
     if sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet={sheet}: a sheet is a .png file, give it such a name")
+        raise UserError(f"--sheet={sheet}: must be the name of a .png file")
     if sheet.exists():
         raise UserError(f"--sheet={sheet} exists: remove it or choose another name")
     if sheet.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"--sheet={sheet} lies in {path}, and would be an image of it: choose another place")
+        raise UserError(f"--sheet={sheet} is inside {path} and would become part of the dataset: choose another folder")
 
 
 def write_sheet(sheet: Path, image: Image.Image) -> None:
@@ -344,7 +344,7 @@ def write_sheet(sheet: Path, image: Image.Image) -> None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(sheet, content.getvalue())
     except OSError as error:
-        raise UserError(f"--sheet={sheet} cannot be written ({error.strerror}): choose another place") from error
+        raise UserError(f"--sheet={sheet} cannot be written ({error.strerror}): choose another folder") from error
 
 
 if __name__ == "__main__":

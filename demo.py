@@ -1,8 +1,8 @@
-"""The whole way in one command: data set, training, images, a metric - on this machine, without a network.
+"""End-to-end demo on this machine, without internet access: dataset, training, images, a metric.
 
-Every step is a command of this project, printed before it runs, so that it can be repeated by hand with other options.
-Fails when the generator has not learned: its distance to the data must be at most 0.6 of what it was untrained. (Three
-runs came to 0.38, 0.45 and 0.48; another processor rounds otherwise, and a run is as good as another seed's.)
+Every step is a command of this project. It is printed before it runs, so that it can be repeated with other options.
+The demo fails unless the generator has learned: its distance to the data must be at most 0.6 of the untrained value.
+(Three runs reached 0.38, 0.45 and 0.48. Another processor rounds differently, which acts like another seed.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch_utils.distributed import choose_device
 ROOT = Path(__file__).resolve().parent
 OUTDIR = ROOT / "out" / "demo"
 METRIC = "swd500"
-# Networks this small gain little from a second thread, and threads that wait for each other lose very much on a machine
-# that is busy or that lends a process fewer cores than it shows.
+# Networks this small gain little from a second thread. On a busy machine, or one that grants a process fewer cores than
+# it reports, several threads are much slower than one.
 THREADS = "1"
 CPU_OPTIONS = ["--kimg=11"]
 GPU_OPTIONS = [
@@ -43,23 +43,23 @@ GPU_OPTIONS = [
 
 
 @click.command(cls=Script)
-@click.option("--outdir", type=click.Path(path_type=Path), help="A new folder. [out/demo, made anew]")
+@click.option("--outdir", type=click.Path(path_type=Path), help="New folder for the results. [out/demo, overwritten]")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(outdir: Path | None, device: str | None) -> None:
-    """Make a data set, train on it, generate images and measure them."""
+    """Build a dataset, train on it, generate images and compute a metric."""
     began = time.monotonic()
-    place = choose_device(device)
-    where = f"--device={place}"
+    chosen = choose_device(device)
+    device_flag = f"--device={chosen}"
     outdir = prepare(outdir)
     data, runs, images = outdir / "shapes.zip", outdir / "runs", outdir / "images"
 
     run("dataset_tool.py", "--source=shapes", f"--dest={data}", "--max-images=8192")
-    options = GPU_OPTIONS if place.type == "cuda" else CPU_OPTIONS
-    run("train.py", f"--outdir={runs}", f"--data={data}", "--cfg=tiny", *options, f"--metrics={METRIC}", where)
+    options = GPU_OPTIONS if chosen.type == "cuda" else CPU_OPTIONS
+    run("train.py", f"--outdir={runs}", f"--data={data}", "--cfg=tiny", *options, f"--metrics={METRIC}", device_flag)
     run_dir = next(runs.iterdir())
     snapshot = max(run_dir.glob("network-snapshot-*.pkl"))
-    run("generate.py", f"--network={snapshot}", "--seeds=0-63", f"--outdir={images}", "--grid", where)
-    run("calc_metrics.py", f"--network={snapshot}", f"--metrics={METRIC}_floor", where)
+    run("generate.py", f"--network={snapshot}", "--seeds=0-63", f"--outdir={images}", "--grid", device_flag)
+    run("calc_metrics.py", f"--network={snapshot}", f"--metrics={METRIC}_floor", device_flag)
 
     untrained, *_, trained = read_results(run_dir, METRIC)
     floor = read_results(run_dir, f"{METRIC}_floor")[-1]
@@ -67,26 +67,26 @@ def main(outdir: Path | None, device: str | None) -> None:
     print(f"(two halves of the data are {floor:.1f} apart: no generator can do better)\n")
     print(f"Generated images:      {images / 'grid.png'}")
     print(f"The data:              {run_dir / 'reals.png'}")
-    print(f"Progress in pictures:  {run_dir}/fakes*.png")
+    print(f"Progress as images:    {run_dir}/fakes*.png")
     print(f"The snapshot:          {snapshot}")
     print(f"The run:               {run_dir}/log.txt, stats.jsonl, metric-{METRIC}.jsonl")
-    print(f"All of it took {format_time(time.monotonic() - began)}.")
+    print(f"Total time: {format_time(time.monotonic() - began)}")
     if not trained <= 0.6 * untrained:
-        sys.exit("Error: the generator has not learned: its distance is more than 0.6 of the untrained one")
+        sys.exit("Error: the generator has not learned: its distance is more than 0.6 of the untrained value")
 
 
 def prepare(outdir: Path | None) -> Path:
-    """Return the folder to write to, absolute: the default without what an earlier demo left there, or an empty one."""
+    """Return the output folder as an absolute path: the default, emptied, or a new or empty folder."""
     if outdir is None:
         shutil.rmtree(OUTDIR, ignore_errors=True)
         return OUTDIR
     if outdir.exists() and not (outdir.is_dir() and not any(outdir.iterdir())):
-        raise UserError(f"--outdir={outdir}: is there and is no empty folder; give a new one")
+        raise UserError(f"--outdir={outdir}: exists and is not an empty folder; specify a new folder")
     return outdir.resolve()
 
 
 def run(*command: str) -> None:
-    """Print a command as a user would type it and run it; exit with its code when it fails."""
+    """Print a command as a user would type it, and run it; exit with its code if it fails."""
     print(f"\n$ OMP_NUM_THREADS={THREADS} python {shlex.join(command)}", flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": THREADS}
     code = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=False).returncode
@@ -95,7 +95,7 @@ def run(*command: str) -> None:
 
 
 def read_results(run_dir: Path, metric: str) -> list[float]:
-    """Return the values of a metric in the order in which they were computed."""
+    """Return the values of a metric in chronological order."""
     return [record["results"][metric] for record in read_metric_records(run_dir / f"metric-{metric}.jsonl")]
 
 

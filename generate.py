@@ -1,9 +1,9 @@
-"""Generate images from a snapshot, and look into the model that makes them.
+"""Generate images from a snapshot, and explore the model.
 
 python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid
 python generate.py mix --network=docs/shapes.pkl --rows=0-3 --cols=4-9 --styles=coarse --outdir=out
 
-Options are in exploration/commands/, without torch; what a command does is in its file of exploration/.
+exploration/commands/ defines the options without importing torch; exploration/ implements the commands.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMANDS = (images, mix, video, directions, attention, project, play)
 
 @click.group(cls=DefaultGroup, default="images", commands=COMMANDS)
 def main() -> None:
-    """Generate images from a snapshot, and look into the model."""
+    """Generate images from a snapshot, and explore the model."""
 
 
 if __name__ == "__main__":

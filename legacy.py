@@ -1,4 +1,4 @@
-"""Snapshots of this project and of others: read them without running any code in them, and say what is inside."""
+"""Read, inspect and convert snapshots of this project and of others, without running any code in the files."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from training.snapshots.snapshot import (
 
 __all__ = ["load_network", "load_network_pkl", "transfer_options"]
 
-# What --format says, by the ending of --dest that means it; a name without one is a folder.
+# Suffix of --dest -> default of --format; a name without suffix is a folder.
 FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
 
 
 def load_network_pkl(f: BinaryIO, force_fp16: bool = False) -> EasyDict:
-    """Read a snapshot from a binary file object as StyleGAN2-ADA's function of this name does, but run no code in it.
+    """Read a snapshot from a binary file object, like StyleGAN2-ADA's function of this name, but run no code in it.
 
-    Items, also as attributes: the networks 'G', 'D' and 'G_ema' (None for one that is not in the file), in evaluation
-    mode on the CPU; 'training_set_kwargs', arguments of ImageFolderDataset, or None if the file names no data set;
-    'augment_pipe', always None. Raises UserError naming the file as `load_network` does, and for `force_fp16`.
+    Items, also as attributes: the networks 'G', 'D' and 'G_ema' (None if missing in the file), in evaluation mode on
+    the CPU; 'training_set_kwargs', the arguments of ImageFolderDataset, or None if the dataset is unknown;
+    'augment_pipe', always None. Raises UserError like `load_network`, and for `force_fp16`.
     """
     if isinstance(f, io.TextIOBase) or not hasattr(f, "read"):
         raise TypeError(f"{f!r} is not a binary file object; open the file with dnnlib.util.open_url(PATH)")
     if force_fp16:
         raise UserError(
-            "force_fp16=True: precision is no part of a network here; call it inside "
+            "force_fp16=True: precision is not a property of a network here; call the network inside "
             "`with training.networks.execution.using(reduced=torch.float16):`"
         )
     with _on_disk(f) as path:
@@ -70,12 +70,12 @@ def load_network_pkl(f: BinaryIO, force_fp16: bool = False) -> EasyDict:
 
 @contextmanager
 def _on_disk(f: BinaryIO) -> Iterator[Path]:
-    """Yield a path to the rest of a file object: of the file itself if nothing was read, else of a temporary copy."""
+    """Yield a path to the unread content of a file object: its own file if nothing was read, else a temporary copy."""
     if _is_at_start_of_file(f):
         yield Path(f.name)
         return
     with TemporaryDirectory() as folder:
-        name = re.search(r"network-snapshot-\d{1,12}\.pkl$", _name_of(f))  # which says kimg
+        name = re.search(r"network-snapshot-\d{1,12}\.pkl$", _name_of(f))  # keep the name, which contains kimg
         path = Path(folder) / (name[0] if name else "snapshot.pkl")
         with path.open("wb") as copy:
             shutil.copyfileobj(f, copy)
@@ -83,7 +83,7 @@ def _on_disk(f: BinaryIO) -> Iterator[Path]:
 
 
 def _is_at_start_of_file(f: BinaryIO) -> bool:
-    """Whether a file object is what open(f.name, "rb") returns now."""
+    """Return whether a file object is an unread file on disk, as open(f.name, "rb") returns it."""
     if not (isinstance(f, io.BufferedReader) and isinstance(f.raw, io.FileIO) and isinstance(f.name, str)):
         return False  # in memory, in an archive, compressed
     return (
@@ -95,13 +95,13 @@ def _is_at_start_of_file(f: BinaryIO) -> bool:
 
 
 def _name_of(f: BinaryIO) -> str:
-    """Name of a file object in messages; its type if it has none."""
+    """Return the name of a file object for messages; its type if it has no name."""
     name = getattr(f, "name", None)
     return name if isinstance(name, str) and name else type(f).__name__
 
 
 def _training_set_kwargs(config: TrainConfig) -> EasyDict | None:
-    """Arguments of ImageFolderDataset for the data set of a run, None if it is not known."""
+    """Return the arguments of ImageFolderDataset for the dataset of a run; None if it is unknown."""
     if not config.data.path:
         return None
     height, width = config.generator.img_size
@@ -117,37 +117,37 @@ def _training_set_kwargs(config: TrainConfig) -> EasyDict | None:
 
 @click.group(cls=DefaultGroup, default="convert")
 def main() -> None:
-    """Say what a snapshot holds, and convert it."""
+    """Inspect and convert snapshots."""
 
 
 @main.command(cls=Script)
-@option("--source", type=FileOrURL(), required=True, help="Snapshot or folder.")
-@option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="What to write; see above.")
+@option("--source", type=FileOrURL(), required=True, help="Snapshot or safetensors folder.")
+@option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Output path; see above.")
 @option(
     "--format",
     "kind",
     type=click.Choice([*FORMATS.values(), "hub"]),
-    help="hub: a folder for the Hugging Face Hub.  [default: by the name of --dest]",
+    help="Output format; hub: folder for the Hugging Face Hub.  [default: by the suffix of --dest]",
 )
-@option("--noise-mode", type=click.Choice(get_args(FixedNoise)), help="Of ONNX graphs.  [default: const]")
+@option("--noise-mode", type=click.Choice(get_args(FixedNoise)), help="Noise in ONNX graphs.  [default: const]")
 @option(
-    "--license", metavar="NAME", help="For the Hub: licence of the weights, such as cc-by-4.0.  [default: left open]"
+    "--license", metavar="NAME", help="For the Hub: licence of the weights, such as cc-by-4.0.  [default: unspecified]"
 )
 def convert(
     source: Path | str, dest: Path, kind: str | None, noise_mode: FixedNoise | None, license: str | None
 ) -> None:
-    """Write a snapshot in another form. Nothing that exists is written over.
+    """Convert a snapshot to another format. Existing files are not overwritten.
 
     \b
-    --dest=NAME.pkl           a snapshot, of a folder or of another project's file
-    --dest=NAME               a folder of safetensors and config.json, without any loss
-    --dest=NAME.onnx          NAME-mapping.onnx and NAME-synthesis.onnx, of the averaged generator
-    --dest=NAME --format=hub  a folder to upload: averaged generator, model card, samples
+    --dest=NAME.pkl           snapshot, e.g. from a safetensors folder or from another project's file
+    --dest=NAME               folder with safetensors and config.json; lossless
+    --dest=NAME.onnx          NAME-mapping.onnx and NAME-synthesis.onnx of G_ema
+    --dest=NAME --format=hub  folder for upload: G_ema, model card, samples
     """
     kind = kind or kind_of(dest)
     for name, value, of in (("--noise-mode", noise_mode, "onnx"), ("--license", license, "hub")):
         if value is not None and kind != of:
-            raise UserError(f"{name}={value}: is for --format={of}, this is {kind}; leave it out")
+            raise UserError(f"{name}={value}: applies to --format={of} only, not to {kind}; omit it")
     snapshot = load_network(source)
     for note in snapshot.notes():
         click.echo(note, err=True)
@@ -160,38 +160,38 @@ def convert(
     elif kind == "safetensors":
         save_folder(dest, snapshot)
     else:
-        from training.snapshots.hub import save_hub_folder  # which needs the package
+        from training.snapshots.hub import save_hub_folder  # requires an optional package
 
         save_hub_folder(dest, snapshot, license)
     click.echo(f"Written: {dest}")
     if kind == "hub":
-        click.echo(f"To upload it: hf upload NAME/MODEL {dest}")
+        click.echo(f"Upload it with: hf upload NAME/MODEL {dest}")
 
 
 def kind_of(dest: Path) -> str:
-    """Return which form a name means. Raises UserError for one that means none."""
+    """Return the format implied by the suffix of --dest. Raises UserError for an unknown suffix."""
     if dest.suffix.lower() not in FORMATS:
         raise UserError(
-            f"--dest={dest}: which form is that? .pkl is a snapshot, .onnx ONNX, a name without ending a folder of "
-            "safetensors; or give --format"
+            f"--dest={dest}: unknown suffix: use .pkl for a snapshot, .onnx for ONNX, no suffix for a safetensors "
+            "folder; or specify --format"
         )
     return FORMATS[dest.suffix.lower()]
 
 
 @main.command(cls=Script)
 @click.argument("file", type=FileOrURL())
-@option("--json", "as_json", is_flag=True, help="All of it, with the whole configuration, as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print all information, including the full configuration, as JSON.")
 def info(file: Path | str, as_json: bool) -> None:
-    """Print what FILE holds: a snapshot of this project or a foreign one, its address, or a folder of safetensors.
+    """Describe FILE: a snapshot of this or another project, a URL of one, or a safetensors folder.
 
-    No network is built, and no code in the file is run.
+    Prints its networks, configuration and metrics. Networks are not allocated, and no code in the file is run.
     """
     about = describe(local_snapshot(file))
     click.echo(json.dumps(about, indent=2) if as_json else "\n".join(_lines(about)))
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a snapshot holds, as plain values for JSON. Raises UserError."""
+    """Return the description of a snapshot as plain values for JSON. Raises UserError."""
     if is_folder(path):
         document = read_folder(path)
         config, about = _describe_ours(document, path)
@@ -249,7 +249,7 @@ def _describe_network(config: TrainConfig, name: str, path: Path) -> dict[str, A
 
 
 def _lines(about: dict[str, Any]) -> Iterator[str]:
-    """The same for the screen."""
+    """Yield the description of a snapshot as lines of text."""
     config = about["config"]
     G, augment, origin = config["generator"], config["augment"], config["origin"]
     height, width = config["discriminator"]["img_size"]

@@ -1,4 +1,4 @@
-"""Projection of one image by the flags and file names of StyleGAN2-ADA's script; the same as `generate.py project`.
+"""Projection of one image with the flags and file names of StyleGAN2-ADA's script; see also `generate.py project`.
 
 python projector.py --outdir=out --target=photo.png --network=SNAPSHOT
 """
@@ -17,15 +17,15 @@ from exploration.commands.project import PROJECTION_OPTIONS
 
 @click.command(cls=Script)
 @with_options((NETWORK, CLASS, LABEL, FIXED_NOISE, PRECISION, DEVICE))
-@option("--target", required=True, type=click.Path(path_type=Path), help="The image to look for.")
+@option("--target", required=True, type=click.Path(path_type=Path), help="Image to project.")
 @with_options(PROJECTION_OPTIONS)
-@option("--seed", type=int, default=303, show_default=True, help="Seed of what is drawn.")
-@switch("--save-video", default=True, show_default=True, help="Film the optimisation beside its target: proj.mp4.")
+@option("--seed", type=int, default=303, show_default=True, help="Random seed.")
+@switch("--save-video", default=True, show_default=True, help="Save a video of the optimisation, proj.mp4.")
 @OUTDIR
 def main(**options: Any) -> None:
-    """Look for the styles of one image, as `generate.py project` does for many.
+    """Project one image to the latent space W, like `generate.py project` for several images.
 
-    Writes target.png (the image as it is compared, cropped and resized), proj.png, projected_w.npz and proj.mp4.
+    Writes target.png (the target after cropping and resizing), proj.png, projected_w.npz and proj.mp4.
 
     \b
     python projector.py --outdir=out --target=photo.png --network=SNAPSHOT

@@ -1,4 +1,4 @@
-"""Show one or several runs: curves as PNG, and a page for the browser with curves and images, all in one file."""
+"""Report on one or several runs: curves as PNG, and a self-contained HTML page with curves and images."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from reporting.run_reader import find_runs, read_run
     "--outdir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where to write.  [default: `report` in the folder; of several, beside the first one]",
+    help="Output folder.  [default: `report` in RUN; with several, in the parent folder of the first]",
 )
 @option(
     "--images",
     "max_images",
     type=click.IntRange(min=2),
     default=60,
-    help="Grids of generated images in the page, at most; of each run two in any case.",
+    help="Maximum number of image grids in the page; each run shows at least two.",
 )
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
-    """Write report.html and a PNG for each group of curves, of one run or of several over each other.
+    """Write report.html, and a PNG for each group of curves, to show one run or compare several.
 
-    RUN is the folder of a run, finished or not, or a folder of runs. What an earlier report wrote is replaced.
+    RUN is the folder of a run, finished or not, or a folder of runs. An earlier report is overwritten.
 
     \b
     python report.py runs/00000-mine-cifar-gpus1-batch32
@@ -48,33 +48,33 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     shown = [run for run in runs if not run.is_empty]
     for run in runs:
         if run.is_empty:
-            click.echo(f"Warning: {run.path}: nothing to show yet, left out", err=True)
+            click.echo(f"Warning: {run.path}: nothing to show yet, skipped", err=True)
     if not shown:
-        raise UserError("there is nothing to show yet: the first figures come with the first tick of a run")
+        raise UserError("there is nothing to show yet: a run writes its first statistics after the first tick")
     outdir = outdir or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
     charts = [draw(chart) for chart in find_charts(shown)]
-    page = build_page(shown, charts, max_images).encode(errors="backslashreplace")  # names of files can be any bytes
+    page = build_page(shown, charts, max_images).encode(errors="backslashreplace")  # file names may be undecodable
     for run in shown:
         for problem in run.problems:
             click.echo(f"Warning: {run.path}: {problem}", err=True)
-    write(outdir, {"report.html": page} | {f"{picture.chart.name}.png": picture.png for picture in charts})
-    click.echo(f"{outdir / 'report.html'}, and {len(charts)} charts beside it as PNG")
+    write(outdir, {"report.html": page} | {f"{drawn.chart.name}.png": drawn.png for drawn in charts})
+    click.echo(f"{outdir / 'report.html'}, and {len(charts)} charts as PNG in the same folder")
 
 
 def name_runs(folders: Sequence[Path]) -> list[str]:
-    """Return what each run is called: its folder's name, with as many folders around it as tell it from the others."""
-    ends = [_ends(path.resolve()) for path in folders]
-    counts = Counter(end for own in ends for end in own)
-    return [next(end for end in own if counts[end] == 1) for own in ends]
+    """Return a unique name per run: its folder name, preceded by as many parent folders as necessary."""
+    suffixes = [_suffixes(path.resolve()) for path in folders]
+    counts = Counter(suffix for own in suffixes for suffix in own)
+    return [next(suffix for suffix in own if counts[suffix] == 1) for own in suffixes]
 
 
-def _ends(path: Path) -> list[str]:
-    """What is left of a path when it begins at each of its folders, the last one first."""
+def _suffixes(path: Path) -> list[str]:
+    """Return the trailing parts of a path, shortest first: `c`, `b/c`, `a/b/c`."""
     return [str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)]
 
 
 def write(outdir: Path, files: dict[str, bytes]) -> None:
-    """Write files into a folder. Raises UserError when that cannot be."""
+    """Write files to a folder. Raises UserError if it cannot be written."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

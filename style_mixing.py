@@ -1,4 +1,4 @@
-"""Style mixing by the flags of StyleGAN2-ADA's script of this name; the same as `generate.py mix`.
+"""Style mixing with the flags of StyleGAN2-ADA's script of this name; equivalent to `generate.py mix`.
 
 python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT
 """
@@ -17,7 +17,7 @@ from exploration.commands.mix import MIX_OPTIONS, mixed_styles
 @with_options(MIX_OPTIONS)
 @mixed_styles("0-6")
 def main(**options: Any) -> None:
-    """Mix the styles of two images, as `generate.py mix` does: ROW-COL.png for each pair, and grid.png.
+    """Mix the styles of row and column images, like `generate.py mix`. Writes ROW-COL.png per pair, and grid.png.
 
     \b
     python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT

@@ -1,4 +1,4 @@
-"""Train a GAN. This file has the command line; training/startup.py makes a run of it."""
+"""Train a GAN. This file defines the command line; training/startup.py starts the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dnnlib.cli import (
 from dnnlib.config import ConfigError, did_you_mean
 
 PRESETS = {  # their values are in training/config.py
-    "auto": "chosen by the images",
+    "auto": "chosen by the resolution of the images",
     "tiny": "32x32 on a CPU, minutes",
     "cifar": "Styleformer for CIFAR-10",
     "cifar-large": "the paper's model for CIFAR-10",
@@ -32,10 +32,10 @@ PRESETS = {  # their values are in training/config.py
     "celeba64-l": "Styleformer-L for CelebA, 64x64",
     "church128-l": "Styleformer-L for LSUN Church, 128x128",
     "styleformer-c256": "Styleformer-C for scenes, 256x256",
-    "stylegan2": "StyleGAN2-ADA, F configuration",
-    "paper256": "StyleGAN2-ADA's tables at 256x256",
-    "paper512": "StyleGAN2-ADA's tables at 512x512",
-    "paper1024": "StyleGAN2-ADA's tables at 1024x1024",
+    "stylegan2": "StyleGAN2-ADA, configuration F",
+    "paper256": "StyleGAN2-ADA paper's setup, 256x256",
+    "paper512": "StyleGAN2-ADA paper's setup, 512x512",
+    "paper1024": "StyleGAN2-ADA paper's setup, 1024x1024",
     "transgan-cifar": "TransGAN for CIFAR-10",
     "transgan-stl10": "TransGAN for STL-10, 48x48",
     "transgan-celeba64": "TransGAN for CelebA, 64x64",
@@ -67,37 +67,37 @@ def _complete_preset(context: click.Context, parameter: click.Parameter, incompl
 # fmt: off
 OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "General": (
-        option("--outdir", metavar="DIR", help="Folder in which the run gets a numbered folder of its own."),
-        option("--data", field="data.path", metavar="PATH", help="Training images: zip or folder by dataset_tool.py."),
+        option("--outdir", metavar="DIR", help="Folder for all runs; each run creates a numbered subfolder."),
+        option("--data", field="data.path", metavar="PATH", help="Training dataset: zip or folder (dataset_tool.py)."),
         option("--cfg", metavar="PRESET", callback=_choose_preset, shell_complete=_complete_preset,
                help="Preset; --cfg=help lists them. [auto]"),
         option("--gpus", field="run.num_gpus", metavar="INT", help="Processes on this machine, one per GPU. [1]"),
         option("--device", field="run.device", metavar="NAME", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
         option("--resume", metavar="latest|DIR|PT|PKL|URL",
-               help="Resume the newest run in --outdir that the options do not contradict, or the run in a folder; or "
+               help="Resume the newest run in --outdir that matches the options (latest), or the run in a folder; or "
                     "start a new run from a training state, or from a snapshot's weights (transfer learning)."),
-        switch("--override", help="Resume a run although options change what it computes."),
-        option("--desc", field="run.desc", metavar="WORD", help="A word at the end of the name of the run's folder."),
-        option("--seed", field="seed", metavar="INT", help="Seed of weights, latents, data order, noise. [0]"),
+        switch("--override", help="Resume a run even if changed options affect its results."),
+        option("--desc", field="run.desc", metavar="WORD", help="Suffix of the run folder's name."),
+        option("--seed", field="seed", metavar="INT", help="Random seed of weights, latents, data order, noise. [0]"),
         option("-n", "--dry-run", is_flag=True,
-               help="Print the resolved options, parameter counts, and what --resume would start from; write nothing."),
+               help="Print the resolved options, parameter counts and the source of --resume; write nothing."),
         settings_option(),
     ),
     "Data": (
-        switch("--cond", field="data.use_labels", help="Condition on the labels of the data set."),
+        switch("--cond", field="data.use_labels", help="Condition on the labels of the dataset."),
         option("--subset", field="data.max_images", metavar="INT",
-               help="Train with a random subset of this many images."),
+               help="Train on a random subset of this many images."),
         option("--holdout", field="data.holdout", metavar="INT",
-               help="Hold out this many images, and log how D tells them from the training images. [0]"),
-        switch("--mirror", field="data.mirror", help="Also show every image flipped left to right."),
+               help="Hold out this many images and log D's mean logits for them, to monitor overfitting. [0]"),
+        switch("--mirror", field="data.mirror", help="Extend the dataset with horizontally flipped images."),
         option("--workers", field="run.workers", metavar="INT",
-               help="Processes that decode images, per GPU. [2; 0 on a CPU]"),
+               help="Data loader processes per GPU. [2; 0 on a CPU]"),
     ),
     "Training": (
-        option("--kimg", field="run.total_kimg", metavar="KIMG", help="Length, in thousands of real images."),
-        option("--batch", field="batch_size", metavar="INT", help="Images per step, over all GPUs."),
+        option("--kimg", field="run.total_kimg", metavar="KIMG", help="Training length, in thousands of real images."),
+        option("--batch", field="batch_size", metavar="INT", help="Total batch size over all GPUs."),
         option("--batch-gpu", field="run.batch_gpu", metavar="INT|auto",
-               help="Images at a time per GPU; gradients accumulate. auto: as many as fit. [batch/gpus]"),
+               help="Micro-batch size per GPU, with gradient accumulation. auto: the largest that fits. [batch/gpus]"),
         option("--glr", field="g_optimizer.lr", metavar="FLOAT", help="Learning rate of G."),
         option("--dlr", field="d_optimizer.lr", metavar="FLOAT", help="Learning rate of D."),
         option("--loss", field="loss.objective", metavar="NAME",
@@ -107,14 +107,14 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--pl-weight", field="loss.pl_weight", metavar="FLOAT",
                help="Weight of path length regularisation, 0 = off."),
         option("--mixing", field="loss.style_mixing", metavar="0..1", help="Probability of style mixing."),
-        option("--ema-kimg", field="ema.kimg", metavar="KIMG", help="Half-life of the averaged generator, G_ema."),
+        option("--ema-kimg", field="ema.kimg", metavar="KIMG", help="Half-life of G_ema, the moving average of G."),
         option("--freezed", field="freeze_layers", metavar="INT",
-               help="Freeze-D: freeze this many layers of D, counted from the image. [0]"),
+               help="Freeze-D: freeze this many layers of D, starting at the image. [0]"),
     ),
     "Augmentation": (
         option("--aug", field="augment.mode", metavar="NAME", help="noaug (none), ada, fixed or diffaug. [ada]"),
-        option("--p", field="augment.p", metavar="0..1", help="Probability, for --aug=fixed."),
-        option("--target", field="augment.target", metavar="0..1", help="Target of ADA: mean sign of D(real). [0.6]"),
+        option("--p", field="augment.p", metavar="0..1", help="Augmentation probability for --aug=fixed."),
+        option("--target", field="augment.target", metavar="0..1", help="ADA target for mean sign of D(real). [0.6]"),
         option("--augpipe", field="augment.pipe", metavar="NAME",
                help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
     ),
@@ -132,7 +132,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--minimum_head", field="generator.minimum_head", metavar="INT",
                help="Minimum number of heads (styleformer, styleformer-c). [1]"),
         switch("--linformer", field="generator.linformer",
-               help="Linformer attention where there are many tokens (styleformer, styleformer-c)."),
+               help="Linformer attention at resolutions with many tokens (styleformer, styleformer-c)."),
         option("--z-dim", field="generator.z_dim", metavar="INT", help="Size of the latent z (all families). [512]"),
         option("--map-depth", field="generator.mapping_layers", metavar="INT",
                help="Layers of the mapping network (all families)."),
@@ -145,21 +145,21 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--cbase", field="discriminator.channel_base", metavar="INT",
                help="Channel base: channels x resolution (stylegan2, styleformer)."),
         option("--mbstd", field="discriminator.mbstd_group_size", metavar="INT",
-               help="Group size of minibatch-std, 0 = off (stylegan2, styleformer)."),
+               help="Group size of minibatch standard deviation, 0 = off (stylegan2, styleformer)."),
     ),
     "Speed": (
         option("--precision", field="precision", metavar="NAME",
-               help="Activations in training: fp32, bf16 or fp16. [bf16 on GPUs that have it, else fp32]"),
-        switch("--fp32", help="The same as --precision=fp32."),
+               help="Precision of activations in training: fp32, bf16 or fp16. [bf16 on GPUs with bf16, else fp32]"),
+        switch("--fp32", help="Same as --precision=fp32."),
         switch("--nhwc", field="channels_last", help="Channels-last memory layout. [on GPUs, unless fp32]"),
         switch("--nobench", help="Turn off cuDNN benchmarking."),
         switch("--allow-tf32", field="allow_tf32", help="Allow TF32 in float32 matrix products and convolutions."),
-        switch("--graphs", field="run.graphs", help="Record phases as CUDA graphs. [on GPUs, up to 64x64]"),
+        switch("--graphs", field="run.graphs", help="Capture phases as CUDA graphs. [on GPUs, up to 64x64]"),
         switch("--compile", field="run.compile", help="torch.compile for the main phases."),
         switch("--grad-checkpoint", field="run.recompute",
-               help="Recompute activations in the backward pass; less memory, more time."),
+               help="Recompute activations in the backward pass: less memory, more time."),
         switch("--deterministic", field="run.deterministic",
-               help="Bit-identical results every time, also on a GPU; slower."),
+               help="Bit-reproducible results, also on a GPU; slower."),
     ),
     "Logging": (
         option("--tick", field="run.tick_kimg", metavar="KIMG", help="Interval of progress lines and statistics. [4]"),
@@ -167,8 +167,8 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
                help="Interval of snapshots, image grids and metrics. [50]"),
         list_option("--metrics", field="run.metrics", help="Metrics at every snapshot, or none. [fid50k_full or swd]"),
         list_option("--detector", field="run.detectors",
-                    help="For metrics: a feature network, weight files, a folder of DINOv2. Such a network is a "
-                         "program: use only those you trust."),
+                    help="For metrics: a feature network, weight files, or a DINOv2 folder. A feature network is a "
+                         "program: use only files that you trust."),
         list_option("--log", field="run.log", help="tensorboard, wandb (Weights & Biases), or none. [tensorboard]"),
         switch("--keep-best", field="run.keep_best",
                help="Also keep the training state with the best value of the first metric."),
@@ -176,7 +176,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
 }
 # fmt: on
 
-REMOVED = {  # flags of earlier versions: their fields
+REMOVED = {  # flag of an earlier version -> its field or fields
     "--timeout": "run.timeout",
     "--metrics-every": "run.metrics_every",
     "--tick-metrics": "run.tick_metrics",
@@ -247,28 +247,28 @@ REMOVED = {  # flags of earlier versions: their fields
 @with_sections(OPTIONS)
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
-    """Train a Styleformer, or another generator, against a StyleGAN2 discriminator under adaptive augmentation.
+    """Train a GAN: Styleformer, StyleGAN2 or TransGAN networks, with adaptive discriminator augmentation.
 
-    Values come from the preset (--cfg) unless they are given; [brackets] show what most presets say.
+    Options that are not given take the values of the preset (--cfg); [brackets] show the value in most presets.
 
     \b
     python train.py --outdir=runs --data=mydata.zip --gpus=1 --batch=32 --cfg=cifar \\
         --g_dict=256,64,16 --num_layers=1,2,2 --depth=32
     """
-    from training import resume, startup  # with torch, which --help does without
+    from training import resume, startup  # imported here, so that --help does not import torch
 
     request = resume.RunRequest(
         outdir=options["outdir"] and Path(options["outdir"]),
         resume=options["resume"],
         override=bool(options["override"]),
         preset=options["cfg"],
-        texts=_typed(context),
+        texts=_option_texts(context),
     )
     startup.train(request, dry_run=options["dry_run"], explain=partial(explain_error, context.command))
 
 
-def _typed(context: click.Context) -> dict[str, str]:
-    """Return {config path: text} of all options, the switches that stand for another one included."""
+def _option_texts(context: click.Context) -> dict[str, str]:
+    """Return {config path: text} of all options, including --fp32 and --nobench."""
     texts = config_texts(context)
     if context.params["fp32"] and texts.setdefault("precision", "fp32") != "fp32":
         raise ConfigError("precision", texts["precision"], "contradicts --fp32: give one of the two")

@@ -1,26 +1,26 @@
-"""The memory allocator of the C library."""
+"""Tuning of glibc's memory allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# glibc's names for mallopt (malloc.h).
+# Parameters of mallopt (malloc.h of glibc).
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
 def tune_allocator() -> None:
-    """Let glibc keep big buffers for the next step; elsewhere, do nothing.
+    """Make glibc keep freed buffers for reuse; do nothing on other platforms.
 
-    By default glibc maps every buffer above 32 MiB anew and gives it back when it is freed, as it gives back the end of
-    its heap, so that each step of a training on the CPU, and each image that is decoded, pays for the page faults of
-    all its buffers again. Memory in use grows to its peak and stays there.
+    By default glibc maps every buffer above 32 MiB separately, unmaps it when it is freed, and also trims its heap.
+    Every training step on the CPU, and every decoded image, then pays for the page faults of its buffers again. With
+    this setting, memory usage grows to its peak and stays there.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has no such function
+    if mallopt is None:  # e.g. musl
         return
     largest = 2**31 - 1  # mallopt takes an int
     if mallopt(M_MMAP_THRESHOLD, largest) != 1:

@@ -1,4 +1,4 @@
-"""Base of the scripts: options that carry a config path, both spellings of a flag, one place for errors."""
+"""Base of the command-line scripts: options with a config path, two spellings per flag, error handling."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dnnlib.screen import guarded
 from dnnlib.streams import OutputError
 from dnnlib.util import explain
 
-# Decorators of click are untyped functions over functions.
+# click's decorators are untyped.
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-MAX_NUMBERS = 10_000_000  # in a list of ranges: of seeds, which are images
-HEAD_START = 5.0  # seconds that the first process under torchrun has to speak before others do
+MAX_NUMBERS = 10_000_000  # numbers in a list of ranges, e.g. seeds (one image each)
+HEAD_START = 5.0  # seconds by which local rank 0 reports an error before the other ranks under torchrun
 _BARE_GROUP = "dnnlib.cli.bare_group"  # key of the DefaultGroup in a context's meta if no argument follows the group
 
 
 class ConfigOption(click.Option):
-    """A click option that may set a field of a configuration, by a text that config_text.py parses.
+    """Click option that may set a configuration field; config_text.py parses its text.
 
-    `section` is the heading that it stands under in the help.
+    `section` is the heading of the option in the help.
     """
 
     section: str | None = None
@@ -45,7 +45,7 @@ class ConfigOption(click.Option):
         self.field = field
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Show one spelling of each flag."""
+        """Return the help entry with one spelling per flag."""
         every = self.opts
         self.opts = [flag for i, flag in enumerate(every) if flag not in map(_other_spelling, every[:i])]
         record = super().get_help_record(ctx)
@@ -61,9 +61,9 @@ class ConfigOption(click.Option):
 
 
 def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
-    """`click.option` in which `--g_dict` can also be typed `--g-dict`, with the config path that the flag sets.
+    """`click.option` that accepts both `--g_dict` and `--g-dict`; `field` is the config path that the flag sets.
 
-    Lists of names that are given several times are joined; of other options the last counts, as usual.
+    A repeated list of names is concatenated; any other repeated option takes its last value, as usual.
     """
     if kwargs.get("type") is float:
         kwargs["type"] = FiniteFloat()
@@ -74,12 +74,12 @@ def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
 
 
 def _join_lists(context: click.Context, parameter: click.Parameter, given: Sequence[Sequence[str]]) -> Any:
-    """One list of all that was given; None without any."""
+    """Concatenate the values of a repeated option; None without any."""
     return tuple(name for names in given for name in names) if given else None
 
 
 def switch(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
-    """An option that is on as `--mirror` or `--mirror=1` and off as `--mirror=0`; None when it is not given."""
+    """Return a boolean option: `--mirror` or `--mirror=1` is on, `--mirror=0` off; None if it is not given."""
     kwargs |= {"is_flag": False, "metavar": "[BOOL]"}
     if field:
         return option(*flags, field=field, flag_value="true", **kwargs)
@@ -87,7 +87,7 @@ def switch(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
 
 
 def list_option(*flags: str, field: str, **kwargs: Any) -> Decorator:
-    """An option for a field with a list of names; the lists of several are joined, `none` adds nothing."""
+    """Return an option for a field with a list of names; repeated lists are concatenated, `none` is the empty list."""
     return option(*flags, field=field, multiple=True, callback=_join_texts, metavar="NAME,...", **kwargs)
 
 
@@ -97,7 +97,7 @@ def _join_texts(context: click.Context, parameter: click.Parameter, given: Seque
 
 
 def with_options(options: Iterable[Decorator]) -> Decorator:
-    """Attach options to a command in the order of a table."""
+    """Return a decorator that attaches options to a command in the given order."""
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorate in reversed(tuple(options)):
@@ -108,7 +108,7 @@ def with_options(options: Iterable[Decorator]) -> Decorator:
 
 
 def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
-    """Attach options to a command, whose help shows them under the headings of a table."""
+    """Return a decorator that attaches options to a command; `sections` maps the headings of the help to options."""
 
     def attach(function: Any) -> Any:
         for heading, options in reversed([*sections.items()]):
@@ -121,24 +121,24 @@ def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
 
 
 def call(function: str, **options: Any) -> Any:
-    """Call e.g. `exploration.play:play` and import its module now: with torch, which a command's help does without."""
+    """Import and call a function given as e.g. `exploration.play:play`, so that --help does not import torch."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(**options)
 
 
 def settings_option() -> Decorator:
-    """Return the option --set, for fields that have no flag."""
+    """Return the option --set, which sets any field, in particular fields without a flag."""
     return option(
         "--set",
         "settings",
         multiple=True,
         metavar="FIELD=VALUE",
-        help="Set any field, e.g. generator.window=8; repeatable. docs/configuration.md lists all.",
+        help="Set any field, e.g. generator.window=8; repeatable. docs/configuration.md lists all fields.",
     )
 
 
 def with_both_spellings(flags: Iterable[str]) -> list[str]:
-    """Return the flags, each long one followed by its spelling with `-` for `_` or `_` for `-`."""
+    """Return the flags, each long flag followed by its spelling with `-` for `_` or `_` for `-`."""
     both = []
     for flag in flags:
         both.append(flag)
@@ -153,33 +153,33 @@ def _other_spelling(flag: str) -> str:
 
 
 def config_texts(context: click.Context) -> dict[str, str]:
-    """Return {config path: text} for the options that the user gave, --set among them. Raises UserError."""
+    """Return {config path: text} of the options given on the command line, including --set. Raises UserError."""
     texts = {}
     for parameter in context.command.params:
         text = context.params.get(parameter.name or "")
         if isinstance(parameter, ConfigOption) and parameter.field and text is not None:
             texts[parameter.field] = text
     settings = {}
-    for typed in context.params.get("settings", ()):
-        path, equals, text = (part.strip() for part in typed.partition("="))
+    for setting in context.params.get("settings", ()):
+        path, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise UserError(f"--set {typed}: give a value: --set {path or 'FIELD'}=VALUE")
+            raise UserError(f"--set {setting}: give a value: --set {path or 'FIELD'}=VALUE")
         if path in texts:
-            raise UserError(f"--set {typed}: {_flag_of(context.command, path)} sets it too: give one of the two")
+            raise UserError(f"--set {setting}: {_flag_of(context.command, path)} sets it too: give one of the two")
         settings[path] = text
     return texts | settings
 
 
 def _flag_of(command: click.Command, path: str) -> str | None:
-    """Return the flag for a field of a configuration; of a field, its name alone may be known (see ConfigError)."""
+    """Return the flag that sets a config field, or None. `path` may lack leading parts (see ConfigError)."""
     options = [parameter for parameter in command.params if isinstance(parameter, ConfigOption) and parameter.field]
     return next((option.opts[0] for option in options if f".{option.field}".endswith(f".{path}")), None)
 
 
 class Program(click.Command):
-    """A command, or a group of them, that can be run as a script.
+    """Command or group of commands that can be run as a script.
 
-    It prints nothing raw that comes from outside (dnnlib/screen.py), and ends in one line when stdout fails.
+    Output is sanitized (dnnlib/screen.py); if stdout fails, the program exits with one line on stderr.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,17 +190,16 @@ class Program(click.Command):
                     return super().main(*args, **kwargs)
                 finally:
                     sys.stdout.flush()
-            except OutputError as error:  # not inside of a command: of --help, or of what was left to flush
+            except OutputError as error:  # raised outside a command: by --help or by the final flush
                 click.echo(f"Error: {error}", err=True)
                 sys.exit(Failure.exit_code)
 
 
 class Script(Program):
-    """A command that turns mistakes of its user into one line on stderr and exit code 2: UserError, ConfigError, files
-    and folders that cannot be used, a lack of memory.
+    """Command that reports a user error as one line on stderr with exit code 2.
 
-    `--data=~/x` means what `--data ~/x` does, in which alone the shell replaces the ~. `removed` are flags of earlier
-    versions, with their fields.
+    User errors are UserError, ConfigError, unusable files and folders, and out of memory. A leading ~ is expanded in
+    `--data=~/x`, as the shell does in `--data ~/x`. `removed` maps flags of earlier versions to their fields.
     """
 
     def __init__(self, *args: Any, removed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -215,14 +214,14 @@ class Script(Program):
         for word in args:
             self._check_optional_value(ctx, *word.partition("=")[::2])
         try:
-            return super().parse_args(ctx, [*args])  # click empties the list
+            return super().parse_args(ctx, [*args])  # a copy, because click consumes the list
         except click.NoSuchOption as error:
             if fields := self.removed.get(error.option_name.replace("_", "-")):
                 raise click.UsageError(_explain_removed(error.option_name, fields.split(), args), ctx) from None
             raise
 
     def _check_optional_value(self, ctx: click.Context, flag: str, value: str) -> None:
-        """Refuse `--mirror=-1` for its value: click takes that, of flags with an optional value, for another flag."""
+        """Reject e.g. `--mirror=-1` clearly: click would take the value `-1` of such an option for another flag."""
         for parameter in self.params if value.startswith("-") else ():
             if flag in parameter.opts and isinstance(parameter, ConfigOption) and parameter.flag_value is not None:
                 kind = click.BOOL if parameter.flag_value == "true" else parameter.type
@@ -246,7 +245,7 @@ class Script(Program):
         self.help = text
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the options under their headings."""
+        """Write the options under their headings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
@@ -267,7 +266,7 @@ class Script(Program):
             raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the other commands after the help of a group's default, which is what the group's --help shows."""
+        """List the other commands of the group in the help of its default command, which the group's --help shows."""
         group = ctx.parent.command if ctx.parent else None
         if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
             others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
@@ -276,22 +275,24 @@ class Script(Program):
 
 
 def _explain_removed(flag: str, fields: Sequence[str], args: Sequence[str]) -> str:
-    """Say what to give in place of a flag that is none any more, with the value in `args`."""
+    """Return the message for a removed flag: the --set options that replace it, with the value from `args`."""
     position, word = next((i, word) for i, word in enumerate(args) if word.partition("=")[0] == flag)
     value = word.partition("=")[2]
     if not value and position + 1 < len(args) and not args[position + 1].startswith("-"):
         value = args[position + 1]
     settings = " ".join(f"--set {field}={value or 'true'}" for field in fields)
-    return f"{flag} is no flag any more: give {settings}"
+    return f"{flag} was removed: use {settings}"
 
 
 class ProgramGroup(Program, click.Group):
-    """A group of commands that can be run as a script."""
+    """Group of commands that can be run as a script."""
 
 
 class DefaultGroup(ProgramGroup):
-    """A group whose command `default`, which takes options alone, need not be typed: `generate.py --seeds=0` is
-    `generate.py images --seeds=0`."""
+    """Group with a default command: `generate.py --seeds=0` means `generate.py images --seeds=0`.
+
+    The default command must not take positional arguments.
+    """
 
     def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -320,7 +321,7 @@ def as_typed(text: str, context: click.Context | None = None) -> str:
 
 
 class Failure(click.ClickException):
-    """One line on stderr and exit code 2."""
+    """Error that click reports as one line on stderr with exit code 2."""
 
     exit_code = 2
 
@@ -328,8 +329,8 @@ class Failure(click.ClickException):
 def fail(command: click.Command, error: UserError) -> NoReturn:
     """Raise the click error for a UserError.
 
-    Under torchrun the first process of a machine speaks for those that meet the same error: torchrun ends them when it
-    has gone. One that still lives after that has met the error alone, and speaks too.
+    Under torchrun, local rank 0 reports an error that all ranks raise; torchrun then kills the others. Other ranks wait
+    for HEAD_START seconds and report only if they are still alive, i.e. if rank 0 did not fail.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(HEAD_START)
@@ -337,7 +338,7 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
 
 
 def explain_error(command: click.Command, error: UserError) -> str:
-    """Return the message of a UserError; a ConfigError is named by the flag of its field, or by --set."""
+    """Return the message of a UserError; a ConfigError names the flag of its field, or --set."""
     if not isinstance(error, ConfigError):
         return as_typed(str(error))
     flag = _flag_of(command, error.field)
@@ -348,12 +349,12 @@ def explain_error(command: click.Command, error: UserError) -> str:
 
 
 class FiniteFloat(click.types.FloatParamType):
-    """A float that is neither nan nor infinite, and becomes neither in a tensor."""
+    """Float that is finite in single precision."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if not abs(number) <= FLOAT32_MAX:
-            self.fail(f"{value!r} is not a finite number of single precision", param, ctx)
+            self.fail(f"{value!r} is not a finite number in single precision", param, ctx)
         return number
 
 
@@ -369,7 +370,7 @@ class FloatList(click.ParamType):
 
 
 class FileOrURL(click.ParamType):
-    """The path of a file or folder, or an address on the web, which stays text."""
+    """Path of a file or folder, or an http(s) URL, which stays a string."""
 
     name = "PATH|URL"
 
@@ -377,9 +378,7 @@ class FileOrURL(click.ParamType):
         if isinstance(value, Path) or is_url(value):
             return value
         if re.match(r"[a-zA-Z][\w+.-]+://", value):
-            self.fail(
-                f"{value}: of addresses, only http:// and https:// are fetched; fetch the file yourself", param, ctx
-            )
+            self.fail(f"{value}: only http:// and https:// URLs are supported; download the file manually", param, ctx)
         return Path(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -400,7 +399,7 @@ class IntList(click.ParamType):
 
 
 class IntOrAuto(click.ParamType):
-    """An integer, from `minimum` up, or the word auto."""
+    """Integer of at least `minimum`, or the word auto."""
 
     name = "INT|auto"
 
@@ -412,7 +411,7 @@ class IntOrAuto(click.ParamType):
 
 
 class NameList(click.ParamType):
-    """Comma-separated names; `none`, in any case, is the empty list."""
+    """Comma-separated names; `none` (case-insensitive) is the empty list."""
 
     name = "NAME,NAME,..."
 
@@ -439,6 +438,6 @@ class IntRanges(click.ParamType):
             if last < first:
                 self.fail(f"the range {part!r} runs backwards: write {last}-{first}", param, ctx)
             if len(numbers) + last - first >= MAX_NUMBERS:
-                self.fail(f"{value!r} is more than {MAX_NUMBERS} numbers", param, ctx)
+                self.fail(f"{value!r} has more than {MAX_NUMBERS} numbers", param, ctx)
             numbers += range(first, last + 1)
         return tuple(numbers)

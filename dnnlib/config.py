@@ -1,11 +1,11 @@
-"""Nested frozen dataclasses as configuration: override by dotted path, write as JSON, read back strictly.
+"""Configuration as nested frozen dataclasses: overrides by dotted path, JSON output, strict JSON input.
 
-A field that can hold one of several dataclasses (the families of generators, say) names them in its metadata:
+A field that can hold one of several dataclasses (e.g. the families of generators) lists them in its metadata:
 
     generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
 
-Its JSON then carries the family's name beside the fields: {"family": "styleformer", "widths": [256, 64, 16], ...}. The
-path generator.family overrides it: the class of that name makes its configuration `convert_from(the old one)`.
+The JSON object of such a field also holds the name: {"family": "styleformer", "widths": [256, 64, 16], ...}. The path
+generator.family overrides the family: `convert_from` of the named class converts the previous configuration.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4028234663852886e38
-OPTIONS_FILE = "training_options.json"  # a configuration, in a run's folder
+OPTIONS_FILE = "training_options.json"  # the configuration of a run, in its folder
 
 
 class UserError(ValueError):
-    """Something that the user gave cannot be used; the message names it, its value and the remedy."""
+    """Invalid user input; the message contains its name, its value and the remedy."""
 
 
 class WriteError(UserError):
-    """A file could not be written; what was there before is intact."""
+    """A file could not be written; existing files are intact."""
 
 
 def show(value: object) -> str:
-    """Return at most 200 letters of a value for a message, of the type alone where that has no text."""
+    """Return the repr of a value for a message, at most 200 characters; the name of its type if repr fails."""
     try:
         return f"{value!r:.200}"
     except (ValueError, RecursionError):  # more than 4300 digits; nested too deep
@@ -43,9 +43,9 @@ def show(value: object) -> str:
 
 
 class ConfigError(UserError):
-    """A configuration field holds a value that cannot work.
+    """Invalid value of a configuration field.
 
-    `field` is the dotted path as far as the raiser knows it, `problem` says what is wrong and what to do instead.
+    `field` is the dotted path, possibly without leading parts; `problem` states the problem and the remedy.
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
@@ -55,24 +55,24 @@ class ConfigError(UserError):
         self.problem = problem
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ConfigError, (self.field, self.value, self.problem)  # errors travel between processes
+        return ConfigError, (self.field, self.value, self.problem)  # makes the error picklable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Values that a field of a configuration may have; of a tuple, each of its items. Texts have no size."""
+    """Allowed values of a config field. For a tuple, the bounds apply to each item. Strings have no numeric bounds."""
 
     at_least: float | None = None
-    above: float | None = None  # as `at_least`, itself excluded
+    above: float | None = None  # exclusive lower bound
     at_most: float | None = None
-    below: float | None = None  # as `at_most`, itself excluded
+    below: float | None = None  # exclusive upper bound
     choices: tuple[Any, ...] | None = None
-    length: int | None = None  # of a tuple
+    length: int | None = None  # length of a tuple
     optional: bool = True  # whether None is allowed
-    note: str = ""  # joins the message: a remedy, or the meaning of a value at the edge
+    note: str = ""  # appended to the message: a remedy, or the meaning of a boundary value
 
     def problem(self, value: object) -> str | None:
-        """Return the message for a value that is not allowed, else None."""
+        """Return an error message if a value is not allowed, else None."""
         if value is None and self.optional:
             return None
         problem = self._problem(value)
@@ -85,7 +85,7 @@ class Bounds:
         for item in (value,) if items is None else items:
             if self.choices is not None and item not in self.choices:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
-                return f"choose one of {self}{hint}" if items is None else f"{show(item)} is none of {self}{hint}"
+                return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
             if isinstance(item, numbers.Real) and not self._holds(item):
                 return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
@@ -99,7 +99,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """Return the names or the range in words: `a, b`, `at least 1`, `0..1`; "" if there are no bounds."""
+        """Return the choices or the range as text: `a, b`, `at least 1`, `0..1`; "" without bounds."""
         if self.choices is not None:
             return ", ".join(map(str, self.choices))
         ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
@@ -120,11 +120,11 @@ def setting(
     auto: bool = False,
     **bounds: Any,
 ) -> Any:
-    """Declare a field of a configuration: its default, a description for the documentation, and its Bounds.
+    """Declare a configuration field with its default, its description for the documentation, and its Bounds.
 
-    `parse` makes its value of a text typed by a user (ValueError: not one), where the type does not say how. `families`
-    are the dataclasses that it can hold, by name. None stands for a choice by data and machine if `auto`, and is typed
-    so; else it is typed `none`.
+    `parse` converts command-line text to a value if the type alone is not sufficient; it raises ValueError. `families`
+    maps names to the dataclasses that the field can hold. On the command line None is written `none`; with `auto` it is
+    written `auto` and means that the value is chosen by data and machine.
     """
     metadata = {"help": help, "bounds": Bounds(**bounds), "auto": auto}
     metadata |= {"families": families} if families else {}
@@ -134,7 +134,7 @@ def setting(
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ConfigError for the first field of a configuration that is out of its bounds."""
+    """Raise ConfigError for the first field of a configuration that violates its bounds."""
     for name, bounds in bounds_of(type(config)).items():
         value = getattr(config, name)
         if problem := bounds.problem(value):
@@ -142,9 +142,9 @@ def check_bounds(config: Any) -> None:
 
 
 def bounds_of(config_class: Any) -> Mapping[str, Bounds]:
-    """Return the Bounds of each field of a config class: as declared, with what its type says.
+    """Return the Bounds of each field of a config class, as declared and completed from the type annotations.
 
-    The type gives the choices of a Literal, the length of a tuple, and whether None is allowed.
+    The type determines the choices of a Literal, the length of a tuple, and whether None is allowed.
     """
     return _bounds_of(config_class)
 
@@ -169,8 +169,8 @@ def _with_type(bounds: Bounds, hint: Any) -> Bounds:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Return (height, width) for a text such as 8 or 8x12. Raises ValueError for others."""
-    match = re.fullmatch(r"(\d{1,18})(?:x(\d{1,18}))?", text, re.ASCII)  # so many digits fit into 64 bits
+    """Return (height, width) for text such as 8 or 8x12. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,18})(?:x(\d{1,18}))?", text, re.ASCII)  # 18 digits fit into 64 bits
     if not match:
         raise ValueError(f"{text!r} is not a size such as 8 or 8x12 (height x width)")
     return int(match[1]), int(match[2] or match[1])
@@ -179,8 +179,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def override(config: T, values: Mapping[str, Any]) -> T:
     """Return `config` with the fields at the given dotted paths replaced, e.g. {"loss.r1_gamma": 10}.
 
-    All values that belong to one dataclass are replaced together, so that its validation sees them together; another
-    family comes first. Raises ConfigError for a path that does not exist and for values that the dataclass refuses.
+    All fields of one dataclass are replaced at once, so that it validates the final values; a new family is applied
+    first. Raises ConfigError for a path that does not exist and for values that the dataclass rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
@@ -204,7 +204,7 @@ def override(config: T, values: Mapping[str, Any]) -> T:
 
 
 def hints(config_class: Any) -> dict[str, Any]:
-    """Return the types of the fields of a config class."""
+    """Return the types of the fields of a config class by name."""
     return _hints(config_class)
 
 
@@ -228,7 +228,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
-    """Rebuild what `to_json` wrote. Raises ConfigError for an unknown or missing key and for a wrong type."""
+    """Inverse of `to_json`. Raises ConfigError for an unknown or missing key and for a wrong type."""
     if not isinstance(data, Mapping):
         raise ConfigError(config_class.__name__, data, "expected a JSON object")
     types_of = hints(config_class)
@@ -258,7 +258,7 @@ def field_names(config: Any) -> tuple[str, ...]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return one line 'path: old -> new' for each leaf in which two JSON objects differ."""
+    """Return one line 'path: old -> new' for each differing leaf of two JSON objects."""
     lines = []
     for key in sorted(set(old) | set(new)):
         left, right = old.get(key), new.get(key)
@@ -270,18 +270,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known word that is nearest to a text, "" where none is near."""
+    """Return "; did you mean X?" for the known word closest to a text; "" if none is close."""
     near = difflib.get_close_matches(text, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def family_of(config: Any, families: Mapping[str, type]) -> str:
-    """Return the name of the family that a configuration is of."""
+    """Return the name of a configuration's family."""
     return next(name for name, family in families.items() if family is type(config))
 
 
 def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str, Any]) -> Any:
-    """Return `config`, or what takes its place in the family that `values` name; refuse what that has no field for."""
+    """Return `config`, converted if `values` selects another family. Raises ConfigError for fields it does not have."""
     name = values.get("family", family_of(config, families))
     check_family(name, families)
     for path, value in values.items():
@@ -290,17 +290,17 @@ def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str
 
 
 def check_setting(family: str, name: str, value: object, families: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a field that a family does not have."""
+    """Raise ConfigError for a field that does not exist in a family."""
     own = field_names(families[family])
     if name == "family" or name in own:
         return
     others = [other for other, config_class in families.items() if name in field_names(config_class)]
     known = f"; {', '.join(others)} can take it" if others else did_you_mean(name, own) or f"; it has {', '.join(own)}"
-    raise ConfigError(name, value, f"is no setting of the family {family}{known}")
+    raise ConfigError(name, value, f"is not a setting of the family {family}{known}")
 
 
 def check_family(name: Any, families: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a family that there is not."""
+    """Raise ConfigError for an unknown family."""
     if not isinstance(name, str) or name not in families:
         raise ConfigError("family", name, f"unknown family; known are {', '.join(families)}")
 
@@ -328,7 +328,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _matches(hint: Any, value: Any) -> bool:
-    """Whether a value read from JSON (lists already as tuples) fits a type hint."""
+    """Return whether a value read from JSON, with lists converted to tuples, matches a type hint."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(arg, value) for arg in args)
@@ -348,5 +348,5 @@ def _matches(hint: Any, value: Any) -> bool:
 
 
 def _is_number(kind: Any, value: Any) -> bool:
-    """Whether `kind` is int or float and a value is such a number, of any size; every integer is a float."""
+    """Return whether `kind` is int or float and `value` is such a number of any size; integers count as floats."""
     return kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)

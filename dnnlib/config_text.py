@@ -1,4 +1,4 @@
-"""Values that a user types for fields of a configuration, as text: by the type of the field, or its own parser."""
+"""Parsing of command-line text to config values, by the type of the field or by its own parser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dnnlib.config import (
     path_prefix,
 )
 
-MAX_DIGITS = 18  # of an integer: it fits into 64 bits
+MAX_DIGITS = 18  # digits of an integer; 18 fit into 64 bits
 _BOOLS = {word: True for word in ("true", "1", "yes", "on")} | {word: False for word in ("false", "0", "no", "off")}
 _EXAMPLES: Mapping[Any, str] = {int: "256,64,16", float: "3.0,20.0"}
 
@@ -30,10 +30,10 @@ Field = dataclasses.Field[Any]
 
 
 def parse_texts(config: Any, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return {path: value} of what a user typed for fields of `config`, {path: text}.
+    """Parse {path: text} for fields of `config` to {path: value}.
 
-    The fields of a part are those of its family in `texts`, else in `config`. Raises ConfigError for a path that does
-    not exist, with the nearest ones that do, and for a text that is no value of the field.
+    The family of a part is taken from `texts` if specified there, else from `config`. Raises ConfigError for an unknown
+    path, with the closest existing paths, and for text that is not a value of the field.
     """
     return {path: _parse_path(config, path, text, texts) for path, text in texts.items()}
 
@@ -47,8 +47,8 @@ def _parse_path(config: Any, path: str, text: str, texts: Mapping[str, str]) -> 
             raise ConfigError(path, text, f"no such field; {_nearest(config, path)}")
         config_class = hints(config_class)[parent]
         if families := field.metadata.get("families"):
-            typed = text if name == "family" else texts.get(f"{prefix}.family")
-            family = typed or family_of(getattr(config, parent), families)
+            requested = text if name == "family" else texts.get(f"{prefix}.family")
+            family = requested or family_of(getattr(config, parent), families)
             with path_prefix(prefix):
                 check_family(family, families)
                 check_setting(family, name, text, families)
@@ -65,7 +65,7 @@ def _parse_path(config: Any, path: str, text: str, texts: Mapping[str, str]) -> 
 
 
 def parse_field(config_class: type, field: Field, text: str) -> Any:
-    """Return the value of a field for a text. Raises ValueError, which says what is expected."""
+    """Parse text for a field. Raises ValueError that states the expected values."""
     hint, text = hints(config_class)[field.name], text.strip()
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = list(typing.get_args(hint)) if is_union else [hint]
@@ -88,7 +88,7 @@ def parse_field(config_class: type, field: Field, text: str) -> Any:
 
 
 def _parse_as(hint: Any, text: str) -> Any:
-    """Return a text as a value of a type. Raises ValueError: a noun for what is expected."""
+    """Parse text as a value of a type. Raises ValueError with a noun phrase for the expected value."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         if text not in args:
@@ -122,7 +122,7 @@ def _parse_float(text: str) -> float:
 
 
 def field_paths(config: Any) -> list[str]:
-    """Return the paths of all fields of a configuration, those of nested ones included (of every family)."""
+    """Return the paths of all fields of a configuration, including nested fields of every family."""
     paths = []
     for field in dataclasses.fields(config):
         families = field.metadata.get("families", {})
@@ -136,7 +136,7 @@ def field_paths(config: Any) -> list[str]:
 
 
 def _nearest(config: Any, path: str) -> str:
-    """Name the fields that a mistaken path may mean."""
+    """Return a hint with the existing fields closest to an unknown path."""
     paths, name = field_paths(config), path.rpartition(".")[2]
     near = [known for known in paths if known.rpartition(".")[2] == name]
     near = near or [known for known in paths if known.startswith(f"{path}.")]
@@ -150,5 +150,5 @@ def _field(config_class: Any, name: str) -> Field | None:
 
 
 def _is_composed(config_class: type, field: Field) -> bool:
-    """Whether the values of a field are configurations."""
+    """Return whether the values of a field are configurations."""
     return "families" in field.metadata or dataclasses.is_dataclass(hints(config_class)[field.name])

@@ -1,10 +1,10 @@
-"""Files from the web: fetched once into the cache, whole or not at all, and checked whenever they are used.
+"""Cached downloads: each file is fetched once, atomically, and its checksum is verified on every use.
 
-A download that breaks off goes on where it stopped if the server lets it, now or the next time. Google Drive's links
-work as they are shared: its page that asks whether a large file is really wanted is answered.
+An interrupted download resumes, in this call or the next, if the server supports it. Share links of Google Drive work
+directly: the confirmation page for large files is answered automatically.
 
-A server is not trusted: sizes and times have bounds, nothing is unpacked, and messages and records name addresses
-without what may be secret in them (`dnnlib.screen.public`).
+Servers are not trusted: sizes and times are limited, nothing is decompressed, and URLs in messages and records are
+stripped of possible secrets (`dnnlib.screen.public`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 20  # seconds without a byte from the server
-ANSWER_SECONDS = 120  # until it has said what it will send, redirections included
-PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # an interval that brings fewer bytes is no progress worth waiting for
-MAX_BYTES = 1 << 36  # bytes of a file: 64 GiB
-ATTEMPTS = 5  # to go on after a break; without any progress there is no further one
-CHUNK = 1 << 16  # bytes that are written at a time
-RECORD_BYTES = 1 << 16
-PAGE_BYTES = 1 << 20  # of HTML that are looked at
+ANSWER_SECONDS = 120  # until the response headers are complete, including redirects
+PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # abort if an interval of this many seconds brings fewer bytes
+MAX_BYTES = 1 << 36  # size limit of a file: 64 GiB
+ATTEMPTS = 5  # attempts after a broken connection; none follows an attempt without progress
+CHUNK = 1 << 16  # bytes written at a time
+RECORD_BYTES = 1 << 16  # size limit of the records beside a file
+PAGE_BYTES = 1 << 20  # bytes of an HTML page that are parsed
 REMEDY = "remove it, or set DNNLIB_CACHE_DIR to another folder"
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 
@@ -52,16 +52,16 @@ Check = Callable[[Path], object]
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that are fetched or computed once: DNNLIB_CACHE_DIR or ~/.cache/dnnlib.
+    """Return the cache folder for downloads and computed files: DNNLIB_CACHE_DIR or ~/.cache/dnnlib.
 
-    Raises UserError where this user has no home.
+    Raises UserError if the user has no home folder.
     """
     given = os.environ.get("DNNLIB_CACHE_DIR")
     return Path(given) if given else home_folder("DNNLIB_CACHE_DIR") / ".cache" / "dnnlib"
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder of the cache, and what is missing above it. Raises UserError as `_trusted` does."""
+    """Create a cache folder and its missing parents. Raises UserError as `_trusted` does."""
     for place in (*reversed(folder.parents), folder):
         _trusted(place)
         if not place.is_dir():
@@ -69,44 +69,44 @@ def _make_folder(folder: Path) -> None:
 
 
 def _trusted(path: Path) -> Path:
-    """Return a path in the cache. Raises UserError where it leads through a link that is not this user's."""
+    """Return a path in the cache unchanged. Raises UserError if it contains a symbolic link of another user."""
     for place in (*reversed(path.parents), path):
         is_inside = place != cache_dir() and place.is_relative_to(cache_dir())
         if is_inside and place.is_symlink() and hasattr(os, "getuid") and place.lstat().st_uid != os.getuid():
-            raise UserError(f"{place}: is a link of another user, which the cache does not follow; {REMEDY}")
+            raise UserError(f"{place}: is a link owned by another user, which the cache does not follow; {REMEDY}")
     return path
 
 
 def _to_read(path: Path) -> Path:
-    """Return the path of a file in the cache to read or to replace. Raises UserError where anything else lies there."""
+    """Return the path of a cached file to read or replace. Raises UserError if it exists and is not a file."""
     if os.path.lexists(_trusted(path)) and not path.is_file():
-        raise UserError(f"{path}: is no file, or a link to none; {REMEDY}")
+        raise UserError(f"{path}: is not a file; {REMEDY}")
     return path
 
 
 def _to_write(path: Path) -> Path:
-    """Return the path of a file in the cache to write in its place, which may have no other name."""
+    """Return the path of a cached file to write in place. Raises UserError for links and files with hard links."""
     try:
         found = _trusted(path).lstat()
     except FileNotFoundError:
         return path
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise UserError(f"{path}: is a link or no file, which the cache does not write to; {REMEDY}")
+        raise UserError(f"{path}: is a link or not a file, which the cache does not write to; {REMEDY}")
     return path
 
 
 def _opener(path: str, flags: int) -> int:
-    """Open a file for `open`: a new one with the mode of the cache, and never the target of a link."""
+    """Opener for `open` that creates files with mode 0600 and does not follow symbolic links."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
 
 
 def is_url(name: object) -> bool:
-    """Whether this is the address of a file on the web rather than a path."""
+    """Return whether a name is an http(s) URL rather than a path."""
     return isinstance(name, str) and re.match(r"https?://", name) is not None
 
 
 def cached_path(url: str) -> Path:
-    """Return where the file behind an address is kept: one folder per address, the file's own name in it."""
+    """Return the cache path of a URL: a folder per URL, and the file's own name in it."""
     address, _ = urldefrag(url)
     parts = urlsplit(address)
     name = f"{_drive_id(address)}.pkl" if _is_drive(address) else unquote(parts.path).rpartition("/")[2]
@@ -115,10 +115,10 @@ def cached_path(url: str) -> Path:
 
 
 def fetch(url: str) -> Path:
-    """Return the file behind an address, fetching it the first time.
+    """Return the cached file of a URL, downloading it on first use.
 
-    Its sha256 is recorded beside it at first and checked from then on. `#sha256=...` at the end of the address, or its
-    first digits, at least 8, is checked too. Raises UserError naming the address.
+    The sha256 is recorded with the download and verified on every later use. A fragment `#sha256=...` of the URL, with
+    at least the first 8 digits, is verified as well. Raises UserError, with the URL.
     """
     _check_address(url)
     address, fragment = urldefrag(url)
@@ -131,7 +131,7 @@ def fetch(url: str) -> Path:
     if record.is_file():
         recorded = _read_record(record)
         if recorded != digest:
-            raise UserError(f"{path}: has changed since it was fetched; delete it, and it is fetched again")
+            raise UserError(f"{path}: has changed since it was fetched; delete it to fetch it again")
     else:
         about = {"url": public(address), "sha256": digest, "bytes": path.stat().st_size}
         write_atomically(record, json.dumps(about) + "\n", mode=0o600)
@@ -143,7 +143,7 @@ def _check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
         is_valid = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # whose message would repeat parts of a password
+    except ValueError:  # its message may contain parts of a password
         is_valid = False
     if not is_valid:
         raise UserError(f"{public(url)}: invalid URL: no host, or a bad port")
@@ -154,14 +154,14 @@ def _expected_digest(url: str, fragment: str) -> str:
         return ""
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
-        raise UserError(f"{public(url)}: after # only sha256=... is understood, with at least 8 digits")
+        raise UserError(f"{public(url)}: only sha256=... with at least 8 digits is supported after #")
     return match[1].lower()
 
 
 def _check_digest(path: Path, expected: str, url: str, digest: str | None = None) -> None:
     found = digest or sha256_of_file(path)
     if not found.startswith(expected):
-        raise UserError(f"{public(url)}: the file's sha256 is {found}, another one")
+        raise UserError(f"{public(url)}: the file's sha256 is {found}, which does not match")
 
 
 def _read_record(record: Path) -> str:
@@ -172,20 +172,20 @@ def _read_record(record: Path) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return the sha256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url: str, path: Path, *, check: Check | None = None) -> None:
-    """Fetch a file to `path`, where it appears when it is whole and `check` has not raised UserError.
+    """Download a file to `path`; it appears there only when it is complete and has passed `check`.
 
-    One process fetches, others wait for it. Raises UserError naming the address.
+    One process downloads while the others wait. Raises UserError, with the URL.
     """
     part = path.with_name(f".{path.name}.part")
     try:
         _make_folder(path.parent)
-        with _alone(part):
+        with _exclusive(part):
             if path.is_file():
                 return
             print(f"Fetching {printable(public(url))} ...", file=sys.stderr, flush=True)
@@ -202,20 +202,20 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
         raise
     except requests.Timeout:
         raise UserError(f"{public(url)}: could not be fetched (no answer for {TIMEOUT} seconds)") from None
-    # Of the network, whose errors are OSErrors too, of the disk, and of an address that the server leads to.
+    # Errors of the network (also OSErrors), of the disk, and of an invalid redirect URL.
     except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
         raise UserError(f"{public(url)}: could not be fetched ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
-    """Return in words why something could not be fetched. The errors of requests tell the whole address."""
+    """Return the reason of a failed download without secrets; errors of requests contain the full URL."""
     cause = getattr(error.args[0], "reason", None) if error.args else None
     return printable(without_secrets(str(cause or error)))[:200]
 
 
 @contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Wait until no other process fetches this file; without fcntl nothing waits."""
+def _exclusive(part: Path) -> Iterator[None]:
+    """Hold the download lock of a file, waiting for other processes; no lock without fcntl."""
     if fcntl is None:
         yield
         return
@@ -224,7 +224,7 @@ def _alone(part: Path) -> Iterator[None]:
         with open(_to_write(lock), "wb", opener=_opener) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not lock.is_file() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                continue  # who had it before has removed it
+                continue  # the previous holder has removed the lock file
             try:
                 yield
             finally:
@@ -233,7 +233,7 @@ def _alone(part: Path) -> Iterator[None]:
 
 
 def _validator_of(part: Path) -> Path:
-    """Return the file that keeps the server's name for this version while it is fetched."""
+    """Return the path of the file that stores the ETag or Last-Modified value of a partial download."""
     return part.with_suffix(".etag")
 
 
@@ -243,23 +243,23 @@ def _discard(part: Path) -> None:
 
 
 def _fetch_all(url: str, part: Path) -> None:
-    """Fetch into `part`, going on as long as there is progress."""
+    """Download to `part`, resuming after broken connections as long as each attempt makes progress."""
     with requests.Session() as session:
         for attempt in range(1, ATTEMPTS + 1):
             before = _size(part)
             try:
                 _fetch_rest(session, url, part)
                 return
-            except (requests.ConnectionError, requests.Timeout, _CutOffError):
+            except (requests.ConnectionError, requests.Timeout, _TruncatedError):
                 after = _size(part)
                 if not _validator_of(part).is_file():
-                    _discard(part)  # the server has no way to go on
+                    _discard(part)  # the server does not support resuming
                 if attempt == ATTEMPTS or after <= before or not part.is_file():
                     raise
 
 
-class _CutOffError(OSError):
-    """Fewer bytes came than were announced."""
+class _TruncatedError(OSError):
+    """The response ended before Content-Length bytes were received."""
 
 
 def _size(path: Path) -> int:
@@ -267,34 +267,34 @@ def _size(path: Path) -> int:
 
 
 def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
-    """Fetch what is missing in `part`. Raises OSError when it breaks off, UserError for an answer that is no file."""
+    """Download the missing rest of `part`. Raises OSError if interrupted, UserError if the response is not a file."""
     validator = _to_write(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
-    headers = {"Accept-Encoding": "identity"}  # lengths are those of the file
+    headers = {"Accept-Encoding": "identity"}  # uncompressed, so that Content-Length is the size of the file
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": read_regular(validator, RECORD_BYTES).decode()}
     answer = _answer(session, url, headers)
     with answer:
-        goes_on = answer.status_code == 206
-        start = start if goes_on else 0
+        is_resumed = answer.status_code == 206
+        start = start if is_resumed else 0
         _save_etag(answer, validator)
         total = _announced(answer, start, url)
         with (
-            open(part, "ab" if goes_on else "wb", opener=_opener) as file,
+            open(part, "ab" if is_resumed else "wb", opener=_opener) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
         ):
             for chunk in _chunks(answer):
                 if file.tell() + len(chunk) > MAX_BYTES:
-                    raise UserError(f"{public(url)}: is larger than the {MAX_BYTES} bytes that are fetched")
+                    raise UserError(f"{public(url)}: exceeds the download limit of {MAX_BYTES} bytes")
                 file.write(chunk)
                 progress.update(len(chunk))
     found = _size(part)
     if total is not None and found != total:
-        raise _CutOffError(f"cut off after {found} of {total} bytes")
+        raise _TruncatedError(f"cut off after {found} of {total} bytes")
 
 
 def _save_etag(answer: requests.Response, validator: Path) -> None:
-    """Keep the server's name for this version of the file, if it has one that can be sent back."""
+    """Store the strong ETag or Last-Modified value of a response, if any, to resume the download with If-Range."""
     validator.unlink(missing_ok=True)
     name = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
     if not name.startswith("W/") and re.fullmatch(r"[ -~]{1,500}", name):
@@ -303,7 +303,7 @@ def _save_etag(answer: requests.Response, validator: Path) -> None:
 
 
 def _announced(answer: requests.Response, start: int, url: str) -> int | None:
-    """Return how large the whole file will be, None if the server does not say. Raises UserError for nonsense."""
+    """Return the total file size by Content-Length; None without it. Raises UserError if it is invalid or too large."""
     length = answer.headers.get("Content-Length")
     if length is None:
         return None
@@ -311,14 +311,14 @@ def _announced(answer: requests.Response, start: int, url: str) -> int | None:
         raise UserError(f"{public(url)}: the server announces {printable(length[:40])!r} bytes, which is no length")
     if start + int(length) > MAX_BYTES:
         raise UserError(
-            f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the {MAX_BYTES} that are "
-            "fetched: fetch it by other means, and give the file"
+            f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the limit of {MAX_BYTES}: "
+            "download the file manually and specify its path"
         )
     return start + int(length)
 
 
 def _chunks(answer: requests.Response) -> Iterator[bytes]:
-    """Yield bytes as the server sends them. Raises OSError when they do not come, or too slowly to wait for."""
+    """Yield bytes as the server sends them. Raises OSError on a timeout, a broken connection, or a too low rate."""
     since, count = time.monotonic(), 0
     while True:
         try:
@@ -326,7 +326,7 @@ def _chunks(answer: requests.Response) -> Iterator[bytes]:
         except urllib3.exceptions.TimeoutError as error:
             raise requests.Timeout from error
         except urllib3.exceptions.HTTPError as error:
-            raise _CutOffError(f"cut off: {error}") from None
+            raise _TruncatedError(f"cut off: {error}") from None
         if not chunk:
             return
         yield chunk
@@ -334,12 +334,15 @@ def _chunks(answer: requests.Response) -> Iterator[bytes]:
         seconds = time.monotonic() - since
         if seconds > PACE_SECONDS:
             if count < PACE_BYTES:
-                raise OSError(f"the server sent {count} bytes in {seconds:.0f} seconds, which is too slow to wait for")
+                raise OSError(f"the server sent only {count} bytes in {seconds:.0f} seconds, which is too slow")
             since, count = time.monotonic(), 0
 
 
 def _get(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Return the head of an answer. Raises TimeoutError where it takes too long, be it byte by byte."""
+    """Send a GET request; return the response when its headers are complete. Raises TimeoutError after ANSWER_SECONDS.
+
+    The timeout of requests restarts with every byte, so it does not limit the total time.
+    """
     answers: list[requests.Response | Exception] = []
 
     def ask() -> None:
@@ -348,7 +351,7 @@ def _get(session: requests.Session, url: str, headers: dict[str, str]) -> reques
         except Exception as error:
             answers.append(error)
 
-    thread = threading.Thread(target=ask, name="download", daemon=True)  # it may never end
+    thread = threading.Thread(target=ask, name="download", daemon=True)  # daemon, because it may never end
     thread.start()
     thread.join(ANSWER_SECONDS)
     if not answers:
@@ -359,10 +362,10 @@ def _get(session: requests.Session, url: str, headers: dict[str, str]) -> reques
 
 
 def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Return the answer that is the file, not a page about it. Raises UserError when there is none."""
+    """Return the response that contains the file, not an HTML page. Raises UserError for any other response."""
     for _ in range(3):
         answer = _get(session, url, headers)
-        if answer.status_code in (206, 416) and not _is_rest(answer, headers):  # 416: shorter than what is here
+        if answer.status_code in (206, 416) and not _is_rest(answer, headers):  # 416: the file is shorter than the part
             answer.close()
             answer = _get(session, url, {"Accept-Encoding": "identity"})
         if answer.status_code != 200 and not _is_rest(answer, headers):
@@ -373,27 +376,27 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
         if encoding not in ("", "identity"):
             answer.close()
             raise UserError(
-                f"{public(url)}: the server sends it compressed ({printable(encoding[:40])}) without being asked to; "
-                "what it unpacks to has no bound: fetch it by other means, and give the file"
+                f"{public(url)}: the server sends it compressed ({printable(encoding[:40])}), which is not supported "
+                "because the unpacked size is unknown: download the file manually and specify its path"
             )
         if not answer.headers.get("Content-Type", "").lower().startswith("text/html"):
             return answer
         with answer:
             page = _read_page(answer)
-        confirmed = _confirm(answer, page) if _is_drive(answer.url) else None
+        confirmed = _confirmation_url(answer, page) if _is_drive(answer.url) else None
         if confirmed is None:
             title = f" ({page.title.strip()[:100]!r})" if page.title.strip() else ""
             raise UserError(
-                f"{public(url)}: the answer is a page of HTML{title}, not a file; is the link public and direct?"
+                f"{public(url)}: the answer is an HTML page{title}, not a file; is the link public and direct?"
             )
         url = confirmed
-    raise UserError(f"{public(url)}: the server answers with one page of HTML after the other")
+    raise UserError(f"{public(url)}: the server keeps answering with HTML pages")
 
 
 def _is_rest(answer: requests.Response, headers: dict[str, str]) -> bool:
-    """Whether this is the rest of a file that was asked for, and not another part of it."""
-    asked = headers.get("Range", "none").replace("=", " ")  # bytes START-
-    return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(asked)
+    """Return whether a response is a partial one that begins at the requested position."""
+    requested = headers.get("Range", "none").replace("=", " ")  # bytes START-
+    return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(requested)
 
 
 # Google Drive
@@ -404,24 +407,24 @@ def _is_drive(url: str) -> bool:
 
 
 def _drive_id(url: str) -> str:
-    """Return the file's id in a link as it is shared, '' when there is none."""
+    """Return the file id in a share link; '' without one."""
     parts = urlsplit(url)
     match = re.search(r"/d/([\w-]+)", parts.path)
     return match[1] if match else parse_qs(parts.query).get("id", [""])[0]
 
 
 def _direct(url: str) -> str:
-    """Return the address of the file itself behind a link of Google Drive, others as they are."""
+    """Return the download URL for a share link of Google Drive; other URLs unchanged."""
     if not _is_drive(url):
         return url
     if not _drive_id(url):
-        raise UserError(f"{public(url)}: names no file of Google Drive; copy the link of a file, not of a folder")
+        raise UserError(f"{public(url)}: is not a Google Drive file; copy the link of a file, not of a folder")
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}/uc?{urlencode({'export': 'download', 'id': _drive_id(url)})}"
 
 
-def _confirm(answer: requests.Response, page: Page) -> str | None:
-    """Return the address behind the button of the page that asks whether a large file is wanted, None without one."""
+def _confirmation_url(answer: requests.Response, page: Page) -> str | None:
+    """Return the download URL in Google Drive's confirmation page for large files; None for other pages."""
     if page.form and "id" in page.inputs:
         address = f"{urljoin(answer.url, page.form)}?{urlencode(page.inputs)}"
     elif page.link:
@@ -435,7 +438,7 @@ def _confirm(answer: requests.Response, page: Page) -> str | None:
 
 @dataclass
 class Page(html.parser.HTMLParser):
-    """Parser of a page of HTML: its title, a form for a download with its inputs, a link that confirms one."""
+    """HTML parser for Google Drive's pages: title, download form with its inputs, confirmation link."""
 
     title: str = ""
     form: str = ""

@@ -1,7 +1,7 @@
-"""Recognition of image files by content, and the part of them that a decoder gets.
+"""Detection of image formats by content, and preparation of image files for the decoder.
 
-What a file has beside its first image stays out of the decoder where that could take
-time or memory out of proportion: further images, directories whose values overlap, comments.
+Parts of a file that could cost disproportionate time or memory are removed or rejected before decoding: further images,
+directories with overlapping values, large comments.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from PIL import Image
 
 from dnnlib import pnm, tiff
 
-MAX_SCANS = 64  # of a progressive JPEG: each goes over all pixels, however few bytes it has; encoders write about 10
-MAX_EXIF_SEGMENTS = 2  # of a JPEG, of 64 KB each: in k of them, k^2 times 90 MB of values that overlap have room
-MAX_PROFILE = 1 << 20  # bytes of the text of EXIF data in a PNG, of which the rest does not count
-MAX_COMMENTS = 1 << 20  # bytes before the first image of a GIF
-MAX_BLOCKS = 1 << 17  # code blocks and precincts of a JPEG 2000, which take 400 bytes each, however few the file has
-MAX_LAYERS = 256  # of a JPEG 2000
-MAX_EXIF_STREAMS = 16  # in an AVIF or HEIC file, of what looks like the beginning of EXIF data
+MAX_SCANS = 64  # scans of a progressive JPEG; each visits all pixels, even if it has few bytes; encoders write about 10
+MAX_EXIF_SEGMENTS = 2  # 64 KB segments of a JPEG; k segments can hold k^2 times 90 MB of overlapping values
+MAX_PROFILE = 1 << 20  # bytes of EXIF text in a PNG; the rest is ignored
+MAX_COMMENTS = 1 << 20  # bytes of comments before the first image of a GIF
+MAX_BLOCKS = 1 << 17  # code blocks and precincts of a JPEG 2000; the decoder allocates 400 bytes for each
+MAX_LAYERS = 256  # layers of a JPEG 2000
+MAX_EXIF_STREAMS = 16  # TIFF signatures (possible EXIF data) in an AVIF or HEIC file
 
-FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000  # an image has so many at most; deflate has 8000 to a byte
+# An image has at most max(FREE_PIXELS, PIXELS_PER_BYTE * size of the file) pixels; deflate reaches 8000 per byte.
+FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_START_OF_SCAN, _END_OF_IMAGE, _APP2 = b"\xda", b"\xd9", b"\xe2"  # after a byte 255
+_START_OF_SCAN, _END_OF_IMAGE, _APP2 = b"\xda", b"\xd9", b"\xe2"  # the byte after 0xff
 _EXIF, _LIST = b"Exif\0\0", b"MPF\0"
 _RAW_PROFILE = b"Raw profile type exif\0"
-# Heads of the segments before the first scan, which Pillow and libjpeg read alike; and of any segment as libjpeg finds
-# them: in coded pixels a byte 255 is followed by 0 or by the number of a restart.
+# _HEADER matches markers before the first scan, which Pillow and libjpeg parse alike. _MARKER matches any marker as
+# libjpeg finds it: in entropy-coded data 0xff is followed by 0 or by a restart marker.
 _HEADER = re.compile(rb"\xff+([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
 
 _FREQUENT = {b"\xff\xd8\xff": "JPEG", PNG_SIGNATURE: "PNG"}
-_FORMATS = {  # beginnings of what else is read
+_FORMATS = {  # signatures of the other supported formats
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8[79]a",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
@@ -53,16 +54,16 @@ _AVIF = {b"avif", b"avis"}
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _ISO_IMAGES = _AVIF | _HEIC | {b"mif1", b"msf1"}
 _EXPORT, _DEVELOP = "export as PNG", "develop, and save as PNG, TIFF or JPEG"
-_CONVERT, _REDUCE, _FRAMES = "convert to PNG", "convert to 8 or 16 bits", "take the frames, with ffmpeg for example"
+_CONVERT, _REDUCE, _FRAMES = "convert to PNG", "convert to 8 or 16 bits", "extract the frames, e.g. with ffmpeg"
 _RAW = (
     ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .pef .srw .raw .3fr .iiq .x3f .kdc .dcr .mrw .rwl",
     rb"FUJIFILMCCD-RAW|IIR[OS]|IIU\0|II\*\0.{4}CR|....ftypcrx ",
 )
-_FILM = (
+_VIDEO = (
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts",
     rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01\xba",
 )
-_OTHERS = (  # suffixes and beginnings of what is not read, its name, and what to do
+_OTHERS = (  # unsupported formats: suffixes, signature, name, remedy
     ("", rb"\Z", "an empty file", "copy or download it again"),
     (".eps .ps", rb"%!PS|\xc5\xd0\xd3\xc6", "an EPS document", _EXPORT),
     (".pdf .ai", rb"\s*%PDF", "a PDF document", _EXPORT),
@@ -70,14 +71,15 @@ _OTHERS = (  # suffixes and beginnings of what is not read, its name, and what t
     (".svg .svgz", rb"(?i)\s*(\xef\xbb\xbf)?(<\?xml.*)?(<!--.*)?<svg", "an SVG drawing", _EXPORT),
     (".wmf .emf", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile", _EXPORT),
     ("", rb"version https://git-lfs", "a pointer of git LFS", "git lfs pull"),
-    (*_RAW, "a camera's raw file", _DEVELOP),
-    (*_FILM, "a film", _FRAMES),
+    (*_RAW, "a camera raw file", _DEVELOP),
+    (*_VIDEO, "a video", _FRAMES),
     (".jxl", rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
     (".exr .hdr .pfm", rb"v/1\x01|#\?RADIANCE|P[fF]\n", "an image of floats", _REDUCE),
     (".xcf", rb"gimp xcf", "a GIMP project", _EXPORT),
     ("", rb"PK\x03\x04|\x1f\x8b", "a packed archive", "unpack it"),
 )
-_SUFFIXES = {".cdr .kra .psb .odg": _EXPORT, ".jxr .wdp .hdp .dds .qoi .avifs .heics .cur": _CONVERT}  # by these alone
+# Unsupported formats without a signature.
+_SUFFIXES = {".cdr .kra .psb .odg": _EXPORT, ".jxr .wdp .hdp .dds .qoi .avifs .heics .cur": _CONVERT}
 REMEDIES = {
     suffix: remedy
     for suffixes, remedy in [*((suffixes, remedy) for suffixes, _, _, remedy in _OTHERS), *_SUFFIXES.items()]
@@ -88,16 +90,16 @@ _UNREAD = [(re.compile(pattern, re.DOTALL), name, remedy) for _, pattern, name, 
 
 
 class BrokenImageError(Exception):
-    """The bytes are not an image that can be used; the message is the reason, without the file's name."""
+    """The data is not a usable image; the message is the reason, without the file name."""
 
 
 class File(NamedTuple):
-    """An image file as a decoder gets it.
+    """Image file as passed to a decoder.
 
     kind: Pillow's name of the format.
-    orientation: 1 to 8, as its EXIF data say; None where the decoder has these.
-    bits: of a sample of grayscale that has 9 to 16.
-    is_negative: white is its zero.
+    orientation: EXIF orientation, 1 to 8; None if the decoder reads it.
+    bits: bits per sample of grayscale images with 9 to 16 bits.
+    is_negative: zero is white.
     """
 
     kind: str
@@ -108,16 +110,16 @@ class File(NamedTuple):
 
 
 def recognise(data: bytes) -> str:
-    """Return Pillow's name of the format. Raises BrokenImageError saying what else the data are, where that is known.
+    """Return Pillow's name of the format. Raises BrokenImageError, with the format if known, for unsupported data.
 
-    Targa files have no signature: they are known by a header whose every number fits the rest of the file.
+    Targa files have no signature; they are recognised by a header that is consistent with the rest of the file.
     """
     for signature, kind in _FREQUENT.items():
         if data.startswith(signature):
             return kind
     for pattern, name, remedy in _UNREAD:
         if pattern.match(data[:1024]) and not _brands(data) & _ISO_IMAGES:
-            raise BrokenImageError(f"{name}, which is not read: {remedy}")
+            raise BrokenImageError(f"{name}, which is not supported: {remedy}")
     for pattern, kind in _KNOWN:
         if pattern.match(data):
             return kind
@@ -125,11 +127,11 @@ def recognise(data: bytes) -> str:
         return "AVIF" if brands & _AVIF and data[8:12] not in _HEIC else "HEIF"
     if _is_targa(data):
         return "TGA"
-    raise BrokenImageError("not an image of a format that is read")
+    raise BrokenImageError("not an image of a supported format")
 
 
 def prepared(data: bytes) -> File:
-    """Return an image file without what takes time or memory out of proportion to its size. Raises BrokenImageError."""
+    """Return an image file stripped of parts that cost disproportionate time or memory. Raises BrokenImageError."""
     kind = recognise(data)
     if kind == "ICO":
         image = _largest_image(data)
@@ -140,15 +142,15 @@ def prepared(data: bytes) -> File:
 
 
 def check_pixels(width: int, height: int, data: bytes) -> None:
-    """Raise BrokenImageError for a size that is out of proportion to the file, or beyond Pillow's limit."""
+    """Raise BrokenImageError if the image size exceeds Pillow's limit or is disproportionate to the file size."""
     if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise BrokenImageError(f"{width}x{height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that are read")
+        raise BrokenImageError(f"{width}x{height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}")
     if width * height > max(FREE_PIXELS, PIXELS_PER_BYTE * len(data)):
         raise BrokenImageError(f"{width}x{height} pixels in {len(data)} bytes")
 
 
 def _brands(data: bytes) -> set[bytes]:
-    """Return the brands of a file of the ISO base format: what it holds."""
+    """Return the brands (content types) of an ISO base media file; the empty set for other files."""
     if data[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(data[:4]), 256)
@@ -159,22 +161,22 @@ def _brands(data: bytes) -> set[bytes]:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, start and end of the content of each chunk of a PNG, up to the last one or to damage."""
+    """Yield name, content start and content end of each chunk of a PNG before IEND, or before damaged data."""
     position = len(PNG_SIGNATURE)
     while len(head := data[position : position + 8]) == 8 and head[4:] != b"IEND":
         start = position + 8
         position = start + int.from_bytes(head[:4])
         yield head[4:], start, position
-        position += 4  # a checksum
+        position += 4  # checksum
 
 
 def is_exif(data: bytes, name: bytes, start: int) -> bool:
-    """Tell whether a chunk of a PNG holds EXIF data: as such, or as text as ImageMagick writes them."""
+    """Return whether a PNG chunk holds EXIF data, either eXIf or a text chunk written by ImageMagick."""
     return name == b"eXIf" or (name in (b"tEXt", b"zTXt") and data.startswith(_RAW_PROFILE, start))
 
 
 def _png(data: bytes) -> File:
-    """Find the orientation. As in Pillow the last chunk of its kind counts, and text only where there is no other."""
+    """Read the orientation. As in Pillow, the last eXIf chunk counts, or the last text chunk if there is no eXIf."""
     found = [chunk for chunk in png_chunks(data) if is_exif(data, *chunk[:2])]
     if not found:
         return File("PNG", data, 1)
@@ -184,11 +186,11 @@ def _png(data: bytes) -> File:
 
 
 def _exif_of_profile(name: bytes, content: bytes) -> bytes:
-    """Return EXIF data in a text chunk: three lines, of which the last is a length, then hexadecimal digits."""
+    """Return the EXIF data of a text chunk: three header lines, then hexadecimal digits."""
     text = content[len(_RAW_PROFILE) :]
     try:
         if name == b"zTXt":
-            text = zlib.decompressobj().decompress(text[1:], MAX_PROFILE)  # behind the method, which is always 0
+            text = zlib.decompressobj().decompress(text[1:], MAX_PROFILE)  # skip the compression method
         return bytes.fromhex(text[:MAX_PROFILE].decode("ascii").split("\n", 3)[3]).removeprefix(_EXIF)
     except (zlib.error, ValueError, IndexError):  # damaged
         return b""
@@ -198,10 +200,10 @@ def _exif_of_profile(name: bytes, content: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> File:
-    """Refuse JPEGs that take disproportionate decode time. What segments hold, and what follows the image, is free.
+    """Reject JPEGs with too many scans or too much EXIF data; other segments and trailing data do not count.
 
-    Of several images, as in an MPO, the first is read: the list of the others stays out. Most files need no walk over
-    their segments: they have few bytes that could begin a scan or EXIF data, and no list.
+    The list of further images, as in an MPO, is erased so that only the first image is read. Most files need no walk
+    over their segments: they have few bytes that could begin a scan or EXIF data, and no list.
     """
     is_suspect = data.count(b"\xff" + _START_OF_SCAN) > MAX_SCANS or data.count(_EXIF) > MAX_EXIF_SEGMENTS
     if not is_suspect and _LIST not in data:
@@ -212,7 +214,7 @@ def _jpeg(data: bytes) -> File:
             lists.append(match.end() + 2)
         position = match.end() + _size_of_segment(data, match.end())
     if data.count(_EXIF, 0, position if match else len(data)) > MAX_EXIF_SEGMENTS:
-        raise BrokenImageError("EXIF data of more than 128 KB: save it without them")
+        raise BrokenImageError("EXIF data of more than 128 KB: save it without EXIF data")
     num_scans = 0
     while (match := _MARKER.search(data, position)) and match[1] != _END_OF_IMAGE:
         position = match.end() + _size_of_segment(data, match.end())
@@ -235,7 +237,7 @@ def _size_of_segment(data: bytes, start: int) -> int:
 
 
 def _gif(data: bytes) -> File:
-    """Refuse what older versions of Pillow take quadratic time for."""
+    """Reject GIFs with long comments, for which older versions of Pillow need quadratic time."""
     position, comments = 13, 0
     if len(data) > 10 and data[10] & 128:
         position += 3 << (data[10] & 7) + 1
@@ -268,25 +270,25 @@ def _ppm(data: bytes) -> File:
 
 def _psd(data: bytes) -> File:
     if len(data) < 26:
-        raise BrokenImageError("a PSD file that is cut off")
+        raise BrokenImageError("a truncated PSD file")
     version, bits, mode = (int.from_bytes(data[place : place + 2]) for place in (4, 22, 24))
     if version == 2:
-        raise BrokenImageError("a PSB file, which is not read: save it as TIFF or PSD")
+        raise BrokenImageError("a PSB file, which is not supported: save it as TIFF or PSD")
     if bits not in (1, 8) or mode == 9:
         raise BrokenImageError(
-            f"a PSD file of {'Lab colours' if mode == 9 else f'{bits} bits per channel'}: save it as TIFF, or convert "
-            "it to RGB of 8 bits"
+            f"a PSD file with {'Lab colours' if mode == 9 else f'{bits} bits per channel'}: save it as TIFF, or "
+            "convert it to 8-bit RGB"
         )
     return File("PSD", _without_layers(data), is_negative=bits == 1)
 
 
 def _without_layers(data: bytes) -> bytes:
-    """Return a PSD file without its resources and layers, beside which it has the image that they make up."""
+    """Return a PSD file without resources and layers; the merged image is stored separately and remains."""
     end_of_colors = position = 30 + int.from_bytes(data[26:30])
     for _ in range(2):
         position += 4 + int.from_bytes(data[position : position + 4])
     if position > len(data):
-        raise BrokenImageError("a PSD file that is cut off")
+        raise BrokenImageError("a truncated PSD file")
     return data[:end_of_colors] + bytes(8) + data[position:]
 
 
@@ -294,7 +296,7 @@ def _without_layers(data: bytes) -> bytes:
 
 
 def _largest_image(data: bytes) -> bytes:
-    """Return the largest image of an icon, of the most colours: a PNG, or an icon of that image alone."""
+    """Return the largest image of an icon, with the most colours: a PNG, or an icon with that image only."""
     count = int.from_bytes(data[4:6], "little")
     entries = [data[6 + 16 * k : 22 + 16 * k] for k in range(min(count, len(data) // 16))]
     entries = [entry for entry in entries if len(entry) == 16]
@@ -306,12 +308,12 @@ def _largest_image(data: bytes) -> bytes:
     if image.startswith(PNG_SIGNATURE):
         return image
     if len(image) < 40:
-        raise BrokenImageError("an icon that is cut off")
+        raise BrokenImageError("a truncated icon")
     head, width, height = struct.unpack("<Iii", image[:12])
     if head != 40:
-        raise BrokenImageError(f"an icon whose bitmap has a header of {head} bytes, not of 40: convert to PNG")
-    if not (0 < width <= 256 and 0 < height <= 512):  # with its mask, as high again
-        raise BrokenImageError(f"an icon of {width}x{height // 2} pixels, which have at most 256x256")
+        raise BrokenImageError(f"an icon with a bitmap header of {head} bytes, expected 40: convert to PNG")
+    if not (0 < width <= 256 and 0 < height <= 512):  # the height includes the mask
+        raise BrokenImageError(f"an icon of {width}x{height // 2} pixels, more than 256x256")
     sides = bytes([width % 256, height // 2 % 256])
     return data[:4] + b"\1\0" + sides + entry[2:8] + struct.pack("<II", len(image), 22) + image
 
@@ -322,7 +324,7 @@ _SIZE, _STYLE, _STYLE_OF_ONE, _TILE_PART, _PIXELS = 0xFF51, 0xFF52, 0xFF53, 0xFF
 
 
 def _jpeg2000(data: bytes) -> File:
-    """Refuse what has many more tiles, blocks or layers than bytes: the decoder allocates memory for all of them."""
+    """Reject images with too many tiles, blocks or layers for the file size: the decoder allocates memory for each."""
     width = height = parts = 0
     for marker, content in _segments_of_jpeg2000(data, _start_of_codestream(data)):
         try:
@@ -347,7 +349,7 @@ def _jpeg2000(data: bytes) -> File:
 
 
 def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precincts: bool, data: bytes) -> None:
-    """Count the code blocks and precincts of all resolutions, from a number of these and two exponents of blocks."""
+    """Reject too many code blocks and precincts over all resolutions. `style` is the parameter part of COD or COC."""
     levels, block_x, block_y = style[0], style[1] + 2, style[2] + 2
     if levels > 32:
         raise BrokenImageError("a damaged JPEG 2000")
@@ -362,7 +364,7 @@ def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precinc
 
 
 def _start_of_codestream(data: bytes) -> int:
-    """Return where the pixels' data begin: at once, or in a box."""
+    """Return the position of the codestream: at the start of the file, or in a box."""
     position = 0
     while not data.startswith(b"\xff\x4f", position):
         size, name = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
@@ -376,7 +378,7 @@ def _start_of_codestream(data: bytes) -> int:
 
 
 def _segments_of_jpeg2000(data: bytes, position: int) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and content of the segments before the pixels of each part of a tile."""
+    """Yield marker and content of the segments before the coded data of each tile part."""
     position, end = position + 2, len(data)
     while position + 4 <= len(data):
         marker, size = struct.unpack_from(">HH", data, position)
@@ -395,17 +397,17 @@ def _segments_of_jpeg2000(data: bytes, position: int) -> Iterator[tuple[int, byt
 
 
 def _iso(kind: str, data: bytes) -> File:
-    """Refuse EXIF data whose values overlap; wherever they are, they begin in one of two ways."""
+    """Reject EXIF data with overlapping values. All TIFF signatures in the file are checked."""
     found = (match.start() for match in re.finditer(rb"II\*\0|MM\0\*", data))
     places = list(islice(found, MAX_EXIF_STREAMS + 1))
     sizes = [tiff.size_of_values(data, place) for place in places if _fits(data, place)]
     if len(places) > MAX_EXIF_STREAMS or max(sizes, default=0) > len(data):
-        raise BrokenImageError("EXIF data that claim more than the file has: save it without them")
+        raise BrokenImageError("EXIF data that claims more than the file size: save it without EXIF data")
     return File(kind, data)
 
 
 def _fits(data: bytes, start: int) -> bool:
-    """Tell whether what begins a TIFF file at `start` goes on as one: coded pixels may begin so by chance."""
+    """Return whether the TIFF signature at `start` has a valid offset; coded pixels may contain one by chance."""
     order: Any = "little" if data[start] == ord("I") else "big"
     return int.from_bytes(data[start + 4 : start + 8], order) < len(data) - start
 

@@ -1,4 +1,4 @@
-"""The one place where image files are opened: formats whose decoders start no program, within bounds."""
+"""Central function for opening image files: formats whose decoders run no external program, with resource limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import (  # all plugins that are used, so that none is looked for later, when modules may not be found
+from PIL import (  # import all plugins now, so that Pillow imports none later, when imports may fail
     BmpImagePlugin,
     GifImagePlugin,
     IcoImagePlugin,
@@ -35,7 +35,7 @@ _PLUGINS = (
     *(BmpImagePlugin, GifImagePlugin, IcoImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin, MpoImagePlugin),
     *(PngImagePlugin, PpmImagePlugin, PsdImagePlugin, TgaImagePlugin, TiffImagePlugin, WebPImagePlugin),
 )
-# Of others, Pillow runs Ghostscript for EPS, and Windows draws WMF.
+# Excluded formats include EPS, for which Pillow runs Ghostscript, and WMF, which Windows renders.
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PSD", "TGA", "ICO", "PPM", "JPEG2000"),
     *(("AVIF",) if HAS_AVIF else ()),
@@ -48,9 +48,9 @@ IMAGE_SUFFIXES = (
     *((".avif",) if HAS_AVIF else ()),
     *(_HEIF_SUFFIXES if HAS_HEIF else ()),
 )
-MAX_IMAGE_BYTES = 1 << 28  # of one encoded image; a larger size in an archive's directory is damage or a trap
+MAX_IMAGE_BYTES = 1 << 28  # size of one encoded image; a larger size in an archive's directory is corrupt or hostile
 
-TURNS = {  # by the orientation that EXIF tells, to stand upright
+TURNS = {  # EXIF orientation -> transpose operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,21 +65,22 @@ _REMEDIES = {
     **({} if HAS_AVIF else {".avif": _INSTALL_AVIF}),
     **({} if HAS_HEIF else dict.fromkeys(_HEIF_SUFFIXES, _INSTALL_HEIF)),
 }
-_FILE = "file"  # in the information that Pillow has of an image: the File
+_FILE = "file"  # key in Image.info that holds the File
 _EXIF = b"Exif\0\0"
 
 
 def remedy(suffix: str) -> str:
-    """Return what to do about files of a suffix that images or films have which are not read; '' for others."""
+    """Return the remedy for unsupported image and video files, by suffix; '' for other suffixes."""
     return _REMEDIES.get(suffix.lower(), "")
 
 
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
-    """Open an image of one of FORMATS lazily, by its content; whatever goes wrong inside raises BrokenImageError.
+    """Open an image of one of FORMATS lazily; the format is detected from the content.
 
-    So does an image of more than PIL.Image.MAX_IMAGE_PIXELS, and one that would take time or memory out of proportion
-    to its size. Of several images in a file it is the first. It is not turned: `orientation_of` tells how it stands.
+    Raises BrokenImageError for any error in the block, for more than PIL.Image.MAX_IMAGE_PIXELS pixels, and for a file
+    that would cost disproportionate time or memory. A file with several images yields the first one. The image is not
+    rotated; `orientation_of` returns its orientation.
     """
     try:
         file = prepared(data)
@@ -93,24 +94,24 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     except BrokenImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise BrokenImageError(f"{file.kind} that cannot be read: damaged, or of a rare kind") from None
-    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged data
+        raise BrokenImageError(f"{file.kind} that cannot be read: damaged, or an unsupported variant") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged data
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
 def file_of(image: Image.Image) -> File:
-    """Return the file of an image that `open_image` gave."""
+    """Return the prepared File of an image from `open_image`."""
     return image.info[_FILE]
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the orientation, 1 to 8, of an image that `open_image` gave, by its EXIF data; 1 is upright."""
+    """Return the EXIF orientation, 1 to 8, of an image from `open_image`; 1 is upright."""
     exif = (image.info.get("exif") or b"").removeprefix(_EXIF)
     return file_of(image).orientation or tiff.orientation_of_exif(exif)
 
 
 def _find_decoder(kind: str) -> None:
-    """Raise BrokenImageError where no decoder of a format is installed."""
+    """Raise BrokenImageError if no decoder of the format is installed."""
     if kind == "AVIF" and not HAS_AVIF:
         raise BrokenImageError(f"AVIF, which this version of Pillow does not read: {_INSTALL_AVIF}")
     if kind == "HEIF":

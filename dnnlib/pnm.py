@@ -1,4 +1,4 @@
-"""PBM, PGM and PPM files of all kinds -> the one that decoders read fast: bytes of 8 bits."""
+"""Conversion of PBM, PGM and PPM files to the binary 8-bit variant, which decoders read fast."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import warnings
 
 import numpy as np
 
-_NUMBER = rb"(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})"  # after spaces and comments, none of which is tried twice
+_NUMBER = rb"(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})"  # after whitespace and comments; possessive, no backtracking
 _SIZE = re.compile(rb"P([1-6])" + _NUMBER + _NUMBER)
-_MOST = re.compile(_NUMBER)
+_MAXIMUM = re.compile(_NUMBER)
 _COMMENT = re.compile(rb"#[^\r\n]*")
 _MAX_COMMENTS = 10_000
 _SPACE = b" \t\n\v\f\r"
-_PIECE = 1 << 20  # samples that are scaled at a time
+_PIECE = 1 << 20  # samples scaled at a time
 
 
-def as_bytes(data: bytes, most_pixels: int) -> bytes:
-    """Return a PBM, PGM or PPM file as one of 8 bits, or of 1 bit, that is no text. Raises ValueError.
+def as_bytes(data: bytes, max_pixels: int) -> bytes:
+    """Convert a PBM, PGM or PPM file to a binary file with 8 bits or 1 bit per sample.
 
-    Samples of more bits are scaled to 16 and keep the higher 8; an image of more than `most_pixels` is refused.
+    Samples of more than 8 bits are scaled to 16 bits and truncated to the upper 8. Raises ValueError for a malformed
+    file and for an image of more than `max_pixels`.
     """
     head = _SIZE.match(data)
     if head is None:
         raise ValueError("without a width and a height")
     kind, width, height = (int(part) for part in head.groups())
-    if not 0 < width * height <= most_pixels:
+    if not 0 < width * height <= max_pixels:
         raise ValueError(f"{width}x{height} pixels in {len(data)} bytes")
     if kind == 4:
         return data
@@ -38,17 +39,17 @@ def as_bytes(data: bytes, most_pixels: int) -> bytes:
             raise ValueError("text other than 0 and 1")
         black = np.frombuffer(bits, np.uint8).reshape(-1) == ord("1")
         return _binary(width, height, np.where(black, 0, 255), count)
-    most = _MOST.match(data, head.end())
-    if most is None or not 0 < int(most[1]) < 65536:
+    maximum = _MAXIMUM.match(data, head.end())
+    if maximum is None or not 0 < int(maximum[1]) < 65536:
         raise ValueError("without a largest value from 1 to 65535")
-    if kind in (5, 6) and int(most[1]) == 255:
+    if kind in (5, 6) and int(maximum[1]) == 255:
         return data
-    samples = _text(data[most.end() :]) if kind in (2, 3) else _raw(data, most.end() + 1, int(most[1]), count)
-    return _binary(width, height, _scaled(samples[:count], int(most[1])), count)
+    samples = _text(data[maximum.end() :]) if kind in (2, 3) else _raw(data, maximum.end() + 1, int(maximum[1]), count)
+    return _binary(width, height, _scaled(samples[:count], int(maximum[1])), count)
 
 
-def _raw(data: bytes, start: int, most: int, count: int) -> np.ndarray:
-    kind = np.dtype(np.uint8 if most < 256 else ">u2")
+def _raw(data: bytes, start: int, maximum: int, count: int) -> np.ndarray:
+    kind = np.dtype(np.uint8 if maximum < 256 else ">u2")
     return np.frombuffer(data, kind, min(count, max(len(data) - start, 0) // kind.itemsize), start)
 
 
@@ -61,12 +62,12 @@ def _text(text: bytes) -> np.ndarray:
             raise ValueError("text other than numbers") from None
 
 
-def _scaled(samples: np.ndarray, most: int) -> np.ndarray:
-    """Scale 0 ... most to 0 ... 255."""
-    if samples.size and (samples.min() < 0 or samples.max() > most):
-        raise ValueError(f"values that are not from 0 to {most}")
-    new = 255 if most < 256 else 65535
-    table = (np.arange(most + 1) * new * 2 + most) // (2 * most) // (1 if most < 256 else 256)
+def _scaled(samples: np.ndarray, maximum: int) -> np.ndarray:
+    """Scale samples from 0..maximum to 0..255."""
+    if samples.size and (samples.min() < 0 or samples.max() > maximum):
+        raise ValueError(f"values that are not from 0 to {maximum}")
+    new = 255 if maximum < 256 else 65535
+    table = (np.arange(maximum + 1) * new * 2 + maximum) // (2 * maximum) // (1 if maximum < 256 else 256)
     pieces = (samples[start : start + _PIECE] for start in range(0, samples.size, _PIECE))
     return np.concatenate([np.zeros(0, np.uint8), *(table.astype(np.uint8)[piece] for piece in pieces)])
 

@@ -1,7 +1,7 @@
-"""Text from outside, on its way to a screen, a log or a file: no control characters, no secrets of addresses.
+"""Sanitizing of untrusted text for the terminal, logs and files: no control characters, no secrets in URLs.
 
-Names of files, members of archives and the answers of servers can hold anything. `Screen` is where all that a program
-prints passes; `public` is for addresses that are recorded.
+File names, archive member names and server responses can contain anything. `Screen` filters all output of a program;
+`public` is for URLs that are recorded.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# Of ASCII and of Latin-1, the ends of lines of Unicode, what reverses the direction of writing, and undecodable bytes.
+# Control characters of ASCII and Latin-1, Unicode line ends, bidirectional controls, undecodable bytes (surrogates).
 _CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
 _ANY_CONTROL = re.compile(f"[{_CONTROL}]")
-_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and moves of the cursor (ECMA-48), as of tqdm and W&B
-_SCHEME = r"([a-z][a-z0-9+.-]+:[/\\]+|https?:)"  # as a path, an address has one / there
+_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and cursor moves (ECMA-48), as written by tqdm and W&B
+_SCHEME = r"([a-z][a-z0-9+.-]+:[/\\]+|https?:)"  # pathlib reduces the // of a URL to one /
 _ADDRESS = re.compile(_SCHEME + r"[^\s\"'<>\\]+", re.IGNORECASE)
-_CLOSING = re.compile(r"[:;,.)\]}!]*$")  # what follows an address in a sentence
-# Fragments that are no secret: a checksum, and words, as of a section of documentation.
+_CLOSING = re.compile(r"[:;,.)\]}!]*$")  # punctuation after a URL in a sentence
+# Fragments that contain no secret: a checksum, or words such as a section name.
 _PLAIN_FRAGMENT = re.compile(r"#(sha256=[0-9a-f]+|[a-z]{1,20}([._-][a-z]{1,20}){0,9})$", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
-    r"""Return a name on one line, its control characters as a terminal shows none: \x1b, \u202e.
+    r"""Return a name on one line, with control characters escaped, e.g. \x1b and \u202e.
 
-    So are bytes of the name of a file that are no UTF-8: \xff.
+    Bytes of a file name that are not UTF-8 are escaped as well, e.g. \xff.
     """
     return _ANY_CONTROL.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # as os.fsdecode shows a byte
+    if 0xDC80 <= code <= 0xDCFF:  # a surrogate escape of os.fsdecode
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def public(address: str) -> str:
-    """Return an address without what may be secret: user and password, query and fragment; other text as it is.
+    """Return a URL without user, password, query and fragment, which may be secret; other text unchanged.
 
-    A fragment that is a checksum, `#sha256=...`, or made of words stays.
+    A fragment that is a checksum, `#sha256=...`, or consists of words is kept.
     """
     scheme = re.match(_SCHEME, address, re.IGNORECASE)
     if not scheme:
@@ -49,14 +49,14 @@ def public(address: str) -> str:
     rest = address[scheme.end() :]
     fragment = _PLAIN_FRAGMENT.search(rest)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    # A / in a password should be written as %2F, but often is not: the authority then goes on after it.
-    goes_on = "@" not in authority and not authority.startswith("[") and re.search(r":\D", authority)
-    kept = rest[rest.rfind("@", 0, None if goes_on else len(authority)) + 1 :]
+    # A / in a password should be encoded as %2F but often is not; the authority then continues after it.
+    continues = "@" not in authority and not authority.startswith("[") and re.search(r":\D", authority)
+    kept = rest[rest.rfind("@", 0, None if continues else len(authority)) + 1 :]
     return f"{scheme[0]}{re.split(r'[?#]', kept, maxsplit=1)[0]}{fragment[0] if fragment else ''}"
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which every address is `public`."""
+    """Return text with every URL replaced by its `public` form."""
     return _ADDRESS.sub(_make_public, text)
 
 
@@ -67,9 +67,9 @@ def _make_public(match: re.Match[str]) -> str:
 
 
 def shown(text: str) -> str:
-    r"""Return what a screen or a log shows of a text: lines, tabs, and \r only at either end, which redraws a line.
+    r"""Return text sanitized for a terminal or a log. Keeps newlines, tabs, and \r at either end, which redraws a line.
 
-    Sequences that move the cursor or set colours are left out; other control characters are `printable`.
+    Removes escape sequences that move the cursor or set colours; escapes other control characters as `printable`.
     """
     text = _SEQUENCE.sub("", text)
     body = text.strip("\r")
@@ -79,7 +79,7 @@ def shown(text: str) -> str:
 
 
 class Screen:
-    """A stream of text that writes what is `shown`. It has no bytes below it that could be written past it."""
+    """Text stream that sanitizes its output with `shown`. It has no `buffer`, so writes cannot bypass it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -99,13 +99,13 @@ class Screen:
 
 
 def guard() -> None:
-    """Let everything that this process prints from now on pass through a `Screen`."""
+    """Wrap sys.stdout and sys.stderr in a `Screen`."""
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """`guard` while active."""
+    """Context manager that applies `guard` to the block."""
     before = sys.stdout, sys.stderr
     guard()
     try:

@@ -1,8 +1,8 @@
-"""Standard output and error that fail without ending the program in a traceback.
+"""Standard output and error streams whose failure does not end the program in a traceback.
 
-They fail when a pipe's reader has gone (`| head`), a disk is full, a terminal was closed, or the shell closed them
-(`>&-`). The first failure points the descriptor at the null device, so that whoever writes to it next, a library or
-another process, meets no error.
+Writing fails when the reader of a pipe has exited (`| head`), a disk is full, a terminal was closed, or the shell
+closed the stream (`>&-`). The first failure redirects the descriptor to the null device, so that later writes by
+libraries or child processes succeed.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 class OutputError(UserError):
-    """Standard output failed in a program that exists for what it prints."""
+    """Standard output failed, in a program whose purpose is its output."""
 
 
 class StandardStream(io.FileIO):
-    """Raw stdout or stderr. A failed write is reported once, by OutputError if `is_needed`; later ones are dropped."""
+    """Raw stdout or stderr. The first failed write raises OutputError if `is_needed`; later output is discarded."""
 
     def __init__(self, name: str) -> None:
         super().__init__(DESCRIPTORS[name], "w", closefd=False)
         self.name = f"<{name}>"
         self.title = name
         self.is_needed = False
-        self.failure: str | None = None  # why it was dropped
+        self.failure: str | None = None  # the reason, after a failed write
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, also to a non-blocking pipe that is full."""
+        """Write all of `data`, waiting if a non-blocking pipe is full."""
         left = memoryview(data).cast("B")
         try:
             while left:
@@ -58,9 +58,9 @@ class StandardStream(io.FileIO):
 
 
 def protect(*, needs_stdout: bool) -> None:
-    """Make sys.stdout and sys.stderr survive a failure; with `needs_stdout` that of stdout raises OutputError.
+    """Replace sys.stdout and sys.stderr by StandardStreams. With `needs_stdout`, a failed stdout raises OutputError.
 
-    Streams that somebody has replaced already, such as a test, stay as they are. Can be called again.
+    Streams that were already replaced, e.g. by a test, are unchanged. May be called repeatedly.
     """
     _reserve_descriptors()
     for name, descriptor in DESCRIPTORS.items():
@@ -74,14 +74,14 @@ def protect(*, needs_stdout: bool) -> None:
 
 
 def raw_stream(stream: TextIO | None) -> StandardStream | None:
-    """Return the protected stream below sys.stdout or sys.stderr, None where it is another one."""
+    """Return the StandardStream below sys.stdout or sys.stderr; None if it is another kind of stream."""
     buffer = getattr(stream.stream if isinstance(stream, Screen) else stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     return raw if isinstance(raw, StandardStream) else None
 
 
 def _reserve_descriptors() -> None:
-    """Keep the numbers of closed streams from the files that are opened next; writing there still fails."""
+    """Reserve closed descriptors 0 to 2, so that files opened later do not get them. Writing to them still fails."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -93,14 +93,14 @@ def _reserve_descriptors() -> None:
 
 
 def _is_real(stream: Any, descriptor: int) -> bool:
-    """Whether a text stream writes to this descriptor."""
-    with suppress(OSError, ValueError, AttributeError):  # what a test puts there has none
+    """Return whether a text stream writes to this descriptor."""
+    with suppress(OSError, ValueError, AttributeError):  # a test's replacement has no fileno
         return isinstance(stream, io.TextIOWrapper) and stream.fileno() == descriptor
     return False
 
 
 def _as_text(raw: StandardStream, old: io.TextIOWrapper | None) -> io.TextIOWrapper:
-    """A text stream over `raw` like the one that it takes the place of; names of files can be any bytes."""
+    """Return a text stream over `raw` with the settings of `old`; undecodable file names are escaped."""
     if old is None:
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace")
     old.flush()

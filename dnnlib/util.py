@@ -1,6 +1,6 @@
-"""Small helpers without torch: durations as text, files and folders, a log that goes to the screen and to a file.
+"""Helpers that do not import torch: formatting, files and folders, JSON, errors, a log to the screen and a file.
 
-`EasyDict` and `open_url` are for code that was written for StyleGAN2-ADA (docs/migrating.md).
+`EasyDict` and `open_url` exist for code written for StyleGAN2-ADA (docs/migrating.md).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL = ".partial"  # how the name of a file ends that is being written
-MAX_JSON_BYTES = 1 << 26  # of a file that this project writes as one document
-MAX_JSON_DEPTH = 100  # far from where comparing, showing or writing a document is more than Python's stack holds
-LIMITS = {  # of this shell, as errors tell them -> what to do
+PARTIAL = ".partial"  # suffix of files that are being written
+MAX_JSON_BYTES = 1 << 26  # size of a JSON file of this project
+MAX_JSON_DEPTH = 100  # nesting of a JSON document; far below Python's recursion limit for comparing and writing it
+LIMITS = {  # errno of an exceeded system limit -> remedy
     errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
-    errno.ENFILE: "the machine has no more; end other programs",
-    errno.EAGAIN: "raise the limit of processes and threads, `ulimit -u`, or choose fewer --workers",
+    errno.ENFILE: "the limit of the whole machine is reached; end other programs",
+    errno.EAGAIN: "raise the limit of processes and threads, `ulimit -u`, or use fewer --workers",
 }
-WIDEST = 500  # columns of a line on a terminal, whatever COLUMNS says
-MAX_LINE_BYTES = 1 << 20  # of a line of a log
+WIDEST = 500  # maximum columns of a redrawn line; larger values of COLUMNS are ignored
+MAX_LINE_BYTES = 1 << 20  # length of a line of a log
 
 
 class EasyDict(dict[str, Any]):
@@ -71,7 +71,7 @@ def open_url(url: str | os.PathLike[str]) -> BinaryIO:
 
     Raises OSError for a file that cannot be opened, UserError for a URL that cannot be fetched.
     """
-    from dnnlib.download import fetch, is_url  # which imports this module
+    from dnnlib.download import fetch, is_url  # here, to avoid a circular import
 
     name = os.fspath(url)
     if is_url(name):
@@ -99,7 +99,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def home_folder(override_variable: str) -> Path:
-    """Return the user's home. Raises UserError where there is none, naming `override_variable` to set."""
+    """Return the user's home folder. Raises UserError, with `override_variable` as the remedy, if there is none."""
     try:
         return Path.home()
     except RuntimeError:
@@ -110,36 +110,36 @@ def home_folder(override_variable: str) -> Path:
 
 
 def partial_path(path: Path, ending: str = "") -> Path:
-    """Return where this process writes a file or folder, beside it, until it is complete and gets its name."""
-    return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}{ending}")  # a name has at most 255 bytes
+    """Return the temporary path, in the same folder, to which this process writes before it renames to `path`."""
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}{ending}")  # file names are limited to 255 bytes
 
 
 @contextmanager
 def replaced(path: Path, ending: str = "") -> Iterator[Path]:
-    """Yield a path to write a file to, which takes the place of `path` at the end of the block unless that raises.
+    """Yield a temporary path that replaces `path` at the end of the block, unless the block raises.
 
-    `ending`: what the name must end in for whoever writes there.
+    `ending` is the suffix of the temporary path, for writers that require one.
     """
     temporary = partial_path(path, ending)
     try:
-        temporary.unlink(missing_ok=True)  # of an earlier process, or a link that leads elsewhere
+        temporary.unlink(missing_ok=True)  # left by an earlier process, or a planted link
         yield temporary
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # it is not there any more, or its folder is not
+        with suppress(OSError):  # already renamed, or its folder is gone
             temporary.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part. `mode`: as of os.open."""
+    """Replace a file atomically: readers see the old or the new content, never a part. `mode` is as in os.open."""
     with replaced(path) as temporary, open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def source_commit() -> str | None:
-    """Return the commit of these sources, with `-dirty` if they were changed since; None where git knows none."""
+    """Return the git commit of the sources, with `-dirty` if they are modified; None outside a git checkout."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # installed as a package; the folders around may belong to something else
+    if not (root / ".git").exists():  # installed as a package; a parent folder may be another repository
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -150,18 +150,18 @@ def source_commit() -> str | None:
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Return a module of a package that not everyone installs. Raises UserError naming the extra that brings it."""
+    """Import a module of an optional dependency. Raises UserError, with the extra that installs it."""
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch version
         package, problem = module.partition(".")[0].replace("_", "-"), describe_error(error)
         raise UserError(f"the package {package} cannot be imported ({problem}): pip install '.[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of Python, of torch or of the libraries below it, says that memory is not enough.
+    """Return whether an error of Python, torch or a lower-level library means that host or device memory ran out.
 
-    Or was raised, where that had been said, by what had to end early: the recording of a CUDA graph.
+    This includes errors raised while such an error was handled, e.g. by an aborted CUDA graph capture.
     """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
@@ -173,9 +173,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return a line for an error that is no mistake of a program: of memory, of limits, of a file; None for others."""
+    """Return a one-line message for errors of memory, system limits and files; None for other errors (bugs)."""
     if is_out_of_memory(error):
-        return f"out of memory ({describe_error(error)}): give it less at a time"
+        return f"out of memory ({describe_error(error)}): process less at a time"
     if isinstance(error, OSError) and error.errno in LIMITS:
         return f"{error.strerror}: {LIMITS[error.errno]}"
     if isinstance(error, OSError) and error.filename is not None:
@@ -184,21 +184,21 @@ def explain(error: BaseException) -> str | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 letters of it, or the name of its class without one."""
+    """Return the first line of an error's message, at most 200 characters; the class name if there is no message."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 @contextmanager
 def warn_on_write_error() -> Iterator[None]:
-    """Warn when a file that nothing depends on cannot be written inside, and go on."""
+    """Turn write errors of non-essential files in the block into a warning."""
     try:
         yield
     except (OSError, WriteError) as error:
-        print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
+        print(f"Warning: {error}; training continues", file=sys.stderr, flush=True)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises WriteError when it cannot be written, also to a pipe or a device."""
+    """Append a line to a regular text file. Raises WriteError."""
     try:
         with open_regular(path, to_append=True) as file:
             file.write(f"{line}\n".encode())
@@ -207,9 +207,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> BinaryIO:
-    """Open a regular file for reading bytes, or for adding some at its end, which makes it where there is none.
+    """Open a regular file for reading, or for appending, which creates a missing file; in binary mode.
 
-    Raises OSError, also for a pipe, a device, a socket or a folder: it never waits for one.
+    Raises OSError for a pipe, device, socket or folder, without blocking, and for other errors of `open`.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT if to_append else os.O_RDONLY
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
@@ -223,20 +223,20 @@ def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> Bi
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the bytes of a regular file. Raises OSError, also for one of more than `limit` bytes."""
+    """Return the content of a regular file. Raises OSError, also for a file of more than `limit` bytes."""
     with open_regular(path) as file:
-        content = b""  # in pieces: reading takes memory for all that it may return
+        content = b""  # read in pieces, because read(n) allocates n bytes
         while len(content) <= limit and (piece := file.read(min(1 << 24, limit + 1 - len(content)))):
             content += piece
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"more than the {limit} bytes that it may have", os.fspath(path))
+        raise OSError(errno.EFBIG, f"exceeds the limit of {limit} bytes", os.fspath(path))
     return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return a JSON document.
+    """Parse a JSON document.
 
-    Raises ValueError, also where it is nested deeper than MAX_JSON_DEPTH or has an integer beyond 64 bits.
+    Raises ValueError, also for nesting deeper than MAX_JSON_DEPTH and for integers of more than 64 bits.
     """
     try:
         document = json.loads(text, parse_int=_parse_int)
@@ -258,12 +258,12 @@ def _parse_int(digits: str) -> int:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """Return the JSON document in a regular file of at most `limit` bytes. Raises OSError, ValueError."""
+    """Parse the JSON document in a regular file of at most `limit` bytes. Raises OSError, ValueError."""
     return parse_json(read_regular(path, limit))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a regular file with their ends, the first MAX_LINE_BYTES of a longer one. Raises OSError."""
+    """Yield the lines of a regular file with line ends, truncated to MAX_LINE_BYTES. Raises OSError."""
     with open_regular(path) as file:
         while line := file.readline(MAX_LINE_BYTES):
             yield line
@@ -272,9 +272,9 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file that has one a line, none where there is no file.
+    """Yield the objects in a file with one JSON object per line; nothing if the file does not exist.
 
-    A line that was cut short, is longer than MAX_LINE_BYTES or holds anything else is left out.
+    Lines that are truncated, longer than MAX_LINE_BYTES, or not a JSON object are skipped.
     """
     for line in read_lines(path) if path.is_file() else ():
         try:
@@ -286,9 +286,9 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metric_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metric in metric-<name>.jsonl, none where there is no file; others have no finite results.
+    """Yield the records with finite results in a metric-<name>.jsonl; nothing if the file does not exist.
 
-    Beside `results` a record may lack anything.
+    Only `results` is guaranteed to be present in a record.
     """
     for record in read_json_lines(path):
         results = record.get("results")
@@ -301,10 +301,10 @@ def _is_finite(value: object) -> bool:
 
 
 class FolderLock:
-    """Keeps a folder for this process, until it ends in whatever way or leaves the block.
+    """Exclusive lock on a folder, held until the process exits or leaves the block.
 
-    A record lock (fcntl) on the file `.lock` in it: the kernel gives it back, processes that are forked do not inherit
-    it, and NFS knows it.
+    Implemented as a record lock (fcntl) on the file `.lock` in the folder: the kernel releases it when the process
+    exits, forked processes do not inherit it, and it works on NFS.
     """
 
     NAME = ".lock"
@@ -319,20 +319,20 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Give the lock back, if there is one."""
+        """Release the lock, if it is held."""
         if self.file:
             self.file.close()
             self.file = None
 
     def holds(self, folder: Path) -> bool:
-        """Whether the locked file is still the one in this folder. Raises OSError where that cannot be known."""
+        """Return whether the locked file is still `.lock` of this folder. Raises OSError if it cannot be determined."""
         try:
             return self.file is not None and os.path.samestat(os.stat(folder / self.NAME), os.fstat(self.file.fileno()))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def acquire(self, folder: Path) -> None:
-        """Take the lock. Raises UserError naming the process that has it; warns where the file system has no locks."""
+        """Take the lock. Raises UserError, with the holder, if it is taken; warns if the file system has no locks."""
         try:
             self.release()
             open_regular(folder / self.NAME, to_append=True).close()
@@ -346,24 +346,24 @@ class FolderLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self.file.seek(0)
                 raise UserError(
-                    f"{folder}: in use by another program ({self.file.read().strip() or 'unknown'}): stop that one or "
-                    "wait for its end; without --resume a new run starts beside it"
+                    f"{folder}: in use by another program ({self.file.read().strip() or 'unknown'}): stop it or wait "
+                    "until it ends; without --resume a new run starts in another folder"
                 ) from None
             print(
-                f"Warning: {folder}: this file system has no locks ({error.strerror}): see to it that no other program "
-                "goes on with this run",
+                f"Warning: {folder}: this file system has no locks ({error.strerror}): make sure that no other program "
+                "continues this run",
                 file=sys.stderr,
             )
             return
-        with suppress(OSError):  # of a full disk; the lock holds all the same
+        with suppress(OSError):  # e.g. a full disk; the lock is held regardless
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self.file.flush()
 
 
 def redraw(text: str, stream: TextIO) -> None:
-    """Show a line on a terminal in the place of the last one that was shown so; an empty one leaves nothing there."""
-    width = min(shutil.get_terminal_size().columns - 1, WIDEST)  # a terminal that is full goes to the next line
+    """Overwrite the last redrawn line of a terminal with a new one; an empty text clears the line."""
+    width = min(shutil.get_terminal_size().columns - 1, WIDEST)  # a full line would wrap
     stream.write(f"\r{text[:width]:<{width}}\r")
     stream.flush()
 
@@ -371,22 +371,23 @@ def redraw(text: str, stream: TextIO) -> None:
 class TeeLog:
     """While active, everything printed to stdout and stderr also goes to a file, except lines that are redrawn.
 
-    Redrawn lines are overwritten on the screen by the next output. The file ends with the error, if one ended the
-    block. If the disk is full, output goes to the screen only; if a stream fails, to the file only, which says so once.
+    Redrawn lines are overwritten on the screen by the next output. If an error ends the block, it is the last entry of
+    the file. If the disk is full, output goes to the screen only; if a stream fails, one warning is logged and output
+    goes to the file only.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = self._open()
         self.streams = (sys.stdout, sys.stderr)
-        self.dropped: list[TextIO] = []  # streams that failed, as far as the file says so
-        self.redrawn: TextIO | None = None  # where a line stands that what comes next takes the place of
+        self.dropped: list[TextIO] = []  # streams whose failure has been reported
+        self.redrawn: TextIO | None = None  # stream whose redrawn line the next output overwrites
 
     def _open(self) -> TextIO:
         return TextIOWrapper(open_regular(self.path, to_append=True), errors="backslashreplace", line_buffering=True)
 
     def reopen(self) -> None:
-        """Go on in a new file of the same name: the old one was removed. Raises OSError."""
+        """Continue in a new file at the same path, after the old one was removed. Raises OSError."""
         old, self.file = self.file, self._open()
         with suppress(OSError):
             old.close()
@@ -409,12 +410,12 @@ class TeeLog:
             self.file.close()
 
     def note_failures(self) -> None:
-        """Say, in the file and on the other stream, that one has failed since the last time."""
+        """Report streams that have failed since the last call, in the file and on the other stream."""
         for stream in self.streams:
             raw = raw_stream(stream)
             if raw and raw.failure and stream not in self.dropped:
                 self.dropped.append(stream)
-                line = f"Warning: {raw.title} failed ({raw.failure}) and is dropped; {self.path} has all that follows\n"
+                line = f"Warning: {raw.title} failed ({raw.failure}) and is dropped; output goes to {self.path} only\n"
                 for target in (self.file, *self.streams):
                     with suppress(OSError):
                         target.write(line)
@@ -434,7 +435,7 @@ class _Tee:
         with suppress(OSError):
             self.log.file.write(shown(text))
         written = self.stream.write(text)
-        if text.endswith("\n"):  # else in the middle of a line
+        if text.endswith("\n"):  # not in the middle of a line
             self.log.note_failures()
         return written
 

@@ -71,7 +71,7 @@ def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Pa
 def test_flags_of_other_families_are_refused(film: ModuleType, shapes_zip: Path) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--gen=film", "--depth=8", "-n"])
     assert result.exit_code == 2
-    assert "--depth=8: is no setting of the family film; styleformer, styleformer-c can take it" in result.stderr
+    assert "--depth=8: is not a setting of the family film; styleformer, styleformer-c can take it" in result.stderr
 
 
 def test_what_the_page_says_of_the_network_is_true(film: ModuleType) -> None:

@@ -121,7 +121,7 @@ def test_values_at_the_edge_of_the_bounds(config: Any, field: dataclasses.Field[
         (Bounds(at_least=0, below=1), 1, "must lie in 0..1, 1 excluded"),
         (Bounds(above=0, below=1), math.nan, "must lie in 0..1, 0 excluded, 1 excluded"),
         (Bounds(choices=("stop", "skip")), "halt", "choose one of stop, skip"),
-        (Bounds(choices=("a", "b"), note="each once"), ("a", "c"), "'c' is none of a, b; each once"),
+        (Bounds(choices=("a", "b"), note="each once"), ("a", "c"), "'c' is not one of a, b; each once"),
         (Bounds(length=2), (8,), "must be 2 numbers"),
         (Bounds(length=2, at_least=1), 8, "must be 2 numbers"),
         (Bounds(optional=False), None, "cannot be None"),

@@ -265,7 +265,7 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
     assert "5000 generated images are asked for and the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
-    assert "name the real ones with --data" in without.stderr
+    assert "specify the real images with --data" in without.stderr
 
 
 def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path,
     save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
     result = calc("--metrics=swd12", network=path)
     assert result.exit_code == 2
-    assert f"(what {path} was trained with): name the real images with --data" in result.stderr
+    assert f"(the training dataset of {path}): specify the real images with --data" in result.stderr
 
 
 def test_a_plot_holds_earlier_results_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_plots_of_images_are_refused_at_once(
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
     result = calc("--metrics=swd12", f"--data={fakes}", "--plot", network=fakes)
     assert result.exit_code == 2
-    assert "--plot: images have no kimg" in result.stderr
+    assert "--plot: a set of images has no kimg" in result.stderr
 
 
 def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:

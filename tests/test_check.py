@@ -100,7 +100,7 @@ def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines()[:3] == [
         "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes classes of them",
-        "Left out, 1 file:",
+        "Skipped 1 file:",
         "  1 .txt",
     ]
     nested = write_set(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])
@@ -346,14 +346,14 @@ def test_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("there.png", "exists: remove it or choose another name"),
-        ("sheet.jpg", "a sheet is a .png file"),
-        ("sheet", "a sheet is a .png file"),
+        ("sheet.jpg", "must be the name of a .png file"),
+        ("sheet", "must be the name of a .png file"),
         ("folder.png", "exists: remove it"),
         ("there.png/sheet.png", "cannot be"),
-        ("set/sheet.png", "would be an image of it: choose another place"),
-        ("set/new/sheet.png", "would be an image of it"),
-        ("alias/sheet.png", "would be an image of it"),
-        ("new/../set/a/../sheet.png", "would be an image of it"),
+        ("set/sheet.png", "would become part of the dataset: choose another folder"),
+        ("set/new/sheet.png", "would become part of the dataset"),
+        ("alias/sheet.png", "would become part of the dataset"),
+        ("new/../set/a/../sheet.png", "would become part of the dataset"),
     ],
 )
 def test_a_sheet_is_never_written_over_anything(tmp_path: Path, name: str, message: str) -> None:

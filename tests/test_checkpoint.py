@@ -97,7 +97,7 @@ def test_other_formats_and_newer_versions_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format version 2 was written by release"):
         read_file(tmp_path / "f", "thing", 1, {})
     torch.save({"some": "file"}, tmp_path / "g")
-    with pytest.raises(UserError, match="that holds some, which is not of this family"):
+    with pytest.raises(UserError, match="that holds some, which is not supported"):
         read_file(tmp_path / "g", "thing", 1, {})
     with pytest.raises(UserError, match="no such file"):
         read_file(tmp_path / "h", "thing", 1, {})

@@ -104,7 +104,7 @@ def test_reasons_name_the_remedy(source: Path, monkeypatch: pytest.MonkeyPatch, 
     assert reason() == "nvcc was not found; install a CUDA 13 toolkit, or set CUDA_HOME to its folder"
     monkeypatch.setattr(custom_ops, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
     monkeypatch.setattr(custom_ops, "toolkit_version", lambda nvcc: "12.8")
-    assert "/opt/cuda/bin/nvcc is of CUDA 12.8" in reason()
+    assert "/opt/cuda/bin/nvcc has CUDA 12.8" in reason()
     assert "set CUDA_HOME to a CUDA 13 toolkit" in reason()
     monkeypatch.setattr(custom_ops, "toolkit_version", lambda nvcc: "13.0")
     monkeypatch.setattr(custom_ops.shutil, "which", lambda name: None if name == "ninja" else f"/bin/{name}")
@@ -114,9 +114,9 @@ def test_reasons_name_the_remedy(source: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(custom_ops.shutil, "which", lambda name: f"/bin/{name}")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert "set TORCH_EXTENSIONS_DIR to a folder of yours" in reason()
+    assert "set TORCH_EXTENSIONS_DIR to a writable folder" in reason()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert reason() == "this torch was built without CUDA; install one that has it"
+    assert reason() == "this torch was built without CUDA; install a CUDA build"
 
 
 def test_the_toolkit_version_is_parsed(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_toolkit_version_is_parsed(tmp_path: Path) -> None:
         nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
         nvcc.chmod(nvcc.stat().st_mode | stat.S_IEXEC)
         if expected is None:
-            with pytest.raises(UserError, match="does not say which release"):
+            with pytest.raises(UserError, match="does not print its release"):
                 custom_ops.toolkit_version(str(nvcc))
         else:
             assert custom_ops.toolkit_version(str(nvcc)) == expected

@@ -325,14 +325,14 @@ def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -
         result = run(f"--source={source}", f"--dest={tmp_path / str(workers)}.zip", f"--workers={workers}", *options)
         assert result.exit_code == 0, result.output
         assert "298 images of 8x8 pixels" in result.output
-        assert "2 images are smaller than 8x4 and were left out (center-crop-wide)" in result.output
+        assert "2 images are smaller than 8x4 and were skipped (center-crop-wide)" in result.output
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
     found, content = build(source, tmp_path / "all.zip", *options)
     np.testing.assert_array_equal(found[0, 2:6], images["001.png"])
     assert numbers(content) == [1, *range(3, 300)]
     assert content["short_sides"] == {"2": 1, "4": 2, "8": 297}
     message = refused(tmp_path, source, "--transform=center-crop-wide", "--resolution=64x32")
-    assert "--width=64 --height=32: --transform=center-crop-wide drops smaller images, and leaves none of" in message
+    assert "--width=64 --height=32: --transform=center-crop-wide skips smaller images, which are all" in message
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -647,7 +647,7 @@ def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--skip-bad", "--workers=1")
     assert result.exit_code == 0
     assert "3 images of 6x6 pixels" in result.output
-    assert "Left out, 2 images that cannot be read:" in result.output
+    assert "Skipped 2 images that cannot be read:" in result.output
     for name in ("0.jpg: not ", "1x.png: "):
         assert f"\n  {name}" in result.output
     assert run("check", tmp_path / "out.zip").exit_code == 0

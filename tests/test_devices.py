@@ -232,8 +232,8 @@ def test_a_phase_that_cannot_be_captured_runs_eagerly(
     assert bad.calls <= 4
     message = capsys.readouterr().err
     assert message == (
-        "Warning: D_reg cannot be recorded as a CUDA graph (called a synchronizing CUDA operation) and runs without; "
-        "--graphs=0 turns graphs off\n"
+        "Warning: D_reg cannot be captured as a CUDA graph (called a synchronizing CUDA operation) and runs without "
+        "one; --graphs=0 turns graphs off\n"
     )
     assert not pool.recorded  # random numbers would not follow the seed
     assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)

@@ -297,7 +297,7 @@ def test_images_that_a_policy_cannot_treat(
     [
         ((), "give some of color, translation, cutout, erase, filter, hue, each once"),
         (("color", "color"), "give some of color, translation, cutout, erase, filter, hue, each once"),
-        (("color", "colour"), "'colour' is none of color, translation, cutout, erase, filter, hue"),
+        (("color", "colour"), "'colour' is not one of color, translation, cutout, erase, filter, hue"),
     ],
 )
 def test_policies_that_are_none(policy: tuple[str, ...], message: str) -> None:
@@ -370,7 +370,7 @@ def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
         ),
         (
             ["--aug=diffaug", "--set=augment.policy=colour"],
-            "--set augment.policy=colour: 'colour' is none of color, translation",
+            "--set augment.policy=colour: 'colour' is not one of color, translation",
         ),
         (["--aug=diff"], "choose one of noaug, ada, fixed, diffaug"),
     ],

@@ -126,7 +126,7 @@ def test_parts_without_a_validator_are_not_joined(site: Site) -> None:
 
 def test_responses_that_are_not_files_are_refused(site: Site, cache: Path) -> None:
     site.pages["/login"] = (200, HTML, b"<html><title>Sign in &amp; wait</title></html>")
-    with pytest.raises(UserError, match=r"/login: the answer is a page of HTML \('Sign in & wait'\), not a file"):
+    with pytest.raises(UserError, match=r"/login: the answer is an HTML page \('Sign in & wait'\), not a file"):
         fetch(f"{site.url}/login")
     with pytest.raises(UserError, match=r"missing\.pkl: the server answers 404"):
         fetch(f"{site.url}/missing.pkl")
@@ -203,16 +203,16 @@ def test_drive_refusals_are_reported(drive: Site) -> None:
     drive.pages["/uc"] = (200, HTML, b"<html><title>Google Drive - Quota exceeded</title></html>")
     with pytest.raises(UserError, match="Quota exceeded"):
         fetch(f"{drive.url}/open?id=FILE")
-    with pytest.raises(UserError, match="names no file of Google Drive"):
+    with pytest.raises(UserError, match="is not a Google Drive file"):
         fetch(f"{drive.url}/drive/my-drive")
     elsewhere = b'<html><form action="http://localhost/x"><input name="id" value="FILE"></form></html>'
     drive.pages["/uc"] = (200, HTML, elsewhere)
-    with pytest.raises(UserError, match="a page of HTML"):
+    with pytest.raises(UserError, match="an HTML page"):
         fetch(f"{drive.url}/open?id=FILE")
     drive.confirm = "never"
     again = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
     drive.pages["/uc"] = (200, HTML, again)
-    with pytest.raises(UserError, match="one page of HTML after the other"):
+    with pytest.raises(UserError, match="keeps answering with HTML pages"):
         fetch(f"{drive.url}/open?id=FILE")
 
 

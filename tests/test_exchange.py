@@ -209,13 +209,19 @@ def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dest={}/n.zip"], "which form is that? .pkl is a snapshot, .onnx ONNX"),
+        (["--dest={}/n.zip"], "unknown suffix: use .pkl for a snapshot, .onnx for ONNX"),
         (["--dest={}/there"], "there exists and is not written over: remove it or choose another name"),
         (["--dest={}/n.pkl"], "n.pkl exists and is not written over"),
         (["--dest={}/g.onnx"], "g-synthesis.onnx exists and is not written over"),
         (["--dest={}/there", "--format=hub"], "there exists and is not written over"),
-        (["--dest={}/new", "--license=mit"], "--license=mit: is for --format=hub, this is safetensors; leave it out"),
-        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: is for --format=onnx, this is snapshot"),
+        (
+            ["--dest={}/new", "--license=mit"],
+            "--license=mit: applies to --format=hub only, not to safetensors; omit it",
+        ),
+        (
+            ["--dest={}/new.pkl", "--noise-mode=none"],
+            "--noise-mode=none: applies to --format=onnx only, not to snapshot",
+        ),
         (["--dest=/proc/new"], "/proc/new: cannot be written"),
         (["--dest=/proc/new/n.pkl"], "/proc/new/n.pkl: cannot be written"),
         (["--dest=/proc/new", "--format=hub"], "/proc/new: cannot be written"),

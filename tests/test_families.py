@@ -141,16 +141,16 @@ def test_unknown_families_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gen=stylegan2", "--g_dict=32,16"], "--g_dict=32,16: is no setting of the family stylegan2; styleformer"),
-        (["--cfg=paper256", "--linformer"], "--linformer=true: is no setting of the family stylegan2"),
+        (["--gen=stylegan2", "--g_dict=32,16"], "--g_dict=32,16: is not a setting of the family stylegan2"),
+        (["--cfg=paper256", "--linformer"], "--linformer=true: is not a setting of the family stylegan2"),
         (
             ["--cfg=cifar", "--set=generator.architecture=skip"],
-            "--set generator.architecture=skip: is no setting of the family styleformer; stylegan2",
+            "--set generator.architecture=skip: is not a setting of the family styleformer; stylegan2",
         ),
         (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
         (
             ["--gen=stylegan2", "--set=generator.handover=16"],
-            "--set generator.handover=16: is no setting of the family stylegan2; styleformer-c",
+            "--set generator.handover=16: is not a setting of the family stylegan2; styleformer-c",
         ),
         (
             ["--gen=styleformer-c"],

@@ -50,7 +50,7 @@ def test_folders_of_programs_are_left_out_and_counted(tmp_path: Path, folder: st
     source = keep(tmp_path, images(*names), packed)
     _, _, output = build_labels(source, tmp_path / "out.zip")
     assert ": 1 image\n" in output
-    assert f"Left out, 2 files:\n  2 in {folder}/\n" in output
+    assert f"Skipped 2 files:\n  2 in {folder}/\n" in output
     assert "b.png" not in output
     _, _, output = build_labels(source, tmp_path / "again.zip", "--verbose")
     assert f"  2 in {folder}/\n" + "".join(f"    {name}\n" for name in sorted(names[1:])) in output
@@ -62,7 +62,7 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path, packed: bool) 
     source = keep(tmp_path, {**images("a.png", "x/b.png"), **dict.fromkeys(others, b"text")}, packed)
     _, _, output = build_labels(source, tmp_path / "out.zip")
     lines = output.splitlines()
-    start = lines.index("Left out, 8 files:")
+    start = lines.index("Skipped 8 files:")
     assert lines[start + 1 : start + 3] == ["  3 .txt", "  2 without an extension"]
     assert {line.split(":")[0] for line in lines[start + 3 : start + 6]} == {
         "  1 .json",
@@ -241,7 +241,7 @@ def test_a_dataset_json_beside_all_images_counts(tmp_path: Path, packed: bool) -
     labels, names, output = build_labels(source, tmp_path / "out.zip")
     assert (labels, names) == ([0, 1], ["cat", "dog"])
     assert "Note: my/set/dataset.json is read: all images are in its folder\n" in output
-    assert "Left out" not in output
+    assert "Skipped" not in output
     result = run("check", source)
     assert result.exit_code == 0, result.output
     assert "with labels" in result.output

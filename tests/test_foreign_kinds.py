@@ -290,7 +290,7 @@ def other_files(folder: Path) -> dict[Path, str]:
         "weights.pth": (layers, "a bare state_dict"),
         "nested.pth": ({"state_dict": layers, "epoch": 3}, "a bare state_dict"),
         "object.pt": (torch.nn.Linear(1, 1), "a pickled object ("),
-        "values.pt": ({"epoch": 3, "loss": 0.5}, "a file of torch.save that holds epoch, loss"),
+        "values.pt": ({"epoch": 3, "loss": 0.5}, "a torch.save file that holds epoch, loss"),
     }
     for name, (content, _) in files.items():
         torch.save(content, folder / name)
@@ -303,7 +303,7 @@ def other_files(folder: Path) -> dict[Path, str]:
 
 def test_files_of_other_code_bases_are_named(tmp_path: Path) -> None:
     for path, text in other_files(tmp_path).items():
-        refused(path, text, "which is not of this family")
+        refused(path, text, "which is not supported")
     path = next(iter(tmp_path.glob("checkpoint.pt")))
     cut = tmp_path / "cut.pt"
     cut.write_bytes(path.read_bytes()[:-100])

@@ -73,7 +73,7 @@ def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_pat
     assert len(site.requests) == 1
     site.pages["/page.pkl"] = (200, {"Content-Type": "text/html"}, b"<html><title>Log in</title></html>")
     refused = run(generate.main, f"--network={site.url}/page.pkl", "--seeds=0", f"--outdir={tmp_path / 'no'}")
-    assert (refused.exit_code, "a page of HTML ('Log in')" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "an HTML page ('Log in')" in refused.stderr) == (2, True)
 
 
 def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes32_zip: Pa
     assert not list((tmp_path / "cache").rglob("metric-*.jsonl"))
     assert "results" in run_ok(legacy.main, "info", theirs, "--json")
     refused = run(calc_metrics.main, f"--network={theirs}", "--metrics=swd32", "--device=cpu")
-    assert (refused.exit_code, "name the real images with --data" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "specify the real images with --data" in refused.stderr) == (2, True)
 
 
 SHORT = [*SMALL, "--kimg=0.016", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]

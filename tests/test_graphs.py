@@ -99,9 +99,9 @@ def test_a_phase_that_cannot_be_captured_has_no_side_effects(how: str, stub_gpu:
     assert messages == [f"Warning: {WARNINGS[how]}; --graphs=0 turns graphs off"]
 
 
-REFUSED = "D_main cannot be recorded as a CUDA graph"
+REFUSED = "D_main cannot be captured as a CUDA graph"
 WARNINGS = {
-    "value": f"{REFUSED} (called a synchronizing CUDA operation) and runs without",
-    "wait": f"{REFUSED} (CUDA error: operation failed due to a previous error during capture) and runs without",
+    "value": f"{REFUSED} (called a synchronizing CUDA operation) and runs without one",
+    "wait": f"{REFUSED} (CUDA error: operation failed due to a previous error during capture) and runs without one",
     "memory": "GPU memory is too small for CUDA graphs, so none are used",
 }

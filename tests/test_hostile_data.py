@@ -146,14 +146,14 @@ def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> 
         for path in (folder, archive):
             assert run(dataset_tool.main, "check", str(path)) == 1
             assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
-            assert all("document, which is not read: export as PNG" in (message or "") for message in use(path)[:1])
+            assert all("which is not supported: export as PNG" in (message or "") for message in use(path)[:1])
         for target in (folder, folder / name, archive):
-            with pytest.raises(UserError, match="document, which is not read: export as PNG"):
+            with pytest.raises(UserError, match="document, which is not supported: export as PNG"):
                 read_targets(target)
     folder = make_run(tmp_path / "run", {"fakes000002.png": document, "reals.png": document})
     shown = read_run(folder, "run")
     build_page([shown], [], 2)
-    assert sum("document, which is not read: export as PNG" in problem for problem in shown.problems) == 2
+    assert sum("document, which is not supported: export as PNG" in problem for problem in shown.problems) == 2
     assert not mark.exists()
 
 

@@ -75,7 +75,7 @@ def record(snapshot: Snapshot, name: str, value: float, **changes: Any) -> None:
 def test_a_hub_folder_is_written_by_one_command_and_loads(snapshot: Snapshot, tmp_path: Path) -> None:
     result = convert(f"--source={snapshot.path}", f"--dest={tmp_path / 'cars'}", "--format=hub")
     assert result.exit_code == 0, result.output
-    assert result.output.endswith(f"To upload it: hf upload NAME/MODEL {tmp_path / 'cars'}\n")
+    assert result.output.endswith(f"Upload it with: hf upload NAME/MODEL {tmp_path / 'cars'}\n")
     names = sorted(path.name for path in (tmp_path / "cars").iterdir())
     assert names == ["G_ema.safetensors", "README.md", "config.json", "samples.png"]
     model = HubModel.from_pretrained(tmp_path / "cars")

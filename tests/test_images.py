@@ -460,7 +460,7 @@ def test_damaged_text_turns_nothing(content: bytes, is_packed: bool) -> None:
 @pytest.mark.parametrize("head", [12, 64, 108, 124])
 def test_bitmaps_of_icons_with_other_headers_are_named(head: int) -> None:
     bitmap = bitmap_of_icon(RGB)
-    with pytest.raises(BrokenImageError, match=f"an icon whose bitmap has a header of {head} bytes, not of 40"):
+    with pytest.raises(BrokenImageError, match=f"an icon with a bitmap header of {head} bytes, expected 40"):
         decode_image(icon((W, H, 24, struct.pack("<I", head) + bitmap[4:])))
 
 
@@ -468,38 +468,38 @@ def test_bitmaps_of_icons_with_other_headers_are_named(head: int) -> None:
 
 UNREAD = {
     b"": "an empty file",
-    b"%!PS-Adobe-3.0 EPSF": "an EPS document, which is not read: export as PNG",
+    b"%!PS-Adobe-3.0 EPSF": "an EPS document, which is not supported: export as PNG",
     b"%PDF-1.7": "a PDF document",
     b"<?xml version='1.0'?>\n<svg xmlns=''>": "an SVG drawing",
-    b"<!DOCTYPE html><html>": "a web page, which is not read: download the image itself",
+    b"<!DOCTYPE html><html>": "a web page, which is not supported: download the image itself",
     b"\xd7\xcd\xc6\x9a" + bytes(40): "a Windows metafile",
     b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(40): "a Windows metafile",
     b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull",
-    b"II*\0\x10\0\0\0CR\2\0": "a camera's raw file, which is not read: develop",
-    b"FUJIFILMCCD-RAW 0201": "a camera's raw file",
-    b"\0\0\0\x18ftypcrx \0\0\0\1crx isom": "a camera's raw file",
-    b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom": "a film, which is not read: take the frames",
-    b"\x1aE\xdf\xa3\x01\0\0\0": "a film",
-    b"RIFF\0\0\0\0AVI LIST": "a film",
-    b"\xff\x0a\xfa\x7f": "JPEG XL, which is not read: convert to PNG",
+    b"II*\0\x10\0\0\0CR\2\0": "a camera raw file, which is not supported: develop",
+    b"FUJIFILMCCD-RAW 0201": "a camera raw file",
+    b"\0\0\0\x18ftypcrx \0\0\0\1crx isom": "a camera raw file",
+    b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom": "a video, which is not supported: extract the frames",
+    b"\x1aE\xdf\xa3\x01\0\0\0": "a video",
+    b"RIFF\0\0\0\0AVI LIST": "a video",
+    b"\xff\x0a\xfa\x7f": "JPEG XL, which is not supported: convert to PNG",
     b"v/1\1\2\0\0\0": "an image of floats",
     b"Pf\n8 6\n-1.0\n": "an image of floats",
     b"gimp xcf v011": "a GIMP project",
-    b"8BPS\0\2" + bytes(30): "a PSB file, which is not read: save it as TIFF or PSD",
-    psd(RGB.transpose(2, 0, 1), 3, bits=16): "a PSD file of 16 bits per channel: save it as TIFF",
-    psd(RGB.transpose(2, 0, 1), 9): "a PSD file of Lab colours",
+    b"8BPS\0\2" + bytes(30): "a PSB file, which is not supported: save it as TIFF or PSD",
+    psd(RGB.transpose(2, 0, 1), 3, bits=16): "a PSD file with 16 bits per channel: save it as TIFF",
+    psd(RGB.transpose(2, 0, 1), 9): "a PSD file with Lab colours",
     b"II+\0\x08\0\0\0": "BigTIFF: save it as an ordinary TIFF",
-    encoded(Image.fromarray(DEEP.astype(np.float32)), "TIFF"): "samples of 32 bits, signed or floats: convert it",
-    encoded(Image.fromarray(DEEP.astype(np.int32)), "TIFF"): "samples of 32 bits, signed or floats",
-    tiff(packed(DEEP, 16, "<"), W, {258: (3, [16]), 262: (3, [1]), 339: (3, [2])}): "samples of 32 bits, signed",
-    tiff(packed(GRAY, 8), W, {258: (3, [8]), 262: (3, [1]), 259: (3, [34925])}): "a TIFF of compression 34925",
-    tiff(packed(GRAY, 8), W, {258: (3, [8]), 262: (3, [1]), 254: (4, [1])}): "raw data of a camera, or a preview",
-    tiff(packed(RGB.reshape(H, -1), 8), W, {258: (3, [8] * 3), 262: (3, [8]), 277: (3, [3])}): "colours of Lab",
+    encoded(Image.fromarray(DEEP.astype(np.float32)), "TIFF"): "32-bit, signed or float samples: convert it",
+    encoded(Image.fromarray(DEEP.astype(np.int32)), "TIFF"): "32-bit, signed or float samples",
+    tiff(packed(DEEP, 16, "<"), W, {258: (3, [16]), 262: (3, [1]), 339: (3, [2])}): "32-bit, signed or float samples",
+    tiff(packed(GRAY, 8), W, {258: (3, [8]), 262: (3, [1]), 259: (3, [34925])}): "a TIFF with compression 34925",
+    tiff(packed(GRAY, 8), W, {258: (3, [8]), 262: (3, [1]), 254: (4, [1])}): "camera raw data or a preview",
+    tiff(packed(RGB.reshape(H, -1), 8), W, {258: (3, [8] * 3), 262: (3, [8]), 277: (3, [3])}): "with Lab colours",
     b"P5 8 6 70000\n" + bytes(96): "a largest value from 1 to 65535",
     b"P2 8 6 10\n" + b"11 " * 48: "values that are not from 0 to 10",
     b"P3 8 6 255\n" + b"x " * 200: "text other than numbers",
     b"P5 8 6 254\n" + bytes(40): "40 values of 48",
-    b"this is not an image at all, but text of some length": "not an image of a format that is read",
+    b"this is not an image at all, but text of some length": "not an image of a supported format",
 }
 
 

@@ -202,7 +202,7 @@ def test_labels_of_images_that_are_not_there_are_noted(tmp_path: Path, extra: li
 def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str) -> None:
     source = write_files(tmp_path / "in", {"a.png": PNG, f"{folder}/old/b.png": PNG, f"c/{folder}/d.png": PNG})
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
-    assert f"in: 1 image\nLeft out, 2 files:\n  2 in {folder}/\n" in result.stdout
+    assert f"in: 1 image\nSkipped 2 files:\n  2 in {folder}/\n" in result.stdout
 
 
 @pytest.mark.parametrize(

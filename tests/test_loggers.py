@@ -244,7 +244,7 @@ def test_unavailable_loggers_are_refused_before_writing(
 ) -> None:
     result = run_training(shapes_zip, tmp_path / "runs", "--log=wanddb")
     assert result.exit_code == 2
-    assert f"--log=wanddb: 'wanddb' is none of {', '.join(LOGGERS)}; did you mean wandb?" in result.output
+    assert f"--log=wanddb: 'wanddb' is not one of {', '.join(LOGGERS)}; did you mean wandb?" in result.output
 
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb").mkdir()  # a wandb/ folder left by an offline run is not the package

@@ -115,9 +115,9 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
         ),
         (
             ["--gen=stylegan2", "--set=generator.ffn=true"],
-            "--set generator.ffn=true: is no setting of the family stylegan2",
+            "--set generator.ffn=true: is not a setting of the family stylegan2",
         ),
-        (["--disc=styleformer", "--d-arch=skip"], "--d-arch=skip: is no setting of the family styleformer"),
+        (["--disc=styleformer", "--d-arch=skip"], "--d-arch=skip: is not a setting of the family styleformer"),
         (["--cfg=transgan-cifar", "--gen=styleformer", "--pl-weight=2"], "--pl-weight=2.0: has no effect without"),
     ],
 )

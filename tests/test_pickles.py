@@ -270,7 +270,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "key without value": (PROTO + b"}(K\x01u.", "key"),
     "call of a number": (PROTO + b"K\x01)R.", "no name"),
     "call without tuple": (PROTO + b"cbuiltins\nset\nK\x01R.", "no name"),
-    "name of numbers": (PROTO + b"K\x01K\x02\x93.", "no text"),
+    "name of numbers": (PROTO + b"K\x01K\x02\x93.", "not text"),
     "class as a key": (PROTO + b"}cbuiltins\nset\nK\x01s.", "key of type"),
     "unknown instruction": (PROTO + b"\xff.", "damaged"),
     "protocol 9": (b"\x80\x09K\x01.", "protocol"),
@@ -317,7 +317,7 @@ def test_reference_bombs_are_refused(tmp_path: Path) -> None:
     assert len(read(tmp_path, dumps(views))) == 3
     storage = Call(LOAD, (storage_stream(claimed=10_000, data=b"\0" * 40_000),))
     copies = [Call(REBUILD, (storage, 0, (10_000,), (1,), False, ())) for _ in range(100)]
-    refused(tmp_path, dumps(copies), "more numbers")
+    refused(tmp_path, dumps(copies), "more elements")
 
 
 def test_byte_bombs_written_as_text_are_refused(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
     content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
     found = read(tmp_path, dumps(content))
     assert (found["integer"], len(found["z"])) == (10**700, 600_000)
-    assert "whose numbers overlap" in found["expanded"].reason
+    assert "whose elements overlap" in found["expanded"].reason
 
 
 @pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
@@ -452,7 +452,7 @@ def test_cyclic_modules_are_refused(tmp_path: Path) -> None:
     looped["again"] = module
     with pytest.raises(UserError, match="more than any network"):
         module.tensors()
-    for kind, value, text in (("_parameters", 5, "no tensor"), ("_modules", 5, "no module")):
+    for kind, value, text in (("_parameters", 5, "not a tensor"), ("_modules", 5, "not a module")):
         state: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}, kind: {"x": value}}
         with pytest.raises(UserError, match=text):
             PickledModule("Layer", state).tensors()

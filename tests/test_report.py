@@ -337,7 +337,7 @@ def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
     result = run_report(begun, empty, f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 0, result.output
-    assert f"Warning: {begun}: nothing to show yet, left out" in result.output
+    assert f"Warning: {begun}: nothing to show yet, skipped" in result.output
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert set(page.images()) == {"b: generated at kimg 0", "b: real images"}
     assert set(page.charts()) == {"Metric swd5k: lower is better", "Probability p of the augmentation"}

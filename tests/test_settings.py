@@ -175,7 +175,7 @@ def test_texts_are_parsed_by_the_type_of_the_field(texts: dict[str, str], values
 @pytest.mark.parametrize(
     ("path", "text", "problem"),
     [
-        ("generator.window", "8", "is no setting of the family styleformer; transgan can take it"),
+        ("generator.window", "8", "is not a setting of the family styleformer; transgan can take it"),
         ("generator.widhts", "8", "did you mean widths?"),
         ("generator.family", "transgn", "unknown family"),
         ("loss.r1_gama", "8", "did you mean loss.r1_gamma"),
@@ -216,17 +216,17 @@ def test_set_reaches_every_field(shapes32_zip: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set=generator.window=8"], "--set generator.window=8: is no setting of the family styleformer; transgan"),
+        (["--set=generator.window=8"], "--set generator.window=8: is not a setting of the family styleformer"),
         (["--set=seed"], "--set seed: give a value: --set seed=VALUE"),
         (["--set=run.total_kimg=3", "--kimg=2"], "--set run.total_kimg=3: --kimg sets it too: give one of the two"),
         (["--set=augment.ada_interval=0"], "--set augment.ada_interval=0: must be at least 1"),
         (["--kimg=x"], "--kimg=x: expected a number"),
         (["--loss=logstic"], "relativistic; did you mean logistic?"),
         (["--log=wandbx"], "did you mean wandb?"),
-        (["--keep-last=5"], "--keep-last is no flag any more: give --set run.keep_last=5"),
-        (["--keep_last", "5"], "--keep_last is no flag any more: give --set run.keep_last=5"),
-        (["--ffn"], "--ffn is no flag any more: give --set generator.ffn=true"),
-        (["--clip=5"], "give --set g_optimizer.clip_norm=5 --set d_optimizer.clip_norm=5"),
+        (["--keep-last=5"], "--keep-last was removed: use --set run.keep_last=5"),
+        (["--keep_last", "5"], "--keep_last was removed: use --set run.keep_last=5"),
+        (["--ffn"], "--ffn was removed: use --set generator.ffn=true"),
+        (["--clip=5"], "use --set g_optimizer.clip_norm=5 --set d_optimizer.clip_norm=5"),
         (["--kims=5"], "--kimg"),
     ],
 )

@@ -137,7 +137,7 @@ def test_only_a_second_sigint_exits_at_once(
     assert codes == []
     signals._answer(signal.SIGINT)
     assert codes == [EXIT_INTERRUPTED]
-    answer = "Ctrl-C: stopping after this step, the state will be saved; press again to lose it"
+    answer = "Ctrl-C: stopping after this step and saving the state; press again to exit without saving"
     assert capsys.readouterr().err == f"\n{answer}\n"
 
 

@@ -120,7 +120,7 @@ def test_training_continues_without_a_stream_and_logs_it_once(
         done = run(TRAINING, str(log), stdout=stdout, stderr=stderr)
     assert done.returncode == 0
     lines = log.read_text().splitlines()
-    notes = [f"Warning: {name} failed ({REASONS[kind]}) and is dropped; {log} has all that follows" for name in names]
+    notes = [f"Warning: {name} failed ({REASONS[kind]}) and is dropped; output goes to {log} only" for name in names]
     assert sorted(line for line in lines if not line.startswith("tick")) == sorted([*notes, "a warning"])
     assert sum(line.startswith("tick") for line in lines) == 1000
     if "stdout" not in names:

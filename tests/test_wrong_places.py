@@ -43,14 +43,14 @@ def _npz(array: bool) -> bytes:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (lambda: gzip.compress(SHAPES.read_bytes()[:1000]), "packed with gzip; unpack it with gunzip"),
+        (lambda: gzip.compress(SHAPES.read_bytes()[:1000]), "compressed with gzip; decompress it with gunzip"),
         (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "`git lfs pull`"),
         (_png, "an image"),
-        (lambda: _npz(array=True), "an array of NumPy"),
-        (lambda: _npz(array=False), "arrays of NumPy, such as --projected-w and --direction take"),
+        (lambda: _npz(array=True), "a NumPy array"),
+        (lambda: _npz(array=False), "NumPy arrays, as accepted by --projected-w and --direction"),
         (lambda: b"<html>not found</html>", "a page of HTML, not a snapshot"),
         (lambda: b"", "empty"),
-        (lambda: b"hello", "another kind"),
+        (lambda: b"hello", "unknown format"),
     ],
 )
 def test_files_that_are_not_snapshots_are_identified(
@@ -64,7 +64,7 @@ def test_files_that_are_not_snapshots_are_identified(
 
 
 def test_datasets_and_snapshots_are_not_confused(shapes_zip: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a data set, which --data takes"):
+    with pytest.raises(UserError, match="a dataset, as accepted by --data"):
         legacy.load_network(shapes_zip)
     result = CliRunner().invoke(train.main, [*SMALL, f"--data={SHAPES}", f"--outdir={tmp_path}", "-n"])
     assert result.exit_code == 2
@@ -74,9 +74,11 @@ def test_datasets_and_snapshots_are_not_confused(shapes_zip: Path, tmp_path: Pat
 def test_states_and_snapshots_are_not_confused(tmp_path: Path) -> None:
     state = tmp_path / "training-state-000001.pt"
     write_file(state, Checkpoint.FORMAT, Checkpoint.VERSION, {"parts": {}})
-    with pytest.raises(UserError, match=r"a training-state file.*--resume takes it; snapshots .* network-snapshot-"):
+    with pytest.raises(
+        UserError, match=r"a training-state file.*pass it to --resume; the snapshots .* network-snapshot-"
+    ):
         legacy.load_network(state)
-    with pytest.raises(UserError, match=r"a network-snapshot file.*--network takes it, and --resume for transfer"):
+    with pytest.raises(UserError, match=r"a network-snapshot file.*pass it to --network, or to --resume for transfer"):
         Checkpoint.read(SHAPES)
 
 

@@ -1,4 +1,4 @@
-"""Writing files while training goes on."""
+"""Background thread that writes files while training continues."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dnnlib.config import WriteError
 
 
 class BackgroundWriter:
-    """Runs one job at a time in a thread of its own; a job writes files.
+    """Worker thread for jobs that write files.
 
-    At most one is in flight, so that there is never more than one copy of a training state in memory.
+    At most one job is in flight, so memory holds at most one copy of the training state.
     """
 
     def __init__(self) -> None:
@@ -20,14 +20,14 @@ class BackgroundWriter:
         self.failed: list[WriteError] = []
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Wait for the job in flight, then start this one. What the former ran into is kept for `collect`."""
+        """Wait for the job in flight, then start a new one. `collect` returns the write errors of the former."""
         self.wait()
         self.job = self.thread.submit(job)
 
     def collect(self) -> list[WriteError]:
-        """Return the files that could not be written since the last call, without waiting.
+        """Return the write errors since the last call, without waiting.
 
-        Any other error of a job is a mistake of ours: it is raised.
+        Any other exception of a job is a bug and is raised here.
         """
         if self.job and self.job.done():
             self.wait()
@@ -35,12 +35,12 @@ class BackgroundWriter:
         return failed
 
     def join(self) -> list[WriteError]:
-        """`collect`, after the job in flight is done."""
+        """Wait for the job in flight, then `collect`."""
         self.wait()
         return self.collect()
 
     def wait(self) -> None:
-        """Wait for the job in flight; what it ran into is kept for `collect`."""
+        """Wait for the job in flight; `collect` returns its write error, if any."""
         job, self.job = self.job, None
         if job:
             try:

@@ -1,12 +1,12 @@
-"""Files of tensors and plain values: written atomically, checked by content, read without running code.
+"""Checkpoint files of tensors and plain values: written atomically, checksummed, read without running code.
 
-A file is what `torch.save` makes of
+A file is written by `torch.save` from
 
     {"format": "training-state", "version": 1, "written_by": "0.1.0", "sha256": "...", "payload": {...}}
 
-so `torch.load(path, weights_only=True)` reads it anywhere; here `read_torch_file` does, at a cost in proportion to the
-file's size. The checksum covers the payload's content (keys, types, numbers, the bytes of every tensor), because a
-flipped bit inside a tensor would otherwise load without an error.
+and can be read anywhere by `torch.load(path, weights_only=True)`. This project reads it with `read_torch_file`, at a
+cost proportional to the file size. The checksum covers the content of the payload (keys, types, numbers and the bytes
+of every tensor), because a flipped bit inside a tensor would otherwise load without an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Stateful(Protocol):
-    """What a part of a checkpoint can do; modules and optimizers can."""
+    """Interface of a part of a checkpoint, e.g. a module or an optimizer."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -40,7 +40,7 @@ class Stateful(Protocol):
 
 
 def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
-    """From version 2 on the optimizers are fused ones, which can leave a step out."""
+    """Migrate to version 2: optimizers are fused, so that they can skip a step."""
     for part in payload["parts"].values():
         for group in part.get("param_groups", ()):
             group["fused"] = True
@@ -48,28 +48,28 @@ def _fuse_optimizers(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
-    """From version 3 on a state holds what a tick has gathered so far, should it be saved within one."""
+    """Migrate to version 3: a state saved within a tick holds the statistics collected since the tick began."""
     payload["parts"] |= {"stats": {}, "failures": {}}
     return payload
 
 
 class Checkpoint:
-    """Everything that changes during training, as named parts that are saved and restored together."""
+    """The mutable state of a training run, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
     VERSION = 3
-    # version -> function from its payload to that of the next
+    # version -> function that upgrades a payload to the next version
     MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts
 
     def save(self, path: Path, **extra: Any) -> None:
-        """Write all parts, and `extra` plain values beside them."""
+        """Write all parts, and the plain values `extra`."""
         self.write(path, self.capture(**extra))
 
     def capture(self, **extra: Any) -> dict[str, Any]:
-        """Return a copy of all parts as they are now, to be written while they change."""
+        """Return a copy of the current state of all parts, which can be written while training continues."""
         parts: dict[str, Any] = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()})
         return {"parts": parts, **extra}
 
@@ -79,18 +79,18 @@ class Checkpoint:
         write_file(path, cls.FORMAT, cls.VERSION, payload)
 
     def fingerprints(self) -> dict[str, int]:
-        """Return a number per part that is equal where all its bits are: the sums of its tensors' bit patterns."""
+        """Return an integer hash per part, the sum of the bit patterns of its tensors; equal for identical parts."""
         return {name: _sum_of_bits(part.state_dict()) for name, part in self.parts.items()}
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restore all parts from a file and return its payload. Raises UserError naming the file if it is unfit.
+        """Restore all parts from a file and return its payload. Raises UserError, with the path, on any mismatch.
 
-        Nothing has changed then when the parts or the tensors of a network do not fit.
+        The names of the parts and the shapes of the network tensors are checked before any part is modified.
         """
         payload = self.read(path)
         saved = payload.get("parts")
         if not isinstance(saved, dict) or not all(isinstance(state, dict) for state in saved.values()):
-            raise UserError(f"{path}: holds no parts of a training; use another copy")
+            raise UserError(f"{path}: holds no parts of a training state; use another copy")
         if saved.keys() != self.parts.keys():
             raise UserError(f"{path}: holds the parts {sorted(map(str, saved))}, expected {sorted(self.parts)}")
         for name, part in self.parts.items():
@@ -101,7 +101,7 @@ class Checkpoint:
                 part.load_state_dict(saved[name])
                 if isinstance(part, torch.optim.Optimizer):
                     _match_layouts(part)
-            except _MISFITS as error:  # an optimizer's, for other parameters, is a ValueError
+            except _LOAD_ERRORS as error:  # an optimizer raises ValueError for other parameters
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
         return payload
@@ -112,22 +112,22 @@ class Checkpoint:
         return read_file(path, cls.FORMAT, cls.VERSION, cls.MIGRATIONS)
 
 
-# Formats of this project's files -> which options take them.
+# Format of a file of this project -> the options that accept it.
 REMEDIES = {
-    "training-state": "--resume takes it; snapshots of the run are network-snapshot-*.pkl beside it",
-    "network-snapshot": "--network takes it, and --resume for transfer learning",
+    "training-state": "pass it to --resume; the snapshots of the run are network-snapshot-*.pkl in the same folder",
+    "network-snapshot": "pass it to --network, or to --resume for transfer learning",
 }
-# First bytes of files that are taken for ours -> what they are.
-OTHERS = {
-    b"\x1f\x8b": "packed with gzip; unpack it with gunzip",
+# Signature -> description of files that users mistake for files of this project.
+SIGNATURES = {
+    b"\x1f\x8b": "compressed with gzip; decompress it with gunzip",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
-    b"\x93NUMPY": "an array of NumPy",
+    b"\x93NUMPY": "a NumPy array",
 }
 
-# What reading values of a wrong kind out of a file ends in.
-_MISFITS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
+# Errors of load_state_dict for values of a wrong type or shape.
+_LOAD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -140,10 +140,10 @@ def _sum_of_bits(value: Any) -> int:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out what an optimizer remembers of each parameter as that is in memory, not as it was where it was saved.
+    """Give the optimizer state of each parameter the memory layout of the parameter, which may differ from the file's.
 
-    Fused optimizers go through both in the order of storage: on a CPU without a check, on a GPU they refuse. Raises
-    ValueError for another shape.
+    Fused optimizers iterate over both in storage order: the CPU kernel does not check the layouts, the GPU kernel
+    raises. Raises ValueError for a state of another shape.
     """
     for parameter, memory in optimizer.state.items():
         for name, x in memory.items():
@@ -158,9 +158,9 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 
 def write_file(path: Path, file_format: str, version: int, payload: dict[str, Any]) -> None:
-    """Write a checksummed file in one step: a crash or a full disk leaves the old file, or none, never a part.
+    """Write a checksummed file atomically: a crash or a full disk leaves the old file or none, never a partial one.
 
-    Raises WriteError when the folder cannot be written or the disk is full.
+    Raises WriteError if the folder is not writable or the disk is full.
     """
     payload = copy_to_cpu(payload, always=False)
     document = {
@@ -182,24 +182,24 @@ def write_file(path: Path, file_format: str, version: int, payload: dict[str, An
 
 
 def read_file(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
-    """Return the payload of a file on the CPU, upgraded to `version`. Raises UserError naming the file otherwise."""
+    """Return the payload of a file on the CPU, upgraded to `version`. Raises UserError, with the path."""
     payload: dict[str, Any] = read_document(path, file_format, version, migrations)["payload"]
     return payload
 
 
 def read_document(path: Path, file_format: str, version: int, migrations: Mapping[int, Migration]) -> dict[str, Any]:
-    """Return the payload and, as they were written, format, version, project version and checksum of the file."""
+    """Return the upgraded payload with the format, version, project version and checksum stored in the file."""
     try:
         document = _read_document(path)
     except UserError:
-        _refuse_others(path)
+        _reject_other_formats(path)
         raise
     kinds = {"format": str, "version": int, "sha256": str, "payload": dict, "written_by": str}
     if not isinstance(document, dict) or not all(type(document.get(key)) is kind for key, kind in kinds.items()):
-        _refuse_others(path)
+        _reject_other_formats(path)
         raise UserError(f"{path}: not a file of this project")
     if document["format"] != file_format:
-        remedy = REMEDIES.get(document["format"], "give another file")
+        remedy = REMEDIES.get(document["format"], "specify another file")
         raise UserError(f"{path}: this is a {document['format']} file, expected a {file_format} file: {remedy}")
     check_version(path, document, version)
     payload: dict[str, Any] = document["payload"]
@@ -208,14 +208,14 @@ def read_document(path: Path, file_format: str, version: int, migrations: Mappin
             raise UserError(f"{path}: damaged (its content does not match its checksum); use another copy")
         for old in range(document["version"], version):
             payload = migrations[old](payload)
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:  # too deep is a RuntimeError
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: does not hold what a {file_format} file holds ({reason}); use another copy") from None
+        raise UserError(f"{path}: not a valid {file_format} file ({reason}); use another copy") from None
     return {**document, "payload": payload}
 
 
 def check_version(path: Path, document: Mapping[str, Any], newest: int) -> None:
-    """Raise UserError, naming the file, for a format version that is newer than `newest`, or none at all."""
+    """Raise UserError, with the path, for a format version that is newer than `newest` or below 1."""
     version = document["version"]
     if version > newest:
         raise UserError(
@@ -223,19 +223,19 @@ def check_version(path: Path, document: Mapping[str, Any], newest: int) -> None:
             f"this is {dnnlib.__version__}; update to read it"
         )
     if version < 1:
-        raise UserError(f"{path}: format version {version}, where the first is 1; use another copy")
+        raise UserError(f"{path}: format version {version}, but the first is 1; use another copy")
 
 
-def _refuse_others(path: Path) -> None:
-    """Raise UserError for files of other programs that can be told by their content."""
+def _reject_other_formats(path: Path) -> None:
+    """Raise UserError for a file of another program that is recognised by its content."""
     if not path.is_file():
         return
     if what := _describe_zip(path):
         raise UserError(f"{path}: not a file of this project: {what}")
     if what := describe_torch_file(path):
         raise UserError(
-            f"{path}: {what}, which is not of this family: what opens here are this project's files, and the .pkl "
-            "files of StyleGAN2-ADA-PyTorch, Styleformer, and StyleGAN3 where it trained StyleGAN2"
+            f"{path}: {what}, which is not supported: use a file of this project, or a .pkl file of "
+            "StyleGAN2-ADA-PyTorch, of Styleformer, or of StyleGAN3 with a StyleGAN2 network"
         )
 
 
@@ -250,12 +250,12 @@ def _read_document(path: Path) -> Any:
         raise UserError(f"{path}: {error}; use another copy") from None
     except MemoryError:
         raise
-    except Exception as error:  # zipfile raises BadZipFile, KeyError, EOFError, RuntimeError, ... on damaged files
+    except Exception as error:  # zipfile raises BadZipFile, KeyError, EOFError, RuntimeError, ... for damaged files
         raise UserError(f"{path}: damaged or incomplete ({describe_error(error)}); use another copy") from None
 
 
 def _check_kind(path: Path) -> None:
-    """Raise UserError, saying what it is, for what is no zip file as `torch.save` writes them."""
+    """Raise UserError, with a description, for a file that is not a zip file written by `torch.save`."""
     try:
         with open_regular(path) as file:
             start = file.read(64)
@@ -266,32 +266,32 @@ def _check_kind(path: Path) -> None:
 
 
 def _describe_start(path: Path, start: bytes) -> str | None:
-    """Return what a file is that begins so, None for what torch.save may have written."""
+    """Describe a file by its first bytes; return None if torch.save may have written it."""
     if start.startswith(b"PK"):
         return None
     if not start:
         return "empty"
     if is_pickle(path):
-        return "a pickle, which could run code when it is opened, so it is not"
-    return next((what for first, what in OTHERS.items() if start.startswith(first)), "another kind")
+        return "a pickle, not opened because unpickling could run code"
+    return next((what for first, what in SIGNATURES.items() if start.startswith(first)), "unknown format")
 
 
 def _describe_zip(path: Path) -> str | None:
-    """Return what a file of zip is, None for one of torch.save, a damaged one and other files."""
+    """Describe a zip file of another program; return None for torch.save files, damaged files and other formats."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except Exception:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ...
         return None
     if names and all(name.endswith(".npy") for name in names):
-        return "arrays of NumPy, such as --projected-w and --direction take"
+        return "NumPy arrays, as accepted by --projected-w and --direction"
     if any(name == "dataset.json" or name.lower().endswith(IMAGE_SUFFIXES) for name in names):
-        return "a data set, which --data takes"
+        return "a dataset, as accepted by --data"
     return None
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 over nested dicts, lists, tuples, plain values and tensors: types, order and every byte."""
+    """Return the sha256 of nested dicts, lists, tuples, plain values and tensors: types, order and all bytes."""
     sha = hashlib.sha256()
     _feed(sha, value)
     return sha.hexdigest()

@@ -1,10 +1,10 @@
-"""Build the CUDA kernels of `torch_utils/ops` once, load them, and say in one line why not when that fails.
+"""Build and load the CUDA kernels of `torch_utils/ops`; report a failure in one line.
 
     python -m torch_utils.custom_ops
 
-The sources know nothing of torch: they become a plain shared library, called through ctypes with pointers. It is
-compiled in a folder that belongs to one process alone and then moved into place, so that there is no lock that a killed
-build could leave behind; its name holds a hash of all that it depends on.
+The sources do not depend on torch. They are compiled to a plain shared library that is called through ctypes with raw
+pointers. Each process compiles in its own folder and moves the library into place, so a killed build cannot leave a
+stale lock. The file name contains a hash of the sources, flags, architectures and torch version.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 class Kernels:
-    """The functions of a built library. They return a CUDA error, which `call` turns into an exception."""
+    """Functions of the compiled library. They return a CUDA error code, which `call` converts to an exception."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -65,7 +65,7 @@ class Kernels:
             self.functions[name] = function
 
     def call(self, name: str, x: Tensor, *args: Any) -> None:
-        """Call the function `name` with `args` and the present stream of x's device (none on a CPU)."""
+        """Call the function `name` with `args` and the current stream of x's device (null on a CPU)."""
         if x.is_cuda:
             with torch.cuda.device(x.device):
                 error = self.functions[name](*args, torch.cuda.current_stream().cuda_stream)
@@ -75,13 +75,13 @@ class Kernels:
             raise RuntimeError(f"{name} on {list(x.shape)} {x.dtype}: CUDA error {error}, {self.error_text(error)}")
 
     def error_text(self, error: int) -> str:
-        """Return CUDA's words for an error."""
+        """Return CUDA's message for an error code."""
         return self.library.error_text(error).decode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """A finished library: where, for which architectures, and the seconds that compiling took (0: it was there)."""
+    """A compiled library: path, architectures, and compile time in seconds (0 if it already existed)."""
 
     path: Path
     architectures: str
@@ -90,19 +90,19 @@ class Build:
 
 @dataclass(kw_only=True)
 class _State:
-    """What this process knows: nothing yet, the kernels, or why there are none."""
+    """Load state of this process: both None before the first attempt, then the kernels or the reason of failure."""
 
     kernels: Kernels | None = None
     reason: str | None = None
 
 
 _state = _State()
-_auto: Impl = "auto"  # what impl="auto" stands for
+_auto: Impl = "auto"  # implementation used for impl="auto"
 
 
 @contextlib.contextmanager
 def implementation(impl: Impl) -> Iterator[None]:
-    """Within it, impl="auto" means `impl`: measurements and tests compare the implementations that way."""
+    """Context manager in which impl="auto" means `impl`; benchmarks and tests compare the implementations with it."""
     global _auto
     _check_name(impl)
     before, _auto = _auto, impl
@@ -113,9 +113,10 @@ def implementation(impl: Impl) -> Iterator[None]:
 
 
 def use_kernels(impl: Impl, x: Tensor) -> bool:
-    """Whether an operator on x runs the CUDA kernels. Raises ValueError or RuntimeError if "cuda" cannot be had.
+    """Return whether an operator on `x` uses the CUDA kernels.
 
-    "auto" takes them for CUDA tensors of a type that they know, where they can be built.
+    "auto" selects them for CUDA tensors of a supported dtype if they can be built. If `impl` is "cuda", raises
+    ValueError for an unsupported tensor and RuntimeError if the kernels are unavailable.
     """
     if impl == "auto":
         impl = _auto
@@ -126,7 +127,7 @@ def use_kernels(impl: Impl, x: Tensor) -> bool:
         return False
     if not x.is_cuda or x.dtype not in DTYPES:
         raise ValueError(
-            f"impl='cuda' on {x.dtype} on {x.device}: the kernels take floating point on CUDA devices; use impl='auto'"
+            f"impl='cuda' on {x.dtype} on {x.device}: the kernels support floating-point CUDA tensors; use impl='auto'"
         )
     reason = why_not()
     if reason is not None:
@@ -140,13 +141,13 @@ def _check_name(impl: str) -> None:
 
 
 def load() -> Kernels | None:
-    """Return the kernels, built on the first call, or None; then it has said once on stderr why."""
+    """Return the kernels, built on the first call; None if that fails, with the reason printed once to stderr."""
     why_not()
     return _state.kernels
 
 
 def why_not() -> str | None:
-    """Return None if the kernels are loaded or can be loaded now, else why not. The first time, say so on stderr."""
+    """Return None if the kernels are available, else the reason. The first call loads them and prints the reason."""
     if _state.kernels is None and _state.reason is None:
         _load_quietly()
         if _state.reason is not None:
@@ -154,13 +155,13 @@ def why_not() -> str | None:
     return _state.reason
 
 
-# What torch.compiler.assume_constant_result does: compiled functions call it once and keep the answer. The decorator
-# itself would import the compiler, which takes longer than the rest of this project.
+# Equivalent to torch.compiler.assume_constant_result: compiled functions call it once and treat the result as constant.
+# The decorator itself would import the compiler, which takes longer than importing the rest of this project.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_quietly() -> str | None:
-    """Build and load the kernels; keep them or the reason, which is returned. Never raises, never prints."""
+    """Build and load the kernels; store them, or store and return the reason of failure. Never raises or prints."""
     try:
         kernels = Kernels(build().path)
         error = kernels.library.probe()
@@ -170,16 +171,16 @@ def _load_quietly() -> str | None:
                 "unset TORCH_CUDA_ARCH_LIST, or add this device's architecture"
             )
         _state.kernels, _state.reason = kernels, None
-    except Exception as error:  # whatever it is, the reference goes on
+    except Exception as error:  # on any failure, fall back to the reference
         _state.reason = " ".join(str(error).split()) or type(error).__name__
     return _state.reason
 
 
 def prepare(device: torch.device) -> str:
-    """Build and load the kernels in every process of a run that begins; return a line for the log.
+    """Build and load the kernels in every process at the start of a run; return a line for the log.
 
-    Local rank 0 of each machine builds while the others wait. If it failed anywhere all processes use the reference, so
-    that they never compute differently. Every process must call it; none raises, so none waits for ever.
+    Local rank 0 of each machine builds while the other ranks wait. If any process fails, all use the reference, so that
+    all ranks compute the same. A collective call that never raises, so no rank can deadlock.
     """
     if device.type != "cuda":
         return "CUDA operators: not used on the CPU"
@@ -190,7 +191,7 @@ def _prepare_together(device: torch.device) -> str:
     failures = 0.0
     for turn in (True, False):
         is_mine = (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn
-        if is_mine and not failures and _state.kernels is None:  # what failed once needs no further tries
+        if is_mine and not failures and _state.kernels is None:  # do not retry after a failure
             _load_quietly()
         failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
     if not failures:
@@ -201,33 +202,34 @@ def _prepare_together(device: torch.device) -> str:
 
 
 def extensions_folder() -> Path:
-    """Return the folder that keeps the built libraries: TORCH_EXTENSIONS_DIR, or torch's default.
+    """Return the folder for the compiled libraries, in TORCH_EXTENSIONS_DIR or torch's default build root.
 
-    Raises UserError where this user has no home.
+    Raises UserError if the user has no home folder.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         root = _builder().get_default_build_root()
-        if "~" in Path(root).parts:  # torch's, without a home
+        if "~" in Path(root).parts:  # torch could not expand it
             home_folder("TORCH_EXTENSIONS_DIR")
     return Path(root) / "styleformer"
 
 
 def architectures() -> str:
-    """Return TORCH_CUDA_ARCH_LIST, or the compute capabilities of the GPUs here. Raises UserError without both."""
+    """Return TORCH_CUDA_ARCH_LIST, or the compute capabilities of the visible GPUs. Raises UserError without either."""
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if chosen:
         return ";".join(chosen.replace(";", " ").split())
     if not torch.cuda.is_available():
         raise UserError(
-            "torch sees no CUDA device here to build for; name one by TORCH_CUDA_ARCH_LIST=9.0 or --arch=9.0"
+            "torch sees no CUDA device to build for; specify the architecture, e.g. TORCH_CUDA_ARCH_LIST=9.0 or "
+            "--arch=9.0"
         )
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def library_path(archs: str) -> Path:
-    """Return where the library for these sources, this torch and these architectures belongs."""
+    """Return the path of the library for the current sources, torch version, flags and architectures."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (torch.__version__, str(torch.version.cuda), archs, *NVCC_FLAGS):
         digest.update(part.encode() + b"\0")
@@ -237,7 +239,7 @@ def library_path(archs: str) -> Path:
 
 
 def build(archs: str | None = None, *, force: bool = False) -> Build:
-    """Compile the kernels unless they are there (or `force`). Raises UserError, in one line, if it cannot be done."""
+    """Compile the kernels if they do not exist, or always with `force`. Raises UserError with a one-line message."""
     archs = archs or architectures()
     path = library_path(archs)
     if path.is_file() and not force:
@@ -253,16 +255,16 @@ def build(archs: str | None = None, *, force: bool = False) -> Build:
                 os.replace(_compile(Path(folder), path.stem, archs), path)
         except OSError as error:
             raise UserError(
-                f"cannot write {path.parent}: {error}; set TORCH_EXTENSIONS_DIR to a folder of yours"
+                f"cannot write {path.parent}: {error}; set TORCH_EXTENSIONS_DIR to a writable folder"
             ) from error
     return Build(path=path, architectures=archs, seconds=time.perf_counter() - start)
 
 
 def check_toolkit() -> str:
-    """Return the toolkit's version if it can compile for this torch, else raise UserError."""
+    """Return the version of the CUDA toolkit. Raises UserError if it cannot compile for this torch."""
     wanted = torch.version.cuda
     if wanted is None:
-        raise UserError("this torch was built without CUDA; install one that has it")
+        raise UserError("this torch was built without CUDA; install a CUDA build")
     major = wanted.split(".")[0]
     nvcc = find_nvcc()
     if nvcc is None:
@@ -270,7 +272,7 @@ def check_toolkit() -> str:
     version = toolkit_version(nvcc)
     if version.split(".")[0] != major:
         raise UserError(
-            f"{nvcc} is of CUDA {version}, torch {torch.__version__} of CUDA {wanted}: the major versions must agree; "
+            f"{nvcc} has CUDA {version}, torch {torch.__version__} has CUDA {wanted}: the major versions must agree; "
             f"set CUDA_HOME to a CUDA {major} toolkit"
         )
     if shutil.which("ninja") is None:
@@ -281,7 +283,7 @@ def check_toolkit() -> str:
 
 
 def find_nvcc() -> str | None:
-    """Return the nvcc that torch's build would take."""
+    """Return the path of the nvcc that torch's extension builder uses; None if there is none."""
     cpp_extension = _builder()
     if cpp_extension.CUDA_HOME is None:
         return None
@@ -290,21 +292,21 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_version(nvcc: str) -> str:
-    """Return the CUDA version of an nvcc, such as 13.0. Raises UserError if it does not say it."""
+    """Return the CUDA version of an nvcc, such as 13.0. Raises UserError if its output has none."""
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
     match = re.search(r"release (\d+\.\d+)", output)
     if match is None:
-        raise UserError(f"{nvcc} --version does not say which release it is; set CUDA_HOME to a CUDA toolkit")
+        raise UserError(f"{nvcc} --version does not print its release; set CUDA_HOME to a CUDA toolkit")
     return match[1]
 
 
 def host_compiler() -> str:
-    """Return the C++ compiler that torch's build would take."""
+    """Return the C++ compiler that torch's extension builder uses."""
     return os.environ.get("CXX", "c++")
 
 
 def _builder() -> Any:
-    """Import torch's builder without its warning that there is no GPU."""
+    """Import torch's extension builder without its warning about a missing GPU."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
@@ -313,7 +315,7 @@ def _builder() -> Any:
 
 @contextlib.contextmanager
 def _on_path() -> Iterator[None]:
-    """Let programs be found that pip installed beside this Python, such as ninja, in an environment not activated."""
+    """Append this Python's bin folder to PATH, where pip installs e.g. ninja; needed if the environment is inactive."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
     try:
@@ -323,7 +325,7 @@ def _on_path() -> Iterator[None]:
 
 
 def _compile(folder: Path, name: str, archs: str) -> Path:
-    """Run torch's builder in `folder` and return the library. Raises UserError with the compiler's first complaint."""
+    """Run torch's builder in `folder` and return the library. Raises UserError with the compiler's first error."""
     runtime = _loaded_runtime()
     if runtime is not None:
         (folder / "libcudart.so").symlink_to(runtime)
@@ -341,8 +343,8 @@ def _compile(folder: Path, name: str, archs: str) -> Path:
                 is_python_module=False,
             )
     except Exception as error:
-        first = _first_complaint(str(error))
-        raise UserError(f"compiling failed: {first}; python -m torch_utils.custom_ops prints all of it") from error
+        first = _first_error(str(error))
+        raise UserError(f"compiling failed: {first}; python -m torch_utils.custom_ops prints the full log") from error
     finally:
         if before is None:
             del os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -352,28 +354,28 @@ def _compile(folder: Path, name: str, archs: str) -> Path:
 
 
 def _loaded_runtime() -> str | None:
-    """Return the libcudart that torch has loaded: linked with it, the kernels share torch's streams for certain."""
+    """Return the libcudart that torch has loaded. Linked with it, the kernels share torch's streams."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:  # not Linux: the toolkit's own
+    except OSError:  # not Linux: link with the toolkit's libcudart
         return None
     return next((line.split(maxsplit=5)[5] for line in lines if "/libcudart.so" in line), None)
 
 
-def _first_complaint(output: str) -> str:
-    """Return the line in which a compiler, or ninja, says what is wrong first."""
+def _first_error(output: str) -> str:
+    """Return the first error line of the output of a compiler or of ninja."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    complaints = [
+    errors = [
         line for line in lines if re.search(r"\b(error|fatal|cannot find)\b", line) and "Error building" not in line
     ]
-    return (complaints or lines or ["no output"])[0]
+    return (errors or lines or ["no output"])[0]
 
 
 @click.command(cls=Program)
-@click.option("--arch", help="compute capabilities to build for, such as 9.0 or 8.0;9.0 [default: the GPUs here]")
-@click.option("--force", is_flag=True, help="compile even if the kernels are there")
+@click.option("--arch", help="compute capabilities to build for, such as 9.0 or 8.0;9.0 [default: the visible GPUs]")
+@click.option("--force", is_flag=True, help="recompile existing kernels")
 def main(arch: str | None, force: bool) -> None:
-    """Build the CUDA operators and report toolkit, compilers, architectures and result."""
+    """Build the CUDA operators; report the toolkit, compilers, architectures and result."""
     _report("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     nvcc = find_nvcc()
     _report("toolkit", f"{nvcc}, CUDA {toolkit_version(nvcc)}" if nvcc else "nvcc not found")
@@ -391,15 +393,15 @@ def main(arch: str | None, force: bool) -> None:
         _report("result", f"failed: {error}")
         sys.exit(1)
     _report("library", built.path.name)
-    _report("seconds", f"{built.seconds:.1f}" if built.seconds else "0, it was there")
+    _report("seconds", f"{built.seconds:.1f}" if built.seconds else "0, already built")
     if not torch.cuda.is_available():
-        _report("result", "built, and loads here; there is no GPU to run it")
+        _report("result", "built and loaded; no GPU to run it on")
         return
-    refusal = kernels.library.probe()
-    if refusal:
-        _report("result", f"failed: {torch.cuda.get_device_name()} does not run it: {kernels.error_text(refusal)}")
+    error_code = kernels.library.probe()
+    if error_code:
+        _report("result", f"failed: {torch.cuda.get_device_name()} cannot run it: {kernels.error_text(error_code)}")
         sys.exit(1)
-    _report("result", f"built, and has code for {torch.cuda.get_device_name()}")
+    _report("result", f"built for {torch.cuda.get_device_name()}")
 
 
 def _report(name: str, text: str) -> None:

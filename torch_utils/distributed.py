@@ -1,10 +1,10 @@
-"""Several processes as one: launch, rank, averages. Everything is a no-op on one process.
+"""Multi-process execution: launch, ranks, collectives. Every function is a no-op in a single process.
 
-Workers read the environment variables of torchrun, so that `--gpus=N` (which starts torch's own elastic launcher on
-this machine) and `torchrun --nnodes=... train.py` (which has started it already) take the same path.
+Workers read the environment variables of torchrun. `--gpus=N`, which starts torch's elastic launcher on this machine,
+and `torchrun --nnodes=... train.py` therefore share one code path.
 
-Processes trust each other: who reaches their sockets or their store can run code in them. So those that `--gpus=N`
-starts meet in a file that this user alone can open, and talk over the loopback interface.
+Processes trust each other: a client that reaches their sockets or their store can run code in them. Workers started by
+`--gpus=N` therefore rendezvous through a file that only this user can open, and communicate over loopback.
 """
 
 from __future__ import annotations
@@ -37,67 +37,67 @@ from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0  # seconds
-MAX_ON_A_CPU = 16  # processes, however few cores there are
-MAX_PROCESSES = 10**6  # on all machines
+MAX_ON_A_CPU = 16  # processes on a CPU with fewer cores
+MAX_PROCESSES = 10**6  # world size
 
 
 def rank() -> int:
-    """Return this process's number among all processes, 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints."""
+    """Return whether this process has rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def launched_world_size() -> int | None:
     """Return the number of processes that torchrun started, None outside torchrun.
 
-    Raises UserError for environment variables that no launcher sets so.
+    Raises UserError for missing or inconsistent environment variables of the launcher.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    world_size = _launched("WORLD_SIZE", 1, MAX_PROCESSES)
-    _launched("RANK", 0, world_size - 1)
-    _launched("LOCAL_RANK", 0, _launched("LOCAL_WORLD_SIZE", 1, world_size) - 1)
-    _launched("MASTER_PORT", 1, 65535)
+    world_size = _launcher_variable("WORLD_SIZE", 1, MAX_PROCESSES)
+    _launcher_variable("RANK", 0, world_size - 1)
+    _launcher_variable("LOCAL_RANK", 0, _launcher_variable("LOCAL_WORLD_SIZE", 1, world_size) - 1)
+    _launcher_variable("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR"):
-        raise UserError("MASTER_ADDR is missing from the environment, the name of the first machine; torchrun sets it")
+        raise UserError("MASTER_ADDR is missing from the environment (host name of rank 0); torchrun sets it")
     return world_size
 
 
 def launched_rank() -> int:
-    """Return this process's number as torchrun gave it, before there is a group; 0 outside torchrun."""
-    return 0 if launched_world_size() is None else _launched("RANK", 0, MAX_PROCESSES)
+    """Return the rank that torchrun assigned, available before the process group exists; 0 outside torchrun."""
+    return 0 if launched_world_size() is None else _launcher_variable("RANK", 0, MAX_PROCESSES)
 
 
-def _launched(name: str, low: int, high: int) -> int:
-    """Return a number in the environment that a launcher sets. Raises UserError for one that is none or not there."""
+def _launcher_variable(name: str, low: int, high: int) -> int:
+    """Return an integer environment variable of the launcher. Raises UserError if it is missing or out of range."""
     text = os.environ.get(name)
     if text is None:
         raise UserError(
-            f"{name} is missing from the environment, a whole number from {low} to {high}; torchrun sets it"
+            f"{name} is missing from the environment (a whole number from {low} to {high}); torchrun sets it"
         )
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(
-            f"{name}={text[:40]}: in the environment, must be a whole number from {low} to {high}; torchrun sets it, "
-            "without which it is to be unset"
+            f"{name}={text[:40]}: this environment variable must be a whole number from {low} to {high}; torchrun sets "
+            "it, unset it when running without torchrun"
         )
     return int(text)
 
 
 def choose_device(requested: str | None = None) -> torch.device:
-    """Return the requested device, or this process's GPU, or the CPU. Raises UserError for one that is not there.
+    """Return the requested device; by default this process's GPU, else the CPU. Raises UserError if it is unavailable.
 
-    Does not touch it: a process that only launches others would hold memory of a GPU.
+    Does not initialize the device, because a process that only launches workers would then occupy GPU memory.
     """
-    local_rank = _launched("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
+    local_rank = _launcher_variable("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if requested is None:
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -116,14 +116,14 @@ def choose_device(requested: str | None = None) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device has matrix units for bfloat16: NVIDIA GPUs from compute capability 8.0 on, and those of AMD."""
+    """Return whether a device has bfloat16 matrix units: NVIDIA from compute capability 8.0 on, and AMD GPUs."""
     if device.type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def use_device(requested: str | None = None) -> torch.device:
-    """Return what `choose_device` does, made the one that "cuda" means in this process."""
+    """Return the device of `choose_device`, and make it the current CUDA device of this process."""
     device = choose_device(requested)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -131,7 +131,7 @@ def use_device(requested: str | None = None) -> torch.device:
 
 
 def check_processes(count: int, requested: str | None, device: torch.device) -> None:
-    """Raise UserError when `count` processes on this machine cannot have a device each, or are too many for a CPU."""
+    """Raise UserError if this machine has fewer GPUs than `count` processes, or `count` is too large for a CPU."""
     if device.type != "cuda":
         most = max(MAX_ON_A_CPU, os.cpu_count() or 1)
         if launched_world_size() is None and count > most:
@@ -141,7 +141,7 @@ def check_processes(count: int, requested: str | None, device: torch.device) -> 
         raise UserError(f"--device={requested}: {count} processes need a GPU each; use --device=cuda")
     flag = "--gpus"
     if launched_world_size() is not None:
-        flag, count = "torchrun --nproc-per-node", _launched("LOCAL_WORLD_SIZE", 1, MAX_PROCESSES)
+        flag, count = "torchrun --nproc-per-node", _launcher_variable("LOCAL_WORLD_SIZE", 1, MAX_PROCESSES)
     if count > torch.cuda.device_count():
         raise UserError(f"{flag}={count}: this machine has {torch.cuda.device_count()} CUDA devices")
 
@@ -153,11 +153,11 @@ def launch(
     device_type: str = "cpu",
     timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
-    """Call `function(*args)` in `num_processes` processes that form one group and return when all are done.
+    """Call `function(*args)` in `num_processes` processes that form one process group; return when all have finished.
 
-    One process is this one. Under torchrun this process is one of them already. `function` and `args` must be
-    picklable. Raises SystemExit with a worker's exit code when a worker fails, after it was printed why. A process that
-    keeps the others waiting for `timeout` seconds is named and ends all.
+    A single process runs in place. Under torchrun this process is already a worker. `function` and `args` must be
+    picklable. Raises SystemExit with the exit code of a failed worker, which has printed its error. If a process keeps
+    the others waiting for `timeout` seconds, an error names its rank and all processes exit.
     """
     if launched_world_size() is not None:
         _work(function, args, device_type, timeout, None)
@@ -177,11 +177,11 @@ def _launch_local(
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # workers print their errors themselves
-    # Workers note SIGTERM and go on to the end of a step, which never comes when one of them has failed.
+    # Workers handle SIGTERM at the end of a step, which they never reach if another worker has failed.
     if not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "").isdigit():
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"
-    # The folder has mode 0700: what the processes meet in is for this user alone.
-    with tempfile.TemporaryDirectory() as folder, _loopback(), _signals_passed_on():
+    # The folder has mode 0700, so only this user can open the rendezvous file.
+    with tempfile.TemporaryDirectory() as folder, _loopback(), _forward_signals():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -195,14 +195,14 @@ def _launch_local(
             monitor_interval=0.2,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGQUIT",  # of the others, elastic would give workers 30 s to live
+            signals_to_handle="SIGQUIT",  # for any other signal, elastic would kill the workers after 30 s
         )
         try:
             elastic_launch(config, _work)(function, args, device_type, timeout, os.path.join(folder, "store"))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
-                cause = f"signal {-failure.exitcode} (9: by hand, or the machine ran out of memory)"
+                cause = f"signal {-failure.exitcode} (9: killed manually, or out of host memory)"
                 print(f"Error: process {rank} was killed by {cause}", file=sys.stderr)
             raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
         except SignalException as error:
@@ -211,10 +211,10 @@ def _launch_local(
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """While active, processes that are started open no socket to other machines, unless the user names an interface."""
+    """While active, processes started here communicate over loopback, unless the user has set an interface."""
     interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     values = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    values["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a server of the launcher, for workers to meet at
+    values["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # do not start the launcher's TCP store
     added = {name: value for name, value in values.items() if value and name not in os.environ}
     os.environ.update(added)
     try:
@@ -225,24 +225,24 @@ def _loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """While active, pass signals on to the workers and wait for what they do; a second SIGINT ends all at once.
+def _forward_signals() -> Iterator[None]:
+    """While active, forward signals to the workers and keep waiting for them; a second SIGINT kills all workers.
 
-    SIGINT goes on as SIGTERM, because a terminal has sent it to the workers already.
+    SIGINT is forwarded as SIGTERM, because the terminal has already sent SIGINT to the workers.
     """
     interrupts = 0
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
         at_once = interrupts > 1
         for worker in multiprocessing.active_children():
             if worker.pid:
-                os.kill(worker.pid, signal.SIGKILL if at_once else _PASSED_ON[signal.Signals(number)])
+                os.kill(worker.pid, signal.SIGKILL if at_once else _FORWARDED[signal.Signals(number)])
         if at_once:
             raise SystemExit(128 + signal.SIGINT)
 
-    previous = {number: signal.signal(number, pass_on) for number in heeded(_PASSED_ON)}
+    previous = {number: signal.signal(number, forward) for number in heeded(_FORWARDED)}
     try:
         yield
     finally:
@@ -251,33 +251,33 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Return those of the signals that this program was not started to ignore, as `nohup` does with SIGHUP."""
+    """Return the given signals without the ones that this process ignores, e.g. SIGHUP under `nohup`."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-_PASSED_ON = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGTERM}
+_FORWARDED = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGTERM}
 if hasattr(signal, "SIGUSR1"):  # Windows has neither
-    _PASSED_ON |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
+    _FORWARDED |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
 def _work(
     function: Callable[..., None], args: tuple[Any, ...], device_type: str, timeout: float, store: str | None
 ) -> None:
-    """One worker: join the group, run, leave. A UserError becomes one line and exit code 2.
+    """Run one worker: join the process group, call the function, leave. A UserError becomes one line and exit code 2.
 
-    `store` is the file in which the processes of one machine meet; None: torchrun's variables say where.
+    `store` is the path of the FileStore of a single machine; None selects the TCP store of torchrun's variables.
     """
     streams.protect(needs_stdout=True)
     screen.guard()
     try:
-        _join(device_type, timedelta(seconds=2 * timeout), store)  # the watchdog speaks first, and knows more
+        _join(device_type, timedelta(seconds=2 * timeout), store)  # the watchdog times out first, with a better error
     except UserError as error:
         print(f"Error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
         _leave(2)
     watchdog = Watchdog(rank(), world_size(), timeout, position=lambda: _calls, open_store=partial(_open_store, store))
     watchdog.start()
     codes = [0]
-    # gloo's destructors abort a process now and then when it ends in the usual way.
+    # gloo's destructors occasionally abort a process that exits normally.
     atexit.register(lambda: _leave(codes[-1]))
     try:
         function(*args)
@@ -287,7 +287,7 @@ def _work(
         print(f"Error: {error}" if is_main() else f"Error (process {rank()}): {error}", file=sys.stderr)
         _leave(2)
     except SystemExit as error:
-        if error.code == 2:  # rank 0 has refused something, and says it
+        if error.code == 2:  # rank 0 raised a UserError and reports it
             _leave(2)
         codes.append(error.code if isinstance(error.code, int) else 1)
         watchdog.stop()
@@ -297,7 +297,7 @@ def _work(
         if message := explain(error):
             print(f"Error (process {rank()}): {message}", file=sys.stderr)
             _leave(2)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # who failed first says more
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # the rank that failed first prints the cause
             print(f"Error (process {rank()}): lost contact with another process", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -307,14 +307,14 @@ def _work(
 
 
 def _open_store(file: str | None) -> dist.Store:
-    """Return the store of all processes, on a connection of its own."""
+    """Return the store shared by all processes, on a separate connection."""
     if file is not None:
-        return dist.FileStore(file, -1)  # which leaves the file there for others
+        return dist.FileStore(file, -1)  # with world size -1, its destructor does not delete the file
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None:
-    """Form the group of all processes, and that for tensors on the CPU. Raises UserError if gloo finds no network."""
+    """Create the process group, and a group for CPU tensors. Raises UserError if gloo finds no network."""
     global _host_group
     meeting: dict[str, Any] = {}
     if file is not None:
@@ -325,7 +325,7 @@ def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None
             device = use_device("cuda")
             dist.init_process_group("nccl", device_id=device, timeout=timeout, **meeting)
         else:
-            # The cores that this program may use, shared out evenly: threads that outnumber them wait for each other.
+            # Divide the available cores evenly: more threads than cores would wait for each other.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
             dist.init_process_group("gloo", timeout=timeout, **meeting)
@@ -340,14 +340,14 @@ def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process at once: gloo aborts a process that takes its time while others have gone."""
+    """Exit immediately: gloo may abort a process that is still shutting down after its peers have exited."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-_host_group: Any = None  # of all processes, for tensors on the CPU
-_calls = 0  # collective calls that this process has entered, as the process group itself one for the process
+_host_group: Any = None  # process group of all ranks for CPU tensors
+_calls = 0  # collective calls that this process has entered; per process, like the default process group
 
 
 def _enter_call() -> None:
@@ -364,7 +364,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def average(x: Tensor) -> Tensor:
-    """Replace x by its mean over all processes, and return it. A collective call."""
+    """Replace `x` by its mean over all processes and return it. A collective call."""
     if world_size() > 1:
         all_reduce(x)
         x /= world_size()
@@ -372,7 +372,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def maximum(values: Sequence[int]) -> list[int]:
-    """Return the largest of each value over all processes. Does not wait for GPUs."""
+    """Return the maximum of each value over all processes, without synchronizing with the GPUs."""
     if world_size() == 1:
         return list(values)
     _enter_call()
@@ -382,7 +382,7 @@ def maximum(values: Sequence[int]) -> list[int]:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give every process the values of rank 0, in place."""
+    """Overwrite the tensors on every process, in place, with the values of rank 0."""
     if world_size() > 1:
         for x in tensors:
             _enter_call()
@@ -390,9 +390,9 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return what it returned there, on every rank.
+    """Call `function` on rank 0 and return its result on every rank.
 
-    A UserError is raised on rank 0, which reports it; the other processes leave quietly with exit code 2.
+    A UserError is raised and reported on rank 0; the other ranks exit silently with code 2.
     """
     if world_size() == 1:
         return function()
@@ -410,7 +410,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this function."""
     if world_size() > 1:
         _enter_call()
         dist.barrier()

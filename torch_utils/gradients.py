@@ -1,4 +1,4 @@
-"""The gradients of a network in one buffer, so that zeroing, averaging and checking them are one kernel each."""
+"""Gradients of a network in one flat buffer: zeroing, all-reducing and checking them take one kernel each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from torch_utils import distributed
 
-ALIGNMENT = 64  # numbers; a multiple of what vectorised kernels load at once
+ALIGNMENT = 64  # elements; a multiple of the vector width of vectorised kernels
 
 
 class FlatGradients:
-    """Makes `p.grad` of each parameter a view of one buffer, and keeps it so.
+    """Flat buffer with `p.grad` of each parameter as a view.
 
-    A backward pass adds to the views in place. A parameter that a loss does not reach has a gradient of zero, not None,
-    so that what an optimizer does with it depends neither on the loss nor on how an operator is implemented.
+    A backward pass accumulates into the views in place. A parameter that the loss does not reach has a zero gradient,
+    not None, so the optimizer treats it the same for every loss and every implementation of an operator.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -25,17 +25,17 @@ class FlatGradients:
         self.buffer = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
         offset = 0
         for p, size in zip(parameters, sizes, strict=True):
-            p.grad = self.buffer.as_strided(p.shape, p.stride(), offset)  # an optimizer wants the parameter's layout
+            p.grad = self.buffer.as_strided(p.shape, p.stride(), offset)  # the layout that optimizers require
             offset += size
 
     def zero(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         self.buffer.zero_()
 
     def reduce(self) -> Tensor:
-        """Replace the gradients by their averages over all processes; return their norm, a scalar on the device.
+        """Average the gradients over all processes in place; return their norm, a scalar on the device.
 
-        It is not finite if any gradient is not, or if it is too large for its type. A collective call; every process
-        gets the same answer.
+        The norm is not finite if any gradient is not finite or if the norm overflows its dtype. A collective call with
+        the same result on every process.
         """
         return distributed.average(self.buffer).norm()

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors, recorded once and replayed as one launch."""
+"""CUDA graphs: capture a function of tensors once, then replay it with a single launch."""
 
 from __future__ import annotations
 
@@ -15,74 +15,75 @@ from torch import Tensor
 from dnnlib.util import describe_error, is_out_of_memory
 
 T = TypeVar("T")
-WARMUPS = 3  # calls before the recording, in which libraries choose algorithms and allocate workspaces
+WARMUPS = 3  # eager calls before the capture, in which libraries select algorithms and allocate workspaces
 
 
 class CaptureError(Exception):
-    """A function cannot be recorded; the message says why. It still runs as it is.
+    """A function cannot be captured; the message states the reason. The function still runs eagerly.
 
-    Graphs recorded earlier may no longer follow the seed: discard them.
+    Graphs captured earlier may no longer follow the seed: discard them.
     """
 
 
 class Captured(Generic[T]):
-    """`function(*inputs)` as a CUDA graph for inputs of these shapes, types and memory layouts.
+    """`function(*inputs)` as a CUDA graph for inputs of these shapes, dtypes and memory layouts.
 
-    A call copies its arguments to where the graph reads them, replays it and returns what the function returned when
-    it was recorded: the same tensors every time, with new contents, so use them before the next call of any graph of
-    the `pool` (of torch.cuda.graph_pool_handle), which shares memory. What the function draws from torch's generator
-    follows the seed at the time of the call. The constructor calls the function several times, so discard what it has
-    accumulated; the generator's state is restored.
+    A call copies its arguments to the static inputs, replays the graph and returns the static outputs. These are the
+    same tensors on every call, with new contents: use them before the next call of any graph in the same `pool` (from
+    torch.cuda.graph_pool_handle), because graphs of one pool share memory. Random numbers from torch's generator follow
+    the seed at the time of the call. The constructor calls the function several times, so discard any state that the
+    function accumulates; the state of the generator is restored.
 
-    Raises CaptureError for a function that waits for the device or cannot be recorded otherwise, and what PyTorch
-    raises where memory is not enough (`is_out_of_memory`).
+    Raises CaptureError if the function synchronizes with the device or cannot be captured for another reason, and
+    PyTorch's error if memory runs out (`is_out_of_memory`).
     """
 
     def __init__(self, function: Callable[..., T], *inputs: Tensor, pool: Any = None) -> None:
         self.inputs = [x.clone() for x in inputs]
         with _capture_errors(), torch.random.fork_rng([torch.cuda.current_device()]):
             self._warm_up(function)
-            self.result = self._record(function, pool)
+            self.result = self._capture(function, pool)
 
     def _warm_up(self, function: Callable[..., T]) -> None:
-        """Run the function aside; the last time, waiting for the device is an error: here it costs nothing yet."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        """Run the function on a side stream. The last call fails on a synchronization, which needs no cleanup here."""
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(aside):
+            with torch.cuda.stream(side_stream):
                 for _ in range(WARMUPS - 1):
                     function(*self.inputs)
                 with no_synchronisation():
                     function(*self.inputs)
         finally:
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side_stream)
 
-    def _record(self, function: Callable[..., T], pool: Any) -> T:
-        gc.collect()  # what is freed while the graph is recorded, another graph say, would end the recording
+    def _capture(self, function: Callable[..., T], pool: Any) -> T:
+        gc.collect()  # freeing e.g. another graph during the capture would invalidate the capture
         self.graph = torch.cuda.CUDAGraph()
         pool = pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            # Thread-local: the thread that pins memory for the data loader may go on with its own calls.
+            # Thread-local, so that the pin-memory thread of the data loader may call CUDA during the capture.
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 return function(*self.inputs)
         except BaseException:
-            torch.cuda.set_stream(stream)  # a recording that cannot be ended leaves its own
+            torch.cuda.set_stream(stream)  # a failed capture leaves the capture stream as the current one
             _leave_pool(pool)
             _renew_generator()
             raise
 
     def __call__(self, *inputs: Tensor) -> T:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
         self.graph.replay()
         return self.result
 
 
 class GraphPool(Generic[T]):
-    """CUDA graphs by key, in shared memory; a function that cannot be recorded runs as it is, with one warning.
+    """CUDA graphs by key, in one memory pool. A function that cannot be captured runs eagerly, with one warning.
 
-    Where memory is too small for a graph, none is kept or recorded from then on; with `must_fit` that is an error.
+    If GPU memory is too small for a graph, all graphs are discarded and none is captured from then on; with `must_fit`
+    this is an error instead.
     """
 
     def __init__(self, *, must_fit: bool = False) -> None:
@@ -93,9 +94,9 @@ class GraphPool(Generic[T]):
         self.is_closed = False  # memory was too small
 
     def record(self, name: str, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
-        """Return the graph of `key`, recorded from function(*inputs) if it is new, or else the function.
+        """Return the graph of `key`, captured from function(*inputs) on first use; the function if it has no graph.
 
-        `name` stands for the function in the warning. Raises what PyTorch raises for memory, if graphs must fit.
+        `name` denotes the function in the warning. Raises PyTorch's out-of-memory error if graphs must fit.
         """
         if self.is_closed or key in self.refused:
             return function
@@ -105,14 +106,14 @@ class GraphPool(Generic[T]):
             return self.recorded[key]
         except CaptureError as error:
             self.refused.add(key)
-            problem = f"{name} cannot be recorded as a CUDA graph ({error}) and runs without"
+            problem = f"{name} cannot be captured as a CUDA graph ({error}) and runs without one"
         except RuntimeError as error:
             if self.must_fit or not is_out_of_memory(error):
                 raise
             self.is_closed = True
             problem = "GPU memory is too small for CUDA graphs, so none are used"
         self.recorded.clear()
-        self.pool = torch.cuda.graph_pool_handle()  # in the old one nothing can be recorded any more
+        self.pool = torch.cuda.graph_pool_handle()  # the old pool cannot be used for further captures
         gc.collect()
         torch.cuda.empty_cache()
         print(f"Warning: {problem}; --graphs=0 turns graphs off", file=sys.stderr, flush=True)
@@ -121,7 +122,7 @@ class GraphPool(Generic[T]):
 
 @contextmanager
 def _capture_errors() -> Iterator[None]:
-    """Raise CaptureError for errors of PyTorch inside, but for those of memory."""
+    """Convert PyTorch's errors to CaptureError, except out-of-memory errors."""
     try:
         yield
     except RuntimeError as error:
@@ -131,14 +132,14 @@ def _capture_errors() -> Iterator[None]:
 
 
 def _leave_pool(pool: Any) -> None:
-    """Let the allocator forget a recording that could not be ended, whose memory PyTorch 2.11 would keep reserved."""
-    with suppress(RuntimeError):  # it was ended
+    """Release the pool of a capture that could not be ended; PyTorch 2.11 would keep its memory reserved."""
+    with suppress(RuntimeError):  # the capture was ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def _renew_generator() -> None:
-    """Give the device's default generator a fresh state: that of a recording which broke off refuses to draw."""
+    """Replace the state of the device's default generator: after a failed capture it raises when used."""
     device = torch.cuda.current_device()
     fresh = torch.Generator(torch.device("cuda", device))
     torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
@@ -146,10 +147,10 @@ def _renew_generator() -> None:
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Raise RuntimeError where the host waits for the GPU."""
+    """Raise RuntimeError wherever the host synchronizes with the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     try:
-        with warnings.catch_warnings(action="ignore"):  # that this is a prototype, said after the mode was set
+        with warnings.catch_warnings(action="ignore"):  # "prototype feature", issued after the mode is set
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:

@@ -1,4 +1,4 @@
-"""From tensors in [-1, 1] to picture files."""
+"""Image tensors: conversion to uint8, PNG files, grids."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from dnnlib.config import WriteError
 from dnnlib.util import write_atomically
 
-# Targets (B, C, H, W) in [-1, 1] -> a function of such images -> distances (B,), differentiable.
+# Maps targets (B, C, H, W) in [-1, 1] to a differentiable function from images (B, C, H, W) to distances (B,).
 DistanceTo = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 def square_resolution(img_shape: Sequence[int]) -> int:
-    """Return the side of square images of shape (C, H, W). Raises ValueError for other images."""
+    """Return the side length of square images of shape (C, H, W). Raises ValueError for other shapes."""
     _, height, width = img_shape
     if height != width:
         raise ValueError(f"images of {height}x{width} (height x width) have no single resolution; use img_shape")
@@ -32,7 +32,7 @@ def to_uint8(img: Tensor) -> Tensor:
 
 
 def save_image(img: Tensor, path: Path) -> None:
-    """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG: whole or not at all, then WriteError."""
+    """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG, atomically. Raises WriteError."""
     pixels = img.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
     encoded = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
@@ -43,14 +43,14 @@ def save_image(img: Tensor, path: Path) -> None:
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, see `make_grid`."""
+    """Write uint8 images (N, C, H, W) as one PNG; see `make_grid`."""
     save_image(make_grid(images, columns), path)
 
 
 def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Return uint8 images (N, C, H, W) as one (C, rows H, columns W), row by row; without `columns` about square.
+    """Tile uint8 images (N, C, H, W) row by row into one image (C, rows H, columns W).
 
-    Places that are left over are white.
+    By default the grid has ceil(sqrt(N)) columns. Unused cells are white.
     """
     N, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(N))

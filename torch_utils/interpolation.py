@@ -1,4 +1,4 @@
-"""Ways from point to point: along great circles, along straight lines, along a smooth curve."""
+"""Interpolation between points: spherical, piecewise linear, cubic spline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Return the point at t of the great circle from a to b, (B, z_dim), at the length that lies between theirs."""
+    """Interpolate spherically from a to b, (B, z_dim), at t in [0, 1]; the norm is interpolated linearly."""
     lengths = torch.lerp(a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True), t)
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     cosine = (a * b).sum(dim=1, keepdim=True)
@@ -18,9 +18,9 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def linear_weights(times: Tensor, count: int, *, closed: bool) -> Tensor:
-    """Return the weight (T, count) of each of `count` points, one at every whole number, at some times (T,).
+    """Return linear interpolation weights (T, count) at times (T,) for `count` points at times 0, 1, ..., count - 1.
 
-    A closed way returns from the last point to the first, from time count - 1 to time count.
+    A closed path returns from the last point to the first between times count - 1 and count.
     """
     before, after, t = _neighbours(times, count, closed)
     points = torch.eye(count, dtype=times.dtype)
@@ -28,10 +28,10 @@ def linear_weights(times: Tensor, count: int, *, closed: bool) -> Tensor:
 
 
 def spline_weights(times: Tensor, count: int, *, closed: bool) -> Tensor:
-    """Return the weights of `linear_weights` for the cubic spline through the points: its curvature is continuous.
+    """Return interpolation weights like `linear_weights`, for the cubic spline with continuous second derivative.
 
-    The curvatures m solve m_{i-1} + 4 m_i + m_{i+1} = 6 (p_{i-1} - 2 p_i + p_{i+1}); at the ends of an open way they
-    are 0. Between two points, with t from 0 to 1:
+    The second derivatives m solve m_{i-1} + 4 m_i + m_{i+1} = 6 (p_{i-1} - 2 p_i + p_{i+1}), with m = 0 at the ends of
+    an open path. Between two points, with t from 0 to 1:
 
         p(t) = (1 - t) p_i + t p_{i+1} + ((1 - t)^3 - (1 - t)) m_i / 6 + (t^3 - t) m_{i+1} / 6
     """
@@ -42,13 +42,13 @@ def spline_weights(times: Tensor, count: int, *, closed: bool) -> Tensor:
     if not closed:
         for end in (0, -1):
             left[end], right[end] = points[end], 0
-    curvatures = torch.linalg.solve(left, right).to(times.dtype)  # (count, count): of each point, by each point
+    curvatures = torch.linalg.solve(left, right).to(times.dtype)  # (count, count): m as a function of p
     bend = ((1 - t) ** 3 - (1 - t)) * curvatures[before] + (t**3 - t) * curvatures[after]
     return linear_weights(times, count, closed=closed) + bend / 6
 
 
 def _neighbours(times: Tensor, count: int, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The points before and after each time, and how far it lies between them, (T, 1)."""
+    """Return the indices of the points before and after each time, and the fraction between them, (T, 1)."""
     before = times.floor().long()
     if not closed:
         before = before.clamp(max=max(count - 2, 0))

@@ -1,4 +1,4 @@
-"""Seeds that depend on the position in a run, the machine, and a table of a module's parts."""
+"""Position-dependent seeds, facts about the machine, and module utilities."""
 
 import getpass
 import hashlib
@@ -18,29 +18,29 @@ from torch.utils.hooks import RemovableHandle
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Mix `parts` into a seed in [0, 2^63): different parts, or parts in another order, give unrelated seeds.
+    """Hash `parts` to a seed in [0, 2^63); different parts, or parts in another order, give unrelated seeds.
 
-    All bits are well mixed, which matters because PyTorch's CPU generator keeps only the low 32 bits of its seed.
+    All bits are well mixed, because PyTorch's CPU generator keeps only the low 32 bits of its seed.
     """
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_step(seed: int, phase: str, position: int) -> None:
-    """Seed PyTorch's generators, on all devices, for the micro-batch of `phase` that starts at image `position`.
+    """Seed PyTorch's generators on all devices for the micro-batch of `phase` that starts at image `position`.
 
-    What is drawn afterwards is a function of the arguments only, so that a run can stop and go on anywhere.
+    The random numbers that follow depend on the arguments only, so a run can be stopped and resumed anywhere.
     """
     torch.manual_seed(derive_seed(seed, phase, position))
 
 
 def compiled(network: Any) -> Any:
-    """Return what calls a network through torch.compile, for one shape at a time, with its usual noise."""
+    """Return the network wrapped in torch.compile, with static shapes and eager PyTorch's random numbers."""
     return torch.compile(network, dynamic=False, options={"fallback_random": True})
 
 
 def name_user() -> None:
-    """Name a user whom the password file does not know: PyTorch 2.11 names the compiler's cache after its user."""
+    """Set LOGNAME for a user without a password entry: PyTorch 2.11 puts the user name in its compiler cache path."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -48,7 +48,7 @@ def name_user() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or `cpu (model of the processor)`."""
+    """Return the name of the GPU, or `cpu (MODEL)`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -60,7 +60,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes of memory that this process has had; None where the system does not say (Windows)."""
+    """Return the peak resident memory of this process in bytes; None on Windows, which does not report it."""
     try:
         import resource
     except ImportError:
@@ -70,13 +70,13 @@ def peak_memory() -> int | None:
 
 
 class OnMeta(TorchFunctionMode):
-    """Makes modules whose tensors have shapes and types, and no numbers: they take no memory and no time.
+    """Context in which modules are built on the meta device: tensors with shape and dtype but without storage.
 
-    As `torch.device("meta")` alone does, but there PyTorch's compiler is loaded, which takes a second or more, for
-    drawing numbers, dividing by one, identity matrices and resampling. What stands in for these has the same shape.
+    With `torch.device("meta")` alone, random initialisation, division, identity matrices and resampling load PyTorch's
+    compiler, which takes a second or more. Here functions with an output of the same shape replace them.
     """
 
-    INSTEAD: ClassVar[dict[Any, Any]] = {
+    REPLACEMENTS: ClassVar[dict[Any, Any]] = {
         torch.randn: torch.empty,
         torch.eye: lambda n, **_: torch.empty(n, n),
         F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),
@@ -93,19 +93,19 @@ class OnMeta(TorchFunctionMode):
         self.device.__exit__(*error)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.INSTEAD.get(function, function)(*args, **(kwargs or {}))
+        return self.REPLACEMENTS.get(function, function)(*args, **(kwargs or {}))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return how many numbers the module learns or has learned; tensors that sub-modules share count once."""
+    """Return the number of parameters of a module; shared tensors count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def copy_params_and_buffers(src: nn.Module, dst: nn.Module, require_all: bool = False) -> None:
-    """Copy parameters and buffers of `src` to those of the same name in `dst`; gradient flags of `dst` stay.
+    """Copy the parameters and buffers of `src` to `dst` by name; `requires_grad` in `dst` is unchanged.
 
-    Tensors of `dst` that `src` lacks are left as they are. Raises ValueError for them under `require_all`, and for
-    tensors of different shapes; nothing is copied then.
+    Tensors of `dst` that are missing in `src` keep their values, or raise ValueError with `require_all`. Raises
+    ValueError for tensors of different shapes. Nothing is copied on an error.
     """
     found, wanted = _params_and_buffers(src), _params_and_buffers(dst)
     if require_all and (missing := sorted(wanted.keys() - found.keys())):
@@ -121,30 +121,29 @@ def copy_params_and_buffers(src: nn.Module, dst: nn.Module, require_all: bool = 
 
 
 def _params_and_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; shared ones under each of their names."""
+    """Return parameters and buffers by name; a shared tensor appears under each of its names."""
     return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
 
 
 def print_module_summary(module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """Print `module_summary(module, inputs)` and return the outputs of the module, computed without gradients."""
+    """Print `module_summary(module, inputs)` and return the outputs of the module, without gradients."""
     outputs, shapes = _run_with_shapes(module, inputs)
     print(f"\n{_summary(module, shapes)}\n")
     return outputs
 
 
 def module_summary(module: nn.Module, inputs: Sequence[Any]) -> str:
-    """Run `module(*inputs)` once without gradients and return a table of its parts, one line for each that counts.
+    """Run `module(*inputs)` once without gradients and return a table of its submodules.
 
-    Columns: name and class, parameters and buffers held directly by the part, shape of its output. Parts that hold
-    nothing are left out. A tensor shared by parts counts where it first occurs, so the columns add up to the totals
-    in the last line. Training mode and buffers of the module are those of the call: hand in a copy of a module whose
-    forward changes its state.
+    Columns: name and class, own parameters and buffers (without those of submodules), output shape. Submodules without
+    parameters and buffers are omitted. A shared tensor counts where it first occurs, so the columns sum to the totals
+    in the last line. The training mode is not changed; pass a copy if the forward pass modifies buffers.
     """
     return _summary(module, _run_with_shapes(module, inputs)[1])
 
 
 def _run_with_shapes(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, dict[str, str]]:
-    """Outputs of module(*inputs) without gradients, and the shape of every part's output by the part's name."""
+    """Return the outputs of module(*inputs) without gradients, and the output shapes of all submodules by name."""
     shapes: dict[str, str] = {}
     handles: list[RemovableHandle] = []
     for name, part in module.named_modules():
@@ -163,7 +162,7 @@ def _run_with_shapes(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, dic
 
 
 def _summary(module: nn.Module, shapes: dict[str, str]) -> str:
-    """Table of the module's parts, given the shapes of their outputs."""
+    """Return the table of a module's submodules, given their output shapes by name."""
     seen: set[int] = set()
     rows: list[tuple[str, str, str, str]] = []
     totals = [0, 0]
@@ -191,7 +190,7 @@ def _describe(output: Any) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Align the columns of `rows`, a head first and a total last: text to the left, numbers to the right."""
+    """Align the columns of `rows`, text left and numbers right; the first row is the header, the last the total."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {buffers:>{widths[2]}}  {output}"

@@ -1,25 +1,25 @@
-"""Read pickled modules of other projects as plain data: nothing is imported, called or compiled.
+"""Read pickled modules of other projects as plain data, without importing, calling or compiling anything.
 
-A pickle is a program for a small stack machine, and what makes it dangerous is that it may import any function and call
-it. `read_pickle` is a machine of its own that knows the instructions and the names that a pickled module needs, and no
-others. A name stands for a piece of data here, never for the function or class that it names elsewhere:
+A pickle is a program for a small stack machine. It is dangerous because it may import and call any function.
+`read_pickle` implements its own stack machine, which accepts only the opcodes and globals that a pickled module needs.
+Each global maps to plain data, never to the function or class of that name:
 
-    torch_utils.persistence._reconstruct_persistent_obj   -> PickledModule: the name of a class and its attributes;
-                                                             the Python source that comes along is dropped unread
-    torch.nn.DataParallel, DistributedDataParallel        -> PickledModule, with what it wraps as its child `module`
+    torch_utils.persistence._reconstruct_persistent_obj   -> PickledModule: a class name and attributes;
+                                                             the embedded Python source is dropped unread
+    torch.nn.DataParallel, DistributedDataParallel        -> PickledModule with the wrapped network as child `module`
     torch._utils._rebuild_tensor_v2, _rebuild_parameter   -> a tensor
-    torch.storage._load_from_bytes                        -> the numbers of a tensor, from a second stream that the same
-                                                             machine reads
+    torch.storage._load_from_bytes                        -> the storage of a tensor, from a nested stream read by the
+                                                             same machine
     EasyDict of any module, collections.OrderedDict       -> a dict
     builtins.set, numpy's dtype and scalar                -> a set, a number
 
-Every other name, and a call with arguments that no snapshot has, becomes `Unreadable`: a value that only says why. So a
-file opens whatever its author has added to it, and whoever needs the value that is unreadable refuses it.
+Any other global, and any call with unexpected arguments, becomes `Unreadable`, a placeholder that holds the reason. A
+file therefore opens even if its author added other objects; code that needs an unreadable value rejects the file.
 
-`read_torch_file` reads what torch.save writes of tensors and plain values on the same machine, and refuses the rest.
+`read_torch_file` reads tensors and plain values written by torch.save with the same machine and rejects anything else.
 
-What a file may cost is bounded by its own size: no two numbers of a tensor lie in one place, tensors cannot hold more
-numbers than the file has bytes, and nothing is unpacked.
+The cost of a file is bounded by its size: elements of a tensor never overlap, the tensors have at most as many elements
+as the file has bytes, and nothing is decompressed.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from torch import Tensor
 from dnnlib.config import UserError
 from dnnlib.util import describe_error, open_regular
 
-MAX_BYTES = 8 * 2**30  # of a file
-MAX_INSTRUCTIONS = 500_000  # in all streams of a small file; the largest published networks take less than a tenth
-BYTES_PER_INSTRUCTION = 4  # in a large one
-MAX_ARGUMENTS = 16  # of a call
-MAX_INDEX_BYTES = 64 * 2**20  # of what a zip file says of its tensors
-MAX_NESTING = 100  # containers that are open at a time
-MAX_STACK = 100_000  # values that wait to be put into one
-MAX_KEY = 2**32  # among numbers; those modulo 2^61 - 1 collide in a dict, and many of them would take hours
-MAX_DIMS = 8  # of a tensor
+MAX_BYTES = 8 * 2**30  # size of a file
+MAX_INSTRUCTIONS = 500_000  # opcodes in all streams of a small file; the largest published networks need under a tenth
+BYTES_PER_INSTRUCTION = 4  # a large file may have one opcode per 4 bytes
+MAX_ARGUMENTS = 16  # arguments of a call
+MAX_INDEX_BYTES = 64 * 2**20  # size of data.pkl in a zip file
+MAX_NESTING = 100  # open marks, i.e. containers under construction
+MAX_STACK = 100_000  # values on the stack
+MAX_KEY = 2**32  # absolute value of an integer key; integers equal modulo 2^61 - 1 collide in a dict: O(n^2) inserts
+MAX_DIMS = 8  # dimensions of a tensor
 MAX_ENTRIES = 20_000  # modules, parameters and buffers of a network
-MAX_NAME = 100  # letters in the name of one
-MAX_PATH = 200  # letters in the dotted name of one
-MAX_WRAPPERS = 3  # around a network
-MAX_DEPTH = 50  # of containers in containers in a file of torch.save
+MAX_NAME = 100  # characters in the name of a module, parameter or buffer
+MAX_PATH = 200  # characters in a dotted name
+MAX_WRAPPERS = 3  # nested DataParallel wrappers
+MAX_DEPTH = 50  # nested containers in a torch.save file
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch's own format before zip files begins with
-_PICKLED_MAGIC = pickle.dumps(_TORCH_MAGIC, 2)[2:]  # without the protocol
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # magic number of torch's legacy format (before zip files)
+_PICKLED_MAGIC = pickle.dumps(_TORCH_MAGIC, 2)[2:]  # without the PROTO opcode
 _TORCH_PROTOCOL = 1001
 
-PROGRAMS = {"/constants.pkl": "a TorchScript module", "/models/model.json": "a program of torch.export"}  # by an entry
+PROGRAMS = {"/constants.pkl": "a TorchScript module", "/models/model.json": "a program of torch.export"}  # by member
 
 STORAGES: Mapping[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -81,25 +81,25 @@ SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1
 
 
 class LimitError(UserError):
-    """A file claims more than it can need, so reading it ends."""
+    """A file exceeds a limit that follows from its size; reading stops."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unreadable:
-    """A value that stands for something which is not read, and why."""
+    """Placeholder for an object that is not read, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class PickledModule:
-    """A module as it was pickled: what its class was called, and its attributes."""
+    """A pickled module: the name of its class, and its attributes."""
 
     class_name: str
     state: dict[str, Any]
 
     def unwrapped(self) -> PickledModule:
-        """Return the network inside of DataParallel and the like. Raises UserError when there is none."""
+        """Return the network inside DataParallel wrappers. Raises UserError for a wrapper without a network."""
         module = self
         for _ in range(MAX_WRAPPERS):
             if module.class_name not in WRAPPERS:
@@ -111,29 +111,29 @@ class PickledModule:
         raise UserError(f"a network in more than {MAX_WRAPPERS} wrappers")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers of this module and those below by their dotted names. Raises UserError."""
+        """Return the parameters and buffers of this module and its submodules by dotted name. Raises UserError."""
         found: dict[str, Tensor] = {}
         queue, visited = [("", self)], 0
         while queue:
             prefix, module = queue.pop()
             visited += 1 + sum(len(module.children(kind)) for kind in ("_parameters", "_buffers", "_modules"))
             if visited > MAX_ENTRIES or len(prefix) > MAX_PATH:
-                raise UserError("its modules hold more than any network does")
+                raise UserError("the modules, parameters and buffers are more than any network has")
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
                     if value is not None and not isinstance(value, Tensor):
-                        raise UserError(f"{prefix}{name} is no tensor{why(value)}")
+                        raise UserError(f"{prefix}{name} is not a tensor{why(value)}")
                     if value is not None:
                         found[prefix + name] = value
             for name, child in module.children("_modules").items():
                 if child is not None and not isinstance(child, PickledModule):
-                    raise UserError(f"{prefix}{name} is no module{why(child)}")
+                    raise UserError(f"{prefix}{name} is not a module{why(child)}")
                 if child is not None:
                     queue.append((f"{prefix}{name}.", child))
         return found
 
     def children(self, kind: str) -> dict[str, Any]:
-        """Return the dict '_parameters', '_buffers' or '_modules'. Raises UserError when there is none."""
+        """Return the dict '_parameters', '_buffers' or '_modules'. Raises UserError if it is missing or malformed."""
         value = self.state.get(kind)
         if not isinstance(value, dict) or not all(type(name) is str and len(name) <= MAX_NAME for name in value):
             raise UserError(f"a module of class {self.class_name} has no {kind}")
@@ -141,13 +141,13 @@ class PickledModule:
 
 
 def why(value: Any) -> str:
-    """Return why a value is not read, to follow a message; nothing for other values."""
+    """Return ": REASON" for an unreadable value, to append to a message; "" for other values."""
     return f": {value.reason}" if isinstance(value, Unreadable) else ""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that the file refers to, and what a call of it stands for here."""
+    """A global that the file refers to, and the function that replaces it here."""
 
     name: str
     call: Callable[..., Any]
@@ -162,14 +162,14 @@ class _NumpyType:
 
 @dataclass(frozen=True)
 class _Storage:
-    """The numbers of one or several tensors."""
+    """The elements of one or several tensors, as a 1-D tensor."""
 
     numbers: Tensor
 
 
 @dataclass
 class _Budget:
-    """What is left of the instructions and bytes that a file may cost."""
+    """Remaining opcodes, bytes and tensor elements that reading a file may use."""
 
     num_bytes: int
     instructions: int = field(init=False)
@@ -184,12 +184,12 @@ class _Budget:
     def spend(self, kind: str, amount: int) -> None:
         left = getattr(self, kind) - amount
         if left < 0:
-            raise LimitError(f"it claims more {kind.replace('_', ' ')} than a file of {self.num_bytes} bytes can need")
+            raise LimitError(f"claims more {kind.replace('_', ' ')} than a file of {self.num_bytes} bytes can need")
         setattr(self, kind, left)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles of protocol 2 and later do, and is not of torch.save before zip files."""
+    """Return whether a file starts like a pickle of protocol 2 to 5 and is not in torch's legacy format."""
     start = _start(path)
     return len(start) >= 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and not _is_old_torch_file(path)
 
@@ -204,29 +204,29 @@ def _start(path: Path) -> bytes:
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a file holds. Raises UserError naming the file, and what is in it that is not read, for all else."""
+    """Return the unpickled content of a file. Raises UserError, with path and reason, if the file cannot be read."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(f"{path}: {size} bytes are more than any snapshot has")
     try:
         if not size:
             raise UserError("empty")
-        # Mapped, not read: a file's read(n) would allocate whatever n the file claims.
+        # Memory-mapped, because file.read(n) would allocate n bytes for any n that the file claims.
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             budget = _Budget(size)
             content = _Machine(stream, _Names(budget), budget).run()
             if stream.tell() != size:
-                raise UserError("something follows its end")
+                raise UserError("data follows its end")
     except UserError as error:
-        raise UserError(f"{path}: {error}; nothing of it was run") from None
+        raise UserError(f"{path}: {error}; no code in it was run") from None
     return content
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return the dicts, lists, tuples, tensors and plain values in a file that torch.save wrote, on the CPU.
+    """Return the dicts, lists, tuples, tensors and plain values in a torch.save file, on the CPU.
 
-    Raises UserError, without the path, for other values, for a container or tensor that stands in several places, and
-    for packed or overlapping members; zipfile and the file system raise errors of their own.
+    Raises UserError, without the path, for other values, for a container or tensor that occurs more than once, and for
+    compressed or overlapping members. Errors of zipfile and of the file system pass through.
     """
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         size = file.seek(0, 2)
@@ -235,10 +235,10 @@ def read_torch_file(path: Path) -> Any:
         if index is None:
             raise UserError("damaged (a zip file without data.pkl)")
         if members[index].file_size > MAX_INDEX_BYTES:
-            raise UserError(f"its data.pkl has more than the {MAX_INDEX_BYTES} bytes that it may have")
+            raise UserError(f"its data.pkl exceeds the limit of {MAX_INDEX_BYTES} bytes")
         folder = index.removesuffix("data.pkl")
         if f"{folder}byteorder" in members and _read_member(file, members[f"{folder}byteorder"]) != b"little":
-            raise UserError("its numbers are in another byte order")
+            raise UserError("its tensors have another byte order than little-endian")
         budget = _Budget(size)
         storages: dict[str, _Storage] = {}
 
@@ -247,7 +247,7 @@ def read_torch_file(path: Path) -> Any:
             if name not in storages:
                 storages[name] = _to_storage(_read_member(file, members[f"{folder}data/{name}"]), dtype, count)
             if len(storages[name].numbers) != count or storages[name].numbers.dtype != dtype:
-                raise UserError("two tensors say different things of the same numbers")
+                raise UserError("two tensors disagree about the dtype or size of their shared storage")
             return storages[name]
 
         content = _Machine(BytesIO(_read_member(file, members[index])), _TorchNames(budget), budget, load).run()
@@ -256,18 +256,18 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """Return the members by name. Raises UserError where they unpack to more than the file's size."""
+    """Return the members by name. Raises UserError for compressed, duplicate or overlapping members."""
     infos = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
-        raise UserError("its members are compressed, as torch.save never writes them; not unpacked")
+        raise UserError("its members are compressed, which torch.save never does; not unpacked")
     members = {info.filename: info for info in infos}
     if len(members) != len(infos) or sum(info.file_size for info in infos) > size:
-        raise UserError("damaged (its members lie in the same place)")
+        raise UserError("damaged (its members overlap)")
     return members
 
 
 def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> bytearray:
-    """Return the bytes of a stored member, which follow its name and what else is beside it. Raises UserError."""
+    """Return the bytes of a stored member, which follow its local header, name and extra field. Raises UserError."""
     file.seek(info.header_offset)
     header = file.read(30)
     file.seek(sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28)), os.SEEK_CUR)
@@ -280,20 +280,20 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> bytearray:
 def _check_plain(value: Any, seen: set[int], depth: int) -> None:
     """Raise UserError unless a value is a tree of containers, tensors and plain values.
 
-    A container in two places would be walked twice, and what it holds four times: 2^n steps for n containers.
+    A shared container would be visited once per reference: with n nested containers, up to 2^n visits.
     """
     if type(value) in (bool, float, str, type(None)):
         return
     if type(value) is int:
         if not -(2**63) <= value < 2**64:
-            raise UserError("holds a whole number of more than 64 bits")
+            raise UserError("holds an integer of more than 64 bits")
         return
     if type(value) not in (dict, list, tuple, Tensor):
         raise UserError(f"holds more than tensors and plain values; not loaded{why(value)}")
     if type(value) is not Tensor and not value:  # there is only one empty tuple
         return
     if id(value) in seen:
-        raise UserError("holds a container or tensor in several places, which no file of this project does")
+        raise UserError("holds a container or tensor more than once, which no file of this project does")
     if depth > MAX_DEPTH:
         raise UserError("its containers are nested too deeply")
     seen.add(id(value))
@@ -303,9 +303,9 @@ def _check_plain(value: Any, seen: set[int], depth: int) -> None:
 
 
 def describe_torch_file(path: Path) -> str | None:
-    """Return what a file that torch.save wrote for another program is; None for other files and damaged ones.
+    """Describe a torch.save file of another program; return None for other files and for damaged ones.
 
-    Nothing of it is run, and its tensors are not read.
+    No code in the file is run, and its tensors are not read.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -322,20 +322,20 @@ def describe_torch_file(path: Path) -> str | None:
                 return None
             data = archive.read(index)
         return _describe(_read_outline(BytesIO(data), _Budget(len(data))))
-    except Exception:  # a damaged file, of which zipfile raises many kinds
+    except Exception:  # zipfile raises many types of errors for damaged files
         return None
 
 
 def _read_old_torch_file(path: Path) -> Any:
-    """Return the content of a file in torch's format before zip files: what follows magic, protocol and machine."""
+    """Return the content of a file in torch's legacy format: the stream after magic, protocol and system info."""
     budget = _Budget(path.stat().st_size)
     with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         return [_read_outline(stream, budget) for _ in range(4)][3]
 
 
 def _read_outline(stream: mmap.mmap | BytesIO, budget: _Budget) -> Any:
-    """Return the value of one stream, whose tensors are elsewhere and unreadable."""
-    return _Machine(stream, _Names(budget), budget, lambda _: Unreadable("numbers in another place")).run()
+    """Return the value of one stream, with every tensor storage replaced by `Unreadable`."""
+    return _Machine(stream, _Names(budget), budget, lambda _: Unreadable("the elements are stored elsewhere")).run()
 
 
 def _describe(content: Any) -> str | None:
@@ -351,12 +351,12 @@ def _describe(content: Any) -> str | None:
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
         return "a bare state_dict, without the arguments of its network"
-    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a key that is no text" for key in [*content][:6])
-    return f"a file of torch.save that holds {keys}" if content else None
+    keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a non-text key" for key in [*content][:6])
+    return f"a torch.save file that holds {keys}" if content else None
 
 
 class _Machine:
-    """Runs one stream: builds numbers, strings, containers, and what `names` say. Without `load` no persistent ids."""
+    """Stack machine that runs one stream. `names` resolves globals; `load`, if given, resolves persistent ids."""
 
     def __init__(
         self,
@@ -367,11 +367,11 @@ class _Machine:
     ) -> None:
         self.stream, self.names, self.budget, self.load = stream, names, budget, load
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # where on the stack each open container begins
+        self.marks: list[int] = []  # positions of the open marks on the stack
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Return the value that the stream stands for. Raises UserError for everything else."""
+        """Return the value of the stream. Raises UserError for a malformed or unsupported stream."""
         while (opcode := self._next()).name != "STOP":
             argument = None if opcode.arg is None else self._read_argument(opcode)
             self.budget.spend("instructions", 1)
@@ -383,18 +383,18 @@ class _Machine:
         return self.stack[0]
 
     def _next(self) -> Any:
-        """Return the next instruction, whose argument is not read before it is known to be one of ours."""
+        """Return the next opcode. Raises UserError for an unsupported opcode before its argument is read."""
         code = self.stream.read(1)
         opcode = _OPCODES.get(code.decode("latin-1"))
         if opcode is None:
-            raise UserError("damaged (no instruction where one is due)" if code else "cut off")
+            raise UserError("damaged (an unknown opcode)" if code else "cut off")
         if opcode.name not in _STEPS and opcode.name != "STOP":
-            raise UserError(f"it uses the instruction {opcode.name}, which snapshots do not")
+            raise UserError(f"it uses the instruction {opcode.name}, which no snapshot needs")
         return opcode
 
     def _read_argument(self, opcode: Any) -> Any:
         try:
-            if opcode.name == "GLOBAL":  # as they are: pickletools would take a backslash for an escape
+            if opcode.name == "GLOBAL":  # read verbatim, because pickletools would decode backslash escapes
                 return " ".join(self.stream.readline().decode().removesuffix("\n") for _ in range(2))
             return opcode.arg.reader(self.stream)
         except (ValueError, OverflowError) as error:
@@ -457,7 +457,7 @@ class _Machine:
             self._top(dict, "its items").update(zip(map(_key, values[::2]), values[1::2], strict=True))
 
     def _is_unreadable(self) -> bool:
-        """Whether the value on top stands for something that is not read, so that its items are dropped."""
+        """Return whether the top of the stack is `Unreadable`; its items are then dropped."""
         value = self._pop()
         self.stack.append(value)
         return isinstance(value, Unreadable)
@@ -500,14 +500,14 @@ class _Machine:
 
     def _push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UserError("it refers to a name that is no text")
+            raise UserError("it refers to a name that is not text")
         if len(module) + len(name) > MAX_PATH:
-            self.stack.append(Unreadable("it refers to a name that is longer than any"))
+            self.stack.append(Unreadable("it refers to a name that is longer than any in a snapshot"))
             return
         self.stack.append(self.names(module, name))
 
     def call(self, _: None) -> None:
-        """Let a name make what it stands for."""
+        """Replace a global and its arguments on the stack by the result of the call."""
         arguments, function = self._pop(), self._pop()
         if isinstance(function, Unreadable):
             self.stack.append(function)
@@ -516,7 +516,7 @@ class _Machine:
             raise UserError("it calls something that has no name")
         try:
             if len(arguments) > MAX_ARGUMENTS:
-                raise UserError(f"{len(arguments)} of them")
+                raise UserError(f"{len(arguments)} arguments")
             self.stack.append(function.call(*arguments))
         except LimitError:
             raise
@@ -525,38 +525,38 @@ class _Machine:
             self.stack.append(Unreadable(f"{function.name} with arguments that no snapshot has ({reason[:200]})"))
 
     def call_with_names(self, _: None) -> None:
-        """Make an object with keyword arguments, which no snapshot needs."""
+        """Drop the keyword arguments and call. Raises UserError if the result is readable: no snapshot needs them."""
         self._pop()
         self.call(_)
         if not isinstance(self.stack[-1], Unreadable):
-            raise UserError("it makes an object with keyword arguments")
+            raise UserError("it creates an object with keyword arguments")
 
     def set_state(self, _: None) -> None:
-        """Give a state to what has one: a NumPy type, whose state is the byte order, and a wrapper.
+        """Apply BUILD to a wrapper module or a NumPy dtype, whose state holds the byte order.
 
-        Attributes of a dict, which it has in a state_dict and in some classes, are dropped.
+        The attributes of a dict, as in a state_dict, are dropped.
         """
         state, value = self._pop(), self._pop()
         if isinstance(value, PickledModule) and value.class_name in WRAPPERS and isinstance(state, dict):
             value.state.update(state)
         elif isinstance(value, _NumpyType) and isinstance(state, tuple) and len(state) == 8:
             if not isinstance(state[1], str) or state[1] not in "<|":
-                value.code = ""  # numbers of another byte order
+                value.code = ""  # another byte order
         elif type(value) is dict and isinstance(state, (dict, tuple)):
             pass
         elif not isinstance(value, Unreadable):
-            value = Unreadable("the state of something that has none")
+            value = Unreadable("a state for an object without one")
         self.stack.append(value)
 
     def load_outside(self, _: None) -> None:
         key = self._pop()
         if self.load is None:
-            raise UserError("it refers to something outside of the file (a persistent id)")
+            raise UserError("it refers to data outside the file (a persistent id)")
         self.stack.append(self.load(key))
 
 
 _Step = Callable[[_Machine, Any], None]
-# All instructions that there are here, but for STOP.
+# All supported opcodes except STOP.
 _STEPS: Mapping[str, _Step] = {
     "PROTO": _Machine.check_protocol,
     "FRAME": lambda machine, length: None,  # for buffering only
@@ -599,7 +599,7 @@ _STEPS: Mapping[str, _Step] = {
 
 
 def _key(key: Any) -> str | int | Unreadable:
-    """Return a key as it is, or something that stands for it."""
+    """Return a str or a small int unchanged, and `Unreadable` for any other key."""
     if type(key) not in (str, int):
         return Unreadable(f"a key of type {type(key).__name__}, expected text or a whole number")
     if type(key) is int and abs(key) > MAX_KEY:
@@ -612,7 +612,7 @@ def _shorten(text: str) -> str:
 
 
 class _Names:
-    """Resolves the names in a file, within a budget."""
+    """Resolver of the globals in a file, within a budget."""
 
     def __init__(self, budget: _Budget) -> None:
         self.budget = budget
@@ -623,7 +623,7 @@ class _Names:
             ("__builtin__", "set"): self.make_set,  # protocol 2
             ("__builtin__", "frozenset"): self.make_set,
             ("__builtin__", "bytes"): lambda: b"",
-            ("_codecs", "encode"): self.encode,  # as which protocol 2 writes bytes
+            ("_codecs", "encode"): self.encode,  # protocol 2 stores bytes this way
             ("numpy", "dtype"): _make_numpy_type,
             ("numpy.core.multiarray", "scalar"): _make_scalar,
             ("numpy._core.multiarray", "scalar"): _make_scalar,
@@ -636,14 +636,14 @@ class _Names:
             ("torch.nn.parallel.data_parallel", WRAPPERS[0]): lambda: PickledModule(WRAPPERS[0], {}),
             ("torch.nn.parallel.distributed", WRAPPERS[1]): lambda: PickledModule(WRAPPERS[1], {}),
         }
-        # Wherever a project keeps its copy of the module.
-        self.by_name_alone: dict[str, Callable[..., Any]] = {
+        # Accepted from any module, because projects keep copies in different places.
+        self.by_name: dict[str, Callable[..., Any]] = {
             "EasyDict": self.make_dict,
             "_reconstruct_persistent_obj": _make_module,
         }
 
     def __call__(self, module: str, name: str) -> _Name | Unreadable:
-        call = self.calls.get((module, name)) or self.by_name_alone.get(name)
+        call = self.calls.get((module, name)) or self.by_name.get(name)
         full = _shorten(f"{module}.{name}")
         if call:
             return _Name(full, call)
@@ -660,30 +660,30 @@ class _Names:
     def rebuild_subclass(self, function: _Name, _: Any, arguments: tuple[Any, ...], __: Any) -> Tensor:
         is_ours = isinstance(function, _Name) and function.call == self.rebuild_tensor
         if not is_ours or not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
-            raise UserError("a tensor that is made of something else")
+            raise UserError("a tensor subclass with an unknown rebuild function")
         return self.rebuild_tensor(*arguments)
 
     def make_dict(self, pairs: Any = ()) -> dict[Any, Any]:
         self.budget.spend("instructions", len(pairs))
         if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-            raise UserError("a dict that is made of something else than pairs")
+            raise UserError("a dict whose items are not pairs")
         return {_key(key): value for key, value in pairs}
 
     def make_set(self, items: Any = ()) -> set[Any]:
         if not isinstance(items, (list, tuple)):
-            raise UserError("a set that is made of something else than a list")
+            raise UserError("a set whose items are not a list")
         self.budget.spend("instructions", len(items))
         return set(map(_key, items))
 
     def encode(self, text: str, encoding: str) -> bytes:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise UserError("bytes that are made of something else than text")
+            raise UserError("bytes that are not encoded from Latin-1 text")
         self.budget.spend("encoded_bytes", len(text))
         return text.encode("latin-1", errors="replace")
 
 
 class _TorchNames(_Names):
-    """Resolves the names in a file of torch.save, storage classes included."""
+    """Resolver of the globals in a torch.save file, including storage classes."""
 
     def __call__(self, module: str, name: str) -> Any:
         found = _storage_type(module, name)
@@ -691,16 +691,16 @@ class _TorchNames(_Names):
 
 
 def _storage_type(module: str, name: str) -> torch.dtype | Unreadable:
-    """Return the type of the numbers in torch.FloatStorage and the like."""
+    """Return the dtype of a storage class such as torch.FloatStorage."""
     found = STORAGES.get(name) if module in ("torch", "torch.cuda") else None
     return found or Unreadable(f"it refers to {_shorten(f'{module}.{name}')}, which no tensor needs")
 
 
 def _make_module(meta: dict[str, Any]) -> PickledModule:
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
-        raise UserError("a persistent object that is no module")
+        raise UserError("a persistent object that is not a module")
     if meta.get("version") != 6:
-        raise UserError("a persistent object of another version than 6")
+        raise UserError("a persistent object with a version other than 6")
     name = meta.get("class_name")
     if not isinstance(name, str):
         raise UserError("a persistent object without a class")
@@ -709,30 +709,30 @@ def _make_module(meta: dict[str, Any]) -> PickledModule:
 
 def _make_numpy_type(code: str, *_: Any) -> _NumpyType:
     if not isinstance(code, str) or code not in SCALARS:
-        raise UserError("a NumPy type that is no number")
+        raise UserError("a NumPy dtype that is not numeric")
     return _NumpyType(code)
 
 
 def _make_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
     if not isinstance(kind, _NumpyType) or kind.code not in SCALARS or not isinstance(data, bytes):
-        raise UserError("a NumPy scalar that is no number")
+        raise UserError("a NumPy scalar that is not a number")
     dtype = np.dtype(f"<{kind.code}")
     if len(data) != dtype.itemsize:
-        raise UserError("a NumPy scalar of another length than its type")
+        raise UserError("a NumPy scalar whose length does not match its type")
     value: bool | int | float = np.frombuffer(data, dtype)[0].item()
     return value
 
 
 def _make_parameter(tensor: Tensor, *_: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise UserError("a parameter that is no tensor")
+        raise UserError("a parameter that is not a tensor")
     return tensor
 
 
 def _read_storage(data: bytes, budget: _Budget) -> _Storage:
-    """The numbers in a file of torch's format before zip files: magic, protocol, machine, storage, keys, numbers.
+    """Read a storage in torch's legacy format: magic, protocol, system info, storage, keys, elements.
 
-    torch.load would allocate whatever size the stream claims before it reads; here the size has to be what follows.
+    torch.load allocates the size that the stream claims before it reads. Here the claimed size must match the data.
     """
     if not isinstance(data, bytes):
         raise UserError("a tensor that is not made of bytes")
@@ -756,50 +756,50 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
         raise UserError("a tensor that is not in torch's format")
     stored, keys = read(load), read()
     if stored is not None or len(found) != 1 or not isinstance(keys, list) or keys != [found[0][0]]:
-        raise UserError("a stream for a tensor that holds something else")
+        raise UserError("a storage stream with unexpected content")
     _, dtype, count = found[0]
     start = stream.tell()
     if int.from_bytes(data[start : start + 8], "little") != count:
-        raise UserError(f"a tensor of {count} numbers that says another number of them")
+        raise UserError(f"a storage of {count} elements whose header states another count")
     return _to_storage(bytearray(memoryview(data)[start + 8 :]), dtype, count)
 
 
 def _to_storage(data: bytearray, dtype: torch.dtype, count: int) -> _Storage:
-    """Return the numbers in `data`, which they keep. Raises UserError unless there are so many."""
+    """Return a storage that shares the memory of `data`. Raises UserError unless its size is `count` elements."""
     if len(data) != count * dtype.itemsize:
-        raise UserError(f"a tensor of {count} numbers of {dtype.itemsize} bytes in {len(data)} bytes")
+        raise UserError(f"a storage of {count} elements of {dtype.itemsize} bytes in {len(data)} bytes")
     return _Storage(torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype))
 
 
 def _storage_key(key: Any) -> tuple[str, torch.dtype, int]:
-    """Key, type and number of elements in ('storage', type, key, device, elements, None)."""
+    """Return key, dtype and number of elements of a persistent id ('storage', type, key, device, elements, None)."""
     if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] != "storage" or key[5:] not in ((), (None,)):
-        raise UserError("a stream for a tensor that refers to something else")
+        raise UserError("a malformed persistent id of a storage")
     _, dtype, name, _, count = key[:5]
     if not isinstance(dtype, torch.dtype) or not isinstance(name, str) or type(count) is not int or count < 0:
-        raise UserError("a stream for a tensor that refers to something else")
+        raise UserError("a malformed persistent id of a storage")
     return name, dtype, count
 
 
 def _view(storage: _Storage, offset: int, size: Any, stride: Any, budget: _Budget) -> Tensor:
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise UserError("a tensor without numbers or shape")
+        raise UserError("a tensor without storage or shape")
     if len(size) != len(stride) or len(size) > MAX_DIMS:
-        raise UserError("a tensor of an impossible shape")
+        raise UserError("a tensor with an invalid shape")
     numbers = (offset, *size, *stride)
     if not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
-        raise UserError("a tensor of an impossible shape")
+        raise UserError("a tensor with an invalid shape")
     count = 1
     for length in size:
         count *= length
-    last = 0  # the place of its last number, and of all that are in the dimensions so far
+    last = 0  # index of the last element within the dimensions seen so far
     for step, length in sorted(zip(stride, size, strict=True)):
         if count and length > 1 and step <= last:
-            raise UserError(f"a tensor of shape {size}, whose numbers overlap")
+            raise UserError(f"a tensor of shape {size} whose elements overlap")
         last += (length - 1) * step
     if count and offset + last >= len(storage.numbers):
-        raise UserError(f"a tensor of shape {size} that is larger than its numbers")
+        raise UserError(f"a tensor of shape {size} that exceeds its storage")
     if count > budget.numbers:
-        raise UserError(f"a tensor of shape {size}, with more numbers than the file can hold")
+        raise UserError(f"a tensor of shape {size}, with more elements than the file can hold")
     budget.numbers -= count
     return storage.numbers.as_strided(size, stride, offset) if count else storage.numbers.new_empty(size)

@@ -1,7 +1,7 @@
-"""Signals of users and schedulers as requests that all processes learn of at the same step.
+"""Signals from users and schedulers, handled by all processes at the same step.
 
-SIGTERM, SIGINT and SIGHUP (the terminal was closed) ask to write a training state and to stop, SIGUSR1 to write one and
-to go on. A second SIGINT exits at once.
+SIGTERM, SIGINT and SIGHUP (terminal closed) save a training state and stop; SIGUSR1 saves a training state and
+continues. A second SIGINT exits immediately.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from typing import Any
 
 from torch_utils import distributed
 
-EXIT_STOPPED = 3  # stopped by a signal with everything saved: the same command with --resume=latest goes on
-EXIT_INTERRUPTED = 128 + signal.SIGINT  # stopped at once
+EXIT_STOPPED = 3  # stopped by a signal after saving: the same command with --resume=latest continues
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # stopped without saving
 
-SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has none
+SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not available on Windows
 STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
-INTERVAL = 4  # steps between agreements of several processes; one process looks at every step
-REPEAT_SECONDS = 1.0  # Ctrl-C reaches a worker from the terminal and from its launcher: that is one SIGINT, not two
+INTERVAL = 4  # steps between collective checks of several processes; a single process checks at every step
+REPEAT_SECONDS = 1.0  # one Ctrl-C reaches a worker twice, from the terminal and from the launcher; count it once
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalRequest:
-    """What is asked for: to write a training state, and by which signal (None: not at all) to stop afterwards."""
+    """Pending request: whether to save a training state, and the signal to stop for afterwards (None: continue)."""
 
     save: bool
     stop: signal.Signals | None
 
 
 class Signals:
-    """While active, notes signals instead of dying of them; `agree` tells what they ask for.
+    """Context manager that records signals instead of exiting; `agree` returns the pending request.
 
-    Only the main thread of a program may enter. Where it was asked to stop, it goes on to note signals afterwards. A
-    thread of its own answers Ctrl-C at once: Python's handlers wait for the operator that the main thread is in, which
-    can take minutes on a CPU.
+    It must be entered in the main thread. After a stop request, the handlers stay installed on exit. A separate thread
+    responds to Ctrl-C immediately, because Python's handlers run only after the current operator of the main thread,
+    which can take minutes on a CPU.
     """
 
     HANDLED = (*STOPPING, *SAVING)
 
     def __init__(self) -> None:
         self.save, self.stop = False, 0
-        self.interrupted = math.inf  # when the first SIGINT came
+        self.interrupted = math.inf  # time of the first SIGINT
         self.previous: dict[signal.Signals, Any] = {}
         self.pipe: tuple[int, int] | None = None
-        self.wakeup = -1  # the descriptor before
+        self.wakeup = -1  # the previous wakeup descriptor
 
     def __enter__(self) -> Signals:
         self.pipe = os.pipe()
@@ -64,11 +64,11 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.stop and self.pipe:  # else the program is about to end, and may be sent the signal once more
+        if not self.stop and self.pipe:  # otherwise the program is about to exit, and the signal may be repeated
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self.wakeup)
-            os.close(self.pipe[1])  # which ends the thread
+            os.close(self.pipe[1])  # ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number in SAVING:
@@ -77,27 +77,27 @@ class Signals:
             self.stop = number
 
     def _answer_all(self, pipe: int) -> None:
-        """Answer the signals whose numbers arrive in a pipe, until it is closed."""
+        """Respond to the signal numbers read from a pipe, until the pipe is closed."""
         while number := os.read(pipe, 1):
             self._answer(number[0])
         os.close(pipe)
 
     def _answer(self, number: int) -> None:
-        """Say on the screen what Ctrl-C does; a second one ends the process."""
+        """Print a notice on the first SIGINT; exit on the second. Other signals are ignored here."""
         if number != signal.SIGINT:
             return
         if time.monotonic() > self.interrupted + REPEAT_SECONDS:
             os._exit(EXIT_INTERRUPTED)
         is_first, self.interrupted = self.interrupted == math.inf, min(self.interrupted, time.monotonic())
         if is_first and distributed.is_main():
-            message = "\nCtrl-C: stopping after this step, the state will be saved; press again to lose it"
-            with suppress(OSError, ValueError):  # a stream that fails, or is closed at the end of the program
+            message = "\nCtrl-C: stopping after this step and saving the state; press again to exit without saving"
+            with suppress(OSError, ValueError):  # stderr fails, or is closed while the program exits
                 print(message, file=sys.stderr, flush=True)
 
     def agree(self, step: int) -> SignalRequest:
-        """Return what any process was asked for since the last time. A collective call for every step.
+        """Return the requests of all processes since the last check. A collective call, due at every step.
 
-        Between the steps at which processes talk to each other the answer is: nothing.
+        With several processes only every INTERVAL-th step communicates; the other steps return no request.
         """
         if distributed.world_size() > 1 and step % INTERVAL:
             return SignalRequest(save=False, stop=None)

@@ -1,4 +1,4 @@
-"""Means and standard deviations of training statistics, gathered on the device without a host sync."""
+"""Mean and standard deviation of training statistics, accumulated on the device without host synchronization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_utils import distributed
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and standard deviation over all values that all ranks reported since the last `collect`; nan without any."""
+    """Mean and standard deviation of the values that all ranks added since the last `collect`; nan without values."""
 
     mean: float
     std: float
@@ -22,18 +22,18 @@ class Stat:
 
 
 class Stats:
-    """Running count, sum and sum of squares per name. Every rank must report the same names."""
+    """Running count, sum and sum of squares per name. Every rank must add the same names."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moments: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add every element of each tensor to the sums, on the device."""
+        """Accumulate all elements of each tensor, on the device."""
         self.add_moments({name: moments(value) for name, value in values.items()})
 
     def add_moments(self, table: Mapping[str, Tensor]) -> None:
-        """Add values by their `moments`."""
+        """Accumulate values given as `moments`."""
         for name, row in table.items():
             if name in self.moments:
                 self.moments[name] += row
@@ -41,29 +41,29 @@ class Stats:
                 self.moments[name] = row.clone()
 
     def collect(self) -> dict[str, Stat]:
-        """Return the statistics over all ranks and start afresh. A collective call, and the one host sync."""
+        """Return the statistics over all ranks and reset. A collective call, and the only host synchronization."""
         names, table = self._sum_over_ranks()
         self.moments = {}
         return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
 
     def gather(self) -> None:
-        """Move the sums of all ranks to rank 0, whose `state_dict` then is that of all. A collective call."""
+        """Move the sums of all ranks to rank 0, so that its `state_dict` covers all ranks. A collective call."""
         names, table = self._sum_over_ranks()
         self.load_state_dict(dict(zip(names, table, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums of this rank since the last `collect`."""
+        """Return the sums of this rank since the last `collect`."""
         return {name: self.moments[name] for name in sorted(self.moments)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the state of rank 0. It counts once: the other ranks start from zero."""
+        """Restore the state that rank 0 saved. It is restored on rank 0 only; the other ranks start from zero."""
         if any(row.shape != (3,) or row.dtype != torch.float64 for row in state.values()):
             raise ValueError("moments are three numbers in float64")
         share = 1 if distributed.is_main() else 0
         self.moments = {name: row.to(self.device) * share for name, row in state.items()}
 
     def _sum_over_ranks(self) -> tuple[list[str], Tensor]:
-        """Return the names and the sums of their moments, (names, 3)."""
+        """Return the names and their moments summed over all ranks, (names, 3)."""
         names = sorted(self.moments)
         if not names:
             return [], torch.zeros(0, 3)

@@ -1,4 +1,4 @@
-"""How long the sections of a step take, measured without making the host wait for the device."""
+"""Duration of the sections of a step, measured without host synchronization during the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Mean milliseconds per named section. On a GPU between CUDA events, which are read once per `collect`."""
+    """Mean milliseconds per named section. On a GPU, CUDA events measure the time and are read once per `collect`."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -20,7 +20,7 @@ class Stopwatch:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time the enclosed block."""
         if self.on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -33,7 +33,7 @@ class Stopwatch:
             self.milliseconds[name].append((time.perf_counter() - begin) * 1000)
 
     def collect(self) -> dict[str, float]:
-        """Return the mean of each section since the last call and start afresh. Waits for the device."""
+        """Return the mean of each section since the last call and reset. Synchronizes with the device."""
         if self.events:
             torch.cuda.synchronize()
             for name, start, end in self.events:

@@ -1,4 +1,4 @@
-"""Finds out which of several processes has stopped, instead of leaving all of them waiting for it."""
+"""Watchdog that detects a stopped rank, names it and ends the run, instead of all other ranks waiting for it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 
 from torch import distributed as dist
 
-MIN_SILENCE = 5.0  # seconds; who is silent for less may be slow on a busy machine
+MIN_SILENCE = 5.0  # seconds; on a busy machine a live rank can miss heartbeats for a shorter time
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """How far a process has come, in collective calls, and on which machine it runs."""
+    """Progress of a rank as a count of collective calls, and its host name."""
 
     position: int
     host: str
 
 
 def find_stopped(statuses: dict[int, RankStatus], silent: Collection[int] = ()) -> list[int]:
-    """Return the ranks that the others wait for.
+    """Return the ranks that the other ranks wait for.
 
-    They are the `silent` ranks, whose heartbeats have stopped, or else the ranks that have entered the fewest
-    collective calls. The list is empty if all ranks are alive and have entered equally many calls.
+    These are the `silent` ranks, whose heartbeats have stopped; if there are none, the ranks that have entered the
+    fewest collective calls. The list is empty if all ranks are alive and have entered the same number of calls.
     """
     if silent:
         return sorted(silent)
@@ -39,14 +39,14 @@ def find_stopped(statuses: dict[int, RankStatus], silent: Collection[int] = ()) 
 
 
 class Pulse:
-    """When each rank was last seen to be alive, by a clock of this process: its beats are numbers that change."""
+    """Heartbeat monitor: the local time at which the beat counter of each rank last changed."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self.beats: dict[int, tuple[int, float]] = {}  # by rank: the last beat, and when it came
+        self.beats: dict[int, tuple[int, float]] = {}  # rank -> last beat, time of its arrival
 
     def find_silent(self, beats: dict[int, int], now: float) -> list[int]:
-        """Take in the beats at a time, in seconds; return the ranks whose last one is longer ago than the timeout."""
+        """Record the beats at time `now` (seconds); return the ranks whose beat has not changed for the timeout."""
         for rank, beat in beats.items():
             if rank not in self.beats or self.beats[rank][0] != beat:
                 self.beats[rank] = beat, now
@@ -54,11 +54,11 @@ class Pulse:
 
 
 class Watchdog:
-    """A thread on every rank that tells the others, through the launcher's store, how far its process has come.
+    """Thread on every rank that publishes the progress of its process in the launcher's store.
 
-    When a rank has kept the others waiting for `timeout` seconds, or has said nothing for as long, because it is frozen
-    inside a call that all have entered, the lowest of the others prints which, and ends its process; the launcher then
-    ends all.
+    A rank counts as stopped if the others have waited for it, or if its heartbeat has been missing (the process is
+    frozen), for `timeout` seconds. The lowest of the other ranks then prints the stopped ranks and exits, and the
+    launcher ends all processes.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self.thread.start()
 
     def stop(self) -> None:
-        """End watching."""
+        """Stop the thread."""
         self.over.set()
-        self.thread.join(1.0)  # longer, if it talks to a store that is going away
+        self.thread.join(1.0)  # with a timeout, because the thread may block on a store that is shutting down
 
     def _watch(self) -> None:
         try:
@@ -104,18 +104,18 @@ class Watchdog:
                     last, since = statuses, now
                 silent = pulse.find_silent({rank: number for rank, (number, _) in received.items()}, now)
                 stopped = find_stopped(statuses, silent) if silent or now - since > self.timeout else []
-                # Of the ranks that wait, the lowest speaks.
+                # The lowest of the waiting ranks reports.
                 if stopped and self.rank == min(set(statuses) - set(stopped), default=None):
                     self._give_up(stopped, statuses)
-        except RuntimeError:  # the store has gone, and with it the launcher
+        except RuntimeError:  # the launcher and its store have exited
             return
 
     def _give_up(self, stopped: list[int], statuses: dict[int, RankStatus]) -> None:
         names = ", ".join(f"{rank} on {statuses[rank].host}" for rank in stopped)
         plural = "es" if len(stopped) > 1 else ""
         print(
-            f"Error: process{plural} {names}: stopped {self.timeout:g} seconds ago, and the others wait; "
-            "--resume=latest goes on from the last training state. --set run.timeout=SECONDS sets how long they do",
+            f"Error: process{plural} {names}: stopped {self.timeout:g} seconds ago, and the others wait; continue "
+            "from the last training state with --resume=latest. --set run.timeout=SECONDS sets how long they wait",
             file=sys.stderr,
             flush=True,
         )
@@ -123,6 +123,6 @@ class Watchdog:
 
 
 def _read(text: bytes) -> tuple[int, RankStatus]:
-    """Return what a rank has told: its beat, and its status."""
+    """Parse the record that a rank has published; return its beat and status."""
     beat, position, host = text.decode().split(" ", 2)
     return int(beat), RankStatus(int(position), host)

@@ -1,11 +1,11 @@
-// clamp(gain * act(x + b), -clamp, clamp) and its derivatives; see bias_act.py for what they mean.
+// clamp(gain * act(x + b), -clamp, clamp) and its derivatives; bias_act.py documents the arguments.
 //
-// Each thread moves 16 bytes at a time: one read of x and one write of y is all that the forward pass costs.
+// Each thread loads and stores 16 bytes at a time. The forward pass reads x once and writes y once.
 #include "kernels.h"
 
-// The order of ACTIVATIONS in bias_act.py.
+// In the order of ACTIVATIONS in bias_act.py.
 enum Act : int { LINEAR, RELU, LRELU, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH, NUM_ACTS };
-constexpr int ANY = NUM_ACTS;  // chosen when the kernel runs
+constexpr int ANY = NUM_ACTS;  // activation selected at run time
 
 constexpr double SELU_SCALE = 1.0507009873554804934193349852946, SELU_ALPHA = 1.6732632423543772848170429916717;
 
@@ -13,7 +13,7 @@ template <class S> __device__ __forceinline__ S sigmoid(S x) { return S(1) / (S(
 
 template <class S> __device__ __forceinline__ S value(int act, S x, S alpha) {
     switch (act) {
-        case RELU: return x < S(0) ? S(0) : x;  // not a number stays one
+        case RELU: return x < S(0) ? S(0) : x;  // propagates NaN
         case LRELU: return x > S(0) ? x : x * alpha;
         case TANH: return tanh(x);
         case SIGMOID: return sigmoid(x);
@@ -54,17 +54,17 @@ template <class S> __device__ __forceinline__ S second_derivative(int act, S x, 
 }
 
 template <class T> struct BiasAct {
-    const T* in;     // order 0: x; order 1: the gradient of y; order 2: the gradient of what order 1 returned
-    const T* grad;   // order 2: the gradient of y
-    const T* saved;  // order 1 and 2: x, or y where the slope follows from it
-    const void* b;   // null, or numbers of type T, or Computed<T> where b_computed
+    const T* in;     // order 0: x; order 1: gradient of y; order 2: gradient of the output of order 1
+    const T* grad;   // order 2: gradient of y
+    const T* saved;  // order 1 and 2: x, or y if the slope can be computed from y
+    const void* b;   // null, or array of Computed<T> if b_computed, else of T
     T* out;
     int64_t size;
     Divisor inner, channels;  // element i belongs to channel i / inner % channels
-    Computed<T> alpha, gain, clamp;  // clamp < 0: none
+    Computed<T> alpha, gain, clamp;  // clamp < 0: disabled
     int act;
-    bool b_computed, vectors;  // vectors: every pointer is aligned to 16 bytes
-    bool b_vectors;            // b is read in vectors too: neighbours in memory are neighbouring channels
+    bool b_computed, vectors;  // vectors: all pointers are aligned to 16 bytes
+    bool b_vectors;            // read b in vectors too; requires that adjacent elements are adjacent channels
 };
 
 template <class T> __device__ __forceinline__ Computed<T> bias(const BiasAct<T>& a, int64_t channel) {
@@ -76,13 +76,13 @@ template <class T, int N> __device__ __forceinline__ void read(const T* from, Co
     for (int k = 0; k < N; ++k) to[k] = load(pack.v[k]);
 }
 
-// Add the bias to N elements from i on. One division finds the channel; from there on it is counted.
+// Add the bias to elements i, ..., i + N - 1. The first channel takes a division, the following ones a counter.
 template <class T, int N, class Index>
 __device__ __forceinline__ void add_bias(const BiasAct<T>& a, Index i, Computed<T> (&x)[N]) {
     const Index inner = static_cast<Index>(a.inner.d), channels = static_cast<Index>(a.channels.d);
     const Index row = divide(i, a.inner);
     Index within = i - row * inner, channel = row - divide(row, a.channels) * channels;
-    if (N > 1 && a.b_vectors) {  // the elements' channels follow each other and end with the vector at the latest
+    if (N > 1 && a.b_vectors) {  // the channels of the vector are consecutive, without wrap-around
         Computed<T> b[N];
         if (a.b_computed) read(static_cast<const Computed<T>*>(a.b) + channel, b);
         else read(static_cast<const T*>(a.b) + channel, b);
@@ -109,9 +109,9 @@ __device__ __forceinline__ S result(int act, S in, S grad, S saved, S alpha, S g
     if (ACT != ANY) act = ACT;
     if (ORDER == 0) {
         const S y = gain * value(act, in, alpha);
-        return clamp < S(0) ? y : y > clamp ? clamp : y < -clamp ? -clamp : y;  // not a number stays one
+        return clamp < S(0) ? y : y > clamp ? clamp : y < -clamp ? -clamp : y;  // propagates NaN
     }
-    if (ACT != ANY) {  // saved is y. It lies on the clamp exactly where it was clamped, up to rounding
+    if (ACT != ANY) {  // saved is y; up to rounding, |y| == clamp exactly where the output was clamped
         const S slope = ACT == LINEAR || saved > S(0) ? S(1) : ACT == LRELU ? alpha : S(0);
         return clamp < S(0) || fabs(saved) < clamp ? in * gain * slope : S(0);
     }
@@ -120,7 +120,7 @@ __device__ __forceinline__ S result(int act, S in, S grad, S saved, S alpha, S g
     return in * grad * gain * second_derivative(act, saved, alpha);
 }
 
-// N elements from i on.
+// Process elements i, ..., i + N - 1.
 template <int ORDER, int ACT, int N, class T> __device__ __forceinline__ void process(const BiasAct<T>& a, int64_t i) {
     using S = Computed<T>;
     S in[N], grad[N] = {}, saved[N] = {};
@@ -165,14 +165,14 @@ template <class T, int ORDER> int launch_order(const BiasAct<T>& a, bool from_ou
     return cudaGetLastError();
 }
 
-// Launch order 0, 1 or 2 on `size` elements. `b_dtype` is `dtype` or the type that it computes in.
+// Launch the kernel of order 0, 1 or 2 on `size` elements. `b_dtype` is `dtype` or its compute type.
 extern "C" int bias_act(int dtype, int order, const void* in, const void* grad, const void* saved, const void* b,
                         int b_dtype, void* out, int64_t size, int64_t inner, int64_t channels, int act, int from_output,
                         double alpha, double gain, double clamp, cudaStream_t stream) {
     return with_dtype(dtype, [&](auto zero) -> int {
         using T = decltype(zero);
         using S = Computed<T>;
-        T edge;  // y was rounded when it was written: so is the clamp that it is compared with
+        T edge;  // clamp rounded to T, because it is compared with y, which was rounded to T
         store(edge, static_cast<S>(clamp));
         const bool vectors = aligned(in, 16) && aligned(grad, 16) && aligned(saved, 16) && aligned(out, 16);
         const bool b_vectors = inner == 1 && channels % (16 / sizeof(T)) == 0 && aligned(b, 16);
@@ -189,7 +189,7 @@ extern "C" int bias_act(int dtype, int order, const void* in, const void* grad, 
     });
 }
 
-// Whether the kernels hold code for the present device: cudaSuccess or why not.
+// Return cudaSuccess if the library contains code for the current device, else an error.
 extern "C" int probe() {
     cudaFuncAttributes attributes;
     return cudaFuncGetAttributes(&attributes, bias_act_kernel<float, 0, LINEAR>);

@@ -1,7 +1,7 @@
-"""Bias, activation, gain and clamp in one call.
+"""Fused bias, activation, gain and clamp.
 
-The PyTorch form is the specification. On CUDA one kernel (bias_act.cu) does what takes PyTorch a pass over memory for
-each step, and its derivative mostly reads the output, which the next layer keeps anyway.
+The PyTorch reference is the specification. On CUDA, a fused kernel (bias_act.cu) makes one pass over memory where
+PyTorch makes one per step. The backward pass mostly reads the output, which the next layer saves anyway.
 """
 
 import math
@@ -20,15 +20,15 @@ from torch_utils.ops import library
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """A function of x, or of (x, alpha) if it has an `alpha`; `alpha` and `gain` are what bias_act takes by default."""
+    """Activation function of x, or of (x, alpha) if `alpha` is set, with the default `alpha` and `gain` of bias_act."""
 
     function: Callable[..., Tensor]
     alpha: float | None = None
     gain: float = 1.0
 
 
-# A gain of sqrt(2) keeps the scale of a signal that loses its negative half (He et al. 2015).
-# The kernels count the activations in this order.
+# A gain of sqrt(2) preserves the signal magnitude if the negative half is cut off (He et al. 2015).
+# The order matches enum Act in bias_act.cu.
 ACTIVATIONS = {
     "linear": Activation(function=lambda x: x),
     "relu": Activation(function=F.relu, gain=math.sqrt(2)),
@@ -56,25 +56,25 @@ def bias_act(
     clamp: float | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Return clamp(gain * act(x + b), -clamp, clamp), of x's shape and type; twice differentiable.
+    """Return clamp(gain * act(x + b), -clamp, clamp) with the shape and dtype of x; twice differentiable.
 
-    `b` [x.shape[dim]] is added along `dim`. `alpha` and `gain` None are the activation's own; `clamp` None is none.
-    `impl` "auto" takes the CUDA kernels for CUDA tensors where they can be built, and PyTorch otherwise.
+    `b` [x.shape[dim]] is added along `dim`. `alpha` and `gain` default to the activation's values; `clamp` None
+    disables clamping. `impl` "auto" uses the CUDA kernels for CUDA tensors if they can be built, else PyTorch.
 
-    Raises ValueError for an unknown `act`, an `alpha` that it does not have, a bias that does not fit, and a negative
-    clamp. With `impl` "cuda", a tensor that the kernels do not take is a ValueError, missing kernels a RuntimeError.
+    Raises ValueError for an unknown `act`, an `alpha` for an activation without one, a bias of the wrong shape, and a
+    negative clamp. With `impl` "cuda", raises ValueError for an unsupported tensor and RuntimeError without kernels.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not an activation: choose one of {', '.join(ACTIVATIONS)}")
     if clamp is not None and clamp < 0:
-        raise ValueError(f"clamp={clamp} is negative: give the largest absolute value, or None")
+        raise ValueError(f"clamp={clamp} is negative: specify the largest absolute value, or None")
     activation = ACTIVATIONS[act]
     if alpha is not None and activation.alpha is None:
-        raise ValueError(f"alpha={alpha} has no meaning for act={act!r}: leave it out")
+        raise ValueError(f"alpha={alpha} has no meaning for act={act!r}: omit it")
     alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
-        raise ValueError(f"bias has shape {list(b.shape)}: dimension {dim} of x {list(x.shape)} wants a vector")
+        raise ValueError(f"bias has shape {list(b.shape)}: dimension {dim} of x {list(x.shape)} requires a vector")
 
     if custom_ops.use_kernels(impl, x):
         if b is not None and b.device != x.device:
@@ -104,11 +104,11 @@ def _reference(
     return x
 
 
-# From here on the operator as PyTorch's dispatcher sees it: alpha is a number (0: not used), clamp < 0 is none.
+# The operator below is registered with PyTorch's dispatcher: alpha is a number (0 if unused), clamp < 0 disables it.
 
 
 def slope_from_output(act: str, alpha: float, gain: float) -> bool:
-    """Whether the sign of y tells the sign of x + b, so that y is all that the derivative needs."""
+    """Return whether the derivative can be computed from y alone, because y has the sign of x + b."""
     return act in PIECEWISE_LINEAR and gain > 0 and (alpha > 0 or act != "lrelu")
 
 
@@ -125,7 +125,7 @@ def launch(
     gain: float,
     clamp: float,
 ) -> Tensor:
-    """Run the kernel: order 0 on x, order 1 on a gradient x of the output, order 2 on a gradient x of that."""
+    """Launch the kernel. `x` is the input (order 0), the gradient of the output (1), or the gradient of that (2)."""
     layout = library.layout(x if saved is None else saved)
     x = x.contiguous(memory_format=layout)
     saved = None if saved is None else saved.contiguous(memory_format=layout)
@@ -192,7 +192,7 @@ def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, 
     return y.clone(memory_format=library.layout(x))
 
 
-def _slope(act: str, x: Tensor, alpha: float) -> Tensor:
+def _first_derivative(act: str, x: Tensor, alpha: float) -> Tensor:
     """Return the first derivative of an activation."""
     s, t = torch.sigmoid(x), torch.tanh(x)
     scale, selu_alpha = SELU
@@ -209,7 +209,7 @@ def _slope(act: str, x: Tensor, alpha: float) -> Tensor:
     }[act]()
 
 
-def _bend(act: str, x: Tensor, alpha: float) -> Tensor:
+def _second_derivative(act: str, x: Tensor, alpha: float) -> Tensor:
     """Return the second derivative of an activation."""
     s, t = torch.sigmoid(x), torch.tanh(x)
     scale, selu_alpha = SELU
@@ -238,11 +238,11 @@ def _grad_cpu(
 ) -> Tensor:
     x = _with_bias(saved, b, dim)
     if slope_from_output(act, alpha, gain):
-        edge = torch.tensor(math.inf if clamp < 0 else clamp, dtype=x.dtype)  # rounded as the output was
+        edge = torch.tensor(math.inf if clamp < 0 else clamp, dtype=x.dtype)  # rounded like the output
         passes = x.abs() < edge
     else:
         passes = _unclamped(x, act, alpha, gain, clamp)
-    dx = torch.where(passes, grad * gain * _slope(act, x, alpha), 0)
+    dx = torch.where(passes, grad * gain * _first_derivative(act, x, alpha), 0)
     return dx.clone(memory_format=library.layout(saved))
 
 
@@ -259,12 +259,12 @@ def _grad2_cpu(
 ) -> Tensor:
     v = _with_bias(x, b, dim)
     passes = _unclamped(v, act, alpha, gain, clamp)
-    ddx = torch.where(passes, double * grad * gain * _bend(act, v, alpha), 0)
+    ddx = torch.where(passes, double * grad * gain * _second_derivative(act, v, alpha), 0)
     return ddx.clone(memory_format=library.layout(x))
 
 
 def _bias_gradient(dx: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sum dx over all dimensions but one, in float32 at least."""
+    """Sum dx over all dimensions except `dim`, accumulating in at least float32."""
     dims = [i for i in range(dx.ndim) if i != dim]
     return (dx.sum(dims, dtype=library.computed_in(dx.dtype)) if dims else dx).to(dtype)
 
@@ -300,15 +300,15 @@ class _Forward(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The derivative of _Forward. It is linear in the gradient; in x it bends only where the activation does."""
+    """Derivative of _Forward, linear in `grad`; its derivative by x is zero for piecewise linear activations."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, saved: Tensor, b: Tensor | None, *options: Any) -> Tensor:
         with library.below_autograd():
             dx = _bias_act_grad(grad, saved, b, *options)
         ctx.options = options
-        ctx.bends = options[1] not in PIECEWISE_LINEAR
-        ctx.save_for_backward(grad if ctx.bends else None, saved, b)
+        ctx.is_curved = options[1] not in PIECEWISE_LINEAR
+        ctx.save_for_backward(grad if ctx.is_curved else None, saved, b)
         return dx
 
     @staticmethod
@@ -317,7 +317,7 @@ class _Gradient(torch.autograd.Function):
         grad, saved, b = ctx.saved_tensors
         d_grad = _bias_act_grad(double, saved, b, *ctx.options) if ctx.needs_input_grad[0] else None
         d_x = d_b = None
-        if ctx.bends and any(ctx.needs_input_grad[1:3]):
+        if ctx.is_curved and any(ctx.needs_input_grad[1:3]):
             d_x = _bias_act_grad2(double, grad, saved, b, *ctx.options)
             d_b = _bias_gradient(d_x, ctx.options[0], b.dtype) if ctx.needs_input_grad[2] else None
         return d_grad, d_x if ctx.needs_input_grad[1] else None, d_b, *[None] * 5
@@ -331,7 +331,7 @@ class _SecondGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("the CUDA kernels of bias_act have two derivatives: a third one needs impl='reference'")
+        raise RuntimeError("the CUDA kernels of bias_act have two derivatives: use impl='reference' for a third")
 
 
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"

@@ -1,8 +1,9 @@
-"""Convolutions whose second derivatives are as fast as the first ones.
+"""Convolutions with second derivatives as fast as the first.
 
-PyTorch differentiates the gradient of `F.conv2d` by its weight as a convolution with an image for a filter, for which
-cuDNN has no fast kernel: it took 5 to 30 times as long as the gradient by the weight itself on an H200
-(benchmarks/micro.py). A convolution and its two derivatives are bilinear, and the derivatives of each are again these:
+PyTorch computes the double backward of `F.conv2d` with respect to the weight as a convolution with an image as filter.
+cuDNN has no fast kernel for that shape: on an H200 it took 5 to 30 times as long as the weight gradient itself
+(benchmarks/micro.py). A convolution and its two derivatives are bilinear, and the derivatives of each are again one of
+the three:
 
     y = x * w                 dx = I(dy, w)       dw = W(dy, x)
     I(g, w), by x             dg = dI * w         dw = W(g, dI)
@@ -36,48 +37,48 @@ def conv_transpose2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """x * w."""
+    """Convolution x * w."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.how = stride, padding
+        ctx.geometry = stride, padding
         return F.conv2d(x, w, stride=stride, padding=padding)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dy,), (x, w) = grads, ctx.saved_tensors
-        dx = _InputGradient.apply(dy, w, x.shape[2:], *ctx.how) if ctx.needs_input_grad[0] else None
-        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+        dx = _InputGradient.apply(dy, w, x.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None
 
 
 class _InputGradient(torch.autograd.Function):
-    """I(g, w) for images of `size` (H, W)."""
+    """Input gradient I(g, w) for images of `size` (H, W)."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, w: Tensor, size: tuple[int, int], stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(g, w)
-        ctx.how = stride, padding
+        ctx.geometry = stride, padding
         smallest = (stride * (side - 1) + k - 2 * padding for side, k in zip(g.shape[2:], w.shape[2:], strict=True))
-        missing = [side - least for side, least in zip(size, smallest, strict=True)]
-        return F.conv_transpose2d(g, w, stride=stride, padding=padding, output_padding=missing)
+        output_padding = [side - minimum for side, minimum in zip(size, smallest, strict=True)]
+        return F.conv_transpose2d(g, w, stride=stride, padding=padding, output_padding=output_padding)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (dx,), (g, w) = grads, ctx.saved_tensors
-        dg = _Convolution.apply(dx, w, *ctx.how) if ctx.needs_input_grad[0] else None
-        dw = _WeightGradient.apply(g, dx, w.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+        dg = _Convolution.apply(dx, w, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dw = _WeightGradient.apply(g, dx, w.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dg, dw, None, None, None
 
 
 class _WeightGradient(torch.autograd.Function):
-    """W(g, x) for weights of `shape`."""
+    """Weight gradient W(g, x) for weights of `shape`."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(g, x)
-        ctx.how = stride, padding
+        ctx.geometry = stride, padding
         w = x.new_empty(shape)  # only its shape matters
         sides = [stride] * 2, [padding] * 2, [1, 1]
         return torch.ops.aten.convolution_backward(g, x, w, None, *sides, False, [0, 0], 1, [False, True, False])[1]
@@ -85,6 +86,6 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (dw,), (g, x) = grads, ctx.saved_tensors
-        dg = _Convolution.apply(x, dw, *ctx.how) if ctx.needs_input_grad[0] else None
-        dx = _InputGradient.apply(g, dw, x.shape[2:], *ctx.how) if ctx.needs_input_grad[1] else None
+        dg = _Convolution.apply(x, dw, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = _InputGradient.apply(g, dw, x.shape[2:], *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dg, dx, None, None, None

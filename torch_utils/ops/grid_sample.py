@@ -1,7 +1,7 @@
-"""Bilinear resampling of images that can be differentiated as often as wanted.
+"""Bilinear image resampling with derivatives of any order.
 
-`F.grid_sample` has a second derivative only in newer versions of PyTorch. Resampling is linear in the image, so its
-derivative is its adjoint, whatever the image, and the derivative of the adjoint is the resampling again.
+`F.grid_sample` has a second derivative only in recent versions of PyTorch. Resampling is linear in the image, so its
+derivative is its adjoint, independent of the image, and the derivative of the adjoint is the resampling again.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# As aten numbers them: bilinear interpolation, zeros outside, and align_corners=False.
+# Arguments of aten's operator: bilinear interpolation, zero padding, align_corners=False.
 _MODE = (0, 0, False)
 
 
 def grid_sample(images: Tensor, grid: Tensor) -> Tensor:
     """Return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).
 
-    images (B, C, H, W) and grid (B, h, w, 2), in x and y from -1 to 1, make (B, C, h, w). Differentiable in the images
-    any number of times. Raises ValueError for a grid that requires a gradient, which it would not get.
+    images (B, C, H, W), grid (B, h, w, 2) of x and y in [-1, 1] -> (B, C, h, w). Differentiable with respect to the
+    images any number of times. Raises ValueError for a grid that requires a gradient, which is not computed.
     """
     if grid.requires_grad:
-        raise ValueError("grid_sample differentiates in the images alone: detach the grid")
+        raise ValueError("grid_sample has no gradient with respect to the grid: detach the grid")
     return _Resampling.apply(images, grid)
 
 
@@ -40,7 +40,7 @@ class _Resampling(torch.autograd.Function):
 
 
 class _Adjoint(torch.autograd.Function):
-    """The transpose of the matrix that _Resampling multiplies images of `shape` by."""
+    """Adjoint (transpose) of _Resampling as a linear map on images of `shape`."""
 
     @staticmethod
     def forward(ctx: Any, grads: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:

@@ -1,7 +1,7 @@
-// What the kernels share: types of numbers, vectors of them, and how a kernel is launched.
+// Helpers shared by the kernels: element types, vector loads, index division, kernel launch.
 //
-// Without nvcc the same sources compile for the host: cuda_on_cpu.h of the tests stands in for CUDA then, and every
-// thread of a launch runs in a loop.
+// Without nvcc the same sources compile for the host: cuda_on_cpu.h of the tests then replaces CUDA and runs the
+// threads of a launch in a loop.
 #pragma once
 #include <climits>
 #include <cmath>
@@ -19,12 +19,12 @@
 
 enum Dtype : int { FLOAT32 = 0, FLOAT64 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
 
-// Numbers are computed in float, and double in double.
+// Compute type: double for double, float for all other types.
 template <class T> struct Compute { using type = float; };
 template <> struct Compute<double> { using type = double; };
 template <class T> using Computed = typename Compute<T>::type;
 
-// For the host too: without a word, nvcc makes a call of device code there one of exit().
+// Also for the host: nvcc silently compiles a host call of a device function to exit().
 __host__ __device__ __forceinline__ float load(const float& x) { return x; }
 __host__ __device__ __forceinline__ double load(const double& x) { return x; }
 __host__ __device__ __forceinline__ float load(const __half& x) { return __half2float(x); }
@@ -35,10 +35,11 @@ __host__ __device__ __forceinline__ void store(double& to, double x) { to = x; }
 __host__ __device__ __forceinline__ void store(__half& to, float x) { to = __float2half_rn(x); }
 __host__ __device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
-// N numbers that move in one instruction.
+// N elements that are loaded or stored with one instruction.
 template <class T, int N> struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
 
-// Read a Pack, or zeros. It travels as whole words, since a choice between numbers of 16 bits is made one by one.
+// Read a Pack, or zeros if `condition` is false. The data is selected in 32-bit words, because the compiler would
+// select 16-bit elements one by one.
 template <int BYTES> struct alignas(BYTES) Words { uint32_t w[BYTES / 4]; };
 template <> struct Words<2> { uint16_t w; };
 template <class T, int N> __device__ __forceinline__ Pack<T, N> read_if(bool condition, const T* from) {
@@ -62,16 +63,16 @@ template <class Body> int with_dtype(int dtype, Body body) {
     return cudaErrorInvalidValue;
 }
 
-// Up to here places are counted in 32 bits. Tests set it to 0.
+// Sizes up to this limit use 32-bit indices. Tests set it to 0.
 #ifndef INDEX_LIMIT
 #define INDEX_LIMIT INT_MAX
 #endif
 
-// Division by a number that is known at launch, for numbers below 2^31 by a multiplication:
+// Division by an integer that is known at launch. Dividends below 2^31 are divided by a multiplication:
 // i / d = floor(i m / 2^p) with p = 31 + ceil(log2 d), m = floor(2^p / d) + 1 < 2^32, because i (m d - 2^p) < 2^p.
 struct Divisor {
     uint64_t d;
-    uint32_t multiplier = 0;  // for d beyond all that is divided: everything becomes 0
+    uint32_t multiplier = 0;  // 0 for d > INT_MAX: every 32-bit quotient is 0
     int shift = 31;
 
     explicit Divisor(int64_t divisor) : d(divisor) {

@@ -1,7 +1,7 @@
-"""How the operators are registered with torch.library, and what their launchers share.
+"""Registration of the operators with torch.library, and helpers shared by their launchers.
 
-Operators are defined with `torch.library.Library` and get their derivatives from an autograd.Function on the Autograd
-key: a call that records a graph costs half of what `torch.library.custom_op` or `register_autograd` cost on the host.
+Operators are defined with `torch.library.Library`; an autograd.Function on the Autograd key provides the derivatives.
+A call with gradients then costs half the host time of `torch.library.custom_op` or `register_autograd`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register(
     fake: Callable[..., Tensor],
     function: type[torch.autograd.Function],
 ) -> Callable[..., Tensor]:
-    """Define styleformer::`schema` and return it; `function` calls it below autograd and has its derivative."""
+    """Define and return styleformer::`schema`; `function` calls it below autograd and implements its derivative."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
@@ -46,25 +46,25 @@ def register(
 
 
 def below_autograd() -> AbstractContextManager[Any]:
-    """Within it, operators go past their derivatives to their kernels."""
+    """Return a context manager in which operators dispatch below autograd, directly to their kernels."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def kernels() -> Kernels:
-    """Return the kernels. Raises RuntimeError where there are none."""
+    """Return the loaded CUDA kernels. Raises RuntimeError if they are unavailable."""
     loaded = custom_ops.load()
     if loaded is None:
-        raise RuntimeError(f"this operator has no CUDA kernels here: {custom_ops.why_not()}")
+        raise RuntimeError(f"the CUDA kernels are unavailable: {custom_ops.why_not()}")
     return loaded
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """Return the memory format that x has, or gets: channels_last if it is that and not contiguous too."""
+    """Return the memory format for x: channels_last if x has that layout and is not contiguous, else contiguous."""
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that the kernels compute in: float32, and float64 for float64."""
+    """Return the compute dtype of the kernels: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

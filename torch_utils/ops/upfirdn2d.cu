@@ -1,36 +1,36 @@
-// Upsample, pad or crop, correlate, downsample; see upfirdn2d.py for what that means.
+// Upsample, pad or crop, correlate, downsample; upfirdn2d.py documents the arguments.
 //
-// A map is H x W places of `inner` numbers each: a contiguous [B, C, H, W] is B * C maps with inner = 1, and
-// channels_last is B maps with inner = C. Neighbouring threads work on neighbouring numbers of the output, so that
-// reads and writes are coalesced. What several threads read comes from the L1 cache: no shared memory, no barriers.
+// A map has H x W pixels of `inner` elements each: a contiguous [B, C, H, W] is B * C maps with inner = 1, and
+// channels_last is B maps with inner = C. Adjacent threads compute adjacent output elements, so that loads and stores
+// are coalesced. Inputs shared by several threads come from the L1 cache: no shared memory, no barriers.
 #include "kernels.h"
 
 template <class T> struct Resample {
     const T* x;
-    const Computed<T>* f;  // fh x fw taps, or a vector of fh = fw taps that acts along both axes
+    const Computed<T>* f;  // fh x fw taps, or a vector of fh = fw taps applied along both axes
     T* y;
     int64_t maps;
     int H, W, OH, OW, inner;
     int fh, fw, up_x, up_y, down_x, down_y, pad_x, pad_y;
-    bool vector, flip;  // flip: f as it is, in place of turned by 180 degrees
+    bool vector, flip;  // flip: correlate with f itself; otherwise with f rotated by 180 degrees (convolution)
     Computed<T> gain;
-    int shift_x, shift_y;  // the first tile starts that far before the output
-    bool pairs;            // neighbours along x can be written together
+    int shift_x, shift_y;  // offset of the first tile before the output
+    bool pairs;            // a row of a tile can be written with one store
 };
 
-// Tap (ky, kx) of the correlation.
+// Return tap (ky, kx) of the correlation.
 template <class T> __device__ __forceinline__ Computed<T> tap(const Resample<T>& a, int ky, int kx) {
     ky = a.flip ? ky : a.fh - 1 - ky;
     kx = a.flip ? kx : a.fw - 1 - kx;
     return a.vector ? a.f[ky] * a.f[kx] : a.f[ky * a.fw + kx];
 }
 
-struct Place {
+struct Position {
     int64_t map;
     int y, x, c;
 };
 
-// How threads are numbered: maps * rows * columns * depth, with the depth fastest.
+// Thread numbering: maps x rows x columns x depth, depth fastest.
 struct Order {
     int64_t total;
     Divisor rows, columns, depth;
@@ -39,26 +39,28 @@ struct Order {
         : total(maps * rows * columns * depth), rows(rows), columns(columns), depth(depth) {}
 };
 
-template <class Index> __device__ __forceinline__ Place place(Index i, const Order& order) {
+template <class Index> __device__ __forceinline__ Position position(Index i, const Order& order) {
     const Index cell = divide(i, order.depth), line = divide(cell, order.columns), map = divide(line, order.rows);
     return {static_cast<int64_t>(map), static_cast<int>(line - map * static_cast<Index>(order.rows.d)),
             static_cast<int>(cell - line * static_cast<Index>(order.columns.d)),
             static_cast<int>(i - cell * static_cast<Index>(order.depth.d))};
 }
 
-// The place of this thread; a map of -1 beyond the last.
-__device__ __forceinline__ Place this_place(const Order& order) {
+// Return the output position of this thread; map -1 for threads beyond the last position.
+__device__ __forceinline__ Position this_position(const Order& order) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= order.total) return {-1, 0, 0, 0};
-    return order.total <= INDEX_LIMIT ? place(static_cast<uint32_t>(i), order) : place(static_cast<uint64_t>(i), order);
+    if (order.total <= INDEX_LIMIT) return position(static_cast<uint32_t>(i), order);
+    return position(static_cast<uint64_t>(i), order);
 }
 
-// Any factors, padding and filter: one output per thread, over the taps that meet a sample.
+// Generic kernel for any factors, padding and filter: one output per thread, skipping taps on inserted zeros.
 template <class T> __global__ void any_kernel(Resample<T> a, Order order) {
-    const Place p = this_place(order);
+    const Position p = this_position(order);
     if (p.map < 0) return;
-    const int ux = p.x * a.down_x - a.pad_x, uy = p.y * a.down_y - a.pad_y;  // upsampled place of tap (0, 0)
-    const int left = ux > 0 ? (ux + a.up_x - 1) / a.up_x : 0;  // first sample that is met
+    // Position of tap (0, 0) on the upsampled grid.
+    const int ux = p.x * a.down_x - a.pad_x, uy = p.y * a.down_y - a.pad_y;
+    const int left = ux > 0 ? (ux + a.up_x - 1) / a.up_x : 0;  // first sample under the filter
     const int top = uy > 0 ? (uy + a.up_y - 1) / a.up_y : 0;
     const T* map = a.x + p.map * a.H * a.W * a.inner + p.c;
     Computed<T> sum = 0;
@@ -68,16 +70,16 @@ template <class T> __global__ void any_kernel(Resample<T> a, Order order) {
     store(a.y[((p.map * a.OH + p.y) * a.OW + p.x) * a.inner + p.c], sum * a.gain);
 }
 
-// The factors, filter sizes and tiles of a specialised kernel. SPLIT: the filter is a vector along both axes.
+// Factors, filter size and tile size of a specialised kernel. SPLIT: the filter is a vector applied along both axes.
 template <int UX_, int UY_, int DX_, int DY_, int FW_, int FH_, bool SPLIT_, int TX_, int TY_> struct Shape {
     static constexpr int UX = UX_, UY = UY_, DX = DX_, DY = DY_, FW = FW_, FH = FH_, TX = TX_, TY = TY_;
     static constexpr bool SPLIT = SPLIT_;
-    static constexpr int COLUMNS = ((TX - 1) * DX + FW - 1) / UX + 1;  // samples that a tile of outputs meets
+    static constexpr int COLUMNS = ((TX - 1) * DX + FW - 1) / UX + 1;  // samples under a tile of outputs
     static constexpr int ROWS = ((TY - 1) * DY + FH - 1) / UY + 1;
     static_assert(TX % UX == 0 && TY % UY == 0, "a tile starts on a sample");
 };
 
-// Add the correlation of a row of samples with a row of taps to TX outputs.
+// Accumulate the correlation of a row of samples with a row of taps into TX outputs.
 template <class P, class S, int VEC>
 __device__ __forceinline__ void correlate(const S (&f)[P::FW], const S (&v)[P::COLUMNS][VEC], S (&sum)[P::TX][VEC]) {
 #pragma unroll
@@ -89,15 +91,15 @@ __device__ __forceinline__ void correlate(const S (&f)[P::FW], const S (&v)[P::C
                 if ((tx * P::DX + kx) % P::UX == 0) sum[tx][k] += f[kx] * v[(tx * P::DX + kx) / P::UX][k];
 }
 
-// TY x TX outputs per thread, in VEC neighbouring channels or, where VEC = 1, in a map with inner = 1. Samples are read
-// row by row, each once; every output that a row touches adds its part. All loops unroll, so that sums and taps stay in
-// registers and taps on zeros vanish.
+// Each thread computes TY x TX outputs in VEC adjacent channels; VEC = 1 requires inner = 1. Samples are loaded
+// once, row by row, and accumulated into all outputs that they contribute to. All loops are unrolled, so that sums and
+// taps stay in registers and taps on inserted zeros are eliminated.
 template <class T, int VEC, class P> __global__ void tile_kernel(Resample<T> a, Order order) {
     using S = Computed<T>;
-    const Place p = this_place(order);
+    const Position p = this_position(order);
     if (p.map < 0) return;
     const int ox = p.x * P::TX - a.shift_x, oy = p.y * P::TY - a.shift_y;
-    // The first sample; the division is exact thanks to the shift.
+    // The first sample. The division is exact because of the shift.
     const int left = (ox * P::DX - a.pad_x) / P::UX, top = (oy * P::DY - a.pad_y) / P::UY;
 
     S f[P::SPLIT ? 1 : P::FH][P::FW];
@@ -114,9 +116,9 @@ template <class T, int VEC, class P> __global__ void tile_kernel(Resample<T> a, 
         }
     }
 
-    // Steps between neighbours along x are known when this compiles where VEC = 1: addresses cost nothing then.
+    // With VEC = 1 the stride along x is a compile-time constant, so addresses need no computation.
     const int step = VEC == 1 ? 1 : a.inner;
-    const T* row = a.x + ((p.map * a.H + top) * a.W + left) * step + p.c * VEC;  // only read where it is inside
+    const T* row = a.x + ((p.map * a.H + top) * a.W + left) * step + p.c * VEC;  // dereferenced only inside the map
     S sum[P::TY][P::TX][VEC] = {};
 #pragma unroll
     for (int r = 0; r < P::ROWS; ++r) {
@@ -135,7 +137,7 @@ template <class T, int VEC, class P> __global__ void tile_kernel(Resample<T> a, 
             correlate<P>(f[0], v, along);
 #pragma unroll
             for (int ty = 0; ty < P::TY; ++ty) {
-                const int ky = r * P::UY - ty * P::DY;  // the tap of output row ty that meets this row
+                const int ky = r * P::UY - ty * P::DY;  // tap of output row ty on this row
 #pragma unroll
                 for (int i = 0; i < P::TX * VEC; ++i)
                     if (ky >= 0 && ky < P::FH) sum[ty][i / VEC][i % VEC] += fy[ky] * along[i / VEC][i % VEC];
@@ -185,7 +187,7 @@ template <class T> int launch_any(const Resample<T>& a, cudaStream_t stream) {
 }
 
 template <class T, int VEC, class P> int launch_tiles(Resample<T> a, cudaStream_t stream) {
-    // Move the tiles so that each starts on a sample: then the phase of every output is known when this compiles.
+    // Shift the tiles so that each starts on a sample: the phase of every output is then a compile-time constant.
     a.shift_x = ((-a.pad_x % P::UX) + P::UX) % P::UX;
     a.shift_y = ((-a.pad_y % P::UY) + P::UY) % P::UY;
     const int columns = (a.OW + a.shift_x + P::TX - 1) / P::TX, rows = (a.OH + a.shift_y + P::TY - 1) / P::TY;
@@ -193,10 +195,11 @@ template <class T, int VEC, class P> int launch_tiles(Resample<T> a, cudaStream_
     return launch(tile_kernel<T, VEC, P>, a, Order(a.maps, rows, columns, VEC == 1 ? 1 : a.inner / VEC), stream);
 }
 
-// The resampling of the networks: 4 x 4 taps, up by 2, down by 2 or neither. -1: it is not one of them.
+// Resampling of the networks: 4 x 4 taps, up by 2, down by 2 or neither. Returns -1 for other arguments.
 template <class T, int VEC, bool SPLIT> int launch_four(const Resample<T>& a, cudaStream_t stream) {
     if (a.fh != 4 || a.fw != 4 || a.up_x != a.up_y || a.down_x != a.down_y) return -1;
-    // Outputs of a wide tile share samples and addresses. 16-bit numbers need it most: twice as many arrive in a time.
+    // The outputs of a wide tile share samples and addresses. 16-bit types benefit most: twice as many elements arrive
+    // in the same time.
     constexpr int WIDE = VEC > 1 ? 1 : sizeof(T) == 2 ? 4 : 2;
     constexpr int WIDE_UP = WIDE > 2 ? WIDE : 2, TALL_UP = VEC == 1 ? 8 : 4, WIDE_DOWN = VEC == 1 ? 2 : 1;
     const bool up = a.up_x == 2 && a.down_x == 1, down = a.up_x == 1 && a.down_x == 2;
@@ -206,7 +209,7 @@ template <class T, int VEC, bool SPLIT> int launch_four(const Resample<T>& a, cu
     return -1;
 }
 
-// The resampling of the augmentation: 12 taps along one axis, up or down by 2. -1: it is not one of them.
+// Resampling of the augmentation: 12 taps along one axis, up or down by 2. Returns -1 for other arguments.
 template <class T> int launch_twelve(const Resample<T>& a, cudaStream_t stream) {
     const bool row = a.fh == 1 && a.fw == 12 && a.up_y == 1 && a.down_y == 1;
     const bool column = a.fh == 12 && a.fw == 1 && a.up_x == 1 && a.down_x == 1;
@@ -233,17 +236,17 @@ template <class T> int launch_resample(const Resample<T>& a, cudaStream_t stream
     return error < 0 ? launch_any(a, stream) : error;
 }
 
-// double is for checking derivatives: one kernel does
+// double is only used to check derivatives, so the generic kernel is sufficient.
 template <> int launch_resample<double>(const Resample<double>& a, cudaStream_t stream) {
     return launch_any(a, stream);
 }
 
-// Resample `maps` maps of `dtype`; f holds float, or double for double.
+// Resample `maps` maps of `dtype`; f is float, or double if `dtype` is double.
 extern "C" int upfirdn2d(int dtype, const void* x, const void* f, void* y, int64_t maps, int64_t H, int64_t W,
                          int64_t OH, int64_t OW, int64_t inner, int64_t fh, int64_t fw, int64_t up_x, int64_t up_y,
                          int64_t down_x, int64_t down_y, int64_t pad_x, int64_t pad_y, int vector, int flip,
                          double gain, cudaStream_t stream) {
-    // Places on the upsampled grid are counted in int, with room for a tile beyond the edge.
+    // Positions on the upsampled grid are int, with headroom for a tile beyond the edge.
     const int64_t limit = INT_MAX / 4;
     for (int64_t extent : {H * up_y, W * up_x, OH * down_y, OW * down_x, inner, fh, fw, pad_x, -pad_x, pad_y, -pad_y})
         if (extent > limit) return cudaErrorInvalidValue;

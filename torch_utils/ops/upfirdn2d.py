@@ -1,6 +1,6 @@
-"""Upsample, filter, downsample: the resampling operator of style-based networks.
+"""Upsample, FIR filter, downsample: the resampling operator of style-based networks.
 
-The PyTorch form is the specification; on CUDA one kernel (upfirdn2d.cu) takes its place.
+The PyTorch reference is the specification. On CUDA, a fused kernel (upfirdn2d.cu) replaces it.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch_utils.ops import library
 
 Pair = int | Sequence[int]
 
-# A separable filter of this many taps is faster in one pass with its outer product than in two passes.
+# Separable filters of at most this many taps are faster as one 2-D pass than as two 1-D passes.
 SHORT_FILTER = 4
 
 
@@ -25,14 +25,14 @@ def setup_filter(
 ) -> Tensor:
     """Return the filter taps `f` as a float32 tensor, [taps] (separable) or [rows, columns].
 
-    Normalised taps sum to 1 (or, if `normalize` is off, keep their sum). `gain` scales what the filter does to an
-    image: a 1-D filter acts once along each axis, so its taps are multiplied by sqrt(gain).
+    With `normalize`, the taps are scaled to sum to 1. `gain` is the gain of the filter on an image: a 1-D filter is
+    applied along both axes, so its taps are multiplied by sqrt(gain).
 
-    Raises ValueError for anything that is not a filled vector or matrix, and for taps to be normalised that sum to 0.
+    Raises ValueError if `f` is not a non-empty vector or matrix, and with `normalize` if the taps sum to 0.
     """
     taps = torch.as_tensor(f, dtype=torch.float32)
     if taps.ndim not in (1, 2) or taps.numel() == 0:
-        raise ValueError(f"filter has shape {list(taps.shape)}: give a vector (separable) or a matrix of taps")
+        raise ValueError(f"filter has shape {list(taps.shape)}: expected a vector (separable) or a matrix of taps")
     if normalize:
         if taps.sum() == 0:
             raise ValueError("filter taps sum to 0 and cannot be normalised: pass normalize=False")
@@ -51,25 +51,26 @@ def upfirdn2d(
     gain: float = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Upsample, pad, filter and downsample each channel of x [B, C, H, W]; x has derivatives of any order, f has none.
+    """Upsample, pad, filter and downsample each channel of x [B, C, H, W].
 
     1. Insert up-1 zeros after each sample: H * up rows.
-    2. Pad by zeros, or crop where `padding` is negative.
-    3. Convolve with f, keeping only what lies fully inside; a 1-D f acts along both axes. It is a true convolution;
-       `flip_filter` makes it a correlation.
-    4. Multiply by `gain` and keep every down-th sample from the first on:
+    2. Pad with zeros, or crop if `padding` is negative.
+    3. Convolve with f, keeping the valid region only; a 1-D f is applied along both axes. `flip_filter` selects
+       correlation instead of convolution.
+    4. Multiply by `gain` and keep every down-th sample, starting with the first:
        (H * up + y0 + y1 - rows of f) // down + 1 rows.
 
-    `up` and `down` are a number or (x, y), `padding` is a number, (x, y) or (x0, x1, y0, y1). Returns x's type and
-    memory format. `impl` "auto" takes the CUDA kernels for CUDA tensors where they can be built, and PyTorch otherwise.
+    `up` and `down` are a number or (x, y), `padding` is a number, (x, y) or (x0, x1, y0, y1). The output has the dtype
+    and memory format of x. Differentiable in x any number of times, not in f. `impl` "auto" uses the CUDA kernels for
+    CUDA tensors if they can be built, else PyTorch.
 
-    Raises ValueError for malformed arguments, and when the padded image is smaller than f. With `impl` "cuda", a tensor
-    that the kernels do not take is a ValueError, missing kernels are a RuntimeError.
+    Raises ValueError for malformed arguments, and if the padded image is smaller than f. With `impl` "cuda", raises
+    ValueError for an unsupported tensor and RuntimeError without kernels.
     """
     if x.ndim != 4:
-        raise ValueError(f"x has shape {list(x.shape)}: upfirdn2d wants [B, C, H, W]")
+        raise ValueError(f"x has shape {list(x.shape)}: upfirdn2d requires [B, C, H, W]")
     if f.requires_grad:
-        raise ValueError("the filter requires a gradient, but upfirdn2d takes it as constant: detach it")
+        raise ValueError("the filter requires a gradient, but upfirdn2d treats it as constant: detach it")
     up_x, up_y = _factors("up", up)
     down_x, down_y = _factors("down", down)
     x0, x1, y0, y1 = _padding(padding)
@@ -106,7 +107,7 @@ def upsample2d(
     gain: float = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Enlarge x [B, C, H, W] to [B, C, H * up, W * up] (plus `padding`) with zeros outside, keeping its brightness.
+    """Upsample x [B, C, H, W] to [B, C, H * up, W * up] (plus `padding`), preserving brightness; zero-padded borders.
 
     With f = [1, 3, 3, 1] and up = 2, along each axis: out[2i] = x[i-1]/4 + 3x[i]/4, out[2i+1] = 3x[i]/4 + x[i+1]/4.
     """
@@ -139,7 +140,7 @@ def downsample2d(
     gain: float = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Reduce x [B, C, H, W] to [B, C, H / down, W / down] (with `padding` added before), with zeros outside.
+    """Downsample x [B, C, H, W], padded by `padding`, to [B, C, H / down, W / down]; zero-padded borders.
 
     With f = [1, 3, 3, 1] and down = 2, along each axis: out[i] = (x[2i-1] + 3x[2i] + 3x[2i+1] + x[2i+2]) / 8.
     """
@@ -163,17 +164,17 @@ def downsample2d(
 
 
 def _correlation(f: Tensor, dtype: torch.dtype, flip_filter: bool) -> Tensor:
-    """Return f as taps of a correlation on images of `dtype`; short vectors as a matrix."""
+    """Return f as a correlation kernel for images of `dtype`; short vectors become a matrix."""
     kernel = f.to(torch.promote_types(f.dtype, dtype))
     kernel = kernel if flip_filter else kernel.flip(tuple(range(f.ndim)))
     return torch.outer(kernel, kernel) if kernel.ndim == 1 and len(kernel) <= SHORT_FILTER else kernel
 
 
 class _Resample(torch.autograd.Function):
-    """Resampling by a 2-D correlation kernel, whose derivative is again a resampling.
+    """Resampling by a 2-D correlation kernel. Its derivative is again a resampling.
 
-    The derivative swaps `up` and `down` and flips the kernel. Saying so keeps every derivative as fast as the operator
-    itself: PyTorch's own double backward of a depthwise convolution costs 40 times its forward on a CPU.
+    The derivative swaps `up` and `down` and flips the kernel. Every derivative is therefore as fast as the operator:
+    PyTorch's double backward of a depthwise convolution takes 40 times as long as the forward pass on a CPU.
     """
 
     @staticmethod
@@ -205,10 +206,9 @@ def _transposed_padding(
     down: Sequence[int],
     padding: Sequence[int],
 ) -> tuple[int, int, int, int]:
-    """Return the padding (x0, x1, y0, y1) of the derivative: each gradient goes back to the sample that it came from.
+    """Return the padding (x0, x1, y0, y1) of the adjoint, which maps `out_size` back to `in_size`.
 
-    `taps` and the sizes are (rows, columns), `up`, `down` and `padding` those of the operator. What the derivative
-    makes of an image of `out_size` has `in_size` again.
+    `taps` and the sizes are (rows, columns); `up`, `down` and `padding` are the arguments of the forward operator.
     """
     sides: list[int] = []
     for i, axis in enumerate((1, 0)):
@@ -226,7 +226,7 @@ def _resample(
     memory_format = torch.channels_last
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         memory_format = torch.contiguous_format
-        # A kernel per map: faster for few channels, and never slower. A graph for batches of any size cannot have that.
+        # One group per map is faster for few channels and never slower, but an exported graph needs a dynamic batch.
         x = x.reshape(B * C, 1, *x.shape[2:]) if torch.compiler.is_exporting() else x.reshape(1, B * C, *x.shape[2:])
     channels = x.shape[1]
     rows, columns = kernel.shape
@@ -237,19 +237,20 @@ def _resample(
             x, x0, y0 = _pad(x, padding), 0, 0
         x = F.conv2d(x, kernel, stride=down[::-1], padding=(y0, x0), groups=channels)
     else:
-        # A transposed convolution gives all that the kernel touches: columns-1 more than the unpadded image before it,
-        # and columns-1 more after it, less the up-1 zeros after the last sample.
+        # A transposed convolution returns the full output: compared to the unpadded upsampled image, columns-1 more
+        # samples before it and columns-1 more after it, minus the up-1 zeros after the last sample.
         x = F.conv_transpose2d(x, kernel.flip((2, 3)), stride=up[::-1], groups=channels)
         x0, x1 = x0 - (columns - 1), x1 - (columns - 1) + up[0] - 1
         y0, y1 = y0 - (rows - 1), y1 - (rows - 1) + up[1] - 1
         x = _pad(x, (x0, x1, y0, y1))[:, :, :: down[1], :: down[0]]
     x = x.reshape(B, C, *x.shape[2:])
-    # Torch 2.11 compiles a function that ends in a call which returns its argument to one without a gradient.
+    # Call contiguous() only if needed: in torch 2.11 a compiled function whose last call returns its argument has no
+    # gradient.
     return x if x.is_contiguous(memory_format=memory_format) else x.contiguous(memory_format=memory_format)
 
 
 def _pad(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
-    """Pad or crop x; where a crop takes more than there is, only the padding of the other side remains."""
+    """Pad or crop x; a crop of the whole image leaves only the zero padding of the opposite side."""
     x0, x1, y0, y1 = padding
     height, width = x.shape[2:]
     if width + min(x0, 0) + min(x1, 0) <= 0 or height + min(y0, 0) + min(y1, 0) <= 0:
@@ -258,7 +259,7 @@ def _pad(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 
 
 def _factors(name: str, value: Pair) -> tuple[int, int]:
-    """Read a resampling factor: a number or (x, y), at least 1."""
+    """Return a resampling factor, given as a number or (x, y), as (x, y). Raises ValueError for values below 1."""
     x, y = (value, value) if isinstance(value, int) else value
     if x < 1 or y < 1:
         raise ValueError(f"{name}={value!r}: resampling factors are at least 1")
@@ -266,24 +267,24 @@ def _factors(name: str, value: Pair) -> tuple[int, int]:
 
 
 def _padding(value: Pair) -> tuple[int, int, int, int]:
-    """Read a padding: a number, (x, y) or (x0, x1, y0, y1)."""
+    """Return a padding, given as a number, (x, y) or (x0, x1, y0, y1), as (x0, x1, y0, y1). Raises ValueError."""
     sides = [value] * 4 if isinstance(value, int) else list(value)
     if len(sides) == 2:
         sides = [sides[0], sides[0], sides[1], sides[1]]
     if len(sides) != 4:
-        raise ValueError(f"padding={value!r}: give a number, (x, y) or (x0, x1, y0, y1)")
+        raise ValueError(f"padding={value!r}: expected a number, (x, y) or (x0, x1, y0, y1)")
     x0, x1, y0, y1 = sides
     return x0, x1, y0, y1
 
 
-# From here on the operator as PyTorch's dispatcher sees it. f is a matrix, or a vector that acts along both axes in one
+# The operator below is registered with PyTorch's dispatcher. f is a matrix, or a vector applied along both axes in one
 # pass; up and down are (x, y), padding is (x0, x1, y0, y1).
 
 
 def out_size(
     x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, int, int, int]:
-    """Return the shape of the output."""
+    """Return the output shape (B, C, H, W)."""
     B, C, H, W = x.shape
     x0, x1, y0, y1 = padding
     return (
@@ -304,7 +305,7 @@ def launch(
     flip: bool,
     gain: float,
 ) -> Tensor:
-    """Run the kernel."""
+    """Launch the kernel."""
     layout = library.layout(x)
     x = x.contiguous(memory_format=layout)
     f = f.to(library.computed_in(x.dtype)).contiguous()
@@ -370,7 +371,7 @@ def _fake(x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding:
 
 
 class _Upfirdn2d(torch.autograd.Function):
-    """The derivative of the operator is the operator again: `up` and `down` change places, and f is turned."""
+    """Autograd of the operator. Its derivative is the operator itself with `up` and `down` swapped and f flipped."""
 
     @staticmethod
     def forward(
