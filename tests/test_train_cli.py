@@ -264,7 +264,7 @@ def test_transfer_learning_starts_from_a_snapshots_weights(shapes_zip: Path, tmp
         (["--gamma=-1"], "--gamma=-1.0: must be at least 0; 0 turns the regulariser off"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
-        (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: has no work with run.data_on_gpu"),
+        (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: cannot be combined with run.data_on_gpu"),
         (["--set=run.keep_last=0"], "--set run.keep_last=0: must be at least 1"),
         (["--override"], "--override: changes the options of a run that is resumed; give --resume=latest"),
     ],
@@ -534,7 +534,7 @@ def test_the_state_of_the_best_network_is_kept_and_starts_a_new_run(
     assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # its own copy, for --resume=latest
 
     refused = run(*common, "--metrics=none")
-    assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "--keep-best=True: needs a metric" in refused.stderr) == (2, True)
     refused = run(*scored, "--glr=0.1", f"--resume={best}")
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
 

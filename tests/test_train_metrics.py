@@ -142,7 +142,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
         assert problem in unfit.output
     few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
     assert few.exit_code == 2
-    assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
+    assert "--holdout=15: D evaluates held-out images in whole batches: hold out at least 16" in few.output
     assert not (tmp_path / "runs").exists()
 
 
