@@ -192,7 +192,7 @@ def test_bad_dataset_json_is_named(tmp_path: Path, content: bytes, message: str)
 
 
 def test_sets_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set given"):
+    with pytest.raises(UserError, match="no dataset given"):
         ImageDataset(DatasetConfig())
     with pytest.raises(UserError, match=r"missing\.zip does not exist"):
         open_set(tmp_path / "missing.zip")

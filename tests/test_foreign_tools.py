@@ -103,7 +103,7 @@ def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shape
     common += [f"--outdir={tmp_path / 'runs'}", "--freezed=3", "--aug=noaug"]
     printed = run_ok(train.main, *common, f"--resume={secret}")
     assert "D: 23 of 23 tensors copied (100.0% of the parameters)" in printed
-    assert f"Starting from {url} (kimg 2000):\n  The address is recorded without user, password and query" in printed
+    assert f"Starting from {url} (kimg 2000):\n  The URL is recorded without user, password and query" in printed
     (run_dir,) = (tmp_path / "runs").iterdir()
     kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(kept) > 10

@@ -183,7 +183,7 @@ def test_a_run_folder_holds_what_users_of_the_field_expect(shapes_zip: Path, tmp
     expected |= {"environment.jsonl", "metric-swd100.jsonl", "trace.json"}
     assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert "THE DATA SET HAS LABELS" in output
+    assert "THE DATASET HAS LABELS" in output
 
     config = from_json(TrainConfig, json.loads((run_dir / "training_options.json").read_text()))
     snapshot = load_network(run_dir / "network-snapshot-000000.pkl")
@@ -465,9 +465,9 @@ def test_graphs_are_the_first_to_go_where_gpu_memory_is_too_small(shapes_zip: Pa
     config = small_config(shapes_zip)
     with_graphs = override(config, {"run.graphs": True})
     on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
-    assert "choose --graphs=0, --batch-gpu=8" in worker._too_large(with_graphs, on_gpu)
-    assert "--graphs" not in worker._too_large(config, on_gpu)
-    assert "--graphs" not in worker._too_large(with_graphs, on_host)
+    assert "choose --graphs=0, --batch-gpu=8" in worker._advise_on_memory(with_graphs, on_gpu)
+    assert "--graphs" not in worker._advise_on_memory(config, on_gpu)
+    assert "--graphs" not in worker._advise_on_memory(with_graphs, on_host)
 
 
 def test_out_of_memory_is_answered_with_the_flags_that_help(

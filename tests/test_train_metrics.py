@@ -221,7 +221,7 @@ def test_held_out_images_are_the_rest(shapes_zip: Path) -> None:
     few = ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=56, max_images=10))
     assert len(few) == 10
     assert not set(few._subset.tolist()) & chosen[1]
-    with pytest.raises(ConfigError, match="the data set has 256 images: leave some to train with"):
+    with pytest.raises(ConfigError, match="the dataset has 256 images: leave some for training"):
         ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=256))
 
 

@@ -122,9 +122,9 @@ def test_transfer_learning_says_that_the_run_itself_could_go_on(shapes_zip: Path
     arguments = [*SMALL, f"--data={shapes_zip}", f"--outdir={tmp_path / 'runs'}", f"--resume={snapshot}", "-n"]
     alone = CliRunner().invoke(train.main, arguments)
     assert alone.exit_code == 0, alone.output
-    assert "lies beside it" not in alone.output
+    assert "lies beside the snapshot" not in alone.output
     (tmp_path / "training-state-000001.pt").touch()
     beside = CliRunner().invoke(train.main, arguments)
     assert beside.exit_code == 0
-    note = f"training-state-000001.pt lies beside it: to go on with that run, --resume={tmp_path}\n"
+    note = f"training-state-000001.pt lies beside the snapshot: to resume that run, give --resume={tmp_path}\n"
     assert note in beside.stderr

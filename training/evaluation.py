@@ -19,7 +19,7 @@ from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.hooks import Hook
 from training.loggers import Loggers
-from training.run_folder import read_ages
+from training.run_folder import read_kimgs
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
@@ -53,7 +53,7 @@ class Evaluation(Hook):
     def _missing(self, trainer: Trainer, tick: Tick) -> list[str]:
         """Return the metrics that are due at this tick and have no record for it in the run's folder."""
         folder, kimg = self.saver.run_dir, trainer.state.nimg / 1000
-        return [name for name in self._due(tick) if kimg not in read_ages(folder / f"metric-{name}.jsonl")]
+        return [name for name in self._due(tick) if kimg not in read_kimgs(folder / f"metric-{name}.jsonl")]
 
     def _evaluate(self, trainer: Trainer, tick: Tick, names: Sequence[str]) -> None:
         if not names:
@@ -73,7 +73,7 @@ class Evaluation(Hook):
     def _record(self, trainer: Trainer, result: MetricResult, snapshot: Path | None) -> None:
         """Print a result and log it. The best network is written before the log, so that no interruption loses it."""
         folder, kimg, data = self.saver.run_dir, trainer.state.nimg / 1000, trainer.config.data.path
-        written = self.saver.settled(snapshot)
+        written = self.saver.wait_for(snapshot)
         record = metrics.registry.result_to_json(result, self.context, snapshot=written, kimg=kimg, data=data)
         with warn_on_write_error():
             if result.metric == self.main_metric and is_best(record, folder, higher_is_better=self.higher_is_better):
