@@ -143,8 +143,8 @@ def test_without_licence_and_metrics_the_card_says_so(snapshot: Snapshot, tmp_pa
     save_hub_folder(tmp_path / "cars", snapshot)
     card = ModelCard.load(tmp_path / "cars" / "README.md")
     assert card.data.license is None
-    assert "The author has chosen none yet." in card.text
-    assert "None are recorded." in card.text
+    assert "The author has not chosen a licence yet." in card.text
+    assert "No metrics are recorded." in card.text
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_left_out(snapshot: Snapshot, tmp_path: Path) -> None:

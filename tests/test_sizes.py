@@ -97,7 +97,7 @@ def test_the_size_of_a_preset_is_that_of_its_name() -> None:
          "--height=48, or give --cfg=auto"),
         ({"family": "stylegan2"}, (20, 20), "images of 20x20, which the generator of --cfg=tiny with --gen=stylegan2 "
          "does not support: rebuild the dataset with --width=16 --height=16, or give --base=10"),
-        ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support: "),
+        ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): doubled again and again does not become"),
         ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): with base=(8, 8) this does not make images of 1"),
