@@ -439,7 +439,7 @@ def test_a_run_goes_on_under_other_options_when_told_to(shapes_zip: Path, tmp_pa
     other = ["--p=0.5", "--glr=0.003", "--gamma=2"]
     plain = run(*common, *other, "--kimg=0.016", "--resume=latest")
     assert plain.exit_code == 0
-    assert f"so a new one starts. --override resumes {run_dir}" in plain.stderr
+    assert f"so a new run starts. --override resumes {run_dir}" in plain.stderr
     assert "g_optimizer.lr: 0.001 -> 0.003" in plain.stderr
     shutil.rmtree(run_dirs(tmp_path)[1])
     refused = run(*common, *other, f"--resume={run_dir}")

@@ -153,7 +153,7 @@ class ImageDataset:
 
     @property
     def is_raw(self) -> bool:
-        """Whether the images are arbitrary files, not a dataset made by dataset_tool.py."""
+        """Return whether the images are arbitrary files, not a dataset made by dataset_tool.py."""
         return "format_version" not in self.meta
 
     def _advise_on_labels(self) -> str:

@@ -25,7 +25,7 @@ from training.training_loop import Tick, Trainer
 
 
 class Evaluation(Hook):
-    """Evaluates G_ema at ticks, and keeps the network with the best value of the first metric (Saver.keep_best).
+    """Hook that computes metrics and keeps the network with the best value of the first metric (Saver.keep_best).
 
     With `is_resumed`, metrics that are due at the tick of the training state but are missing from the logs are computed
     before training continues: the run was killed while computing them.

@@ -87,7 +87,7 @@ CONDITIONS = (
 
 
 class HealthCheck(Hook):
-    """Prints the message of a condition when the condition begins to hold, and again only after an interruption."""
+    """Hook that prints the message of a condition when it begins to hold, and again only after an interruption."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions

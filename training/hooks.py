@@ -142,7 +142,7 @@ class ImageGrids(Hook):
 
 
 class Folder(Hook):
-    """Restores the run's folder at each tick if the folder was removed (Saver.check_folder)."""
+    """Hook that restores the run's folder at each tick if the folder was removed (Saver.check_folder)."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
@@ -168,9 +168,9 @@ class Snapshots(Hook):
 
 
 class Requests(Hook):
-    """Writes a training state when a signal requests one, and stops training if the signal requests a stop.
+    """Hook that writes a training state when a signal requests one, and stops training if the signal requests a stop.
 
-    A request before the first step is handled after it, because there is nothing to resume from before.
+    A request that arrives before the first step is handled after that step: earlier there is nothing to resume from.
     """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:

@@ -66,8 +66,8 @@ class GAN:
     def sample_styles(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return ws (B, num_ws, w_dim) with style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
 
-        Mixing is decided once per micro-batch: with probability `style_mixing`, a second z provides all styles from a
-        cutoff on, which is drawn uniformly from 1..num_ws-1.
+        Mixing is decided once per micro-batch: with probability `style_mixing`, all styles from a cutoff on come from a
+        second z. The cutoff is uniform in 1..num_ws-1.
         """
         ws = self.G.mapping(z, c)
         mean_w = ws[:, 0].detach().mean(dim=0)

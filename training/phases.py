@@ -108,8 +108,8 @@ class BatchMeans:
 class Phase:
     """One optimizer step on the gradient of `weight * loss`, every `interval` training steps.
 
-    With lazy regularisation, the weight of a regulariser equals the number of main phases of its network per phase of
-    the regulariser. `means` are the batch means of the current step.
+    The weight of a lazy regulariser is the number of main phases of its network per phase of the regulariser.
+    `means` are the batch means of the current step.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Phase:
 def build_updater(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Updater:
     """Return an updater with Adam; `regularisation_interval` is the interval k of the lazy regulariser, if any.
 
-    The regulariser adds one optimizer step every k steps. To compensate, Adam uses lr r, beta1^r and beta2^r with
+    The regulariser adds one optimizer step every k steps. To compensate, Adam uses r lr, beta1^r and beta2^r with
     r = k/(k+1) (Karras et al. 2020a, appendix B, "lazy regularization").
     """
     if config.lr is None:

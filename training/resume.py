@@ -1,4 +1,4 @@
-"""Decision how a run starts: from a command line to a new run or to the run that --resume names.
+"""Choice of a run's start from the command line: a new run, or the run that --resume names.
 
 There is one rule: a run continues with its saved configuration plus the options given on the command line. Options may
 change the part `run` (duration, machine, logging). All other changes are listed and refused unless --override is given.

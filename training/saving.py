@@ -19,7 +19,7 @@ from training.training_loop import Trainer
 
 
 class Saver:
-    """Copies networks and training state at a step and writes them in the background, on rank 0.
+    """Background writer of snapshots and training states, copied at a step, on rank 0.
 
     A write error is reported at the next tick; training continues, and earlier files stay intact.
     """

@@ -202,7 +202,7 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training has seen the configured number of images."""
+        """Return whether training has seen the configured number of images."""
         return self.state.nimg >= self.total_nimg
 
     def train(self) -> None:
@@ -388,7 +388,7 @@ class Trainer:
             distributed.broadcast([*module.parameters(), *module.buffers()])
 
     def check_replicas(self) -> None:
-        """Raise UserError if any replicated state differs between processes, naming it. A collective call."""
+        """Raise UserError naming the state that differs between processes, if any. A collective call."""
         if distributed.world_size() == 1:
             return
         own = self.checkpoint.fingerprints()

@@ -99,16 +99,14 @@ def read_folder(folder: Path) -> dict[str, Any]:
     full = {**payload, "networks": states}
     for old in range(document["version"], VERSION):
         full = MIGRATIONS[old](full)
-    about, _ = parts_of(full, folder / "config.json")
-    for name, config in network_configs(about["config"]).items():
+    metadata, _ = parts_of(full, folder / "config.json")
+    for name, config in network_configs(metadata["config"]).items():
         if name in states:
             check_tensors(config, states[name], f"{folder / name}.safetensors")
     for name, expected in document["files"].items():
         file = folder / f"{name}.safetensors"
         if sha256_of_file(file) != expected:
-            raise UserError(
-                f"{folder / name}.safetensors: damaged or changed (does not match its checksum in config.json)"
-            )
+            raise UserError(f"{file}: damaged or changed (does not match its checksum in config.json)")
     if digest([payload, document["files"]]) != document["sha256"]:
         raise UserError(f"{folder / 'config.json'}: damaged or changed (its content does not match its checksum)")
     return {**document, "payload": full}

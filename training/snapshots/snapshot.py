@@ -98,8 +98,8 @@ def capture_network(
     """Return a copy of the content of a snapshot, which can be written while training continues."""
     networks = {"G": G, "D": D, "G_ema": G_ema}
     states = copy_to_cpu({name: net.state_dict() for name, net in networks.items() if net is not None})
-    about = {"config": to_json(config), "nimg": nimg, "ada_p": ada_p} | ({"labels": labels} if labels else {})
-    return {**about, "networks": states}
+    metadata = {"config": to_json(config), "nimg": nimg, "ada_p": ada_p} | ({"labels": labels} if labels else {})
+    return {**metadata, "networks": states}
 
 
 def write_network(path: Path, payload: dict[str, Any]) -> None:
@@ -128,8 +128,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Build the networks from the return value of `capture_network`. Raises UserError naming `path`, their file."""
-    about, states = parts_of(payload, path)
-    return Snapshot(**build_networks(about["config"], states, path, device), **about, path=path)
+    metadata, states = parts_of(payload, path)
+    return Snapshot(**build_networks(metadata["config"], states, path, device), **metadata, path=path)
 
 
 def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

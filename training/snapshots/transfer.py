@@ -78,12 +78,12 @@ class Match:
 
     @property
     def count(self) -> int:
-        """Number of elements that can be copied."""
+        """Return the number of elements that can be copied."""
         return 0 if self.part is None else self.new[self.part].numel()
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole tensor can be copied."""
+        """Return whether the whole tensor can be copied."""
         return self.part is not None and self.old.shape == self.new.shape
 
     def copy(self) -> None:
