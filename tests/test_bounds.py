@@ -202,7 +202,7 @@ TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "in several places"),
     "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
     "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
-    "a key of tuples": (tuple_key, "a key that is not a string"),
+    "a key of tuples": (tuple_key, "a key that is no text"),
     "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose numbers overlap"),
     "strides that overlap": (
         lambda path: save(path, {"x": torch.zeros(2**15).as_strided((2**14, 2**14), (1, 1))}),

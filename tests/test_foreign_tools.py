@@ -132,7 +132,7 @@ def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path
     common += ["--aug=noaug", f"--resume={theirs}"]
     refused = run(train.main, *common, "--freezed=2")
     assert refused.exit_code == 2
-    assert "--freezed=2: would keep fromrgb.16x16.weight, fromrgb.16x16.bias as random" in refused.stderr
+    assert "--freezed=2: would freeze fromrgb.16x16.weight, fromrgb.16x16.bias at random" in refused.stderr
     assert not (tmp_path / "runs").exists()
     assert "D: new: fromrgb.16x16.weight" in run_ok(train.main, *common)
     (run_dir,) = (tmp_path / "runs").iterdir()

@@ -187,7 +187,7 @@ def test_frozen_layers_must_come_from_the_snapshot() -> None:
     source, target = pair(D32, D64)
     copied = copy_weights(source, target, "D")
     check_frozen(target, 0, copied)
-    with pytest.raises(UserError, match=r"--freezed=1: would keep fromrgb\.64x64\.weight, fromrgb\.64x64\.bias as"):
+    with pytest.raises(UserError, match=r"--freezed=1: would freeze fromrgb\.64x64\.weight, fromrgb\.64x64\.bias at"):
         check_frozen(target, 1, copied)
     source, target = pair(D32, D32)
     copied = copy_weights(source, target, "D")
