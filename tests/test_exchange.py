@@ -188,16 +188,16 @@ def flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_bit, "D.safetensors: damaged or changed"),
-        (lambda folder: (folder / "D.safetensors").write_bytes(b"short"), "D.safetensors: damaged or incomplete"),
+        (flip_a_bit, "D.safetensors: corrupt or modified"),
+        (lambda folder: (folder / "D.safetensors").write_bytes(b"short"), "D.safetensors: corrupt or truncated"),
         (lambda folder: (folder / "D.safetensors").unlink(), "D.safetensors: no such file, but config.json lists it"),
-        (edit("nimg", 5), "config.json: damaged or changed"),
+        (edit("nimg", 5), "config.json: corrupt or modified"),
         (edit("config", {"preset": "cifar"}), "config.json: its configuration cannot be read"),
         (edit("version", 99), "format version 99 was written by release"),
         (edit("format", "other"), "config.json: not a file of this project"),
         (edit("files", {"../G": "0"}), r"lists an unknown file ../G.safetensors; known networks are G, D"),
         (edit("files", 3), "config.json: not a file of this project"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged, not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: corrupt, not JSON"),
     ],
 )
 def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path], object], message: str) -> None:

@@ -106,9 +106,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
     for name, expected in document["files"].items():
         file = folder / f"{name}.safetensors"
         if sha256_of_file(file) != expected:
-            raise UserError(f"{file}: damaged or changed (does not match its checksum in config.json)")
+            raise UserError(f"{file}: corrupt or modified (does not match its checksum in config.json)")
     if digest([payload, document["files"]]) != document["sha256"]:
-        raise UserError(f"{folder / 'config.json'}: damaged or changed (its content does not match its checksum)")
+        raise UserError(f"{folder / 'config.json'}: corrupt or modified (its content does not match its checksum)")
     return {**document, "payload": full}
 
 
@@ -166,7 +166,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error})") from None
+        raise UserError(f"{path}: corrupt, not JSON ({error})") from None
     is_ours = isinstance(document, dict) and document.keys() >= KEYS and document["format"] == FORMAT
     if not is_ours or type(document["version"]) is not int or not isinstance(document["files"], dict):
         raise UserError(f"{path}: not a file of this project, which contains {', '.join(sorted(KEYS))}")
@@ -202,4 +202,4 @@ def _read_named_file(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: damaged or incomplete ({error}); use another copy") from None
+        raise UserError(f"{path}: corrupt or truncated ({error}); use another copy") from None

@@ -62,7 +62,7 @@ class Snapshot:
     def notes(self) -> list[str]:
         """Return a line that lists the entries of the file that were not read, if any."""
         reasons = [f"{name} ({reason})" for name, reason in self.left_out.items()]
-        return [f"{self.path}: left out: {', '.join(reasons)}"] if reasons else []
+        return [f"{self.path}: skipped: {', '.join(reasons)}"] if reasons else []
 
     def label_kind(self) -> LabelKind | None:
         """Return the kind of labels recorded in the file or read from its dataset; None if unknown or unconditional."""
