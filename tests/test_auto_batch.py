@@ -249,5 +249,5 @@ train.main()
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: out of memory, that of the machine, with --batch-gpu=4096 (")
+    assert last.startswith("Error: out of host memory with --batch-gpu=4096 (")
     assert "choose --batch-gpu=2048, --grad-checkpoint, or fewer --workers" in last

@@ -192,7 +192,7 @@ def test_bad_dataset_json_is_named(tmp_path: Path, content: bytes, message: str)
 
 
 def test_sets_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set given"):
+    with pytest.raises(UserError, match="no dataset given"):
         ImageDataset(DatasetConfig())
     with pytest.raises(UserError, match=r"missing\.zip does not exist"):
         open_set(tmp_path / "missing.zip")
@@ -468,7 +468,7 @@ def test_what_is_wrong_with_a_set_without_labels_is_mended_by_one_command(
     write_folder(tmp_path / "my pets", files | extra)
     with pytest.raises(UserError) as error:
         open_set(Path("my pets"), use_labels=True)
-    command = shlex.split(str(error.value).partition("build a set with labels: ")[2])
+    command = shlex.split(str(error.value).partition("build a dataset with labels: ")[2])
     assert command[:4] == ["python", "dataset_tool.py", "--source=my pets", "--dest=data/my pets.zip"]
     assert {*options, "--labels-from-folders"} <= {*command}
     built = CliRunner().invoke(dataset_tool.main, [*command[2:], "--workers=1"])

@@ -149,9 +149,9 @@ def retype(tensors: Tensors) -> None:
     ("change", "message"),
     [
         (remove, "the tensor mapping.w_avg is missing"),
-        (add, "the tensor extra.weight has no place in the network"),
-        (reshape, r"mapping.w_avg is \(15,\) of float32, the configuration says \(16,\) of float32"),
-        (retype, r"mapping.w_avg is \(16,\) of float16, the configuration says \(16,\) of float32"),
+        (add, "the tensor extra.weight does not exist in the network"),
+        (reshape, r"mapping.w_avg is \(15,\) of float32, the configuration needs \(16,\) of float32"),
+        (retype, r"mapping.w_avg is \(16,\) of float16, the configuration needs \(16,\) of float32"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
@@ -188,16 +188,16 @@ def flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_bit, "D.safetensors: damaged or changed"),
-        (lambda folder: (folder / "D.safetensors").write_bytes(b"short"), "D.safetensors: damaged or incomplete"),
-        (lambda folder: (folder / "D.safetensors").unlink(), "D.safetensors: no such file, and config.json names it"),
-        (edit("nimg", 5), "config.json: damaged or changed"),
+        (flip_a_bit, "D.safetensors: corrupt or modified"),
+        (lambda folder: (folder / "D.safetensors").write_bytes(b"short"), "D.safetensors: corrupt or truncated"),
+        (lambda folder: (folder / "D.safetensors").unlink(), "D.safetensors: no such file, but config.json lists it"),
+        (edit("nimg", 5), "config.json: corrupt or modified"),
         (edit("config", {"preset": "cifar"}), "config.json: its configuration cannot be read"),
         (edit("version", 99), "format version 99 was written by release"),
         (edit("format", "other"), "config.json: not a file of this project"),
-        (edit("files", {"../G": "0"}), r"names the file ../G.safetensors; known are G, D, G_ema"),
+        (edit("files", {"../G": "0"}), r"lists an unknown file ../G.safetensors; known networks are G, D"),
         (edit("files", 3), "config.json: not a file of this project"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged, not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: corrupt, not JSON"),
     ],
 )
 def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -209,19 +209,13 @@ def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dest={}/n.zip"], "unknown suffix: use .pkl for a snapshot, .onnx for ONNX"),
-        (["--dest={}/there"], "there exists and is not written over: remove it or choose another name"),
-        (["--dest={}/n.pkl"], "n.pkl exists and is not written over"),
-        (["--dest={}/g.onnx"], "g-synthesis.onnx exists and is not written over"),
-        (["--dest={}/there", "--format=hub"], "there exists and is not written over"),
-        (
-            ["--dest={}/new", "--license=mit"],
-            "--license=mit: applies to --format=hub only, not to safetensors; omit it",
-        ),
-        (
-            ["--dest={}/new.pkl", "--noise-mode=none"],
-            "--noise-mode=none: applies to --format=onnx only, not to snapshot",
-        ),
+        (["--dest={}/n.zip"], "which form is that? .pkl is a snapshot, .onnx ONNX"),
+        (["--dest={}/there"], "there exists and will not be overwritten: remove it or choose another name"),
+        (["--dest={}/n.pkl"], "n.pkl exists and will not be overwritten"),
+        (["--dest={}/g.onnx"], "g-synthesis.onnx exists and will not be overwritten"),
+        (["--dest={}/there", "--format=hub"], "there exists and will not be overwritten"),
+        (["--dest={}/new", "--license=mit"], "--license=mit: is for --format=hub, this is safetensors; leave it out"),
+        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: is for --format=onnx, this is snapshot"),
         (["--dest=/proc/new"], "/proc/new: cannot be written"),
         (["--dest=/proc/new/n.pkl"], "/proc/new/n.pkl: cannot be written"),
         (["--dest=/proc/new", "--format=hub"], "/proc/new: cannot be written"),

@@ -154,7 +154,7 @@ def test_unknown_families_are_refused() -> None:
         ),
         (
             ["--gen=styleformer-c"],
-            "--gen=styleformer-c cannot make: rebuild the set with --width=64 --height=64, or give --set generator.h",
+            "--gen=styleformer-c does not support: rebuild the dataset with --width=64 --height=64, or give --s",
         ),
         (
             ["--gen=styleformer-c", "--set=generator.handover=24"],

@@ -151,7 +151,7 @@ def test_commands(name: str, files: dict[str, Path], data: dict[int, Path], tmp_
     side, c_dim = about["config"]["discriminator"]["img_size"][0], about["config"]["generator"]["c_dim"]
     options = [f"--network={path}", "--seeds=0-1", "--device=cpu", *(["--class=1"] if c_dim else [])]
     printed = run(generate.main, *options, f"--outdir={tmp_path / 'images'}")
-    assert ("left out: " in printed) == bool(kind.left_out)
+    assert ("skipped: " in printed) == bool(kind.left_out)
     assert all(f" {entry} (" in printed for entry in kind.left_out)
     run(legacy.main, "convert", f"--source={path}", f"--dest={tmp_path / 'folder'}")
     options[0] = f"--network={tmp_path / 'folder'}"
@@ -215,7 +215,7 @@ def test_the_bound_of_p_survives_a_conversion_and_a_pipe_that_cannot_be_read(
     for source in (path, tmp_path / "ours.pkl", tmp_path / "folder"):
         result = resume(source, data[16], tmp_path / "runs", "-n")
         assert json.loads(result.stdout)["options"]["augment"]["max_p"] == 0.7
-    assert "left out: augment_pipe (unknown argument sharpen)" in resume(path, data[16], tmp_path / "runs", "-n").stderr
+    assert "skipped: augment_pipe (unknown argument sharpen)" in resume(path, data[16], tmp_path / "runs", "-n").stderr
 
 
 def test_many_entries_are_counted(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_training_starts_from_a_foreign_snapshot(
 ) -> None:
     result = resume(files["unknown augmentation"], data[16], tmp_path)
     assert result.exit_code == 0, result.output
-    assert "left out: augment_pipe (unknown argument sharpen)" in result.output
+    assert "skipped: augment_pipe (unknown argument sharpen)" in result.output
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shape
     common += [f"--outdir={tmp_path / 'runs'}", "--freezed=3", "--aug=noaug"]
     printed = run_ok(train.main, *common, f"--resume={secret}")
     assert "D: 23 of 23 tensors copied (100.0% of the parameters)" in printed
-    assert f"Starting from {url} (kimg 2000):\n  The address is recorded without user, password and query" in printed
+    assert f"Starting from {url} (kimg 2000):\n  The URL is recorded without user, password and query" in printed
     (run_dir,) = (tmp_path / "runs").iterdir()
     kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(kept) > 10
@@ -132,7 +132,7 @@ def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path
     common += ["--aug=noaug", f"--resume={theirs}"]
     refused = run(train.main, *common, "--freezed=2")
     assert refused.exit_code == 2
-    assert "--freezed=2: would keep fromrgb.16x16.weight, fromrgb.16x16.bias as random" in refused.stderr
+    assert "--freezed=2: would freeze fromrgb.16x16.weight, fromrgb.16x16.bias at random" in refused.stderr
     assert not (tmp_path / "runs").exists()
     assert "D: new: fromrgb.16x16.weight" in run_ok(train.main, *common)
     (run_dir,) = (tmp_path / "runs").iterdir()

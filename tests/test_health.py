@@ -28,17 +28,17 @@ HEALTHY = {
     "ADA/is_saturated": 0.0,
 }
 TROUBLES: list[tuple[str, dict[str, float]]] = [
-    ("D tells all", {"Loss/signs/real": 1.0, "Loss/signs/fake": -1.0}),
-    ("D tells all", {"Loss/scores/real": 8.0, "Loss/scores/fake": -9.0, "Loss/D/loss": 0.001}),
-    ("D tells nothing", {"Loss/scores/real": -0.5, "Loss/scores/fake": 1.6, "Loss/D/loss": 3.0}),
-    ("D tells nothing", {"Loss/scores/real": 0.001, "Loss/scores/fake": 0.001, "Loss/D/loss": 1.386}),
-    ("Images are the same", {"Images/diversity": 0.01}),
-    ("p is at its bound", {"ADA/is_saturated": 1.0}),
+    ("D separates perfectly", {"Loss/signs/real": 1.0, "Loss/signs/fake": -1.0}),
+    ("D separates perfectly", {"Loss/scores/real": 8.0, "Loss/scores/fake": -9.0, "Loss/D/loss": 0.001}),
+    ("D does not separate", {"Loss/scores/real": -0.5, "Loss/scores/fake": 1.6, "Loss/D/loss": 3.0}),
+    ("D does not separate", {"Loss/scores/real": 0.001, "Loss/scores/fake": 0.001, "Loss/D/loss": 1.386}),
+    ("G has collapsed", {"Images/diversity": 0.01}),
+    ("p is at its upper bound", {"ADA/is_saturated": 1.0}),
 ]
 
 
 def names(watch: HealthCheck, values: dict[str, float]) -> list[str]:
-    return [condition.name for condition in watch.begun(TickValues(values))]
+    return [condition.name for condition in watch.newly_met(TickValues(values))]
 
 
 @pytest.mark.parametrize(("name", "change"), TROUBLES)
@@ -120,11 +120,11 @@ SHORT = [*SMALL, "--metrics=none", "--device=cpu", "--tick=0.032", "--snap=99", 
     ("options", "expected"),
     [
         ([], set()),
-        (["--glr=1"], {"Images are the same"}),
-        (["--gamma=0", "--dlr=0.3", "--tick=0.016"], {"D tells nothing"}),
+        (["--glr=1"], {"G has collapsed"}),
+        (["--gamma=0", "--dlr=0.3", "--tick=0.016"], {"D does not separate"}),
         (
             ["--subset=16", "--aug=noaug", "--glr=1e-12", "--dlr=0.02", "--gamma=0", "--tick=0.016", "--kimg=0.32"],
-            {"D tells all"},
+            {"D separates perfectly"},
         ),
     ],
 )

@@ -80,6 +80,6 @@ def test_a_profile_starts_after_three_steps(
     told = capsys.readouterr()
     assert (tmp_path / "trace.json").exists() == bool(traced)
     if traced is None:
-        assert "training ended before the steps that are profiled" in told.err
+        assert "training ended before the steps to profile" in told.err
     else:
         assert f"Profile of {traced} steps: " in told.out

@@ -428,7 +428,7 @@ def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, exampl
         for resume in ("latest", str(run_dir)):
             refusal(partial(choose_start, RunRequest(outdir=tmp_path, resume=resume)))
         (run_dir / "stats.jsonl").write_bytes(b"\n".join(log))
-        restore._cut_log(run_dir / "stats.jsonl", 5.0)
+        restore._truncate_log(run_dir / "stats.jsonl", 5.0)
         kept = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
         assert all(entry.get("Progress/kimg", entry.get("kimg", 0)) in (0, 1, None) or entry for entry in kept)
         (run_dir / "metric-swd.jsonl").write_bytes(b"\n".join([*log, b'{"results": {"swd": "x"}}', b'{"results": 3}']))

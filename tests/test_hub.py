@@ -143,8 +143,8 @@ def test_the_card_states_a_missing_licence_and_metrics(snapshot: Snapshot, tmp_p
     save_hub_folder(tmp_path / "cars", snapshot)
     card = ModelCard.load(tmp_path / "cars" / "README.md")
     assert card.data.license is None
-    assert "The author has chosen none yet." in card.text
-    assert "None are recorded." in card.text
+    assert "The author has not chosen a licence yet." in card.text
+    assert "No metrics are recorded." in card.text
 
 
 def test_a_truncated_metric_record_is_skipped(snapshot: Snapshot, tmp_path: Path) -> None:

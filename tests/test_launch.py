@@ -61,7 +61,7 @@ def test_two_machines_compute_what_two_workers_do_and_stop_together(shapes_zip: 
         for agent in agents:
             agent.kill()
     printed = "".join(agent.output.read_text() for agent in agents)
-    assert printed.count("SIGTERM at kimg") == printed.count("Stopped; --resume=latest goes on") == 1
+    assert printed.count("SIGTERM at kimg") == printed.count("Stopped; --resume=latest continues") == 1
     (run_dir,) = (tmp_path / "two").iterdir()
     assert (run_dir / "training-state-000000.pt").exists()
 

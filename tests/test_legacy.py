@@ -367,9 +367,9 @@ GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"z_dim": 10**9}, "z_dim=1000000000"),
     "endless": ({"mapping_kwargs": {"num_layers": 10**9}}, "num_layers=1000000000"),
     "size": ({"img_resolution": 48}, "not of 48"),
-    "widths": ({"synthesis_kwargs": {"channel_max": 4}}, "(5, 4, 4), its arguments ask for (4, 4, 4)"),
-    "no arguments": ({"mapping_kwargs": 5}, "no keyword arguments"),
-    "fewer layers": ({"mapping_kwargs": {"num_layers": 1}}, "mapping.fc1.weight has no place"),
+    "widths": ({"synthesis_kwargs": {"channel_max": 4}}, "(5, 4, 4), but its arguments require (4, 4, 4)"),
+    "no arguments": ({"mapping_kwargs": 5}, "not keyword arguments"),
+    "fewer layers": ({"mapping_kwargs": {"num_layers": 1}}, "mapping.fc1.weight does not exist"),
     "more layers": ({"mapping_kwargs": {"num_layers": 3}}, "mapping.fc2.weight is missing"),
 }
 
@@ -386,9 +386,10 @@ def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
     tensors = draw(shapes)
     changed: dict[str, Tensors] = {
         "synthesis.b8.conv0.bias is missing": {k: x for k, x in tensors.items() if k != "synthesis.b8.conv0.bias"},
-        "synthesis.b8.extra has no place": tensors | {"synthesis.b8.extra": torch.zeros(1)},
-        "resample_filter has no place": tensors | {"synthesis.b8.resample_filter": torch.ones(4, 4)},
-        "holds no real numbers": tensors | {"synthesis.b8.conv0.noise_const": torch.zeros(8, 8, dtype=torch.int64)},
+        "synthesis.b8.extra does not exist": tensors | {"synthesis.b8.extra": torch.zeros(1)},
+        "resample_filter does not exist": tensors | {"synthesis.b8.resample_filter": torch.ones(4, 4)},
+        "is not a floating-point tensor": tensors
+        | {"synthesis.b8.conv0.noise_const": torch.zeros(8, 8, dtype=torch.int64)},
     }
     for text, altered in changed.items():
         refused(write(tmp_path / "n.pkl", {"G_ema": module("Generator", altered, **kwargs)}), text)
@@ -405,14 +406,14 @@ def test_one_tensor_in_several_places_is_refused(tmp_path: Path) -> None:
     layers = G_ema.parts[1][0]["state"]["_modules"]["mapping"].parts[1][0]["state"]["_modules"]
     bias = layers["fc0"].parts[1][0]["state"]["_parameters"]["bias"]
     layers["fc1"].parts[1][0]["state"]["_parameters"]["bias"] = bias
-    refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are one tensor")
+    refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are the same tensor")
 
 
 def test_other_systems_are_named(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
     array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))
-    refused(write(tmp_path / "n.pkl", {"G_ema": array}), "G_ema is no network: it refers to numpy.core.multiarray")
+    refused(write(tmp_path / "n.pkl", {"G_ema": array}), "G_ema is not a network: it refers to numpy.core.multiarray")
     tensorflow = Call(Name("dnnlib.tflib.network", "Network"), ())
     (tmp_path / "tf.pkl").write_bytes(dumps((tensorflow, tensorflow, tensorflow)))
     refused(tmp_path / "tf.pkl", "TensorFlow")
@@ -438,7 +439,7 @@ def test_other_systems_are_named(tmp_path: Path) -> None:
         ({"imgfilter": 1, "imgfilter_bands": [1, 1, 1, 1]}, "filter"),
         ({"xflip": 1}, "some of xflip, rotate90, xint are on"),
         ({"xflip": 0.5}, "xflip=0.5"),
-        ({"noise": 1, "cutout": 1}, "noise, cutout together are none of"),
+        ({"noise": 1, "cutout": 1}, "noise, cutout together match none of"),
         ({"noise": 1, "noise_std": 0.2}, "noise_std=0.2"),
         ({"sharpen": 1}, "unknown argument sharpen"),
     ],

@@ -177,7 +177,7 @@ def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, m
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
     assert result.exit_code == 0, result.output
     for problem in ("RuntimeError: the service has gone", "ConnectionError: no route", "TimeoutError: too late"):
-        warning = f"Warning: --log=wandb: {problem}; training goes on\n"
+        warning = f"Warning: --log=wandb: {problem}; training continues\n"
         assert result.output.count(warning) == 1, result.output  # only once, not at every tick
     (run_dir,) = tmp_path.glob("0*")
     assert len(EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")) == 3
@@ -201,7 +201,7 @@ def test_tensorboard_loses_only_events_of_a_full_disk(
         for nimg in range(6):
             full[:] = [1] if nimg in (2, 3) else []
             chosen.add({"x": 1.0}, nimg)
-    warning = "Warning: --log=tensorboard: OSError: [Errno 28] No space left on device; training goes on\n"
+    warning = "Warning: --log=tensorboard: OSError: [Errno 28] No space left on device; training continues\n"
     assert capsys.readouterr().err == warning
     accumulated = EventAccumulator(str(tmp_path)).Reload()
     assert sorted(event.step for event in accumulated.Scalars("x")) == [0, 1, 4, 5]
@@ -236,7 +236,7 @@ def test_a_logger_that_cannot_start_is_skipped(
     with loggers.Loggers(("wandb",), tmp_path, small_config(shapes_zip)) as chosen:
         chosen.add({"x": 1.0}, 0)
         chosen.add_image("x", torch.zeros([1, 2, 2], dtype=torch.uint8), 0)
-    assert capsys.readouterr().err == "Warning: --log=wandb: RuntimeError: api_key not configured; training goes on\n"
+    assert capsys.readouterr().err == "Warning: --log=wandb: RuntimeError: api_key not configured; training continues\n"
 
 
 def test_unavailable_loggers_are_refused_before_writing(

@@ -166,7 +166,7 @@ def test_relativistic_losses_compare_pairs() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_a_classifier_reports_signs_of_generated_images(objective: str) -> None:
-    """Where D compares, its logits have no zero: their signs would say that it tells all when it does as it should."""
+    """Where D only compares images, logits have no decision threshold, and signs would falsely report a perfect D."""
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     phases = build_phases(make_gan(), settings(objective).fit(32, 6), updater, updater)

@@ -213,7 +213,7 @@ def test_training_continues_when_the_disk_is_full(
     messages = capsys.readouterr().err
     for name in ("network-snapshot-000000.pkl", "training-state-000000.pt", "stats.jsonl", "reals.png"):
         assert f"{name}: cannot be written" in messages
-    assert "File too large); earlier files are intact; training goes on" in messages
+    assert "File too large); earlier files are intact; training continues" in messages
     saver.saved_nimg = 0
     with no_room():
         saver.save(trainer, snapshot=False)
@@ -253,8 +253,8 @@ def test_a_deleted_folder_is_recreated_with_the_state(
         assert lock.holds(run_dir)
         print("the end")
     assert capsys.readouterr().err == (
-        f"Warning: {run_dir} has lost files while the run went on (removed, moved?); options, log and a training state "
-        "are written there again\n"
+        f"Warning: {run_dir} has lost files during the run (removed, moved?); options, log and a training state "
+        "are written again\n"
     )
     assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2
     assert read_config(json.loads((run_dir / OPTIONS_FILE).read_text())) == trainer.config
@@ -272,7 +272,7 @@ def test_an_unwritable_folder_stops_the_run_with_a_rescued_state(
     trainer.hooks = [hooks.Folder(saver)]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").write_text("another file")
-    with pytest.raises(UserError, match="cannot be made again") as error:
+    with pytest.raises(UserError, match="cannot be created again") as error:
         train_steps(trainer, 3)
     (state,) = tmp_path.glob("styleformer-*/training-state-000000.pt")
     assert f"--resume={state}" in str(error.value)
@@ -281,7 +281,7 @@ def test_an_unwritable_folder_stops_the_run_with_a_rescued_state(
     shutil.rmtree(state.parent)
     state.parent.touch()
     monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix, dir: str(state.parent))
-    with pytest.raises(UserError, match="nor could the training state be saved elsewhere"):
+    with pytest.raises(UserError, match="the training state could not be saved elsewhere"):
         saver.check_folder(trainer)
 
 

@@ -66,7 +66,7 @@ def test_wrong_sizes_speak_of_the_preset_and_what_is_advised_works(preset: str, 
     assert error.problem.startswith(f"images of {width}x{height}, ")
     assert f"--cfg={preset}" in error.problem
     assert not re.search(NEVER, error.problem)
-    rebuilt = re.search(r"rebuild the set with --width=(\d+) --height=(\d+)", error.problem)
+    rebuilt = re.search(r"rebuild the dataset with --width=(\d+) --height=(\d+)", error.problem)
     assert rebuilt
     assert refusal(PRESETS[preset], (int(rebuilt[1]), int(rebuilt[2]))) is None
     if fixed:
@@ -88,16 +88,16 @@ def test_the_size_of_a_preset_is_that_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("options", "size", "message"),
     [
-        ({}, (128, 128), "images of 128x128, and --cfg=tiny is for 32x32: rebuild the set with --width=32 --height=32, "
-         "or give --cfg=auto"),
-        ({"base": (12, 12)}, (32, 32), "images of 32x32, and --cfg=tiny with --base=12 is for 48x48: rebuild the set "
-         "with --width=48 --height=48, or leave out --base"),
-        ({"base": (8, 12)}, (32, 32), "--cfg=tiny with --base=8x12 is for 48x32: rebuild the set with --width=48 --he"),
-        ({"base": (12, 12)}, (96, 96), "--cfg=tiny with --base=12 is for 48x48: rebuild the set with --width=48 "
+        ({}, (128, 128), "images of 128x128, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
+         "--height=32, or give --cfg=auto"),
+        ({"base": (12, 12)}, (32, 32), "images of 32x32, and --cfg=tiny with --base=12 is for 48x48: rebuild the "
+         "dataset with --width=48 --height=48, or leave out --base"),
+        ({"base": (8, 12)}, (32, 32), "--cfg=tiny with --base=8x12 is for 48x32: rebuild the dataset with --width=48 "),
+        ({"base": (12, 12)}, (96, 96), "--cfg=tiny with --base=12 is for 48x48: rebuild the dataset with --width=48 "
          "--height=48, or give --cfg=auto"),
         ({"family": "stylegan2"}, (20, 20), "images of 20x20, which the generator of --cfg=tiny with --gen=stylegan2 "
-         "cannot make: rebuild the set with --width=16 --height=16, or give --base=10"),
-        ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan cannot make: rebu"),
+         "does not support: rebuild the dataset with --width=16 --height=16, or give --base=10"),
+        ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): doubled again and again does not become"),
         ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): with base=(8, 8) this does not make images of 1"),
@@ -119,7 +119,7 @@ def test_what_was_given_is_what_the_message_is_about(
     ("family", "options", "size", "message"),
     [
         ("transgan", {}, (18, 18), "images of 18x18, which the discriminator of --cfg=transgan-cifar with "
-         "--gen=stylegan2 --base=9 cannot judge"),
+         "--gen=stylegan2 --base=9 does not support"),
         ("stylegan2", {}, (9, 9), "which the discriminator of --cfg=transgan-cifar with --gen=stylegan2 --base=9"),
         ("styleformer", {"patch": 4}, (18, 18), "patch=4: does not divide images of 18x18"),
     ],
@@ -148,7 +148,7 @@ def test_raw_images_get_the_whole_command() -> None:
     error = refusal(PRESETS["tiny"], (178, 218), is_raw=True)
     assert error
     command = "python dataset_tool.py '--source=a set.zip' '--dest=data/a set.zip' --transform=center-crop --width=32"
-    assert f": build a set of another size: {command} --height=32" in error.problem
+    assert f": build a dataset of another size: {command} --height=32" in error.problem
 
 
 # --- folders as people have them
@@ -183,7 +183,7 @@ MIXED = [(120, 90), (400, 300), (300, 333), (80, 120), (64, 200)] * 2
         (MIXED, "RGB", ".png", ["--base=12"], "10 images of 5 sizes", "48"),
         (MIXED, "RGB", ".png", ["--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1"], "10 images of 5 sizes", "16"),
         (MIXED, "RGB L", ".webp", [], "10 images of 5 sizes", "64"),
-        ([(33, 40)] * 4, "RGB", ".bmp", [], "images of 33x40, which the generator of --cfg=auto cannot make", "32"),
+        ([(33, 40)] * 4, "RGB", ".bmp", [], "images of 33x40, which the generator of --cfg=auto does not", "32"),
         ([(32, 32)] * 4, "L RGB", ".png", ["--cfg=tiny"], "4 images, 2 grayscale, 2 RGB: build a set of one kind", ""),
         (
             [(32, 32)] * 20,
@@ -236,7 +236,7 @@ def test_a_set_of_the_tool_is_told_to_be_rebuilt(tmp_path: Path) -> None:
     assert CliRunner().invoke(dataset_tool.main, options).exit_code == 0
     for resume in ([], ["--resume=latest"]):
         assert refused(f"--data={path}", "--cfg=tiny", *resume) == (
-            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the set with --width=32 "
+            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
             "--height=32, or give --cfg=auto"
         )
     assert refused(f"--data={path}", "--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1").startswith(

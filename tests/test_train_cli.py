@@ -179,7 +179,7 @@ def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path)
     expected |= {"environment.jsonl", "metric-swd100.jsonl", "trace.json"}
     assert expected | {"network-snapshot-000000.pkl", "training-state-000000.pt", "fakes000000.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert "THE DATA SET HAS LABELS" in output
+    assert "THE DATASET HAS LABELS" in output
 
     config = from_json(TrainConfig, json.loads((run_dir / "training_options.json").read_text()))
     snapshot = load_network(run_dir / "network-snapshot-000000.pkl")
@@ -262,7 +262,7 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
         (["--gamma=-1"], "--gamma=-1.0: must be at least 0; 0 turns the regulariser off"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
-        (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: has no work with run.data_on_gpu"),
+        (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: cannot be combined with run.data_on_gpu"),
         (["--set=run.keep_last=0"], "--set run.keep_last=0: must be at least 1"),
         (["--override"], "--override: changes the options of a run that is resumed; give --resume=latest"),
     ],
@@ -437,7 +437,7 @@ def test_override_resumes_with_other_options(shapes_zip: Path, tmp_path: Path) -
     other = ["--p=0.5", "--glr=0.003", "--gamma=2"]
     plain = run(*common, *other, "--kimg=0.016", "--resume=latest")
     assert plain.exit_code == 0
-    assert f"so a new one starts. --override resumes {run_dir}" in plain.stderr
+    assert f"so a new run starts. --override resumes {run_dir}" in plain.stderr
     assert "g_optimizer.lr: 0.001 -> 0.003" in plain.stderr
     shutil.rmtree(run_dirs(tmp_path)[1])
     refused = run(*common, *other, f"--resume={run_dir}")
@@ -463,9 +463,9 @@ def test_out_of_memory_suggests_disabling_graphs_first(shapes_zip: Path) -> None
     config = small_config(shapes_zip)
     with_graphs = override(config, {"run.graphs": True})
     on_gpu, on_host = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
-    assert "choose --graphs=0, --batch-gpu=8" in worker._too_large(with_graphs, on_gpu)
-    assert "--graphs" not in worker._too_large(config, on_gpu)
-    assert "--graphs" not in worker._too_large(with_graphs, on_host)
+    assert "choose --graphs=0, --batch-gpu=8" in worker._advise_on_memory(with_graphs, on_gpu)
+    assert "--graphs" not in worker._advise_on_memory(config, on_gpu)
+    assert "--graphs" not in worker._advise_on_memory(with_graphs, on_host)
 
 
 def test_out_of_memory_names_the_flags_that_help(
@@ -535,7 +535,7 @@ def test_the_best_state_is_kept_and_starts_a_new_run(
     assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # a copy of its own, for --resume=latest
 
     refused = run(*common, "--metrics=none")
-    assert (refused.exit_code, "--keep-best=True: without metrics none is the best" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "--keep-best=True: needs a metric" in refused.stderr) == (2, True)
     refused = run(*scored, "--glr=0.1", f"--resume={best}")
     assert (refused.exit_code, "g_optimizer.lr: 0.001 -> 0.1" in refused.stderr) == (2, True)
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
         assert problem in unfit.output
     few = run(f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=15")
     assert few.exit_code == 2
-    assert "--holdout=15: D judges held-out images in whole batches: hold out at least 16" in few.output
+    assert "--holdout=15: D evaluates held-out images in whole batches: hold out at least 16" in few.output
     assert not (tmp_path / "runs").exists()
 
 
@@ -221,7 +221,7 @@ def test_held_out_images_are_the_rest(shapes_zip: Path) -> None:
     few = ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=56, max_images=10))
     assert len(few) == 10
     assert not set(few._subset.tolist()) & chosen[1]
-    with pytest.raises(ConfigError, match="the data set has 256 images: leave some to train with"):
+    with pytest.raises(ConfigError, match="the dataset has 256 images: leave some for training"):
         ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=256))
 
 

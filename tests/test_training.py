@@ -305,7 +305,7 @@ def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
     assert [json.loads(line)["Progress/kimg"] for line in lines] == [0.0, 0.016]
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="no training state that can be used"):
+    with pytest.raises(UserError, match="no usable training state"):
         restore.load_latest(again, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""How many images fit into memory at a time: --batch-gpu=auto."""
+"""Search for the largest micro-batch that fits into memory: --batch-gpu=auto."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from training.config import TrainConfig, micro_batches
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
-# Of a GPU's memory; the rest is for what a rehearsal leaves out: NCCL, metrics, pictures.
-SHARE = 0.9
+# Maximum share of a GPU's memory that the trial may use. NCCL, metrics and image grids need the rest.
+MAX_SHARE = 0.9
 
 
 def choose_batch_gpu(
@@ -23,8 +23,8 @@ def choose_batch_gpu(
 ) -> TrainConfig:
     """Return a resolved configuration with the largest micro-batch for which `fits` holds on all processes.
 
-    `fits` (config, dataset, device) is `fits_in_memory` unless given. A collective call, from which nothing remains: no
-    weights, no random numbers, no memory. Raises UserError when not even the smallest one fits.
+    `fits` (config, dataset, device) defaults to `fits_in_memory`. A collective call without side effects on weights,
+    random numbers or memory. Raises UserError if not even the smallest micro-batch fits.
     """
     fits = fits or fits_in_memory
     sizes = micro_batches(config)
@@ -35,13 +35,13 @@ def choose_batch_gpu(
     graphs = "--graphs=0, " if config.run.graphs else ""
     raise UserError(
         f"--batch-gpu=auto: out of memory even with {sizes[-1]} images at a time (tried {', '.join(map(str, sizes))}): "
-        f"choose {graphs}--grad-checkpoint, a lower --precision, or, where minibatch-std asks for such groups, a "
-        "smaller --mbstd"
+        f"choose {graphs}--grad-checkpoint, a lower --precision, or a smaller --mbstd (a micro-batch holds at least "
+        "one minibatch-std group)"
     )
 
 
 def describe_choice(config: TrainConfig, sizes: Sequence[int]) -> str:
-    """What was chosen among `sizes`, for the log."""
+    """Return a line for the log about the choice among `sizes`."""
     chosen = config.run.batch_gpu
     assert isinstance(chosen, int)
     too_large = ", ".join(str(size) for size in sizes if size > chosen)
@@ -49,20 +49,20 @@ def describe_choice(config: TrainConfig, sizes: Sequence[int]) -> str:
 
 
 def fits_in_memory(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> bool:
-    """Whether this process can compute all phases of a step with the micro-batches of a configuration."""
+    """Return whether all phases of a step fit into memory with the micro-batches of a configuration."""
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
-            torch.cuda.init()  # without it nothing can be reset
+            torch.cuda.init()  # required before the statistics can be reset
             torch.cuda.reset_peak_memory_stats(device)
         Trainer(config, dataset, device).trial_step()
-        return not on_gpu or _peak_share(device) <= SHARE
+        return not on_gpu or _peak_share(device) <= MAX_SHARE
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        gc.collect()  # networks and hooks refer to each other
+        gc.collect()  # networks and hooks form reference cycles
         if on_gpu:
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""TrainConfig, the presets, and how a preset is completed for a data set and a number of GPUs."""
+"""TrainConfig, the presets, and the resolution of a preset for a dataset and a number of GPUs."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from training.phases import AdamConfig
 from training.snapshots.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
-GRAPHS_SIDE = 64  # pixels; up to this longer side, a GPU would wait for the host to launch its kernels
+GRAPHS_SIDE = 64  # pixels; training on images up to this longer side is limited by kernel launches
 LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Duration, device, micro-batches, logging. A resumed run may differ in it.
+    """Duration, device, micro-batches, logging. These settings may change when a run is resumed.
 
-    The pieces of a batch (`batch_gpu`) matter to minibatch-std, path length and the drift of wgangp-eps, which look at
-    one piece at a time, and to DiffAugment's cutout, whose probability is of a piece. Nothing else in here changes what
-    a step computes, but for rounding (`compile`, `graphs`) and skipped steps (`nan`).
+    The micro-batch (`batch_gpu`) affects minibatch standard deviation, path length and the drift term of wgangp-eps,
+    which are computed per micro-batch, and DiffAugment's cutout, which is switched on or off per micro-batch. No other
+    setting changes the result of a step, except for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
     total_kimg: float = setting(25_000, "Length of the training, in thousands of real images.", above=0)
     tick_kimg: float = setting(4, "Interval of progress lines and statistics, in thousands of images.", above=0)
     snapshot_ticks: int = setting(50, "Interval of snapshots, training states and image grids, in ticks.", at_least=1)
-    keep_last: int = setting(2, "Newest training states to keep; 2 leave a fallback for a damaged one.", at_least=1)
+    keep_last: int = setting(2, "Number of newest training states to keep; 2 allow for a corrupt one.", at_least=1)
     keep_every: float | None = setting(
-        None, "Thousands of images between training states that are kept for good; None: none are.", above=0
+        None, "Interval of training states to keep forever, in thousands of images; None: no such states.", above=0
     )
     keep_best: bool = setting(False, "Retention of the training state with the best value of the first metric.")
     metrics: tuple[str, ...] | None = setting(
-        None, "Metrics at snapshots, of which the first picks the best network; None: fid50k_full or swd.", auto=True
+        None, "Metrics at snapshots; the first selects the best network; None: fid50k_full or swd.", auto=True
     )
     metrics_every: int | None = setting(None, "Interval of the metrics, in ticks; None: at every snapshot.", at_least=1)
     tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")
@@ -59,14 +59,14 @@ class RunConfig:
         "Loggers of statistics and images; None: TensorBoard if it is installed.",
         auto=True,
         choices=LOGGERS,
-        note="`none` logs nowhere",
+        note="`none` turns logging off",
     )
-    detectors: tuple[str, ...] = setting((), "Files of custom detectors for metrics: programs, weights, folders.")
+    detectors: tuple[str, ...] = setting((), "Custom detectors for metrics: paths of programs, weights or folders.")
     desc: str = setting("", "Suffix of the name of the run's folder: at most 60 letters, digits and -_.")
     num_gpus: int = setting(1, "Processes on this machine, one per GPU.", at_least=1)
     batch_gpu: int | Literal["auto"] | None = setting(
         None,
-        "Micro-batch: images at a time per process; None: its whole share of the batch; auto: as many as fit.",
+        "Micro-batch: images at a time per process; None: batch size / GPUs; auto: the largest that fits.",
         at_least=1,
     )
     device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if there is one.", auto=True)
@@ -74,44 +74,44 @@ class RunConfig:
         None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, at_least=0, at_most=1024
     )
     data_on_gpu: bool | None = setting(
-        None, "Data set kept decoded on the device; None: on a GPU, up to 2 GiB.", auto=True
+        None, "Storage of the decoded dataset on the device; None: on a GPU, up to 2 GiB.", auto=True
     )
     nan: str = setting(
         "stop",
-        "Response to values that are not finite: stop at the next tick, or skip their updates.",
+        "Response to non-finite values: stop at the next tick, or skip the affected updates.",
         choices=("stop", "skip"),
     )
     recompute: bool = setting(
-        False, "Gradient checkpointing: recompute activations in the backward pass; less memory, more time."
+        False, "Gradient checkpointing: recompute activations in the backward pass to save memory, at a cost in time."
     )
-    compile: bool = setting(False, "Use of torch.compile for the main phases, which are differentiated once.")
+    compile: bool = setting(False, "Use of torch.compile for the main phases, which need first derivatives only.")
     graphs: bool | None = setting(
         None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side.", auto=True
     )
     cudnn_benchmark: bool = setting(True, "Use of cuDNN's benchmarks to choose the fastest convolutions.")
     timeout: float = setting(
-        1800, "Seconds that processes wait for one that has stopped.", above=0, at_most=100_000_000
+        1800, "Seconds to wait for a stalled process before the run is ended.", above=0, at_most=100_000_000
     )
-    deterministic: bool = setting(False, "Deterministic algorithms only: bit-identical results every time.")
-    profile_steps: int = setting(0, "Steps of which a Chrome trace is written; 0: none.", at_least=0)
+    deterministic: bool = setting(False, "Use of deterministic algorithms only: bit-identical results in every run.")
+    profile_steps: int = setting(0, "Number of steps in a Chrome trace; 0: no trace.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.keep_best and self.metrics == () and not self.tick_metrics:
-            raise ConfigError("keep_best", True, "without metrics none is the best: give --metrics or run.tick_metrics")
+            raise ConfigError("keep_best", True, "needs a metric: give --metrics or run.tick_metrics")
         if self.data_on_gpu and self.workers:
-            raise ConfigError("workers", self.workers, "has no work with run.data_on_gpu: give one of the two")
+            raise ConfigError("workers", self.workers, "cannot be combined with run.data_on_gpu: give one of the two")
         if not re.fullmatch(r"[\w.-]{0,60}", self.desc):
-            raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. name a folder")
+            raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. are allowed")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
-                problem = "does not go with activations that are computed again: leave out --grad-checkpoint"
+                problem = "cannot be combined with gradient checkpointing: leave out --grad-checkpoint"
                 raise ConfigError(name, True, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that a training run is determined by. None means: `resolve` chooses it from data and machine."""
+    """Complete configuration of a training run. `resolve` replaces None by a choice for the dataset and the machine."""
 
     preset: str = setting(help="Name of the preset that the configuration started from.")
     seed: int = setting(0, "Seed of weights, latents, data order and noise.", at_least=0, at_most=2**63 - 1)
@@ -126,26 +126,24 @@ class TrainConfig:
     d_optimizer: AdamConfig = setting(help="Optimizer of the discriminator.", default_factory=AdamConfig)
     ema: EMAConfig = setting(help="Moving average of the generator's weights.", default_factory=EMAConfig)
     batch_size: int | None = setting(
-        None, "Images per optimizer step, over all GPUs; None: by resolution and GPUs.", auto=True, at_least=1
+        None, "Images per optimizer step, over all GPUs; None: from resolution and GPUs.", auto=True, at_least=1
     )
-    w_avg_rate: float = setting(
-        0.005, "Share of the batch mean of w that enters w_avg in each phase.", at_least=0, at_most=1
-    )
+    w_avg_rate: float = setting(0.005, "Weight of the batch mean of w in each update of w_avg.", at_least=0, at_most=1)
     freeze_layers: int = setting(
-        0, "Freeze-D: layers of D, counted from the image, that are not trained.", at_least=0, note="0 trains all of D"
+        0, "Freeze-D: frozen layers of D, counted from the image.", at_least=0, note="0 trains all of D"
     )
     precision: Precision | None = setting(
-        None, "Precision of activations; None: bf16 on a GPU that has it, else fp32.", auto=True
+        None, "Precision of activations; None: bf16 on a GPU that supports it, else fp32.", auto=True
     )
     reduced_from: int = setting(
         0,
-        "Longer side from which on grids compute in `precision`; smaller grids use float32.",
+        "Smallest longer side of a grid that computes in `precision`; smaller grids use float32.",
         at_least=0,
-        note="0 reduces all grids",
+        note="0 applies it to all grids",
     )
-    allow_tf32: bool = setting(False, "Permission of TF32 in float32 matrix products and convolutions.")
+    allow_tf32: bool = setting(False, "Use of TF32 in float32 matrix products and convolutions.")
     channels_last: bool | None = setting(
-        None, "Memory layout channels-last; None: on a GPU, unless it computes in float32.", auto=True
+        None, "Channels-last memory layout; None: on a GPU, unless precision is fp32.", auto=True
     )
     origin: Origin = setting(help="Record of the weights that the run started from.", default_factory=Origin)
     run: RunConfig = setting(help="Duration, device, micro-batches, logging.", default_factory=RunConfig)
@@ -156,13 +154,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What `resolve` needs to know of the training images and the machine."""
+    """Properties of the training images and the machine that `resolve` depends on."""
 
     img_shape: tuple[int, int, int]
     c_dim: int
-    is_raw: bool = False  # whether they come from a folder or zip file that dataset_tool.py has not made
+    is_raw: bool = False  # the images were not prepared by dataset_tool.py
     on_gpu: bool = False
-    has_bf16: bool = False  # in its matrix units
+    has_bf16: bool = False  # bfloat16 matrix units
 
 
 def _presets() -> dict[str, TrainConfig]:
@@ -220,7 +218,7 @@ def _presets() -> dict[str, TrainConfig]:
 
 
 def _paper(name: str, *, batch: int, mbstd: int, fmaps: float, lr: float, gamma: float, ema: float) -> dict[str, Any]:
-    """StyleGAN2-ADA's configurations for its papers' tables."""
+    """StyleGAN2-ADA's configurations for the tables of its papers."""
     return {
         "preset": name,
         "batch_size": batch,
@@ -241,7 +239,7 @@ def _styleformer(
     base: tuple[int, int] = (8, 8),
     linformer: bool = False,
 ) -> dict[str, Any]:
-    """The Styleformer paper's models. Those with Linformer were trained with ADA's p kept at or below 0.7."""
+    """Models of the Styleformer paper. The Linformer models were trained with ADA's p limited to 0.7."""
     return {
         "preset": name,
         "generator.widths": widths,
@@ -255,7 +253,7 @@ def _styleformer(
 def _compositional(stylegan2: TrainConfig) -> TrainConfig:
     """Styleformer-C for scenes of many objects at 256x256, such as CLEVR's, under the schedule of paper256.
 
-    The published widths and schedule are not known: these are this project's choice.
+    The published widths and schedule are unknown; these values are this project's choice.
     """
     paper256 = _paper("styleformer-c256", batch=64, mbstd=8, fmaps=0.5, lr=0.0025, gamma=1, ema=20)
     return override(stylegan2, {"generator.family": "styleformer-c", **paper256})
@@ -271,7 +269,7 @@ def _transgan(
     n_critic: int = 4,
     batch: int = 64,
 ) -> TrainConfig:
-    """TransGAN's training. The paper's models differ in what the arguments say."""
+    """TransGAN's training configuration; the paper's models differ in the arguments."""
     return TrainConfig(
         preset=name,
         data=DatasetConfig(mirror=True),
@@ -294,17 +292,19 @@ def _transgan(
     )
 
 
-# TransGAN's augmentation as its slides say, and as its scripts do for CIFAR-10, for larger images, and for CelebA-HQ.
-SLIDES = AugmentConfig(mode="diffaug")
-SCRIPTS = replace(SLIDES, translation=0.2, cutout_p=0.3)
-ERASE = replace(SCRIPTS, policy=("translation", "erase", "color"))
-FIVE = replace(ERASE, policy=("filter", "translation", "erase", "color", "hue"), filter_p=0.25, hue_p=0.5)
+# TransGAN's augmentation: from its slides, and from its scripts for CIFAR-10, for larger images, and for CelebA-HQ.
+FROM_SLIDES = AugmentConfig(mode="diffaug")
+SCRIPTS = replace(FROM_SLIDES, translation=0.2, cutout_p=0.3)
+SCRIPTS_LARGE = replace(SCRIPTS, policy=("translation", "erase", "color"))
+SCRIPTS_CELEBAHQ = replace(
+    SCRIPTS_LARGE, policy=("filter", "translation", "erase", "color", "hue"), filter_p=0.25, hue_p=0.5
+)
 
 
 def _transgans() -> list[TrainConfig]:
-    """TransGAN's models, trained as in the released scripts; those for CelebA as in the slides on the paper.
+    """TransGAN's models, trained as in the released scripts; the CelebA models as in the slides on the paper.
 
-    docs/transgan.md says which details are published and which are inferred.
+    docs/transgan.md lists which details are published and which are inferred.
     """
     G, D = TransGANConfig, TransGANDiscriminatorConfig
     widths, layers = (1024, 1024, 1024, 256, 64, 16), (5, 4, 4, 4, 4, 4)  # from 8x8 to 256x256
@@ -325,7 +325,7 @@ def _transgans() -> list[TrainConfig]:
             "transgan-stl10",
             G(base=(12, 12), layers=(7, 5, 3), attention="full"),
             replace(small, img_size=(48, 48)),
-            augment=ERASE,
+            augment=SCRIPTS_LARGE,
             ema=replace(long, rampup=0.05),
             n_critic=5,
             batch=32,
@@ -334,38 +334,38 @@ def _transgans() -> list[TrainConfig]:
             "transgan-celeba64",
             G(widths=widths[:4], layers=layers[:4]),
             replace(large, img_size=(64, 64), patch=2),
-            augment=SLIDES,
+            augment=FROM_SLIDES,
             ema=long,
         ),
         _transgan(
             "transgan-celeba128",
             G(widths=widths[:5], layers=layers[:5]),
             replace(large, img_size=(128, 128), patch=2),
-            augment=SLIDES,
+            augment=FROM_SLIDES,
             ema=long,
         ),
         _transgan(
             "transgan-church256",
             G(widths=widths, layers=layers, attention_noise=True),
             large,
-            augment=ERASE,
+            augment=SCRIPTS_LARGE,
             ema=short,
         ),
         _transgan(
             "transgan-celebahq256",
             G(widths=widths, layers=(0, *layers[1:]), latent_tokens=64, antialias=2, attention_noise=True),
             replace(finer, position="absolute"),
-            augment=FIVE,
+            augment=SCRIPTS_CELEBAHQ,
             ema=short,
         ),
     ]
 
 
 def _tiny() -> TrainConfig:
-    """Small enough to learn simple scenes at 32x32 in minutes on two CPU cores.
+    """Small networks that learn simple scenes at 32x32 in minutes on two CPU cores.
 
-    The small batch and learning rates trade stability for speed. D's is higher since its weights are of unit size
-    (equalised learning rate), while G's are plain and small.
+    The small batch and the learning rates trade stability for speed. D has a higher learning rate because its weights
+    have unit variance (equalised learning rate), whereas G stores small unscaled weights.
     """
     return TrainConfig(
         preset="tiny",
@@ -385,16 +385,16 @@ def _tiny() -> TrainConfig:
 
 PRESETS: Mapping[str, TrainConfig] = _presets()
 
-# What transfer learning starts from, below the user's own options (Karras et al. 2020b).
+# Defaults of transfer learning (Karras et al. 2020b); options of the user take precedence.
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
 def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return a preset under a user's options, {config path: value}.
+    """Return a preset with a user's options applied, {config path: value}.
 
-    What the preset says gives way where an option makes it impossible: R1 where --loss says that there is none, path
-    length and style mixing where --gen chooses a generator without styles, a probability or a policy where --aug has
-    none. What the options say does not; those that would do nothing are refused.
+    Settings of the preset that an option rules out are dropped: R1 if the objective of --loss has none, path length and
+    style mixing if --gen chooses a generator without styles, a probability or a policy if the mode of --aug has none.
+    Options are never dropped: an option without effect raises ConfigError.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
@@ -410,19 +410,19 @@ def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig
 
 
 def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
-    """Refuse weights of regularisers that would never be due."""
+    """Raise ConfigError for the weight of a regulariser that has no interval, so its phase would never run."""
     intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
     for weight, interval in intervals.items():
         if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
             problem = (
-                f"has no effect without an interval, which --cfg={config.preset} leaves out: give --set "
+                f"has no effect without an interval, which --cfg={config.preset} does not set: give --set "
                 f"loss.{interval}=INT too"
             )
             raise ConfigError(f"loss.{weight}", values[f"loss.{weight}"], problem)
 
 
 def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) -> None:
-    """Refuse options that the mode of augmentation or its policy does not read."""
+    """Raise ConfigError for options that the augmentation mode or its policy does not use."""
     policy = augment.policy or DEFAULT_POLICY
     for path, value in values.items():
         part, _, name = path.partition(".")
@@ -439,18 +439,18 @@ def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) ->
 def _has_styles(generator: GeneratorConfig) -> bool:
     try:
         return generator.num_ws > 1
-    except ConfigError:  # the number follows from the images
+    except ConfigError:  # num_ws is still to be derived from the image size
         return True
 
 
-def resolve(config: TrainConfig, about: Environment) -> TrainConfig:
-    """Fill in what depends on the data or the machine, and check that the parts fit together.
+def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
+    """Replace None by values for the dataset and the machine, and check that the parts of the configuration agree.
 
-    Raises ConfigError naming the field for images that the generator cannot make and for batches that cannot be cut.
+    Raises ConfigError, naming the field, for example for an unsupported image size or an indivisible batch.
     """
-    if config.run.graphs and not about.on_gpu:
+    if config.run.graphs and not env.on_gpu:
         raise ConfigError("run.graphs", True, "CUDA graphs need a GPU; leave it out")
-    channels, height, width = about.img_shape
+    channels, height, width = env.img_shape
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
     batch_size = config.batch_size or max(min(num_gpus * min(4096 // resolution, 32), 64), num_gpus)
@@ -458,18 +458,18 @@ def resolve(config: TrainConfig, about: Environment) -> TrainConfig:
     is_auto = config.run.batch_gpu == "auto"
     batch_gpu = share if is_auto else config.run.batch_gpu or share
     lr = 0.002 if resolution >= 1024 else 0.0025
-    precision = config.precision or ("bf16" if about.on_gpu and about.has_bf16 else "fp32")
+    precision = config.precision or ("bf16" if env.on_gpu and env.has_bf16 else "fp32")
 
     values: dict[str, Any] = {
         "batch_size": batch_size,
         "precision": precision,
-        "channels_last": about.on_gpu and precision != "fp32" if config.channels_last is None else config.channels_last,
+        "channels_last": env.on_gpu and precision != "fp32" if config.channels_last is None else config.channels_last,
         "run.batch_gpu": batch_gpu,
-        "run.graphs": _chooses_graphs(config.run, about) if config.run.graphs is None else config.run.graphs,
+        "run.graphs": _chooses_graphs(config.run, env) if config.run.graphs is None else config.run.graphs,
         "generator.img_channels": channels,
-        "generator.c_dim": about.c_dim,
+        "generator.c_dim": env.c_dim,
         "discriminator.img_channels": channels,
-        "discriminator.c_dim": about.c_dim,
+        "discriminator.c_dim": env.c_dim,
         "g_optimizer.lr": config.g_optimizer.lr or lr,
         "d_optimizer.lr": config.d_optimizer.lr or lr,
         "ema.kimg": batch_size * 10 / 32 if config.ema.kimg is None else config.ema.kimg,
@@ -478,42 +478,42 @@ def resolve(config: TrainConfig, about: Environment) -> TrainConfig:
         values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
-    resolved = _fit_networks(resolved, about)
+    resolved = _fit_networks(resolved, env)
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
     _check_holdout(resolved)
-    _check_parts(resolved, about)
+    _check_parts(resolved, env)
     return resolved
 
 
-def _fit_networks(config: TrainConfig, about: Environment) -> TrainConfig:
-    """Choose what is open of both networks for the images.
+def _fit_networks(config: TrainConfig, env: Environment) -> TrainConfig:
+    """Fill in the settings of both networks that depend on the image size.
 
-    Raises ConfigError: of the option that was given and does not go with the images, of the data where none was.
+    Raises ConfigError. It names an option that does not fit the images, or data.path if no option is the cause.
     """
     try:
-        return misfit.fit(config, *about.img_shape[1:])
+        return misfit.fit(config, *env.img_shape[1:])
     except ConfigError as error:
-        if config.preset not in PRESETS:  # of another version, of another project
+        if config.preset not in PRESETS:  # written by another version or project
             raise
-        raise misfit.explain(error, config, PRESETS, about.img_shape[1:], is_raw=about.is_raw) from None
+        raise misfit.explain(error, config, PRESETS, env.img_shape[1:], is_raw=env.is_raw) from None
 
 
 def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
-    """Choose (width, height) for a set of images of these sizes such that the networks can make it; None if none is."""
+    """Return the best (width, height) that the networks support for images of these sizes, or None."""
     return next(iter(misfit.fitting_sizes(config, sizes)), None)
 
 
-def _chooses_graphs(run: RunConfig, about: Environment) -> bool:
-    return about.on_gpu and max(about.img_shape[1:]) <= GRAPHS_SIDE and not run.recompute
+def _chooses_graphs(run: RunConfig, env: Environment) -> bool:
+    return env.on_gpu and max(env.img_shape[1:]) <= GRAPHS_SIDE and not run.recompute
 
 
 def micro_batches(config: TrainConfig) -> list[int]:
-    """Return the micro-batches that --batch-gpu=auto can choose, largest first.
+    """Return the micro-batch sizes that --batch-gpu=auto can choose from, largest first.
 
-    They divide a process's share of the batch, as far as a step can be cut so, and keep the groups of minibatch-std.
+    Each size divides a process's share of the batch and is a multiple of the minibatch-std group size.
     """
     assert config.batch_size is not None
     share = config.batch_size // config.run.num_gpus
@@ -550,7 +550,9 @@ def _check_batches(config: TrainConfig) -> None:
             raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
-            "run.batch_gpu", batch_gpu, "path length takes half of it: use at least 2, or turn it off: --pl-weight=0"
+            "run.batch_gpu",
+            batch_gpu,
+            "path length uses half of it: give at least 2, or turn path length off: --pl-weight=0",
         )
 
 
@@ -568,15 +570,15 @@ def _check_holdout(config: TrainConfig) -> None:
         raise ConfigError(
             "data.holdout",
             config.data.holdout,
-            f"D judges held-out images in whole batches: hold out at least {per_round} (--batch-gpu times --gpus)",
+            f"D evaluates held-out images in whole batches: hold out at least {per_round} (--batch-gpu times --gpus)",
         )
 
 
-def _check_parts(config: TrainConfig, about: Environment) -> None:
-    pipe = AugmentPipe(config.augment, about.img_shape)  # raises ConfigError for images that it cannot treat
-    if config.run.deterministic and about.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
+def _check_parts(config: TrainConfig, env: Environment) -> None:
+    pipe = AugmentPipe(config.augment, env.img_shape)  # raises ConfigError for images that it does not support
+    if config.run.deterministic and env.on_gpu and not all(stage.is_deterministic for stage in pipe.stages):
         problem = (
-            "not all of the augmentation is, on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
+            "some augmentations are not deterministic on a GPU: give --aug=noaug, --augpipe=color, noise or cutout, or "
             "--aug=diffaug without filter"
         )
         raise ConfigError("run.deterministic", True, problem)
@@ -587,7 +589,7 @@ def _check_parts(config: TrainConfig, about: Environment) -> None:
         raise ConfigError("freeze_layers", config.freeze_layers, problem)
 
 
-# Fields that came after the first files were written, and the values that say what was done before there were any.
+# Fields missing from the files of earlier versions, with the values that reproduce the behaviour of those versions.
 ADDED_FIELDS: Mapping[str, Any] = {
     "precision": "fp32",
     "reduced_from": 0,
@@ -631,7 +633,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
 
 
 def read_config(data: Any) -> TrainConfig:
-    """Rebuild the configuration in a file, also one of an earlier version. Raises ConfigError for anything else."""
+    """Return the configuration in a file of this or an earlier version. Raises ConfigError for invalid data."""
     if isinstance(data, dict):
         data = {name: {**part} if isinstance(part, dict) else part for name, part in data.items()}
         for path, value in ADDED_FIELDS.items():
@@ -643,9 +645,9 @@ def read_config(data: Any) -> TrainConfig:
 
 
 def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
-    """Whether the class that the JSON of a part of TrainConfig is for has such a field."""
+    """Return whether the configuration class of a part of TrainConfig, chosen by its family, has a field `name`."""
     families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
     family = data.get("family")
     if not families or not isinstance(family, str) or family not in families:
-        return True  # from_json refuses a family that is none
+        return True  # from_json refuses an unknown family
     return name in field_names(families[family])

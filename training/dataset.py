@@ -1,4 +1,4 @@
-"""Images and labels for training and metrics: a zip file or folder, sampled by position in the run."""
+"""Images and labels for training and metrics, from a zip file or folder, sampled by position in the run."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-OPEN_FILES = 256  # of a process of training on a GPU, generously
-OPEN_FILES_PER_WORKER = 16  # 4 batches ahead, of images and labels each, and pipes
+OPEN_FILES = 256  # upper bound for one training process on a GPU, without data workers
+OPEN_FILES_PER_WORKER = 16  # 4 prefetched batches of images and labels, and pipes
 
-# The largest set that is kept on the GPU unasked; each process of a machine decodes one for itself.
+# Largest decoded dataset that is kept on the GPU by default. Each process decodes its own copy.
 RESIDENT_BYTES = 2 * 2**30
-RESIDENT_PART = 1024  # images that are decoded at a time
-START_BYTES = 1 << 16  # of a file that is no PNG; most JPEGs tell their size in these: EXIF data before it have less
+RESIDENT_PART = 1024  # images decoded at a time
+START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs, whose size follows the EXIF data
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -51,17 +51,17 @@ LabelKind = Literal["classes", "vectors"]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """Images to train on; `ImageDataset(config, held_out=True)` has those that `holdout` leaves out."""
+    """Training images; `ImageDataset(config, held_out=True)` returns the held-out images instead."""
 
-    path: str = setting("", "Folder or zip file of images of one size, as dataset_tool.py writes it.")
+    path: str = setting("", "Folder or zip file of images of one size, as written by dataset_tool.py.")
     use_labels: bool = setting(False, "Conditioning on the labels of dataset.json.")
     max_images: int | None = setting(
         None, "Size of a random subset, chosen by `seed`; None: all images.", at_least=1, note="leave it out to use all"
     )
     holdout: int = setting(
-        0, "Images, chosen by `seed`, that are left out of the training.", at_least=0, note="0 holds out nothing"
+        0, "Number of images, chosen by `seed`, that are held out of training.", at_least=0, note="0 holds out nothing"
     )
-    mirror: bool = setting(False, "Horizontal flips: every image is also shown mirrored, which doubles the set.")
+    mirror: bool = setting(False, "Horizontal flips: every image is also used mirrored, which doubles the dataset.")
     seed: int = setting(0, "Seed of the subset and of the held-out images.", at_least=0)
 
     def __post_init__(self) -> None:
@@ -69,31 +69,30 @@ class DatasetConfig:
 
 
 class ImageDataset:
-    """All images of a folder or zip file under the indices 0 ... len - 1.
+    """Images of a folder or zip file, with indices 0 ... len - 1.
 
-    With `mirror`, index i < len/2 is an image and i + len/2 the same image flipped: x-flip is an index, not a coin
-    toss, so an epoch shows each image exactly once each way round.
+    With `mirror`, index i < len/2 is an image and i + len/2 is the same image flipped. Flips are part of the index and
+    not random, so an epoch contains each image exactly once in each orientation.
 
-    num_originals   images before `mirror` doubles them
+    num_originals   number of images before `mirror` doubles it
     name            file or folder name without suffix
-    img_shape       (C, H, W), from the first image, in a raw set the first that can be decoded; the others are
+    img_shape       (C, H, W) of the first image, or of the first decodable image of a raw dataset; other images are
                     checked when they are decoded
     c_dim           number of classes or length of the label vectors; 0 without labels or without `use_labels`
-    has_labels      whether the set has labels, used or not
-    labels          int64 class numbers [len], float32 vectors [len, c_dim], or [len, 0] when c_dim is 0
+    has_labels      whether the dataset has labels, used or not
+    labels          int64 class indices [len], float32 vectors [len, c_dim], or [len, 0] when c_dim is 0
     label_kind      "classes" or "vectors", None when c_dim is 0
     class_names     list of str, or None
-    meta            the keys of dataset.json other than "labels": how the set was made
-    notes           what was recognised although it is not where or as it usually is, one sentence each
-    content_hash    hex digest that names the images behind the indices, see `_content_hash`
+    meta            the keys of dataset.json other than "labels", which record how the dataset was made
+    notes           sentences for the user about files or labels that were found in an unusual place or form
+    content_hash    hex digest that identifies the images and their order, see `_content_hash`
 
-    Objects can be pickled and used in forked or spawned workers. Everything that is wrong with the files raises
-    UserError naming the file.
+    Objects can be pickled and used in forked or spawned workers. Invalid files raise UserError naming the file.
     """
 
     def __init__(self, config: DatasetConfig, *, held_out: bool = False) -> None:
         if not config.path:
-            raise UserError("no data set given: name a folder or .zip file of images")
+            raise UserError("no dataset given: give a folder or .zip file of images")
         self.config = config
         self.path = Path(config.path)
         self.name = self.path.stem if self.path.suffix.lower() == ".zip" else self.path.resolve().name
@@ -104,8 +103,8 @@ class ImageDataset:
         self.class_names = content.class_names
         self.has_labels = content.labels is not None
 
-        self._subset = _choose_subset(len(self._store.names), config, held_out)  # positions in the store's names
-        self._undecoded: dict[str, str] = {}  # names of images before the one that tells the shape, and what is wrong
+        self._subset = _choose_subset(len(self._store.names), config, held_out)  # indices into the store's names
+        self._undecoded: dict[str, str] = {}  # broken images before the first decodable one -> error
         H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
         self.labels, self.c_dim = self._read_labels(content)
@@ -123,11 +122,11 @@ class ImageDataset:
         return len(self._subset)
 
     def original(self, index: int) -> int:
-        """Return the position, among all images of the file, of the one that an index shows."""
+        """Return the position of image `index` among all images of the file."""
         return int(self._subset[index % self.num_originals])
 
     def with_mirror(self, mirror: bool) -> ImageDataset:
-        """Return the same images with or without their flips; the open files are shared."""
+        """Return the same images with or without flips; open files are shared."""
         if mirror == self.config.mirror:
             return self
         other = copy.copy(self)
@@ -138,7 +137,7 @@ class ImageDataset:
         return other
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is broken or of another shape."""
+        """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is corrupt or of another shape."""
         C, H, W = self.img_shape
         index = np.asarray(indices, dtype=np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
@@ -154,21 +153,21 @@ class ImageDataset:
 
     @property
     def is_raw(self) -> bool:
-        """Whether the images are as somebody has put them there, of any kinds, not a set that dataset_tool.py made."""
+        """Return whether the images are arbitrary files, not a dataset made by dataset_tool.py."""
         return "format_version" not in self.meta
 
-    def _way_to_labels(self) -> str:
-        """Say how to build a set that has labels, and that can be trained on, from the images."""
+    def _advise_on_labels(self) -> str:
+        """Return advice on how to build a dataset with labels from the images."""
         if not self.is_raw:
-            return "build the set again from its source, with dataset_tool.py --labels-from-folders"
+            return "rebuild the dataset from its source with dataset_tool.py --labels-from-folders"
         command = build_command(self.config.path, *self._survey().options(suggest_size), "--labels-from-folders")
-        return f"if its folders are classes, build a set with labels: {command}"
+        return f"if its folders are classes, build a dataset with labels: {command}"
 
     def check_shapes(self, choose_size: Callable[[Sizes], Size | None] = suggest_size) -> None:
-        """Raise ConfigError where headers are broken or promise other sizes or channels: how many, and what to do.
+        """Raise ConfigError, with counts and a remedy, if image headers are corrupt or differ in size or channels.
 
-        The command that it names builds a set of the size that `choose_size` chooses from counts of (width, height).
-        Sets made by dataset_tool.py were checked when they were made and are passed over.
+        The remedy is a command that builds a dataset of the size that `choose_size` returns for the counts of (width,
+        height). Datasets made by dataset_tool.py are skipped, because dataset_tool.py has checked them.
         """
         if not self.is_raw:
             return
@@ -187,9 +186,9 @@ class ImageDataset:
         return survey
 
     def _first_shape(self) -> Shape:
-        """Return the shape of the first image; of raw images that of the first that can be decoded.
+        """Return the shape of the first image, or of the first decodable image of a raw dataset.
 
-        The broken ones before it are left to `check_shapes`, which tells how many there are in all.
+        Broken images before that one are recorded for `check_shapes`, which reports the total.
         """
         for position in self._subset:
             name = self._store.names[position]
@@ -207,7 +206,7 @@ class ImageDataset:
         )
 
     def _read_shape(self, name: str) -> Shape:
-        """(H, W, C) that the start of a file promises, or all of it where that does not suffice."""
+        """Return (H, W, C) from the start of a file, or from the whole file if its header is longer."""
         if name in self._undecoded:
             raise BrokenImageError(self._undecoded[name])
         C, H, W = self.img_shape
@@ -215,12 +214,12 @@ class ImageDataset:
         if starts_as_plain_png(start, (H, W, C)):
             return H, W, C
         if start.startswith(JPEG_START):
-            with suppress(BrokenImageError):  # a long header: the size comes later
+            with suppress(BrokenImageError):  # long header: the size comes later
                 return read_shape(start)
         return read_shape(self._store.read(name))
 
     def _decode(self, position: int, shape: Shape) -> np.ndarray:
-        """Image [H, W, C] at a position of the store, required to have `shape`."""
+        """Decode the image [H, W, C] at a position of the store. Raises UserError if its shape is not `shape`."""
         name = self._store.names[position]
         try:
             pixels = decode_as(self._store.read(name), shape)
@@ -232,14 +231,14 @@ class ImageDataset:
     def _broken(self, name: str, error: BrokenImageError) -> UserError:
         return UserError(
             f"{self.path}: image {name!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
-            "images, and building the set with --skip-bad leaves them out"
+            "images, and rebuilding the dataset with --skip-bad skips them"
         )
 
     def _require_shape(self, name: str, found: tuple[int, ...], shape: Shape) -> None:
         if found != shape:
             raise UserError(
                 f"{self.path}: image {name!r} is {describe_shape(found)}, but the first image is "
-                f"{describe_shape(shape)}: build the set with dataset_tool.py --width, --height and --channels"
+                f"{describe_shape(shape)}: build the dataset with dataset_tool.py --width, --height and --channels"
             )
 
     def _read_labels(self, content: DatasetJson) -> tuple[Tensor, int]:
@@ -248,8 +247,8 @@ class ImageDataset:
         labels = labels_of(self._store, content)
         if labels is None:
             raise UserError(
-                f'{self.path} has no labels (dataset.json is missing or says "labels": null): train without labels, '
-                f"or {self._way_to_labels()}"
+                f'{self.path} has no labels (dataset.json is missing or has "labels": null): train without labels, '
+                f"or {self._advise_on_labels()}"
             )
         if isinstance(labels[0], int):
             self.notes += note_on_gaps(labels, self.class_names)
@@ -262,10 +261,10 @@ class ImageDataset:
         return (torch.cat([chosen, chosen]) if self.config.mirror else chosen), c_dim
 
     def _content_hash(self) -> str:
-        """SHA-256 over dataset.json, `mirror`, and the name and fingerprint of each image of the subset in order.
+        """Return the SHA-256 of dataset.json, `mirror`, and the names and fingerprints of the subset's images in order.
 
-        The fingerprint is size and CRC-32 in a zip file, size and time of change in a folder: no image is read, so
-        this takes seconds for a million images. A folder that is copied without its times gets another hash.
+        The fingerprint is size and CRC-32 in a zip file, size and modification time in a folder. No image is read, so
+        this takes seconds for a million images. A copy of a folder without modification times has another hash.
         """
         digest = hashlib.sha256(self._store.read_json() if self._store.json_name else b"")
         digest.update(f"mirror={self.config.mirror}".encode())
@@ -276,11 +275,11 @@ class ImageDataset:
 
 
 class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The images of a folder or zip file, one at a time, by the interface of StyleGAN2-ADA's class of this name.
+    """Images of a folder or zip file, one per item, with the interface of StyleGAN2-ADA's class of this name.
 
-    Item i is an image uint8 [C, H, W] and its label float32 [label_dim]: one-hot, or the vector in dataset.json; empty
+    Item i is an image uint8 [C, H, W] and its label float32 [label_dim]: one-hot or the vector in dataset.json, empty
     without `use_labels`. `max_size` keeps a random subset chosen by `random_seed`. `xflip` appends the flipped images.
-    Raises UserError for files that cannot be used, and for images that are not of `resolution`, if it is given.
+    Raises UserError for unusable files, and for images of another size than `resolution` if it is given.
     """
 
     def __init__(
@@ -311,13 +310,13 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         if resolution is not None and self.image_shape[1:] != [resolution, resolution]:
             found = describe_shape((*self.images.img_shape[1:], self.num_channels))
             raise UserError(
-                f"resolution={resolution}: the images in {path} are {found}; leave it out, or build the set with "
+                f"resolution={resolution}: the images in {path} are {found}; leave it out, or build the dataset with "
                 f"dataset_tool.py --width={resolution} --height={resolution}"
             )
 
     @property
     def resolution(self) -> int:
-        """Side of the images. Raises ValueError if they are not square."""
+        """Side length of the images. Raises ValueError if the images are not square."""
         return square_resolution(self.image_shape)
 
     def __len__(self) -> int:
@@ -327,12 +326,12 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         return self.images.images([self._position(index)])[0].numpy(), self.get_label(index)
 
     def get_label(self, index: int) -> np.ndarray:
-        """Label float32 [label_dim] of an item."""
+        """Return the label of an item: float32 [label_dim]."""
         label = self.images.labels[self._position(index)]
         return encode_labels(label[None], self.label_dim)[0].numpy().copy()
 
     def get_details(self, index: int) -> EasyDict:
-        """Where an item comes from: `raw_idx` among all images of the file, `xflip`, `raw_label` as in dataset.json."""
+        """Return the origin of an item: `raw_idx` among all images, `xflip`, and `raw_label` as in dataset.json."""
         position = self._position(index)
         return EasyDict(
             raw_idx=self.images.original(position),
@@ -341,15 +340,15 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         )
 
     def _position(self, index: int) -> int:
-        """Index from 0 up. Raises IndexError, which also ends iteration."""
+        """Return a nonnegative index. Raises IndexError, which also ends iteration."""
         return range(len(self))[index]
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:
-    """The first images of a random order to train with, the last to hold out; both in their original order."""
+    """Return sorted image indices: the first of a random order for training, or the last `holdout` if `held_out`."""
     rest = num_images - config.holdout
     if rest < 1:
-        raise ConfigError("holdout", config.holdout, f"the data set has {num_images} images: leave some to train with")
+        raise ConfigError("holdout", config.holdout, f"the dataset has {num_images} images: leave some for training")
     count = rest if config.max_images is None else min(config.max_images, rest)
     if count == num_images:
         chosen = np.arange(num_images)[num_images if held_out else 0 :]
@@ -362,7 +361,7 @@ def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np
 
 
 def kind_of_labels(path: str) -> LabelKind | None:
-    """Return what the labels of a data set are, None where it is not here or has none."""
+    """Return the kind of the labels of a dataset, or None if the dataset is not available or has no labels."""
     try:
         return ImageDataset(DatasetConfig(path=path, use_labels=True)).label_kind
     except UserError:
@@ -370,7 +369,7 @@ def kind_of_labels(path: str) -> LabelKind | None:
 
 
 def encode_labels(labels: Tensor, c_dim: int) -> Tensor:
-    """Labels as networks take them: class numbers [B] become one-hot, vectors stay; float32 [B, c_dim]."""
+    """Return labels as networks take them, float32 [B, c_dim]: class indices [B] become one-hot, vectors stay."""
     if labels.ndim == 1:
         return F.one_hot(labels, c_dim).float()
     if labels.shape[1] != c_dim:
@@ -379,28 +378,28 @@ def encode_labels(labels: Tensor, c_dim: int) -> Tensor:
 
 
 def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of 0 ... num_images - 1 as a function of (seed, epoch).
+    """Return a permutation of 0 ... num_images - 1 that depends on (seed, epoch) only.
 
-    RandomState and SeedSequence promise the same numbers in every version of numpy.
+    NumPy guarantees that RandomState and SeedSequence return the same numbers in every version.
     """
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bits).permutation(num_images)
 
 
 class EpochSampler:
-    """Which image is shown at which position of the run, a pure function of (seed, position).
+    """Mapping from positions in the run to image indices, a pure function of (seed, position).
 
-    Position p belongs to epoch e = p // n and shows image permutation_e[p % n], so every epoch shows all n images
-    once, and a run that resumes at any position goes on as if it had not stopped.
+    Position p belongs to epoch e = p // n and maps to image permutation_e[p % n]. Every epoch contains all n images
+    once, and a run resumed at any position continues as if uninterrupted.
     """
 
     def __init__(self, num_images: int, seed: int) -> None:
         self.num_images = num_images
         self.seed = seed
-        self._permutations: dict[int, np.ndarray] = {}  # of the epochs of the last call
+        self._permutations: dict[int, np.ndarray] = {}  # cache: the epochs of the last call
 
     def indices(self, start: int, count: int) -> np.ndarray:
-        """Image indices at the positions start ... start + count - 1: int64 [count]."""
+        """Return the image indices at positions start ... start + count - 1: int64 [count]."""
         n = self.num_images
         epochs = range(start // n, (start + max(count, 1) - 1) // n + 1)
         known = self._permutations
@@ -421,12 +420,12 @@ def batches(
     pin_memory: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images uint8 [b, C, H, W], labels [b, ...]) on `device` for ever, from `position` of the run on.
+    """Yield (images uint8 [b, C, H, W], labels [b, ...]) on `device` without end, starting at `position` of the run.
 
-    Each global batch covers `batch_size` positions, of which this rank gets its contiguous share of
-    b = batch_size / world_size. Labels are as in `ImageDataset.labels`. With `workers` the batches are decoded ahead
-    in other processes; which images come does not depend on it. Raises ValueError if the shares are not equal,
-    UserError if this shell allows too few open files.
+    Each global batch covers `batch_size` positions; this rank gets its contiguous share of b = batch_size / world_size.
+    Labels are as in `ImageDataset.labels`. With `workers`, other processes decode batches ahead; the order of the
+    images does not depend on `workers`. Raises ValueError if the batch cannot be divided equally, UserError if the
+    limit of open files is too low.
     """
     if workers:
         allow_open_files(workers)
@@ -437,8 +436,8 @@ def batches(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_main_process if workers else None,
-        generator=torch.Generator(),  # otherwise the loader would draw from the global one
+        worker_init_fn=_ignore_stop_signals if workers else None,
+        generator=torch.Generator(),  # otherwise the loader would use the global generator
     )
     try:
         for batch in loader:
@@ -446,7 +445,7 @@ def batches(
                 raise batch
             images, labels = batch
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    except (ConnectionError, EOFError, FileNotFoundError) as error:  # while the loader was talking to it
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # the worker was killed during communication
         raise RuntimeError(f"DataLoader worker has gone ({error})") from error
 
 
@@ -460,7 +459,7 @@ def resident_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `batches` yields from a copy of all images on `device`: decoded once, picked and flipped there."""
+    """Yield the same as `batches`, indexing and flipping a copy of all decoded images on `device`."""
     n = dataset.num_originals
     images = torch.empty((n, *dataset.img_shape), dtype=torch.uint8, device=device)
     for first in range(0, n, RESIDENT_PART):
@@ -478,7 +477,7 @@ def resident_batches(
 
 
 def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
-    """Whether the images are few enough for `resident_batches` without being asked to."""
+    """Return whether the decoded images are small enough to use `resident_batches` by default."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
@@ -486,10 +485,10 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
 
 
 def allow_open_files(workers: int) -> None:
-    """Raise this process's limit of open files to what training needs with so many workers for the images.
+    """Raise this process's limit of open files to the number that training with this many data workers needs.
 
-    Each batch of a worker is passed on as two open files. When they find no room the thread that takes them ends, and
-    the loader waits for ever. Raises UserError where the limit cannot be raised so far.
+    Each batch of a worker arrives as two open files. If the limit is exceeded, the receiving thread ends and the loader
+    waits forever. Raises UserError if the limit cannot be raised.
     """
     needed = OPEN_FILES + workers * OPEN_FILES_PER_WORKER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if resource else (needed, needed)
@@ -497,21 +496,21 @@ def allow_open_files(workers: int) -> None:
         return
     if -1 < hard < needed:
         raise UserError(
-            f"this shell allows {hard} open files, and training with --workers={workers} needs {needed}: raise that "
+            f"the limit of open files is {hard}, and training with --workers={workers} needs {needed}: raise the "
             f"limit, `ulimit -n {needed}`"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ignore what asks training to stop and reaches all its processes: the last steps need their batches."""
-    signal.set_wakeup_fd(-1)  # inherited, it would answer there for this process
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore signals that stop training and are sent to all of its processes: the last steps need their batches."""
+    signal.set_wakeup_fd(-1)  # the inherited one belongs to the main process
     for number in Signals.HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
-    """Item = one batch, by the array of its indices, or the error: raised here, the loader would bury it in a trace."""
+    """Map from an array of indices to a batch, or to its UserError, because DataLoader would wrap a raised error."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -524,7 +523,7 @@ class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
 
 
 class _ShareOfBatches:
-    """One rank's indices of each global batch from `position` on, without end."""
+    """Endless iterator over one rank's indices of each global batch, starting at `position`."""
 
     def __init__(self, num_images: int, seed: int, position: int, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size % world_size:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the generator's weights: the network that images are generated with."""
+"""Exponential moving average of the generator's weights, which is the network used to generate images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EMAConfig:
 
 
 class EMA:
-    """A copy of a module whose weights follow it with a half-life counted in images (Karras et al. 2018).
+    """Copy of a module with averaged weights; the half-life is counted in images (Karras et al. 2018).
 
     After a batch: n = 1000 kimg, with ramp-up n = min(n, rampup * nimg); beta = 0.5^(batch / n);
     w_ema <- w + beta (w_ema - w). Buffers are copied.
@@ -48,7 +48,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, nimg: int, batch_size: int) -> None:
-        """Follow the source; `nimg` counts the images before this batch."""
+        """Update the averages after a batch; `nimg` counts the images before this batch."""
         n = self.half_life if self.rampup is None else min(self.half_life, nimg * self.rampup)
         beta = 0.5 ** (batch_size / max(n, 1e-8))
         averages: list[Tensor] = list(self.module.parameters())

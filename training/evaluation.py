@@ -1,4 +1,4 @@
-"""Metrics while training: the hook that computes and logs them, and keeps the best network."""
+"""Metrics during training: the hook that computes and logs metrics and keeps the best network."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.hooks import Hook
 from training.loggers import Loggers
-from training.run_folder import read_ages
+from training.run_folder import read_kimgs
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
 
 class Evaluation(Hook):
-    """Evaluates the averaged generator, and keeps the best one so far by the first metric (Saver.keep_best).
+    """Hook that computes metrics and keeps the network with the best value of the first metric (Saver.keep_best).
 
-    With `is_resumed`, metrics that are due where a run is resumed and are not logged are computed first: it was killed
-    while they were computed.
+    With `is_resumed`, metrics that are due at the tick of the training state but are missing from the logs are computed
+    before training continues: the run was killed while computing them.
     """
 
     def __init__(self, saver: Saver, context: MetricContext, loggers: Loggers, *, is_resumed: bool = False) -> None:
         self.saver, self.context, self.loggers, self.is_resumed = saver, context, loggers, is_resumed
         names, tick_metrics = metric_names(saver.run, context.setup), saver.run.tick_metrics
-        # every how many ticks which metrics are due
+        # (interval in ticks, metrics)
         self.schedule = [(saver.run.metrics_every or saver.run.snapshot_ticks, names), (1, tick_metrics)]
         self.main_metric = (*names, *tick_metrics)[0]
         self.higher_is_better = metrics.registry.find(self.main_metric, context.setup)[0].higher_is_better
 
     def on_start(self, trainer: Trainer) -> None:
-        tick = trainer.tick_here() if self.is_resumed else None
+        tick = trainer.current_tick() if self.is_resumed else None
         if tick:
             self._evaluate(trainer, tick, distributed.from_main(lambda: self._missing(trainer, tick)))
 
@@ -51,9 +51,9 @@ class Evaluation(Hook):
         return [name for every, names in self.schedule if tick.reached(every) for name in names]
 
     def _missing(self, trainer: Trainer, tick: Tick) -> list[str]:
-        """Return the metrics that are due and have no line in the run's folder."""
+        """Return the metrics that are due at this tick and have no record for it in the run's folder."""
         folder, kimg = self.saver.run_dir, trainer.state.nimg / 1000
-        return [name for name in self._due(tick) if kimg not in read_ages(folder / f"metric-{name}.jsonl")]
+        return [name for name in self._due(tick) if kimg not in read_kimgs(folder / f"metric-{name}.jsonl")]
 
     def _evaluate(self, trainer: Trainer, tick: Tick, names: Sequence[str]) -> None:
         if not names:
@@ -62,7 +62,7 @@ class Evaluation(Hook):
             trainer.check_replicas()
         snapshot = self.saver.run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
         is_written = tick.reached(self.saver.run.snapshot_ticks)
-        self.context = with_network(self.context, trainer.ema.module)  # keeps detectors and statistics of the reals
+        self.context = with_network(self.context, trainer.ema.module)  # keeps cached statistics of real images
         values: dict[str, float] = {}
         for result in metrics.registry.compute_all(names, self.context):
             values |= result.results
@@ -71,9 +71,9 @@ class Evaluation(Hook):
         self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
 
     def _record(self, trainer: Trainer, result: MetricResult, snapshot: Path | None) -> None:
-        """Print a result and append it to its log. The best network is kept first: no interruption loses it."""
+        """Print a result and log it. The best network is written before the log, so that no interruption loses it."""
         folder, kimg, data = self.saver.run_dir, trainer.state.nimg / 1000, trainer.config.data.path
-        written = self.saver.settled(snapshot)
+        written = self.saver.wait_for(snapshot)
         record = metrics.registry.result_to_json(result, self.context, snapshot=written, kimg=kimg, data=data)
         with warn_on_write_error():
             if result.metric == self.main_metric and is_best(record, folder, higher_is_better=self.higher_is_better):
@@ -88,15 +88,15 @@ class Evaluation(Hook):
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
-    """Return the metrics of --metrics, or those that are computed without it."""
+    """Return the metrics given by --metrics, or the default metrics."""
     return metrics.registry.default_metrics(setup)[0] if run.metrics is None else run.metrics
 
 
 def build_context(trainer: Trainer) -> MetricContext:
-    """Return what metrics see of a run: all reals, as published, even if it trains on fewer."""
+    """Return the inputs of metrics: G_ema and the whole dataset, as in published protocols, even if a run uses less."""
     data = trainer.config.data
-    whole = replace(data, max_images=None, holdout=0)
-    dataset = trainer.dataset if whole == data else ImageDataset(whole)
+    full = replace(data, max_images=None, holdout=0)
+    dataset = trainer.dataset if full == data else ImageDataset(full)
     return MetricContext(
         G=trainer.ema.module,
         images=dataset.with_mirror(False),

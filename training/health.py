@@ -1,6 +1,6 @@
-"""Warnings about a training that goes wrong, from the values of each tick; docs/troubleshooting.md says more of each.
+"""Warnings about failing training, based on the values of each tick; docs/troubleshooting.md explains each warning.
 
-`Diversity` adds one figure to a tick, `HealthCheck` tests the conditions of CONDITIONS in all of them.
+`Diversity` adds a value to each tick, and `HealthCheck` tests CONDITIONS on the values of each tick.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from training.training_loop import Tick, Trainer
 
 
 class TickValues(dict[str, float]):
-    """A tick's values and the means of its statistics by name; what is not there is nan, which no comparison holds for.
+    """Values of a tick and means of its statistics by name. A missing value is nan, so comparisons with it are false.
 
-    Losses report what they have, so a condition does not apply where its values are missing.
+    Objectives report different values; a condition does not apply where its values are missing.
     """
 
     def __missing__(self, name: str) -> float:
@@ -30,9 +30,9 @@ class TickValues(dict[str, float]):
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What can go wrong: a test that must hold for `patience` ticks in a row, what is told then, and what to do.
+    """Sign of failing training: a test, and the warning to print once the test holds for `patience` ticks in a row.
 
-    `name` is that of its section in docs/troubleshooting.md.
+    `name` is the title of a section in docs/troubleshooting.md.
     """
 
     name: str
@@ -42,65 +42,65 @@ class Condition:
 
 
 def _gap(x: TickValues) -> float:
-    """By how much D's scores of real images are above those of generated ones."""
+    """Return D's mean logit for real images minus its mean logit for generated images."""
     return x["Loss/scores/real"] - x["Loss/scores/fake"]
 
 
-def _tells_all(x: TickValues) -> bool:
-    """D's signs are those of a classifier without mistakes, or its loss is almost 0 because scores lie far apart.
+def _separates_perfectly(x: TickValues) -> bool:
+    """Return whether D classifies all images correctly, or its loss is almost 0 because its logits are far apart.
 
-    A D that only compares is no classifier: its objectives report no signs of generated images. The critic of a
-    Wasserstein distance is even meant to rank all reals above all generated ones.
+    Signs are tested only where D is a classifier: wgangp-eps and relativistic, where D compares images, report no sign
+    for generated images. A Wasserstein critic is expected to rank all real images above all generated ones.
     """
-    is_sure = x["Loss/signs/real"] > 0.99 and x["Loss/signs/fake"] < -0.99
-    return is_sure or (_gap(x) > 4 and abs(x["Loss/D/loss"]) < 0.02)
+    is_correct = x["Loss/signs/real"] > 0.99 and x["Loss/signs/fake"] < -0.99
+    return is_correct or (_gap(x) > 4 and abs(x["Loss/D/loss"]) < 0.02)
 
 
 CONDITIONS = (
     Condition(
-        name="D tells all",
-        holds=_tells_all,
+        name="D separates perfectly",
+        holds=_separates_perfectly,
         patience=3,
-        message="D tells every real image from every generated one, and G learns little from that: raise --gamma, "
-        "lower --dlr, augment (--aug=ada), or go back to an earlier training state",
+        message="D separates real from generated images perfectly, so G receives little gradient: raise --gamma, "
+        "lower --dlr, augment (--aug=ada), or return to an earlier training state",
     ),
     Condition(
-        name="D tells nothing",
+        name="D does not separate",
         holds=lambda x: _gap(x) < 0.01,
         patience=3,
-        message="D's scores of real images are no higher than those of generated ones, so it is of no use to G: lower "
-        "--dlr, or --gamma (or loss.gp_weight)",
+        message="D's logits for real images are no higher than for generated ones, so G receives no useful gradient: "
+        "lower --dlr, or --gamma (or loss.gp_weight)",
     ),
     Condition(
-        name="Images are the same",
+        name="G has collapsed",
         holds=lambda x: x["Images/diversity"] < 0.05,
         patience=2,
-        message="generated images hardly differ from each other (G has collapsed, or its output is saturated): lower "
-        "--glr, raise --gamma (or loss.gp_weight), or go back to an earlier training state",
+        message="generated images are nearly identical (G has collapsed, or its output is saturated): lower --glr, "
+        "raise --gamma (or loss.gp_weight), or return to an earlier training state",
     ),
     Condition(
-        name="p is at its bound",
+        name="p is at its upper bound",
         holds=lambda x: x["ADA/is_saturated"] == 1,
-        message="ADA's p is at its upper bound; the data set may be too small for this run",
+        message="ADA's p is at its upper bound; the dataset may be too small for this run",
     ),
 )
 
 
 class HealthCheck(Hook):
-    """Prints a condition's message when it has begun to hold; once, until it has not held in between."""
+    """Hook that prints the message of a condition when it begins to hold, and again only after an interruption."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions
-        self.ticks = dict.fromkeys((condition.name for condition in conditions), 0)  # in a row that each has held
+        self.ticks = dict.fromkeys((condition.name for condition in conditions), 0)  # consecutive ticks
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
         if tick.is_first or not distributed.is_main():
             return
-        for condition in self.begun(_tick_values(trainer, tick)):
+        for condition in self.newly_met(_tick_values(trainer, tick)):
             print(f'Warning: {condition.message} (docs/troubleshooting.md, "{condition.name}")', flush=True)
 
-    def begun(self, values: TickValues) -> list[Condition]:
-        """Take in the values of a tick; return the conditions that have held for as long as it takes, just now."""
+    def newly_met(self, values: TickValues) -> list[Condition]:
+        """Update with the values of a tick; return the conditions that reach their `patience` at this tick."""
         for condition in self.conditions:
             self.ticks[condition.name] = self.ticks[condition.name] + 1 if condition.holds(values) else 0
         return [condition for condition in self.conditions if self.ticks[condition.name] == condition.patience]
@@ -115,12 +115,12 @@ def _tick_values(trainer: Trainer, tick: Tick) -> TickValues:
 
 
 class Diversity(Hook):
-    """Images/diversity: how much generated images differ from each other, as a share of how much the reals do.
+    """Images/diversity: standard deviation between generated images relative to that between real images.
 
         mean_chw sqrt(Var_b G(z_b, c)) / mean_chw sqrt(Var_b x_b)
 
-    over NUM_IMAGES fixed z of one label, in [-1, 1] as they are shown. 1 is as different as the reals of all labels; 0
-    is one and the same image. On rank 0.
+    Computed on rank 0 over NUM_IMAGES fixed z with one label; images are clamped to [-1, 1]. A value of 1 means that
+    the generated images of this label are as diverse as real images of all labels, 0 that they are identical.
     """
 
     NUM_IMAGES = 32

@@ -1,7 +1,7 @@
-"""What happens beside training: progress, pictures, snapshots, training states, metrics, logs, traces.
+"""Hooks of the training loop: progress, image grids, snapshots, training states, metrics, logs, traces.
 
-A hook overrides the methods of `Hook` that it needs. The trainer calls them on every process; a hook that writes a file
-asks `is_main`. One that evaluates networks is in training/evaluation.py, one that warns in training/health.py.
+A hook overrides the methods of `Hook` that it needs. The trainer calls hooks on every process; a hook that writes files
+checks `is_main`. The hook for metrics is in training/evaluation.py, the hooks for warnings are in training/health.py.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from training.training_loop import Tick, Trainer
 
 
 class Hook:
-    """An action beside training. By default it does nothing.
+    """Base class of hooks; every method does nothing by default.
 
-    After a step every hook in turn is called, with `on_step` and then, where a tick ends, `on_tick`: so a hook finds
-    in a tick's values what those before it have added.
+    After a step, hooks are called in order: `on_step` and then, if a tick has ended, `on_tick` of one hook before the
+    next hook. A hook therefore finds the values that earlier hooks have added to the tick.
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Act before the first step of this program, in a new run or a resumed one."""
+        """Called before the first step of this process, in a new run or a resumed one."""
 
     def on_step(self, trainer: Trainer) -> None:
-        """Act after a step."""
+        """Called after each step."""
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
-        """Act at a tick: number 0 before the first step of a new run, the last one after its last step."""
+        """Called at each tick: number 0 before the first step of a new run, the last tick after its last step."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """Act when training ends or a hook stops it, the last hook first. Not called after an error."""
+        """Called when training ends or a hook stops it, in reverse order of hooks. Not called after an error."""
 
 
 class TickLine(Hook):
-    """A line per tick, and on a terminal one that is redrawn in between.
+    """Progress line per tick, and on a terminal a redrawn progress line between ticks.
 
-    The time left comes from the pace since the program began, with pictures, snapshots and metrics.
+    The remaining time is extrapolated from the pace since the program started, which includes image grids, snapshots
+    and metrics.
     """
 
     def __init__(self) -> None:
         self.drawn = time.monotonic()
-        self.began: tuple[float, int] | None = None  # when the first step was done, and the images until then
+        self.began: tuple[float, int] | None = None  # time and image count after the first step
 
     def on_step(self, trainer: Trainer) -> None:
         now, nimg = time.monotonic(), trainer.state.nimg
@@ -62,7 +63,7 @@ class TickLine(Hook):
         if distributed.is_main() and sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
-            redraw(f"{kimg}, {rate:.1f} img/s, {self._left(trainer)} left", sys.stdout)
+            redraw(f"{kimg}, {rate:.1f} img/s, {self._remaining(trainer)} left", sys.stdout)
             self.drawn = now
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
@@ -72,10 +73,10 @@ class TickLine(Hook):
         for name, count in tick.values.items():
             if name.startswith("Skipped/"):
                 phase = name.partition("/")[2]
-                print(f"Warning: {count:.0f} updates of {phase} left out: values were not finite", flush=True)
+                print(f"Warning: {count:.0f} updates of {phase} skipped: values were not finite", flush=True)
 
-    def _left(self, trainer: Trainer) -> str:
-        """How long the rest takes; '?' after the first step."""
+    def _remaining(self, trainer: Trainer) -> str:
+        """Return the estimated remaining time, '?' after the first step."""
         began, nimg = self.began or (0.0, trainer.state.nimg)
         done = trainer.state.nimg - nimg
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
@@ -86,7 +87,7 @@ class TickLine(Hook):
         parts = [f"tick {tick.number:<4d} kimg {nimg / 1000:<7g} time {format_time(trainer.state.elapsed):<7s}"]
         pace = tick.values.get("Timing/sec_per_kimg")
         if pace:
-            parts.append(f"left {self._left(trainer):<7s} sec/kimg {pace:<6.2f}")
+            parts.append(f"left {self._remaining(trainer):<7s} sec/kimg {pace:<6.2f}")
         for label, name in (("G", "Loss/G/loss"), ("D", "Loss/D/loss"), ("sign", "Loss/signs/real")):
             if name in tick.stats:
                 parts.append(f"{label} {tick.stats[name].mean:<6.4g}")
@@ -97,7 +98,7 @@ class TickLine(Hook):
 
 
 class ImageGrids(Hook):
-    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; the latents are the same in all of them."""
+    """reals.png and fakes_init.png once, fakes<kimg>.png at every snapshot; all grids use the same latents."""
 
     def __init__(self, run_dir: Path, snapshot_ticks: int, loggers: Loggers) -> None:
         self.run_dir, self.snapshot_ticks, self.loggers = run_dir, snapshot_ticks, loggers
@@ -117,7 +118,7 @@ class ImageGrids(Hook):
         self.loggers.add_image(f"Images/{name}", grid, trainer.state.nimg)
 
     def _count(self, trainer: Trainer) -> int:
-        """As many images as fill a picture of about 1024 pixels, 8x8 to 16x16 of them."""
+        """Return the number of images in a grid of about 1024 pixels: 8x8 to 16x16."""
         side = max(trainer.dataset.img_shape[1:])
         return min(max(1024 // side, 8), 16) ** 2
 
@@ -130,7 +131,7 @@ class ImageGrids(Hook):
 
     @torch.no_grad()
     def _generate(self, trainer: Trainer) -> torch.Tensor:
-        """Images of the averaged generator, with the labels of the reals at the same places."""
+        """Return images of G_ema with the labels of the real images at the same grid positions."""
         G = trainer.ema.module
         indices = self._indices(trainer)
         generator = torch.Generator().manual_seed(trainer.config.seed)
@@ -141,7 +142,7 @@ class ImageGrids(Hook):
 
 
 class Folder(Hook):
-    """Restores the run's folder at each tick, if it was removed (Saver.check_folder)."""
+    """Hook that restores the run's folder at each tick if the folder was removed (Saver.check_folder)."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
@@ -167,9 +168,9 @@ class Snapshots(Hook):
 
 
 class Requests(Hook):
-    """Writes a training state when a signal asks for it, and stops training if it asks for that.
+    """Hook that writes a training state when a signal requests one, and stops training if the signal requests a stop.
 
-    What is asked for before the first step waits for it: until then there is nothing to go on from.
+    A request that arrives before the first step is handled after that step: earlier there is nothing to resume from.
     """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
@@ -182,7 +183,7 @@ class Requests(Hook):
         if request.stop is None and not request.save:
             return
         self.saver.check_folder(trainer)
-        trainer.stop_if_failed()  # or what is saved would go on beyond the failure in silence
+        trainer.stop_if_failed()  # otherwise the saved state would hide the failure
         self.saver.save(trainer, snapshot=False)
         name = request.stop.name if request.stop else "SIGUSR1"
         if distributed.is_main():
@@ -191,13 +192,13 @@ class Requests(Hook):
 
 
 class Overfitting(Hook):
-    """How D tells images that it was trained with from held-out ones (Karras et al. 2020b, equation 1).
+    """D's logits for training images compared with held-out images (Karras et al. 2020b, eq. 1).
 
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
-    0 is no overfitting, 1 is complete. Each mean is over about NUM_IMAGES images, shared out over the processes, under
-    the current augmentation. (Loss/signs/real is the mean sign over all reals since the last tick. Where D only
-    compares, that of differences of scores; then r_v means something and r_t does not.)
+    0 means no overfitting, 1 complete overfitting. Each mean covers about NUM_IMAGES images, distributed over the
+    processes, under the current augmentation. (Loss/signs/real is instead the mean sign over all real images since the
+    last tick. Where D only compares images, it is the mean sign of logit differences, and r_t has no meaning.)
     """
 
     NUM_IMAGES = 1024
@@ -207,7 +208,7 @@ class Overfitting(Hook):
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
         sides = {"train": trainer.dataset, "holdout": self.holdout, "generated": None}
-        scores = {name: self._mean_scores(trainer, name, source) for name, source in sides.items()}
+        scores = {name: self._mean_logits(trainer, name, source) for name, source in sides.items()}
         values = {f"Overfitting/score_{name}": score for name, (score, _) in scores.items()}
         values |= {f"Overfitting/sign_{name}": sign for name, (_, sign) in scores.items()}
         train, held_out, generated = (score for score, _ in scores.values())
@@ -217,18 +218,18 @@ class Overfitting(Hook):
         tick.values.update({name: value for name, value in values.items() if math.isfinite(value)})
 
     @torch.no_grad()
-    def _mean_scores(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
-        """Return the mean of D's logits and of their signs over the first images of a set in a fixed random order.
+    def _mean_logits(self, trainer: Trainer, name: str, source: ImageDataset | None) -> tuple[float, float]:
+        """Return the mean of D's logits and the mean of their signs over images of `source` in a fixed random order.
 
-        Without a set they are of generated images, with the labels of as many of the training set.
+        If `source` is None, the images are generated with the labels of training images.
         """
         dataset = source or trainer.dataset
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        batch, together = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
-        rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // together, 1)
+        batch, per_round = trainer.batch_gpu, trainer.batch_gpu * distributed.world_size()
+        rounds = max(min(self.NUM_IMAGES, len(self.holdout)) // per_round, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         for i in range(rounds):
-            position = i * together + distributed.rank() * batch
+            position = i * per_round + distributed.rank() * batch
             seed_step(trainer.config.seed, f"overfitting {name}", trainer.state.nimg + position)
             indices = order[torch.arange(position, position + batch) % len(order)]
             c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
@@ -238,12 +239,12 @@ class Overfitting(Hook):
                 img = source.images(indices).to(trainer.device).float() / 127.5 - 1
             logits = trainer.D(trainer.augment(img), c).double()
             sums += torch.stack([logits.sum(), logits.sign().sum()])
-        score, sign = (distributed.all_reduce(sums) / (rounds * together)).tolist()
+        score, sign = (distributed.all_reduce(sums) / (rounds * per_round)).tolist()
         return score, sign
 
 
 class JsonLog(Hook):
-    """stats.jsonl: one line per tick with every figure and the standard deviation of every loss term."""
+    """stats.jsonl: one line per tick with all values and the mean and standard deviation of every statistic."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "stats.jsonl"
@@ -253,14 +254,14 @@ class JsonLog(Hook):
             return
         line: dict[str, Any] = dict(tick.values)
         for name, stat in tick.stats.items():
-            mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON knows no others
+            mean, std = (x if math.isfinite(x) else None for x in (stat.mean, stat.std))  # JSON has no nan or inf
             line[name] = {"mean": mean, "std": std, "num": stat.count}
         with warn_on_write_error():
             append_line(self.path, json.dumps(line | {"timestamp": time.time()}))
 
 
 class Log(Hook):
-    """The same figures for TensorBoard, Weights & Biases (training/loggers.py), every tick."""
+    """The same values for TensorBoard and Weights & Biases (training/loggers.py), every tick."""
 
     def __init__(self, loggers: Loggers) -> None:
         self.loggers = loggers
@@ -271,7 +272,7 @@ class Log(Hook):
 
 
 class Profile(Hook):
-    """trace.json: a Chrome trace of `steps` training steps after the first few, or of those until the run stops."""
+    """trace.json: a Chrome trace of `steps` training steps after the first WAIT, or of fewer if the run stops."""
 
     WAIT = 3
 
@@ -284,20 +285,20 @@ class Profile(Hook):
         if trainer.is_finished or self.done == self.WAIT + self.steps:
             self._finish()
         elif self.done == self.WAIT:
-            self.profiler = torch.profiler.profile(acc_events=True)  # of the one cycle; without it torch 2.11 warns
+            self.profiler = torch.profiler.profile(acc_events=True)  # avoids a warning of torch 2.11
             self.profiler.start()
 
     def on_end(self, trainer: Trainer) -> None:
         self._finish()
 
     def _finish(self) -> None:
-        """Write the trace of the steps that there were, unless that is done."""
+        """Write the trace of the profiled steps, once."""
         if self.is_written:
             return
         self.is_written = True
         if self.profiler is None:
             print(
-                "Warning: run.profile_steps: training ended before the steps that are profiled",
+                "Warning: run.profile_steps: training ended before the steps to profile",
                 file=sys.stderr,
                 flush=True,
             )
@@ -305,8 +306,8 @@ class Profile(Hook):
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.path))
         self.profiler = None
-        if not self.path.exists():  # torch says so on stderr, and leaves a part
+        if not self.path.exists():  # torch reports the error on stderr and leaves a partial file
             self.path.with_name(f"{self.path.name}.tmp").unlink(missing_ok=True)
-            print(f"Warning: {self.path}: cannot be written; training goes on", file=sys.stderr, flush=True)
+            print(f"Warning: {self.path}: cannot be written; training continues", file=sys.stderr, flush=True)
             return
         print(f"Profile of {self.done - self.WAIT} steps: {self.path} (for chrome://tracing)", flush=True)

@@ -1,7 +1,7 @@
-"""Where the values and pictures of a run go beside its folder: TensorBoard, Weights & Biases.
+"""Loggers of values and images: TensorBoard, Weights & Biases.
 
-A logger has `add(values, nimg)`, `add_image(name, picture, nimg)` and `close(succeeded)`; LOGGERS names all there
-are. `Loggers` gives all of a run the same, and one that fails never stops training.
+A logger has `add(values, nimg)`, `add_image(name, image, nimg)` and `close(succeeded)`; LOGGERS lists the names of all
+loggers. `Loggers` passes values to all loggers of a run; an error in a logger never stops training.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from training.config import LOGGERS, TrainConfig
 
 
 class Logger(Protocol):
-    """What shows the values of a run."""
+    """Interface of loggers."""
 
     def add(self, values: Mapping[str, float], nimg: int) -> None:
-        """Show values by name."""
+        """Log values by name."""
 
-    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
-        """Show a picture, uint8 (C, H, W)."""
+    def add_image(self, name: str, image: Tensor, nimg: int) -> None:
+        """Log an image, uint8 (C, H, W)."""
 
     def close(self, succeeded: bool) -> None:
-        """Write what is left; `succeeded` says whether the run ended without an error."""
+        """Write pending data; `succeeded` is false if the run ended with an error."""
 
 
 class TensorBoard:
@@ -44,7 +44,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What lies beyond the training state that a killed run goes on from is not shown.
+        # Hides events beyond the training state from which a killed run is resumed.
         self.writer = SummaryWriter(str(run_dir), purge_step=nimg + 1 if nimg else None)
         self.has_failed = False
 
@@ -53,16 +53,16 @@ class TensorBoard:
             for name, value in values.items():
                 writer.add_scalar(name, value, nimg)
 
-    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
+    def add_image(self, name: str, image: Tensor, nimg: int) -> None:
         with self._writing() as writer:
-            writer.add_image(name, picture, nimg)
+            writer.add_image(name, image, nimg)
 
     @contextmanager
     def _writing(self) -> Iterator[Any]:
-        """Yield the writer and flush it; a new one after a failure, of which the thread that writes has ended."""
+        """Yield the writer and flush it; create a new writer after an error, because the error ended its thread."""
         if self.has_failed:
             for path in Path(self.writer.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
-                if not path.stat().st_size:  # of a writer for which there was no room
+                if not path.stat().st_size:  # left by a writer when the disk was full
                     path.unlink()
             self.writer, self.has_failed = type(self.writer)(self.writer.log_dir), False
         try:
@@ -79,18 +79,18 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, named after the folder. Needs the package wandb; WANDB_* variables apply.
 
-    Its id is kept in the folder, so that a run that goes on does so there too. The axis is Progress/kimg and not W&B's
-    own step, which cannot go back to the training state that a killed run goes on from.
+    The W&B run id is stored in the folder, so that a resumed run continues the same W&B run. The x axis is
+    Progress/kimg because W&B's own step cannot return to the training state from which a killed run is resumed.
     """
 
     ID_FILE = "wandb-id.txt"
-    PROJECT = "styleformer"  # unless WANDB_PROJECT says otherwise
+    PROJECT = "styleformer"  # default of WANDB_PROJECT
 
     def __init__(self, run_dir: Path, config: TrainConfig, nimg: int) -> None:
         import wandb
 
         self.wandb = wandb
-        with _arguments_without_secrets():  # it records them
+        with _arguments_without_secrets():  # wandb records the command line
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", self.PROJECT),
                 name=run_dir.name,
@@ -98,8 +98,8 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=run_dir,
                 config=to_json(config),
-                allow_val_change=True,  # a run may go on under other options
-                settings=wandb.Settings(console="off"),  # log.txt has it
+                allow_val_change=True,  # a run may be resumed with other options
+                settings=wandb.Settings(console="off"),  # log.txt has the output
             )
         self.run.define_metric("*", step_metric="Progress/kimg")
 
@@ -112,8 +112,8 @@ class WeightsAndBiases:
     def add(self, values: Mapping[str, float], nimg: int) -> None:
         self.run.log({**values, "Progress/kimg": nimg / 1000})
 
-    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
-        pixels = picture.permute(1, 2, 0).numpy()  # (H, W, C)
+    def add_image(self, name: str, image: Tensor, nimg: int) -> None:
+        pixels = image.permute(1, 2, 0).numpy()  # (H, W, C)
         self.run.log({name: self.wandb.Image(pixels), "Progress/kimg": nimg / 1000})
 
     def close(self, succeeded: bool) -> None:
@@ -122,7 +122,7 @@ class WeightsAndBiases:
 
 @contextmanager
 def _arguments_without_secrets() -> Iterator[None]:
-    """Show the command line without the secrets of its addresses while active."""
+    """Remove secrets in URLs from sys.argv inside the block."""
     given = sys.argv
     sys.argv = [*map(without_secrets, given)]
     try:
@@ -139,9 +139,9 @@ assert tuple(_CLASSES) == LOGGERS
 
 
 def choose_loggers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the loggers to use: without `names` TensorBoard, where its package is installed.
+    """Return the names of the loggers to use; without `names`, TensorBoard if its package is installed.
 
-    Raises UserError for one that was named and whose package is missing; each is named after its package.
+    Raises UserError if the package of a given logger is missing; a logger has the name of its package.
     """
     if names is None:
         return tuple(filter(_is_installed, LOGGERS[:1]))
@@ -153,33 +153,33 @@ def choose_loggers(names: Sequence[str] | None) -> tuple[str, ...]:
 
 def _is_installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name, as W&B leaves behind, has none
+    return spec is not None and spec.origin is not None  # None for a plain folder of that name, e.g. W&B's output
 
 
 class Loggers:
-    """All loggers of a run, on its first process; elsewhere `names` is empty. Closes them at the end of a block.
+    """All loggers of a run, closed at the end of the block. Only rank 0 has loggers; `names` is empty elsewhere.
 
-    `nimg` is where the run goes on. Whatever goes wrong in a logger is told once.
+    `nimg` is the image count at which the run starts or resumes. Each distinct error of a logger is reported once.
     """
 
     def __init__(self, names: Sequence[str], run_dir: Path, config: TrainConfig, nimg: int = 0) -> None:
         self.loggers: dict[str, Logger] = {}
-        self.problems: set[str] = set()  # that were told
+        self.problems: set[str] = set()  # already reported
         for name in names:
-            with self._warn_on_write_error(name):
+            with self._warn_on_error(name):
                 self.loggers[name] = _CLASSES[name](run_dir, config, nimg)
 
     def add(self, values: Mapping[str, float], nimg: int) -> None:
-        """Show values by name."""
+        """Log values by name."""
         for name, logger in self.loggers.items():
-            with self._warn_on_write_error(name):
+            with self._warn_on_error(name):
                 logger.add(values, nimg)
 
-    def add_image(self, name: str, picture: Tensor, nimg: int) -> None:
-        """Show a picture, uint8 (C, H, W)."""
+    def add_image(self, name: str, image: Tensor, nimg: int) -> None:
+        """Log an image, uint8 (C, H, W)."""
         for logger_name, logger in self.loggers.items():
-            with self._warn_on_write_error(logger_name):
-                logger.add_image(name, picture.cpu(), nimg)
+            with self._warn_on_error(logger_name):
+                logger.add_image(name, image.cpu(), nimg)
 
     def __enter__(self) -> Loggers:
         self.excepthook, threading.excepthook = threading.excepthook, self._silence_writer_thread
@@ -189,22 +189,22 @@ class Loggers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, logger in self.loggers.items():
-            with self._warn_on_write_error(name):
+            with self._warn_on_error(name):
                 logger.close(error is None)
         threading.excepthook = self.excepthook
 
     def _silence_writer_thread(self, error: threading.ExceptHookArgs) -> None:
-        """Leave out the traceback of TensorBoard's writer thread: its error is raised by the next call, too."""
+        """Suppress the traceback of TensorBoard's writer thread; the next call raises the same error."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self.excepthook(error)
 
     @contextmanager
-    def _warn_on_write_error(self, name: str) -> Iterator[None]:
-        """Warn of whatever goes wrong inside, in code and services that are not ours, and go on."""
+    def _warn_on_error(self, name: str) -> Iterator[None]:
+        """Print a warning for any exception in a logger, whose code and services are external, and continue."""
         try:
             yield
         except Exception as error:
             problem = " ".join(f"--log={name}: {type(error).__name__}: {error}".split())
             if problem not in self.problems:
                 self.problems.add(problem)
-                print(f"Warning: {problem}; training goes on", file=sys.stderr, flush=True)
+                print(f"Warning: {problem}; training continues", file=sys.stderr, flush=True)

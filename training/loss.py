@@ -1,9 +1,9 @@
 """Losses and regularisers: functions of (gan, real images, labels) that return LossTerms.
 
-A new objective is two functions here and a row of OBJECTIVES; a new regulariser a function here and a line in
-`phases.build_phases`. Losses are means over the micro-batch and change nothing: what has to move with training (w_avg,
-the path-length mean, ADA's statistic) leaves as a batch mean in `LossTerms.means`, and the trainer applies it once per
-phase, averaged over all micro-batches and processes.
+A new objective is two functions here and a row of OBJECTIVES; a new regulariser is a function here and a line in
+`phases.build_phases`. A loss is a mean over the micro-batch and has no side effects. Batch means that drive running
+state (w_avg, the mean path length, ADA's sign statistic) are returned in `LossTerms.means`. The trainer averages them
+over all micro-batches and processes and updates the running state once per phase.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.networks import execution
 
 @dataclass
 class LossTerms:
-    """What a loss returns: the scalar to minimise, values to report, and batch means that drive running state."""
+    """Return value of a loss: the scalar to minimise, values to report, and batch means that drive running state."""
 
     loss: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -34,41 +34,40 @@ class LossTerms:
 
 
 Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
-Losses = tuple[Loss, Loss]  # of the main phases of G and D
+Losses = tuple[Loss, Loss]  # losses of G_main and D_main
 
 
 @dataclass
 class GAN:
-    """What the losses act on. `labels` are those of all training images; generated images get random ones of them."""
+    """Networks and state that the losses use. Generated images get the labels of randomly drawn training images."""
 
     G: Any  # a generator: mapping, synthesis, z_dim, c_dim, num_ws
     D: Any  # a discriminator: D(img, c) -> logits (B, 1)
     augment: Callable[[Tensor], Tensor]
-    labels: Tensor  # (items,) class indices or (items, c_dim)
+    labels: Tensor  # labels of all training images: class indices (items,) or vectors (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
-    wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: (
-        network
-    )  # applied to G.synthesis and D, e.g. torch.compile
+    # Applied to G.synthesis and D, e.g. torch.compile.
+    wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
 
     def __post_init__(self) -> None:
         self.synthesize, self.discriminate = self.wrapper(self.G.synthesis), self.wrapper(self.D)
 
     def compiled(self) -> GAN:
-        """Return the same gan, called through torch.compile, which cannot differentiate twice."""
+        """Return a copy that calls the networks through torch.compile, which does not support second derivatives."""
         return replace(self, wrapper=compiled)
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return fresh z (count, z_dim) and labels c (count, c_dim) of randomly drawn training images."""
+        """Return random z (count, z_dim) and the labels c (count, c_dim) of randomly drawn training images."""
         z = torch.randn([count, self.G.z_dim], device=self.labels.device)
         drawn = torch.randint(len(self.labels), [count], device=self.labels.device)
         return z, encode_labels(self.labels[drawn], self.G.c_dim)
 
     def sample_styles(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ws (B, num_ws, w_dim) under style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
+        """Return ws (B, num_ws, w_dim) with style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
 
-        One draw per micro-batch: with the configured probability, the styles from a uniform cut in 1..num_ws-1 on are
-        those of a second z.
+        Mixing is decided once per micro-batch: with probability `style_mixing`, all styles from a cutoff on come from a
+        second z. The cutoff is uniform in 1..num_ws-1.
         """
         ws = self.G.mapping(z, c)
         mean_w = ws[:, 0].detach().mean(dim=0)
@@ -76,21 +75,21 @@ class GAN:
         if self.style_mixing == 0 or num_ws == 1:
             return ws, mean_w
 
-        cut = torch.randint(1, num_ws, [], device=z.device)
+        cutoff = torch.randint(1, num_ws, [], device=z.device)
         mixed = torch.rand([], device=z.device) < self.style_mixing
         other = self.G.mapping(torch.randn_like(z), c)
-        from_other = mixed & (torch.arange(num_ws, device=z.device) >= cut)  # (num_ws,)
+        from_other = mixed & (torch.arange(num_ws, device=z.device) >= cutoff)  # (num_ws,)
         return torch.where(from_other[:, None], other, ws), mean_w
 
     def generate(self, count: int, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return generated images, their labels (c, or else drawn ones) and the mean w."""
+        """Return generated images, their labels (c, or random labels if c is None) and the mean w."""
         z, drawn = self.sample_latents(count)
         c = drawn if c is None else c
         ws, mean_w = self.sample_styles(z, c)
         return self.synthesize(ws, noise_mode="random"), c, mean_w
 
     def logits(self, img: Tensor, c: Tensor) -> Tensor:
-        """Return D's logits of freshly augmented images."""
+        """Return D's logits for randomly augmented images."""
         return self.discriminate(self.augment(img), c)
 
 
@@ -103,26 +102,26 @@ def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -
 
 def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
-    fake_logits, real_logits, mean_w = _logits_of_both(gan, img, c)
+    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
     return _discriminator_terms(loss, real_logits, real_logits, mean_w)
 
 
 def generator_linear(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
-    """-D(T(G(z))): the generator's side of the hinge loss and of the Wasserstein distance."""
+    """-D(T(G(z))): the generator loss of the hinge and Wasserstein objectives."""
     fake, fake_c, mean_w = gan.generate(batch_scale * len(img))
     logits = gan.logits(fake, fake_c)
     return _generator_terms(-logits.mean(), logits, mean_w)
 
 
 def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
-    """-D(T(G(z))), of which the Wasserstein distance knows no zero."""
+    """-D(T(G(z))). A critic has no decision threshold, so signs are not reported."""
     return _omit_signs(generator_linear(gan, img, c, batch_scale))
 
 
 def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
-    fake_logits, real_logits, mean_w = _logits_of_both(gan, img, c)
+    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
     return _discriminator_terms(loss, real_logits, real_logits, mean_w)
 
@@ -130,9 +129,9 @@ def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
 def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
     """E[D(T(G(z)))] - E[D(T(x))] + gp_weight E[(|grad D(u)| - 1)^2] + drift_weight E[D(T(x))]^2.
 
-    u is a uniform interpolate of an augmented real and an augmented generated image (Gulrajani et al. 2017): what D
-    sees, so not augmented again. Both have the same labels, which are the interpolate's too. The drift keeps logits
-    near zero (Karras et al. 2018, who square them one by one; here, as in TransGAN, their mean over the micro-batch).
+    u is a uniform interpolate of an augmented real image and an augmented generated image with the same label
+    (Gulrajani et al. 2017). D is evaluated on u without further augmentation. The drift term keeps logits near zero:
+    Karras et al. 2018 square each logit; here, as in TransGAN, the mean logit of the micro-batch is squared.
     """
     with torch.no_grad():
         fake, _, mean_w = gan.generate(len(img), c)
@@ -167,8 +166,8 @@ def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
 def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
     """softplus(D(T(G(z))) - D(T(x))) + gamma/2 (E[|grad_x D(T(x))|^2] + E[|grad D(T(G(z)))|^2]), on the same pairs.
 
-    Huang et al. 2024, "The GAN is dead; long live the GAN!": R1 and R2 in every step. Both are taken, as R1 elsewhere,
-    by the images before augmentation.
+    R1 and R2 in every step: Huang et al. 2024, "The GAN is dead; long live the GAN!". As in `r1_penalty`, gradients
+    are with respect to the images before augmentation.
     """
     with torch.no_grad():
         fake, _, mean_w = gan.generate(len(img), c)
@@ -183,8 +182,8 @@ def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -
     return terms
 
 
-def _logits_of_both(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return D's logits of as many generated images as there are real ones, those of the real ones, and the mean w."""
+def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return D's logits for equally many generated and real images, and the mean w."""
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
     return gan.logits(fake, fake_c), gan.logits(img, c), mean_w
@@ -196,21 +195,24 @@ def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
 
 
 def _omit_signs(terms: LossTerms) -> LossTerms:
-    """The terms of a generator whose D only compares: no logit is right or wrong by itself."""
+    """Drop the sign statistic: where D only compares images, a single logit is neither right nor wrong."""
     stats = {name: value for name, value in terms.stats.items() if name != "Loss/signs/fake"}
     return replace(terms, stats=stats)
 
 
 def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:
-    """`margins` are positive where D is right about a real image: its logit, or where D only compares, the difference
-    to a generated one's. ADA steers by their signs."""
+    """Return the terms of a discriminator loss; `margins` are positive where D is right about a real image.
+
+    The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
+    minus the logit of a generated one. ADA is controlled by the mean sign of the margins.
+    """
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
 def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
-    """gamma/2 E[|grad_x D(T(x))|^2] on real images x, by the images before augmentation (Mescheder et al. 2018)."""
+    """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018)."""
     img = img.detach().requires_grad_(True)
     with execution.using(twice_differentiable=True):
         logits = gan.logits(img, c)
@@ -221,10 +223,10 @@ def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
 
 
 def path_length(gan: GAN, img: Tensor, c: Tensor, weight: float, decay: float) -> LossTerms:
-    """weight E[(|J_w^T y| - a)^2], y ~ N(0, I) / sqrt(HW), a the running mean length (Karras et al. 2020a, eq. 4).
+    """weight E[(|J_w^T y| - a)^2], y ~ N(0, I) / sqrt(HW), a: running mean length (Karras et al. 2020a, eq. 4).
 
-    On half of the micro-batch. The length of one image: root of the mean over its num_ws styles of |gradient|^2.
-    The gradient also flows through this batch's share in a.
+    Computed on half of the micro-batch. The length of an image is the square root of |gradient|^2 averaged over its
+    num_ws styles. The running mean a includes this micro-batch, and gradients flow through that contribution too.
     """
     z, c = gan.sample_latents(len(img) // 2)
     ws, mean_w = gan.sample_styles(z, c)
@@ -252,16 +254,16 @@ def _hinge(gan: GAN, config: LossConfig) -> Losses:
 
 def _wgangp_eps(gan: GAN, config: LossConfig) -> Losses:
     g_loss = partial(generator_wgan, gan, batch_scale=config.g_batch_scale)
-    gp_weight, drift_weight = _chosen(config, "gp_weight"), _chosen(config, "drift_weight")
+    gp_weight, drift_weight = _resolved(config, "gp_weight"), _resolved(config, "drift_weight")
     return g_loss, partial(discriminator_wgan, gan, gp_weight=gp_weight, drift_weight=drift_weight)
 
 
 def _relativistic(gan: GAN, config: LossConfig) -> Losses:
-    d_loss = partial(discriminator_relativistic, gan, gamma=_chosen(config, "r1_gamma"))
+    d_loss = partial(discriminator_relativistic, gan, gamma=_resolved(config, "r1_gamma"))
     return partial(generator_relativistic, gan), d_loss
 
 
-def _chosen(config: LossConfig, name: str) -> float:
+def _resolved(config: LossConfig, name: str) -> float:
     value: float | None = getattr(config, name)
     if value is None:
         raise ConfigError(name, None, "not resolved")
@@ -270,11 +272,11 @@ def _chosen(config: LossConfig, name: str) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective: its losses, and which regularisers and settings go with it.
+    """Losses of an objective, and the regularisers and settings that belong to the objective.
 
-    `losses` returns those of the main phases of G and D. With `lazy_r1`, R1 is a phase of its own, every `r1_interval`
-    steps; relativistic has R1 and R2 in every step, wgangp-eps neither. `weights` are those that only this objective
-    has, with their defaults.
+    `losses` returns the losses of G_main and D_main. With `lazy_r1`, R1 is a separate phase every `r1_interval` steps;
+    relativistic includes R1 and R2 in every step, and wgangp-eps uses neither. `weights` are the weights that only
+    this objective has, with their defaults.
     """
 
     losses: Callable[[GAN, LossConfig], Losses]
@@ -294,38 +296,39 @@ OFF = "0 turns the regulariser off"
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective, its regularisers, and how often the generator moves.
+    """Objective, regularisers, and frequency of generator updates.
 
-    An interval of None drops a regulariser's correction of the optimizer; a weight of 0 drops the regulariser alone. G
-    moves every `n_critic` steps, in its main phase by `g_batch_scale` times as many images as D has reals.
+    With an interval of None, a regulariser has no phase of its own, and Adam's settings are not corrected for lazy
+    regularisation. A weight of 0 drops the regulariser but keeps the correction. G is updated every `n_critic` steps;
+    G_main generates `g_batch_scale` images per real image of D_main.
     """
 
     objective: str = setting("logistic", "Training objective.", choices=tuple(OBJECTIVES))
     n_critic: int = setting(1, "Discriminator steps per generator step.", at_least=1)
-    g_batch_scale: int = setting(1, "Batch of the generator, as a multiple of the discriminator's.", at_least=1)
+    g_batch_scale: int = setting(1, "Generator batch size, as a multiple of the discriminator batch size.", at_least=1)
     gp_weight: float | None = setting(
-        None, "Weight of the gradient penalty of wgangp-eps; None: 10 with it.", auto=True, at_least=0, note=OFF
+        None, "Weight of the gradient penalty of wgangp-eps; None: 10 for wgangp-eps.", auto=True, at_least=0, note=OFF
     )
     drift_weight: float | None = setting(
         None,
-        "Weight of the squared mean logit of reals, of wgangp-eps; None: 0.001 with it.",
+        "Weight of the squared mean logit of real images (wgangp-eps); None: 0.001 for wgangp-eps.",
         auto=True,
         at_least=0,
         note=OFF,
     )
     r1_gamma: float | None = setting(
         None,
-        "Weight of R1, with relativistic of R1 and R2; None: by resolution and batch size.",
+        "Weight of R1 (of R1 and R2 with relativistic); None: from resolution and batch size.",
         auto=True,
         at_least=0,
         note=OFF,
     )
     r1_interval: int | None = setting(
-        16, "Lazy regularisation: steps between R1's phases; None: no such phase.", at_least=1
+        16, "Lazy regularisation: steps between R1 phases; None: no R1 phase.", at_least=1
     )
     pl_weight: float = setting(2.0, "Weight of path length regularisation.", at_least=0, note=OFF)
     pl_interval: int | None = setting(
-        4, "Lazy regularisation: steps between path length's phases; None: no such phase.", at_least=1
+        4, "Lazy regularisation: steps between path length phases; None: no such phase.", at_least=1
     )
     pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", at_least=0, at_most=1)
     style_mixing: float = setting(0.9, "Probability of style mixing.", at_least=0, at_most=1)
@@ -335,7 +338,7 @@ class LossConfig:
         self._check_objective()
 
     def _check_objective(self) -> None:
-        """Refuse what the objective has no use for."""
+        """Raise ConfigError for settings that the objective does not use."""
         for owner, objective in OBJECTIVES.items():
             for name in objective.weights:
                 if getattr(self, name) is not None and self.objective != owner:
@@ -353,7 +356,7 @@ class LossConfig:
             raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
 
     def with_objective(self, objective: str) -> Self:
-        """Return this configuration with another objective, without what only the old one had."""
+        """Return this configuration with another objective, without the settings that only the old objective has."""
         values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
         if (objective in LAZY_R1) != (self.objective in LAZY_R1):
             values["r1_interval"] = 16 if objective in LAZY_R1 else None
@@ -364,7 +367,7 @@ class LossConfig:
         return self if objective == self.objective else replace(self, **values)
 
     def fit(self, resolution: int, batch_size: int) -> Self:
-        """Choose the weights that are open for images of this longer side and batches of this size."""
+        """Fill in weights that are None; `resolution` is the longer side of the images."""
         gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
         weights: dict[str, Any] = {"r1_gamma": gamma, **OBJECTIVES[self.objective].weights}
         return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})

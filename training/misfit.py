@@ -1,4 +1,4 @@
-"""Images that the networks of a configuration cannot make or judge: which sizes would fit, and what to say."""
+"""Image sizes that the networks of a configuration do not support: alternatives and error messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.networks.generator import GeneratorConfig, Grid, base_grids
 if TYPE_CHECKING:
     from training.config import TrainConfig
 
-MIN_BASE, MAX_BASE = 4, 16  # tokens along the side of a base grid that is suggested
+MIN_BASE, MAX_BASE = 4, 16  # tokens along a side of a suggested base grid
 HANDOVERS = (32, 16, 8)
 
 
 def fit(config: TrainConfig, height: int, width: int) -> TrainConfig:
-    """Choose what is open of both networks for images of this size. Raises ConfigError naming the field."""
+    """Fill in the settings of both networks that depend on the image size. Raises ConfigError naming the field."""
     with path_prefix("generator"):
         config = replace(config, generator=config.generator.fit(height, width))
     with path_prefix("discriminator"):
@@ -28,7 +28,7 @@ def fit(config: TrainConfig, height: int, width: int) -> TrainConfig:
 
 
 def fitting_sizes(config: TrainConfig, sizes: Sizes) -> Iterator[Size]:
-    """Yield the (width, height) of sets of images of these sizes that both networks can be for, best first."""
+    """Yield each (width, height) that both networks support for images of these sizes, best first."""
     fixed = config.generator.fixed_size
     height, width = base_of(config.generator) or (8, 8)
     for size in [fixed[::-1]] if fixed else candidate_sizes(sizes, (width, height)):
@@ -41,8 +41,8 @@ def explain(
 ) -> ConfigError:
     """Return the error to raise for images of `grid` (height, width) in place of the one that `fit` raised.
 
-    It stays where it names a setting that is not the preset's, or is due to such a setting. Else the preset does not
-    suit the images: the error is one of the data, and names sizes and options that go together.
+    If the cause is a setting that differs from the preset, the error is returned unchanged. Otherwise the preset does
+    not fit the images: the new error names data.path and lists sizes and options that fit together.
     """
     part, _, name = error.field.partition(".")
     settings, given = getattr(config, part), _settings_of(presets[config.preset], config, part)
@@ -54,20 +54,20 @@ def explain(
     size = next(fitting_sizes(config, Counter([(width, height)])), None)
     remedies = [_rebuild(config.data.path, size, is_raw)] if size else []
     remedies += _other_options(config, presets, grid)
-    remedies = remedies[::-1] if is_raw else remedies  # a command comes last
-    about = _describe_networks(part, config, presets)
+    remedies = remedies[::-1] if is_raw else remedies  # the command comes last
+    networks = _describe_networks(part, config, presets)
     remedy = ", or ".join(remedies) or "choose another preset"
-    return ConfigError("data.path", config.data.path, f"images of {width}x{height}, {about}: {remedy}")
+    return ConfigError("data.path", config.data.path, f"images of {width}x{height}, {networks}: {remedy}")
 
 
 def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
-    """Return what a preset says about a network, or would say in the family that `config` has there."""
+    """Return a preset's settings of a network, converted to the family that `config` has."""
     given, family = getattr(preset, part), type(getattr(config, part))
     return given if type(given) is family else family.convert_from(given)
 
 
 def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, TrainConfig]) -> str:
-    """Say what the networks are for, naming the options that chose them."""
+    """Return a clause about the sizes that the networks support, naming the options that chose the networks."""
     generator, preset = config.generator, presets[config.preset]
     options = []
     if type(generator) is not type(preset.generator):
@@ -77,24 +77,24 @@ def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, Tra
         options.append(f"--base={show_base(base)}")
     chosen = " with ".join(filter(None, [f"--cfg={config.preset}", " ".join(options)]))
     if part == "discriminator":
-        return f"which the discriminator of {chosen} cannot judge"
+        return f"which the discriminator of {chosen} does not support"
     if generator.fixed_size:
         return "and {} is for {}x{}".format(chosen, *generator.fixed_size[::-1])
-    return f"which the generator of {chosen} cannot make"
+    return f"which the generator of {chosen} does not support"
 
 
 def _rebuild(path: str, size: Size, is_raw: bool) -> str:
-    """Say how to make a set of this size, by the whole command where the images are not of a set already."""
+    """Return advice on how to make a dataset of this size; for raw images it includes the full command."""
     if is_raw:
-        return f"build a set of another size: {build_command(path, *crop_options(size))}"
-    return f"rebuild the set with --width={size[0]} --height={size[1]}"
+        return f"build a dataset of another size: {build_command(path, *crop_options(size))}"
+    return f"rebuild the dataset with --width={size[0]} --height={size[1]}"
 
 
 def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid: Grid) -> list[str]:
-    """Name options with which a generator of the same family makes images of this size, if there are any."""
+    """Return advice on options with which a generator of the same family supports this size: at most one item."""
     preset, family = presets[config.preset], _family(config.generator)
     auto = override(presets["auto"], {"generator.family": family})
-    if type(config.discriminator) is not type(preset.discriminator):  # by an option, which stays
+    if type(config.discriminator) is not type(preset.discriminator):  # keep a discriminator chosen by an option
         auto = replace(auto, discriminator=type(config.discriminator).convert_from(auto.discriminator))
     named = "--cfg=auto" + f" --gen={family}" * (type(auto.generator) is not type(presets["auto"].generator))
     if type(config.generator) is not type(preset.generator):
@@ -115,17 +115,17 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
 
 
 def base_of(settings: Any) -> Grid | None:
-    """Return the base grid of a generator whose resolutions double from one; None for other networks."""
+    """Return the base grid from which a generator doubles its resolution; None for other networks."""
     return getattr(settings, "base", None)
 
 
 def small_bases(grid: Grid) -> list[Grid]:
-    """List the base grids that double to images of this size and have 4 to 16 tokens a side, the largest first."""
+    """Return the base grids with sides of 4 to 16 tokens that double to images of this size, largest first."""
     return [base for base, _ in base_grids(*grid) if max(base) <= MAX_BASE and min(base) >= MIN_BASE]
 
 
 def show_base(base: Grid) -> str:
-    """Return a base grid as --base takes it: 8 or 8x12."""
+    """Return a base grid in the format of --base: 8 or 8x12."""
     return str(base[0]) if base[0] == base[1] else "{}x{}".format(*base)
 
 

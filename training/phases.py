@@ -1,4 +1,4 @@
-"""The phases of a training step: which loss trains which parameters, with which optimizer, how often."""
+"""Phases of a training step. A phase combines a loss, the parameters it trains, their optimizer and an interval."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_len
 class AdamConfig:
     """Adam (Kingma & Ba 2015)."""
 
-    lr: float | None = setting(None, "Learning rate; None: 0.0025, from 1024 pixels on 0.002.", auto=True, above=0)
-    beta1: float = setting(0.0, "Decay of the mean of gradients.", at_least=0, below=1)
-    beta2: float = setting(0.99, "Decay of the mean of squared gradients.", at_least=0, below=1)
-    eps: float = setting(1e-8, "Term added to the denominator, against division by zero.", at_least=0)
+    lr: float | None = setting(None, "Learning rate; None: 0.0025, or 0.002 from 1024 pixels on.", auto=True, above=0)
+    beta1: float = setting(0.0, "Decay rate of the running mean of gradients.", at_least=0, below=1)
+    beta2: float = setting(0.99, "Decay rate of the running mean of squared gradients.", at_least=0, below=1)
+    eps: float = setting(1e-8, "Term added to the denominator to avoid division by zero.", at_least=0)
     clip_norm: float | None = setting(
         None,
-        "Largest norm of all gradients of the network together; None: no clipping.",
+        "Maximum norm of the gradient of all parameters of the network; None: no clipping.",
         above=0,
         note="leave it out for no clipping",
     )
@@ -37,9 +37,9 @@ class AdamConfig:
 
 
 class Updater:
-    """The parameters that training changes in one network, with their gradients and the optimizer that moves them.
+    """Trainable parameters of one network, with their gradients and optimizer.
 
-    `clip_norm` bounds the norm of all gradients together; None does not.
+    `clip_norm` is the maximum norm of the gradient of all parameters together; None turns clipping off.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Updater:
 
     @contextmanager
     def requiring_grad(self) -> Iterator[None]:
-        """Let these parameters, and no others, collect gradients."""
+        """Make these parameters require gradients inside the block only."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         try:
@@ -65,33 +65,33 @@ class Updater:
                 parameter.requires_grad_(False)
 
     def clip(self, norm: Tensor) -> None:
-        """Scale the gradients, whose norm is `norm`, down to a norm of clip_norm if it is larger."""
+        """Scale the gradients, which have norm `norm`, down to `clip_norm` if `norm` is larger."""
         if self.clip_norm is not None:
             self.gradients.buffer *= (self.clip_norm / (norm + 1e-6)).clamp(max=1)
 
     def step(self, skip: Tensor) -> None:
-        """Move the parameters by their gradients unless `skip`, a boolean scalar on the device, is true."""
-        self.optimizer.found_inf = skip.float()  # what gradient scalers tell a fused optimizer
+        """Take one optimizer step unless `skip`, a boolean scalar on the device, is true."""
+        self.optimizer.found_inf = skip.float()  # a fused optimizer skips the step where it is 1
         self.optimizer.step()
 
 
 class BatchMeans:
-    """The means of a loss over the batch, LossTerms.means and the loss itself, as one vector on the device.
+    """Batch means of LossTerms.means and of the loss, accumulated over micro-batches in one vector on the device.
 
-    Each micro-batch adds its share. The first one makes the vector; it is the same tensor from then on, so that a CUDA
-    graph can add to it.
+    The first micro-batch allocates the vector. The vector remains the same tensor from then on, because a captured CUDA
+    graph accumulates into it.
     """
 
     def __init__(self) -> None:
         self.shapes: dict[str, torch.Size] = {}
-        self.vector = torch.zeros(0)  # the means one after the other, and last the loss
+        self.vector = torch.zeros(0)  # the flattened means in order, then the loss
 
     def zero(self) -> None:
-        """Forget the means."""
+        """Reset all means to zero."""
         self.vector.zero_()
 
     def add(self, terms: LossTerms, share: float) -> None:
-        """Add the means of a micro-batch, which is this share of the batch of a process."""
+        """Add the means of a micro-batch, weighted by its share of the process's batch."""
         means = torch.cat([x.detach().reshape(-1) for x in (*terms.means.values(), terms.loss)]) * share
         if not len(self.vector):
             self.shapes = {name: x.shape for name, x in terms.means.items()}
@@ -99,17 +99,17 @@ class BatchMeans:
         self.vector += means
 
     def reduce(self) -> dict[str, Tensor]:
-        """Replace the means by their averages over all processes; return them by name. A collective call."""
+        """Average the means over all processes in place and return them by name. A collective call."""
         *means, _ = distributed.average(self.vector).split([*(shape.numel() for shape in self.shapes.values()), 1])
         return {name: mean.view(shape) for mean, (name, shape) in zip(means, self.shapes.items(), strict=True)}
 
 
 @dataclass
 class Phase:
-    """Every `interval` steps: the gradient of `weight * loss` goes to an updater, then one optimizer step.
+    """One optimizer step on the gradient of `weight * loss`, every `interval` training steps.
 
-    A regulariser's weight is how many steps of its network's main phase it stands for. `means` are those of the batch
-    at hand.
+    The weight of a lazy regulariser is the number of main phases of its network per phase of the regulariser.
+    `means` are the batch means of the current step.
     """
 
     name: str
@@ -120,26 +120,27 @@ class Phase:
     means: BatchMeans = field(default_factory=BatchMeans)
 
     def is_due(self, step: int) -> bool:
-        """Whether the phase runs in this step, counted from 0."""
+        """Return whether the phase runs in this step, counted from 0."""
         return step % self.interval == 0
 
 
 def build_updater(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Updater:
-    """Return an updater with Adam, slowed down by r = k/(k+1) where it also steps for a regulariser every k steps.
+    """Return an updater with Adam; `regularisation_interval` is the interval k of the lazy regulariser, if any.
 
-    lr r, beta1^r, beta2^r: Karras et al. 2020a, appendix B, "lazy regularization".
+    The regulariser adds one optimizer step every k steps. To compensate, Adam uses r lr, beta1^r and beta2^r with
+    r = k/(k+1) (Karras et al. 2020a, appendix B, "lazy regularization").
     """
     if config.lr is None:
         raise ConfigError("lr", None, "not resolved")
     r = 1.0 if regularisation_interval is None else regularisation_interval / (regularisation_interval + 1)
     betas = (config.beta1**r, config.beta2**r)
-    # Fused: one kernel for all parameters, and it can leave a step out without the host knowing.
+    # Fused: one kernel for all parameters, and the step can be skipped without synchronizing with the host.
     adam = torch.optim.Adam(parameters, lr=config.lr * r, betas=betas, eps=config.eps, fused=True)
     return Updater(parameters, adam, config.clip_norm)
 
 
 def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_compiled: bool = False) -> list[Phase]:
-    """Return the phases of a step in their order; torch.compile serves what is differentiated once."""
+    """Return the phases of a step in order; `use_compiled` applies torch.compile to the main phases only."""
     main = gan.compiled() if use_compiled else gan
     g_loss, d_loss = OBJECTIVES[config.objective].losses(main, config)
     phases = [Phase("G_main", g, g_loss, interval=config.n_critic)]

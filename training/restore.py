@@ -1,4 +1,4 @@
-"""Weights and state that a run starts from: a training state, a snapshot, or random weights."""
+"""Initial weights and state of a run: from a training state, a snapshot, or random weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from training.snapshots.snapshot import Snapshot
 from training.snapshots.transfer import Origin, check_frozen, copy_weights
 from training.training_loop import Trainer
 
-# Files that training writes in one step, before they get their names.
+# Temporary names of files that training writes atomically.
 OWN_PARTIAL = re.compile(
     rf"\.(network|training|state|stats|metric|fakes\d*|reals|wandb)[-_.].*\.\d+{re.escape(PARTIAL)}", re.DOTALL
 )
 
 
 def load(trainer: Trainer, start: Start) -> str:
-    """Give the trainer the state that the run starts from, and its configuration where that is; return what was done.
+    """Load the initial weights and state into the trainer, and record their origin; return a message for the log.
 
-    Raises UserError when that is damaged or does not fit.
+    Raises UserError if a file is corrupt or does not fit.
     """
     if start.run_dir:
         path = load_latest(trainer, start.run_dir)
@@ -52,9 +52,10 @@ def load(trainer: Trainer, start: Start) -> str:
 def transfer(
     config: TrainConfig, networks: Mapping[str, nn.Module], name: str, snapshot: Snapshot
 ) -> tuple[TrainConfig, str]:
-    """Copy the weights of a snapshot to G, D and G_ema, as far as they fit; return the configuration with their origin.
+    """Copy the weights of a snapshot to G, D and G_ema as far as they fit.
 
-    And what was done, for the log. Raises UserError when the snapshot, whose name is given, does not fit.
+    Returns the configuration with the origin of the weights, and a message for the log. Raises UserError, naming the
+    snapshot by `name`, if the snapshot does not fit.
     """
     for net in ("G", "D"):
         if getattr(snapshot, net) is None:
@@ -73,22 +74,22 @@ def transfer(
     )
     lines = [f"Starting from {name} (kimg {snapshot.kimg:g}):", *notes_on(name, snapshot)]
     if origin.source != name:
-        lines.append("The address is recorded without user, password and query: give all of it to start anew from it")
-    lines += [line for net, what in copied.items() for line in what.describe(net)]
+        lines.append("The URL is recorded without user, password and query: give the full URL to start from it again")
+    lines += [line for net, result in copied.items() for line in result.describe(net)]
     return replace(config, origin=origin), "\n  ".join(lines)
 
 
 def notes_on(name: str, snapshot: Snapshot) -> list[str]:
-    """Return what a user should know of a snapshot that weights are taken from, a line each."""
+    """Return notes for the user, one line each, about a snapshot used for transfer learning."""
     notes = snapshot.notes()
     folder = Path(name).parent
     if not is_url(name) and (states := list_states(folder)):
-        notes.append(f"{states[-1].name} lies beside it: to go on with that run, --resume={folder}")
+        notes.append(f"{states[-1].name} lies beside the snapshot: to resume that run, give --resume={folder}")
     return notes
 
 
 def load_latest(trainer: Trainer, run_dir: Path) -> Path:
-    """Resume from the newest training state that can be used. Raises UserError when none can."""
+    """Resume from the newest usable training state. Raises UserError if there is none."""
     chosen = _resume_newest(trainer, run_dir)
     newest = run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
     snapshots = [path for path in run_dir.glob("network-snapshot-*.pkl") if path <= newest]
@@ -97,12 +98,12 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
         _remove_leftovers(run_dir)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             with warn_on_write_error():
-                _cut_log(log, trainer.state.nimg / 1000)
+                _truncate_log(log, trainer.state.nimg / 1000)
     return chosen
 
 
 def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
-    """Try the training states of a run, the newest first; warn of those that cannot be used."""
+    """Try the training states of a run, newest first; warn about unusable ones."""
     for path in reversed(distributed.from_main(lambda: list_states(run_dir))):
         problem = _resume(trainer, path)
         if problem is None:
@@ -113,33 +114,33 @@ def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
 
 
 def _refuse_run(run_dir: Path) -> NoReturn:
-    raise UserError(f"{run_dir}: holds no training state that can be used, as the warnings say; start a new run")
+    raise UserError(f"{run_dir}: holds no usable training state (see the warnings); start a new run")
 
 
 def _resume(trainer: Trainer, state: Path) -> str | None:
-    """Resume from a training state; return why any process could not. A collective call."""
+    """Resume from a training state; return the problem if any process could not. A collective call."""
     problem, is_same = None, True
     try:
         is_same = trainer.resume(state)
     except UserError as error:
         problem = str(error)
     if distributed.maximum([problem is not None]) == [1]:
-        return problem or f"{state}: another process could not use it"
+        return problem or f"{state}: another process could not load it"
     if not is_same and distributed.is_main():
         print(f"Warning: {trainer.config.data.path} has changed since this run was stopped", file=sys.stderr)
     return None
 
 
 def _remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files of processes of this run that were killed while they wrote."""
+    """Remove temporary files left by processes of this run that were killed during a write."""
     for path in run_dir.glob(f".*{PARTIAL}"):
         if OWN_PARTIAL.fullmatch(path.name) and path.is_file():
             with warn_on_write_error():
                 path.unlink(missing_ok=True)
 
 
-def _cut_log(path: Path, kimg: float) -> None:
-    """Drop the lines of a log that lie beyond the training state that a run goes on from, and a last one cut short.
+def _truncate_log(path: Path, kimg: float) -> None:
+    """Remove the lines of a log beyond the training state that a run resumes from, and a truncated last line.
 
     Raises WriteError.
     """
@@ -148,6 +149,6 @@ def _cut_log(path: Path, kimg: float) -> None:
     kept = "".join(f"{json.dumps(entry)}\n" for entry, age in read_log(path) if age is None or age <= kimg)
     try:
         if kept.encode() != path.read_bytes():
-            write_atomically(path.resolve(), kept)  # resolved: a link that leads to another disk stays one
+            write_atomically(path.resolve(), kept)  # resolved, so that a link to another disk stays a link
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from None

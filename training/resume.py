@@ -1,8 +1,7 @@
-"""From a command line to the start of a run: a new one, or the one that --resume names.
+"""Choice of a run's start from the command line: a new run, or the run that --resume names.
 
-There is one rule. A run continues under its saved configuration plus what the user typed. What is typed may change the
-part `run` (duration, machine, logging); anything else that it changes is listed and refused, unless --override is
-given.
+There is one rule: a run continues with its saved configuration plus the options given on the command line. Options may
+change the part `run` (duration, machine, logging). All other changes are listed and refused unless --override is given.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from training.dataset import DatasetConfig, ImageDataset
 from training.run_folder import list_runs, list_states
 from training.snapshots.exchange import is_folder
 
-# Data sets of the networks that StyleGAN2-ADA's --resume knows by name.
+# Datasets of the networks that --resume of StyleGAN2-ADA knows by name.
 PUBLISHED = {
     "ffhq256": "FFHQ at 256x256",
     "ffhq512": "FFHQ at 512x512",
@@ -48,14 +47,14 @@ PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """A command line: `texts` are the values typed for fields, by path, and `preset` is None where none was typed.
+    """Command line: `texts` are the values given for fields, {config path: text}; `preset` is None if not given.
 
-    `transfer_options` returns {path: value} of what the file behind a --resume says about training that starts from it.
+    `transfer_options` returns the options, {path: value}, that a snapshot implies for transfer learning from it.
     """
 
     outdir: Path | None
     resume: str | None = None
-    override: bool = False  # resume a run although options change what it computes
+    override: bool = False  # resume a run with options that change its results
     preset: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     transfer_options: Callable[[str], Mapping[str, Any]] = lambda path: {}
@@ -63,18 +62,18 @@ class RunRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Start of a run: its resolved configuration, and the run that it continues or the file that it begins with."""
+    """Start of a run: its resolved configuration, and the run to continue or the file to load."""
 
     config: TrainConfig
     outdir: Path | None
     run_dir: Path | None = None
     state: Path | None = None
-    snapshot: str | None = None  # a path or an address
-    is_to_fit: bool = False  # whether the micro-batch is to be found (auto_batch.py)
+    snapshot: str | None = None  # a path or URL
+    needs_batch_gpu: bool = False  # auto_batch.py is to choose the micro-batch
 
 
 def names_snapshot(resume: str | None) -> bool:
-    """Whether --resume names a snapshot: an address, or a file or folder that is no training state."""
+    """Return whether --resume names a snapshot: a URL, or a file or folder other than a training state."""
     if resume is None or is_url(resume):
         return resume is not None
     path = Path(resume)
@@ -82,9 +81,9 @@ def names_snapshot(resume: str | None) -> bool:
 
 
 def choose_start(request: RunRequest) -> Start:
-    """Decide how the run begins. Raises UserError for options, data or a --resume that cannot be used.
+    """Decide how the run starts. Raises UserError for invalid options, data or --resume.
 
-    Locks nothing and writes nothing.
+    Takes no lock and writes no files.
     """
     if request.override and (request.resume is None or names_snapshot(request.resume)):
         raise UserError("--override: changes the options of a run that is resumed; give --resume=latest or its folder")
@@ -109,18 +108,21 @@ def _new_run(request: RunRequest) -> Start:
         preset = override(preset, {**TRANSFER_LEARNING, **request.transfer_options(request.resume)})
     config = complete(apply_options(preset, parse_texts(preset, request.texts)))
     return Start(
-        config=config, outdir=_outdir(request), snapshot=request.resume, is_to_fit=_asks_to_fit(request, config)
+        config=config,
+        outdir=_outdir(request),
+        snapshot=request.resume,
+        needs_batch_gpu=_needs_batch_gpu(request, config),
     )
 
 
 def _outdir(request: RunRequest) -> Path:
     if request.outdir is None:
-        raise UserError("missing option --outdir: name a folder in which the run gets a folder of its own")
+        raise UserError("missing option --outdir: give the folder in which to create the run's folder")
     return request.outdir
 
 
 def _latest(request: RunRequest) -> Start | None:
-    """Return the start from the newest run that the options do not contradict, or None, with a warning if all do."""
+    """Return the start from the newest run that agrees with the options, or None; warn if every run disagrees."""
     outdir = _outdir(request)
     newest: tuple[Path, TrainConfig] | None = None
     for run_dir, saved in _readable_runs(outdir):
@@ -132,7 +134,7 @@ def _latest(request: RunRequest) -> Start | None:
     if request.override:
         return _continue(request, *newest)
     print(
-        f"Warning: --resume=latest: the options contradict every run in {outdir}, so a new one starts. --override "
+        f"Warning: --resume=latest: the options contradict every run in {outdir}, so a new run starts. --override "
         f"resumes {newest[0]} and changes\n  {_list(_changes(request, newest[1]))}",
         file=sys.stderr,
     )
@@ -140,7 +142,7 @@ def _latest(request: RunRequest) -> Start | None:
 
 
 def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
-    """Yield the runs that have a training state, newest first, and their configurations; warn of unreadable ones."""
+    """Yield runs that have a training state, newest first, with their configurations; warn about unreadable ones."""
     for run_dir in reversed(list_runs(outdir)):
         if list_states(run_dir):
             try:
@@ -150,9 +152,9 @@ def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
 
 
 def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
-    """Return the start from a run's folder or a training state, whose configuration is `saved`.
+    """Return the start from a run's folder or a training state with the configuration `saved`.
 
-    Raises UserError where the options change what is computed, unless --override is given.
+    Raises UserError if options change anything outside of `run` and --override is not given.
     """
     config = _merge(request, saved)
     if changes := _differences(saved, config):
@@ -163,12 +165,14 @@ def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
             )
         print(f"--override: resuming {path} and changing\n  {_list(changes)}", file=sys.stderr)
     if path.is_dir():
-        return Start(config=config, outdir=request.outdir, run_dir=path, is_to_fit=_asks_to_fit(request, config, saved))
-    return Start(config=config, outdir=_outdir(request), state=path, is_to_fit=_asks_to_fit(request, config))
+        return Start(
+            config=config, outdir=request.outdir, run_dir=path, needs_batch_gpu=_needs_batch_gpu(request, config, saved)
+        )
+    return Start(config=config, outdir=_outdir(request), state=path, needs_batch_gpu=_needs_batch_gpu(request, config))
 
 
 def _changes(request: RunRequest, saved: TrainConfig) -> list[str]:
-    """Return the fields that the options change outside of `run`, a line each, or why they do not go with the run."""
+    """Return a line for each field outside of `run` that the options change, or the reason why they do not fit."""
     try:
         return _differences(saved, _merge(request, saved))
     except ConfigError as error:
@@ -185,61 +189,61 @@ def _list(changes: Sequence[str]) -> str:
 
 
 def _merge(request: RunRequest, saved: TrainConfig) -> TrainConfig:
-    """Return a saved configuration plus what the user typed, resolved for this machine."""
+    """Return a saved configuration with the options of the command line, resolved for this machine."""
     base = saved
     if request.preset not in (None, saved.preset):
         base = replace(PRESETS[request.preset or ""], data=saved.data, origin=saved.origin, run=saved.run)
     config = apply_options(base, parse_texts(base, request.texts))
-    if config.data != saved.data and not request.override:  # no need to open it
+    if config.data != saved.data and not request.override:  # it will be refused: do not open the dataset
         return config
     return complete(replace(config, run=_fit_run(config, saved, request)))
 
 
 def _fit_run(config: TrainConfig, saved: TrainConfig, request: RunRequest) -> RunConfig:
-    """Leave open what was chosen for another machine: CUDA graphs on a CPU, a share for other numbers of processes."""
+    """Reset choices made for another machine: CUDA graphs on a CPU, a micro-batch for another number of processes."""
     run = config.run
     if run.graphs and "run.graphs" not in request.texts and not is_on_gpu(config):
         run = replace(run, graphs=None)
-    is_typed = "run.batch_gpu" in request.texts or "batch_size" in request.texts
-    if run.batch_gpu == saved.run.batch_gpu and isinstance(run.batch_gpu, int) and not is_typed:
+    is_given = "run.batch_gpu" in request.texts or "batch_size" in request.texts
+    if run.batch_gpu == saved.run.batch_gpu and isinstance(run.batch_gpu, int) and not is_given:
         share = -(-(config.batch_size or run.batch_gpu) // run.num_gpus)
         if share % run.batch_gpu:
             run = replace(run, batch_gpu=None)
     if request.texts.get("run.batch_gpu") == "auto" and run.num_gpus == saved.run.num_gpus:
-        run = replace(run, batch_gpu=saved.run.batch_gpu)  # it was found to fit
+        run = replace(run, batch_gpu=saved.run.batch_gpu)  # found by an earlier search
     return run
 
 
-def _asks_to_fit(request: RunRequest, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
-    """Whether --batch-gpu=auto is to try what fits; a run that continues on as many GPUs keeps what was found."""
+def _needs_batch_gpu(request: RunRequest, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
+    """Return whether --batch-gpu=auto needs a search; a run resumed on the same number of GPUs keeps its result."""
     is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
     return is_on_gpu(config) and request.texts.get("run.batch_gpu") == "auto" and not is_found
 
 
 def complete(config: TrainConfig) -> TrainConfig:
-    """Resolve a configuration for its data and this machine. Raises UserError where they do not go together."""
+    """Resolve a configuration for its dataset and this machine. Raises UserError if they do not fit together."""
     if not config.data.path:
-        raise UserError("missing option --data: name a zip or folder of images, made by dataset_tool.py")
+        raise UserError("missing option --data: give a zip file or folder of images, made by dataset_tool.py")
     dataset = open_dataset(config.data)
     dataset.check_shapes(partial(fitting_size, config))
-    about = Environment(
+    env = Environment(
         img_shape=dataset.img_shape,
         c_dim=dataset.c_dim,
         is_raw=dataset.is_raw,
         on_gpu=is_on_gpu(config),
         has_bf16=distributed.has_bf16(distributed.choose_device(config.run.device)),
     )
-    return resolve(config, about)
+    return resolve(config, env)
 
 
 def is_on_gpu(config: TrainConfig) -> bool:
-    """Whether a run of this configuration uses a GPU. Raises UserError for a device that is not there."""
+    """Return whether a run of this configuration uses a GPU. Raises UserError for an unavailable device."""
     return distributed.choose_device(config.run.device).type == "cuda"
 
 
 @functools.lru_cache(maxsize=1)
 def open_dataset(config: DatasetConfig) -> ImageDataset:
-    """Open the images of a configuration, or return them where they are open."""
+    """Open the images of a configuration; the last dataset is cached."""
     return ImageDataset(config)
 
 
@@ -261,12 +265,12 @@ def _config_in(state: Path) -> TrainConfig:
 
 
 def _explain_missing(name: str) -> str:
-    """Say what a --resume that is no file or folder means in StyleGAN2-ADA, or what it can be here."""
+    """Return the reason why a --resume that is no file or folder is refused, with a hint for StyleGAN2-ADA's values."""
     if name == "noresume":
         return "trains from random weights in StyleGAN2-ADA; leave --resume out for that"
     if name in PUBLISHED:
         return (
-            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is no "
-            "part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
+            f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is "
+            "not part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
         )
     return "neither `latest` nor a run's folder nor a training state or snapshot"

@@ -1,4 +1,4 @@
-"""Folder of a run: its name, its options and lock, its training states and logs."""
+"""Folder of a run: name, options, lock, training states and logs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from training.config import (
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
-NAME_BYTES = 40  # of the data set in the name of a run's folder, which has at most 255 bytes
+NAME_BYTES = 40  # limit of the dataset's part of the folder name, which has at most 255 bytes
 STATE_NAME = re.compile(r"training-state-\d+\.pt")
 
 
@@ -44,9 +44,9 @@ def list_runs(outdir: Path) -> list[Path]:
 def create(
     run_dir: Path | None, outdir: Path | None, config: TrainConfig, dataset: ImageDataset, lock: FolderLock
 ) -> Path:
-    """Lock a run's folder, write the resolved options into it, and return it; make a new one without `run_dir`.
+    """Write the resolved options into a run's folder; create and lock a new folder if `run_dir` is None.
 
-    Raises UserError for a folder that cannot be written, or that another program has.
+    Raises UserError if the folder cannot be written or is locked by another program.
     """
     try:
         if run_dir is None:
@@ -64,16 +64,16 @@ def _write_options(run_dir: Path, config: TrainConfig) -> None:
 
 
 class RunFolder:
-    """The folder of a run, as this process uses it: it can be made again when somebody has removed it meanwhile."""
+    """Folder of a run in use by this process, which can restore the folder after its removal."""
 
     def __init__(self, path: Path, config: TrainConfig, lock: FolderLock, log: TeeLog | None = None) -> None:
         self.path, self.config, self.lock, self.log = path, config, lock, log
 
     def restore(self) -> bool:
-        """Make the folder again, with its options, lock and log, if it has gone or is empty; return whether it had.
+        """Create the folder with options, lock and log if it was removed or emptied; return whether this was necessary.
 
-        Another folder of its name, in which another program runs, is none to write into. A disk that does not answer
-        for the moment has not gone. Raises OSError, UserError.
+        A temporary I/O error of the disk does not count as a removal. Raises OSError, or UserError if another program
+        has locked a folder of this name.
         """
         try:
             if self.lock.holds(self.path) and os.path.exists(self.path / OPTIONS_FILE):
@@ -88,8 +88,8 @@ class RunFolder:
         return True
 
 
-def note_start(run_dir: Path, trainer: Trainer) -> str:
-    """Append what the run is computed with from here on to environment.jsonl; return it in words."""
+def log_start(run_dir: Path, trainer: Trainer) -> str:
+    """Append the device, processes and versions in use to environment.jsonl; return a line for the log."""
     environment = {
         "kimg": trainer.state.nimg / 1000,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -107,11 +107,11 @@ def note_start(run_dir: Path, trainer: Trainer) -> str:
 
 
 def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> Path:
-    """outdir/00003-<data>-<what>: the next free number, and what the run is in short."""
+    """Create outdir/00003-<dataset>-<preset>-<options>, with the next free number."""
     words = [re.sub(r"[^\w.]+", "_", dataset.name).encode()[:NAME_BYTES].decode(errors="ignore"), config.preset]
     words += ["cond"] if config.data.use_labels else []
     words += ["mirror"] if config.data.mirror else []
-    words += _departures(config)
+    words += _changed_names(config)
     words += config.generator.folder_words
     words += [f"gpus{config.run.num_gpus}", f"batch{config.batch_size}"]
     words += [config.run.desc] if config.run.desc else []
@@ -122,12 +122,12 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     except FileExistsError:
         if not run_dir.is_dir():
             raise
-        return _make_run_dir(outdir, config, dataset)  # another run took the number in this moment
+        return _make_run_dir(outdir, config, dataset)  # another run has just taken the number
     return run_dir
 
 
-def _departures(config: TrainConfig) -> list[str]:
-    """The names of the families and the objective that are not the preset's."""
+def _changed_names(config: TrainConfig) -> list[str]:
+    """Return the names of network families and objective where they differ from the preset."""
     new, old = to_json(config), to_json(PRESETS.get(config.preset, config))
     names = {"generator.family": "", "discriminator.family": "d-", "loss.objective": ""}
     paths = [(path.split("."), prefix) for path, prefix in names.items()]
@@ -135,19 +135,19 @@ def _departures(config: TrainConfig) -> list[str]:
 
 
 def list_states(run_dir: Path) -> list[Path]:
-    """Return a run's training states, oldest first: files that are named as training names them, and no copies."""
+    """Return a run's training states, oldest first. Copies under other names are ignored."""
     return sorted(
         path for path in run_dir.glob("training-state-*.pt") if STATE_NAME.fullmatch(path.name) and path.is_file()
     )
 
 
-def read_ages(path: Path) -> set[float]:
-    """Return the kimg of the lines of stats.jsonl or metric-<name>.jsonl; none where there is no such file."""
+def read_kimgs(path: Path) -> set[float]:
+    """Return the kimg of all lines of stats.jsonl or metric-<name>.jsonl; empty if the file does not exist."""
     return {age for _, age in read_log(path) if age is not None}
 
 
 def read_log(path: Path) -> Iterator[tuple[dict[str, Any], float | None]]:
-    """Yield the entries of a log with their kimg. A metric of images has none."""
+    """Yield the entries of a log with their kimg, which is None for a metric computed on a folder of images."""
     for entry in read_json_lines(path):
         age = entry.get("Progress/kimg", entry.get("kimg"))
         if age is None or isinstance(age, (int, float)):

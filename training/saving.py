@@ -1,4 +1,4 @@
-"""Writing a run's snapshots and training states while training goes on, and which training states are kept."""
+"""Writing of snapshots and training states in the background, and deletion of old training states."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from training.training_loop import Trainer
 
 
 class Saver:
-    """Copies what is to be saved at a step and writes it in the background, on rank 0.
+    """Background writer of snapshots and training states, copied at a step, on rank 0.
 
-    A file that cannot be written is reported at the next tick; training goes on, and earlier files are intact.
+    A write error is reported at the next tick; training continues, and earlier files stay intact.
     """
 
     def __init__(self, folder: RunFolder, last_snapshot: Path | None = None) -> None:
         self.folder, self.run_dir, self.run = folder, folder.path, folder.config.run
         self.writer = BackgroundWriter()
-        self.saved_nimg = 0  # where the newest training state stands
-        self.last_snapshot = last_snapshot  # that was written
+        self.saved_nimg = 0  # images seen at the newest training state
+        self.last_snapshot = last_snapshot  # newest snapshot written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
-        """Write a training state, unless there is one of this step or this is the start, and a snapshot if wanted.
+        """Write a training state, except at the start or if this step has one, and a snapshot if `snapshot` is set.
 
-        Every process calls this. Raises UserError when they do not hold the same.
+        A collective call. Raises UserError if the processes have diverged.
         """
         trainer.check_replicas()
         trainer.stats.gather()
@@ -41,7 +41,7 @@ class Saver:
             return
         nimg, jobs = trainer.state.nimg, []
         if snapshot or nimg != self.saved_nimg:
-            self.writer.wait()  # before anything is copied, for memory's sake
+            self.writer.wait()  # before anything is copied, to save memory
         if snapshot:
             path = self.run_dir / f"network-snapshot-{nimg // 1000:06d}.pkl"
             jobs.append(partial(self._write_snapshot, path, capture_snapshot(trainer)))
@@ -52,12 +52,12 @@ class Saver:
         if jobs:
             self.writer.submit(partial(_run_all, jobs))
         if nimg == 0:
-            self._warn(self.writer.join())  # now: the data loader forks next, which goes badly with a thread at work
+            self._warn(self.writer.join())  # the data loader forks next, which is unsafe with a running thread
 
     def check_folder(self, trainer: Trainer) -> None:
-        """Make the run's folder again if it has gone, and write a training state there. A collective call.
+        """Restore the run's folder if it was removed, and write a training state into it. A collective call.
 
-        Raises UserError where it cannot be made: that names the file, elsewhere, which has the state then.
+        If the folder cannot be created, raises UserError naming the file elsewhere that holds the training state.
         """
         if distributed.from_main(lambda: self._restore_folder(trainer)):
             self.save(trainer, snapshot=False)
@@ -69,8 +69,8 @@ class Saver:
         except (OSError, UserError) as error:
             raise UserError(self._rescue(trainer, describe_error(error))) from None
         print(
-            f"Warning: {self.run_dir} has lost files while the run went on (removed, moved?); options, log and a "
-            "training state are written there again",
+            f"Warning: {self.run_dir} has lost files during the run (removed, moved?); options, log and a training "
+            "state are written again",
             file=sys.stderr,
             flush=True,
         )
@@ -80,10 +80,10 @@ class Saver:
         return True
 
     def _rescue(self, trainer: Trainer, reason: str) -> str:
-        """Write a training state to the folder of temporary files; return what is to be said."""
-        problem = f"{self.run_dir}: was removed while the run went on, and cannot be made again ({reason})"
+        """Write a training state outside the run's folder; return the error message."""
+        problem = f"{self.run_dir}: was removed during the run and cannot be created again ({reason})"
         failed = []
-        for parent in (None, Path.cwd, Path.home):  # None: the folder of temporary files
+        for parent in (None, Path.cwd, Path.home):  # None: the system's folder for temporary files
             try:
                 folder = tempfile.mkdtemp(prefix="styleformer-", dir=parent and parent())
                 state = Path(folder) / f"training-state-{trainer.state.nimg // 1000:06d}.pt"
@@ -91,30 +91,30 @@ class Saver:
                 return f"{problem}. The training state is in {state}: --resume={state} starts a new run from it"
             except (OSError, RuntimeError, WriteError) as error:
                 failed.append(describe_error(error))
-        return f"{problem}; nor could the training state be saved elsewhere: {'; '.join(failed)}"
+        return f"{problem}; the training state could not be saved elsewhere: {'; '.join(failed)}"
 
     def report(self, trainer: Trainer) -> None:
-        """Warn of what could not be written; note what was."""
+        """Print warnings about write errors and update `trainer.last_snapshot`."""
         self._warn(self.writer.collect())
         trainer.last_snapshot = self.last_snapshot or trainer.last_snapshot
 
     def keep_best(self, trainer: Trainer, metric: str) -> None:
-        """Write the networks as they are as network-best-<metric>.pkl, with run.keep_best the state beside them.
+        """Write the current networks as network-best-<metric>.pkl and, with run.keep_best, the training state.
 
-        On rank 0, at once. Raises WriteError.
+        Called on rank 0; writes in the foreground. Raises WriteError.
         """
         write_network(self.run_dir / f"network-best-{metric}.pkl", capture_snapshot(trainer))
         if self.run.keep_best:
-            self.writer.wait()  # for memory's sake
+            self.writer.wait()  # to save memory
             trainer.save(self.run_dir / f"state-best-{metric}.pt")
 
-    def settled(self, snapshot: Path | None) -> Path | None:
-        """Wait until a snapshot that is being written is; None where it could not be."""
+    def wait_for(self, snapshot: Path | None) -> Path | None:
+        """Wait until a snapshot is written; return its path, or None if it could not be written."""
         self.writer.wait()
         return snapshot if snapshot == self.last_snapshot else None
 
     def finish(self) -> None:
-        """Wait for the last files. Raises WriteError when they could not be written."""
+        """Wait for the last files. Raises WriteError if they could not be written."""
         failed = self.writer.join()
         self._warn(failed[:-1])
         if failed:
@@ -126,7 +126,7 @@ class Saver:
 
     def _write_state(self, path: Path, payload: dict[str, object]) -> None:
         Checkpoint.write(path, payload)
-        # Later ones are what a run left behind that went on from an earlier state, because they are damaged.
+        # Later states are corrupt ones that the run skipped when it was resumed from an earlier state.
         states = [state for state in list_states(self.run_dir) if state <= path]
         for old in obsolete(states, self.run.keep_last, self.run.keep_every):
             with warn_on_write_error():
@@ -135,13 +135,13 @@ class Saver:
     @staticmethod
     def _warn(failed: Sequence[WriteError]) -> None:
         for error in failed:
-            print(f"Warning: {error}; training goes on", file=sys.stderr, flush=True)
+            print(f"Warning: {error}; training continues", file=sys.stderr, flush=True)
 
 
 def obsolete(states: Sequence[Path], keep_last: int, keep_every: float | None) -> list[Path]:
-    """Return those of a run's training states, oldest first, that are not to be kept.
+    """Return the training states to delete; `states` are all states of a run, oldest first.
 
-    Kept are the last ones, and the first at or after each multiple of `keep_every` thousand images.
+    The last `keep_last` states and the first state at or after each multiple of `keep_every` thousand images are kept.
     """
     kept = set(states[-keep_last:])
     if keep_every is not None:
@@ -155,7 +155,7 @@ def obsolete(states: Sequence[Path], keep_last: int, keep_every: float | None) -
 
 
 def capture_snapshot(trainer: Trainer) -> dict[str, object]:
-    """Return a snapshot of the networks as they are, a copy."""
+    """Return a copy of the current networks as the content of a snapshot."""
     return capture_network(
         config=trainer.config,
         G=trainer.G,
@@ -168,7 +168,7 @@ def capture_snapshot(trainer: Trainer) -> dict[str, object]:
 
 
 def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run every job, also after one that failed. Raises WriteError for all that did."""
+    """Run every job, even after a failure. Raises WriteError with all errors."""
     errors = []
     for job in jobs:
         try:

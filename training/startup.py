@@ -1,4 +1,4 @@
-"""From the start of a run to its processes: checks that need no training, the plan of a dry run, the launch."""
+"""Checks before training, dry run, and launch of the processes of a run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Explain = Callable[[UserError], str]
 
 
 def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None:
-    """Train, or print what would be trained.
+    """Train, or print the resolved configuration of a dry run.
 
-    The start is chosen once: here, or under torchrun by the first process, which then tells the others. `explain` makes
-    the message of a UserError that it meets there; elsewhere the error is raised.
+    The start is chosen once: in this process or, under torchrun, on rank 0, which broadcasts it. Under torchrun,
+    `explain` returns the message of a UserError on rank 0; otherwise the error is raised as it is.
     """
     if distributed.launched_world_size() is None:
         start = prepare(request, dry_run=dry_run)
@@ -43,21 +43,21 @@ def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None
     elif not dry_run:
         request = _as_launched(request)
         run = {path: text for path, text in request.texts.items() if path.startswith("run.")}
-        typed = override(PRESETS["auto"], parse_texts(PRESETS["auto"], run))
-        launch(partial(_train_under_torchrun, request, explain), typed)
+        config = override(PRESETS["auto"], parse_texts(PRESETS["auto"], run))
+        launch(partial(_train_under_torchrun, request, explain), config)
     elif distributed.launched_rank() == 0:
         prepare(_as_launched(request), dry_run=True)
 
 
 def launch(function: Callable[[], None], config: TrainConfig) -> None:
-    """Call a function in the processes of a configuration."""
+    """Call a function in each process that a configuration requires."""
     device = distributed.choose_device(config.run.device)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     distributed.launch(function, config.run.num_gpus, device_type=device.type, timeout=config.run.timeout)
 
 
 def _train_under_torchrun(request: RunRequest, explain: Explain) -> None:
-    """Train in a process of torchrun: from the start that the first one chooses."""
+    """Train in a process of torchrun, with the start chosen on rank 0."""
 
     def choose() -> Start:
         try:
@@ -69,7 +69,7 @@ def _train_under_torchrun(request: RunRequest, explain: Explain) -> None:
 
 
 def _as_launched(request: RunRequest) -> RunRequest:
-    """Leave number and kind of processes to torchrun, also in a run that is resumed. Raises ConfigError."""
+    """Take number and device of processes from torchrun, also for a resumed run. Raises ConfigError."""
     launched = str(distributed.launched_world_size())
     texts = {"run.device": "auto", "run.timeout": str(RunConfig.timeout), "run.num_gpus": launched, **request.texts}
     if texts["run.num_gpus"] != launched:
@@ -78,7 +78,7 @@ def _as_launched(request: RunRequest) -> RunRequest:
 
 
 def prepare(request: RunRequest, *, dry_run: bool) -> Start:
-    """Choose the start of a run and check what it needs. Raises UserError. A dry run fetches nothing, and prints it."""
+    """Choose and check the start of a run; a dry run prints it and downloads nothing. Raises UserError."""
     start = choose_start(replace(request, transfer_options=partial(_transfer_options, dry_run=dry_run)))
     config = start.config
     setup = read_detectors(config.run.detectors)
@@ -98,12 +98,12 @@ def prepare(request: RunRequest, *, dry_run: bool) -> Start:
 
 
 def _transfer_options(path: str, *, dry_run: bool) -> Mapping[str, Any]:
-    """Return what a snapshot says about training from it; what is on the web is not fetched for a dry run."""
+    """Return the options that a snapshot implies for training from it; a dry run does not download it."""
     return {} if dry_run and is_url(path) else transfer_options(path)
 
 
 def _print_plan(start: Start) -> None:
-    """Print what would be trained, and from which weights; what is on the web is not fetched for it."""
+    """Print configuration, parameter counts and initial weights; a snapshot at a URL is not downloaded."""
     config, dataset = start.config, open_dataset(start.config.data)
     for note in dataset.notes:
         click.echo(f"Note: {note}", err=True)

@@ -1,4 +1,4 @@
-"""The training loop: state, one phase, one step, and what is reported every tick."""
+"""Training loop: training state, phases, steps, and the values reported every tick."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from training.phases import Phase, build_phases, build_updater
 if TYPE_CHECKING:
     from training.hooks import Hook
 
-MAX_SECONDS = 1e10  # that a run can have taken
+MAX_SECONDS = 1e10  # upper bound of TrainState.elapsed in a file
 
 
 @dataclass
 class TrainState:
-    """Where training stands: real images seen, steps done, seconds spent (over all resumptions)."""
+    """Progress of training: real images seen, steps done, and seconds spent, including time before resuming."""
 
     nimg: int = 0
     step: int = 0
@@ -50,12 +50,12 @@ class TrainState:
         if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in counts):
             raise ValueError(f"nimg and step are {counts}"[:200])
         self.nimg, self.step = map(int, counts)
-        elapsed = state.get("elapsed")  # only shown, so whatever a clock has done to it is no reason to refuse
+        elapsed = state.get("elapsed")  # for display only, so an implausible value is not an error
         self.elapsed = float(min(elapsed, MAX_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
 
 
 class Failures:
-    """How often each phase met values that are not finite, and at which step first: kept on the device."""
+    """Per phase, the number of steps with non-finite values and the first such step, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -70,26 +70,26 @@ class Failures:
         self.table = {name: row.to(self.device) for name, row in state.items()}
 
     def note(self, name: str, step: int, is_bad: Tensor) -> None:
-        """Record whether a phase failed at a step; `is_bad`, a boolean scalar, stays on the device."""
+        """Record whether a phase failed at a step; `is_bad` is a boolean scalar on the device."""
         row = self.table.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))  # count, first step
         row[1] = torch.where(is_bad & (row[0] == 0), step, row[1])
         row[0] += is_bad
 
     def collect(self) -> dict[str, tuple[int, int]]:
-        """Return (count, first step) of the phases that failed since the last call, and start afresh."""
+        """Return (count, first step) of each phase that failed since the last call, and reset the counts."""
         failures = self.peek()
         self.table = {}
         return failures
 
     def peek(self) -> dict[str, tuple[int, int]]:
-        """Return what `collect` would."""
+        """Return the same as `collect` without a reset."""
         rows = {name: row.tolist() for name, row in self.table.items()}
         return {name: (count, first) for name, (count, first) in rows.items() if count}
 
 
 @dataclass(frozen=True)
 class Tick:
-    """What is known every tick. `number` counts the ticks since the start of the run, 0 is before the first step."""
+    """Statistics at the end of a tick. `number` counts ticks since the start of the run; 0 is before the first step."""
 
     number: int
     previous: int
@@ -99,12 +99,12 @@ class Tick:
     values: dict[str, float]  # Progress/..., Timing/..., Resources/...
 
     def reached(self, every: int) -> bool:
-        """Whether this is the start, the end, or the first tick at or after a multiple of `every`."""
+        """Return whether this is the start, the end, or the first tick at or after a multiple of `every`."""
         return self.is_first or self.is_last or self.number // every > self.previous // every
 
 
 class RunningMean(nn.Module):
-    """A value that moves by `rate` towards each batch mean that it is given."""
+    """Exponential moving average of batch means, updated with weight `rate`."""
 
     value: Tensor
 
@@ -114,30 +114,30 @@ class RunningMean(nn.Module):
         self.rate = rate
 
     def update(self, mean: Tensor, skip: Tensor) -> None:
-        """Move towards the mean over a global batch unless `skip`, a boolean scalar on the device, is true."""
+        """Update with the mean over a global batch unless `skip`, a boolean scalar on the device, is true."""
         self.value.copy_(torch.where(skip, self.value, self.value.lerp(mean.to(self.value.dtype), self.rate)))
 
 
 def set_arithmetic(config: TrainConfig) -> None:
-    """Set what PyTorch keeps for the whole process: TF32, sums in full precision, how libraries choose algorithms."""
+    """Set PyTorch's process-wide flags: TF32, full-precision reductions, cuDNN benchmark, deterministic algorithms."""
     execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)
     deterministic = config.run.deterministic
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first use
 
 
 class Trainer:
-    """Owns everything that changes during training; `train` runs it, and calls the hooks at their times."""
+    """Owner of all state that changes during training; `train` runs the steps and calls the hooks."""
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
-        self.batch_size, self.batch_gpu = _cut_batch(config)
+        self.batch_size, self.batch_gpu = _batch_sizes(config)
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Hook] = ()
-        self.is_stopped = False  # by a hook, before the end
+        self.is_stopped = False  # set by a hook to stop before the end
 
         seed_step(config.seed, "init", 0)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -160,9 +160,9 @@ class Trainer:
         self.state = TrainState()
         self.stats = Stats(device)
         self.failures = Failures(device)
-        self.last_snapshot: Path | None = None  # for messages
+        self.last_snapshot: Path | None = None  # named in error messages
         self.stopwatch = Stopwatch(device)
-        # Batch means that losses return (LossTerms.means) -> the running state that they move, once per phase.
+        # Name of a batch mean (LossTerms.means) -> update of the running state that it drives, once per phase.
         self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
@@ -202,11 +202,11 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all images have been seen."""
+        """Return whether training has seen the configured number of images."""
         return self.state.nimg >= self.total_nimg
 
     def train(self) -> None:
-        """Train to the configured number of images, or until a hook stops it, calling the hooks on the way."""
+        """Train for the configured number of images, or until a hook stops training."""
         for hook in self.hooks:
             hook.on_start(self)
         data = self._batches()
@@ -231,12 +231,12 @@ class Trainer:
             hook.on_end(self)
 
     def run_phase(self, phase: Phase, img: Tensor, c: Tensor) -> None:
-        """One optimizer step from this process's share of the batch, in micro-batches of `batch_gpu` images.
+        """Take one optimizer step, accumulating gradients over micro-batches of `batch_gpu` images.
 
-        Each micro-batch draws its random numbers from (seed, phase, position of its first image in the run), and
-        running state moves once, by the mean over all micro-batches of all processes: so the result does not depend
-        on how many processes share the batch. Where anything is not finite, optimizer and running state stay as they
-        are and nothing enters the statistics.
+        `img` and `c` are this process's share of the batch. The result does not depend on the number of processes:
+        each micro-batch seeds its random numbers from (seed, phase, position of its first image in the run), and
+        running state is updated once, with the mean over all micro-batches of all processes. If the loss, a batch mean
+        or the gradient is not finite, the optimizer step and all updates of running state and statistics are skipped.
         """
         updater, first = phase.updater, self.state.nimg + distributed.rank() * len(img)
         with updater.requiring_grad(), execution.using(self.execution):
@@ -259,10 +259,10 @@ class Trainer:
         self.failures.note(phase.name, self.state.step, is_bad)
 
     def trial_step(self) -> None:
-        """Compute every phase twice on this process alone, and throw the gradients away: to see what memory it takes.
+        """Run every phase twice in this process alone, to measure memory use; no weight changes.
 
-        The optimizers leave their steps out, but have their moments, and the data are loaded. Too little memory for
-        CUDA graphs is too little.
+        Images are loaded and the optimizers allocate their moments, but optimizer steps are skipped. Running out of
+        memory while capturing a CUDA graph raises an error.
         """
         if self.graphs:
             self.graphs.must_fit = True
@@ -275,12 +275,12 @@ class Trainer:
             phase.updater.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """Return `_accumulate` of a phase, with run.graphs as a CUDA graph for micro-batches like this one."""
+        """Return `_accumulate` for a phase; with run.graphs, as a CUDA graph for micro-batches of this shape."""
         accumulate = partial(self._accumulate, phase)
         return self.graphs.record(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
     def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> dict[str, Tensor]:
-        """Add the gradient and the means of a micro-batch to those of its phase; return its statistics' moments."""
+        """Accumulate the gradient and the batch means of a micro-batch; return the moments of its statistics."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
         (terms.loss * (phase.weight * share)).backward()
@@ -310,7 +310,7 @@ class Trainer:
             yield img, encode_labels(labels, self.dataset.c_dim)
 
     def _call_hooks(self, tick: Tick | None) -> None:
-        """Call every hook after a step, and at a tick, of which the first comes before any step."""
+        """Call `on_step` of every hook, except before the first step, and `on_tick` if a tick has ended."""
         began = time.monotonic()
         for hook in self.hooks:
             if self.state.step > 0:
@@ -321,11 +321,11 @@ class Trainer:
             self._start_tick(maintenance=time.monotonic() - began)
 
     def _start_tick(self, maintenance: float = 0.0) -> None:
-        """Begin to measure a tick; `maintenance` is the time that the hooks took at the end of the last one."""
+        """Start the measurements of a tick; `maintenance` is the time spent in hooks at the end of the last tick."""
         self.tick_began, self.tick_nimg_began, self.maintenance = time.monotonic(), self.state.nimg, maintenance
 
-    def tick_here(self) -> Tick | None:
-        """Return the tick that ends at this step, without its figures; None where none does."""
+    def current_tick(self) -> Tick | None:
+        """Return the tick that ends at this step, without statistics, or None if no tick ends here."""
         number = self.state.nimg // self.tick_nimg
         previous = (self.state.nimg - self.batch_size) // self.tick_nimg
         if number == previous and not self.is_finished:
@@ -333,20 +333,20 @@ class Trainer:
         return Tick(number, previous, is_first=False, is_last=self.is_finished, stats={}, values={})
 
     def _finish_tick(self) -> Tick | None:
-        """Return the tick's figures when one has just ended."""
-        tick = self.tick_here()
+        """Return the tick that ends at this step, with its statistics, or None if no tick ends here."""
+        tick = self.current_tick()
         if tick is None:
             return None
         stats = self.stats.collect()
         return replace(tick, stats=stats, values=self._progress() | self._check_failures())
 
     def _check_failures(self) -> dict[str, float]:
-        """Return how many updates each phase has left out in this tick. Raises UserError if any, unless nan='skip'."""
+        """Return the number of updates skipped in this tick by phase. Raises UserError if any, unless nan='skip'."""
         self.stop_if_failed()
         return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
 
     def stop_if_failed(self) -> None:
-        """Raise UserError if any value of this tick was not finite, unless nan='skip'. Waits for the device."""
+        """Raise UserError if any value of this tick was not finite, unless nan='skip'. Synchronizes with the device."""
         failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
@@ -357,9 +357,9 @@ class Trainer:
         start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
             f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
-            f"its update was left out, and training stops. {known}; {start} with a higher --gamma (or "
+            f"its update was skipped, and training stops. {known}; {start} with a higher --gamma (or "
             "loss.gp_weight), lower --glr and --dlr, or --precision=fp32. Or resume with --set "
-            "run.nan=skip, which leaves such updates out"
+            "run.nan=skip, which skips such updates"
         )
 
     def _progress(self) -> dict[str, float]:
@@ -383,16 +383,16 @@ class Trainer:
         return values | {f"Timing/{name}_ms": ms for name, ms in self.stopwatch.collect().items()}
 
     def synchronise(self) -> None:
-        """Give every process the weights of rank 0."""
+        """Broadcast the weights of rank 0 to all processes."""
         for module in (self.G, self.D, self.ema.module):
             distributed.broadcast([*module.parameters(), *module.buffers()])
 
     def check_replicas(self) -> None:
-        """Raise UserError naming what differs between processes, which all compute the same. A collective call."""
+        """Raise UserError naming the state that differs between processes, if any. A collective call."""
         if distributed.world_size() == 1:
             return
         own = self.checkpoint.fingerprints()
-        del own["state"], own["stats"]  # times differ, and each process has seen other images
+        del own["state"], own["stats"]  # these differ: elapsed time, and statistics of each process's own images
         sums = [x % 2**62 for x in own.values()]
         highest = distributed.maximum([*sums, *(-x for x in sums)])
         lowest = [-x for x in highest[len(sums) :]]
@@ -403,22 +403,22 @@ class Trainer:
     def _refuse(self, differing: Sequence[str]) -> None:
         raise UserError(
             f"the processes differ in {', '.join(differing)} at kimg {self.state.nimg / 1000:g}, so nothing is saved: "
-            "a GPU or its memory is faulty, or machines have different libraries. --resume=latest goes on from the "
-            "last training state"
+            "a GPU or its memory is faulty, or the machines have different library versions. --resume=latest resumes "
+            "from the last training state"
         )
 
     def save(self, path: Path) -> None:
-        """Write a training state that `resume` goes on from."""
+        """Write a training state that `resume` can load."""
         self.checkpoint.write(path, self.capture())
 
     def capture(self) -> dict[str, Any]:
-        """Return a copy of the training state as it is now, which can be written while training goes on."""
+        """Return a copy of the current training state, which can be written while training continues."""
         return self.checkpoint.capture(config=to_json(self.config), data_hash=self.dataset.content_hash)
 
     def resume(self, path: Path) -> bool:
-        """Go on from a training state; return whether the data are the same. Raises UserError when it does not fit.
+        """Load a training state; return whether the dataset is unchanged. Raises UserError if the state does not fit.
 
-        Settings that a state holds beside what has been learned are not taken from there: the configuration rules.
+        Hyperparameters in the state (learning rate, betas, eps, a constant p) are replaced by the configuration's.
         """
         groups = [group for x in (self.g_updater, self.d_updater) for group in x.optimizer.param_groups]
         settings = [{name: group[name] for name in ("lr", "betas", "eps")} for group in groups]
@@ -431,7 +431,7 @@ class Trainer:
         return bool(payload.get("data_hash") == self.dataset.content_hash)
 
 
-def _cut_batch(config: TrainConfig) -> tuple[int, int]:
+def _batch_sizes(config: TrainConfig) -> tuple[int, int]:
     if config.batch_size is None or not isinstance(config.run.batch_gpu, int) or config.precision is None:
         raise ConfigError("batch_size", config.batch_size, "not resolved")
     return config.batch_size, config.run.batch_gpu

@@ -1,4 +1,4 @@
-"""One process of a training run: build, load, train."""
+"""Main function of a training process: build networks, load weights, train."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ from training.training_loop import Trainer, set_arithmetic
 
 
 def train(start: Start) -> None:
-    """Train in this process, together with the others. Raises SystemExit if a signal stopped the training."""
-    streams.protect(needs_stdout=False)  # the run's folder has all that is printed
+    """Train in this process as one of the run's processes. Raises SystemExit if a signal stopped training."""
+    streams.protect(needs_stdout=False)  # log.txt has all output
     name_user()
     tune_allocator()
     with Signals() as signals, FolderLock() as lock:
         is_stopped = _train(start, signals, lock)
-        distributed.barrier()  # or the launcher would end the others when the first has gone
+        distributed.barrier()  # otherwise the launcher would end the others when the first exits
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
 
 def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
-    """Train; return whether a signal stopped it before the end."""
+    """Train; return whether a signal stopped training before the end."""
     if start.run_dir:
         distributed.from_main(partial(lock.acquire, start.run_dir))
     device = distributed.use_device(start.config.run.device)
     operators = custom_ops.prepare(device)
     set_arithmetic(start.config)
     dataset = ImageDataset(start.config.data)
-    if start.is_to_fit:
+    if start.needs_batch_gpu:
         sizes = micro_batches(start.config)
         start = replace(start, config=auto_batch.choose_batch_gpu(start.config, dataset, device))
         operators += f"\n{auto_batch.describe_choice(start.config, sizes)}"
@@ -73,7 +73,7 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         origin = restore.load(trainer, start)
-        config = trainer.config  # with the origin of the weights
+        config = trainer.config  # includes the origin of the weights
         trainer.synchronise()
         context = build_context(trainer)
         metrics.registry.prepare([*metric_names(config.run, context.setup), *config.run.tick_metrics], context)
@@ -83,40 +83,41 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
             if distributed.is_main():
                 print(_describe(trainer))
                 with warn_on_write_error():
-                    print(run_folder.note_start(run_dir, trainer))
-            _say("\n".join([operators, origin, *_notes(config)]))
+                    print(run_folder.log_start(run_dir, trainer))
+            _print_on_main("\n".join([operators, origin, *_notes(config)]))
             graphs = ", CUDA graphs" if config.run.graphs else ""
-            _say(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
+            _print_on_main(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
             saver = Saver(run_folder.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
-            if start.state:  # what --resume=latest then goes on from
+            if start.state:  # a state for --resume=latest
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
             is_resumed = start.run_dir is not None
             trainer.hooks = build_hooks(trainer, saver, context, loggers, signals, is_resumed=is_resumed)
             trainer.train()
-            _say(f"Stopped; --resume=latest continues it: {run_dir}" if trainer.is_stopped else f"Done: {run_dir}")
+            outcome = "Stopped; --resume=latest continues this run" if trainer.is_stopped else "Done"
+            _print_on_main(f"{outcome}: {run_dir}")
     return trainer.is_stopped
 
 
 @contextmanager
 def _memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Raise UserError, which says what to do, where memory is not enough inside, or a worker is killed for that."""
+    """Convert out-of-memory errors, and the loss of a data worker, to UserError with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if "DataLoader worker" in str(error):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader's handler would raise in what follows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise during cleanup
             raise UserError(
-                f"a process that decodes images has ended ({describe_error(error)}): by hand, or the machine ran out "
-                "of memory. --resume=latest goes on; if it happens again, choose fewer --workers"
+                f"a process that decodes images has ended ({describe_error(error)}): it was killed, possibly because "
+                "the host ran out of memory. Resume with --resume=latest; if it happens again, choose fewer --workers"
             ) from None
         if not is_out_of_memory(error):
             raise
-        raise UserError(_too_large(config, error)) from None
+        raise UserError(_advise_on_memory(config, error)) from None
 
 
-def _too_large(config: TrainConfig, error: BaseException) -> str:
-    """Say what to do when memory is not enough."""
+def _advise_on_memory(config: TrainConfig, error: BaseException) -> str:
+    """Return the message for an out-of-memory error, with the options that reduce memory use."""
     batch_gpu = config.run.batch_gpu
     assert isinstance(batch_gpu, int)
     sizes = [size for size in micro_batches(config) if size < batch_gpu]
@@ -129,7 +130,7 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
         smaller = ["--graphs=0"] * bool(config.run.graphs) + smaller
         return f"out of GPU memory with --batch-gpu={batch_gpu}: choose {', '.join(smaller)}"
     return (
-        f"out of memory, that of the machine, with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
+        f"out of host memory with --batch-gpu={batch_gpu} ({describe_error(error)}): choose "
         f"{', '.join(smaller)}, or fewer --workers"
     )
 
@@ -137,7 +138,7 @@ def _too_large(config: TrainConfig, error: BaseException) -> str:
 def build_hooks(
     trainer: Trainer, saver: Saver, context: MetricContext, loggers: Loggers, signals: Signals, *, is_resumed: bool
 ) -> list[Hook]:
-    """Return the actions beside training, in the order in which they happen."""
+    """Return the hooks in the order in which they are called."""
     run, data, run_dir = trainer.config.run, trainer.config.data, saver.run_dir
     chain: list[Hook] = [Folder(saver)]
     if data.holdout:
@@ -153,39 +154,39 @@ def build_hooks(
 
 
 def open_loggers(run_dir: Path, config: TrainConfig, nimg: int) -> Loggers:
-    """Return what shows figures and pictures beside the run's folder: on the first process, nothing on others."""
+    """Return the loggers of values and images; none on processes other than rank 0."""
     if not distributed.is_main():
         return Loggers((), run_dir, config)
     names = choose_loggers(config.run.log)
     if not names and config.run.log is None:
-        _say("TensorBoard events are not written: the package tensorboard is not installed")
+        _print_on_main("TensorBoard events are not written: the package tensorboard is not installed")
     return Loggers(names, run_dir, config, nimg)
 
 
 def _describe(trainer: Trainer) -> str:
-    """Return a summary of the data and the networks, for the log."""
+    """Return a summary of the dataset and the networks for the log."""
     data, G = trainer.dataset, trainer.G
     C, H, W = data.img_shape
     lines = [f"Data: {len(data)} images of {W}x{H}, {C} channels, from {trainer.config.data.path}"]
     lines += [f"Note: {note}" for note in data.notes]
     if data.has_labels and not trainer.config.data.use_labels:
-        lines.append("NOTE: THE DATA SET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
+        lines.append("NOTE: THE DATASET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
     z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
     lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
     return "\n".join(lines)
 
 
 def _notes(config: TrainConfig) -> list[str]:
-    """Return lines for the log: a slow decoder, and where a run departs from a paper's protocol."""
+    """Return notes for the log: a slow image decoder, and deviations from the protocols of papers."""
     group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
     notes = [SLOW_DECODER] if SLOW_DECODER else []
     if isinstance(batch_gpu, int) and batch_gpu < group:
-        notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, as a GPU has no more at a time")
+        notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, because the micro-batch is smaller")
     if config.run.metrics is None:
         notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
     return notes
 
 
-def _say(text: str) -> None:
+def _print_on_main(text: str) -> None:
     if distributed.is_main():
         print(text, flush=True)

@@ -1,1 +1,1 @@
-"""Snapshots: this project's, those of other projects, exchange formats, and what is copied from one to a network."""
+"""Snapshots of this and other projects, exchange formats, and transfer learning from a snapshot."""

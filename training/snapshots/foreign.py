@@ -1,10 +1,10 @@
-"""ForeignSnapshot snapshots: networks of this project from the tensors and arguments in files of other projects.
+"""Foreign snapshots: networks of this project, built from tensors and arguments in the files of other projects.
 
-The snapshots of the public Styleformer release, of StyleGAN2-ADA-PyTorch and, for StyleGAN2, of StyleGAN3's repository
-are pickles that carry the Python source of their networks and run it when they are opened. Here torch_utils/pickles.py
-takes tensors and arguments from such a file as plain data, and the networks that are rebuilt from them make the same
-images. G_ema is read strictly: a file whose G_ema this project cannot express is refused by name. Everything else in a
-file (G, D, the augmentation, the data set, entries of a fork) is left out, with the reason, where it cannot be read.
+Snapshots of the public Styleformer release, of StyleGAN2-ADA-PyTorch and of StyleGAN2 in StyleGAN3's repository are
+pickles that contain the Python source of their networks and execute it when loaded. Here, torch_utils/pickles.py reads
+tensors and arguments from such a file as plain data, and the networks built from them generate the same images. G_ema
+is required: a file is refused, with the reason, if its G_ema has no counterpart in this project. Any other entry (G, D,
+augmentation, dataset, entries of a fork) is skipped, with the reason, if it cannot be read.
 """
 
 from __future__ import annotations
@@ -32,24 +32,31 @@ from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.snapshots.snapshot import outline
 
-WHOLE_BATCH = 2**20  # a minibatch-std group that is as large as any batch
-PRESET = "foreign"  # what the configuration of such a snapshot says in place of a preset's name
-KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  # entries of a snapshot
-MAX_NAMED = 10  # of the entries that are not known
-# Arguments that belong to the synthesis network, and are the generator's own in StyleGAN3's repository.
-OF_SYNTHESIS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "architecture")
+WHOLE_BATCH = 2**20  # minibatch-std group size that exceeds every batch size
+PRESET = "foreign"  # preset name in the configuration of a foreign snapshot
+KNOWN = ("G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "cur_nimg")  # entries of a snapshot that are read
+MAX_NAMED = 10  # maximum number of unknown entries listed by name
+# Arguments of the synthesis network, which StyleGAN3's repository passes to the generator directly.
+SYNTHESIS_ARGUMENTS = (
+    "channel_base",
+    "channel_max",
+    "num_fp16_res",
+    "conv_clamp",
+    "fused_modconv_default",
+    "architecture",
+)
 
-BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # of a Styleformer: its resolution and number
+BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # encoder block of a Styleformer: resolution, index
 
 Tensors = Mapping[str, Tensor]
-Rename = Callable[[str], tuple[str, ...]]  # our name of a tensor -> theirs, several where ours is several side by side
+Rename = Callable[[str], tuple[str, ...]]  # our tensor name -> their names, several if ours is a concatenation
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignSnapshot:
-    """What a snapshot of another project comes to here: a configuration, and tensors under our names by network.
+    """Snapshot of another project, converted: a configuration, and tensors under our names by network.
 
-    `left_out` says why an entry of the file was not read, by its name.
+    `left_out` maps the entries of the file that were not read to the reasons.
     """
 
     origin: str
@@ -61,7 +68,7 @@ class ForeignSnapshot:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file is a pickle of one value, and so none of ours. Raises UserError for a page of HTML."""
+    """Return whether a file is a pickle, which no snapshot of this project is. Raises UserError for an HTML page."""
     if not path.is_file():
         return False
     try:
@@ -70,12 +77,12 @@ def is_foreign(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if re.match(rb"\s*<(!doctype html|html)", start, re.IGNORECASE):
-        raise UserError(f"{path}: a page of HTML, not a snapshot; was it saved in place of a download?")
+        raise UserError(f"{path}: a page of HTML, not a snapshot; was it saved instead of the download?")
     return is_pickle(path)
 
 
 def read_foreign(path: Path) -> ForeignSnapshot:
-    """Read a snapshot of another project. Raises UserError naming the file and what in it cannot be read."""
+    """Read a snapshot of another project. Raises UserError naming the file and the cause."""
     content = read_pickle(path)
     try:
         return _interpret(content, path)
@@ -86,7 +93,7 @@ def read_foreign(path: Path) -> ForeignSnapshot:
 
 
 def _printable(text: object, length: int = 500) -> str:
-    """A message, or a name, of reasonable length on one line, whatever the names in the file are."""
+    """Return a message or name, truncated to `length`, with unprintable characters escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[:length])
 
 
@@ -130,21 +137,23 @@ def _interpret(content: Any, path: Path) -> ForeignSnapshot:
         states={name: network.state for name, network in networks.items()},
         nimg=_read_nimg(content, path),
         ada_p=p,
-        left_out=left_out | _name_others(content),
+        left_out=left_out | _unknown_entries(content),
     )
 
 
-def _name_others(content: Mapping[Any, Any]) -> dict[str, str]:
-    """Return the entries that are not known, the first of them by name, and that they are not."""
+def _unknown_entries(content: Mapping[Any, Any]) -> dict[str, str]:
+    """Return {entry: reason} for unknown entries; only the first MAX_NAMED are listed by name."""
     others = [name for name in content if name not in KNOWN]
-    names = [_printable(name, 40) if isinstance(name, str) else "a key that is no text" for name in others[:MAX_NAMED]]
+    names = [
+        _printable(name, 40) if isinstance(name, str) else "a key that is not a string" for name in others[:MAX_NAMED]
+    ]
     if len(others) > MAX_NAMED:
         names.append(f"{len(others) - MAX_NAMED} more")
     return dict.fromkeys(names, "not known here")
 
 
 def _entries(content: Any) -> dict[Any, Any]:
-    """Return what a snapshot holds by name. Raises UserError for other content."""
+    """Return the entries of a snapshot by name. Raises UserError if the content is not a snapshot."""
     if isinstance(content, dict) and content.get("G_ema") is not None:
         return content
     first = content[0] if isinstance(content, (list, tuple)) and content else content
@@ -155,12 +164,12 @@ def _entries(content: Any) -> dict[Any, Any]:
 def _module(content: Mapping[Any, Any], name: str) -> PickledModule:
     value = content[name]
     if not isinstance(value, PickledModule):
-        raise UserError(f"{name} is no network{why(value)}")
+        raise UserError(f"{name} is not a network{why(value)}")
     return value.unwrapped()
 
 
 def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
-    """Return how many images the networks were trained on: it is in the file's name, and in what some forks write."""
+    """Return the number of training images, from the file name or from the entry `cur_nimg` of some forks; else 0."""
     if kimg := re.fullmatch(r"network-snapshot-([0-9]{1,12})\.pkl", path.name):
         return 1000 * int(kimg[1])
     nimg = content.get("cur_nimg")
@@ -168,62 +177,62 @@ def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
 
 
 def _domain(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> dict[str, Any]:
-    """Which images and labels a network is for."""
+    """Return the image and label dimensions of a network."""
     return {"img_channels": config.img_channels, "img_size": config.img_size, "c_dim": config.c_dim}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Arguments: each is taken once, what nobody takes is unknown.
+# Arguments. Each known argument is taken once; the remaining ones are unknown.
 
 
 class Arguments:
-    """Keyword arguments of a foreign network. Raises UserError for values that cannot be, and for unknown names."""
+    """Keyword arguments of a foreign network. Raises UserError for unsupported values and unknown names."""
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
-            raise UserError(f"{where} are no keyword arguments")
+            raise UserError(f"{where} are not keyword arguments")
         self.values, self.where = dict(values), where
 
     def take(self, name: str, default: Any, is_valid: Callable[[Any], bool]) -> Any:
-        """Return an argument. Raises UserError when it is not valid."""
+        """Remove and return an argument. Raises UserError if its value is not valid."""
         value = self.values.pop(name, default)
         if not _is_plain(value) or not is_valid(value):
             raise UserError(f"{self.where}: {name}={_show(value)} has no counterpart here")
         return value
 
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 2**20) -> int:
-        """Return a whole number; without a default it has to be there."""
+        """Remove and return an integer, which is required if there is no default."""
         value: int = self.take(name, default, lambda x: type(x) is int and low <= x <= high)
         return value
 
     def clamp(self, default: float | None) -> float | None:
-        """Return conv_clamp."""
+        """Remove and return conv_clamp."""
         value = self.take(
             "conv_clamp", default, lambda x: x is None or (type(x) in (int, float) and 0 < x <= FLOAT32_MAX)
         )
         return None if value is None else float(value)
 
     def only(self, name: str, *accepted: Any) -> None:
-        """Take an argument that can mean one thing only, or is not there."""
+        """Remove an argument, which must be missing or have one of the accepted values."""
         self.take(name, accepted[0], lambda x: (list(x) if isinstance(x, tuple) else x) in accepted)
 
     def drop(self, *names: str) -> None:
-        """Take arguments that change nothing that is computed."""
+        """Remove arguments that do not affect results."""
         for name in names:
             self.values.pop(name, None)
 
     def nested(self, name: str) -> Arguments:
-        """Return the arguments in an argument."""
+        """Remove an argument that is a dict of arguments, and return its content."""
         return Arguments(self.values.pop(name, {}), f"{self.where}.{name}")
 
     def finish(self) -> None:
-        """Refuse what is left."""
+        """Raise UserError if any argument was not taken."""
         if self.values:
             raise UserError(f"{self.where}: unknown argument {', '.join(str(name)[:80] for name in self.values)}")
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, None, or a short list or dict of such."""
+    """Return whether a value is a number, string, None, or a short list or dict of these."""
     if isinstance(value, (list, tuple, dict)):
         items = value.values() if isinstance(value, dict) else value
         return len(value) <= 100 and all(isinstance(x, (bool, int, float, str, type(None))) for x in items)
@@ -231,7 +240,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    """A value as text, if it is a short and simple one."""
+    """Return a value as text if it is short and simple, else its type."""
     if isinstance(value, Unreadable):
         return f"({value.reason})"
     if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, type(None))) for x in value[:16]):
@@ -242,7 +251,7 @@ def _show(value: Any) -> str:
 def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) -> Arguments:
     given, named = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
     if not isinstance(given, (list, tuple)) or len(given) > len(positional) or not isinstance(named, dict):
-        raise UserError(f"{name}: says with too many or no arguments how it was made")
+        raise UserError(f"{name}: its recorded constructor arguments are missing or too many")
     return Arguments({**dict(zip(positional, given, strict=False)), **named}, name)
 
 
@@ -252,7 +261,7 @@ def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class CodeBase:
-    """A code base, and what its networks are where their arguments leave it open."""
+    """Code base that wrote a snapshot, and the defaults of its networks' arguments."""
 
     name: str
     conv_clamp: float | None = None
@@ -267,7 +276,7 @@ STYLEGAN3 = CodeBase(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
-    """A network: its configuration, its tensors under our names, what else TrainConfig learns, and who wrote it."""
+    """Converted network: configuration, tensors under our names, further fields of TrainConfig, and code base."""
 
     config: Any
     state: dict[str, Tensor]
@@ -276,14 +285,14 @@ class ForeignNetwork:
 
 
 def _read_generator(module: PickledModule, name: str) -> ForeignNetwork:
-    """Read a Styleformer or StyleGAN2 generator; the class of both is called Generator."""
+    """Read a Styleformer or StyleGAN2 generator; both have the class name Generator."""
     tensors = _tensors(module)
     _refuse_stylegan3(module, tensors, name)
     if module.class_name != "Generator":
         raise UserError(f"{name} is of class {module.class_name}, expected Generator")
     arguments = _arguments(module, name, ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"))
     is_styleformer = any(re.match(BLOCK, key) for key in tensors)
-    is_flat = "synthesis_kwargs" not in arguments.values and not arguments.values.keys().isdisjoint(OF_SYNTHESIS)
+    is_flat = "synthesis_kwargs" not in arguments.values and not arguments.values.keys().isdisjoint(SYNTHESIS_ARGUMENTS)
     release = STYLEFORMER if is_styleformer else STYLEGAN3 if is_flat else STYLEGAN2_ADA
 
     shared = {name: arguments.integer(name) for name in ("z_dim", "w_dim", "img_channels")}
@@ -291,7 +300,7 @@ def _read_generator(module: PickledModule, name: str) -> ForeignNetwork:
     resolution = arguments.integer("img_resolution", low=4, high=2**14)
     mapping = arguments.nested("mapping_kwargs")
     synthesis = arguments if is_flat else arguments.nested("synthesis_kwargs")
-    synthesis.drop("fused_modconv_default")  # another order of the same products
+    synthesis.drop("fused_modconv_default")  # only the order of multiplications differs
     shared["mapping_layers"] = _read_mapping(mapping, shared["w_dim"])
     rate = mapping.take("w_avg_beta", release.w_avg_beta, lambda x: type(x) in (int, float) and 0 <= x <= 1)
     values = {"w_avg_rate": round(1 - rate, 12), **_read_precision(synthesis, resolution, release)}
@@ -306,7 +315,7 @@ def _read_generator(module: PickledModule, name: str) -> ForeignNetwork:
 
 
 def _tensors(module: PickledModule) -> Tensors:
-    """Return the tensors of a network, without the prefix that a wrapper has left on all of their names."""
+    """Return the tensors of a network, without a name prefix added by DDP or torch.compile."""
     tensors = module.tensors()
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -322,13 +331,13 @@ def _refuse_stylegan3(module: PickledModule, tensors: Tensors, name: str) -> Non
     nested = given.get("synthesis_kwargs")
     is_radial = (nested if isinstance(nested, dict) else given).get("use_radial_filters") is True
     raise UserError(
-        f"{name} is a StyleGAN3 generator, config {'r' if is_radial else 't'}, which this project does not have: use "
-        "StyleGAN3's own code for it; what that trained with --cfg=stylegan2 opens here"
+        f"{name} is a StyleGAN3 generator, config {'r' if is_radial else 't'}, which is not supported: use "
+        "StyleGAN3's own code; its networks trained with --cfg=stylegan2 are supported"
     )
 
 
 def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
-    """Take what a mapping network is made of; return its number of layers."""
+    """Take the arguments of a mapping network; return its number of layers."""
     arguments.only("embed_features", None, width)
     count = arguments.integer("num_layers", 8, low=fewest, high=100)
     if count:
@@ -341,9 +350,9 @@ def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
 
 
 def _read_precision(arguments: Arguments, resolution: int, release: CodeBase) -> dict[str, Any]:
-    """In float16 were the highest resolutions, none below 8x8."""
+    """Return `precision` and `reduced_from`: the highest resolutions used float16, but none below 8x8."""
     count = arguments.integer("num_fp16_res", release.num_fp16_res, low=0, high=16)
-    arguments.drop("fp16_channels_last")  # a layout in memory
+    arguments.drop("fp16_channels_last")  # memory layout only
     return {"precision": "fp16", "reduced_from": max(2 * resolution >> count, 8)} if count else {"precision": "fp32"}
 
 
@@ -351,7 +360,7 @@ def _read_stylegan2(
     synthesis: Arguments, tensors: Tensors, resolution: int, shared: dict[str, Any]
 ) -> tuple[StyleGAN2Config, Rename]:
     if resolution & (resolution - 1):
-        raise UserError(f"StyleGAN2 makes images of 4, 8, 16, ... pixels, not of {resolution}")
+        raise UserError(f"StyleGAN2 supports images of 4, 8, 16, ... pixels, not of {resolution}")
     _read_layers(synthesis)
     synthesis.only("use_noise", True)
     config = StyleGAN2Config(
@@ -377,7 +386,7 @@ def _read_stylegan2(
 
 
 def _read_layers(arguments: Arguments) -> None:
-    """Take what convolutional layers are made of and can only be in one way here."""
+    """Take the arguments of convolutional layers for which this project supports one value only."""
     arguments.only("kernel_size", 3)
     arguments.only("activation", "lrelu")
     arguments.only("resample_filter", [1, 3, 3, 1])
@@ -387,7 +396,7 @@ def _read_layers(arguments: Arguments) -> None:
 def _read_styleformer(
     synthesis: Arguments, tensors: Tensors, resolution: int, shared: dict[str, Any]
 ) -> tuple[StyleformerConfig, Rename]:
-    """Widths and blocks are those of the tensors; arguments that contradict them are refused."""
+    """Derive widths and blocks from the tensors. Raises UserError for arguments that contradict them."""
     blocks: dict[int, set[int]] = {}
     for name in tensors:
         if match := re.match(BLOCK, name):
@@ -398,7 +407,7 @@ def _read_styleformer(
     widths = tuple(_rows(tensors, f"synthesis.b{side}_0.enc.q_weight") for side in sides)
     layers = tuple(len(blocks[side]) for side in sides)
     projections = [x for name, x in tensors.items() if re.fullmatch(BLOCK + r"enc\.proj_weight", name)]
-    synthesis.drop("channel_base", "channel_max")  # its training script hands them over, and nothing reads them
+    synthesis.drop("channel_base", "channel_max")  # passed by its training script, but unused
     _read_layers(synthesis)
     _check_counts(synthesis, ("g_dict", "G_dict"), widths)
     _check_counts(synthesis, ("num_layers",), layers)
@@ -432,12 +441,12 @@ def _read_styleformer(
 
 def _rows(tensors: Tensors, name: str) -> int:
     if name not in tensors or tensors[name].ndim != 2:
-        raise UserError(f"{name} is missing or no matrix")
+        raise UserError(f"{name} is missing or not a matrix")
     return len(tensors[name])
 
 
 def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
-    """Refuse an argument with a number per resolution that contradicts the tensors; longer ones were accepted there."""
+    """Raise UserError if a per-resolution argument contradicts the tensors; surplus values were ignored there."""
 
     def is_valid(value: Any) -> bool:
         if isinstance(value, dict):
@@ -475,7 +484,7 @@ def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> For
     resolution = arguments.integer("img_resolution", low=4, high=2**14)
     cmap_dim = arguments.take("cmap_dim", None, lambda x: x is None or (type(x) is int and 0 <= x <= 2**20))
     if c_dim and cmap_dim == 0:
-        raise UserError("D: cmap_dim=0 has no counterpart here: labels that D does not look at")
+        raise UserError("D: cmap_dim=0 has no counterpart here: D would ignore the labels")
     mbstd_channels = epilogue.integer("mbstd_num_channels", 1, low=0, high=1)
     group = epilogue.take("mbstd_group_size", 4, lambda x: x is None or (type(x) is int and 1 <= x <= WHOLE_BATCH))
     config = StyleGAN2DiscriminatorConfig(
@@ -490,13 +499,13 @@ def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> For
         conv_clamp=arguments.clamp(generator.release.conv_clamp),
     )
     if _domain(config) != _domain(generator.config):
-        raise UserError("G and D are for different images or labels")
+        raise UserError("G and D have different image or label dimensions")
     smallest = config.grids[-1]
     if c_dim:
         width = config.cmap_dim or config.num_channels(smallest)
         config = replace(config, mapping_layers=_read_mapping(mapping, width, fewest=0))
         mapping.drop("w_avg_beta")
-        mapping.finish()  # without labels there is none, whatever its arguments
+        mapping.finish()  # without labels there is no mapping network, so its arguments are ignored
     _read_precision(arguments, resolution, generator.release)
     block.drop("fp16_channels_last")
     _read_layers(block)
@@ -516,24 +525,24 @@ def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> For
 
 
 def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> dict[str, Tensor]:
-    """Return the state of the network of `config`. Raises UserError for tensors missing, unfit or left over."""
-    wanted = outline(config, name).state_dict()
-    used = {theirs for key in wanted for theirs in rename(key)}
+    """Return the state_dict of the network of `config`. Raises UserError for missing, misshapen or surplus tensors."""
+    expected = outline(config, name).state_dict()
+    used = {theirs for key in expected for theirs in rename(key)}
     _check_distinct(tensors, used, name)
-    state = {key: _assemble(tensors, rename(key), like, name) for key, like in wanted.items()}
+    state = {key: _assemble(tensors, rename(key), like, name) for key, like in expected.items()}
     for key, tensor in tensors.items():
         if key not in used and not _is_redundant(key, tensor, tensors):
-            raise UserError(f"{name}: {key} has no place in the network that its arguments describe")
+            raise UserError(f"{name}: {key} does not exist in the network that its arguments describe")
     return state
 
 
 def _check_distinct(tensors: Tensors, names: set[str], network: str) -> None:
-    """Refuse a tensor that stands in several places: a small file could describe a network beyond all memory so."""
+    """Raise UserError if one tensor has several names, because a small file could then describe a huge network."""
     first: dict[int, str] = {}
     for name in sorted(names & tensors.keys()):
         other = first.setdefault(id(tensors[name]), name)
         if other != name:
-            raise UserError(f"{network}: {other} and {name} are one tensor")
+            raise UserError(f"{network}: {other} and {name} are the same tensor")
 
 
 def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: str) -> Tensor:
@@ -541,25 +550,25 @@ def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: s
         if name not in tensors:
             raise UserError(f"{network}: {name} is missing")
         if not tensors[name].is_floating_point():
-            raise UserError(f"{network}: {name} holds no real numbers")
+            raise UserError(f"{network}: {name} is not a floating-point tensor")
     shape = list(like.shape)
     if len(names) > 1:
         shape[0] //= len(names)
     for name in names:
-        if _significant(tensors[name].shape) != _significant(shape):
+        if _squeezed(tensors[name].shape) != _squeezed(shape):
             found = tuple(tensors[name].shape)
-            raise UserError(f"{network}: {name} has shape {found}, its arguments ask for {tuple(shape)}")
+            raise UserError(f"{network}: {name} has shape {found}, but its arguments require {tuple(shape)}")
     parts = [tensors[name].reshape(shape).to(torch.float32) for name in names]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _significant(shape: Sequence[int]) -> list[int]:
-    """A shape without its dimensions of size 1: theirs are sometimes (3, C, 1, 1) where ours are (3, C)."""
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    """Return a shape without dimensions of size 1, because some are (3, C, 1, 1) there and (3, C) here."""
     return [size for size in shape if size != 1]
 
 
 def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
-    """Whether a tensor says nothing that is not known: the one resampling filter, a projection registered twice."""
+    """Return whether a surplus tensor is redundant: the standard resampling filter, a projection stored twice."""
     if key.rpartition(".")[2] == "resample_filter":
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
         expected = taps.outer(taps) if tensor.ndim == 2 else taps
@@ -573,7 +582,7 @@ def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentation and data
 
-TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # their strengths, by our groups
+TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # our group -> names of the strengths of its transforms
     "blit": ("xflip", "rotate90", "xint"),
     "geom": ("scale", "rotate", "aniso", "xfrac"),
     "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
@@ -581,7 +590,7 @@ TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # their strengths, by our groups
     "noise": ("noise",),
     "cutout": ("cutout",),
 }
-AMOUNTS: Mapping[str, Any] = {  # how far transforms go, as published
+MAGNITUDES: Mapping[str, Any] = {  # published magnitudes of transforms; no others are supported
     "xint_max": 0.125,
     "scale_std": 0.2,
     "rotate_max": 1,
@@ -599,9 +608,9 @@ AMOUNTS: Mapping[str, Any] = {  # how far transforms go, as published
 
 
 def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfig, float]:
-    """Return the augmentation and p, which was never applied beyond the bound that it gets here."""
+    """Return the augmentation and p, limited to the bound that applied in training."""
     if not isinstance(module, PickledModule):
-        raise UserError(f"no module{why(module)}")
+        raise UserError(f"not a module{why(module)}")
     if module.class_name != "AugmentPipe":
         raise UserError(f"augment_pipe is of class {module.class_name}, expected AugmentPipe")
     arguments = _arguments(module, "augment_pipe", ())
@@ -609,35 +618,35 @@ def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfi
     for group, names in TRANSFORMS.items():
         strengths = {arguments.take(name, 0, lambda x: x in (0, 1)) for name in names}
         if len(strengths) > 1:
-            raise UserError(f"augment_pipe: some of {', '.join(names)} are on and some are off, which cannot be here")
+            raise UserError(f"augment_pipe: some of {', '.join(names)} are on and others off, which is not supported")
         groups += [group] if 1 in strengths else []
-    for name, amount in AMOUNTS.items():
-        arguments.only(name, amount)
+    for name, magnitude in MAGNITUDES.items():
+        arguments.only(name, magnitude)
     arguments.take("aug_linformer", None, lambda x: x in (True, False, None))
     arguments.finish()
     if not groups:
         return AugmentConfig(mode="noaug"), 0.0
     pipe = next((name for name, members in PIPES.items() if members == tuple(groups)), None)
     if pipe is None:
-        raise UserError(f"augment_pipe: {', '.join(groups)} together are none of {', '.join(PIPES)}")
+        raise UserError(f"augment_pipe: {', '.join(groups)} together match none of {', '.join(PIPES)}")
     max_p = _read_bound(module, generator)
     p = module.tensors().get("p", torch.zeros([]))
     if p.numel() != 1 or not 0 <= p.item() < math.inf:
-        raise UserError("augment_pipe: p is no probability")
+        raise UserError("augment_pipe: p is not a probability")
     return AugmentConfig(pipe=pipe, max_p=max_p), min(p.item(), max_p)
 
 
 def _read_bound(module: Any, generator: GeneratorConfig) -> float:
-    """Return the bound of p that the public Styleformer release has in its Linformer trainings, 1 for none."""
+    """Return the upper bound of p, which the public Styleformer release sets to 0.7 with Linformer; 1 is no bound."""
     given = module.state.get("_init_kwargs") if isinstance(module, PickledModule) else None
     default = module is not None and getattr(generator, "linformer", False)
     return 0.7 if (given if isinstance(given, dict) else {}).get("aug_linformer", default) is True else 1.0
 
 
 def _read_data(arguments: Any, generator: GeneratorConfig) -> DatasetConfig:
-    """The data set, as far as it says something about the images."""
+    """Return the dataset configuration, as far as the arguments determine it."""
     if not isinstance(arguments, dict):
-        raise UserError(f"no keyword arguments{why(arguments)}")
+        raise UserError(f"not keyword arguments{why(arguments)}")
     path = arguments.get("path")
     return DatasetConfig(
         path=path if isinstance(path, str) and path.isprintable() and len(path) < 1000 else "",

@@ -1,10 +1,10 @@
-"""Snapshots as models of the Hugging Face Hub: a folder of safetensors with a picture and a model card.
+"""Snapshots as models of the Hugging Face Hub: a folder of safetensors with sample images and a model card.
 
     HubModel(load_network("network-snapshot-000200.pkl"), license="cc-by-4.0").save_pretrained("shapes")
     G = HubModel.from_pretrained("shapes").G_ema                # a folder, or NAME/MODEL on the Hub
 
-It holds G_ema alone, and of the data set no more than its name. What was measured comes from metric-*.jsonl beside the
-snapshot.
+The folder contains G_ema only, and the name of the dataset without its path. Metrics in the model card come from
+metric-*.jsonl beside the snapshot.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ SAMPLES = "samples.png"
 
 
 class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="unconditional-image-generation"):
-    """A snapshot that is published, or was; `license` is a name that the Hub knows, None leaves the choice open."""
+    """Snapshot as a Hub model; `license` is a licence name of the Hub, or None for no licence."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HubModel:
-        """Leave out the mixin's own, which makes a configuration of the arguments: config.json has a better one."""
+        """Bypass the mixin's `__new__`, which would derive a config from the arguments and write it."""
         return object.__new__(cls)
 
     def __init__(self, snapshot: Snapshot, license: str | None = None) -> None:
-        snapshot.require_generator("is what is published")
+        snapshot.require_generator("is the network to publish")
         self.snapshot, self.license = snapshot, license
 
     @property
     def G_ema(self) -> Any:
-        """The averaged generator."""
+        """Exponential moving average of the generator."""
         return self.snapshot.G_ema
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -83,7 +83,7 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
         return cls(load_folder(folder))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the card: samples, measurements, how to load the model, configuration."""
+        """Return the model card: samples, usage, metrics, licence, configuration."""
         snapshot, config = self.snapshot, self.snapshot.config
         data = ModelCardData(
             **self._hub_mixin_info.model_card_data.to_dict() | {"license": self.license},
@@ -94,16 +94,16 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
 
 
 def save_hub_folder(folder: Path, snapshot: Snapshot, license: str | None = None) -> None:
-    """Write a folder to upload. Raises UserError if there is something by this name, WriteError if it cannot be."""
+    """Write a folder to upload. Raises UserError if the path exists, WriteError if it cannot be written."""
     model = HubModel(snapshot, license)
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
 
 
 def without_paths(config: TrainConfig) -> TrainConfig:
-    """Return a configuration in which addresses, and files and folders of its machine, have their names only."""
+    """Return a configuration in which URLs and paths are reduced to their last component."""
     data = replace(config.data, path=Path(config.data.path).name)
-    # Of vgg16:/a/FILE this is vgg16:FILE.
+    # Turns vgg16:/a/FILE into vgg16:FILE.
     detectors = tuple(re.sub(r"(?s)^(\w+:)?.*?([^/]+)/*$", r"\1\2", name) for name in config.run.detectors)
     source = config.origin.source and Path(config.origin.source.partition("#")[0]).name
     origin = replace(config.origin, source=source)
@@ -111,12 +111,12 @@ def without_paths(config: TrainConfig) -> TrainConfig:
 
 
 def num_samples(G: Any) -> int:
-    """Return how many images the picture has: 16, of large ones 4."""
+    """Return the number of images in the sample grid: 16, or 4 if the images are large."""
     return 16 if max(G.img_shape[1:]) <= 256 else 4
 
 
 def sample_images(snapshot: Snapshot) -> torch.Tensor:
-    """Return uint8 images of the first seeds, of its classes in turn, or of label vectors of zeros."""
+    """Return uint8 images for seeds 0, 1, ..., with classes in turn or zero label vectors."""
     G = snapshot.G_ema
     device, count = next(G.parameters()).device, num_samples(G)
     z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
@@ -128,7 +128,7 @@ def sample_images(snapshot: Snapshot) -> torch.Tensor:
 
 
 def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
-    """Yield, for each metric-*.jsonl beside a snapshot, the last complete record of this very file."""
+    """Yield the last complete record of this snapshot file from each metric-*.jsonl beside it."""
     if not snapshot.is_file():
         return
     sha256 = sha256_of_file(snapshot)
@@ -138,7 +138,7 @@ def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
-    """Whether a record says what the card tells of a result."""
+    """Return whether a record contains all fields that the model card shows."""
     texts = (record.get(name) for name in ("data", "protocol"))
     counts = (record.get(name) for name in ("num_real", "num_fake"))
     return all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
@@ -166,15 +166,15 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
     classes = f" of {G.c_dim} classes" if G.c_dim else ""
     if G.c_dim and snapshot.label_kind() == "vectors":
         c, classes = f"torch.zeros(4, {G.c_dim})", f", conditioned on {G.c_dim} numbers,"
-    data = f"`{Path(config.data.path).name}`" if config.data.path else "a data set of unknown name"
-    what = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
-    how = f"trained on {data} for {snapshot.kimg:g} kimg (preset `{config.preset}`)"
+    data = f"`{Path(config.data.path).name}`" if config.data.path else "a dataset of unknown name"
+    summary = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
+    training = f"trained on {data} for {snapshot.kimg:g} kimg (preset `{config.preset}`)"
     return f"""# {Path(snapshot.path).stem}
 
 ![Samples]({SAMPLES})
 
-{what}, {how}.
-The picture shows the seeds 0 to {num_samples(G) - 1} without truncation.
+{summary}, {training}.
+The image shows the seeds 0 to {num_samples(G) - 1} without truncation.
 
 ## Use
 
@@ -188,16 +188,16 @@ G = HubModel.from_pretrained("NAME/MODEL").G_ema  # this repository, or a folder
 img = G(torch.randn(4, G.z_dim), {c}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]
 ```
 
-`python legacy.py convert --source=FOLDER --dest=model.pkl` makes a snapshot for `generate.py` of a folder with its
-files.
+`python legacy.py convert --source=FOLDER --dest=model.pkl` converts a folder with these
+files to a snapshot for `generate.py`.
 
-## Measurements
+## Metrics
 
 {_table(snapshot.path)}
 
 ## Licence
 
-{f"`{license}`, chosen by the author." if license else "The author has chosen none yet."}
+{f"`{license}`, chosen by the author." if license else "The author has not chosen a licence yet."}
 
 ## Configuration
 
@@ -213,7 +213,7 @@ def _table(snapshot: Path) -> str:
         flips = " with flips" if record.get("mirror") else ""
         images = f"{Path(record['data']).name}: {record['num_real']} real{flips}, {record['num_fake']} generated"
         protocol = record["protocol"].replace("<", "&lt;")
-        how = f"{record.get('detector') or ''} | {protocol}"
-        rows += [f"| {name} | {value:.5g} | {images} | {how} |" for name, value in record["results"].items()]
+        method = f"{record.get('detector') or ''} | {protocol}"
+        rows += [f"| {name} | {value:.5g} | {images} | {method} |" for name, value in record["results"].items()]
     head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows]) if rows else "None are recorded."
+    return "\n".join([*head, *rows]) if rows else "No metrics are recorded."

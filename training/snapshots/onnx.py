@@ -1,10 +1,10 @@
-"""The averaged generator as two ONNX graphs, for programs that run without this project and without PyTorch.
+"""Export of G_ema as two ONNX graphs, for programs without PyTorch and without this project.
 
     NAME-mapping.onnx     z (batch, z_dim), truncation_psi (num_ws), c (batch, c_dim) of a conditional network -> ws
     NAME-synthesis.onnx   ws (batch, num_ws, w_dim) -> img (batch, channels, height, width) in about [-1, 1]
 
-Both take batches of any size, compute in float32 and consist of standard operators. There is a psi for each style, so
-that they say what truncation and its cut-off say: the first ones 0.7 and the others 1, for example.
+Both graphs take batches of any size, compute in float32 and consist of standard operators. truncation_psi has one value
+per style and so expresses truncation psi and cutoff, for example 0.7 for the first styles and 1 for the others.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch_utils import custom_ops
 from training.snapshots.exchange import make_parent, refuse_existing
 from training.snapshots.snapshot import Snapshot
 
-FixedNoise = Literal["const", "none"]  # an ONNX graph has no random generator that all runtimes share
+FixedNoise = Literal["const", "none"]  # ONNX runtimes have no common random generator
 
 
 class _Mapping(nn.Module):
-    """A generator's mapping network with truncation as an input."""
+    """Mapping network of a generator with truncation psi as an input."""
 
     def __init__(self, G: Any) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Mapping(nn.Module):
 
 
 class _Synthesis(nn.Module):
-    """A generator's synthesis network with one noise mode."""
+    """Synthesis network of a generator with a fixed noise mode."""
 
     def __init__(self, G: Any, noise_mode: FixedNoise) -> None:
         super().__init__()
@@ -53,43 +53,47 @@ class _Synthesis(nn.Module):
 
 
 def onnx_paths(path: Path) -> tuple[Path, Path]:
-    """Return the files for the mapping and the synthesis network of NAME or NAME.onnx."""
+    """Return the paths of the mapping and synthesis graphs for NAME or NAME.onnx."""
     name = path.stem if path.suffix.lower() == ".onnx" else path.name
     return path.with_name(f"{name}-mapping.onnx"), path.with_name(f"{name}-synthesis.onnx")
 
 
 def export_onnx(path: Path, snapshot: Snapshot, noise_mode: FixedNoise = "const") -> tuple[Path, Path]:
-    """Write both graphs of `snapshot.G_ema`, which is on the CPU; return `onnx_paths(path)`.
+    """Write both graphs of `snapshot.G_ema`, which must be on the CPU; return `onnx_paths(path)`.
 
-    Raises UserError when one of the files is there or the packages are not, WriteError when they cannot be written.
+    Raises UserError if a file exists or a package is missing, WriteError if a file cannot be written.
     """
     import_extra("onnxscript", "onnx")
     paths = onnx_paths(path)
     for part in paths:
         refuse_existing(part)
-    snapshot.require_generator("is what is exported")
+    snapshot.require_generator("is the network to export")
     G = snapshot.G_ema
     inputs = {"z": torch.randn(2, G.z_dim), "truncation_psi": torch.ones(G.num_ws), "c": torch.zeros(2, G.c_dim)}
     if not G.c_dim:
         del inputs["c"]
     mapping = _trace(_Mapping(G), inputs, "ws")
     synthesis = _trace(_Synthesis(G, noise_mode), {"ws": torch.randn(2, G.num_ws, G.w_dim)}, "img")
-    about = {"written_by": f"styleformer {dnnlib.__version__}", "kimg": f"{snapshot.kimg:g}", "noise_mode": noise_mode}
+    metadata = {
+        "written_by": f"styleformer {dnnlib.__version__}",
+        "kimg": f"{snapshot.kimg:g}",
+        "noise_mode": noise_mode,
+    }
     for part, program in zip(paths, (mapping, synthesis), strict=True):
         _strip(program)
-        program.model.metadata_props.update(about)
+        program.model.metadata_props.update(metadata)
         _save(program, part)
     return paths
 
 
 def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any:
-    """Return the ONNX program of a network; inputs of more than one dimension begin with the batch."""
+    """Return the ONNX program of a network; the first axis of inputs with several dimensions is the batch."""
     batch = torch.export.Dim("batch")
     first = next(iter(inputs))
     shapes = {name: {0: batch} if x.ndim > 1 else None for name, x in inputs.items()}
     with torch.no_grad(), custom_ops.implementation("reference"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the exporter itself uses and is deprecated
-        # Strict, because otherwise len(x) would fix the size of the batch.
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        # Strict mode, because len(x) would otherwise specialise the batch size.
         program = torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=True)
         return torch.onnx.export(
             program,
@@ -97,12 +101,12 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any
             verbose=False,
             input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=dict.fromkeys(inputs) | {first: shapes[first]},  # for its name, which all batches share
+            dynamic_shapes=dict.fromkeys(inputs) | {first: shapes[first]},  # names the batch axis of all inputs
         )
 
 
 def _strip(program: Any) -> None:
-    """Remove what the exporter notes beside the graph: each operator's stack, with the paths of this machine."""
+    """Remove the exporter's metadata: each operator's stack trace, with paths of this machine."""
     passes = import_extra("onnx_ir.passes.common", "onnx")
     passes.ClearMetadataAndDocStringPass()(program.model)
     graph = program.model.graph
@@ -111,7 +115,7 @@ def _strip(program: Any) -> None:
 
 
 def _save(program: Any, path: Path) -> None:
-    """Write a program: whole or not at all, then WriteError."""
+    """Write a program atomically. Raises WriteError."""
     make_parent(path)
     try:
         with replaced(path) as temporary:

@@ -1,4 +1,4 @@
-"""Snapshots of any kind: this project's, folders of safetensors, and those of other projects."""
+"""Reading snapshots of any kind: of this project, folders of safetensors, and of other projects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from training.snapshots.snapshot import Snapshot, build_networks, list_snapshots
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Read a snapshot, ours, a folder of safetensors or a foreign one, from a path or an address on the web.
+    """Read a snapshot of this project, a folder of safetensors or a foreign snapshot, from a path or URL.
 
-    The folder of a run stands for its newest snapshot.
-
-    Raises UserError naming the file when it is missing, damaged, of an unknown kind, or holds values that are not
-    finite.
+    For the folder of a run, the newest snapshot is read. Raises UserError naming the file if the file is missing,
+    corrupt, of an unknown kind, or contains non-finite values.
     """
     path = local_snapshot(path)
     if is_folder(path):
@@ -30,28 +28,28 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
         return snapshot.load_network(path, device)
     foreign = read_foreign(path)
     networks = build_networks(foreign.config, foreign.states, path, device)
-    about: dict[str, Any] = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p}
-    return Snapshot(**networks, **about, path=path, left_out=foreign.left_out)
+    metadata: dict[str, Any] = {"config": foreign.config, "nimg": foreign.nimg, "ada_p": foreign.ada_p}
+    return Snapshot(**networks, **metadata, path=path, left_out=foreign.left_out)
 
 
 def transfer_options(path: str | Path) -> dict[str, Any]:
-    """Return what a foreign snapshot says about a training that starts from it: the bound of its p, if it had one."""
+    """Return the options that a foreign snapshot implies for transfer learning: the upper bound of ADA's p, if any."""
     path = local_file(path)
     if is_foreign(path):
         config = read_foreign(path).config
     else:
         config = parts_of((read_folder(path) if is_folder(path) else read_network(path))["payload"], path)[0]["config"]
-    is_bound = config.preset == PRESET and config.augment.max_p < 1  # also where it was converted
+    is_bound = config.preset == PRESET and config.augment.max_p < 1  # also true after conversion
     return {"augment.max_p": config.augment.max_p} if is_bound else {}
 
 
 def local_file(path: str | Path) -> Path:
-    """Return the path, or where the file behind an address is kept; it is fetched the first time."""
+    """Return a path as it is; download a URL unless it is cached, and return the path of the file."""
     return fetch(str(path)) if is_url(path) else Path(path)
 
 
 def local_snapshot(path: str | Path) -> Path:
-    """Return what `local_file` does, of a run's folder its newest snapshot. Raises UserError where there is none."""
+    """Return the same as `local_file`, or the newest snapshot of a run's folder. Raises UserError if there is none."""
     path = local_file(path)
     if not path.is_dir() or is_folder(path):
         return path

@@ -1,7 +1,7 @@
-"""network-snapshot-*.pkl: the networks and their configuration, to generate images from and to start training from.
+"""network-snapshot-*.pkl: networks and their configuration, for generation and transfer learning.
 
-`load_network(path)` is the way to read one; `pickle.load` cannot, because the file holds tensors and plain values
-only and runs no code (see torch_utils/checkpoint.py for its layout).
+`load_network(path)` reads a snapshot. `pickle.load` cannot, because the file contains only tensors and plain values
+and no code (torch_utils/checkpoint.py describes the layout).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
 
-SNAPSHOT_NAME = re.compile(r"network-snapshot-\d+\.pkl")  # and none of a copy
+SNAPSHOT_NAME = re.compile(r"network-snapshot-\d+\.pkl")  # excludes copies under other names
 FORMAT = "network-snapshot"
 VERSION = 1
-MAX_IMAGES = 2**53  # that a network has seen: a float holds them
-MAX_DERIVED = 2**25  # elements of buffers that are not stored, such as matrices that resample
-MIGRATIONS: Mapping[int, Migration] = {}  # version -> function from its payload to that of the next version
+MAX_IMAGES = 2**53  # upper bound of nimg, exact in a float
+MAX_DERIVED = 2**25  # maximum elements of buffers that are not stored, such as resampling matrices
+MIGRATIONS: Mapping[int, Migration] = {}  # version -> function that converts a payload to the next version
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Networks in evaluation mode, and how they came about. G and D are None in a snapshot for generation only.
+    """Networks in evaluation mode, and metadata. G and D are None in a snapshot for generation only.
 
-    `labels` says what a conditional network is conditioned on, None where the file does not. `left_out` says, of a
-    foreign snapshot, which of its entries were not read and why.
+    `labels` is the kind of labels of a conditional network, or None if the file does not record it. `left_out` maps
+    the entries of a foreign snapshot that were not read to the reasons.
     """
 
     G: Any
@@ -50,7 +50,7 @@ class Snapshot:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def require_generator(self, use: str) -> None:
-        """Raise UserError, which says what G_ema is for, when the file does not hold it."""
+        """Raise UserError, with the purpose `use` of G_ema, if the file does not contain G_ema."""
         if self.G_ema is None:
             raise UserError(f"{self.path}: holds no averaged generator (G_ema), which {use}")
 
@@ -60,12 +60,12 @@ class Snapshot:
         return self.nimg / 1000
 
     def notes(self) -> list[str]:
-        """Return a line that names the entries of the file that were left out, if there are any."""
+        """Return a line that lists the entries of the file that were not read, if any."""
         reasons = [f"{name} ({reason})" for name, reason in self.left_out.items()]
-        return [f"{self.path}: left out: {', '.join(reasons)}"] if reasons else []
+        return [f"{self.path}: skipped: {', '.join(reasons)}"] if reasons else []
 
     def label_kind(self) -> LabelKind | None:
-        """Return what the labels are, by the file's record or else its data set; None without labels or a record."""
+        """Return the kind of labels recorded in the file or read from its dataset; None if unknown or unconditional."""
         return (self.labels or kind_of_labels(self.config.data.path)) if self.config.generator.c_dim else None
 
 
@@ -80,7 +80,7 @@ def save_network(
     ada_p: float = 0.0,
     labels: LabelKind | None = None,
 ) -> None:
-    """Write a snapshot; without G and D it serves for generation and metrics only, at a fraction of the size."""
+    """Write a snapshot; without G and D it is smaller and serves for generation and metrics only."""
     content = capture_network(config=config, G_ema=G_ema, G=G, D=D, nimg=nimg, ada_p=ada_p, labels=labels)
     write_network(path, content)
 
@@ -95,20 +95,20 @@ def capture_network(
     ada_p: float = 0.0,
     labels: LabelKind | None = None,
 ) -> dict[str, Any]:
-    """Return the content of a snapshot, a copy that can be written while training goes on."""
+    """Return a copy of the content of a snapshot, which can be written while training continues."""
     networks = {"G": G, "D": D, "G_ema": G_ema}
     states = copy_to_cpu({name: net.state_dict() for name, net in networks.items() if net is not None})
-    about = {"config": to_json(config), "nimg": nimg, "ada_p": ada_p} | ({"labels": labels} if labels else {})
-    return {**about, "networks": states}
+    metadata = {"config": to_json(config), "nimg": nimg, "ada_p": ada_p} | ({"labels": labels} if labels else {})
+    return {**metadata, "networks": states}
 
 
 def write_network(path: Path, payload: dict[str, Any]) -> None:
-    """Write what `capture_network` returned. Raises WriteError."""
+    """Write the return value of `capture_network`. Raises WriteError."""
     write_file(path, FORMAT, VERSION, payload)
 
 
 def list_snapshots(folder: Path) -> list[Path]:
-    """Return the snapshots in a folder, oldest first. Raises UserError for the folder of a run that has none yet."""
+    """Return the snapshots in a folder, oldest first. Raises UserError for a run's folder without snapshots."""
     snapshots = sorted(path for path in folder.glob("network-snapshot-*.pkl") if SNAPSHOT_NAME.fullmatch(path.name))
     if not snapshots and (folder / OPTIONS_FILE).exists():
         raise UserError(f"{folder}: this run has written no snapshot yet")
@@ -116,7 +116,7 @@ def list_snapshots(folder: Path) -> list[Path]:
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Read a snapshot. Raises UserError naming the file when it is missing, damaged, or not one of ours."""
+    """Read a snapshot. Raises UserError naming the file if it is missing, corrupt, or not of this project."""
     path = Path(path)
     if path.is_dir() or (path.is_file() and is_pickle(path)):
         raise UserError(
@@ -127,15 +127,15 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Rebuild the networks that `capture_network` saw; `path` is where they come from. Raises UserError naming it."""
-    about, states = parts_of(payload, path)
-    return Snapshot(**build_networks(about["config"], states, path, device), **about, path=path)
+    """Build the networks from the return value of `capture_network`. Raises UserError naming `path`, their file."""
+    metadata, states = parts_of(payload, path)
+    return Snapshot(**build_networks(metadata["config"], states, path, device), **metadata, path=path)
 
 
 def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config, nimg, ada_p and labels in the content of a snapshot, and the tensors by network.
+    """Return config, nimg, ada_p and labels of a snapshot's content, and the tensors by network.
 
-    Raises UserError naming `path` where there are none.
+    Raises UserError naming `path` if any of them is missing or invalid.
     """
     try:
         config = read_config(payload.get("config"))
@@ -144,33 +144,33 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
     states, nimg, ada_p, labels = (payload.get(name) for name in ("networks", "nimg", "ada_p", "labels"))
     if not isinstance(states, dict) or not set(states) & {*network_configs(config)}:
         raise UserError(f"{path}: holds no networks; use another copy")
-    fits = {
+    is_valid = {
         "nimg": type(nimg) is int and 0 <= nimg < MAX_IMAGES,
         "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p <= FLOAT32_MAX,
         "labels": labels in (None, *get_args(LabelKind)),
     }
-    for name in fits:
-        if not fits[name]:
-            raise UserError(f"{path}: {name}={show(payload.get(name))} is not what a snapshot holds; use another copy")
+    for name in is_valid:
+        if not is_valid[name]:
+            raise UserError(f"{path}: {name}={show(payload.get(name))} is not valid in a snapshot; use another copy")
     return {"config": config, "nimg": nimg, "ada_p": ada_p, "labels": labels}, states
 
 
 def read_network(path: Path) -> dict[str, Any]:
-    """Return all of a snapshot's file, as `read_document` does. Raises UserError."""
+    """Return the whole content of a snapshot file, as `read_document` does. Raises UserError."""
     return read_document(path, FORMAT, VERSION, MIGRATIONS)
 
 
 def network_configs(config: TrainConfig) -> dict[str, Any]:
-    """Return what builds each network that a snapshot can hold."""
+    """Return the configuration of each network that a snapshot can contain."""
     return {"G": config.generator, "D": config.discriminator, "G_ema": config.generator}
 
 
 def build_networks(
     config: TrainConfig, states: Mapping[str, Mapping[str, Tensor]], path: Path, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return G, D and G_ema with the tensors in `states`, None for those that are not there.
+    """Return G, D and G_ema with the tensors in `states`; a network without tensors is None.
 
-    Raises UserError naming `path` and the network whose tensors do not fit or hold values that are not finite.
+    Raises UserError naming `path` and the network whose tensors do not fit or contain non-finite values.
     """
     return {
         name: _rebuild(kind, states[name], f"{path}: {name}", device) if name in states else None
@@ -180,45 +180,44 @@ def build_networks(
 
 def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.device | str) -> nn.Module:
     check_tensors(config, state, name)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave no trace of drawing them
+    with torch.random.fork_rng(devices=[]):  # initial weights are discarded and must not advance the global generator
         network: nn.Module = config.build()
     network.load_state_dict(state)
     for key, x in network.state_dict().items():
         if not x.isfinite().all():
             raise UserError(
-                f"{name}: {key} holds values that are not finite: its training had failed by then; use an earlier "
-                "snapshot"
+                f"{name}: {key} holds values that are not finite: training had already failed; use an earlier snapshot"
             )
     return network.eval().requires_grad_(False).to(device)
 
 
 def check_tensors(config: Any, tensors: Any, where: str) -> None:
-    """Raise UserError, beginning with `where`, for the first tensor that does not fit the network of `config`.
+    """Raise UserError, with the prefix `where`, for the first tensor that does not fit the network of `config`.
 
-    No memory is taken for the network: a file says how wide it is, and what it holds may be less.
+    The network is not allocated: the configuration in a file may describe a far larger network than its tensors.
     """
     expected = outline(config, where).state_dict()
     if not isinstance(tensors, Mapping):
-        raise UserError(f"{where}: no tensors by name, which the configuration asks for")
+        raise UserError(f"{where}: no tensors by name, which the configuration needs")
     for key in [*expected, *tensors]:
         if key not in tensors:
-            raise UserError(f"{where}: the tensor {key} is missing, which the configuration asks for")
+            raise UserError(f"{where}: the tensor {key} is missing, which the configuration needs")
         if key not in expected:
-            raise UserError(f"{where}: the tensor {key} has no place in the network that the configuration says")
+            raise UserError(f"{where}: the tensor {key} does not exist in the network of the configuration")
         if _kind(tensors[key]) != _kind(expected[key]):
-            raise UserError(f"{where}: {key} is {_kind(tensors[key])}, the configuration says {_kind(expected[key])}")
+            raise UserError(f"{where}: {key} is {_kind(tensors[key])}, the configuration needs {_kind(expected[key])}")
 
 
 def outline(config: Any, where: str) -> nn.Module:
-    """Return the network of `config` without its numbers, on the meta device.
+    """Return the network of `config` on the meta device, without values.
 
-    Raises UserError, beginning with `where`, when there can be none.
+    Raises UserError, with the prefix `where`, if the configuration is invalid.
     """
     try:
         with OnMeta():
             network: nn.Module = config.build()
-    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # of torch, for shapes beyond 64 bits
-        raise UserError(f"{where}: no network is as its configuration says ({describe_error(error)})") from None
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # the last three for shapes beyond 64 bits
+        raise UserError(f"{where}: no network can be built from its configuration ({describe_error(error)})") from None
     stored = network.state_dict()
     derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)
     if derived > MAX_DERIVED:

@@ -1,8 +1,8 @@
-"""Transfer learning: start networks from those of a snapshot, as far as they fit.
+"""Transfer learning: initialise networks from the networks of a snapshot, as far as they fit.
 
-Tensors are matched by what they do, not by where they stand in a list: the blocks of a grid go to the blocks of that
-grid, whatever the resolution of the images. A module says its part in this as `place`, which takes the place of its
-index. What the other network has more or less of, classes and image channels, is copied as far as it goes.
+Tensors are matched by function and not by index: the blocks of a grid are copied to the blocks of the same grid,
+whatever the image resolution. For this, a module may define `place`, which replaces its index in tensor names. If the
+numbers of classes or image channels differ, the common part is copied.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from dnnlib.config import UserError, check_bounds, setting
 from dnnlib.screen import public
 
-MIN_FITTING = 0.5  # of the parameters that both networks have a place for; less, and it is another configuration
-MIN_COPIED = 0.1  # of all parameters; less, and nothing of use is left
+MIN_FITTING = 0.5  # minimum share of the parameters matched in both networks; below it, the configurations differ
+MIN_COPIED = 0.1  # minimum share of all parameters; below it, the copy is useless
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Weights that a run started from; recorded, not chosen. Secrets in an address are left out."""
+    """Origin of the initial weights of a run; recorded, not set by the user. Secrets in a URL are removed."""
 
-    source: str | None = setting(None, "File or address of the snapshot; None: random weights.")
-    kimg: float = setting(0.0, "Thousands of images that its networks were trained for.")
-    copied_g: float = setting(0.0, "Share of G's parameters that were copied.", at_least=0, at_most=1)
-    copied_d: float = setting(0.0, "Share of D's parameters that were copied.", at_least=0, at_most=1)
-    copied_g_ema: float = setting(0.0, "Share of the averaged G's parameters that were copied.", at_least=0, at_most=1)
+    source: str | None = setting(None, "Path or URL of the snapshot; None: random weights.")
+    kimg: float = setting(0.0, "Training length of the snapshot, in thousands of images.")
+    copied_g: float = setting(0.0, "Share of the parameters of G that were copied.", at_least=0, at_most=1)
+    copied_d: float = setting(0.0, "Share of the parameters of D that were copied.", at_least=0, at_most=1)
+    copied_g_ema: float = setting(0.0, "Share of the parameters of G_ema that were copied.", at_least=0, at_most=1)
     partial: tuple[str, ...] = setting((), "Names of the tensors that were copied in part.")
     new: tuple[str, ...] = setting((), "Names of the tensors that were not copied at all.")
 
@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """What `copy_weights` did: the share of the parameters that it copied, and the names of tensors by outcome."""
+    """Result of `copy_weights`: the share of parameters that were copied, and the names of tensors by outcome."""
 
     share: float
     whole: tuple[str, ...]
@@ -57,7 +57,7 @@ class Copied:
 
 
 def places(network: nn.Module) -> dict[str, str]:
-    """Return the tensors of a network, {name: what it does}: the name, with places for indices where there are any."""
+    """Return {tensor name: place}: the name, with the index of each module replaced by its `place`, if any."""
     paths = {"": ""}
     for path, module in network.named_modules(remove_duplicate=False):
         if path:
@@ -68,37 +68,37 @@ def places(network: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Match:
-    """A tensor of the target with the one in its place in the source, and the part that can be copied, if any."""
+    """Tensor of the target, the tensor of the source at the same place, and the part that can be copied, if any."""
 
     place: str
     old: Tensor
     new: Tensor
-    gain: float  # of the source's layer over that of the target's
+    gain: float  # weight gain of the source layer / weight gain of the target layer
     part: tuple[slice, ...] | None
 
     @property
     def count(self) -> int:
-        """How many numbers can be copied."""
+        """Return the number of elements that can be copied."""
         return 0 if self.part is None else self.new[self.part].numel()
 
     @property
     def is_whole(self) -> bool:
-        """Whether that is all."""
+        """Return whether the whole tensor can be copied."""
         return self.part is not None and self.old.shape == self.new.shape
 
     def copy(self) -> None:
-        """Copy that part. Where a layer has other inputs, its weights make up for the gain that changes with them."""
+        """Copy the part; scale it if the gain of the layer changes with its number of inputs."""
         assert self.part is not None
         x = self.old[self.part]
         self.new[self.part].copy_(x if self.is_whole else x * self.gain)
 
 
 def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
-    """Copy what fits from one network to the other.
+    """Copy all tensors of `source` that fit to `target`.
 
-    Raises UserError for styles of another size, and when too little fits: less than half of what both have a place for,
-    not counting the mapping networks, which nearly always fit, or less than a tenth of it all. The target is unchanged
-    then.
+    Raises UserError and leaves the target unchanged if the style dimensions differ or if too little fits: less than
+    MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Mapping networks do not count,
+    because they nearly always fit.
     """
     matches = _match(source, target)
     sizes = {key: x.numel() for key, x in target.named_parameters()}
@@ -119,7 +119,7 @@ def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
 
 
 def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
-    """Return the tensors of the target whose place the source has too, by their names."""
+    """Return {tensor name: match} for the tensors of the target whose place exists in the source."""
     old, new = source.state_dict(), target.state_dict()
     there, gains, own_gains = {place: key for key, place in places(source).items()}, _gains(source), _gains(target)
     sizes = _adjustable_sizes(source, target)
@@ -132,11 +132,11 @@ def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
 
 
 def _check_styles(source: Any, target: Any, name: str) -> None:
-    """Layers fit whatever the size of the style, but would all be driven by random ones."""
+    """Raise UserError if style dimensions differ: layers would fit, but their styles would be random."""
     there, here = (getattr(network, "w_dim", None) for network in (source, target))
     if there != here:
         raise UserError(
-            f"{name}: the snapshot has styles of {there} numbers, here they have {here}: give --set "
+            f"{name}: the snapshot has styles of {there} numbers, this network has styles of {here}: give --set "
             f"generator.w_dim={there}"
         )
 
@@ -155,7 +155,7 @@ def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], proble
 
 
 def fit(old: Tensor, new: Tensor, sizes: set[tuple[int, int]]) -> tuple[slice, ...] | None:
-    """Return the part that can be copied: tensors may differ along one axis, in one of these pairs of sizes."""
+    """Return the part that can be copied; tensors may differ along one axis, if its sizes are a pair in `sizes`."""
     if old.ndim != new.ndim:
         return None
     pairs = list(zip(old.shape, new.shape, strict=True))
@@ -166,7 +166,7 @@ def fit(old: Tensor, new: Tensor, sizes: set[tuple[int, int]]) -> tuple[slice, .
 
 
 def _adjustable_sizes(source: Any, target: Any) -> set[tuple[int, int]]:
-    """Pairs of sizes, there and here, in which the leading part means the same: channels, classes, z before a label."""
+    """Return (source, target) sizes of axes whose leading part agrees: channels, classes, z before a label."""
     pairs = {(source.img_shape[0], target.img_shape[0])}
     if source.c_dim and target.c_dim:
         pairs.add((source.c_dim, target.c_dim))
@@ -180,19 +180,19 @@ def _mapping_inputs(G: Any) -> int:
 
 
 def _gains(network: nn.Module) -> dict[str, float]:
-    """What the weights of layers with equalised learning rate are multiplied by, by their names."""
+    """Return {weight name: runtime gain} of the layers with equalised learning rate."""
     modules = network.named_modules()
     return {f"{path}.weight": module.weight_gain for path, module in modules if hasattr(module, "weight_gain")}
 
 
 def check_frozen(D: Any, count: int, copied: Copied) -> None:
-    """Raise UserError when Freeze-D would keep layers at random weights."""
+    """Raise UserError if Freeze-D would freeze layers with random weights."""
     names = places(D)
     frozen = {id(x) for layer in D.layers_from_image()[:count] for x in layer.parameters()}
     whole = set(copied.whole)
     fresh = [names[key] for key, x in D.named_parameters() if id(x) in frozen and names[key] not in whole]
     if fresh:
         raise UserError(
-            f"--freezed={count}: would keep {', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} as random as it is, "
-            "because the snapshot does not have it; leave --freezed out, or take images like the snapshot's"
+            f"--freezed={count}: would freeze {', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} at random values, "
+            "because the snapshot does not have them; leave --freezed out, or use images like the snapshot's"
         )
