@@ -99,7 +99,7 @@ def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
     result = check(path)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[:3] == [
-        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes classes of them",
+        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes the folders classes",
         "Left out, 1 file:",
         "  1 .txt",
     ]

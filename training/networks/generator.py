@@ -64,7 +64,7 @@ class GeneratorConfig(ABC):
 
     @property
     def fixed_size(self) -> Grid | None:
-        """Only image size (height, width) that this configuration supports; None if `fit` can adapt it to others."""
+        """Image size (height, width) if the configuration supports a single size; None if `fit` can adapt it."""
         return None
 
     @property
