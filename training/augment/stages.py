@@ -418,7 +418,7 @@ class FilterStage(AugmentStage):
     """Image-space filtering with random gains of four frequency bands, preserving the expected power of images."""
 
     groups = ("filter",)
-    is_deterministic = False  # the backward pass of reflection padding is not
+    is_deterministic = False  # the backward pass of reflection padding is nondeterministic
     bank: Tensor
     power: Tensor
 

@@ -43,7 +43,7 @@ def map_chunks(
             yield from _finish(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker process died, possibly because it ran out of memory: use less than --workers={workers}"
+            f"a worker process died, possibly because it ran out of memory: use fewer than --workers={workers}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -246,7 +246,8 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
     """Read the label in a member: a number, string or list, None if empty, or a UserError if it cannot be read."""
     where = f"{path}: {member.name!r:.200}"
     if member.size > _MAX_LABEL_BYTES:
-        return UserError(f"{where} has {member.size} bytes, more than the limit of {_MAX_LABEL_BYTES} for a label")
+        problem = f"more than the limit of {_MAX_LABEL_BYTES} for a label"
+        return UserError(f"{where} has {member.size} bytes, {problem}: check it")
     try:
         text = stream.read(member.size).decode().strip()
         content = parse_json(text) if extension == "json" else text

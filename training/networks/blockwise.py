@@ -115,8 +115,8 @@ class _Gradient(torch.autograd.Function):
             for rows in _blocks(Q, ctx.block):
                 P = _add_bias(Q[:, rows] @ K.mT, R, rows).softmax(dim=2)  # (B H, block, M)
                 dot = (a[:, rows] @ K.mT).baddbmm_(Q[:, rows], b.mT)
-                dot = _add_bias(dot, r, rows)  # S.
-                dot = _center(dot, P).mul_(P)  # P.
+                dot = _add_bias(dot, r, rows)  # dot = S.
+                dot = _center(dot, P).mul_(P)  # dot = P.
                 dot_dV.baddbmm_(dot.mT, G[:, rows])
                 dot_O[:, rows] = (dot @ V).baddbmm_(P, c)
 
@@ -124,7 +124,7 @@ class _Gradient(torch.autograd.Function):
                 dot *= dP
                 dS = dP.mul_(P)
                 dot.addcmul_(G[:, rows] @ c.mT, P)
-                dot.addcmul_(P, dot.sum(dim=2, keepdim=True), value=-1)  # dS.
+                dot.addcmul_(P, dot.sum(dim=2, keepdim=True), value=-1)  # dot = dS.
                 dot_dQ[:, rows] = scale * (dot @ K).baddbmm_(dS, b)
                 dot_dK.baddbmm_(dot.mT, Q[:, rows]).baddbmm_(dS.mT, a[:, rows])
                 _store_sum_over_images(dot, dot_dR, rows)

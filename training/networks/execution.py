@@ -25,10 +25,10 @@ class Execution:
     """Settings of a forward pass.
 
     `reduced`: dtype of activations on grids whose longer side is at least `min_grid`; None: no reduced precision.
-    `twice_differentiable`: use implementations of attention and convolution that support double backward. `recompute`:
-    gradient checkpointing; discard the activations inside a block and recompute them in the backward pass, which saves
-    memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators that have noise, as
-    in training.
+    `twice_differentiable`: use implementations of attention and convolution with an efficient double backward.
+    `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
+    which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators that
+    have noise, as in training.
     """
 
     reduced: torch.dtype | None = None

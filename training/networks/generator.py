@@ -105,9 +105,9 @@ class GeneratorConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class DoublingConfig(GeneratorConfig):
-    """Generator with one stage per resolution, each twice the one before, for base * 2^(resolutions - 1) pixels.
+    """Configuration of a generator whose grid doubles at each stage, for images of base * 2^(resolutions - 1) pixels.
 
-    If `resolutions` is None, `fit` chooses it.
+    `fit` chooses `resolutions` if it is None.
     """
 
     base: Grid = setting(
@@ -142,9 +142,10 @@ class DoublingConfig(GeneratorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class StagedConfig(GeneratorConfig):
-    """Generator with a hidden size and a number of blocks per resolution, for base * 2^(len(widths) - 1) pixels.
+    """Configuration of a generator with a stage of blocks per resolution, for base * 2^(len(widths) - 1) pixels.
 
-    `widths` and `layers` hold one entry per resolution, from the base grid up. If `widths` is (), `fit` chooses it.
+    `widths` and `layers` hold the hidden size and the number of blocks of each resolution, from the base grid up. `fit`
+    chooses `widths` and `layers` if they are ().
     """
 
     base: Grid = setting(

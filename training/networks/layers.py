@@ -122,7 +122,7 @@ def demodulated_linear(
 
 
 def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalize each row of x (rows, C) to a maximum norm of 1 if `dtype` is float16; return x otherwise.
+    """Normalize each row of x (rows, C) to a largest absolute value of 1 if `dtype` is float16; return x otherwise.
 
     Prevents products from exceeding float16's maximum, 65,504. For weights and styles whose scale demodulation cancels.
     """
