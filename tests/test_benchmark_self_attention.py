@@ -111,7 +111,7 @@ def test_grid_attention_measures_the_networks_own_code() -> None:
     [
         ("--forms=full,sparse", "no 'sparse'"),
         ("--derivatives=3", "choose from 1,2"),
-        ("--window=10", "--window=10: does not divide the grid 16x16; what does: 16, 8, 4, 2"),
+        ("--window=10", "--window=10: does not divide the grid 16x16; possible: 16, 8, 4, 2"),
     ],
 )
 def test_grid_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:

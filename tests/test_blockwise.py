@@ -183,7 +183,7 @@ def test_third_derivative_raises() -> None:
 
 
 def test_a_block_has_rows() -> None:
-    with pytest.raises(ValueError, match="block=0 rows"):
+    with pytest.raises(ValueError, match="block=0: the number of rows"):
         blockwise_attention(*inputs(1, 1, 4, 4, 2), 0)
 
 

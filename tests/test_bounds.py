@@ -862,13 +862,13 @@ def far_offsets() -> bytes:
 ZEROS = 70 << 20
 END = 2 * tarfile.BLOCKSIZE  # of zeros, which a tar archive ends with
 TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content, what the message says
-    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that becomes"),
+    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that unpacks to"),
     "labels of zeros": (
         "x.parquet",
         lambda: parquet({"image": [b""], "label": ["0" * ZEROS]}, compression="zstd"),
-        "a page that becomes",
+        "a page that unpacks to",
     ),
-    "rows": ("x.parquet", lambda: parquet({"image": [b""] * 100_000}), "100000 rows, more than bytes"),
+    "rows": ("x.parquet", lambda: parquet({"image": [b""] * 100_000}), "100000 rows, more than it has bytes"),
     "prefixes": (
         "x.parquet",
         lambda: parquet(
@@ -876,17 +876,17 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content
         ),
         "DELTA_BYTE_ARRAY",
     ),
-    "nested": ("x.parquet", lambda: nested_columns(2000), "more than 1000 columns that hold others"),
-    "lists": ("x.parquet", lambda: footed(b"\x15\2\x19\xfc" + b"\xff" * 8 + b"\x7f"), "cut off"),
+    "nested": ("x.parquet", lambda: nested_columns(2000), "more than 1000 group columns"),
+    "lists": ("x.parquet", lambda: footed(b"\x15\2\x19\xfc" + b"\xff" * 8 + b"\x7f"), "truncated"),
     "structs in structs": ("x.parquet", lambda: footed(b"\x1c" * 100_000), "nested too deep"),
-    "no footer": ("x.parquet", lambda: b"PAR1" + bytes(100), "no complete Parquet file"),
-    "long footer": ("x.parquet", lambda: b"PAR1" + b"\xff\xff\xff\x7fPAR1", "no complete Parquet file"),
+    "no footer": ("x.parquet", lambda: b"PAR1" + bytes(100), "not a complete Parquet file"),
+    "long footer": ("x.parquet", lambda: b"PAR1" + b"\xff\xff\xff\x7fPAR1", "not a complete Parquet file"),
     "empty": ("x.arrow", bytes, "cannot be read"),
     "no schema": ("x.arrow", lambda: bytes(100), "cannot be read"),
     "compressed": ("x.arrow", lambda: arrow({"image": [bytes(ZEROS)]}, "zstd"), "it is compressed"),
-    "rows of nothing": ("x.arrow", lambda: rows_of_nothing(1 << 40), "rows, more than bytes"),
+    "rows of nothing": ("x.arrow", lambda: rows_of_nothing(1 << 40), "rows, more than it has bytes"),
     "offsets": ("x.arrow", far_offsets, "cannot be read"),
-    "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
+    "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is truncated)"),
     "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
     "label": (
         "x.tar",
@@ -898,7 +898,7 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content
         lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19) + bytes(END),
         "cannot be read",
     ),
-    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
+    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is truncated)"),
     "name": ("x.tar", lambda: shard("n", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
     "record": ("x.tar", lambda: shard("n", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), "of an unknown kind"),
 }

@@ -99,8 +99,8 @@ def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
     result = check(path)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[:3] == [
-        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes classes of them",
-        "Skipped 1 file:",
+        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes the folders classes",
+        "Left out, 1 file:",
         "  1 .txt",
     ]
     nested = write_set(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])

@@ -439,11 +439,11 @@ def test_sizes_must_agree(tmp_path: Path) -> None:
     )
     message = refused(tmp_path, source)
     assert "1 image of another size than the first, 4x4:\n  b.png: 5x4\n" in message
-    assert "--width and --height belong together" in refused(tmp_path, source, "--width=4")
+    assert "--width and --height must be used together" in refused(tmp_path, source, "--width=4")
     assert "give --width and --height" in refused(tmp_path, source, "--transform=center-crop")
     for transform in ("center-crop-wide", "center-crop-letterbox"):
         tall = ("--width=4", "--height=8", f"--transform={transform}")
-        assert f"--height=8 is more than --width=4: --transform={transform}" in refused(tmp_path, source, *tall)
+        assert f"--height=8 exceeds --width=4: --transform={transform}" in refused(tmp_path, source, *tall)
 
 
 def test_own_png_encoder_against_pillow() -> None:
@@ -718,7 +718,7 @@ class RunsCode:
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     trap = pickle.dumps({b"data": RunsCode(tmp_path / "trapped"), b"labels": [0]}, 2)
     path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-10-batches-py/data_batch_1": trap})
-    assert "data_batch_1: the pickle asks for posix.system" in refused(tmp_path, path)
+    assert "data_batch_1: the pickle refers to posix.system" in refused(tmp_path, path)
     code = pickle.dumps({b"data": types.SimpleNamespace()}, 2)
     path = write_tar(tmp_path / "cifar2.tar.gz", {"cifar-100-python/train": code})
     assert "types.SimpleNamespace" in refused(tmp_path, path)
@@ -744,7 +744,7 @@ def test_damaged_cifar(tmp_path: Path, batch: bytes, message: str) -> None:
 def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0]}, 2))
     links = {"cifar-100-python/train": str(tmp_path / "secret")}
-    assert "train is not a plain file" in refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
+    assert "train is not a regular file" in refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
@@ -782,7 +782,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("float.npy", "images are float64 of shape [2, 4, 4, 3]"),
         ("object.npy", "cannot be read as numpy arrays"),
         ("labels.npz", "labels are int64 of shape [3]"),
-        ("names.npz", "holds the arrays a, b: name the one with the images"),
+        ("names.npz", "holds the arrays a, b: rename the array of images"),
         (other.name, "; it holds 'photos/a'"),
     ]:
         output = refused(tmp_path, tmp_path / name)
@@ -815,10 +815,10 @@ def test_existing_destination_is_refused(tmp_path: Path) -> None:
         ("fifo", "exists: remove it"),
         ("empty.zip", "exists: remove it"),  # a folder
         ("/dev/null", "exists: remove it"),
-        ("/dev/null/x.zip", "/dev/null is no folder"),
-        ("src/1.png/x.zip", "src/1.png is no folder"),
-        ("src/1.png/new/x", "src/1.png is no folder"),
-        ("dangling.zip/x", "dangling.zip is no folder"),
+        ("/dev/null/x.zip", "/dev/null is not a folder"),
+        ("src/1.png/x.zip", "src/1.png is not a folder"),
+        ("src/1.png/new/x", "src/1.png is not a folder"),
+        ("dangling.zip/x", "dangling.zip is not a folder"),
         ("src/out", "lies in --source="),
         ("src/new/out", "lies in --source="),
         ("alias/out", "lies in --source="),
@@ -913,7 +913,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_sizes_that_nobody_could_read_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
     source = write_files(tmp_path / "src", {"1.png": as_file(random_images(8, 8, 3))})
     message = refused(tmp_path, source if kind == "files" else "shapes", *options)
-    assert "a side of the images of a set has at most 8000 pixels: choose a smaller size" in message
+    assert "images of a dataset have at most 8000 pixels per side: choose a smaller size" in message
 
 
 def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -923,7 +923,7 @@ def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, mon
     build(tmp_path / "large.npy", tmp_path / "fits.zip")
     for options, size in [(("--channels=4",), "100x100 pixels and 4"), (("--pad=1",), "102x102 pixels and 3")]:
         message = refused(tmp_path, tmp_path / "large.npy", *options)
-        assert f"image 0: an image of {size} channels is more than can be read from a set: choose a" in message
+        assert f"image 0: an image of {size} channels exceeds the size limit of a dataset: choose a" in message
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)
     assert "100x100 pixels" in refused(tmp_path, tmp_path / "large.npy", "--channels=1")
 

@@ -158,7 +158,7 @@ def test_unknown_families_are_refused() -> None:
         ),
         (
             ["--gen=styleformer-c", "--set=generator.handover=24"],
-            "--set generator.handover=24: is no grid below 32x32 that base=(8, 8) comes by; w",
+            "--set generator.handover=24: is not a resolution below 32x32 with base=(8, 8); p",
         ),
         (
             ["--gen=styleformer-c", "--set=generator.handover=16", "--g_dict=64"],
@@ -176,7 +176,7 @@ def test_unknown_families_are_refused() -> None:
             ["--gen=styleformer-c", "--set=generator.handover=16", "--set=generator.channel_base=9"],
             "--set generator.channel_base=9: leaves no channel at 32x32",
         ),
-        (["--gen=stylegan2", "--base=12"], "--base=12,12: doubled again and again does not become 32x32"),
+        (["--gen=stylegan2", "--base=12"], "--base=12,12: cannot be doubled to 32x32"),
         (
             ["--gen=stylegan2", "--set=generator.channel_base=16"],
             "--set generator.channel_base=16: leaves no channel at 32x32",

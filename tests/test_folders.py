@@ -130,12 +130,12 @@ def test_hidden_folders_that_cannot_be_listed_stop_nothing(tmp_path: Path, monke
 LAYOUTS = {  # files -> classes of each and a note
     ("cat/1", "dog/1"): (["cat", "dog"], None),
     ("cat/x/1", "dog/1"): (["cat", "dog"], None),
-    ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: classes are looked for in it"),
-    ("a/b/cat/1", "a/b/dog/x/1"): (["cat", "dog"], "everything is in a/b/: classes are looked for in it"),
-    ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: the folders in"),
-    ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: the folders in them are"),
-    ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: the folders in them are the"),
-    ("train/1", "val/1"): (["train", "val"], "train/ and val/ look like splits, and are taken as classes, because"),
+    ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: looking for classes in this folder"),
+    ("a/b/cat/1", "a/b/dog/x/1"): (["cat", "dog"], "everything is in a/b/: looking for classes in this folder"),
+    ("train/cat/1", "val/cat/1", "val/dog/1"): (["cat", "cat", "dog"], "train/ and val/ are splits: their subfolders"),
+    ("Training/cat/1", "Test/dog/1"): (["dog", "cat"], "Test/ and Training/ are splits: their subfolders are"),
+    ("d/train/cat/1", "d/test/dog/1"): (["dog", "cat"], "test/ and train/ are splits: their subfolders are the"),
+    ("train/1", "val/1"): (["train", "val"], "train/ and val/ look like splits, but are used as classes, because"),
     ("cat/1", "cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
     ("a/cat/1", "a/cat/2"): (["cat", "cat"], "all images are of one class, 'cat': leave out --labels-from-folders"),
 }
@@ -172,7 +172,7 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", images("x/cat/1.png", "x/cat/2.png", "x/owl/1.png"))
     labels, _, output = build_labels(source, tmp_path / "out.zip")
     assert labels == []
-    assert "Note: images are in 2 folders: cat 2, owl 1: --labels-from-folders makes classes of them\n" in output
+    assert "Note: images are in 2 folders: cat 2, owl 1: --labels-from-folders makes the folders classes\n" in output
     for name, files in [
         ("shards", images("00000/1.png", "00001/1.png")),
         ("flat", images("1.png", "2.png")),
@@ -189,7 +189,7 @@ def test_folders_in_a_tar_file_are_classes(tmp_path: Path) -> None:
     labels, names, _ = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
     assert (labels, names) == ([0, 1, 0], ["cat", "dog"])
     _, _, output = build_labels(source, tmp_path / "plain.zip")
-    assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders makes classes of them\n" in output
+    assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders makes the folders classes\n" in output
 
 
 def test_many_classes_are_summed_up() -> None:
@@ -222,7 +222,7 @@ def test_sparse_class_numbers_are_said(tmp_path: Path) -> None:
     files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
     labels, names, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert (labels, names) == ([1, 0], ["7", "20190"])
-    assert "Note: class numbers go up to 20190, but only 2 of them occur: they are renumbered from 0" in output
+    assert "Note: class numbers go up to 20190, but only 2 of them occur: the classes are renumbered from 0" in output
     assert "\n2 classes: 7 1, 20190 1\n" in output
 
 
@@ -251,7 +251,7 @@ def test_a_dataset_json_beside_some_images_does_not(tmp_path: Path) -> None:
     files = images("a.png", "set/b.png") | {"set/dataset.json": b'{"labels": [["b.png", 0]]}'}
     labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert labels == []
-    assert "Note: set/dataset.json is not read, because images lie outside its folder: to use it, give that" in output
+    assert "Note: set/dataset.json is not read, because images lie outside its folder: to use it, give its" in output
 
 
 @pytest.mark.parametrize("key", ["Labels", "LABELS"])
@@ -355,13 +355,13 @@ def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", files)
     (note,) = ImageDataset(DatasetConfig(path=str(source), use_labels=True, max_images=1)).notes
     assert note == (
-        "class numbers go up to 20190, but only 2 of them occur: building the set with dataset_tool.py renumbers them "
-        "from 0"
+        "class numbers go up to 20190, but only 2 of them occur: building a dataset with dataset_tool.py renumbers "
+        "the classes from 0"
     )
 
 
 def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
     files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
-    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in refused(
+    assert "dataset.json has no label for 'preview.gif': label all images, or remove" in refused(
         tmp_path, write_files(tmp_path / "in", files)
     )

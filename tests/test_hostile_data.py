@@ -389,8 +389,8 @@ def repeated_text() -> bytes:
 
 
 PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
-    "names": ({"batches.meta": pickled({b"label_names": shared(60)})}, "no list of texts"),
-    "names in tuples": ({"batches.meta": pickled({b"label_names": [(1, b"a")]})}, "no list of texts"),
+    "names": ({"batches.meta": pickled({b"label_names": shared(60)})}, "no list of strings"),
+    "names in tuples": ({"batches.meta": pickled({b"label_names": [(1, b"a")]})}, "no list of strings"),
     "labels": (
         {"data_batch_1": pickled({b"data": np.zeros((1, 3072), np.uint8), b"labels": shared(60)})},
         "class numbers",
@@ -400,8 +400,8 @@ PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
         "class numbers",
     ),
     "keys": ({"batches.meta": shared_tuples()}, "batches.meta cannot be read"),
-    "repeated": ({"batches.meta": repeated_text()}, "more bytes than letters"),
-    "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more than the 100000 parts"),
+    "repeated": ({"batches.meta": repeated_text()}, "encode to more bytes"),
+    "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more parts than the limit of 100000"),
     "claim": ({"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."}, "batches.meta cannot be read"),
     "set": ({"batches.meta": b"\x80\x04\x8f(K\1\x90."}, "batches.meta cannot be read"),
     "persistent": ({"batches.meta": b"P1\n."}, "batches.meta cannot be read"),
@@ -428,7 +428,7 @@ def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
 FIRST = header("cifar-10-batches-py/x", 0)
 TARS: dict[str, tuple[bytes, str]] = {
     "claim": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
-    "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a plain file of a possible size"),
+    "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a regular file within the size limit"),
     "PAX": (FIRST + header("pax", 7 << 30, tarfile.XHDTYPE), "is damaged"),
     "digits": (FIRST + header("pax", 400_000, tarfile.XHDTYPE) + b"1" * 400_384 + bytes(1024), "holds no uint8 array"),
     "long name": (FIRST + header("name", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
@@ -438,8 +438,8 @@ TARS: dict[str, tuple[bytes, str]] = {
     ),
     "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "whole 96x96 images"),
     "many": (FIRST * 101, "more than 100 members"),
-    "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a plain file"),
-    "twice": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),
+    "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a regular file"),
+    "twice": (tar_of(small_cifar())[:-1024] * 2, "not a regular file"),
     "STL": (header("stl10_binary/train_X.bin", 27648 * 10**5) + bytes(512), "is damaged"),
 }
 
@@ -481,7 +481,7 @@ def test_arrays_that_unpack_out_of_proportion(tmp_path: Path, method: int, monke
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("images.npy", buffer.getvalue())
     refuse(tmp_path, path, "unpacks to", 50 * MB)
-    with in_bounds(10 * MB), pytest.raises(ValueError, match="save it uncompressed, by numpy"):
+    with in_bounds(10 * MB), pytest.raises(ValueError, match="save it uncompressed, with numpy"):
         bounds.load_npz(path)
 
 
@@ -490,7 +490,7 @@ def test_arrays_of_any_size_are_read_uncompressed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     masks = np.zeros((100, 128, 128), bool)
     np.savez_compressed(tmp_path / "masks.npz", images=masks)
-    with pytest.raises(ValueError, match="save it uncompressed, by numpy"):
+    with pytest.raises(ValueError, match="save it uncompressed, with numpy"):
         bounds.load_npz(tmp_path / "masks.npz")
     np.savez(tmp_path / "masks.npz", images=masks)
     assert np.array_equal(bounds.load_npz(tmp_path / "masks.npz")["images"], masks)

@@ -51,12 +51,12 @@ def test_files_missing_of_a_total_are_an_error(
     result = run(*command)
     assert result.exit_code == (2 if message else 0), result.output
     assert message in result.stderr
-    assert ("by --skip-bad" in result.stderr) == bool(message)
+    assert ("with --skip-bad" in result.stderr) == bool(message)
     if message:
         result = run(*command, "--skip-bad")
         assert result.exit_code == 0, result.output
         assert message.rstrip(":") in result.stdout
-        assert "those that are there are read" in result.stdout
+        assert "the existing files are read" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_gaps_in_the_numbers_of_shards_are_noted(tmp_path: Path, names: list[str
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
     assert result.exit_code == 0, result.output
     assert ("Note: no file has the number" in result.stdout) == bool(numbers)
-    assert not numbers or f"the number {numbers}, though" in result.stdout
+    assert not numbers or f"the number {numbers}, but files" in result.stdout
 
 
 def keep(folder: Path, names: list[str], suffix: str) -> Path:
@@ -101,7 +101,7 @@ def keep(folder: Path, names: list[str], suffix: str) -> Path:
         (
             ["x/train/cat/0", "x/train/0", "x/val/dog/0"],
             "auto",
-            "the splits classes by --labels-from-folders=2",
+            "the splits as classes with --labels-from-folders=2",
         ),
         (["train/cat/0", "test/0"], "1", "2 classes: test 1, train 1"),
         (["train/cat/0", "test/0"], "2", "'test/0.png' is in none: move them into one, or give a smaller level, as"),
@@ -150,12 +150,12 @@ def write_json(*pairs: tuple[str, int]) -> bytes:
     ("json_name", "names", "note"),
     [
         ("dataset.json", "{}", ""),
-        ("dataset.json", "./{}", "dataset.json: the label of './a/x.png' is taken for 'a/x.png', from the top"),
-        ("dataset.json", ".\\{}", r"the label of '.\\a/x.png' is taken for 'a/x.png', from the top"),
+        ("dataset.json", "./{}", "dataset.json: the label of './a/x.png' is assigned to 'a/x.png'"),
+        ("dataset.json", ".\\{}", r"the label of '.\\a/x.png' is assigned to 'a/x.png'"),
         ("Dataset.json", "{}", "Dataset.json is read as dataset.json"),
         ("DATASET.JSON", "./{}", "DATASET.JSON is read as dataset.json"),
-        ("a/dataset.json", "{}", "a/dataset.json: the label of 'a/x.png' is taken for 'a/x.png', from the top"),
-        ("a/dataset.json", "./{}", "a/dataset.json: the label of './a/x.png' is taken for 'a/x.png', from the top"),
+        ("a/dataset.json", "{}", "a/dataset.json: the label of 'a/x.png' is assigned to 'a/x.png'"),
+        ("a/dataset.json", "./{}", "a/dataset.json: the label of './a/x.png' is assigned to 'a/x.png'"),
         ("a/DataSet.json", "{}", "a/DataSet.json is read: all images are in its folder"),
     ],
 )
@@ -190,7 +190,7 @@ def test_labels_of_images_that_are_not_there_are_noted(tmp_path: Path, extra: li
     pairs = [(name, 1) for name in [*extra, "a.png"]]
     source = write_files(tmp_path / "in", {"a.png": PNG, "dataset.json": write_json(*pairs)})
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
-    assert f"Note: dataset.json has labels of images that are not there: {note}" in result.stdout
+    assert f"Note: dataset.json has labels of missing images: {note}" in result.stdout
     assert result.exit_code == 0
     (remark,) = ImageDataset(DatasetConfig(path=str(source))).notes
     assert remark.endswith(note.rstrip("\n"))
@@ -216,7 +216,7 @@ def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str
 )
 def test_labels_in_folders_of_tables_are_not_lost(tmp_path: Path, names: list[str]) -> None:
     message = refused(tmp_path, write_parts(tmp_path / "set", names))
-    assert "the labels are in names of folders, such as '" in message
+    assert "the labels are in folder names, such as '" in message
     assert f"parquet.write_table(parquet.read_table('{tmp_path / 'set'}'), 'FILE.parquet')" in message
 
 
@@ -245,8 +245,8 @@ def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: st
         table = pa.table({"image": [PNG], "label": [unknown]})
         pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "test.parquet")
     message = refused(tmp_path, tmp_path / "set", "--split=all")
-    assert "label -1 means that the class is not known" in message
-    assert "choose a split of images with labels by --split=NAME" in message
+    assert "label -1 means that the class is unknown" in message
+    assert "choose a labelled split with --split=NAME" in message
 
 
 LOGO = {"logo.png": as_file(random_images(9, 9, 3))}
@@ -273,7 +273,7 @@ def test_what_only_a_build_can_read_is_answered_with_its_command(tmp_path: Path,
     source = write_files(tmp_path / "my set", files)
     result = run("check", str(source))
     assert result.exit_code == 2
-    assert f"{source} holds a data set {message}, not in images: build a set of it: python data" in result.stderr
+    assert f"{source} holds a dataset {message}, not image files: build a dataset from it: python data" in result.stderr
     assert f"dataset_tool.py '--source={source}' '--dest=data/my set.zip'" in result.stderr
     with pytest.raises(UserError) as error:
         ImageDataset(DatasetConfig(path=str(source)))
@@ -286,7 +286,7 @@ def test_files_that_only_a_build_can_read_are_answered_with_its_command(tmp_path
     result = run("check", str(tmp_path / name))
     assert result.exit_code == 2
     assert (
-        f"build a set of it: python dataset_tool.py --source={tmp_path / name} --dest=data/{name}.zip\n"
+        f"build a dataset from it: python dataset_tool.py --source={tmp_path / name} --dest=data/{name}.zip\n"
         in result.stderr
     )
 

@@ -503,7 +503,7 @@ def test_image_size_that_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "text"),
     [
-        ({"layers": (1, 3)}, "layers", "has 3"),
+        ({"layers": (1, 3)}, "layers", "one entry per resolution, 3 with widths"),
         ({"layers": (1, 0, 3)}, "layers", "each must be at least 1"),
         ({"widths": (256, 0, 16)}, "widths", "each must be at least 1"),
         ({"widths": (256, 100, 16)}, "widths", "100 is not a multiple of its 3 heads .* 99 or 102"),

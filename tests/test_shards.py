@@ -96,11 +96,11 @@ BAD: dict[str, tuple[str, list[Any], list[str]]] = {
     "several in a text": ("cls", ["1 2"] * N, ["'a/000': label [1, 2]: several labels", "[0, 1, 0, 1]"]),
     "several with commas": ("label", ["1, 2", "3,4", "1", "2", "3"], ["'a/002': label 1"]),
     "several in lines": ("cls", ["0\n5"] * N, ["several labels"]),
-    "more dots": ("05.0.cls", ["0"] * N, ["'a/000.05.0.cls'", "no further dots in names"]),
+    "more dots": ("05.0.cls", ["0"] * N, ["'a/000.05.0.cls'", "without dots in the names"]),
     "more dots in some": (
         "coarse.class",
         ["0", None, None, None, None],
-        ["'a/000.coarse.class'", "no further dots in names"],
+        ["'a/000.coarse.class'", "without dots in the names"],
     ),
     "object": ("json", [json.dumps({"label": {}})] * N, ["sample 'a/000'", "label {}"]),
 }
@@ -300,7 +300,9 @@ def test_a_dataset_json_that_is_not_read_is_noted(tmp_path: Path) -> None:
     write(tmp_path / "set" / "1.tar", [("z.png", PNGS[2])])
     source = opened(tmp_path / "set")
     assert (source.labels, len(source)) == (None, 3)
-    assert source.notes[0] == "dataset.json is not read: to use it, unpack all 2 shards into a folder, and give that"
+    assert (
+        source.notes[0] == "dataset.json is not read: to use it, unpack all 2 shards into a folder, and give the folder"
+    )
     path = write(tmp_path / "missing.tar", [*images, member])
     assert "missing.tar: dataset.json has no label for 'x/0.png'" in refused(tmp_path, path)
     assert len(build(path, tmp_path / "made.zip", "--labels-from-folders")[0]) == 2
@@ -381,7 +383,7 @@ def test_members_that_are_no_plain_files_are_counted(tmp_path: Path, kind: str, 
         if images:
             assert opened(path).left_out == ({listed: ["x/0.png"]} if listed else {})
             output = run(f"--source={path}", f"--dest={tmp_path / 'made.zip'}").output
-            assert (": to use them, unpack it into a folder, and give that\n" in output) == bool(listed)
+            assert (": to use them, unpack the archive into a folder, and give the folder\n" in output) == bool(listed)
         else:
             what = listed.replace("links", "link").replace("files", "file") if listed else "nothing"
             assert f"it holds {'1 ' if listed else ''}{what}" in refused(tmp_path, path)
@@ -405,7 +407,7 @@ def test_archives_that_are_cut_off_are_damaged(tmp_path: Path, pack: Callable[[b
     path = tmp_path / "set.tar"
     whole = archive_of(range(4))
     path.write_bytes(pack(whole[: 512 * blocks]))
-    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in refused(tmp_path, path)
+    assert ("set.tar is damaged (it is truncated)" if blocks else "of an unknown kind") in refused(tmp_path, path)
     path.write_bytes(pack(whole[: 512 * 9]))  # one block of zeros is an end: some programs write no more
     assert len(opened(path)) == 4
 
@@ -433,4 +435,4 @@ def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("training.data_sources.items.MAX_IMAGE_BYTES", 3000)
     contents = [item.content for item in opened(path)]
     assert [isinstance(content, BrokenImageError) for content in contents] == [False, True, False]
-    assert str(contents[1]) == "4000 bytes, more than the 3000 of an image: save it smaller"
+    assert str(contents[1]) == "4000 bytes, more than the limit of 3000 for an image: reduce its size"

@@ -99,7 +99,7 @@ def test_the_size_of_a_preset_is_that_of_its_name() -> None:
          "does not support: rebuild the dataset with --width=16 --height=16, or give --base=10"),
         ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
-        ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): doubled again and again does not become"),
+        ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): cannot be doubled to"),
         ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): with base=(8, 8) this does not make images of 1"),
         ({"widths": (64, 64, 64), "base": (12, 12)}, (32, 32), "widths=(64, 64, 64): with base=(12, 12) this does"),
     ],

@@ -308,7 +308,7 @@ def test_fit_chooses_what_is_open() -> None:
     assert config.fit(512, 512).channel_base == 2 * config.fit(256, 256).channel_base == 32768
     assert dataclasses.replace(config, base=(3, 4)).fit(48, 64).grids == ((3, 4), (6, 8), (12, 16), (24, 32), (48, 64))
     assert dataclasses.replace(config, channel_base=999).fit(64, 64).channel_base == 999
-    with pytest.raises(ConfigError, match=r"base=\(4, 4\).*48x48.*what does: 48x48, 24x24, 12x12, 6x6, 3x3") as caught:
+    with pytest.raises(ConfigError, match=r"base=\(4, 4\).*48x48.*possible: 48x48, 24x24, 12x12, 6x6, 3x3") as caught:
         config.fit(48, 48)
     assert caught.value.field == "base"
     with pytest.raises(ConfigError, match=r"channel_base=32.*at least 64"):

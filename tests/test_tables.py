@@ -94,7 +94,7 @@ def test_labels(tmp_path: Path, kind: str) -> None:
 
 
 BAD: dict[str, tuple[Any, list[str]]] = {
-    "two columns": (pa.table({"left": STRUCTS, "right": STRUCTS}), ["left", "right", "struct<", "name one of them"]),
+    "two columns": (pa.table({"left": STRUCTS, "right": STRUCTS}), ["left", "right", "struct<", "rename the column"]),
     "no column": (pa.table({"caption": ["a"]}), ["no column holds images", "caption (string)"]),
     "no rows": (pa.table({"image": STRUCTS[:0]}), ["holds no rows"]),
     "a hole": (labelled([0, None, 1, 0, None, 1]), ["row 1, column 'label' has no label", "2 of 6"]),
@@ -181,7 +181,7 @@ def test_splits(tmp_path: Path) -> None:
     write(folder / "data" / "dev.parquet", labelled([0] * N)[:1])
     assert "splits test 3, validation 1: choose one as --split=NAME" in refused(tmp_path, folder)
     write(folder / "other" / "dev.parquet", labelled([0] * N))
-    assert "several data sets, with a dev.parquet in each of data, other" in refused(tmp_path, folder)
+    assert "several datasets, with a dev.parquet in each of data, other" in refused(tmp_path, folder)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -199,7 +199,7 @@ def test_configurations_are_refused(tmp_path: Path, suffix: str, names: tuple[st
     for name in names:
         write(tmp_path / "set" / f"{name}.{suffix}", labelled([0] * N))
     message = refused(tmp_path, tmp_path / "set")
-    assert "set holds several data sets, with a " in message
+    assert "set holds several datasets, with a " in message
     assert "fr" not in message
     assert ("in each of ., de: give" if names[0] == "data" else "in each of de") in message
 
@@ -257,7 +257,7 @@ def test_rows_that_are_too_large_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("training.data_sources.items.MAX_IMAGE_BYTES", 3000)
     contents = [item.content for item in opened(path)]
     assert contents[::2] == [PNGS[0], b""]
-    assert str(contents[1]) == "4000 bytes, more than the 3000 of an image: save it smaller"
+    assert str(contents[1]) == "4000 bytes, more than the limit of 3000 for an image: reduce its size"
 
 
 @pytest.mark.parametrize("content", ["images", "tables", "both"])
@@ -354,4 +354,4 @@ def test_values_that_repeat_are_bounded(tmp_path: Path, monkeypatch: pytest.Monk
             pass
     monkeypatch.setattr(parquet_file, "_FREE_ROWS", 500)
     write(path, pa.table({"image": PNGS[:1] * 20_000}))
-    assert "20000 rows, more than bytes" in refused(tmp_path, path)
+    assert "20000 rows, more than it has bytes" in refused(tmp_path, path)

@@ -924,16 +924,16 @@ def test_changing_between_families_keeps_what_they_share() -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "text"),
     [
-        ({"widths": (16, 8, 4)}, "widths", r"after 16 comes 16 \(bicubic upsampling\) or 4 \(pixel shuffle\), not 8"),
+        ({"widths": (16, 8, 4)}, "widths", r"after 16 must be 16 \(bicubic upsampling\) or 4 \(pixel shuffle\), not 8"),
         ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per resolution"),
         ({"layers": (1, 1, -1)}, "layers", "each must be at least 0"),
         (
             {"w_dim": 6},
             "w_dim",
-            "without a mapping network w is z, of z_dim=5 numbers: give --z-dim and generator.w_dim",
+            "without a mapping network w is z, so it must equal z_dim=5: set --z-dim and generator.w_dim",
         ),
-        ({"window": 3}, "window", "does not divide the grid 4x8; what does: 4, 2"),
+        ({"window": 3}, "window", "does not divide the grid 4x8; possible: 4, 2"),
         ({"attention": "nystrom"}, "landmarks", "does not divide the 32 tokens of the grid 4x8"),
         ({"attention": "dense"}, "attention", "one of full, grid, axis, nystrom"),
         ({"norm": "batch"}, "norm", "one of token, layer"),
@@ -954,9 +954,9 @@ def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
         ({"widths": (5, 2, 4)}, "widths", "multiple of the 2 heads, 5 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per scale"),
         ({"local_layers": (3, 0, 0)}, "local_layers", "between 0 and the number of blocks"),
-        ({"img_size": (12, 16)}, "img_size", "3 scales from patches of 2 need sides that 8 divides"),
-        ({"window": 3}, "window", "does not divide the grid 8x16; what does: 8, 4, 2"),
-        ({"patch": 1, "overlap": True}, "overlap", "patches of an even size"),
+        ({"img_size": (12, 16)}, "img_size", "3 scales from patches of 2 need sides divisible by 8"),
+        ({"window": 3}, "window", "does not divide the grid 8x16; possible: 8, 4, 2"),
+        ({"patch": 1, "overlap": True}, "overlap", "needs an even patch size"),
     ],
 )
 def test_discriminator_config_errors(changes: dict[str, Any], field: str, text: str) -> None:

@@ -1,1 +1,1 @@
-"""Augmentation of the images that D sees: ADA's pipe and its stages, and DiffAugment."""
+"""Augmentation of the discriminator's input images: the ADA pipeline with its stages, and DiffAugment."""

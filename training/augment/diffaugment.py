@@ -1,9 +1,10 @@
-"""DiffAugment: differentiable transforms of real and generated images, with values drawn for each image.
+"""DiffAugment: differentiable transforms of real and generated images, with parameters drawn per image.
 
-Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", where each fires on every image; a
-transform's own probability, if it has one, comes from TransGAN's training (Jiang et al. 2021). As in stages.py,
-a transform is a `draw` of values and a deterministic `transform` of images; number and shape of the draws do not depend
-on the values, and there are two derivatives. The pipe's p is always 1 here.
+Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", where every transform is applied to
+every image. The probabilities of individual transforms follow the training setup of TransGAN (Jiang et al. 2021). As in
+stages.py, a transform consists of `draw` (random parameters) and `transform` (a deterministic, twice differentiable
+function of images and parameters). The number and shape of the random draws do not depend on their values. The p of the
+pipe is always 1 in this mode.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ ImgShape = tuple[int, int, int]  # channels, height, width
 
 
 class DiffColor(Transform):
-    """Brightness, saturation, contrast, in this order.
+    """Random brightness, saturation and contrast, in this order.
 
-        x + b,   m + s (x - m) about the mean m over the channels,   m + t (x - m) about the mean m of the image
+        x <- x + b                  b ~ U(-0.5, 0.5)
+        x <- m_c + s (x - m_c)      s ~ U(0, 2),       m_c: mean over the channels
+        x <- m + t (x - m)          t ~ U(0.5, 1.5),   m: mean over the image
 
-    b ~ U(-0.5, 0.5), s ~ U(0, 2), t ~ U(0.5, 1.5). A single channel is its own mean; a fourth, alpha,
-    stays as it is.
+    Saturation leaves one-channel images unchanged. A fourth (alpha) channel is not transformed.
     """
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class DiffColor(Transform):
 
 
 class DiffTranslation(Transform):
-    """Shift by whole pixels, up to `ratio` times the image's size along each axis; what comes in is zero."""
+    """Translation by whole pixels, up to `ratio` times the image size along each axis, with zero padding."""
 
     def __init__(self, img_shape: ImgShape, ratio: float = 0.125) -> None:
         super().__init__(img_shape)
@@ -67,15 +69,15 @@ class DiffTranslation(Transform):
 
 
 def _rounded(x: float) -> int:
-    """The nearest integer to x >= 0, halves up."""
+    """Round x >= 0 to the nearest integer, halves up."""
     return int(x + 0.5)
 
 
 class DiffCutout(Transform):
-    """Set a rectangle of half the image's height and width to zero; its centre lies anywhere in the image.
+    """Cutout of a rectangle of half the image height and width, at a random position; its pixels are set to zero.
 
-    It fires with `probability` for all images of a batch together, each with a rectangle of its own. A part of the
-    rectangle may lie outside.
+    The rectangle's centre lies in the image, so that a part of the rectangle may lie outside. The transform is applied
+    with `probability` to all images of a batch or to none; each image has its own rectangle.
     """
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
@@ -83,10 +85,7 @@ class DiffCutout(Transform):
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the rectangles [B, 4]: first row, end of the rows, first column, end of the columns.
-
-        Where it does not fire they are empty.
-        """
+        """Return the rectangles [B, 4]: row start, row end, column start, column end; empty if not applied."""
         fires = torch.rand([], dtype=images.dtype, device=images.device) < self.probability * p
         u = torch.rand([2, 2, len(images)], dtype=images.dtype, device=images.device)
         bounds = []
@@ -98,7 +97,7 @@ class DiffCutout(Transform):
         return torch.stack(bounds, dim=1)
 
     def side(self, size: int, u: Tensor) -> Tensor:
-        """Return the rectangles' sides along an axis of `size` pixels (B,) for uniform draws u (B,) in [0, 1)."""
+        """Return the sides (B,) of the rectangles along an axis of `size` pixels for uniform draws u (B,) in [0, 1)."""
         return torch.full_like(u, _rounded(size / 2))
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
@@ -111,9 +110,9 @@ class DiffCutout(Transform):
 
 
 class DiffErase(DiffCutout):
-    """Cutout of random size: height and width of each rectangle are uniform between nothing and the image's.
+    """Cutout of random size: the height and width of each rectangle are uniform between 0 and those of the image.
 
-    On average a side is half and the area a quarter of the image's, as with cutout.
+    The expected side is half and the expected area a quarter of the image's, as with `DiffCutout`.
     """
 
     def side(self, size: int, u: Tensor) -> Tensor:
@@ -121,24 +120,24 @@ class DiffErase(DiffCutout):
 
 
 class DiffFilter(FilterStage):
-    """The image filter of ADA: each of its four bands gets, with `probability` per image, a gain of 2^N."""
+    """ADA's image-space filtering: each of four frequency bands is amplified by 2^N with `probability` per image."""
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
-        least = 22
-        if min(img_shape[1:]) < least:
+        min_side = 22
+        if min(img_shape[1:]) < min_side:
             found = f"{img_shape[1]}x{img_shape[2]}"
-            problem = f"image filters need at least {least} pixels a side, the images have {found}; leave filter out"
+            problem = f"image filters need at least {min_side} pixels a side, the images have {found}; leave filter out"
             raise ConfigError("policy", ("filter",), problem)
         super().__init__("filter", img_shape)
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the bands' gains [B, 4]."""
+        """Return the gains of the bands [B, 4]."""
         return super().draw(images, self.probability * p)
 
 
 class DiffHue(ColorStage):
-    """The hue of ADA: with `probability` per image, colours turn about the grey axis by U(-pi, pi)."""
+    """ADA's hue rotation: colours rotate about the grey axis by U(-pi, pi), with `probability` per image."""
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
         if img_shape[0] not in (3, 4):
@@ -149,12 +148,12 @@ class DiffHue(ColorStage):
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the maps of (r, g, b, 1) [B, 4, 4]."""
+        """Return the affine colour maps [B, 4, 4], which act on (r, g, b, 1)."""
         return super().draw(images, self.probability * p)
 
 
-# Transforms by their name in the policy. TransGAN's paper names filter and hue, for CelebA-HQ, without equations: both
-# are taken from ADA here.
+# Transforms by policy name. The TransGAN paper lists filter and hue for CelebA-HQ without equations; the definitions
+# here are those of ADA.
 DIFFAUG: dict[str, Callable[..., Transform]] = {
     "color": DiffColor,
     "translation": DiffTranslation,
@@ -163,7 +162,7 @@ DIFFAUG: dict[str, Callable[..., Transform]] = {
     "filter": DiffFilter,
     "hue": DiffHue,
 }
-# The field of AugmentConfig that a transform is built with, if any.
+# Field of AugmentConfig that parameterizes each transform; the others have no parameter.
 PARAMETERS: dict[str, str] = {
     "translation": "translation",
     "cutout": "cutout_p",

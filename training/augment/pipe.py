@@ -1,7 +1,7 @@
-"""Augmentation: what the discriminator sees of images, and how strongly.
+"""Augmentation pipeline of the discriminator's input, and the controller of the augmentation probability.
 
-Adaptive discriminator augmentation (Karras et al. 2020b, "Training generative adversarial networks with limited data"),
-or DiffAugment (diffaugment.py).
+Implements adaptive discriminator augmentation (Karras et al. 2020b, "Training generative adversarial networks with
+limited data") and DiffAugment (diffaugment.py).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from training.augment.stages import PIPES, STAGES, Transform
 
 Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 
-# The fields that each mode reads; the flags of the others are refused.
+# Fields that each mode reads. Flags of other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "noaug": (),
     "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
@@ -27,28 +27,28 @@ MODE_FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def parse_mode(text: str) -> str:
-    """Return a mode as it is typed: `none` is another word for noaug."""
+    """Parse an augmentation mode; `none` is an alias of `noaug`."""
     return "noaug" if text == "none" else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Transforms that the discriminator sees, each of which fires with probability p."""
+    """Configuration of the augmentation: its mode, its transforms and their probabilities."""
 
     mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
-    pipe: str = setting("bgc", "Groups of ADA's transforms, for ada and fixed.", choices=tuple(PIPES))
+    pipe: str = setting("bgc", "Groups of transforms, for ada and fixed.", choices=tuple(PIPES))
     p: float | None = setting(
         None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
     )
-    target: float = setting(0.6, "Target of ADA: mean sign of D(real).", at_least=0, at_most=1)
-    ada_kimg: float = setting(500, "Speed of ADA: thousands of images in which p can move by 1.", above=0)
-    ada_interval: int = setting(4, "Steps between adjustments of ADA's p.", at_least=1)
-    max_p: float = setting(1.0, "Upper bound of ADA's p.", above=0, at_most=1)
+    target: float = setting(0.6, "ADA target for the mean sign of D(real).", at_least=0, at_most=1)
+    ada_kimg: float = setting(500, "ADA speed: thousands of images for p to change by 1.", above=0)
+    ada_interval: int = setting(4, "Number of steps between adjustments of p by ADA.", at_least=1)
+    max_p: float = setting(1.0, "Upper bound of p for ADA.", above=0, at_most=1)
     policy: tuple[str, ...] | None = setting(
         None, "Transforms of DiffAugment, in order; None: translation,cutout,color.", auto=True, choices=tuple(DIFFAUG)
     )
     translation: float = setting(
-        0.125, "Largest shift of DiffAugment's translation, as a fraction of the image's size.", at_least=0, at_most=1
+        0.125, "Maximum shift of DiffAugment's translation, as a fraction of the image size.", at_least=0, at_most=1
     )
     cutout_p: float = setting(
         1.0, "Probability of DiffAugment's cutout or erase, drawn once per micro-batch.", at_least=0, at_most=1
@@ -75,23 +75,24 @@ class AugmentConfig:
 
     @property
     def constant_p(self) -> float | None:
-        """The probability that does not change in training, None where the controller or nobody reads it."""
+        """Constant probability of modes 'diffaug' and 'fixed'; None in the other modes."""
         return 1.0 if self.mode == "diffaug" else self.p
 
 
 class AugmentPipe(nn.Module):
-    """Augment images [B, C, H, W] of `img_shape` (C, H, W) with values in about [-1, 1]; the shape stays.
+    """Augment images [B, C, H, W] of `img_shape` (C, H, W), with values roughly in [-1, 1], preserving their shape.
 
-    Each transform fires for each image with probability `p`, a scalar on the device; in mode 'diffaug' p is 1, and some
-    transforms have a probability of their own. At p = 0 images stay as they are. Twice differentiable in the images. In
-    mode 'noaug' there are no transforms. Raises ConfigError when pipe or policy cannot treat images of this shape.
+    Each transform is applied to each image with probability `p`, a scalar tensor on the device. In mode 'diffaug' p is
+    1, and some transforms have their own probability. With p = 0 the images are unchanged. In mode 'noaug' there are no
+    transforms. Twice differentiable with respect to the images. Raises ConfigError if the pipe or policy does not
+    support the image shape.
     """
 
     p: Tensor
 
     def __init__(self, config: AugmentConfig, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        # Not persistent: p belongs to the controller's state.
+        # Not persistent, because p is part of the controller's state.
         self.register_buffer("p", torch.tensor(config.constant_p or 0.0, dtype=torch.float32), persistent=False)
         self.stages = nn.ModuleList(_build_stages(config, img_shape))
 
@@ -119,12 +120,12 @@ def _build_diffaug(name: str, config: AugmentConfig, img_shape: tuple[int, int, 
 
 
 class AdaController:
-    """Moves p of a pipe so that the discriminator's overfitting r = E[sign D(real)] stays at the target.
+    """Controller that adjusts p of a pipe to keep the overfitting heuristic r = E[sign D(real)] at the target.
 
         p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
 
-    Karras et al. 2020b, section 3. r is the mean since the last adjustment. All of it stays on the device. In modes
-    other than 'ada' p never moves.
+    Karras et al. 2020b, section 3. r is averaged since the last adjustment. All values stay on the device. In modes
+    other than 'ada' p is constant.
     """
 
     def __init__(self, config: AugmentConfig, pipe: AugmentPipe) -> None:
@@ -134,16 +135,16 @@ class AdaController:
         self.count = torch.zeros_like(pipe.p)
 
     def observe(self, mean_sign: Tensor, skip: Tensor) -> None:
-        """Add up the mean of sign(D(real)) over a step's global batch, a scalar; once per step on every rank.
+        """Accumulate the mean of sign(D(real)) over the global batch of a step, a scalar. Call once per step and rank.
 
-        Where `skip`, a boolean scalar on the device, is true, the mean is not finite and does not count.
+        `skip`, a boolean scalar on the device, is true if the mean is not finite; such a step is ignored.
         """
         if self.config.mode == "ada":
             self.sign_sum += torch.where(skip, 0, mean_sign.detach())
             self.count += ~skip
 
     def update(self, step: int, batch_size: int) -> None:
-        """Adjust p if it is due at `step`, the number of steps done; `batch_size` images made a step."""
+        """Adjust p every `ada_interval` steps. `step` counts completed steps; `batch_size` is the global batch size."""
         if self.config.mode != "ada" or step % self.config.ada_interval != 0:
             return
         change = batch_size * self.config.ada_interval / (self.config.ada_kimg * 1000)
@@ -153,14 +154,14 @@ class AdaController:
         self.count.zero_()
 
     def is_saturated(self, p: float) -> bool:
-        """Say whether p, as read from the device, has reached its upper bound: the data may be too few for ADA."""
+        """Return whether p (read from the device) is at its upper bound, which suggests too little data for ADA."""
         return self.config.mode == "ada" and (p >= self.config.max_p or isclose(p, self.config.max_p, rel_tol=1e-6))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"p": self.pipe.p, "sign_sum": self.sign_sum, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy a state in; raises ValueError when its names are not those of `state_dict`."""
+        """Restore a state in place. Raises ValueError if its keys differ from those of `state_dict`."""
         own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(f"state of the ADA controller has {sorted(state)}, expected {sorted(own)}")

@@ -1,18 +1,18 @@
-"""The transforms of adaptive discriminator augmentation, and the five stages that apply them.
+"""Transforms of adaptive discriminator augmentation, and the five stages that apply them.
 
 Karras et al. 2020b, "Training generative adversarial networks with limited data", appendix B.
 
-A stage splits its work in two: `draw` turns random numbers into one neutral or active value per image, `transform` is
-a deterministic function of images and values. So any transform can be forced, in a test or for a picture:
+A stage has two parts: `draw` draws the random parameters of each image, neutral with probability 1 - p, and `transform`
+is a deterministic function of images and parameters. A transform can therefore be forced, in a test or for a figure:
 
     ColorStage("color", (3, 32, 32)).transform(images, contrast(u, n, (32, 32)))
 
-To add a geometric or a colour transform, write its matrix as a function and give it a row in GEOMETRY or COLOR, with a
-group of its own, and add a pipe that names the group to PIPES: pipes that do not name it stay what they are, to the
-last draw. To add another kind, write a AugmentStage and give it a place in STAGES.
+To add a geometric or colour transform, write a function that returns its matrix, add a row with a new group to GEOMETRY
+or COLOR, and add a pipe with that group to PIPES. Existing pipes are unaffected, including their random draws. To add
+another kind of transform, write an AugmentStage and insert it into STAGES.
 
-Randomness comes from torch's global generators, in the same number of draws whatever fires; nothing here waits for the
-device.
+Random numbers come from torch's global RNGs. The number of draws does not depend on their values, and no operation
+synchronizes with the device.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ from dnnlib.config import ConfigError
 from torch_utils.ops.grid_sample import grid_sample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-# What `--augpipe` may say, and the groups of transforms that it switches on.
+# Values of `--augpipe` and the groups of transforms that each one enables.
 PIPES: dict[str, tuple[str, ...]] = {
     "blit": ("blit",),
     "geom": ("geom",),
@@ -52,10 +52,11 @@ MatrixFunction = Callable[[Tensor, Tensor, Size], Tensor]
 
 @dataclass(frozen=True)
 class MatrixTransform:
-    """A transform that is a matrix per image.
+    """Transform defined by one matrix per image.
 
-    `matrix(u, n, size)` makes the matrices [B, k, k] from uniform draws u [2, B] in [0, 1) and standard normal draws
-    n [2, B]; `chance(p)` is the probability that it fires; without RGB channels the `rgb_only` ones are left out.
+    `matrix(u, n, size)` returns the matrices [B, k, k] for uniform draws u [2, B] in [0, 1) and standard normal draws
+    n [2, B]. `chance(p)` is the probability of applying the transform. Transforms with `rgb_only` are skipped for
+    images without RGB channels.
     """
 
     name: str
@@ -66,14 +67,14 @@ class MatrixTransform:
 
 
 def groups_of(transforms: Sequence[MatrixTransform]) -> tuple[str, ...]:
-    """Return the groups of transforms, each once."""
+    """Return the distinct groups of the transforms, in order."""
     return tuple(dict.fromkeys(transform.group for transform in transforms))
 
 
 def draw_matrices(
     transforms: Sequence[MatrixTransform], B: int, p: Tensor, size: Size, like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Draw the matrices [B, k, k] of each transform for B images, of the type and on the device of `like`."""
+    """Draw the matrices [B, k, k] of each transform for B images, with the dtype and device of `like`."""
     T = len(transforms)
     u = torch.rand([T, 3, B], dtype=like.dtype, device=like.device)
     n = torch.randn([T, 2, B], dtype=like.dtype, device=like.device)
@@ -83,7 +84,10 @@ def draw_matrices(
 def gate_matrices(
     transforms: Sequence[MatrixTransform], u: Tensor, n: Tensor, p: Tensor, size: Size
 ) -> tuple[Tensor, ...]:
-    """Return the transforms' matrices [B, k, k] for draws u [T, 3, B], n [T, 2, B]; the identity where u[:, 2] >= p."""
+    """Return the matrices [B, k, k] of T transforms for draws u [T, 3, B] and n [T, 2, B].
+
+    A matrix is the identity where u[:, 2] >= chance(p).
+    """
     matrices = torch.stack([t.matrix(u[i, :2], n[i], size) for i, t in enumerate(transforms)])  # (T, B, k, k)
     chances = torch.stack([t.chance(p) for t in transforms])  # (T,)
     fires = u[:, 2] < chances[:, None]  # (T, B)
@@ -100,12 +104,12 @@ def stack_matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tens
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices [B, k, k] in full precision: matmul could be set to TF32, too coarse for pixel coordinates."""
+    """Multiply matrices [B, k, k] in full precision; matmul may use TF32, which is too coarse for pixel coordinates."""
     return (a[:, :, :, None] * b[:, None, :, :]).sum(dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Geometry: the inverse of each transform, 3x3 on (x, y, 1), in pixels from the image centre, x right and y down.
+# Geometry: inverse transforms as 3x3 matrices on (x, y, 1), in pixels from the image centre, x to the right and y down.
 
 
 def diagonal(x: Tensor, y: Tensor) -> Tensor:
@@ -122,54 +126,54 @@ def rotation(angle: Tensor) -> Tensor:
 
 
 def xflip(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Mirror left and right in half of the cases."""
+    """Horizontal flip with probability 1/2."""
     sign = 1 - 2 * (2 * u[0]).floor()
     return diagonal(sign, torch.ones_like(sign))
 
 
 def rotate90(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Rotate by 0, 90, 180 or 270 degrees."""
+    """Rotation by 0, 90, 180 or 270 degrees."""
     return rotation((4 * u[0]).floor() * (pi / 2))
 
 
 def xint(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Shift by whole pixels, up to an eighth of the image along each axis."""
+    """Translation by whole pixels, up to 1/8 of the image size along each axis."""
     H, W = size
     t = (2 * u - 1) * 0.125  # (2, B)
     return translation(-(t[0] * W).round(), -(t[1] * H).round())
 
 
 def scale(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Enlarge by 2^(0.2 N)."""
-    shrink = (-0.2 * n[0]).exp2()
-    return diagonal(shrink, shrink)
+    """Isotropic scaling by 2^(0.2 N)."""
+    inverse = (-0.2 * n[0]).exp2()
+    return diagonal(inverse, inverse)
 
 
 def rotate(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Rotate by any angle."""
+    """Rotation by U(-pi, pi)."""
     return rotation((2 * u[0] - 1) * pi)
 
 
 def aniso(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Stretch x by 2^(0.2 N) and shrink y by as much."""
+    """Anisotropic scaling: x by 2^(0.2 N), y by the reciprocal."""
     stretch = (0.2 * n[0]).exp2()
     return diagonal(1 / stretch, stretch)
 
 
 def xfrac(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Shift by 0.125 N of the image along each axis."""
+    """Translation by 0.125 N times the image size along each axis."""
     H, W = size
     t = 0.125 * n  # (2, B)
     return translation(-t[0] * W, -t[1] * H)
 
 
 def rotation_chance(p: Tensor) -> Tensor:
-    """The probability at which one or both of two rotations fire with probability p."""
+    """Return the probability per rotation such that at least one of two rotations is applied with probability p."""
     return 1 - (1 - p).clamp(0, 1).sqrt()
 
 
-# In order of application: the image is flipped first and shifted by fractions last. Rotations before and after the
-# anisotropic scaling let it act along any direction.
+# In order of application, from the flip to the fractional translation. The rotations before and after the anisotropic
+# scaling make its direction random.
 GEOMETRY = (
     MatrixTransform("xflip", "blit", xflip),
     MatrixTransform("rotate90", "blit", rotate90),
@@ -183,8 +187,8 @@ GEOMETRY = (
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Colour: 4x4 on (r, g, b, 1). v is the luma axis (1, 1, 1) / sqrt(3); what commutes with rotations about it by a third
-# of a turn has circulant matrices.
+# Colour: 4x4 matrices on (r, g, b, 1). v = (1, 1, 1) / sqrt(3) is the luma axis. Transforms that commute with rotations
+# by 120 degrees about v have circulant matrices.
 
 
 def circulant(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -192,32 +196,32 @@ def circulant(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def brightness(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Add 0.2 N to all channels."""
+    """Brightness: add 0.2 N to all channels."""
     t = 0.2 * n[0]
     return stack_matrix([[1.0, 0.0, 0.0, t], [0.0, 1.0, 0.0, t], [0.0, 0.0, 1.0, t], [0.0, 0.0, 0.0, 1.0]], like=t)
 
 
 def contrast(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Multiply all channels by 2^(0.5 N)."""
+    """Contrast: multiply all channels by 2^(0.5 N)."""
     s = (0.5 * n[0]).exp2()
     return circulant(s, torch.zeros_like(s), torch.zeros_like(s))
 
 
 def lumaflip(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Mirror the luma and keep the chroma, I - 2 v v^T, in half of the cases."""
+    """Luma flip I - 2 v v^T, which preserves the chroma, with probability 1/2."""
     part = (2 * u[0]).floor() * (-2 / 3)
     return circulant(1 + part, part, part)
 
 
 def hue(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Rotate about the luma axis by any angle."""
+    """Hue rotation about the luma axis by U(-pi, pi)."""
     angle = (2 * u[0] - 1) * pi
     even, odd = (1 - angle.cos()) / 3, angle.sin() / sqrt(3)
     return circulant(1 - 2 * even, even - odd, even + odd)
 
 
 def saturation(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Multiply the chroma by 2^N: v v^T + 2^N (I - v v^T)."""
+    """Saturation: multiply the chroma by 2^N, v v^T + 2^N (I - v v^T)."""
     s = n[0].exp2()
     return circulant((1 + 2 * s) / 3, (1 - s) / 3, (1 - s) / 3)
 
@@ -237,9 +241,9 @@ COLOR = (
 
 
 class Transform(nn.Module, ABC):
-    """Something that happens to images of the shape (C, H, W), in two parts: draws, and what follows from them."""
+    """Base class of random transforms of images (C, H, W), split into random draws and a deterministic function."""
 
-    is_deterministic: ClassVar[bool] = True  # on CUDA, with its derivatives
+    is_deterministic: ClassVar[bool] = True  # forward and derivatives on CUDA
 
     def __init__(self, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -248,20 +252,20 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Draw a value for each of the images [B, C, H, W], the neutral one with probability 1 - p."""
+        """Draw the parameters of each image of [B, C, H, W], neutral with probability 1 - p."""
 
     @abstractmethod
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        """Apply the values [B, ...], one for each of the images [B, C, H, W]."""
+        """Transform images [B, C, H, W] with parameters [B, ...]."""
 
     def forward(self, images: Tensor, p: Tensor) -> Tensor:
         return self.transform(images, self.draw(images, p))
 
 
 class AugmentStage(Transform):
-    """A part of the pipeline, used when one of its `groups` is on.
+    """Base class of pipeline stages, which are used if the pipe enables one of their `groups`.
 
-    Built from the pipe's name and the shape (C, H, W) of the images; raises ConfigError when it cannot treat them.
+    Constructed with the name of the pipe and the image shape (C, H, W). Raises ConfigError for unsupported shapes.
     """
 
     groups: ClassVar[tuple[str, ...]]
@@ -271,41 +275,42 @@ class AugmentStage(Transform):
         self.active = [group for group in self.groups if group in PIPES[pipe]]
 
 
-# Low-pass filter of the sym6 wavelet; divided by its sum below.
+# Low-pass filter of the sym6 wavelet, normalised below to a sum of 1.
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
-# Up to this side, products with dense matrices resample faster than filters do; their cost grows with its cube. On a
-# GPU benchmarks/micro.py measures it: an H200 takes 2.1 ms instead of 2.7 for 64 images at 128 px, and as long at 256.
+# Largest image side for which resampling by dense matrix products, whose cost is cubic in the side, is faster than by
+# filters. On an H200, 64 images of 128 px take 2.1 ms instead of 2.7; at 256 px the times are equal
+# (benchmarks/micro.py).
 DENSE_SIDE = 256
 DENSE_SIDE_ON_GPU = 128
 
 
 def mirror_and_upsample(x: Tensor, taps: Tensor) -> Tensor:
-    """Mirror x [..., W] at its last pixel, which makes a period of the mirrored image, and upsample it: [..., 4W]."""
+    """Extend x [..., W] by reflection to one period of the mirrored signal and upsample it by 2, [..., 4W]."""
     W = x.shape[-1]
     x = F.pad(x, [0, W - 1, 0, 0], mode="reflect")
-    x = F.pad(x, [3, 4, 0, 0], mode="reflect")  # [..., 2W + 6], what the filter reaches
+    x = F.pad(x, [3, 4, 0, 0], mode="reflect")  # [..., 2W + 6], with the margin of the filter
     return upfirdn2d(x, taps[None, :], up=(2, 1), padding=(0, -1, 0, 0), gain=2)
 
 
 def downsample(x: Tensor, taps: Tensor) -> Tensor:
-    """Downsample a canvas x [..., 2W + 12] to [..., W]."""
+    """Downsample a canvas x [..., 2W + 12] by 2 to [..., W]."""
     return upfirdn2d(x, taps[None, :], down=(2, 1), padding=(-1, -1, 0, 0), flip_filter=True)
 
 
 class GeometryStage(AugmentStage):
-    """Pixel blitting and general geometric transforms, all as one affine map per image.
+    """Pixel blitting and general geometric transforms, combined into one affine map per image.
 
-    The image continues beyond its border by reflection, without end. It is resampled at twice its resolution between
-    an upsampling and a downsampling by the sym6 low-pass filter, with bilinear interpolation, so that the warp neither
-    blurs nor aliases; where the map is the identity, so is the warp. The filter is not symmetric: flips and quarter
-    turns are close to, not exactly, those of the pixels.
+    The image is extended by infinite reflection, upsampled by 2 with the sym6 low-pass filter, warped with bilinear
+    interpolation and downsampled with the same filter, which avoids blur and aliasing. The identity map leaves the
+    image unchanged. Because the filter is not symmetric, flips and rotations by 90 degrees are close to, but not
+    exactly, permutations of the pixels.
     """
 
     groups = groups_of(GEOMETRY)
-    is_deterministic = False  # grid_sample adds up gradients in no fixed order
+    is_deterministic = False  # the backward pass of grid_sample accumulates gradients in arbitrary order
     taps: Tensor
     up_x: Tensor
     up_y: Tensor
@@ -321,14 +326,14 @@ class GeometryStage(AugmentStage):
         taps = torch.tensor(SYM6, dtype=torch.float64)
         taps = taps / taps.sum()
         self.register_buffer("taps", taps, persistent=False)
-        if max(H, W) <= DENSE_SIDE:  # the rows of an operator's matrix are what it makes of the rows of the identity
+        if max(H, W) <= DENSE_SIDE:  # apply the operators to the identity to get their matrices
             for axis, size in (("x", W), ("y", H)):
                 unit, canvas = (torch.eye(n, dtype=torch.float64)[None, None] for n in (size, 2 * size + 12))
                 self.register_buffer(f"up_{axis}", mirror_and_upsample(unit, taps)[0, 0], persistent=False)
                 self.register_buffer(f"down_{axis}", downsample(canvas, taps)[0, 0], persistent=False)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return A [B, 3, 3], the map from output to input coordinates: each transform's inverse joins on the right."""
+        """Return A [B, 3, 3], the map from output to input coordinates: the product of the inverses, in order."""
         return reduce(product, draw_matrices(self.transforms, len(images), p, self.size, like=images))
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
@@ -346,10 +351,10 @@ class GeometryStage(AugmentStage):
         return downsample(downsample(x, taps).mT, taps).mT  # (B, C, H, W)
 
     def sample_points(self, A: Tensor) -> Tensor:
-        """Return where in the upsampled period each pixel of the canvas looks, [B, 2H+12, 2W+12, 2] in [-1, 1].
+        """Return the sampling position of each canvas pixel in the upsampled period, [B, 2H+12, 2W+12, 2] in [-1, 1].
 
-        The canvas is the output at twice its resolution with 6 more pixels on each side for the last filter. The
-        halves are the delay of the sym6 filter.
+        The canvas is the output at twice its resolution, with a margin of 6 pixels on each side for the downsampling
+        filter. The offsets by one half compensate for the delay of the sym6 filter.
         """
         H, W = self.size
         x = (torch.arange(2 * W + 12, dtype=A.dtype, device=A.device) - W - 5) / 2
@@ -357,13 +362,13 @@ class GeometryStage(AugmentStage):
         a, b, c, d, e, f = A[:, :2].reshape(-1, 6, 1, 1).unbind(1)  # (B, 1, 1) each
         column = 2 * (a * x + b * y + c) + (W - 1)  # (B, 2H+12, 2W+12), an index in the upsampled image
         row = 2 * (d * x + e * y + f) + (H - 1)
-        column = column.remainder(4 * (W - 1))  # the mirrored image repeats
+        column = column.remainder(4 * (W - 1))  # the mirrored image is periodic
         row = row.remainder(4 * (H - 1))
         return torch.stack([(column + 0.5) / (2 * W) - 1, (row + 0.5) / (2 * H) - 1], dim=-1)
 
 
 class ColorStage(AugmentStage):
-    """Colour transforms, all as one affine map of the colours per image; alpha stays as it is."""
+    """Colour transforms, combined into one affine map per image; an alpha channel is not transformed."""
 
     groups = groups_of(COLOR)
 
@@ -375,13 +380,13 @@ class ColorStage(AugmentStage):
         self.transforms = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return K [B, 4, 4], the map of (r, g, b, 1): each transform joins on the left."""
+        """Return the colour map K [B, 4, 4] on (r, g, b, 1); later transforms are multiplied on the left."""
         matrices = draw_matrices(self.transforms, len(images), p, self.size, like=images)
         return reduce(lambda K, matrix: product(matrix, K), matrices)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         linear, offset = values[:, :3, :3], values[:, :3, 3:]
-        if self.channels == 1:  # the mean over what would become of r = g = b
+        if self.channels == 1:  # average over the output channels for input r = g = b
             linear, offset = linear.sum(dim=2).mean(dim=1)[:, None, None], offset.mean(dim=1, keepdim=True)
         colors = images[:, :3].flatten(2)  # (B, 3 or 1, HW)
         colors = torch.baddbmm(offset, linear, colors).unflatten(2, self.size)
@@ -389,11 +394,11 @@ class ColorStage(AugmentStage):
 
 
 def filter_bank() -> Tensor:
-    """Return four band-pass filters [4, 43] that add up to a delta, the lowest band first, from the sym2 wavelet.
+    """Return four band-pass filters [4, 43] of the sym2 wavelet, lowest band first, whose sum is a delta.
 
-    With low-pass h, high-pass g[k] = (-1)^k h[k] and their autocorrelations L and M (halved, so that L + M is a delta):
-    each of three steps stretches all bands to half their frequencies, passes them through L, and starts the next band
-    with M.
+    Let L and M be half the autocorrelations of the low-pass filter h and the high-pass filter g[k] = (-1)^k h[k], so
+    that L + M is a delta. Each of three steps dilates all bands by 2, convolves them with L, and adds M as the next
+    band.
     """
     h = np.array([-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025])
     g = h * [1, -1, 1, -1]
@@ -410,17 +415,17 @@ def filter_bank() -> Tensor:
 
 
 class FilterStage(AugmentStage):
-    """Amplify or weaken four frequency bands, while the expected power of a natural image stays the same."""
+    """Image-space filtering with random gains of four frequency bands, preserving the expected power of images."""
 
     groups = ("filter",)
-    is_deterministic = False  # nor does padding by reflection
+    is_deterministic = False  # the backward pass of reflection padding is nondeterministic
     bank: Tensor
     power: Tensor
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
         self.register_buffer("bank", filter_bank(), persistent=False)
-        # The bands' share of the power of a 1/f spectrum.
+        # Expected power of each band, assuming a 1/f spectrum.
         self.register_buffer("power", torch.tensor([10, 1, 1, 1], dtype=torch.float64) / 13, persistent=False)
         self.radius = self.bank.shape[1] // 2
         if min(self.size) <= self.radius:
@@ -429,14 +434,17 @@ class FilterStage(AugmentStage):
             raise ConfigError("pipe", pipe, problem)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the bands' gains [B, 4]."""
+        """Return the gains of the bands [B, 4]."""
         B = len(images)
         u = torch.rand([B, 4], dtype=images.dtype, device=images.device)
         n = torch.randn([B, 4], dtype=images.dtype, device=images.device)
         return self.gains(torch.where(u < p, n, 0).exp2())
 
     def gains(self, t: Tensor) -> Tensor:
-        """Normalise the bands' amplifications t [B, 4]: each t_i by the power that it alone would lend the image."""
+        """Return t / prod_i sqrt(1 + power_i (t_i^2 - 1)) for the amplifications t [B, 4] of the bands.
+
+        The factors are the root mean square of a natural image after amplification of band i alone.
+        """
         power = self.power.to(t.dtype)
         return t / (1 + power * (t.square() - 1)).sqrt().prod(dim=1, keepdim=True)
 
@@ -450,7 +458,7 @@ class FilterStage(AugmentStage):
 
 
 class NoiseStage(AugmentStage):
-    """Add white noise; its standard deviation is 0.1 |N| for each image."""
+    """Additive white Gaussian noise with a standard deviation of 0.1 |N| per image."""
 
     groups = ("noise",)
 
@@ -465,12 +473,12 @@ class NoiseStage(AugmentStage):
 
 
 class CutoutStage(AugmentStage):
-    """Set a rectangle of half the image's height and width to zero; a part of it may lie outside."""
+    """Cutout of a rectangle of half the image height and width, which may lie partly outside the image."""
 
     groups = ("cutout",)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the rectangles [B, 3]: centre x, centre y, and half the side, 0.25 or 0, in units of the image."""
+        """Return the rectangles [B, 3]: centre x, centre y, half the side (0.25 or 0), relative to the image size."""
         u = torch.rand([len(images), 3], dtype=images.dtype, device=images.device)
         radius = torch.where(u[:, 2:] < p, 0.25, 0.0).to(images.dtype)
         return torch.cat([u[:, :2], radius], dim=1)

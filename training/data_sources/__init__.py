@@ -1,1 +1,1 @@
-"""Where images come from: files and archives, published data sets, arrays, drawn scenes. No torch in here."""
+"""Sources of images: files, archives, published datasets, arrays, drawn scenes. This package does not import torch."""

@@ -1,4 +1,4 @@
-"""Arrow IPC files, as the library `datasets` writes them, in few rows at a time."""
+"""Reader of Arrow IPC files, as written by the library `datasets`, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from dnnlib.util import import_extra, open_regular
 
-_MAGIC = b"ARROW1\0\0"  # before the stream, in files that end with a directory of it (Feather, version 2)
-_MAX_ROWS, _MAX_BYTES = 4096, 1 << 22  # of a slice
-_HEADER, _COMPRESSION = 2, 3  # numbers of fields in Arrow's tables Message and RecordBatch
+_MAGIC = b"ARROW1\0\0"  # precedes the stream in the file format (Feather, version 2)
+_MAX_ROWS, _MAX_BYTES = 4096, 1 << 22  # per slice
+_HEADER, _COMPRESSION = 2, 3  # field numbers in Arrow's flatbuffers tables Message and RecordBatch
 
 
 class ArrowFile:
-    """Rows of an Arrow IPC stream or file. The file is mapped; what has been read leaves the memory.
+    """Rows of an Arrow IPC stream or file. The file is memory-mapped; pages are released after they have been read.
 
     Raises OSError, ValueError, struct.error and pyarrow's errors for a file that cannot be read.
     """
@@ -29,13 +29,13 @@ class ArrowFile:
         self.num_rows = sum(batch.num_rows for batch in self._batches([]))
 
     def close(self) -> None:
-        """Do nothing: the file is unmapped with the last of its rows."""
+        """Do nothing; the mapping is released together with the last array that refers to it."""
 
     def slices(self, column: str) -> Iterator[Any]:
-        """Yield arrays of the values of a column, some megabytes at a time; all that they refer to is checked."""
+        """Yield the values of a column as validated arrays of a few megabytes."""
         for batch in self._batches([column]):
             (array,) = batch.columns
-            array.validate(full=True)  # pyarrow believes the offsets that it reads
+            array.validate(full=True)  # pyarrow does not check offsets on reading
             step = max(1, min(_MAX_ROWS, _MAX_BYTES * len(array) // max(array.nbytes, 1)))
             for start in range(0, len(array), step):
                 yield array.slice(start, step)
@@ -52,35 +52,35 @@ class ArrowFile:
                 raise ValueError("it is compressed: save it uncompressed, or as Parquet")
             batch = self._pa.ipc.read_record_batch(message, schema)
             if batch.num_rows > len(self._map):
-                raise ValueError(f"it has {batch.num_rows} rows, more than bytes")
+                raise ValueError(f"it declares {batch.num_rows} rows, more than it has bytes")
             yield batch.select(columns)
 
     def _read_messages(self) -> Iterator[Any]:
-        """Yield the schema, then the messages that follow."""
+        """Yield the schema, then the remaining messages."""
         reader = self._pa.BufferReader(self._pa.py_buffer(self._map))
         if self._map[: len(_MAGIC)] == _MAGIC:
             reader.seek(len(_MAGIC))
         messages = self._pa.ipc.MessageReader.open_stream(reader)
         first = next(messages, None)
         if first is None or first.type != "schema":
-            raise ValueError("it does not begin with a schema")
+            raise ValueError("it does not start with a schema")
         yield self._pa.ipc.read_schema(first)
         yield from messages
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Whether the record batch that a message (flatbuffers) describes names a codec for its buffers."""
+    """Return whether the record batch in a flatbuffers message declares a compression codec."""
     batch = _follow(message, _field(message, _follow(message, 0), _HEADER))
     return _field(message, batch, _COMPRESSION) != 0
 
 
-def _follow(data: bytes, place: int) -> int:
-    return place + struct.unpack_from("<I", data, place)[0]
+def _follow(data: bytes, position: int) -> int:
+    return position + struct.unpack_from("<I", data, position)[0]
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Return the place of a field of a table, 0 where it is not set."""
-    directory = table - struct.unpack_from("<i", data, table)[0]
-    size, entry = struct.unpack_from("<H", data, directory)[0], 4 + 2 * number
-    offset = struct.unpack_from("<H", data, directory + entry)[0] if entry < size else 0
+    """Return the position of a field of a flatbuffers table, or 0 if the field is not set."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    size, entry = struct.unpack_from("<H", data, vtable)[0], 4 + 2 * number
+    offset = struct.unpack_from("<H", data, vtable + entry)[0] if entry < size else 0
     return table + offset if offset else 0

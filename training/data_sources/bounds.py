@@ -1,4 +1,4 @@
-"""Bounds on what becomes of packed files, and archives read in pieces within them."""
+"""Size limits for unpacking compressed files, and streaming readers of archives that respect the limits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ import numpy as np
 
 from dnnlib.util import open_regular
 
-# A packed file becomes at most UNPACKED_AT_LEAST bytes or, if that is more, UNPACKED_RATIO times its size. Published
-# sets of photographs become 1.2 times as large, drawn digits 5 times; gzip makes a file of zeros 1000 times as small.
+# A compressed file may unpack to UNPACKED_AT_LEAST bytes or UNPACKED_RATIO times its size, whichever is larger.
+# Published datasets of photographs expand by a factor of 1.2, handwritten digits by 5, a gzip file of zeros by 1000.
 UNPACKED_AT_LEAST = 1 << 26
 UNPACKED_RATIO = 100
 
 PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_MEMBERS = 10_000  # published sets of images in tar archives have ten
-_MAX_NAME_BYTES = 1 << 16  # of what holds a long name
+_MAX_MEMBERS = 10_000  # published image datasets in tar archives have ten
+_MAX_NAME_BYTES = 1 << 16  # size of a header extension with a long name
 _PIECE = 1 << 20
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _HEADERS = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -45,19 +45,19 @@ _OPENERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b
 
 
 def unpacked_limit(packed: int) -> int:
-    """Return how many bytes a packed file of so many may become."""
+    """Return the maximum number of bytes to which a compressed file of `packed` bytes may unpack."""
     return max(UNPACKED_AT_LEAST, UNPACKED_RATIO * packed)
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays in an .npz file, without running code in it. Raises OSError, and whatever numpy raises."""
+    """Load the arrays of an .npz file without unpickling. Raises OSError and any exception of numpy.load."""
     with open_regular(path) as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(info.file_size for info in archive.infolist())
         limit = unpacked_limit(os.fstat(file.fileno()).st_size)
         if size > limit:
             raise ValueError(
-                f"it unpacks to {size} bytes, more than the {limit} that it may: save it uncompressed, by numpy.savez"
+                f"it unpacks to {size} bytes, more than the limit of {limit}: save it uncompressed, with numpy.savez"
             )
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
@@ -65,9 +65,9 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 class Unpacked:
-    """The bytes of a file that is packed by gzip, bzip2 or xz, or not at all, from its start to its end.
+    """Sequential reader of the unpacked bytes of a gzip, bzip2, xz or uncompressed file.
 
-    `limit` is how many there may be; to read more raises OSError.
+    Reading more than `limit` bytes raises OSError.
     """
 
     def __init__(self, stream: BinaryIO, limit: int, *, is_packed: bool) -> None:
@@ -77,7 +77,7 @@ class Unpacked:
         self.position = 0
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, fewer than `size` only at the end; memory is taken for bytes that are there."""
+        """Return the next `size` bytes, or fewer at the end of the file. Memory is allocated as data arrives."""
         parts = []
         while size and (part := self._stream.read(min(size, _PIECE))):
             self.position += len(part)
@@ -88,23 +88,23 @@ class Unpacked:
         return b"".join(parts)
 
     def skip(self, size: int) -> None:
-        """Pass over bytes. Raises EOFError where there are fewer."""
-        if not self._is_packed:  # its limit is its size
+        """Skip `size` bytes. Raises EOFError if fewer remain."""
+        if not self._is_packed:  # the limit is the size of the file
             if size > self.limit - self.position:
-                raise EOFError("it is cut off")
+                raise EOFError("it is truncated")
             self._stream.seek(size, os.SEEK_CUR)
             self.position += size
             return
         while size:
             piece = min(size, _PIECE)
             if len(self.read(piece)) < piece:
-                raise EOFError("it is cut off")
+                raise EOFError("it is truncated")
             size -= piece
 
 
 @contextmanager
 def open_packed(path: Path) -> Iterator[Unpacked]:
-    """Open a file, packed or not, as its first bytes say. Raises OSError; reading it raises PACKED_ERRORS."""
+    """Open a file, detecting compression by its first bytes. Raises OSError; reading raises PACKED_ERRORS."""
     with ExitStack() as stack:
         file = stack.enter_context(open_regular(path))
         packed = os.fstat(file.fileno()).st_size
@@ -117,7 +117,7 @@ def open_packed(path: Path) -> Iterator[Unpacked]:
 
 
 class Member(NamedTuple):
-    """A member of a tar archive, and its type as the module tarfile has it."""
+    """Member of a tar archive; `type` is one of the type constants of the module tarfile."""
 
     name: str
     size: int
@@ -125,7 +125,7 @@ class Member(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a file, and no link, folder or sparse file."""
+        """True for a regular file, False for a link, folder, sparse file or other type."""
         return self.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
 
     @property
@@ -138,11 +138,11 @@ class Member(NamedTuple):
 
 
 def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
-    """Yield the members of a tar archive one after the other; until the next one, the stream is at the member's bytes.
+    """Yield the members of a tar archive in order, with the stream positioned at the content of the current member.
 
-    An archive that is appended to another one is read, too. Of what extends a header (PAX, long names), which takes the
-    module tarfile time and memory out of all proportion, only names are read. Raises PACKED_ERRORS, also for more
-    members than `max_members` (default: 10,000), and for an archive without an end.
+    Concatenated archives are read to the end. Header extensions (PAX, GNU) are read for long names only, because the
+    module tarfile can use time and memory out of proportion to their size. Raises PACKED_ERRORS, which includes more
+    than `max_members` members (default: 10,000) and an archive without an end marker.
     """
     long_name = None
     max_members = max_members or _MAX_MEMBERS
@@ -166,22 +166,22 @@ def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Membe
 
 
 def _read_header(stream: Unpacked) -> bytes | None:
-    """Return the next block that is not of zeros, of which one at least ends an archive; None at the end.
+    """Return the next nonzero block, or None at the end of the file.
 
-    Raises EOFError where the archive has no such end.
+    Raises EOFError unless the archive ends with a block of zeros, the end marker of tar.
     """
-    has_end = stream.position == 0  # an empty file is no archive, and none that is cut off
+    has_end = stream.position == 0  # an empty file is not a truncated archive
     while block := stream.read(_BLOCK):
         if block.strip(b"\0"):
             return block
         has_end = True
     if not has_end:
-        raise EOFError("it is cut off")
+        raise EOFError("it is truncated")
     return None
 
 
 def _read_long_name(stream: Unpacked, info: tarfile.TarInfo) -> str | None:
-    """Return the name of the next member that a header holds; None where it holds none, or too much."""
+    """Return the name of the next member from a header extension; None if absent or larger than _MAX_NAME_BYTES."""
     if info.size > _MAX_NAME_BYTES:
         return None
     if info.type == tarfile.GNUTYPE_LONGNAME:
@@ -189,11 +189,11 @@ def _read_long_name(stream: Unpacked, info: tarfile.TarInfo) -> str | None:
     if info.type not in _PAX:
         return None
     name, records = None, stream.read(info.size)
-    while match := _PAX_RECORD.match(records):  # "LENGTH KEY=VALUE\n", the length that of all
+    while match := _PAX_RECORD.match(records):  # "LENGTH KEY=VALUE\n", where LENGTH counts the whole record
         length = int(match[1])
         if match[2] == b"path":
             name = records[match.end() : length - 1].decode(errors="surrogateescape")
         if length <= match.end():
-            raise tarfile.HeaderError("a PAX record of no length")
+            raise tarfile.HeaderError("a PAX record with an invalid length")
         records = records[length:]
     return name

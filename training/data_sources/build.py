@@ -1,4 +1,4 @@
-"""Conversion of a source into the files of a data set: in parallel, in order, in bounded memory."""
+"""Conversion of a source into the files of a dataset: in parallel, in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from training.data_sources.stored_zip import StoredZip
 
 Writer = Callable[[str, bytes], None]
 
-MAX_LISTED = 10  # of each kind
+MAX_LISTED = 10  # lines of each kind
 
-_CHUNK_BYTES = 1 << 22  # of pixels that one task of a worker returns
+_CHUNK_BYTES = 1 << 22  # pixel bytes that one worker task returns
 _CHUNK_IMAGES = 256
-_PNG_BYTES = 1 << 17  # of an uncompressed PNG of MAX_IMAGE_BYTES at most, beside its rows
+_PNG_BYTES = 1 << 17  # upper bound of the overhead of an uncompressed PNG of MAX_IMAGE_BYTES
 
 
 @dataclass
 class Problems:
-    """Images that cannot be taken into the set, by kind, as lines with their names."""
+    """Images that cannot be added to the dataset, by kind, as lines with their names."""
 
     skip_bad: bool
     broken: list[str] = field(default_factory=list)
     other_size: list[str] = field(default_factory=list)
     num_small: int = 0
-    sizes: Sizes = field(default_factory=Counter)  # of all images that can be read
+    sizes: Sizes = field(default_factory=Counter)  # original sizes of all readable images
 
     @property
     def total(self) -> int:
@@ -59,11 +59,11 @@ class Problems:
 
     @property
     def stop_the_build(self) -> bool:
-        """Whether there are problems that nobody has asked to pass over: the others are still looked for."""
+        """True after a problem that no option skips. The remaining images are then checked but not written."""
         return bool(self.other_size) or (bool(self.broken) and not self.skip_bad)
 
     def note(self, item: Item, converted: Converted) -> bytes | None:
-        """Return the image's file; None, and take note, if there is none."""
+        """Return the PNG of a converted image; for a failed conversion record the problem and return None."""
         if converted.size:
             self.sizes[converted.size] += 1
         match converted.png:
@@ -78,19 +78,19 @@ class Problems:
         return None
 
     def num_smaller_than(self, width: int, height: int) -> int:
-        """Count the originals that have a side shorter than that."""
+        """Count the original images with a width below `width` or a height below `height`."""
         return sum(count for (w, h), count in self.sizes.items() if w < width or h < height)
 
 
 def listed(lines: list[str], *, verbose: bool) -> list[str]:
-    """Return the first of some lines, indented, and a count of the others; all of them with `verbose`."""
+    """Indent lines for output: the first MAX_LISTED and the number of the others, or all lines with `verbose`."""
     shown = lines if verbose else lines[:MAX_LISTED]
     rest = len(lines) - len(shown)
     return [f"  {printable(line)}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
 
 
 def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int] | None:
-    """Return the (H, W, C) that the first image becomes that can be read and is not too small; None without one."""
+    """Return the converted shape (H, W, C) of the first image that is readable and large enough; None without one."""
     for item in items:
         try:
             shape = conversion(load(item)).shape
@@ -102,13 +102,13 @@ def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int]
 
 
 def _refuse_large(item: Item, shape: tuple[int, int, int]) -> None:
-    """Raise UserError for an image that the set could hold, and nobody read."""
+    """Raise UserError for an image whose PNG would exceed the limits of the dataset reader."""
     H, W, C = shape
     max_pixels = Image.MAX_IMAGE_PIXELS or math.inf
     if H * (1 + W * C) > MAX_IMAGE_BYTES - _PNG_BYTES or max_pixels < H * W:
         raise UserError(
-            f"{item.name}: an image of {W}x{H} pixels and {C} channels is more than can be read from a set: choose a "
-            "smaller size by --width and --height"
+            f"{item.name}: an image of {W}x{H} pixels and {C} channels exceeds the size limit of a dataset: choose a "
+            "smaller size with --width and --height"
         )
 
 
@@ -117,8 +117,8 @@ def convert_all(
 ) -> Iterator[tuple[Item, Converted]]:
     """Convert items to PNG files of `shape` (H, W, C), in order.
 
-    Encoded images are converted in other processes, and a bounded number of chunks is in memory at any time. Pixels
-    are converted here: sending them costs more than encoding them. Raises UserError when a process dies.
+    Encoded images are converted in worker processes, with a bounded number of chunks in memory. Decoded pixels are
+    converted in this process, because sending them costs more than encoding them. Raises UserError if a worker dies.
     """
     H, W, C = shape
     chunk_size = min(max(_CHUNK_BYTES // (H * W * C), 1), _CHUNK_IMAGES)
@@ -136,7 +136,10 @@ def convert_all(
 
 @contextmanager
 def new_dataset(dest: Path) -> Iterator[Writer]:
-    """Give a function that adds a file; the set gets its name when all is written, and nothing is left if not."""
+    """Context manager that yields a function to add a file to a new dataset.
+
+    The dataset is written under a temporary name and renamed to `dest` on success; on an error it is removed.
+    """
     temporary = partial_path(dest)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -157,22 +160,22 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
 
 
 def refuse_dest(dest: Path, source: str) -> None:
-    """Raise UserError where no set can be written, or where the next one built from `source` would hold its images."""
+    """Raise UserError if `dest` cannot be written, or lies in `source`, so that the next build would include `dest`."""
     if not dest.name:
         raise UserError(f"--dest={dest}: give the name of a .zip file or folder to write")
     refuse_existing(dest)
     above = next(folder for folder in dest.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
-        raise UserError(f"--dest={dest}: {above} is no folder: choose another place")
+        raise UserError(f"--dest={dest}: {above} is not a folder: choose another path")
     if not _is_zip(dest) and source != SHAPES and dest.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(
-            f"--dest={dest} lies in --source={source}, and its images would be part of that: choose a place outside, "
-            "or a .zip file"
+            f"--dest={dest} lies in --source={source}, so that its images would become part of the source: choose a "
+            "path outside, or a .zip file"
         )
 
 
 def refuse_existing(dest: Path) -> None:
-    """Raise UserError where something has the name of a set, other than the empty folder that it may become."""
+    """Raise UserError if `dest` exists, unless it is an empty folder and the dataset is to be a folder."""
     may_become = not _is_zip(dest) and dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())
     if os.path.lexists(dest) and not may_become:
         raise UserError(f"--dest={dest} exists: remove it or choose another name")

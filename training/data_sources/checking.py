@@ -1,4 +1,4 @@
-"""Inspection of the images of a data set: what is wrong with them, and what else is to be known before training."""
+"""Inspection of the images of a dataset before training: problems, duplicates, defects, statistics."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from training.data_sources.items import Item
 from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import CHANNEL_NAMES, Shape, Sizes, by_short_side, channels_of, sizes_of
 
-# An image is nearly black where at most one value in a thousand, laid over white, is brighter than this. The 12 bits of
-# a camera in a file of 16 bits become 0 to 16 of 255.
+# An image is nearly black if at most one value in a thousand, composited over white, exceeds BLACK. 12-bit camera data
+# in 16-bit files is an example: its 8-bit values are 0 to 16.
 BLACK = 16
 BRIGHT_PART = 0.001
 
 _DIGEST_BYTES = 16
-_BAR = 40  # letters of the longest bar of a histogram
-_CHUNK_BYTES = 1 << 22  # of encoded images that a worker gets at a time
+_BAR = 40  # characters of the longest histogram bar
+_CHUNK_BYTES = 1 << 22  # encoded images per worker task
 _CHUNK_IMAGES = 64
-_MAX_COPIES = 5  # named of each image
-_FEW = 256  # images for which no worker is started
+_MAX_COPIES = 5  # names shown per group of copies
+_FEW = 256  # up to this number of images, no worker is started
 
 
 class Inspection(NamedTuple):
-    """Shape, digest and defect, as of `defect_of`, of the pixels of an image."""
+    """Shape, digest and defect (see `defect_of`) of the pixels of an image."""
 
     shape: Shape
     digest: bytes
@@ -43,7 +43,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_items(items: Iterable[Item]) -> list[Inspection | BrokenImageError]:
-    """Decode images and look at them."""
+    """Decode and inspect images."""
     found: list[Inspection | BrokenImageError] = []
     shape: Shape | None = None
     for item in items:
@@ -61,28 +61,28 @@ def inspect_items(items: Iterable[Item]) -> list[Inspection | BrokenImageError]:
 
 
 def defect_of(pixels: np.ndarray) -> str:
-    """Return "constant" for pixels [H, W, C] that are all the same or all transparent, "nearly black", or ""."""
-    some = pixels[::4, ::4]  # which decide most cases
-    if (some == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
+    """Return the defect of pixels [H, W, C]: "constant" if all are equal or all transparent, "nearly black", or ""."""
+    subset = pixels[::4, ::4]  # decides most cases
+    if (subset == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
         return "constant"
     if pixels.shape[2] == 4 and not pixels[:, :, 3].any():
         return "constant"
-    few = BRIGHT_PART * pixels[:, :, :3].size
-    if np.count_nonzero(some[:, :, :3] > BLACK) > few:  # over white they become brighter, if anything
+    max_bright = BRIGHT_PART * pixels[:, :, :3].size
+    if np.count_nonzero(subset[:, :, :3] > BLACK) > max_bright:  # compositing over white cannot darken a value
         return ""
     shown = force_channels(pixels, 3) if pixels.shape[2] == 4 else pixels
-    return "nearly black" if np.count_nonzero(shown > BLACK) <= few else ""
+    return "nearly black" if np.count_nonzero(shown > BLACK) <= max_bright else ""
 
 
 @dataclass
 class Findings:
-    """Findings about images, in the order of their names, with a few bytes for each.
+    """Results of the inspection of images, in the order of their names, with a few bytes per image.
 
-    shapes       the different ones, in the order in which they were found
-    shape_index  of each image, -1 for one that cannot be read
-    digests      of the pixels, 16 bytes each
-    broken       lines about images that cannot be read
-    by_defect    names of images by `Inspection.defect`
+    shapes       distinct shapes, in order of first appearance
+    shape_index  index into `shapes` for each image, -1 for an unreadable image
+    digests      16-byte digest of the pixels of each image
+    broken       lines about unreadable images
+    by_defect    names of images, keyed by `Inspection.defect`
     """
 
     names: Sequence[str]
@@ -94,7 +94,7 @@ class Findings:
 
     @property
     def readable(self) -> np.ndarray:
-        """Positions of the images that can be read."""
+        """Positions of the readable images."""
         return np.flatnonzero(np.frombuffer(self.shape_index, np.int32) >= 0)
 
     @property
@@ -114,21 +114,21 @@ class Findings:
         return channels_of(self.shape_counts)
 
     def shape_of(self, position: int) -> Shape:
-        """(H, W, C) of an image that can be read."""
+        """Return the shape (H, W, C) of a readable image."""
         return self.shapes[self.shape_index[position]]
 
     def duplicates(self) -> list[list[int]]:
-        """Return groups of positions whose pixels are the same, each in order."""
+        """Return groups of positions of images with identical pixels, each group in ascending order."""
         positions = self.readable
         halves = np.frombuffer(self.digests, np.uint64).reshape(-1, 2)[positions]
-        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones stay in order
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal digests stay in order
         differs = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
         groups = np.split(positions[order], np.flatnonzero(differs) + 1)
         return sorted(group.tolist() for group in groups if len(group) > 1)
 
 
 def inspect_all(names: Sequence[str], items: Iterable[Item], workers: int) -> Findings:
-    """Look at all images, in processes where there are many. Raises UserError when one dies."""
+    """Inspect all images, in worker processes if there are many. Raises UserError if a worker dies."""
     findings = Findings(names)
     known: dict[Shape, int] = {}
     chunks = _chunks(items)
@@ -165,7 +165,7 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def find_problems(findings: Findings, content: DatasetJson) -> dict[str, list[str]]:
-    """Return what keeps images from being a set: lines under headings."""
+    """Return the problems that make the images unusable as a dataset, as lines under headings."""
     problems = {f"{counted(len(findings.broken), 'image')} that cannot be read:": findings.broken}
     problems |= _differing(findings, "size", {(H, W, C): f"{W}x{H}" for H, W, C in findings.shapes})
     problems |= _differing(findings, "kind", {shape: CHANNEL_NAMES[shape[2]] for shape in findings.shapes})
@@ -179,14 +179,14 @@ def find_problems(findings: Findings, content: DatasetJson) -> dict[str, list[st
 
 
 def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dict[str, list[str]]:
-    """Return lines about images of another kind than the most common; `kinds` has that of each shape."""
+    """Return lines about images whose kind is not the most common one; `kinds` maps each shape to a kind."""
     counts: Counter[str] = Counter()
     for shape, count in findings.shape_counts.items():
         counts[kinds[shape]] += count
     if len(counts) < 2:
         return {}
-    usual, most = counts.most_common(1)[0]
-    if most < counts.total() / 2:
+    usual, count = counts.most_common(1)[0]
+    if count < counts.total() / 2:
         lines = [f"{kind}: {counted(count, 'image')}" for kind, count in counts.most_common()]
         return {f"{counts.total():,} images of {len(counts):,} {what}s:": lines}
     found = ((findings.names[position], kinds[findings.shape_of(position)]) for position in findings.readable)
@@ -195,13 +195,13 @@ def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dic
 
 
 def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> dict[str, list[str]]:
-    """Return what is no error but worth to know: lines under headings. `verbose` names all of many copies."""
+    """Return observations that are not errors, as lines under headings. `verbose` lists all copies of an image."""
     groups = findings.duplicates()
-    most = len(findings.names) if verbose else _MAX_COPIES
+    limit = len(findings.names) if verbose else _MAX_COPIES
     copies = []
     for group in groups:
-        others = len(group) - most
-        named = " = ".join(findings.names[position] for position in group[:most])
+        others = len(group) - limit
+        named = " = ".join(findings.names[position] for position in group[:limit])
         copies.append(f"{named} and {others} more" if others > 0 else named)
     constant, black = findings.by_defect["constant"], findings.by_defect["nearly black"]
     remarks = {
@@ -223,7 +223,7 @@ def _empty_classes(findings: Findings, content: DatasetJson) -> dict[str, list[s
 
 
 def labels_in(findings: Findings, content: DatasetJson) -> list[Label]:
-    """Return the labels of those images that have one."""
+    """Return the labels of the labelled images."""
     labels = content.labels or {}
     return [labels[name] for name in findings.names if name in labels]
 
@@ -236,7 +236,10 @@ def describe_findings(findings: Findings, content: DatasetJson) -> list[str]:
 
 
 def short_sides(findings: Findings, content: DatasetJson) -> tuple[dict[int, int], bool]:
-    """Count images by their shorter side in powers of two, and say whether they are the originals of a finished set."""
+    """Count images by shorter side in powers of two; True if the counts are those of the original images.
+
+    A built dataset records the shorter sides of its originals in dataset.json.
+    """
     recorded: Any = content.meta.get("short_sides")
     if isinstance(recorded, dict) and recorded and all(map(_is_count, recorded.items())):
         return {int(side): count for side, count in sorted(recorded.items(), key=lambda pair: int(pair[0]))}, True
@@ -256,11 +259,11 @@ def _is_count(pair: tuple[str, Any]) -> bool:
 
 
 def histogram(counts: Mapping[int, int], is_original: bool) -> list[str]:
-    """Draw counts by shorter side as lines of text; none where all sides fall together."""
+    """Draw a text histogram of the counts by shorter side; no lines for a single bin."""
     if len(counts) < 2:
         return []
-    most = max(counts.values())
-    rows = [(f"{side} to {2 * side - 1}", f"{count:,}", -(-_BAR * count // most)) for side, count in counts.items()]
+    maximum = max(counts.values())
+    rows = [(f"{side} to {2 * side - 1}", f"{count:,}", -(-_BAR * count // maximum)) for side, count in counts.items()]
     widths = [max(map(len, column)) for column in ([row[0] for row in rows], [row[1] for row in rows])]
     whose = "originals" if is_original else "images"
     lines = [f"  {sides:>{widths[0]}}  {count:>{widths[1]}}  {'#' * length}" for sides, count, length in rows]

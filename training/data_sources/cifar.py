@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their Python archives, without running any code of the pickles."""
+"""Reader of CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in their Python archives, without running code from pickles."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from training.data_sources.bounds import Member, Unpacked
 from training.data_sources.dataset_json import MAX_CLASS, Label
 
 _MAX_MEMBER_BYTES = 1 << 28  # CIFAR-100's training set is 155 MB
-_MAX_READS = 1 << 22  # from a pickle; CIFAR-100's training set takes 0.6 million
+_MAX_READS = 1 << 22  # read calls per pickle; CIFAR-100's training set takes 0.6 million
 _PIXELS = 3 * 32 * 32
 
-# Folder in the archive -> training files, key of the labels, file and key of the class names.
+# Folder in the archive -> training files, key of the labels, (file, key) of the class names.
 _LAYOUTS = {
     "cifar-10-batches-py": (
         tuple(f"data_batch_{k}" for k in range(1, 6)),
@@ -33,7 +33,7 @@ _LAYOUTS = {
 def read_cifar(
     stream: Unpacked, members: Iterable[Member], path: Path, folder: str
 ) -> tuple[np.ndarray, list[Label], list[str] | None]:
-    """Return the training images uint8 [N, 32, 32, 3], class numbers and class names (None if the archive has none)."""
+    """Return the training images uint8 [N, 32, 32, 3], class numbers, and class names (None if not in the archive)."""
     files, label_key, (names_file, names_key) = _LAYOUTS[folder]
     contents = _read_pickles(stream, members, path, folder, (*files, names_file))
     planes, labels = [], []
@@ -42,7 +42,7 @@ def read_cifar(
         planes.append(_pixels(batch.get(b"data"), path, file))  # [n, 3072]
         batch_labels = batch.get(label_key)
         if not isinstance(batch_labels, list) or len(batch_labels) != len(planes[-1]) or not _are_numbers(batch_labels):
-            raise UserError(f"{path}: {file} has no list of class numbers for its images: get the archive again")
+            raise UserError(f"{path}: {file} has no list of class numbers, one per image: download the archive again")
         labels += batch_labels
     images = np.concatenate(planes).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, labels, _class_names(contents.get(names_file, {}).get(names_key), path, names_file)
@@ -56,27 +56,28 @@ def _class_names(names: object, path: Path, file: str) -> list[str] | None:
     if not names:
         return None
     if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-        raise UserError(f"{path}: {file} has no list of texts for the names of the classes: get the archive again")
+        raise UserError(f"{path}: {file} has no list of strings with the class names: download the archive again")
     return [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
 
 
 def _pixels(data: object, path: Path, file: str) -> np.ndarray:
     if not isinstance(data, _PickledArray) or data.pixels is None:
-        raise UserError(f"{path}: {file} holds no uint8 array of 32x32 RGB images: get the archive again")
+        raise UserError(f"{path}: {file} holds no uint8 array of 32x32 RGB images: download the archive again")
     return data.pixels
 
 
 def _read_pickles(
     stream: Unpacked, members: Iterable[Member], path: Path, folder: str, files: tuple[str, ...]
 ) -> dict[str, dict[bytes, Any]]:
-    """Content by file name, in one pass over the archive: going back in it would mean to unpack it again."""
+    """Read the files of the dataset, keyed by name, in one pass; seeking back would unpack the archive again."""
     contents: dict[str, dict[bytes, Any]] = {}
     for member in members:
         file = member.name.removeprefix(f"{folder}/")
         if file not in files:
             continue
         if not member.is_plain or member.size > _MAX_MEMBER_BYTES or file in contents:
-            raise UserError(f"{path}: {file} is not a plain file of a possible size: get the archive again")
+            problem = "is not a regular file within the size limit, or occurs twice"
+            raise UserError(f"{path}: {file} {problem}: download the archive again")
         contents[file] = _unpickle(stream.read(member.size), path, file)
     return contents
 
@@ -85,28 +86,29 @@ def _unpickle(data: bytes, path: Path, file: str) -> dict[bytes, Any]:
     try:
         unpickler = _ArrayUnpickler(data)
         content = unpickler.load()
-        unpickler.memo.clear()  # refers to the unpickler, which would stay with all that it has read
+        unpickler.memo.clear()  # breaks a reference cycle that would keep the unpickler and its data in memory
     except UserError as error:
         raise UserError(f"{path}: {file}: {error}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: {file} cannot be read ({describe_error(error)}): get the archive again") from error
+    except Exception as error:  # a corrupt pickle can raise any exception
+        problem = f"cannot be read ({describe_error(error)}): download the archive again"
+        raise UserError(f"{path}: {file} {problem}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {file} is not a dictionary: get the archive again")
+        raise UserError(f"{path}: {file} is not a dictionary: download the archive again")
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
 class _PickledDtype:
-    """Stands in for numpy.dtype while unpickling: keeps the name only."""
+    """Substitute for numpy.dtype while unpickling; stores only the name."""
 
     def __init__(self, name: object = None, *_: object) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: bytes have neither."""
+        """Ignore byte order and alignment, which do not matter for uint8."""
 
 
 class _PickledArray:
-    """Stands in for numpy.ndarray while unpickling; `pixels` is the array if it is one of uint8 in C or F order."""
+    """Substitute for numpy.ndarray while unpickling; `pixels` is the array if it is uint8 in C or Fortran order."""
 
     def __init__(self, *_: object) -> None:
         self.pixels: np.ndarray | None = None
@@ -126,7 +128,7 @@ _GLOBALS = {
 }
 
 
-# Codes that take time and memory in proportion to their bytes as the module pickle reads them.
+# Opcodes whose implementation in the module pickle takes time and memory in proportion to their bytes.
 _OPCODES = """
     PROTO STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
@@ -138,24 +140,24 @@ _OPCODES = """
 
 
 class _CountedBytes(io.BytesIO):
-    """Bytes that end after so many reads: a byte of a pickle can become an object of 64."""
+    """Byte stream with a limited number of reads; each byte of a pickle can create an object of 64 bytes."""
 
     num_reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.num_reads += 1
         if self.num_reads > _MAX_READS:
-            raise ValueError(f"more than the {_MAX_READS} parts that it may have")
+            raise ValueError(f"more parts than the limit of {_MAX_READS}")
         return super().read(size)
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Reads dictionaries, lists, strings, numbers and arrays; the few globals it knows all stand for code above.
+    """Unpickler for dictionaries, lists, strings, numbers and arrays; all accepted globals map to the code above.
 
-    It takes time and memory in proportion to the bytes, which pickle.Unpickler does not: tuples are read as lists,
-    which are no keys, because the hash of a tuple counts all that its parts share; a number in the memo is a key,
-    because an index would be allocated; what repeats a text is bounded. (`torch_utils.pickles`, the interpreter for
-    snapshots, needs torch and its tensors; the readers of data sets do without.)
+    Unlike pickle.Unpickler, this class takes time and memory in proportion to the size of the input. Tuples are read as
+    lists, which cannot be dictionary keys, because hashing nested shared tuples takes exponential time. The memo is a
+    dictionary, because a list would be allocated up to its largest index. The total size of repeated strings is
+    bounded. (`torch_utils.pickles`, the interpreter for snapshots, requires torch; dataset readers do not.)
     """
 
     memo: dict[int, Any]
@@ -164,25 +166,25 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(_CountedBytes(data), encoding="bytes")
-        self._num_letters = len(data)  # that may still be encoded
+        self._num_letters = len(data)  # remaining budget of `_encode`
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         if (module, name) not in _GLOBALS:
             raise UserError(
-                f"the pickle asks for {module}.{name}, which a CIFAR archive has no use for: nothing was run; "
-                "get the archive from its authors"
+                f"the pickle refers to {module}.{name}, which does not occur in CIFAR archives: no code was run; "
+                "download the archive from its authors"
             )
         return _GLOBALS[module, name]
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """Encode as Python 3 has it done for bytes in old protocols: _codecs.encode(text, 'latin1')."""
+        """Implement _codecs.encode(text, 'latin1'), with which Python 3 pickles bytes in old protocols."""
         if encoding not in ("latin1", b"latin1"):
             raise ValueError(f"unexpected encoding {encoding!r:.80}")
         self._num_letters -= len(text)
         if self._num_letters < 0:
-            raise ValueError("it has more bytes than letters")
+            raise ValueError("its strings encode to more bytes than the file has")
         return (text.decode() if isinstance(text, bytes) else text).encode("latin1")
 
     def _read_tuple1(self) -> None:
@@ -195,7 +197,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         self.stack[-3:] = [self.stack[-3:]]
 
     def _read_frame(self) -> None:
-        self.read(8)  # its length, which says how much to read ahead
+        self.read(8)  # length of the frame, a hint for reading ahead
 
     dispatch: ClassVar[dict[int, Any]] = {
         getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in _OPCODES.split()

@@ -1,4 +1,4 @@
-"""Classes: read from folders, counted for the screen, renumbered where numbers have gaps."""
+"""Class labels: derive classes from folders, summarize them, renumber class numbers with gaps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnnlib.screen import printable
 from dnnlib.util import counted
 from training.data_sources.dataset_json import Label
 
-# Names of splits, lower case, and what they are called on the command line.
+# Lower-case folder or file names of splits -> canonical names on the command line.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
@@ -24,11 +24,11 @@ SPLITS = {
 _MAX_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
 _ONE_SPLIT = "give the folder of one split as --source (unpack a packed file first)"
-_SHARD = re.compile(r"\d{5}")  # a folder of 1000 images, in which tools of this family spread a set
+_SHARD = re.compile(r"\d{5}")  # folder of 1000 images, as written by dataset tools of the StyleGAN family
 
 
 class FolderClasses(NamedTuple):
-    """A class number for each image, the names of the classes, and notes on how they were found."""
+    """Class number of each image, class names, and notes on how the classes were found."""
 
     labels: list[Label]
     class_names: list[str]
@@ -36,9 +36,9 @@ class FolderClasses(NamedTuple):
 
 
 def classes_from_folders(names: Sequence[str], level: int | None, where: str) -> FolderClasses:
-    """Make each folder at a level a class: level 1 is the top of `where`; None finds it, see `find_level`.
+    """Make each folder at a level a class; level 1 is the top of `where`, None selects the level by `find_level`.
 
-    Raises UserError where an image lies in no such folder.
+    Raises UserError if an image is not in a folder at that level.
     """
     folders = [name.split("/")[:-1] for name in names]
     notes: list[str] = []
@@ -65,39 +65,40 @@ def classes_from_folders(names: Sequence[str], level: int | None, where: str) ->
 
 
 def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
-    """Return the level of the folders that are classes, and notes where it is not the top.
+    """Return the level of the class folders, and notes if it is not the top level.
 
-    A folder that holds everything is passed over, and so are `train/` and `val/`, if folders are in them.
+    Skips a folder that contains all images, and split folders such as `train/` and `val/` if they contain folders.
     """
     level, notes = 1, []
     while _are_all_deeper(folders, level):
         tops = sorted({parts[level - 1] for parts in folders})
         if len(tops) == 1:
-            notes.append(f"everything is in {'/'.join(folders[0][:level])}/: classes are looked for in it")
+            notes.append(f"everything is in {'/'.join(folders[0][:level])}/: looking for classes in this folder")
         elif SPLITS.keys() >= {top.lower() for top in tops}:
             notes.append(
-                f"{_listed(tops)} are splits: the folders in them are the classes, and all splits are read; "
-                f"for one alone give its folder as --source"
+                f"{_listed(tops)} are splits: their subfolders are the classes, and all splits are read; "
+                f"to read one split, give its folder as --source"
             )
         else:
             break
         level += 1
     if found := _flat_splits(folders, level):
         notes.append(
-            f"{_listed(found)} look like splits, and are taken as classes, because images "
-            f"lie directly in them: {_ONE_SPLIT}"
+            f"{_listed(found)} look like splits, but are used as classes, because images "
+            f"lie directly in them: to read one split, {_ONE_SPLIT}"
         )
     return level, notes
 
 
 def _refuse_mixed_splits(folders: Sequence[Sequence[str]], level: int, where: str) -> None:
-    """Raise UserError where some splits hold folders of classes and others images alone, as Kaggle's test sets do."""
+    """Raise UserError if some splits contain class folders and others only images, such as test sets on Kaggle."""
     found = _flat_splits(folders, level)
     flat = sorted({parts[level - 1] for parts in folders if len(parts) == level})
     if found and flat != found:
         raise UserError(
             f"{where}: images are in folders, which may be classes, in {_listed(set(found).difference(flat))}, but "
-            f"directly in {_listed(flat)}: {_ONE_SPLIT}, or make the splits classes by --labels-from-folders={level}"
+            f"directly in {_listed(flat)}: {_ONE_SPLIT}, or use the splits as classes with "
+            f"--labels-from-folders={level}"
         )
 
 
@@ -106,7 +107,7 @@ def _listed(folders: Iterable[str]) -> str:
 
 
 def _flat_splits(folders: Sequence[Sequence[str]], level: int) -> list[str]:
-    """Return the folders at a level if all are named like splits."""
+    """Return the folders at a level if all have names of splits, else no folders."""
     tops = sorted({parts[level - 1] for parts in folders if len(parts) >= level})
     return tops if len(tops) > 1 and SPLITS.keys() >= {top.lower() for top in tops} else []
 
@@ -116,17 +117,17 @@ def _are_all_deeper(folders: Sequence[Sequence[str]], level: int) -> bool:
 
 
 def note_on_folders(names: Sequence[str]) -> str | None:
-    """Return a line about folders that could be classes, for a set that is built without labels."""
+    """Return a note on folders that could be classes, for a dataset built without labels."""
     folders = [name.split("/")[:-1] for name in names]
     level, _ = find_level(folders)
     if any(len(parts) < level for parts in folders):
         return None
     if found := _flat_splits(folders, level):
-        return f"{_listed(found)} look like splits, and all are read: for one alone, {_ONE_SPLIT}"
+        return f"{_listed(found)} look like splits, and all are read: to read one split, {_ONE_SPLIT}"
     counts = Counter(sorted(parts[level - 1] for parts in folders))
     if len(counts) < 2 or all(_SHARD.fullmatch(name) for name in counts):
         return None
-    return f"images are in {_describe(counts, 'folders')}: --labels-from-folders makes classes of them"
+    return f"images are in {_describe(counts, 'folders')}: --labels-from-folders makes the folders classes"
 
 
 def describe_classes(labels: Sequence[Label], class_names: Sequence[str] | None) -> str:
@@ -141,7 +142,7 @@ def describe_classes(labels: Sequence[Label], class_names: Sequence[str] | None)
 
 
 def _count(labels: Sequence[Label], class_names: Sequence[str] | None) -> tuple[dict[int, int], int]:
-    """Return the images of each class number that occurs, and how many classes that makes."""
+    """Return the number of images of each class number that occurs, and the number of classes."""
     counts = Counter(label for label in labels if isinstance(label, int))
     return counts, max(max(counts) + 1, len(class_names or ()))
 
@@ -156,7 +157,7 @@ def _describe(counts: Mapping[str, int], noun: str) -> str:
 
 
 class Classes(NamedTuple):
-    """Labels of a set and the names of its classes, None without; `notes` say where they are not the source's."""
+    """Labels and class names of a dataset, None without labels; `notes` report changes to those of the source."""
 
     labels: Sequence[Label] | None
     names: list[str] | None
@@ -164,25 +165,25 @@ class Classes(NamedTuple):
 
 
 def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None) -> Classes:
-    """Number classes from 0 where most numbers up to the highest do not occur, as in a part of a larger set.
+    """Renumber classes from 0 if most numbers up to the highest do not occur, as in a subset of a larger dataset.
 
-    The old numbers are then the names. Classes that have names keep their numbers.
+    The old numbers become the class names. Classes that have names keep their numbers.
     """
     if labels is None or isinstance(labels[0], list) or not (gaps := _describe_gaps(labels, class_names)):
         return Classes(labels, class_names, [])
     new = {old: k for k, old in enumerate(sorted(label for label in set(labels) if isinstance(label, int)))}
-    note = f"{gaps}: they are renumbered from 0, and named after the old numbers"
+    note = f"{gaps}: the classes are renumbered from 0, and named after the old numbers"
     return Classes([new[label] for label in labels if isinstance(label, int)], [str(old) for old in new], [note])
 
 
 def note_on_gaps(labels: Sequence[Label], class_names: list[str] | None) -> list[str]:
-    """Return a line about class numbers of which most do not occur, if they do not, for a set that is not built."""
+    """Return a note if most class numbers up to the highest do not occur, for images that are not a built dataset."""
     gaps = _describe_gaps(labels, class_names)
-    return [f"{gaps}: building the set with dataset_tool.py renumbers them from 0"] if gaps else []
+    return [f"{gaps}: building a dataset with dataset_tool.py renumbers the classes from 0"] if gaps else []
 
 
 def _describe_gaps(labels: Sequence[Label], class_names: list[str] | None) -> str:
-    """Return a clause where most class numbers up to the highest do not occur, and nothing names them; else ''."""
+    """Return a clause if most class numbers up to the highest do not occur and classes have no names; else ''."""
     counts, num_classes = _count(labels, None)
     if class_names is not None or 2 * len(counts) >= num_classes:
         return ""

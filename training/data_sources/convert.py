@@ -1,4 +1,4 @@
-"""From an item of a source to the PNG of a data set: channels, padding, crop, resize, encode."""
+"""Conversion of an item of a source to the PNG of a dataset: channels, padding, crop, resize, encoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.data_sources.items import Item
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-letterbox")
 LETTERBOXED = ("center-crop-wide", "center-crop-letterbox")
-MAX_SIDE = 8000  # of an image that is asked for: its uncompressed PNG is one that can be read, in RGBA too
+MAX_SIDE = 8000  # maximum --width and --height; the uncompressed RGBA PNG is within the limits of the reader
 RESIZE_FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -28,22 +28,22 @@ RESIZE_FILTERS = {
 
 
 class TooSmallError(Exception):
-    """The image is smaller than the target, and center-crop-wide drops such images."""
+    """Image smaller than the target of center-crop-wide, which drops such images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """Pixel operations: `pad` pixels of 0 on each side, the transform, the resize.
+    """Pixel operations, in order: padding by `pad` zero pixels on each side, transform, resize.
 
     `width` and `height` are both given or both None. The transforms:
 
-    None                    the whole image, resized to width x height, whatever its aspect ratio
-    center-crop             the largest centred rectangle of the aspect ratio width:height, resized
-    center-crop-wide        round(width * H / W) centred rows of an image of W x H, at full width, resized, letterboxed:
-                            StyleGAN2-ADA's geometry for LSUN Car
+    None                    the whole image, resized to width x height regardless of its aspect ratio
+    center-crop             the largest centred rectangle with the aspect ratio width:height, resized
+    center-crop-wide        round(width * H / W) centred rows of a W x H image, at full width, resized, letterboxed
+                            (StyleGAN2-ADA's geometry for LSUN Car)
     center-crop-letterbox   center-crop, letterboxed
 
-    Letterboxed: in the middle of a width x width square that is otherwise 0 (black; in RGBA transparent).
+    Letterboxed images are centred in a width x width square of zeros (black, or transparent in RGBA).
     """
 
     width: int | None = None
@@ -55,22 +55,22 @@ class Conversion:
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
-            raise UserError("--width and --height belong together: give both or neither")
+            raise UserError("--width and --height must be used together: give both or neither")
         if self.width is None and self.transform:
-            raise UserError(f"--transform={self.transform} needs the size of the result: give --width and --height")
+            raise UserError(f"--transform={self.transform} needs an output size: give --width and --height")
         if self.width and self.height and max(self.width, self.height) > MAX_SIDE:
             raise UserError(
-                f"--width={self.width} --height={self.height}: a side of the images of a set has at most {MAX_SIDE} "
-                "pixels: choose a smaller size"
+                f"--width={self.width} --height={self.height}: images of a dataset have at most {MAX_SIDE} pixels per "
+                "side: choose a smaller size"
             )
         if self.width and self.height and self.transform in LETTERBOXED and self.height > self.width:
             raise UserError(
-                f"--height={self.height} is more than --width={self.width}: --transform={self.transform} lays wide "
-                "images into a square of side --width"
+                f"--height={self.height} exceeds --width={self.width}: --transform={self.transform} places wide images "
+                "in a square of side --width"
             )
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, C] -> [height, width, channels]. Raises TooSmallError for an image that is to be dropped."""
+        """Map uint8 [H, W, C] to [height, width, channels]. Raises TooSmallError for an image to be dropped."""
         pixels = force_channels(pixels, self.channels)
         if self.pad:
             pixels = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
@@ -85,10 +85,10 @@ class Conversion:
 
 
 def center_rows(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The round(width * H / W) rows in the middle of an image [H, W, C].
+    """Return the central round(width * H / W) rows of an image [H, W, C], as StyleGAN2-ADA does.
 
-    The aspect ratio of the result is not width:height unless W is `width`. Raises TooSmallError where W < width, or
-    there are fewer rows than `height`.
+    The aspect ratio of the result is not width:height unless W = width. Raises TooSmallError if W < width or the result
+    has fewer than `height` rows.
     """
     H, W, _ = pixels.shape
     rows = round(width * H / W)
@@ -99,14 +99,14 @@ def center_rows(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def letterbox(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, C] -> [W, W, C]: bars of 0 above and below, the lower one a row higher if W - H is odd."""
+    """Pad [H, W, C] to [W, W, C] with rows of zeros above and below; the odd row of W - H is below."""
     H, W, _ = pixels.shape
     top = (W - H) // 2
     return np.pad(pixels, ((top, W - H - top), (0, 0), (0, 0)))
 
 
 def center_crop(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The largest centred rectangle whose sides are as width : height, to the nearest pixel."""
+    """Crop the largest centred rectangle with the aspect ratio width:height, rounded to whole pixels."""
     H, W, _ = pixels.shape
     if W * height > H * width:
         crop_w, crop_h = max(round(H * width / height), 1), H
@@ -117,7 +117,7 @@ def center_crop(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, width: int, height: int, resize_filter: str) -> np.ndarray:
-    """Antialiased resampling, of RGBA with premultiplied alpha so that hidden colours do not bleed out."""
+    """Resize with antialiasing, in RGBA with premultiplied alpha so that invisible colours do not bleed into others."""
     if pixels.shape[:2] == (height, width):
         return pixels
     image = to_pillow(pixels)
@@ -126,7 +126,7 @@ def resize(pixels: np.ndarray, width: int, height: int, resize_filter: str) -> n
 
 
 def force_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Convert by losing what has to be lost: RGBA is laid over white, colour becomes luma (ITU-R 601)."""
+    """Convert to `channels`, with loss if necessary: RGBA is composited over white, colour becomes luma (ITU-R 601)."""
     fitted = fit_channels(pixels, channels)
     if fitted is not None:
         return fitted
@@ -137,7 +137,7 @@ def force_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray | None:
-    """Convert if nothing is lost, else None: gray to RGB and back, opaque alpha added and dropped."""
+    """Convert losslessly, or return None: gray to RGB and back, opaque alpha added or removed."""
     if pixels.shape[2] == channels:
         return pixels
     if pixels.shape[2] == 4:
@@ -149,14 +149,14 @@ def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray | None:
 
 
 class WrongSizeError(Exception):
-    """The image differs in size from the others, and none was asked for."""
+    """Image that differs in size from the others although no output size is specified."""
 
 
 class Converted(NamedTuple):
-    """An image for the set.
+    """Converted image of a dataset.
 
-    png: the file, or what keeps it out.
-    size: (width, height) of the original, None where it cannot be read.
+    png: content of the PNG file, or the error that excludes the image.
+    size: (width, height) of the original, None for an unreadable image.
     """
 
     png: bytes | BrokenImageError | TooSmallError | WrongSizeError
@@ -164,7 +164,7 @@ class Converted(NamedTuple):
 
 
 def load(item: Item) -> np.ndarray:
-    """Pixels uint8 [H, W, C] of an item. Raises BrokenImageError."""
+    """Return the pixels uint8 [H, W, C] of an item. Raises BrokenImageError."""
     content = item.content
     if isinstance(content, np.ndarray):
         return content
@@ -172,7 +172,7 @@ def load(item: Item) -> np.ndarray:
 
 
 def encoded(item: Item) -> bytes:
-    """Return the encoded image of an item that does not hold pixels. Raises BrokenImageError."""
+    """Return the encoded image of an item whose content is not an array. Raises BrokenImageError."""
     content = item.content
     if isinstance(content, BrokenImageError):
         raise content
@@ -181,7 +181,7 @@ def encoded(item: Item) -> bytes:
 
 
 def is_all_gray(items: Iterable[Item]) -> bool:
-    """Whether all images that can be read are stored as grayscale; ends at the first that is not."""
+    """Return whether all readable images are stored as grayscale; stops at the first image that is not."""
     found = None
     for item in items:
         try:

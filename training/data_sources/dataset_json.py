@@ -1,4 +1,4 @@
-"""dataset.json: the labels of the images of a data set, and how the set was made."""
+"""Parser of dataset.json: labels of the images of a dataset, and the record of how the dataset was built."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ NAME = "dataset.json"
 MAX_CLASS = 2**31 - 1
 VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
 
-SEVERAL_LABELS = f"several labels for one image need {VECTOR_FORM}; if it is a vector, write whole numbers of it as 3.0"
+SEVERAL_LABELS = f"several labels for one image need {VECTOR_FORM}; if the label is a vector, write integers as 3.0"
 
 
 def is_dataset_json(name: str) -> bool:
-    """Whether a path is that of a dataset.json, however its letters are written."""
+    """Return whether the file name of a path is dataset.json, ignoring case."""
     return name.rpartition("/")[2].lower() == NAME
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetJson:
-    """Content of dataset.json: labels by image name (None when there are none) and all other keys as `meta`.
+    """Content of dataset.json: labels by image name (None without labels), and all other keys as `meta`.
 
-    `notes` say what was read although it is written otherwise.
+    `notes` report deviations from the format that the reader accepts.
     """
 
     labels: dict[str, Label] | None = None
@@ -42,10 +42,10 @@ class DatasetJson:
 
 
 def parse_dataset_json(data: bytes, where: str) -> DatasetJson:
-    """Read and check `{"labels": [["00000/img00000000.png", 3], ...], ...}`.
+    """Parse and check `{"labels": [["00000/img00000000.png", 3], ...], ...}`.
 
-    All labels are class numbers, or all are vectors of one length. Raises UserError naming the first bad entry of
-    `where`.
+    Labels are either all class numbers or all vectors of one length. Raises UserError for the first invalid entry;
+    `where` names the file in messages.
     """
     try:
         content = parse_json(data)
@@ -64,7 +64,7 @@ def parse_dataset_json(data: bytes, where: str) -> DatasetJson:
 
 
 def _key_of_labels(content: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
-    """Return the key with the labels, however its letters are written, and a note if they are not lower case."""
+    """Return the key of the labels, ignoring case, and a note if the key is not lower case."""
     keys = [key for key in content if key.lower() == "labels"]
     if "labels" in keys or not keys:
         return "labels", ()
@@ -94,9 +94,9 @@ def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
 
 
 def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
-    """Return the place of the first vector that is several classes of one image; None if there is none.
+    """Return the index of the first vector that looks like a list of class numbers of one image; None without one.
 
-    Such are whole numbers other than 0 and 1, where no vector has a fraction or a number written as one (3.0).
+    That is a vector of several integers other than 0 and 1 if no vector contains a float, such as 3.0.
     """
     if not all(type(x) is int for vector in vectors for x in vector):
         return None
@@ -104,7 +104,7 @@ def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
 
 
 def refuse_unnamed(labels: Sequence[Label], class_names: Sequence[str] | None, place: Callable[[int], str]) -> None:
-    """Raise UserError where classes have names, but not all of them. `place` names the image k in messages."""
+    """Raise UserError if only some of the classes have names. `place(k)` describes image k in the message."""
     if class_names is None:
         return
     count = len(class_names)
@@ -117,7 +117,7 @@ def refuse_unnamed(labels: Sequence[Label], class_names: Sequence[str] | None, p
 
 
 def refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
-    """Raise UserError with the first name that has several labels."""
+    """Raise UserError for the first image name with several labels."""
     counts = Counter(name for name, _ in pairs)
     several = [name for name, count in counts.items() if count > 1]
     found = ", ".join(str(label) for name, label in pairs if name == several[0])

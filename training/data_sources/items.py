@@ -1,4 +1,4 @@
-"""Images as dataset_tool.py takes them from a source, whatever that is."""
+"""Interface between the sources of images and dataset_tool.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources.dataset_json import Label
 from training.data_sources.listing import LeftOut
 
-SHAPES = "shapes"  # the source that is no file
+SHAPES = "shapes"  # value of --source for drawn scenes
 
 
 class Item(NamedTuple):
     """One image of a source.
 
-    name: where it is in the source, for messages only.
-    content: an encoded image, the file that holds one, pixels uint8 [H, W, C], or what is wrong with it.
+    name: location of the image in the source, for messages only.
+    content: encoded image, path of an image file, pixels uint8 [H, W, C], or the error that prevents reading the image.
     """
 
     name: str
@@ -28,22 +28,22 @@ class Item(NamedTuple):
 
 
 def oversize(size: int) -> BrokenImageError | None:
-    """Return what is wrong with an encoded image of more bytes than are read; None for others."""
+    """Return an error if the size of an encoded image exceeds the limit, else None."""
     if size <= MAX_IMAGE_BYTES:
         return None
-    return BrokenImageError(f"{size} bytes, more than the {MAX_IMAGE_BYTES} of an image: save it smaller")
+    return BrokenImageError(f"{size} bytes, more than the limit of {MAX_IMAGE_BYTES} for an image: reduce its size")
 
 
 class Source(Protocol):
-    """An iterable of Items of known length; iterating again starts anew.
+    """Sized iterable of Items. Each iteration starts at the first image.
 
-    name         of the file or folder
-    pad          pixels of 0 that are usually added on each side
-    labels       of all images in their order, None without
-    class_names  None where the classes have only numbers, and without classes
-    channels     1 or 3, as the source says of its images; None where their headers tell
+    name         name of the file or folder
+    pad          zero pixels to add on each side by default
+    labels       labels of all images in order, None without labels
+    class_names  None without classes or if classes have only numbers
+    channels     number of channels of all images, 1 or 3; None if it is to be determined from the image headers
     left_out     files that are not images, by kind
-    notes        lines on how the source is read where that is not plain
+    notes        lines about the interpretation of the source, for the user
     """
 
     name: str
@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 class SourceBase:
-    """Attributes of a Source that says nothing of its images; see there."""
+    """Default attributes of a Source."""
 
     name = ""
     pad = 0

@@ -1,4 +1,4 @@
-"""Labels as tables and shards hold them: numbers, names of classes, vectors."""
+"""Conversion of labels in tables and tar shards: class numbers, class names, vectors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from training.data_sources.dataset_json import MAX_CLASS, SEVERAL_LABELS, VECTOR
 
 _FORMS = "class numbers from 0, names of classes, or vectors of one length"
 
-Labels = tuple[list[Label] | None, list[str] | None]  # of all images, and the names of the classes
+Labels = tuple[list[Label] | None, list[str] | None]  # labels of all images, class names
 
 
 def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
-    """Make labels of one value per image: a whole number, a text (the name of the class), a list of numbers, or None.
+    """Convert one value per image, an integer, a class name, a list of numbers or None, to labels and class names.
 
-    No labels where all values are None, or all are -1, as in the test sets of hubs. `place` names the image k in
-    messages. Raises UserError for the first value that is no label.
+    Returns (None, None) if all values are None or all are -1, as in published test sets. `place(k)` describes image k
+    in messages. Raises UserError for the first invalid label.
     """
     kinds = set(map(type, values))
     if kinds <= {type(None)} or (kinds == {int} and set(values) == {-1}):
@@ -25,8 +25,8 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
     if type(None) in kinds:
         missing = [k for k, value in enumerate(values) if value is None]
         raise UserError(
-            f"{place(missing[0])} has no label, as {len(missing):,} of {len(values):,} images: give all of them one, "
-            "or none"
+            f"{place(missing[0])} has no label, and {len(missing):,} of {len(values):,} images have none: label all "
+            "images, or none"
         )
     if kinds <= {int, str} and str in kinds:
         texts = list(map(str, values))
@@ -48,8 +48,8 @@ def _classes(values: Iterable[int | float], place: Callable[[int], str]) -> list
     for k, value in enumerate(values):
         if value == -1:
             raise UserError(
-                f"{place(k)}: label -1 means that the class is not known, as in test sets, but other images have one: "
-                "choose a split of images with labels by --split=NAME, or give all images a label"
+                f"{place(k)}: label -1 means that the class is unknown, as in test sets, but other images have labels: "
+                "choose a labelled split with --split=NAME, or label all images"
             )
         if not 0 <= value <= MAX_CLASS or value != int(value):
             raise UserError(f"{place(k)}: label {value!r}: labels are {_FORMS}")
@@ -58,7 +58,7 @@ def _classes(values: Iterable[int | float], place: Callable[[int], str]) -> list
 
 
 def _vectors(values: list[list[Any]], place: Callable[[int], str]) -> list[Label]:
-    """Check vectors of one length. Whole numbers other than 0 and 1 are several classes of one image, and refused."""
+    """Check vectors of one length. Raises UserError for vectors that look like lists of class numbers."""
     length = len(values[0])
     for k, value in enumerate(values):
         if not all(isinstance(x, int | float) and abs(x) <= FLOAT32_MAX for x in value):

@@ -1,4 +1,4 @@
-"""The image files of a folder or archive, and by kind the files that are left out."""
+"""Listing of the files of a folder or archive: images, and all other files by kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
 from dnnlib.screen import printable
 
-# Folders in which programs keep copies and thumbnails, beside those whose name begins with a dot.
+# Folders with copies and thumbnails made by programs, in addition to folders whose name starts with a dot.
 TOOL_FOLDERS = frozenset(
     (
         *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # of file servers
@@ -22,26 +22,26 @@ TOOL_FOLDERS = frozenset(
     )
 )
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_MAX_KINDS = 12  # in a listing
+_MAX_KINDS = 12  # kinds shown without --verbose
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,10}")
 
-_PLURAL = re.compile(r"\b(cache|file|folder|image|link|sample)s\b")  # in the name of a kind
+_PLURAL = re.compile(r"\b(cache|file|folder|image|link|sample)s\b")  # nouns in names of kinds
 
 LINKS, SPECIAL_FILES = "links in a tar file", "sparse or special files in a tar file"
-_UNPACK = "to use them, unpack it into a folder, and give that"
+_UNPACK = "to use them, unpack the archive into a folder, and give the folder"
 _ADVICE = {LINKS: _UNPACK, SPECIAL_FILES: _UNPACK}
 
 LeftOut = dict[str, list[str]]  # kind, such as ".txt" -> names
-Listing = tuple[list[str], LeftOut]  # all files below a folder, and the links to folders that are not followed
+Listing = tuple[list[str], LeftOut]  # all files below a folder; links to folders that are not followed
 
 
 def is_hidden(folder: str) -> bool:
-    """Whether a folder of that name belongs to a program and not to the data."""
+    """Return whether a folder, by its name, is hidden or belongs to a program rather than to the data."""
     return (folder.startswith(".") and folder not in (".", "..")) or folder in TOOL_FOLDERS
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], LeftOut]:
-    """Split the names of files, which have `/` between folders, into images, sorted, and what is left out."""
+    """Split file names, with `/` as separator, into sorted images and other files by kind."""
     images: list[str] = []
     left_out: LeftOut = {}
     for name in sorted(names):
@@ -54,7 +54,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], LeftOut]:
 
 
 def hidden_kind(name: str) -> str | None:
-    """Return the kind of a file that is hidden or in a hidden folder; None for others."""
+    """Return the kind of a hidden file or a file in a hidden folder, None for other files."""
     *folders, file = name.split("/")
     hidden = next(filter(is_hidden, folders), None)
     if hidden is not None:
@@ -63,7 +63,7 @@ def hidden_kind(name: str) -> str | None:
 
 
 def _kind_left_out(name: str) -> str | None:
-    """Return the kind of a file that is left out; None for an image."""
+    """Return the kind of a file that is not an image, None for an image."""
     if hidden := hidden_kind(name):
         return hidden
     _, dot, ending = name.rpartition("/")[2].rpartition(".")
@@ -78,7 +78,7 @@ def count_left_out(left_out: LeftOut) -> int:
 
 
 def describe_left_out(left_out: LeftOut, *, verbose: bool) -> list[str]:
-    """Lines for the screen: what is left out by kind and count, the largest kinds first; with `verbose` by name."""
+    """Describe files that are not images, one line per kind, most frequent first; `verbose` also lists all names."""
     kinds = sorted(left_out, key=lambda kind: (-len(left_out[kind]), kind))
     lines = []
     for kind in kinds if verbose else kinds[:_MAX_KINDS]:
@@ -99,10 +99,10 @@ def _counted_kind(count: int, kind: str) -> str:
 
 
 def list_files(root: Path) -> Listing:
-    """List the files below a folder, by their path relative to it, and the links to folders that are not followed.
+    """List the files below a folder, as relative paths, and the links to folders that are not followed.
 
-    A link to a folder is followed once: not where its folder, or one above it, has been read already. Files in hidden
-    folders are listed, too. Raises UserError for a folder that cannot be listed.
+    A link to a folder is followed unless the folder has already been read, directly or as part of another folder. Files
+    in hidden folders are listed, too. Raises UserError for a folder that cannot be listed.
     """
     names: list[str] = []
     followed: set[tuple[int, int]] = set()
@@ -124,7 +124,7 @@ def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[s
         below = os.path.relpath(parent, root)
         prefix = "" if below == "." else Path(below).as_posix() + "/"
         identity = _identity(parent)
-        if identity in followed:  # within a link to a folder that holds one read already
+        if identity in followed:  # the folder has been read before, and a link leads to one of its parents
             folders.clear()
             continue
         followed.add(identity)
@@ -138,7 +138,7 @@ def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[s
 
 
 def _walk_hidden(root: Path, start: str) -> Iterator[str]:
-    """Yield the files in a hidden folder, which may be nobody's to read."""
+    """Yield the files in a hidden folder; folders without read permission are skipped."""
     for parent, _, files in os.walk(root / start):
         yield from (f"{Path(os.path.relpath(parent, root)).as_posix()}/{file}" for file in files)
 

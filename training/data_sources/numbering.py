@@ -1,4 +1,4 @@
-"""Files of a series that are not there, by the numbers in the names of the others."""
+"""Detection of missing files in a numbered series."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from dnnlib.util import counted
 
-_OF = re.compile(r"(.*?)(?<!\d)(\d{3,9})-of-(\d{3,9})")  # NAME-00000-of-00005, and what follows
+_OF = re.compile(r"(.*?)(?<!\d)(\d{3,9})-of-(\d{3,9})")  # prefix of NAME-00000-of-00005.parquet
 _SERIAL = re.compile(r"(.*?)(?<!\d)(\d{4,9})(?:\.\D.*)?")  # NAME-000017.tar
 
 
 def missing_parts(paths: Iterable[Path]) -> str:
-    """Return a clause on the files that are missing of the total that others tell in their names; '' for none."""
+    """Return a clause about files missing from the total in names like NAME-00000-of-00005; '' if none is missing."""
     groups: dict[tuple[Path, str, int, int], set[int]] = {}
     for path in paths:
         if found := _OF.match(path.name):
@@ -23,9 +23,9 @@ def missing_parts(paths: Iterable[Path]) -> str:
     clauses = []
     for (_, prefix, width, total), numbers in groups.items():
         first = 1 if total in numbers and 0 not in numbers else 0
-        wanted = range(first, first + total)
-        if missing := total - sum(number in wanted for number in numbers):
-            example = next(number for number in wanted if number not in numbers)
+        expected = range(first, first + total)
+        if missing := total - sum(number in expected for number in numbers):
+            example = next(number for number in expected if number not in numbers)
             are = "is" if missing == 1 else "are"
             name = f"{prefix}{example:0{width}}-of-{total:0{width}}"
             clauses.append(f"{missing:,} of {counted(total, 'file')} {are} missing, such as {name}")
@@ -33,7 +33,7 @@ def missing_parts(paths: Iterable[Path]) -> str:
 
 
 def gaps(paths: Iterable[Path]) -> str:
-    """Return a clause on the numbers that are missing between others, as 00000.tar and 00002.tar have; '' for none."""
+    """Return a clause about gaps in a series, such as 00001 between 00000.tar and 00002.tar; '' without gaps."""
     groups: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:
         if not _OF.match(path.name) and (found := _SERIAL.fullmatch(path.name)) and found[2].startswith("0"):

@@ -1,4 +1,4 @@
-"""Work on chunks of a stream in other processes: in order, in bounded memory."""
+"""Parallel processing of the chunks of a stream in worker processes: in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ENDING = (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else 
 def map_chunks(
     function: Callable[[list[T]], list[R]], chunks: Iterable[list[T]], workers: int
 ) -> Iterator[tuple[T, R]]:
-    """Yield the items of chunks in order, each with its result, which processes compute for a chunk at a time.
+    """Yield (item, result) for the items of all chunks in order; workers apply `function` to one chunk at a time.
 
-    At most 2 * workers + 1 chunks wait at any time. Raises UserError when a process dies.
+    At most 2 * workers + 1 chunks are pending at any time. Raises UserError if a worker process dies.
     """
-    # spawn: forking a process that has threads (of whoever calls us) can deadlock
+    # spawn, because forking a process with threads can deadlock
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
     pending: deque[tuple[list[T], Future[list[R]]]] = deque()
     try:
@@ -43,7 +43,7 @@ def map_chunks(
             yield from _finish(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker process died, perhaps for lack of memory: try fewer than --workers={workers}"
+            f"a worker process died, possibly because it ran out of memory: use fewer than --workers={workers}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -51,9 +51,10 @@ def map_chunks(
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While active, SIGTERM and SIGHUP end the program by an exception, as Ctrl-C does: what it began is removed.
+    """Context manager in which SIGTERM and SIGHUP raise SystemExit, so that unfinished output is removed.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays so. The second one of a kind ends the program at once.
+    Ignored signals, such as SIGHUP under nohup, remain ignored. A second signal of the same kind ends the program at
+    once.
     """
     before = {number: signal.getsignal(number) for number in _ENDING}
     for number, handler in before.items():
@@ -77,7 +78,7 @@ def _prepare_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it has gone, in whatever way."""
+    """Exit when the parent process has ended, for whatever reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Files that make up one data set: tables and tar shards in a folder, and the splits that they belong to."""
+"""Datasets of several files: tables or tar shards in a folder, and their splits."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SUFFIXES = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
 }
 _ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
-LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # of columns, lower case, the first that is there
-_OTHERS = "others"  # the split of files that name none, where other files do
-_NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # of a stem: NAME-train-00000-of-00005
-_SERIAL = re.compile(r"(?<!\d)00\d")  # in a number as files of a series have it: 000017
+LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # lower-case column names in order of preference
+_OTHERS = "others"  # split of files without a split in their names, if other files have one
+_NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # stem of a file, such as NAME-train-00000-of-00005
+_SERIAL = re.compile(r"(?<!\d)00\d")  # zero-padded number of a file in a series, such as 000017
 _MAX_JSON_BYTES = 1 << 24
 
 
 @dataclass(kw_only=True)
 class Parts:
-    """Files of one kind, a key of SUFFIXES, by split; all are of the split "" where nothing names splits.
+    """Files of one kind (a key of SUFFIXES) by split; if no file name contains a split, all files are in split "".
 
-    `left_out` and `notes` are as those of a Source.
+    `left_out` and `notes` are defined as in Source.
     """
 
     root: Path
@@ -44,18 +44,20 @@ class Parts:
     def choose(
         self, split: str | None, count: Callable[[Sequence[Path]], str], *, skip_missing: bool
     ) -> tuple[list[Path], list[str]]:
-        """Return the files of a split, by default of `train`, and notes.
+        """Return the files of a split, `train` by default, and notes.
 
-        `count` says how much some files hold. Raises UserError where there is none of the split, and, unless
-        `skip_missing`, where the names of its files tell that there are others.
+        `count` summarizes the content of files for the notes. Raises UserError if the split does not exist, and, unless
+        `skip_missing`, if the file names show that files are missing.
         """
         paths, notes = self._of_split(split, count)
         if missing := missing_parts(paths):
             if not skip_missing:
-                raise UserError(f"{self.root}: {missing}: get it complete, or read those that are there by --skip-bad")
-            notes.append(f"{missing}: those that are there are read")
+                raise UserError(
+                    f"{self.root}: {missing}: download the missing files, or read the existing ones with --skip-bad"
+                )
+            notes.append(f"{missing}: the existing files are read")
         if numbers := gaps(paths):
-            notes.append(f"no file has the number {numbers}, though others are before and after: is one missing?")
+            notes.append(f"no file has the number {numbers}, but files with lower and higher numbers exist")
         return paths, notes
 
     def _of_split(self, split: str | None, count: Callable[[Sequence[Path]], str]) -> tuple[list[Path], list[str]]:
@@ -76,15 +78,15 @@ class Parts:
             )
         if len(self.splits) == 1:
             return self.splits[chosen], []
-        others = "" if split else "; --split=NAME reads another one, --split=all all of them"
+        others = "" if split else "; --split=NAME reads another split, --split=all reads all splits"
         return self.splits[chosen], [f"splits: {shown}: {chosen} is read{others}"]
 
 
 def find_parts(path: Path, listing: Listing | None) -> Parts | None:
-    """Find tables or tar shards in a folder, or the table that a file is; None for anything else.
+    """Find the tables or tar shards of a folder, or recognize a single table file; None for anything else.
 
-    `listing` is that of a folder, whose content is the kind that takes most bytes, or images. Raises UserError for what
-    the library `datasets` saved and cannot be read.
+    `listing` is the list of files of a folder, None for a file. In a folder, the kind with the most bytes is the
+    dataset, unless images are. Raises UserError for datasets saved by the library `datasets` in an unsupported form.
     """
     if listing is None:
         kind = next((kind for kind in ("parquet", "arrow") if path.name.lower().endswith(SUFFIXES[kind])), None)
@@ -119,10 +121,10 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
 
 
 def _are_content(root: Path, kind: str, names: list[str], images: list[str]) -> bool:
-    """Whether tables or shards are the data set, and the images beside them belong to its description.
+    """Return whether tables or shards are the dataset, and the images only illustrate it.
 
-    They take more bytes, and are as many, or named as parts of a set: `0017.tar`, `train.parquet`. A `train.tar` may
-    well be what the images were packed into.
+    The tables or shards must have more bytes than the images, and must either be at least as many or have names of
+    parts, such as `0017.tar` or `train.parquet`. A single `train.tar` may be an archive of the same images.
     """
     files = [name.rpartition("/")[2] for name in names]
     are_parts = any(_SERIAL.search(file) or (kind != "tar" and split_of(file)) for file in files)
@@ -130,18 +132,18 @@ def _are_content(root: Path, kind: str, names: list[str], images: list[str]) -> 
 
 
 def _note_on_images(kind: str, parts: list[str], images: list[str]) -> list[str]:
-    """Return a note on images beside tables or tar files that are read, if there are any."""
+    """Return a note if images are ignored in favour of tables or tar files."""
     if not images:
         return []
     are = "is" if len(parts) == 1 else "are"
     return [
         f"{counted(len(parts), f'.{kind} file')} {are} read, and not {counted(len(images), 'image')} beside, such as "
-        f"{images[0]!r:.80}: to read images, give a folder of them alone"
+        f"{images[0]!r:.80}: to read the images, give a folder with images only"
     ]
 
 
 def note_on_parts(left_out: LeftOut) -> list[str]:
-    """Return a note on tables and tar files beside images that are read, if there are any."""
+    """Return a note if tables or tar files are ignored in favour of images."""
     names = sorted(_of_kind(left_out, _ALL_SUFFIXES))
     if not names:
         return []
@@ -152,7 +154,7 @@ def note_on_parts(left_out: LeftOut) -> list[str]:
 
 
 def _of_kind(left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files with these suffixes that are not hidden."""
+    """Return the visible files with the given suffixes."""
     visible = chain.from_iterable(names for kind, names in left_out.items() if kind.startswith("."))
     return [name for name in visible if name.lower().endswith(suffixes)]
 
@@ -162,12 +164,12 @@ def _total_size(root: Path, names: Iterable[str]) -> int:
 
 
 def _is_cache(name: str) -> bool:
-    """Whether a file is a result of `Dataset.map` beside the data set, which holds the same images again."""
+    """Return whether a file is a cache of `Dataset.map`, which duplicates the images of the dataset."""
     return re.search(r"(^|/)(cache-\w+|tmp\w{8})\.arrow$", name) is not None
 
 
 def _by_split(root: Path, names: list[str], *, are_tables: bool) -> dict[str, list[Path]]:
-    """Sort files by the splits that they belong to. Raises UserError where a folder holds several sets of tables."""
+    """Group files by split. Raises UserError if a folder contains several datasets of tables."""
     splits: dict[str, list[str]] = {}
     for name in names:
         splits.setdefault(split_of(name), []).append(name)
@@ -181,7 +183,7 @@ def _by_split(root: Path, names: list[str], *, are_tables: bool) -> dict[str, li
 
 
 def _refuse_configurations(root: Path, files: list[str]) -> None:
-    """Raise UserError where tables of one split and number lie in several folders, as the configurations of a set."""
+    """Raise UserError if several folders contain the same file name, as for the configurations of a dataset."""
     folders: dict[str, list[str]] = {}
     for name in files:
         folder, _, file = name.rpartition("/")
@@ -189,26 +191,26 @@ def _refuse_configurations(root: Path, files: list[str]) -> None:
     for file, found in folders.items():
         if len(set(found)) > 1:
             raise UserError(
-                f"{root} holds several data sets, with a {file} in each of {', '.join(sorted(set(found))):.200}: give "
+                f"{root} holds several datasets, with a {file} in each of {', '.join(sorted(set(found))):.200}: give "
                 "one of these folders"
             )
 
 
 def _refuse_partitions(root: Path, names: list[str]) -> None:
-    """Raise UserError where the labels are in the names of folders, `label=cat/`, and in no column."""
+    """Raise UserError if labels are stored in folder names such as `label=cat/` rather than in a column."""
     for name in names:
         for folder in name.split("/")[:-1]:
             key, equals, _ = folder.partition("=")
             if equals and key.lower() in LABEL_NAMES:
                 raise UserError(
-                    f"{root}: the labels are in names of folders, such as {folder!r:.80}, which are not read: make a "
-                    "column of them by parquet of pyarrow: "
+                    f"{root}: the labels are in folder names, such as {folder!r:.80}, which is not supported: convert "
+                    "them to a column with pyarrow.parquet: "
                     f"parquet.write_table(parquet.read_table({str(root)!r}), 'FILE.parquet')"
                 )
 
 
 def split_of(name: str) -> str:
-    """Return the split that a path names: train, validation, test, NAME in NAME-00000-of-00005; "" for none."""
+    """Return the split in a path: train, validation, test, or NAME of NAME-00000-of-00005; "" without one."""
     *folders, file = name.split("/")
     stem = file.partition(".")[0]
     if (numbered := _NUMBERED.fullmatch(stem)) and numbered[1] != "data":
@@ -225,22 +227,22 @@ def _canonical(split: str) -> str:
 
 
 def _saved_splits(path: Path) -> dict[str, list[Path]]:
-    """Return the files of what `DatasetDict.save_to_disk` wrote."""
+    """Return the files of a dataset saved by `DatasetDict.save_to_disk`, by split."""
     names: Any = _read_object(path / "dataset_dict.json").get("splits")
     if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
-        raise UserError(f'{path / "dataset_dict.json"} has no list of folders as "splits": save the data set again')
+        raise UserError(f'{path / "dataset_dict.json"} has no list of folders as "splits": save the dataset again')
     return {_canonical(name): _saved_files(path / name) for name in names}
 
 
 def _saved_files(path: Path) -> list[Path]:
-    """Return the files of what `Dataset.save_to_disk` wrote, in their order."""
+    """Return the files of a dataset saved by `Dataset.save_to_disk`, in order."""
     state = _read_object(path / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise UserError(f"{path} is saved with a mapping of indices: save dataset.flatten_indices() instead")
+        raise UserError(f"{path} was saved with an indices mapping: save dataset.flatten_indices() instead")
     files = state.get("_data_files")
     names: Any = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or len(names) != len(files or ()) or not all(map(_is_plain_name, names)):
-        raise UserError(f'{path / "state.json"} has no list of files as "_data_files": save the data set again')
+        raise UserError(f'{path / "state.json"} has no list of files as "_data_files": save the dataset again')
     return [path / name for name in names]
 
 
@@ -252,16 +254,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_regular(path, _MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({describe_error(error)}): save the data set again") from error
+        raise UserError(f"{path} cannot be read ({describe_error(error)}): save the dataset again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no object of JSON: save the data set again")
+        raise UserError(f"{path} is not a JSON object: save the dataset again")
     return content
 
 
 def snapshot_folder(path: Path) -> Path:
-    """Return the folder with the files of a repository in a hub's cache, `datasets--USER--NAME`; `path` for others.
+    """Return the snapshot folder of a repository in a hub cache, `datasets--USER--NAME`; `path` for other folders.
 
-    Raises UserError where it holds several snapshots and does not say which one is current.
+    Raises UserError if the cache has several snapshots and no valid reference to the current one.
     """
     folder = path / "snapshots"
     if not folder.is_dir() or not (path / "refs").is_dir():
@@ -274,5 +276,7 @@ def snapshot_folder(path: Path) -> Path:
         return folder / current
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if len(found) != 1:
-        raise UserError(f"{folder} holds {len(found)} snapshots ({', '.join(found):.200}): give the folder of one")
+        raise UserError(
+            f"{folder} holds {len(found)} snapshots ({', '.join(found):.200}): give the folder of one snapshot"
+        )
     return folder / found[0]

@@ -1,7 +1,7 @@
-"""Drawn scenes: a data set that needs no download, is a pure function of its seed, and has any size.
+"""Procedural dataset of drawn scenes, of any size, as a pure function of a seed.
 
-A scene is a plain or gradient background with one to three coloured shapes. The last one is drawn in front, is larger
-than the others, and its kind is the label. Image i depends on (seed, i, width, height) only.
+A scene has one to three coloured shapes on a plain or gradient background. The front shape is larger than the others,
+and the kind of the front shape is the label. Image i depends only on (seed, i, width, height).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ KINDS = ("circle", "square", "triangle", "ring", "cross")
 
 _MAX_SHAPES = 3
 _SHAPE_DRAWS = 7  # kind, x, y, radius, angle, hue, value
-_SCENE_DRAWS = 6  # number of shapes, gradient?, its angle, hue, value here, value there
+_SCENE_DRAWS = 6  # number of shapes, gradient or plain, angle, hue and the two end values of the gradient
 
 
 def draw_scenes(indices: np.ndarray, *, seed: int, width: int, height: int) -> np.ndarray:
-    """Draw the scenes with the given numbers: uint8 [B, H, W, 3]."""
+    """Draw the scenes with the given indices, uint8 [B, H, W, 3]."""
     draws = _uniform(indices, seed, _SCENE_DRAWS + _MAX_SHAPES * _SHAPE_DRAWS)  # [B, draws]
     scene, shapes = draws[:, :_SCENE_DRAWS], draws[:, _SCENE_DRAWS:].reshape(-1, _MAX_SHAPES, _SHAPE_DRAWS)
     unit = min(width, height)
@@ -24,9 +24,9 @@ def draw_scenes(indices: np.ndarray, *, seed: int, width: int, height: int) -> n
         (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / unit,
         (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / unit,
         indexing="ij",
-    )  # pixel centres [H, W]; the shorter side runs from -1/2 to 1/2
+    )  # pixel centres [H, W]; the shorter side extends from -1/2 to 1/2
 
-    num_shapes = 1 + (scene[:, 0] ** 2 * _MAX_SHAPES).astype(int)  # one, in most scenes
+    num_shapes = 1 + (scene[:, 0] ** 2 * _MAX_SHAPES).astype(int)  # one in most scenes
     image = _background(scene, x, y)  # [B, H, W, 3]
     for depth in range(_MAX_SHAPES):  # back to front
         front = depth == _MAX_SHAPES - 1
@@ -37,7 +37,7 @@ def draw_scenes(indices: np.ndarray, *, seed: int, width: int, height: int) -> n
 
 
 def scene_labels(indices: np.ndarray, *, seed: int) -> np.ndarray:
-    """Kind of the front shape of each scene, as an index into KINDS: int64 [B]."""
+    """Return the kind of the front shape of each scene as an index into KINDS, int64 [B]."""
     draws = _uniform(indices, seed, _SCENE_DRAWS + _MAX_SHAPES * _SHAPE_DRAWS)
     return _kind(draws[:, -_SHAPE_DRAWS:])
 
@@ -47,22 +47,22 @@ def _kind(shape: np.ndarray) -> np.ndarray:
 
 
 def _background(scene: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pale colours, plain in half of the scenes, else a linear gradient of lightness: [B, H, W, 3]."""
-    is_gradient, angle, hue, here, there = (scene[:, k, None, None] for k in range(1, 6))
+    """Draw pale backgrounds [B, H, W, 3]: plain in half of the scenes, else a linear gradient of lightness."""
+    is_gradient, angle, hue, start, end = (scene[:, k, None, None] for k in range(1, 6))
     along = np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y  # [B, H, W]
     t = np.where(is_gradient < 0.5, 0.5, np.clip(along + 0.5, 0, 1))
-    value = 0.55 + 0.4 * (here * (1 - t) + there * t)
+    value = 0.55 + 0.4 * (start * (1 - t) + end * t)
     tint = _rgb(hue[:, 0, 0], saturation=0.25)  # [B, 3]
     return value[..., None] * tint[:, None, None, :]
 
 
 def _shape(shape: np.ndarray, x: np.ndarray, y: np.ndarray, unit: int, *, front: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage [B, H, W] and colour [B, 3] of one shape per scene."""
+    """Return the coverage [B, H, W] and the colour [B, 3] of one shape per scene."""
     center_x, center_y, size, turn = (shape[:, k, None, None] for k in range(1, 5))
-    radius = 0.26 + 0.12 * size if front else 0.15 + 0.09 * size  # of the shorter side
+    radius = 0.26 + 0.12 * size if front else 0.15 + 0.09 * size  # relative to the shorter side
     spread = 0.35 if front else 0.8
     angle = (turn - 0.5) * 0.6
-    dx = (x - spread * (center_x - 0.5)) / radius  # [B, H, W], in radii
+    dx = (x - spread * (center_x - 0.5)) / radius  # [B, H, W], in units of the radius
     dy = (y - spread * (center_y - 0.5)) / radius
     u = np.cos(angle) * dx + np.sin(angle) * dy
     v = np.cos(angle) * dy - np.sin(angle) * dx
@@ -77,7 +77,7 @@ def _shape(shape: np.ndarray, x: np.ndarray, y: np.ndarray, unit: int, *, front:
 
 
 def _signed_distance(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distance to the outline of a shape of radius 1, negative inside (beyond corners: a lower bound of it)."""
+    """Signed distance to the outline of a shape of radius 1, negative inside; a lower bound outside of corners."""
     if name == "circle":
         return np.hypot(u, v) - 1
     if name == "ring":
@@ -91,16 +91,16 @@ def _signed_distance(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _rgb(hue: np.ndarray, *, saturation: float) -> np.ndarray:
-    """Colours of full value around the colour circle, hue in [0, 1): float32 [B, 3]."""
+    """Convert hue in [0, 1), at full value, to RGB, float32 [B, 3]."""
     phase = (hue[:, None] + np.array([0, 2 / 3, 1 / 3], dtype=np.float32)) % 1
     pure = np.clip(np.abs(phase * 6 - 3) - 1, 0, 1)
     return 1 - saturation * (1 - pure)
 
 
 def _uniform(indices: np.ndarray, seed: int, num_draws: int) -> np.ndarray:
-    """Numbers in [0, 1) that depend on (seed, index, draw) only: float32 [B, num_draws].
+    """Uniform random numbers in [0, 1) as a function of (seed, index, draw), float32 [B, num_draws].
 
-    SplitMix64 (Steele, Lea & Flood 2014) as a hash: its output function applied to seed, index and draw in turn.
+    Uses the output function of SplitMix64 (Steele, Lea & Flood 2014) as a hash of seed, index and draw.
     """
     state = np.array([[seed]], dtype=np.uint64)
     for counter in (np.asarray(indices, dtype=np.uint64)[:, None], np.arange(num_draws, dtype=np.uint64)):

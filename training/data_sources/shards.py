@@ -1,4 +1,4 @@
-"""WebDataset: tar archives whose consecutive members with one name, up to its first dot, are one sample."""
+"""WebDataset tar archives, in which consecutive members with the same name up to the first dot form a sample."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from training.data_sources.labels import to_labels
 from training.data_sources.listing import LINKS, SPECIAL_FILES, LeftOut, describe_left_out, hidden_kind, sort_out
 
 _MAX_LABEL_BYTES = 1 << 20
-_TEXTS = ("cls", "class", "label")  # extensions of members with a number or a name
-_KEYS = ("cls", "label", "labels", "class", "class_id", "label_id", "class_name", "label_name", "category")  # of .json
-_SEVERAL = re.compile(r"-?\d{1,9}([\s,]+-?\d{1,9})+", re.ASCII)  # class numbers in a text
-_BLOCK = 512  # bytes that a member takes at least
+_TEXTS = ("cls", "class", "label")  # extensions of members with a class number or name
+_KEYS = ("cls", "label", "labels", "class", "class_id", "label_id", "class_name", "label_name", "category")  # in .json
+_SEVERAL = re.compile(r"-?\d{1,9}([\s,]+-?\d{1,9})+", re.ASCII)  # several class numbers in a string
+_BLOCK = 512  # minimum number of bytes of a member
 
 
-class _Place(NamedTuple):
-    """A member of a shard: number of the shard, its first byte in it (unpacked), bytes, name."""
+class _Location(NamedTuple):
+    """Member of a shard: index of the shard, offset in the unpacked shard, size in bytes, name."""
 
     shard: int
     start: int
@@ -41,11 +41,11 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Sample:
-    """The images of a sample, what may be its label, by extension, an error where that cannot be read, and others."""
+    """Members of a sample: images, candidates for the label by extension (or an error), and the names of the others."""
 
     shard: int
     key: str
-    images: list[_Place] = field(default_factory=list)
+    images: list[_Location] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)
@@ -56,35 +56,35 @@ class _Sample:
 
 
 @dataclass
-class _Aside:
-    """Members that belong to no sample: hidden ones, links and such by kind, and every dataset.json."""
+class _OtherMembers:
+    """Members outside of samples: hidden files, links and special files by kind, and all dataset.json files."""
 
     left_out: LeftOut = field(default_factory=dict)
-    jsons: list[_Place] = field(default_factory=list)
+    jsons: list[_Location] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
 class _Archive:
-    """A LabelledStore of one tar archive."""
+    """LabelledStore of a single tar archive."""
 
     path: Path
     names: list[str]
     json_name: str | None
-    place: _Place
+    json_location: _Location
 
     def read_json(self) -> bytes:
-        if self.place.size > MAX_JSON_BYTES:
-            raise BrokenImageError(f"{self.place.size} bytes, more than the {MAX_JSON_BYTES} that it may have")
+        if self.json_location.size > MAX_JSON_BYTES:
+            raise BrokenImageError(f"{self.json_location.size} bytes, more than the limit of {MAX_JSON_BYTES}")
         with _open(self.path) as stream:
-            stream.skip(self.place.start)
-            return stream.read(self.place.size)
+            stream.skip(self.json_location.start)
+            return stream.read(self.json_location.size)
 
 
 class ShardSource(SourceBase):
-    """Images of tar archives, read one after the other; `names` are those of the members.
+    """Images of tar archives, read sequentially; `names` are the names of the members.
 
-    A first pass reads names and labels. Without any label every image counts; with labels, one image of each sample.
-    The labels of a single archive may be in a dataset.json, which is read if `read_json`.
+    A first pass reads names and labels. If there are labels, each sample contributes one image, otherwise all its
+    images. With `read_json`, the labels of a single archive may also be in a dataset.json.
     """
 
     channels: int | None = 3
@@ -93,50 +93,51 @@ class ShardSource(SourceBase):
         super().__init__()
         self.name = name
         self._paths = paths
-        aside = _Aside()
+        others = _OtherMembers()
         samples = list(
-            tqdm(_read_samples(paths, aside), desc="names and labels", unit=" samples", disable=None, leave=False)
+            tqdm(_read_samples(paths, others), desc="names and labels", unit=" samples", disable=None, leave=False)
         )
-        pictured = [sample for sample in samples if sample.images]
-        self.add_left_out(aside.left_out)
-        self.add_left_out(sort_out(name for sample in pictured for name in sample.others)[1])
+        with_images = [sample for sample in samples if sample.images]
+        self.add_left_out(others.left_out)
+        self.add_left_out(sort_out(name for sample in with_images for name in sample.others)[1])
         self.add_left_out({"samples without an image": [sample.key for sample in samples if not sample.images]})
-        if fault := next((sample.label for sample in pictured if isinstance(sample.label, UserError)), None):
+        if fault := next((sample.label for sample in with_images if isinstance(sample.label, UserError)), None):
             raise fault
         _refuse_labels_apart(paths, samples)
-        if any(sample.label is not None for sample in pictured):
-            further = [image.name for sample in pictured for image in _by_rank(sample)[1:]]
+        if any(sample.label is not None for sample in with_images):
+            further = [image.name for sample in with_images for image in _by_rank(sample)[1:]]
             self.add_left_out({"further images of a sample": further})
             self.labels, self.class_names = to_labels(
-                [sample.label for sample in pictured],
-                lambda k: f"{paths[pictured[k].shard]}: sample {pictured[k].key!r}",
+                [sample.label for sample in with_images],
+                lambda k: f"{paths[with_images[k].shard]}: sample {with_images[k].key!r}",
             )
-            self._images = [_by_rank(sample)[0] for sample in pictured]
+            self._images = [_by_rank(sample)[0] for sample in with_images]
         else:
-            self._images = [image for sample in pictured for image in sample.images]
+            self._images = [image for sample in with_images for image in sample.images]
         if not self._images:
-            others = [line.strip() for line in describe_left_out(aside.left_out, verbose=False)]
-            held = f"{samples[0].key!r:.80}: check the path" if samples else ", ".join(others) or "nothing"
+            kinds = [line.strip() for line in describe_left_out(others.left_out, verbose=False)]
+            held = f"{samples[0].key!r:.80}: check the path" if samples else ", ".join(kinds) or "nothing"
             raise UserError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}")
         self.names = [image.name for image in self._images]
         self.may_have_classes = self.labels is None
-        if aside.jsons and read_json:
-            self._consider_json({place.name: place for place in aside.jsons})
+        if others.jsons and read_json:
+            self._consider_json({location.name: location for location in others.jsons})
 
-    def _consider_json(self, places: dict[str, _Place]) -> None:
-        """Read the labels of the dataset.json that counts, or take note of why none of them does."""
-        found, notes = find_json(list(places), self.names)
+    def _consider_json(self, locations: dict[str, _Location]) -> None:
+        """Read labels from a dataset.json if one applies to all images; otherwise note the reason."""
+        found, notes = find_json(list(locations), self.names)
         if self.labels is not None:
-            notes = [f"{next(iter(places))} is not read: the samples have labels"]
+            notes = [f"{next(iter(locations))} is not read: the samples have labels"]
         elif found is not None and len(self._paths) > 1:
             notes = [
-                f"{found} is not read: to use it, unpack all {len(self._paths)} shards into a folder, and give that"
+                f"{found} is not read: to use it, unpack all {len(self._paths)} shards into a folder, and give the "
+                "folder"
             ]
         elif found is not None:
-            store = _Archive(path=self._paths[0], names=self.names, json_name=found, place=places[found])
+            store = _Archive(path=self._paths[0], names=self.names, json_name=found, json_location=locations[found])
             content = read_dataset_json(store)
             self.labels, self.class_names = labels_of(store, content), content.class_names
-            self.may_have_classes = False  # one without labels says that there are none
+            self.may_have_classes = False  # a dataset.json without labels states that there are no classes
             notes += content.notes
         self.notes += notes
 
@@ -157,28 +158,28 @@ class ShardSource(SourceBase):
                     yield Item(f"{path.name}: {image.name}", _content(stream, image))
 
 
-def _content(stream: Unpacked, image: _Place) -> bytes | BrokenImageError:
+def _content(stream: Unpacked, image: _Location) -> bytes | BrokenImageError:
     return oversize(image.size) or stream.read(image.size)
 
 
-def _by_rank(sample: _Sample) -> list[_Place]:
-    """Images of a sample, those first that have no other extension before that of their format."""
+def _by_rank(sample: _Sample) -> list[_Location]:
+    """Sort the images of a sample, those with the fewest extensions before the format first."""
     return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
 
 def _refuse_labels_apart(paths: list[Path], samples: list[_Sample]) -> None:
-    """Raise UserError where the label of an image does not follow or precede it, but lies elsewhere in its shard."""
+    """Raise UserError if an image and its label are not consecutive members of a shard."""
     unlabelled = {(sample.shard, sample.key) for sample in samples if sample.images and sample.label is None}
     for sample in samples if unlabelled else ():
         if not sample.images and (sample.shard, sample.key) in unlabelled and sample.label is not None:
             raise UserError(
-                f"{paths[sample.shard]}: the image and the label of sample {sample.key!r:.80} are apart: write the "
-                "members of each sample one after the other, as `tar --sort=name` does"
+                f"{paths[sample.shard]}: the image and the label of sample {sample.key!r:.80} are not consecutive: "
+                "write the members of each sample one after the other, as `tar --sort=name` does"
             )
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the sample that a member belongs to, and its extension, all that follows the first dot of the file."""
+    """Split the name of a member into the key of its sample and its extension, the part after the first dot."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -186,37 +187,39 @@ def split_name(name: str) -> tuple[str, str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Unpacked]:
-    """Open an archive. Raises UserError, also for what goes wrong while it is read."""
+    """Open an archive. Raises UserError for errors on opening and for read errors within the context."""
     try:
         with open_packed(path) as stream:
             yield stream
     except PACKED_ERRORS as error:
-        raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
+        raise UserError(f"{path} is damaged ({describe_error(error)}): download it again") from error
 
 
-def _read_samples(paths: list[Path], aside: _Aside) -> Iterator[_Sample]:
+def _read_samples(paths: list[Path], others: _OtherMembers) -> Iterator[_Sample]:
     for shard, path in enumerate(paths):
         with _open(path) as stream:
             members = read_tar(stream, stream.limit // _BLOCK + 1)
-            yield from _group(stream, _set_aside(stream, members, shard, aside), shard, path)
+            yield from _group(stream, _members_of_samples(stream, members, shard, others), shard, path)
 
 
-def _set_aside(stream: Unpacked, members: Iterable[Member], shard: int, aside: _Aside) -> Iterator[Member]:
-    """Yield the files that make up samples; add those that do not to `aside`."""
+def _members_of_samples(
+    stream: Unpacked, members: Iterable[Member], shard: int, others: _OtherMembers
+) -> Iterator[Member]:
+    """Yield the members that can belong to samples, and add the other members to `others`."""
     for member in members:
         if member.is_folder:
             continue
         kind = hidden_kind(member.name) or (LINKS if member.is_link else None if member.is_plain else SPECIAL_FILES)
         if kind is not None:
-            aside.left_out.setdefault(kind, []).append(member.name)
+            others.left_out.setdefault(kind, []).append(member.name)
         elif is_dataset_json(member.name):
-            aside.jsons.append(_Place(shard, stream.position, member.size, member.name))
+            others.jsons.append(_Location(shard, stream.position, member.size, member.name))
         else:
             yield member
 
 
 def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) -> Iterator[_Sample]:
-    """Yield the samples of a shard; a member of the same extension begins another one."""
+    """Group consecutive members of a shard into samples; a repeated extension starts a new sample."""
     sample = None
     for member in members:
         key, extension = split_name(member.name)
@@ -231,7 +234,7 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
         elif kind in _TEXTS:
             sample.labels.setdefault(kind, _refusal_of_dots(member, path))
         elif sort_out([member.name])[0]:
-            sample.images.append(_Place(shard, stream.position, member.size, member.name))
+            sample.images.append(_Location(shard, stream.position, member.size, member.name))
             continue
         if sample.labels.get(extension) is None:
             sample.others.append(member.name)
@@ -240,10 +243,11 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
 
 
 def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) -> Any:
-    """Return a number, a text or a list; None for an empty text and for JSON without a label; UserError for others."""
+    """Read the label in a member: a number, string or list, None if empty, or a UserError if it cannot be read."""
     where = f"{path}: {member.name!r:.200}"
     if member.size > _MAX_LABEL_BYTES:
-        return UserError(f"{where} has {member.size} bytes, more than the {_MAX_LABEL_BYTES} of a label: check it")
+        problem = f"more than the limit of {_MAX_LABEL_BYTES} for a label"
+        return UserError(f"{where} has {member.size} bytes, {problem}: check it")
     try:
         text = stream.read(member.size).decode().strip()
         content = parse_json(text) if extension == "json" else text
@@ -257,8 +261,8 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
 
 def _refusal_of_dots(member: Member, path: Path) -> UserError:
     return UserError(
-        f"{path}: {member.name!r:.200}: the name of a sample ends at its first dot, and here it is not the last: "
-        "write the archive again with no further dots in names"
+        f"{path}: {member.name!r:.200}: the name of a sample ends at the first dot, but this name has further dots: "
+        "write the archive again without dots in the names of samples"
     )
 
 

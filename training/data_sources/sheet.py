@@ -1,4 +1,4 @@
-"""A contact sheet of a data set: images spread evenly over it, with what is known of them."""
+"""Contact sheet of a dataset: evenly spaced images with class, name and size, and statistics of the dataset."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from training.data_sources.sizes import CHANNEL_NAMES, describe_sizes
 MAX_TILES = 64
 COLUMNS = 8
 
-_SIDE = 128  # pixels of a tile's image
+_SIDE = 128  # side of the image of a tile, in pixels
 _GAP = 20
 _MARGIN = 40
 _HEADER = 92
-_MIN_COLUMNS = 5  # fewer columns leave no room for the header
-_LINE_HEIGHT = 18  # of the text below images
-_CHECKER = 8  # side of a checkerboard's squares
+_MIN_COLUMNS = 5  # required by the header
+_LINE_HEIGHT = 18  # text below images
+_CHECKER = 8  # side of the squares of the checkerboard
 _BAR_WIDTH, _BAR_HEIGHT = 34, 44
 
 _PAPER, _INK, _FAINT, _LINE, _ACCENT = "#ffffff", "#1c1e21", "#6b7078", "#d9dce0", "#4c78a8"
-_LIGHT, _DARK = 255, 224  # of a checkerboard
+_LIGHT, _DARK = 255, 224  # gray levels of the checkerboard
 
-# For letters that Pillow's own font lacks, where the machine has one of these.
+# Fallback system fonts for characters that Pillow's built-in font lacks.
 _OTHER_FONTS = (
     *("NotoSans-Regular.ttf", "DejaVuSans.ttf", "arial.ttf", "Arial.ttf"),
     *("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf"),
@@ -46,7 +46,7 @@ _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 class Tile(NamedTuple):
-    """An image of the sheet: pixels uint8 [H, W, C], and what stands below it."""
+    """Image of the sheet, uint8 [H, W, C], and the text below it."""
 
     pixels: np.ndarray
     name: str
@@ -54,20 +54,20 @@ class Tile(NamedTuple):
     class_number: int | None = None
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Return at most `at_most` of the numbers below `count`, evenly spaced."""
-    chosen = min(count, most)
+def spread(count: int, limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced integers from range(count)."""
+    chosen = min(count, limit)
     return [k * count // chosen for k in range(chosen)]
 
 
 def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[int]:
-    """Return up to 64 of the positions of images, evenly spaced.
+    """Choose up to MAX_TILES evenly spaced image positions, grouped by class and balanced over the classes.
 
-    Where they have classes, {position: class}, these take turns until there are 64, and stand together.
+    `classes` maps positions to class numbers; positions without a class come last.
     """
     members: dict[int, list[int]] = {}
     for position in positions:
-        members.setdefault(classes.get(position, MAX_CLASS + 1), []).append(position)  # those without one come last
+        members.setdefault(classes.get(position, MAX_CLASS + 1), []).append(position)
     numbers = sorted(members)
     numbers = [numbers[k] for k in spread(len(numbers), MAX_TILES)]
     shares = dict.fromkeys(numbers, 0)
@@ -81,7 +81,7 @@ def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[i
 
 
 def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Image.Image:
-    """Read up to 64 images that can be read, and draw the sheet."""
+    """Draw the contact sheet of a dataset with up to MAX_TILES readable images."""
     labels = content.labels or {}
     found = {position: labels.get(findings.names[position]) for position in findings.readable.tolist()}
     classes = {position: label for position, label in found.items() if isinstance(label, int)}
@@ -92,7 +92,7 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
         class_name = "no label" if classes else None
         if number is not None:
             class_name = names.get(number) or f"class {number}"
-        with suppress(BrokenImageError):  # changed since it was looked at
+        with suppress(BrokenImageError):  # changed since the inspection
             tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
     bars, is_original = short_sides(findings, content)
     whose = "originals" if is_original else "images"
@@ -100,7 +100,7 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
 
 
 def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int]) -> list[str]:
-    """Lines for the header."""
+    """Return the lines of the header."""
     channels = " and ".join(CHANNEL_NAMES[kind] for kind, _ in findings.channels.most_common())
     sizes = f"{describe_sizes(findings.sizes)}, {channels}" if findings.sizes else "none can be read"
     if classes:
@@ -115,12 +115,15 @@ def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int])
 def draw_sheet(
     title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], whose: str
 ) -> Image.Image:
-    """Draw tiles in rows of 8 below a header with the title, facts, and bars: counts of `whose` by shorter side."""
+    """Draw tiles in rows of COLUMNS below a header with title, facts and a histogram.
+
+    `bars` has the number of images by shorter side; `whose` names these images, "images" or "originals".
+    """
     columns = max(min(len(tiles), COLUMNS), _MIN_COLUMNS)
     with_size = len({tile.pixels.shape[:2] for tile in tiles}) > 1
     drawn = [(_fitted(tile.pixels), _caption(tile, with_size=with_size)) for tile in tiles]
     rows = [drawn[k : k + columns] for k in range(0, len(drawn), columns)]
-    heights = [max(image.height for image, _ in row) for row in rows]  # of the images alone
+    heights = [max(image.height for image, _ in row) for row in rows]  # without captions
     caption = 8 + _LINE_HEIGHT * max((len(lines) for _, lines in drawn), default=0)
     width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
     height = 2 * _MARGIN + _HEADER + sum(heights) + len(rows) * (caption + _GAP) - _GAP
@@ -130,7 +133,7 @@ def draw_sheet(
     max_width = width - 2 * _MARGIN
     if len(bars) > 1:
         max_width -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
-    _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, max_width, "data set")
+    _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, max_width, "dataset")
     for line, fact in enumerate(facts):
         _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, max_width, "")
     base = _MARGIN + _HEADER
@@ -140,15 +143,15 @@ def draw_sheet(
             x, y = _MARGIN + column * (_SIDE + _GAP), base - image.height
             sheet.paste(image, (x, y))
             draw.rectangle((x - 1, y - 1, x + image.width, base), outline=_LINE)
-            for line, (text, instead) in enumerate(lines):
+            for line, (text, fallback) in enumerate(lines):
                 size, color = (12, _FAINT) if line else (14, _INK)
-                _write(draw, (x, base + 7 + _LINE_HEIGHT * line), text, size, color, _SIDE, instead)
+                _write(draw, (x, base + 7 + _LINE_HEIGHT * line), text, size, color, _SIDE, fallback)
         base += caption + _GAP
     return sheet
 
 
 def _caption(tile: Tile, *, with_size: bool) -> list[tuple[str, str]]:
-    """Return the lines below an image, each with what to write where no font has its letters."""
+    """Return the lines below an image, each with a fallback text for characters that no font has."""
     height, width = tile.pixels.shape[:2]
     name = (PurePosixPath(tile.name).stem, "image")
     lines = [name] if tile.class_name is None else [(tile.class_name, f"class {tile.class_number}"), name]
@@ -156,15 +159,15 @@ def _caption(tile: Tile, *, with_size: bool) -> list[tuple[str, str]]:
 
 
 def _fitted(pixels: np.ndarray) -> Image.Image:
-    """Fit an image into a tile: a small one enlarged by a whole number of times, transparency over a checkerboard."""
+    """Fit an image into a tile: enlarge small images by an integer factor, and show transparency on a checkerboard."""
     image = to_pillow(pixels)
     longer = max(image.size)
     if longer > _SIDE:
         size = (max(round(image.width * _SIDE / longer), 1), max(round(image.height * _SIDE / longer), 1))
         image = image.resize(size, Image.Resampling.LANCZOS)
     else:
-        times = _SIDE // longer
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+        factor = _SIDE // longer
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if image.mode != "RGBA":
         return image.convert("RGB")
     rows, columns = (np.arange(side) // _CHECKER for side in (image.height, image.width))
@@ -174,39 +177,41 @@ def _fitted(pixels: np.ndarray) -> Image.Image:
 
 
 def _draw_bars(draw: ImageDraw.ImageDraw, right: int, bars: Mapping[int, int], title: str) -> int:
-    """Draw a histogram that ends at `right`, and return its width."""
+    """Draw a histogram with the right edge at `right`, and return the width of the histogram."""
     width = max(len(bars) * _BAR_WIDTH, round(draw.textlength(title, _font(12))))
     left, base = right - width, _MARGIN + 14 + _BAR_HEIGHT
     _write(draw, (left, _MARGIN - 6), title, 12, _FAINT, width, "")
-    most = max(bars.values())
+    maximum = max(bars.values())
     for k, (side, count) in enumerate(bars.items()):
         x = left + k * _BAR_WIDTH
-        draw.rectangle(
-            (x, base - max(round(_BAR_HEIGHT * count / most), 1), x + _BAR_WIDTH - 6, base - 1), fill=_ACCENT
-        )
+        bar_height = max(round(_BAR_HEIGHT * count / maximum), 1)
+        draw.rectangle((x, base - bar_height, x + _BAR_WIDTH - 6, base - 1), fill=_ACCENT)
         draw.text((x + _BAR_WIDTH // 2 - 3, base + 4), str(side), _FAINT, _font(11), anchor="ma")
     draw.line((left, base, left + len(bars) * _BAR_WIDTH - 6, base), fill=_LINE)
     return width
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, color: str, max_width: int, instead: str
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, color: str, max_width: int, fallback: str
 ) -> None:
-    """Write a line from its upper left corner, cut to `max_width` pixels; `instead` where no font has its letters."""
+    """Write a line at its upper left corner, shortened to `max_width` pixels.
+
+    If no font has all characters of `text`, accents are removed; if that is not enough, `fallback` is written.
+    """
     text = printable(text)
     font = _font_for(text, size)
     if font is None:
         text = unicodedata.normalize("NFKD", text)
         text = "".join(letter for letter in text if not unicodedata.combining(letter))
         font = _font(size)
-        text = text if _has_letters(font, text) else instead
+        text = text if _has_letters(font, text) else fallback
     if draw.textlength(text, font) > max_width:
         text = _shortened(draw, text, font, max_width)
     draw.text(corner, text, color, font)
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, max_width: int) -> str:
-    """Leave out of the middle what is too long."""
+    """Replace the middle of a text by an ellipsis so that it fits `max_width` pixels."""
     for kept in range(len(text) - 1, 0, -1):
         shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
         if draw.textlength(shorter, font) <= max_width:
@@ -231,7 +236,7 @@ def _other_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 
 
 def _font_for(text: str, size: int) -> _Font | None:
-    """Return a font that has all letters of a text, None without one."""
+    """Return a font that has all characters of a text, or None."""
     return next((font for font in (_font(size), *_other_fonts(size)) if _has_letters(font, text)), None)
 
 

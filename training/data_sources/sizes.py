@@ -1,4 +1,4 @@
-"""Sizes of images: described, counted, and the size that a set of them should have."""
+"""Image sizes: counts, descriptions, and the suggested size of a dataset."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Size = tuple[int, int]  # (width, height)
 Sizes = Counter[Size]  # number of images by size
 
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
-MIN_SIDE, MAX_SIDE = 8, 1024  # sides of the sizes that are suggested
-REACHING = 0.9  # of the images need not be enlarged
-MAJORITY = 0.9  # of the images are of one shape where the others are called exceptions
+MIN_SIDE, MAX_SIDE = 8, 1024  # range of suggested sides
+REACHING = 0.9  # minimum fraction of images that are not enlarged to the suggested size
+MAJORITY = 0.9  # minimum fraction of images of one shape for the others to be reported as exceptions
 
 
 def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
-    """Count images by (width, height), from their number by shape."""
+    """Count images by (width, height), given the counts by shape."""
     sizes: Sizes = Counter()
     for (H, W, _), count in shapes.items():
         sizes[W, H] += count
@@ -29,7 +29,7 @@ def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
 
 
 def channels_of(shapes: Mapping[Shape, int]) -> Counter[int]:
-    """Count images by number of channels, from their number by shape."""
+    """Count images by number of channels, given the counts by shape."""
     channels: Counter[int] = Counter()
     for (_, _, C), count in shapes.items():
         channels[C] += count
@@ -37,12 +37,12 @@ def channels_of(shapes: Mapping[Shape, int]) -> Counter[int]:
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
-    """Return (H, W, C) as "32x48 RGB", width before height."""
+    """Format (H, W, C) as "WxH RGB", such as "32x48 RGB"."""
     return f"{shape[1]}x{shape[0]} {CHANNEL_NAMES[shape[2]]}"
 
 
 def by_short_side(sizes: Sizes) -> dict[str, int]:
-    """Count images by their shorter side, in powers of two: "64" stands for 64 to 127 pixels."""
+    """Count images by shorter side, in bins of powers of two: "64" is the bin from 64 to 127 pixels."""
     counts: Counter[int] = Counter()
     for (width, height), count in sizes.items():
         counts[1 << (min(width, height).bit_length() - 1)] += count
@@ -50,16 +50,17 @@ def by_short_side(sizes: Sizes) -> dict[str, int]:
 
 
 def describe_sizes(sizes: Sizes) -> str:
-    """Return e.g. '37 sizes, 120x90 to 4000x3000 pixels'."""
+    """Return a summary such as '37 sizes, 120x90 to 4000x3000 pixels'."""
     ordered = sorted(sizes, key=lambda size: size[0] * size[1])
     smallest, largest = (f"{width}x{height}" for width, height in (ordered[0], ordered[-1]))
     return f"{smallest} pixels" if len(sizes) == 1 else f"{len(sizes)} sizes, {smallest} to {largest} pixels"
 
 
 def candidate_sizes(sizes: Sizes, base: Size = (MIN_SIDE, MIN_SIDE)) -> list[Size]:
-    """List `base` times powers of two with sides of 8 to 1024 pixels, the best size for a set of such images first.
+    """List `base` times powers of two with sides of 8 to 1024 pixels, most suitable size first.
 
-    That is the largest that 90 % of the images reach with both sides. Then come smaller ones, at last larger ones.
+    The first size is the largest for which both sides of 90 % of the images are large enough. Smaller sizes follow in
+    descending order, then larger sizes in ascending order.
     """
     doubled = [(base[0] << n, base[1] << n) for n in range(MAX_SIDE.bit_length())]
     allowed = [size for size in doubled if min(size) >= MIN_SIDE and max(size) <= MAX_SIDE]
@@ -73,22 +74,22 @@ def _count_reaching(sizes: Sizes, size: Size) -> int:
 
 
 def suggest_size(sizes: Sizes) -> Size:
-    """Return the square of the largest power of two that 90 % of the images reach with their shorter side."""
+    """Return the largest power-of-two square that the shorter side of 90 % of the images reaches."""
     return candidate_sizes(sizes)[0]
 
 
 def size_options(sizes: Sizes) -> list[str]:
-    """Return options of dataset_tool.py that make the images one size, the one that suits them."""
+    """Return options of dataset_tool.py that crop and resize all images to the suggested size."""
     return crop_options(suggest_size(sizes))
 
 
 def crop_options(size: Size) -> list[str]:
-    """Return options of dataset_tool.py that make all images this size and keep their proportions."""
+    """Return options of dataset_tool.py that crop and resize all images to a size, preserving proportions."""
     return ["--transform=center-crop", f"--width={size[0]}", f"--height={size[1]}"]
 
 
 def build_command(source: str, *options: str) -> str:
-    """Return the command that builds a set from `source` with such options, quoted for the shell."""
+    """Return the shell command that builds a dataset from `source` with the given options."""
     path = Path(source)
     name = (path.stem if path.suffix.lower() == ".zip" else path.resolve().name) or "images"
     dest = Path("data", f"{name}.zip")
@@ -99,7 +100,7 @@ def build_command(source: str, *options: str) -> str:
 
 @dataclass
 class Survey:
-    """Shapes (H, W, C) of images: how many have each, the first one's name, and those that cannot be read, and why."""
+    """Survey of image shapes (H, W, C): count and first image of each shape, and unreadable images with the reason."""
 
     counts: Counter[Shape] = field(default_factory=Counter)
     firsts: dict[Shape, str] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class Survey:
         self.firsts.setdefault(shape, name)
 
     def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
-        """Say what keeps the images from being a set, and the command that builds one; None if nothing does."""
+        """Describe why the images are not a uniform dataset, with the command that builds one; None if uniform."""
         sizes, channels = sizes_of(self.counts), channels_of(self.counts)
         if len(self.counts) < 2 and not self.broken:
             return None
@@ -127,13 +128,13 @@ class Survey:
         return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *self.options(choose_size))}"
 
     def options(self, choose_size: Callable[[Sizes], Size | None]) -> list[str]:
-        """Return the options of dataset_tool.py that make the images a set."""
+        """Return the options of dataset_tool.py that make the images a uniform dataset."""
         sizes = sizes_of(self.counts)
         crop = crop_options(choose_size(sizes) or suggest_size(sizes)) if len(sizes) > 1 else []
         return crop + (["--skip-bad"] if self.broken else [])
 
     def _exceptions(self) -> list[str]:
-        """Name the first image that is not as most are; none where they differ all around."""
+        """Describe the first image that differs from the common shape; empty without a MAJORITY of one shape."""
         if len(self.counts) < 2:
             return []
         usual, count = self.counts.most_common(1)[0]

@@ -1,4 +1,4 @@
-"""Everything that dataset_tool.py can read, each as one iterable of named and labelled images."""
+"""Sources that dataset_tool.py can read, as iterables of named and labelled images."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from training.data_sources.tables import TableSource
 
 SUPPORTED = (
     "a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz, stl10_binary.tar.gz, "
-    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, Parquet or Arrow files, tar files of WebDataset, a "
-    "folder of such files, as of a Hugging Face data set, or the word shapes"
+    "*-images-idx3-ubyte.gz, an LSUN lmdb folder, .npy, .npz, Parquet or Arrow files, WebDataset tar files, a "
+    "folder of such files, such as a Hugging Face dataset, or the word shapes"
 )
 
 
@@ -53,10 +53,10 @@ def open_source(
     split: str | None = None,
     skip_missing: bool = False,
 ) -> Source:
-    """Recognise what `path` is. Raises UserError naming it when it is missing, damaged or unknown.
+    """Open `path` as the kind of source that it contains. Raises UserError if missing, corrupt or unknown.
 
-    `labels_from_folders` is the level of the folders that are classes, 1 for the top; `split` the part of a data set
-    that comes in several, None for the usual one; `skip_missing` whether files of a series may be missing.
+    `labels_from_folders`: level of the class folders, 1 for the top. `split`: split to read, None for the default.
+    `skip_missing`: accept missing files in a numbered series.
     """
     if path != SHAPES:
         read_labels = labels_from_folders is None
@@ -69,7 +69,7 @@ def open_source(
     elif labels_from_folders is not None:
         if isinstance(source, TableSource):
             raise UserError(f"{path} holds tables, whose labels come from a column: leave out --labels-from-folders")
-        raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images, and {path} is none")
+        raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images, which {path} is not")
     return source
 
 
@@ -100,7 +100,7 @@ def _refuse_split(path: str, split: str | None) -> None:
 
 
 def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | None, path: str) -> None:
-    """Make folders classes, or take note of those that could be."""
+    """Set labels from folders at `level`; if `level` is None, add a note on folders that could be classes."""
     if level is not None:
         known = None if level == "auto" else level
         source.labels, source.class_names, notes = classes_from_folders(source.names, known, path)
@@ -126,14 +126,14 @@ def _open_file(path: Path, *, read_labels: bool) -> Source:
 
 
 class FileSource(SourceBase):
-    """Images in a folder or zip file, with the labels of its dataset.json."""
+    """Images in a folder or zip file, with labels from dataset.json."""
 
     def __init__(self, store: FileStore, *, read_labels: bool) -> None:
         self.name = store.path.resolve().name
         self.names = store.names
         self.left_out = store.left_out
         self.notes = [*store.notes, *note_on_parts(store.left_out)]
-        self.may_have_classes = store.json_name is None  # one without labels says that there are none
+        self.may_have_classes = store.json_name is None  # a dataset.json without labels states that there are none
         self._store = store
         if read_labels:
             content = read_dataset_json(store)
@@ -155,7 +155,7 @@ def items_of(store: FileStore) -> Iterator[Item]:
 
 def _content(store: FileStore, name: str) -> bytes | Path | BrokenImageError:
     if isinstance(store, FolderStore):
-        return store.path / name  # read by the workers: many small files are slow one after the other
+        return store.path / name  # read in the workers, because reading many small files sequentially is slow
     try:
         return store.read(name)
     except BrokenImageError as error:
@@ -163,9 +163,9 @@ def _content(store: FileStore, name: str) -> bytes | Path | BrokenImageError:
 
 
 class ArraySource(SourceBase):
-    """Images that are in memory or in a memory-mapped file: uint8 [N, H, W, C]."""
+    """Images in an array, uint8 [N, H, W, C], in memory or memory-mapped."""
 
-    _BATCH = 64  # that are copied at a time, out of any layout
+    _BATCH = 64  # images copied to contiguous memory at a time
 
     def __init__(
         self,
@@ -193,15 +193,15 @@ class ArraySource(SourceBase):
 
 
 def _open_arrays(path: Path) -> ArraySource:
-    """.npy with images, or .npz with `images` (or a single array) and, if it is there, `labels`."""
+    """Open an .npy file with images, or an .npz file with `images` (or a single array) and optional `labels`."""
     try:
         arrays = _load_arrays(path)
-    except Exception as error:  # numpy raises ValueError, BadZipFile, zlib.error, SyntaxError, ... on damaged files
+    except Exception as error:  # numpy raises ValueError, BadZipFile, zlib.error, SyntaxError, ... for corrupt files
         raise UserError(f"{path} cannot be read as numpy arrays ({error}): write it again with numpy.save") from error
     labels = arrays.pop("labels", None)
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     if images is None:
-        raise UserError(f"{path} holds the arrays {', '.join(arrays)}: name the one with the images `images`")
+        raise UserError(f"{path} holds the arrays {', '.join(arrays)}: rename the array of images to `images`")
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or 0 in images.shape:
@@ -232,9 +232,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _open_idx(path: Path) -> ArraySource:
-    """MNIST's format: big-endian header, then bytes; the labels are beside the images if they are anywhere.
+    """Open images in MNIST's idx format, with labels if the corresponding label file is in the same folder.
 
-    MNIST's 28x28 images are padded to 32x32, as in StyleGAN2-ADA.
+    28x28 images are padded to 32x32, as in StyleGAN2-ADA.
     """
     images = _read_idx(path, num_axes=3)
     labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
@@ -242,7 +242,9 @@ def _open_idx(path: Path) -> ArraySource:
     if labels_path != path and labels_path.exists():
         labels = _read_idx(labels_path, num_axes=1).tolist()
         if len(labels) != len(images):
-            raise UserError(f"{labels_path} has {len(labels)} labels for {len(images)} images: get both files again")
+            raise UserError(
+                f"{labels_path} has {len(labels)} labels for {len(images)} images: download both files again"
+            )
     return ArraySource(path.name, images[..., None], labels, pad=2 if images.shape[1:] == (28, 28) else 0)
 
 
@@ -253,17 +255,17 @@ def _read_idx(path: Path, *, num_axes: int) -> np.ndarray:
             shape = [int.from_bytes(header[k : k + 4], "big") for k in range(4, 4 + 4 * num_axes, 4)]
             size = math.prod(shape)
             if header[:4] != bytes([0, 0, 8, num_axes]) or not size:
-                raise UserError(f"{path} is not an idx file of bytes with {num_axes} axes: get it again")
+                raise UserError(f"{path} is not an idx file of bytes with {num_axes} axes: download it again")
             data = file.read(size)
     except PACKED_ERRORS as error:
-        raise UserError(f"{path} cannot be read ({describe_error(error)}): get it again") from error
+        raise UserError(f"{path} cannot be read ({describe_error(error)}): download it again") from error
     if len(data) != size:
-        raise UserError(f"{path} ends after {len(data)} of {size} bytes: get it again")
+        raise UserError(f"{path} ends after {len(data)} of {size} bytes: download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _open_tar(path: Path, *, read_labels: bool) -> Source:
-    """CIFAR or STL-10, told apart by the folder in the archive, or a shard of WebDataset."""
+    """Open CIFAR or STL-10, identified by the folder in the archive, or a WebDataset shard."""
     try:
         with open_packed(path) as stream:
             members = read_tar(stream)
@@ -275,12 +277,12 @@ def _open_tar(path: Path, *, read_labels: bool) -> Source:
             if folder == "stl10_binary":
                 return StlSource(path, chain([first], members))
     except PACKED_ERRORS as error:
-        raise UserError(f"{path} is damaged ({describe_error(error)}): get it again") from error
+        raise UserError(f"{path} is damaged ({describe_error(error)}): download it again") from error
     return ShardSource(path.name, [path], read_json=read_labels)
 
 
 def _first_member(members: Iterator[Member], path: Path) -> Member:
-    """Return the first member of an archive. Raises UserError for what is none."""
+    """Return the first member of an archive. Raises UserError if the file is not an archive."""
     try:
         return next(members)
     except (StopIteration, tarfile.HeaderError):
@@ -288,9 +290,9 @@ def _first_member(members: Iterator[Member], path: Path) -> Member:
 
 
 class StlSource(SourceBase):
-    """STL-10's train and unlabeled images (Coates et al. 2011), 105,000 without labels; its test images stay out.
+    """Training and unlabeled images of STL-10 (Coates et al. 2011): 105,000 images, read without labels.
 
-    The archive is read as a stream: unpacked it would take 2.9 GB.
+    The archive, 2.9 GB when unpacked, is read as a stream.
     """
 
     channels: int | None = 3
@@ -309,7 +311,7 @@ class StlSource(SourceBase):
                 break
         for part in self._PARTS:
             if not found.get(part) or found[part] % self._IMAGE_BYTES:
-                raise UserError(f"{path} has no {part} of whole 96x96 images: get the archive again")
+                raise UserError(f"{path} has no {part} with whole 96x96 images: download the archive again")
         self._count = sum(found.values()) // self._IMAGE_BYTES
 
     def __len__(self) -> int:
@@ -322,7 +324,7 @@ class StlSource(SourceBase):
                     if member.name in self._PARTS:
                         yield from self._read(stream, member)
         except (*PACKED_ERRORS, ValueError) as error:
-            raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
+            raise UserError(f"{self._path} is damaged ({describe_error(error)}): download it again") from error
 
     def _read(self, stream: Unpacked, member: Member) -> Iterator[Item]:
         for k in range(member.size // self._IMAGE_BYTES):
@@ -331,7 +333,7 @@ class StlSource(SourceBase):
 
 
 class LmdbSource(SourceBase):
-    """An LSUN category: an lmdb whose values are encoded images, in the order of the keys."""
+    """LSUN category: an lmdb database whose values are encoded images, in the order of the keys."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -340,11 +342,11 @@ class LmdbSource(SourceBase):
         try:
             self._file = LmdbFile(path)
         except OSError as error:
-            raise UserError(f"{path}/data.mdb cannot be read ({error.strerror}): get it again") from error
+            raise UserError(f"{path}/data.mdb cannot be read ({error.strerror}): download it again") from error
         except ValueError as error:
-            raise UserError(f"{path} cannot be read as lmdb ({error}): get it again") from error
+            raise UserError(f"{path} cannot be read as lmdb ({error}): download it again") from error
         if not self._file.num_entries:
-            raise UserError(f"{path} holds no images: get it again")
+            raise UserError(f"{path} holds no images: download it again")
 
     def __len__(self) -> int:
         return self._file.num_entries
@@ -354,11 +356,11 @@ class LmdbSource(SourceBase):
             for key, value in self._file:
                 yield Item(repr(key), oversize(len(value)) or value)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._path} is damaged ({describe_error(error)}): get it again") from error
+            raise UserError(f"{self._path} is damaged ({describe_error(error)}): download it again") from error
 
 
 class Drawing(NamedTuple):
-    """Settings of the drawn scenes of `--source=shapes`."""
+    """Settings of the drawn scenes of --source=shapes."""
 
     seed: int
     num_images: int
@@ -367,7 +369,7 @@ class Drawing(NamedTuple):
 
 
 class ShapesSource(SourceBase):
-    """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the shape in front."""
+    """Drawn scenes, see `training.data_sources.shapes`; the label is the kind of the front shape."""
 
     name = SHAPES
     channels: int | None = 3

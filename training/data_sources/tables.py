@@ -1,4 +1,4 @@
-"""Images in the rows of tables: Parquet and Arrow files, as hubs and the library `datasets` keep them."""
+"""Images in the rows of tables: Parquet and Arrow files, as on the Hugging Face hub and in the library `datasets`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from training.data_sources.parts import LABEL_NAMES, Parts
 
 _FILES: dict[str, type[ParquetFile | ArrowFile]] = {"parquet": ParquetFile, "arrow": ArrowFile}
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
-_CHANNELS = {"L": 1, "RGB": 3}  # by the mode of a feature Image
+_CHANNELS = {"L": 1, "RGB": 3}  # keyed by the mode of an Image feature
 
 
 class Columns(NamedTuple):
-    """Columns of a table with the images and the labels; names of classes, channels, and a note on labels."""
+    """Names of the image and label columns of a table, class names, number of channels, and a note on the labels."""
 
     image: str
     label: str | None
@@ -35,7 +35,7 @@ class Columns(NamedTuple):
 
 
 class TableSource(SourceBase):
-    """Images of tables of one kind. The labels are read first; of the images, some megabytes are in memory."""
+    """Images in tables of one kind. Labels are read up front; images are streamed, a few megabytes at a time."""
 
     def __init__(self, parts: Parts, name: str, split: str | None, *, skip_missing: bool) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class TableSource(SourceBase):
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[ParquetFile | ArrowFile]:
-        """Open a table. Raises UserError, also for what goes wrong while it is read."""
+        """Open a table. Raises UserError for errors on opening and for read errors within the context."""
         pa = import_extra("pyarrow", "parquet")
         try:
             table = _FILES[self._parts.kind](path)
@@ -73,10 +73,10 @@ class TableSource(SourceBase):
         except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, struct.error) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} cannot be read ({describe_error(error)}): get or write it again") from error
+            raise UserError(f"{path} cannot be read ({describe_error(error)}): download or write it again") from error
 
     def _read_labels(self) -> tuple[list[int], list[Any], Columns]:
-        """Return the number of rows of each file, the labels of all, none without, and the columns of all files."""
+        """Return the number of rows of each file, the labels of all rows (empty without labels), and the columns."""
         first: Columns | None = None
         num_rows: list[int] = []
         values: list[Any] = []
@@ -85,7 +85,7 @@ class TableSource(SourceBase):
                 columns = find_columns(table.schema, path)
                 first = first or columns
                 if columns != first:
-                    raise UserError(f"{path} and {self._paths[0]} differ in columns or classes: give one of them")
+                    raise UserError(f"{path} and {self._paths[0]} differ in columns or classes: give only one of them")
                 num_rows.append(table.num_rows)
                 if columns.label is not None:
                     values += _values(table, columns.label, path)
@@ -94,7 +94,7 @@ class TableSource(SourceBase):
         return num_rows, values, first
 
     def _place(self, k: int) -> str:
-        """Name the row of image k."""
+        """Describe the location of the label of image k."""
         for path, count in zip(self._paths, self._num_rows, strict=True):
             if k < count:
                 return f"{path}: row {k}, column {self._columns.label!r}"
@@ -116,7 +116,7 @@ class TableSource(SourceBase):
                     raise ValueError(f"it ends after {row} of {count} rows")
 
     def _content(self, value: Any) -> bytes | Path | BrokenImageError:
-        """Return the bytes of an image, or the file beside the table that its row names."""
+        """Return the bytes of an image, or the path of an image file in the folder of the table."""
         data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if data is not None:
             return oversize(len(data)) or data
@@ -127,29 +127,30 @@ class TableSource(SourceBase):
         if not path.is_relative_to(folder):
             return BrokenImageError(
                 f"the row has no bytes but the path {name!r:.200}, outside of {folder}: write the images into the "
-                "table, by to_parquet() or save_to_disk() of datasets"
+                "table, with to_parquet() or save_to_disk() of the library datasets"
             )
         return path
 
 
 def find_columns(schema: Any, path: Path) -> Columns:
-    """Find the columns of a schema of Arrow that hold images and labels. Raises UserError naming those that there are.
+    """Find the image and label columns of an Arrow schema, by name, feature of the library `datasets`, or type.
 
-    The names decide, else the features that the library `datasets` records, else the types.
+    The criteria are applied in this order. Raises UserError that lists the columns if no single image column is found.
     """
     features = _features(schema)
     held = [field.name for field in schema if _holds_images(field.type)]
     image = _choose(held, _IMAGE_NAMES, features, "Image") or (held[0] if len(held) == 1 else None)
     if image is None or schema.names.count(image) > 1:
         shown = ", ".join(f"{field.name} ({field.type!s:.80})" for field in schema)
-        problem = f"several columns could hold the images, {', '.join(held)}" if held else "no column holds images"
+        problem = f"several columns can hold the images, {', '.join(held)}" if held else "no column holds images"
         raise UserError(
-            f"{path}: {problem}, of {shown:.1000}: name one of them `image`, with bytes or structs of bytes and path"
+            f"{path}: {problem}, of {shown:.1000}: rename the column of images to `image`, with bytes or structs of "
+            "bytes and path"
         )
     others = [name for name in schema.names if name != image]
     label = _choose(others, LABEL_NAMES, features, "ClassLabel")
     classes = [name for name in others if features.get(name, {}).get("_type") == "ClassLabel"]
-    note = f"columns {', '.join(classes)} are classes: name one of them `label`" if classes and not label else None
+    note = f"columns {', '.join(classes)} are classes: rename one of them to `label`" if classes and not label else None
     names = features.get(label or "", {}).get("names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     channels = _CHANNELS.get(str(features.get(image, {}).get("mode")))
@@ -157,7 +158,7 @@ def find_columns(schema: Any, path: Path) -> Columns:
 
 
 def _choose(columns: list[str], names: tuple[str, ...], features: dict[str, Any], kind: str) -> str | None:
-    """Return the first column with one of these names, else the only one that is of this kind of feature."""
+    """Return the first column with one of the names, else the only column with a feature of this kind, else None."""
     by_name = {column.lower(): column for column in columns}
     found = [by_name[name] for name in names if name in by_name]
     of_kind = [column for column in columns if features.get(column, {}).get("_type") == kind]
@@ -165,10 +166,10 @@ def _choose(columns: list[str], names: tuple[str, ...], features: dict[str, Any]
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return the features that `datasets` records, by column; none where there are none."""
+    """Return the features recorded by the library `datasets`, by column; empty without features."""
     try:
         features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: about for name, about in features.items() if isinstance(about, dict)}
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}
 
@@ -181,7 +182,7 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _values(table: ParquetFile | ArrowFile, column: str, path: Path) -> list[Any]:
-    """Return the labels of all rows as numbers, texts, lists or None. Raises UserError for a column of other types."""
+    """Return the labels of all rows as numbers, strings, lists or None. Raises UserError for other column types."""
     types = import_extra("pyarrow", "parquet").types
     kind = table.schema.field(column).type
     if types.is_null(kind):
@@ -192,8 +193,8 @@ def _values(table: ParquetFile | ArrowFile, column: str, path: Path) -> list[Any
     is_number = types.is_integer(value) or types.is_floating(value) or types.is_boolean(value)
     if not is_number and (is_list or not is_text):
         raise UserError(
-            f"{path}: column {column!r} holds {kind!s:.80}, which are no labels: rename or remove it, or give numbers, "
-            "texts or vectors"
+            f"{path}: column {column!r} holds {kind!s:.80}, which is not a label type: rename or remove the column, or "
+            "store numbers, strings or vectors"
         )
     values = [value for array in table.slices(column) for value in array.to_pylist()]
     if len(values) != table.num_rows:

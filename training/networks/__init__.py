@@ -1,9 +1,10 @@
-"""Network families by the name that a configuration file uses.
+"""Registry of network families, keyed by the name used in configuration files.
 
-To add a family, write one file and add a line here; docs/adding_a_model.md does it once. A generator's config is a
-`GeneratorConfig` (generator.py) whose `build()` returns the network; the network has z_dim, w_dim, c_dim, num_ws,
-img_shape, `mapping`, `synthesis` and their composition as its call. A discriminator's is a `DiscriminatorConfig`
-(discriminator.py); the network maps (img, c) to logits (B, 1) and lists its layers in `layers_from_image()`.
+To add a family, write one file and add one line here; docs/adding_a_model.md shows an example. The config of a
+generator is a `GeneratorConfig` (generator.py) whose `build()` returns the network. A generator has the attributes
+z_dim, w_dim, c_dim, num_ws and img_shape and the submodules `mapping` and `synthesis`; `forward` composes the two. The
+config of a discriminator is a `DiscriminatorConfig` (discriminator.py). A discriminator maps (img, c) to logits (B, 1)
+and lists its layers in `layers_from_image()`.
 """
 
 from training.networks.discriminator import DiscriminatorConfig

@@ -1,4 +1,4 @@
-"""Multi-head attention over tokens: what its forms have in common, and the one among all, with Linformer's shortcut."""
+"""Multi-head attention over tokens: the common interface, and full self-attention with optional Linformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from training.networks.blockwise import blockwise_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v in the form that the phase needs; bias (H, N, M), the others (B, H, ., D)."""
+    """Return softmax(q k^T / sqrt(D) + bias) v, (B, H, N, D), for q (B, H, N, D), k, v (B, H, M, D), bias (H, N, M).
+
+    Uses the twice differentiable implementation if `execution.current` requires it, else PyTorch's fused kernels.
+    """
     if execution.current.twice_differentiable:
         return blockwise_attention(q, k, v, bias=bias)
     if bias is None:
@@ -22,9 +25,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """With a bias, the kernel that keeps no matrix of weights takes heads of 16-bit types in multiples of 8 alone.
+    """Compute biased attention, zero-padding 16-bit heads to a multiple of 8 channels.
 
-    Zeros fill them up, which add nothing to any sum.
+    With a bias, the memory-efficient kernel requires that size in 16-bit types. The zeros do not change any dot
+    product.
     """
     D = q.shape[3]
     if q.dtype.itemsize == 2 and D % 8:
@@ -33,14 +37,14 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Tokens (B, N, C), heads side by side in C -> (B, H, N, D)."""
+    """Split tokens (B, N, C) into heads (B, H, N, D); C = H D holds the heads one after another."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Attention of tokens among themselves; queries, keys and values come ready-made, so a hook sees all of it.
+    """Base class of self-attention on projected queries, keys and values, so that a forward hook sees Q, K and V.
 
-    Of whatever form, the output of a head is linear in its values: A(Q, K) V. Maps are drawn of A.
+    In every subclass the output of a head is linear in its values, A(Q, K) V. Attention maps show A.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -48,16 +52,16 @@ class Attention(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, N, C), heads side by side in C -> (B, N, C)."""
+        """Map q, k, v (B, N, C), with the heads concatenated along C, to (B, N, C)."""
         raise NotImplementedError
 
 
 class SelfAttention(Attention):
-    """softmax(Q K^T / sqrt(D)) V per head.
+    """Full self-attention, softmax(Q K^T / sqrt(D)) V per head.
 
-    With `projected_tokens` = k the keys and values are first mapped from N to k tokens by one matrix E (k, N),
-    shared by keys, values and all heads, which makes the cost linear in N (Wang et al. 2020, "Linformer"; E starts
-    from U(+-1/sqrt(N))).
+    With `projected_tokens` = k, a learned matrix E (k, N) first projects keys and values from N to k tokens, which
+    makes the cost linear in N (Wang et al. 2020, "Linformer"). E is shared by keys, values and all heads and is
+    initialized from U(-1/sqrt(N), 1/sqrt(N)).
     """
 
     def __init__(self, num_heads: int, num_tokens: int, projected_tokens: int | None = None) -> None:
@@ -72,7 +76,7 @@ class SelfAttention(Attention):
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """The attention weights that `forward` applies to the (projected) values, (B, H, N, N or k)."""
+        """Return the attention weights that `forward` applies to the (projected) values, (B, H, N, N or k)."""
         q, k = self._split(q), self._split(self._project(k))
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
 

@@ -1,4 +1,4 @@
-"""Convolutions of the networks, each in the form that is fastest where it runs."""
+"""Convolutions that dispatch to the fastest implementation for the device and the required derivatives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.networks import execution, winograd
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
-    """F.conv2d of x (B, I, H, W) with weight (O, I, k, k) and bias (O,)."""
+    """Compute F.conv2d of x (B, I, H, W) with weight (O, I, k, k) and bias (O,)."""
     if stride == 1 and padding == 1 and bias is None and winograd.is_profitable(x, weight):
         return winograd.conv3x3(x, weight)
     if _has_slow_derivatives(x):
@@ -20,12 +20,15 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
-    """F.conv_transpose2d of x (B, I, H, W) with weight (I, O, k, k)."""
+    """Compute F.conv_transpose2d of x (B, I, H, W) with weight (I, O, k, k)."""
     if _has_slow_derivatives(x):
         return differentiable.conv_transpose2d(x, weight, stride=stride)
     return F.conv_transpose2d(x, weight, stride=stride)
 
 
 def _has_slow_derivatives(x: Tensor) -> bool:
-    """Whether PyTorch's own second derivatives will be taken, and are slow. A CPU is 8 to 32 % faster with them."""
+    """Return whether second derivatives are needed on a GPU, where PyTorch's own are slow.
+
+    On a CPU, PyTorch's second derivatives are 8 to 32 % faster than ours.
+    """
     return execution.current.twice_differentiable and x.is_cuda

@@ -1,4 +1,4 @@
-"""What all discriminators share: the images and labels that they judge, and the projection onto labels."""
+"""Base classes of discriminators and their configurations, and the label projection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.networks.layers import ImageShape, check_labels, require_reasonabl
 
 
 def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """(height, width) of a grid and of its halves, as long as both sides are even and larger than 4."""
+    """Return `grid` (height, width) and its successive halvings while both sides are even and larger than 4."""
     grids = [grid]
     while all(side % 2 == 0 and side > 4 for side in grids[-1]):
         grids.append((grids[-1][0] // 2, grids[-1][1] // 2))
@@ -24,23 +24,23 @@ def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(ABC):
-    """The part of a discriminator's configuration that all families share: it judges images of `img_size`.
+    """Configuration shared by all discriminator families, for images of `img_size`.
 
-    A family adds its own fields. Some of them may be open, to be chosen from the data by `fit`; a configuration with
-    open fields cannot be built.
+    A family adds its own fields. Some fields may be left to `fit`, which chooses their values from the image size;
+    `build` requires that all fields are resolved.
     """
 
-    img_channels: int = setting(3, "Channels of the images; follows from the data.", at_least=1)
+    img_channels: int = setting(3, "Number of image channels; determined by the dataset.", at_least=1)
     img_size: tuple[int, int] = setting(
         (32, 32),
-        "Height and width of the images; follows from the data.",
+        "Height and width of the images; determined by the dataset.",
         parse=parse_size,
         at_least=1,
         note="height and width",
     )
-    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", at_least=0)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; determined by the dataset.", at_least=0)
 
-    AUTO: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+    AUTO: ClassVar[Mapping[str, Any]] = {}  # fields that `fit` can resolve -> their unresolved values
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -48,28 +48,28 @@ class DiscriminatorConfig(ABC):
 
     @classmethod
     def convert_from(cls, other: DiscriminatorConfig) -> Self:
-        """Return this family with the shared fields of `other`, and open where it can be."""
+        """Return a configuration of this family with the shared fields of `other` and the AUTO fields unresolved."""
         return cls(**{name: getattr(other, name) for name in field_names(DiscriminatorConfig)}, **cls.AUTO)
 
     @property
     def group_size(self) -> int:
-        """How many images of a batch are compared with each other; 0 where each is judged alone."""
+        """Number of images that minibatch statistics combine; 0 if the logits of each image are independent."""
         return 0
 
     def fit(self, height: int, width: int) -> Self:
-        """Return the configuration for images of this size, with all that is open chosen.
+        """Return the configuration for images of this size, with all unresolved fields chosen.
 
-        Raises ConfigError, naming what would fit, when this discriminator cannot judge them.
+        Raises ConfigError if this discriminator does not support the size; the message lists supported values.
         """
         return replace(self, img_size=(height, width))
 
     @abstractmethod
     def build(self) -> Discriminator:
-        """A discriminator with weights from torch's global generator. Raises ConfigError while fields are open."""
+        """Build the discriminator, initialized from torch's global RNG. Raises ConfigError for unresolved fields."""
 
 
 class Discriminator(nn.Module, ImageShape, ABC):
-    """Images (B, C, H, W) and labels (B, c_dim), or None without labels -> logits (B, 1): high for real ones."""
+    """Map images (B, C, H, W) and labels (B, c_dim), None if unconditional, to logits (B, 1), high for real images."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Discriminator(nn.Module, ImageShape, ABC):
         self.img_shape = (config.img_channels, *config.img_size)
 
     def check_inputs(self, img: Tensor, c: Tensor | None) -> None:
-        """Raise ValueError when the shape of img or c does not fit."""
+        """Raise ValueError if the shape of `img` or `c` does not match the network."""
         if tuple(img.shape[1:]) != self.img_shape:
             needed = ", ".join(map(str, self.img_shape))
             raise ValueError(f"images have shape {tuple(img.shape)}, this network needs (batch, {needed})")
@@ -85,9 +85,9 @@ class Discriminator(nn.Module, ImageShape, ABC):
 
     @abstractmethod
     def layers_from_image(self) -> list[nn.Module]:
-        """The layers in the order in which Freeze-D (Mo et al. 2020) freezes them; the last ones are not among them."""
+        """Return the layers in the order in which Freeze-D (Mo et al. 2020) freezes them, without the final layers."""
 
 
 def project(out: Tensor, embedding: Tensor) -> Tensor:
-    """sum_j out_j embedding_j / sqrt(dim): (B, dim) twice -> logits (B, 1) (Miyato & Koyama 2018)."""
+    """Projection of (B, dim) onto (B, dim), sum_j out_j embedding_j / sqrt(dim), (B, 1) (Miyato & Koyama 2018)."""
     return (out * embedding).sum(dim=1, keepdim=True) / math.sqrt(out.shape[1])

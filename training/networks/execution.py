@@ -1,7 +1,7 @@
-"""How networks compute, as opposed to what: precision, second derivatives, memory, noise.
+"""Execution settings of the networks: precision, second derivatives, activation checkpointing, noise.
 
-Whoever trains says it around a forward pass, and the networks ask here; so a network has no mode that a snapshot could
-carry along, and outside of `using` everything runs in full precision.
+The training loop sets them around a forward pass with `using`, and the networks read `current`. A network therefore has
+no mode that a snapshot would store, and outside `using` everything runs in full precision.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# What --precision says, and the type of activations that it means; None leaves them alone.
+# Values of --precision and the dtype of reduced-precision activations; None: no reduction.
 REDUCED: dict[str | None, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """`reduced` is the type of activations on grids whose longer side is at least `min_grid`, None for none.
+    """Settings of a forward pass.
 
-    `twice_differentiable`: attention takes a form that can be differentiated twice, block by block. `recompute`:
-    activations inside a block are not kept but computed again in the backward pass (gradient checkpointing), which
-    saves memory and costs a forward pass. `random_noise`: a discriminator that has noise draws it afresh, as it does
-    in training.
+    `reduced`: dtype of activations on grids whose longer side is at least `min_grid`; None: no reduced precision.
+    `twice_differentiable`: use implementations of attention and convolution with an efficient double backward.
+    `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
+    which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators that
+    have noise, as in training.
     """
 
     reduced: torch.dtype | None = None
@@ -41,12 +42,12 @@ current = Execution()
 
 
 def set_gpu_arithmetic(*, allow_tf32: bool = False) -> None:
-    """Say for the whole process how GPUs compute products and convolutions of float32: exactly, or in TF32.
+    """Select, for the whole process, float32 or TF32 arithmetic in matrix products and convolutions on GPUs.
 
-    PyTorch's default is TF32 for convolutions alone. Products of 16-bit numbers add their partial sums in float32, not
-    PyTorch's default either.
+    PyTorch's defaults differ: TF32 in convolutions only, and reduced-precision accumulation in 16-bit matrix products,
+    which this function turns off.
     """
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler's hint to allow it
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler's hint to enable TF32
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -55,7 +56,7 @@ def set_gpu_arithmetic(*, allow_tf32: bool = False) -> None:
 
 @contextmanager
 def using(execution: Execution | None = None, **changes: Any) -> Iterator[None]:
-    """Compute in this way, or as now but for `changes`, until the context ends."""
+    """Context manager that applies `execution` (default: the current settings) with `changes`."""
     global current
     before = current
     current = replace(execution or before, **changes)
@@ -66,25 +67,25 @@ def using(execution: Execution | None = None, **changes: Any) -> Iterator[None]:
 
 
 def cast(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return activations x in the type that they have on a grid (height, width)."""
+    """Cast activations x to the dtype of the current settings for a grid (height, width)."""
     if current.reduced is not None and max(grid) >= current.min_grid:
         return x.to(current.reduced)
     return full_precision(x)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Return x in float32 if it is in a type of less precision."""
+    """Cast x to float32 if it is float16 or bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def run_block(block: Callable[..., Any], *args: Any) -> Any:
-    """Return block(*args), keeping what its backward pass needs, or only what it was called with."""
+    """Return block(*args), with gradient checkpointing if `current.recompute` is set."""
     if not (current.recompute and torch.is_grad_enabled()):
         return block(*args)
-    then = current  # the backward pass comes after the context has ended
+    settings = current  # the backward pass runs after the `using` context has ended
 
-    def again(*args: Any) -> Any:
-        with using(then, recompute=False):
+    def run(*args: Any) -> Any:
+        with using(settings, recompute=False):
             return block(*args)
 
-    return checkpoint(again, *args, use_reentrant=False)
+    return checkpoint(run, *args, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What all generators share: the configuration of latents and mapping network, and mapping and synthesis as one."""
+"""Base classes of generators, synthesis networks and their configurations."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Grid = tuple[int, int]  # (height, width)
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(ABC):
-    """The part of a generator's configuration that all families share.
+    """Configuration shared by all generator families.
 
-    A family adds its own fields. Some of them may be open, to be chosen from the data by `fit`; a configuration with
-    open fields cannot be built.
+    A family adds its own fields. Some fields may be left to `fit`, which chooses their values from the image size;
+    `build` requires that all fields are resolved.
     """
 
-    z_dim: int = setting(512, "Size of the latent z.", at_least=1)
-    c_dim: int = setting(0, "Number of classes or length of label vectors; follows from the data.", at_least=0)
-    w_dim: int = setting(512, "Size of the style w.", at_least=1)
-    mapping_layers: int = setting(2, "Layers of the mapping network.", at_least=1)
-    img_channels: int = setting(3, "Channels of the images; follows from the data.", at_least=1)
+    z_dim: int = setting(512, "Dimensionality of the latent z.", at_least=1)
+    c_dim: int = setting(0, "Number of classes or length of label vectors; determined by the dataset.", at_least=0)
+    w_dim: int = setting(512, "Dimensionality of the style w.", at_least=1)
+    mapping_layers: int = setting(2, "Number of layers of the mapping network.", at_least=1)
+    img_channels: int = setting(3, "Number of image channels; determined by the dataset.", at_least=1)
     conv_clamp: float | None = setting(
-        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+        256.0, "Clamp activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
 
-    AUTO: ClassVar[Mapping[str, Any]] = {}  # the values that leave fields of the family open
+    AUTO: ClassVar[Mapping[str, Any]] = {}  # fields that `fit` can resolve -> their unresolved values
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -43,9 +43,9 @@ class GeneratorConfig(ABC):
 
     @classmethod
     def convert_from(cls, other: GeneratorConfig) -> Self:
-        """Return this family with the shared fields of `other`, and open where it can be.
+        """Return a configuration of this family with the shared fields of `other` and the AUTO fields unresolved.
 
-        Where `other` has no mapping network and this family needs one, it gets its own default.
+        If `other` has no mapping network but this family requires one, `mapping_layers` is this family's default.
         """
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
         if bounds_of(cls)["mapping_layers"].problem(other.mapping_layers):
@@ -54,33 +54,33 @@ class GeneratorConfig(ABC):
 
     @property
     def folder_words(self) -> tuple[str, ...]:
-        """Words that tell a run's folder from others with the same preset."""
+        """Words in the name of a run's folder that distinguish it from other runs of the same preset."""
         return ()
 
     @property
     @abstractmethod
     def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while it is open."""
+        """Image size (height, width). Raises ConfigError if unresolved."""
 
     @property
     def fixed_size(self) -> Grid | None:
-        """(height, width) of the only images that this generator can be for; None where `fit` adapts it to others."""
+        """Image size (height, width) if the configuration supports a single size; None if `fit` can adapt it."""
         return None
 
     @property
     @abstractmethod
     def num_ws(self) -> int:
-        """How many styles the synthesis network reads."""
+        """Number of styles that the synthesis network reads."""
 
     @property
     def style_grids(self) -> tuple[Grid, ...]:
-        """For each style, the grid of the first block or convolution that reads it; () where a family does not say."""
+        """Grid of the first block or convolution that reads each style; () if the family does not define it."""
         return ()
 
     def style_groups(self) -> dict[str, tuple[int, ...]]:
-        """Styles by name: coarse, middle and fine are those of the lower, middle and upper third of the resolutions.
+        """Return the style indices of the groups coarse, middle and fine: the thirds of the resolutions, in order.
 
-        Of two resolutions the first is coarse and the second fine; a single one is coarse.
+        With two resolutions the first is coarse and the second fine; a single resolution is coarse.
         """
         grids = sorted(set(self.style_grids))
         first = max(len(grids) // 3, 1)
@@ -93,87 +93,91 @@ class GeneratorConfig(ABC):
 
     @abstractmethod
     def fit(self, height: int, width: int) -> Self:
-        """Return the configuration with all that is open chosen for images of this size.
+        """Return the configuration for images of this size, with all unresolved fields chosen.
 
-        Raises ConfigError, naming what would fit, when this generator cannot make them.
+        Raises ConfigError if this generator does not support the size; the message lists supported values.
         """
 
     @abstractmethod
     def build(self) -> Generator:
-        """A generator with weights from torch's global random generator. Raises ConfigError while fields are open."""
+        """Build the generator, initialized from torch's global RNG. Raises ConfigError for unresolved fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoublingConfig(GeneratorConfig):
-    """A generator whose grid doubles from resolution to resolution: images of base * 2^(resolutions - 1) pixels.
+    """Configuration of a generator whose grid doubles at each stage, for images of base * 2^(resolutions - 1) pixels.
 
-    `resolutions` None stands for a choice that is still to be made.
+    `fit` chooses `resolutions` if it is None.
     """
 
     base: Grid = setting(
         (4, 4),
-        "Base grid, the lowest resolution: height and width.",
+        "Base grid (lowest resolution): height and width.",
         parse=parse_size,
         at_least=1,
         note="height and width",
     )
     resolutions: int | None = setting(
-        4, "Number of resolutions, from the base grid up; None: by the images.", auto=True, at_least=1
+        4, "Number of resolutions, from the base grid up; None: chosen from the image size.", auto=True, at_least=1
     )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"resolutions": None}
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution, from the base up. Raises ConfigError while `resolutions` is open."""
+        """Grid (height, width) of every resolution, from the base up. Raises ConfigError if `resolutions` is None."""
         if self.resolutions is None:
-            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
+            raise ConfigError("resolutions", None, "not chosen yet: it is derived from the image size")
         return doubled_grids(self.base, self.resolutions)
 
     @property
     def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
+        """Image size (height, width). Raises ConfigError if `resolutions` is None."""
         return self.grids[-1]
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose the number of resolutions for images of this size. Raises ConfigError naming bases that can."""
+        """Choose the number of resolutions for the image size. Raises ConfigError that lists possible base grids."""
         return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedConfig(GeneratorConfig):
-    """A generator of images of base * 2^(len(widths) - 1) pixels, with a hidden size and blocks for each resolution.
+    """Configuration of a generator with a stage of blocks per resolution, for base * 2^(len(widths) - 1) pixels.
 
-    `widths` and `layers` hold one number per resolution, from the base grid up. `widths=()` stands for a choice that is
-    still to be made.
+    `widths` and `layers` hold the hidden size and the number of blocks of each resolution, from the base grid up. `fit`
+    chooses `widths` and `layers` if they are ().
     """
 
     base: Grid = setting(
         (8, 8),
-        "Base grid, the lowest resolution: height and width.",
+        "Base grid (lowest resolution): height and width.",
         parse=parse_size,
         at_least=1,
         note="height and width",
     )
-    widths: tuple[int, ...] = setting((), "Hidden size per resolution, lowest first; (): by the images.", at_least=1)
-    layers: tuple[int, ...] = setting((), "Blocks per resolution, lowest first; (): by the images.", at_least=0)
+    widths: tuple[int, ...] = setting(
+        (), "Hidden size per resolution, lowest first; (): chosen from the image size.", at_least=1
+    )
+    layers: tuple[int, ...] = setting(
+        (), "Number of blocks per resolution, lowest first; (): chosen from the image size.", at_least=0
+    )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"widths": (), "layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.widths and len(self.layers) != len(self.widths):
-            problem = f"must have one entry per resolution, as widths={self.widths} has {len(self.widths)}"
+            problem = f"must have one entry per resolution, {len(self.widths)} with widths={self.widths}"
             raise ConfigError("layers", self.layers, problem)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution that has blocks, from the base up."""
+        """Grid (height, width) of every resolution that has blocks, from the base up."""
         return doubled_grids(self.base, len(self.widths))
 
     @property
     def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `widths` is empty."""
+        """Image size (height, width). Raises ConfigError if `widths` is empty."""
         self.require_widths()
         return self.grids[-1]
 
@@ -182,24 +186,24 @@ class StagedConfig(GeneratorConfig):
         return self.grids[-1] if self.widths else None
 
     def require_widths(self) -> None:
-        """Raise ConfigError while `widths` is empty."""
+        """Raise ConfigError if `widths` is empty."""
         if not self.widths:
-            raise ConfigError("widths", self.widths, "no widths chosen: give one hidden size per resolution")
+            raise ConfigError("widths", self.widths, "not chosen yet: give one hidden size per resolution")
 
     def check_img_size(self, height: int, width: int) -> None:
-        """Raise ConfigError when this generator makes images of another size, naming what would fit."""
+        """Raise ConfigError if this generator makes images of another size; the message lists matching base grids."""
         if self.widths and self.img_size == (height, width):
             return
         options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
-        problem = f"with base={self.base} this does not make images of {height}x{width} (height x width); what does"
-        raise ConfigError("widths", self.widths, f"{problem}: {', '.join(options)}")
+        problem = f"with base={self.base} this does not make images of {height}x{width} (height x width)"
+        raise ConfigError("widths", self.widths, f"{problem}; possible: {', '.join(options)}")
 
 
 class Generator(nn.Module, ImageShape, ABC):
-    """Mapping and synthesis: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W) in about [-1, 1].
+    """Mapping and synthesis networks: z (B, z_dim), c (B, c_dim) or None -> images (B, C, H, W), roughly in [-1, 1].
 
-    `synthesis` is called with ws (B, num_ws, w_dim) and a noise mode: 'const' (the same image for the same ws),
-    'random' (fresh, from torch's global generator) or 'none'. Further keyword arguments of a call go to it.
+    `synthesis` takes ws (B, num_ws, w_dim) and a noise mode: 'const' (fixed noise buffers), 'random' (fresh noise from
+    torch's global RNG) or 'none'. `forward` passes further keyword arguments to `synthesis`.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -214,7 +218,7 @@ class Generator(nn.Module, ImageShape, ABC):
         self.synthesis = self.build_synthesis(config)
 
     def build_mapping(self, config: Any) -> StyleMapping:
-        """The mapping network, for most families StyleGAN's."""
+        """Build the mapping network; StyleGAN's unless a family overrides this method."""
         return MappingNetwork(
             z_dim=config.z_dim,
             c_dim=config.c_dim,
@@ -225,7 +229,7 @@ class Generator(nn.Module, ImageShape, ABC):
 
     @abstractmethod
     def build_synthesis(self, config: Any) -> nn.Module:
-        """The synthesis network of the family."""
+        """Build the synthesis network of the family."""
 
     def forward(
         self,
@@ -244,7 +248,7 @@ class Generator(nn.Module, ImageShape, ABC):
 class Synthesis(nn.Module, ImageShape, ABC):
     """Base class of synthesis networks: styles ws (B, num_ws, w_dim) -> images (B, img_channels, H, W).
 
-    `block_resolutions` has the longer side of each grid, from the lowest up.
+    `block_resolutions` lists the longer side of each grid in ascending order.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -261,10 +265,10 @@ class Synthesis(nn.Module, ImageShape, ABC):
         force_fp32: bool = False,
         fused_modconv: bool | None = None,
     ) -> Tensor:
-        """Images of styles. Raises ValueError for other shapes or noise modes.
+        """Synthesize images from styles. Raises ValueError for a wrong shape of `ws` or an unknown noise mode.
 
-        `force_fp32` computes in full precision inside `execution.using(reduced=...)` too. `fused_modconv` chose between
-        two implementations in StyleGAN2-ADA; here there is one, so either value gives the same images.
+        `force_fp32` computes in full precision even inside `execution.using(reduced=...)`. `fused_modconv` is accepted
+        for compatibility with StyleGAN2-ADA, where it selects one of two implementations, and has no effect.
         """
         check_synthesis_inputs(ws, self.num_ws, self.w_dim, noise_mode)
         if force_fp32:
@@ -274,11 +278,11 @@ class Synthesis(nn.Module, ImageShape, ABC):
 
     @abstractmethod
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """Images (B, img_channels, H, W) of styles ws (B, num_ws, w_dim), in float32."""
+        """Synthesize images (B, img_channels, H, W), in float32, from styles ws (B, num_ws, w_dim)."""
 
 
 def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str) -> None:
-    """Raise ValueError unless ws is (B, num_ws, w_dim) and the noise mode is one."""
+    """Raise ValueError unless `ws` has shape (B, num_ws, w_dim) and `noise_mode` is a NoiseMode."""
     if ws.shape[1:] != (num_ws, w_dim):
         raise ValueError(f"ws has shape {tuple(ws.shape)}, this network needs (batch, {num_ws}, {w_dim})")
     if noise_mode not in get_args(NoiseMode):
@@ -286,22 +290,22 @@ def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str)
 
 
 def base_grids(height: int, width: int) -> list[tuple[Grid, int]]:
-    """Every (base grid, number of resolutions) that makes images of this size, from the largest grid down."""
-    halvings = math.gcd(height, width)
-    count = (halvings & -halvings).bit_length()  # 1 + how often both sides can be halved
+    """List the pairs (base grid, number of resolutions) that make images of this size, from the largest grid down."""
+    common = math.gcd(height, width)
+    count = (common & -common).bit_length()  # 1 + the number of times that 2 divides both sides
     return [((height >> n, width >> n), n + 1) for n in range(count)]
 
 
 def doubled_grids(base: Grid, count: int) -> tuple[Grid, ...]:
-    """(height, width) of `count` resolutions, from the base grid up."""
+    """Return the grids (height, width) of `count` resolutions, from the base grid up."""
     return tuple((base[0] << n, base[1] << n) for n in range(count))
 
 
 def count_resolutions(base: Grid, height: int, width: int) -> int:
-    """Return how many resolutions from `base` up make images of this size. Raises ConfigError naming bases that can."""
+    """Return the number of resolutions from `base` to the image size. Raises ConfigError that lists possible bases."""
     bases = dict(base_grids(height, width))
     if base not in bases:
         options = ", ".join(f"{h}x{w}" for h, w in bases)
-        problem = f"doubled again and again does not become {height}x{width} (height x width); what does: {options}"
+        problem = f"cannot be doubled to {height}x{width} (height x width); possible: {options}"
         raise ConfigError("base", base, problem)
     return bases[base]

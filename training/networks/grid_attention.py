@@ -1,6 +1,6 @@
-"""Forms of self-attention over the tokens of a grid: of cells of it, along its axes, by landmarks.
+"""Variants of self-attention on a grid of tokens: within cells, along axes, and with landmarks (Nystrom).
 
-Token y W + x is at pixel (y, x). TransGAN compares them (Jiang et al. 2021, table 3).
+Token y W + x is at position (y, x). TransGAN compares the variants (Jiang et al. 2021, table 3).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from training.networks import execution
 from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid
 
-Form = Literal["full", "grid", "axis", "nystrom"]
+AttentionType = Literal["full", "grid", "axis", "nystrom"]
 
 
 class RelativePosition(nn.Module):
-    """A learned bias per head and offset between two tokens (Shaw et al. 2018; as a table, Liu et al. 2021).
+    """Learned attention bias per head and relative position (Shaw et al. 2018; as a bias table, Liu et al. 2021).
 
-    R_h[(y, x), (y', x')] = T[y - y' + H - 1, x - x' + W - 1, h]        T (2H - 1, 2W - 1, heads) ~ N(0, 0.02^2)
+        R_h[(y, x), (y', x')] = T[y - y' + H - 1, x - x' + W - 1, h]
+
+    The table T (2H - 1, 2W - 1, heads) is initialized from N(0, 0.02^2).
     """
 
     def __init__(self, num_heads: int, grid: Grid) -> None:
@@ -32,17 +34,17 @@ class RelativePosition(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self) -> Tensor:
-        """The bias (heads, N, N) of all queries and keys."""
+        """Return the bias (heads, N, N) of every pair of query and key."""
         height, width = self.grid
         windows = self.table.unfold(0, height, 1).unfold(1, width, 1)  # [y, x, h, H-1-y', W-1-x']
         return windows.flip(3, 4).permute(2, 0, 1, 3, 4).flatten(3, 4).flatten(1, 2)
 
 
 class CellAttention(Attention):
-    """softmax(Q K^T / sqrt(D) + R) V among the tokens of each cell of the grid.
+    """Self-attention softmax(Q K^T / sqrt(D) + R) V within each cell of the grid.
 
-    A cell of the grid's size is attention among all tokens; smaller ones are TransGAN's grid self-attention, whose cost
-    is linear in their number. R is the relative position, if there is one, the same in all cells.
+    One cell of the size of the grid is full attention. Smaller cells give TransGAN's grid self-attention, whose cost is
+    linear in the number of cells. R is the optional relative position bias, shared by all cells.
     """
 
     def __init__(self, num_heads: int, grid: Grid, cell: Grid, *, use_relative: bool) -> None:
@@ -58,11 +60,11 @@ class CellAttention(Attention):
 
 
 class AxisAttention(Attention):
-    """Attention within the rows, then within the columns of what that gives (Ho et al. 2019, "Axial attention").
+    """Attention within rows, followed by attention within columns of the result (Ho et al. 2019, "Axial attention").
 
         V'[y, x] = sum_x' A_row[y; x, x'] V[y, x'],   out[y, x] = sum_y' A_column[x; y, y'] V'[y', x]
 
-    Both read the same queries and keys, so that a block has the weights that it has with any other form.
+    Both passes use the same queries and keys, so that a block has the same parameters as with other attention types.
     """
 
     def __init__(self, num_heads: int, grid: Grid, *, use_relative: bool) -> None:
@@ -77,17 +79,19 @@ class AxisAttention(Attention):
 
 
 class NystromAttention(Attention):
-    """Attention by way of landmarks, with a cost that is linear in N (Xiong et al. 2021, "Nystroemformer").
+    """Nystrom approximation of softmax attention, with a cost linear in N (Xiong et al. 2021, "Nystroemformer").
 
         F = softmax(Q K~^T / sqrt(D)),   A = softmax(Q~ K~^T / sqrt(D)),   B = softmax(Q~ K^T / sqrt(D))
         out = F A+ (B V)
 
-    Q~ and K~ (landmarks, D) are means over segments of consecutive tokens; A+ is A's pseudo-inverse, by ITERATIONS of
+    The landmarks Q~ and K~ (landmarks, D) are means over segments of consecutive tokens. The pseudo-inverse A+ of A is
+    the result of ITERATIONS steps of
 
         Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4,   Z_0 = A^T / (|A|_1 |A|_inf)
 
-    With one token per landmark it is exact as far as these converge. There is no convolution of the values, and no
-    relative position, as landmarks have none. A and its inverse are computed in float32.
+    With one token per landmark the approximation is exact up to the convergence of this iteration. Unlike in the paper,
+    there is no convolution of the values. Relative positions are not defined between landmarks and are not used. A and
+    its pseudo-inverse are computed in float32.
     """
 
     ITERATIONS = 6
@@ -109,7 +113,7 @@ class NystromAttention(Attention):
 
 
 def pseudo_inverse(A: Tensor, iterations: int) -> Tensor:
-    """The iteration in `NystromAttention` for matrices A (..., n, n); of third order (Razavi et al. 2014)."""
+    """Iterative pseudo-inverse of A (..., n, n), with third-order convergence (Razavi et al. 2014)."""
     norms = A.abs().sum(dim=-2).amax(dim=-1) * A.abs().sum(dim=-1).amax(dim=-1)
     Z = A.mT / norms[..., None, None]
     one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -120,13 +124,13 @@ def pseudo_inverse(A: Tensor, iterations: int) -> Tensor:
 
 
 def to_cells(x: Tensor, grid: Grid, cell: Grid) -> Tensor:
-    """Tokens of a grid (B, H W, C) to those of its cells, row by row (B cells, h w, C)."""
+    """Partition the tokens of a grid (B, H W, C) into cells in row-major order, (B cells, h w, C)."""
     (H, W), (h, w) = grid, cell
     cells = x.unflatten(1, (H // h, h, W // w, w)).transpose(2, 3)
     return cells.reshape(-1, h * w, x.shape[2])
 
 
 def from_cells(x: Tensor, grid: Grid, cell: Grid) -> Tensor:
-    """The inverse of `to_cells`."""
+    """Invert `to_cells`."""
     (H, W), (h, w) = grid, cell
     return x.reshape(-1, H // h, W // w, h, w, x.shape[2]).transpose(2, 3).reshape(-1, H * W, x.shape[2])

@@ -1,4 +1,4 @@
-"""Layers and small functions that several networks share. Tokens are (B, N, C), images (B, C, H, W)."""
+"""Layers and functions shared by several networks. Tokens are (B, N, C), images (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks.convolution import conv2d
 
-# Only activations with act(g x) = g act(x) for g > 0: the layers move gains from the output to the weights.
+# Restricted to activations with act(g x) = g act(x) for g > 0, because the layers fold output gains into the weights.
 Activation = Literal["linear", "lrelu"]
 ACTIVATION_GAINS: dict[Activation, float] = {"linear": 1.0, "lrelu": math.sqrt(2)}
 
@@ -23,14 +23,14 @@ NoiseMode = Literal["const", "random", "none"]
 
 
 def resample_filter() -> Tensor:
-    """The separable binomial filter of all up- and downsampling (StyleGAN2, appendix B)."""
+    """Return the 1-D taps of the separable binomial filter used for up- and downsampling (StyleGAN2, appendix B)."""
     return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
 
 class Resampling(nn.Module):
-    """A linear map of tokens (B, N, C) from a grid to another one or itself, the same in all channels.
+    """Base class of linear resampling of tokens (B, N, C) between grids (or on one grid), identical for all channels.
 
-    A channel that comes out is made of GROUP consecutive ones.
+    Each output channel is computed from GROUP consecutive input channels.
     """
 
     GROUP: ClassVar[int] = 1
@@ -41,68 +41,67 @@ class Resampling(nn.Module):
 
 
 class ImageShape:
-    """Mixin of networks with an `img_shape` (C, H, W): channels and resolution by StyleGAN2-ADA's names."""
+    """Mixin that derives StyleGAN2-ADA's attributes `img_channels` and `img_resolution` from `img_shape` (C, H, W)."""
 
     img_shape: tuple[int, int, int]
 
     @property
     def img_channels(self) -> int:
-        """Channels of the images."""
+        """Number of image channels."""
         return self.img_shape[0]
 
     @property
     def img_resolution(self) -> int:
-        """Side of the images. Raises ValueError if they are not square."""
+        """Side of square images, in pixels. Raises ValueError if the images are not square."""
         return square_resolution(self.img_shape)
 
 
-# No network that a machine of today holds is beyond these. Without them one number in a file would fill its memory.
-_MAX_LAYERS, _MAX_ANYTHING = 1000, 2**20
+# Larger than any practical network. The limits prevent a single number in a file from exhausting memory.
+_MAX_LAYERS, _MAX_SIZE = 1000, 2**20
 
 
 def require_reasonable(config: Any) -> None:
-    """Raise ConfigError for the first number in a field of `config` that is beyond all networks."""
+    """Raise ConfigError for the first field of `config` with a number beyond the limits above."""
     for name in field_names(config):
         value = getattr(config, name)
-        most = _MAX_LAYERS if "layers" in name or name == "resolutions" else _MAX_ANYTHING
+        limit = _MAX_LAYERS if "layers" in name or name == "resolutions" else _MAX_SIZE
         items = value if isinstance(value, tuple) else (value,)
         numbers = [item for item in items if isinstance(item, int)]
-        total = sum(numbers) if most == _MAX_LAYERS else 0
-        if len(items) > _MAX_LAYERS or max(total, *numbers, 0) > most:
-            raise ConfigError(name, value, f"no network is that large: the most is {most}")
+        total = sum(numbers) if limit == _MAX_LAYERS else 0
+        if len(items) > _MAX_LAYERS or max(total, *numbers, 0) > limit:
+            raise ConfigError(name, value, f"too large for a network: must be at most {limit}")
 
 
 def check_labels(c: Tensor | None, c_dim: int, batch: int) -> None:
-    """Raise ValueError unless `c` is (batch, c_dim), or, for a network without labels, None."""
+    """Raise ValueError unless `c` has shape (batch, c_dim); None is accepted if c_dim is 0."""
     found = (batch, 0) if c is None else tuple(c.shape)
     if found != (batch, c_dim):
         raise ValueError(f"labels have shape {found}, this network needs {(batch, c_dim)}: one one-hot row per image")
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:
-    """Scale every row of x (B, C) to a mean square of 1."""
+    """Normalize each row of x (B, C) to unit mean square."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
 def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
-    """A plain weight matrix (out, in) from U(+-1/sqrt(in))."""
+    """Create a weight matrix (out, in), without equalised learning rate, from U(-1/sqrt(in), 1/sqrt(in))."""
     bound = 1 / math.sqrt(in_features)
     return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
 
 def modulate(x: Tensor, style: Tensor) -> Tensor:
     """Scale the channels of x (B, N, C) by the style (B, C) of each image, in float32 if x is float16."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the product may be beyond float16's 65,504
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the product may exceed float16's maximum, 65,504
     return x * style.unsqueeze(1).to(dtype)
 
 
 def demodulation(weight: Tensor, style: Tensor) -> Tensor:
-    """Factors that bring the outputs of a modulated linear map back to unit variance, (B, out).
+    """Demodulation coefficients d (B, out) of a linear map W (out, in) that is modulated by styles s (B, in).
 
         d_bj = (sum_i (W_ji s_bi)^2 + 1e-8)^(-1/2)        StyleGAN2, equation 3
 
-    weight (out, in), style (B, in). Multiplying outputs by d equals demodulating the weights of every image. No factor
-    is above 1e4.
+    Multiplying the outputs by d is equivalent to demodulating the weights per image. d is at most 1e4.
     """
     return (style.square() @ weight.square().t() + 1e-8).rsqrt()
 
@@ -110,10 +109,10 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
 def demodulated_linear(
     x: Tensor, weight: Tensor, style: Tensor, *, gain: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Linear map of x, which `style` has scaled, brought back to unit variance: gain d x W^T + plus.
+    """Demodulated linear map gain d (x W^T) + plus of an input x that is already modulated by `style`.
 
-    x (B, N, in), weight (out, in), style (B, in), gain (B, out) -> (B, N, out) in x's type; the `demodulation` d and
-    its product with `gain` are computed in the type of `style`. `plus` must broadcast to the output.
+    x (B, N, in), weight (out, in), style (B, in), gain (B, out) -> (B, N, out) in the dtype of x. The `demodulation` d
+    and the product of d and `gain` are computed in the dtype of `style`. `plus` must broadcast to the output.
     """
     weight = limit_rows(weight, x.dtype)
     scale = demodulation(weight, style) if gain is None else demodulation(weight, style) * gain
@@ -123,18 +122,19 @@ def demodulated_linear(
 
 
 def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale rows of x (rows, C) to a largest absolute value of 1 where float16 computes with them, else return x.
+    """Normalize each row of x (rows, C) to a largest absolute value of 1 if `dtype` is float16; return x otherwise.
 
-    For weights and styles whose scale a demodulation undoes: products stay below float16's largest number, 65,504.
+    Prevents products from exceeding float16's maximum, 65,504. For weights and styles whose scale demodulation cancels.
     """
     return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) if dtype == torch.float16 else x
 
 
 def scaled_noise(const: Tensor, strength: Tensor, mode: NoiseMode, batch: int) -> Tensor:
-    """Noise that is added to all channels alike (StyleGAN, section 3.2): `strength` times n ~ N(0, 1).
+    """Noise input (StyleGAN, section 3.2), shared by all channels: `strength` * n with n ~ N(0, 1).
 
-    `const` (h, w) is the map n of mode 'const'; a projection has one for each image, (batch, h, w). 'random' draws a
-    map for each image from torch's global generator, 'none' is zero. Returns (batch or 1, h, w) in the type of `const`.
+    Mode 'const' uses n = `const` (h, w), or (batch, h, w) if a projection optimizes one noise map per image. Mode
+    'random' draws one map per image from torch's global RNG, 'none' returns zeros. Returns (batch or 1, h, w) in the
+    dtype of `const`.
     """
     noise = const.reshape(-1, *const.shape[-2:])
     if mode == "none":
@@ -145,21 +145,21 @@ def scaled_noise(const: Tensor, strength: Tensor, mode: NoiseMode, batch: int) -
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Image (B, C, H, W) to tokens (B, H W, C); token y W + x is pixel (y, x)."""
+    """Reshape a feature map (B, C, H, W) to tokens (B, H W, C); token y W + x is pixel (y, x)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, H W, C) to an image (B, C, H, W) on the grid (H, W)."""
+    """Reshape tokens (B, H W, C) to a feature map (B, C, H, W) on the grid (H, W)."""
     return x.transpose(1, 2).unflatten(2, grid)
 
 
 class FullyConnected(nn.Module):
-    """Linear layer with equalised learning rate (ProGAN, section 4.1) and learning rate multiplier m.
+    """Fully connected layer with equalised learning rate (ProGAN, section 4.1) and learning rate multiplier m.
 
         y = act(x (W m / sqrt(in))^T + b m)
 
-    W starts from N(0, 1) / m, b is stored as `bias_init`.
+    W is initialized from N(0, 1) / m, b with `bias_init`.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class FullyConnected(nn.Module):
         self.bias = nn.Parameter(torch.full((out_features,), bias_init))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gain goes to x, which is smaller than W in every use.
+        # Scale x instead of W, because x has fewer elements in every use.
         return bias_act(F.linear(x * self.weight_gain, self.weight), self.bias * self.bias_gain, act=self.activation)
 
 
@@ -188,9 +188,9 @@ class Conv2d(nn.Module):
 
         y = clamp(gain act(conv(x, W / sqrt(in k^2)) + b))
 
-    Computed in x's type. `gain` multiplies the activation's own gain and the clamp, so that a gain on a clamped layer
-    is the same as a factor on its output. down=2 filters with [1, 3, 3, 1] first, with zeros outside; the output has
-    half the size, which must be even.
+    Computed in the dtype of x. `gain` multiplies both the gain of the activation and the clamp, so that it scales the
+    output of a clamped layer as well. down=2 applies the filter [1, 3, 3, 1] with zero padding and halves the size,
+    which must be even.
     """
 
     resample_filter: Tensor
@@ -220,13 +220,13 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The activation's gain acts on weight and bias, which are much smaller than the output.
+        # Apply the gain to weight and bias, which have far fewer elements than the output.
         weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = None if self.bias is None else self.bias * self.gain
         if self.down == 1:
             x = conv2d(x, weight, padding=self.padding)
         elif self.padding == 0:
-            # A pointwise convolution commutes with the choice of pixels: drop them first.
+            # A pointwise convolution commutes with subsampling, so subsample first.
             x = conv2d(upfirdn2d(x, self.resample_filter, down=2, padding=1), weight)
         else:
             x = conv2d(upfirdn2d(x, self.resample_filter, padding=self.padding + 1), weight, stride=2)
@@ -234,13 +234,12 @@ class Conv2d(nn.Module):
 
 
 class MinibatchStd(nn.Module):
-    """Append one channel that says how much the images of a group differ.
+    """Append the minibatch standard deviation of each group as one constant channel, (B, C, H, W) -> (B, C + 1, H, W).
 
         std_g = mean_{c,h,w} sqrt(Var_{b in g}(x_bchw) + 1e-8)        ProGAN, section 3
 
-    Groups are strided: of B images in groups of G, image b belongs to group b mod (B/G), so neighbours in a
-    batch land in different groups. A batch smaller than `group_size` is one group. Raises ValueError when G does
-    not divide B.
+    Groups of G = min(`group_size`, B) images are strided: image b belongs to group b mod (B/G), so that neighbours in a
+    batch are in different groups. Raises ValueError if G does not divide B.
     """
 
     def __init__(self, group_size: int) -> None:
@@ -253,7 +252,7 @@ class MinibatchStd(nn.Module):
         if B % G:
             raise ValueError(
                 f"a minibatch of {B} images cannot be cut into minibatch-std groups of {G}: "
-                f"choose a batch size per GPU that {G} divides, or another mbstd_group_size"
+                f"choose a batch size per GPU that is a multiple of {G}, or another mbstd_group_size"
             )
 
         groups = x.reshape(G, B // G, C, H, W)

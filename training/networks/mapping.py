@@ -1,4 +1,4 @@
-"""Mapping networks: from latents and labels to the styles of a generator or the projection of a discriminator."""
+"""Mapping networks: latents and labels to generator styles, and labels to the projection vectors of a discriminator."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from training.networks.layers import FullyConnected, check_labels, normalize_2nd_moment
 
-LR_MULTIPLIER = 0.01  # of every mapping layer; StyleGAN, appendix C
+LR_MULTIPLIER = 0.01  # learning rate multiplier of all mapping layers; StyleGAN, appendix C
 
 
 def _mapping_layers(in_features: int, width: int, num_layers: int) -> nn.Sequential:
-    """`num_layers` leaky-ReLU layers in_features -> width -> ... -> width at a reduced learning rate."""
+    """Build an MLP of `num_layers` leaky ReLU layers, in_features -> width -> ... -> width, with LR_MULTIPLIER."""
     sizes = [in_features, *[width] * num_layers][:num_layers]
     return nn.Sequential(*(FullyConnected(size, width, activation="lrelu", multiplier=LR_MULTIPLIER) for size in sizes))
 
 
 class StyleMapping(nn.Module, ABC):
-    """The generator's mapping f(z, c) -> w, repeated once per style input of the synthesis network.
+    """Base class of generator mapping networks f(z, c) = w, which broadcast w to all inputs of the synthesis network.
 
-    `w_avg` is the running mean of w: calls here only read it (truncation), whoever trains the network moves it.
+    `w_avg` is the moving average of w, which truncation reads. The training loop updates it.
     """
 
     w_avg: Tensor
@@ -35,15 +35,15 @@ class StyleMapping(nn.Module, ABC):
 
     @abstractmethod
     def style(self, z: Tensor, c: Tensor | None) -> Tensor:
-        """z (B, z_dim), c (B, c_dim) or None without labels -> w (B, w_dim)."""
+        """Map z (B, z_dim) and c (B, c_dim), None if unconditional, to w (B, w_dim)."""
 
     def forward(
         self, z: Tensor, c: Tensor | None, truncation_psi: float = 1, truncation_cutoff: int | None = None
     ) -> Tensor:
-        """Map z (B, z_dim) and c (B, c_dim), None without labels, to ws (B, num_ws, w_dim).
+        """Map z (B, z_dim) and c (B, c_dim), None if unconditional, to ws (B, num_ws, w_dim).
 
-        Truncation moves the first `truncation_cutoff` of the ws (None: all) to w_avg + psi (w - w_avg). Inputs of
-        another type are converted to that of the network. Raises ValueError when a shape does not fit.
+        Truncation replaces the first `truncation_cutoff` styles (None: all) by w_avg + psi (w - w_avg). Inputs are cast
+        to the dtype of the network. Raises ValueError if the shape of `z` or `c` does not match the network.
         """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}, this network needs (batch, {self.z_dim})")
@@ -59,7 +59,7 @@ class StyleMapping(nn.Module, ABC):
 
 
 class MappingNetwork(StyleMapping):
-    """StyleGAN's mapping: z and the embedded label are normalised to unit mean square each; w is not."""
+    """StyleGAN2-ADA's mapping network: an MLP on z and the embedded label, each normalised to unit mean square."""
 
     def __init__(self, *, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int) -> None:
         super().__init__(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=num_ws)
@@ -75,9 +75,9 @@ class MappingNetwork(StyleMapping):
 
 
 class LatentMapping(StyleMapping):
-    """w = z, with labels w = z + E c, E ~ N(0, 1): the latent is its own style, drawn around a place per class.
+    """Identity mapping w = z; for conditional models w = z + E c with a learned class embedding E, initially N(0, 1).
 
-    So truncation scales z (and the distance of the classes).
+    Truncation therefore scales z about the mean of w, and with z the distances between classes.
     """
 
     def __init__(self, *, z_dim: int, c_dim: int, num_ws: int) -> None:
@@ -89,7 +89,7 @@ class LatentMapping(StyleMapping):
 
 
 class LabelMapping(nn.Module):
-    """The discriminator's mapping of a label alone, c (B, c_dim) -> (B, out_dim), for its projection head."""
+    """Label mapping c (B, c_dim) -> (B, out_dim) for the projection head of a discriminator."""
 
     def __init__(self, *, c_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Styleformer generator, plain and Linformer (Park & Kim 2022, "Styleformer")."""
+"""Styleformer generator, with full or Linformer attention (Park & Kim 2022, "Styleformer")."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training.networks.layers import (
 from training.networks.styleformer_ablations import AblatedEncoderBlock, is_ablated
 from training.networks.styleformer_block import EncoderBlock
 
-# Widths and blocks per resolution, by the number of resolutions, where a configuration leaves them open.
+# Default hidden sizes and numbers of blocks per resolution, keyed by the number of resolutions.
 DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     1: ((256,), (2,)),
     2: ((256, 64), (1, 3)),
@@ -51,32 +51,36 @@ LayerNormPlace = Literal["before", "after"]
 
 @dataclass(frozen=True, kw_only=True)
 class StyleformerConfig(StagedConfig):
-    """A Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
+    """Configuration of a Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
 
-    `widths` and `layers` hold one number per resolution, from the base grid up: the hidden size and the number of
-    encoder blocks. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks of at least
-    `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `widths=()` stands for a choice that is
-    still to be made; such a config cannot be built. `ffn`, `layernorm`, `style_attention` and `residual` are the
-    paper's ablations: AblatedEncoderBlock says what each is.
+    `widths` and `layers` hold the hidden size and the number of encoder blocks of each resolution, from the base grid
+    up. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks with at least
+    `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `fit` chooses `widths` and `layers` if they
+    are (), and `linformer` if it is None. `ffn`, `layernorm`, `style_attention` and `residual` select the ablations of
+    the paper, see `AblatedEncoderBlock`.
     """
 
     widths: tuple[int, ...] = setting(
-        (256, 64, 16), "Hidden size per resolution, lowest first; (): by the images.", at_least=1
+        (256, 64, 16), "Hidden size per resolution, lowest first; (): chosen from the image size.", at_least=1
     )
     layers: tuple[int, ...] = setting(
-        (1, 3, 3), "Encoder blocks per resolution, lowest first; (): by the images.", at_least=1
+        (1, 3, 3),
+        "Number of encoder blocks per resolution, lowest first; (): chosen from the image size.",
+        at_least=1,
     )
     depth: int = setting(32, "Channels per attention head.", at_least=1)
-    minimum_head: int = setting(1, "Minimum number of heads.", at_least=1)
+    minimum_head: int = setting(1, "Minimum number of attention heads.", at_least=1)
     linformer: bool | None = setting(
-        False, "Linformer attention where there are many tokens; None: with more than 3 resolutions.", auto=True
+        False, "Use Linformer attention on large grids; None: with more than 3 resolutions.", auto=True
     )
-    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", at_least=1)
-    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", at_least=1)
-    ffn: bool = setting(False, "Feed-forward network in every encoder block (ablation).")
-    layernorm: LayerNormPlace = setting("before", "Place of LayerNorm: before Q, K, V, or after attention (ablation).")
-    style_attention: bool = setting(True, "Modulation of the input of attention, besides its values (ablation).")
-    residual: bool = setting(True, "Residual connection around attention, from the values (ablation).")
+    linformer_k: int = setting(256, "Number of tokens to which Linformer projects keys and values.", at_least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
+    ffn: bool = setting(False, "Add a feed-forward network to every encoder block (ablation).")
+    layernorm: LayerNormPlace = setting(
+        "before", "Position of LayerNorm: before the Q, K, V projection or after attention (ablation)."
+    )
+    style_attention: bool = setting(True, "Modulate the input of attention in addition to its values (ablation).")
+    residual: bool = setting(True, "Residual connection from the values to the attention output (ablation).")
 
     AUTO: ClassVar[Mapping[str, Any]] = {**StagedConfig.AUTO, "linformer": None}
 
@@ -98,54 +102,54 @@ class StyleformerConfig(StagedConfig):
             )
 
     def num_heads(self, width: int) -> int:
-        """How many heads a block of this width has."""
+        """Number of attention heads of a block of this width."""
         return max(self.minimum_head, width // self.depth)
 
     @property
     def folder_words(self) -> tuple[str, ...]:
-        """Whether attention is Linformer's."""
+        """The word "linformer" if Linformer attention is enabled."""
         return ("linformer",) if self.linformer else ()
 
     @property
     def num_ws(self) -> int:
-        """One style per encoder block, and one more for the last ToRGB."""
+        """One style per encoder block, plus one for the last ToRGB."""
         return sum(self.layers) + 1
 
     @property
     def style_grids(self) -> tuple[Grid, ...]:
-        """The grid of each block, and of the last ToRGB."""
+        """Grid of each block and of the last ToRGB."""
         blocks = [grid for grid, count in zip(self.grids, self.layers, strict=True) for _ in range(count)]
         return (*blocks, self.grids[-1])
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose what is open of widths, blocks and Linformer by the doublings from the base grid to the image."""
+        """Choose unresolved widths, blocks and Linformer from the number of resolutions up to the image size."""
         count = len(self.widths) or count_resolutions(self.base, height, width)
         fitted = self._with_defaults(count, f"for images of {height}x{width}")
         fitted.check_img_size(height, width)
         return fitted
 
-    def _with_defaults(self, count: int, where: str) -> Self:
-        """Choose what is open for `count` resolutions; `where` says in a message why there are so many."""
+    def _with_defaults(self, count: int, context: str) -> Self:
+        """Choose unresolved fields for `count` resolutions; `context` explains `count` in an error message."""
         widths, layers = self._default_widths(count)
         if self.layers and not self.widths and len(self.layers) != len(widths):
-            raise ConfigError("layers", self.layers, f"must have one entry per resolution, {len(widths)} {where}")
+            raise ConfigError("layers", self.layers, f"must have one entry per resolution, {len(widths)} {context}")
         linformer = count > 3 if self.linformer is None else self.linformer
         return replace(self, widths=self.widths or widths, layers=self.layers or layers, linformer=linformer)
 
     def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Widths and blocks for `count` resolutions."""
+        """Return the default hidden sizes and numbers of blocks for `count` resolutions."""
         return DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
 
     def build(self) -> Generator:
-        """A generator with weights from torch's global random generator."""
+        """Build the generator, initialized from torch's global RNG."""
         self.require_widths()
         return StyleformerGenerator(self)
 
 
 class StyleformerToRGB(nn.Module):
-    """Modulated and demodulated linear map from tokens to image channels, without clamp.
+    """ToRGB layer: modulated and demodulated linear map from tokens to image channels, without clamp.
 
-    y_o = (sum_i W_oi s_i x_i) (sum_i (W_oi s_i)^2 + 1e-8)^(-1/2) + b_o
+    y_o = (sum_i W_oi s_i x_i) (sum_i (W_oi s_i)^2 + 1e-8)^(-1/2) + b_o,   s = affine(w)
     """
 
     def __init__(self, in_features: int, img_channels: int, w_dim: int) -> None:
@@ -155,16 +159,16 @@ class StyleformerToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(img_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x (B, N, C), w (B, w_dim) -> (B, N, img_channels), in float32 whatever x's type."""
+        """Map x (B, N, C) and w (B, w_dim) to (B, N, img_channels), always in float32."""
         x = execution.full_precision(x)
-        # With so few outputs, weights per image are far smaller than a modulated copy of x.
+        # Modulate the weights: with few output channels, per-image weights are far smaller than a modulated copy of x.
         style = self.affine(w)  # (B, C)
         weight = self.weight * style.unsqueeze(1) * demodulation(self.weight, style).unsqueeze(2)
         return torch.baddbmm(self.bias, x, weight.transpose(1, 2))
 
 
 class Upsampling(Resampling):
-    """Tokens (B, h w, C) to (B, 2h 2w, C) by the filter that images are upsampled with."""
+    """Upsample tokens (B, h w, C) to (B, 2h 2w, C) with the same filter as images."""
 
     resample_filter: Tensor
 
@@ -177,7 +181,7 @@ class Upsampling(Resampling):
 
 
 class StyleformerStage(nn.Module):
-    """All that happens at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
+    """Synthesis stage at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
 
     resample_filter: Tensor
 
@@ -187,7 +191,7 @@ class StyleformerStage(nn.Module):
         self.grid = config.grids[index]
         self.place = "{}x{}".format(*self.grid)
         width = config.widths[index]
-        out_width = width if is_last else config.widths[index + 1]  # the last block already changes the width
+        out_width = width if is_last else config.widths[index + 1]  # the last block projects to the next width
         num_blocks = config.layers[index]
         out_widths = [width] * (num_blocks - 1) + [out_width]
         self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
@@ -198,7 +202,7 @@ class StyleformerStage(nn.Module):
         self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)
 
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
-        """x (B, N, C), rgb at half this resolution or None, ws (B, number of blocks + 1, w_dim) -> x, rgb."""
+        """Map x (B, N, C), rgb at half this resolution (or None) and ws (B, num_blocks + 1, w_dim) to new x and rgb."""
         x = execution.cast(x, self.grid)
         x = x + self.pos_embedding.to(x.dtype)
         for block, w in zip(self.blocks, ws.unbind(dim=1), strict=False):
@@ -206,13 +210,13 @@ class StyleformerStage(nn.Module):
 
         y = to_map(self.torgb(x, ws[:, -1]), self.grid)  # (B, img_channels, H, W)
         rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y
-        return self.upsampling(x), rgb  # (B, 4N, C_out) but for the last stage
+        return self.upsampling(x), rgb  # x (B, 4N, C_out), or (B, N, C_out) in the last stage
 
 
 class StyleformerSynthesis(Synthesis):
-    """From a learned constant on the base grid to the image, one stage per resolution.
+    """Styleformer synthesis network: a learned constant on the base grid, then one stage per resolution.
 
-    Block i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first block.
+    Block i reads ws[:, i]. A ToRGB after block i reads ws[:, i + 1], which is also the style of block i + 1.
     """
 
     def __init__(self, config: StyleformerConfig) -> None:
@@ -225,7 +229,7 @@ class StyleformerSynthesis(Synthesis):
         return self.encode(ws, noise_mode)[1]
 
     def encode(self, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, C) after the last encoder block, and the image so far."""
+        """Return the tokens (B, N, C) after the last encoder block and the accumulated RGB image."""
         x = self.const.expand(len(ws), -1, -1)  # (B, N, C)
         rgb = None
         first = 0
@@ -237,7 +241,7 @@ class StyleformerSynthesis(Synthesis):
 
 
 class StyleformerGenerator(Generator):
-    """Mapping and Styleformer synthesis."""
+    """Mapping network and Styleformer synthesis network."""
 
     def build_synthesis(self, config: StyleformerConfig) -> StyleformerSynthesis:
         return StyleformerSynthesis(config)

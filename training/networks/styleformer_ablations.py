@@ -1,4 +1,4 @@
-"""The Styleformer paper's ablations of the encoder block (docs/ablations.md)."""
+"""Ablations of the encoder block from the Styleformer paper (docs/ablations.md)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def is_ablated(config: StyleformerConfig) -> bool:
-    """Whether blocks of this configuration differ from `EncoderBlock`."""
+    """Return whether the configuration enables any ablation of `EncoderBlock`."""
     return config.ffn or config.layernorm == "after" or not config.style_attention or not config.residual
 
 
 class FeedForward(nn.Module):
-    """X + gelu(LayerNorm(X) W1^T + b1) W2^T + b2, four times as wide inside: what other transformers have."""
+    """Transformer feed-forward network X + gelu(LayerNorm(X) W1^T + b1) W2^T + b2 with a hidden width of 4C."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,17 +29,17 @@ class FeedForward(nn.Module):
         self.weight2, self.bias2 = uniform_weight(width, 4 * width), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, C), in x's type."""
+        """Map x (B, N, C) to (B, N, C), in the dtype of x."""
         weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2))
         hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[2:]), weight1, bias1))  # (B, N, 4C)
         return x + F.linear(hidden, weight2, bias2)
 
 
 class AblatedEncoderBlock(EncoderBlock):
-    """An encoder block with one or more of the ablations.
+    """Encoder block with one or more ablations, in the notation of `EncoderBlock`.
 
-    Without `style_attention`, s1 = 1; with `layernorm` after, X' = s1 X, and Y is normalised before noise joins it;
-    without `residual`, Y has no term in U; with `ffn`, Y passes through a FeedForward before noise joins it.
+    style_attention=False: s1 = 1. layernorm="after": X' = s1 X, and LayerNorm is applied to Y before the noise is
+    added. residual=False: Y has no term V U^T. ffn=True: Y passes through a `FeedForward` before the noise is added.
     """
 
     def __init__(self, config: StyleformerConfig, grid: tuple[int, int], width: int, out_width: int) -> None:

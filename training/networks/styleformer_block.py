@@ -1,4 +1,4 @@
-"""The encoder block of the Styleformer generator (Park & Kim 2022, "Styleformer")."""
+"""Encoder block of the Styleformer generator (Park & Kim 2022, "Styleformer")."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 class EncoderBlock(nn.Module):
-    """Attention with modulated, demodulated linear maps; no feed-forward network. Styleformer, figure 2.
+    """Self-attention with modulated and demodulated linear maps and no feed-forward network (Styleformer, figure 2).
 
         X'  = LayerNorm(s1 X)
         Q, K, V = d_q X' Wq^T, d_k X' Wk^T, s2 d_v X' Wv^T
         Y   = noise + d_o Attention(Q, K, V) Wo^T + d_u V U^T
         out = clamp(lrelu(Y + b))
 
-    with styles s1, s2 affine in w and demodulations d (d_q, d_k, d_v by s1, d_o, d_u by s2). The residual branch
-    starts at V, not at X: after demodulation the attention output has a standard deviation of sqrt(sum A^2), which
-    vanishes for long sequences. The leaky ReLU has no gain.
+    The styles s1 and s2 are affine in w. The demodulation coefficients d_q, d_k, d_v are computed from s1, and d_o, d_u
+    from s2. The residual branch starts at V rather than X: after demodulation, the standard deviation of the attention
+    output is sqrt(sum A^2), which vanishes for long sequences. The leaky ReLU has no gain.
     """
 
     noise_const: Tensor
@@ -54,19 +54,19 @@ class EncoderBlock(nn.Module):
         self.register_buffer("noise_const", torch.randn(N, 1))
 
     def build_styles(self, config: StyleformerConfig, width: int) -> None:
-        """Make the parameters that `styles` uses."""
+        """Create the parameters that `styles` uses."""
         self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
 
     def build_output(self, config: StyleformerConfig, width: int, out_width: int) -> None:
-        """Make the parameters that `output` uses."""
+        """Create the parameters that `output` uses."""
         self.out_weight = uniform_weight(out_width, width)
         self.residual_weight = uniform_weight(out_width, width)
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """x (B, N, C), w (B, w_dim) -> (B, N, C_out), computed in x's type; styles and demodulations in float32."""
+        """Map x (B, N, C) and w (B, w_dim) to (B, N, C_out), in the dtype of x; styles and demodulation in float32."""
         dtype = x.dtype
         s1, s2 = self.styles(w, dtype)  # each (B, C)
-        gain = F.pad(s2, (2 * x.shape[2], 0), value=1.0)  # s2 of V, 1 of Q and K
+        gain = F.pad(s2, (2 * x.shape[2], 0), value=1.0)  # 1 for Q and K, s2 for V: (B, 3C)
         noise = scaled_noise(self.noise_const, self.noise_strength, noise_mode, len(x)).to(dtype)  # (B or 1, N, 1)
 
         x = self.normalize(modulate(x, s1)).to(dtype)
@@ -75,15 +75,15 @@ class EncoderBlock(nn.Module):
         return bias_act(y, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
 
     def styles(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Styles s1 of the tokens and s2 of the values, each (B, C), for activations of type `dtype`."""
+        """Return the styles s1 of the tokens and s2 of the values, each (B, C), for activations of type `dtype`."""
         s1, s2 = self.affine(w).chunk(2, dim=1)
         return s1, limit_rows(s2, dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """LayerNorm of the modulated tokens (B, N, C)."""
+        """Apply LayerNorm to the modulated tokens (B, N, C)."""
         return F.layer_norm(x, x.shape[2:])
 
     def output(self, attended: Tensor, v: Tensor, s2: Tensor, noise: Tensor) -> Tensor:
-        """Y of the attention's output and of the values, each (B, N, C): (B, N, C_out)."""
+        """Return Y (B, N, C_out) for the attention output and the values, each (B, N, C)."""
         y = demodulated_linear(attended, self.out_weight, s2, plus=noise)
         return demodulated_linear(v, self.residual_weight, s2, plus=y)

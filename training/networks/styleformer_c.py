@@ -1,4 +1,4 @@
-"""Styleformer-C: encoder blocks lay out the scene, StyleGAN2's convolutions paint it (Park & Kim 2022)."""
+"""Styleformer-C: Styleformer encoder blocks at low and StyleGAN2 stages at high resolutions (Park & Kim 2022)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,34 @@ from training.networks.stylegan2 import StyleGAN2Stage, channels_on_grid, check_
 
 @dataclass(frozen=True, kw_only=True)
 class StyleformerCConfig(StyleformerConfig):
-    """A generator of encoder blocks on grids up to `handover`, the longer side, and StyleGAN2 stages above.
+    """Configuration of a generator with encoder blocks up to resolution `handover` and StyleGAN2 stages above it.
 
-    `widths` and `layers` hold one number per resolution up to the hand-over, as in a Styleformer; above it a grid whose
-    longer side is R has min(channel_base // R, channel_max) channels. `resolutions` counts those of both parts. It is
-    open as None, `channel_base` as 0.
+    The resolution of a grid is its longer side. `widths` and `layers` hold one entry per resolution up to the
+    hand-over, as in `StyleformerConfig`. Above it, a grid of resolution R has min(channel_base // R, channel_max)
+    channels. `resolutions` is the total number of resolutions. `fit` chooses `resolutions` if it is None and
+    `channel_base` if it is 0.
     """
 
     widths: tuple[int, ...] = setting(
-        (512, 256, 256), "Hidden size per resolution up to the hand-over, lowest first; (): by the images.", at_least=1
+        (512, 256, 256),
+        "Hidden size per resolution up to the hand-over, lowest first; (): chosen from the image size.",
+        at_least=1,
     )
     layers: tuple[int, ...] = setting(
-        (1, 2, 2), "Encoder blocks per resolution up to the hand-over, lowest first; (): by the images.", at_least=1
+        (1, 2, 2),
+        "Number of encoder blocks per resolution up to the hand-over, lowest first; (): chosen from the image size.",
+        at_least=1,
     )
-    handover: int = setting(32, "Highest resolution of encoder blocks; above it are convolutions.", at_least=1)
+    handover: int = setting(
+        32, "Highest resolution with encoder blocks; higher resolutions have convolutions.", at_least=1
+    )
     resolutions: int | None = setting(
-        5, "Number of resolutions of both parts together; None: by the images.", auto=True, at_least=1
+        5, "Total number of resolutions of both parts; None: chosen from the image size.", auto=True, at_least=1
     )
-    channel_base: int = setting(16384, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
+    channel_base: int = setting(
+        16384, "Channels times resolution of the convolutions; 0: chosen from the image size.", at_least=0
+    )
+    channel_max: int = setting(512, "Maximum number of channels at any resolution.", at_least=1)
 
     AUTO: ClassVar[Mapping[str, Any]] = {**StyleformerConfig.AUTO, "resolutions": None, "channel_base": 0}
 
@@ -59,59 +68,59 @@ class StyleformerCConfig(StyleformerConfig):
 
     @property
     def img_size(self) -> Grid:
-        """(height, width) of the images. Raises ConfigError while `resolutions` is open."""
+        """Image size (height, width). Raises ConfigError if `resolutions` is None."""
         if self.resolutions is None:
-            raise ConfigError("resolutions", None, "not chosen yet: it follows from the size of the images")
+            raise ConfigError("resolutions", None, "not chosen yet: it is derived from the image size")
         return doubled_grids(self.base, self.resolutions)[-1]
 
     @property
     def fixed_size(self) -> Grid | None:
-        return None  # the convolutions above the blocks double as often as is needed
+        return None  # `fit` adapts the number of convolutional stages
 
     @property
     def conv_grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every resolution that has convolutions, from the one above the hand-over up."""
+        """Grid (height, width) of every resolution with convolutions, from the first one above the hand-over."""
         return doubled_grids(self.base, self.resolutions or 0)[len(self.widths) :]
 
     @property
     def num_layout_ws(self) -> int:
-        """How many styles, the first ones, the encoder blocks read; the others colour what they laid out."""
+        """Number of styles that the encoder blocks read, the first ones of `ws`; they control the layout."""
         return sum(self.layers)
 
     @property
     def num_ws(self) -> int:
-        """One style per encoder block and per convolution, and one more for the last ToRGB."""
+        """One style per encoder block and per convolution, plus one for the last ToRGB."""
         return self.num_layout_ws + 2 * len(self.conv_grids) + 1
 
     @property
     def style_grids(self) -> tuple[Grid, ...]:
-        """The grid of each encoder block, of each convolution, and of the last ToRGB."""
+        """Grid of each encoder block, of each convolution and of the last ToRGB."""
         convs = [grid for grid in self.conv_grids for _ in range(2)]
         return (*super().style_grids[:-1], *convs, convs[-1])
 
     def style_groups(self) -> dict[str, tuple[int, ...]]:
-        """Those by resolution, and those of both parts: transformer lays out, conv colours."""
+        """Return the groups by resolution and the groups of the two parts, "transformer" and "conv"."""
         parts = {"transformer": range(self.num_layout_ws), "conv": range(self.num_layout_ws, self.num_ws)}
         return {**super().style_groups(), **{name: tuple(part) for name, part in parts.items()}}
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose what is open for images of this size."""
+        """Choose all unresolved fields for images of this size."""
         resolutions = count_resolutions(self.base, height, width)
         sides = [max(grid) for grid in doubled_grids(self.base, resolutions)]
         if self.handover not in sides[:-1]:
-            options = ", ".join(map(str, sides[:-1])) or "nothing, for want of a smaller base"
-            problem = f"is no grid below {height}x{width} that base={self.base} comes by; what is: {options}"
+            options = ", ".join(map(str, sides[:-1])) or "none, choose a smaller base"
+            problem = f"is not a resolution below {height}x{width} with base={self.base}; possible: {options}"
             raise ConfigError("handover", self.handover, problem)
         fitted = self._with_defaults(sides.index(self.handover) + 1, f"up to handover={self.handover}")
         channel_base = self.channel_base or default_channel_base(max(height, width))
         return replace(fitted, resolutions=resolutions, channel_base=channel_base)
 
     def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The last width stays large, because the convolutions start from it."""
+        """Return defaults in which the last width stays large, because the convolutions start from it."""
         return (512, *[256] * (count - 1)), (1, *[2] * (count - 1))
 
     def build(self) -> Generator:
-        """A generator with weights from torch's global random generator."""
+        """Build the generator, initialized from torch's global RNG."""
         self.require_widths()
         if not self.channel_base:
             raise ConfigError("channel_base", self.channel_base, "not chosen yet")
@@ -119,10 +128,11 @@ class StyleformerCConfig(StyleformerConfig):
 
 
 class StyleformerCSynthesis(StyleformerSynthesis):
-    """Styleformer stages up to the hand-over, then StyleGAN2 stages on the feature map of the last tokens.
+    """Styleformer-C synthesis network: Styleformer stages up to the hand-over, then StyleGAN2 stages.
 
-    Each stage upsamples the RGB image of the stage before and adds to it. Encoder blocks read ws[:, :num_layout_ws].
-    The ToRGB at the hand-over shares its style with the first convolution: it is the first that colours.
+    The StyleGAN2 stages start from the tokens of the last encoder block as a feature map. Each stage upsamples the RGB
+    image of the previous stage and adds its own. Encoder blocks read ws[:, :num_layout_ws]. The ToRGB at the hand-over
+    shares its style with the first convolution.
     """
 
     def __init__(self, config: StyleformerCConfig) -> None:
@@ -145,7 +155,7 @@ class StyleformerCSynthesis(StyleformerSynthesis):
 
 
 class StyleformerCGenerator(Generator):
-    """Mapping and Styleformer-C synthesis."""
+    """Mapping network and Styleformer-C synthesis network."""
 
     def build_synthesis(self, config: StyleformerCConfig) -> StyleformerCSynthesis:
         return StyleformerCSynthesis(config)

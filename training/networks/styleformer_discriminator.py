@@ -1,7 +1,7 @@
-"""A transformer discriminator in the spirit of the Styleformer generator: this project's own design.
+"""Transformer discriminator modelled on the Styleformer generator. This design is the project's own, not published.
 
-No published result is reproduced here. The generator's encoder block without what a discriminator has no use for
-(styles, demodulation, noise), in the opposite order of resolutions, under the StyleGAN2 discriminator's epilogue.
+The encoder blocks are those of the generator without styles, demodulation and noise, applied from the highest to the
+lowest resolution. They are followed by the epilogue of the StyleGAN2 discriminator.
 """
 
 from __future__ import annotations
@@ -27,45 +27,48 @@ from training.networks.mapping import LabelMapping
 from training.networks.stylegan2 import channels_on_grid, check_channel_base
 from training.networks.stylegan2_discriminator import DiscriminatorEpilogue
 
-CHANNEL_BASE = 4096  # where it is left open
-FINEST_GRID = 64  # tokens along the longer side, where the patch is left open
+CHANNEL_BASE = 4096  # default for channel_base=0
+FINEST_GRID = 64  # target for patch=0: maximum number of tokens along the longer side
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleformerDiscriminatorConfig(DiscriminatorConfig):
-    """A transformer discriminator for images of `img_size` (height, width), which it reads in patches.
+    """Configuration of a transformer discriminator for images of `img_size` (height, width).
 
-    A patch has `patch` pixels a side. The grid of patches is halved while both sides are even and larger than 4;
-    `layers` holds the encoder blocks per grid, from the image down. A grid whose longer side is R has
-    min(channel_base // R, channel_max) channels, less what keeps them from being a multiple of `depth`, in heads of
-    `depth`. Blocks of at least `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `patch` 0,
-    `layers` () and `channel_base` 0 stand for choices that are still to be made.
+    The tokens are patches of `patch` x `patch` pixels. The grid of tokens is halved while both sides are even and
+    larger than 4. `layers` holds the number of encoder blocks per grid, finest grid first. A grid whose longer side is
+    R has min(channel_base // R, channel_max) channels, rounded down to a multiple of `depth`, the channels per head.
+    Blocks with at least `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `fit` chooses `patch`
+    and `channel_base` if they are 0, and `layers` if it is ().
     """
 
-    patch: int = setting(2, "Side of the patches, in pixels; 0: by the images.", at_least=0)
+    patch: int = setting(2, "Side of the patches in pixels; 0: chosen from the image size.", at_least=0)
     layers: tuple[int, ...] = setting(
-        (2, 2, 2), "Encoder blocks per grid, finest first; (): by the images.", at_least=1
+        (2, 2, 2), "Number of encoder blocks per grid, finest first; (): chosen from the image size.", at_least=1
     )
     channel_base: int = setting(
-        CHANNEL_BASE, "Channels x resolution of the convolutions; 0: by the images.", at_least=0
+        CHANNEL_BASE, f"Channels times longer side of the token grid; 0: {CHANNEL_BASE}.", at_least=0
     )
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
+    channel_max: int = setting(512, "Maximum number of channels on any grid.", at_least=1)
     depth: int = setting(32, "Channels per attention head.", at_least=1)
-    linformer_k: int = setting(256, "Tokens that Linformer projects keys and values to.", at_least=1)
-    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer to apply.", at_least=1)
-    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", at_least=1)
-    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", at_least=0)
+    linformer_k: int = setting(256, "Number of tokens to which Linformer projects keys and values.", at_least=1)
+    linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
+    mapping_layers: int = setting(8, "Number of layers of the label mapping (conditional models only).", at_least=1)
+    mbstd_group_size: int = setting(
+        4, "Group size of the minibatch standard deviation layer; 0: no such layer.", at_least=0
+    )
     conv_clamp: float | None = setting(
-        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+        256.0, "Clamp activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
 
     def _check_grids(self) -> None:
-        """Raise ConfigError where patches, blocks or channels do not fit the images."""
+        """Raise ConfigError if patches, blocks or channels do not match the image size."""
         height, width = self.img_size
         if height % self.patch or width % self.patch:
-            raise ConfigError("patch", self.patch, f"does not divide images of {height}x{width}: choose one that does")
+            problem = f"does not divide images of {height}x{width}: choose a common divisor of both sides"
+            raise ConfigError("patch", self.patch, problem)
         if len(self.layers) != len(self.grids):
             problem = f"must have one entry per grid, {len(self.grids)} for images of {height}x{width} in patches of"
             raise ConfigError("layers", self.layers, f"{problem} {self.patch}")
@@ -73,11 +76,11 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of the tokens at every level, from the image down to the epilogue."""
+        """Grid (height, width) of the tokens at every level, from the image to the epilogue."""
         return halved_grids((self.img_size[0] // self.patch, self.img_size[1] // self.patch))
 
     def num_channels(self, grid: Grid) -> int:
-        """How many channels a grid of this size has."""
+        """Number of channels on a grid of this size."""
         channels = channels_on_grid(self, grid)
         return channels - channels % min(self.depth, channels)
 
@@ -86,25 +89,25 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
         return self.mbstd_group_size
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose what is open: patches of 2 or more pixels for at most 64 along a side, 2 blocks per grid, channels."""
-        halvings = math.gcd(height, width) & -math.gcd(height, width)  # the largest power of two in both
-        wanted = max(2, 2 ** math.ceil(math.log2(max(height, width) / FINEST_GRID)))
-        patch = self.patch or min(wanted, halvings)
+        """Choose unresolved fields: at most FINEST_GRID patches per side, of at least 2 pixels; 2 blocks per grid."""
+        power = math.gcd(height, width) & -math.gcd(height, width)  # largest power of two that divides both sides
+        target = max(2, 2 ** math.ceil(math.log2(max(height, width) / FINEST_GRID)))
+        patch = self.patch or min(target, power)
         sized = replace(self, img_size=(height, width), patch=patch, channel_base=self.channel_base or CHANNEL_BASE)
         fitted = replace(sized, layers=self.layers or (2,) * len(sized.grids))
         fitted._check_grids()
         return fitted
 
     def build(self) -> StyleformerDiscriminator:
-        for name, opened in self.AUTO.items():
-            if getattr(self, name) == opened:
-                raise ConfigError(name, opened, "not chosen yet")
+        for name, unresolved in self.AUTO.items():
+            if getattr(self, name) == unresolved:
+                raise ConfigError(name, unresolved, "not chosen yet")
         self._check_grids()
         return StyleformerDiscriminator(self)
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of an image as tokens: one linear map of a patch's pixels, equal to a convolution with its stride."""
+    """Patch embedding: a linear map of the pixels of each patch, equivalent to a convolution with stride `patch`."""
 
     def __init__(self, config: StyleformerDiscriminatorConfig) -> None:
         super().__init__()
@@ -112,22 +115,22 @@ class PatchEmbedding(nn.Module):
         self.conv = Conv2d(config.img_channels * config.patch**2, config.num_channels(self.grid), 1)
 
     def forward(self, img: Tensor) -> Tensor:
-        """img (B, C_img, H, W) -> tokens (B, N, C)."""
+        """Map img (B, C_img, H, W) to tokens (B, N, C)."""
         patches = F.pixel_unshuffle(execution.cast(img, self.grid), self.patch)  # (B, C_img patch^2, h, w)
         return to_tokens(self.conv(patches))
 
 
 class DiscriminatorEncoderBlock(nn.Module):
-    """Attention with a residual branch that starts at the values; no feed-forward network.
+    """Self-attention with a residual branch that starts at the values, without a feed-forward network.
 
         X'  = LayerNorm(X + P)
         Q, K, V = X' Wq^T, X' Wk^T, X' Wv^T
         Y   = Attention(Q, K, V) Wo^T + V U^T
         out = clamp(sqrt(2) lrelu(Y + b))
 
-    P is a learned position embedding, from N(0, 1), in the first block of a grid: with it no token is constant over its
-    channels, as that of a blank patch would be, where LayerNorm has no bounded slope. Weights have equalised learning
-    rates, as in StyleGAN2's discriminator, so that both train at the same --dlr.
+    P is a learned position embedding in the first block of each grid, initialized from N(0, 1). P also keeps tokens of
+    blank patches from being constant over channels, where the slope of LayerNorm is unbounded. The weights have an
+    equalised learning rate, as in StyleGAN2's discriminator, so that both discriminators train with the same --dlr.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class DiscriminatorEncoderBlock(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, C_out), in the type of the grid."""
+        """Map x (B, N, C) to (B, N, C_out), in the dtype of the grid (`execution.cast`)."""
         x = execution.cast(x, self.grid)
         if self.pos_embedding is not None:
             x = x + self.pos_embedding.to(x.dtype)
@@ -161,7 +164,7 @@ class DiscriminatorEncoderBlock(nn.Module):
 
 
 class DiscriminatorStage(nn.ModuleList):
-    """The encoder blocks of one grid."""
+    """Encoder blocks of one grid."""
 
     def __init__(self, config: StyleformerDiscriminatorConfig, grid: Grid, out_widths: Sequence[int]) -> None:
         width = config.num_channels(grid)
@@ -173,10 +176,10 @@ class DiscriminatorStage(nn.ModuleList):
 
 
 class StyleformerDiscriminator(Discriminator):
-    """Patches, then encoder blocks on smaller and smaller grids, then minibatch-std and the epilogue of StyleGAN2.
+    """Patch embedding, encoder blocks on successively halved grids, and the StyleGAN2 epilogue with minibatch std.
 
-    The last block of a grid maps to the next one's width, and its output is filtered and halved. With labels it is a
-    projection discriminator.
+    The last block of a grid maps to the width of the next grid, and its output is downsampled with a low-pass filter.
+    Conditional models use a projection discriminator.
     """
 
     resample_filter: Tensor
@@ -187,11 +190,11 @@ class StyleformerDiscriminator(Discriminator):
         widths = [config.num_channels(grid) for grid in self.grids]
         self.embedding = PatchEmbedding(config)
         self.stages = nn.ModuleList()
-        for grid, count, width, following in zip(
+        for grid, count, width, next_width in zip(
             self.grids, config.layers, widths, [*widths[1:], widths[-1]], strict=True
         ):
-            outs = [width] * (count - 1) + [following]
-            self.stages.append(DiscriminatorStage(config, grid, outs))
+            out_widths = [width] * (count - 1) + [next_width]
+            self.stages.append(DiscriminatorStage(config, grid, out_widths))
         self.epilogue = DiscriminatorEpilogue(
             widths[-1],
             self.grids[-1],
@@ -214,11 +217,11 @@ class StyleformerDiscriminator(Discriminator):
             if grid != self.grids[-1]:
                 x = to_tokens(downsample2d(x, self.resample_filter))  # (B, N/4, C_out)
 
-        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, C)
+        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), or (B, C) if conditional
         if self.mapping is not None:
             logits = project(logits, self.mapping(c))
         return logits
 
     def layers_from_image(self) -> list[nn.Module]:
-        """The embedding, then the blocks; the epilogue is not among them."""
+        """Return the patch embedding and the blocks, without the epilogue."""
         return [self.embedding, *(block for stage in self.stages for block in stage.children())]

@@ -1,4 +1,4 @@
-"""The StyleGAN2 generator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
+"""StyleGAN2 generator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ Architecture = Literal["orig", "skip", "resnet"]
 
 
 def default_channel_base(resolution: int) -> int:
-    """Channels times resolution where a configuration leaves it open (StyleGAN2-ADA's `auto`)."""
+    """Return the value of `channel_base` for `channel_base=0` (StyleGAN2-ADA's `auto` configuration)."""
     return 32768 if resolution >= 512 else 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleGAN2Config(DoublingConfig):
-    """A StyleGAN2 generator for images of base * 2^(resolutions - 1) pixels.
+    """Configuration of a StyleGAN2 generator for images of base * 2^(resolutions - 1) pixels.
 
-    A grid whose longer side is R has min(channel_base // R, channel_max) channels. 'skip' adds up an image from every
-    resolution; 'resnet' and 'orig' read it from the last one, 'resnet' with a linear shortcut around each pair of
-    convolutions. `resolutions` None and `channel_base` 0 stand for choices that are still to be made.
+    A grid whose longer side is R has min(channel_base // R, channel_max) channels. 'skip' sums the RGB outputs of all
+    resolutions. 'resnet' and 'orig' have a ToRGB at the last resolution only; 'resnet' adds a linear shortcut around
+    each pair of convolutions. `fit` chooses `resolutions` if it is None and `channel_base` if it is 0.
     """
 
     architecture: Architecture = setting(
-        "skip", "Architecture: plain (orig), skip connections to RGB, or residual blocks."
+        "skip", "Architecture: plain (orig), skip connections to RGB (skip), or residual blocks (resnet)."
     )
-    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
+    channel_base: int = setting(
+        32768, "Channels times resolution of the convolutions; 0: chosen from the image size.", at_least=0
+    )
+    channel_max: int = setting(512, "Maximum number of channels at any resolution.", at_least=1)
 
     AUTO: ClassVar[Mapping[str, Any]] = {**DoublingConfig.AUTO, "channel_base": 0}
 
@@ -63,35 +65,35 @@ class StyleGAN2Config(DoublingConfig):
 
     @property
     def num_ws(self) -> int:
-        """One style per convolution, one for the base grid and two above, and one more for the last ToRGB."""
+        """One style per convolution (one on the base grid, two on each other grid), plus one for the last ToRGB."""
         return 2 * len(self.grids)
 
     @property
     def style_grids(self) -> tuple[Grid, ...]:
-        """The grid of each convolution, and of the last ToRGB."""
+        """Grid of each convolution and of the last ToRGB."""
         base, *above = self.grids
         return (base, *(grid for grid in above for _ in range(2)), self.grids[-1])
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose the number of resolutions, and the channels if they are open, for images of this size."""
+        """Choose the number of resolutions, and `channel_base` if it is 0, for images of this size."""
         channel_base = self.channel_base or default_channel_base(max(height, width))
         return replace(super().fit(height, width), channel_base=channel_base)
 
     def build(self) -> StyleGAN2Generator:
-        """A generator with weights from torch's global random generator."""
+        """Build the generator, initialized from torch's global RNG."""
         if not self.channel_base:
             raise ConfigError("channel_base", self.channel_base, "not chosen yet")
         return StyleGAN2Generator(self)
 
 
 def channels_on_grid(config: Any, grid: Grid) -> int:
-    """How many channels `channel_base` and `channel_max` give a grid."""
+    """Return the number of channels on a grid, min(channel_base // longer side, channel_max)."""
     channels: int = min(config.channel_base // max(grid), config.channel_max)
     return channels
 
 
 def check_channel_base(config: Any, grid: Grid) -> None:
-    """Raise ConfigError when `channel_base`, if chosen, leaves a grid of this size without channels."""
+    """Raise ConfigError if `channel_base`, unless it is 0, gives no channel on a grid of this size."""
     if 0 < config.channel_base < max(grid):
         problem = f"leaves no channel at {grid[0]}x{grid[1]}: must be at least {max(grid)}"
         raise ConfigError("channel_base", config.channel_base, problem)
@@ -100,15 +102,15 @@ def check_channel_base(config: Any, grid: Grid) -> None:
 def modulated_conv2d(
     x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, *, up_filter: Tensor | None = None
 ) -> Tensor:
-    """Convolution whose weights are modulated by the style of each image and demodulated; plus noise.
+    """Modulated and demodulated convolution, plus noise (StyleGAN2, section 2.2).
 
-        W'_boikl = s_bi W_oikl,   W''_boikl = W'_boikl (sum_ikl W'_boikl^2 + 1e-8)^(-1/2)        StyleGAN2, section 2.2
+        W'_boikl = s_bi W_oikl,   W''_boikl = W'_boikl (sum_ikl W'_boikl^2 + 1e-8)^(-1/2)
 
-    x (B, I, H, W), weight (O, I, k, k), style (B, I) -> (B, O, H, W) of x's type; styles and demodulation in the type
-    of `style`. With `up_filter` the convolution is transposed, y[2i + k, 2j + l] += W''_kl x[i, j], and filtered: then
-    the output is (B, O, 2H, 2W). `noise` must broadcast to the output.
+    x (B, I, H, W), weight (O, I, k, k), style (B, I) -> (B, O, H, W) in the dtype of x; demodulation is computed in the
+    dtype of `style`. With `up_filter`, a transposed convolution y[2i + k, 2j + l] += W''_kl x[i, j] followed by the
+    filter gives (B, O, 2H, 2W). `noise` must broadcast to the output.
 
-    Inputs and outputs are scaled instead of the weights, so that all images share one convolution.
+    The implementation scales inputs and outputs instead of weights, so that all images share one convolution.
     """
     style = limit_rows(style, x.dtype)
     if x.dtype == torch.float16:
@@ -119,7 +121,7 @@ def modulated_conv2d(
 
 
 def _convolve(x: Tensor, weight: Tensor, up_filter: Tensor | None) -> Tensor:
-    """Correlate x (B, I, H, W) with weight (O, I, k, k), or transpose that with stride 2 and filter."""
+    """Convolve x (B, I, H, W) with weight (O, I, k, k), or with `up_filter` apply transposed convolution and filter."""
     if up_filter is not None:
         x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H + 1, 2W + 1)
         return upfirdn2d(x, up_filter, padding=1, gain=4)
@@ -127,9 +129,9 @@ def _convolve(x: Tensor, weight: Tensor, up_filter: Tensor | None) -> Tensor:
 
 
 class ModulatedConv(nn.Module):
-    """A layer of the synthesis network: modulated 3x3 convolution, noise, bias, leaky ReLU with gain sqrt(2), clamp.
+    """Synthesis layer: modulated 3x3 convolution, noise, bias, leaky ReLU with gain sqrt(2), clamp.
 
-    `gain` multiplies the output and the clamp. up=2 doubles the grid of the input; `grid` is that of the output.
+    `gain` multiplies the output and the clamp. up=2 upsamples the input by 2. `grid` is the size of the output.
     """
 
     noise_const: Tensor
@@ -158,7 +160,7 @@ class ModulatedConv(nn.Module):
         self.register_buffer("up_filter", resample_filter(), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """x (B, C, H, W), w (B, w_dim) -> (B, C_out, up H, up W), computed in x's type."""
+        """Map x (B, C, H, W) and w (B, w_dim) to (B, C_out, up H, up W), in the dtype of x."""
         noise = scaled_noise(self.noise_const, self.noise_strength, noise_mode, len(x)).unsqueeze(1).to(x.dtype)
         up_filter = self.up_filter if self.up == 2 else None
         x = modulated_conv2d(x, self.weight, self.affine(w), noise, up_filter=up_filter)
@@ -166,7 +168,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyleGAN2ToRGB(nn.Module):
-    """Modulated, not demodulated, linear map from channels to image channels, with clamp.
+    """ToRGB layer: 1x1 convolution to image channels, modulated but not demodulated, with clamp.
 
     y_o = clamp(sum_i W_oi s_i x_i + b_o),   s = affine(w) / sqrt(C)
     """
@@ -179,16 +181,16 @@ class StyleGAN2ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.img_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x (B, C, H, W), w (B, w_dim) -> (B, img_channels, H, W), in float32 whatever x's type."""
+        """Map x (B, C, H, W) and w (B, w_dim) to (B, img_channels, H, W), always in float32."""
         x = execution.full_precision(x)
-        # With so few outputs, weights per image are far smaller than a modulated copy of x.
+        # Modulate the weights: with few output channels, per-image weights are far smaller than a modulated copy of x.
         weight = self.weight * (self.affine(w) / math.sqrt(x.shape[1])).unsqueeze(1)  # (B, img_channels, C)
         y = (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
         return bias_act(y, self.bias, clamp=self.clamp)
 
 
 class Shortcut(nn.Module):
-    """The linear shortcut around two convolutions in 'resnet': 1x1 convolution, upsampling, gain sqrt(1/2)."""
+    """Linear shortcut around two convolutions in 'resnet': 1x1 convolution, upsampling, gain sqrt(1/2)."""
 
     up_filter: Tensor
 
@@ -199,14 +201,14 @@ class Shortcut(nn.Module):
         self.register_buffer("up_filter", resample_filter(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A pointwise convolution commutes with the upsampling: do it on the smaller grid.
+        # A pointwise convolution commutes with upsampling, so convolve at the lower resolution.
         return upsample2d(conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
 
 
 class StyleGAN2Stage(nn.Module):
-    """All that happens at one resolution: two convolutions, the first of which doubles the grid, and ToRGB.
+    """Synthesis stage at one resolution: an upsampling convolution, a second convolution, ToRGB.
 
-    `in_channels` None: the first stage, which starts from a constant and has one convolution.
+    The first stage (`in_channels` None) starts from the constant and has one convolution.
     """
 
     resample_filter: Tensor
@@ -231,14 +233,14 @@ class StyleGAN2Stage(nn.Module):
             layers.append(ModulatedConv(config, in_channels, channels, grid, up=2))
             if has_shortcut:
                 self.shortcut = Shortcut(in_channels, channels)
-                gain = math.sqrt(0.5)  # both branches of the sum carry it, which keeps its variance
+                gain = math.sqrt(0.5)  # on both branches, which preserves the variance of their sum
         layers.append(ModulatedConv(config, channels, channels, grid, gain=gain))
         self.convs = nn.ModuleList(layers)
         self.torgb = StyleGAN2ToRGB(config, channels) if has_torgb else None
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor | None]:
-        """x and rgb (None: none yet) at half this resolution, ws (B, number of convs + 1, w_dim) -> x, rgb."""
+        """Map x and rgb (or None) at half this resolution and ws (B, num_convs + 1, w_dim) to new x and rgb."""
         x = execution.run_block(self._features, execution.cast(x, self.grid), ws, noise_mode)  # (B, C, H, W)
         if self.torgb is None:
             return x, rgb
@@ -253,9 +255,10 @@ class StyleGAN2Stage(nn.Module):
 
 
 class StyleGAN2Synthesis(Synthesis):
-    """From a learned constant on the base grid to the image, one stage per resolution.
+    """StyleGAN2 synthesis network: a learned constant on the base grid, then one stage per resolution.
 
-    Convolution i reads ws[:, i]; the ToRGB after it reads ws[:, i + 1], which it shares with the next stage's first.
+    Convolution i reads ws[:, i]. A ToRGB after convolution i reads ws[:, i + 1], which is also the style of convolution
+    i + 1.
     """
 
     def __init__(self, config: StyleGAN2Config) -> None:
@@ -286,7 +289,7 @@ class StyleGAN2Synthesis(Synthesis):
 
 
 class StyleGAN2Generator(Generator):
-    """Mapping and StyleGAN2 synthesis."""
+    """Mapping network and StyleGAN2 synthesis network."""
 
     def build_synthesis(self, config: StyleGAN2Config) -> StyleGAN2Synthesis:
         return StyleGAN2Synthesis(config)

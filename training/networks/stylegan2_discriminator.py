@@ -1,4 +1,4 @@
-"""The StyleGAN2 discriminator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
+"""StyleGAN2 discriminator (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN")."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from training.networks.stylegan2 import Architecture, channels_on_grid, check_ch
 
 @dataclass(frozen=True, kw_only=True)
 class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
-    """A StyleGAN2 discriminator for images of `img_size` (height, width).
+    """Configuration of a StyleGAN2 discriminator for images of `img_size` (height, width).
 
     The grid is halved while both sides are even and larger than 4. A grid whose longer side is R has
-    min(channel_base // R, channel_max) channels. `mbstd_group_size` 0 leaves minibatch-std out, `mapping_layers` and
-    `cmap_dim`, the width of the label's projection (None: the channels of the smallest grid), matter with labels only.
-    `channel_base` 0 means "not chosen yet": such a config cannot be built.
+    min(channel_base // R, channel_max) channels. `mapping_layers` and `cmap_dim` apply to conditional models only.
+    `fit` chooses `channel_base` if it is 0.
     """
 
     architecture: Architecture = setting(
-        "resnet", "Architecture: plain (orig), skip connections from RGB, or residual blocks."
+        "resnet", "Architecture: plain (orig), skip connections from RGB (skip), or residual blocks (resnet)."
     )
-    channel_base: int = setting(32768, "Channels x resolution of the convolutions; 0: by the images.", at_least=0)
-    channel_max: int = setting(512, "Maximum number of channels on a grid.", at_least=1)
-    mapping_layers: int = setting(8, "Layers of the mapping of labels; without labels there are none.", at_least=0)
+    channel_base: int = setting(
+        32768, "Channels times resolution of the convolutions; 0: chosen from the image size.", at_least=0
+    )
+    channel_max: int = setting(512, "Maximum number of channels at any resolution.", at_least=1)
+    mapping_layers: int = setting(8, "Number of layers of the label mapping (conditional models only).", at_least=0)
     cmap_dim: int | None = setting(
-        None, "Size of the projection of labels; None: the channels of the smallest grid.", at_least=1
+        None, "Dimensionality of the label projection; None: number of channels of the smallest grid.", at_least=1
     )
-    mbstd_group_size: int = setting(4, "Group size of minibatch-std; 0: without it.", at_least=0)
+    mbstd_group_size: int = setting(
+        4, "Group size of the minibatch standard deviation layer; 0: no such layer.", at_least=0
+    )
     conv_clamp: float | None = setting(
-        256.0, "Bound of activations; None: no clamp.", above=0, note="None clamps nothing"
+        256.0, "Clamp activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"channel_base": 0}
@@ -54,11 +57,11 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) at every level, from the image down to the epilogue."""
+        """Grid (height, width) at every level, from the image to the epilogue."""
         return halved_grids(self.img_size)
 
     def num_channels(self, grid: tuple[int, int]) -> int:
-        """How many channels a grid of this size has."""
+        """Number of channels on a grid of this size."""
         return channels_on_grid(self, grid)
 
     @property
@@ -66,7 +69,7 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
         return self.mbstd_group_size
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose the channels that the images ask for where they are open. Raises ConfigError."""
+        """Choose `channel_base` if it is 0. Raises ConfigError if the image size is not supported."""
         channel_base = self.channel_base or default_channel_base(max(height, width))
         return replace(self, img_size=(height, width), channel_base=channel_base)
 
@@ -77,7 +80,7 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
 
 
 class FromRGB(Conv2d):
-    """The convolution that reads the image on one grid."""
+    """1x1 convolution from image channels to the features of one grid."""
 
     def __init__(
         self, config: StyleGAN2DiscriminatorConfig, grid: tuple[int, int], channels: int, clamp: float | None
@@ -87,9 +90,9 @@ class FromRGB(Conv2d):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions that halve the grid; for 'resnet' a filtered linear shortcut around them.
+    """Two 3x3 convolutions, the second with downsampling by 2, and for 'resnet' a filtered linear shortcut.
 
-    Both branches of the sum carry sqrt(1/2), which keeps its variance.
+    Both branches of 'resnet' have a gain of sqrt(1/2), which preserves the variance of their sum.
     """
 
     def __init__(
@@ -106,14 +109,15 @@ class DiscriminatorBlock(nn.Module):
             self.skip = Conv2d(channels, out_channels, 1, down=2, bias=False, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C_out, H/2, W/2)."""
+        """Map x (B, C, H, W) to (B, C_out, H/2, W/2)."""
         x = execution.cast(x, (x.shape[2], x.shape[3]))
         y: Tensor = self.conv1(self.conv0(x))
         return y if self.skip is None else y + self.skip(x)
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Minibatch-std in groups of `group_size` (0: without) and the last layers, from the last grid to (B, out_dim)."""
+    """Final layers, from features on the smallest grid to (B, out_dim): minibatch std (unless `group_size` is 0), 3x3
+    convolution and two fully connected layers."""
 
     def __init__(
         self, channels: int, grid: tuple[int, int], out_dim: int, *, group_size: int, clamp: float | None
@@ -135,8 +139,11 @@ class DiscriminatorEpilogue(nn.Module):
 
 
 class StyleGAN2Discriminator(Discriminator):
-    """With labels it is a projection discriminator. fromRGB is read at the image's resolution, for 'skip' at every
-    resolution of an image pyramid, including the epilogue's."""
+    """StyleGAN2 discriminator; conditional models use label projection.
+
+    FromRGB is applied at the resolution of the image. 'skip' applies a FromRGB at every level of an image pyramid,
+    including the grid of the epilogue.
+    """
 
     resample_filter: Tensor
 
@@ -144,7 +151,7 @@ class StyleGAN2Discriminator(Discriminator):
         super().__init__(config)
         self.is_skip = config.architecture == "skip"
         channels = [config.num_channels(grid) for grid in config.grids]
-        clamps = [config.conv_clamp] * (len(channels) - 1) + [None]  # the epilogue's fromRGB has no clamp
+        clamps = [config.conv_clamp] * (len(channels) - 1) + [None]  # no clamp in the FromRGB of the epilogue
         num_inputs = len(channels) if self.is_skip else 1
         self.fromrgb = nn.ModuleList(
             FromRGB(config, grid, C, clamp)
@@ -177,13 +184,13 @@ class StyleGAN2Discriminator(Discriminator):
                 small = execution.cast(img, (img.shape[2], img.shape[3]))
                 x = x.to(small.dtype) + self.fromrgb[level](small)
 
-        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), with labels (B, cmap_dim)
+        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), or (B, cmap_dim) if conditional
         if self.mapping is not None:
             logits = project(logits, self.mapping(c))
         return logits
 
     def layers_from_image(self) -> list[nn.Module]:
-        """Per level fromRGB if there is one, conv0, conv1, skip; the epilogue is not among them."""
+        """Return fromRGB (if any), conv0, conv1 and skip of each level, without the epilogue."""
         layers: list[nn.Module] = []
         for level, block in enumerate(self.blocks):
             if level < len(self.fromrgb):

@@ -1,4 +1,4 @@
-"""The TransGAN generator: transformer blocks from the latent to the pixels (Jiang et al. 2021, "TransGAN")."""
+"""TransGAN generator, built from transformer blocks (Jiang et al. 2021, "TransGAN")."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 
 @dataclass(frozen=True, kw_only=True)
 class TransGANConfig(BlockConfig, StagedConfig):
-    """A TransGAN generator for images of base * 2^(len(widths) - 1) pixels.
+    """Configuration of a TransGAN generator for images of base * 2^(len(widths) - 1) pixels.
 
-    `widths` and `layers` hold one number per resolution, from the base grid up: channels and blocks. A width is that of
-    the resolution below, which is then upsampled bicubically, or a quarter of it, by pixel shuffle; the last
-    `antialias` of the upsamplings are low-pass filtered. Grids whose longer side is at most `full_upto` attend among
-    all tokens, larger ones as `attention` says. With `latent_tokens` every block also attends to so many tokens that
-    are made from the latent. Without mapping layers w is z, plus a learned vector per class. `widths=()` stands for a
-    choice that is still to be made; such a config cannot be built.
+    `widths` and `layers` hold the number of channels and of blocks of each resolution, from the base grid up. Each
+    width equals the width of the resolution below (bicubic upsampling) or a quarter of that width (pixel shuffle). The
+    last `antialias` upsamplings are followed by a low-pass filter. Grids whose longer side is at most `full_upto` use
+    full attention, larger grids the type `attention`. With `latent_tokens`, every block also attends to that number of
+    tokens computed from the latent. Without mapping layers, w is z plus a learned embedding of the class. `fit` chooses
+    `widths` and `layers` if they are ().
     """
 
-    mapping_layers: int = setting(0, "Layers of the mapping network; 0: w is z.", at_least=0)
+    mapping_layers: int = setting(0, "Number of layers of the mapping network; 0: w is z.", at_least=0)
     widths: tuple[int, ...] = setting(
-        (1024, 256, 64), "Channels per resolution, lowest first; (): by the images.", at_least=1
+        (1024, 256, 64), "Number of channels per resolution, lowest first; (): chosen from the image size.", at_least=1
     )
-    layers: tuple[int, ...] = setting((5, 4, 2), "Blocks per resolution, lowest first; (): by the images.", at_least=0)
-    full_upto: int = setting(
-        32, "Highest resolution with attention among all tokens, whatever `attention` is.", at_least=0
+    layers: tuple[int, ...] = setting(
+        (5, 4, 2), "Number of blocks per resolution, lowest first; (): chosen from the image size.", at_least=0
     )
-    latent_tokens: int = setting(0, "Tokens made from z that every block also attends to.", at_least=0)
-    antialias: int = setting(0, "Upsamplings with a low-pass filter, counted from the last one.", at_least=0)
+    full_upto: int = setting(32, "Highest resolution with full attention, regardless of `attention`.", at_least=0)
+    latent_tokens: int = setting(
+        0, "Number of tokens computed from the latent for cross-attention in every block; 0: none.", at_least=0
+    )
+    antialias: int = setting(0, "Number of upsamplings, from the last one, with a low-pass filter.", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mapping_layers == 0 and self.w_dim != self.z_dim:
             problem = (
-                f"without a mapping network w is z, of z_dim={self.z_dim} numbers: give --z-dim and generator.w_dim "
-                "the same value, or add a mapping network (--map-depth)"
+                f"without a mapping network w is z, so it must equal z_dim={self.z_dim}: set --z-dim and "
+                "generator.w_dim to the same value, or add a mapping network (--map-depth)"
             )
             raise ConfigError("w_dim", self.w_dim, problem)
         if self.widths:
@@ -68,25 +70,25 @@ class TransGANConfig(BlockConfig, StagedConfig):
             self.check_width("widths", width)
         for before, after in zip(self.widths, self.widths[1:], strict=False):
             if after not in (before, before / 4):
-                problem = f"after {before} comes {before} (bicubic upsampling) or {before / 4:g} (pixel shuffle)"
-                raise ConfigError("widths", self.widths, f"{problem}, not {after}")
+                problem = f"the width after {before} must be {before} (bicubic upsampling)"
+                raise ConfigError("widths", self.widths, f"{problem} or {before / 4:g} (pixel shuffle), not {after}")
         for grid in self.grids:
             if max(grid) > self.full_upto:
                 self.check_grid(grid)
 
     @classmethod
     def convert_from(cls, other: GeneratorConfig) -> Self:
-        """Return a TransGAN with the shared fields of `other`, but without its mapping network."""
+        """Return a TransGAN configuration with the shared fields of `other`, but without a mapping network."""
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
         return cls(**(shared | {"mapping_layers": 0, "w_dim": other.z_dim}), **cls.AUTO)
 
     @property
     def num_ws(self) -> int:
-        """The stem alone reads the style."""
+        """One style, read by the stem."""
         return 1
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose widths and blocks, where they are open, as the published models have them."""
+        """Choose unresolved widths and numbers of blocks as in the published models."""
         if self.widths:
             self.check_img_size(height, width)
             return self
@@ -98,13 +100,13 @@ class TransGANConfig(BlockConfig, StagedConfig):
         return replace(self, widths=widths, layers=self.layers or layers)
 
     def build(self) -> Generator:
-        """A generator with weights from torch's global random generator."""
+        """Build the generator, initialized from torch's global RNG."""
         self.require_widths()
         return TransGANGenerator(self)
 
 
 def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and blocks of the published model with `count` resolutions; beyond them, more stages of the first kind."""
+    """Return widths and blocks of the published model with `count` resolutions, or more stages of width 1024."""
     if count <= 3:
         return (1024, 256, 64)[:count], (5, 4, 2)[:count]
     first = max(count - 3, 3)
@@ -112,7 +114,7 @@ def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 class PixelShuffle(Resampling):
-    """Tokens (B, h w, C) to (B, 2h 2w, C / 4): channels 4c to 4c + 3 become a square of pixels (Shi et al. 2016)."""
+    """Upsample tokens (B, h w, C) to (B, 2h 2w, C / 4); channels 4c to 4c + 3 form 2x2 pixels (Shi et al. 2016)."""
 
     GROUP = 4
 
@@ -121,9 +123,9 @@ class PixelShuffle(Resampling):
 
 
 class BicubicUpsampling(Resampling):
-    """Tokens (B, h w, C) to (B, 2h 2w, C) by bicubic interpolation, as the product of a matrix per axis.
+    """Bicubic upsampling of tokens (B, h w, C) to (B, 2h 2w, C) with one matrix product per axis.
 
-    Products have derivatives of any order that are deterministic on every device; `F.interpolate` has not.
+    Unlike `F.interpolate`, matrix products have derivatives of any order that are deterministic on every device.
     """
 
     rows: Tensor
@@ -143,14 +145,14 @@ class BicubicUpsampling(Resampling):
 
 
 def bicubic_matrix(n: int) -> Tensor:
-    """The linear map (2n, n) from n samples to twice as many."""
+    """Return the matrix (2n, n) of bicubic upsampling from n to 2n samples."""
     impulses = torch.eye(n).view(1, n, n, 1)  # channel i is 1 at row i
     doubled = F.interpolate(impulses, size=(2 * n, 1), mode="bicubic", align_corners=False)  # (1, n, 2n, 1)
     return doubled[0, :, :, 0].t().contiguous()
 
 
 class Antialias(Resampling):
-    """The low-pass filter [1, 2, 1] / 4 along both axes, with zeros outside (Zhang 2019)."""
+    """Separable low-pass filter [1, 2, 1] / 4 with zero padding (Zhang 2019)."""
 
     taps: Tensor
 
@@ -163,7 +165,7 @@ class Antialias(Resampling):
 
 
 class TransGANStage(nn.Module):
-    """All that happens at one resolution: upsampling, position, blocks."""
+    """Synthesis stage at one resolution: upsampling, position embedding, transformer blocks."""
 
     def __init__(self, config: TransGANConfig, index: int) -> None:
         super().__init__()
@@ -193,7 +195,7 @@ class TransGANStage(nn.Module):
         )
 
     def forward(self, x: Tensor, latents: Tensor | None, noise_mode: NoiseMode) -> Tensor:
-        """x (B, N/4, C or 4C), from the first stage on (B, N, C) -> (B, N, C)."""
+        """Map x (B, N/4, C or 4C), in the first stage (B, N, C), to (B, N, C)."""
         x = execution.cast(self.upsampling(x), self.grid)
         if self.position is not None:
             x = x + self.position.to(x.dtype)
@@ -203,10 +205,10 @@ class TransGANStage(nn.Module):
 
 
 class TransGANSynthesis(Synthesis):
-    """A linear stem from the style to the base grid, one stage per resolution, and a linear map to the image.
+    """TransGAN synthesis network: linear stem from the style to the base grid, one stage per resolution, linear ToRGB.
 
-    There is no tanh. Without `attention_noise` all noise modes give the same image. Linear layers start as PyTorch's
-    do, the weight of the last one from Xavier's distribution.
+    There is no tanh. Without `attention_noise`, all noise modes give the same image. Linear layers have PyTorch's
+    default initialization, except for the Xavier initialization of the ToRGB weight.
     """
 
     def __init__(self, config: TransGANConfig) -> None:
@@ -235,7 +237,7 @@ class TransGANSynthesis(Synthesis):
 
 
 class TransGANGenerator(Generator):
-    """A latent that is its own style, and TransGAN's synthesis."""
+    """TransGAN synthesis network with the identity mapping or, with mapping layers, StyleGAN2-ADA's mapping network."""
 
     def build_mapping(self, config: TransGANConfig) -> StyleMapping:
         if config.mapping_layers:

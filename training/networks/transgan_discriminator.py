@@ -1,4 +1,4 @@
-"""The TransGAN discriminator: a transformer that sees the image in patches of several sizes (Jiang et al. 2021)."""
+"""TransGAN discriminator, a transformer on multi-scale patches of the image (Jiang et al. 2021)."""
 
 from __future__ import annotations
 
@@ -23,40 +23,45 @@ from training.networks.vit import Block, BlockConfig, Linear, Norm, position_emb
 
 @dataclass(frozen=True, kw_only=True)
 class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
-    """A TransGAN discriminator for images of `img_size` (height, width).
+    """Configuration of a TransGAN discriminator for images of `img_size` (height, width).
 
-    Scale i sees patches of patch * 2^i pixels as `widths[i]` channels, which join those of the scale before it, halved
-    by average pooling; then follow `layers[i]` blocks. The first `local_layers[i]` of them attend as `attention` says,
-    the others among all tokens. Without `multi_scale` the first scale has all channels and the others only pool. With
-    `overlap` the first patches are twice as large as their distance. `patch` 0 stands for a choice that is still to be
-    made, with `widths`, `layers` and `local_layers`; such a config cannot be built.
+    Scale i embeds patches of patch * 2^i pixels into `widths[i]` channels and concatenates them with the tokens of the
+    previous scale, average-pooled by 2; `layers[i]` blocks follow. The first `local_layers[i]` blocks use the attention
+    type `attention`, the others full attention. Without `multi_scale`, the first scale has all channels and the others
+    only pool. With `overlap`, the patches of the first scale are twice as large as their stride. `fit` chooses `patch`
+    if it is 0, and `widths`, `layers` and `local_layers` if they are ().
     """
 
-    norm: Norm = setting("layer", "Normalisation: token-wise or LayerNorm.")
-    patch: int = setting(2, "Side of the finest patches, in pixels; 0: by the images.", at_least=0)
+    norm: Norm = setting("layer", "Normalisation: token-wise (token) or LayerNorm (layer).")
+    patch: int = setting(2, "Side of the finest patches in pixels; 0: chosen from the image size.", at_least=0)
     widths: tuple[int, ...] = setting(
-        (288, 96), "Channels that each scale adds, finest first; (): by the images.", at_least=0
+        (288, 96), "Channels added by each scale, finest first; (): chosen from the image size.", at_least=0
     )
-    layers: tuple[int, ...] = setting((3, 3), "Blocks per scale, finest first; (): by the images.", at_least=0)
+    layers: tuple[int, ...] = setting(
+        (3, 3), "Number of blocks per scale, finest first; (): chosen from the image size.", at_least=0
+    )
     local_layers: tuple[int, ...] = setting(
-        (0, 0), "First blocks per scale, which attend as `attention` says; (): by the images.", at_least=0
+        (0, 0),
+        "Number of leading blocks per scale that use `attention`, the others full attention; (): chosen from the "
+        "image size.",
+        at_least=0,
     )
-    multi_scale: bool = setting(True, "Patches of the image that join at every scale, not at the finest alone.")
-    overlap: bool = setting(False, "Overlap, by half, of the finest patches.")
+    multi_scale: bool = setting(True, "Add image patches at every scale, not only at the finest.")
+    overlap: bool = setting(False, "Overlap the finest patches by half of their size.")
 
     AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overlap and self.patch % 2:
-            raise ConfigError("overlap", True, f"needs patches of an even size, patch={self.patch} is not")
+            raise ConfigError("overlap", True, f"needs an even patch size, but patch={self.patch}")
         if self.patch and self.widths and self.layers and self.local_layers:
             self._check_scales()
 
     def _check_scales(self) -> None:
         for name in ("layers", "local_layers"):
             if len(getattr(self, name)) != len(self.widths):
-                problem = f"must have one entry per scale, as widths={self.widths} has {len(self.widths)}"
+                problem = f"must have one entry per scale, {len(self.widths)} with widths={self.widths}"
                 raise ConfigError(name, getattr(self, name), problem)
         for count, local in zip(self.layers, self.local_layers, strict=True):
             if local > count:
@@ -66,7 +71,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
             self.check_width("widths", width)
         largest = self.patch << (len(self.widths) - 1)
         if any(side % largest for side in self.img_size):
-            problem = f"{len(self.widths)} scales from patches of {self.patch} need sides that {largest} divides"
+            problem = f"{len(self.widths)} scales from patches of {self.patch} need sides divisible by {largest}"
             raise ConfigError(
                 "img_size", self.img_size, f"{problem}: choose another discriminator.patch or fewer scales"
             )
@@ -76,20 +81,20 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """(height, width) of every scale, from the finest down."""
+        """Grid (height, width) of the tokens at every scale, finest first."""
         height, width = self.img_size
         patches = [self.patch << i for i in range(len(self.widths))]
         return tuple((height // patch, width // patch) for patch in patches)
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
-        """Channels of the blocks at each scale."""
+        """Number of channels of the blocks at each scale."""
         if not self.multi_scale:
             return (sum(self.widths),) * len(self.widths)
         return tuple(sum(self.widths[: i + 1]) for i in range(len(self.widths)))
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose patches, scales and blocks, where they are open, as the published models have them."""
+        """Choose unresolved patch size, widths and numbers of blocks as in the published models."""
         side = max(height, width)
         is_small = side <= 48
         patch = self.patch or max(2, side // 64)
@@ -101,12 +106,12 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     def build(self) -> Discriminator:
         for name in self.AUTO:
             if not getattr(self, name):
-                raise ConfigError(name, getattr(self, name), "not chosen yet: it follows from the size of the images")
+                raise ConfigError(name, getattr(self, name), "not chosen yet: it is derived from the image size")
         return TransGANDiscriminator(self)
 
 
 class PatchConv(nn.Conv2d):
-    """A strided convolution that makes of each patch one token: images (B, C, H, W) -> (B, N, width)."""
+    """Patch embedding by a strided convolution, images (B, C, H, W) -> tokens (B, N, width)."""
 
     def __init__(self, img_channels: int, width: int, patch: int, *, overlap: bool) -> None:
         size = 2 * patch if overlap else patch
@@ -120,7 +125,7 @@ class PatchConv(nn.Conv2d):
 
 
 class Embedding(nn.Module):
-    """What the first block of a scale gets: the pooled tokens of the scale before, beside them patches of the image."""
+    """Input of a scale: average-pooled tokens of the previous scale, concatenated with embedded image patches."""
 
     def __init__(self, config: TransGANDiscriminatorConfig, index: int) -> None:
         super().__init__()
@@ -134,7 +139,7 @@ class Embedding(nn.Module):
         self.position = position_embedding(self.grid, config.stage_widths[index]) if config.has_absolute else None
 
     def forward(self, img: Tensor, x: Tensor | None) -> Tensor:
-        """img (B, channels, H, W), x (B, 4N, C) or None -> (B, N, C'), in the type of the grid."""
+        """Map img (B, img_channels, H, W) and x (B, 4N, C) or None to (B, N, C'), in the dtype of the grid."""
         parts = []
         if x is not None:
             assert self.before is not None
@@ -146,17 +151,18 @@ class Embedding(nn.Module):
 
 
 class TransGANDiscriminator(Discriminator):
-    """Blocks at every scale, one more with a class token, and a linear map of that to the logit.
+    """TransGAN discriminator: blocks at every scale, a final block with a class token, and a linear head.
 
         x_0 = P_0(img),   x_i = [pool2(blocks_{i-1}(x_{i-1})), P_i(img)],   y = block([cls, blocks_n(x_n)])
         logit = h . norm(y_cls) + b + norm(y_cls) . E c / sqrt(C)
 
-    The class token joins the last block only, which computes in float32 and has no relative positions. The last term,
-    with E ~ N(0, 1), is there with labels alone (Miyato & Koyama 2018); that is this project's choice, the paper has
-    no labels.
+    The class token is an input of the last block only. The last block is computed in float32 and has no relative
+    positions. The last term is the label projection of conditional models (Miyato & Koyama 2018), with E initialized
+    from N(0, 1). The paper has no conditional models; the projection is an addition of this project.
 
-    With `attention_noise` a training step draws fresh noise at each call (`execution.random_noise`); otherwise the
-    noise is constant, so that logits are a function of the image and tokens have the variance of training.
+    With `attention_noise`, each call draws fresh noise if `execution.current.random_noise` is set, as in training.
+    Otherwise the noise is constant, so that logits are a deterministic function of the image while tokens have the same
+    variance as in training.
     """
 
     def __init__(self, config: TransGANDiscriminatorConfig) -> None:
@@ -188,7 +194,7 @@ class TransGANDiscriminator(Discriminator):
         self.embed = nn.Parameter(torch.randn(config.c_dim, width)) if config.c_dim else None
 
     def _init_weights(self) -> None:
-        """Linear layers from N(0, 0.02^2), convolutions from Xavier's distribution, biases 0."""
+        """Initialize linear layers from N(0, 0.02^2), convolutions with Xavier initialization, biases with zero."""
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -218,7 +224,7 @@ class TransGANDiscriminator(Discriminator):
         return logits
 
     def layers_from_image(self) -> list[nn.Module]:
-        """Per scale the patches with their positions, then the blocks; neither the last block nor the head."""
+        """Return the patch embedding and the blocks of each scale, without the last block and the head."""
         layers: list[nn.Module] = []
         for embedding, blocks in zip(self.embeddings, self.scales, strict=True):
             layers += [embedding, *blocks.children()]

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks over a grid of tokens, of which TransGAN builds both its networks (Jiang et al. 2021)."""
+"""Pre-norm transformer blocks on a grid of tokens, used in both networks of TransGAN (Jiang et al. 2021)."""
 
 from __future__ import annotations
 
@@ -14,61 +14,63 @@ from dnnlib.config import ConfigError, setting
 from training.networks import execution
 from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid, NoiseMode
-from training.networks.grid_attention import AxisAttention, CellAttention, Form, NystromAttention
+from training.networks.grid_attention import AttentionType, AxisAttention, CellAttention, NystromAttention
 from training.networks.layers import scaled_noise
 
 Norm = Literal["token", "layer"]
 Position = Literal["absolute", "relative", "both"]
 
-MLP_RATIO = 4  # width of the hidden layer, in units of the block's
+MLP_RATIO = 4  # hidden width of the MLP / width of the block
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """Normalisation and attention of a network's blocks.
+    """Configuration of the normalisation and attention of transformer blocks.
 
-    `attention` is `full` among all tokens, `grid` inside windows of `window` x `window` tokens, `axis` along rows and
-    columns, `nystrom` by `landmarks`.
+    The attention types are `full`: between all tokens; `grid`: within windows of `window` x `window` tokens; `axis`:
+    along rows, then columns; `nystrom`: Nystrom approximation with `landmarks` landmarks.
     """
 
-    num_heads: int = setting(4, "Attention heads.", at_least=1)
-    norm: Norm = setting("token", "Normalisation: token-wise or LayerNorm.")
-    position: Position = setting("both", "Positions: an embedding per token of a stage, a bias per offset, or both.")
-    attention: Form = setting("grid", "Form of attention where there are many tokens.")
+    num_heads: int = setting(4, "Number of attention heads.", at_least=1)
+    norm: Norm = setting("token", "Normalisation: token-wise (token) or LayerNorm (layer).")
+    position: Position = setting(
+        "both", "Positions: an embedding per token (absolute), an attention bias per offset (relative), or both."
+    )
+    attention: AttentionType = setting("grid", "Attention type on large grids.")
     window: int = setting(16, "Side of the windows of grid attention, in tokens.", at_least=1)
-    landmarks: int = setting(64, "Landmarks of nystrom attention.", at_least=1)
-    attention_noise: bool = setting(False, "Noise of learned strength, added to the tokens before self-attention.")
+    landmarks: int = setting(64, "Number of landmarks of nystrom attention.", at_least=1)
+    attention_noise: bool = setting(False, "Add noise of learned strength to the tokens before self-attention.")
 
     def check_width(self, field: str, width: int) -> None:
-        """Raise ConfigError, naming `field`, unless the heads share the width evenly."""
+        """Raise ConfigError for `field` unless `width` is a positive multiple of the number of heads."""
         if width < 1 or width % self.num_heads:
             problem = f"every width must be a positive multiple of the {self.num_heads} heads, {width} is not"
             raise ConfigError(field, getattr(self, field), problem)
 
     def check_grid(self, grid: Grid) -> None:
-        """Raise ConfigError when `attention` cannot be cut into windows or segments on this grid."""
+        """Raise ConfigError if windows or landmark segments do not divide the grid."""
         height, width = grid
         if self.attention == "grid" and (height % self.window or width % self.window):
             common = math.gcd(height, width)
             options = ", ".join(str(n) for n in range(common, 1, -1) if common % n == 0)
-            raise ConfigError("window", self.window, f"does not divide the grid {height}x{width}; what does: {options}")
+            raise ConfigError("window", self.window, f"does not divide the grid {height}x{width}; possible: {options}")
         if self.attention == "nystrom" and height * width % self.landmarks:
             options = ", ".join(str(n) for n in range(min(height * width, 256), 15, -1) if height * width % n == 0)
-            problem = f"does not divide the {height * width} tokens of the grid {height}x{width}; what does: {options}"
+            problem = f"does not divide the {height * width} tokens of the grid {height}x{width}; possible: {options}"
             raise ConfigError("landmarks", self.landmarks, problem)
 
     @property
     def has_absolute(self) -> bool:
-        """Whether stages have an embedding per token."""
+        """True if stages have a learned embedding per token."""
         return self.position != "relative"
 
     @property
     def has_relative(self) -> bool:
-        """Whether blocks have a bias per offset."""
+        """True if attention has a learned bias per offset."""
         return self.position != "absolute"
 
     def build_attention(self, grid: Grid, *, is_full: bool) -> Attention:
-        """Attention among the tokens of a grid: among all, or in the configured form."""
+        """Build full attention (`is_full`) or the configured attention type for a grid."""
         heads, relative = self.num_heads, self.has_relative
         if is_full or self.attention == "full":
             return CellAttention(heads, grid, grid, use_relative=relative)
@@ -79,16 +81,16 @@ class BlockConfig:
         return NystromAttention(heads, self.landmarks)
 
     def build_noise(self, num_tokens: int) -> TokenNoise | None:
-        """The noise on the tokens of a self-attention, if there is one."""
+        """Build the noise on the input tokens of self-attention, or return None without `attention_noise`."""
         return TokenNoise(num_tokens) if self.attention_noise else None
 
     def build_norm(self, width: int) -> nn.Module:
-        """A normalisation of tokens of this width."""
+        """Build the configured normalisation for tokens of this width."""
         return TokenNorm() if self.norm == "token" else LayerNorm(width)
 
 
 class Linear(nn.Linear):
-    """A plain linear layer that computes in its input's type."""
+    """Linear layer that casts its parameters to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -96,7 +98,7 @@ class Linear(nn.Linear):
 
 
 class TokenNorm(nn.Module):
-    """x rsqrt(mean_C(x^2) + 1e-8): TransGAN's "modified normalization", without parameters; the mean in float32."""
+    """TransGAN's "modified normalization" x rsqrt(mean_C(x^2) + 1e-8), without parameters; the mean is in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean_square = execution.full_precision(x).square().mean(dim=2, keepdim=True)
@@ -104,7 +106,7 @@ class TokenNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a token, in its input's type."""
+    """LayerNorm over the channels of a token that casts its parameters to the dtype of the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -115,9 +117,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class TokenNoise(nn.Module):
-    """x + s n with n ~ N(0, 1) per token, the same in all its channels (Karras et al. 2019, section 3.2).
+    """Noise x + s n with n ~ N(0, 1) per token, shared by all channels (Karras et al. 2019, section 3.2).
 
-    s is one learned number, 0 at first. `noise_const` holds the n of mode 'const'.
+    The strength s is a learned scalar, initially 0. `noise_const` holds n for mode 'const'.
     """
 
     noise_const: Tensor
@@ -128,12 +130,12 @@ class TokenNoise(nn.Module):
         self.register_buffer("noise_const", torch.randn(num_tokens, 1))
 
     def forward(self, x: Tensor, mode: NoiseMode) -> Tensor:
-        """x (B, N, C) -> (B, N, C), in x's type; 'random' draws from torch's global generator."""
+        """Map x (B, N, C) to (B, N, C), in the dtype of x; 'random' draws from torch's global RNG."""
         return x + scaled_noise(self.noise_const, self.strength, mode, len(x)).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens (B, N, C) to others (B, M, C'), with a query, a key and value and an output matrix."""
+    """Multi-head cross-attention from tokens (B, N, C) to other tokens (B, M, C')."""
 
     def __init__(self, width: int, other_width: int, num_heads: int) -> None:
         super().__init__()
@@ -150,14 +152,14 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with normalisation first (Dosovitskiy et al. 2021, figure 1).
+    """Pre-norm transformer block (Dosovitskiy et al. 2021, figure 1) with optional noise and cross-attention.
 
         x <- x + Attention(norm(x) + noise) W_o^T + b_o
-        x <- x + cross-attention of norm(x) to other tokens, with `other_width` their width
+        x <- x + CrossAttention(norm(x), others)            if `other_width`, the width of the other tokens, is given
         x <- x + W_2 gelu(W_1 norm(x) + b_1) + b_2
 
-    Queries, keys and values have no bias, there is no dropout, gelu is exact. Without `noise` there is none. `clamp`
-    bounds what leaves the block.
+    Query, key and value projections have no bias. There is no dropout. GELU is exact, not the tanh approximation. The
+    output is clamped to +- `clamp`.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class Block(nn.Module):
         self.fc2 = Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor, others: Tensor | None = None, noise_mode: NoiseMode = "const") -> Tensor:
-        """x (B, N, C), others (B, M, other_width) or None -> (B, N, C), computed in x's type."""
+        """Map x (B, N, C) and others (B, M, other_width) or None to (B, N, C), in the dtype of x."""
         y = self.norm1(x)
         if self.noise is not None:
             y = self.noise(y, noise_mode)
@@ -200,7 +202,7 @@ class Block(nn.Module):
 
 
 def position_embedding(grid: Grid | int, width: int) -> nn.Parameter:
-    """A learned vector per token, (N, width), from N(0, 0.02^2)."""
+    """Create a learned position embedding (N, width), initialized from N(0, 0.02^2)."""
     count = grid if isinstance(grid, int) else math.prod(grid)
     embedding = torch.empty(count, width)
     return nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02))

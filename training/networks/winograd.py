@@ -1,12 +1,12 @@
 """3x3 convolution with a quarter of the multiplications, for wide layers on a CPU.
 
-Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, "Fast algorithms for convolutional neural networks"):
+Winograd's minimal filtering algorithm F(4x4, 3x3) (Lavin & Gray 2016, "Fast algorithms for convolutional neural
+networks") computes a 4x4 output tile Y from a 6x6 input tile d and a 3x3 kernel g:
 
     Y = A^T [ (G g G^T) * (B^T d B) ] A
 
-turns a 6x6 input tile d and a 3x3 kernel g into a 4x4 output tile Y; the product * is elementwise over the tile, so
-summing it over input channels is 36 matrix products. All steps are linear maps that PyTorch knows how to derive as
-often as wanted.
+The product * is elementwise over the tile, so the sum over input channels amounts to 36 matrix products. All steps are
+linear maps in PyTorch operations and can be differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Interpolation points besides infinity. The textbook's 0, +-1, +-2 lose four times as many digits.
+# Finite interpolation points, in addition to infinity. The textbook points 0, +-1, +-2 lose four times as many digits.
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 
-# Below these the transforms cost more than the products save (measured on AVX-512 cores).
+# Minimum sizes for which the saved multiplications outweigh the transforms (measured on AVX-512 cores).
 MIN_CHANNELS = 256
 MIN_GRID = 16
 
 
 def _transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """B^T, G and A^T of the Toom-Cook construction, each as the matrix that acts on a flattened 2-D tile."""
+    """Return B^T, G and A^T of the Toom-Cook construction as matrices that act on a flattened 2-D tile."""
     size = len(POINTS) + 1
     data, kernel, output = np.zeros((size, size)), np.zeros((size, 3)), np.zeros((4, size))
     for i, point in enumerate(POINTS):
@@ -42,10 +42,10 @@ DATA, KERNEL, OUTPUT = _transforms()  # (36, 36), (36, 9), (16, 36)
 
 
 def is_profitable(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv3x3` can take x (B, C, H, W) and weight (C_out, C, 3, 3), and is faster than F.conv2d.
+    """Return whether `conv3x3` supports x (B, C, H, W) and weight (C_out, C, 3, 3) and is faster than F.conv2d.
 
-    The batch size plays no part: an image's result must not depend on it. Whatever runs an exported graph has
-    convolutions of its own.
+    The decision ignores the batch size, so that the result for an image does not depend on its batch. Exported graphs
+    use the convolutions of their runtime.
     """
     if torch.compiler.is_exporting():
         return False
@@ -55,7 +55,7 @@ def is_profitable(x: Tensor, weight: Tensor) -> bool:
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight, padding=1) for sides that 4 divides; float32 rounding errors are some five times as large."""
+    """Compute F.conv2d(x, weight, padding=1) for H and W divisible by 4, with about five times its rounding error."""
     B, C, H, W = x.shape
     C_out = len(weight)
     tiles = F.pad(x, [1, 1, 1, 1]).unfold(2, 6, 4).unfold(3, 6, 4)  # (B, C, H/4, W/4, 6, 6)
