@@ -329,7 +329,7 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
     program = script_program(tmp_path / "net.pt", SmallDetector())
     with pytest.raises(UserError, match="no such file"):
         read_detectors((str(tmp_path / "missing.pt"),))
-    with pytest.raises(UserError, match="is given already; say with inception:FILE or vgg16:FILE"):
+    with pytest.raises(UserError, match="is given already; use inception:FILE or vgg16:FILE"):
         read_detectors((str(program), str(program)))
     with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; leave out `vgg16:`"):
         read_detectors((f"vgg16:{tmp_path}",))
