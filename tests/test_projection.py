@@ -169,7 +169,7 @@ def test_programs_of_other_kinds(tmp_path: Path) -> None:
     lpips = feature_distance(script_program(tmp_path / "vgg.pt", LikeTheFamilys()), CPU)(goals)(img)
     expected = ((lpips_input(img, False) - lpips_input(goals, False)) / 100).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(lpips, expected)
-    for module, message in ((WithoutGradient(), "have no gradient"), (Picky(), "cannot see float images")):
+    for module, message in ((WithoutGradient(), "have no gradient"), (Picky(), "fails on float images")):
         path = script_program(tmp_path / "x.pt", module)
         with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
             feature_distance(path, CPU)(goals)
