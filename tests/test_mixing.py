@@ -147,7 +147,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         f"--projected-w={tmp_path / 'name.npz'}": "has no array w",
         f"--projected-w={tmp_path / 'word.npz'}": "w holds <U1, not numbers",
         f"--projected-w={tmp_path / 'code.npz'}": "not an .npz file of arrays",
-        f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file, which is what holds styles",
+        f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file; convert a single array",
         "--projected-w=/nowhere.npz": "--projected-w=/nowhere.npz: cannot be read",
         "--rows=4294967296": "--rows: 4294967296 is too large",
     }
