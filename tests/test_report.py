@@ -119,6 +119,7 @@ def test_the_page_holds_all_that_it_shows(tmp_path: Path) -> None:
         {"label": "swd5k", "colour": "#0072B2", "kimg": [0, 4, 8], "seconds": [0, 60, 120], "values": [100, 98, 96]}
     ]
     assert text.count('class="panel"') == 2 * len(charts)
+    assert all(f'data-{name}="' in text for name in re.findall(r"dataset\.(\w+)", text))  # as the script reads them
     assert "(best 96 at 8 kimg)" in text
     assert "<td>96 at 8 kimg</td><td>96</td>" in text
     for kimg in (0, 4, 8):
@@ -474,8 +475,8 @@ def test_a_browser_shows_every_picture_and_reacts(tmp_path: Path, monkeypatch: p
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
-      const ruler = JSON.parse(panel.dataset.ruler);
-      const at = ruler.left + (ruler.right - ruler.left) * (3.9 - ruler.first) / (ruler.last - ruler.first);
+      const axis = JSON.parse(panel.dataset.axis);
+      const at = axis.left + (axis.right - axis.left) * (3.9 - axis.first) / (axis.last - axis.first);
       panel.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at * box.width}));
       const reading = [...panel.querySelectorAll(".reading div")].map(line => line.textContent);
       const shown = () => [...document.querySelectorAll(".frames figure")].findIndex(frame => !frame.hidden);
