@@ -728,7 +728,7 @@ def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
     read = read_run(make_run(tmp_path / "all", files), "all")
     build_page([read], [draw(next(find_charts([read])))], 2)
     told = " ".join(read.problems)
-    assert all(f"{name}: left out" in told for name in files)
+    assert all(f"{name}: skipped" in told for name in files)
     assert read.metrics["swd5k"].values.tolist() == [3.0]
     assert np.nanmax(np.abs([curve.values for curve in read.ticks.values()])) <= 1e100
 
