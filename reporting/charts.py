@@ -51,7 +51,7 @@ class Line:
     """A statistic of a run: the finite points of its curve, and its style."""
 
     run: str
-    number: str
+    statistic: str
     curve: Curve
     colour: str
     dashes: tuple[int, ...] = ()
@@ -98,9 +98,9 @@ class Chart:
     differing: tuple[str, ...] = ()
 
     @property
-    def numbers(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:
         """Names of the plotted statistics."""
-        return tuple(dict.fromkeys(line.number for line in self.lines))
+        return tuple(dict.fromkeys(line.statistic for line in self.lines))
 
     @property
     def note(self) -> str:
@@ -115,16 +115,16 @@ class Chart:
     def label(self, line: Line) -> str:
         """Return the label of a line: the statistic, or the run if runs are compared."""
         if not self.compares:
-            return line.number
-        return f"{line.run} {line.number}" if len(self.numbers) > 1 else line.run
+            return line.statistic
+        return f"{line.run} {line.statistic}" if len(self.statistics) > 1 else line.run
 
     def legend(self) -> list[Entry]:
         """Return the legend: statistics by colour for one run; runs by colour and statistics by dashes for several."""
         if not self.compares:
-            return [Entry(line.number + _best_of(line), line.colour) for line in self.lines]
+            return [Entry(line.statistic + _best_of(line), line.colour) for line in self.lines]
         runs = {line.run: Entry(line.run + _best_of(line), line.colour) for line in self.lines}
-        numbers = {line.number: Entry(line.number, None, line.dashes) for line in self.lines}
-        return [*runs.values(), *(numbers.values() if len(numbers) > 1 else ())]
+        statistics = {line.statistic: Entry(line.statistic, None, line.dashes) for line in self.lines}
+        return [*runs.values(), *(statistics.values() if len(statistics) > 1 else ())]
 
 
 def find_charts(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -195,17 +195,17 @@ def _is_positive(lines: Sequence[Line]) -> bool:
     return all((line.curve.values > 0).all() for line in lines)
 
 
-def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str]) -> tuple[Line, ...]:
+def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], statistics: Sequence[str]) -> tuple[Line, ...]:
     """Return the lines of these statistics. With several runs, the colour is by run and the dashes by statistic."""
     lines = []
     for i, (run, curves) in enumerate(runs):
-        for j, number in enumerate(numbers):
-            curve = curves[number].finite() if number in curves else None
+        for j, statistic in enumerate(statistics):
+            curve = curves[statistic].finite() if statistic in curves else None
             if curve is None or not len(curve.values):
                 continue
-            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(numbers))
+            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(statistics))
             dashes = _dashes(j) if len(runs) > 1 else ()
-            lines.append(Line(run=run, number=number, curve=curve, colour=colour, dashes=dashes))
+            lines.append(Line(run=run, statistic=statistic, curve=curve, colour=colour, dashes=dashes))
     return tuple(lines)
 
 

@@ -782,7 +782,7 @@ def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
     assert [len(text) for text in shown.warnings] == [1000, len("Warning: y (2 times)")]
     assert len(shown.ticks) == 300
     told = " ".join(shown.problems)
-    for part in ("left out 1 of 2 lines", "left out 4701 of 5001 numbers", "training_options.json"):
+    for part in ("skipped 1 corrupt lines of 2", "skipped 4701 of 5001 statistics", "training_options.json"):
         assert part in told
 
 
