@@ -18,13 +18,13 @@ from dnnlib.config import UserError
 from dnnlib.util import import_extra
 from exploration.mixing import choose_styles, format_ranges
 from exploration.model import (
-    MAPPED_AT_ONCE,
+    MAPPING_BATCH,
     Model,
+    atomic_write,
     check_seeds,
     gather_styles,
     read_arrays,
     save_arrays,
-    written_whole,
 )
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir, save_pixels
@@ -61,7 +61,7 @@ class Directions:
 def sampled_w(model: Model, count: int) -> Tensor:
     """Return w (count, w_dim) of fixed random latents, without truncation."""
     z = torch.from_numpy(np.random.RandomState(0).randn(count, model.G.z_dim)).float()
-    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPED_AT_ONCE)])
+    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPING_BATCH)])
 
 
 def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected | nn.Linear]]:
@@ -166,7 +166,7 @@ def save_directions(path: Path, found: Directions) -> None:
         save_arrays(path, arrays)
     else:
         safetensors = _safetensors(path)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             safetensors.save_file({name: torch.tensor(array) for name, array in arrays.items()}, temporary)
 
 

@@ -25,7 +25,7 @@ from training.networks import execution
 # CPU matrix libraries round a row differently for different batch sizes, but not for multiples of this size. Batches
 # are padded to a multiple, so that the image of a seed is bit-identical for any --batch.
 BATCH_MULTIPLE = 8
-MAPPED_AT_ONCE = 1024
+MAPPING_BATCH = 1024
 
 
 def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
@@ -34,7 +34,7 @@ def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
     return torch.from_numpy(z).to(torch.float32)
 
 
-def fill_up(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
+def pad_batch(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
     """Pad x (n, ...) to a multiple of rows by repeating the last row."""
     return torch.cat([x, x[-1:].expand(-len(x) % multiple, *x.shape[1:])])
 
@@ -64,8 +64,8 @@ class Model:
         c = self.c.expand(len(z), -1) if c is None else c
         psi = self.truncation_psi if psi is None else psi
         parts = [
-            self.G.mapping(fill_up(some_z).to(self.device), fill_up(some_c).to(self.device), psi)[: len(some_z)]
-            for some_z, some_c in zip(z.split(MAPPED_AT_ONCE), c.split(MAPPED_AT_ONCE), strict=True)
+            self.G.mapping(pad_batch(some_z).to(self.device), pad_batch(some_c).to(self.device), psi)[: len(some_z)]
+            for some_z, some_c in zip(z.split(MAPPING_BATCH), c.split(MAPPING_BATCH), strict=True)
         ]
         return torch.cat(parts)
 
@@ -77,7 +77,7 @@ class Model:
     def synthesise(self, ws: Tensor) -> Tensor:
         """Generate images (n, C, H, W) in [-1, 1] of styles (n, num_ws, w_dim) in one batch."""
         with execution.using(self.execution):
-            img: Tensor = self.G.synthesis(fill_up(ws).to(self.device), noise_mode=self.noise_mode)
+            img: Tensor = self.G.synthesis(pad_batch(ws).to(self.device), noise_mode=self.noise_mode)
         return img[: len(ws)]
 
     def render(self, ws: Tensor) -> Iterator[Tensor]:
@@ -196,12 +196,12 @@ def read_arrays(path: Path, where: str) -> dict[str, np.ndarray]:
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file."""
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the same suffix. On success, the file is renamed to `path`.
 
     Raises WriteError if writing fails; a previous file at `path` then stays intact.

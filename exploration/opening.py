@@ -22,18 +22,18 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     """Load a snapshot onto the requested or best available device, and prepare the device."""
     name_user()
     tune_allocator()
-    where = distributed.use_device(device)
-    snapshot = load_network(network, where)
+    torch_device = distributed.use_device(device)
+    snapshot = load_network(network, torch_device)
     for note in snapshot.notes():
         click.echo(note, err=True)
     snapshot.require_generator("images are made by")
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, but image files have 1, 3 or 4")
-    if where.type == "cuda":
-        click.echo(custom_ops.prepare(where))
+    if torch_device.type == "cuda":
+        click.echo(custom_ops.prepare(torch_device))
     execution.set_gpu_arithmetic()
-    return snapshot, where
+    return snapshot, torch_device
 
 
 def open_model(
@@ -50,9 +50,9 @@ def open_model(
     needs_class: bool = True,
 ) -> Model:
     """Return the averaged generator of a snapshot, configured by MODEL_OPTIONS."""
-    snapshot, where = open_network(network, device)
+    snapshot, torch_device = open_network(network, device)
     c = choose_label(snapshot, class_index, label, class_flag, is_needed=needs_class)
-    return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+    return build_model(snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
 
 
 def choose_label(
@@ -88,7 +88,7 @@ def choose_label(
 
 def build_model(
     snapshot: Snapshot,
-    where: torch.device,
+    device: torch.device,
     c: Tensor,
     *,
     noise_mode: str,
@@ -99,8 +99,8 @@ def build_model(
     """Return the averaged generator of a snapshot with the label c (1, c_dim)."""
     return Model(
         G=snapshot.G_ema,
-        device=where,
-        c=c.to(where),
+        device=device,
+        c=c.to(device),
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,

@@ -37,10 +37,10 @@ from exploration.sheets import enlarged, marked, overlay, to_rgb
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
 MAX_IMAGES = 64  # per response
-MAX_KEPT = 2**30  # bytes of cached images; the cache always holds at least one response
+MAX_CACHE_BYTES = 2**30  # bytes of cached images; the cache always holds at least one response
 MAX_SEED = 2**32 - 1
 MAX_PSI = 2.0
-SILENCE = 30.0  # seconds after which a connection without a request is closed
+IDLE_TIMEOUT = 30.0  # seconds after which a connection without a request is closed
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 NAVIGATION = [["navigate"], ["document"]]  # Sec-Fetch-Mode and Sec-Fetch-Dest of a top-level navigation
 HEADERS = {
@@ -76,7 +76,7 @@ class Player:
         self.num_classes = model.G.c_dim if has_classes else 0
         self.lock = Lock()  # the model serves one request at a time
         self.images: OrderedDict[Any, Tensor] = OrderedDict()
-        self.max_images = max(MAX_IMAGES, MAX_KEPT // math.prod(model.G.img_shape))
+        self.max_images = max(MAX_IMAGES, MAX_CACHE_BYTES // math.prod(model.G.img_shape))
         self.records: tuple[Any, list[BlockRecord]] | None = None
 
     def page(self) -> str:
@@ -100,18 +100,18 @@ class Player:
 
     def _images(self, given: dict[str, str]) -> Mapping[str, Any]:
         request = self._parse_request(given)
-        return {"images": [data_uri(pixels_of(img)) for img in self._made(request)]}
+        return {"images": [data_uri(pixels_of(img)) for img in self._cached_images(request)]}
 
     def _attention(self, given: dict[str, str]) -> Mapping[str, Any]:
         """Return the maps of all blocks for the pixel (x, y), averaged over heads and drawn over the image."""
         height, width = self.model.G.img_shape[1:]
-        x, y = whole(given, "x", 0, width - 1), whole(given, "y", 0, height - 1)
+        x, y = take_int(given, "x", 0, width - 1), take_int(given, "y", 0, height - 1)
         request = self._parse_request(given)
         if request.count != 1:
             raise UserError("count: attention maps are of a single image")
         if self.records is None or self.records[0] != request:
             self.records = request, record(self.model, self._styles(request, [request.seed]))[0]
-        image = enlarged(pixels_of(self._made(request)[0]))
+        image = enlarged(pixels_of(self._cached_images(request)[0]))
         maps = [{"block": "query position", "image": data_uri(marked(image, x, y, (height, width)))}]
         for block in self.records[1]:
             rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
@@ -122,17 +122,17 @@ class Player:
     def _parse_request(self, given: dict[str, str]) -> ImageRequest:
         """Remove the parameters of an ImageRequest from `given`. Raises UserError for unknown parameters."""
         G = self.model.G
-        count = whole(given, "count", 1, MAX_IMAGES, default=1)
-        other = whole(given, "other", 0, MAX_SEED) if "other" in given else None
+        count = take_int(given, "count", 1, MAX_IMAGES, default=1)
+        other = take_int(given, "other", 0, MAX_SEED) if "other" in given else None
         if (other is None) != ("styles" not in given):
             raise UserError("other, styles: give both or neither")
         if "class" in given and not self.num_classes:
             raise UserError(f"class={given['class']}: this model has no classes to choose from")
-        class_index = whole(given, "class", 0, self.num_classes - 1) if self.num_classes else None
+        class_index = take_int(given, "class", 0, self.num_classes - 1) if self.num_classes else None
         request = ImageRequest(
-            seed=whole(given, "seed", 0, MAX_SEED - count + 1),
+            seed=take_int(given, "seed", 0, MAX_SEED - count + 1),
             count=count,
-            psi=psi_of(given.pop("trunc", "1")),
+            psi=parse_psi(given.pop("trunc", "1")),
             class_index=class_index,
             other=other,
             styles=() if other is None else choose_styles(given.pop("styles"), G.num_ws, G.style_groups),
@@ -141,7 +141,7 @@ class Player:
             raise UserError(f"{', '.join(given)}: unknown parameter of this request")
         return request
 
-    def _made(self, request: ImageRequest) -> list[Tensor]:
+    def _cached_images(self, request: ImageRequest) -> list[Tensor]:
         """Return the images (C, H, W) of a request. Images that are not cached are generated in one call."""
         seeds = range(request.seed, request.seed + request.count)
         rest = (request.psi, request.class_index, request.other, request.styles)
@@ -179,7 +179,7 @@ def read_query(query: str) -> dict[str, str]:
     return given
 
 
-def whole(given: dict[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+def take_int(given: dict[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
     """Remove a whole number from `given` and return it. Raises UserError if it is outside low..high."""
     text = given.pop(name, None)
     if text is None and default is not None:
@@ -191,7 +191,7 @@ def whole(given: dict[str, str], name: str, low: int, high: int, default: int | 
     return int(text)
 
 
-def psi_of(text: str) -> float:
+def parse_psi(text: str) -> float:
     """Parse a truncation psi. Raises UserError for values outside -MAX_PSI..MAX_PSI."""
     try:
         psi = float(text)
@@ -237,7 +237,7 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
     """Open a server on the loopback address; port 0 selects a free port. Raises UserError if it cannot listen."""
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = SILENCE
+        timeout = IDLE_TIMEOUT
 
         def do_GET(self) -> None:
             try:
@@ -292,10 +292,10 @@ def play(
     *, network: Path | str, label: tuple[float, ...] | None, batch: int, precision: str, device: str | None, port: int
 ) -> None:
     """Run `generate.py play`."""
-    snapshot, where = open_network(network, device)
+    snapshot, torch_device = open_network(network, device)
     has_classes = label is None and snapshot.label_kind() != "vectors"  # requests then specify a class
     c = choose_label(snapshot, None, label, is_needed=not has_classes)
-    model = build_model(snapshot, where, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)
+    model = build_model(snapshot, torch_device, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)
     with open_server(Player(model, has_classes=has_classes), port) as server, suppress(KeyboardInterrupt):
         click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
         server.serve_forever()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from exploration.directions import check_strength, edited
-from exploration.model import BATCH_MULTIPLE, check_seeds, fill_up, seed_latents, style_batches
+from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
 from exploration.output import counted, make_outdir, save_batches
 from torch_utils.graphs import GraphPool
@@ -59,7 +59,7 @@ def seed_images(
         if len(seeds) > 1:
             return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
     torch.manual_seed(seeds[0])
-    z = fill_up(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
+    z = pad_batch(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
     img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
     return to_uint8(img[: len(seeds)])
 
@@ -90,13 +90,15 @@ def make_images(
         raise UserError(
             "--projected-w, --direction: cannot be combined with --compile, --graphs or --noise-mode=random"
         )
-    snapshot, where = open_network(network, device)
-    if use_graphs and where.type != "cuda":
-        raise UserError(f"--graphs: CUDA graphs need a GPU, but the device is {where}")
-    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(where)
+    snapshot, torch_device = open_network(network, device)
+    if use_graphs and torch_device.type != "cuda":
+        raise UserError(f"--graphs: CUDA graphs need a GPU, but the device is {torch_device}")
+    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(torch_device)
     check_seeds("--seeds", seeds)
     if has_styles:
-        model = build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+        model = build_model(
+            snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc
+        )
         names, styles = style_batches(model, seeds, projected_w)
         edits = edited(styles, direction, strength, model)
         batches: Iterable[Tensor] = (images for ws in edits for images in model.render(ws))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import import_extra
-from exploration.model import written_whole
+from exploration.model import atomic_write
 
 QUALITY = "16"  # crf of x264: 0 is lossless, losses become visible at about 18
 MIN_FRAME = 128  # minimum longer side of an image in a video; smaller images are upscaled
@@ -65,7 +65,7 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
         except OSError:  # the encoder has exited: report its message
             _finish(encoder, path)
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             yield add
             _finish(encoder, path)
@@ -106,7 +106,7 @@ def _gif(path: Path, fps: float) -> Iterator[AddFrame]:
         image = Image.fromarray(np.ascontiguousarray(frame))
         frames.append(image.quantize(dither=Image.Dither.NONE))
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         yield add
         ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]  # in hundredths of a second
         durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]

@@ -23,7 +23,7 @@ from torch_utils.distributed import all_reduce
 
 def _plan_class(context: MetricContext, count: int | None) -> list[StatRequest]:
     classes, reals = _classes_of(context), min(len(context.reals), MAX_REALS)
-    _present(*_labels(context, reals, count or NUM_IMAGES), classes)
+    _present_classes(*_labels(context, reals, count or NUM_IMAGES), classes)
     return [
         StatRequest(of="real", role="inception", count=reals, recipe=Rows()),
         StatRequest(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
@@ -51,7 +51,7 @@ def _labels(context: MetricContext, num_real: int, num_fake: int) -> tuple[Tenso
     return real, context.fakes.labels[choose_fakes(context, context.fakes, num_fake)].to(context.device)
 
 
-def _present(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
+def _present_classes(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
     """Return the classes that have images. Raises UserError for a class with fewer than 2 images on either side."""
     counts = [labels.bincount(minlength=classes).tolist() for labels in (real_class, fake_class)]
     present = []
@@ -69,7 +69,7 @@ def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: 
     Features are (N, F) and covariances are divided by N. The classes are sharded over the processes. Raises UserError
     for a class with fewer than 2 images on either side.
     """
-    present = _present(real_class, fake_class, classes)
+    present = _present_classes(real_class, fake_class, classes)
     distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
     for number in (present[position] for position in own_shard(len(present))):
         sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]

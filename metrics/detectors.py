@@ -57,12 +57,12 @@ DESCRIPTIONS = {
     "lpips": "LPIPS of torch-fidelity on torchvision's VGG16",
     "dinov2": "class token of DINOv2, antialiased bicubic resize to 224 px",
 }
-REPLACED_BY_A_PROGRAM: tuple[Role, ...] = ("inception", "vgg16")
+REPLACEABLE: tuple[Role, ...] = ("inception", "vgg16")
 PROTOCOLS = ("stylegan", "clean")
 
 DINOV2_FOLDER = "dinov2-large"
 DINOV2_SIZE = 224
-DINOV2_MOST = {  # upper bounds on values in config.json, at least four times those of the largest published networks
+DINOV2_MAX = {  # upper bounds on values in config.json, at least four times those of the largest published networks
     "hidden_size": 8192,
     "num_hidden_layers": 200,
     "num_attention_heads": 256,
@@ -100,11 +100,11 @@ class DetectorSetup:
 
     def program_of(self, role: Role) -> Path | None:
         """Return the program that replaces this network, or None."""
-        return self.bound.get(role) or (self.program if role in REPLACED_BY_A_PROGRAM else None)
+        return self.bound.get(role) or (self.program if role in REPLACEABLE else None)
 
     def suffix_of(self, role: Role) -> str:
         """Return the suffix of a metric's name if a custom detector replaces the network of this role, else ''."""
-        if self.program is None or role in self.bound or role not in REPLACED_BY_A_PROGRAM:
+        if self.program is None or role in self.bound or role not in REPLACEABLE:
             return ""
         return "_" + re.sub(r"[^A-Za-z0-9]+", "-", self.program.stem)
 
@@ -212,7 +212,7 @@ def _dinov2_name(folder: Path) -> str:
 
 
 def _read_dinov2_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a DINOv2 folder. Raises UserError for values outside the bounds of DINOV2_MOST."""
+    """Read the config.json of a DINOv2 folder. Raises UserError for values outside the bounds of DINOV2_MAX."""
     path = folder / "config.json"
     try:
         config = read_json(path)
@@ -222,10 +222,10 @@ def _read_dinov2_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: its config.json is not one of DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
         )
-    for name, most in DINOV2_MOST.items():
+    for name, limit in DINOV2_MAX.items():
         value = config.get(name, 1)
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {most}")
+        if type(value) is not int or not 1 <= value <= limit:
+            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {limit}")
     return config
 
 
@@ -254,7 +254,7 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
                 )
             program = path.resolve()
         else:
-            weights[_recognise(path).name] = path.resolve()
+            weights[_identify(path).name] = path.resolve()
     return DetectorSetup(program=program, bound=bound, dinov2=dinov2, weights=weights, protocol=protocol)
 
 
@@ -267,7 +267,7 @@ def _check_regular(given: str, path: Path) -> None:
 
 def _split_role(given: str) -> tuple[Role | None, Path]:
     """Split a --detector such as vgg16:FILE into role and path; the role is None without such a prefix."""
-    for role in REPLACED_BY_A_PROGRAM:
+    for role in REPLACEABLE:
         if given.startswith(f"{role}:"):
             return role, Path(given.removeprefix(f"{role}:"))
     return None, Path(given)
@@ -283,7 +283,7 @@ def _is_program(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _recognise(path: Path) -> WeightFile:
+def _identify(path: Path) -> WeightFile:
     """Identify a known weight file by its name or checksum. Raises UserError for any other file."""
     for file in KNOWN:
         if path.name == file.name or (file.sha256 and sha256_of(path).startswith(file.sha256)):
@@ -315,19 +315,19 @@ def load_inception(state: Mapping[str, Tensor], device: torch.device, *, clean: 
     StyleGAN family. `clean` selects an antialiased bicubic resize instead (Parmar et al. 2022).
     """
     module = import_extra("torch_fidelity.feature_extractor_inceptionv3", "metrics")
-    with _replaced(module, load_state_dict_from_url=lambda *_, **__: state), _no_trace():
-        network = _built(
+    with _patched(module, load_state_dict_from_url=lambda *_, **__: state), _preserved_rng():
+        network = _build(
             lambda: module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"]), "Inception"
         )
     network.to(device)
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         resize = {"interpolate_bilinear_2d_like_tensorflow1x": clean_resize} if clean else {}
-        with _replaced(module, **resize):
+        with _patched(module, **resize):
             features, logits = network(to_rgb(images))
         return features, logits
 
-    return Detector(name="inception-2015-12-05", network=see)
+    return Detector(name="inception-2015-12-05", network=forward)
 
 
 def clean_resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
@@ -338,7 +338,7 @@ def clean_resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) 
 def load_vgg16(state: Mapping[str, Tensor], device: torch.device) -> Detector:
     """Return torchvision's VGG16: the 4096 features of fc2 after the ReLU, for images resized to 224x224."""
     module = import_extra("torch_fidelity.feature_extractor_vgg16", "metrics")
-    with _replaced(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
+    with _patched(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
         network = module.FeatureExtractorVGG16("vgg16", ["fc2_relu"]).to(device)
     return Detector(name="torchvision VGG16", network=lambda images: (network(to_rgb(images))[0], None))
 
@@ -364,15 +364,15 @@ def load_lpips_network(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor]
         "load_state_dict_from_url": lambda *_, **__: linear,
         "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
     }
-    with _replaced(module, **replaced), _no_trace():
-        return _built(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
+    with _patched(module, **replaced), _preserved_rng():
+        return _build(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
 
 
 def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
     torchvision = import_extra("torchvision", "metrics")
-    with _no_trace(), torch.device("meta"):
+    with _preserved_rng(), torch.device("meta"):
         network: nn.Module = torchvision.models.vgg16(init_weights=False)
-    _built(lambda: network.load_state_dict(state, assign=True), "VGG16")
+    _build(lambda: network.load_state_dict(state, assign=True), "VGG16")
     return network.eval()
 
 
@@ -380,7 +380,7 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
     """Load DINOv2 from a transformers folder: the class token after the last norm, for images resized to 224x224."""
     transformers = import_extra("transformers", "metrics")
     _check_dinov2_size(folder, transformers)
-    with _reading_dinov2(folder, transformers):
+    with _dinov2_errors(folder, transformers):
         network, info = transformers.Dinov2Model.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -388,17 +388,17 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
         raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         return network(pixel_values=dinov2_input(images)).last_hidden_state[:, 0].float(), None
 
-    return Detector(name=f"DINOv2 from {folder.name}", network=see)
+    return Detector(name=f"DINOv2 from {folder.name}", network=forward)
 
 
 @contextmanager
-def _reading_dinov2(folder: Path, transformers: ModuleType) -> Iterator[None]:
+def _dinov2_errors(folder: Path, transformers: ModuleType) -> Iterator[None]:
     """Turn every error of the library into a UserError. Keeps the random state and stderr unchanged."""
     try:
-        with _no_trace(), _quiet(transformers):
+        with _preserved_rng(), _quiet(transformers):
             yield
     except Exception as error:  # raised by transformers, safetensors or json
         raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
@@ -410,7 +410,7 @@ def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a DINOv2 folder has one")
-    with _reading_dinov2(folder, transformers):
+    with _dinov2_errors(folder, transformers):
         with torch.device("meta"):
             network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
         expected = sum(x.numel() for x in network.parameters())
@@ -438,11 +438,11 @@ def load_program(path: Path, device: torch.device) -> Detector:
 
     TorchScript files of the StyleGAN family take `return_features=True`; they return probabilities by default.
     """
-    _say_that_it_runs(path)
+    _warn_that_program_runs(path)
     module, arguments = load_module(path, device)
     options = {"return_features": True} if "return_features" in arguments else {}
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         shape = f"uint8 images {tuple(images.shape)}"
         try:
             output = module(images, **options)
@@ -450,11 +450,11 @@ def load_program(path: Path, device: torch.device) -> Detector:
             raise UserError(f"--detector={path}: failed on {shape} ({describe_error(error)})") from None
         return _checked_output(output, len(images), f"--detector={path}: for {shape}")
 
-    return Detector(name=path.name, network=see)
+    return Detector(name=path.name, network=forward)
 
 
 @functools.cache
-def _say_that_it_runs(path: Path) -> None:
+def _warn_that_program_runs(path: Path) -> None:
     if distributed.is_main():
         print(f"--detector={path}: is a program and runs on this machine; use only those you trust", file=sys.stderr)
 
@@ -465,7 +465,7 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
         with warnings.catch_warnings(), _quiet_export():
             warnings.simplefilter("ignore")  # deprecation of TorchScript, which users still have; read-only buffers
             if path.suffix == ".pt2":
-                return _on_device(programs.load(path), device).module(), []
+                return _move_to_device(programs.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
     except UserError:
@@ -474,7 +474,7 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
         raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
 
 
-def _on_device(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
+def _move_to_device(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
     """Move an exported program, including the device arguments that are stored in its graph."""
     place = torch.empty(0, device=device).device  # with the index of the GPU, which the graph compares
     return move_to_device_pass(program, str(place))
@@ -502,7 +502,7 @@ def load_state_dict(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _built(build: Callable[[], Any], name: str) -> Any:
+def _build(build: Callable[[], Any], name: str) -> Any:
     try:
         return build()
     except RuntimeError as error:
@@ -510,7 +510,7 @@ def _built(build: Callable[[], Any], name: str) -> Any:
 
 
 @contextmanager
-def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+def _patched(module: ModuleType, **attributes: Any) -> Iterator[None]:
     """Patch attributes of a module temporarily: torch-fidelity has no arguments for a state dict or a resize."""
     kept = {name: getattr(module, name) for name in attributes}
     for name, value in attributes.items():
@@ -523,7 +523,7 @@ def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _no_trace() -> Iterator[None]:
+def _preserved_rng() -> Iterator[None]:
     """Preserve the global random state while a network initialises its weights."""
     with torch.random.fork_rng(devices=[]):
         yield

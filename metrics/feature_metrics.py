@@ -13,7 +13,7 @@ from typing import Literal
 
 from metrics.detectors import Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
-from metrics.frechet import frechet_numbers, warn_of_few
+from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
 from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
@@ -29,7 +29,7 @@ PROTOCOLS: dict[Reals, str] = {  # number of images
 }
 
 
-def nothing(*results: object) -> tuple[str, ...]:
+def no_warnings(*results: object) -> tuple[str, ...]:
     """Return no warnings."""
     return ()
 
@@ -58,7 +58,7 @@ class FeatureMetric:
     recipe: Callable[[Side], Recipe]
     numbers: Callable[..., dict[str, float]]
     clean_numbers: Callable[..., dict[str, float]] | None = None
-    warnings: Callable[..., tuple[str, ...]] = nothing
+    warnings: Callable[..., tuple[str, ...]] = no_warnings
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -122,7 +122,7 @@ FID = FeatureMetric(
     recipe=always(Moments()),
     numbers=frechet_numbers,
     clean_numbers=partial(frechet_numbers, unbiased=True),
-    warnings=warn_of_few,
+    warnings=warn_few_images,
     clean="covariance over N-1 (Parmar et al. 2022)",
 )
 DINO = FeatureMetric(
@@ -134,7 +134,7 @@ DINO = FeatureMetric(
     reals="all",
     recipe=always(Moments()),
     numbers=partial(frechet_numbers, unbiased=True),
-    warnings=warn_of_few,
+    warnings=warn_few_images,
 )
 KID = FeatureMetric(
     pattern="kid<N>_full",

@@ -227,14 +227,14 @@ class Statistics:
 
     def __getitem__(self, request: StatRequest) -> Result:
         self.collect([request])
-        return self.results[self._normal(request)]
+        return self.results[self._normalized(request)]
 
     def seconds_of(self, requests: Iterable[StatRequest]) -> float:
         """Return the duration of the passes that served these requests; a shared pass counts in full."""
-        passes = {request.of: self.seconds[request] for request in map(self._normal, requests)}
+        passes = {request.of: self.seconds[request] for request in map(self._normalized, requests)}
         return sum(passes.values())
 
-    def _normal(self, request: StatRequest) -> StatRequest:
+    def _normalized(self, request: StatRequest) -> StatRequest:
         """Replace a count of at least all reals by None, so that equal requests share a pass."""
         is_all = (
             request.of == "real" and request.count is not None and request.count >= len(self._context_of(request).reals)
@@ -247,7 +247,7 @@ class Statistics:
 
     def collect(self, requests: Iterable[StatRequest]) -> None:
         """Compute the missing requests: one pass over the fakes, and one over each distinct set of reals."""
-        todo = [request for request in dict.fromkeys(map(self._normal, requests)) if request not in self.results]
+        todo = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
         self._run([request for request in todo if request.of == "fake"])
         for request in [request for request in todo if request.of == "real"]:
             kept = self._load(request)
@@ -260,7 +260,7 @@ class Statistics:
             for request in group:
                 self._save(request)
 
-    def try_out(self, role: Role, *, with_classes: bool) -> None:
+    def check_detector(self, role: Role, *, with_classes: bool) -> None:
         """Run a custom detector on two blank images and on one, to detect a fixed batch size.
 
         Raises UserError for a program that fails, or that returns no class logits where they are needed.

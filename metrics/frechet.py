@@ -47,6 +47,6 @@ def frechet_numbers(real: Result, fake: Result, *, unbiased: bool = False) -> di
     return {"": distance_of(real, fake, unbiased=unbiased)}
 
 
-def warn_of_few(real: Result, fake: Result) -> tuple[str, ...]:
+def warn_few_images(real: Result, fake: Result) -> tuple[str, ...]:
     """Return the warning of `few_images` for two Moments."""
     return few_images(int(min(real["count"], fake["count"])), len(real["mean"]))

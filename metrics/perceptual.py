@@ -55,7 +55,7 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     """
     module, arguments = load_module(path, device)
     if path.suffix == ".pt2":
-        _admit_floats(module)
+        _remove_input_checks(module)
     is_lpips = "return_lpips" in arguments
     options: dict[str, bool] = {"return_features": True} if "return_features" in arguments else {}
     if is_lpips:
@@ -85,7 +85,7 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     return distance_to
 
 
-def _admit_floats(module: Any) -> None:
+def _remove_input_checks(module: Any) -> None:
     """Remove the input type checks of an exported program. The graph converts its inputs to float after them."""
     for node in list(module.graph.nodes):
         is_guard = node.op == "call_module" and "guards" in str(node.target)

@@ -42,13 +42,13 @@ NAME = re.compile(r"[\w.+-]{0,500}", re.ASCII)
 QUOTED = re.compile(r"[^'\"\\\r\n]{0,500}")
 OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
 FORBIDDEN = ("from_file", "save")  # operators of PyTorch that open files
-OTHERS = re.compile(
+OTHER_OPERATORS = re.compile(
     r"torch\._?sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond)",
     re.ASCII,
 )
-TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
+TREE_TYPES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 CHECKED = ("target", "as_operator", "expr_str", "guards_code", "in_spec", "out_spec")
 NOTE = "note"  # stack traces and other text that torch never executes
 REFUSED_KEYS = ("as_custom_obj", "class_fqn", "custom_obj_name")
@@ -72,8 +72,8 @@ POWERS = ("Pow", "PowByNatural")
 MAX_EXPRESSION = 20_000
 
 # Environment variables that override the weights_only argument of torch.load. It raises if both are set.
-DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-MORE_THAN_DATA = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
 
 
@@ -85,7 +85,7 @@ def load(path: Path) -> torch.export.ExportedProgram:
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load would also try an older format
 
     check(path)
-    with _data_alone():
+    with _weights_only():
         return load_pt2(str(path)).exported_programs["model"]
 
 
@@ -127,11 +127,11 @@ def _check_tensors(path: Path, part: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
     except Exception as error:
-        problem = f"needs more than tensors and plain values to be read, and could run any code ({_first(error)})"
+        problem = f"needs more than tensors and plain values to be read, and could run any code ({_reason(error)})"
         raise _refusal(path, part, problem) from None
 
 
-def _first(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Extract the reason from an unpickler error. torch precedes it with advice to run the code anyway."""
     match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]*)", str(error))
     return printable(match[1] or match[2])[:100] if match else describe_error(error)
@@ -198,7 +198,7 @@ def _check_operator(name: str) -> None:
         packet = getattr(getattr(torch.ops, match[1]), match[2], None)
         if isinstance(getattr(packet, match[3], None), torch._ops.OpOverload):
             return
-    elif OTHERS.fullmatch(name):
+    elif OTHER_OPERATORS.fullmatch(name):
         return
     raise ValueError(f"{name[:100]!r}, which is no operator that a detector may use")
 
@@ -248,7 +248,7 @@ def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
 def _check_tree(value: Any) -> None:
     """Raise ValueError unless a tree of inputs or outputs consists of tuples, lists and dicts."""
     if isinstance(value, dict):
-        if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREES:
+        if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREE_TYPES:
             raise ValueError(f"inputs or outputs in {str(value.get('type'))[:60]!r}, not in tuples, lists and dicts")
         if value["context"] is not None:
             for _, text in _strings(parse_json(value["context"])):
@@ -262,12 +262,12 @@ def _check_tree(value: Any) -> None:
 
 
 @contextmanager
-def _data_alone() -> Iterator[None]:
+def _weights_only() -> Iterator[None]:
     """Force weights_only=True in torch.load, even where torch.export passes False or retries with False."""
-    saved = {name: os.environ.pop(name) for name in (DATA_ALONE, MORE_THAN_DATA) if name in os.environ}
-    os.environ[DATA_ALONE] = "1"
+    saved = {name: os.environ.pop(name) for name in (FORCE_WEIGHTS_ONLY, FORCE_NO_WEIGHTS_ONLY) if name in os.environ}
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
         yield
     finally:
-        del os.environ[DATA_ALONE]
+        del os.environ[FORCE_WEIGHTS_ONLY]
         os.environ.update(saved)

@@ -62,7 +62,7 @@ MetricFunction = Callable[[MetricContext, str, int | None], Measurement]
 Plan = Callable[[MetricContext, int | None], Sequence[StatRequest]]
 
 
-def _nothing() -> None:
+def _no_needs() -> None:
     """Return None: nothing is missing."""
 
 
@@ -98,7 +98,7 @@ class MetricSpec:
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
-    needs: Callable[[], str | None] = _nothing
+    needs: Callable[[], str | None] = _no_needs
 
     def match(self, name: str) -> re.Match[str] | None:
         """Match the name of a metric; group 'N' holds the count if the pattern has one."""
@@ -211,7 +211,7 @@ def _suffix(spec: MetricSpec, setup: DetectorSetup) -> str:
 def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
     """Fetch the missing files of a metric. Raises UserError if a requirement is not available."""
     spec = find(name, setup)[0]
-    with _naming(name):
+    with _prefixed_errors(name):
         for role in spec.roles:
             setup.prepare(role)
         missing = spec.needs()
@@ -236,11 +236,11 @@ def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Sta
     for name in resolve(names, context.setup):
         check_available(name, context.setup)
         spec, count = find(name, context.setup)
-        with _naming(name):
+        with _prefixed_errors(name):
             plans[name] = tuple(spec.plan(replace(context, counts_flips=spec.counts_flips), count))
             for role in spec.roles:
                 with_classes = any(isinstance(request.recipe, ClassSums) for request in plans[name])
-                statistics_of(context).try_out(role, with_classes=with_classes)
+                statistics_of(context).check_detector(role, with_classes=with_classes)
     return plans
 
 
@@ -262,7 +262,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         own = replace(context, counts_flips=spec.counts_flips)
-        with _naming(name):
+        with _prefixed_errors(name):
             measured = spec.function(own, name, count)
             for key, value in measured.values.items():
                 if not math.isfinite(value):
@@ -285,7 +285,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _prefixed_errors(name: str) -> Iterator[None]:
     """Prefix the message of a UserError raised inside with the name of the metric."""
     try:
         yield
@@ -337,12 +337,12 @@ def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> 
     """
     name, value = next(iter(record["results"].items()))
     earlier = read_metric_records(folder / f"metric-{record['metric']}.jsonl")
-    comparable = [other["results"] for other in earlier if _circumstances(other) == _circumstances(record)]
+    comparable = [other["results"] for other in earlier if _comparable_fields(other) == _comparable_fields(record)]
     others = [results[name] for results in comparable if name in results]
     return all(value > other if higher_is_better else value < other for other in others)
 
 
-def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
+def _comparable_fields(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(key) for key in COMPARABLE)
 
 

@@ -26,7 +26,7 @@ from reporting.run_reader import Curve, Grid, Run
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # longer side of a grid in the page, in pixels
 MAX_STARTS, MAX_FACTS = 50, 30  # starts shown per run, and columns of the environment table
-READ = 300  # points per line that the pointer can read
+MAX_READINGS = 300  # points per line that the pointer can read
 
 
 def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
@@ -165,7 +165,7 @@ def _chart(rendered: RenderedChart) -> str:
 
 def _readings(chart: Chart, line: Line) -> dict[str, Any]:
     trend = line.trend()
-    index = np.unique(np.linspace(0, len(trend.values) - 1, READ).round().astype(int))
+    index = np.unique(np.linspace(0, len(trend.values) - 1, MAX_READINGS).round().astype(int))
     columns = {"kimg": trend.kimg, "seconds": trend.seconds, "values": trend.values}
     return {"label": chart.label(line), "colour": line.colour} | {
         name: [float(f"{x:.5g}") if math.isfinite(x) else None for x in column[index].tolist()]

@@ -16,11 +16,11 @@ from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.util import MAX_LINE_BYTES, parse_json, read_json, read_lines
 from metrics.registry import COMPARABLE
 
-SHOWN_WARNINGS = 20
-SHOWN_LETTERS = 1000  # maximum length of a warning
+MAX_WARNINGS = 20
+MAX_WARNING_LENGTH = 1000  # maximum length of a warning
 MAX_AGE = 1e15  # kimg or seconds; a larger value is corrupt
 MAX_VALUE = 1e100  # larger plotted values would overflow the arithmetic of axes
-MAX_NUMBERS = 300  # statistics per run; typical runs have about 60
+MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +136,17 @@ def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
     """Return a curve for each statistic in stats.jsonl."""
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    if len(names) > MAX_NUMBERS:
-        problems.append(f"{path.name}: skipped {len(names) - MAX_NUMBERS} of {len(names)} statistics")
-        names = names[:MAX_NUMBERS]
+    if len(names) > MAX_STATISTICS:
+        problems.append(f"{path.name}: skipped {len(names) - MAX_STATISTICS} of {len(names)} statistics")
+        names = names[:MAX_STATISTICS]
     ordered = [rows[kimg] for kimg in sorted(rows)]
-    columns = {name: np.array([row.get(name, _unsaid(name)) for row in ordered]) for name in sorted(names)}
+    columns = {name: np.array([row.get(name, _missing_value(name)) for row in ordered]) for name in sorted(names)}
     kimg = columns.get("Progress/kimg", np.zeros(0))
     seconds = columns.get("Timing/total_sec", np.full(len(kimg), math.nan))
     return {name: Curve(kimg=kimg, seconds=seconds, values=values) for name, values in columns.items()}
 
 
-def _unsaid(name: str) -> float:
+def _missing_value(name: str) -> float:
     """Return the value of a statistic that a tick lacks: 0 for skipped updates, which are logged only if not 0."""
     return 0.0 if name.startswith("Skipped/") else math.nan
 
@@ -226,9 +226,9 @@ def _read_warnings(path: Path) -> list[str]:
     with suppress(OSError):
         for line in read_lines(path):
             if line.startswith((b"Warning: ", b"Error: ")):
-                text = line[:SHOWN_LETTERS].decode(errors="replace").rstrip("\r\n")
+                text = line[:MAX_WARNING_LENGTH].decode(errors="replace").rstrip("\r\n")
                 counts[text] = counts.pop(text, 0) + 1
-    newest = list(counts.items())[-SHOWN_WARNINGS:]
+    newest = list(counts.items())[-MAX_WARNINGS:]
     return [text + (f" ({count} times)" if count > 1 else "") for text, count in newest]
 
 

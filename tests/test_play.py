@@ -90,7 +90,7 @@ def test_images_are_those_of_their_seeds_and_mixtures() -> None:
 
 def test_images_are_made_once_and_the_rest_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exploration.play.MAX_IMAGES", 3)
-    monkeypatch.setattr("exploration.play.MAX_KEPT", 4 * 3 * 32 * 32)
+    monkeypatch.setattr("exploration.play.MAX_CACHE_BYTES", 4 * 3 * 32 * 32)
     player, render = Player(make_model()), Model.images
     sizes: list[int] = []
 
@@ -272,7 +272,7 @@ def test_a_connection_that_says_nothing_is_closed(
 ) -> None:
     player = Player(make_model())
     with monkeypatch.context() as patch:
-        patch.setattr("exploration.play.SILENCE", 0.1)
+        patch.setattr("exploration.play.IDLE_TIMEOUT", 0.1)
         with served(player) as port:
             for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
                 with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:

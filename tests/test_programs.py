@@ -235,13 +235,13 @@ def test_torch_runs_no_code_even_where_nothing_was_checked(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the user lets torch.load read everything; afterwards that holds again."""
-    monkeypatch.setenv(programs.MORE_THAN_DATA, "1")
+    monkeypatch.setenv(programs.FORCE_NO_WEIGHTS_ONLY, "1")
     monkeypatch.setattr(programs, "check", lambda path: None)
     with suppress(pickle.UnpicklingError):  # torch may leave out what it cannot read
         programs.load(changed(ATTACKS[kind][0]))
     assert not Path("pwned").exists()
-    assert os.environ[programs.MORE_THAN_DATA] == "1"
-    assert programs.DATA_ALONE not in os.environ
+    assert os.environ[programs.FORCE_NO_WEIGHTS_ONLY] == "1"
+    assert programs.FORCE_WEIGHTS_ONLY not in os.environ
 
 
 class Larger(nn.Module):
