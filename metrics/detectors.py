@@ -241,7 +241,7 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         if not path.is_dir():
             _check_regular(given, path)
         if role and (path.is_dir() or not _is_program(path)):
-            raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); leave out `{role}:`")
+            raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); omit `{role}:`")
         if role:
             bound[role] = path.resolve()
         elif path.is_dir():

@@ -119,7 +119,7 @@ class MetricContext:
 
     @property
     def has_flips(self) -> bool:
-        """Whether flipped reals are included: the metric counts flips and --mirror is set."""
+        """True if flipped reals are included: the metric counts flips and --mirror is set."""
         return self.counts_flips and self.mirrored is not None
 
     @property

@@ -88,7 +88,7 @@ def check(file: WeightFile, path: Path) -> Path:
     if not found.startswith(file.sha256):
         raise UserError(
             f"{path}: its sha256 is {found[:16]}..., that of {file.name} begins with {file.sha256}: the file is "
-            f"damaged, cut off or another one{again}"
+            f"corrupt, truncated or a different file{again}"
         )
     return path
 

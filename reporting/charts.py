@@ -59,7 +59,7 @@ class Line:
 
     @property
     def is_smoothed(self) -> bool:
-        """Whether `trend` differs from the raw curve."""
+        """True if `trend` differs from the raw curve."""
         return len(self.curve.values) > MANY
 
     def trend(self) -> Curve:

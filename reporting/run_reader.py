@@ -70,7 +70,7 @@ class Run:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the run has no ticks, metrics or images yet."""
+        """True if the run has no ticks, metrics or images yet."""
         return not (self.ticks or self.metrics or self.grids)
 
     @property

@@ -331,7 +331,7 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
         read_detectors((str(tmp_path / "missing.pt"),))
     with pytest.raises(UserError, match="is given already; use inception:FILE or vgg16:FILE"):
         read_detectors((str(program), str(program)))
-    with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; leave out `vgg16:`"):
+    with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; omit `vgg16:`"):
         read_detectors((f"vgg16:{tmp_path}",))
     other = script_program(tmp_path / "other.pt", SmallDetector())
     setup = read_detectors((str(program), f"vgg16:{other}"))

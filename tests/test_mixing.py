@@ -155,7 +155,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         result = run("mix", f"--network={network}", "--rows=0", "--cols=1", f"--outdir={out}", argument)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = run("mix", f"--network={network}", "--cols=1", f"--outdir={out}")
-    assert (result.exit_code, "--rows: say which images" in result.output) == (2, True)
+    assert (result.exit_code, "--rows: specify images" in result.output) == (2, True)
     assert not out.exists()
 
 

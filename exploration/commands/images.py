@@ -19,7 +19,13 @@ from exploration.commands.options import BATCH, CLASS, DEVICE, LABEL, NETWORK, P
 @TRUNC
 @CLASS
 @LABEL
-@option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
+@option(
+    "--noise-mode",
+    type=click.Choice(["const", "random", "none"]),
+    default="const",
+    show_default=True,
+    help="Noise of the network.",
+)
 @option("--direction", metavar="FILE:INDEX", help="Edit the images along a direction found by `directions`.")
 @option("--strength", type=float, help="Strength of the edit, in standard deviations of w.  [default: 1]")
 @option("--grid", is_flag=True, help="Also write all images to one grid, grid.png.")

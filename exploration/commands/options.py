@@ -26,5 +26,11 @@ PRECISION = option(
     help="Precision of activations; bf16 and fp16 are faster on a GPU and change images slightly.",
 )
 # Commands that analyse a model treat an image as a function of its styles, so the noise is never random.
-FIXED_NOISE = option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True)
+FIXED_NOISE = option(
+    "--noise-mode",
+    type=click.Choice(["const", "none"]),
+    default="const",
+    show_default=True,
+    help="Noise of the network.",
+)
 MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)
