@@ -85,7 +85,7 @@ def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: 
     "fid<N>_class",
     help="FID within each class: the mean over classes, the worst class, and every class; conditional models only",
     protocol="covariance over N; 50,000 fakes or <N> over all classes, all reals up to 200,000",
-    paper="none: FID of Heusel et al. 2017 within each class",
+    paper="FID of Heusel et al. 2017, per class",
     roles=("inception",),
     plan=_plan_class,
 )

@@ -338,7 +338,7 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
     assert [setup.identity(role)["detector"] for role in ("inception", "vgg16")] == ["net.pt", "other.pt"]
     wrong = tmp_path / INCEPTION.name
     wrong.write_bytes(b"not the weights")
-    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d.*another one$"):
+    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d.*a different file$"):
         read_detectors((str(wrong),))
     unknown = tmp_path / "other.pth"
     torch.save({"x": torch.zeros(1)}, unknown)
