@@ -57,7 +57,7 @@ def _present_classes(real_class: Tensor, fake_class: Tensor, classes: int) -> li
     present = []
     for number, found in enumerate(zip(*counts, strict=True)):
         if any(found) and min(found) < 2:
-            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: request more images")
         if any(found):
             present.append(number)
     return present

@@ -217,10 +217,10 @@ def _read_dinov2_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
+        raise UserError(f"{folder}: its config.json is not that of a DINOv2 ({describe_error(error)})") from None
     if not isinstance(config, dict) or not config.keys() >= {"hidden_size", "num_hidden_layers", "patch_size"}:
         raise UserError(
-            f"{folder}: its config.json is not one of DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
+            f"{folder}: its config.json is not that of a DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
         )
     for name, limit in DINOV2_MAX.items():
         value = config.get(name, 1)
@@ -498,7 +498,7 @@ def load_state_dict(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a state dict ({describe_error(error)})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds something else than a state dict")
+        raise UserError(f"{path}: is not a state dict of tensors")
     return state
 
 

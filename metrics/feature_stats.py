@@ -358,7 +358,7 @@ class Statistics:
             try:
                 kept = read_file(path, FORMAT, VERSION, {})
                 if not all(isinstance(x, Tensor) for x in kept.values()):
-                    raise UserError(f"{path}: holds other objects than tensors")
+                    raise UserError(f"{path}: holds objects other than tensors")
                 return kept
             except UserError as error:
                 print(f"Warning: {error}: the file is computed again", file=sys.stderr)

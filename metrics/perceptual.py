@@ -74,7 +74,7 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():  # the caller may have disabled gradients; the check below needs them
+        with torch.enable_grad():  # for the check below; TorchScript outputs may carry a graph even without it
             goal = features(targets.clone().requires_grad_())
         if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")

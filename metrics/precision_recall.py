@@ -39,7 +39,7 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 def radii(x: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
-        raise UserError(f"{len(x)} images have no {neighbours} neighbours each: use more images")
+        raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
     share = own_shard(len(x))
     parts = [x.new_empty(0)]
     for start in range(share.start, share.stop, BLOCK):

@@ -223,7 +223,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 @torch.no_grad()
 def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> Batches:
     share = own_shard(count)
-    is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # avoids a synchronization
+    is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # on the device, to avoid a synchronization
     for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))

@@ -369,5 +369,5 @@ def test_a_state_dict_that_would_run_code_is_refused(tmp_path: Path) -> None:
         detectors.load_state_dict(path)
     assert not (tmp_path / "fired").exists()
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="something else than a state dict"):
+    with pytest.raises(UserError, match="is not a state dict of tensors"):
         detectors.load_state_dict(path)

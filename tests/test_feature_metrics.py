@@ -211,7 +211,7 @@ def test_blocks_do_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_images_have_no_neighbours() -> None:
-    with pytest.raises(UserError, match="3 images have no 3 neighbours each"):
+    with pytest.raises(UserError, match="3 images are too few for 3 neighbours each"):
         precision_recall(features(3, 4, 1), features(9, 4, 2))
 
 
