@@ -1,9 +1,10 @@
-"""Where transformer blocks look: attention maps of chosen positions, per resolution, block and head, and rollout.
+"""Attention maps of chosen positions, per resolution, block and head, and attention rollout.
 
-Whatever its form, the output of attention is linear in the values: A V for each head. So a row of A is the gradient of
-V for a unit cotangent, at the cost of running the block once; no matrix of N x N numbers is ever made. With Linformer A
-is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions, with Nystroem's landmarks F A+ B, and
-along axes the product of columns and rows. Weights of the first two can be negative and need not sum to one.
+For every attention variant, the output is linear in the values: A V for each head. A row of A is therefore the gradient
+with respect to V for a unit cotangent. A row costs one run of the block, and the N x N matrix is never stored. For
+Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions; for Nystroem landmarks,
+F A+ B; for axial attention, the product of columns and rows. Weights of the first two can be negative and need not sum
+to one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from training.networks.layers import Resampling
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """Queries and keys (B, N, C) of a block, the `index`-th on its grid, in float32.
+    """Queries and keys (B, N, C) in float32 of one attention block, the `index`-th on its grid.
 
-    `resamplings` led from the block before to this one's grid.
+    `resamplings` connect the previous block to this grid.
     """
 
     module: Attention
@@ -50,35 +51,35 @@ class BlockRecord:
 
     @property
     def name(self) -> str:
-        """E.g. 16x16_0, as height x width."""
+        """Name of the block, e.g. 16x16_0 (height x width, index)."""
         return f"{self.grid[0]}x{self.grid[1]}_{self.index}"
 
     def maps(self, image: int, rows: Tensor) -> Tensor:
-        """The weights (H, Q, N) with which the values of all positions enter those of some query positions (Q,)."""
+        """Return the attention weights (H, Q, N) of query positions (Q,) over all positions."""
         return self.pulled_back(image, F.one_hot(rows, self.q.shape[1]).float())
 
     def received(self, image: int) -> Tensor:
-        """The weight of each position (N,), averaged over all queries and heads."""
+        """Return the attention that each position receives, (N,), averaged over all queries and heads."""
         N = self.q.shape[1]
         return self.pulled_back(image, self.q.new_full((1, N), 1 / N)).mean(dim=0)[0]
 
     def pulled_back(self, image: int, outputs: Tensor) -> Tensor:
-        """r A for weights r (Q, N) of the outputs of an image, the same for every head: (H, Q, N)."""
+        """Return r A (H, Q, N) for output weights r (Q, N) of an image, shared by all heads."""
         q, k = self.q[image : image + 1], self.k[image : image + 1]  # (1, N, C)
         heads = self.module.num_heads
-        room = q.shape[2] // heads  # a head's channels do not mix, so each of them carries another r
+        head_dim = q.shape[2] // heads  # channels of a head are independent, so each channel carries a different r
         parts = []
-        for some in outputs.split(room):
-            cotangent = F.pad(some, (0, 0, 0, room - len(some))).repeat(heads, 1).t()[None]  # (1, N, C)
+        for some in outputs.split(head_dim):
+            cotangent = F.pad(some, (0, 0, 0, head_dim - len(some))).repeat(heads, 1).t()[None]  # (1, N, C)
             with torch.enable_grad():
                 v = torch.zeros_like(q, requires_grad=True)
                 (gradient,) = torch.autograd.grad(self.module(q, k, v), v, cotangent)
-            parts.append(gradient[0].t().unflatten(0, (heads, room))[:, : len(some)])
+            parts.append(gradient[0].t().unflatten(0, (heads, head_dim))[:, : len(some)])
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def projected(self, image: int, rows: Tensor) -> Tensor | None:
-        """Linformer: the weights (H, Q, k) of the projected keys, else None."""
+        """Return the weights (H, Q, k) over projected keys (Linformer), or None without a projection."""
         if not isinstance(self.module, SelfAttention) or self.module.token_projection is None:
             return None
         return self.module.weights(self.q[image : image + 1, rows], self.k[image : image + 1])[0]
@@ -86,26 +87,26 @@ class BlockRecord:
 
 @contextmanager
 def recording(network: nn.Module, img_size: Grid, count: int | None = None) -> Iterator[list[BlockRecord]]:
-    """While active, add a record to the list for each self-attention of `network` that runs. Leaves nothing behind.
+    """Yield a list that collects a record of each attention call in `network`. Hooks are removed on exit.
 
-    Records are of the first `count` images, else of all.
+    Records hold the first `count` images of the batch, or all images if `count` is None.
     """
     records: list[BlockRecord] = []
     resamplings: list[Resampling] = []  # since the last block
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, Resampling):
             return resamplings.append(module)
         assert isinstance(module, Attention)
-        q, k = (x.detach()[:count].to(torch.float32, copy=True) for x in args[:2])  # views would keep v and padding
-        scale = math.sqrt(q.shape[1] / math.prod(img_size))  # grids have the proportions of the image
+        q, k = (x.detach()[:count].to(torch.float32, copy=True) for x in args[:2])  # a view would retain v and padding
+        scale = math.sqrt(q.shape[1] / math.prod(img_size))  # grids have the aspect ratio of the image
         grid = (round(img_size[0] * scale), round(img_size[1] * scale))
         index = sum(record.grid == grid for record in records)
         record = BlockRecord(module=module, resamplings=tuple(resamplings), grid=grid, index=index, q=q, k=k)
         records.append(record)
         resamplings.clear()
 
-    handles = [module.register_forward_hook(note) for module in recorded_modules(network)]
+    handles = [module.register_forward_hook(hook) for module in recorded_modules(network)]
     try:
         yield records
     finally:
@@ -114,37 +115,37 @@ def recording(network: nn.Module, img_size: Grid, count: int | None = None) -> I
 
 
 def recorded_modules(network: nn.Module) -> list[nn.Module]:
-    """All attention and resampling of tokens in a network, but no attention that others are made of."""
+    """Return the outermost attention and token resampling modules of a network."""
     found = [module for module in network.modules() if isinstance(module, Attention | Resampling)]
     parts = {part for module in found for part in module.modules() if part is not module}
     return [module for module in found if module not in parts]
 
 
 def has_attention(network: nn.Module) -> bool:
-    """Whether there is anything to draw."""
+    """Return whether a network has attention modules."""
     return any(isinstance(module, Attention) for module in network.modules())
 
 
 def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
-    """Run the synthesis once: the records of all blocks, and the images (n, C, H, W) in [-1, 1].
+    """Run the synthesis once. Returns the records of all blocks, and the images (n, C, H, W) in [-1, 1].
 
     Raises UserError for a network without self-attention.
     """
     synthesis = model.G.synthesis
     if not has_attention(synthesis):
-        raise UserError(f"{type(model.G).__name__} has no self-attention, so there are no maps of it")
+        raise UserError(f"{type(model.G).__name__} has no self-attention, so it has no attention maps")
     with recording(synthesis, model.G.img_shape[1:], count=len(ws)) as records:
         img = model.synthesise(ws)
     return records, img
 
 
 def rollout(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> list[Tensor]:
-    """For each block, how much of the chosen pixels (Q, 2) comes from each position of its input: (Q, N) of sum 1.
+    """Return the relevance of each block's input positions for the chosen pixels (Q, 2): (Q, N) with sum 1.
 
     Attention rollout (Abnar & Zuidema 2020): relevance starts at the token of the last grid that holds the pixel and
-    goes back block by block, r <- (n(r A) + r) / 2, A averaged over heads; the second r stands for the residual branch,
-    which starts at the token's own value. Where resolutions join, r <- n(r U), U being the upsampling between them.
-    n takes absolute values and brings their sum to 1. Attention among all, in windows and along axes has that already.
+    propagates backwards through the blocks, r <- (n(r A) + r) / 2, with A averaged over heads; the second r is the
+    residual branch. At a change of resolution, r <- n(r U), with U the upsampling. n takes absolute values and
+    normalizes their sum to 1; full, window and axial attention satisfy this already.
     """
     relevance = F.one_hot(tokens_of(pixels, records[-1].grid, img_size), math.prod(records[-1].grid)).float()
     steps = []
@@ -157,12 +158,12 @@ def rollout(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size
 
 
 def _normalized(weights: Tensor) -> Tensor:
-    """|weights| (Q, N) with rows of sum 1."""
+    """Return |weights| (Q, N), with each row normalized to sum 1."""
     return F.normalize(weights.abs(), p=1, dim=1)
 
 
 def _resampled_back(resampling: Resampling, outputs: Tensor) -> Tensor:
-    """r U for weights r (Q, M) of the outputs of a resampling: (Q, N)."""
+    """Return r U (Q, N) for weights r (Q, M) of the outputs of a resampling U."""
     with torch.enable_grad():
         x = outputs.new_zeros(1, math.prod(resampling.grid), len(outputs) * resampling.GROUP, requires_grad=True)
         (gradient,) = torch.autograd.grad(resampling(x), x, outputs.t()[None])
@@ -170,23 +171,23 @@ def _resampled_back(resampling: Resampling, outputs: Tensor) -> Tensor:
 
 
 def tokens_of(pixels: Tensor, grid: Grid, img_size: Grid) -> Tensor:
-    """Indices (Q,) of the tokens that hold the pixels (Q, 2), as x and y."""
+    """Return the indices (Q,) of the tokens that hold the pixels (Q, 2), given as x and y."""
     x = pixels[:, 0] * grid[1] // img_size[1]
     y = pixels[:, 1] * grid[0] // img_size[0]
     return y * grid[1] + x
 
 
 def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image: int, img_size: Grid) -> Tensor:
-    """Return the pixels (Q, 2), as x and y, that e.g. '5,12', 'grid:2' (the centres of 2 x 2 cells) or 'most:3' means.
+    """Parse queries such as '5,12', 'grid:2' (the centres of 2 x 2 cells) or 'most:3' into pixels (Q, 2), as x and y.
 
-    Raises UserError for anything else and for what lies outside of the image.
+    Raises UserError for any other form, and for pixels outside the image.
     """
     height, width = img_size
     pixels: list[tuple[int, int]] = []
     for query in queries:
         match = re.fullmatch(r"(\d{1,9}),(\d{1,9})|(grid|most):([1-9]\d{0,2})", query)
         if not match:
-            raise UserError(f"--query={query}: give a pixel as X,Y, or grid:N, or most:N for those attended to most")
+            raise UserError(f"--query={query}: give a pixel as X,Y, or grid:N, or most:N for the most attended pixels")
         x, y, kind, count = match.groups()
         if kind == "most":
             pixels += most_attended(records, image, img_size, int(count))
@@ -199,15 +200,15 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
             pixels.append((int(x), int(y)))
         else:
             raise UserError(
-                f"--query={query}: the images are {width}x{height}, so X ends at {width - 1}, Y at {height - 1}"
+                f"--query={query}: the images are {width}x{height}, so X is at most {width - 1} and Y {height - 1}"
             )
     return torch.tensor(pixels, device=records[0].q.device)
 
 
 def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, count: int) -> list[tuple[int, int]]:
-    """Return the pixels (x, y) that receive most attention over all blocks, no two within an eighth of the image.
+    """Return the pixels (x, y) with the most attention over all blocks, at least an eighth of the image apart.
 
-    Raises UserError when the image has no room for so many.
+    Raises UserError if fewer than `count` such pixels fit into the image.
     """
     total = torch.zeros(img_size, device=records[0].q.device)
     for block in records:
@@ -219,7 +220,7 @@ def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, co
     for _ in range(count):
         y, x = np.unravel_index(np.argmax(heights), heights.shape)
         if not np.isfinite(heights[y, x]):
-            raise UserError(f"--query=most:{count}: the image has room for {len(peaks)} positions, choose fewer")
+            raise UserError(f"--query=most:{count}: the image has room for {len(peaks)} positions; choose fewer")
         peaks.append((int(x), int(y)))
         heights[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1] = -np.inf
     return peaks
@@ -227,11 +228,11 @@ def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, co
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMaps:
-    """What the chosen pixels (Q, 2) of one image attend to.
+    """Attention maps and rollout of chosen pixels (Q, 2) of one image.
 
     maps        block name -> (H, Q, h, w)
-    projected   block name -> (H, Q, k), of the blocks whose keys are projected
-    rolled      block name -> (Q, h, w), of the block's input
+    projected   block name -> (H, Q, k), for blocks with projected keys
+    rolled      block name -> (Q, h, w), over the input positions of the block
     """
 
     pixels: np.ndarray
@@ -240,14 +241,14 @@ class AttentionMaps:
     rolled: dict[str, np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it by the names of an .npz file: queries, map_8x8_0, projected_32x32_0, rollout_8x8_0."""
+        """Return all arrays by their names in an .npz file: queries, map_8x8_0, projected_32x32_0, rollout_8x8_0."""
         named = {"map": self.maps, "projected": self.projected, "rollout": self.rolled}
         found = {f"{kind}_{block}": array for kind, arrays in named.items() for block, array in arrays.items()}
         return {"queries": self.pixels, **found}
 
 
 def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> AttentionMaps:
-    """Compute the maps of all blocks, and their rollout, for some pixels of an image."""
+    """Compute the maps of all blocks, and their rollout, for pixels (Q, 2) of an image."""
     maps, projected, rolled = {}, {}, {}
     for block, relevance in zip(records, rollout(records, image, pixels, img_size), strict=True):
         rows = tokens_of(pixels, block.grid, img_size)
@@ -259,20 +260,20 @@ def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, i
     return AttentionMaps(pixels=pixels.cpu().numpy(), maps=maps, projected=projected, rolled=rolled)
 
 
-def draw_blocks(picture: np.ndarray, found: AttentionMaps) -> np.ndarray:
-    """Two rows for each pixel, over the picture (H, W, 3): maps of the blocks, averaged over heads, and the rollout."""
-    image, size = enlarged(picture), picture.shape[:2]
+def draw_blocks(pixels: np.ndarray, found: AttentionMaps) -> np.ndarray:
+    """Draw two rows per query over an image (H, W, 3): maps of all blocks, averaged over heads, and the rollout."""
+    image, size = enlarged(pixels), pixels.shape[:2]
     rows = []
     for query, (x, y) in enumerate(found.pixels):
-        where = marked(image, x, y, size)
-        rows.append([where, *(overlay(image, maps.mean(axis=0)[query]) for maps in found.maps.values())])
-        rows.append([where, *(overlay(image, relevance[query]) for relevance in found.rolled.values())])
+        position = marked(image, x, y, size)
+        rows.append([position, *(overlay(image, maps.mean(axis=0)[query]) for maps in found.maps.values())])
+        rows.append([position, *(overlay(image, relevance[query]) for relevance in found.rolled.values())])
     return sheet(rows, ["attention, rollout", *found.maps])
 
 
-def draw_heads(picture: np.ndarray, found: AttentionMaps, block: str) -> np.ndarray:
-    """A row for each pixel, over the picture (H, W, 3): the maps of each head of a block."""
-    image, size = enlarged(picture), picture.shape[:2]
+def draw_heads(pixels: np.ndarray, found: AttentionMaps, block: str) -> np.ndarray:
+    """Draw one row per query over an image (H, W, 3): the maps of all heads of a block."""
+    image, size = enlarged(pixels), pixels.shape[:2]
     rows = [
         [marked(image, x, y, size), *(overlay(image, maps[query]) for maps in found.maps[block])]
         for query, (x, y) in enumerate(found.pixels)
@@ -293,22 +294,22 @@ def draw_attention(
     model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
     check_seeds("--seeds", seeds)
     names, ws = gather_styles(model, seeds, projected_w)
-    choose_pixels(queries, record(model, ws[:1])[0], 0, model.G.img_shape[1:])  # refuses before anything is written
+    choose_pixels(queries, record(model, ws[:1])[0], 0, model.G.img_shape[1:])  # raises before anything is written
     make_outdir(outdir)
     found_maps = (found for part in ws.split(model.batch) for found in maps_of(model, part, queries))
-    for name, (picture, found) in zip(tqdm(names, unit="img"), found_maps, strict=True):
+    for name, (pixels, found) in zip(tqdm(names, unit="img"), found_maps, strict=True):
         save_arrays(outdir / f"{name}-attention.npz", found.arrays())
-        save_pixels(draw_blocks(picture, found), outdir / f"{name}-attention.png")
+        save_pixels(draw_blocks(pixels, found), outdir / f"{name}-attention.png")
         for block in found.maps if heads else ():
-            save_pixels(draw_heads(picture, found, block), outdir / f"{name}-{block}.png")
+            save_pixels(draw_heads(pixels, found, block), outdir / f"{name}-{block}.png")
     click.echo(
-        f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the numbers are in the .npz files"
+        f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the values are in the .npz files"
     )
 
 
 def maps_of(model: Model, ws: Tensor, queries: tuple[str, ...]) -> Iterator[tuple[np.ndarray, AttentionMaps]]:
-    """Yield the image (H, W, 3) of each of some styles, made together, and its maps. Raises UserError."""
+    """Yield the image (H, W, 3) and the attention maps of each style in a batch. Raises UserError."""
     records, img = record(model, ws)
-    for image, picture in enumerate(to_uint8(img).permute(0, 2, 3, 1).cpu().numpy()):
-        pixels = choose_pixels(queries, records, image, model.G.img_shape[1:])
-        yield to_rgb(picture), attention_maps(records, image, pixels, model.G.img_shape[1:])
+    for index, image in enumerate(to_uint8(img).permute(0, 2, 3, 1).cpu().numpy()):
+        pixels = choose_pixels(queries, records, index, model.G.img_shape[1:])
+        yield to_rgb(image), attention_maps(records, index, pixels, model.G.img_shape[1:])

@@ -1,4 +1,4 @@
-"""Directions in the space of styles that change images in one way: found in weights, in samples, between two groups."""
+"""Semantic directions in w: from layer weights (SeFa), from samples (GANSpace), or between two groups of images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dnnlib.config import UserError
 from dnnlib.util import import_extra
 from exploration.mixing import choose_styles, format_ranges
 from exploration.model import (
-    MAPPED_AT_ONCE,
+    MAPPING_BATCH,
     Model,
+    atomic_write,
     check_seeds,
     gather_styles,
     read_arrays,
     save_arrays,
-    written_whole,
 )
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir, save_pixels
@@ -32,16 +32,16 @@ from exploration.sheets import sheet, tiles_of
 from training.networks.layers import FullyConnected
 from training.snapshots.exchange import read_tensors
 
-RIDGE = 0.01  # of the mean variance of w: steadies a classifier of fewer images than dimensions
+RIDGE = 0.01  # relative to the mean variance of w; regularizes a classifier with fewer images than dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """Directions (n, w_dim) of length 1, for the styles of some layers.
+    """Unit directions (n, w_dim) for a subset of the styles.
 
-    values    (n,) how much each matters, by the method that found them, in descending order
-    sigmas    (n,) standard deviation of w along each: the unit of an edit's strength
-    styles    which of the ws are moved
+    values    (n,) importance of each direction in descending order; the meaning depends on the method
+    sigmas    (n,) standard deviation of w along each direction, the unit of edit strength
+    styles    indices of the edited styles
     """
 
     directions: Tensor
@@ -50,7 +50,7 @@ class Directions:
     styles: tuple[int, ...]
 
     def edit(self, ws: Tensor, index: int, strength: Tensor | float) -> Tensor:
-        """Return styles (n, num_ws, w_dim) moved by `strength`, a number or (n,), standard deviations along one."""
+        """Move styles (n, num_ws, w_dim) by `strength` standard deviations, a number or (n,), along one direction."""
         step = self.directions[index] * self.sigmas[index]
         offsets = torch.as_tensor(strength, dtype=ws.dtype).reshape(-1, 1, 1) * step  # (n or 1, 1, w_dim)
         moved = ws.clone()
@@ -59,23 +59,23 @@ class Directions:
 
 
 def sampled_w(model: Model, count: int) -> Tensor:
-    """Draw w (count, w_dim) without truncation, the same in every call."""
+    """Return w (count, w_dim) of fixed random latents, without truncation."""
     z = torch.from_numpy(np.random.RandomState(0).randn(count, model.G.z_dim)).float()
-    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPED_AT_ONCE)])
+    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPING_BATCH)])
 
 
 def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected | nn.Linear]]:
-    """For each style, the layers that read it: found by running the synthesis once on styles that hold their index."""
+    """Return the layers that read each style. The synthesis runs once, on styles filled with their index."""
     readers: list[list[FullyConnected | nn.Linear]] = [[] for _ in range(num_ws)]
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FullyConnected | nn.Linear)
         x = args[0]
         if x.ndim == 2 and (x == x[0, 0]).all() and x[0, 0] in range(num_ws):
             readers[int(x[0, 0])].append(module)
 
     modules = [m for m in network.modules() if isinstance(m, FullyConnected | nn.Linear) and m.weight.shape[1] == w_dim]
-    handles = [module.register_forward_pre_hook(note) for module in modules]
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
     try:
         some = next(network.parameters())
         with torch.no_grad():
@@ -87,10 +87,10 @@ def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[Fully
 
 
 def factorise(model: Model, styles: Sequence[int], count: int, samples: Tensor) -> Directions:
-    """Return the first eigenvectors of A^T A, A being the weights of all layers that read these styles.
+    """Return the first eigenvectors of A^T A, where A stacks the weights of all layers that read these styles.
 
-    They are the steps of w that change what these layers see most (Shen & Zhou 2021, "Closed-form factorization of
-    latent semantics in GANs"). Raises UserError when no layer reads the styles by a linear map.
+    These directions change the outputs of the layers most (Shen & Zhou 2021, "Closed-form factorization of latent
+    semantics in GANs"). Raises UserError if no linear layer reads the styles.
     """
     layers = style_layers(model.G.synthesis, model.G.num_ws, model.G.w_dim)
     weights = [effective_weight(layer) for style in styles for layer in layers[style]]
@@ -103,7 +103,7 @@ def factorise(model: Model, styles: Sequence[int], count: int, samples: Tensor) 
 
 
 def effective_weight(layer: FullyConnected | nn.Linear) -> Tensor:
-    """The matrix (out, in) that a layer applies."""
+    """Return the matrix (out, in) that a layer applies, including its weight gain."""
     gain = layer.weight_gain if isinstance(layer, FullyConnected) else 1.0
     return layer.weight.double().cpu() * gain
 
@@ -119,10 +119,10 @@ def _strongest(matrix: Tensor, count: int, samples: Tensor, styles: Sequence[int
 
 
 def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequence[int], *, linear: bool) -> Directions:
-    """Return the direction from the negative to the positive w (n, w_dim): of their means, or of a linear classifier.
+    """Return the direction from negative to positive w (n, w_dim): the difference of means, or a linear classifier.
 
-    The classifier is a ridge regression of the signs: (X^T X + lambda I) d = X^T y of centred X and y. The value is the
-    distance of the means along the direction, in standard deviations of w.
+    The classifier is a ridge regression of the signs: (X^T X + lambda I) d = X^T y with centred X and y. The value is
+    the distance between the means along the direction, in standard deviations of w.
     """
     positive, negative = positive.double().cpu(), negative.double().cpu()
     d = positive.mean(dim=0) - negative.mean(dim=0)
@@ -132,9 +132,9 @@ def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequenc
         y = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).double()
         X, y = X - X.mean(dim=0), y - y.mean()
         ridge = RIDGE * len(X) * samples.var(dim=0).mean()
-        # In the space of the images, which are often fewer than dimensions: d = X^T (X X^T + lambda I)^-1 y.
+        # Dual form, since images are often fewer than dimensions: d = X^T (X X^T + lambda I)^-1 y.
         d = X.t() @ torch.linalg.solve(X @ X.t() + ridge * torch.eye(len(X)).double(), y)
-    if gap.norm() <= 1e-6 * samples.std(dim=0).norm():  # rounding errors are no direction
+    if gap.norm() <= 1e-6 * samples.std(dim=0).norm():  # only rounding errors
         raise UserError("--positive and --negative have the same mean: there is no direction between them")
     d = d / d.norm()
     sigma = (samples @ d).std()
@@ -147,7 +147,7 @@ def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequenc
 
 
 def _directions(vectors: Tensor, values: Tensor, samples: Tensor, styles: Sequence[int]) -> Directions:
-    """Give eigenvectors (n, w_dim) the sign with which their largest entry is positive."""
+    """Build Directions from eigenvectors (n, w_dim). Signs are chosen so that the largest entry is positive."""
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     vectors = vectors * largest.sign()
     sigmas = (samples @ vectors.t()).std(dim=0)
@@ -155,7 +155,7 @@ def _directions(vectors: Tensor, values: Tensor, samples: Tensor, styles: Sequen
 
 
 def save_directions(path: Path, found: Directions) -> None:
-    """Write an .npz or .safetensors file. Raises UserError for other endings and WriteError."""
+    """Write an .npz or .safetensors file. Raises UserError for other suffixes, and WriteError."""
     arrays = {
         "directions": found.directions.numpy(),
         "values": found.values.numpy(),
@@ -166,27 +166,27 @@ def save_directions(path: Path, found: Directions) -> None:
         save_arrays(path, arrays)
     else:
         safetensors = _safetensors(path)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             safetensors.save_file({name: torch.tensor(array) for name, array in arrays.items()}, temporary)
 
 
 def check_ending(path: Path) -> None:
-    """Raise UserError for a file that `save_directions` could not write."""
+    """Raise UserError for a suffix that `save_directions` does not support, or a missing package."""
     if path.suffix != ".npz":
         _safetensors(path)
 
 
 def read_direction(given: str, G: Any) -> tuple[Directions, int]:
-    """Read FILE:INDEX as `--direction` takes it. Raises UserError when it does not fit the network."""
+    """Read the FILE:INDEX of `--direction`. Raises UserError if the file does not fit the network."""
     where = f"--direction={given}"
     match = re.fullmatch(r"(.+):(\d{1,9})", given)
     if not match:
-        raise UserError(f"{where}: say which direction of a file, e.g. {given}:0")
+        raise UserError(f"{where}: specify the index of a direction in the file, e.g. {given}:0")
     path, index = Path(match[1]), int(match[2])
     arrays = _read(path, where)
     try:
         if any(arrays[name].dtype.kind not in "biuf" for name in ("directions", "values", "sigmas", "styles")):
-            raise TypeError("no real numbers")
+            raise TypeError("not real numbers")
         directions, values, sigmas = (
             torch.from_numpy(arrays[name].astype(np.float32)) for name in ("directions", "values", "sigmas")
         )
@@ -201,7 +201,7 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
             f"network has {G.num_ws} styles of {G.w_dim} numbers"
         )
     if not sigmas.shape == values.shape == (len(directions),):
-        raise UserError(f"{where}: holds {len(directions)} directions, and not one value and sigma for each")
+        raise UserError(f"{where}: holds {len(directions)} directions, but not one value and sigma for each")
     if index >= len(directions):
         raise UserError(f"{where}: the file has directions 0 to {len(directions) - 1}")
     if not (directions.isfinite().all() and sigmas.isfinite().all()):
@@ -212,31 +212,31 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
 def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
         return read_arrays(path, where)
-    _safetensors(path)  # refuses other endings
+    _safetensors(path)  # raises for other suffixes
     try:
         tensors = read_tensors(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"{where}: not a safetensors file ({error})") from None
-    # NumPy has no bfloat16.
+    # NumPy does not support bfloat16.
     return {name: (x if x.is_complex() else x.double()).numpy() for name, x in tensors.items()}
 
 
 def _safetensors(path: Path) -> Any:
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: directions are kept in .npz or .safetensors files")
+        raise UserError(f"{path}: directions are stored in .npz or .safetensors files")
     return import_extra("safetensors.torch", "safetensors")
 
 
 def check_strength(strength: float | None, direction: str | None) -> None:
     """Raise UserError for a --strength without a --direction."""
     if strength is not None and direction is None:
-        raise UserError(f"--strength={strength:g}: of which edit? name one with --direction=FILE:INDEX")
+        raise UserError(f"--strength={strength:g}: needs an edit; specify one with --direction=FILE:INDEX")
 
 
 def edited(styles: Iterator[Tensor], direction: str | None, strength: float | None, model: Model) -> Iterator[Tensor]:
-    """Move styles (n, num_ws, w_dim) as --direction and --strength say. Raises UserError at once."""
+    """Apply --direction and --strength to styles (n, num_ws, w_dim). Raises UserError before the first batch."""
     if direction is None:
         return styles
     found, index = read_direction(direction, model.G)
@@ -289,27 +289,27 @@ def draw_directions(
 def check_groups(
     method: str, components: int | None, positive: tuple[int, ...] | None, negative: tuple[int, ...] | None
 ) -> None:
-    """Raise UserError for options of `directions` that the method does not have, or lacks."""
+    """Raise UserError for options of `directions` that the method does not support, or requires."""
     by_groups = method in ("mean", "linear")
     if by_groups and not (positive and negative):
         raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
     if not by_groups and (positive or negative):
         raise UserError(f"--method={method}: --positive and --negative are for the methods mean and linear")
     if by_groups and components is not None:
-        raise UserError(f"--components={components}: --method={method} finds one direction; leave it out")
+        raise UserError(f"--components={components}: --method={method} finds one direction; omit --components")
 
 
 def find_directions(
     model: Model, method: str, styles: tuple[int, ...], components: int | None, samples: int
 ) -> Directions:
-    """Find directions without examples, by the method sefa or pca. Raises UserError for more than there are."""
-    most = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
-    if components is not None and components > most:
-        raise UserError(f"--components={components}: --method={method} finds {most} here")
-    count, drawn = components or min(5, most), sampled_w(model, samples)
+    """Find directions with the unsupervised method sefa or pca. Raises UserError for too many `components`."""
+    limit = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
+    if components is not None and components > limit:
+        raise UserError(f"--components={components}: --method={method} finds at most {limit} here")
+    count, drawn = components or min(5, limit), sampled_w(model, samples)
     return factorise(model, styles, count, drawn) if method == "sefa" else principal(drawn, styles, count)
 
 
 def signed(number: float) -> str:
-    """A caption: +1.5, -3, 0."""
+    """Format a caption such as +1.5, -3 or 0."""
     return f"{number:+.4g}" if number else "0"

@@ -1,4 +1,4 @@
-"""Style mixing: some layers of the generator get the styles of one image, the others those of another."""
+"""Style mixing: a subset of the layers uses the styles of one image, the other layers those of a second image."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from exploration.sheets import sheet, tiles_of
 
 
 def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
-    """Return the indices that e.g. '0-3,5', 'coarse,7' or 'all' means, in order and once each.
+    """Parse a choice of styles such as '0-3,5', 'coarse,7' or 'all' into sorted, unique indices.
 
-    Raises UserError for what is neither a number below num_ws nor a range nor a name of the network.
+    Raises UserError for a part that is not an index below num_ws, a range, or a style group of the network.
     """
     chosen: set[int] = set()
     for part in map(str.strip, text.split(",")):
@@ -36,13 +36,13 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
         else:
             names = ", ".join(["all", *(f"{name} ({format_ranges(indices)})" for name, indices in groups.items())])
             raise UserError(
-                f"--styles={text}: {part!r} is no choice; this network has {format_ranges(range(num_ws))}, or {names}"
+                f"--styles={text}: {part!r} is not a style; this network has {format_ranges(range(num_ws))}, or {names}"
             )
     return tuple(sorted(chosen))
 
 
 def format_ranges(indices: Sequence[int]) -> str:
-    """Write ascending indices as ranges: (0, 1, 2, 5) as '0-2,5'."""
+    """Format ascending indices as ranges: (0, 1, 2, 5) as '0-2,5'."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
@@ -53,9 +53,9 @@ def format_ranges(indices: Sequence[int]) -> str:
 
 
 def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
-    """Combine styles rows (R, num_ws, w_dim) and cols (C, num_ws, w_dim) to (R, C, num_ws, w_dim).
+    """Combine rows (R, num_ws, w_dim) and cols (C, num_ws, w_dim) into mixtures (R, C, num_ws, w_dim).
 
-    Those of `styles` come from the column's image, all others from the row's.
+    The indices `styles` come from the column image, all others from the row image.
     """
     mixed = rows[:, None].repeat(1, len(cols), 1, 1)
     mixed[:, :, list(styles)] = cols[None, :, list(styles)]
@@ -63,7 +63,7 @@ def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
 
 
 def mixing_sheet(rows: Tensor, cols: Tensor, mixed: Tensor) -> np.ndarray:
-    """Draw uint8 images: those of the rows (R, C, H, W) on the left, of the columns on top, their mixtures between."""
+    """Draw a sheet of uint8 images: row images (R, C, H, W) on the left, column images on top, mixtures inside."""
     lines = [[left, *tiles_of(mixtures)] for left, mixtures in zip(tiles_of(rows), mixed, strict=True)]
     corner = np.full_like(lines[0][0], 255)
     return sheet([[corner, *tiles_of(cols)], *lines], has_frame=True)
@@ -93,5 +93,5 @@ def make_mixtures(
     save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
     click.echo(
         f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the columns; "
-        "all of them in grid.png"
+        "grid.png shows all"
     )

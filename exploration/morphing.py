@@ -1,4 +1,4 @@
-"""Ways through the space of latents: which styles each frame of a film is made from."""
+"""Latent interpolation for videos: paths through styles or latents, and sweeps of truncation or edits."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ StylesAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, cells, num_ws, w_dim)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """`steps` frames from each of `num_keys` keyframes to the next, and from the last back to the first in a loop.
+    """Frame times: `steps` frames per interval between `num_keys` keyframes, with a closing interval in a loop.
 
-    A single keyframe stands still for `steps` frames. What is not a loop ends with a frame for its end.
+    A single keyframe is held for `steps` frames. Without a loop, the video ends with a frame at the last keyframe.
     """
 
     num_keys: int
@@ -40,35 +40,35 @@ class Timing:
 
     @property
     def duration(self) -> int:
-        """The time from the first keyframe to the end; it is 1 from each to the next."""
+        """Total time, in keyframe intervals."""
         return max(self.num_keys - (not self.loop), 1)
 
     @property
     def num_frames(self) -> int:
-        """How many frames there are. In a loop the first one follows the last again."""
+        """Total number of frames. In a loop, the first frame follows the last."""
         return self.duration * self.steps + (not self.loop)
 
     def times(self) -> Tensor:
-        """When each frame is, (T,)."""
+        """Return the time of each frame, in keyframe intervals, (T,)."""
         return torch.arange(self.num_frames) / self.steps
 
 
 def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
-    """Return how many keyframes each cell of a video has. Raises UserError when they cannot be shared out."""
+    """Return the number of keyframes per cell of a video. Raises UserError if the counts do not divide evenly."""
     if num_given % cells:
-        raise UserError(f"--grid: {num_given} keyframes cannot be shared by {cells} cells equally")
+        raise UserError(f"--grid: {num_given} keyframes cannot be divided evenly among {cells} cells")
     if not classes or num_given == cells * len(classes):
         return num_given // cells
     if num_given != cells:
         raise UserError(
-            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give as many of both, or one "
+            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give equal numbers, or one "
             "seed per cell"
         )
     return len(classes)
 
 
 def through_styles(keys: Tensor, interpolation: Interpolation, timing: Timing) -> StylesAt:
-    """The way through styles (cells, keys, num_ws, w_dim), in straight lines or along a spline."""
+    """Return the path through styles (cells, keys, num_ws, w_dim), linear or along a cubic spline."""
     weigh = spline_weights if interpolation == "spline" else linear_weights
 
     def styles_at(times: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def through_styles(keys: Tensor, interpolation: Interpolation, timing: Timing) -
 def through_seeds(
     model: Model, seeds: Sequence[int], c: Tensor, interpolation: Interpolation, timing: Timing, cells: int, psi: float
 ) -> StylesAt:
-    """The way through seeds: shared out to the cells, one for each keyframe or for all; c (keys, c_dim)."""
+    """Return the path through seeds, divided among the cells: one seed per keyframe or per cell; c (keys, c_dim)."""
     z = seed_latents(seeds, model.G.z_dim).unflatten(0, (cells, -1)).expand(-1, timing.num_keys, -1)
     if interpolation == "z":
         return through_latents(model, z, c, timing, psi)
@@ -90,7 +90,7 @@ def through_seeds(
 
 
 def through_latents(model: Model, z: Tensor, c: Tensor, timing: Timing, psi: float) -> StylesAt:
-    """The way through latents z (cells, keys, z_dim) on great circles, and labels c (keys, c_dim) in straight lines."""
+    """Return the path through latents z (cells, keys, z_dim), spherical, and labels c (keys, c_dim), linear."""
 
     def styles_at(times: Tensor) -> Tensor:
         before = times.floor().long().clamp(max=timing.num_keys - 1)
@@ -104,23 +104,23 @@ def through_latents(model: Model, z: Tensor, c: Tensor, timing: Timing, psi: flo
     return styles_at
 
 
-def sweep_truncation(way: StylesAt, w_avg: Tensor, first: float, last: float, timing: Timing) -> StylesAt:
-    """Truncate by a psi that goes from `first` to `last`, in a loop and back."""
+def sweep_truncation(path: StylesAt, w_avg: Tensor, first: float, last: float, timing: Timing) -> StylesAt:
+    """Sweep the truncation psi from `first` to `last` and, in a loop, back."""
 
     def styles_at(times: Tensor) -> Tensor:
         u = times / timing.duration
         u = (1 - (2 * math.pi * u).cos()) / 2 if timing.loop else u
         psi = (first + (last - first) * u).reshape(-1, 1, 1, 1).to(w_avg)
-        return w_avg + psi * (way(times) - w_avg)
+        return w_avg + psi * (path(times) - w_avg)
 
     return styles_at
 
 
-def sweep_direction(way: StylesAt, found: Directions, index: int, strength: float, timing: Timing) -> StylesAt:
-    """Edit along a direction from -strength to +strength; in a loop from 0 up, down and back."""
+def sweep_direction(path: StylesAt, found: Directions, index: int, strength: float, timing: Timing) -> StylesAt:
+    """Sweep an edit along a direction from -strength to +strength; in a loop 0, +strength, -strength, 0."""
 
     def styles_at(times: Tensor) -> Tensor:
-        ws = way(times)  # (T, cells, num_ws, w_dim)
+        ws = path(times)  # (T, cells, num_ws, w_dim)
         u = times / timing.duration
         strengths = strength * ((2 * math.pi * u).sin() if timing.loop else 2 * u - 1)
         edited = found.edit(ws.flatten(0, 1), index, strengths.repeat_interleave(ws.shape[1]))
@@ -129,13 +129,13 @@ def sweep_direction(way: StylesAt, found: Directions, index: int, strength: floa
     return styles_at
 
 
-def film(model: Model, way: StylesAt, timing: Timing, grid: tuple[int, int], scale: int) -> Iterator[np.ndarray]:
-    """Yield the frames (H, W, 3) of a way, cells on a grid of (columns, rows), pixels enlarged `scale` times."""
+def film(model: Model, path: StylesAt, timing: Timing, grid: tuple[int, int], scale: int) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) of a path: a grid of (columns, rows) cells, with pixels repeated `scale` times."""
     columns, rows = grid
     for times in timing.times().split(max(model.batch // (columns * rows), 1)):
-        images = model.images(way(times).flatten(0, 1)).unflatten(0, (len(times), rows, columns))
-        pictures = images.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).numpy()  # (T, rows H, columns W, C)
-        yield from to_rgb(pictures).repeat(scale, axis=1).repeat(scale, axis=2)
+        images = model.images(path(times).flatten(0, 1)).unflatten(0, (len(times), rows, columns))
+        tiled = images.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).numpy()  # (T, rows H, columns W, C)
+        yield from to_rgb(tiled).repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def make_video(
@@ -161,7 +161,7 @@ def make_video(
     if projected_w is not None:
         check_saved_keyframes(projected_w, interpolation, trunc_to, classes)
     if classes and (options["class_index"], options["label"]) != (None, None):
-        raise UserError("--classes: goes with neither --class nor --label")
+        raise UserError("--classes: cannot be combined with --class or --label")
     if classes:
         options |= {"class_index": classes[0], "class_flag": "--classes"}
     model = open_model(**options, needs_class=is_mapping(seeds, projected_w))
@@ -169,20 +169,20 @@ def make_video(
     psi = model.truncation_psi if trunc_to is None else 1.0
     cells = grid[0] * grid[1]
     if projected_w is None and seeds is not None:
-        way, timing = _between_seeds(model, seeds, classes, psi, cells, interpolation, steps=frames, loop=loop)
+        path, timing = _between_seeds(model, seeds, classes, psi, cells, interpolation, steps=frames, loop=loop)
     else:
         names, ws = gather_styles(model, seeds, projected_w)
         timing = Timing(num_keys=keys_per_cell(len(names), cells, None), steps=frames, loop=loop)
-        way = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
+        path = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
     if trunc_to is not None:
-        way = sweep_truncation(way, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
+        path = sweep_truncation(path, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
     if direction is not None:
         found, index = read_direction(direction, model.G)
-        way = sweep_direction(way, found, index, 3.0 if strength is None else strength, timing)
+        path = sweep_direction(path, found, index, 3.0 if strength is None else strength, timing)
     scale = scale or enlargement(model.G.img_shape[1:], MIN_FRAME)
     make_outdir(output.parent, flag=f"--output={output}")
     with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
-        for frame in film(model, way, timing, grid, scale):
+        for frame in film(model, path, timing, grid, scale):
             add(frame)
             progress.update()
     click.echo(f"{counted(timing.num_frames, 'frame')} in {output}, {timing.num_frames / fps:.1f} s")
@@ -199,7 +199,7 @@ def _between_seeds(
     steps: int,
     loop: bool,
 ) -> tuple[StylesAt, Timing]:
-    """Return the way through seeds, whose keyframes have the model's label or `classes`, and its timing."""
+    """Return the path through seeds and its timing. Keyframes have the label of the model, or `classes`."""
     timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=steps, loop=loop)
     labels = [label_of(model.G.c_dim, index, "--classes") for index in classes or ()]
     c = torch.cat(labels or [model.c] * timing.num_keys).to(model.device)  # (keys, c_dim)
@@ -209,8 +209,8 @@ def _between_seeds(
 def check_saved_keyframes(
     projected_w: Path, interpolation: Interpolation, trunc_to: float | None, classes: tuple[int, ...] | None
 ) -> None:
-    """Raise UserError for options of `video` that are for seeds alone."""
+    """Raise UserError for options of `video` that only apply to seeds."""
     if interpolation == "z" or trunc_to is not None or classes:
         raise UserError(
-            f"--projected-w={projected_w}: saved styles go with none of --interpolation=z, --trunc-to, --classes"
+            f"--projected-w={projected_w}: cannot be combined with --interpolation=z, --trunc-to or --classes"
         )

@@ -1,4 +1,4 @@
-"""Snapshots as the commands of generate.py open them: on a device, with the label and settings of their options."""
+"""Opening of snapshots for the commands of generate.py: device, label, and settings from the options."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from training.snapshots.snapshot import Snapshot
 
 
 def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
-    """Read a snapshot onto the device that is asked for, or the best one, and get that ready."""
+    """Load a snapshot onto the requested or best available device, and prepare the device."""
     name_user()
     tune_allocator()
-    where = distributed.use_device(device)
-    snapshot = load_network(network, where)
+    torch_device = distributed.use_device(device)
+    snapshot = load_network(network, torch_device)
     for note in snapshot.notes():
         click.echo(note, err=True)
     snapshot.require_generator("images are made by")
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
-        raise UserError(f"--network={network}: its images have {channels} channels, and picture files 1, 3 or 4")
-    if where.type == "cuda":
-        click.echo(custom_ops.prepare(where))
+        raise UserError(f"--network={network}: its images have {channels} channels, but image files have 1, 3 or 4")
+    if torch_device.type == "cuda":
+        click.echo(custom_ops.prepare(torch_device))
     execution.set_gpu_arithmetic()
-    return snapshot, where
+    return snapshot, torch_device
 
 
 def open_model(
@@ -49,10 +49,10 @@ def open_model(
     class_flag: str = "--class",
     needs_class: bool = True,
 ) -> Model:
-    """Return the averaged generator of a snapshot as MODEL_OPTIONS say."""
-    snapshot, where = open_network(network, device)
+    """Return the averaged generator of a snapshot, configured by MODEL_OPTIONS."""
+    snapshot, torch_device = open_network(network, device)
     c = choose_label(snapshot, class_index, label, class_flag, is_needed=needs_class)
-    return build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+    return build_model(snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
 
 
 def choose_label(
@@ -63,24 +63,24 @@ def choose_label(
     *,
     is_needed: bool = True,
 ) -> Tensor:
-    """Return the label (1, c_dim) that --class or --label asks for, of zeros where none is needed.
+    """Return the label (1, c_dim) of --class or --label. It is zeros if none is given or needed.
 
-    Raises UserError for one that the network does not have, and for a class of a network whose labels are vectors.
+    Raises UserError for a label that the network does not have, and for a class of a network with vector labels.
     """
     c_dim, kind = snapshot.config.generator.c_dim, snapshot.label_kind()
     if label is not None:
         if class_index is not None:
-            raise UserError("--class and --label: give one of them")
+            raise UserError("--class and --label: cannot be combined; give one of them")
         return vector_label(c_dim, label)
     if kind == "vectors" and class_index is not None:
         raise UserError(
-            f"{class_flag}={class_index}: labels of this network are vectors; give its {c_dim} numbers with --label"
+            f"{class_flag}={class_index}: labels of this network are vectors; give {c_dim} numbers with --label"
         )
     if kind == "vectors" and is_needed:
-        raise UserError(f"--label: labels of this network are vectors; give its {c_dim} numbers, e.g. --label=0.5,...")
+        raise UserError(f"--label: labels of this network are vectors; give {c_dim} numbers, e.g. --label=0.5,...")
     if c_dim and kind is None and class_index is not None:
         click.echo(
-            f"Warning: {snapshot.path}: does not say whether its labels are classes; taken for {c_dim} classes",
+            f"Warning: {snapshot.path}: does not state whether labels are classes; assuming {c_dim} classes",
             err=True,
         )
     return label_of(c_dim, class_index, class_flag, is_needed=is_needed)
@@ -88,7 +88,7 @@ def choose_label(
 
 def build_model(
     snapshot: Snapshot,
-    where: torch.device,
+    device: torch.device,
     c: Tensor,
     *,
     noise_mode: str,
@@ -96,11 +96,11 @@ def build_model(
     precision: str,
     trunc: float,
 ) -> Model:
-    """Return the averaged generator of a snapshot for labels c (1, c_dim)."""
+    """Return the averaged generator of a snapshot with the label c (1, c_dim)."""
     return Model(
         G=snapshot.G_ema,
-        device=where,
-        c=c.to(where),
+        device=device,
+        c=c.to(device),
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,
@@ -109,10 +109,10 @@ def build_model(
 
 
 def execution_of(snapshot: Snapshot, precision: str) -> execution.Execution:
-    """Return the execution that --precision asks for."""
+    """Return the execution settings for --precision."""
     return execution.Execution(reduced=execution.REDUCED[precision], min_grid=snapshot.config.reduced_from)
 
 
 def is_mapping(seeds: tuple[int, ...] | None, projected_w: Path | None) -> bool:
-    """Whether a command that takes both maps latents to styles, for which a conditional network needs a class."""
+    """Return whether a command maps latents to styles. A conditional network then needs a class."""
     return seeds is not None or projected_w is None

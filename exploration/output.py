@@ -1,4 +1,4 @@
-"""Results of the commands of generate.py: folders, picture files, counts for the last line."""
+"""Output of the commands of generate.py: folders, image files, and counts for the summary line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_utils.images import save_image
 
 
 def make_outdir(outdir: Path, flag: str | None = None) -> None:
-    """Make the folder for results. Raises UserError when it cannot be."""
+    """Create the folder for results. Raises UserError if that fails."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -24,14 +24,14 @@ def make_outdir(outdir: Path, flag: str | None = None) -> None:
 
 
 def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, keep: bool) -> list[Tensor]:
-    """Write uint8 images, in batches, as NAME.png, while the next batch is made. Return the batches if `keep`."""
+    """Write batches of uint8 images as NAME.png, overlapping with generation. Returns the batches if `keep`."""
     kept: list[Tensor] = []
     writing: list[Future[None]] = []
     paths = (outdir / f"{name}.png" for name in names)
     with ThreadPoolExecutor() as pool, tqdm(total=len(names), unit="img") as progress:
         for images in batches:
             finish(writing)
-            files = {path: image for image, path in zip(images, paths, strict=False)}  # a seed given twice is one file
+            files = {path: image for image, path in zip(images, paths, strict=False)}  # a repeated seed is written once
             writing = [pool.submit(save_image, image, path) for path, image in files.items()]
             kept += [images] if keep else []
             progress.update(len(images))
@@ -40,16 +40,16 @@ def save_batches(batches: Iterable[Tensor], names: list[str], outdir: Path, *, k
 
 
 def finish(jobs: Iterable[Future[None]]) -> None:
-    """Wait for all jobs. Raises what one of them raised."""
+    """Wait for all jobs. Re-raises the exception of a failed job."""
     for job in jobs:
         job.result()
 
 
 def save_pixels(pixels: np.ndarray, path: Path) -> None:
-    """Write a picture (H, W, 3)."""
+    """Write an image (H, W, 3)."""
     save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
 def counted(number: int, thing: str) -> str:
-    """E.g. 1 image, 2 images."""
+    """Format a count with its noun: 1 image, 2 images."""
     return f"{number} {thing}{'s' * (number != 1)}"

@@ -1,4 +1,4 @@
-"""Projection: the styles whose image is closest to a given one (Karras et al. 2020, StyleGAN2, appendix D)."""
+"""Projection of images into the latent space of a generator (Karras et al. 2020, StyleGAN2, appendix D)."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ from training.data_sources.files import open_store, read_image_file
 from training.networks import execution
 
 FILM_FPS = 30
-MIN_SIDE = 8  # the grid of the last scale of pixels, and of noise
+MIN_SIDE = 8  # side of the coarsest scale of the pixel distance and the noise regularization
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """Settings of the search: 'w' is one style for all layers, 'w+' one for each.
+    """Settings of the optimization. Space 'w' is one style for all layers, 'w+' one style per layer.
 
-    The learning rate rises linearly over the first `ramp_up` of the steps and falls along a cosine over the last
-    `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades until `explore_until`.
-    The noise maps of the network are looked for too, unless `fix_noise`; `noise_weight` keeps signal out of them.
+    The learning rate rises linearly over the first fraction `ramp_up` of the steps and falls along a cosine over the
+    last fraction `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades until
+    `explore_until`. The noise maps of the network are optimized too, unless `fix_noise`; `noise_weight` is the weight
+    of the regularization that keeps signal out of the noise.
     """
 
     num_steps: int = 1000
@@ -57,22 +58,22 @@ class ProjectionConfig:
     explore_until: float = 0.75
     noise_weight: float = 1e5
     fix_noise: bool = False
-    num_samples: int = 10_000  # w drawn for their mean and spread
+    num_samples: int = 10_000  # number of w samples for mean and spread
     seed: int = 0
 
     def rate_at(self, t: float) -> float:
-        """The learning rate when t of the steps are done, 0 to 1."""
+        """Return the learning rate after a fraction t of the steps."""
         falling = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / self.ramp_down))
         return self.learning_rate * falling * min(1.0, t / self.ramp_up)
 
     def exploration_at(self, t: float) -> float:
-        """The noise on w, in standard deviations, when t of the steps are done."""
+        """Return the noise on w, in standard deviations, after a fraction t of the steps."""
         return self.exploration * max(0.0, 1 - t / self.explore_until) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionJob:
-    """A projection to run: uint8 images (n, C, H, W) with their names, a distance, and how to look."""
+    """A projection to run: target images uint8 (n, C, H, W) with names, distance, and settings."""
 
     model: Model
     names: list[str]
@@ -83,7 +84,7 @@ class ProjectionJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """State of a projection: the images (B, C, H, W) in [-1, 1] of a step, their distances (B,), and its styles."""
+    """Result of an optimization step: images (B, C, H, W) in [-1, 1] and distances (B,) before it, styles after it."""
 
     images: Tensor
     distances: Tensor
@@ -93,9 +94,9 @@ class Step:
 def project(
     model: Model, targets: Tensor, distance_to: DistanceTo, config: ProjectionConfig, first: int = 0
 ) -> Iterator[Step]:
-    """Look for the styles of targets (B, C, H, W) in [-1, 1], all at once, step by step; the last one is the result.
+    """Project targets (B, C, H, W) in [-1, 1] in one batch. Yields every step; the last step is the result.
 
-    What is drawn for a target depends on the seed and on its number, `first` and up.
+    The random stream of a target depends on the seed and the index of the target, which starts at `first`.
     """
     w_avg, spread = mean_and_spread(model, config.num_samples)
     width = 1 if config.space == "w" else model.G.num_ws
@@ -136,10 +137,10 @@ def project_batch(
     first: int,
     films: Sequence[Path],
 ) -> tuple[Tensor, Tensor, list[float], list[float]]:
-    """Project uint8 images (B, C, H, W), the `first` and following ones, with progress; `films` are videos to write.
+    """Project uint8 images (B, C, H, W), numbered from `first`, with a progress bar; write the videos `films`.
 
-    Return styles (B, num_ws, w_dim), their uint8 images, which have the network's own noise, and the distances of the
-    first step and of these images. Raises UserError when the latter are not finite.
+    Returns styles (B, num_ws, w_dim), their uint8 images with the network's own noise, the distances at the first step,
+    and the distances of these images. Raises UserError if the latter are not finite.
     """
     goals = ((targets.float() - 128) / 127.5).to(model.device)
     scale = enlargement(model.G.img_shape[1:], MIN_FRAME)
@@ -160,12 +161,12 @@ def project_batch(
     with torch.no_grad():
         after = distance_to(goals)(img)
     if not after.isfinite().all():
-        raise UserError(f"--lr={config.learning_rate:g}: the search left all finite numbers; choose a smaller one")
+        raise UserError(f"--lr={config.learning_rate:g}: the optimization diverged; choose a smaller learning rate")
     return step.ws, to_uint8(img).cpu(), before, after.tolist()
 
 
 def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The mean of w (w_dim,) over random latents of the model's class, and sqrt(E |w - mean|^2)."""
+    """Return the mean of w (w_dim,) over random latents with the model's label, and sqrt(E |w - mean|^2)."""
     samples = sampled_w(model, num_samples)
     mean = samples.mean(dim=0)
     spread = (samples - mean).square().sum(dim=1).mean().sqrt()
@@ -173,13 +174,13 @@ def mean_and_spread(model: Model, num_samples: int) -> tuple[Tensor, Tensor]:
 
 
 def noise_maps(model: Model, batch: int) -> dict[str, Tensor]:
-    """Copies of the synthesis network's noise buffers for each image, (batch, ...), by their names."""
+    """Return trainable copies of the noise buffers of the synthesis network, (batch, ...), by name."""
     found = {name: x for name, x in model.G.synthesis.named_buffers() if name.endswith("noise_const")}
     return {name: x.expand(batch, *x.shape).clone().requires_grad_() for name, x in found.items()}
 
 
 def as_map(noise: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """Noise (B, H, W), or (B, N, 1) in the proportions of the image, as (B, 1, H, W)."""
+    """Reshape noise (B, H, W), or (B, N, 1) with the aspect ratio of the image, to (B, 1, H, W)."""
     if noise.shape[2] == 1:
         rows = round(img_size[0] * math.sqrt(noise.shape[1] / math.prod(img_size)))
         return noise.reshape(len(noise), 1, rows, -1)
@@ -187,10 +188,10 @@ def as_map(noise: Tensor, img_size: tuple[int, int]) -> Tensor:
 
 
 def noise_correlation(noise: Tensor) -> Tensor:
-    """Sum over images and scales of the squared correlation of noise (B, 1, H, W) with itself one row and column on.
+    """Sum over images and scales of the squared autocorrelation of noise (B, 1, H, W) at shifts of one row and column.
 
-    Each scale halves the sides while they have more than MIN_SIDE positions: means of 2x2 values times 2, which keeps
-    the variance of white noise.
+    Each scale halves the sides until the shorter side is at most MIN_SIDE. Averages of 2x2 values are multiplied by 2,
+    which preserves the variance of white noise.
     """
     total = noise.new_zeros(())
     while True:
@@ -203,7 +204,7 @@ def noise_correlation(noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalise(noises: dict[str, Tensor]) -> None:
-    """Bring each image's noise maps back to mean 0 and mean square 1."""
+    """Normalize the noise maps of each image to mean 0 and mean square 1, in place."""
     for noise in noises.values():
         axes = tuple(range(1, noise.ndim))
         noise -= noise.mean(dim=axes, keepdim=True)
@@ -211,7 +212,7 @@ def normalise(noises: dict[str, Tensor]) -> None:
 
 
 def pixel_distance(targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """The mean squared difference of images, averaged over scales: each halves the sides, down to MIN_SIDE."""
+    """Return the mean squared error to the targets, averaged over scales; each scale halves the sides."""
     scales = [targets]
     while min(scales[-1].shape[2:]) >= 2 * MIN_SIDE:
         scales.append(F.avg_pool2d(scales[-1], 2))
@@ -227,9 +228,9 @@ def pixel_distance(targets: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def read_targets(path: Path) -> dict[str, np.ndarray]:
-    """Read an image, or those of a folder or zip file: pixels uint8 [H, W, C] by their names.
+    """Read an image, or all images of a folder or zip file: uint8 [H, W, C] by name.
 
-    Raises UserError naming a file that cannot be read.
+    Raises UserError for an unreadable file.
     """
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
         names, read = [path.name], lambda name: read_image_file(path)
@@ -246,7 +247,7 @@ def read_targets(path: Path) -> dict[str, np.ndarray]:
 
 
 def fit_targets(targets: Iterable[np.ndarray], img_shape: tuple[int, int, int]) -> Tensor:
-    """Crop and resize images uint8 [H, W, C] to fit a network: uint8 (n, C, H, W)."""
+    """Crop and resize images uint8 [H, W, C] to the shape of a network: uint8 (n, C, H, W)."""
     C, H, W = img_shape
     conversion = Conversion(width=W, height=H, transform="center-crop", channels=C)
     return torch.stack([torch.from_numpy(conversion(pixels).copy()).permute(2, 0, 1) for pixels in targets])
@@ -265,10 +266,10 @@ def project_image(*, target: Path, save_video: bool, outdir: Path, **options: An
     """Run `projector.py`."""
     job = prepare_projection(target=target, batch=1, **options)
     if len(job.names) > 1:
-        raise UserError(f"--target={target}: {len(job.names)} images; name one, or use generate.py project")
+        raise UserError(f"--target={target}: holds {len(job.names)} images; specify one, or use generate.py project")
     run_projection(job, outdir, ["proj"], save_video=save_video)
     save_image(job.targets[0], outdir / "target.png")
-    click.echo(f"1 projection in {outdir}; its styles are in projected_w.npz, for generate.py --projected-w")
+    click.echo(f"1 projection in {outdir}; the styles are in projected_w.npz, for generate.py --projected-w")
 
 
 def prepare_projection(
@@ -283,10 +284,10 @@ def prepare_projection(
     seed: int,
     **options: Any,
 ) -> ProjectionJob:
-    """Read the targets, the network and the distance that --target and PROJECTION_OPTIONS name. Raises UserError."""
+    """Load the targets, the network and the distance from --target and PROJECTION_OPTIONS. Raises UserError."""
     if lr <= 0:
         raise UserError(f"--lr={lr:g}: must be positive")
-    targets = read_targets(target)  # before anything else takes time
+    targets = read_targets(target)  # first, since an unreadable target should fail fast
     setup = read_detectors(detectors or ())
     model = open_model(**options)
     distance_to = choose_distance(loss or ("features" if setup.program else "lpips"), setup, model.device)
@@ -296,24 +297,24 @@ def prepare_projection(
 
 
 def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> DistanceTo:
-    """Return the distance that --loss and --detector name. Raises UserError for one that cannot be had."""
+    """Return the distance for --loss and --detector. Raises UserError if it is not available."""
     if loss == "features":
         if setup.program is None:
-            raise UserError("--loss=features: of which network? name its program with --detector=FILE")
+            raise UserError("--loss=features: needs a network; specify its program with --detector=FILE")
         return feature_distance(setup.program, device)
     if setup.program is not None:
-        raise UserError(f"--detector={setup.program}: --loss={loss} has no use for a program; use --loss=features")
+        raise UserError(f"--detector={setup.program}: --loss={loss} does not use a program; use --loss=features")
     if loss == "pixels":
         return pixel_distance
     try:
         setup.prepare("lpips")
     except UserError as error:
-        raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of your own --detector") from None
+        raise UserError(f"--loss=lpips: {error}; or use --loss=pixels, or features of a custom --detector") from None
     return lpips_distance(setup, device)
 
 
 def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
-    """Project the targets in batches. Write STEM.png, with `save_video` STEM.mp4, and projected_w.npz after each."""
+    """Project the targets in batches. Each batch writes projected_w.npz, STEM.png, and STEM.mp4 if `save_video`."""
     films = [outdir / f"{stem}.mp4" for stem in stems] if save_video else []
     if films:
         check_encoder(films[0], FILM_FPS, instead="give --save-video=0")
@@ -328,6 +329,6 @@ def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, sa
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"
             click.echo(f"{stem}: {name}, {change}")
         found.append(ws)
-        save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be stopped
+        save_styles(outdir / "projected_w.npz", torch.cat(found))  # a later batch may fail or be interrupted
         for stem, image in zip(stems[part], made, strict=True):
             save_image(image, outdir / f"{stem}.png")

@@ -1,4 +1,4 @@
-"""Images of seeds, from any generator: each a function of its seed alone."""
+"""Image generation from seeds, for any generator. Each image is a function of its own seed only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from exploration.directions import check_strength, edited
-from exploration.model import BATCH_MULTIPLE, check_seeds, fill_up, seed_latents, style_batches
+from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
 from exploration.output import counted, make_outdir, save_batches
 from torch_utils.graphs import GraphPool
@@ -23,9 +23,9 @@ from training.networks import execution
 
 
 class FastGenerator:
-    """A generator that is called through torch.compile, or as CUDA graphs, one for each batch size and setting.
+    """A generator wrapped by torch.compile or CUDA graphs, with one graph per batch size and setting.
 
-    Of CUDA graphs the next call overwrites what a call returned.
+    With CUDA graphs, the next call overwrites the returned images.
     """
 
     def __init__(self, G: Any, *, use_compile: bool = False, use_graphs: bool = False) -> None:
@@ -49,17 +49,17 @@ def seed_images(
     noise_mode: str = "const",
     batch_multiple: int = BATCH_MULTIPLE,
 ) -> Tensor:
-    """Return uint8 images (len(seeds), C, H, W) of one class c (1, c_dim). Each depends on its own seed only.
+    """Generate uint8 images (len(seeds), C, H, W) with label c (1, c_dim). Each depends on its own seed only.
 
-    G is called with batches that are multiples of `batch_multiple`. Noise 'random' is drawn per seed too, so those
-    images are made one by one, in the smallest batches.
+    G is called with batch sizes that are multiples of `batch_multiple`. Noise mode 'random' draws noise per seed as
+    well, so these images are generated one by one, in the smallest batches.
     """
     if noise_mode == "random":
         batch_multiple = BATCH_MULTIPLE
         if len(seeds) > 1:
             return torch.cat([seed_images(G, (seed,), c, truncation_psi, noise_mode) for seed in seeds])
     torch.manual_seed(seeds[0])
-    z = fill_up(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
+    z = pad_batch(seed_latents(seeds, G.z_dim), batch_multiple).to(c.device)
     img = G(z, c.expand(len(z), -1), truncation_psi, noise_mode=noise_mode)
     return to_uint8(img[: len(seeds)])
 
@@ -87,26 +87,30 @@ def make_images(
     check_strength(strength, direction)
     has_styles, is_fast = projected_w is not None or direction is not None, bool(use_compile or use_graphs)
     if has_styles and (is_fast or noise_mode == "random"):
-        raise UserError("--projected-w, --direction: go with none of --compile, --graphs, --noise-mode=random")
-    snapshot, where = open_network(network, device)
-    if use_graphs and where.type != "cuda":
-        raise UserError(f"--graphs: CUDA graphs need a GPU, this is {where}")
-    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(where)
+        raise UserError(
+            "--projected-w, --direction: cannot be combined with --compile, --graphs or --noise-mode=random"
+        )
+    snapshot, torch_device = open_network(network, device)
+    if use_graphs and torch_device.type != "cuda":
+        raise UserError(f"--graphs: CUDA graphs need a GPU, but the device is {torch_device}")
+    c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(torch_device)
     check_seeds("--seeds", seeds)
     if has_styles:
-        model = build_model(snapshot, where, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+        model = build_model(
+            snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc
+        )
         names, styles = style_batches(model, seeds, projected_w)
         edits = edited(styles, direction, strength, model)
         batches: Iterable[Tensor] = (images for ws in edits for images in model.render(ws))
     elif seeds is None:
-        raise UserError("--seeds: say which images, e.g. --seeds=0-35, or name saved styles with --projected-w")
+        raise UserError("--seeds: specify images, e.g. --seeds=0-35, or saved styles with --projected-w")
     else:
         names = [f"seed{seed:04d}" for seed in seeds]
         G: Any = snapshot.G_ema
         multiple = BATCH_MULTIPLE
         if is_fast:
             G = FastGenerator(G, use_compile=bool(use_compile), use_graphs=bool(use_graphs))
-            multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE  # so that all batches are of one size
+            multiple = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE  # one size for all batches
         parts = (seeds[start : start + batch] for start in range(0, len(seeds), batch))
         batches = (seed_images(G, part, c, trunc, noise_mode, multiple).cpu() for part in parts)
     make_outdir(outdir)

@@ -1,4 +1,4 @@
-"""Sheets: pictures in rows and columns with captions, and maps drawn over an image."""
+"""Contact sheets of images with captions, and heat maps drawn over an image."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 MIN_TILE = 96
 GAP = 2  # pixels between tiles
-FRAME_GAP = 10  # pixels between a sheet's frame and the rest
+FRAME_GAP = 10  # pixels between the header row and column of a sheet and the rest
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (..., C) of 1, 3 or 4 channels -> (..., 3); transparency shows white."""
+    """Convert uint8 (..., C) with 1, 3 or 4 channels to RGB (..., 3); alpha is blended onto white."""
     if pixels.shape[-1] == 4:
         alpha = pixels[..., 3:] / 255
         pixels = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
@@ -23,23 +23,23 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def enlargement(size: Sequence[int], least: int) -> int:
-    """How often to repeat pixels so that the longer side of a picture (height, width) has `at_least` or more."""
+    """Return the integer factor that brings the longer side of (height, width) to at least `least` pixels."""
     return -(-least // max(size))
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
-    """Repeat the pixels of (H, W, ...) until the longer side has at least MIN_TILE."""
+    """Upscale (H, W, ...) by an integer factor, until the longer side is at least MIN_TILE."""
     factor = enlargement(pixels.shape[:2], MIN_TILE)
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def tiles_of(images: Tensor) -> list[np.ndarray]:
-    """uint8 images (n, C, h, w) -> tiles (H, W, 3)."""
+    """Convert uint8 images (n, C, h, w) to RGB tiles (H, W, 3)."""
     return [enlarged(to_rgb(pixels)) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Draw weights (h, w) over an image (H, W, 3): 0 and less dark, the largest white, through red and yellow."""
+    """Draw a heat map of weights (h, w) over an image (H, W, 3): dark for 0 and below, then red, yellow, white."""
     H, W, _ = image.shape
     rows, columns = np.arange(H) * weights.shape[0] // H, np.arange(W) * weights.shape[1] // W
     heat = np.clip(weights / max(weights.max(), 1e-12), 0, 1)[rows][:, columns]
@@ -48,18 +48,18 @@ def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def marked(image: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
-    """Frame the pixel (x, y) of what was an image of `size` (height, width) before it was enlarged, in cyan."""
+    """Draw a cyan frame around pixel (x, y) of an upscaled image; `size` is its original (height, width)."""
     factor = image.shape[0] // size[0]
-    picture = Image.fromarray(image)
+    canvas = Image.fromarray(image)
     corners = [x * factor - 2, y * factor - 2, (x + 1) * factor + 1, (y + 1) * factor + 1]
-    ImageDraw.Draw(picture).rectangle(corners, outline=(0, 255, 255), width=2)
-    return np.array(picture)
+    ImageDraw.Draw(canvas).rectangle(corners, outline=(0, 255, 255), width=2)
+    return np.array(canvas)
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), *, has_frame: bool = False) -> np.ndarray:
-    """Put tiles (H, W, 3) of one size into rows, on white, with a caption above the middle of each column.
+    """Arrange tiles (H, W, 3) of equal size in rows on white, with a centred caption above each column.
 
-    Where the sheet has a frame, its first row and its first column stand apart from the rest.
+    With `has_frame`, a wider gap separates the first row and the first column from the rest.
     """
     H, W, _ = rows[0][0].shape
     size = _text_size(captions, H, W) if captions else 0
@@ -72,13 +72,13 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), *,
         for x, tile in zip(xs, row, strict=True):
             canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (x, y))
     for x, caption in zip(xs, captions, strict=False):
-        where = (x + W / 2, top - 0.35 * size)  # of the middle of the line on which letters stand
-        ImageDraw.Draw(canvas).text(where, caption, fill="black", font_size=size, anchor="ms")
+        anchor = (x + W / 2, top - 0.35 * size)  # centre of the baseline
+        ImageDraw.Draw(canvas).text(anchor, caption, fill="black", font_size=size, anchor="ms")
     return np.array(canvas)
 
 
 def _text_size(captions: Sequence[str], height: int, width: int) -> float:
-    """The size of letters: an eighth of the longer side, or what lets every caption fit into the width."""
+    """Return the font size: an eighth of the longer side, or smaller if a caption would exceed the width."""
     measure = ImageFont.load_default(100)
     widest = max(measure.getlength(caption) / 100 for caption in captions)  # at size 1
     return min(max(height, width) / 8, width / widest)

@@ -1,4 +1,4 @@
-"""Video files, written frame by frame: MP4 through ffmpeg, GIF through Pillow."""
+"""Video writers: MP4 through ffmpeg, GIF through Pillow."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from PIL import Image
 
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import import_extra
-from exploration.model import written_whole
+from exploration.model import atomic_write
 
-QUALITY = "16"  # x264's crf: 0 loses nothing, from about 18 on losses can be seen
-MIN_FRAME = 128  # pixels of the longer side of an image in a film: smaller ones are enlarged
-GIF_FPS = 50  # above, browsers show a GIF at 10
+QUALITY = "16"  # crf of x264: 0 is lossless, losses become visible at about 18
+MIN_FRAME = 128  # minimum longer side of an image in a video; smaller images are upscaled
+GIF_FPS = 50  # browsers play a GIF with a higher rate at 10 fps
 
 AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 
 
 def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> None:
-    """Raise UserError for a file that is neither .mp4 nor .gif, or cannot be so fast, or whose encoder is missing.
+    """Raise UserError for an unsupported suffix or frame rate, or a missing encoder.
 
-    `instead` is the remedy that the message names if the encoder cannot be installed.
+    `instead` is the alternative that the message offers for a missing encoder.
     """
     if not fps >= 1:
         raise UserError(f"--fps={fps:g}: must be 1 or more")
@@ -39,12 +39,11 @@ def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> N
 
 @contextmanager
 def open_video(path: Path, fps: float) -> Iterator[AddFrame]:
-    """Yield what appends a frame to a new video, which is there under its name when all has ended without an error.
+    """Yield a function that appends a frame to a new video. The file appears at `path` on success.
 
-    MP4 is H.264 in 4:2:0, which plays everywhere; an odd side is made even by repeating the last row or column. A GIF
-    repeats for ever, has 256 colours per frame, shows each for whole hundredths of a second, which keep time on
-    average, and is kept in memory until the end, one byte per pixel. Raises WriteError, and UserError as
-    `check_encoder` does.
+    MP4 is H.264 in 4:2:0, for compatibility; odd sides are padded by repeating the last row or column. A GIF loops
+    forever and has 256 colours per frame. Its frames last whole hundredths of a second, which match `fps` on average,
+    and are kept in memory until the end, one byte per pixel. Raises WriteError, and UserError as `check_encoder`.
     """
     check_encoder(path, fps)
     with _gif(path, fps) if path.suffix == ".gif" else _mp4(path, fps) as add:
@@ -63,10 +62,10 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
             encoder = _start_ffmpeg(path, temporary, frame.shape, fps)
         try:
             encoder.stdin.write(np.ascontiguousarray(frame))
-        except OSError:  # the encoder has ended: let it say why
+        except OSError:  # the encoder has exited: report its message
             _finish(encoder, path)
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             yield add
             _finish(encoder, path)
@@ -79,22 +78,22 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
 def _start_ffmpeg(path: Path, temporary: Path, shape: tuple[int, ...], fps: float) -> Any:
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
     result = ["-c:v", "libx264", "-crf", QUALITY, "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, f"file:{temporary}"]  # a colon names no protocol
+    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, f"file:{temporary}"]  # file: paths may hold colons
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def _finish(encoder: Any, path: Path) -> None:
-    """Wait for the encoder to write what it has. Raises WriteError with its words when it has failed."""
-    _, words = encoder.communicate()
+    """Flush the encoder and wait for it to exit. Raises WriteError with the last line of its stderr on failure."""
+    _, stderr = encoder.communicate()
     if encoder.returncode:
-        reason = words.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        reason = stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise WriteError(f"{path}: ffmpeg cannot write it ({reason[-1]})")
 
 
 def _ffmpeg(path: Path, instead: str = "write a .gif") -> str:
     try:
         program: str = import_extra("imageio_ffmpeg", "video").get_ffmpeg_exe()
-    except (UserError, RuntimeError) as error:  # RuntimeError: the package has no ffmpeg for this machine
+    except (UserError, RuntimeError) as error:  # RuntimeError: the package has no ffmpeg for this platform
         raise UserError(f"{path}: {error}; or {instead}") from None
     return program
 
@@ -107,7 +106,7 @@ def _gif(path: Path, fps: float) -> Iterator[AddFrame]:
         image = Image.fromarray(np.ascontiguousarray(frame))
         frames.append(image.quantize(dither=Image.Dither.NONE))
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         yield add
         ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]  # in hundredths of a second
         durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-"""Metrics: numbers that compare a generator with a data set. Every file of this folder that registers one is loaded."""
+"""Metrics that compare a generator with a dataset. Importing this package imports every module in the folder."""
 
 from importlib import import_module
 from pkgutil import iter_modules

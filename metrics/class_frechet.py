@@ -23,7 +23,7 @@ from torch_utils.distributed import all_reduce
 
 def _plan_class(context: MetricContext, count: int | None) -> list[StatRequest]:
     classes, reals = _classes_of(context), min(len(context.reals), MAX_REALS)
-    _present(*_labels(context, reals, count or NUM_IMAGES), classes)
+    _present_classes(*_labels(context, reals, count or NUM_IMAGES), classes)
     return [
         StatRequest(of="real", role="inception", count=reals, recipe=Rows()),
         StatRequest(of="fake", role="inception", count=count or NUM_IMAGES, recipe=Rows()),
@@ -31,10 +31,10 @@ def _plan_class(context: MetricContext, count: int | None) -> list[StatRequest]:
 
 
 def _classes_of(context: MetricContext) -> int:
-    """Return the number of classes. Raises UserError for data or networks without."""
+    """Return the number of classes. Raises UserError for unlabelled data or an unconditional network."""
     labels = context.images.labels
     if labels.ndim != 1 or (context.G is not None and context.G.c_dim == 0):
-        raise UserError("needs classes: a data set with class numbers, and a network that was trained with --cond")
+        raise UserError("needs classes: a dataset with class numbers, and a network that was trained with --cond")
     classes = context.images.c_dim
     if context.fakes is not None and (context.fakes.labels.ndim != 1 or context.fakes.c_dim > classes):
         raise UserError(
@@ -44,31 +44,32 @@ def _classes_of(context: MetricContext) -> int:
 
 
 def _labels(context: MetricContext, num_real: int, num_fake: int) -> tuple[Tensor, Tensor]:
-    """Return the classes of the reals and of the fakes, which are known before any is made."""
+    """Return the classes of the reals and of the fakes. No image is read or generated."""
     real = context.reals.labels[choose_reals(context, num_real)].to(context.device)
     if context.fakes is None:
         return real, random_labels(context, range(num_fake)).argmax(dim=1)
     return real, context.fakes.labels[choose_fakes(context, context.fakes, num_fake)].to(context.device)
 
 
-def _present(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
-    """Return the classes that have images. Raises UserError for one with a single image, or on one side only."""
+def _present_classes(real_class: Tensor, fake_class: Tensor, classes: int) -> list[int]:
+    """Return the classes that have images. Raises UserError for a class with fewer than 2 images on either side."""
     counts = [labels.bincount(minlength=classes).tolist() for labels in (real_class, fake_class)]
     present = []
     for number, found in enumerate(zip(*counts, strict=True)):
         if any(found) and min(found) < 2:
-            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: ask for more images")
+            raise UserError(f"class {number} has {found[0]} reals and {found[1]} fakes: request more images")
         if any(found):
             present.append(number)
     return present
 
 
 def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: Tensor, classes: int) -> Tensor:
-    """Return the distance of each class's rows (N, F), covariances over N: (classes,) float64, nan where it has none.
+    """Return the Frechet distance within each class: (classes,) float64, nan for a class without images.
 
-    The processes share out the classes. Raises UserError for a class with a single image, or images on one side only.
+    Features are (N, F) and covariances are divided by N. The classes are sharded over the processes. Raises UserError
+    for a class with fewer than 2 images on either side.
     """
-    present = _present(real_class, fake_class, classes)
+    present = _present_classes(real_class, fake_class, classes)
     distances = torch.zeros(classes, dtype=torch.float64, device=real.device)
     for number in (present[position] for position in own_shard(len(present))):
         sets = [rows[labels == number].double() for rows, labels in ((real, real_class), (fake, fake_class))]
@@ -82,19 +83,19 @@ def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: 
 
 @register_metric(
     "fid<N>_class",
-    help="mean over classes of the FID of a class's fakes to its reals, the worst class, and each; conditional models",
+    help="FID within each class: the mean over classes, the worst class, and every class; conditional models only",
     protocol="covariance over N; 50,000 fakes or <N> over all classes, all reals up to 200,000",
-    paper="none: FID of Heusel et al. 2017 within each class",
+    paper="FID of Heusel et al. 2017, per class",
     roles=("inception",),
     plan=_plan_class,
 )
 def fid_class(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the mean, the largest, and every class's distance."""
+    """Return the mean distance, the largest distance, and the distance of every class."""
     requests = _plan_class(context, count)
     real, fake = (statistics_of(context)[request]["rows"] for request in requests)
     real_class, fake_class = _labels(context, len(real), len(fake))
     distances = class_distances(real, real_class, fake, fake_class, _classes_of(context))
-    present = distances.isfinite().nonzero()[:, 0].tolist()  # a data set may name classes that it has no images of
+    present = distances.isfinite().nonzero()[:, 0].tolist()  # a dataset may declare classes without images
     values = {name: float(distances[present].mean()), f"{name}_worst": float(distances[present].max())}
     values |= {f"{name}_{number}": float(distances[number]) for number in present}
     smallest = int(min(labels.bincount()[present].min() for labels in (real_class, fake_class)))

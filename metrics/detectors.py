@@ -1,9 +1,9 @@
-"""Feature networks: which file each comes from, and how it sees an image, which is part of the metric.
+"""Feature networks: their weight files, and their preprocessing of images, which is part of the metric.
 
-The networks are those of well-kept libraries: Inception, VGG16 and LPIPS of torch-fidelity, DINOv2 of transformers. A
-user's own network is a program (.pt2 of torch.export, or TorchScript): uint8 images [B, C, H, W] in, features [B, F]
-and optionally class logits [B, K] out. A program computes what its author wants, so only `--detector` names one, never
-a file.
+The networks come from maintained libraries: Inception, VGG16 and LPIPS from torch-fidelity, DINOv2 from transformers.
+A custom network is a program (.pt2 of torch.export, or TorchScript) that maps uint8 images [B, C, H, W] to features
+[B, F] and optionally class logits [B, K]. A program can run arbitrary code, so it is loaded only if `--detector`
+specifies it, never because a file does.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ DESCRIPTIONS = {
     "lpips": "LPIPS of torch-fidelity on torchvision's VGG16",
     "dinov2": "class token of DINOv2, antialiased bicubic resize to 224 px",
 }
-REPLACED_BY_A_PROGRAM: tuple[Role, ...] = ("inception", "vgg16")
+REPLACEABLE: tuple[Role, ...] = ("inception", "vgg16")
 PROTOCOLS = ("stylegan", "clean")
 
 DINOV2_FOLDER = "dinov2-large"
 DINOV2_SIZE = 224
-DINOV2_MOST = {  # numbers in a config.json; the largest published networks have a quarter of them at most
+DINOV2_MAX = {  # upper bounds on values in config.json, at least four times those of the largest published networks
     "hidden_size": 8192,
     "num_hidden_layers": 200,
     "num_attention_heads": 256,
@@ -77,7 +77,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class Detector:
-    """A feature network on its device: uint8 images [B, C, H, W] -> features and, where it has classes, logits."""
+    """A feature network on its device: uint8 images [B, C, H, W] -> features and, for a classifier, class logits."""
 
     name: str
     network: Callable[[Tensor], Output] = field(repr=False)
@@ -90,26 +90,26 @@ class Detector:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorSetup:
-    """Networks that the metrics use, the user's files where given, else the cache's; and their protocol."""
+    """Source of each feature network (a file of the user or of the cache), and the protocol."""
 
-    program: Path | None = None  # in place of every network that can be replaced
-    bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that are these networks, as the user says
+    program: Path | None = None  # replaces every replaceable network
+    bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that the user declared to be these networks
     dinov2: Path | None = None
     weights: Mapping[str, Path] = field(default_factory=dict)  # WeightFile.name -> file
     protocol: str = "stylegan"
 
     def program_of(self, role: Role) -> Path | None:
-        """Return the user's own network that stands in for this one."""
-        return self.bound.get(role) or (self.program if role in REPLACED_BY_A_PROGRAM else None)
+        """Return the program that replaces this network, or None."""
+        return self.bound.get(role) or (self.program if role in REPLACEABLE else None)
 
     def suffix_of(self, role: Role) -> str:
-        """Return what the names of numbers end in when they come from another network than the role's."""
-        if self.program is None or role in self.bound or role not in REPLACED_BY_A_PROGRAM:
+        """Return the suffix of a metric's name if a custom detector replaces the network of this role, else ''."""
+        if self.program is None or role in self.bound or role not in REPLACEABLE:
             return ""
         return "_" + re.sub(r"[^A-Za-z0-9]+", "-", self.program.stem)
 
     def missing(self, role: Role) -> str | None:
-        """Return what a network lacks on this machine, with the remedy; None when it is there. Fetches nothing."""
+        """Return a message with the missing file or package and its remedy, or None. Fetches nothing."""
         if self.program_of(role):
             return None
         for file in FILES[role]:
@@ -118,14 +118,14 @@ class DetectorSetup:
         if role == "dinov2" and not (self._dinov2_folder() / "config.json").is_file():
             return (
                 f"{self._dinov2_folder()} does not hold DINOv2: put config.json and model.safetensors of "
-                "facebook/dinov2-large there, or name a folder that has them with --detector=FOLDER"
+                "facebook/dinov2-large there, or specify a folder that holds them with --detector=FOLDER"
             )
         if importlib.util.find_spec(PACKAGES[role]) is None:
             return f"the package {PACKAGES[role].replace('_', '-')} is not installed: pip install '.[metrics]'"
         return None
 
     def prepare(self, role: Role) -> None:
-        """Fetch and check what a network needs, before anything is generated. Raises UserError saying what is not."""
+        """Fetch and check the files of a network. Raises UserError for a missing file or package."""
         if self.program_of(role):
             return
         for file in FILES[role]:
@@ -136,7 +136,7 @@ class DetectorSetup:
         import_extra(PACKAGES[role], "metrics")
 
     def identity(self, role: Role) -> dict[str, str]:
-        """Return the name of a network and the sha256 of its files: with them its features are determined."""
+        """Return the name of a network and the sha256 of its files, which determine the features."""
         program = self.program_of(role)
         if program:
             return {"detector": program.name, "detector_sha256": sha256_of(program)}
@@ -148,20 +148,20 @@ class DetectorSetup:
         return {"detector": name[role], "detector_sha256": " ".join(sha256_of(path) for path in paths)}
 
     def library_of(self, role: Role) -> str | None:
-        """Return which version of which package makes a network and resizes its images; None for a program."""
+        """Return the package and version that implement a network and its resize; None for a program."""
         if self.program_of(role):
             return None
         return f"{PACKAGES[role]} {importlib.metadata.version(PACKAGES[role])}"
 
     def describe(self, role: Role) -> str:
-        """Return in words which network sees the images, and how."""
+        """Return a description of the network and its preprocessing."""
         program = self.program_of(role)
         if program:
             return f"features of {program.name}"
         return DESCRIPTIONS.get(f"{role}, {self.protocol}") or DESCRIPTIONS[role]
 
     def load(self, role: Role, device: torch.device) -> Detector:
-        """Build a feature network. Raises UserError for files that cannot be used."""
+        """Build a feature network. Raises UserError for unusable files."""
         program = self.program_of(role)
         if program:
             return load_program(program, device)
@@ -173,11 +173,11 @@ class DetectorSetup:
         return load_inception(state, device, clean=self.protocol == "clean")
 
     def load_similarity(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """Build LPIPS: two batches of RGB images with values in 0..255 -> distances (B,)."""
+        """Build LPIPS as a function: two batches of RGB images with values in 0..255 -> distances (B,)."""
         return load_lpips(*self._lpips_states(), device)
 
     def load_lpips_network(self, device: torch.device) -> Any:
-        """Build the network that LPIPS compares activations of."""
+        """Build the LPIPS module, for access to its activations."""
         return load_lpips_network(*self._lpips_states(), device)
 
     def _lpips_states(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -193,7 +193,7 @@ class DetectorSetup:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute in float32, not in TF32, whatever the network that is measured was trained with."""
+    """Disable TF32, regardless of the settings that the measured network was trained with."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -203,7 +203,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _dinov2_name(folder: Path) -> str:
-    """Return which DINOv2 a folder holds. The published distances are those of ViT-L/14."""
+    """Return the name of the DINOv2 variant in a folder. Published distances use ViT-L/14."""
     config = _read_dinov2_config(folder)
     width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
     if (width, depth, patch) == (1024, 24, 14):
@@ -212,25 +212,25 @@ def _dinov2_name(folder: Path) -> str:
 
 
 def _read_dinov2_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a folder of DINOv2. Raises UserError for numbers that no such network has."""
+    """Read the config.json of a DINOv2 folder. Raises UserError for values outside the bounds of DINOV2_MAX."""
     path = folder / "config.json"
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its config.json is not one of DINOv2 ({describe_error(error)})") from None
+        raise UserError(f"{folder}: its config.json is not that of a DINOv2 ({describe_error(error)})") from None
     if not isinstance(config, dict) or not config.keys() >= {"hidden_size", "num_hidden_layers", "patch_size"}:
         raise UserError(
-            f"{folder}: its config.json is not one of DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
+            f"{folder}: its config.json is not that of a DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
         )
-    for name, most in DINOV2_MOST.items():
+    for name, limit in DINOV2_MAX.items():
         value = config.get(name, 1)
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {most}")
+        if type(value) is not int or not 1 <= value <= limit:
+            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {limit}")
     return config
 
 
 def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> DetectorSetup:
-    """Say what each --detector is: a program, a known weight file, or a folder of DINOv2. Raises UserError."""
+    """Classify each --detector: a program, a known weight file, or a DINOv2 folder. Raises UserError otherwise."""
     program = dinov2 = None
     bound: dict[Role, Path] = {}
     weights = {}
@@ -241,7 +241,7 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         if not path.is_dir():
             _check_regular(given, path)
         if role and (path.is_dir() or not _is_program(path)):
-            raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); leave out `{role}:`")
+            raise UserError(f"--detector={given}: not a program (.pt2, or TorchScript); omit `{role}:`")
         if role:
             bound[role] = path.resolve()
         elif path.is_dir():
@@ -249,12 +249,12 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         elif _is_program(path):
             if program:
                 raise UserError(
-                    f"--detector={path}: {program} is given already; say with inception:FILE or vgg16:FILE which one "
-                    "is which network"
+                    f"--detector={path}: {program} is given already; use inception:FILE or vgg16:FILE to state which "
+                    "network each file is"
                 )
             program = path.resolve()
         else:
-            weights[_recognise(path).name] = path.resolve()
+            weights[_identify(path).name] = path.resolve()
     return DetectorSetup(program=program, bound=bound, dinov2=dinov2, weights=weights, protocol=protocol)
 
 
@@ -266,15 +266,15 @@ def _check_regular(given: str, path: Path) -> None:
 
 
 def _split_role(given: str) -> tuple[Role | None, Path]:
-    """Return the network that a program is said to be, as in vgg16:FILE, and the file."""
-    for role in REPLACED_BY_A_PROGRAM:
+    """Split a --detector such as vgg16:FILE into role and path; the role is None without such a prefix."""
+    for role in REPLACEABLE:
         if given.startswith(f"{role}:"):
             return role, Path(given.removeprefix(f"{role}:"))
     return None, Path(given)
 
 
 def _is_program(path: Path) -> bool:
-    """Whether a file is an exported program or TorchScript, which holds code, rather than a state dict."""
+    """Return whether a file is an exported program or TorchScript, which hold code, rather than a state dict."""
     if path.suffix == ".pt2":
         return True
     if not zipfile.is_zipfile(path):
@@ -283,8 +283,8 @@ def _is_program(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _recognise(path: Path) -> WeightFile:
-    """Return the known weight file that this is, by its name or else by its checksum."""
+def _identify(path: Path) -> WeightFile:
+    """Identify a known weight file by its name or checksum. Raises UserError for any other file."""
     for file in KNOWN:
         if path.name == file.name or (file.sha256 and sha256_of(path).startswith(file.sha256)):
             check(file, path)
@@ -302,43 +302,43 @@ def to_rgb(images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
     if channels != 3:
         raise UserError(
-            f"this detector sees RGB and the images have {channels} channels: "
-            "build the data set with dataset_tool.py --channels=3, or give a network of your own with --detector"
+            f"this detector needs RGB images, and the images have {channels} channels: "
+            "build the dataset with dataset_tool.py --channels=3, or specify a custom network with --detector"
         )
     return images
 
 
 def load_inception(state: Mapping[str, Tensor], device: torch.device, *, clean: bool) -> Detector:
-    """Return the Inception of 2015-12-05: pool features (2048) and the 1008 logits without their bias.
+    """Return the Inception network of 2015-12-05: pool features (2048) and 1008 logits without bias.
 
-    It enlarges images to 299x299 as TensorFlow 1 did (bilinear, corners not centred), which is the StyleGAN family's
-    protocol. `clean` puts an antialiased bicubic resize in its place (Parmar et al. 2022).
+    Images are resized to 299x299 as in TensorFlow 1 (bilinear, without half-pixel centres), the protocol of the
+    StyleGAN family. `clean` selects an antialiased bicubic resize instead (Parmar et al. 2022).
     """
     module = import_extra("torch_fidelity.feature_extractor_inceptionv3", "metrics")
-    with _replaced(module, load_state_dict_from_url=lambda *_, **__: state), _no_trace():
-        network = _built(
+    with _patched(module, load_state_dict_from_url=lambda *_, **__: state), _preserved_rng():
+        network = _build(
             lambda: module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"]), "Inception"
         )
     network.to(device)
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         resize = {"interpolate_bilinear_2d_like_tensorflow1x": clean_resize} if clean else {}
-        with _replaced(module, **resize):
+        with _patched(module, **resize):
             features, logits = network(to_rgb(images))
         return features, logits
 
-    return Detector(name="inception-2015-12-05", network=see)
+    return Detector(name="inception-2015-12-05", network=forward)
 
 
 def clean_resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Resize float images by the antialiased bicubic filter of Pillow, without rounding."""
+    """Resize float images with the antialiased bicubic filter of Pillow, without rounding."""
     return F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=align_corners).clamp(0, 255)
 
 
 def load_vgg16(state: Mapping[str, Tensor], device: torch.device) -> Detector:
-    """Return torchvision's VGG16: its second layer of 4096 after the ReLU, images enlarged to 224x224."""
+    """Return torchvision's VGG16: the 4096 features of fc2 after the ReLU, for images resized to 224x224."""
     module = import_extra("torch_fidelity.feature_extractor_vgg16", "metrics")
-    with _replaced(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
+    with _patched(module, torchvision_load_pretrained_vgg16=lambda **_: _torchvision_vgg16(state)):
         network = module.FeatureExtractorVGG16("vgg16", ["fc2_relu"]).to(device)
     return Detector(name="torchvision VGG16", network=lambda images: (network(to_rgb(images))[0], None))
 
@@ -346,7 +346,7 @@ def load_vgg16(state: Mapping[str, Tensor], device: torch.device) -> Detector:
 def load_lpips(
     vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return LPIPS on torchvision's VGG16: float images with values in 0..255, twice (B, 3, H, W) -> (B,)."""
+    """Return LPIPS on torchvision's VGG16: two float batches (B, 3, H, W) with values in 0..255 -> (B,)."""
     network = load_lpips_network(vgg16, linear, device)
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
@@ -358,29 +358,29 @@ def load_lpips(
 
 
 def load_lpips_network(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor], device: torch.device) -> Any:
-    """Return torch-fidelity's module of LPIPS: `normalize` for images with values in 0..255, `net`, `lins`."""
+    """Return torch-fidelity's LPIPS module with `normalize` (for images with values in 0..255), `net` and `lins`."""
     module = import_extra("torch_fidelity.sample_similarity_lpips", "metrics")
     replaced = {
         "load_state_dict_from_url": lambda *_, **__: linear,
         "torchvision_load_pretrained_vgg16": lambda: _torchvision_vgg16(vgg16),
     }
-    with _replaced(module, **replaced), _no_trace():
-        return _built(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
+    with _patched(module, **replaced), _preserved_rng():
+        return _build(lambda: module.SampleSimilarityLPIPS("lpips"), "LPIPS").to(device)
 
 
 def _torchvision_vgg16(state: Mapping[str, Tensor]) -> nn.Module:
     torchvision = import_extra("torchvision", "metrics")
-    with _no_trace(), torch.device("meta"):
+    with _preserved_rng(), torch.device("meta"):
         network: nn.Module = torchvision.models.vgg16(init_weights=False)
-    _built(lambda: network.load_state_dict(state, assign=True), "VGG16")
+    _build(lambda: network.load_state_dict(state, assign=True), "VGG16")
     return network.eval()
 
 
 def load_dinov2(folder: Path, device: torch.device) -> Detector:
-    """Return DINOv2 from a folder of transformers: the class token after the last norm, images resized to 224x224."""
+    """Load DINOv2 from a transformers folder: the class token after the last norm, for images resized to 224x224."""
     transformers = import_extra("transformers", "metrics")
     _check_dinov2_size(folder, transformers)
-    with _reading_dinov2(folder, transformers):
+    with _dinov2_errors(folder, transformers):
         network, info = transformers.Dinov2Model.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -388,29 +388,29 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
         raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         return network(pixel_values=dinov2_input(images)).last_hidden_state[:, 0].float(), None
 
-    return Detector(name=f"DINOv2 from {folder.name}", network=see)
+    return Detector(name=f"DINOv2 from {folder.name}", network=forward)
 
 
 @contextmanager
-def _reading_dinov2(folder: Path, transformers: ModuleType) -> Iterator[None]:
-    """Raise UserError for all that the library finds wrong with a folder; leave random numbers and stderr alone."""
+def _dinov2_errors(folder: Path, transformers: ModuleType) -> Iterator[None]:
+    """Turn every error of the library into a UserError. Keeps the random state and stderr unchanged."""
     try:
-        with _no_trace(), _quiet(transformers):
+        with _preserved_rng(), _quiet(transformers):
             yield
-    except Exception as error:  # of the library, of safetensors, of JSON
+    except Exception as error:  # raised by transformers, safetensors or json
         raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
 
 
 def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
-    """Raise UserError unless model.safetensors is as large as the network of config.json, which takes memory."""
+    """Raise UserError if model.safetensors is smaller than the network of config.json, before memory is allocated."""
     _read_dinov2_config(folder)
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a folder of DINOv2 has one")
-    with _reading_dinov2(folder, transformers):
+        raise UserError(f"{path}: no such file; a DINOv2 folder has one")
+    with _dinov2_errors(folder, transformers):
         with torch.device("meta"):
             network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
         expected = sum(x.numel() for x in network.parameters())
@@ -434,15 +434,15 @@ def dinov2_input(images: Tensor) -> Tensor:
 
 
 def load_program(path: Path, device: torch.device) -> Detector:
-    """Return a user's own network, which runs here: the caller has made sure that the user asked for it.
+    """Load a custom network. The file can run arbitrary code; the caller ensures that the user requested it.
 
-    TorchScript files of the StyleGAN family take `return_features=True`, without which they return probabilities.
+    TorchScript files of the StyleGAN family take `return_features=True`; they return probabilities by default.
     """
-    _say_that_it_runs(path)
+    _warn_that_program_runs(path)
     module, arguments = load_module(path, device)
     options = {"return_features": True} if "return_features" in arguments else {}
 
-    def see(images: Tensor) -> Output:
+    def forward(images: Tensor) -> Output:
         shape = f"uint8 images {tuple(images.shape)}"
         try:
             output = module(images, **options)
@@ -450,24 +450,22 @@ def load_program(path: Path, device: torch.device) -> Detector:
             raise UserError(f"--detector={path}: failed on {shape} ({describe_error(error)})") from None
         return _checked_output(output, len(images), f"--detector={path}: for {shape}")
 
-    return Detector(name=path.name, network=see)
+    return Detector(name=path.name, network=forward)
 
 
 @functools.cache
-def _say_that_it_runs(path: Path) -> None:
+def _warn_that_program_runs(path: Path) -> None:
     if distributed.is_main():
         print(f"--detector={path}: is a program and runs on this machine; use only those you trust", file=sys.stderr)
 
 
 def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
-    """Return a program as a module, and the names of its arguments. Raises UserError when it cannot be loaded."""
+    """Load a program. Returns the module and its argument names. Raises UserError if loading fails."""
     try:
         with warnings.catch_warnings(), _quiet_export():
-            warnings.simplefilter(
-                "ignore"
-            )  # that TorchScript, which users still have, is deprecated; of read-only buffers
+            warnings.simplefilter("ignore")  # deprecation of TorchScript, which users still have; read-only buffers
             if path.suffix == ".pt2":
-                return _on_device(programs.load(path), device).module(), []
+                return _move_to_device(programs.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
             return module, [argument.name for argument in module.forward.schema.arguments]
     except UserError:
@@ -476,9 +474,9 @@ def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
         raise UserError(f"--detector={path}: cannot be loaded ({describe_error(error)})") from None
 
 
-def _on_device(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
-    """Move an exported program, in whose graph the device that it was exported on is written again and again."""
-    place = torch.empty(0, device=device).device  # with the GPU's index, which the graph compares
+def _move_to_device(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
+    """Move an exported program, including the device arguments that are stored in its graph."""
+    place = torch.empty(0, device=device).device  # with the index of the GPU, which the graph compares
     return move_to_device_pass(program, str(place))
 
 
@@ -492,19 +490,19 @@ def _checked_output(output: Any, count: int, where: str) -> Output:
 
 
 def load_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Read tensors from a file without running any code. Raises UserError naming a file that holds anything else."""
+    """Read a state dict without running code. Raises UserError for a file that holds anything but tensors."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old file formats; what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about old file formats; unreadable files raise below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a state dict ({describe_error(error)})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds something else than a state dict")
+        raise UserError(f"{path}: is not a state dict of tensors")
     return state
 
 
-def _built(build: Callable[[], Any], name: str) -> Any:
+def _build(build: Callable[[], Any], name: str) -> Any:
     try:
         return build()
     except RuntimeError as error:
@@ -512,8 +510,8 @@ def _built(build: Callable[[], Any], name: str) -> Any:
 
 
 @contextmanager
-def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Give a module other functions for a while: torch-fidelity has no argument for weights in memory, or a resize."""
+def _patched(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Patch attributes of a module temporarily: torch-fidelity has no arguments for a state dict or a resize."""
     kept = {name: getattr(module, name) for name in attributes}
     for name, value in attributes.items():
         setattr(module, name, value)
@@ -525,15 +523,15 @@ def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _no_trace() -> Iterator[None]:
-    """Leave the random numbers alone that the initial weights of a network would use up."""
+def _preserved_rng() -> Iterator[None]:
+    """Preserve the global random state while a network initialises its weights."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
 @contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Keep torch.export from logging the traceback of what is raised as an error here."""
+    """Silence the logger of torch.export, which logs the traceback of errors that are raised anyway."""
     logger = logging.getLogger("torch.export")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -545,7 +543,7 @@ def _quiet_export() -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Keep the library from reporting on stderr what is raised as an error here."""
+    """Silence the logger of transformers, which reports errors on stderr that are raised anyway."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Display of results: progress with the time left, and a table."""
+"""Progress line with the remaining time, and the table of results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Record = dict[str, Any]  # as registry.result_to_json returns it
 
 
 class ProgressLine:
-    """Says on stderr how far the first process is with its share of the images, and how long the rest takes."""
+    """Progress on stderr: images done in the shard of rank 0, and the estimated time left."""
 
     def __init__(self) -> None:
         self.what, self.start, self.shown = "", 0.0, 0.0
@@ -41,7 +41,7 @@ class ProgressLine:
 
 
 def to_table(records: Sequence[Record]) -> str:
-    """Return one line for each number (what of, kimg, its name and value), and for each metric what it means."""
+    """Return a table with one row per value (network, kimg, metric, value), then the protocol of each metric."""
     rows = [("network", "kimg", "metric", "value")]
     for record in records:
         kimg = "" if record["kimg"] is None else f"{record['kimg']:g}"
@@ -53,7 +53,7 @@ def to_table(records: Sequence[Record]) -> str:
 
 
 def _origin(record: Record) -> str:
-    """Return the detector, the protocol, and whether flips are among the reals."""
+    """Return the detector, the protocol, and a note if flipped reals are included."""
     detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
     flips = "; flips counted" if record["mirror"] else ""
     return f"{detector}{record['protocol']}{flips}"

@@ -1,7 +1,7 @@
-"""Table of the metrics of a detector's features: FID, KID, inception score, precision/recall, density/coverage.
+"""Table of the metrics on detector features: FID, KID, inception score, precision/recall, density/coverage.
 
-Each compares a statistic of the reals with the same of the fakes. To add one, write a pure function of two results of
-metrics/feature_stats.py, and a row of METRICS.
+Each metric compares a statistic of the reals with the same statistic of the fakes. To add a metric, write a pure
+function of two results of metrics/feature_stats.py and add a row to METRICS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 from metrics.detectors import Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
-from metrics.frechet import frechet_numbers, warn_of_few
+from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
 from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
@@ -21,7 +21,7 @@ from metrics.registry import Measurement, register_metric
 from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext
 
 Reals = Literal["all", "most", "equal", "none"]
-PROTOCOLS: dict[Reals, str] = {  # how many images take part
+PROTOCOLS: dict[Reals, str] = {  # number of images
     "all": "50,000 fakes or <N>, all reals",
     "most": "50,000 fakes or <N>, all reals up to 200,000",
     "equal": "50,000 or <N> fakes and as many reals, at most all",
@@ -29,24 +29,24 @@ PROTOCOLS: dict[Reals, str] = {  # how many images take part
 }
 
 
-def nothing(*results: object) -> tuple[str, ...]:
+def no_warnings(*results: object) -> tuple[str, ...]:
     """Return no warnings."""
     return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMetric:
-    """A metric of the features of one detector.
+    """A metric on the features of one detector.
 
     pattern, help, paper, clean, library_suffix, higher_is_better    as in MetricSpec
-    protocol        what happens to the features; the number of images is said after it
+    protocol        processing of the features; the number of images is appended
     role            the detector
-    reals           how many take part, a key of PROTOCOLS; flips are among them under --mirror if `equal`
-    recipe          Side -> the statistic that is made of that side
-    numbers         (reals' statistic, fakes') -> {ending of the name: value}, the first one counts; without reals
-                    (fakes' statistic) -> the same. All processes call it and return the same
-    clean_numbers   the function under --protocol=clean, where it is another
-    warnings        of the same statistics -> warnings for the record
+    reals           number of reals, a key of PROTOCOLS; `equal` includes flipped reals under --mirror
+    recipe          Side -> the statistic to compute for that side
+    numbers         (statistic of reals, statistic of fakes) -> {name suffix: value}, the main value first;
+                    (statistic of fakes) -> the same if `reals` is "none". Collective: equal results on all processes
+    clean_numbers   replacement of `numbers` under --protocol=clean
+    warnings        same arguments -> warnings for the record
     """
 
     pattern: str
@@ -58,13 +58,13 @@ class FeatureMetric:
     recipe: Callable[[Side], Recipe]
     numbers: Callable[..., dict[str, float]]
     clean_numbers: Callable[..., dict[str, float]] | None = None
-    warnings: Callable[..., tuple[str, ...]] = nothing
+    warnings: Callable[..., tuple[str, ...]] = no_warnings
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
 
     def plan(self, context: MetricContext, count: int | None) -> list[StatRequest]:
-        """Return the statistics that are compared: of the reals, unless none take part, and of the fakes."""
+        """Return the requested statistics: of the reals, unless `reals` is "none", and of the fakes."""
         num_fake = count or NUM_IMAGES
         limits: dict[Reals, int | None] = {"all": None, "most": MAX_REALS, "equal": num_fake, "none": 0}
         limit, total = limits[self.reals], len(context.reals)
@@ -78,7 +78,7 @@ class FeatureMetric:
         return requests
 
     def measure(self, context: MetricContext, name: str, count: int | None) -> Measurement:
-        """Return the numbers of the statistics of `plan`."""
+        """Compute the metric from the statistics of `plan`."""
         statistics, requests = statistics_of(context), self.plan(context, count)
         results = [statistics[request] for request in requests]
         sizes = {request.of: statistics.size(request) for request in requests}
@@ -92,12 +92,12 @@ class FeatureMetric:
 
 
 def always(recipe: Recipe) -> Callable[[Side], Recipe]:
-    """Choose the same recipe for both sides, whatever their sizes."""
+    """Return a function that chooses this recipe for either side, regardless of the sizes."""
     return lambda side: recipe
 
 
 def register_feature_metric(metric: FeatureMetric) -> None:
-    """Register a row of METRICS, or one of a file of its own."""
+    """Register a row of METRICS, or a metric defined in another file."""
     register_metric(
         metric.pattern,
         help=metric.help,
@@ -114,7 +114,7 @@ def register_feature_metric(metric: FeatureMetric) -> None:
 
 FID = FeatureMetric(
     pattern="fid<N>_full",
-    help="Frechet inception distance of N fakes to all reals, the usual FID",
+    help="Frechet inception distance between N fakes and all reals, the usual FID",
     protocol="covariance over N",
     paper="Heusel et al. 2017",
     role="inception",
@@ -122,23 +122,23 @@ FID = FeatureMetric(
     recipe=always(Moments()),
     numbers=frechet_numbers,
     clean_numbers=partial(frechet_numbers, unbiased=True),
-    warnings=warn_of_few,
+    warnings=warn_few_images,
     clean="covariance over N-1 (Parmar et al. 2022)",
 )
 DINO = FeatureMetric(
     pattern="fd<N>_dinov2",
-    help="Frechet distance over DINOv2 features of N fakes to all reals; another scale than FID",
+    help="Frechet distance between DINOv2 features of N fakes and all reals; not on the scale of FID",
     protocol="covariance over N-1",
     paper="Stein et al. 2023",
     role="dinov2",
     reals="all",
     recipe=always(Moments()),
     numbers=partial(frechet_numbers, unbiased=True),
-    warnings=warn_of_few,
+    warnings=warn_few_images,
 )
 KID = FeatureMetric(
     pattern="kid<N>_full",
-    help="kernel inception distance of N fakes to all reals, unbiased for small sets; papers often print it x 1000",
+    help="kernel inception distance between N fakes and all reals, unbiased for small sets; papers often report x 1000",
     protocol="100 subsets of at most 1,000",
     paper="Binkowski et al. 2018",
     role="inception",
@@ -149,7 +149,7 @@ KID = FeatureMetric(
 )
 SCORE = FeatureMetric(
     pattern="is<N>",
-    help="inception score of N fakes; no reals take part",
+    help="inception score of N fakes; uses no reals",
     protocol="class logits (of Inception: 1008, without bias), 10 splits",
     paper="Salimans et al. 2016",
     role="inception",
@@ -159,7 +159,7 @@ SCORE = FeatureMetric(
     higher_is_better=True,
 )
 TVGG16 = (
-    "recorded as {}_tvgg16 with torchvision's VGG16, whose numbers do not compare with the StyleGAN family's vgg16.pt"
+    "recorded as {}_tvgg16 with torchvision's VGG16, which is not comparable with the vgg16.pt of the StyleGAN family"
 )
 PRECISION = FeatureMetric(
     pattern="pr<N>3_full",
@@ -187,24 +187,24 @@ DENSITY = FeatureMetric(
 )
 METRICS = (
     FID,
-    replace(FID, pattern="fid<N>", reals="equal", help="Frechet inception distance of N fakes to as many reals"),
+    replace(FID, pattern="fid<N>", reals="equal", help="Frechet inception distance between N fakes and N reals"),
     DINO,
     KID,
-    replace(KID, pattern="kid<N>", reals="equal", help="kernel inception distance of N fakes to as many reals"),
+    replace(KID, pattern="kid<N>", reals="equal", help="kernel inception distance between N fakes and N reals"),
     SCORE,
     PRECISION,
     replace(
         PRECISION,
         pattern="pr<N>3",
         reals="equal",
-        help=f"precision and recall of N fakes against as many reals; {TVGG16.format('pr<N>3')}",
+        help=f"precision and recall of N fakes against N reals; {TVGG16.format('pr<N>3')}",
     ),
     DENSITY,
     replace(
         DENSITY,
         pattern="dc<N>",
         reals="equal",
-        help=f"density and coverage of N fakes against as many reals; {TVGG16.format('dc<N>')}",
+        help=f"density and coverage of N fakes against N reals; {TVGG16.format('dc<N>')}",
     ),
 )
 

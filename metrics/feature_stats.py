@@ -1,8 +1,9 @@
-"""Statistics of features, streamed over batches and processes, and kept on disk for sets of real images.
+"""Statistics of features, accumulated over batches and processes; those of real images are cached on disk.
 
 A metric plans requests such as `StatRequest(of="fake", role="inception", count=50_000, recipe=Moments())`.
 `collect` groups the requests of all metrics: each image is generated or read once, passes through each network once,
-and feeds every recipe. A recipe's result is a dict of tensors, the same on every process whatever the batch size.
+and feeds every recipe. The result of a recipe is a dict of tensors, equal on all processes and independent of the batch
+size.
 """
 
 from __future__ import annotations
@@ -44,26 +45,26 @@ NO_CLASSES = "the detector returns no class logits: an inception score needs a n
 
 
 class Accumulator(Protocol):
-    """State of a recipe during one pass. `add` gets rows at consecutive positions of the set, perhaps none of them."""
+    """State of a recipe during one pass. `add` receives rows at consecutive positions of the set, possibly none."""
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None: ...
 
     def finish(self) -> Result:
-        """Return the result over all processes. A collective call."""
+        """Return the result over all processes. Collective."""
         ...
 
 
 class Recipe(Protocol):
-    """A frozen dataclass whose repr names the statistic, as part of the key under which it is kept."""
+    """A frozen dataclass whose repr identifies the statistic and is part of its cache key."""
 
     def start(self, count: int) -> Accumulator:
-        """Begin with a set of `count` images."""
+        """Return an accumulator for a set of `count` images."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatRequest:
-    """A statistic of the features of `count` images (None: all reals); `flips`: flips are among the reals."""
+    """A statistic of the features of `count` images (None: all reals); `flips` includes flipped reals."""
 
     of: Literal["real", "fake"]
     role: Role
@@ -74,7 +75,7 @@ class StatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One side of a comparison, the reals or the fakes, for which a recipe is chosen: the sizes of both, and a seed."""
+    """One side of a comparison, with the sizes of both sides and the seed. A recipe is chosen from it."""
 
     of: Literal["real", "fake"]
     num_real: int
@@ -84,7 +85,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance (divided by N) in float64: `count`, `mean` (F,), `cov` (F, F)."""
+    """Mean and covariance over N in float64: `count`, `mean` (F,), `cov` (F, F)."""
 
     def start(self, count: int) -> Accumulator:
         return _MomentSums()
@@ -92,7 +93,7 @@ class Moments:
 
 class _MomentSums:
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []  # number of rows (1,), their sum (F,), the sum of their outer products (F, F)
+        self.sums: list[Tensor] = []  # number of rows (1,), sum of rows (F,), sum of outer products (F, F)
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
         x = features.double()
@@ -107,7 +108,7 @@ class _MomentSums:
 
 @dataclass(frozen=True)
 class Rows:
-    """All features as they are, or in float16: `rows` (N, F)."""
+    """All features in float32 or, with `half`, in float16: `rows` (N, F)."""
 
     half: bool = False
 
@@ -129,9 +130,9 @@ class _KeptRows:
 
 @dataclass(frozen=True)
 class SubsetRows:
-    """The features in `number` random subsets of `size` images: `rows` (U, F) of all of them, `index` (number, size).
+    """Features in `number` random subsets of `size` images: `rows` (U, F), `index` (number, size) into the rows.
 
-    The subsets are drawn before the pass, so that no more than number * size rows are held of any set.
+    The subsets are drawn before the pass, so at most number * size rows are held.
     """
 
     number: int
@@ -161,8 +162,10 @@ class _SubsetSums:
 
 @dataclass(frozen=True)
 class ClassSums:
-    """For each of `splits` equal parts of the set, from softmax p of the logits: `count` (S,), `p` (S, K) = sum of p,
-    `plogp` (S,) = sum of p log p, all float64."""
+    """Sums over each of `splits` equal parts of the set, with p the softmax of the logits, in float64.
+
+    `count` (S,); `p` (S, K), the sum of p; `plogp` (S,), the sum of p log p.
+    """
 
     splits: int
 
@@ -179,7 +182,7 @@ class _ClassSums:
         if logits is None:
             raise UserError(NO_CLASSES)
         p, log_p = logits.double().softmax(dim=1), logits.double().log_softmax(dim=1)
-        # Split i holds the positions from i * N // splits on, up to where the next begins.
+        # Split i holds the positions i * N // splits <= position < (i + 1) * N // splits.
         bounds = torch.arange(1, self.splits, device=p.device) * self.total // self.splits
         position = torch.arange(positions.start, positions.start + len(p), device=p.device)
         split = torch.bucketize(position, bounds, right=True)
@@ -203,7 +206,7 @@ def statistics_of(context: MetricContext) -> Statistics:
 
 
 def with_network(context: MetricContext, G: ImageGenerator) -> MetricContext:
-    """Return a context for another network on the same data; detectors and statistics of the reals are kept."""
+    """Return a context for another network on the same data that reuses detectors and statistics of the reals."""
     old = statistics_of(context)
     following = replace(context, G=G, shared={})
     new = statistics_of(following)
@@ -214,7 +217,7 @@ def with_network(context: MetricContext, G: ImageGenerator) -> MetricContext:
 
 
 class Statistics:
-    """The statistics that the metrics of one network share, by what was wanted; `seconds` is what each pass took."""
+    """Statistics shared by the metrics of one network, by request; `seconds` is the duration of each pass."""
 
     def __init__(self, context: MetricContext) -> None:
         self.context = context
@@ -224,27 +227,27 @@ class Statistics:
 
     def __getitem__(self, request: StatRequest) -> Result:
         self.collect([request])
-        return self.results[self._normal(request)]
+        return self.results[self._normalized(request)]
 
     def seconds_of(self, requests: Iterable[StatRequest]) -> float:
-        """Return how long the passes took in which these requests were met, each shared pass in full."""
-        passes = {request.of: self.seconds[request] for request in map(self._normal, requests)}
+        """Return the duration of the passes that served these requests; a shared pass counts in full."""
+        passes = {request.of: self.seconds[request] for request in map(self._normalized, requests)}
         return sum(passes.values())
 
-    def _normal(self, request: StatRequest) -> StatRequest:
-        """Name all reals in one way, so that a count that is no restriction shares their pass."""
+    def _normalized(self, request: StatRequest) -> StatRequest:
+        """Replace a count of at least all reals by None, so that equal requests share a pass."""
         is_all = (
             request.of == "real" and request.count is not None and request.count >= len(self._context_of(request).reals)
         )
         return replace(request, count=None) if is_all else request
 
     def _context_of(self, request: StatRequest) -> MetricContext:
-        """Return the context whose `reals` are those of a request."""
+        """Return the context whose `reals` match the request: with or without flips."""
         return replace(self.context, counts_flips=request.flips)
 
     def collect(self, requests: Iterable[StatRequest]) -> None:
-        """Make what is wanted and not there yet: one pass over all fakes, one over each size of set of reals."""
-        todo = [request for request in dict.fromkeys(map(self._normal, requests)) if request not in self.results]
+        """Compute the missing requests: one pass over the fakes, and one over each distinct set of reals."""
+        todo = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
         self._run([request for request in todo if request.of == "fake"])
         for request in [request for request in todo if request.of == "real"]:
             kept = self._load(request)
@@ -257,10 +260,10 @@ class Statistics:
             for request in group:
                 self._save(request)
 
-    def try_out(self, role: Role, *, with_classes: bool) -> None:
-        """Show a user's own network blank images of the data's shape: two, then one, which a fixed batch size fails on.
+    def check_detector(self, role: Role, *, with_classes: bool) -> None:
+        """Run a custom detector on two blank images and on one, to detect a fixed batch size.
 
-        Raises UserError for a program that does not work, or has no classes where they are needed.
+        Raises UserError for a program that fails, or that returns no class logits where they are needed.
         """
         if self.context.setup.program_of(role) is None:
             return
@@ -271,14 +274,14 @@ class Statistics:
             raise UserError(NO_CLASSES)
 
     def _run(self, requests: list[StatRequest]) -> None:
-        """Send one set of images, of the largest size that is wanted, through the networks that are wanted."""
+        """Run all requests in one pass over the largest requested number of images."""
         if not requests:
             return
         start = time.perf_counter()
         sizes = {request: self.size(request) for request in requests}
         total = max(sizes.values())
         accumulators = {request: request.recipe.start(sizes[request]) for request in requests}
-        broken: dict[tuple[Role, str], Tensor] = {}  # on the device, so that the host does not wait in every batch
+        broken: dict[tuple[Role, str], Tensor] = {}  # on the device, to avoid a synchronization per batch
         for positions, images in self._batches(requests[0], total):
             for role in dict.fromkeys(request.role for request in requests):
                 features, logits = self._detector(role)(images)
@@ -299,9 +302,9 @@ class Statistics:
             self.seconds[request] = time.perf_counter() - start
 
     def _batches(self, request: StatRequest, total: int) -> Batches:
-        """Yield this process's images in the detector's batches; a process without any gets one blank image.
+        """Yield the images of this process in detector batches; one blank image if its shard is empty.
 
-        So every process learns the sizes of the features. The blank image stands at no position.
+        The blank image has an empty range of positions. It gives every process the shapes of the features.
         """
         context = self._context_of(request)
         if request.of == "fake":
@@ -315,13 +318,13 @@ class Statistics:
         return rebatched(batches, context.detector_batch)
 
     def size(self, request: StatRequest) -> int:
-        """Return how many images a request comes to."""
+        """Return the number of images of a request."""
         everything = len(self._context_of(request).reals)
         if request.of == "fake":
             assert request.count is not None
             return request.count
         if everything == 0:
-            raise UserError("the data set holds no images: metrics need some to compare with")
+            raise UserError("the dataset holds no images: metrics need real images to compare with")
         return everything if request.count is None else min(request.count, everything)
 
     def _detector(self, role: Role) -> Detector:
@@ -329,7 +332,7 @@ class Statistics:
             self.detectors[role] = self.context.setup.load(role, self.context.device)
         return self.detectors[role]
 
-    # Statistics of reals on disk. The first process reads and writes; others may not see its disk.
+    # Cache of the statistics of reals. Only rank 0 reads and writes: other processes may not see its disk.
 
     def _path(self, request: StatRequest) -> Path | None:
         context = self._context_of(request)
@@ -338,7 +341,7 @@ class Statistics:
         size = self.size(request)
         key = {
             "version": VERSION,
-            "data": context.reals.content_hash,  # which differs with and without flips
+            "data": context.reals.content_hash,  # differs with and without flips
             "chosen": None if size == len(context.reals) else [size, context.seed],
             "detector": context.setup.identity(request.role)["detector_sha256"],
             "library": context.setup.library_of(request.role),
@@ -355,10 +358,10 @@ class Statistics:
             try:
                 kept = read_file(path, FORMAT, VERSION, {})
                 if not all(isinstance(x, Tensor) for x in kept.values()):
-                    raise UserError(f"{path}: holds something else than tensors")
+                    raise UserError(f"{path}: holds objects other than tensors")
                 return kept
             except UserError as error:
-                print(f"Warning: {error}: it is made again", file=sys.stderr)
+                print(f"Warning: {error}: the file is computed again", file=sys.stderr)
                 return None
 
         kept = from_main(read)
@@ -372,11 +375,11 @@ class Statistics:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, FORMAT, VERSION, self.results[request])
         except (OSError, UserError) as error:
-            print(f"Warning: statistics of the real images are not kept ({error})", file=sys.stderr)
+            print(f"Warning: the statistics of the real images are not cached ({error})", file=sys.stderr)
 
 
 def rebatched(batches: Batches, size: int) -> Iterator[tuple[range, Tensor]]:
-    """Cut a stream of consecutive images into batches of `size`, whatever batches it comes in."""
+    """Regroup a stream of batches with consecutive positions into batches of `size` images."""
     waiting: list[Tensor] = []
     start = count = 0
     for positions, images in batches:

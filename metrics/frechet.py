@@ -1,4 +1,4 @@
-"""Frechet distance of features, of Inception's (FID, Heusel et al. 2017) or DINOv2's (Stein et al. 2023)."""
+"""Frechet distance between features of Inception (FID, Heusel et al. 2017) or DINOv2 (Stein et al. 2023)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from metrics.feature_stats import Result
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), computed in float64.
 
-    The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real by construction, and exact to
-    rounding where a covariance is singular, unlike a root of the product itself.
+    tr((S1 S2)^(1/2)) is the sum of the singular values of S1^(1/2) S2^(1/2). Unlike a matrix square root of the
+    product, this sum is real by construction and accurate to rounding even for singular covariances.
     """
     cross = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()
     distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * cross
@@ -20,13 +20,13 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def _root(cov: Tensor) -> Tensor:
-    """Return R with R R^T = cov, from the eigenvalues; those that rounding made negative count as 0."""
+    """Return R with R R^T = cov from the eigenvalues; eigenvalues that rounding made negative are set to 0."""
     values, vectors = torch.linalg.eigh(cov.double())
     return vectors * values.clamp(min=0).sqrt()
 
 
 def distance_of(real: Result, fake: Result, *, unbiased: bool = False) -> float:
-    """Return the distance of two sets from their Moments; `unbiased` divides covariances by N - 1 instead of N."""
+    """Return the distance between two Moments; `unbiased` divides covariances by N - 1 instead of N."""
     covariances = []
     for moments in (real, fake):
         count = float(moments["count"])
@@ -35,7 +35,7 @@ def distance_of(real: Result, fake: Result, *, unbiased: bool = False) -> float:
 
 
 def few_images(count: int, dimensions: int, where: str = "") -> tuple[str, ...]:
-    """Return a warning where there are fewer images than features have dimensions."""
+    """Return a warning if there are no more images than feature dimensions."""
     if count > dimensions:
         return ()
     problem = "the covariance is singular and the distance too high"
@@ -43,10 +43,10 @@ def few_images(count: int, dimensions: int, where: str = "") -> tuple[str, ...]:
 
 
 def frechet_numbers(real: Result, fake: Result, *, unbiased: bool = False) -> dict[str, float]:
-    """Return the distance as a metric's only number."""
+    """Return the distance as the only value of the metric."""
     return {"": distance_of(real, fake, unbiased=unbiased)}
 
 
-def warn_of_few(real: Result, fake: Result) -> tuple[str, ...]:
+def warn_few_images(real: Result, fake: Result) -> tuple[str, ...]:
     """Return the warning of `few_images` for two Moments."""
     return few_images(int(min(real["count"], fake["count"])), len(real["mean"]))

@@ -1,4 +1,4 @@
-"""Inception score: how sure a classifier is of each image, and how evenly the classes occur (Salimans et al. 2016)."""
+"""Inception score: confidence of a classifier per image and diversity of its classes (Salimans et al. 2016)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPLITS = 10
 
 
 def inception_score(sums: Result) -> tuple[float, float]:
-    """Return mean and standard deviation over the splits of exp E_x KL(p(y|x) || p(y)), from ClassSums.
+    """Return the mean and standard deviation over the splits of exp E_x KL(p(y|x) || p(y)), from ClassSums.
 
     E_x KL = mean_x sum_y p log p - sum_y q log q, with q the mean of p over the split.
     """
@@ -21,13 +21,13 @@ def inception_score(sums: Result) -> tuple[float, float]:
 
 
 def score_numbers(sums: Result) -> dict[str, float]:
-    """Return a metric's numbers: mean and standard deviation over the splits."""
+    """Return the values of the metric: mean and standard deviation over the splits."""
     mean, std = inception_score(sums)
     return {"_mean": mean, "_std": std}
 
 
 def class_sums(side: Side) -> ClassSums:
-    """Return the sums over 10 splits of the fakes. Raises UserError where there are fewer images than splits."""
+    """Return the recipe for 10 splits of the fakes. Raises UserError for fewer images than splits."""
     if side.num_fake < SPLITS:
         raise UserError(f"{SPLITS} splits need at least {SPLITS} images")
     return ClassSums(SPLITS)

@@ -13,7 +13,7 @@ SUBSET_SIZE = 1000
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Return the unbiased estimate for equally large sets x, y (m, F), in float64:
+    """Return the unbiased estimate for x, y (m, F) of equal size, in float64:
 
     sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 mean_ij k(x_i, y_j),     k(a, b) = (a b / F + 1)^3
     """
@@ -25,22 +25,25 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kernel_distance(real: Result, fake: Result) -> tuple[float, float]:
-    """Return mean and standard deviation over the subsets of two SubsetRows."""
+    """Return the mean and standard deviation over the subsets of two SubsetRows."""
     pairs = zip(real["index"], fake["index"], strict=True)
     values = torch.stack([squared_mmd(real["rows"][one], fake["rows"][other]) for one, other in pairs])
     return float(values.mean()), float(values.std(correction=0))
 
 
 def kernel_numbers(real: Result, fake: Result) -> dict[str, float]:
-    """Return a metric's numbers: the mean and, of several subsets, their standard deviation."""
+    """Return the values of the metric: the mean and, for more than one subset, the standard deviation."""
     mean, std = kernel_distance(real, fake)
     return {"": mean} if len(real["index"]) == 1 else {"": mean, "_std": std}
 
 
 def subsets(side: Side) -> SubsetRows:
-    """Return the subsets of one side: one where they would be whole sets. Raises UserError for single images."""
+    """Return the recipe of one side: random subsets, or one if each subset would be the whole set.
+
+    Raises UserError if a side has fewer than 2 images.
+    """
     size = min(side.num_real, side.num_fake, SUBSET_SIZE)
     if size < 2:
-        raise UserError(f"a kernel distance needs at least 2 images on each side, here it has {size}")
-    is_whole = side.num_fake == size == side.num_real  # then all subsets are the same
+        raise UserError(f"a kernel distance needs at least 2 images on each side, got {size}")
+    is_whole = side.num_fake == size == side.num_real  # all subsets would be equal
     return SubsetRows(1 if is_whole else SUBSETS, size, f"kid-{side.of}", side.seed)

@@ -1,10 +1,10 @@
-"""Perceptual path length: how far an image moves for a small step in latent space (Karras et al. 2019, 2020a).
+"""Perceptual path length: LPIPS distance between images a small step apart in latent space (Karras et al. 2019, 2020a).
 
     E[d(G(x(t)), G(x(t + eps))) / eps^2],    eps = 1e-4, d = LPIPS, x(t) between two random points in w or in z
 
-t is 0 (`end`) or uniform in 0..1 (`full`). Images are averaged down to 256 pixels; distances outside the 1st to the
-99th percentile are left out. The four older metrics look at FFHQ's faces alone, as published: rows 3/8 to 7/8, columns
-2/8 to 6/8 of the image.
+t is 0 (`end`) or uniform in 0..1 (`full`). Images are average-pooled to at most about 256 pixels; distances outside the
+1st to 99th percentile are discarded. The four older metrics crop the face region of FFHQ, as published: rows 3/8 to
+7/8, columns 2/8 to 6/8 of the image.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch_utils.interpolation import slerp
 
 EPSILON = 1e-4
 MAX_SIDE = 256
-MIN_SIDE = 16  # VGG16 halves an image four times before LPIPS looks last
+MIN_SIDE = 16  # VGG16 halves an image four times before the last layer that LPIPS uses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """Where the steps are taken: in which space, at t = 0 only, and on which part of the image they are judged."""
+    """Variant of the metric: latent space, t = 0 only or uniform, and face crop or full image."""
 
     space: Literal["w", "z"]
     at_end: bool
@@ -39,14 +39,14 @@ class Walk:
 
 
 def trimmed_mean(distances: np.ndarray) -> float:
-    """Return the mean of what lies between the 1st and the 99th percentile, both included."""
+    """Return the mean of the distances from the 1st to the 99th percentile, both inclusive."""
     low = np.percentile(distances, 1, method="lower")
     high = np.percentile(distances, 99, method="higher")
     return float(distances[(low <= distances) & (distances <= high)].mean())
 
 
 def lpips_input(img: Tensor, crop: bool) -> Tensor:
-    """Return images (B, C, H, W) in [-1, 1] as LPIPS sees them: RGB in 0..255, no larger than 256 pixels."""
+    """Convert images (B, C, H, W) in [-1, 1] to LPIPS input: RGB in 0..255, average-pooled towards 256 pixels."""
     if crop:
         H, W = img.shape[2:]
         img = img[:, :, 3 * H // 8 : 7 * H // 8, 2 * W // 8 : 6 * W // 8]
@@ -57,13 +57,13 @@ def lpips_input(img: Tensor, crop: bool) -> Tensor:
     if factor > 1:
         img = F.avg_pool2d(img, factor)
     if img.shape[1] not in (1, 3):
-        raise UserError(f"LPIPS sees RGB or gray images, and these have {img.shape[1]} channels")
+        raise UserError(f"LPIPS needs RGB or gray images, and these have {img.shape[1]} channels")
     return ((img + 1) * 127.5).expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
 def steps(context: MetricContext, walk: Walk, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this process's share of the pairs of images at the two ends of a step, in [-1, 1]."""
+    """Yield this process's shard of the image pairs, one image per end of a step, in [-1, 1]."""
     G: Any = context.network
     share = own_shard(count)
     for positions in cut(share, max(context.batch_size // 2, 1)):
@@ -71,7 +71,7 @@ def steps(context: MetricContext, walk: Walk, count: int) -> Iterator[tuple[Tens
         t = 0 * z0[:, :1] if walk.at_end else _rows(context, "uniform", 1, "path t", positions)
         c = random_labels(context, positions)
         psi, mode = context.truncation_psi, context.noise_mode
-        with full_float32():  # a step is smaller than the last digit of TF32
+        with full_float32():  # a step is below the precision of TF32
             if walk.space == "w":
                 w0, w1 = (G.mapping(z, c, truncation_psi=psi) for z in (z0, z1))  # (B, num_ws, w_dim)
                 ws = [torch.lerp(w0, w1, at.unsqueeze(2)) for at in (t, t + EPSILON)]
@@ -92,7 +92,7 @@ def _rows(context: MetricContext, kind: str, width: int, purpose: str, positions
 
 
 def check_walk(context: MetricContext, walk: Walk) -> None:
-    """Raise UserError when the network cannot be walked through in this way."""
+    """Raise UserError if the network or the noise mode does not support this walk."""
     G = context.network
     if walk.space == "w" and not (hasattr(G, "mapping") and hasattr(G, "synthesis")):
         raise UserError(f"{type(G).__name__} has no style space w to walk through: use ppl_zend or ppl_zfull")
@@ -122,7 +122,7 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
 
     @register_metric(
         f"{pattern}<N>",
-        help=f"{help}; recorded as {pattern}_tvgg16, does not compare with the StyleGAN family's vgg16.pt",
+        help=f"{help}; recorded as {pattern}_tvgg16, not comparable with the vgg16.pt of the StyleGAN family",
         protocol=f"{start}, eps 1e-4, no TF32, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
         paper="Karras et al. 2020a" if pattern == "ppl2_wend" else "Karras et al. 2019",
         roles=("lpips",),
@@ -133,8 +133,8 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
         return path_length(context, name, count or NUM_IMAGES, walk)
 
 
-_register("ppl2_wend", Walk(space="w", at_end=True, crop=False), "perceptual path length in w from w on, StyleGAN2's")
-_register("ppl_wend", Walk(space="w", at_end=True, crop=True), "the same on faces, StyleGAN's")
-_register("ppl_wfull", Walk(space="w", at_end=False, crop=True), "perceptual path length in w all along, on faces")
-_register("ppl_zend", Walk(space="z", at_end=True, crop=True), "perceptual path length in z from z on, on faces")
-_register("ppl_zfull", Walk(space="z", at_end=False, crop=True), "perceptual path length in z all along, on faces")
+_register("ppl2_wend", Walk(space="w", at_end=True, crop=False), "perceptual path length in w at t = 0, of StyleGAN2")
+_register("ppl_wend", Walk(space="w", at_end=True, crop=True), "the same with the face crop, of StyleGAN")
+_register("ppl_wfull", Walk(space="w", at_end=False, crop=True), "perceptual path length in w, uniform t, face crop")
+_register("ppl_zend", Walk(space="z", at_end=True, crop=True), "perceptual path length in z at t = 0, face crop")
+_register("ppl_zfull", Walk(space="z", at_end=False, crop=True), "perceptual path length in z, uniform t, face crop")

@@ -1,6 +1,6 @@
-"""Distances between images that have a gradient, for those who look for an image: LPIPS, and features of a program.
+"""Differentiable image distances for projection: LPIPS, and features of a custom detector.
 
-Each is a function of targets that returns a function of images: what depends on the targets is computed once.
+Each distance is a function of the targets that returns a function of images. Target features are computed once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch_utils.images import DistanceTo
 
 
 def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
-    """LPIPS of torch-fidelity on RGB or gray images, averaged down to 256 pixels.
+    """LPIPS of torch-fidelity on RGB or gray images, average-pooled towards 256 pixels.
 
     sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2        Zhang et al. 2018
 
-    Raises UserError when its weights are not there.
+    Raises UserError if the weights are missing.
     """
     network = setup.load_lpips_network(device)
 
@@ -47,14 +47,15 @@ def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
 
 
 def feature_distance(path: Path, device: torch.device) -> DistanceTo:
-    """|f(img) - f(target)|^2 / |f(target)|^2 of a program's features f, which is given float pixels in 0..255.
+    """Return |f(img) - f(target)|^2 / |f(target)|^2 for the features f of a program on float pixels in 0..255.
 
-    Of a program that takes `return_lpips`, as the StyleGAN family's VGG16 does, f is what it returns with it: squared
-    distances of that are LPIPS, so they are not divided. Raises UserError for a program that gives no gradient.
+    If the program takes `return_lpips`, like the VGG16 of the StyleGAN family, f is its output under that option.
+    Squared distances of this output are LPIPS, so they are not divided. Raises UserError for a program without
+    gradients.
     """
     module, arguments = load_module(path, device)
     if path.suffix == ".pt2":
-        _admit_floats(module)
+        _remove_input_checks(module)
     is_lpips = "return_lpips" in arguments
     options: dict[str, bool] = {"return_features": True} if "return_features" in arguments else {}
     if is_lpips:
@@ -68,12 +69,12 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
             raise UserError(
-                f"--detector={path}: cannot see float images of {tuple(img.shape)} ({reason}); use --loss=pixels"
+                f"--detector={path}: fails on float images of {tuple(img.shape)} ({reason}); use --loss=pixels"
             ) from None
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():  # of TorchScript, a result may carry a graph even without
+        with torch.enable_grad():  # for the check below; TorchScript outputs may carry a graph even without it
             goal = features(targets.clone().requires_grad_())
         if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
@@ -84,8 +85,8 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     return distance_to
 
 
-def _admit_floats(module: Any) -> None:
-    """Take from an exported program what insists on the type of its inputs: they are turned into floats behind that."""
+def _remove_input_checks(module: Any) -> None:
+    """Remove the input type checks of an exported program. The graph converts its inputs to float after them."""
     for node in list(module.graph.nodes):
         is_guard = node.op == "call_module" and "guards" in str(node.target)
         if is_guard or node.target is torch.ops.aten._assert_tensor_metadata.default:

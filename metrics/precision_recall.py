@@ -1,7 +1,7 @@
-"""Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020): manifolds of balls.
+"""Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-Around each feature of a set lies a ball whose radius is the distance to its k-th nearest neighbour in that set.
-Distances are computed block by block: no more than BLOCK x N exist at a time. The processes share out the rows.
+The manifold of a set is the union of balls around its features; each radius is the distance to the k-th nearest
+neighbour in the set. Distances are computed in blocks of at most BLOCK x N. Rows are sharded over the processes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BLOCK = 4096
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return Euclidean distances (len(x), len(y)) in float32, rounded to the features' own type.
+    """Return Euclidean distances (len(x), len(y)), computed in float32 and rounded to the dtype of x.
 
-    |x|^2 + |y|^2 - 2 x y around the mean of y, because what features have in common would cost digits.
+    |x|^2 + |y|^2 - 2 x y, after subtracting the mean of y: a common offset would cancel and cost precision.
     """
     centre = y.mean(dim=0, dtype=torch.float32)
     x32 = x.float() - centre
     squares = x32.square().sum(dim=1, keepdim=True)
     distances = x.new_empty(len(x), len(y))
-    for start in range(0, len(y), BLOCK):  # so that y is never held in float32 as a whole
+    for start in range(0, len(y), BLOCK):  # to avoid a float32 copy of all of y
         y32 = y[start : start + BLOCK].float() - centre
         with full_float32():
             part = torch.addmm(y32.square().sum(dim=1), x32, y32.T, alpha=-2) + squares
@@ -37,21 +37,20 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def radii(x: Tensor, neighbours: int) -> Tensor:
-    """Return the distance of each row to its k-th nearest other row, (N,). Collective; every process gets all."""
+    """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
-        raise UserError(f"{len(x)} images have no {neighbours} neighbours each: use more images")
+        raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
     share = own_shard(len(x))
     parts = [x.new_empty(0)]
     for start in range(share.start, share.stop, BLOCK):
         rows = x[start : min(start + BLOCK, share.stop)]
-        parts.append(
-            _distances(rows, x).float().kthvalue(neighbours + 1, dim=1).values.to(x.dtype)
-        )  # the first is itself
+        # The nearest row is the row itself.
+        parts.append(_distances(rows, x).float().kthvalue(neighbours + 1, dim=1).values.to(x.dtype))
     return gather_rows(torch.cat(parts)[:, None])[:, 0]
 
 
 def inside(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """Return in how many balls each row of x lies, (N,) int64. Collective."""
+    """Return the number of balls that contain each row of x, (N,) int64. Collective."""
     share = own_shard(len(x))
     parts = [torch.zeros(0, dtype=torch.int64, device=x.device)]
     for start in range(share.start, share.stop, BLOCK):
@@ -70,14 +69,14 @@ def nearest(x: Tensor, others: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
-    """Return the share of fakes within a ball of the reals, and of reals within a ball of the fakes."""
+    """Return the fraction of fakes inside the manifold of the reals, and of reals inside that of the fakes."""
     precision = (inside(fake, real, radii(real, neighbours)) > 0).double().mean()
     recall = (inside(real, fake, radii(fake, neighbours)) > 0).double().mean()
     return float(precision), float(recall)
 
 
 def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS) -> tuple[float, float]:
-    """Return the mean number of the reals' balls around a fake / k, and the share of these balls that hold a fake."""
+    """Return density (mean number of real balls around a fake / k) and coverage (share of real balls with a fake)."""
     radius = radii(real, neighbours)
     density = inside(fake, real, radius).double().mean() / neighbours
     coverage = (nearest(real, fake) <= radius).double().mean()
@@ -85,7 +84,7 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
 
 
 def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:
-    """Return a metric's numbers from two Rows in float16. Raises UserError for features whose distances overflow it."""
+    """Return precision and recall of two Rows in float16. Raises UserError if distances would overflow float16."""
     longest = max(float(side["rows"].float().norm(dim=1).max()) for side in (real, fake))
     if 2 * longest > torch.finfo(torch.float16).max:
         raise UserError("the detector's features are too large for distances in float16: scale them down")
@@ -94,6 +93,6 @@ def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:
 
 
 def density_coverage_numbers(real: Result, fake: Result) -> dict[str, float]:
-    """Return a metric's numbers from two Rows."""
+    """Return density and coverage of two Rows."""
     density, coverage = density_coverage(real["rows"], fake["rows"])
     return {"_density": density, "_coverage": coverage}

@@ -1,9 +1,9 @@
-"""Exported programs (.pt2) of others: refused where loading them would do more than read tensors and a graph.
+"""Safe loading of untrusted exported programs (.pt2): only archives of tensors and a graph are accepted.
 
-An archive of torch.export holds a graph as JSON, and tensors. torch also loads from it whatever needs a full unpickler,
-compiled libraries and objects of custom classes; it evaluates expressions of the graph as Python, and makes Python code
-of its names. `check` looks at all of these with the reader that torch uses, before torch does. What remains is a graph
-of PyTorch's own operators. That is still a program: it can take all memory and time.
+An archive of torch.export holds a graph as JSON, and tensors. torch also loads pickled objects, compiled libraries and
+objects of custom classes from an archive; it evaluates expressions of the graph as Python and generates Python code
+from names in the graph. `check` validates all of these before torch loads them, with the same reader. An accepted
+archive is a graph of PyTorch's own operators. Such a program can still exhaust memory and time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dnnlib.config import UserError
 from dnnlib.screen import printable
 from dnnlib.util import describe_error, parse_json
 
-if TYPE_CHECKING:  # it imports the compiler, which takes longer than the rest of this project
+if TYPE_CHECKING:  # this module imports the compiler, which takes longer than importing this project
     from torch.export.pt2_archive import PT2ArchiveReader
 
-# Parts of an archive. Extra files are text that nothing here reads.
+# Permitted parts of an archive. Extra files are text and are not read here.
 PARTS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
     r"|data/weights/(weight_\d+|model\.pt|model_weights_config\.json)"
@@ -37,24 +37,24 @@ PARTS = re.compile(
 TEXTS = ("models/model.json", "data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 MAX_TEXT = 1 << 28  # bytes
 
-# Names of tensors, modules and arguments, which torch writes into Python code; and text that stands in quotes there.
+# NAME: names of tensors, modules and arguments, which torch writes into Python code. QUOTED: string literals there.
 NAME = re.compile(r"[\w.+-]{0,500}", re.ASCII)
 QUOTED = re.compile(r"[^'\"\\\r\n]{0,500}")
 OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
 FORBIDDEN = ("from_file", "save")  # operators of PyTorch that open files
-OTHERS = re.compile(
+OTHER_OPERATORS = re.compile(
     r"torch\._?sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond)",
     re.ASCII,
 )
-TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
+TREE_TYPES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 CHECKED = ("target", "as_operator", "expr_str", "guards_code", "in_spec", "out_spec")
-NOTE = "note"  # stack traces and such, which are shown and not run
+NOTE = "note"  # stack traces and other text that torch never executes
 REFUSED_KEYS = ("as_custom_obj", "class_fqn", "custom_obj_name")
 
-# Expressions of sizes, as sympy writes them: Add(Mul(Integer(2), Symbol('s34', positive=True)), Integer(1)). And
-# conditions on them, as Python: L['images'].size()[0] <= 4096.
+# Size expressions in sympy notation: Add(Mul(Integer(2), Symbol('s34', positive=True)), Integer(1)). Guards on sizes
+# in Python notation: L['images'].size()[0] <= 4096.
 NODES: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Attribute, ast.Subscript),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
@@ -71,26 +71,26 @@ METHODS = ("size", "stride", "storage_offset")
 POWERS = ("Pow", "PowByNatural")
 MAX_EXPRESSION = 20_000
 
-# Variables that torch.load follows in spite of its arguments; it refuses to work under both.
-DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-MORE_THAN_DATA = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# Environment variables that override the weights_only argument of torch.load. It raises if both are set.
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
 
 
 def load(path: Path) -> torch.export.ExportedProgram:
-    """Return an exported program. Raises UserError for one that is not data and PyTorch's own operators alone.
+    """Load an exported program. Raises UserError if it holds more than data and PyTorch's own operators.
 
-    What torch raises for damaged files passes through.
+    Exceptions of torch for corrupt files pass through.
     """
-    from torch.export.pt2_archive._package import load_pt2  # where torch.export.load tries an older format too
+    from torch.export.pt2_archive._package import load_pt2  # torch.export.load would also try an older format
 
     check(path)
-    with _data_alone():
+    with _weights_only():
         return load_pt2(str(path)).exported_programs["model"]
 
 
 def check(path: Path) -> None:
-    """Raise UserError where loading an archive would run code, naming the part."""
+    """Raise UserError, with the name of the part, if loading an archive would run code."""
     from torch.export.pt2_archive import PT2ArchiveReader
 
     try:
@@ -100,8 +100,8 @@ def check(path: Path) -> None:
             size = sum(info.file_size for info in archive.infolist())
     except (RuntimeError, AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"--detector={path}: cannot be loaded: no archive of torch.export, or one of torch 2.7 or older, which is "
-            f"to be exported anew ({describe_error(error)})"
+            f"--detector={path}: cannot be loaded: no archive of torch.export, or one of torch 2.7 or older; "
+            f"export it again with a newer torch ({describe_error(error)})"
         ) from None
     if size > path.stat().st_size:
         raise UserError(f"--detector={path}: is compressed, or its parts overlap, which torch.export does not do")
@@ -109,7 +109,7 @@ def check(path: Path) -> None:
         raise UserError(f"--detector={path}: holds no program ({TEXTS[0]})")
     for name in names:
         if not PARTS.fullmatch(name):
-            raise _refusal(path, name, "is no part of a program that is data and PyTorch's own operators alone")
+            raise _refusal(path, name, "is no part of a program that holds only data and PyTorch's own operators")
     for name in names:
         if name.endswith(".pt"):
             _check_tensors(path, name, reader.read_bytes(name))
@@ -127,18 +127,18 @@ def _check_tensors(path: Path, part: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
     except Exception as error:
-        problem = f"needs more than tensors and plain values to be read, and could run any code ({_first(error)})"
+        problem = f"needs more than tensors and plain values to be read, and could run any code ({_reason(error)})"
         raise _refusal(path, part, problem) from None
 
 
-def _first(error: Exception) -> str:
-    """Return why the unpickler refuses: torch names it behind advice about how to run the code all the same."""
+def _reason(error: Exception) -> str:
+    """Extract the reason from an unpickler error. torch precedes it with advice to run the code anyway."""
     match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]*)", str(error))
     return printable(match[1] or match[2])[:100] if match else describe_error(error)
 
 
 def _read_text(path: Path, part: str, content: bytes) -> Any:
-    """Return a part that is JSON. Raises UserError for a text in it that torch would make more of than a name."""
+    """Parse a JSON part. Raises UserError for a string in it that torch could execute."""
     if len(content) > MAX_TEXT:
         raise _refusal(path, part, f"has more than {MAX_TEXT} bytes")
     try:
@@ -151,7 +151,7 @@ def _read_text(path: Path, part: str, content: bytes) -> Any:
 
 
 def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveReader) -> None:
-    """Raise UserError unless the tensors that a part describes are plain bytes, or read without a full unpickler."""
+    """Raise UserError unless the tensors listed in a part are raw bytes or load with weights_only=True."""
     try:
         payloads = [(payload["path_name"], payload["use_pickle"]) for payload in document["config"].values()]
     except (KeyError, TypeError, AttributeError):
@@ -159,13 +159,13 @@ def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveRead
     for name, is_pickled in payloads:
         place = f"{part.rpartition('/')[0]}/{name}"
         if not PARTS.fullmatch(place):
-            raise _refusal(path, place, "is an object and no tensor")
+            raise _refusal(path, place, "is an object, not a tensor")
         if is_pickled:
             _check_tensors(path, place, reader.read_bytes(place))
 
 
 def _strings(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in a document, keys of objects too, with the key under which it stands."""
+    """Yield (key, string) for every string in a document. Keys of objects are included, with the key ''."""
     if isinstance(value, str):
         yield kind, value
     elif isinstance(value, list):
@@ -181,7 +181,7 @@ def _strings(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_string(kind: str, text: str) -> None:
-    """Raise ValueError for a text that torch would make more of than a name."""
+    """Raise ValueError for a string that torch could execute as more than a permitted name or expression."""
     if kind in ("target", "as_operator"):
         _check_operator(text)
     elif kind in ("expr_str", "guards_code"):
@@ -198,13 +198,13 @@ def _check_operator(name: str) -> None:
         packet = getattr(getattr(torch.ops, match[1]), match[2], None)
         if isinstance(getattr(packet, match[3], None), torch._ops.OpOverload):
             return
-    elif OTHERS.fullmatch(name):
+    elif OTHER_OPERATORS.fullmatch(name):
         return
     raise ValueError(f"{name[:100]!r}, which is no operator that a detector may use")
 
 
 def _check_expression(text: str) -> None:
-    """Raise ValueError unless Python's evaluation of a text is arithmetic of sizes."""
+    """Raise ValueError unless a string is arithmetic on sizes when evaluated as Python."""
     try:
         nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))] if len(text) <= MAX_EXPRESSION else []
     except SyntaxError:
@@ -218,7 +218,7 @@ def _check_expression(text: str) -> None:
 
 
 def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bool:
-    """Whether a node is arithmetic; `called`, `named`: functions, and where the name of something may stand."""
+    """Return whether a node is arithmetic. `called` are function nodes; `named` are nodes that may be a string."""
     match node:
         case ast.Name():
             return (FUNCTIONS if node in called else SYMBOL).fullmatch(node.id) is not None
@@ -240,15 +240,15 @@ def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bo
 
 
 def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
-    """Whether a power takes no time: its exponent is a small number, and its base no power."""
+    """Return whether a power is cheap to evaluate: the exponent is a small number and the base is not a power."""
     text = ast.unparse(base)
     return EXPONENT.fullmatch(ast.unparse(exponent)) is not None and "Pow" not in text and "**" not in text
 
 
 def _check_tree(value: Any) -> None:
-    """Raise ValueError unless inputs or outputs are nested in tuples, lists and dicts alone."""
+    """Raise ValueError unless a tree of inputs or outputs consists of tuples, lists and dicts."""
     if isinstance(value, dict):
-        if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREES:
+        if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREE_TYPES:
             raise ValueError(f"inputs or outputs in {str(value.get('type'))[:60]!r}, not in tuples, lists and dicts")
         if value["context"] is not None:
             for _, text in _strings(parse_json(value["context"])):
@@ -258,16 +258,16 @@ def _check_tree(value: Any) -> None:
         for item in value:
             _check_tree(item)
     elif isinstance(value, str):
-        raise ValueError(f"{value[:60]!r} in place of the form of its inputs or outputs")
+        raise ValueError(f"{value[:60]!r} instead of a tree of inputs or outputs")
 
 
 @contextmanager
-def _data_alone() -> Iterator[None]:
-    """While active, torch.load reads data alone, also where torch.export asks it for more, or tries again with more."""
-    saved = {name: os.environ.pop(name) for name in (DATA_ALONE, MORE_THAN_DATA) if name in os.environ}
-    os.environ[DATA_ALONE] = "1"
+def _weights_only() -> Iterator[None]:
+    """Force weights_only=True in torch.load, even where torch.export passes False or retries with False."""
+    saved = {name: os.environ.pop(name) for name in (FORCE_WEIGHTS_ONLY, FORCE_NO_WEIGHTS_ONLY) if name in os.environ}
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
         yield
     finally:
-        del os.environ[DATA_ALONE]
+        del os.environ[FORCE_WEIGHTS_ONLY]
         os.environ.update(saved)

@@ -1,7 +1,7 @@
-"""The metrics by name: what each needs and means, how one is computed, and the JSON line that records a result.
+"""Registry of metrics: specifications by name, computation, and the JSON record of a result.
 
-A metric that compares a detector's features is a row of metrics/feature_metrics.py. Any other is one file in this
-folder with one decorated function; `metrics/__init__.py` imports every file here:
+A metric on detector features is a row of metrics/feature_metrics.py. Any other metric is a file in this folder with a
+decorated function; `metrics/__init__.py` imports every file here:
 
     @register_metric("swd<N>", help=..., protocol=..., paper=...)
     def swd(context: MetricContext, name: str, count: int | None) -> Measurement: ...
@@ -34,7 +34,7 @@ from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, StatRequest, statistics_of
 from metrics.sampling import MetricContext
 
-COMPARABLE = (  # two records of a metric compare when these are equal
+COMPARABLE = (  # two records of a metric are comparable if these fields are equal
     "detector_sha256",
     "protocol",
     "data_hash",
@@ -50,7 +50,7 @@ STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN fa
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Result of a metric function: numbers by name, the one that counts first, and what went in."""
+    """Result of a metric function: values by name, the main value first, and the numbers of images."""
 
     values: dict[str, float]
     num_real: int
@@ -62,26 +62,29 @@ MetricFunction = Callable[[MetricContext, str, int | None], Measurement]
 Plan = Callable[[MetricContext, int | None], Sequence[StatRequest]]
 
 
-def _nothing() -> None:
-    """Report nothing missing."""
+def _no_needs() -> None:
+    """Return None: nothing is missing."""
 
 
 def _no_plan(context: MetricContext, count: int | None) -> Sequence[StatRequest]:
-    """Return an empty plan: no statistics of features."""
+    """Return an empty plan, for metrics without detector features."""
     return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """One family of metrics. `<N>` in the pattern is a count (`500`, `5k`, or left out for the usual one).
+    """A family of metrics. `<N>` in the pattern is a number of images (`500`, `5k`, or empty for the default).
 
-    `roles` are the detectors that it uses, `plan` the statistics of their features, so that metrics share passes.
-    With `counts_flips` the reals' flips take part under --mirror: by the StyleGAN family's protocol in metrics of as
-    many reals as fakes, never in those of all reals.
-    `protocol` is said after the description of its network, `clean` in its place under --protocol=clean where the
-    metric has that. With a `library_suffix` the numbers come from another network than the literature's unless the
-    user gives one, and the metric's name then ends so. `needs` is for anything else: called before anything is
-    generated, it returns what is missing and the remedy, or None.
+    roles           the detectors
+    plan            returns the requested statistics of their features, so that metrics share passes over images
+    counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with as many
+                    reals as fakes include them, metrics with all reals do not
+    protocol        description, appended to that of the detectors
+    clean           replacement of `protocol` under --protocol=clean; None if the metric does not support it
+    library_suffix  appended to the metric's name if its default network differs from that of the literature and the
+                    user specifies no other
+    needs           check of other requirements, called before any image is generated; returns a message with the
+                    missing requirement and the remedy, or None
     """
 
     pattern: str
@@ -95,20 +98,20 @@ class MetricSpec:
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
-    needs: Callable[[], str | None] = _nothing
+    needs: Callable[[], str | None] = _no_needs
 
     def match(self, name: str) -> re.Match[str] | None:
-        """Return the match of a metric's name, with the count in group 'N' where the pattern has one."""
+        """Match the name of a metric; group 'N' holds the count if the pattern has one."""
         count = r"(?P<N>[1-9]\d*k?)?"
         pattern = re.escape(self.pattern).replace(re.escape("<N>"), count)
         return re.fullmatch(f"{pattern}(?P<library>{self.library_suffix})?", name)
 
     def missing(self, setup: DetectorSetup) -> str | None:
-        """Return what is not on this machine and the remedy, or None; fetches nothing."""
+        """Return a message with the missing file or package and its remedy, or None. Fetches nothing."""
         return next(filter(None, (setup.missing(role) for role in self.roles)), None) or self.needs()
 
     def protocol_of(self, setup: DetectorSetup = STANDARD) -> str:
-        """Return in words which network sees the images, and what happens to its features."""
+        """Return a description of the detectors and the processing of their features."""
         networks = [setup.describe(role) for role in self.roles]
         words = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
         return f"{setup.protocol}: {words}" if self.clean else words
@@ -116,10 +119,10 @@ class MetricSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
-    """One metric's numbers together with everything that they depend on, apart from the network and the data.
+    """Values of a metric and all settings that they depend on, except the network and the data.
 
-    `mirror` says whether flips are among the reals. `seconds` includes the passes over images that the metric shared
-    with others.
+    `mirror` states whether flipped reals are included. `seconds` includes passes over images that the metric shares
+    with other metrics.
     """
 
     metric: str
@@ -161,10 +164,7 @@ def registered_metrics() -> tuple[MetricSpec, ...]:
 
 
 def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | None]:
-    """Return the metric that a name asks for, as given or as recorded, and the count in it.
-
-    Raises UserError for an unknown name.
-    """
+    """Return the metric with a given or recorded name, and the count in the name. Raises UserError if unknown."""
     for spec in registered_metrics():
         match = spec.match(name.removesuffix(_suffix(spec, setup)))
         if match:
@@ -177,23 +177,23 @@ def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | 
 
 
 def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
-    """Return the names of a comma-separated or other list, each once and as its results are recorded.
+    """Split a comma-separated list, or take an iterable, and return the recorded names without duplicates.
 
-    Raises UserError for an unknown one, and for one that the protocol or the given detector does not fit.
+    Raises UserError for an unknown metric, and for a metric that does not support the protocol or the detector.
     """
     parts = names.split(",") if isinstance(names, str) else names
     return list(dict.fromkeys(_recorded_name(part.strip(), setup) for part in parts if part.strip()))
 
 
 def _recorded_name(name: str, setup: DetectorSetup) -> str:
-    """Return the name with the suffix of the network that its numbers come from."""
+    """Return the name under which results are recorded: with the suffix of a non-standard network."""
     spec, _ = find(name, setup)
     if setup.protocol == "clean" and spec.clean is None:
         with_clean = ", ".join(spec.pattern for spec in registered_metrics() if spec.clean)
         raise UserError(f"--protocol=clean: metric {name} has no such protocol, only {with_clean}")
     if spec.library_suffix and name.endswith(spec.library_suffix) and _has_program(spec, setup):
         raise UserError(
-            f"metric {name}: its name promises another network than that of --detector; leave out the suffix"
+            f"metric {name}: the suffix stands for another network than that of --detector; omit the suffix"
         )
     suffix = _suffix(spec, setup) or ("" if _has_program(spec, setup) else spec.library_suffix)
     return name.removesuffix(suffix) + suffix if suffix else name
@@ -204,14 +204,14 @@ def _has_program(spec: MetricSpec, setup: DetectorSetup) -> bool:
 
 
 def _suffix(spec: MetricSpec, setup: DetectorSetup) -> str:
-    """Return the suffix of a metric's numbers when a program that is not bound to a role computed them."""
+    """Return the suffix of a metric's name if a custom detector computes the metric, else ''."""
     return next(filter(None, map(setup.suffix_of, spec.roles)), "")
 
 
 def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
-    """Fetch what a metric needs and is not there. Raises UserError when something cannot be had."""
+    """Fetch the missing files of a metric. Raises UserError if a requirement is not available."""
     spec = find(name, setup)[0]
-    with _naming(name):
+    with _prefixed_errors(name):
         for role in spec.roles:
             setup.prepare(role)
         missing = spec.needs()
@@ -220,27 +220,27 @@ def check_available(name: str, setup: DetectorSetup = STANDARD) -> None:
 
 
 def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], str]:
-    """Return the metrics to compute when none are named, and one line that says why these. Fetches nothing."""
+    """Return the default metrics, and a line that states the reason for the choice. Fetches nothing."""
     missing = find("fid50k_full")[0].missing(setup)
     if missing:
         return ("swd",), f"computing swd instead of fid50k_full, because {missing}"
-    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is there"
+    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is available"
 
 
 def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[StatRequest, ...]]:
-    """Find out what metrics need, before anything is generated: fetch it, try it out, and return their plans.
+    """Check and fetch the requirements of metrics before any image is generated; return their plans.
 
-    Raises UserError for what is missing or does not work, and for data that a metric cannot use.
+    Raises UserError for a missing requirement, a detector that fails, and data that a metric cannot use.
     """
     plans = {}
     for name in resolve(names, context.setup):
         check_available(name, context.setup)
         spec, count = find(name, context.setup)
-        with _naming(name):
+        with _prefixed_errors(name):
             plans[name] = tuple(spec.plan(replace(context, counts_flips=spec.counts_flips), count))
             for role in spec.roles:
                 with_classes = any(isinstance(request.recipe, ClassSums) for request in plans[name])
-                statistics_of(context).try_out(role, with_classes=with_classes)
+                statistics_of(context).check_detector(role, with_classes=with_classes)
     return plans
 
 
@@ -250,10 +250,10 @@ def compute(name: str, context: MetricContext) -> MetricResult:
 
 
 def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[MetricResult]:
-    """Compute metrics, with one pass over the generated images for all that use a detector.
+    """Compute metrics. All metrics that use a detector share one pass over the generated images.
 
-    Every process calls it with its own copies and gets the same results. Raises UserError for an unknown name, for
-    something missing, and for data that a metric cannot use.
+    Collective: every process calls it with its own copies and receives equal results. Raises UserError for an unknown
+    name, a missing requirement, and data that a metric cannot use.
     """
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
     plans = prepare(specs, context)
@@ -262,7 +262,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         own = replace(context, counts_flips=spec.counts_flips)
-        with _naming(name):
+        with _prefixed_errors(name):
             measured = spec.function(own, name, count)
             for key, value in measured.values.items():
                 if not math.isfinite(value):
@@ -285,8 +285,8 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Begin the message of a UserError raised inside with the metric that it concerns."""
+def _prefixed_errors(name: str) -> Iterator[None]:
+    """Prefix the message of a UserError raised inside with the name of the metric."""
     try:
         yield
     except UserError as error:
@@ -296,9 +296,9 @@ def _naming(name: str) -> Iterator[None]:
 def result_to_json(
     result: MetricResult, context: MetricContext, *, snapshot: Path | None, kimg: float | None, data: str
 ) -> dict[str, Any]:
-    """Return the record of a result computed in a context: one line of metric-<name>.jsonl.
+    """Return the record of a result: one line of metric-<name>.jsonl.
 
-    `snapshot` is None for weights not in a file; of a context with `fakes` it is the folder or zip of these images.
+    `snapshot` is the snapshot file, the folder or zip of `context.fakes`, or None for weights that are not in a file.
     """
     fakes, reals = context.fakes, replace(context, counts_flips=result.mirror).reals
     return {
@@ -318,12 +318,12 @@ def result_to_json(
 
 
 def sha256_of_snapshot(path: Path) -> str:
-    """Return a snapshot's sha256; of a folder of safetensors that of its config.json, which has those of the others."""
+    """Return the sha256 of a snapshot. A safetensors folder uses its config.json, which lists the other checksums."""
     return sha256_of_file(path / "config.json" if path.is_dir() else path)
 
 
 def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
-    """Return the records of a snapshot, oldest first, from the files metric-<name>.jsonl beside it."""
+    """Return the records of a snapshot from the metric-<name>.jsonl files beside it, oldest first per file."""
     records = [
         record for path in sorted(snapshot.parent.glob("metric-*.jsonl")) for record in read_metric_records(path)
     ]
@@ -331,26 +331,23 @@ def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
 
 
 def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> bool:
-    """Whether a record is better than all that it compares with in metric-<name>.jsonl of `folder`.
+    """Return whether a record is better than all comparable records in metric-<name>.jsonl of `folder`.
 
-    The file may also hold what calc_metrics.py made of other data, detectors or seeds.
+    The file may also hold records of calc_metrics.py with other data, detectors or seeds.
     """
     name, value = next(iter(record["results"].items()))
     earlier = read_metric_records(folder / f"metric-{record['metric']}.jsonl")
-    comparable = [other["results"] for other in earlier if _circumstances(other) == _circumstances(record)]
+    comparable = [other["results"] for other in earlier if _comparable_fields(other) == _comparable_fields(record)]
     others = [results[name] for results in comparable if name in results]
     return all(value > other if higher_is_better else value < other for other in others)
 
 
-def _circumstances(record: dict[str, Any]) -> tuple[Any, ...]:
+def _comparable_fields(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(key) for key in COMPARABLE)
 
 
 def append_result(folder: Path, record: dict[str, Any]) -> None:
-    """Append a record to metric-<name>.jsonl in `folder`. Call it on the main process only.
-
-    Raises WriteError when the file cannot be written.
-    """
+    """Append a record to metric-<name>.jsonl in `folder`; for rank 0 only. Raises WriteError if writing fails."""
     append_line(folder / f"metric-{record['metric']}.jsonl", to_line(record))
 
 
@@ -360,7 +357,7 @@ def to_line(record: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of what took part: this project, torch, Python, and the detectors' packages if loaded."""
+    """Return the versions of this project, torch, Python, and the packages of detectors if imported."""
     own = {"styleformer": dnnlib.__version__, "torch": torch.__version__, "python": platform.python_version()}
     packages = ("torch_fidelity", "torchvision", "transformers")
     return own | {name: importlib.metadata.version(name) for name in packages if name in sys.modules}

@@ -1,8 +1,8 @@
-"""Batches of real and of generated images for the metrics, shared out over the processes.
+"""Batches of real and generated images for the metrics, sharded over the processes.
 
-Everything random here is a function of (seed, purpose, position of the image in its set), so a metric's value depends
-neither on the batch size nor on the number of processes. The noise of `noise_mode="random"`, which a network draws
-itself, is the exception: it is seeded once for each batch.
+Random values are a function of (seed, purpose, position of the image in the set), so a metric does not depend on the
+batch size or the number of processes. The exception is `noise_mode="random"`: the network draws this noise itself, and
+the generator is seeded once per batch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch_utils.distributed import rank, world_size
 from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 
-ProgressCallback = Callable[[str, int, int], None]  # (what is counted, done so far, of how many)
+ProgressCallback = Callable[[str, int, int], None]  # (name of the items, number done, total)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
-NUM_IMAGES = 50_000  # fakes of a metric whose name has no count
-MAX_REALS = 200_000  # of the metrics that hold every feature
+NUM_IMAGES = 50_000  # number of fakes if the name of a metric has no count
+MAX_REALS = 200_000  # upper bound for metrics that hold all features in memory
 BLOCK = 64  # positions that share a stream of random numbers
-READERS = 4  # threads that decode images ahead
+READERS = 4  # prefetching threads that decode images
 
 
 class ImageGenerator(Protocol):
-    """Interface of a generator to the metrics: latents and labels in, images in about [-1, 1] out."""
+    """Interface of a generator for metrics: maps latents and labels to images in about [-1, 1]."""
 
     @property
     def z_dim(self) -> int: ...
@@ -55,7 +55,7 @@ class ImageGenerator(Protocol):
 
 
 class Images(Protocol):
-    """Interface of a data set to metrics. `labels` are int64 classes [len] or float32 vectors [len, c_dim]."""
+    """Interface of a dataset for metrics. `labels` are int64 classes [len] or float32 vectors [len, c_dim]."""
 
     def __len__(self) -> int: ...
     @property
@@ -73,17 +73,17 @@ class Images(Protocol):
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+    """Discard progress reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricContext:
-    """Inputs of metrics: the reals, and the fakes, which come from G or, without one, from `fakes`.
+    """Inputs of metrics: real images, and fakes from either `G` or `fakes`.
 
-    `images` is the data set, `mirrored` the same with every image's flip (--mirror), None without. The registry sets
-    `counts_flips` for each metric; metrics take their reals from `reals`. G is on `device`, in evaluation mode. `cache`
-    is the folder for statistics of reals, None keeps none; `shared` is for what the metrics of one context have in
-    common. Raises UserError when the two sides do not fit together.
+    `images` is the dataset; `mirrored` is the dataset with the flip of every image (--mirror), or None. The registry
+    sets `counts_flips` for each metric; metrics read their reals from `reals`. G is on `device` in evaluation mode.
+    `cache` is the folder for statistics of reals; None disables caching. `shared` holds state shared by the metrics of
+    a context. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
 
     G: ImageGenerator | None = None
@@ -92,8 +92,8 @@ class MetricContext:
     mirrored: Images | None = None
     counts_flips: bool = False
     device: torch.device
-    batch_size: int = 64  # images generated at a time
-    detector_batch: int = 64  # images that a detector sees at a time
+    batch_size: int = 64  # batch size of the generator
+    detector_batch: int = 64  # batch size of the detectors
     seed: int = 0
     truncation_psi: float = 1.0
     noise_mode: str = "const"
@@ -113,34 +113,34 @@ class MetricContext:
             raise UserError(explain_misfit(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
         if self.G and self.G.c_dim and self.G.c_dim != self.images.c_dim:
             raise UserError(
-                f"the network is conditional on labels of {self.G.c_dim} values but the data's have "
-                f"{self.images.c_dim}: give a data set with the labels that the network was trained on"
+                f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
+                f"{self.images.c_dim}: specify a dataset with the labels that the network was trained on"
             )
 
     @property
     def has_flips(self) -> bool:
-        """Whether flips are among the reals: the metric counts them, and --mirror asks for them."""
+        """True if flipped reals are included: the metric counts flips and --mirror is set."""
         return self.counts_flips and self.mirrored is not None
 
     @property
     def reals(self) -> Images:
-        """The real images that the metric counts."""
+        """The real images, with flips if the metric includes them."""
         return self.mirrored if self.counts_flips and self.mirrored is not None else self.images
 
     @property
     def network(self) -> ImageGenerator:
-        """G. Raises UserError when the fakes are files."""
+        """The generator. Raises UserError if the fakes are images on disk."""
         if self.G is None:
-            raise UserError("needs a network, and only images are given")
+            raise UserError("needs a network, but only generated images are given")
         return self.G
 
 
 def explain_misfit(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
-    """Say that images made are of another shape (C, H, W) than the data, and which options of the tool mend it."""
+    """Return the error message for fakes of another shape (C, H, W) than the data, with the dataset_tool.py options."""
     options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
     options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
     maker = "the network makes" if of_network else "the generated set holds"
-    given = "give the data set that the network was trained on, or" if of_network else "give real images like them, or"
+    given = "use the dataset that the network was trained on, or" if of_network else "use real images of that shape, or"
     return (
         f"{maker} images of {shape_name(ours)} but the data has {shape_name(theirs)}: {given} build one from it with "
         f"dataset_tool.py {' '.join(options)}"
@@ -153,9 +153,9 @@ def shape_name(img_shape: tuple[int, ...]) -> str:
 
 
 def random_stream(seed: int, purpose: str, number: int = 0) -> np.random.RandomState:
-    """Return the random numbers that belong to (seed, purpose, number).
+    """Return the random stream for (seed, purpose, number).
 
-    RandomState and SeedSequence promise the same numbers in every version of NumPy.
+    NumPy guarantees that RandomState and SeedSequence produce the same numbers in every version.
     """
     sequence = np.random.SeedSequence(derive_seed(seed, purpose, number))
     return np.random.RandomState(np.random.MT19937(sequence))
@@ -164,9 +164,9 @@ def random_stream(seed: int, purpose: str, number: int = 0) -> np.random.RandomS
 def random_rows(
     draw: Callable[[np.random.RandomState, int], np.ndarray], seed: int, purpose: str, positions: range
 ) -> Tensor:
-    """Return one random row for each position, whatever range of positions is asked for.
+    """Return one random row per position. A row depends on its position only, not on the range.
 
-    Streams are slow to start, so one serves a block of positions: `draw(stream, BLOCK)` returns its rows.
+    Creating a stream is slow, so each stream serves a block of positions: `draw(stream, BLOCK)` returns its rows.
     """
     blocks = range(positions.start // BLOCK, (positions.stop - 1) // BLOCK + 1)
     rows = np.concatenate([draw(random_stream(seed, purpose, block), BLOCK) for block in blocks])
@@ -175,35 +175,35 @@ def random_rows(
 
 
 def shard(count: int, rank: int, world_size: int) -> range:
-    """Return the positions of 0..count-1 that one process of `world_size` works on; ranks in order join to all."""
+    """Return the shard of positions 0..count-1 for a rank. The shards of all ranks, in order, cover every position."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def own_shard(count: int) -> range:
-    """Return the positions of 0..count-1 that this process works on."""
+    """Return the shard of positions 0..count-1 for this process."""
     return shard(count, rank(), world_size())
 
 
 def choose_reals(context: MetricContext, count: int) -> list[int]:
-    """Return the indices of the reals in order, or `count` of them at random when there are more."""
+    """Return the sorted indices of `count` random reals, or of all reals if there are no more than `count`."""
     total = len(context.reals)
     if total == 0:
-        raise UserError("the data set holds no images: metrics need some to compare with")
+        raise UserError("the dataset holds no images: metrics need real images to compare with")
     chosen = random_stream(context.seed, "reals").permutation(total)[:count]
     return [int(index) for index in np.sort(chosen)]
 
 
 def real_batches(context: MetricContext, indices: Sequence[int], what: str = "real images") -> Batches:
-    """Yield this process's share of the reals with the given indices, on the device."""
+    """Yield this process's shard of the reals with the given indices, on the device."""
     return _read_batches(context, context.reals, indices, what)
 
 
 def fake_batches(context: MetricContext, count: int) -> Batches:
-    """Yield this process's share of `count` fakes as uint8, on the device: generated, or read from the set of them.
+    """Yield this process's shard of `count` fakes as uint8 on the device, from G or from `context.fakes`.
 
-    z is standard normal; labels are those of images drawn at random from the data set. Of a set of images `count` are
-    drawn at random, in random order. Raises UserError when G returns values that are not finite, and when the set
-    holds too few.
+    z is standard normal, and labels come from random images of the dataset. From `context.fakes`, `count` random images
+    are read in random order. Raises UserError if G returns values that are not finite, and if `context.fakes` holds
+    fewer than `count` images.
     """
     if context.fakes is not None:
         return _read_batches(context, context.fakes, choose_fakes(context, context.fakes, count), "generated images")
@@ -211,11 +211,11 @@ def fake_batches(context: MetricContext, count: int) -> Batches:
 
 
 def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]:
-    """Return `count` indices of a set of generated images. In random order: such sets are often sorted by class."""
+    """Return `count` random indices of generated images. The order is random, since sets are often sorted by class."""
     if len(fakes) < count:
         raise UserError(
-            f"{count} generated images are asked for and the set holds {len(fakes)}: "
-            f"ask for fewer, e.g. fid{len(fakes)}_full, or generate more"
+            f"{count} generated images are requested, and the set holds {len(fakes)}: "
+            f"request fewer, e.g. fid{len(fakes)}_full, or generate more"
         )
     return [int(index) for index in random_stream(context.seed, "fakes").permutation(len(fakes))[:count]]
 
@@ -223,7 +223,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 @torch.no_grad()
 def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> Batches:
     share = own_shard(count)
-    is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # there, so that the host does not wait for it
+    is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # on the device, to avoid a synchronization
     for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))
@@ -241,7 +241,7 @@ def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> 
 
 
 def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:
-    """Yield this process's share of a set, decoded ahead in threads, so that the device does not wait for the disk."""
+    """Yield this process's shard of a set. Threads prefetch images, so that the device does not wait for the disk."""
 
     def read(positions: range) -> Tensor:
         batch = images.images([indices[position] for position in positions])
@@ -253,7 +253,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
         for positions in cut(share, context.batch_size):
             waiting.append((positions, pool.submit(read, positions)))
             if positions.start == share.start:
-                waiting[0][1].result()  # one thread opens the files
+                waiting[0][1].result()  # a single thread opens the files
             is_last = positions.stop == share.stop
             while waiting and (is_last or len(waiting) > 2 * READERS):
                 done, future = waiting.popleft()
@@ -262,7 +262,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
 
 
 def cut(positions: range, size: int) -> Iterator[range]:
-    """Cut a range of positions into batches."""
+    """Split a range of positions into batches."""
     for start in range(positions.start, positions.stop, size):
         yield range(start, min(start + size, positions.stop))
 
@@ -275,7 +275,7 @@ def latents(context: MetricContext, positions: range) -> Tensor:
 
 
 def random_labels(context: MetricContext, positions: range) -> Tensor:
-    """Return c [B, c_dim]: the labels of random images of the data set; [B, 0] for an unconditional network."""
+    """Return c [B, c_dim], the labels of random images of the dataset; [B, 0] for an unconditional network."""
     c_dim = context.network.c_dim
     if c_dim == 0:
         return torch.zeros(len(positions), 0, device=context.device)
@@ -288,14 +288,14 @@ def random_labels(context: MetricContext, positions: range) -> Tensor:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Return the rows of all processes joined in the order of rank; every process gets all of them."""
+    """Return the rows of all processes, concatenated in rank order, on every process. Collective."""
     if world_size() == 1:
         return x
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(count) for count in counts]
 
-    # Bytes, because not every backend knows every dtype; padded, because shards differ by a row.
+    # Gather bytes, because backends do not support all dtypes. Pad, because shards differ by a row.
     padded = F.pad(x.flatten(1), (0, 0, 0, max(sizes) - len(x))).view(torch.uint8)
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)

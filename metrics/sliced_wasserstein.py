@@ -1,17 +1,17 @@
 """Sliced Wasserstein distance between the patches of two sets of images, Karras et al. 2018, section 5 (ProGAN).
 
-Every image becomes a Laplacian pyramid, from its full resolution down to 16 pixels. On each level 128 patches of 7x7
-pixels are cut at random places, and the values of every channel are normalised by that channel's mean and standard
-deviation over all patches of the set. The distance of two sets x, y of K patches on a level is
+Each image is decomposed into a Laplacian pyramid, from the full resolution down to 16 pixels. Each level is sampled at
+128 random patches of 7x7 pixels, and each channel is normalised by its mean and standard deviation over all patches of
+the set. The distance between two sets x, y of K patches on a level is
 
     1000 * mean_u 1/K sum_k |sort(u x)_k - sort(u y)_k|        u: 4 * 128 random unit vectors
 
-and `swd` is its mean over the levels. No network, hence no weights, takes part.
+and `swd` is the mean over the levels. The metric needs no network and no weights.
 
-16,384 images give two million patches of 147 values, too much to hold in float32. So a level keeps its pixels as int16
-in steps of 1/128 of a grey level (uint8 images are in steps of 1), and it keeps whole levels where those are smaller
-than their patches. Sums over integers are exact, so mean and standard deviation do not depend on the batches. Patches
-are projected a few directions at a time.
+16,384 images give two million patches of 147 values, too many to hold in float32. Each level therefore stores pixels as
+int16 in steps of 1/128 grey level, and stores whole levels where a level is smaller than its patches. Integer sums are
+exact, so mean and standard deviation do not depend on the batch size. Patches are projected on a few directions at a
+time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch_utils.distributed import all_reduce
 
 PATCH = 7  # pixels on a side
 PATCHES = 128  # per image and level
-MIN_SIDE = 16  # no level below this many pixels on its shorter side
+MIN_SIDE = 16  # minimum shorter side of a level, in pixels
 DIRECTIONS = 4 * 128  # four repeats of 128 directions, averaged
 NUM_IMAGES = 16_384
 STEPS = 128  # stored steps per grey level; a Laplacian level lies within +-255, and 255 * 128 < 2^15
@@ -58,13 +58,13 @@ PROTOCOL = (
 
 @register_metric(
     "swd<N>",
-    help="sliced Wasserstein distance between patches of N reals and N fakes; needs no detector weights",
+    help="sliced Wasserstein distance between patches of N reals and N fakes; needs no detector",
     protocol=PROTOCOL,
     paper=PAPER,
     counts_flips=True,
 )
 def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the distance between min(N, all) reals and as many fakes: 'swd', and 'swd_32', ... for the levels."""
+    """Return the distance between min(N, all) reals and as many fakes: 'swd', and 'swd_32', ... per level."""
     check_size(context.images.img_shape)
     indices = choose_reals(context, count or NUM_IMAGES)
     reals = collect(context, len(indices), real_batches(context, indices))
@@ -75,7 +75,7 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
 
 @register_metric(
     "swd<N>_floor",
-    help="the same between two disjoint sets of N reals: what a perfect generator would score",
+    help="the same between two disjoint sets of N reals: the score of a perfect generator",
     protocol="as swd<N>, between two disjoint random sets of reals, at most half of all each",
     paper=PAPER,
     counts_flips=True,
@@ -91,14 +91,14 @@ def swd_floor(context: MetricContext, name: str, count: int | None) -> Measureme
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, *, seed: int = 0, batch_size: int = 64) -> dict[str, float]:
-    """Return the distance of two equally large sets of uint8 images [B, C, H, W]: 'mean', then each level's by name.
+    """Return the distance between two sets of uint8 images [B, C, H, W] of equal size: 'mean', then each level by name.
 
-    Runs on the images' device in the calling process alone. Raises UserError for sets of unequal size or shape.
+    Runs on the device of the images and is not collective. Raises UserError for sets of unequal size or shape.
     """
     if real.shape != fake.shape or real.ndim != 4 or len(real) == 0 or {real.dtype, fake.dtype} != {torch.uint8}:
         raise UserError(
             f"sliced Wasserstein distance of {real.dtype} {tuple(real.shape)} and {fake.dtype} {tuple(fake.shape)}: "
-            "the two sets must be uint8 images [B, C, H, W], equally many and of one shape"
+            "the two sets must be uint8 images [B, C, H, W] of equal number and shape"
         )
     count, C, H, W = real.shape
     check_size((C, H, W))
@@ -111,7 +111,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, *, seed: int = 0, batch_size:
 
 
 def check_size(img_shape: tuple[int, int, int]) -> None:
-    """Raise UserError for images that hold no patch."""
+    """Raise UserError for images smaller than a patch."""
     if min(img_shape[1:]) < PATCH:
         raise UserError(
             f"sliced Wasserstein distance of images of {shape_name(img_shape)}: needs {PATCH} pixels a side"
@@ -137,7 +137,7 @@ def named(name: str, values: dict[str, float]) -> dict[str, float]:
 
 
 def pyramid_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return (height, width) of every level, the finest first: halved, rounded up, while both sides stay >= 16."""
+    """Return (height, width) of every level, finest first: halved and rounded up while both sides are at least 16."""
     shapes = [(height, width)]
     while min((side + 1) // 2 for side in shapes[-1]) >= MIN_SIDE:
         height, width = shapes[-1]
@@ -146,9 +146,9 @@ def pyramid_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def laplacian_pyramid(img: Tensor) -> list[Tensor]:
-    """Return the levels of images [B, C, H, W]: differences to the enlarged next coarser image; the coarsest as it is.
+    """Return the Laplacian pyramid of images [B, C, H, W], finest level first.
 
-    Enlarging the coarsest and adding level after level gives the images back.
+    Each level is the difference to the upsampled next coarser image; the last level is the coarsest image itself.
     """
     levels = []
     for height, width in pyramid_shapes(img.shape[2], img.shape[3])[1:]:
@@ -160,21 +160,21 @@ def laplacian_pyramid(img: Tensor) -> list[Tensor]:
 
 
 def halve(img: Tensor) -> Tensor:
-    """Return the low-pass filtered image at every second pixel, (H + 1) // 2 by (W + 1) // 2."""
+    """Low-pass filter an image and keep every second pixel, (H + 1) // 2 by (W + 1) // 2."""
     return _filter(_filter(img, dim=2, stride=2), dim=3, stride=2)
 
 
 def enlarge(img: Tensor, height: int, width: int) -> Tensor:
-    """Return the image with zeros between its pixels, low-pass filtered and scaled to keep its mean."""
+    """Insert zeros between the pixels, low-pass filter, and scale to preserve the mean."""
     spread = img.new_zeros(*img.shape[:2], height, width)
     spread[:, :, ::2, ::2] = img
     return 4 * _filter(_filter(spread, dim=2), dim=3)
 
 
 def _filter(x: Tensor, dim: int, stride: int = 1) -> Tensor:
-    """Filter images along one axis with TAPS, mirrored at the edge pixels.
+    """Filter images along one axis with TAPS and reflection padding.
 
-    A sum of five shifted images: unlike a convolution it has one order of summation and never runs in TF32.
+    The sum of five shifted images has a fixed order of summation and never runs in TF32, unlike a convolution.
     """
     size = x.shape[dim]
     reach = len(TAPS) // 2
@@ -185,9 +185,9 @@ def _filter(x: Tensor, dim: int, stride: int = 1) -> Tensor:
 
 
 def random_corners(seed: int, level_number: int, shape: tuple[int, int], positions: range) -> Tensor:
-    """Return (y, x) of the upper left pixels of the patches of images at the given positions of a set, (B, P, 2).
+    """Return the upper left pixels (y, x) of the patches of images at the given positions of a set, (B, P, 2).
 
-    All sets are cut at the same places at the same position, so equal sets have distance 0.
+    Images at the same position of two sets have equal corners, so equal sets have distance 0.
     """
     bounds = (shape[0] - PATCH + 1, shape[1] - PATCH + 1)
     purpose = f"patches {level_number}"
@@ -197,7 +197,7 @@ def random_corners(seed: int, level_number: int, shape: tuple[int, int], positio
 
 
 def cut_patches(level: Tensor, corners: Tensor) -> Tensor:
-    """Return the patches of (B, C, h, w) whose upper left pixels (y, x) are given as (B, P, 2): (B, P, C, 49)."""
+    """Return the patches (B, P, C, 49) of a level (B, C, h, w) at upper left pixels (y, x), given as (B, P, 2)."""
     windows = level.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (B, C, h-6, w-6, 7, 7), a view
     image = torch.arange(len(level), device=level.device).unsqueeze(1)  # (B, 1)
     y, x = corners.long().unbind(2)  # each (B, P)
@@ -207,9 +207,9 @@ def cut_patches(level: Tensor, corners: Tensor) -> Tensor:
 class PatchLevel:
     """The patches of one pyramid level of a set of images, as int16 in steps of 1/128 grey level.
 
-    `values` are whole levels (n, C, h, w) where these are smaller than the patches, otherwise patches (n, P, C, 49);
-    `corners` (n, P, 2) int16 are the patches' upper left pixels (y, x); `moments` (2, C) int64 are the sum and the sum
-    of squares of each channel over all patches.
+    `values` are whole levels (n, C, h, w) if `whole`, else patches (n, P, C, 49), whichever is smaller; `corners`
+    (n, P, 2) int16 are the upper left pixels (y, x) of the patches; `moments` (2, C) int64 are the sum and the sum of
+    squares of each channel over all patches.
     """
 
     def __init__(self, *, whole: bool, values: Tensor, corners: Tensor, moments: Tensor) -> None:
@@ -225,7 +225,7 @@ class PatchLevel:
 
     @classmethod
     def empty(cls, count: int, channels: int, shape: tuple[int, int], device: torch.device) -> PatchLevel:
-        """Return a level with room for `count` images."""
+        """Allocate a level for `count` images."""
         whole = shape[0] * shape[1] <= PATCHES * PATCH * PATCH
         kept = (channels, *shape) if whole else (PATCHES, channels, PATCH * PATCH)
         return cls(
@@ -236,7 +236,7 @@ class PatchLevel:
         )
 
     def add(self, rows: slice, level: Tensor, corners: Tensor) -> None:
-        """Keep a batch of levels (B, C, h, w), float32 in grey levels, with their corners (B, P, 2)."""
+        """Store a batch of levels (B, C, h, w), float32 in grey levels, with corners (B, P, 2)."""
         steps = (level * STEPS).round().to(torch.int16)
         patches = cut_patches(steps, corners)  # (B, P, C, 49)
         self.values[rows] = steps if self.whole else patches
@@ -254,13 +254,14 @@ class PatchLevel:
         )
 
     def patches(self, rows: slice) -> Tensor:
-        """Return the patches of some images, (n, P, C, 49) int16."""
+        """Return the patches of the images in `rows`, (n, P, C, 49) int16."""
         return cut_patches(self.values[rows], self.corners[rows]) if self.whole else self.values[rows]
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Return each channel's mean and 1 / standard deviation in stored steps, (C,) float64; 0 for a constant one.
+        """Return mean and 1 / standard deviation of each channel in stored steps, (C,) float64.
 
-        In Python's integers, so that a constant channel is recognised and nothing is lost in mean(x^2) - mean(x)^2.
+        A constant channel has scale 0. Python integers make mean(x^2) - mean(x)^2 exact, so that such a channel is
+        recognised.
         """
         number = len(self.values) * PATCHES * PATCH * PATCH
         sums, squares = self.moments.tolist()
@@ -272,7 +273,7 @@ class PatchLevel:
 
 
 class PatchSet:
-    """The patches of a contiguous range of positions of a set of images, level by level, the finest first."""
+    """The patches of images at a contiguous range of positions of a set, by level, finest first."""
 
     def __init__(self, positions: range, img_shape: tuple[int, int, int], *, seed: int, device: torch.device) -> None:
         C, H, W = img_shape
@@ -282,7 +283,7 @@ class PatchSet:
         self.seed = seed
 
     def add(self, positions: range, images: Tensor) -> None:
-        """Cut the patches of uint8 images [B, C, H, W] that stand at consecutive positions of the set."""
+        """Add the patches of uint8 images [B, C, H, W] at consecutive positions of the set."""
         rows = slice(positions.start - self.positions.start, positions.stop - self.positions.start)
         levels = zip(self.levels, self.shapes, laplacian_pyramid(images.float()), strict=True)
         for number, (level, shape, pixels) in enumerate(levels):
@@ -295,18 +296,18 @@ class PatchSet:
 
 
 def collect(context: MetricContext, count: int, batches: Batches) -> PatchSet:
-    """Return the patches of this process's share of a set of `count` images."""
+    """Return the patches of this process's shard of a set of `count` images."""
     patches = PatchSet(own_shard(count), context.images.img_shape, seed=context.seed, device=context.device)
     for positions, images in batches:
         patches.add(positions, images)
     return patches
 
 
-# Patches to a distance.
+# Patches to distance.
 
 
 def compare(real: PatchSet, fake: PatchSet, seed: int) -> dict[str, float]:
-    """Return the distance of two complete sets: 'mean' over the levels, then each level's."""
+    """Return the distance between two complete sets: 'mean' over the levels, then the distance on each level."""
     distances = [
         level_distances(one, other, random_directions(seed, number, one.channels))
         for number, (one, other) in enumerate(zip(real.levels, fake.levels, strict=True))
@@ -315,7 +316,7 @@ def compare(real: PatchSet, fake: PatchSet, seed: int) -> dict[str, float]:
 
 
 def compare_shards(real: PatchSet, fake: PatchSet, seed: int) -> dict[str, float]:
-    """Return the same for sets of which each process holds its share; the processes share out the directions."""
+    """Return the same for sets that are sharded over the processes. Each process computes a shard of the directions."""
     share = own_shard(DIRECTIONS)
     distances = []
     for number, (one, other) in enumerate(zip(real.levels, fake.levels, strict=True)):
@@ -332,7 +333,7 @@ def _summary(names: list[str], distances: list[Tensor]) -> dict[str, float]:
 
 
 def random_directions(seed: int, level_number: int, channels: int) -> Tensor:
-    """Return unit vectors in the space of a level's patches, uniform on the sphere: (C, 49, 512) float64."""
+    """Return random unit vectors in the space of a level's patches, (C, 49, 512) float64."""
     stream = random_stream(seed, "directions", level_number)
     vectors = stream.standard_normal((channels * PATCH * PATCH, DIRECTIONS))
     vectors /= np.linalg.norm(vectors, axis=0)
@@ -340,7 +341,7 @@ def random_directions(seed: int, level_number: int, channels: int) -> Tensor:
 
 
 def level_distances(real: PatchLevel, fake: PatchLevel, directions: Tensor) -> Tensor:
-    """Return the Wasserstein-1 distance of two levels' normalised patches along each of (C, 49, J) directions, (J,)."""
+    """Return the Wasserstein-1 distance of normalised patches along each of the directions (C, 49, J): (J,) float64."""
     at_a_time = max(1, MAX_PROJECTED // (len(real.values) * PATCHES))
     return torch.cat(
         [wasserstein_1d(project(real, some), project(fake, some)) for some in directions.split(at_a_time, dim=2)]
@@ -348,9 +349,9 @@ def level_distances(real: PatchLevel, fake: PatchLevel, directions: Tensor) -> T
 
 
 def project(level: PatchLevel, directions: Tensor) -> Tensor:
-    """Return u (x - mean) / std of every patch x along each of (C, 49, J) directions u: (J, n * P) float32.
+    """Return u (x - mean) / std for every patch x and each of the directions u (C, 49, J): (J, n * P) float32.
 
-    The normalisation is folded into the directions; in float64, which no setting turns into TF32.
+    The normalisation is folded into the directions. The product is computed in float64, to which TF32 never applies.
     """
     mean, scale = level.mean_and_scale()  # each (C,)
     weight = directions.to(scale.device) * scale[:, None, None]  # (C, 49, J)
@@ -367,12 +368,12 @@ def project(level: PatchLevel, directions: Tensor) -> Tensor:
 
 
 def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
-    """Return the Wasserstein-1 distance of each row's values, (J, K), (J, K) -> (J,) float64. Overwrites x, y."""
+    """Return the Wasserstein-1 distance between rows, (J, K), (J, K) -> (J,) float64. May overwrite x and y."""
     return _sorted(x).sub_(_sorted(y)).abs_().mean(dim=1, dtype=torch.float64)
 
 
 def _sorted(x: Tensor) -> Tensor:
-    """Sort the rows; on the CPU in place by NumPy, in a third of the time, with all threads and without indices."""
+    """Sort the rows. On the CPU, sort in place with NumPy in all threads, which takes a third of the time of torch."""
     if x.device.type != "cpu":
         return x.sort(dim=1).values
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

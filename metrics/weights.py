@@ -1,7 +1,7 @@
-"""Files of weights that detectors are made from: where they lie, how one is fetched once, what is said when it is not.
+"""Weight files of detectors: location, download on first use, checksums, and errors if a file is not available.
 
-A checksum is pinned as far as its publisher states it: the file names of torch hub end in the first eight digits of the
-sha256. Every result line records the whole sha256 of the files that its number came from.
+A checksum is pinned as far as the publisher states it: file names of torch hub end in the first eight digits of the
+sha256. Every metric record holds the full sha256 of the files used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class WeightFile:
 
     @property
     def path(self) -> Path:
-        """Where the file is kept."""
+        """Path of the cached file."""
         return detector_dir() / self.name
 
     def describe(self) -> str:
-        """Return 'name (what it holds, sha256 6726825d...)'."""
+        """Return 'name (content, sha256 6726825d...)'."""
         return f"{self.name} ({self.holds}, {f'sha256 {self.sha256}...' if self.sha256 else 'no published sha256'})"
 
 
@@ -62,7 +62,7 @@ def detector_dir() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, or of the names and contents of a folder's files. Raises UserError."""
+    """Return the sha256 of a file, or of the names and contents of a folder's files. Raises UserError if unreadable."""
     try:
         if path.is_dir():
             parts = [f"{file.name} {sha256_of(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
@@ -82,19 +82,19 @@ def _sha256_of_file(path: Path, changed: int, size: int) -> str:
 
 
 def check(file: WeightFile, path: Path) -> Path:
-    """Return `path` when it holds `file`. Raises UserError for another checksum."""
+    """Return `path` if its checksum matches `file`. Raises UserError otherwise."""
     found = sha256_of(path)
-    again = "; delete it, and it is fetched again" if path == file.path else ""
+    again = "; delete it to fetch it again" if path == file.path else ""
     if not found.startswith(file.sha256):
         raise UserError(
             f"{path}: its sha256 is {found[:16]}..., that of {file.name} begins with {file.sha256}: the file is "
-            f"damaged, cut off or another one{again}"
+            f"corrupt, truncated or a different file{again}"
         )
     return path
 
 
 def fetch(file: WeightFile) -> Path:
-    """Return the checked file, fetching it the first time. Raises UserError saying where to put it when that fails."""
+    """Return the path of the checked file, fetched on first use. Raises UserError with the remedy if that fails."""
     if file.path.is_file():
         return check(file, file.path)
     try:
@@ -102,6 +102,6 @@ def fetch(file: WeightFile) -> Path:
     except UserError as error:
         raise UserError(
             f"{file.describe()} is not in {file.path.parent} and could not be fetched: {error}. Put it there by hand "
-            "(DNNLIB_CACHE_DIR moves that folder), or name it with --detector=FILE"
+            "(DNNLIB_CACHE_DIR moves that folder), or specify it with --detector=FILE"
         ) from None
     return file.path

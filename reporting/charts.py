@@ -1,4 +1,4 @@
-"""Charts of runs: which statistics each shows, as lines of their own colour and dashes."""
+"""Charts of runs: grouping of statistics into charts, colours, dashes and legends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reporting.run_reader import Curve, Run
 
 @dataclass(frozen=True)
 class Group:
-    """Numbers that belong into one chart: those that match a pattern and that no earlier group has."""
+    """Statistics of one chart: those that match a pattern and are not in an earlier group."""
 
     name: str
     title: str
@@ -26,40 +26,40 @@ class Group:
 
 GROUPS = (
     Group("losses", "Losses of G and D", "loss", ("Loss/G/loss", "Loss/D/loss")),
-    Group("signs", "Signs of D's logits: 1 is real, -1 is generated", "mean sign", ("Loss/signs/*",)),
-    Group("scores", "D's logits", "mean logit", ("Loss/scores/*",)),
-    Group("augment", "Probability p of the augmentation", "p", ("Progress/augment",)),
-    Group("gradients", "Norms of the gradients", "norm", ("Gradients/*",), is_log=True),
-    Group("regularisers", "Regularisers and other terms of the losses", "mean", ("Loss/*",), is_log=True),
-    Group("diversity", "Spread of generated images: 1 is that of real ones", "share", ("Images/diversity",)),
-    Group("overfitting", "Overfitting of D: 0 is none, 1 is complete", "r", ("Overfitting/r_*",)),
-    Group("holdout", "D's logits of held-out and other images", "mean logit", ("Overfitting/score_*",)),
-    Group("holdout-signs", "Signs of D's logits of held-out and other images", "mean sign", ("Overfitting/sign_*",)),
-    Group("skipped", "Updates left out: their values were not finite", "updates per tick", ("Skipped/*",)),
-    Group("pace", "Pace", "seconds per kimg", ("Timing/sec_per_kimg",)),
+    Group("signs", "Logit signs of D: 1 = real, -1 = generated", "mean sign", ("Loss/signs/*",)),
+    Group("scores", "Logits of D", "mean logit", ("Loss/scores/*",)),
+    Group("augment", "Augmentation probability p", "p", ("Progress/augment",)),
+    Group("gradients", "Gradient norms", "norm", ("Gradients/*",), is_log=True),
+    Group("regularisers", "Regularisers and other loss terms", "mean", ("Loss/*",), is_log=True),
+    Group("diversity", "Diversity of generated images: 1 = that of real images", "ratio", ("Images/diversity",)),
+    Group("overfitting", "Overfitting of D: 0 = none, 1 = complete", "r", ("Overfitting/r_*",)),
+    Group("holdout", "Logits of D for held-out and other images", "mean logit", ("Overfitting/score_*",)),
+    Group("holdout-signs", "Logit signs of D for held-out and other images", "mean sign", ("Overfitting/sign_*",)),
+    Group("skipped", "Skipped updates: their values were not finite", "updates per tick", ("Skipped/*",)),
+    Group("pace", "Training speed", "seconds per kimg", ("Timing/sec_per_kimg",)),
     Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn
-    Group("others", "Other figures", "", ("*",)),
+    Group("others", "Other statistics", "", ("*",)),
 )
-# Okabe and Ito's colours, which colour-blind people tell apart as well, but for those that are faint on white.
+# Colours of Okabe and Ito, distinguishable with colour blindness, without those that are faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASH, DOT = (5, 2), (1, 2)  # widths of a line, drawn and left out
-MANY = 200  # points: of more a running mean is drawn, too
+DASH, DOT = (5, 2), (1, 2)  # lengths of stroke and gap, in line widths
+MANY = 200  # a curve with more points is drawn with a moving average
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A number of a run: the points of its curve that are finite, and how they are drawn."""
+    """A statistic of a run: the finite points of its curve, and its style."""
 
     run: str
-    number: str
+    statistic: str
     curve: Curve
     colour: str
     dashes: tuple[int, ...] = ()
-    best: int | None = None  # the place of a metric's best value
+    best: int | None = None  # index of the best value of a metric
 
     @property
     def is_smoothed(self) -> bool:
-        """Whether `trend` is something else than the curve."""
+        """True if `trend` differs from the raw curve."""
         return len(self.curve.values) > MANY
 
     def trend(self) -> Curve:
@@ -68,14 +68,14 @@ class Line:
             return self.curve
         half = len(self.curve.values) // 100
         sums = np.concatenate([[0.0], np.cumsum(self.curve.values)])
-        places = np.arange(len(self.curve.values))
-        first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(places))
+        index = np.arange(len(self.curve.values))
+        first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(index))
         return replace(self.curve, values=(sums[end] - sums[first]) / (end - first))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the legend; without a colour it stands for all that have these dashes."""
+    """An entry of the legend. Without a colour, the entry stands for all lines with these dashes."""
 
     label: str
     colour: str | None
@@ -84,9 +84,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines over each other; `compares` says whether they are of several runs.
+    """Lines in one plot. `compares` states whether they belong to several runs.
 
-    `differing` are the keys of metric records in which the runs differ, so that their values do not compare.
+    `differing` lists the keys of metric records that differ between the runs; their values are then not comparable.
     """
 
     name: str
@@ -98,37 +98,37 @@ class Chart:
     differing: tuple[str, ...] = ()
 
     @property
-    def numbers(self) -> tuple[str, ...]:
-        """Names of the statistics that are drawn."""
-        return tuple(dict.fromkeys(line.number for line in self.lines))
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the plotted statistics."""
+        return tuple(dict.fromkeys(line.statistic for line in self.lines))
 
     @property
     def note(self) -> str:
-        """Caption: how faint and strong lines differ, where there are both, and whether the runs are comparable."""
+        """Caption: the meaning of faint and strong lines, and a warning if the runs are not comparable."""
         notes = []
         if any(line.is_smoothed for line in self.lines):
-            notes.append("faint: every tick; strong: the mean over a fiftieth of the run")
+            notes.append("faint: every tick; strong: moving average over 2 % of the run")
         if self.differing:
             notes.append(f"values not comparable: the runs differ in {', '.join(self.differing)}")
         return "; ".join(notes)
 
     def label(self, line: Line) -> str:
-        """Label of a line: its statistic, or its run where runs are compared."""
+        """Return the label of a line: the statistic, or the run if runs are compared."""
         if not self.compares:
-            return line.number
-        return f"{line.run} {line.number}" if len(self.numbers) > 1 else line.run
+            return line.statistic
+        return f"{line.run} {line.statistic}" if len(self.statistics) > 1 else line.run
 
     def legend(self) -> list[Entry]:
-        """Legend entries: the statistics of one run by colour; several runs by colour, then statistics by dashes."""
+        """Return the legend: statistics by colour for one run; runs by colour and statistics by dashes for several."""
         if not self.compares:
-            return [Entry(line.number + _best_of(line), line.colour) for line in self.lines]
+            return [Entry(line.statistic + _best_of(line), line.colour) for line in self.lines]
         runs = {line.run: Entry(line.run + _best_of(line), line.colour) for line in self.lines}
-        numbers = {line.number: Entry(line.number, None, line.dashes) for line in self.lines}
-        return [*runs.values(), *(numbers.values() if len(numbers) > 1 else ())]
+        statistics = {line.statistic: Entry(line.statistic, None, line.dashes) for line in self.lines}
+        return [*runs.values(), *(statistics.values() if len(statistics) > 1 else ())]
 
 
 def find_charts(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Yield the charts that any of the runs has numbers for, metrics first."""
+    """Yield every chart that has values in at least one run, metrics first."""
     for name in dict.fromkeys(name for run in runs for name in run.metrics):
         yield _metric_chart(name, runs)
     names = sorted({name for run in runs for name in run.ticks})
@@ -148,7 +148,7 @@ def find_charts(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def _metric_chart(name: str, runs: Sequence[Run]) -> Chart:
-    """The chart of a metric, logarithmic where low values are good and span more than a factor of ten."""
+    """Return the chart of a metric; logarithmic for a lower-is-better metric that spans more than a factor of ten."""
     higher = higher_is_better(name)
     lines = _lines([(run.name, run.metrics) for run in runs], [name])
     values = np.concatenate([line.curve.values for line in lines])
@@ -171,8 +171,8 @@ def _differs(key: str, lines: Sequence[Line]) -> bool:
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """Whether high values of a metric are good; None if that is not known here."""
-    for name in (metric, metric.rpartition("_")[0]):  # a detector of one's own is named behind the last "_"
+    """Return whether a higher value of a metric is better; None for an unknown metric."""
+    for name in (metric, metric.rpartition("_")[0]):  # a custom detector appends its name after the last "_"
         try:
             return registry.find(name)[0].higher_is_better
         except UserError:
@@ -181,7 +181,7 @@ def higher_is_better(metric: str) -> bool | None:
 
 
 def place_of_best(curve: Curve, *, higher: bool) -> int:
-    """Return the index of the best value in a curve, the first of equal ones."""
+    """Return the index of the best value of a curve; the first one among equal values."""
     return int(curve.values.argmax() if higher else curve.values.argmin())
 
 
@@ -195,27 +195,27 @@ def _is_positive(lines: Sequence[Line]) -> bool:
     return all((line.curve.values > 0).all() for line in lines)
 
 
-def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], numbers: Sequence[str]) -> tuple[Line, ...]:
-    """Return the lines of these statistics. With several runs, colour tells the run and dashes the statistic."""
+def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], statistics: Sequence[str]) -> tuple[Line, ...]:
+    """Return the lines of these statistics. With several runs, the colour is by run and the dashes by statistic."""
     lines = []
     for i, (run, curves) in enumerate(runs):
-        for j, number in enumerate(numbers):
-            curve = curves[number].finite() if number in curves else None
+        for j, statistic in enumerate(statistics):
+            curve = curves[statistic].finite() if statistic in curves else None
             if curve is None or not len(curve.values):
                 continue
-            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(numbers))
+            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(statistics))
             dashes = _dashes(j) if len(runs) > 1 else ()
-            lines.append(Line(run=run, number=number, curve=curve, colour=colour, dashes=dashes))
+            lines.append(Line(run=run, statistic=statistic, curve=curve, colour=colour, dashes=dashes))
     return tuple(lines)
 
 
 def _dashes(i: int) -> tuple[int, ...]:
-    """The dashes of the i-th of some things: none, dashes, dots, then dashes with one, two, three, ... dots between."""
+    """Return the i-th dash pattern: solid, dashes, dots, then dashes with 1, 2, 3, ... dots between them."""
     return ((), DASH, DOT)[i] if i < 3 else DASH + (i - 2) * DOT
 
 
 def _colour(i: int, count: int) -> str:
-    """The colour of the i-th of some things: one of COLOURS, or if there are more, steps of a scale."""
+    """Return the i-th of `count` colours: from COLOURS, or from a colour map if COLOURS has too few."""
     if count <= len(COLOURS):
         return COLOURS[i]
     from matplotlib import colormaps, colors

@@ -1,6 +1,6 @@
-"""Charts as PNG for files, and as SVG for the page: against kimg, and against the time of training.
+"""Rendering of charts as PNG files and as SVG for the page, against kimg and against training time.
 
-Of many points a running mean stands before the band that they all lie in.
+A curve with many points is drawn as a moving average over the faint raw curve.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEW = 40  # points: fewer are drawn as such
-SHOWN = 200  # parts of a curve of which the lowest and the highest point are drawn
-INK = "#0a0b0c"  # what is not a line; the page chooses the colour
+FEW = 40  # a curve with fewer points is drawn with markers
+SHOWN = 200  # sections of a long curve; each is drawn with its minimum and maximum
+INK = "#0a0b0c"  # placeholder colour of text and axes; the page replaces it
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart along one axis, as SVG. The share of its width from `left` to `right` shows `first` to `last`."""
+    """SVG of a chart along one axis. The fractions `left` to `right` of its width span the values `first` to `last`."""
 
     svg: str
     axis: Axis
@@ -55,7 +55,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class RenderedChart:
-    """A chart, drawn: PNG of all, and a panel for each axis."""
+    """A rendered chart: a PNG of all axes, and a panel for each axis."""
 
     chart: Chart
     png: bytes
@@ -63,14 +63,14 @@ class RenderedChart:
 
 
 def check_matplotlib() -> None:
-    """Raise UserError when nothing can be drawn."""
+    """Raise UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the package matplotlib is not installed: pip install '.[metrics]'")
 
 
 def draw(chart: Chart) -> RenderedChart:
-    """Draw a chart."""
-    os.environ["MPLBACKEND"] = "agg"  # files are drawn, whatever backend the user's windows have
+    """Render a chart as PNG and SVG."""
+    os.environ["MPLBACKEND"] = "agg"  # no window is needed, regardless of the backend of the user
     import matplotlib
 
     x_axes = _x_axes(chart.lines)
@@ -79,18 +79,18 @@ def draw(chart: Chart) -> RenderedChart:
 
 
 def _x_axes(lines: Sequence[Line]) -> list[Axis]:
-    """kimg, and the time where it is known."""
+    """Return the kimg axis and, if training times are known, the time axis."""
     seconds = np.concatenate([line.curve.seconds for line in lines])
     longest = seconds[np.isfinite(seconds)].max(initial=-1)
     if longest < 0:
         return [Axis("kimg", 1, "kimg")]
     units = {"days": 86400, "hours": 3600, "minutes": 60}
-    words = next((words for words, unit in units.items() if longest > 2 * unit), "minutes")
-    return [Axis("kimg", 1, "kimg"), Axis("seconds", units[words], f"{words} of training")]
+    unit = next((name for name, size in units.items() if longest > 2 * size), "minutes")
+    return [Axis("kimg", 1, "kimg"), Axis("seconds", units[unit], f"{unit} of training")]
 
 
 def draw_png(chart: Chart) -> bytes:
-    """Draw a chart for a file: along each axis, with title and legend."""
+    """Draw a chart as PNG, along each axis, with title and legend."""
     from matplotlib.figure import Figure
 
     x_axes = _x_axes(chart.lines)
@@ -128,7 +128,7 @@ def _plot(axes: Axes, chart: Chart, axis: Axis) -> None:
 
 
 def _use_decades(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, with 1, 2 and 5 of each decade where there are few."""
+    """Make the vertical axis logarithmic, with ticks at 1, 2 and 5 if it spans few decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -140,17 +140,17 @@ def _use_decades(axes: Axes) -> None:
 
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each of SHOWN parts of a curve; all of a short one."""
+    """Reduce a long curve to the minimum and maximum of each of SHOWN sections."""
     if len(y) <= 2 * SHOWN:
         return x, y
     bounds = np.linspace(0, len(y), SHOWN + 1).astype(int)
     parts = [(a, y[a:b]) for a, b in itertools.pairwise(bounds)]
-    places = np.unique([a + place for a, part in parts for place in (part.argmin(), part.argmax())])
-    return x[places], y[places]
+    index = np.unique([a + offset for a, part in parts for offset in (part.argmin(), part.argmax())])
+    return x[index], y[index]
 
 
 def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
-    """Put the legend below the curves."""
+    """Draw the legend below the curves."""
     from matplotlib.lines import Line2D
 
     entries = chart.legend()
@@ -160,23 +160,23 @@ def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
 
 
 def _style(dashes: tuple[int, ...]) -> Any:
-    """Dashes as matplotlib has them."""
+    """Convert dashes to a matplotlib line style."""
     return (0, dashes) if dashes else "-"
 
 
 def _plain(text: str) -> str:
-    """Text for matplotlib: what looks like a formula is none, and what is left of a name that is not UTF-8 is told."""
+    """Escape text for matplotlib: dollar signs, which would start a formula, and undecodable bytes of file names."""
     return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 
 
 def _draw_panel(chart: Chart, axis: Axis) -> Panel:
-    """Draw a chart along one axis for the page, which has title and legend beside it."""
+    """Draw a chart along one axis as SVG. The page adds title and legend."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    inks: dict[Any, Any] = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
-    inks |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {axis.name}"}
-    with matplotlib.rc_context(inks):
+    settings: dict[Any, Any] = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
+    settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {axis.name}"}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
         _plot(axes, chart, axis)

@@ -1,4 +1,4 @@
-"""One HTML file that shows runs: figures, curves, and what was generated over time. It asks nothing of a network."""
+"""Self-contained HTML page of runs: overview, generated images over time, curves, options. It loads nothing remote."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reporting.drawing import Panel, RenderedChart
 from reporting.run_reader import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MAX_SIDE = 768  # pixels of a grid in the page
-MAX_STARTS, MAX_FACTS = 50, 30  # of a run that are shown, and facts per run
-READ = 300  # points of a line whose values are shown under the pointer
+MAX_SIDE = 768  # longer side of a grid in the page, in pixels
+MAX_STARTS, MAX_FACTS = 50, 30  # starts shown per run, and columns of the environment table
+MAX_READINGS = 300  # points per line that the pointer can read
 
 
 def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
-    """Return the page, with at most `max_images` grids of all runs together, but two of each in any case."""
+    """Return the page, with at most `max_images` grids over all runs, but at least two per run."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     per_run = max(max_images // len(runs), 2)
     grids = [_grids(run, per_run) for run in runs]
@@ -53,9 +53,9 @@ def _problems(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    """Table of the runs: progress, pace and the latest metrics."""
+    """Return the table of runs: progress, speed, and best and last metrics."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    rows = [["run", "kimg", "time of training", "sec/kimg", "p", "last tick"]]
+    rows = [["run", "kimg", "training time", "sec/kimg", "p", "last tick"]]
     rows[0] += [head for name in metrics for head in (f"{name}, best", "last")]
     for run in runs:
         seconds = run.last("Timing/total_sec")
@@ -91,7 +91,7 @@ def _number(value: float, digits: int = 4) -> str:
 def _date(timestamp: float) -> str:
     try:
         return f"{datetime.fromtimestamp(timestamp, UTC):%Y-%m-%d %H:%M} UTC"
-    except (ValueError, OverflowError, OSError):  # not finite, or beyond all years
+    except (ValueError, OverflowError, OSError):  # not finite, or out of range
         return "?"
 
 
@@ -102,7 +102,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _grids(run: Run, count: int) -> str:
-    """The real images beside a slider over the generated ones, at most `count` of them."""
+    """Return the real images next to a slider over at most `count` grids of generated images."""
     frames = []
     for grid in _spread(run.grids, count):
         uri = _shrunk(grid.path, run.problems)
@@ -118,12 +118,12 @@ def _grids(run: Run, count: int) -> str:
         slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="kimg" hidden>'
         parts.append(f'<div class="frames">{slider}{"".join(frames)}</div>')
     else:
-        parts.append("<p>None yet: the next come with the next snapshot.</p>")
+        parts.append("<p>No images yet: the next snapshot writes some.</p>")
     return "\n".join([*parts, "</div></div>"])
 
 
 def _spread(items: Sequence[Grid], count: int) -> list[Grid]:
-    """At most `count` items in order, evenly spaced, with the first and the last."""
+    """Select at most `count` evenly spaced items, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -134,7 +134,7 @@ def _figure(uri: str, caption: str, alt: str) -> str:
 
 
 def _shrunk(path: Path, problems: list[str]) -> str | None:
-    """A picture as JPEG of at most MAX_SIDE pixels, transparency over white; None if it cannot be read."""
+    """Return an image as a JPEG data URI of at most MAX_SIDE pixels, alpha blended onto white; None if unreadable."""
     try:
         with open_image(read_regular(path, MAX_IMAGE_BYTES)) as file:
             image = file.convert("RGBA" if file.mode == "RGBA" else "RGB")
@@ -150,13 +150,13 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _chart(picture: RenderedChart) -> str:
-    """The panels of a chart, its legend, and what the pointer shows."""
-    chart = picture.chart
+def _chart(rendered: RenderedChart) -> str:
+    """Return the panels of a chart, its legend, and the data for the pointer."""
+    chart = rendered.chart
     lines = escape(json.dumps([_readings(chart, line) for line in chart.lines], separators=(",", ":")))
     legend = "".join(f"<li>{_swatch(entry)}{escape(entry.label)}</li>" for entry in chart.legend())
     legend += f'<li class="quiet">{chart.note}</li>' if chart.note else ""
-    panels = "".join(map(_panel, picture.panels))
+    panels = "".join(map(_panel, rendered.panels))
     return (
         f'<section class="card chart" aria-label="{escape(chart.title)}" data-lines="{lines}">\n'
         f'<h3>{escape(chart.title)}</h3><div class="panels">{panels}</div><ul class="legend">{legend}</ul></section>'
@@ -165,16 +165,16 @@ def _chart(picture: RenderedChart) -> str:
 
 def _readings(chart: Chart, line: Line) -> dict[str, Any]:
     trend = line.trend()
-    places = np.unique(np.linspace(0, len(trend.values) - 1, READ).round().astype(int))
+    index = np.unique(np.linspace(0, len(trend.values) - 1, MAX_READINGS).round().astype(int))
     columns = {"kimg": trend.kimg, "seconds": trend.seconds, "values": trend.values}
     return {"label": chart.label(line), "colour": line.colour} | {
-        name: [float(f"{x:.5g}") if math.isfinite(x) else None for x in column[places].tolist()]
+        name: [float(f"{x:.5g}") if math.isfinite(x) else None for x in column[index].tolist()]
         for name, column in columns.items()
     }
 
 
 def _panel(panel: Panel) -> str:
-    """A drawing, and for the script which part of it is what."""
+    """Return the SVG of a panel, with the scale of its horizontal axis for the script."""
     axis, unit = panel.axis, panel.axis.unit
     scale = {"name": axis.name, "label": axis.label, "unit": unit, "left": panel.left, "right": panel.right}
     scale |= {"first": panel.first * unit, "last": panel.last * unit}
@@ -191,7 +191,7 @@ def _known(value: object) -> str:
 
 
 def _differing_options(runs: Sequence[Run]) -> str:
-    """A row for each option that is not the same in all runs."""
+    """Return a table of the options that differ between runs."""
     if len(runs) == 1:
         return ""
     flat = [dict(_leaves(run.options)) for run in runs]
@@ -203,7 +203,7 @@ def _differing_options(runs: Sequence[Run]) -> str:
 
 
 def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the options by their path."""
+    """Yield (dotted path, value) of every option."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -217,9 +217,9 @@ def _all_options(run: Run) -> str:
 
 
 def _environments(runs: Sequence[Run]) -> str:
-    """Table of the environments: what each run was computed with, from each start on."""
+    """Return the table of environments: software and hardware at each start of each run."""
     starts = [(run.name, start) for run in runs for start in run.starts[-MAX_STARTS:]]
     names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_FACTS]
     rows = [["run", *names]]
     rows += [[run, *(_known(start.get(name, "")) for name in names)] for run, start in starts]
-    return "<h2>Computed with</h2>\n" + _table(rows) if len(rows) > 1 else ""
+    return "<h2>Environment</h2>\n" + _table(rows) if len(rows) > 1 else ""

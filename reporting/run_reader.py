@@ -1,4 +1,4 @@
-"""Reader of a run's folder: its ticks, metrics, grids of images and options, also while the run is going on."""
+"""Reader of the folder of a finished or ongoing run: ticks, metrics, image grids, options and warnings."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.util import MAX_LINE_BYTES, parse_json, read_json, read_lines
 from metrics.registry import COMPARABLE
 
-SHOWN_WARNINGS = 20
-SHOWN_LETTERS = 1000  # of a warning
-MAX_AGE = 1e15  # kimg or seconds; what is larger is damage
-MAX_VALUE = 1e100  # of a number that is drawn: with larger ones the arithmetic of axes overflows
-MAX_NUMBERS = 300  # by name; runs have about 60
+MAX_WARNINGS = 20
+MAX_WARNING_LENGTH = 1000  # maximum length of a warning
+MAX_AGE = 1e15  # kimg or seconds; a larger value is corrupt
+MAX_VALUE = 1e100  # larger plotted values would overflow the arithmetic of axes
+MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A number that changes during a run, in ascending order of kimg; nan where a tick has none.
+    """A statistic of a run in ascending order of kimg; nan for a tick without a value.
 
-    `origin` is what the values of a metric depend on: its records' values of the keys COMPARABLE.
+    `origin` holds the COMPARABLE fields of the records of a metric.
     """
 
     kimg: np.ndarray
-    seconds: np.ndarray  # of training, pauses left out; nan where it is not known
+    seconds: np.ndarray  # training time without pauses; nan if unknown
     values: np.ndarray
     origin: dict[str, Any] = field(default_factory=dict)
 
     def finite(self) -> Curve:
-        """The points that have a finite value."""
+        """Return the points with a finite value."""
         known = np.isfinite(self.values)
         return replace(self, kimg=self.kimg[known], seconds=self.seconds[known], values=self.values[known])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A picture of generated images."""
+    """An image file with a grid of generated images."""
 
     path: Path
     kimg: float
@@ -51,10 +51,10 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as far as it has come.
+    """The content of a run's folder.
 
-    `starts` says what each start was computed with, `warnings` what the log warns of, and `problems` what of the files
-    could not be read.
+    `starts` are the environments of each start, `warnings` are warnings in the log, and `problems` are errors while
+    reading the files.
     """
 
     name: str
@@ -70,31 +70,31 @@ class Run:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to show yet."""
+        """True if the run has no ticks, metrics or images yet."""
         return not (self.ticks or self.metrics or self.grids)
 
     @property
     def total_kimg(self) -> float:
-        """Planned length of the run in kimg; nan if that is not known."""
+        """Planned length of the run in kimg; nan if unknown."""
         part = self.options.get("run")
         total = part.get("total_kimg") if isinstance(part, dict) else None
         return float(total) if is_number(total, MAX_AGE) else math.nan
 
     def last(self, name: str) -> float:
-        """The newest value of a tick's number; nan without any."""
+        """Return the latest value of a statistic; nan if the run has none."""
         return self.ticks[name].values[-1] if name in self.ticks else math.nan
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the folders of runs that paths stand for, each once: themselves, or the runs in a folder of runs.
+    """Expand paths to the folders of runs, without duplicates. A path is a run or a folder of runs.
 
-    Raises UserError for what is neither.
+    Raises UserError for any other path.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             problem = "not a folder" if path.exists() else "no such folder"
-            raise UserError(f"{path}: {problem}; name the folder of a run, or one that holds runs")
+            raise UserError(f"{path}: {problem}; specify the folder of a run, or a folder of runs")
         inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
         if not inside:
             raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")
@@ -108,7 +108,7 @@ def _is_run(path: Path) -> bool:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read a run's folder. What is damaged is left out and listed in `problems`."""
+    """Read the folder of a run. Corrupt parts are skipped and listed in `problems`."""
     problems: list[str] = []
     ticks = _read_ticks(path / "stats.jsonl", problems)
     clock = ticks.get("Timing/total_sec")
@@ -133,36 +133,36 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
-    """Return a curve for each number in stats.jsonl."""
+    """Return a curve for each statistic in stats.jsonl."""
     rows = {row["Progress/kimg"]: row for row in map(_flatten, _read_lines(path, "Progress/kimg", problems))}
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    if len(names) > MAX_NUMBERS:
-        problems.append(f"{path.name}: left out {len(names) - MAX_NUMBERS} of {len(names)} numbers")
-        names = names[:MAX_NUMBERS]
+    if len(names) > MAX_STATISTICS:
+        problems.append(f"{path.name}: skipped {len(names) - MAX_STATISTICS} of {len(names)} statistics")
+        names = names[:MAX_STATISTICS]
     ordered = [rows[kimg] for kimg in sorted(rows)]
-    columns = {name: np.array([row.get(name, _unsaid(name)) for row in ordered]) for name in sorted(names)}
+    columns = {name: np.array([row.get(name, _missing_value(name)) for row in ordered]) for name in sorted(names)}
     kimg = columns.get("Progress/kimg", np.zeros(0))
     seconds = columns.get("Timing/total_sec", np.full(len(kimg), math.nan))
     return {name: Curve(kimg=kimg, seconds=seconds, values=values) for name, values in columns.items()}
 
 
-def _unsaid(name: str) -> float:
-    """Return the value of a statistic in a tick that lacks it: updates are only counted where some were left out."""
+def _missing_value(name: str) -> float:
+    """Return the value of a statistic that a tick lacks: 0 for skipped updates, which are logged only if not 0."""
     return 0.0 if name.startswith("Skipped/") else math.nan
 
 
 def _flatten(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a tick by name; of a loss term, whose mean and deviation are given, the mean."""
+    """Return the values of a tick by name. An entry with mean and standard deviation is reduced to its mean."""
     values = {name: value.get("mean") if isinstance(value, dict) else value for name, value in line.items()}
     limits = {"Timing/total_sec": MAX_AGE}
     return {name: float(value) for name, value in values.items() if is_number(value, limits.get(name, MAX_VALUE))}
 
 
 def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
-    """Return the main number of a metric against kimg, where it is finite; None where no line has one.
+    """Return the finite main values of a metric against kimg; None if there are none.
 
-    The file may also hold what calc_metrics.py made of other data or by other options: those that compare with the
-    newest line count.
+    The file may also hold records of calc_metrics.py with other data or options. Only records that are comparable with
+    the last one are used.
     """
     records = [line for line in _read_lines(path, "kimg", problems) if _main_value(line) is not None]
     if not records:
@@ -172,7 +172,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
     if len(comparable) < len(records):
         count = len(records) - len(comparable)
         problems.append(
-            f"{path.name}: left out {count} lines that do not compare with the last one (other data or way)"
+            f"{path.name}: skipped {count} lines that are not comparable with the last one (other data or settings)"
         )
     values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
     kimg = np.array(sorted(values), dtype=float)
@@ -187,11 +187,12 @@ def _main_value(record: dict[str, Any]) -> float | None:
 
 
 def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file that have a number `age`; null is that of images, which have none.
+    """Yield the JSON objects of a file with a number in the field `age`.
 
-    A last line without its end is one that is being written.
+    Objects with null, the metrics of image folders, are skipped. So is a last line without a line break, which is still
+    being written.
     """
-    count = damaged = 0
+    count = corrupt = 0
     try:
         for line in read_lines(path):
             if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
@@ -201,8 +202,8 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
                 entry = parse_json(line.decode(errors="replace"))
                 if entry[age] is not None and not is_number(entry[age], MAX_AGE):
                     raise ValueError
-            except (ValueError, KeyError, TypeError):  # no JSON or too deep, no such number, no object
-                damaged += 1
+            except (ValueError, KeyError, TypeError):  # not JSON, nested too deeply, no such number, or not an object
+                corrupt += 1
                 continue
             if entry[age] is not None:
                 yield entry
@@ -210,24 +211,24 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
         return
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
-    if damaged:
-        problems.append(f"{path.name}: left out {damaged} of {count} lines, which are damaged")
+    if corrupt:
+        problems.append(f"{path.name}: skipped {corrupt} corrupt lines of {count}")
 
 
 def is_number(value: object, limit: float) -> TypeGuard[float]:
-    """Whether a value of a JSON document is a number from -limit to limit."""
+    """Return whether a JSON value is a number from -limit to limit."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
 
 
 def _read_warnings(path: Path) -> list[str]:
-    """The last warnings and errors in a log, each once, where it came last, with the number of lines that say so."""
+    """Return the last distinct warnings and errors of a log, by last occurrence, with counts of repetitions."""
     counts: dict[str, int] = {}
     with suppress(OSError):
         for line in read_lines(path):
             if line.startswith((b"Warning: ", b"Error: ")):
-                text = line[:SHOWN_LETTERS].decode(errors="replace").rstrip("\r\n")
+                text = line[:MAX_WARNING_LENGTH].decode(errors="replace").rstrip("\r\n")
                 counts[text] = counts.pop(text, 0) + 1
-    newest = list(counts.items())[-SHOWN_WARNINGS:]
+    newest = list(counts.items())[-MAX_WARNINGS:]
     return [text + (f" ({count} times)" if count > 1 else "") for text, count in newest]
 
 
@@ -243,7 +244,7 @@ def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
         options = read_json(path, MAX_LINE_BYTES)
         if isinstance(options, dict):
             return options
-        problems.append(f"{path.name}: is no JSON object")
+        problems.append(f"{path.name}: is not a JSON object")
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
     except ValueError as error:

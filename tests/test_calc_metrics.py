@@ -262,7 +262,7 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
 
     few = calc("--metrics=fid5k_full", bound(program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
-    assert "5000 generated images are asked for and the set holds 21" in few.stderr
+    assert "5000 generated images are requested, and the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
     assert "specify the real images with --data" in without.stderr

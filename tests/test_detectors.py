@@ -329,16 +329,16 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
     program = script_program(tmp_path / "net.pt", SmallDetector())
     with pytest.raises(UserError, match="no such file"):
         read_detectors((str(tmp_path / "missing.pt"),))
-    with pytest.raises(UserError, match="is given already; say with inception:FILE or vgg16:FILE"):
+    with pytest.raises(UserError, match="is given already; use inception:FILE or vgg16:FILE"):
         read_detectors((str(program), str(program)))
-    with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; leave out `vgg16:`"):
+    with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; omit `vgg16:`"):
         read_detectors((f"vgg16:{tmp_path}",))
     other = script_program(tmp_path / "other.pt", SmallDetector())
     setup = read_detectors((str(program), f"vgg16:{other}"))
     assert [setup.identity(role)["detector"] for role in ("inception", "vgg16")] == ["net.pt", "other.pt"]
     wrong = tmp_path / INCEPTION.name
     wrong.write_bytes(b"not the weights")
-    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d.*another one$"):
+    with pytest.raises(UserError, match=r"its sha256 is .*begins with 6726825d.*a different file$"):
         read_detectors((str(wrong),))
     unknown = tmp_path / "other.pth"
     torch.save({"x": torch.zeros(1)}, unknown)
@@ -369,5 +369,5 @@ def test_a_state_dict_that_would_run_code_is_refused(tmp_path: Path) -> None:
         detectors.load_state_dict(path)
     assert not (tmp_path / "fired").exists()
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="something else than a state dict"):
+    with pytest.raises(UserError, match="is not a state dict of tensors"):
         detectors.load_state_dict(path)

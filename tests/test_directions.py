@@ -198,12 +198,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
     np.savez(tmp_path / "w.npz", w=np.zeros(3))
     (tmp_path / "x.safetensors").write_bytes(b"no")
     for given, message in {
-        "d.npz": "say which direction of a file",
-        "d.npz:" + "1" * 5000: "say which direction of a file",
+        "d.npz": "specify the index of a direction in the file",
+        "d.npz:" + "1" * 5000: "specify the index of a direction in the file",
         "d.npz:3": "the file has directions 0 to 2",
         "wide.npz:0": "has 5 styles of 12 numbers",
         "long.npz:0": "styles up to 5; this network has 5 styles",
-        "few.npz:0": "holds 3 directions, and not one value and sigma for each",
+        "few.npz:0": "holds 3 directions, but not one value and sigma for each",
         "nan.npz:0": "values that are not finite",
         "styles.npz:0": "not numbers as `generate.py directions` writes them",
         "words.npz:0": "not numbers as `generate.py directions` writes them",
@@ -212,7 +212,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
         "none.npz:0": "cannot be read",
         "none.safetensors:0": "cannot be read",
         "x.safetensors:0": "not a safetensors file",
-        "d.txt:0": "are kept in .npz or .safetensors files",
+        "d.txt:0": "are stored in .npz or .safetensors files",
     }.items():
         with pytest.raises(UserError, match=message):
             read_direction(f"{tmp_path}/{given}", G)
@@ -270,13 +270,13 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         (["--method=mean"], "--method=mean: needs two lists of seeds"),
         (["--positive=1"], "are for the methods mean and linear"),
         (["--method=linear", "--positive=0", "--negative=1", "--components=2"], "finds one direction"),
-        (["--components=13"], "--components=13: --method=sefa finds 12 here"),
-        (["--components=3", "--method=pca", "--samples=3"], "--components=3: --method=pca finds 2 here"),
-        (["--save=x.txt"], "x.txt: directions are kept in"),
+        (["--components=13"], "--components=13: --method=sefa finds at most 12 here"),
+        (["--components=3", "--method=pca", "--samples=3"], "--components=3: --method=pca finds at most 2 here"),
+        (["--save=x.txt"], "x.txt: directions are stored in"),
         (["--styles=9"], "--styles=9"),
     ]:
         result = run("directions", f"--network={network}", "--seeds=0", f"--outdir={out}", *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = run("images", f"--network={network}", "--seeds=0", f"--outdir={out}", "--strength=2")
-    assert (result.exit_code, "name one with --direction=FILE:INDEX" in result.output) == (2, True)
+    assert (result.exit_code, "specify one with --direction=FILE:INDEX" in result.output) == (2, True)
     assert not out.exists()

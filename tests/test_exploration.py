@@ -51,7 +51,7 @@ def test_unsupported_operations_are_refused_by_name() -> None:
         factorise(model, (0,), 2, sampled_w(model, 10))
     with pytest.raises(UserError, match="Other has no self-attention"):
         record(model, model.styles_of((0,)))
-    with pytest.raises(UserError, match="Linear has no styles to look into"):
+    with pytest.raises(UserError, match="Linear has no styles: it can only generate images"):
         model_of(nn.Linear(2, 2))
 
 

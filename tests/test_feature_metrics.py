@@ -211,7 +211,7 @@ def test_blocks_do_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_images_have_no_neighbours() -> None:
-    with pytest.raises(UserError, match="3 images have no 3 neighbours each"):
+    with pytest.raises(UserError, match="3 images are too few for 3 neighbours each"):
         precision_recall(features(3, 4, 1), features(9, 4, 2))
 
 
@@ -447,7 +447,7 @@ def test_images_instead_of_a_network(setup: DetectorSetup) -> None:
     assert measured["fid60_full"] > 0
     same = build(setup, G=None, fakes=ArrayImages(natural_images(90)))
     assert results(same, "fid90_full")["fid90_full"] == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="100 generated images are asked for and the set holds 70"):
+    with pytest.raises(UserError, match="100 generated images are requested, and the set holds 70"):
         results(context, "fid100_full")
     with pytest.raises(UserError, match="the generated set holds images of 3x16x16"):
         build(setup, G=None, fakes=ArrayImages(natural_images(4, (3, 16, 16))))
@@ -468,7 +468,7 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
     assert metrics.resolve("pr50k3_full,dc50k,fid50k_full") == ["pr50k3_full_tvgg16", "dc50k_tvgg16", "fid50k_full"]
     assert metrics.resolve("pr50k3_full_tvgg16") == ["pr50k3_full_tvgg16"]
     assert metrics.resolve("pr50k3_full", setup) == ["pr50k3_full"]
-    with pytest.raises(UserError, match="leave out the suffix"):
+    with pytest.raises(UserError, match="omit the suffix"):
         metrics.resolve("pr50k3_full_tvgg16", setup)
     own = read_detectors((str(setup.bound["inception"]),))
     recorded = ["fid50k_full_small", "pr50k3_full_small", "ppl2_wend_tvgg16", "swd"]

@@ -728,7 +728,7 @@ def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
     read = read_run(make_run(tmp_path / "all", files), "all")
     build_page([read], [draw(next(find_charts([read])))], 2)
     told = " ".join(read.problems)
-    assert all(f"{name}: left out" in told for name in files)
+    assert all(f"{name}: skipped" in told for name in files)
     assert read.metrics["swd5k"].values.tolist() == [3.0]
     assert np.nanmax(np.abs([curve.values for curve in read.ticks.values()])) <= 1e100
 
@@ -782,7 +782,7 @@ def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
     assert [len(text) for text in shown.warnings] == [1000, len("Warning: y (2 times)")]
     assert len(shown.ticks) == 300
     told = " ".join(shown.problems)
-    for part in ("left out 1 of 2 lines", "left out 4701 of 5001 numbers", "training_options.json"):
+    for part in ("skipped 1 corrupt lines of 2", "skipped 4701 of 5001 statistics", "training_options.json"):
         assert part in told
 
 

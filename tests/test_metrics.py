@@ -236,7 +236,7 @@ def test_cuda_equals_cpu() -> None:
 
 def test_refuses_sets_that_do_not_match() -> None:
     images = natural_images(4)
-    with pytest.raises(UserError, match="equally many and of one shape"):
+    with pytest.raises(UserError, match="of equal number and shape"):
         sw.sliced_wasserstein(images, images[:3])
     with pytest.raises(UserError, match="must be uint8"):
         sw.sliced_wasserstein(images, images.float())

@@ -147,7 +147,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         f"--projected-w={tmp_path / 'name.npz'}": "has no array w",
         f"--projected-w={tmp_path / 'word.npz'}": "w holds <U1, not numbers",
         f"--projected-w={tmp_path / 'code.npz'}": "not an .npz file of arrays",
-        f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file, which is what holds styles",
+        f"--projected-w={tmp_path / 'text.npz'}": "not an .npz file; convert a single array",
         "--projected-w=/nowhere.npz": "--projected-w=/nowhere.npz: cannot be read",
         "--rows=4294967296": "--rows: 4294967296 is too large",
     }
@@ -155,7 +155,7 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
         result = run("mix", f"--network={network}", "--rows=0", "--cols=1", f"--outdir={out}", argument)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = run("mix", f"--network={network}", "--cols=1", f"--outdir={out}")
-    assert (result.exit_code, "--rows: say which images" in result.output) == (2, True)
+    assert (result.exit_code, "--rows: specify images" in result.output) == (2, True)
     assert not out.exists()
 
 

@@ -174,7 +174,9 @@ def test_walks_in_w_are_refused_by_name_for_networks_without_w(name: str) -> Non
 def test_walks_need_a_network_and_equal_noise() -> None:
     images = ArrayImages(natural_images(4))
     context = MetricContext(fakes=images, images=images, device=CPU, setup=SquaredDistance())
-    with pytest.raises(UserError, match="metric ppl2_wend_tvgg16: needs a network, and only images are given"):
+    with pytest.raises(
+        UserError, match="metric ppl2_wend_tvgg16: needs a network, but only generated images are given"
+    ):
         metrics.compute("ppl2_wend", context)
     with pytest.raises(UserError, match="both ends of a step need the same noise"):
         metrics.compute("ppl_zend", build(Linear(), noise_mode="random"))

@@ -90,7 +90,7 @@ def test_images_equal_those_of_the_commands() -> None:
 
 def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exploration.play.MAX_IMAGES", 3)
-    monkeypatch.setattr("exploration.play.MAX_KEPT", 4 * 3 * 32 * 32)
+    monkeypatch.setattr("exploration.play.MAX_CACHE_BYTES", 4 * 3 * 32 * 32)
     player, render = Player(make_model()), Model.images
     sizes: list[int] = []
 
@@ -136,32 +136,32 @@ def test_attention_maps_equal_those_of_the_command() -> None:
 NONSENSE = {
     "images": "seed: is missing",
     "images?": "seed: is missing",
-    "images?seed": "the query is not one: bad query field",
+    "images?seed": "malformed query: bad query field",
     "images?seed=": "seed=: must be a whole number from 0 to 4294967295",
     "images?seed=-1": "seed=-1: must be a whole number",
     "images?seed=1.5": "seed=1.5: must be a whole number",
     "images?seed=%D9%A3": "seed=٣: must be a whole number",
-    "images?seed=%ff": "the query is not one: 'utf-8' codec",
+    "images?seed=%ff": "malformed query: 'utf-8' codec",
     "images?seed=" + "9" * 5000: "99: must be a whole number",
     f"images?seed={MAX_SEED}&count=2": "must be a whole number from 0 to 4294967294",
     "images?seed=0&count=0": "count=0: must be a whole number from 1 to 64",
     "images?seed=0&count=65": "count=65: must be a whole number from 1 to 64",
-    "images?seed=0&seed=1": "the query says something twice",
+    "images?seed=0&seed=1": "the query repeats a parameter",
     "images?seed=0&trunc=nan": "trunc=nan: must be a number from -2 to 2",
     "images?seed=0&trunc=1e9": "trunc=1e9: must be a number",
     "images?seed=0&trunc=__import__": "trunc=__import__: must be a number",
-    "images?seed=0&class=0": "class=0: there are no classes to choose from",
-    "images?seed=0&other=1": "other, styles: give both or none",
-    "images?seed=0&styles=all": "other, styles: give both or none",
-    "images?seed=0&other=1&styles=conv": "'conv' is no choice; this network has 0-4",
-    "images?seed=0&other=1&styles=" + "9" * 5000: "99' is no choice",
-    "images?seed=0&other=1&styles=..%2f..%2fetc": "'../../etc' is no choice",
-    "images?seed=0&x=3": "x: not understood here",
-    "images?" + "&".join(f"a{i}=1" for i in range(50)): "the query is not one: Max number of fields exceeded",
+    "images?seed=0&class=0": "class=0: this model has no classes to choose from",
+    "images?seed=0&other=1": "other, styles: give both or neither",
+    "images?seed=0&styles=all": "other, styles: give both or neither",
+    "images?seed=0&other=1&styles=conv": "'conv' is not a style; this network has 0-4",
+    "images?seed=0&other=1&styles=" + "9" * 5000: "99' is not a style",
+    "images?seed=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
+    "images?seed=0&x=3": "x: unknown parameter",
+    "images?" + "&".join(f"a{i}=1" for i in range(50)): "malformed query: Max number of fields exceeded",
     "attention?seed=0": "x: is missing",
     "attention?seed=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
     "attention?seed=0&x=0&y=-1": "y=-1: must be a whole number",
-    "attention?seed=0&count=2&x=0&y=0": "count: attention is of one image",
+    "attention?seed=0&count=2&x=0&y=0": "count: attention maps are of a single image",
 }
 
 
@@ -172,7 +172,7 @@ def test_invalid_requests_are_answered_with_400() -> None:
             status, body = get(port, f"/{query}")
             assert status == 400, query
             assert message in json.loads(body)["error"]
-        assert get(port, "http://[", Host="localhost") == (400, b'{"error": "the address is none"}')
+        assert get(port, "http://[", Host="localhost") == (400, b'{"error": "malformed URL"}')
         assert not player.images
         for path in ("images/", "../images", "favicon.ico", "exploration/play.py"):
             assert get(port, f"/{path}")[0] == 404
@@ -270,7 +270,7 @@ def test_other_pages_cannot_frame_or_read_the_page() -> None:
 def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     player = Player(make_model())
     with monkeypatch.context() as patch:
-        patch.setattr("exploration.play.SILENCE", 0.1)
+        patch.setattr("exploration.play.IDLE_TIMEOUT", 0.1)
         with served(player) as port:
             for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
                 with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
@@ -365,7 +365,7 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         large.onkeydown(new KeyboardEvent("keydown", {key: "ArrowDown"}));
         await until(() => !("maps" in waiting));
         const maps = document.querySelectorAll("#maps img").length;
-        return [maps, pixel, $("what").textContent, $("problem").textContent];"""
+        return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
     maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
     assert "with coarse of seed 2" in what
@@ -379,6 +379,6 @@ def test_a_browser_hides_mixing_without_styles() -> None:
         await until(() => first == 48);
         cells[2].onclick({shiftKey: true});
         await until(() => !("large" in waiting));
-        return [$("what").textContent, other, cells[2].className];"""
+        return [$("caption").textContent, other, cells[2].className];"""
     what, other, kind = seen_by_a_browser(model_of(TRANSGAN), script)
     assert (what.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

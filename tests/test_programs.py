@@ -237,13 +237,13 @@ def test_torch_executes_no_code_even_without_the_check(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The setting that lets torch.load read everything is disabled for the call and restored afterwards."""
-    monkeypatch.setenv(programs.MORE_THAN_DATA, "1")
+    monkeypatch.setenv(programs.FORCE_NO_WEIGHTS_ONLY, "1")
     monkeypatch.setattr(programs, "check", lambda path: None)
     with suppress(pickle.UnpicklingError):  # torch may skip entries it cannot read
         programs.load(changed(ATTACKS[kind][0]))
     assert not Path("pwned").exists()
-    assert os.environ[programs.MORE_THAN_DATA] == "1"
-    assert programs.DATA_ALONE not in os.environ
+    assert os.environ[programs.FORCE_NO_WEIGHTS_ONLY] == "1"
+    assert programs.FORCE_WEIGHTS_ONLY not in os.environ
 
 
 class Larger(nn.Module):

@@ -113,12 +113,13 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert not any("src" in attributes for tag, attributes in page.tags if tag != "img")
     assert "<b>" not in text
     charts, images = page.charts(), page.images()
-    for title in ("Losses of G and D", "Norms of the gradients", "Probability p of the augmentation"):
+    for title in ("Losses of G and D", "Gradient norms", "Augmentation probability p"):
         assert title in charts
     assert charts["Metric swd5k: lower is better"] == [
         {"label": "swd5k", "colour": "#0072B2", "kimg": [0, 4, 8], "seconds": [0, 60, 120], "values": [100, 98, 96]}
     ]
     assert text.count('class="panel"') == 2 * len(charts)
+    assert all(f'data-{name}="' in text for name in re.findall(r"dataset\.(\w+)", text))  # as the script reads them
     assert "(best 96 at 8 kimg)" in text
     assert "<td>96 at 8 kimg</td><td>96</td>" in text
     for kimg in (0, 4, 8):
@@ -170,10 +171,8 @@ def test_the_curves_of_one_run_equal_its_log(tmp_path: Path, monkeypatch: pytest
     losses = drawn["Losses of G and D"]
     assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, because names are sorted
     assert losses["#D55E00 -"].tolist() == [[2, 2], [4, 3], [6, 4], [8, 5]]
-    assert drawn["Probability p of the augmentation"]["#0072B2 -"][:, 1].tolist() == pytest.approx(
-        [0, 0.01, 0.02, 0.03, 0.04]
-    )
-    assert next(iter(drawn["Other figures"].values())).tolist() == [
+    assert drawn["Augmentation probability p"]["#0072B2 -"][:, 1].tolist() == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    assert next(iter(drawn["Other statistics"].values())).tolist() == [
         [2, 7],
         [4, 8],
         [6, 9],
@@ -311,9 +310,9 @@ def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     result = run_report(run)
     assert result.exit_code == 0, result.output
     for problem in (
-        "stats.jsonl: left out 5 of 12 lines, which are damaged",
-        "metric-swd5k.jsonl: left out 1 lines that do not compare with the last one",
-        "metric-fid.jsonl: left out 1 of 1 lines, which are damaged",
+        "stats.jsonl: skipped 5 corrupt lines of 12",
+        "metric-swd5k.jsonl: skipped 1 lines that are not comparable with the last one",
+        "metric-fid.jsonl: skipped 1 corrupt lines of 1",
         "fakes000004.png: cannot be read",
         "fakes000008.png: cannot be read",
         "training_options.json: cannot be read",
@@ -340,7 +339,7 @@ def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     assert f"Warning: {begun}: nothing to show yet, skipped" in result.output
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert set(page.images()) == {"b: generated at kimg 0", "b: real images"}
-    assert set(page.charts()) == {"Metric swd5k: lower is better", "Probability p of the augmentation"}
+    assert set(page.charts()) == {"Metric swd5k: lower is better", "Augmentation probability p"}
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -427,7 +426,7 @@ def test_odd_names_and_numbers_are_shown(tmp_path: Path) -> None:
     (run / "training_options.json").write_text(nested)
     result = run_report(run)
     assert result.exit_code == 0, result.output
-    assert "stats.jsonl: left out 2 of 5 lines, which are damaged" in result.output
+    assert "stats.jsonl: skipped 2 corrupt lines of 5" in result.output
     assert "training_options.json: cannot be read (it is nested too deep)" in result.output
     text = (run / "report" / "report.html").read_text()
     assert "<title>$body \\udcff</title>" in text
@@ -481,8 +480,8 @@ def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pyt
     assert run_report(run).exit_code == 0
     probe = """<script>onload = () => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
-      const ruler = JSON.parse(panel.dataset.ruler);
-      const at = ruler.left + (ruler.right - ruler.left) * (3.9 - ruler.first) / (ruler.last - ruler.first);
+      const axis = JSON.parse(panel.dataset.axis);
+      const at = axis.left + (axis.right - axis.left) * (3.9 - axis.first) / (axis.last - axis.first);
       panel.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at * box.width}));
       const reading = [...panel.querySelectorAll(".reading div")].map(line => line.textContent);
       const shown = () => [...document.querySelectorAll(".frames figure")].findIndex(frame => !frame.hidden);

@@ -210,14 +210,14 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
     for arguments, message in [
         (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
         (["--fps=60"], "--fps=60: browsers show no more than 50 frames of a GIF per second"),
-        (["--grid=2x1"], "--grid: 3 keyframes cannot be shared by 2 cells equally"),
+        (["--grid=2x1"], "--grid: 3 keyframes cannot be divided evenly among 2 cells"),
         (["--fps=nan"], "'nan' is not a finite number"),
         (["--fps=0.5"], "--fps=0.5: must be 1 or more"),
         (["--grid=2x" + "9" * 5000], "is not a number of columns and rows such as 3x2"),
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
-        (["--strength=2"], "name one with --direction"),
-        (["--projected-w=w.npz", "--interpolation=z"], "saved styles go with none of --interpolation=z"),
-        (["--classes=0", "--class=0"], "--classes: goes with neither --class nor --label"),
+        (["--strength=2"], "specify one with --direction"),
+        (["--projected-w=w.npz", "--interpolation=z"], "cannot be combined with --interpolation=z"),
+        (["--classes=0", "--class=0"], "--classes: cannot be combined with --class or --label"),
         (["--output=/proc/x/v.gif"], "--output=/proc/x/v.gif: cannot be written"),
     ]:
         result = run("video", f"--network={network}", "--seeds=0-2", f"--output={out}/v.gif", *arguments)

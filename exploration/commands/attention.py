@@ -1,4 +1,4 @@
-"""Options of `generate.py attention`; exploration/attention_maps.py does the work."""
+"""Options of `generate.py attention`, implemented in exploration/attention_maps.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from exploration.commands.options import MODEL_OPTIONS, OUTDIR, PROJECTED
     multiple=True,
     default=("most:3",),
     show_default=True,
-    help="Whose attention: a pixel X,Y; grid:N, the centres of N x N cells; most:N, those that are attended to most. "
+    help="Query positions: a pixel X,Y; grid:N, the centres of N x N cells; most:N, the N most attended positions. "
     "Can be repeated.",
 )
-@option("--heads", is_flag=True, help="Also draw every head of every block.")
+@option("--heads", is_flag=True, help="Also draw each head of each block.")
 @OUTDIR
 def attention(**options: Any) -> None:
-    """Draw what positions of an image attend to, in every transformer block.
+    """Draw the attention maps of chosen positions in every transformer block.
 
     \b
     python generate.py attention --network=docs/shapes.pkl --seeds=0-3 --query=16,16 --query=most:2 --outdir=out

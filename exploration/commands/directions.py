@@ -1,4 +1,4 @@
-"""Options of `generate.py directions`; exploration/directions.py does the work."""
+"""Options of `generate.py directions`, implemented in exploration/directions.py."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from exploration.commands.options import MODEL_OPTIONS, OUTDIR, PROJECTED
     type=click.Choice(["sefa", "pca", "mean", "linear"]),
     default="sefa",
     show_default=True,
-    help="sefa: eigenvectors of the layers' weights; pca: principal components of w; mean, linear: from --negative to "
-    "--positive, by the means or by a linear classifier.",
+    help="sefa: eigenvectors of the style layers' weights; pca: principal components of w; mean, linear: from "
+    "--negative to --positive by class means or by a linear classifier.",
 )
-@option("--styles", default="all", show_default=True, help="Which styles to look at and to move, as for mix.")
-@option("--components", type=click.IntRange(min=1), help="How many, of sefa and pca.  [default: 5]")
-@option("--samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="w drawn for their spread.")
-@option("--positive", type=IntRanges(), help="Seeds of images that have an attribute.")
-@option("--negative", type=IntRanges(), help="Seeds of images that do not have it.")
+@option("--styles", default="all", show_default=True, help="Styles to analyse and edit, as in mix.")
+@option("--components", type=click.IntRange(min=1), help="Number of directions of sefa or pca.  [default: 5]")
+@option("--samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="Number of w samples.")
+@option("--positive", type=IntRanges(), help="Seeds of images with an attribute.")
+@option("--negative", type=IntRanges(), help="Seeds of images without this attribute.")
 @option("--seeds", "--seed", type=IntRanges(), help="Seeds of the images to edit.")
 @PROJECTED
 @option("--strength", type=float, default=3.0, show_default=True, help="Largest edit, in standard deviations of w.")
-@option("--steps", type=click.IntRange(min=2), default=7, show_default=True, help="Edits of each image.")
-@option("--save", type=click.Path(path_type=Path), help=".npz or .safetensors.  [default: directions.npz in --outdir]")
+@option("--steps", type=click.IntRange(min=2), default=7, show_default=True, help="Images per strip.")
+@option(
+    "--save",
+    type=click.Path(path_type=Path),
+    help="Output file, .npz or .safetensors.  [default: directions.npz in --outdir]",
+)
 @OUTDIR
 def directions(**options: Any) -> None:
-    """Find directions of w that change images in one way, and draw strips of edits.
+    """Find semantic directions in w, and draw strips of edited images.
 
     \b
     python generate.py directions --network=docs/shapes.pkl --method=sefa --styles=coarse --seeds=0-3 --outdir=out

@@ -1,4 +1,4 @@
-"""Options of `generate.py images`; exploration/seed_images.py does the work."""
+"""Options of `generate.py images`, implemented in exploration/seed_images.py."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from exploration.commands.options import BATCH, CLASS, DEVICE, LABEL, NETWORK, P
 
 @click.command("images", cls=Script)
 @NETWORK
-@option("--seeds", "--seed", type=IntRanges(), help="Seeds, e.g. 0-35,40; the same one, the same image.")
+@option("--seeds", "--seed", type=IntRanges(), help="Seeds, e.g. 0-35,40; a seed always gives the same image.")
 @PROJECTED
 @option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")
 @TRUNC
 @CLASS
 @LABEL
-@option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
-@option("--direction", metavar="FILE:INDEX", help="Edit along a direction that `directions` found.")
-@option("--strength", type=float, help="How far, in standard deviations of w.  [default: 1]")
-@option("--grid", is_flag=True, help="Also write all images as one picture, grid.png.")
+@option(
+    "--noise-mode",
+    type=click.Choice(["const", "random", "none"]),
+    default="const",
+    show_default=True,
+    help="Noise of the network.",
+)
+@option("--direction", metavar="FILE:INDEX", help="Edit the images along a direction found by `directions`.")
+@option("--strength", type=float, help="Strength of the edit, in standard deviations of w.  [default: 1]")
+@option("--grid", is_flag=True, help="Also write all images to one grid, grid.png.")
 @BATCH
 @PRECISION
-@switch("--compile", "use_compile", help="Compile the generator first: pays for thousands of images.")
-@switch("--graphs", "use_graphs", help="CUDA graphs: pays for small batches on a GPU.")
+@switch("--compile", "use_compile", help="Compile the generator; worthwhile for thousands of images.")
+@switch("--graphs", "use_graphs", help="Use CUDA graphs; worthwhile for small batches on a GPU.")
 @DEVICE
 def images(**options: Any) -> None:
-    """Generate images from a snapshot with its averaged generator.
+    """Generate images with the averaged generator (G_ema) of a snapshot.
 
     \b
     python generate.py --network=docs/shapes.pkl --seeds=0-35 --outdir=out --grid

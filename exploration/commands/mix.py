@@ -1,4 +1,4 @@
-"""Options of `generate.py mix`; exploration/mixing.py does the work."""
+"""Options of `generate.py mix`, implemented in exploration/mixing.py."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from exploration.commands.options import MODEL_OPTIONS, OUTDIR
 
 MIX_OPTIONS = (
     *MODEL_OPTIONS,
-    option("--rows", type=IntRanges(), help="Seeds of the rows' images."),
-    option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, for rows before those of --rows."),
-    option("--cols", required=True, type=IntRanges(), help="Seeds of the columns' images."),
+    option("--rows", type=IntRanges(), help="Seeds of the row images."),
+    option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as rows above those of --rows."),
+    option("--cols", required=True, type=IntRanges(), help="Seeds of the column images."),
     OUTDIR,
 )
 
 
 def mixed_styles(default: str) -> Decorator:
-    """--styles of a command that mixes."""
+    """Return the --styles option of a mixing command."""
     return option(
         "--styles",
         "--col-styles",
         default=default,
         show_default=True,
-        help="Which styles come from the column's image: 0-3,5, or names that the network has for them; all others are "
-        "the row's.",
+        help="Styles taken from the column image: indices such as 0-3,5, or names of style groups. Others come from "
+        "the row image.",
     )
 
 
@@ -35,9 +35,9 @@ def mixed_styles(default: str) -> Decorator:
 @with_options(MIX_OPTIONS)
 @mixed_styles("coarse")
 def mix(**options: Any) -> None:
-    """Mix the styles of two images: a grid of rows and columns.
+    """Mix the styles of row and column images, and draw the mixtures as a grid.
 
-    Coarse, middle and fine are the styles of the lower, middle and upper third of the resolutions; a Styleformer-C also
+    Style groups: coarse, middle and fine are the lower, middle and upper third of the resolutions; a Styleformer-C also
     has transformer (layout) and conv (colour).
 
     \b

@@ -1,4 +1,4 @@
-"""Options that several commands of generate.py share."""
+"""Options shared by several commands of generate.py."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from dnnlib.cli import FileOrURL, FloatList, option
 
 PRECISIONS = ("fp32", "bf16", "fp16")  # the keys of REDUCED in training/networks/execution.py
 
-NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its address.")
+NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its URL.")
 OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 TRUNC = option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average.")
-CLASS = option("--class", "class_index", type=int, help="Class of a conditional network.")
-LABEL = option("--label", type=FloatList(), help="Label of a network whose labels are vectors, e.g. 3.0,20.0.")
-BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
-DEVICE = option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-PROJECTED = option("--projected-w", type=click.Path(path_type=Path), help="Styles in a file that `project` wrote.")
+CLASS = option("--class", "class_index", type=int, help="Class label of a conditional network.")
+LABEL = option("--label", type=FloatList(), help="Label of a network with vector labels, e.g. 3.0,20.0.")
+BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size.")
+DEVICE = option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+PROJECTED = option("--projected-w", type=click.Path(path_type=Path), help="Styles from a file written by `project`.")
 PRECISION = option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of activations: bf16 and fp16 are faster on a GPU and change images slightly.",
+    help="Precision of activations; bf16 and fp16 are faster on a GPU and change images slightly.",
 )
-# Of the commands that look into a model: an image is a function of its styles, so noise is never random.
-FIXED_NOISE = option("--noise-mode", type=click.Choice(["const", "none"]), default="const", show_default=True)
+# Commands that analyse a model treat an image as a function of its styles, so the noise is never random.
+FIXED_NOISE = option(
+    "--noise-mode",
+    type=click.Choice(["const", "none"]),
+    default="const",
+    show_default=True,
+    help="Noise of the network.",
+)
 MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)

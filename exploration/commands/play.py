@@ -1,4 +1,4 @@
-"""Options of `generate.py play`; exploration/play.py does the work."""
+"""Options of `generate.py play`, implemented in exploration/play.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from exploration.commands.options import BATCH, DEVICE, LABEL, NETWORK, PRECISIO
 
 @click.command("play", cls=Script)
 @with_options((NETWORK, LABEL, BATCH, PRECISION, DEVICE))
-@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 def play(**options: Any) -> None:
-    """Play with seeds, truncation, mixing and attention in a browser on this machine.
+    """Explore seeds, truncation, mixing and attention in a browser on this machine.
 
     \b
     python generate.py play --network=docs/shapes.pkl

@@ -1,4 +1,4 @@
-"""Options of `generate.py project`; exploration/projection.py does the work."""
+"""Options of `generate.py project`, implemented in exploration/projection.py."""
 
 from __future__ import annotations
 
@@ -23,28 +23,26 @@ PROJECTION_OPTIONS = (
     option(
         "--loss",
         type=click.Choice(["lpips", "features", "pixels"]),
-        help="Distance: LPIPS, of features of --detector's program, or of pixels at several scales.  [default: "
-        "features if there is a program, else lpips]",
+        help="Distance: LPIPS, features of the --detector program, or pixels at several scales.  [default: "
+        "features if --detector is a program, else lpips]",
     ),
     option(
         "--detector",
         "detectors",
         type=NameList(),
         metavar="FILE,...",
-        help="A program (.pt2, TorchScript) for features, or the two files of weights of LPIPS.",
+        help="A program (.pt2, TorchScript) that computes features, or the two weight files of LPIPS.",
     ),
-    option(
-        "--num-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of the optimisation."
-    ),
+    option("--num-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Optimization steps."),
     option(
         "--space",
         type=click.Choice(["w", "w+"]),
         default="w",
         show_default=True,
-        help="One style for all layers, or each.",
+        help="w: one style for all layers; w+: one style per layer.",
     ),
-    option("--lr", type=float, default=0.1, show_default=True, help="Largest learning rate."),
-    option("--fix-noise", is_flag=True, help="Leave the network's noise as it is, instead of looking for it too."),
+    option("--lr", type=float, default=0.1, show_default=True, help="Maximum learning rate."),
+    option("--fix-noise", is_flag=True, help="Keep the noise of the network instead of optimizing it as well."),
 )
 
 
@@ -52,14 +50,14 @@ PROJECTION_OPTIONS = (
 @with_options((NETWORK, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
 @with_options(PROJECTION_OPTIONS)
-@option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
-@switch("--save-video", help="Also film the optimisation beside its target: proj00.mp4.")
+@option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+@switch("--save-video", help="Also write a video of the optimization next to the target, proj00.mp4.")
 @OUTDIR
 def project(**options: Any) -> None:
-    """Look for the styles of given images.
+    """Project images into the latent space of a generator.
 
-    They are written to projected_w.npz, which other commands take as --projected-w, and their images to proj00.png and
-    so on. Those are made with the noise of the network, like all others.
+    The styles are written to projected_w.npz, which other commands read with --projected-w, and the images of these
+    styles to proj00.png and so on. The images use the noise of the network, not the optimized noise.
 
     \b
     python generate.py project --network=SNAPSHOT --target=photos --outdir=out

@@ -1,4 +1,4 @@
-"""Options of `generate.py video`; exploration/morphing.py does the work."""
+"""Options of `generate.py video`, implemented in exploration/morphing.py."""
 
 from __future__ import annotations
 
@@ -28,27 +28,25 @@ class GridSize(click.ParamType):
 @with_options(MODEL_OPTIONS)
 @option("--seeds", "--seed", type=IntRanges(), help="Seeds of the keyframes.")
 @option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as keyframes before those of --seeds.")
-@option("--output", required=True, type=click.Path(path_type=Path), help="Video to write: .mp4 or .gif.")
+@option("--output", required=True, type=click.Path(path_type=Path), help="Output video, .mp4 or .gif.")
 @option(
     "--interpolation",
     type=click.Choice(["w", "z", "spline"]),
     default="w",
     show_default=True,
-    help="Between keyframes: straight in w, on great circles in z, or a cubic spline in w.",
+    help="Interpolation between keyframes: linear in w, spherical in z, or a cubic spline in w.",
 )
-@option(
-    "--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are shared out in order."
-)
-@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="From a keyframe to the next.")
+@option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are divided in order.")
+@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames per keyframe interval.")
 @option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
-@option("--classes", type=IntRanges(), help="Class of each keyframe of a cell, e.g. 0-9.")
-@option("--trunc-to", type=float, help="Sweep the truncation from --trunc to this, in a loop and back.")
-@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction that `directions` found.")
-@option("--strength", type=float, help="How far to both sides, in standard deviations of w.  [default: 3]")
-@option("--scale", type=click.IntRange(min=1), help="Enlarge pixels.  [default: images to 128 pixels or more a side]")
+@option("--classes", type=IntRanges(), help="Class labels of the keyframes in a cell, e.g. 0-9.")
+@option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back if looped.")
+@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction found by `directions`.")
+@option("--strength", type=float, help="Strength of the edit to both sides, in standard deviations of w.  [default: 3]")
+@option("--scale", type=click.IntRange(min=1), help="Integer upscaling of images.  [default: to at least 128 pixels]")
 def video(**options: Any) -> None:
-    """Film the way from image to image.
+    """Write a video that interpolates between images.
 
     \b
     python generate.py video --network=docs/shapes.pkl --seeds=0-5 --grid=3x2 --trunc-to=0.2 --output=out/sweep.gif
