@@ -34,8 +34,9 @@ every snapshot and training state. `python train.py ... -n` prints the configura
 
     python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8
 
-Lists are separated by commas, sizes are written as `8x12` (height x width), switches as `true` or `false`; `none` unsets
-a field and `auto` chooses by data and machine, where the field supports them. An unknown name prints the nearest ones.
+Lists are separated by commas, sizes are written as `8x12` (height x width), switches as `true` or `false`; `none`
+unsets a field and `auto` chooses by data and machine, if the field supports them. For an unknown name, the error
+suggests the nearest names.
 
 There are several families of generators and discriminators (`--gen`, `--disc`). Another family than the preset's has
 its own fields, with `auto` as the default where possible; a generator keeps only latents, mapping network and clamp
@@ -57,7 +58,7 @@ Chosen from the longer side R of the images, the number of GPUs and their capabi
 | learning rates | 0.0025; 0.002 at 1024 pixels and above |
 | gamma | 0.0002 R^2 / batch |
 | EMA | half-life of 10 batch / 32 kimg |
-| widths and blocks | those of `cifar` for up to three resolutions; for more, this project's choice: 512,256,128,64,... |
+| widths and blocks | those of `cifar` up to three resolutions; for more, this project's choice: 512,256,128,64,... |
 | Linformer | with more than three resolutions |
 | channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 at 512 and above |
 | precision | bfloat16 on GPUs with hardware support (Ampere and later), float32 on others and on a CPU |
