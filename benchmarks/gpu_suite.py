@@ -229,7 +229,7 @@ def measure_snapshots(options: Options, which: str) -> SuiteStage:
 
 @dataclass(kw_only=True)
 class Suite:
-    """Runs stages until the deadline and collects their results."""
+    """Stages to run until a deadline, and their results."""
 
     stages: dict[str, SuiteStage]
     options: Options

@@ -139,11 +139,11 @@ def place(error: Exception) -> str | None:
 
 
 class HostError(Exception):
-    """Raised when the host waits for the GPU, or the GPU for the host."""
+    """Synchronization of host and GPU: the host waits for the GPU, or the GPU for the host."""
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators that launch kernels. Raises HostError if an operator moves data between host and GPU.
+    """Counter of operators that launch kernels. Raises HostError if an operator moves data between host and GPU.
 
     Fake tensors themselves raise if a value is read (`item`, `nonzero`) or devices are mixed.
     """

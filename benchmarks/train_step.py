@@ -155,7 +155,7 @@ def with_synthetic_images(
 
 
 class CountOperations(TorchDispatchMode):
-    """Sums the FLOP of all matrix products and convolutions. FlopCounterMode does not support second derivatives."""
+    """Sum of the FLOP of all matrix products and convolutions; FlopCounterMode has no second derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
