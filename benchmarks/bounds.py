@@ -1,10 +1,10 @@
-"""Give hostile files to the commands that read them; print what each costs, as one line of JSON a kind.
+"""Measure time and memory of commands on hostile files; print one line of JSON per kind of file.
 
 python benchmarks/bounds.py
 python benchmarks/bounds.py --each --only=archives
 
-The files are those of tests/test_bounds.py and tests/test_hostile_data.py, some of them larger. Each command runs in a
-process of its own, forked from one that has imported everything: seconds and memory are those of the command alone.
+The files come from tests/test_bounds.py and tests/test_hostile_data.py, some of them enlarged. Each command runs in a
+process forked after all imports, so that time and memory are those of the command alone.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ LIMIT_SECONDS = 60
 LIMIT_BYTES = 12 << 30  # of address space
 PIECE = 1 << 20
 
-Make = Callable[[Path], list[str]]  # writes the file into an empty folder; returns the command's arguments
+Make = Callable[[Path], list[str]]  # writes the file to an empty folder and returns the command's arguments
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of a command; the memory is what it took beyond --help, in the most."""
+    """Time and memory of a command; `peak_mb` is its peak memory minus the peak of --help."""
 
     exit_code: int
     seconds: float
     peak_mb: float
-    says: str  # its last line
+    says: str  # the last line of output
 
 
 def cases() -> Iterator[tuple[str, str, click.Command, Make]]:
-    """Yield kind, name, command and maker of all inputs."""
+    """Yield kind, name, command and `Make` function of all inputs."""
     for name, (make, _) in bounds.TORCH_FILES.items():
         yield "snapshots", name, legacy.main, _in_copy(make)
     for name, fields in bounds.GENERATOR.items():
@@ -178,7 +178,7 @@ def _damaged_run(damage: Callable[[Path], Any]) -> Make:
 
 
 def _source(name: str, build: Callable[[], bytes] | None) -> Make:
-    """A source of images; without content, a pipe."""
+    """Return a function that writes an image source, or a pipe if `build` is None."""
 
     def write(folder: Path) -> list[str]:
         path = folder / name
@@ -228,7 +228,7 @@ def measure(command: click.Command, arguments: list[str], output: Path) -> Cost:
 
 
 def run(command: click.Command, arguments: list[str], output: Path) -> tuple[int, list[str], int]:
-    """Run a command in a forked process; return its exit code (99: a traceback), its lines and its peak in KiB."""
+    """Run a command in a forked process; return exit code (99: a traceback), output lines and peak memory in KiB."""
     pid = os.fork()
     if pid == 0:
         screen = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -254,7 +254,7 @@ def run(command: click.Command, arguments: list[str], output: Path) -> tuple[int
 @click.option("--each", is_flag=True, help="Also print a line for each input.")
 @click.option("--only", metavar="KIND", help="Inputs of one kind.")
 def main(each: bool, only: str | None) -> None:
-    """Measure what hostile files cost. Fails where one ends in a traceback, by a signal or late."""
+    """Measure time and memory on hostile files. Exits with 1 if a command raises, is killed or exceeds the limits."""
     torch.set_num_threads(1)
     bad = 0
     for kind, group in itertools.groupby(cases(), key=lambda case: case[0]):

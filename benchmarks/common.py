@@ -1,6 +1,6 @@
-"""Parts that the benchmarks share: the README's model, a clock, and the line of JSON that a measurement becomes.
+"""Shared code of the benchmarks: the README's model, timing, and one line of JSON per measurement.
 
-Importing it puts the project's folder on the path, so that the scripts also run from a clone that is not installed.
+Importing this module adds the project folder to the path, so that the scripts run from a clone without installation.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # The command of the README: train.py --cfg=cifar --g_dict=256,64,16 --num_layers=1,2,2
 README_EXAMPLE = override(PRESETS["cifar"], {"generator.widths": (256, 64, 16), "generator.layers": (1, 2, 2)})
 
-# Dense matrix products in TFLOP/s, by part of a GPU's name, as its data sheet has them; SXM modules.
+# Peak rates of dense matrix products in TFLOP/s from the data sheets of SXM modules, by part of the GPU's name.
 PEAK_TFLOPS = {
     "H200": {"bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
     "H100": {"bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
     "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
 }
 
-LOAD_AT_START = os.getloadavg()[0]  # above about 1, someone else was using the machine
+LOAD_AT_START = os.getloadavg()[0]  # above about 1, other programs were running
 
 
 def emit(result: Mapping[str, Any], device: torch.device) -> None:
-    """Print a result as one line of JSON, with where and how it was measured."""
-    circumstances = {
+    """Print a result as one line of JSON, with the environment of the measurement."""
+    environment = {
         "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -50,12 +50,12 @@ def emit(result: Mapping[str, Any], device: torch.device) -> None:
         "load_at_start": round(LOAD_AT_START, 2),
         "command": without_secrets(shlex.join(["python", *sys.argv])),
     }
-    click.echo(json.dumps({**result, **circumstances}))
+    click.echo(json.dumps({**result, **environment}))
     sys.stdout.flush()
 
 
 def images_per_second(run: Callable[[], object], batch: int, device: torch.device, seconds: float) -> float:
-    """Repeat `run`, which handles `batch` images, for about `seconds` after a warm-up."""
+    """Return the rate of `run`, which processes `batch` images, over about `seconds` after a warm-up."""
     run()
     run()
     synchronize(device)
@@ -69,13 +69,13 @@ def images_per_second(run: Callable[[], object], batch: int, device: torch.devic
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait for all work queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_mib(device: torch.device) -> int:
-    """Return the most memory used so far in MiB: tensors on the GPU, or this whole process."""
+    """Return the peak memory in MiB: of tensors on the GPU, or of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)

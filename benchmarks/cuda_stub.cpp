@@ -1,8 +1,8 @@
-// A CUDA runtime and driver without a GPU: enough for PyTorch to believe that it has one.
+// Stub of the CUDA runtime and driver, with which PyTorch runs as if there were a GPU.
 //
-// launches.py preloads it. Kernels do nothing. Memory is addresses that are never touched, with a limit; streams know
-// whether they are captured, so that PyTorch's allocator and its CUDA graphs do what they do on a GPU. Waiting for the
-// GPU fails, unless it is allowed, and ends a capture as it does there.
+// launches.py preloads this library. Kernels do nothing. Allocations return addresses that are never accessed, up to a
+// limit. Streams track whether they are being captured, so that PyTorch's allocator and CUDA graphs behave as on a GPU.
+// Synchronization fails unless it is allowed, and invalidates a capture as on a GPU.
 
 #include <cstddef>
 #include <cstdlib>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kSuccess = 0;
 constexpr int kOutOfMemory = 2;
-constexpr int kCaptureUnsupported = 900;  // waiting while a stream is captured
+constexpr int kCaptureUnsupported = 900;  // synchronization while a stream is being captured
 constexpr int kCaptureInvalidated = 901;
 constexpr int kDeviceToHost = 2;
 
@@ -31,7 +31,7 @@ struct Properties {  // the beginning of cudaDeviceProp
 #endif
     size_t constant_memory;
     int major, minor;
-    int rest[100];  // of which launches need counts of processors and threads
+    int rest[100];  // includes the numbers of multiprocessors and threads, which launches read
 };
 
 struct Capture {
@@ -103,7 +103,7 @@ int cudaSetDevice(int) { return kSuccess; }
 int cudaDeviceGetAttribute(int* value, int, int) { *value = 1; return kSuccess; }
 int cudaDriverGetVersion(int* version) { *version = 1000 * CUDA_MAJOR; return kSuccess; }
 int cudaGetDeviceProperties(Properties* properties, int) { return fill(properties); }
-int cudaGetDeviceProperties_v2(Properties* properties, int) { return fill(properties); }  // its name in CUDA 12
+int cudaGetDeviceProperties_v2(Properties* properties, int) { return fill(properties); }  // the name in CUDA 12
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) { *flags = 0; *active = 1; return kSuccess; }
 
 int cudaGetLastError() { return kSuccess; }
@@ -161,7 +161,7 @@ int cudaEventSynchronize(void*) { return wait_for_all(); }
 
 int cudaThreadExchangeStreamCaptureMode(int*) { return kSuccess; }
 int cudaStreamIsCapturing(void* stream, int* status) { return capture_info(stream, status, nullptr); }
-// Of what the versions of this function return more, PyTorch looks at nothing here.
+// Later versions of this function have more outputs, which PyTorch does not read here.
 int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id) {
     return capture_info(stream, status, id);
 }

@@ -1,4 +1,4 @@
-"""Images per second of dataset_tool.py and of ImageDataset, each beside the plain way of doing the same with Pillow.
+"""Measure images per second of dataset_tool.py and of ImageDataset, each compared with a plain Pillow implementation.
 
 python benchmarks/data.py --source=photos.zip --side=256
 """
@@ -32,8 +32,8 @@ PLAIN_TOOL = ROOT / "benchmarks" / "plain_tool.py"
 
 
 @click.command()
-@click.option("--source", help="A .zip of images of one size, or CIFAR-10's .tar.gz [default: drawn JPEGs]")
-@click.option("--side", type=click.IntRange(min=1), help="Cut the central square and resize it [default: no]")
+@click.option("--source", help="A .zip of images of one size, or CIFAR-10's .tar.gz [default: synthetic JPEGs]")
+@click.option("--side", type=click.IntRange(min=1), help="Crop the central square and resize it [default: no]")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--draw", type=click.IntRange(min=1), default=20000, show_default=True, help="Images without --source")
@@ -85,7 +85,7 @@ def write_jpegs(path: Path, count: int) -> None:
 
 
 def run_script(arguments: list[str]) -> tuple[float, float]:
-    """Run a script and return its seconds and CPU seconds, its processes' included."""
+    """Run a script and return its wall time and CPU time in seconds, including child processes."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,7 +110,7 @@ def decode_with_pillow(path: Path) -> None:
 
 
 def rate_of_batches(dataset: ImageDataset, batch_size: int, workers: int) -> float:
-    """Images per second of the training stream, without its start."""
+    """Return images per second of the training stream, without startup."""
     stream = batches(dataset, seed=0, position=0, batch_size=batch_size, workers=workers)
     next(stream)
     count = max(len(dataset) // batch_size, 1)

@@ -1,4 +1,4 @@
-"""Trainers on fake tensors, which have shapes, types and devices but no values: a step takes seconds on any machine."""
+"""Trainers on fake tensors, which have shapes, types and devices but no data: a step takes seconds on any machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from training.training_loop import Trainer
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make all tensors fake. A GPU has the kernels of this project."""
+    """Make all tensors fake, with this project's kernels on the (fake) GPU."""
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # PyTorch's, of copying fake tensors
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # from PyTorch, about copies of fake tensors
         stack.enter_context(FakeTensorMode())
         for owner, name, substitute in (
-            (nn.Module, "to", move),  # modules of fake tensors refuse to be moved
-            (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # which reads values
+            (nn.Module, "to", move),  # nn.Module.to raises for fake tensors
+            (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # the original reads values
             (library, "kernels", lambda: None),
             (custom_ops, "why_not", lambda: None),
         ):
@@ -37,8 +37,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 def move(module: nn.Module, device: Any = None, memory_format: torch.memory_format | None = None) -> nn.Module:
-    """Stand in for nn.Module.to: new tensors without values take the place of all parameters and buffers."""
-    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the old one, which must live on to keep it
+    """Replacement of nn.Module.to that replaces all parameters and buffers by new tensors without data."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # id of the old tensor -> (old, new); the reference keeps the id valid
     for part in module.modules():
         tables: Any = part._parameters, part._buffers
         for table in tables:
@@ -55,7 +55,7 @@ def move(module: nn.Module, device: Any = None, memory_format: torch.memory_form
 
 
 def new_trainer(config: TrainConfig, env: Environment, device: torch.device) -> Trainer:
-    """Return a trainer for a data set of which only the labels exist: class numbers, or none."""
+    """Return a trainer for a dataset without images, which has only labels: class numbers, or none."""
     labels = torch.empty(100, dtype=torch.int64) if env.c_dim else torch.empty(100, 0)
     dataset: Any = SimpleNamespace(img_shape=env.img_shape, c_dim=env.c_dim, labels=labels)
     return Trainer(config, dataset, device)

@@ -1,11 +1,11 @@
-"""Time the passes of FID over generated and over real images, and say what share of it the detector itself takes.
+"""Time the passes of FID over generated and real images, and the detector's share of each pass.
 
     python benchmarks/feature_metrics.py --images=256 --device=cpu
 
-Without --detector it is torch-fidelity's Inception with random weights, which costs as much as with the published ones.
-The share is the time that the detector needs for the same batches when they lie ready on the device, divided by the
-time of the pass; on a CPU that is processor time, which others on the machine disturb less. One line of JSON for each
-kind of images, and one for the distance from statistics to number.
+The default detector is torch-fidelity's Inception with random weights, which is as fast as with the published weights.
+The share is the time of the detector for the same batches, already on the device, divided by the time of the pass; on a
+CPU it is measured in processor time, which depends less on other programs. Prints one line of JSON for each pass, and
+one for computing the distance from the statistics.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from training.dataset import DatasetConfig, ImageDataset
 
 @click.command(cls=Script, help=__doc__)
 @option("--images", type=click.IntRange(min=2), default=1024, show_default=True, help="Images in each pass.")
-@option("--detector", type=click.Path(path_type=Path), help="A program of your own. [Inception, random weights]")
-@option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images made at a time.")
-@option("--detector-batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images seen at a time.")
+@option("--detector", type=click.Path(path_type=Path), help="A custom program. [Inception, random weights]")
+@option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Generator batch size.")
+@option("--detector-batch", type=click.IntRange(min=1), default=64, show_default=True, help="Detector batch size.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 def main(images: int, detector: Path | None, batch: int, detector_batch: int, device: str | None) -> None:
     tune_allocator()
@@ -84,7 +84,7 @@ def main(images: int, detector: Path | None, batch: int, detector_batch: int, de
 
 
 def random_inception(device: torch.device) -> Detector:
-    """Return Inception with the weights that its layers begin with."""
+    """Return Inception with PyTorch's initial weights."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     with (
@@ -97,14 +97,14 @@ def random_inception(device: torch.device) -> Detector:
 
 @dataclass
 class Clock:
-    """How long a block took, and for how long the device was busy with it: on a CPU, processor time."""
+    """Duration of a block, and busy time of the device: processor time on a CPU."""
 
     seconds: float = 0.0
     busy: float = 0.0
 
 
 def time_alone(network: Detector, images: int, batch: int, device: torch.device) -> Clock:
-    """Return how long the detector takes for so many images that lie ready, after a warm-up."""
+    """Return the time of the detector for `images` images that are already on the device, after a warm-up."""
     ready = torch.randint(0, 256, [min(batch, images), 3, 32, 32], dtype=torch.uint8, device=device)
     network(ready)
     with timed(device) as clock:
@@ -115,7 +115,7 @@ def time_alone(network: Detector, images: int, batch: int, device: torch.device)
 
 @contextmanager
 def timed(device: torch.device) -> Iterator[Clock]:
-    """Yield a clock that is set when the block has ended."""
+    """Yield a clock that is set at the end of the block."""
     clock = Clock()
     synchronize(device)
     start, processor = time.perf_counter(), time.process_time()

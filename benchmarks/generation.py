@@ -1,4 +1,4 @@
-"""Time the generation of images as generate.py makes them, from seeds to uint8 pixels in main memory.
+"""Time image generation as in generate.py, from seeds to uint8 pixels in main memory.
 
     python benchmarks/generation.py --network=network-snapshot-000200.pkl --batch=1,16,256 --modes=fp32,bf16+graphs
 
@@ -35,7 +35,7 @@ from training.snapshots.snapshot import load_network
     type=NameList(),
     default="fp32",
     show_default=True,
-    help="What to measure: a precision (fp32, bf16, fp16), with +compile and +graphs as in generate.py.",
+    help="Modes to measure: a precision (fp32, bf16, fp16), with +compile and +graphs as in generate.py.",
 )
 @option("--seconds", type=float, default=3.0, show_default=True, help="Time per measurement.")
 def main(
@@ -58,12 +58,12 @@ def main(
     c = torch.eye(1, G.c_dim, device=where)  # class 0 of a conditional network
 
     for mode in modes:
-        precision, *ways = mode.split("+")
-        if precision not in execution.REDUCED or not set(ways) <= {"compile", "graphs"}:
+        precision, *switches = mode.split("+")
+        if precision not in execution.REDUCED or not set(switches) <= {"compile", "graphs"}:
             raise UserError(f"--modes: {mode!r} is not fp32, bf16 or fp16, with or without +compile and +graphs")
-        if "graphs" in ways and where.type != "cuda":
+        if "graphs" in switches and where.type != "cuda":
             raise UserError(f"--modes={mode}: CUDA graphs need a GPU, this is {where}")
-        fast = FastGenerator(G, use_compile="compile" in ways, use_graphs="graphs" in ways) if ways else G
+        fast = FastGenerator(G, use_compile="compile" in switches, use_graphs="graphs" in switches) if switches else G
         for batch in batches:
             if where.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(where)

@@ -1,15 +1,15 @@
-"""All measurements that need a GPU, the most valuable first, within a few minutes.
+"""Run all GPU measurements, the most important first, within a few minutes.
 
     python benchmarks/gpu_suite.py --data=cifar10-images.zip --detector=features.pt2 --outdir=out/gpu_suite
 
 Builds the kernels, runs the tests marked `gpu`, times and profiles the training step of cifar-large and of the README's
-example, compares alternatives, and trains on the data. Every stage is a process of its own with a time limit; its
-results are saved when it ends, and one that fails does not stop the others. What the time was too short for is named at
-the end, with the command that runs it.
+example, compares alternatives, and trains on the data. Every stage is a separate process with a time limit. Its results
+are saved when it ends, and a failing stage does not stop the others. The summary ends with the stages that were not
+started for lack of time, and the command that runs them.
 
---outdir holds summary.md (tables for docs/benchmarks.md), results.json, log.txt (all output) and profile.txt, and from
-the training grid.png, stats.jsonl and the metric's lines. `--device=cpu --quick` tries all of it in two minutes without
-a GPU; those figures mean nothing.
+--outdir contains summary.md (tables for docs/benchmarks.md), results.json, log.txt (all output), profile.txt, and from
+the training run grid.png, stats.jsonl and the metric's lines. `--device=cpu --quick` tests the suite in two minutes
+without a GPU; the numbers are then meaningless.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from dnnlib.screen import without_secrets
 from dnnlib.util import read_json_lines, source_commit
 from training.config import PRESETS
 
-GRACE = 10.0  # seconds that a stage has after its limit to end by itself
-SHORTEST = 8.0  # seconds; with less left, no stage is started
-METRIC = "swd1k"  # of the training
+GRACE = 10.0  # seconds between the signal at the time limit and SIGKILL
+SHORTEST = 8.0  # no stage is started with fewer seconds left
+METRIC = "swd1k"  # metric of the training run
 NOT_STARTED = "not started"
 
 KERNEL_TESTS = ("test_kernels", "test_ops", "test_grid_sample", "test_devices")
@@ -57,9 +57,9 @@ README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteStage:
-    """A command of Python and the seconds that it may take, after which it gets `stop` and little later is killed.
+    """A Python command with a time limit in seconds, after which it gets the signal `stop` and is killed soon after.
 
-    `needs` are stages that must have run before, `expected` the exit codes of success.
+    `needs`: stages that must have succeeded before. `expected`: exit codes of success.
     """
 
     command: list[str]
@@ -71,7 +71,7 @@ class SuiteStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the command, and the folders in which stages leave files for each other."""
+    """Options of the command, and the folders in which stages exchange files."""
 
     device: str
     quick: bool
@@ -84,7 +84,7 @@ class Options:
 
 
 def build_stages(options: Options) -> dict[str, SuiteStage]:
-    """Return the stages in their order: what brings most for its time comes first."""
+    """Return the stages in the order of execution: the most information per second first."""
     stages = {
         "machine": SuiteStage(command=benchmark("micro", options, "--parts=machine", *quick(options)), limit=40),
         "build": SuiteStage(command=["-m", "torch_utils.custom_ops"], limit=90),
@@ -104,7 +104,7 @@ def build_stages(options: Options) -> dict[str, SuiteStage]:
         "train": train(options),
         "tests": run_tests(options, 120),
         "distance": measure_snapshots(options, "last.pkl"),
-        # From here on for a second run.
+        # Stages for a second run:
         "distances": measure_snapshots(options, "run"),
         "readme-64": step(options, 90, "readme-64", "fp32,tf32,fp16+graphs,bf16,bf16+graphs,bf16+compile+graphs"),
         "stylegan2": step(options, 60, "stylegan2", "bf16,bf16+graphs"),
@@ -118,14 +118,14 @@ def build_stages(options: Options) -> dict[str, SuiteStage]:
         ),
         "operators": SuiteStage(command=benchmark("operators", options, *OPERATORS[options.quick]), limit=90),
     }
-    left_out = [] if options.device != "cpu" else ["build", "profile-graphs", "large-graphs", "large-compiled"]
-    left_out += [] if options.detector else ["distance", "distances"]
+    skipped = [] if options.device != "cpu" else ["build", "profile-graphs", "large-graphs", "large-compiled"]
+    skipped += [] if options.detector else ["distance", "distances"]
     commands = [stage.command for stage in stages.values()]
-    left_out += [name for i, name in enumerate(stages) if commands[i] in commands[:i]]  # all of one tiny model
-    return {name: stage for name, stage in stages.items() if name not in left_out}
+    skipped += [name for i, name in enumerate(stages) if commands[i] in commands[:i]]  # duplicates, with --quick
+    return {name: stage for name, stage in stages.items() if name not in skipped}
 
 
-# Options of the scripts beside this one, in earnest and with --quick.
+# Options of the other benchmark scripts, without and with --quick.
 NETWORKS = (["--batch=64", "--seconds=0.5"], ["--batch=1", "--seconds=0.01", "--only=layers 1,2,2"])
 GENERATION = (
     ["--seconds=0.5", "--batch=1,16,256", "--modes=fp32,fp32+graphs,bf16+graphs"],
@@ -160,7 +160,7 @@ def benchmark(script: str, options: Options, *arguments: str) -> list[str]:
 
 
 def step(options: Options, limit: float, model: str, modes: str) -> SuiteStage:
-    """Time a training step. On a CPU there are no graphs, and compiling takes too long to try."""
+    """Time a training step. On a CPU, graphs are not available and compiling takes too long, so both are removed."""
     if options.device == "cpu":
         words = [[word for word in mode.split("+") if word not in ("graphs", "compile")] for mode in modes.split(",")]
         modes = ",".join(dict.fromkeys("+".join(mode) for mode in words))
@@ -175,24 +175,24 @@ SHORT, LONG = ["--steps=1", "--warmup=1"], ["--steps=10", "--warmup=4"]
 
 def profile_step(options: Options, mode: str) -> SuiteStage:
     model = [*TINY, "--calls=1"] if options.quick else STEPS["large"]
-    mode = mode.replace("bf16", "fp32") if options.device == "cpu" else mode  # which few CPUs are fast in
+    mode = mode.replace("bf16", "fp32") if options.device == "cpu" else mode  # bf16 is slow on most CPUs
     tables = f"--tables={options.outdir / 'profile.txt'}"
     return SuiteStage(command=benchmark("profile_step", options, *model, f"--modes={mode}", tables), limit=60)
 
 
 def run_tests(options: Options, limit: float, *modules: str) -> SuiteStage:
-    """Run tests that need a GPU: of these modules, or all that no other stage runs."""
+    """Run GPU tests: of these modules, or by default of all modules without another stage."""
     processes = f"--numprocesses={2 if options.quick else 8}"
     command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
     files = [f"tests/{module}.py" for module in modules]
     if not modules:
         files = [f"--ignore=tests/{module}.py" for module in (*KERNEL_TESTS, *TRAINING_TESTS)]
-    # pytest answers SIGINT by a summary.
+    # On SIGINT, pytest prints its summary.
     return SuiteStage(command=[*command, *files, "--continue-on-collection-errors"], limit=limit, stop=signal.SIGINT)
 
 
 def make_data(options: Options) -> list[str]:
-    """Build the training set: of --data, else of drawn scenes that the preset can be trained on."""
+    """Return the command that builds the training set from --data, or from synthetic scenes of the preset's size."""
     source = [f"--source={options.data}"] if options.data else scenes(options.preset or "cifar")
     if options.quick:
         source += ["--max-images=256"]
@@ -200,7 +200,7 @@ def make_data(options: Options) -> list[str]:
 
 
 def scenes(preset: str) -> list[str]:
-    """Options for scenes of the preset's size; of 32 pixels if it leaves that open."""
+    """Return dataset_tool.py options for scenes of the preset's size, or of 32 pixels if the preset has none."""
     try:
         height, width = PRESETS[preset].generator.img_size
     except ConfigError:
@@ -209,7 +209,7 @@ def scenes(preset: str) -> list[str]:
 
 
 def train(options: Options) -> SuiteStage:
-    """Train until a signal asks for the end, which train.py answers by saving and exit code 3."""
+    """Train until the time limit; on the signal, train.py saves and exits with code 3."""
     model = [f"--cfg={options.preset}"] if options.preset else README_TRAINING
     length = ["--batch=64", "--tick=10", "--snap=1", f"--metrics={METRIC}"]
     if options.quick:
@@ -220,7 +220,7 @@ def train(options: Options) -> SuiteStage:
 
 
 def measure_snapshots(options: Options, which: str) -> SuiteStage:
-    """Compute Frechet distances of the detector's features between the data set and one snapshot, or all of a run."""
+    """Compute Frechet distances over the detector's features for one snapshot, or for all snapshots of a run."""
     metric = "fid64_full" if options.quick else "fid10k_full"
     command = ["calc_metrics.py", f"--network={options.workdir / which}", f"--metrics={metric}"]
     command += [f"--detector={options.detector}", f"--device={options.device}", "--no-cache", "--detector-batch=256"]
@@ -229,16 +229,16 @@ def measure_snapshots(options: Options, which: str) -> SuiteStage:
 
 @dataclass(kw_only=True)
 class Suite:
-    """Runs stages until the time is over and keeps what they found."""
+    """Stages to run until a deadline, and their results."""
 
     stages: dict[str, SuiteStage]
     options: Options
     deadline: float
-    again: Callable[[Sequence[str]], str]  # the command for stages that were not started
+    again: Callable[[Sequence[str]], str]  # returns the command for the stages that were not started
     results: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Run the stages in their order."""
+        """Run the stages in order."""
         outcomes = self.results["stages"] = {name: {"outcome": NOT_STARTED} for name in self.stages}
         self.save()
         for name, stage in self.stages.items():
@@ -248,14 +248,14 @@ class Suite:
             if left < SHORTEST + GRACE:
                 continue
             if missing:
-                outcomes[name] = {"outcome": "left out", "problem": f"needs {missing[0]}"}
+                outcomes[name] = {"outcome": "skipped", "problem": f"needs {missing[0]}"}
             else:
                 outcomes[name] = self.run_stage(stage, min(stage.limit, left - GRACE))
             self.save()
             self.report(name)
 
     def run_stage(self, stage: SuiteStage, limit: float) -> dict[str, Any]:
-        """Run one command, log its output, and return what is to be known of it."""
+        """Run one command, log its output, and return its results."""
         shown = shlex.join(["python", *stage.command])
         output, errors = self.options.workdir / "stdout", self.options.workdir / "stderr"
         began = time.monotonic()
@@ -276,7 +276,7 @@ class Suite:
         return found
 
     def keep_run(self) -> dict[str, Any]:
-        """Copy the newest image grid and the logs of a training, name what later stages need, and return its curve."""
+        """Copy the newest image grid and the logs of a run, link the inputs of later stages, and return the curve."""
         run_dir = next(self.options.workdir.glob("runs/[0-9]*"), None)
         if run_dir is None:
             return {}
@@ -293,12 +293,12 @@ class Suite:
         return {"curve": [*training_curve(run_dir)]}
 
     def save(self) -> None:
-        """Write what is known so far."""
+        """Write the results so far."""
         (self.options.outdir / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
         (self.options.outdir / "summary.md").write_text(summary(self.results, self.again))
 
     def report(self, name: str) -> None:
-        """Print how a stage went."""
+        """Print the outcome of a stage."""
         found = self.results["stages"][name]
         left = self.deadline - time.monotonic()
         click.echo(f"== {name}: {found['outcome']} after {found.get('seconds', 0):.0f} s, {left:.0f} s left")
@@ -309,7 +309,7 @@ class Suite:
 
 
 def ends_within(process: subprocess.Popen[bytes], limit: float, stop: signal.Signals) -> bool:
-    """Wait for a process; after `limit` seconds ask it to end, then kill it with all that it has started."""
+    """Wait for a process; after `limit` seconds send `stop`, then kill the process and its children."""
     try:
         process.wait(limit)
         return True
@@ -328,11 +328,11 @@ OUTCOME = re.compile(r"\[gw\d+\] \[ *\d+%\] (?P<outcome>PASSED|FAILED|ERROR|SKIP
 
 
 def read_output(text: str) -> dict[str, Any]:
-    """Return what a stage printed for others: lines of JSON, outcomes of tests, or the last word of a build."""
+    """Parse the output of a stage: lines of JSON, outcomes of tests, or the result of a build."""
     found: dict[str, Any] = {}
     lines = text.splitlines()
     for line in lines:
-        with suppress(json.JSONDecodeError):  # the last line may be cut off
+        with suppress(json.JSONDecodeError):  # the last line may be truncated
             if line.startswith("{"):
                 found.setdefault("rows", []).append(json.loads(line))
     tests = [match for line in lines if (match := OUTCOME.fullmatch(line))]
@@ -346,7 +346,7 @@ def read_output(text: str) -> dict[str, Any]:
 
 
 def training_curve(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield kimg, seconds since the start of training (evaluations included) and the metric, at every snapshot."""
+    """Yield kimg, seconds since the start of training (including metrics) and the metric, at every snapshot."""
     seconds = {line["Progress/kimg"]: line["Timing/total_sec"] for line in read_json_lines(run_dir / "stats.jsonl")}
     for path in run_dir.glob("metric-*.jsonl"):
         for line in read_json_lines(path):
@@ -357,7 +357,7 @@ def rounded(results: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in results.items()}
 
 
-# The columns of the tables in summary.md, by the benchmark that printed the rows.
+# Columns of the tables in summary.md, by benchmark.
 COLUMNS = {
     "train_step": ["preset", "widths", "batch", "mode", "img_per_s", "step_ms", "ms", "model_flop_utilisation",
                    "graphs", "peak_mib"],
@@ -369,7 +369,7 @@ COLUMNS = {
     "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
 }  # fmt: skip
 
-# The columns that rows of all benchmarks have.
+# Keys that the rows of all benchmarks have.
 SHARED = {"benchmark", "part", "device", "torch", "threads", "cores", "load_at_start", "command"}
 
 
@@ -409,7 +409,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def columns_of(row: dict[str, Any]) -> list[str]:
-    """Return the keys of a row that are worth a column."""
+    """Return the keys of a row that become columns."""
     return COLUMNS.get(row.get("benchmark", ""), [key for key in row if key not in SHARED])
 
 
@@ -424,7 +424,7 @@ def indent(text: str) -> str:
 
 
 def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
-    """Return where and when this is."""
+    """Return hardware, software versions, commit, date and command."""
     place = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
@@ -440,7 +440,7 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
 
 
 def choose(stages: dict[str, SuiteStage], only: Sequence[str] | None, skip: Sequence[str]) -> dict[str, SuiteStage]:
-    """Return the stages with these names and what they need; the build always. Raises UserError for unknown names."""
+    """Return the stages with these names, their needs, and always the build. Raises UserError for unknown names."""
     for flag, names in (("--only", only or ()), ("--skip", skip)):
         for name in names:
             if name not in stages:
@@ -452,7 +452,7 @@ def choose(stages: dict[str, SuiteStage], only: Sequence[str] | None, skip: Sequ
 
 
 def rerun(minutes: float, commit: str | None, options: Options, names: Sequence[str]) -> str:
-    """Return the command that runs these stages with the same options, in a folder beside the results."""
+    """Return the command that runs these stages with the same options and a subfolder of --outdir."""
     given = {"device": options.device, "minutes": minutes, "train-seconds": options.train_seconds}
     given |= {"data": options.data, "detector": options.detector, "preset": options.preset, "commit": commit}
     given |= {"outdir": options.outdir / "rest", "only": ",".join(names)}
@@ -464,18 +464,18 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 
 
 @click.command(cls=Script, help=__doc__)
-@option("--data", type=EXISTING_FILE, help="Training images, as dataset_tool.py reads them. [drawn scenes]")
+@option("--data", type=EXISTING_FILE, help="Training images, any source of dataset_tool.py. [synthetic scenes]")
 @option("--detector", type=EXISTING_FILE, help="Feature network for Frechet distances: .pt2 or TorchScript.")
 @option("--outdir", type=click.Path(path_type=Path, resolve_path=True), default=Path("out/gpu_suite"),
         show_default=True, help="Folder for the results.")  # fmt: skip
 @option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
-@option("--minutes", type=click.FloatRange(min=0.5), default=7.5, show_default=True, help="All is over after them.")
-@option("--train-seconds", type=click.FloatRange(min=1), default=100.0, show_default=True, help="Of the training.")
-@option("--preset", type=click.Choice(list(PRESETS)), help="What the training trains. [the README's example]")
-@option("--only", type=NameList(), help="Run these stages, what they need, and no others.")
-@option("--skip", type=NameList(), default="none", help="Leave out these stages.")
-@option("--commit", help="What is measured. [what git says]")
-@click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
+@option("--minutes", type=click.FloatRange(min=0.5), default=7.5, show_default=True, help="Total time limit.")
+@option("--train-seconds", type=click.FloatRange(min=1), default=100.0, show_default=True, help="Duration of training.")
+@option("--preset", type=click.Choice(list(PRESETS)), help="Preset of the training run. [the README's example]")
+@option("--only", type=NameList(), help="Run only these stages and their needs.")
+@option("--skip", type=NameList(), default="none", help="Skip these stages.")
+@option("--commit", help="Measured commit. [from git]")
+@click.option("--quick", is_flag=True, help="Use tiny sizes, to test the suite.")
 def main(
     minutes: float,
     only: tuple[str, ...] | None,
@@ -487,9 +487,9 @@ def main(
 ) -> None:
     deadline = time.monotonic() + minutes * 60
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device={device}: PyTorch sees no GPU; --device=cpu --quick tries the suite without")
+        raise UserError(f"--device={device}: PyTorch finds no GPU; test the suite with --device=cpu --quick")
     outdir.mkdir(parents=True, exist_ok=True)
-    for name in ("log.txt", "profile.txt"):  # which stages append to
+    for name in ("log.txt", "profile.txt"):  # stages append to these files
         (outdir / name).unlink(missing_ok=True)
 
     with tempfile.TemporaryDirectory() as workdir:

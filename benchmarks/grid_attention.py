@@ -1,4 +1,4 @@
-"""Memory and time of TransGAN's forms of attention against the side of the grid, as in figure 8 of its paper.
+"""Measure memory and time of TransGAN's types of attention for increasing grids, as in figure 8 of its paper.
 
 \b
 full      among all tokens, as the paper's standard attention
@@ -6,15 +6,15 @@ grid      inside windows of --window x --window tokens
 axis      within rows, then columns
 nystrom   by --landmarks landmarks
 
-All but nystrom have a learned relative position per head. Derivatives, `peak_mib`, times and problems are those of
-benchmarks/self_attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid and
-axis compute their matrices in blocks. The code under test is training/networks/grid_attention.py.
+All but nystrom have a learned relative position bias per head. Derivatives, `peak_mib`, times and problems are defined
+as in benchmarks/self_attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid
+and axis compute their matrices in blocks. The measured code is training/networks/grid_attention.py.
 
 \b
     python benchmarks/grid_attention.py --device=cuda --batch=8
     python benchmarks/grid_attention.py --resolutions=16,32,64 --derivatives=1
 
-Prints one line of JSON for each form, number of derivatives and resolution.
+Prints one line of JSON for each type, number of derivatives and resolution.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMS = ("full", "grid", "axis", "nystrom")
 
 @dataclass(frozen=True, kw_only=True)
 class GridCase:
-    """One line of the results: a form of attention on a square grid, how often it is differentiated, and the sizes."""
+    """A measurement: type of attention, number of derivatives, side of the square grid, and other sizes."""
 
     form: str
     derivatives: int
@@ -53,7 +53,7 @@ class GridCase:
     dtype: str
 
     def block_config(self) -> BlockConfig:
-        """The configuration of a block with this attention. Raises ConfigError for what does not fit the grid."""
+        """Return the configuration of a block with this attention. Raises ConfigError if it does not fit the grid."""
         config = BlockConfig(
             num_heads=self.heads,
             attention=self.form,  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ class GridCase:
         return config
 
     def matrix_gib(self) -> float:
-        """Predict what the attention matrices and the relative positions take, before they are made."""
+        """Return the predicted memory of the attention matrices and relative position biases in GiB."""
         tokens = self.resolution**2
         keys = {"full": tokens, "grid": self.window**2, "axis": 2 * self.resolution, "nystrom": 2 * self.landmarks}
         matrix = self.heads * tokens * keys[self.form] * 4 / 2**30
@@ -74,11 +74,11 @@ class GridCase:
         return MATRICES[self.derivatives] * self.batch * matrix
 
     def small(self) -> GridCase:
-        """Return a case of the same kind that needs next to nothing."""
+        """Return a tiny case of the same type for the warm-up."""
         return replace(self, form="full" if self.form == "grid" else self.form, resolution=8, landmarks=4)
 
     def prepare(self, device: torch.device) -> tuple[list[Tensor], Callable[[], Tensor]]:
-        """Return queries, keys, values and the tables of positions, and a function that computes the output."""
+        """Return queries, keys, values and position tables, and a function that computes the output."""
         grid = (self.resolution, self.resolution)
         attention = self.block_config().build_attention(grid, is_full=False).to(device)
         shape = (self.batch, self.resolution**2, self.heads * self.head_dim)
@@ -95,7 +95,7 @@ class GridCase:
 
 @click.command(cls=Script, help=__doc__)
 @option("--resolutions", type=IntList(), default="16,32,64,128,256", show_default=True, help="Sides of the grid.")
-@option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
+@option("--forms", default=",".join(FORMS), show_default=True, help="Types of attention.")
 @option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Heads H.")
 @option("--head-dim", type=click.IntRange(min=1), default=16, show_default=True, help="Channels per head D.")
 @option("--window", type=click.IntRange(min=1), default=16, show_default=True, help="Side of a window, in tokens.")

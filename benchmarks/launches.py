@@ -1,11 +1,11 @@
-"""Count what each phase of a training step launches on a GPU, without one, and find where the host waits for it.
+"""Count the kernel launches of each phase of a training step without a GPU, and detect host-device synchronisation.
 
     python benchmarks/launches.py --cases=readme,cifar-large
 
-A real `Trainer` runs every phase on fake CUDA tensors, which have shapes, types and devices but no values. Prints one
-line of JSON for each phase: the number of ATen operators that launch at least one kernel (views and allocations do
-not), and the most frequent ones; or the `problem` that ended it, and where. A phase must not read a value from the GPU,
-copy anything from or to it, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
+A real `Trainer` runs every phase on fake CUDA tensors, which have shapes, types and devices but no data. Prints one
+line of JSON for each phase: the number of ATen operators that launch at least one kernel (excluding views and
+allocations), and the most frequent operators; or the `problem` that ended the phase, and its location. A phase must not
+read a value from the GPU, copy between host and GPU, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda:0")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A training configuration, the side of its images, the number of its classes, and the operators it uses."""
+    """A training configuration with image side, number of classes, and implementation of the operators."""
 
     config: TrainConfig
     side: int = 32
@@ -69,7 +69,7 @@ CASES = {
 
 
 @click.command(cls=Script, help=__doc__)
-@option("--cases", type=NameList(), default=",".join(CASES), show_default=True, help="What to train.")
+@option("--cases", type=NameList(), default=",".join(CASES), show_default=True, help="Cases to measure.")
 def main(cases: tuple[str, ...]) -> None:
     for case in cases:
         if case not in CASES:
@@ -82,11 +82,11 @@ def main(cases: tuple[str, ...]) -> None:
 
 @contextmanager
 def processes() -> Iterator[ProcessPoolExecutor]:
-    """One process in which PyTorch sees the stub of a GPU. Raises UserError where that cannot be built."""
+    """Yield a pool of one process in which PyTorch finds the GPU stub. Raises UserError if the stub does not build."""
     if torch.version.cuda is None:
         raise UserError(f"torch {torch.__version__} was built without CUDA; install a build with it (no GPU is needed)")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "libcuda.so.1"  # found under this name when PyTorch looks for the driver
+        library = Path(folder) / "libcuda.so.1"  # the name of the driver library that PyTorch loads
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-DCUDA_MAJOR={torch.version.cuda.split('.')[0]}"]
         command = [custom_ops.host_compiler(), *flags, str(STUB), "-o", str(library)]
         try:
@@ -102,7 +102,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 
 def count_launches(case: str) -> list[dict[str, Any]]:
-    """Run each phase of a case once; call it in one of `processes`."""
+    """Run each phase of a case once. Must run in the pool of `processes`."""
     chosen = CASES[case]
     env = Environment(img_shape=(3, chosen.side, chosen.side), c_dim=chosen.classes, on_gpu=True, has_bf16=True)
     config = resolve(override(chosen.config, {"run.graphs": False}), env)
@@ -115,13 +115,13 @@ def count_launches(case: str) -> list[dict[str, Any]]:
 
 
 def update_averages(trainer: Trainer) -> None:
-    """Do what follows the phases of a step."""
+    """Update EMA and ADA, as after the phases of a step."""
     trainer.ema.update(trainer.batch_size, trainer.batch_size)
     trainer.ada.update(trainer.config.augment.ada_interval, trainer.batch_size)
 
 
 def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
-    """Call a function on the fake GPU; return how many operators it launches, or what ended it."""
+    """Call a function on the fake GPU; return its number of launches, or the problem that ended it."""
     with Watch() as watched:
         try:
             function(*args)
@@ -132,30 +132,30 @@ def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
 
 
 def place(error: Exception) -> str | None:
-    """Return the line of the networks or the training that an error came from; None where it came from a derivative."""
+    """Return the line of training/ or torch_utils/ that raised an error; None if it was raised in a derivative."""
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [f"{file.relative_to(ROOT)}:{line}" for file, line in places if file.is_relative_to(ROOT)]
     return next((x for x in reversed(ours) if x.startswith(("training/", "torch_utils/"))), None)
 
 
 class HostError(Exception):
-    """The host waits for the GPU, or sends something that it has to wait for."""
+    """Synchronization of host and GPU: the host waits for the GPU, or the GPU for the host."""
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators that launch kernels. Raises HostError where one moves data between the host and the GPU.
+    """Counter of operators that launch kernels. Raises HostError if an operator moves data between host and GPU.
 
-    Where a value is read (`item`, `nonzero`) or devices are mixed, fake tensors raise by themselves.
+    Fake tensors themselves raise if a value is read (`item`, `nonzero`) or devices are mixed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
-        self.largest_filter = 0  # side of it, in pixels
+        self.largest_filter = 0  # side in pixels
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.namespace == "prim":  # asks for a property
+        if function.namespace == "prim":  # reads a property of a tensor
             return result
         given = [*tensors(args), *tensors((kwargs or {}).values())]
         found = [*tensors([result])]
@@ -172,12 +172,12 @@ class Watch(TorchDispatchMode):
 
 
 def kind(x: Tensor) -> str:
-    """Return the kind of device that a tensor is on."""
-    return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type  # to ask a fake one takes an operator
+    """Return the device type of a tensor."""
+    return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type  # FakeTensor.device runs an operator
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among values, and those in lists of them."""
+    """Yield all tensors in nested lists and tuples."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
@@ -187,7 +187,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 @cache
 def launches(function: Any) -> bool:
-    """Whether an operator runs a kernel: it is no view of its argument, and does not only allocate."""
+    """Return whether an operator runs a kernel, i.e. is neither a view of its argument nor an allocation."""
     aten = torch.ops.aten
     if function.overloadpacket in (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view):
         return False

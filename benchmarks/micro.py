@@ -1,14 +1,14 @@
-"""Measure a GPU, and the alternatives between which this project has chosen without one.
+"""Measure the peak rates of a GPU, and alternative implementations that this project chose without a GPU.
 
     python benchmarks/micro.py --device=cuda
 
-machine       what bf16 matrix products, copies and launches reach: the bounds of everything else
-attention     PyTorch's kernels for attention, by the shapes of cifar-large
-warp          ADA's warp by dense matrices and by filters, from which DENSE_SIDE_ON_GPU follows
-convolution   layout, autotuning, and the gradient of a weight as what R1's double backward makes of it: a convolution
-              with an image as filter, against the kernel for gradients of weights
+machine       rates of bf16 matrix products, copies and launches: the upper bounds for everything else
+attention     PyTorch's attention kernels, for the shapes of cifar-large
+warp          ADA's warp with dense matrices and with filters; determines DENSE_SIDE_ON_GPU
+convolution   layout, autotuning, and the weight gradient in two ways: by the weight-gradient kernel, and as a
+              convolution with an image as the filter, as in PyTorch's double backward of R1
 
-Prints a line of JSON for each measurement.
+Prints one line of JSON for each measurement.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Row = dict[str, Any]
 
 @click.command(cls=Script, help=__doc__)
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-@option("--parts", type=NameList(), help="What to measure. [all]")
-@option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
+@option("--parts", type=NameList(), help="Parts to measure. [all]")
+@option("--quick", is_flag=True, help="Use tiny sizes, to test the script.")
 def main(device: str | None, parts: tuple[str, ...] | None, quick: bool) -> None:
     where = distributed.use_device(device)
     for part in parts or ():
@@ -94,7 +94,7 @@ def convolution(device: torch.device, quick: bool) -> Iterator[Row]:
             w = torch.randn(C, C, 3, 3, device=device, dtype=torch.bfloat16).contiguous(memory_format=layout)
             for autotune in (True, False):
                 case = {"side": side, "channels_last": layout == torch.channels_last, "autotune": autotune}
-                # In a thread of its own, as each thread keeps the algorithms that it has found.
+                # In a new thread, because each thread caches the algorithms found by autotuning.
                 with (
                     torch.backends.cudnn.flags(enabled=True, benchmark=autotune, allow_tf32=False),
                     ThreadPoolExecutor(1) as thread,
@@ -145,10 +145,10 @@ PARTS: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {
 
 
 def timed(device: torch.device, quick: bool, **calls: Callable[[], object]) -> Row:
-    """Time each call in milliseconds; where one fails, say why."""
+    """Time each call in milliseconds, or return the problem if a call fails."""
     try:
         return {name: round(milliseconds(call, device, quick), 4) for name, call in calls.items()}
-    except RuntimeError as error:  # a kernel that does not take these shapes
+    except RuntimeError as error:  # a kernel does not support these shapes
         return {"problem": describe_error(error)}
 
 

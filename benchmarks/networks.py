@@ -1,4 +1,4 @@
-"""Speed and memory of the networks alone, parameters and GFLOP, as one JSON object per line.
+"""Measure speed and memory of the networks alone, and count parameters and GFLOP; print one line of JSON per network.
 
 python benchmarks/networks.py --batch=8 --device=cpu --threads=2
 """
@@ -50,7 +50,7 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
 def random_pass(
     config: GeneratorConfig | DiscriminatorConfig, batch: int, device: str
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The network of a config on a device, and its forward pass on `batch` random inputs."""
+    """Return the network of a config on a device, and its forward pass on `batch` random inputs."""
     with torch.device(device):
         network: Generator | Discriminator = config.build()
         if isinstance(network, Discriminator):
@@ -61,7 +61,7 @@ def random_pass(
 
 
 def gflop_per_image(config: GeneratorConfig | DiscriminatorConfig) -> float:
-    """Multiplications and additions of the matrix products and convolutions in one forward pass."""
+    """Count multiplications and additions of the matrix products and convolutions in one forward pass."""
     _, forward = random_pass(config, 1, "meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward()
@@ -70,7 +70,7 @@ def gflop_per_image(config: GeneratorConfig | DiscriminatorConfig) -> float:
 
 @click.command(help=__doc__)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images per pass")
-@click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ...")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: PyTorch's choice]")
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="Time per measurement")
 @click.option("--only", default="", help="Measure only the networks with this text in their names")
@@ -80,7 +80,7 @@ def main(batch: int, device: str, threads: int | None, seconds: float, only: str
         torch.set_num_threads(threads)
     chosen = {name: config for name, config in CONFIGS.items() if only in name}
     if not chosen:
-        raise click.UsageError(f"--only={only} names no network: {'; '.join(CONFIGS)}")
+        raise click.UsageError(f"--only={only} matches no network: {'; '.join(CONFIGS)}")
     for name, config in chosen.items():
         run = measure if where.type == "cuda" else in_own_process
         result = run(config, batch, device, torch.get_num_threads(), seconds)
@@ -89,7 +89,7 @@ def main(batch: int, device: str, threads: int | None, seconds: float, only: str
 
 
 def in_own_process(*args: Any) -> dict[str, Any]:
-    """Measure in a fresh process, whose peak of memory no other network has made."""
+    """Measure in a fresh process, whose peak memory is not affected by other networks."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *args).result()
 
@@ -97,7 +97,7 @@ def in_own_process(*args: Any) -> dict[str, Any]:
 def measure(
     config: GeneratorConfig | DiscriminatorConfig, batch: int, device: str, threads: int, seconds: float
 ) -> dict[str, Any]:
-    """Parameters, speed, and the peak of memory beyond what was in use before (None: not known) of one network."""
+    """Return number of parameters, speed, and additional peak memory (None: unknown) of one network."""
     tune_allocator()
     execution.set_gpu_arithmetic()
     torch.set_num_threads(threads)

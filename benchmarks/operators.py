@@ -1,9 +1,9 @@
-"""Time upfirdn2d and bias_act on the shapes that the networks use, beside a plain copy of the same bytes.
+"""Time upfirdn2d and bias_act on the shapes used by the networks, relative to a plain copy of the same bytes.
 
 Prints one line of JSON for each case and implementation: the CUDA kernels, the PyTorch reference, and the reference
-under torch.compile. The operators should be limited by memory: `gb_per_s` counts what a fused kernel would have to move
-(forward: input and output once; backward of bias_act also the output that it saved), so that 1.0 in `of_copy` means as
-fast as a copy of a tensor of the input's size.
+under torch.compile. The operators should be limited by memory bandwidth: `gb_per_s` counts the traffic of a fused
+kernel (forward: input and output once; backward of bias_act also the saved output), and 1.0 in `of_copy` means as fast
+as a copy of a tensor of the input's size.
 
     python benchmarks/operators.py --device=cuda --dtype=float32,bfloat16
 """
@@ -29,14 +29,14 @@ from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, ups
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMPLEMENTATIONS = ("cuda", "reference", "compiled")
 BINOMIAL = [1, 3, 3, 1]
-TWELVE_TAPS = [1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]  # as long as the low-pass filter of the augmentation
+TWELVE_TAPS = [1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]  # the length of the augmentation's low-pass filter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An operator on one shape; `prepare` puts its constants on the device and returns the function.
+    """An operator on one shape; `prepare` moves constants to the device and returns the function.
 
-    `saved`: the tensors of the output's size that its backward has to read beside the gradient.
+    `saved`: number of tensors of the output's size that the backward pass reads in addition to the gradient.
     """
 
     name: str
@@ -91,10 +91,10 @@ CASES = (
 
 
 def seconds_per_call(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median over `repeats` calls, after two to warm up.
+    """Return the median time of `repeats` calls, after two warm-up calls.
 
-    On a GPU a call is timed by events in its queue, behind work that keeps the GPU busy while the host catches up: what
-    the host takes to launch a kernel is not the kernel's time.
+    On a GPU a call is timed by CUDA events, queued after work that keeps the GPU busy during the launch, so that launch
+    time on the host is not included.
     """
     if device.type == "cuda":
         return _seconds_on_gpu(function, device, repeats)
@@ -107,13 +107,13 @@ def seconds_per_call(function: Callable[[], Any], device: torch.device, repeats:
 
 
 def _seconds_on_gpu(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    # Larger than any L2 cache: what a call finds there would not be there in a network.
+    # Larger than any L2 cache: a call in a network would find a cold cache, too.
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
     function()
     synchronize(device)
     began = time.perf_counter()
     function()
-    cycles = max(1_000_000, round((time.perf_counter() - began) * 4e9))  # twice what the host takes, at 2 GHz
+    cycles = max(1_000_000, round((time.perf_counter() - began) * 4e9))  # twice the host time, at 2 GHz
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats + 2)]
     for start, end in pairs:
         flush.zero_()
@@ -164,7 +164,7 @@ def measure(
 
 
 def choose_implementations(requested: str | None, device: torch.device) -> list[str]:
-    """Read --impl; by default whatever works on the device, on a CPU without the time that compiling takes."""
+    """Parse --impl. Default: all implementations that work on a GPU; only the reference on a CPU."""
     if requested is None:
         if device.type != "cuda":
             return ["reference"]
@@ -181,17 +181,17 @@ def choose_implementations(requested: str | None, device: torch.device) -> list[
 
 
 @click.command()
-@click.option("--device", default="cpu", show_default=True, help="where to run: cpu, cuda, cuda:1")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N")
 @click.option("--dtype", default="float32", show_default=True, help=f"one or several of {','.join(DTYPES)}")
 @click.option("--impl", help=f"one or several of {','.join(IMPLEMENTATIONS)} [default: all on a GPU, else reference]")
-@click.option("--channels-last", is_flag=True, help="lay images out channels last")
+@click.option("--channels-last", is_flag=True, help="use the channels-last memory layout")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: PyTorch's choice]")
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
-    help="timed calls, of which the median counts",
+    help="timed calls; the median is reported",
 )
 @click.option("--only", default="", help="run only the cases with this text in their name")
 def main(
@@ -200,7 +200,7 @@ def main(
     """Time upfirdn2d and bias_act; print JSON lines."""
     cases = [case for case in CASES if only in case.name]
     if not cases:
-        raise click.UsageError(f"--only={only} names no case: {', '.join(case.name for case in CASES)}")
+        raise click.UsageError(f"--only={only} matches no case: {', '.join(case.name for case in CASES)}")
     for name in dtype.split(","):
         if name not in DTYPES:
             raise click.UsageError(f"--dtype={dtype}: {name!r} is none of {', '.join(DTYPES)}")

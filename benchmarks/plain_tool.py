@@ -1,4 +1,4 @@
-"""A data set built the straightforward way: one process, Pillow and zipfile, an image at a time; a baseline.
+"""Build a dataset with one process, Pillow and zipfile, one image at a time: the baseline for dataset_tool.py.
 
 python benchmarks/plain_tool.py SOURCE DEST [SIDE]
 """
@@ -33,7 +33,7 @@ def images_in_cifar(path: str) -> Iterator[np.ndarray]:
 
 
 def crop_and_resize(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Cut the central square and resize it."""
+    """Crop the central square and resize it."""
     crop = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
     image = Image.fromarray(pixels[top : top + crop, left : left + crop])

@@ -1,21 +1,21 @@
-"""Memory and time of attention against the number of tokens, with one derivative and with two.
+"""Measure memory and time of attention for increasing numbers of tokens, with one and two derivatives.
 
 \b
 plain      the explicit softmax(Q K^T / sqrt(D)) V, with its (B, H, N, N) matrix (PyTorch's MATH)
 fused      PyTorch's fused kernels, which have no second derivative
-linformer  keys and values shortened to --projected-tokens; fused for one derivative, plain for two, as in training
-blockwise  fused forward, derivatives over blocks of the matrix (training/networks/blockwise.py)
+linformer  keys and values projected to --projected-tokens; fused for one derivative, plain for two, as in training
+blockwise  fused forward, derivatives in blocks of the matrix (training/networks/blockwise.py)
 
-One derivative is that of a training step: forward and backward. Two are those of path length regularisation: forward,
-backward of a random projection, and the backward of the squared gradients.
+One derivative corresponds to a training step: forward and backward. Two correspond to path length regularisation:
+forward, backward of a random projection, and the backward of the squared gradients.
 
 \b
     python benchmarks/self_attention.py --device=cuda --batch=8 --heads=4
     python benchmarks/self_attention.py --tokens=1024,4096 --forms=plain,blockwise
 
-Prints one line of JSON for each form, number of derivatives and N. `peak_mib` is what the passes needed besides their
-inputs: tensors on a GPU; on a CPU the growth of the resident memory, for which each line has a process of its own (this
-needs Linux). Times are those with the allocator as training sets it. Where there is no result, `problem` says why.
+Prints one line of JSON for each type, number of derivatives and N. `peak_mib` is the peak memory without the inputs: of
+tensors on a GPU; on a CPU the growth of resident memory, measured in a separate process per line (Linux only). Times
+are measured with the allocator settings of training. If there is no result, `problem` states the reason.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FORMS = ("plain", "fused", "linformer", "blockwise")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
-# For the process whose memory is measured: glibc maps and returns each tensor, keeping no freed ones.
-GIVE_BACK_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+# Environment of the process whose memory is measured: glibc maps each tensor and unmaps it when it is freed.
+UNMAP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
-# How many float32 matrices the explicit form holds at a time with 1 and with 2 derivatives (measured: 3.1 and 11.2),
-# and how many blocks the blockwise one.
+# Upper bounds on the number of float32 matrices in memory for plain attention with 1 and 2 derivatives (measured: 3.1
+# and 11.2), and on the number of blocks for blockwise attention.
 MATRICES = {1: 4, 2: 12}
 BLOCKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of the results: a form of attention, how often it is differentiated, and the sizes."""
+    """A measurement: type of attention, number of derivatives, and sizes."""
 
     form: str
     derivatives: int
@@ -75,7 +75,7 @@ class Case:
     dtype: str
 
     def matrix_gib(self) -> float:
-        """Predict what the attention matrices take, before they are made; the rest is small."""
+        """Return the predicted memory of the attention matrices in GiB; all other tensors are small."""
         if self.form == "fused":
             return 0
         if self.form == "blockwise":
@@ -84,7 +84,7 @@ class Case:
         return MATRICES[self.derivatives] * self.batch * self.heads * self.tokens * keys * 4 / 2**30
 
     def small(self) -> Case:
-        """Return a case of the same kind that needs next to nothing."""
+        """Return a tiny case of the same type for the warm-up."""
         return replace(self, tokens=16)
 
     def prepare(self, device: torch.device) -> tuple[list[Tensor], Callable[[], Tensor]]:
@@ -93,19 +93,19 @@ class Case:
         return inputs, partial(attend, self, inputs)
 
 
-SHARED = (  # options of every benchmark of attention
+SHARED = (  # options of all attention benchmarks
     option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both."),
     option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B."),
-    option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the inputs."),
+    option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Input type."),
     option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
     option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]"),
     option(
-        "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; the median counts."
+        "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs; reports the median."
     ),
     option(
         "--max-gib",
         type=click.FloatRange(min=0, min_open=True),
-        help="Do not start what needs larger matrices than this. [half of the CPU's memory; on a GPU no limit]",
+        help="Skip cases with larger matrices. [half of the CPU's memory; on a GPU no limit]",
     ),
 )
 
@@ -118,7 +118,7 @@ SHARED = (  # options of every benchmark of attention
     show_default=True,
     help="Numbers of tokens N; R x R pixels are R^2.",
 )
-@option("--forms", default=",".join(FORMS), show_default=True, help="What to measure.")
+@option("--forms", default=",".join(FORMS), show_default=True, help="Types of attention.")
 @option("--heads", type=click.IntRange(min=1), default=1, show_default=True, help="Heads H.")
 @option("--head-dim", type=click.IntRange(min=1), default=32, show_default=True, help="Channels per head D.")
 @option("--projected-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Linformer's number k.")
@@ -145,7 +145,7 @@ def main(
 
 
 def check_choices(forms: str, known: Sequence[str], derivatives: Sequence[int]) -> list[str]:
-    """Return the forms of a comma-separated list. Raises UserError for an unknown one, and for other derivatives."""
+    """Return the items of --forms. Raises UserError for unknown types and for derivatives other than 1 and 2."""
     chosen = forms.split(",")
     if unknown := sorted(set(chosen) - set(known)):
         raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(known)}")
@@ -157,7 +157,7 @@ def check_choices(forms: str, known: Sequence[str], derivatives: Sequence[int]) 
 def run_cases(
     benchmark: str, cases: Sequence[Any], device: str | None, threads: int | None, repeats: int, max_gib: float | None
 ) -> None:
-    """Measure cases (a `Case` each, or one with its methods) and print a line of JSON for each."""
+    """Measure cases (`Case`, or a class with its methods) and print one line of JSON for each."""
     where = distributed.use_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -167,7 +167,7 @@ def run_cases(
 
 
 def memory_limit(device: torch.device, max_gib: float | None) -> float:
-    """Return the GiB above which nothing is started. Raises UserError where the peak of memory cannot be read."""
+    """Return the limit in GiB above which a case is skipped. Raises UserError if peak memory cannot be read."""
     if device.type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
         raise UserError(f"--device={device}: the peak of resident memory is read from Linux's /proc, missing here")
     if max_gib is not None:
@@ -180,21 +180,21 @@ def host_gib() -> float:
 
 
 def result(case: Any, device: torch.device, repeats: int, max_gib: float) -> dict[str, Any]:
-    """Milliseconds and peak memory of a case (a `Case`, or one with its methods), or the problem with it."""
+    """Return time and peak memory of a case, or its problem."""
     if case.matrix_gib() > max_gib:
         return {"problem": f"not started: needs matrices of about {case.matrix_gib():.3g} GiB, limit {max_gib:.3g}"}
     if device.type != "cpu":
         return measure(case, device, repeats, torch.get_num_threads())
     own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    with patch.dict(os.environ, GIVE_BACK_AT_ONCE), own_process as pool:
+    with patch.dict(os.environ, UNMAP_FREED_MEMORY), own_process as pool:
         try:
             return pool.submit(measure, case, device, repeats, torch.get_num_threads()).result()
-        except BrokenProcessPool:  # killed by the system
+        except BrokenProcessPool:  # killed by the kernel's OOM killer
             return {"problem": "out of memory"}
 
 
 def measure(case: Any, device: torch.device, repeats: int, threads: int) -> dict[str, Any]:
-    """Run a case in this process: once for the peak of memory, then timed."""
+    """Run a case in this process: once for the peak memory, then timed."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
@@ -220,7 +220,7 @@ def seconds(case: Any, inputs: list[Tensor], run: Callable[[], Tensor], device: 
 
 
 def explain(error: RuntimeError) -> str:
-    """Name the failures that are results; raise the others again."""
+    """Describe the errors that count as results; raise all others again."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
@@ -230,7 +230,7 @@ def explain(error: RuntimeError) -> str:
 
 
 def make_inputs(case: Case, device: torch.device, tokens: int) -> list[Tensor]:
-    """Queries, keys, values (B, H, N, D), and for Linformer the projection (k, N); all with gradient."""
+    """Return queries, keys, values (B, H, N, D), and for Linformer the projection (k, N), all requiring gradients."""
     shape = (case.batch, case.heads, tokens, case.head_dim)
     inputs = [torch.randn(shape, device=device) for _ in range(3)]
     if case.form == "linformer":
@@ -239,7 +239,7 @@ def make_inputs(case: Case, device: torch.device, tokens: int) -> list[Tensor]:
 
 
 def differentiate(case: Any, inputs: list[Tensor], run: Callable[[], Tensor]) -> None:
-    """Forward, and one or two derivatives by all inputs."""
+    """Run the forward pass and one or two derivatives with respect to all inputs."""
     out = run()
     y = torch.randn_like(out)
     gradients = torch.autograd.grad(out, inputs, y, create_graph=case.derivatives == 2)
@@ -248,7 +248,7 @@ def differentiate(case: Any, inputs: list[Tensor], run: Callable[[], Tensor]) ->
 
 
 def attend(case: Case, inputs: list[Tensor]) -> Tensor:
-    """The case's form of attention on the inputs, (B, H, N, D)."""
+    """Compute the case's attention on the inputs: (B, H, N, D)."""
     q, k, v, *projection = inputs
     if case.form == "blockwise":
         return blockwise_attention(q, k, v)
@@ -260,7 +260,7 @@ def attend(case: Case, inputs: list[Tensor]) -> Tensor:
 
 
 def reset_peak(device: torch.device) -> float:
-    """Let the peak start anew and return the memory in use now, in MiB."""
+    """Reset the peak and return the current memory in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -272,14 +272,14 @@ def reset_peak(device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> float:
-    """The most memory in use since `reset_peak`, in MiB."""
+    """Return the peak memory since `reset_peak` in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resident_mib("VmHWM")
 
 
 def resident_mib(name: str) -> float:
-    """A figure of /proc/self/status; unlike getrusage's, it knows nothing of the process that started this one."""
+    """Return a value of /proc/self/status; unlike getrusage's, it does not include the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) / 2**10

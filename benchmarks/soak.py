@@ -1,9 +1,9 @@
-"""Train for thousands of tiny steps and watch from outside what the process holds: memory, files, threads, processes.
+"""Train a tiny network for thousands of steps and monitor its process: memory, open files, threads, child processes.
 
 python benchmarks/soak.py --steps=4000
 
-Everything that a run does beside steps happens all the time: a tick every 50 steps, and at each a snapshot, a training
-state, pictures and a metric, while two workers decode the images.
+Every 50 steps there is a tick with a snapshot, a training state, image grids and a metric, while two workers decode the
+images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXIT_STOPPED = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds at a moment."""
+    """Resources of a process at one time."""
 
     steps: int
     rss_mb: float
@@ -48,7 +48,7 @@ class Sample:
 
 
 def take_sample(pid: int, run_dir: Path) -> Sample:
-    """Look into /proc. Raises OSError when the process has gone."""
+    """Read /proc. Raises OSError if the process has ended."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     children = (proc / "task" / str(pid) / "children").read_text().split()
@@ -63,7 +63,7 @@ def take_sample(pid: int, run_dir: Path) -> Sample:
 
 
 def watch(folder: Path, data: Path, steps: int) -> tuple[list[Sample], int]:
-    """Train for so many steps, then stop by SIGTERM; return a sample a second and how many processes outlived it."""
+    """Train for `steps` steps, stop by SIGTERM; return one sample per second and the number of remaining processes."""
     command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2"]
     nowhere = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True)
@@ -88,18 +88,18 @@ def watch(folder: Path, data: Path, steps: int) -> tuple[list[Sample], int]:
 
 
 def count_session(session: int) -> int:
-    """How many processes of a session there are."""
+    """Return the number of processes in a session."""
     found = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             found += int(stat.read_text().rpartition(")")[2].split()[3]) == session
-        except OSError:  # it has gone in this moment
+        except OSError:  # the process has just ended
             continue
     return found
 
 
 def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
-    """Compare the second quarter of the steps with the last: the least of what comes and goes, the median of memory."""
+    """Compare the second quarter of the steps with the last, by minimum counts and median memory."""
     steps = samples[-1].steps
     early = [sample for sample in samples if steps / 4 <= sample.steps <= steps / 2]
     late = [sample for sample in samples if steps * 3 / 4 <= sample.steps]
@@ -122,9 +122,9 @@ def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(min=400), default=4000, show_default=True, help="How long to train.")
+@click.option("--steps", type=click.IntRange(min=400), default=4000, show_default=True, help="Training steps.")
 def main(steps: int) -> None:
-    """Print one line of JSON: pairs are of the second and of the last quarter of the steps."""
+    """Print one line of JSON; pairs of values are for the second and the last quarter of the steps."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.zip"
         make = ["--source=shapes", f"--dest={data}", "--max-images=256", "--width=16", "--height=16", "--workers=1"]

@@ -1,4 +1,4 @@
-"""Speed and memory of the sliced Wasserstein distance, as one line of JSON for each size.
+"""Measure speed and memory of the sliced Wasserstein distance; print one line of JSON per size.
 
 python benchmarks/swd.py --size=32 --images=1024 --device=cpu
 """
@@ -17,7 +17,7 @@ from metrics.sliced_wasserstein import PatchSet, compare
 
 
 def measure(size: int, images: int, device_name: str) -> dict[str, object]:
-    """Compare two sets of random images: seconds to cut the patches and to compare them, and the memory at the peak."""
+    """Return the time to extract patches of two sets of random images and to compare them, and the peak memory."""
     device = torch.device(device_name)
     batches = [range(start, min(start + 64, images)) for start in range(0, images, 64)]
     before = peak_mib(device)
@@ -44,11 +44,11 @@ def measure(size: int, images: int, device_name: str) -> dict[str, object]:
 
 
 @click.command()
-@click.option("--size", "sizes", type=int, multiple=True, default=(32, 128), show_default=True, help="Pixels a side.")
+@click.option("--size", "sizes", type=int, multiple=True, default=(32, 128), show_default=True, help="Image side.")
 @click.option("--images", type=int, default=1024, show_default=True, help="Images in each of the two sets.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Where.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Device.")
 def main(sizes: tuple[int, ...], images: int, device: str) -> None:
-    """Print one line of JSON for each size; each is measured in a process of its own."""
+    """Print one line of JSON per size; each size is measured in a separate process."""
     for size in sizes:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             emit(pool.submit(measure, size, images, device).result(), torch.device(device))

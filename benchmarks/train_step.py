@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --device=cuda --batch=64 --modes=plain,fp32,bf16,bf16+graphs
 
-Prints one line of JSON for each mode, each measured in a process of its own, with its speedup over the first. A phase
-that is due every k steps is timed on its own and counts 1/k in a step.
+Each mode is measured in a separate process and prints one line of JSON, with the speedup over the first mode. A phase
+that is due every k steps is timed separately and weighted by 1/k.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from training.training_loop import Trainer, set_arithmetic
 NUM_IMAGES = 256
 FLOP_BATCH = 4  # images in the step whose operations are counted
 
-# A mode is made of these words, joined by +: what each changes in the configuration.
+# Words of a mode, joined by +, and the configuration values that each changes.
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "fp32", "allow_tf32": True},
@@ -54,18 +54,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "compile": {"run.compile": True},
     "checkpoint": {"run.recompute": True},
     "loader": {"run.data_on_gpu": False},
-    # Without this project's own accelerations, one by one and all:
+    # Disable this project's optimisations, individually and all:
     "reference": {},
     "no-allocator": {},
     "no-winograd": {},
     "plain": {"precision": "fp32", "channels_last": False, "run.data_on_gpu": False},
 }
-PLAIN = {"reference", "no-allocator", "no-winograd"}  # what `plain` leaves out
+PLAIN = {"reference", "no-allocator", "no-winograd"}  # implied by `plain`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A model to measure, its circumstances, and a mode."""
+    """Model, environment, and mode of a measurement."""
 
     config: TrainConfig
     env: Environment
@@ -84,13 +84,13 @@ class Settings:
 @option("--preset", type=click.Choice(list(PRESETS)), help="Preset of train.py. [the README's example]")
 @option("--g_dict", type=IntList(), help="Hidden size per resolution, as for train.py.")
 @option("--num_layers", type=IntList(), help="Encoder blocks per resolution, as for train.py.")
-@option("--resolution", type=click.IntRange(min=8), help="Side of the images. [what the preset's generator makes]")
+@option("--resolution", type=click.IntRange(min=8), help="Image side in pixels. [the preset's image size]")
 @option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images per step.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @option("--modes", type=NameList(), default="fp32", show_default=True,
-        help=f"What to measure: words joined by +, of {', '.join(CHANGES)}.")  # fmt: skip
+        help=f"Modes to measure, each of words joined by +: {', '.join(CHANGES)}.")  # fmt: skip
 @option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs of each phase.")
-@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before them.")
+@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Untimed runs of each phase before.")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
 def main(
     preset: str | None,
@@ -123,7 +123,7 @@ def main(
 
 
 def choose_config(preset: str | None, batch: int, device: torch.device, modes: Sequence[str]) -> TrainConfig:
-    """Return what the modes change. Raises UserError for a word that is none of theirs."""
+    """Return the configuration that the modes modify. Raises UserError for an unknown word in a mode."""
     for word in "+".join(modes).split("+"):
         if word not in CHANGES:
             raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
@@ -132,7 +132,7 @@ def choose_config(preset: str | None, batch: int, device: torch.device, modes: S
 
 
 def in_own_process(settings: Settings) -> dict[str, Any]:
-    """Measure in a fresh process, whose memory and caches no other measurement has touched."""
+    """Measure in a fresh process, whose memory and caches are not affected by other measurements."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, settings).result()
 
@@ -140,7 +140,7 @@ def in_own_process(settings: Settings) -> dict[str, Any]:
 def with_synthetic_images(
     config: TrainConfig, resolution: int | None, folder: Path, *, on_gpu: bool
 ) -> tuple[TrainConfig, Environment]:
-    """Make a data set of drawn scenes that suits the generator; return what `resolve` takes."""
+    """Build a dataset of synthetic scenes for the generator; return the arguments of `resolve`."""
     try:
         height, width = (resolution, resolution) if resolution else config.generator.img_size
     except ConfigError:
@@ -155,7 +155,7 @@ def with_synthetic_images(
 
 
 class CountOperations(TorchDispatchMode):
-    """Adds up `flop` of every product and convolution inside it; FlopCounterMode itself refuses second derivatives."""
+    """Sum of the FLOP of all matrix products and convolutions; FlopCounterMode has no second derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,10 +170,10 @@ class CountOperations(TorchDispatchMode):
 
 
 def gflop_per_image(config: TrainConfig, env: Environment) -> float:
-    """Count multiplications and additions of the products and convolutions of a step, per image.
+    """Count multiplications and additions of the matrix products and convolutions of a step, per image.
 
-    All phases with their derivatives, in plain float32 and on fake tensors; a phase that is due every k steps counts
-    1/k. What a mode computes again, or saves by Winograd's algorithm, does not change what the model needs.
+    Counts all phases with their derivatives, in float32 and on fake tensors; a phase that is due every k steps counts
+    1/k. Recomputation and Winograd's algorithm in a mode do not change the count.
     """
     small = resolve(override(config, {"batch_size": FLOP_BATCH, "precision": "fp32"}), replace(env, on_gpu=False))
     flop = 0.0
@@ -187,7 +187,7 @@ def gflop_per_image(config: TrainConfig, env: Environment) -> float:
 
 
 def rates(result: dict[str, Any], gflop: float, device: torch.device) -> dict[str, Any]:
-    """Return the model's operations per second, and which share that is of what the device is said to be able to."""
+    """Return the model's operations per second, and their share of the device's peak rate if that is known."""
     tflops = result["img_per_s"] * gflop / 1000
     arithmetic = result["precision"] if not result["allow_tf32"] else "tf32"
     peaks = [peaks for name, peaks in PEAK_TFLOPS.items() if device.type == "cuda" and name in device_name(device)]
@@ -197,7 +197,7 @@ def rates(result: dict[str, Any], gflop: float, device: torch.device) -> dict[st
 
 @contextlib.contextmanager
 def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
-    """Make a trainer in the mode of the settings, with the operators that the mode has while the context lasts."""
+    """Yield a trainer in the mode of the settings, with the operators of the mode inside the context."""
     words = settings.words
     config = settings.config
     for word in words:
@@ -251,12 +251,12 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def never(x: Tensor, weight: Tensor) -> bool:
-    """Stand in for `winograd.is_profitable`."""
+    """Replacement of `winograd.is_profitable` that disables Winograd's algorithm."""
     return False
 
 
 def take_steps(trainer: Trainer, data: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
-    """Train for `count` steps without the lazy phases, then run those `count` times on the last batch."""
+    """Train for `count` steps without the lazy phases, then run each lazy phase `count` times on the last batch."""
     clock = trainer.stopwatch
     lazy = [phase for phase in trainer.phases if phase.interval > 1]
     for i in range(count):

@@ -1,6 +1,6 @@
-"""Write the parts of the documentation that come from the code: docs/train-help.txt and docs/configuration.md.
+"""Generate docs/train-help.txt and docs/configuration.md from the code.
 
-`make docs` runs it; a test fails when the files are not what it would write.
+`make docs` runs this script; a test fails if the files are out of date.
 """
 
 from __future__ import annotations
@@ -26,58 +26,59 @@ HEADER = """# Configuration
 *Written by `make docs` from the code.*
 
 A training run is determined by a `TrainConfig` (training/config.py), composed of the configurations of its parts, each
-a frozen dataclass beside the class that it configures. `train.py` starts from a preset (`--cfg`), replaces what the
-options say, fills in what depends on the data (`auto` below), and writes the result to `training_options.json`, into
-every snapshot and every training state. `python train.py ... -n` prints it without training.
+a frozen dataclass beside the class that it configures. `train.py` starts from a preset (`--cfg`), applies the options,
+resolves the values that depend on the data (`auto` below), and writes the result to `training_options.json` and to
+every snapshot and training state. `python train.py ... -n` prints the configuration without training.
 
-**Every field can be set**, by its flag where it has one and by `--set` in any case:
+**Every field can be set**, by its flag if it has one and always by `--set`:
 
     python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8
 
-Lists are typed with commas, sizes as `8x12` (height x width), switches as `true` or `false`; `none` stands for nothing
-and `auto` for a choice by data and machine, where a field has that. A mistyped name is answered with the nearest ones.
+Lists are separated by commas, sizes are written as `8x12` (height x width), switches as `true` or `false`; `none`
+unsets a field and `auto` chooses by data and machine, if the field supports them. For an unknown name, the error
+suggests the nearest names.
 
-Generator and discriminator can be of several families (`--gen`, `--disc`): the other families' fields take the place of
-the preset's, open where they can be; of a generator only latents, mapping network and clamp stay, of a discriminator
-nothing. TransGAN has no mapping network either, unless `--map-depth` asks for one. A setting that the family has no
-field for is refused.
+There are several families of generators and discriminators (`--gen`, `--disc`). Another family than the preset's has
+its own fields, with `auto` as the default where possible; a generator keeps only latents, mapping network and clamp
+of the preset, a discriminator nothing. TransGAN has no mapping network unless `--map-depth` adds one. A setting
+without a field in the family is an error.
 
-A run that is resumed has its saved configuration plus the options that are typed. Those may change the part `run`
-(duration, machine, logging), and anything else only with `--override` ([running.md](running.md#stopping-and-resuming)).
-Of `run`, `batch_gpu` and `num_gpus` decide what is drawn and seen together
-([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` leaves updates out.
+A resumed run has its saved configuration plus the given options. They may change the part `run` (duration, machine,
+logging), and any other field only with `--override` ([running.md](running.md#stopping-and-resuming)). In `run`,
+`batch_gpu` and `num_gpus` determine the micro-batches and hence the random numbers
+([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` skips updates.
 
 ## What `auto` chooses
 
-From the larger side R of the images, the number of GPUs and what they can do:
+Chosen from the longer side R of the images, the number of GPUs and their capabilities:
 
 | | |
 |---|---|
-| batch | as many images as fit 4096 / R per GPU, at most 32 per GPU and 64 in all |
-| learning rates | 0.0025; 0.002 from 1024 pixels on |
+| batch | 4096 / R images per GPU, at most 32 per GPU and 64 in total |
+| learning rates | 0.0025; 0.002 at 1024 pixels and above |
 | gamma | 0.0002 R^2 / batch |
-| EMA | a half-life of 10 batch / 32 kimg |
-| widths and blocks | of up to three resolutions those of `cifar`; of more, this project's choice: 512,256,128,64,... |
+| EMA | half-life of 10 batch / 32 kimg |
+| widths and blocks | those of `cifar` up to three resolutions; for more, this project's choice: 512,256,128,64,... |
 | Linformer | with more than three resolutions |
-| channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 from there on |
-| precision | bfloat16 on GPUs that have units for it (from Ampere on), float32 on others and on a CPU |
+| channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 at 512 and above |
+| precision | bfloat16 on GPUs with hardware support (Ampere and later), float32 on others and on a CPU |
 | CUDA graphs | on GPUs for images of up to 64 pixels, unless `--grad-checkpoint` is given |
 
-GPUs before Ampere (V100, T4, RTX 20) have units for float16 instead: `--precision=fp16 --set reduced_from=R/8`, for
-example 32 for images of 256 pixels, is the arithmetic of StyleGAN2-ADA.
+GPUs before Ampere (V100, T4, RTX 20) support float16 instead: `--precision=fp16 --set reduced_from=R/8`, for
+example 32 for images of 256 pixels, is the mixed precision of StyleGAN2-ADA.
 """
 
 FIELDS_HEADER = """## Fields
 
-A default `auto` or `none` is None in Python, or for a field that says so () or 0. Of lists, the values are those of
+A default `auto` or `none` is None in Python, or () or 0 if the field's text says so. For lists, the range applies to
 each item.
 """
 
-PRESETS_HEADER = """The last column has what else differs from `auto` with networks of the same families.
+PRESETS_HEADER = """The last column lists all other differences from `auto` with networks of the same families.
 
-That Styleformer's released models were trained on the schedule of `cifar` is inferred from the sizes of their files;
-the widths and the schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) says what is
-inferred of TransGAN's.
+The schedule of `cifar` for Styleformer's released models is inferred from the sizes of their files; the widths and the
+schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) lists the inferred values of
+TransGAN's presets.
 """
 
 
@@ -94,7 +95,7 @@ def train_help() -> str:
 
 
 def configuration() -> str:
-    """Return a table of all fields with their flags, and one of the presets."""
+    """Return the page: a table of all fields with their flags, and a table of the presets."""
     options = [option for option in train.main.params if isinstance(option, ConfigOption)]
     flags = {option.field: option.opts[0] for option in options if option.field}
     tables = [_fields_table(*part, flags) for part in _parts()]
@@ -102,7 +103,7 @@ def configuration() -> str:
 
 
 def _parts() -> list[tuple[str, str, Any]]:
-    """(title, path, configuration) of the parts of TrainConfig, its own fields first, and of each family of a part."""
+    """Return (title, path, configuration) of TrainConfig itself, of each of its parts, and of each family of a part."""
     config = PRESETS["auto"]
     parts: list[tuple[str, str, Any]] = [("TrainConfig", "", config)]
     for field in dataclasses.fields(TrainConfig):
@@ -131,8 +132,8 @@ def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> 
 
 
 @cache
-def _open_values() -> dict[str, Any]:
-    """Return {path: value} of the values that stand for a choice by data and machine."""
+def _auto_values() -> dict[str, Any]:
+    """Return the values that `resolve` replaces by data and machine, by path."""
     values: dict[str, Any] = {}
     for _, path, config in _parts():
         prefix = f"{path}." if path else ""
@@ -146,7 +147,7 @@ def _source(config_class: type) -> str:
 
 
 def _summary(config: Any) -> str:
-    """The first paragraph of the docstring on one line."""
+    """Return the first paragraph of the docstring on one line."""
     return " ".join((type(config).__doc__ or "").split("\n\n")[0].split())
 
 
@@ -169,7 +170,7 @@ def _presets_table(flags: dict[str, str]) -> str:
     for name, config in PRESETS.items():
         data = _flatten(to_json(config))
         if config.loss.objective == "wgangp-eps":
-            data["loss.r1_gamma"] = ""  # it has no R1
+            data["loss.r1_gamma"] = ""  # wgangp-eps has no R1
         shown = [_show(path, data.get(path, "")) for path in columns.values()]
         further = [
             f"`{flags.get(path, path)}={_show(path, value)}`"
@@ -181,7 +182,7 @@ def _presets_table(flags: dict[str, str]) -> str:
 
 
 def _differences(config: TrainConfig) -> dict[str, Any]:
-    """The fields in which a preset differs from `auto` with networks of the same families."""
+    """Return the fields in which a preset differs from `auto` with networks of the same families."""
     values = _flatten(to_json(dataclasses.replace(config, preset="auto")))
     families = {path: values[path] for path in ("generator.family", "discriminator.family")}
     plain = _flatten(to_json(override(PRESETS["auto"], families)))
@@ -189,7 +190,7 @@ def _differences(config: TrainConfig) -> dict[str, Any]:
 
 
 def _flatten(data: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their paths."""
+    """Return the leaves of nested dictionaries by path."""
     if not isinstance(data, dict):
         return {path: tuple(data) if isinstance(data, list) else data}
     return {
@@ -202,8 +203,8 @@ def _flatten(data: Any, path: str = "") -> dict[str, Any]:
 def _show(path: str, value: Any) -> str:
     if value == "" and path.startswith(("generator.", "discriminator.")):
         return ""
-    open_values = _open_values()
-    if path in open_values and value == open_values[path]:
+    auto_values = _auto_values()
+    if path in auto_values and value == auto_values[path]:
         return "auto"
     if value is None or value == "":
         return "none"

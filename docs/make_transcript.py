@@ -1,6 +1,6 @@
-"""Write the transcript in docs/datasets.md: dataset_tool.py on a folder of 500 files as people keep them.
+"""Generate the transcript in docs/datasets.md: dataset_tool.py on a typical messy folder of 500 files.
 
-`make docs` runs it; a test fails when the page does not have what the command prints.
+`make docs` runs this script; a test fails if the page differs from the output of the commands.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_FILES = 500
 
 _START, _END = "<!-- transcript: make docs -->\n", "<!-- end of transcript -->"
 _CLASSES = ("cat", "cat", "cat", "dog", "dog", "owl")
-_FORMATS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # suffix, format of Pillow, mode, options
+_FORMATS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # suffix, Pillow format, mode, options
     (".jpg", "JPEG", "RGB", {"quality": 90}),
     (".JPG", "JPEG", "RGB", {"quality": 90, "exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}),
     (".jpeg", "JPEG", "CMYK", {"quality": 90}),
@@ -47,7 +47,7 @@ _FORMATS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # suffix, format
     (".jp2", "JPEG2000", "RGB", {}),
 )
 _SIZES = ((320, 240), (240, 320), (400, 300), (128, 128), (96, 64), (50, 40))
-_OTHERS = {  # files that are no images of the set -> how many
+_OTHERS = {  # name pattern of files that are skipped -> count
     "IMG_{:04d}.HEIC": 12,
     "{}/.ipynb_checkpoints/{:04d}-checkpoint.png": 9,
     "{}/@eaDir/{:04d}.jpg": 14,
@@ -60,7 +60,7 @@ _BROKEN = ("cat/cut-off.jpg", "owl/empty.png", "owl/page-not-found.jpg")
 
 
 def messy_files() -> Iterator[tuple[str, bytes]]:
-    """Yield names and bytes of NUM_FILES files: images of many formats, modes and sizes, and what lies beside them."""
+    """Yield names and bytes of NUM_FILES files: images of many formats, modes and sizes, broken and other files."""
     others = [
         (name.format(*(["cat"] if name.startswith("{}") else []), k), b"anything")
         for name, count in _OTHERS.items()
@@ -86,9 +86,9 @@ def encode(pixels: np.ndarray, kind: str, mode: str, options: dict[str, Any]) ->
 
 
 def transcript() -> str:
-    """Run the command on the folder, then the one that it proposes, and return what a terminal shows.
+    """Run the command on the folder, then the command that it suggests, and return the terminal output.
 
-    What the second one prints as the first did is cut.
+    The output that both commands share is shown once.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in messy_files():
@@ -103,7 +103,7 @@ def transcript() -> str:
         return f"$ python {command}\n{first}\n$ python {proposed}\n{second}"
 
 
-# As where pillow-heif is not installed.
+# Runs a script as if pillow-heif were not installed.
 _WITHOUT_HEIF = (
     "import importlib.util, runpy, sys; find = importlib.util.find_spec; "
     "importlib.util.find_spec = lambda name, *more: None if name == 'pillow_heif' else find(name, *more); "
@@ -112,7 +112,7 @@ _WITHOUT_HEIF = (
 
 
 def run(command: str, folder: str) -> str:
-    """Return what a command prints in a folder."""
+    """Run a command in a folder and return its output."""
     script, *arguments = command.split()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", _WITHOUT_HEIF, str(ROOT / script), *arguments, "--workers=1"]
@@ -123,7 +123,7 @@ def run(command: str, folder: str) -> str:
 
 
 def page() -> str:
-    """Return docs/datasets.md with the transcript as it is now."""
+    """Return docs/datasets.md with an updated transcript."""
     before, rest = PAGE.read_text().split(_START)
     _, after = rest.split(_END)
     indented = "".join(f"    {line}\n" if line else "\n" for line in transcript().splitlines())

@@ -239,7 +239,7 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pictures.mkdir()
     (pictures / "mine.png").touch()
     result = CliRunner().invoke(gallery.main, arguments)
-    assert (result.exit_code, "is there, without a gallery.md beside it" in result.stderr) == (2, True)
+    assert (result.exit_code, "the folder exists without a gallery.md beside it" in result.stderr) == (2, True)
     (tmp_path / "gallery.md").touch()
     with monkeypatch.context() as broken:
         broken.setattr(gallery, "run_all", lambda *_: 1 / 0)

@@ -242,7 +242,7 @@ def test_the_suite_requires_a_gpu_by_default(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = CliRunner().invoke(gpu_suite.main, [f"--outdir={tmp_path / 'out'}"])
     assert outcome.exit_code == 2
-    assert "PyTorch sees no GPU; --device=cpu --quick tries the suite without" in outcome.stderr
+    assert "PyTorch finds no GPU; test the suite with --device=cpu --quick" in outcome.stderr
     assert not (tmp_path / "out").exists()
 
 
