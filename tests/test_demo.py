@@ -43,7 +43,7 @@ def test_only_the_default_folder_is_emptied(commands: list[tuple[str, ...]]) -> 
         Path(name).mkdir()
         Path(name, "log.txt").touch()
     result = run_demo("--outdir=runs")
-    assert (result.exit_code, "--outdir=runs: is there and is no empty folder" in result.stderr) == (2, True)
+    assert (result.exit_code, "--outdir=runs: exists and is not an empty folder" in result.stderr) == (2, True)
     assert Path("runs/log.txt").exists()
     assert commands == []
     assert run_demo("--device=cpu").exit_code == 0

@@ -50,7 +50,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_folder_is_locked_until_its_process_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop that one"):
+    with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop it"):
         lock.acquire(tmp_path)
     holder.kill()  # but not the process forked by it
     holder.wait(PATIENCE)

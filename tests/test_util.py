@@ -58,7 +58,7 @@ def test_regular_files_are_read_and_appended(tmp_path: Path) -> None:
     append_line(path, "é")
     append_line(path, "2")
     assert read_regular(path, 5) == "é\n2\n".encode()
-    with pytest.raises(OSError, match="more than the 4 bytes"):
+    with pytest.raises(OSError, match="exceeds the limit of 4 bytes"):
         read_regular(path, 4)
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:

@@ -242,7 +242,7 @@ def _forward_signals() -> Iterator[None]:
         if at_once:
             raise SystemExit(128 + signal.SIGINT)
 
-    previous = {number: signal.signal(number, forward) for number in heeded(_FORWARDED)}
+    previous = {number: signal.signal(number, forward) for number in not_ignored(_FORWARDED)}
     try:
         yield
     finally:
@@ -250,7 +250,7 @@ def _forward_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return the given signals without the ones that this process ignores, e.g. SIGHUP under `nohup`."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 

@@ -58,7 +58,7 @@ class Signals:
         os.set_blocking(self.pipe[1], False)
         threading.Thread(target=self._answer_all, args=self.pipe[:1], name="signals", daemon=True).start()
         self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-        self.previous = {number: signal.signal(number, self._note) for number in distributed.heeded(self.HANDLED)}
+        self.previous = {number: signal.signal(number, self._note) for number in distributed.not_ignored(self.HANDLED)}
         return self
 
     def __exit__(
