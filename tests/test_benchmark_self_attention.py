@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_helpers import results
 from click.testing import CliRunner
-from test_benchmarks import results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

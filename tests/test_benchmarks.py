@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
+from benchmark_helpers import COMMON_KEYS, results
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -28,7 +28,6 @@ from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshots.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
-CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}
 TINY_STEP = ["--preset=tiny", "--g_dict=16,16,16", "--batch=4", "--steps=1", "--warmup=0", "--device=cpu"]
 
 
@@ -37,20 +36,6 @@ def _same_threads_afterwards() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def results(command: click.Command, *options: str) -> list[dict[str, Any]]:
-    """Run a benchmark in this process and return its lines."""
-    outcome = CliRunner().invoke(command, options, catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    rows = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert rows
-    for row in rows:
-        assert row.keys() >= CIRCUMSTANCES
-        assert row["torch"] == torch.__version__
-        assert row["device"].startswith("cpu")
-        assert row["command"].startswith("python ")
-    return rows
 
 
 def test_train_step_combines_phases_by_their_intervals() -> None:
@@ -202,7 +187,7 @@ def test_bounds_prints_a_line_for_each_input_and_one_for_the_kind() -> None:
     command = [sys.executable, "benchmarks/bounds.py", "--each", "--only=pipes"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     *each, kind = [json.loads(line) for line in done.stdout.splitlines()]
-    assert kind.keys() >= CIRCUMSTANCES | {"exit_codes", "seconds", "peak_mb"}
+    assert kind.keys() >= COMMON_KEYS | {"exit_codes", "seconds", "peak_mb"}
     assert kind["inputs"] == len(each) == 10
     assert {row["exit_code"] for row in each} == {0, 2}
     assert all("regular file" in row["says"] for row in each if row["exit_code"] == 2)

@@ -35,8 +35,8 @@ pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 import torch
 from conftest import PATIENCE
 from foreign_files import easy_dict, module, styleformer, write
+from fuzzing import CORRUPTION, DATA, SNAPSHOT, STATE, corrupted, draws, error_message, for_all, run
 from hypothesis import strategies as st
-from test_hostile import DAMAGE, DATA, SNAPSHOT, STATE, damaged, draws, for_all, refusal, run
 
 import calc_metrics
 import generate
@@ -104,7 +104,7 @@ def test_memory_is_measured_after_a_peak() -> None:
 def refused(function: Callable[[], Any], text: str = "") -> str:
     """Call a function that refuses in one line, at little cost; return what it says."""
     with little_memory():
-        message = refusal(function)
+        message = error_message(function)
     assert message is not None
     assert text in message
     assert "\n" not in message
@@ -285,7 +285,7 @@ def test_strides(tmp_path: Path, examples: int) -> None:
         if max(places, default=0) >= 12:
             return  # torch does not make such a view
         torch.save({"x": torch.from_numpy(numbers).as_strided(size, stride, offset)}, tmp_path / "x.pt")
-        if refusal(lambda: read_torch_file(tmp_path / "x.pt")) is None:
+        if error_message(lambda: read_torch_file(tmp_path / "x.pt")) is None:
             assert len(set(places)) == len(places)
             found = read_torch_file(tmp_path / "x.pt")["x"]
             assert (found.shape, found.flatten().tolist()) == (size, [float(place) for place in places])
@@ -334,7 +334,7 @@ def test_containers_in_several_places(tmp_path: Path, examples: int) -> None:
     @for_all(examples, SHARED)
     def check(value: Any) -> None:
         torch.save([value], tmp_path / "x.pt")
-        message = refusal(lambda: read_torch_file(tmp_path / "x.pt"))
+        message = error_message(lambda: read_torch_file(tmp_path / "x.pt"))
         assert (message is None) == is_tree([value], set())
         if message is None:
             assert repr(read_torch_file(tmp_path / "x.pt")) == repr([value])
@@ -367,7 +367,7 @@ def test_networks_wider_than_their_tensors_are_not_built(name: str, tmp_path: Pa
         write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
         assert str(path) in refused(lambda: snapshot.load_network(path))
         with little_memory():
-            refusal(lambda: legacy.describe(path))
+            error_message(lambda: legacy.describe(path))
 
 
 @pytest.mark.slow
@@ -469,7 +469,7 @@ def test_numbers_that_no_configuration_has(which: str) -> None:
     for part, name in FIELDS:
         if name in config[part] and (abs(number) != 2**63 or isinstance(config[part][name], int)):
             strange = {**config, part: {**config[part], name: number}}
-            message = refusal(partial(read_config, strange))
+            message = error_message(partial(read_config, strange))
             assert message is not None
             assert f"{part}.{name}=" in message
             tried += 1
@@ -649,7 +649,7 @@ def test_shapes_of_arrays(tmp_path: Path, examples: int) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if is_packed else zipfile.ZIP_STORED) as archive:
             archive.writestr("w.npy", header(tuple(shape), kind, bytes(range(length))))
         G = type("G", (), {"w_dim": shape[-1] if shape else 0, "num_ws": shape[1] if len(shape) > 1 else 0})
-        message = refusal(lambda: read_styles(path, G))
+        message = error_message(lambda: read_styles(path, G))
         assert message is None or message.startswith(f"--projected-w={path}: ")
         if message is None:
             expected = np.load(path)["w"].astype(np.float32)
@@ -737,11 +737,11 @@ def test_drawn_names_and_arguments_of_foreign_networks(tmp_path: Path, examples:
             write_foreign(path, {}, synthesis_kwargs=easy_dict(**{"depth": 4, names[len(side + index) % 7]: value}))
         else:
             write_foreign(path, {}, mapping_kwargs=easy_dict(**{"num_layers": 2, "w_avg_beta": value}))
-        message = refusal(partial(legacy.load_network, path))
+        message = error_message(partial(legacy.load_network, path))
         assert message is None or (str(path) in message and "\n" not in message)
         assert message is not None or kind != "name"
 
-    assert not refusal(lambda: legacy.load_network(write_foreign(tmp_path / "x.pkl", {})))
+    assert not error_message(lambda: legacy.load_network(write_foreign(tmp_path / "x.pkl", {})))
 
 
 def test_shared_containers_of_a_foreign_snapshot_are_left_alone(tmp_path: Path) -> None:
@@ -927,10 +927,10 @@ def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
         + bytes(END),
     }
 
-    @for_all(examples, st.sampled_from(sorted(files)), DAMAGE)
+    @for_all(examples, st.sampled_from(sorted(files)), CORRUPTION)
     def check(name: str, damage: Any) -> None:
-        (tmp_path / name).write_bytes(damaged(files[name], damage))
-        refusal(lambda: open_images(tmp_path / name))
+        (tmp_path / name).write_bytes(corrupted(files[name], damage))
+        error_message(lambda: open_images(tmp_path / name))
 
 
 class Program:
@@ -952,7 +952,7 @@ def test_no_pickle_in_a_schema_is_run(suffix: str, tmp_path: Path) -> None:
     table = pa.table([[b"x"]], pa.schema([pa.field("image", pa.binary(), metadata=about)]))
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(arrow(table) if suffix == "arrow" else parquet(table))
-    refusal(lambda: open_images(path))
+    error_message(lambda: open_images(path))
     assert not (tmp_path / "made").exists()
     pickle.loads(program)
     assert (tmp_path / "made").exists()

@@ -17,9 +17,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import PATIENCE
-from metric_helpers import SmallDetector, bound, random_inception, script_program
+from metric_helpers import SmallDetector, bound, natural_images, random_inception, script_program
 from PIL import Image
-from test_metrics import natural_images
 
 import calc_metrics
 import metrics

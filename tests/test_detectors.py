@@ -12,9 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from metric_helpers import SmallDetector, export_program, random_inception, script_program
+from metric_helpers import (
+    SmallDetector,
+    export_program,
+    metric_context,
+    natural_images,
+    random_inception,
+    script_program,
+)
 from PIL import Image
-from test_metrics import context_of, natural_images
 from torch import Tensor, nn
 from web import Site
 
@@ -86,7 +92,7 @@ def test_without_the_internet_the_message_says_which_file_goes_where(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
-    context = context_of(natural_images(2))
+    context = metric_context(natural_images(2))
     with pytest.raises(UserError) as caught:
         metrics.compute("fid50k_full", context)
     for words in (
@@ -308,7 +314,7 @@ def test_a_program_for_one_number_of_images_is_refused_before_anything_is_genera
     images = natural_images(2, (3, 16, 16))
     path = tmp_path / "fixed.pt2"
     torch.export.save(torch.export.export(SmallDetector().eval(), (images,)), path)
-    context = context_of(images, setup=read_detectors((str(path),)))
+    context = metric_context(images, setup=read_detectors((str(path),)))
     with pytest.raises(UserError, match=r"fid50_full_fixed: .*fixed\.pt2: failed on uint8 images \(1, 3, 16, 16\)"):
         metrics.compute("fid50_full", context)
     assert context.network.latents == []  # type: ignore[attr-defined]

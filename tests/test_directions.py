@@ -12,12 +12,21 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import torch
-from exploration_helpers import FAMILIES, TRANSGAN, make_model, make_snapshot, model_of, pixels, run, run_ok
+from exploration_helpers import (
+    FAMILIES,
+    TRANSGAN,
+    example_directions,
+    make_model,
+    make_snapshot,
+    model_of,
+    pixels,
+    run,
+    run_ok,
+)
 from safetensors.torch import save_file
 
 from dnnlib.config import UserError
 from exploration.directions import (
-    Directions,
     between,
     factorise,
     principal,
@@ -41,13 +50,6 @@ READERS = {
         **{5: ["torgb", "convs.0"], 6: ["convs.1"], 7: ["torgb"]},
     },
 }
-
-
-def small(**changes: Any) -> Directions:
-    made = Directions(
-        directions=torch.eye(12)[:3], values=torch.ones(3), sigmas=torch.tensor([2.0, 1.0, 0.5]), styles=(1, 2)
-    )
-    return dataclasses.replace(made, **changes)
 
 
 def mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -153,39 +155,39 @@ def test_groups_are_told_apart_along_a_planted_direction() -> None:
 
 def test_edits_move_the_chosen_styles_by_standard_deviations() -> None:
     ws = torch.randn(2, 5, 12)
-    moved = small().edit(ws, 0, torch.tensor([1.0, -3.0]))
+    moved = example_directions().edit(ws, 0, torch.tensor([1.0, -3.0]))
     difference = torch.zeros(2, 5, 12)
     difference[0, 1:3, 0], difference[1, 1:3, 0] = 2, -6
     torch.testing.assert_close(moved - ws, difference)
-    torch.testing.assert_close(small().edit(ws, 2, 2.0)[:, 2, 2], ws[:, 2, 2] + 1)
+    torch.testing.assert_close(example_directions().edit(ws, 2, 2.0)[:, 2, 2], ws[:, 2, 2] + 1)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
 def test_files_keep_everything(tmp_path: Path, ending: str) -> None:
     G, path = make_model().G, tmp_path / f"d{ending}"
-    save_directions(path, small())
+    save_directions(path, example_directions())
     found, index = read_direction(f"{path}:2", G)
     assert (index, found.styles) == (2, (1, 2))
     for name in ("directions", "values", "sigmas"):
-        assert torch.equal(getattr(found, name), getattr(small(), name))
+        assert torch.equal(getattr(found, name), getattr(example_directions(), name))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_files_of_bfloat16_are_read(tmp_path: Path) -> None:
-    arrays = {name: getattr(small(), name).bfloat16() for name in ("directions", "values", "sigmas")}
+    arrays = {name: getattr(example_directions(), name).bfloat16() for name in ("directions", "values", "sigmas")}
     save_file(arrays | {"styles": torch.tensor([1, 2])}, tmp_path / "d.safetensors")
     found, _ = read_direction(f"{tmp_path}/d.safetensors:1", make_model().G)
-    torch.testing.assert_close(found.directions, small().directions, rtol=0.01, atol=0)
+    torch.testing.assert_close(found.directions, example_directions().directions, rtol=0.01, atol=0)
     assert found.styles == (1, 2)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     G = make_model().G
-    save_directions(tmp_path / "d.npz", small())
-    save_directions(tmp_path / "wide.npz", small(directions=torch.eye(13)[:3]))
-    save_directions(tmp_path / "long.npz", small(styles=(4, 5)))
-    save_directions(tmp_path / "few.npz", small(values=torch.ones(2), sigmas=torch.ones(2)))
-    save_directions(tmp_path / "nan.npz", small(sigmas=torch.full((3,), torch.nan)))
+    save_directions(tmp_path / "d.npz", example_directions())
+    save_directions(tmp_path / "wide.npz", example_directions(directions=torch.eye(13)[:3]))
+    save_directions(tmp_path / "long.npz", example_directions(styles=(4, 5)))
+    save_directions(tmp_path / "few.npz", example_directions(values=torch.ones(2), sigmas=torch.ones(2)))
+    save_directions(tmp_path / "nan.npz", example_directions(sigmas=torch.full((3,), torch.nan)))
     arrays: dict[str, Any] = {
         "directions": np.eye(12),
         "values": np.ones(12),
@@ -253,7 +255,7 @@ def test_images_are_mapped_and_edited_a_batch_at_a_time(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-    save_directions(tmp_path / "d.npz", small())
+    save_directions(tmp_path / "d.npz", example_directions())
     common = [f"--network={network}", "--seeds=0-4", f"--direction={tmp_path}/d.npz:0"]
     counts = mapped_counts(monkeypatch)
     for batch in (2, 8):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PATIENCE, small_config
-from test_torture import start
+from process_helpers import start_training
 
 from torch_utils import distributed
 from torch_utils.watchdog import Pulse, RankStatus, find_stopped
@@ -115,7 +115,7 @@ def test_processes_begin_alike_and_one_bit_that_differs_later_is_found(
 
 def test_a_killed_worker_ends_the_run_with_one_line(shapes_zip: Path, tmp_path: Path) -> None:
     options = ["--workers=1", "--kimg=99", "--resume=latest", "--snap=999"]
-    program = start(tmp_path / "runs", shapes_zip, *options)
+    program = start_training(tmp_path / "runs", shapes_zip, *options)
     try:
         program.wait_for("tick 1 ")
         pid = program.process.pid

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from metric_helpers import SmallDetector, script_program
-from test_metrics import ArrayImages, Stripes, natural_images
+from metric_helpers import ArrayImages, SmallDetector, Stripes, natural_images, script_program
 from torch import Tensor
 
 import metrics

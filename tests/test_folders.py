@@ -10,18 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import as_file, build, random_images, refused, run, write_files, write_tar, write_zip
+from dataset_helpers import (
+    assert_refused,
+    build,
+    encode,
+    random_images,
+    run,
+    write_files,
+    write_tar,
+    write_zip,
+)
 
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
 from training.data_sources.stored_zip import StoredZip
 from training.dataset import DatasetConfig, ImageDataset
 
-PNG = as_file(np.zeros((2, 2, 3), np.uint8))
+PNG = encode(np.zeros((2, 2, 3), np.uint8))
 
 
 def images(*names: str) -> dict[str, bytes]:
-    return {name: as_file(random_images(2, 2, 3)) for name in names}
+    return {name: encode(random_images(2, 2, 3)) for name in names}
 
 
 def keep(tmp_path: Path, files: dict[str, bytes], packed: bool) -> Path:
@@ -82,7 +91,7 @@ def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"a.txt": b"", "b.txt": b"", ".c.png": b""})
-    assert "holds no images; it holds 2 .txt, 1 hidden file: check the path" in refused(tmp_path, source)
+    assert "holds no images; it holds 2 .txt, 1 hidden file: check the path" in assert_refused(tmp_path, source)
 
 
 def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
@@ -160,7 +169,7 @@ def test_the_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
         labels, names, _ = build_labels(source, tmp_path / f"{level}.zip", f"--labels-from-folders={level}")
         assert names is not None
         assert [names[label] for label in labels] == expected
-    message = refused(tmp_path, source, "--labels-from-folders=4")
+    message = assert_refused(tmp_path, source, "--labels-from-folders=4")
     assert "at level 4, but 'train/cat/a/1.png' and 2 others are in none" in message
     for level in ("0", "x"):
         result = run(f"--source={source}", f"--dest={tmp_path / 'x.zip'}", f"--labels-from-folders={level}")
@@ -274,7 +283,7 @@ def test_several_labels_of_an_image_are_refused_with_the_form_of_vectors(tmp_pat
     files = images("a.png", "b.png") | {"dataset.json": json.dumps({"labels": pairs}).encode()}
     source = write_files(tmp_path / "in", files)
     form = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
-    message = refused(tmp_path, source)
+    message = assert_refused(tmp_path, source)
     assert "'a.png'" in message
     assert form in message
     result = run("check", source)
@@ -284,7 +293,7 @@ def test_several_labels_of_an_image_are_refused_with_the_form_of_vectors(tmp_pat
 
 def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
     files = images("a.png") | {"dataset.json": b'{"Labels": null, "LABELS": null}'}
-    assert 'has the keys "Labels" and "LABELS": keep one, as "labels"' in refused(
+    assert 'has the keys "Labels" and "LABELS": keep one, as "labels"' in assert_refused(
         tmp_path, write_files(tmp_path / "in", files)
     )
 
@@ -293,21 +302,21 @@ def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
 
 
 def test_all_problems_come_together_the_first_ten_of_a_kind(tmp_path: Path) -> None:
-    files = {f"{k:02d}.png": as_file(random_images(2, 2 + k % 2, 3)) for k in range(30)}
+    files = {f"{k:02d}.png": encode(random_images(2, 2 + k % 2, 3)) for k in range(30)}
     files |= {f"x{k:02d}.png": b"" for k in range(12)}
     source = write_files(tmp_path / "in", files)
-    message = refused(tmp_path, source)
+    message = assert_refused(tmp_path, source)
     assert "\n12 images that cannot be read:\n  x00.png: " in message
     assert "\n15 images of another size than the first, 2x2:\n  01.png: 3x2\n" in message
     assert "\n  and 2 more (--verbose lists them)\n" in message
     assert "\n  and 5 more (--verbose lists them)\n" in message
     assert message.count(".png: ") == 20
-    assert refused(tmp_path, source, "--verbose").count(".png: ") == 27
+    assert assert_refused(tmp_path, source, "--verbose").count(".png: ") == 27
 
 
 def test_the_originals_are_described(tmp_path: Path) -> None:
     sizes = [(100, 70), (31, 200), (64, 64)]
-    files = {f"{k}.png": as_file(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
+    files = {f"{k}.png": encode(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
     source = write_files(tmp_path / "in", files)
     _, _, output = build_labels(source, tmp_path / "out.zip", "--resolution=32x32")
     assert "\nOriginals: 3 sizes, 64x64 to 100x70 pixels; 1 image enlarged\n" in output
@@ -345,8 +354,8 @@ def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
 def test_nothing_more_is_written_once_the_set_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(StoredZip, "add", lambda self, name, data: written.append(name))
-    files = {f"{k:02d}.png": as_file(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
-    assert "\n  03.png: 3x2\n" in refused(tmp_path, write_files(tmp_path / "in", files))
+    files = {f"{k:02d}.png": encode(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
+    assert "\n  03.png: 3x2\n" in assert_refused(tmp_path, write_files(tmp_path / "in", files))
     assert len(written) == 3
 
 
@@ -362,6 +371,6 @@ def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
 
 def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
     files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
-    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in refused(
+    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in assert_refused(
         tmp_path, write_files(tmp_path / "in", files)
     )

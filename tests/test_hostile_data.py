@@ -29,6 +29,18 @@ from PIL import Image, ImageOps
 
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 from conftest import small_config
+from fuzzing import (
+    CHANGES,
+    CORRUPTION,
+    corrupted,
+    draws,
+    for_all,
+    read_all,
+    run,
+    time_limit,
+    with_change,
+    zip_bytes,
+)
 from hypothesis import strategies as st
 from image_helpers import (
     claims,
@@ -39,21 +51,9 @@ from image_helpers import (
     jpeg_with,
     overlapping_tiff,
     png_chunk,
+    png_header,
     psd,
     tiff,
-)
-from test_hostile import (
-    CHANGES,
-    DAMAGE,
-    changed,
-    damaged,
-    draws,
-    for_all,
-    in_time,
-    png_header,
-    run,
-    use,
-    zip_of,
 )
 
 import dataset_tool
@@ -86,7 +86,7 @@ def in_bounds(most: int) -> Iterator[None]:
     """Fail when what is inside hangs, or has more than `at_most` bytes at a time."""
     tracemalloc.start()
     try:
-        with in_time():
+        with time_limit():
             yield
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -142,11 +142,13 @@ def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> 
         folder.mkdir()
         (folder / name).write_bytes(document)
         archive = tmp_path / f"{suffix}.zip"
-        archive.write_bytes(zip_of([("0.png", GOOD), (name, document)]))
+        archive.write_bytes(zip_bytes([("0.png", GOOD), (name, document)]))
         for path in (folder, archive):
             assert run(dataset_tool.main, "check", str(path)) == 1
             assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
-            assert all("document, which is not read: export as PNG" in (message or "") for message in use(path)[:1])
+            assert all(
+                "document, which is not read: export as PNG" in (message or "") for message in read_all(path)[:1]
+            )
         for target in (folder, folder / name, archive):
             with pytest.raises(UserError, match="document, which is not read: export as PNG"):
                 read_targets(target)
@@ -335,9 +337,9 @@ def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> 
 
 @draws(40, 3000)
 def test_strange_exif_data(examples: int) -> None:
-    @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), DAMAGE)
+    @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), CORRUPTION)
     def check(orientation: int, order: str, others: int, damage: Any) -> None:
-        with open_image(png_with((b"eXIf", damaged(exif(orientation, order, others), damage)))) as image:
+        with open_image(png_with((b"eXIf", corrupted(exif(orientation, order, others), damage)))) as image:
             image.load()
             assert 1 <= orientation_of(image) <= 8
 
@@ -501,7 +503,7 @@ def test_arrays_whose_header_lies(tmp_path: Path, suffix: str) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
     path = tmp_path / f"lie.{suffix}"
-    path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_of([("images.npy", buffer.getvalue())]))
+    path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_bytes([("images.npy", buffer.getvalue())]))
     refuse(tmp_path, path, "cannot be read as numpy arrays", 1 << 60)  # allocated, but never used
 
 
@@ -518,7 +520,7 @@ def test_arrays_of_labels_that_no_tensor_holds(tmp_path: Path, labels: list[Any]
 def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
     """A thousand names for one image of 1 MB."""
     data = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (600, 600, 3), np.uint8)))
-    raw = zip_of([("0000.png", data)])
+    raw = zip_bytes([("0000.png", data)])
     start, end = raw.rindex(b"PK\1\2"), raw.rindex(b"PK\5\6")
     names = b"".join(raw[start:end].replace(b"0000.png", b"%04d.png" % k) for k in range(1000))
     tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1000, 1000, len(names), start, 0)
@@ -539,10 +541,10 @@ def test_damaged_archives(tmp_path: Path, examples: int) -> None:
     np.savez_compressed(buffer, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]))
     kinds.append(("set.npz", buffer.getvalue()))
 
-    @for_all(examples, st.sampled_from(kinds), DAMAGE)
+    @for_all(examples, st.sampled_from(kinds), CORRUPTION)
     def check(kind: tuple[str, bytes], damage: Any) -> None:
         path = tmp_path / kind[0]
-        path.write_bytes(damaged(kind[1], damage))
+        path.write_bytes(corrupted(kind[1], damage))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
 
@@ -554,10 +556,10 @@ def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
         [bytes([code]) for code in range(256)] + [b"h\0", b"q\0", b"\x85", b"(", b"U\1x", b"K\1", b"R", b"b"]
     )
 
-    @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), DAMAGE)
+    @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), CORRUPTION)
     def check(program: list[bytes], damage: Any) -> None:
         good = small_cifar()["cifar-10-batches-py/data_batch_1"]
-        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else damaged(good, damage)
+        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else corrupted(good, damage)
         (tmp_path / "cifar.tar").write_bytes(tar_of(small_cifar(data_batch_1=strange)))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={tmp_path / 'cifar.tar'}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
@@ -596,13 +598,15 @@ def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> Non
     whole = (database / "data.mdb").read_bytes()
 
     @for_all(
-        examples, DAMAGE, st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4)
+        examples,
+        CORRUPTION,
+        st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4),
     )
     def check(damage: Any, heads: list[tuple[int, int]]) -> None:
         data = bytearray(whole)
         for page, byte in heads:
             data[4096 * page + byte] ^= 255
-        (tmp_path / "data.mdb").write_bytes(damaged(bytes(data), damage))
+        (tmp_path / "data.mdb").write_bytes(corrupted(bytes(data), damage))
         with suppress(ValueError):
             assert sum(len(value) for _, value in LmdbFile(tmp_path)) <= len(whole)
 
@@ -624,9 +628,9 @@ def test_no_part_of_a_set_is_waited_for(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "0.png").write_bytes(GOOD)
     os.mkfifo(folder / "dataset.json")
-    assert all("dataset.json cannot be read (not a regular file)" in (message or "") for message in use(folder))
+    assert all("dataset.json cannot be read (not a regular file)" in (message or "") for message in read_all(folder))
     os.mkfifo(tmp_path / "set.zip")
-    assert all("set.zip is not a complete zip file" in (message or "") for message in use(tmp_path / "set.zip"))
+    assert all("set.zip is not a complete zip file" in (message or "") for message in read_all(tmp_path / "set.zip"))
     (tmp_path / "lmdb").mkdir()
     os.mkfifo(tmp_path / "lmdb" / "data.mdb")
     refuse(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
@@ -641,7 +645,7 @@ def test_targets_are_read_before_the_network_and_never_waited_for(tmp_path: Path
     (tmp_path / f"bad{suffix}").write_bytes(b"x")
     for name in ("pipe", "bad", "missing"):
         target = tmp_path / f"{name}{suffix}"
-        with in_time(), pytest.raises(UserError, match=f"{name}{suffix} cannot be read"):
+        with time_limit(), pytest.raises(UserError, match=f"{name}{suffix} cannot be read"):
             read_targets(target)
         options = [f"--target={target}", f"--network={tmp_path / 'nowhere.pkl'}", f"--outdir={tmp_path / 'out'}"]
         assert run(generate.main, "project", *options) == 2
@@ -759,7 +763,7 @@ def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(
     for name in names:
         make_run(tmp_path / "runs" / name, {name: None})
     make_run(tmp_path / "runs" / "good", {})
-    with in_time():
+    with time_limit():
         result = CliRunner().invoke(report.main, [str(tmp_path / "runs"), f"--outdir={tmp_path / 'report'}"])
     assert result.exit_code == 0, (result.output, result.exception)
     told = result.output.splitlines()
@@ -792,13 +796,17 @@ def test_strange_files_of_a_run(tmp_path: Path, examples: int) -> None:
     lines = st.lists(st.sampled_from(STATS + RECORDS) | st.just(json.dumps(TICK)) | st.text(max_size=9), max_size=6)
 
     @for_all(
-        examples, lines, st.sampled_from([TICK, {"kimg": 1, "results": {"swd5k": 1.0}, "seed": 0}]), *CHANGES, DAMAGE
+        examples,
+        lines,
+        st.sampled_from([TICK, {"kimg": 1, "results": {"swd5k": 1.0}, "seed": 0}]),
+        *CHANGES,
+        CORRUPTION,
     )
     def check(log: list[str], base: Any, path: list[float], value: Any, remove: bool, damage: Any) -> None:
-        own = json.dumps(changed(base, path, value, remove))
+        own = json.dumps(with_change(base, path, value, remove))
         for name in ("stats.jsonl", "metric-swd5k.jsonl", "environment.jsonl", "log.txt"):
             (folder / name).write_text("".join(f"{line}\n" for line in [*log, own]), errors="replace")
-        (folder / "fakes000002.png").write_bytes(damaged(GOOD, damage))
+        (folder / "fakes000002.png").write_bytes(corrupted(GOOD, damage))
         shown = read_run(folder, "run")
         build_page([shown], [], 2)
 
@@ -832,14 +840,14 @@ def test_labels_that_no_tensor_holds(tmp_path: Path, label: Any) -> None:
     for others in (0, [0.5]):
         content = json.dumps({"labels": [["0.png", others], ["1.png", label]]}).encode()
         path = tmp_path / "set.zip"
-        path.write_bytes(zip_of([("0.png", GOOD), ("1.png", GOOD), ("dataset.json", content)]))
-        assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in use(path))
+        path.write_bytes(zip_bytes([("0.png", GOOD), ("1.png", GOOD), ("dataset.json", content)]))
+        assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in read_all(path))
 
 
 def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     path = tmp_path / "set.zip"
-    path.write_bytes(zip_of([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
+    path.write_bytes(zip_bytes([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
     with in_bounds(2 * MB), pytest.raises(UserError, match=r"dataset\.json cannot be read"):
         ImageDataset(DatasetConfig(path=str(path)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from test_torture import ENVIRONMENT, ROOT, Program, result
+from process_helpers import ENVIRONMENT, ROOT, Program, run_result
 
 pytestmark = pytest.mark.slow
 
@@ -76,5 +76,5 @@ def test_two_machines_compute_what_two_workers_do_and_stop_together(shapes_zip: 
     command = ["train.py", f"--outdir={tmp_path / 'one'}", f"--data={shapes_zip}", "--gpus=2"]
     straight = start([*command, f"--kimg={kimg}", *OPTIONS], tmp_path / "one.txt")
     assert straight.finish() == 0
-    ours, theirs = result(tmp_path / "two"), result(tmp_path / "one")
+    ours, theirs = run_result(tmp_path / "two"), run_result(tmp_path / "one")
     assert ours["parts"] == theirs["parts"]

@@ -7,12 +7,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_dataset_tool import as_file, build, numbers, random_images, refused, run, write_files, write_tar, write_zip
+from dataset_helpers import (
+    assert_refused,
+    build,
+    encode,
+    label_values,
+    random_images,
+    run,
+    write_files,
+    write_tar,
+    write_zip,
+)
 
 from dnnlib.config import UserError
 from training.dataset import DatasetConfig, ImageDataset
 
-PNG = as_file(random_images(8, 8, 3))
+PNG = encode(random_images(8, 8, 3))
 
 
 def write_parts(folder: Path, names: list[str]) -> Path:
@@ -166,7 +176,7 @@ def test_labels_are_found_however_the_names_are_written(
     files = {"a/x.png": PNG, "a/y.png": PNG, json_name: write_json(*pairs)}
     write = {"": write_files, ".zip": write_zip, ".tar": write_tar}[suffix]
     _, content = build(write(tmp_path / f"in{suffix}", files), tmp_path / "made.zip")
-    assert numbers(content) == [0, 1]
+    assert label_values(content) == [0, 1]
     result = run(f"--source={tmp_path / f'in{suffix}'}", f"--dest={tmp_path / 'again.zip'}", "--workers=1")
     assert note in result.stdout
     assert ("Note: " in result.stdout) == bool(note)
@@ -182,7 +192,7 @@ def test_labels_are_found_however_the_names_are_written(
 )
 def test_names_that_no_form_makes_good_are_refused(tmp_path: Path, pairs: list[tuple[str, int]], message: str) -> None:
     files = {"a.png": PNG, "b.png": PNG, "dataset.json": write_json(*pairs)}
-    assert message in refused(tmp_path, write_files(tmp_path / "in", files))
+    assert message in assert_refused(tmp_path, write_files(tmp_path / "in", files))
 
 
 @pytest.mark.parametrize(("extra", "note"), [(["q.png"], "'q.png'\n"), (["z/a.png", "q.png"], "'q.png' and 1 other\n")])
@@ -215,7 +225,7 @@ def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str
     ],
 )
 def test_labels_in_folders_of_tables_are_not_lost(tmp_path: Path, names: list[str]) -> None:
-    message = refused(tmp_path, write_parts(tmp_path / "set", names))
+    message = assert_refused(tmp_path, write_parts(tmp_path / "set", names))
     assert "the labels are in names of folders, such as '" in message
     assert f"parquet.write_table(parquet.read_table('{tmp_path / 'set'}'), 'FILE.parquet')" in message
 
@@ -225,11 +235,11 @@ def test_the_remedy_for_labels_in_folders_of_tables(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"image": [PNG] * 3, "label": ["cat", "dog", "cat"]})
     parquet.write_to_dataset(table, tmp_path / "set", partition_cols=["label"])
-    assert "'label=cat'" in refused(tmp_path, tmp_path / "set")
+    assert "'label=cat'" in assert_refused(tmp_path, tmp_path / "set")
     parquet.write_table(parquet.read_table(tmp_path / "set"), tmp_path / "one.parquet")
     _, content = build(tmp_path / "one.parquet", tmp_path / "made.zip")
     assert content["class_names"] == ["cat", "dog"]
-    assert numbers(content) == [0, 0, 1]
+    assert label_values(content) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("unknown", [-1, -1.0])
@@ -244,12 +254,12 @@ def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: st
         write_parts(tmp_path / "set", ["train.parquet"])
         table = pa.table({"image": [PNG], "label": [unknown]})
         pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "test.parquet")
-    message = refused(tmp_path, tmp_path / "set", "--split=all")
+    message = assert_refused(tmp_path, tmp_path / "set", "--split=all")
     assert "label -1 means that the class is not known" in message
     assert "choose a split of images with labels by --split=NAME" in message
 
 
-LOGO = {"logo.png": as_file(random_images(9, 9, 3))}
+LOGO = {"logo.png": encode(random_images(9, 9, 3))}
 STATE = {
     "state.json": b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}',
     "data-00000-of-00001.arrow": b"",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from metric_helpers import ArrayImages, Stripes, metric_context, natural_images
 from torch import Tensor
 
 import metrics
@@ -30,68 +30,6 @@ from metrics.sampling import (
     shard,
     to_uint8,
 )
-
-
-class ArrayImages:
-    """A data set in memory."""
-
-    def __init__(self, images: Tensor, labels: Tensor | None = None, c_dim: int = 0) -> None:
-        self.data = images
-        self.img_shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.labels = torch.zeros(len(images), 0) if labels is None else labels
-        self.c_dim = c_dim
-        self.content_hash = "0123abcd"
-        self.meta: dict[str, object] = {"resize_filter": "box"}
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def images(self, indices: Sequence[int]) -> Tensor:
-        return self.data[list(indices)]
-
-
-class Stripes:
-    """A generator whose images are a few waves with amplitudes z; the label shifts the brightness."""
-
-    def __init__(self, img_shape: tuple[int, int, int] = (3, 32, 32), c_dim: int = 0, z_dim: int = 4) -> None:
-        self.img_shape, self.c_dim, self.z_dim = img_shape, c_dim, z_dim
-        self.latents: list[Tensor] = []
-        self.labels: list[Tensor] = []
-
-    def __call__(
-        self,
-        z: Tensor,
-        c: Tensor,
-        truncation_psi: float = 1,
-        truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
-    ) -> Tensor:
-        self.latents.append(z)
-        self.labels.append(c)
-        C, H, W = self.img_shape
-        y, x = torch.arange(H).unsqueeze(1) / H, torch.arange(W) / W
-        waves = [torch.sin(2 * math.pi * ((k + 1) * y + (k % 3) * x)) for k in range(self.z_dim)]
-        img = sum(z[:, k, None, None, None] * wave for k, wave in enumerate(waves)) * truncation_psi / 4
-        assert isinstance(img, Tensor)
-        img = img + 0.2 * torch.arange(C).reshape(C, 1, 1) / C
-        if noise_mode == "random":
-            img = img + 0.1 * torch.randn_like(img)
-        return img.expand(-1, C, -1, -1)
-
-
-def natural_images(count: int, img_shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
-    """Smooth blobs with a little noise, uint8."""
-    stream = np.random.RandomState(seed)
-    C, H, W = img_shape
-    blobs = scipy.ndimage.gaussian_filter(stream.standard_normal((count, C, H, W)), (0, 0, 3, 3), mode="wrap")
-    pixels = 128 + 60 * blobs / blobs.std() + 4 * stream.standard_normal(blobs.shape)
-    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
-
-
-def context_of(images: Tensor, **changes: object) -> MetricContext:
-    settings: dict[str, object] = {"G": Stripes(tuple(images.shape[1:])), "device": torch.device("cpu")}  # type: ignore[arg-type]
-    return MetricContext(images=ArrayImages(images), **(settings | changes))  # type: ignore[arg-type]
-
 
 # The distance.
 
@@ -249,7 +187,7 @@ def test_refuses_sets_that_do_not_match() -> None:
 
 def test_value_does_not_depend_on_the_batch_size() -> None:
     images = natural_images(80, (1, 32, 32))
-    one, other = (metrics.compute("swd70", context_of(images, batch_size=size)) for size in (70, 9))
+    one, other = (metrics.compute("swd70", metric_context(images, batch_size=size)) for size in (70, 9))
     assert one.results == other.results
     assert list(one.results) == ["swd70", "swd70_32", "swd70_16"]
     assert (one.num_real, one.num_fake) == (70, 70)
@@ -302,7 +240,7 @@ def test_random_rows_are_a_function_of_the_position() -> None:
 
 
 def test_fakes_are_the_generators_images_of_standard_normal_latents() -> None:
-    context = context_of(natural_images(4), batch_size=300)
+    context = metric_context(natural_images(4), batch_size=300)
     G = context.G
     batches = list(fake_batches(context, 1000))
     assert [len(images) for _, images in batches] == [300, 300, 300, 100]
@@ -315,7 +253,7 @@ def test_fakes_are_the_generators_images_of_standard_normal_latents() -> None:
 
 
 def test_random_noise_repeats_and_leaves_the_callers_generator_alone() -> None:
-    context = context_of(natural_images(4), noise_mode="random")
+    context = metric_context(natural_images(4), noise_mode="random")
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -356,7 +294,7 @@ def test_the_seed_decides_over_latents_labels_and_the_choice_of_reals() -> None:
 
 def test_reals_are_a_random_subset_or_all() -> None:
     images = natural_images(30, (1, 16, 16))
-    context = context_of(images, batch_size=4)
+    context = metric_context(images, batch_size=4)
     assert choose_reals(context, 30) == choose_reals(context, 1000) == list(range(30))
     chosen = choose_reals(context, 11)
     assert len(set(chosen)) == 11
@@ -366,12 +304,12 @@ def test_reals_are_a_random_subset_or_all() -> None:
 
 
 def test_fewer_reals_than_asked_for_are_all_used_and_counted() -> None:
-    result = metrics.compute("swd1k", context_of(natural_images(12, (1, 16, 16))))
+    result = metrics.compute("swd1k", metric_context(natural_images(12, (1, 16, 16))))
     assert (result.num_real, result.num_fake) == (12, 12)
 
 
 def test_floor_compares_disjoint_halves() -> None:
-    context = context_of(natural_images(30, (1, 16, 16)))
+    context = metric_context(natural_images(30, (1, 16, 16)))
     first, second = sw.disjoint_halves(context, 10)
     assert len(first) == len(second) == 10
     assert not set(first) & set(second)
@@ -383,20 +321,20 @@ def test_floor_compares_disjoint_halves() -> None:
     assert 0 < floor.results["swd_floor"] < against_fakes.results["swd15"] / 1.5
     assert (floor.num_real, floor.num_fake) == (30, 0)
     with pytest.raises(UserError, match="two disjoint sets"):
-        metrics.compute("swd_floor", context_of(natural_images(1, (1, 16, 16))))
+        metrics.compute("swd_floor", metric_context(natural_images(1, (1, 16, 16))))
 
 
 def test_a_diverged_network_is_refused() -> None:
-    context = context_of(natural_images(4), truncation_psi=math.nan)
+    context = metric_context(natural_images(4), truncation_psi=math.nan)
     with pytest.raises(UserError, match="not finite"):
         metrics.compute("swd4", context)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(UserError, match=r"network makes images of 3x32x32 .* data has 1x16x16"):
-        context_of(natural_images(4, (1, 16, 16)), G=Stripes())
+        metric_context(natural_images(4, (1, 16, 16)), G=Stripes())
     with pytest.raises(UserError, match="conditional on labels of 10"):
-        context_of(natural_images(4), G=Stripes(c_dim=10))
+        metric_context(natural_images(4), G=Stripes(c_dim=10))
 
 
 # The registry.
@@ -444,9 +382,9 @@ def test_a_metric_can_lack_something_of_its_own(monkeypatch: pytest.MonkeyPatch)
         return metrics.Measurement(values={name: 1.5}, num_real=3, num_fake=4)
 
     with pytest.raises(UserError, match=r"metric new: table\.txt is not there"):
-        metrics.compute("new", context_of(natural_images(2)))
+        metrics.compute("new", metric_context(natural_images(2)))
     missing = None
-    assert metrics.compute("new", context_of(natural_images(2))).results == {"new": 1.5}
+    assert metrics.compute("new", metric_context(natural_images(2))).results == {"new": 1.5}
 
 
 def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,9 +395,9 @@ def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.Monkey
     exec(compile(code, "docs/metrics.md", "exec"), {})
 
     images = natural_images(12)
-    result = metrics.compute("brightness10", context_of(images, batch_size=4))
+    result = metrics.compute("brightness10", metric_context(images, batch_size=4))
     assert (result.num_real, result.num_fake) == (10, 10)
-    context = context_of(images)
+    context = metric_context(images)
     reals = images[choose_reals(context, 10)].double().mean()
     [(_, fakes)] = fake_batches(context, 10)
     assert result.results["brightness10"] == pytest.approx(abs(float(reals - fakes.double().mean())), rel=1e-4)
@@ -479,13 +417,13 @@ def test_flips_count_in_the_sliced_wasserstein_distance_alone_where_they_are_ask
     """The mirrored set equals the doubled one, given as the data."""
     images, flips = natural_images(20), natural_images(20).flip(3)
     both = torch.cat([images, flips])
-    doubled = metrics.compute("swd", context_of(both))
-    mirrored = context_of(images, mirrored=ArrayImages(both))
+    doubled = metrics.compute("swd", metric_context(both))
+    mirrored = metric_context(images, mirrored=ArrayImages(both))
     for name in ("swd", "swd_floor"):
         result = metrics.compute(name, mirrored)
-        assert result.results == metrics.compute(name, context_of(both)).results
+        assert result.results == metrics.compute(name, metric_context(both)).results
         assert (result.mirror, result.num_real) == (True, 40)
-    plain = metrics.compute("swd", context_of(images))
+    plain = metrics.compute("swd", metric_context(images))
     assert (plain.mirror, plain.num_real) == (False, 20)
     assert plain.results != doubled.results
 
@@ -498,7 +436,7 @@ def test_every_metric_explains_itself() -> None:
 def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> None:
     snapshot = tmp_path / "network-snapshot-000200.pkl"
     snapshot.write_bytes(b"abc")
-    context = context_of(natural_images(8, (1, 16, 16)), seed=3)
+    context = metric_context(natural_images(8, (1, 16, 16)), seed=3)
     result = metrics.compute("swd8", context)
     record = metrics.result_to_json(result, context, snapshot=snapshot, kimg=200.5, data="data.zip")
     metrics.append_result(tmp_path, record)

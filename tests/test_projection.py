@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional package")
 import torch
 from click.testing import CliRunner
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
-from metric_helpers import SmallDetector, export_program, script_program
+from exploration_helpers import FAMILIES, decode_video, make_model, make_snapshot, pixels, run, run_ok
+from metric_helpers import SmallDetector, export_program, natural_images, script_program
 from PIL import Image
-from test_metrics import natural_images
-from test_video import decode
 from torch import Tensor, nn
 
 import projector
@@ -228,7 +228,7 @@ def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Pat
     lines = re.findall(r"(proj\d\d): (\S+), distance ([\d.]+) at the start, ([\d.]+) at the end", output)
     assert [line[:2] for line in lines] == [(f"proj{i:02d}", f"seed{i:04d}.png") for i in range(3)]
     assert all(float(end) < float(start) / 2 for *_, start, end in lines)
-    assert decode(out / "proj01.mp4")[0].shape == (60, 128, 256, 3)
+    assert decode_video(out / "proj01.mp4")[0].shape == (60, 128, 256, 3)
     assert sorted(path.suffix for path in out.iterdir()) == [".mp4"] * 3 + [".npz"] + [".png"] * 3
     run_ok(
         "images", f"--network={network}", f"--projected-w={out / 'projected_w.npz'}", f"--outdir={tmp_path / 'again'}"
@@ -301,7 +301,7 @@ def test_projector_is_project_with_other_names(
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == {"target.png", "proj.png", "proj.mp4", "projected_w.npz"}
     assert np.array_equal(pixels(out / "target.png"), pattern[:, 8:40])
-    assert len(decode(out / "proj.mp4")[0]) == 4
+    assert len(decode_video(out / "proj.mp4")[0]) == 4
     run_ok("project", *arguments, "--seed=303", f"--outdir={tmp_path / 'new'}")
     with np.load(out / "projected_w.npz") as old, np.load(tmp_path / "new" / "projected_w.npz") as new:
         assert old["w"].shape == (1, 5, 12)

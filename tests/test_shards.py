@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import as_file, build, numbers, random_images, refused, run
+from dataset_helpers import assert_refused, build, encode, label_values, random_images, run
 
 from dnnlib.image_files import BrokenImageError
 from training.data_sources.bounds import open_packed, read_tar
@@ -24,7 +24,7 @@ from training.data_sources.sources import Drawing, open_source
 
 N = 5
 PIXELS = random_images(N, 8, 8, 3)
-PNGS = [as_file(pixels) for pixels in PIXELS]
+PNGS = [encode(pixels) for pixels in PIXELS]
 
 
 def write(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[str, list[Any], list[str]]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_labels_that_are_none(tmp_path: Path, kind: str) -> None:
     extension, contents, parts = BAD[kind]
-    message = refused(tmp_path, write(tmp_path / "set.tar", samples(extension, contents)))
+    message = assert_refused(tmp_path, write(tmp_path / "set.tar", samples(extension, contents)))
     assert [part for part in ("set.tar", *parts) if part not in message] == []
 
 
@@ -124,7 +124,7 @@ def test_labels_apart_from_their_images_are_refused(tmp_path: Path, kind: str, s
     label = b"1" if kind == "cls" else b'{"label": 1}'
     images, labels = [(f"{k}.png", PNGS[k]) for k in range(3)], [(f"{k}.{kind}", label) for k in range(3)]
     path = write(tmp_path / "set.tar", [*images, *labels][::step])
-    message = refused(tmp_path, path)
+    message = assert_refused(tmp_path, path)
     assert "set.tar: the image and the label of sample '" in message
     assert "one after the other" in message
     named_alike = [*images, *[(f"labels/{name}", data) for name, data in labels]]  # of other samples
@@ -162,9 +162,9 @@ def test_folder_of_shards(tmp_path: Path) -> None:
     write(tmp_path / "set" / "x-test-000000.tar.gz", files[:3])
     made, content = build(tmp_path / "set", tmp_path / "made.zip")
     np.testing.assert_array_equal(made, PIXELS)
-    assert numbers(content) == [0, 1, 2, 3, 4]
+    assert label_values(content) == [0, 1, 2, 3, 4]
     assert len(build(tmp_path / "set", tmp_path / "all.zip", "--split=all")[0]) == N + 1
-    assert "test 1 shard, train 2 shards" in refused(tmp_path, tmp_path / "set", "--split=other")
+    assert "test 1 shard, train 2 shards" in assert_refused(tmp_path, tmp_path / "set", "--split=other")
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
@@ -182,7 +182,7 @@ def test_plain_archives(tmp_path: Path, suffix: str) -> None:
     assert source.names == ["x/img.1.png", "x/img.2.png", "y/b.JPG"]
     assert source.left_out == {"hidden files": ["y/.png"], "samples without an image": ["x/README"]}
     np.testing.assert_array_equal(build(path, tmp_path / "made.zip")[0], PIXELS[:3])
-    assert "holds no images" in refused(tmp_path, write(tmp_path / f"none.{suffix}", files[2:4]))
+    assert "holds no images" in assert_refused(tmp_path, write(tmp_path / f"none.{suffix}", files[2:4]))
 
 
 def test_one_image_of_a_sample_counts(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_images_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path.write_bytes(whole[:-6000])
     items = iter(source)
     assert next(items).content == PNGS[0]
-    assert "set.tar is damaged" in refused(tmp_path, path)
+    assert "set.tar is damaged" in assert_refused(tmp_path, path)
 
 
 HIDDEN = ("._0.cls", "._0.png", "a/._000.cls", ".DS_Store", "__MACOSX/a/000.png", "@eaDir/x.cls", ".git/config.json")
@@ -244,7 +244,7 @@ def test_an_archive_of_macos_keeps_its_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "set.tar", doubled)
     made, content = build(path, tmp_path / "made.zip")
     np.testing.assert_array_equal(made, PIXELS)
-    assert numbers(content) == list(range(N))
+    assert label_values(content) == list(range(N))
     assert opened(path).left_out == {"hidden files": [f"._{name}" for name, _ in files]}
 
 
@@ -282,7 +282,7 @@ def test_a_finished_set_in_an_archive_keeps_its_labels(tmp_path: Path, folder: s
     path = write(tmp_path / f"set.{suffix}", files)
     made, built = build(path, tmp_path / "made.zip")
     np.testing.assert_array_equal(made, PIXELS)
-    assert numbers(built) == labels
+    assert label_values(built) == labels
     assert built["class_names"] == list("abcd")
     assert opened(path).notes == ([f"{folder}dataset.json is read: all images are in its folder"] if folder else [])
 
@@ -302,10 +302,10 @@ def test_a_dataset_json_that_is_not_read_is_noted(tmp_path: Path) -> None:
     assert (source.labels, len(source)) == (None, 3)
     assert source.notes[0] == "dataset.json is not read: to use it, unpack all 2 shards into a folder, and give that"
     path = write(tmp_path / "missing.tar", [*images, member])
-    assert "missing.tar: dataset.json has no label for 'x/0.png'" in refused(tmp_path, path)
+    assert "missing.tar: dataset.json has no label for 'x/0.png'" in assert_refused(tmp_path, path)
     assert len(build(path, tmp_path / "made.zip", "--labels-from-folders")[0]) == 2
     path = write(tmp_path / "bad.tar", [*images, (member[0], b"{")])
-    assert "bad.tar: dataset.json cannot be read" in refused(tmp_path, path)
+    assert "bad.tar: dataset.json cannot be read" in assert_refused(tmp_path, path)
 
 
 @pytest.mark.parametrize("others", [(), ("backup.tar",), ("backup-20240501_0930.tar.gz", "old/x.tgz"), ("train.tar",)])
@@ -344,7 +344,9 @@ def test_shards_of_one_name_in_several_folders_and_of_no_split(tmp_path: Path) -
         (tmp_path / "set" / folder).mkdir(parents=True)
         write(tmp_path / "set" / folder / "0.tar", samples("cls", [0, 1])[:6])
     assert len(opened(tmp_path / "set")) == 4
-    assert "splits others 1 shard, train 2 shards, and none" in refused(tmp_path, tmp_path / "set", "--split=dev")
+    assert "splits others 1 shard, train 2 shards, and none" in assert_refused(
+        tmp_path, tmp_path / "set", "--split=dev"
+    )
     assert len(build(tmp_path / "set", tmp_path / "others.zip", "--split=others")[0]) == 2
     assert len(build(tmp_path / "set", tmp_path / "all.zip", "--split=all")[0]) == 6
 
@@ -384,7 +386,7 @@ def test_members_that_are_no_plain_files_are_counted(tmp_path: Path, kind: str, 
             assert (": to use them, unpack it into a folder, and give that\n" in output) == bool(listed)
         else:
             what = listed.replace("links", "link").replace("files", "file") if listed else "nothing"
-            assert f"it holds {'1 ' if listed else ''}{what}" in refused(tmp_path, path)
+            assert f"it holds {'1 ' if listed else ''}{what}" in assert_refused(tmp_path, path)
 
 
 def archive_of(names: Iterable[int]) -> bytes:
@@ -405,7 +407,7 @@ def test_archives_that_are_cut_off_are_damaged(tmp_path: Path, pack: Callable[[b
     path = tmp_path / "set.tar"
     whole = archive_of(range(4))
     path.write_bytes(pack(whole[: 512 * blocks]))
-    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in refused(tmp_path, path)
+    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in assert_refused(tmp_path, path)
     path.write_bytes(pack(whole[: 512 * 9]))  # one block of zeros is an end: some programs write no more
     assert len(opened(path)) == 4
 
@@ -424,12 +426,12 @@ def test_archives_in_one_file_are_all_read(
         assert source.names == [f"{k}.png" for k in range(5)]
         assert [item.content for item in source] == PNGS
     path.write_bytes(pack(b"".join(archives) + b"a note"))
-    assert "set.tar is damaged" in refused(tmp_path, path)
+    assert "set.tar is damaged" in assert_refused(tmp_path, path)
 
 
 def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "set.tar", [("0.png", PNGS[0]), ("1.png", bytes(4000)), ("2.png", b"none")])
-    assert "set.tar: 2.png: not a" in refused(tmp_path, path)
+    assert "set.tar: 2.png: not a" in assert_refused(tmp_path, path)
     monkeypatch.setattr("training.data_sources.items.MAX_IMAGE_BYTES", 3000)
     contents = [item.content for item in opened(path)]
     assert [isinstance(content, BrokenImageError) for content in contents] == [False, True, False]

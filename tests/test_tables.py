@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
 import pyarrow as pa
 import pyarrow.parquet as pq
-from test_dataset_tool import as_file, build, numbers, random_images, refused, run
+from dataset_helpers import assert_refused, build, encode, label_values, random_images, run
 
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
@@ -25,7 +25,7 @@ from training.data_sources.sources import Drawing, open_source
 
 N = 6
 PIXELS = random_images(N, 8, 8, 3)
-PNGS = [as_file(pixels) for pixels in PIXELS]
+PNGS = [encode(pixels) for pixels in PIXELS]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 STRUCTS = pa.array([{"bytes": png, "path": f"{k}.png"} for k, png in enumerate(PNGS)], IMAGE)
 
@@ -64,7 +64,7 @@ def test_pixels_and_classes(tmp_path: Path, suffix: str, kind: Any, name: str) -
     table = featured(pa.table({"id": range(N), name: images, "label": [2, 0, 1] * 2}), label=CLASSES)
     made, content = build(write(tmp_path / f"set.{suffix}", table), tmp_path / "made.zip")
     np.testing.assert_array_equal(made, PIXELS)
-    assert numbers(content) == [2, 0, 1] * 2
+    assert label_values(content) == [2, 0, 1] * 2
     assert content["class_names"] == ["cat", "dog", "owl"]
 
 
@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_tables_that_are_no_data_set(tmp_path: Path, kind: str, suffix: str) -> None:
     table, parts = BAD[kind]
-    message = refused(tmp_path, write(tmp_path / f"set.{suffix}", table))
+    message = assert_refused(tmp_path, write(tmp_path / f"set.{suffix}", table))
     assert [part for part in (f"set.{suffix}", *parts) if part not in message] == []
 
 
@@ -174,14 +174,14 @@ def test_splits(tmp_path: Path) -> None:
     for option, expected in (("train", [0, 1, 0]), ("test", [0, 1, 2]), ("all", [0, 1, 2, 0, 1, 0])):
         made, _ = build(folder, tmp_path / f"{option}.zip", f"--split={option}")
         np.testing.assert_array_equal(made, PIXELS[expected])
-    assert "splits test 3, train 3, and none named dev: choose one" in refused(tmp_path, folder, "--split=dev")
-    assert "has no splits: leave the option out" in refused(tmp_path, "shapes", "--split=test")
+    assert "splits test 3, train 3, and none named dev: choose one" in assert_refused(tmp_path, folder, "--split=dev")
+    assert "has no splits: leave the option out" in assert_refused(tmp_path, "shapes", "--split=test")
     for name in ("train-00000-of-00002", "train-00001-of-00002"):
         os.remove(folder / "data" / f"{name}.parquet")
     write(folder / "data" / "dev.parquet", labelled([0] * N)[:1])
-    assert "splits test 3, validation 1: choose one as --split=NAME" in refused(tmp_path, folder)
+    assert "splits test 3, validation 1: choose one as --split=NAME" in assert_refused(tmp_path, folder)
     write(folder / "other" / "dev.parquet", labelled([0] * N))
-    assert "several data sets, with a dev.parquet in each of data, other" in refused(tmp_path, folder)
+    assert "several data sets, with a dev.parquet in each of data, other" in assert_refused(tmp_path, folder)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -198,7 +198,7 @@ def test_splits(tmp_path: Path) -> None:
 def test_configurations_are_refused(tmp_path: Path, suffix: str, names: tuple[str, ...]) -> None:
     for name in names:
         write(tmp_path / "set" / f"{name}.{suffix}", labelled([0] * N))
-    message = refused(tmp_path, tmp_path / "set")
+    message = assert_refused(tmp_path, tmp_path / "set")
     assert "set holds several data sets, with a " in message
     assert "fr" not in message
     assert ("in each of ., de: give" if names[0] == "data" else "in each of de") in message
@@ -210,14 +210,14 @@ def test_tables_of_several_names_and_of_no_split(tmp_path: Path) -> None:
     assert len(opened(tmp_path / "set")) == 3
     assert len(opened(tmp_path / "set", "others")) == 3
     assert len(opened(tmp_path / "set", "all")) == N
-    assert "splits others 3, train 3" in refused(tmp_path, tmp_path / "set", "--split=dev")
+    assert "splits others 3, train 3" in assert_refused(tmp_path, tmp_path / "set", "--split=dev")
     os.remove(tmp_path / "set" / "train.parquet")
-    assert "has no splits: leave the option out" in refused(tmp_path, tmp_path / "set", "--split=others")
+    assert "has no splits: leave the option out" in assert_refused(tmp_path, tmp_path / "set", "--split=others")
 
 
 def test_tables_have_no_classes_from_folders(tmp_path: Path) -> None:
     path = write(tmp_path / "set" / "cap" / "a.parquet", labelled([0] * N)).parent
-    message = refused(tmp_path, path, "--labels-from-folders")
+    message = assert_refused(tmp_path, path, "--labels-from-folders")
     assert f"{path} holds tables, whose labels come from a column: leave out --labels-from-folders" in message
 
 
@@ -249,7 +249,7 @@ def test_a_larger_table_of_embeddings_leaves_the_images(tmp_path: Path) -> None:
 
 def test_a_folder_of_caches_alone_holds_no_images(tmp_path: Path) -> None:
     write(tmp_path / "set" / "cache-0123abc.arrow", labelled([0] * N))
-    assert "holds no images; it holds 1 .arrow" in refused(tmp_path, tmp_path / "set")
+    assert "holds no images; it holds 1 .arrow" in assert_refused(tmp_path, tmp_path / "set")
 
 
 def test_rows_that_are_too_large_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,17 +290,17 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         save(tmp_path / "set" / split, labelled([0, 1, 2, 3, 4, 5]))
     made, content = build(tmp_path / "set" / "test", tmp_path / "one.zip")
     np.testing.assert_array_equal(made, PIXELS[[3, 4, 5, 0, 1, 2]])
-    assert numbers(content) == [3, 4, 5, 0, 1, 2]
+    assert label_values(content) == [3, 4, 5, 0, 1, 2]
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     source = opened(tmp_path / "set")
     assert (len(source), source.labels) == (N, [3, 4, 5, 0, 1, 2])
     assert len(opened(tmp_path / "set", "all")) == 2 * N
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["../set"]}')
-    assert "no list of folders" in refused(tmp_path, tmp_path / "set")
+    assert "no list of folders" in assert_refused(tmp_path, tmp_path / "set")
     save(tmp_path / "mapped", labelled([0] * N), _indices_data_files=[{"filename": "indices.arrow"}])
-    assert "flatten_indices()" in refused(tmp_path, tmp_path / "mapped")
+    assert "flatten_indices()" in assert_refused(tmp_path, tmp_path / "mapped")
     (tmp_path / "mapped" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
-    assert "state.json has no list of files" in refused(tmp_path, tmp_path / "mapped")
+    assert "state.json has no list of files" in assert_refused(tmp_path, tmp_path / "mapped")
 
 
 @pytest.mark.parametrize("content", ["parquet", "png"])
@@ -317,7 +317,7 @@ def test_snapshots_of_a_hub(tmp_path: Path, content: str) -> None:
     (root / "snapshots" / "123" / "data" / f"train.{content}").symlink_to(f"../../../blobs/{blob.name}")
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("789")
-    assert "holds 2 snapshots (123, 456): give the folder of one" in refused(tmp_path, root)
+    assert "holds 2 snapshots (123, 456): give the folder of one" in assert_refused(tmp_path, root)
     (root / "refs" / "main").write_text("123")
     for source in (root, root / "snapshots" / "123"):
         np.testing.assert_array_equal(build(source, tmp_path / f"{source.name}.zip")[0][0], PIXELS[0])
@@ -325,9 +325,9 @@ def test_snapshots_of_a_hub(tmp_path: Path, content: str) -> None:
 
 def test_the_larger_kind_is_the_content_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "set" / "metadata.parquet", pa.table({"file_name": ["0.png"]}))
-    (tmp_path / "set" / "0.png").write_bytes(as_file(random_images(64, 64, 3)))
+    (tmp_path / "set" / "0.png").write_bytes(encode(random_images(64, 64, 3)))
     assert len(opened(tmp_path / "set")) == 1
-    write(tmp_path / "set" / "set.parquet", pa.table({"image": [as_file(random_images(99, 99, 3))] * 2}))
+    write(tmp_path / "set" / "set.parquet", pa.table({"image": [encode(random_images(99, 99, 3))] * 2}))
     os.remove(tmp_path / "set" / "metadata.parquet")
     source = opened(tmp_path / "set")
     assert (len(source), source.left_out) == (2, {"images beside them": ["0.png"]})
@@ -338,7 +338,7 @@ def test_a_missing_package_is_named(tmp_path: Path, suffix: str, monkeypatch: py
     path = write(tmp_path / f"set.{suffix}", labelled([0] * N))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert "pip install '.[parquet]'" in refused(tmp_path, path)
+    assert "pip install '.[parquet]'" in assert_refused(tmp_path, path)
 
 
 def test_values_that_repeat_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,4 +354,4 @@ def test_values_that_repeat_are_bounded(tmp_path: Path, monkeypatch: pytest.Monk
             pass
     monkeypatch.setattr(parquet_file, "_FREE_ROWS", 500)
     write(path, pa.table({"image": PNGS[:1] * 20_000}))
-    assert "20000 rows, more than bytes" in refused(tmp_path, path)
+    assert "20000 rows, more than bytes" in assert_refused(tmp_path, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +9,20 @@ import numpy as np
 import pytest
 
 pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional package")
-import imageio_ffmpeg
 import torch
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+from exploration_helpers import (
+    FAMILIES,
+    decode_video,
+    example_directions,
+    make_model,
+    make_snapshot,
+    pixels,
+    run,
+    run_ok,
+)
 from PIL import Image, ImageSequence
 from scipy.interpolate import CubicSpline
 from scipy.spatial import geometric_slerp
-from test_directions import small
 
 from dnnlib.config import UserError, WriteError
 from exploration.directions import save_directions
@@ -25,20 +30,6 @@ from exploration.model import save_styles
 from exploration.morphing import Timing, film, sweep_direction, sweep_truncation, through_latents, through_styles
 from exploration.video import check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
-
-
-def decode(path: Path) -> tuple[np.ndarray, float]:
-    """Frames (T, H, W, 3) and frames per second of an MP4 or GIF file."""
-    if path.suffix == ".gif":
-        with Image.open(path) as gif:
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
-            return np.stack(frames), 1000 / gif.info["duration"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    done = subprocess.run(command, capture_output=True, check=True)
-    match = re.search(r"Video: h264.*? (\d+)x(\d+)[ ,].*?([\d.]+) fps", done.stderr.decode())
-    assert match, done.stderr.decode()
-    width, height, fps = match.groups()
-    return np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3), float(fps)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -97,7 +88,7 @@ def test_sweeps_follow_their_formulas() -> None:
         timing = Timing(num_keys=1, steps=4, loop=loop)
         still = through_styles(keys, "w", timing)
         swept = sweep_truncation(still, w_avg, 0.2, 1.0, timing)(timing.times())
-        edited = sweep_direction(still, small(), 1, 2.0, timing)(timing.times())
+        edited = sweep_direction(still, example_directions(), 1, 2.0, timing)(timing.times())
         assert swept.shape == edited.shape == (len(psi), 2, 5, 12)
         for i in range(len(psi)):
             torch.testing.assert_close(swept[i], w_avg + psi[i] * (keys[:, 0] - w_avg))
@@ -139,7 +130,7 @@ def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) ->
     network, path = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "new" / f"v.{ending}"
     run_ok("video", f"--network={network}", "--seeds=1-3", "--frames=5", "--fps=10", "--scale=4", f"--output={path}")
     run_ok("images", f"--network={network}", "--seeds=1-3", f"--outdir={tmp_path}")
-    frames, fps = decode(path)
+    frames, fps = decode_video(path)
     assert frames.shape == (15, 128, 128, 3)
     assert fps == 10
     images = [pixels(tmp_path / f"seed{seed:04d}.png").repeat(4, axis=0).repeat(4, axis=1) for seed in (1, 2, 3)]
@@ -166,12 +157,12 @@ def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
         "--scale=1",
         f"--output={tmp_path}/v.mp4",
     )
-    assert decode(tmp_path / "v.mp4")[0].shape == (3, 24, 120, 3)
+    assert decode_video(tmp_path / "v.mp4")[0].shape == (3, 24, 120, 3)
     for ending, shape in (("mp4", (2, 4, 6, 3)), ("gif", (2, 3, 5, 3))):
         with open_video(tmp_path / f"odd.{ending}", 25) as add:
             for value in (0, 200):
                 add(np.full((3, 5, 3), value, np.uint8))
-        frames, _ = decode(tmp_path / f"odd.{ending}")
+        frames, _ = decode_video(tmp_path / f"odd.{ending}")
         assert frames.shape == shape
         assert abs(frames[1].astype(int) - 200).max() < 6
 
@@ -182,7 +173,7 @@ def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     for interpolation in ("w", "z", "spline"):
         path = tmp_path / f"{interpolation}.gif"
         run_ok("video", *common, "--seeds=5", "--classes=2,0", f"--interpolation={interpolation}", f"--output={path}")
-        frames, _ = decode(path)
+        frames, _ = decode_video(path)
         for key, index in enumerate((2, 0)):
             run_ok("images", f"--network={network}", "--seeds=5", f"--class={index}", f"--outdir={tmp_path}")
             image = pixels(tmp_path / "seed0005.png").repeat(4, axis=0).repeat(4, axis=1)
@@ -196,11 +187,11 @@ def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
 def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     save_styles(tmp_path / "w.npz", make_model().styles_of((4,)))
-    save_directions(tmp_path / "d.npz", small())
+    save_directions(tmp_path / "d.npz", example_directions())
     common = [f"--network={network}", "--frames=4", "--scale=4", f"--direction={tmp_path}/d.npz:0", "--strength=2"]
     for source, name in ((f"--projected-w={tmp_path}/w.npz", "w"), ("--seeds=4", "seed")):
         run_ok("video", *common, source, f"--output={tmp_path}/{name}.gif")
-    ours, theirs = (decode(tmp_path / f"{name}.gif")[0] for name in ("w", "seed"))
+    ours, theirs = (decode_video(tmp_path / f"{name}.gif")[0] for name in ("w", "seed"))
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours[1], ours[3])
 
@@ -244,7 +235,7 @@ def test_a_colon_in_a_relative_path_names_no_protocol(tmp_path: Path, monkeypatc
     for path in (Path("a:b/v.mp4"), Path("c:d.mp4")):
         with open_video(path, 10) as add:
             add(np.zeros((16, 16, 3), np.uint8))
-        assert decode(tmp_path / path)[0].shape == (1, 16, 16, 3)
+        assert decode_video(tmp_path / path)[0].shape == (1, 16, 16, 3)
 
 
 def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) -> None:
