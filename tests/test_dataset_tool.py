@@ -1,4 +1,4 @@
-"""dataset_tool.py, run as a user runs it, on files of every kind that the tests write with known pixels."""
+"""dataset_tool.py on the command line, with sources of every kind whose pixels are known."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None:
+def test_class_folders_are_read_from_folders_and_zips(tmp_path: Path, packed: bool) -> None:
     images = random_images(4, 6, 5, 3)
     files = {
         "cat/z.bmp": encode(images[1], "bmp"),
@@ -84,25 +84,25 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     assert content["num_images"] == 2
 
 
-SEVERAL: dict[
+LABEL_LISTS: dict[
     str, tuple[list[Any], str | None]
-] = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
-    "sets": ([[1, 3], [0, 2]], "[1, 3]"),
-    "sets behind one of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
-    "sets of several lengths": ([[1, 2], [0]], "[0]"),
-    "a class, then a set": ([1, [0, 2]], "[0, 2]"),
+] = {  # labels of a.png and b.png; the label that the error message names, None for valid vectors
+    "lists of classes": ([[1, 3], [0, 2]], "[1, 3]"),
+    "lists of classes after a list of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
+    "lists of several lengths": ([[1, 2], [0]], "[0]"),
+    "a class, then a list": ([1, [0, 2]], "[0, 2]"),
     "negative": ([[0, -1], [0, 1]], "[0, -1]"),
-    "bits": ([[0, 1], [1, 1]], None),
+    "zeros and ones": ([[0, 1], [1, 1]], None),
     "fractions": ([[0.5, 3], [2, 7]], None),
-    "written as fractions": ([[1.0, 3.0], [0.0, 2.0]], None),
-    "one number": ([[3], [7]], None),
+    "whole floats": ([[1.0, 3.0], [0.0, 2.0]], None),
+    "lists of one class": ([[3], [7]], None),
 }
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -> None:
-    """The rule of tables: they would be trained on as numbers of which one is more than another."""
-    labels, named = SEVERAL[kind]
+@pytest.mark.parametrize("kind", LABEL_LISTS)
+def test_lists_of_classes_are_refused_as_label_vectors(tmp_path: Path, kind: str) -> None:
+    """Same rule as for tables: the network would read class numbers as magnitudes."""
+    labels, named = LABEL_LISTS[kind]
     names = ["a.png", "b.png"]
     content = {"labels": list(map(list, zip(names, labels, strict=True)))}
     files = {name: encode(random_images(4, 4, 3)) for name in names}
@@ -128,10 +128,10 @@ def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -
         (None, ["a"], None),
     ],
 )
-def test_names_of_classes_cover_all_numbers(
+def test_class_names_must_cover_all_class_numbers(
     tmp_path: Path, labels: list[Any] | None, class_names: list[str], refused_label: int | None
 ) -> None:
-    """Names for a part would make 20,191 classes of which most have no images, and which nothing renumbers."""
+    """A gap in the class numbers would otherwise create up to 20,191 classes, most of them without images."""
     names = ["a.png", "b.png"]
     pairs = labels and list(map(list, zip(names, labels, strict=True)))
     content = json.dumps({"labels": pairs, "class_names": class_names}).encode()
@@ -143,7 +143,7 @@ def test_names_of_classes_cover_all_numbers(
         assert (result.exit_code, message in result.stderr) == ((0, False) if refused_label is None else (2, True))
 
 
-def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
+def test_a_folder_and_a_zip_hold_the_same_files(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",
         {"a.png": encode(random_images(4, 4, 3)), "b.png": encode(random_images(4, 4, 3))},
@@ -157,7 +157,7 @@ def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["out"]
 
 
-def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path) -> None:
     files = {f"{k:03d}.png": encode(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
     source = write_zip(tmp_path / "in.zip", files)
     for workers in (1, 2):
@@ -168,7 +168,7 @@ def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
 
 
-def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_leaves_no_files(tmp_path: Path) -> None:
     files = {f"{k:03d}.png": encode(random_images(8, 8, 3)) for k in range(300)} | {
         "299.png": encode(random_images(8, 9, 3))
     }
@@ -182,7 +182,7 @@ def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
 # Sizes and channels
 
 
-def test_center_crop_closed_form() -> None:
+def test_center_crop_equals_slices() -> None:
     pixels = random_images(10, 16, 3)
     np.testing.assert_array_equal(center_crop(pixels, 8, 8), pixels[:, 3:13])
     np.testing.assert_array_equal(center_crop(pixels, 4, 1), pixels[3:7])
@@ -191,7 +191,7 @@ def test_center_crop_closed_form() -> None:
     assert center_crop(random_images(3, 1000, 1), 1, 1000).shape == (3, 1, 1)
 
 
-def test_box_filter_is_the_mean() -> None:
+def test_the_box_filter_averages_pixels() -> None:
     pixels = random_images(12, 8, 4)
     pixels[..., 3] = 255
     conversion = Conversion(width=4, height=3, resize_filter="box", channels=4)
@@ -200,7 +200,7 @@ def test_box_filter_is_the_mean() -> None:
 
 
 @pytest.mark.parametrize("resize_filter", RESIZE_FILTERS)
-def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> None:
+def test_transforms_equal_pillow(tmp_path: Path, resize_filter: str) -> None:
     pixels = random_images(20, 30, 3)
     source = write_files(tmp_path / "in", {"a.png": encode(pixels)})
     sizes = ("--width=8", "--height=4", f"--resize_filter={resize_filter}")
@@ -226,11 +226,11 @@ def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"),  # width x height; the rows of the image that are seen in the result of 8x4
+    ("size", "rows"),  # width x height; the rows of the image that the 8x4 result shows
     [
         ((8, 4), slice(0, 4)),
-        ((8, 7), slice(0, 7)),  # an image of the target's width is never cut
-        ((16, 8), slice(2, 6)),  # though it has the target's aspect ratio
+        ((8, 7), slice(0, 7)),  # an image of the target width is not cropped
+        ((16, 8), slice(2, 6)),  # cropped despite the target aspect ratio
         ((16, 12), slice(3, 9)),
         ((16, 11), slice(2, 8)),  # 5.5 rows, half to even: 6
         ((16, 9), slice(2, 6)),  # 4.5 rows: 4
@@ -239,9 +239,7 @@ def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> N
         ((17, 7), None),  # 3.3 rows: 3
     ],
 )
-def test_center_crop_wide_cuts_as_many_rows_as_the_image_has_at_the_targets_width(
-    size: tuple[int, int], rows: slice | None
-) -> None:
+def test_center_crop_wide_crops_rows_to_the_target_aspect_ratio(size: tuple[int, int], rows: slice | None) -> None:
     width, height = size
     pixels = random_images(height, width, 3)
     conversion = Conversion(width=8, height=4, transform="center-crop-wide", resize_filter="box")
@@ -253,14 +251,14 @@ def test_center_crop_wide_cuts_as_many_rows_as_the_image_has_at_the_targets_widt
     np.testing.assert_array_equal(conversion(pixels), np.pad(expected, ((2, 2), (0, 0), (0, 0))))
 
 
-def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -> None:
+def test_center_crop_wide_drops_and_counts_smaller_images(tmp_path: Path) -> None:
     sizes = [(7, 9), (8, 4), (9, 3), *[(16, 12)] * 297]
     images = {f"{k:03d}.png": random_images(height, width, 3) for k, (width, height) in enumerate(sizes)}
     labels = [[name, k] for k, name in enumerate(images)]
     files = {name: encode(pixels) for name, pixels in images.items()}
     source = write_files(tmp_path / "in", files | {"dataset.json": json.dumps({"labels": labels}).encode()})
     options = ("--transform=center-crop-wide", "--resolution=8x4")
-    for workers in (1, 2):  # with two, other processes convert
+    for workers in (1, 2):  # 2: conversion in worker processes
         result = run(f"--source={source}", f"--dest={tmp_path / str(workers)}.zip", f"--workers={workers}", *options)
         assert result.exit_code == 0, result.output
         assert "298 images of 8x8 pixels" in result.output
@@ -275,7 +273,7 @@ def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
+def test_padding_is_applied_before_cropping(tmp_path: Path, channels: int) -> None:
     pixels = random_images(6, 4, channels)
     source = write_files(tmp_path / "in", {"a.png": encode(pixels)})
     expected = np.zeros((10, 8, channels), np.uint8)
@@ -290,7 +288,7 @@ def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_as_asked_for(tmp_path: Path, channels: int) -> None:
+def test_the_channels_option_sets_the_number_of_channels(tmp_path: Path, channels: int) -> None:
     images = random_images(2, 5, 7, channels)
     source = write_files(tmp_path / "in", {f"{k}.png": encode(pixels) for k, pixels in enumerate(images)})
     found, content = build(source, tmp_path / "out.zip", f"--channels={channels}")
@@ -300,7 +298,7 @@ def test_channels_as_asked_for(tmp_path: Path, channels: int) -> None:
     assert resized.shape == (2, 2, 3, channels)
 
 
-def test_a_mixed_folder_becomes_rgb_over_white(tmp_path: Path) -> None:
+def test_mixed_images_become_rgb_over_white(tmp_path: Path) -> None:
     color, gray, alpha = random_images(4, 4, 3), random_images(4, 4, 1), random_images(4, 4, 1)
     palette = io.BytesIO()
     Image.fromarray(color).quantize(8).save(palette, "png")
@@ -328,7 +326,7 @@ def test_a_mixed_folder_becomes_rgb_over_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> None:
+def test_a_dataset_is_grayscale_if_all_images_are(tmp_path: Path, packed: bool) -> None:
     gray, alpha = random_images(4, 4, 1), random_images(4, 4, 1)
     bits = (random_images(4, 4, 1) > 127) * np.uint8(255)
     one_bit = io.BytesIO()
@@ -345,7 +343,7 @@ def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> No
     np.testing.assert_array_equal(found[1:], [gray, bits])
     np.testing.assert_allclose(found[0], gray * (alpha / 255) + 255 - alpha, atol=1)
 
-    files["9.png"] = encode(np.repeat(gray, 3, axis=2))  # as stored, not as seen
+    files["9.png"] = encode(np.repeat(gray, 3, axis=2))  # stored as RGB, although all pixels are gray
     source = write_zip(tmp_path / "rgb.zip", files) if packed else write_files(tmp_path / "rgb", files)
     _, content = build(source, tmp_path / "out3.zip", "--skip-bad")
     assert content["channels"] == 3
@@ -365,13 +363,13 @@ def test_fit_and_force_channels() -> None:
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = random_images(4, 6, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    exif[0x0112] = 6  # displayed after a clockwise rotation by 90 degrees
     source = write_files(tmp_path / "in", {"a.png": encode(pixels, exif=exif)})
     found, _ = build(source, tmp_path / "out.zip")
     np.testing.assert_array_equal(found[0], np.rot90(pixels, -1))
 
 
-def test_sizes_must_agree(tmp_path: Path) -> None:
+def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",
         {"a.png": encode(random_images(4, 4, 3)), "b.png": encode(random_images(4, 5, 3))},
@@ -385,7 +383,7 @@ def test_sizes_must_agree(tmp_path: Path) -> None:
         assert f"--height=8 is more than --width=4: --transform={transform}" in assert_refused(tmp_path, source, *tall)
 
 
-def test_own_png_encoder_against_pillow() -> None:
+def test_our_png_encoder_is_readable_by_pillow() -> None:
     for shape in [(1, 1, 1), (5, 7, 3), (3, 2, 4), (200, 150, 3)]:  # the last needs several deflate blocks
         pixels = random_images(*shape)
         data = codec.encode_png(pixels)
@@ -395,10 +393,8 @@ def test_own_png_encoder_against_pillow() -> None:
         np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
 
 
-def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyspng", None)  # what an import of a missing package comes to
+def test_without_pyspng_pillow_decodes_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyspng", None)  # as if the package were missing
     specification = importlib.util.spec_from_file_location("codec_without_pyspng", codec.__file__)
     assert specification is not None
     assert specification.loader is not None
@@ -420,14 +416,14 @@ def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
 
 
 @pytest.mark.parametrize("C", [1, 3])
-def test_a_transparent_colour_makes_any_png_rgba(C: int) -> None:
+def test_a_transparent_colour_makes_a_png_rgba(C: int) -> None:
     pixels = random_images(4, 5, C)
     data = encode(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
     assert codec.read_shape(data) == (4, 5, 4)
     np.testing.assert_array_equal(codec.decode_as(data, (4, 5, C)), codec.decode_image(data))
 
 
-# Published data sets
+# Published datasets
 
 
 def test_cifar10(tmp_path: Path) -> None:
@@ -445,7 +441,7 @@ def test_cifar10(tmp_path: Path) -> None:
     assert content["class_names"] == ["plane", "car"]
 
 
-def test_cifar100_as_python2_wrote_it(tmp_path: Path) -> None:
+def test_cifar100_pickled_by_python2(tmp_path: Path) -> None:
     images = random_images(3, 32, 32, 3)
     planes = np.asfortranarray(images.transpose(0, 3, 1, 2).reshape(3, 3072))
     train = pickle.dumps({"data": planes, "fine_labels": [2, 0, 1], "coarse_labels": [1, 1, 1]}, 2)
@@ -521,12 +517,12 @@ def test_lsun(tmp_path: Path) -> None:
     whole = (path / "data.mdb").read_bytes()
     cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
     assert f"data.mdb should have {len(whole)} bytes" in assert_refused(tmp_path, cut)
-    head = whole[: len(whole) * 2 // 3]  # two of three pages, which are about the file
+    head = whole[: len(whole) * 2 // 3]  # two of the three pages hold metadata of the file
     damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
     assert "damaged_lmdb is damaged" in assert_refused(tmp_path, damaged)
 
 
-def test_arrays(tmp_path: Path) -> None:
+def test_numpy_arrays(tmp_path: Path) -> None:
     images = random_images(4, 5, 6, 3)
     np.save(tmp_path / "a.npy", images)
     np.testing.assert_array_equal(build(tmp_path / "a.npy", tmp_path / "a.zip")[0], images)
@@ -540,10 +536,10 @@ def test_arrays(tmp_path: Path) -> None:
     assert build(tmp_path / "c.npz", tmp_path / "c.zip")[1]["labels"] is None
 
 
-# Drawn scenes
+# Generated scenes
 
 
-def test_shapes(tmp_path: Path) -> None:
+def test_drawn_scenes_are_reproducible(tmp_path: Path) -> None:
     found, content = build("shapes", tmp_path / "a.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
     assert found.shape == (40, 16, 24, 3)
     assert content["class_names"] == list(KINDS)
@@ -556,7 +552,7 @@ def test_shapes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, draw_scenes(np.arange(40), seed=7, width=24, height=16))
 
 
-def test_scenes_depend_on_seed_and_number_only() -> None:
+def test_a_scene_depends_on_seed_and_index_only() -> None:
     scenes = draw_scenes(np.arange(30), seed=1, width=20, height=20)
     np.testing.assert_array_equal(draw_scenes(np.array([29, 3]), seed=1, width=20, height=20), scenes[[29, 3]])
     assert (draw_scenes(np.arange(30), seed=2, width=20, height=20) != scenes).any(axis=(1, 2, 3)).all()
@@ -595,7 +591,7 @@ def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     assert "None can be read: check the source" in assert_refused(tmp_path, only_bad, "--skip-bad")
 
 
-def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
     source = write_files(tmp_path / "in", {"bomb.png": bomb})
@@ -604,7 +600,7 @@ def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
     assert "big.png: 268435457 bytes" in assert_refused(tmp_path, write_zip(tmp_path / "in.zip", files))
 
 
-def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
+def test_names_in_archives_are_not_used_as_paths(tmp_path: Path) -> None:
     pixels = random_images(4, 4, 3)
     inside = tmp_path / "inside"
     inside.mkdir()
@@ -626,8 +622,8 @@ def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
-    """Each read would give one of the files, and the others would be lost without a word."""
+def test_zip_files_with_duplicate_names_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    """Reading by name would silently return one of the files and lose the others."""
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for k, name in enumerate(names):
@@ -638,7 +634,7 @@ def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[st
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_zip_files_may_name_folders_twice(tmp_path: Path) -> None:
+def test_zip_files_may_contain_duplicate_folder_entries(tmp_path: Path) -> None:
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("x/", "x/a.png", "y/", "y/a.png", "x/"):
@@ -675,7 +671,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
         (b"", "cannot be read"),
     ],
 )
-def test_damaged_cifar(tmp_path: Path, batch: bytes, message: str) -> None:
+def test_malformed_cifar_batches_are_refused(tmp_path: Path, batch: bytes, message: str) -> None:
     path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": batch})
     assert message in assert_refused(tmp_path, path)
 
@@ -686,7 +682,7 @@ def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
     assert "train is not a plain file" in assert_refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
 
 
-def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in assert_refused(tmp_path, tmp_path / "missing")
     cifar = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": bytes(random_images(100_000))})
     cifar.write_bytes(cifar.read_bytes()[:50_000])
@@ -734,7 +730,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
     assert "'2.png' is in none" in assert_refused(tmp_path, source, "--labels-from-folders")
 
 
-def test_existing_destination_is_refused(tmp_path: Path) -> None:
+def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"precious")
     write_files(tmp_path / "full", {"x": b"precious"})
     (tmp_path / "empty").mkdir()
@@ -765,7 +761,7 @@ def test_existing_destination_is_refused(tmp_path: Path) -> None:
         (".", "give the name of a .zip file or folder"),
     ],
 )
-def test_places_where_no_set_can_be_are_refused_at_once(
+def test_unusable_destinations_are_refused_before_reading(
     tmp_path: Path, dest: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_files(tmp_path / "src", {f"{k}.png": encode(random_images(8, 8, 3)) for k in range(3)})
@@ -776,14 +772,14 @@ def test_places_where_no_set_can_be_are_refused_at_once(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     result = run(f"--source={source}", f"--dest={dest}", "--workers=1")
-    assert (result.exit_code, result.stdout) == (2, "")  # nothing was even read
+    assert (result.exit_code, result.stdout) == (2, "")  # refused before the source is read
     assert result.stderr.startswith(f"Error: --dest={dest}")
     assert message in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
     assert not (tmp_path / "empty.zip").is_symlink()
 
 
-def test_a_zip_file_may_lie_beside_the_images_of_its_source(tmp_path: Path) -> None:
+def test_the_destination_zip_may_be_inside_the_source_folder(tmp_path: Path) -> None:
     source = write_files(tmp_path / "src", {"1.png": encode(random_images(8, 8, 3))})
     first, _ = build(source, source / "set.zip")
     again, _ = build(source, source / "new" / "again.zip")
@@ -791,7 +787,7 @@ def test_a_zip_file_may_lie_beside_the_images_of_its_source(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["set.zip", "set"])
-def test_a_set_that_another_program_finished_meanwhile_stays(
+def test_a_dataset_of_another_process_is_not_overwritten(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dest = tmp_path / name
@@ -800,7 +796,7 @@ def test_a_set_that_another_program_finished_meanwhile_stays(
         write_files(tmp_path, {name if dest.suffix else f"{name}/0.png": b"of the other"})
         return {}
 
-    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the end
+    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the rename to the destination
     result = run("--source=shapes", f"--dest={dest}", "--max-images=3", "--workers=1")
     assert (result.exit_code, result.stderr) == (2, f"Error: --dest={dest} exists: remove it or choose another name\n")
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"of the other"]
@@ -814,7 +810,7 @@ def test_a_set_that_another_program_finished_meanwhile_stays(
         *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGHUP, signal.SIGINT)),
     ],
 )
-def test_signals_end_the_workers_too_and_leave_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_end_all_workers_and_leave_no_files(tmp_path: Path, number: signal.Signals) -> None:
     source = write_files(tmp_path / "src", {f"{k}.png": encode(random_images(8, 8, 3)) for k in range(256)})
     for k in range(256, 8000):
         os.link(source / f"{k % 256}.png", source / f"{k}.png")
@@ -824,7 +820,7 @@ def test_signals_end_the_workers_too_and_leave_nothing(tmp_path: Path, number: s
     with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True) as tool:
         wait_until(lambda: any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".set.zip.*.partial")))
         tool.send_signal(number)
-        _, errors = tool.communicate(timeout=60)  # workers that lived on would hold the pipe open
+        _, errors = tool.communicate(timeout=60)  # a surviving worker would hold the pipe open
     assert "Traceback" not in errors
     assert tool.returncode == {signal.SIGINT: 1, signal.SIGKILL: -number}.get(number, 128 + number)
     assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["src"]
@@ -849,14 +845,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["files", "shapes"])
-def test_sizes_that_nobody_could_read_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
+def test_sizes_beyond_the_readable_limit_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
     source = write_files(tmp_path / "src", {"1.png": encode(random_images(8, 8, 3))})
     message = assert_refused(tmp_path, source if kind == "files" else "shapes", *options)
     assert "a side of the images of a set has at most 8000 pixels: choose a smaller size" in message
 
 
-def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a size: by their channels, by padding, by Pillow's bound."""
+def test_images_that_exceed_the_readable_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causes other than --resolution: more channels, padding, and the pixel limit of Pillow."""
     np.save(tmp_path / "large.npy", random_images(1, 100, 100, 3))
     monkeypatch.setattr("training.data_sources.build.MAX_IMAGE_BYTES", (1 << 17) + 30_100)
     build(tmp_path / "large.npy", tmp_path / "fits.zip")
@@ -867,7 +863,7 @@ def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, mon
     assert "100x100 pixels" in assert_refused(tmp_path, tmp_path / "large.npy", "--channels=1")
 
 
-def test_the_largest_images_that_can_be_asked_for_can_be_read() -> None:
+def test_the_largest_allowed_images_can_be_read() -> None:
     part = len(encode_png(random_images(1000, 1000, 4)))
     assert part * (MAX_SIDE / 1000) ** 2 < MAX_IMAGE_BYTES
     assert len(encode_png(random_images(MAX_SIDE, 1, 4))) < MAX_IMAGE_BYTES
@@ -875,7 +871,7 @@ def test_the_largest_images_that_can_be_asked_for_can_be_read() -> None:
     assert Image.MAX_IMAGE_PIXELS > MAX_SIDE**2
 
 
-def test_shapes_of_any_number_take_no_memory_at_once(tmp_path: Path) -> None:
+def test_the_number_of_drawn_scenes_is_limited(tmp_path: Path) -> None:
     assert "shapes has at most 10000000 images" in assert_refused(tmp_path, "shapes", "--max-images=1000000000000")
 
 
@@ -891,8 +887,8 @@ def test_shapes_of_any_number_take_no_memory_at_once(tmp_path: Path) -> None:
         ("Zoë".encode(), "Zoë"),
     ],
 )
-def test_names_are_printed_on_one_line_without_control_characters(tmp_path: Path, name: bytes, printed: str) -> None:
-    """Of images, of classes, of what is left out; by build and by check."""
+def test_printed_names_have_no_control_characters(tmp_path: Path, name: bytes, printed: str) -> None:
+    """Names of images, classes and skipped files, printed by build and by check."""
     text = os.fsdecode(name)
     source = write_files(tmp_path / "src", {f"{text}/broken.png": b"x", f"{text}/n.{text}": b"x"})
     write_files(
@@ -938,13 +934,13 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
         assert words in result.stdout
 
 
-def test_check_refuses_what_is_no_set(tmp_path: Path) -> None:
+def test_check_refuses_a_missing_path(tmp_path: Path) -> None:
     result = run("check", tmp_path / "missing.zip")
     assert result.exit_code == 2
     assert "missing.zip does not exist" in result.output
 
 
-def test_help_shows_the_options_of_build() -> None:
+def test_help_shows_the_build_options() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "--resize-filter" in result.output

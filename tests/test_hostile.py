@@ -1,6 +1,6 @@
-"""Hostile input: every outcome is success or one clear message; nothing hangs, nothing runs, nothing is overwritten.
+"""Hostile input: every outcome is success or one clear message, without hanging, running code or overwriting files.
 
-Examples are drawn by hypothesis, the same ones every time; `make test-slow` draws many more.
+Hypothesis draws the same examples every time; `make test-slow` draws many more.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from training.resume import RunRequest, choose_start
 from training.snapshots import snapshot
 from training.training_loop import Trainer
 
-# --- data sets
+# --- datasets
 
 
 @cache
 def image_corpus() -> list[bytes]:
-    """Images as they come, those of which nothing can be made, and what is none; from a seed."""
+    """Make valid images of many modes and formats, images that cannot be decoded, and files that are no images."""
     pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), np.uint8)
     rgba = Image.fromarray(pixels)
     corpus = [encoded(rgba.convert(mode)) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
@@ -86,7 +86,7 @@ def good_zip() -> bytes:
 
 
 @draws(60, 1500)
-def test_damaged_zip_files(tmp_path: Path, examples: int) -> None:
+def test_corrupt_zip_files_get_one_error_message(tmp_path: Path, examples: int) -> None:
     path = tmp_path / "set.zip"
     path.write_bytes(good_zip())
     assert read_all(path) == [None, None]
@@ -98,7 +98,7 @@ def test_damaged_zip_files(tmp_path: Path, examples: int) -> None:
 
 
 @draws(60, 1500)
-def test_strange_images_in_a_zip_file(tmp_path: Path, examples: int) -> None:
+def test_malformed_images_in_a_zip_file_get_one_error_message(tmp_path: Path, examples: int) -> None:
     members = st.lists(st.sampled_from(range(len(image_corpus()))), min_size=1, max_size=3)
 
     @for_all(examples, members, CORRUPTION)
@@ -116,7 +116,7 @@ def test_strange_images_in_a_zip_file(tmp_path: Path, examples: int) -> None:
 
 
 @draws(60, 1500)
-def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
+def test_malformed_dataset_json_gets_one_error_message(tmp_path: Path, examples: int) -> None:
     names = [f"00000/img{k}.png" for k in range(3)]
     good = {"labels": [[name, k] for k, name in enumerate(names)], "class_names": ["a", "b", "c"], "width": 8}
     vectors = {**good, "labels": [[name, [0.5, 1.0]] for name in names]}
@@ -137,14 +137,14 @@ def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
         write(content)
         outcome = read_all(tmp_path / "set.zip")
         assert outcome[1], content[:40]
-    write(huge.replace(b"1" + b"0" * 400, b"1"))  # fine for a set of images, but what would a network of it take?
+    write(huge.replace(b"1" + b"0" * 400, b"1"))  # valid labels, but too many classes for a network
     assert read_all(tmp_path / "set.zip") == [None, None]
     common = [f"--data={tmp_path / 'set.zip'}", "--outdir=x", "--cfg=tiny", "--device=cpu", "-n"]
     assert run(train.main, *common, "--cond") == 2
 
 
-def test_names_that_mean_harm_are_only_names(tmp_path: Path) -> None:
-    """Out of the folder, twice the same, not UTF-8, with a NUL byte, very long; a link in a folder of images."""
+def test_hostile_file_names_are_never_used_as_paths(tmp_path: Path) -> None:
+    """Absolute and parent paths, duplicates, invalid UTF-8, NUL bytes, long names; links, pipes, devices in folders."""
     names = ["../../evil.png", "/etc/evil.png", "a\\b.png", "x" * 300 + ".png", "é\n.png", "-rf.png", "%s{}.png"]
     image = image_corpus()[4]
     path = tmp_path / "set.zip"
@@ -171,13 +171,13 @@ def test_names_that_mean_harm_are_only_names(tmp_path: Path) -> None:
     (folder / "+.png").unlink()
     (folder / "+.png").symlink_to("/dev/zero")
     assert "the first is '+.png' (not a regular file)" in (read_all(folder)[0] or "")
-    os.mkfifo(folder / "#.png")  # reading it would wait for ever
+    os.mkfifo(folder / "#.png")  # reading it would block
     assert "the first is '#.png' (not a regular file)" in (read_all(folder)[0] or "")
     assert run(dataset_tool.main, f"--source={folder}", f"--dest={tmp_path / 'again'}", "--workers=1") == 2
 
 
-def test_sizes_that_are_lies_take_no_memory(tmp_path: Path) -> None:
-    """A zip directory that promises terabytes, and a small member that would unpack to hundreds of megabytes."""
+def test_false_sizes_in_a_zip_allocate_no_memory(tmp_path: Path) -> None:
+    """A zip directory that states gigabytes, and a small member that unpacks to hundreds of megabytes."""
     path = tmp_path / "set.zip"
     good = zip_bytes([("0.png", image_corpus()[4])])
     size = struct.pack("<I", len(image_corpus()[4]))
@@ -192,8 +192,8 @@ def test_sizes_that_are_lies_take_no_memory(tmp_path: Path) -> None:
 # --- snapshots and training states
 
 
-class Harm:
-    """What a hostile pickle does when it is opened: here, make a folder."""
+class Call:
+    """Object whose unpickling calls a function."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -202,7 +202,7 @@ class Harm:
         return self.call, self.arguments
 
 
-def test_pickles_run_nothing_wherever_they_are_given(
+def test_no_script_executes_code_from_a_pickle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes_zip: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -214,7 +214,7 @@ def test_pickles_run_nothing_wherever_they_are_given(
     ]
     document = torch.load(SNAPSHOT, weights_only=True)
     for number, (call, arguments) in enumerate(calls):
-        harm = Harm(call, *arguments)
+        harm = Call(call, *arguments)
         files = {f"plain{protocol}": pickle.dumps({"payload": harm}, protocol) for protocol in range(6)}
         for name, is_zip in (("torch", True), ("old-torch", False)):
             buffer = io.BytesIO()
@@ -237,8 +237,8 @@ def test_pickles_run_nothing_wherever_they_are_given(
 
 
 @draws(150, 5000)
-def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examples: int) -> None:
-    """A byte may not matter (in padding of the zip file); then what is read is what was written, to the last bit."""
+def test_corrupt_snapshots_and_states_are_refused(tmp_path: Path, examples: int) -> None:
+    """A changed byte in the padding of the zip file may be harmless; the content is then equal bit for bit."""
     kinds: list[tuple[Path, Callable[[Path], Any]]] = [
         (SNAPSHOT, lambda path: snapshot.read_file(path, snapshot.FORMAT, snapshot.VERSION, snapshot.MIGRATIONS)),
         (STATE, Checkpoint.read),
@@ -259,8 +259,8 @@ def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examp
 
 
 @draws(50, 1000)
-def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, examples: int) -> None:
-    """With a right checksum, as whoever writes them can make it."""
+def test_snapshots_and_states_with_invalid_content_are_refused(tmp_path: Path, examples: int) -> None:
+    """The checksum is correct, because anyone can compute it."""
     config = read_config(Checkpoint.read(STATE)["config"])
     config = replace(config, data=replace(config.data, path=str(DATA / "shapes.zip")))
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
@@ -294,8 +294,8 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
 
 
 @draws(60, 1500)
-def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
-    """training_options.json is refused or has the meaning of a configuration; strange lines of logs are left out."""
+def test_malformed_files_in_a_run_folder_get_one_error_message(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
+    """training_options.json is a valid configuration or refused; malformed lines of logs are skipped."""
     config = read_config(snapshot.read_file(SNAPSHOT, snapshot.FORMAT, snapshot.VERSION, {})["config"])
     config = override(config, {"data.path": str(shapes_zip)})
     run_dir = tmp_path / "00000-run"
@@ -336,43 +336,48 @@ WORDS += [
     "0x0",
     "auto",
 ]
-LEFT_OUT = {"use_compile", "use_graphs", "help"}  # the first takes long in earnest; nothing is wrong with it
+SKIPPED_OPTIONS = {"use_compile", "use_graphs", "help"}  # compilation and graph capture are valid but slow
 
 
 def every_option(command: click.Command) -> list[str]:
     options = [option for option in command.params if isinstance(option, ConfigOption)]
-    return [option.opts[0] for option in options if option.name not in LEFT_OUT]
+    return [option.opts[0] for option in options if option.name not in SKIPPED_OPTIONS]
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("few") / "few.zip", 16, 24)
 
 
 @draws(150, 3000)
-def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+def test_hostile_option_values_get_one_error_message(
+    few_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").mkdir()
     network = tmp_path / "network.pkl"
     network.write_bytes(SNAPSHOT.read_bytes())
     scripts: dict[str, tuple[click.Command, list[str]]] = {
-        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]),
+        "train": (
+            train.main,
+            ["--outdir=work/runs", f"--data={few_shapes}", *SMALL, "--metrics=none", "--device=cpu", "-n"],
+        ),
         "generate": (
             generate.main,
             [f"--network={network}", "--class=0", "--seeds=0", "--outdir=work/out", "--device=cpu"],
         ),
         "metrics": (
             calc_metrics.main,
-            [f"--network={network}", f"--data={few}", "--metrics=swd20", "--device=cpu", "--no-cache"],
+            [f"--network={network}", f"--data={few_shapes}", "--metrics=swd20", "--device=cpu", "--no-cache"],
         ),
         "build": (
             dataset_tool.main.commands["build"],
-            [f"--source={few}", "--dest=work/set.zip", "--workers=1"],
+            [f"--source={few_shapes}", "--dest=work/set.zip", "--workers=1"],
         ),
     }
     table = [(name, flag) for name, (command, _) in scripts.items() for flag in every_option(command)]
     assert len(table) > 80
-    before = {path: path.read_bytes() for path in (few, network)}
+    before = {path: path.read_bytes() for path in (few_shapes, network)}
     for command, arguments in scripts.values():
         assert run(command, *arguments) == 0
     numbers = st.integers(-2, 70) | st.integers() | st.sampled_from([0.1, 0.5, 1.0, 2e-3]) | st.floats()
@@ -384,19 +389,19 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
         name, flag = entry
         command, arguments = scripts[name]
         if flag == "--gpus" and value.strip().isdigit() and int(value[:9]) <= 16:
-            return  # starts as many processes
+            return  # would start this number of processes
         if flag in ("--dest", "--outdir"):
-            value = f"work/{value}"  # what is written stays in there
+            value = f"work/{value}"  # output must stay inside this folder
         (tmp_path / "work" / "set.zip").unlink(missing_ok=True)
         run(command, *arguments, f"{flag}={value}")
         assert {path: path.read_bytes() for path in before} == before
 
 
-def test_options_that_belong_together(few: Path, tmp_path: Path) -> None:
-    """Pairs of hostile values, from a seed: a check of one option that relies on another one's."""
+def test_pairs_of_hostile_option_values_write_nothing(few_shapes: Path, tmp_path: Path) -> None:
+    """Pairs of values, drawn from a seed, reach checks of one option that depend on another option."""
     chosen = random.Random(0)
     flags = every_option(train.main)
-    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
+    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few_shapes}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
     assert run(train.main, *base) == 0
     for _ in range(40):
         run(train.main, *base, *(f"{chosen.choice(flags)}={chosen.choice(WORDS)}" for _ in range(2)))

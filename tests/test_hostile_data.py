@@ -1,4 +1,4 @@
-"""Hostile files of data sets and of runs: time and memory stay in proportion to the file, and no program is started."""
+"""Hostile files of datasets and runs: time and memory stay in proportion to the file, and no program is started."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ MB = 1 << 20
 
 @contextmanager
 def in_bounds(most: int) -> Iterator[None]:
-    """Fail when what is inside hangs, or has more than `at_most` bytes at a time."""
+    """Fail if the body of the `with` statement hangs or allocates more than `most` bytes at a time."""
     tracemalloc.start()
     try:
         with time_limit():
@@ -95,7 +95,7 @@ def in_bounds(most: int) -> Iterator[None]:
 
 
 def refuse(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
-    """Build a set of a source that must be refused, within bounds, and leave nothing."""
+    """Assert that a source is refused within the limits and leaves no files."""
     with in_bounds(most):
         assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
     assert not (tmp_path / "made.zip").exists()
@@ -115,26 +115,26 @@ DOCUMENTS = {
 
 
 @pytest.fixture
-def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The mark that a Ghostscript leaves which stands first on PATH."""
-    mark, folder = tmp_path / "started", tmp_path / "bin"
+def program_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Path of a file that fake Ghostscript and JPEG programs, first on PATH, create when they start."""
+    program_mark, folder = tmp_path / "started", tmp_path / "bin"
     folder.mkdir()
     for name in ("gs", "gswin32c", "gswin64c", "djpeg", "cjpeg"):
-        (folder / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (folder / name).write_text(f"#!/bin/sh\ntouch {program_mark}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    return mark
+    return program_mark
 
 
-def test_the_fake_program_would_be_started(mark: Path) -> None:
+def test_pillow_would_start_the_fake_program(program_mark: Path) -> None:
     with suppress(OSError), Image.open(io.BytesIO(EPS)) as image:
         image.load()
-    assert mark.exists()
+    assert program_mark.exists()
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
-def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> None:
+def test_documents_named_like_images_start_no_program(program_mark: Path, tmp_path: Path, kind: str) -> None:
     document = DOCUMENTS[kind]
     for suffix in IMAGE_SUFFIXES:
         name = f"1{suffix}"
@@ -156,11 +156,11 @@ def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> 
     shown = read_run(folder, "run")
     build_page([shown], [], 2)
     assert sum("document, which is not read: export as PNG" in problem for problem in shown.problems) == 2
-    assert not mark.exists()
+    assert not program_mark.exists()
 
 
-def test_images_are_opened_in_one_place_or_by_formats() -> None:
-    """`Image.open` of Pillow without formats tries every plugin, among them those that start programs."""
+def test_every_image_open_call_restricts_the_formats() -> None:
+    """`Image.open` without `formats` tries every plugin of Pillow, including plugins that start programs."""
     paths = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
     assert {path.parent.name for path in paths} >= set(FOLDERS)
     for path in paths:
@@ -176,7 +176,7 @@ def test_images_are_opened_in_one_place_or_by_formats() -> None:
 
 
 def jpeg(side: int, scans: int) -> bytes:
-    """A grey progressive JPEG with so many scans of no coefficients, which have few bytes."""
+    """Make a small grayscale progressive JPEG with the given number of scans without coefficients."""
 
     def segment(marker: int, content: bytes) -> bytes:
         return bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
@@ -194,7 +194,7 @@ def jpeg(side: int, scans: int) -> bytes:
 
 
 def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
-    """EXIF data with an orientation after other tags, whose values are all the same bytes."""
+    """Make EXIF data with an orientation after other tags that share the same bytes as value."""
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, others + 1)
     place = len(head) + 12 * (others + 1) + 4
     tags = [struct.pack(f"{order}HHII", 1 + k % 0x111, 7, 1000, place) for k in range(others)]
@@ -203,7 +203,7 @@ def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
 
 
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
-    """The good image with chunks before its pixels."""
+    """Insert chunks before the pixels of GOOD."""
     return GOOD[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + GOOD[33:]
 
 
@@ -243,7 +243,7 @@ ROWS = [bytes(8)] * 8
 TAGS = {258: (3, [8]), 262: (3, [1])}
 GOOD_PSD = psd(PIXELS[None, :, :, 0], 1)
 GIF = encoded(Image.new("L", (8, 8)), "GIF")
-FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # behind the head and the palette
+FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # offset after the header and the palette
 BOMBS |= {
     "overlapping values of TIFF": overlapping_tiff,
     "strips of TIFF that overlap": lambda: tiff(
@@ -280,21 +280,21 @@ if "AVIF" in FORMATS:
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_images_out_of_proportion_are_refused(bomb: str) -> None:
+def test_images_with_disproportionate_cost_are_refused(bomb: str) -> None:
     data = BOMBS[bomb]()
     with in_bounds(30 * MB), pytest.raises(BrokenImageError):
         decode_image(data)
 
 
-def test_images_at_the_bounds_are_decoded() -> None:
+def test_images_at_the_limits_are_decoded() -> None:
     assert decode_image(jpeg(512, MAX_SCANS)).shape == (512, 512, 1)
     blank = encoded(Image.new("L", (4096, 4096)))
     assert len(blank) < 20_000
     assert read_shape(blank) == (4096, 4096, 1)
 
 
-def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
-    """Also where the list of the others, in an MPO, claims more than there is."""
+def test_only_the_first_image_of_a_file_is_decoded() -> None:
+    """GIF frames, TIFF pages, and an MPO whose index of images claims more than the file has."""
     image = Image.fromarray(PIXELS[:, :, 0])
     gif = encoded(image, "GIF")
     mpo = jpeg_with(JPEG, (0xE2, b"MPF\0" + claims(400)[:65_000]))
@@ -309,8 +309,8 @@ def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
         np.testing.assert_array_equal(decode_image(bytes(pages)), PIXELS[:, :, :1])
 
 
-def test_a_photograph_may_hold_other_data() -> None:
-    """A film behind it, as phones write, a preview, notes of the camera: whatever their bytes are."""
+def test_other_data_in_a_jpeg_is_ignored() -> None:
+    """Arbitrary bytes of a video appended by a phone, of a preview, of camera notes."""
     plain = encoded(Image.fromarray(PIXELS), "JPEG")
     scans = b"\xff\xda" * 1000
     for data in (
@@ -324,7 +324,7 @@ def test_a_photograph_may_hold_other_data() -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> None:
+def test_exif_orientation_equals_pillow(orientation: int, kind: str, order: str) -> None:
     image = Image.fromarray(PIXELS[:5])
     data = encoded(
         image, kind, exif=b"Exif\0\0" + exif(orientation, order), **({} if kind == "PNG" else {"quality": 90})
@@ -336,7 +336,7 @@ def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> 
 
 
 @draws(40, 3000)
-def test_strange_exif_data(examples: int) -> None:
+def test_corrupt_exif_data_gives_a_valid_orientation(examples: int) -> None:
     @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), CORRUPTION)
     def check(orientation: int, order: str, others: int, damage: Any) -> None:
         with open_image(png_with((b"eXIf", corrupted(exif(orientation, order, others), damage)))) as image:
@@ -364,14 +364,14 @@ def pickled(content: Any) -> bytes:
 
 
 def small_cifar(**others: bytes) -> dict[str, bytes]:
-    """A small CIFAR-10 with some files replaced."""
+    """Make the files of a small CIFAR-10, with some files replaced."""
     batch = pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]})
     files = {f"data_batch_{k}": batch for k in range(1, 6)} | {"batches.meta": pickled({b"label_names": [b"a", b"b"]})}
     return {f"cifar-10-batches-py/{name}": data for name, data in (files | others).items()}
 
 
 def shared(levels: int) -> list[Any]:
-    """Lists in lists, 2^levels when written out."""
+    """Nest lists that refer to the same list twice: 2^levels leaves when written out."""
     names: list[Any] = ["x"]
     for _ in range(levels):
         names = [names, names]
@@ -379,13 +379,13 @@ def shared(levels: int) -> list[Any]:
 
 
 def shared_tuples() -> bytes:
-    """A dictionary whose key is a tuple of 2^40 parts that are shared."""
+    """Make a pickle of a dictionary whose key is a tuple of 2^40 shared parts."""
     steps = b"".join(b"h%ch%c\x86q%c0" % (k, k, k + 1) for k in range(40))
     return b"\x80\x02}U\1x\x85q\0000" + steps + b"h\x28K\1s."
 
 
 def repeated_text() -> bytes:
-    """A text of 1 MB that is encoded 20,000 times."""
+    """Make a pickle that encodes a text of 1 MB 20,000 times."""
     text = b"X" + struct.pack("<I", MB) + b"a" * MB
     return b"\x80\x02" + text + b"q\0c_codecs\nencode\nq\1(" + b"h\1h\0X\6\0\0\0latin1\x86R" * 20_000 + b"t."
 
@@ -411,7 +411,9 @@ PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickles_of_cifar_take_what_their_bytes_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_pickles_of_disproportionate_cost_are_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cifar, "_MAX_READS", 100_000)
     files, message = PICKLES[name]
     path = tmp_path / "cifar.tar.gz"
@@ -419,8 +421,8 @@ def test_pickles_of_cifar_take_what_their_bytes_do(tmp_path: Path, name: str, mo
     refuse(tmp_path, path, message, 50 * MB)
 
 
-def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
-    """Read values are fine, but pickle.Unpickler would allocate an array of 2^31 pointers for it."""
+def test_a_large_memo_index_allocates_no_memory(tmp_path: Path) -> None:
+    """The pickle is valid, but pickle.Unpickler would allocate an array of 2^31 pointers."""
     path = tmp_path / "cifar.tar"
     path.write_bytes(tar_of(small_cifar(**{"batches.meta": b"\x80\x02}r\xff\xff\xff\x3f."})))
     with in_bounds(50 * MB):
@@ -447,7 +449,7 @@ TARS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_headers_of_archives_take_what_their_bytes_do(
+def test_false_sizes_in_tar_headers_allocate_no_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "_MAX_MEMBERS", 100 if name == "many" else 10_000)
@@ -461,7 +463,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_packed_archives_become_no_more_than_is_stated(
+def test_compressed_archives_exceeding_the_ratio_are_refused(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", 4 * MB)
@@ -475,7 +477,9 @@ def test_packed_archives_become_no_more_than_is_stated(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_arrays_that_unpack_out_of_proportion(tmp_path: Path, method: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_arrays_exceeding_the_ratio_are_refused(
+    tmp_path: Path, method: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((32, 256, 256, 1), np.uint8))
@@ -487,8 +491,8 @@ def test_arrays_that_unpack_out_of_proportion(tmp_path: Path, method: int, monke
         bounds.load_npz(path)
 
 
-def test_arrays_of_any_size_are_read_uncompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of two values pack better than the bound; this is what the refusal says to do."""
+def test_uncompressed_arrays_have_no_ratio_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binary masks compress beyond the ratio limit; the error message advises to save them uncompressed."""
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     masks = np.zeros((100, 128, 128), bool)
     np.savez_compressed(tmp_path / "masks.npz", images=masks)
@@ -499,26 +503,28 @@ def test_arrays_of_any_size_are_read_uncompressed(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
-def test_arrays_whose_header_lies(tmp_path: Path, suffix: str) -> None:
+def test_arrays_with_a_false_header_are_refused(tmp_path: Path, suffix: str) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
     path = tmp_path / f"lie.{suffix}"
     path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_bytes([("images.npy", buffer.getvalue())]))
-    refuse(tmp_path, path, "cannot be read as numpy arrays", 1 << 60)  # allocated, but never used
+    refuse(
+        tmp_path, path, "cannot be read as numpy arrays", 1 << 60
+    )  # NumPy reserves the array, but never touches the memory
 
 
 @pytest.mark.parametrize(
     "labels", [[2**63, 1], [2**31, 1], [-1, 0], [[1e300], [1.0]], [[math.nan], [1.0]], [["a"], ["b"]]]
 )
-def test_arrays_of_labels_that_no_tensor_holds(tmp_path: Path, labels: list[Any]) -> None:
+def test_invalid_label_arrays_are_refused(tmp_path: Path, labels: list[Any]) -> None:
     path = tmp_path / "set.npz"
     kind = np.uint64 if labels == [2**63, 1] else None
     np.savez(path, images=np.zeros((2, 8, 8), np.uint8), labels=np.array(labels, kind))
     refuse(tmp_path, path, "but must be class numbers from 0")
 
 
-def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
-    """A thousand names for one image of 1 MB."""
+def test_overlapping_zip_members_are_refused(tmp_path: Path) -> None:
+    """A thousand names share the bytes of one image of 1 MB."""
     data = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (600, 600, 3), np.uint8)))
     raw = zip_bytes([("0000.png", data)])
     start, end = raw.rindex(b"PK\1\2"), raw.rindex(b"PK\5\6")
@@ -529,7 +535,7 @@ def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
 
 
 @draws(60, 3000)
-def test_damaged_archives(tmp_path: Path, examples: int) -> None:
+def test_corrupt_archives_get_one_error_message(tmp_path: Path, examples: int) -> None:
     files = [
         tar_of(small_cifar()),
         tar_of({"stl10_binary/train_X.bin": bytes(27648), "stl10_binary/unlabeled_X.bin": bytes(27648)}),
@@ -550,8 +556,8 @@ def test_damaged_archives(tmp_path: Path, examples: int) -> None:
 
 
 @draws(60, 3000)
-def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
-    """Every code of the language, in any order, after a start that has something on the stack."""
+def test_malformed_cifar_pickles_get_one_error_message(tmp_path: Path, examples: int) -> None:
+    """All pickle opcodes in any order, after a prefix that fills the stack."""
     codes = st.sampled_from(
         [bytes([code]) for code in range(256)] + [b"h\0", b"q\0", b"\x85", b"(", b"U\1x", b"K\1", b"R", b"b"]
     )
@@ -566,8 +572,8 @@ def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that the library wrote in steps: leaves, branches, values with pages of their own, free pages."""
+def sample_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an LMDB database written in several transactions: branch, leaf, overflow and free pages."""
     lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
     folder = tmp_path_factory.mktemp("lmdb")
     stream = np.random.RandomState(0)
@@ -583,19 +589,19 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_databases_are_read_as_by_the_library(database: Path) -> None:
+def test_lmdb_files_are_read_like_by_the_library(sample_database: Path) -> None:
     lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
-    with lmdb.open(str(database), readonly=True, lock=False) as env, env.begin() as transaction:
+    with lmdb.open(str(sample_database), readonly=True, lock=False) as env, env.begin() as transaction:
         expected = list(transaction.cursor())
-    found = LmdbFile(database)
+    found = LmdbFile(sample_database)
     assert list(found) == expected == list(found)
     assert found.num_entries == len(expected) > 100
 
 
 @draws(60, 3000)
-def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> None:
-    """The library ends the process for some of them."""
-    whole = (database / "data.mdb").read_bytes()
+def test_corrupt_lmdb_files_raise_only_value_errors(sample_database: Path, tmp_path: Path, examples: int) -> None:
+    """The library itself aborts the process for some of these files."""
+    whole = (sample_database / "data.mdb").read_bytes()
 
     @for_all(
         examples,
@@ -615,7 +621,7 @@ def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.npy", "set.npz", "set.zip", "x-images-idx3-ubyte"])
-def test_no_source_is_waited_for(tmp_path: Path, name: str) -> None:
+def test_pipes_as_sources_do_not_block(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
     (tmp_path / name).unlink()
@@ -623,7 +629,7 @@ def test_no_source_is_waited_for(tmp_path: Path, name: str) -> None:
     refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
 
 
-def test_no_part_of_a_set_is_waited_for(tmp_path: Path) -> None:
+def test_pipes_inside_a_dataset_do_not_block(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "0.png").write_bytes(GOOD)
@@ -640,7 +646,7 @@ def test_no_part_of_a_set_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_targets_are_read_before_the_network_and_never_waited_for(tmp_path: Path, suffix: str) -> None:
+def test_projection_targets_are_checked_first_without_blocking(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"pipe{suffix}")
     (tmp_path / f"bad{suffix}").write_bytes(b"x")
     for name in ("pipe", "bad", "missing"):
@@ -650,14 +656,14 @@ def test_targets_are_read_before_the_network_and_never_waited_for(tmp_path: Path
         options = [f"--target={target}", f"--network={tmp_path / 'nowhere.pkl'}", f"--outdir={tmp_path / 'out'}"]
         assert run(generate.main, "project", *options) == 2
         result = CliRunner().invoke(generate.main, ["project", *options])
-        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # and not the network
+        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # before the missing network
 
 
 # --- runs
 
 
 def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
-    """A run with two ticks, a metric and a picture; some files are replaced, by a pipe where there is no content."""
+    """Write a run with two ticks, a metric and an image; replace files by other content, or by a pipe for None."""
     ticks = [{"Progress/kimg": k, "Timing/total_sec": 9.0 * k, "Loss/G/loss": {"mean": 1.0 + k}} for k in range(2)]
     own: dict[str, bytes | None] = {
         "training_options.json": b'{"run": {"total_kimg": 100}}',
@@ -721,8 +727,8 @@ OPTIONS += [
 ]
 
 
-def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
-    """All in one file, and those that are read as a number each in its own."""
+def test_unplottable_numbers_are_skipped_and_reported(tmp_path: Path) -> None:
+    """Invalid numbers in the files of statistics and metrics; deep nesting in the file of the environment."""
     files: dict[str, bytes | None] = {
         "stats.jsonl": "".join(f"{line}\n" for line in STATS).encode(),
         "metric-swd5k.jsonl": "".join(f"{line}\n" for line in RECORDS).encode()
@@ -731,14 +737,14 @@ def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
     }
     read = read_run(make_run(tmp_path / "all", files), "all")
     build_page([read], [draw(next(find_charts([read])))], 2)
-    told = " ".join(read.problems)
-    assert all(f"{name}: left out" in told for name in files)
+    problems = " ".join(read.problems)
+    assert all(f"{name}: left out" in problems for name in files)
     assert read.metrics["swd5k"].values.tolist() == [3.0]
     assert np.nanmax(np.abs([curve.values for curve in read.ticks.values()])) <= 1e100
 
 
 @pytest.mark.parametrize("content", OPTIONS, ids=range(len(OPTIONS)))
-def test_strange_options_of_a_run(tmp_path: Path, content: bytes) -> None:
+def test_malformed_options_of_a_run_are_reported(tmp_path: Path, content: bytes) -> None:
     shown = read_run(make_run(tmp_path / "run", {"training_options.json": content}), "run")
     assert math.isnan(shown.total_kimg) or abs(shown.total_kimg) <= 1e15
     assert "run: 1 of" not in build_page([shown], [], 2)
@@ -747,9 +753,7 @@ def test_strange_options_of_a_run(tmp_path: Path, content: bytes) -> None:
     )
 
 
-def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_runs_do_not_hide_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_charts", lambda shown: islice(find_charts(shown), 1))
     names = (
         "training_options.json",
@@ -766,13 +770,13 @@ def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(
     with time_limit():
         result = CliRunner().invoke(report.main, [str(tmp_path / "runs"), f"--outdir={tmp_path / 'report'}"])
     assert result.exit_code == 0, (result.output, result.exception)
-    told = result.output.splitlines()
-    assert len([line for line in told if "cannot be read (not a regular file)" in line]) == len(names) - 2
+    lines = result.output.splitlines()
+    assert len([line for line in lines if "cannot be read (not a regular file)" in line]) == len(names) - 2
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(f"<h3>{name}</h3>" in page for name in (*names, "good"))
 
 
-def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
+def test_large_files_of_a_run_are_read_in_bounded_memory(tmp_path: Path) -> None:
     line = b'{"Progress/kimg": 1, "x": [' + b"[]," * MB + b"[]]}\n"
     names = {"Progress/kimg": 3} | {f"Loss/{k}": k for k in range(5000)}
     files: dict[str, bytes | None] = {
@@ -785,13 +789,13 @@ def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
         shown = read_run(folder, "run")
     assert [len(text) for text in shown.warnings] == [1000, len("Warning: y (2 times)")]
     assert len(shown.ticks) == 300
-    told = " ".join(shown.problems)
+    problems = " ".join(shown.problems)
     for part in ("left out 1 of 2 lines", "left out 4701 of 5001 numbers", "training_options.json"):
-        assert part in told
+        assert part in problems
 
 
 @draws(10, 500)
-def test_strange_files_of_a_run(tmp_path: Path, examples: int) -> None:
+def test_malformed_files_of_a_run_do_not_break_the_report(tmp_path: Path, examples: int) -> None:
     folder = make_run(tmp_path / "run", {})
     lines = st.lists(st.sampled_from(STATS + RECORDS) | st.just(json.dumps(TICK)) | st.text(max_size=9), max_size=6)
 
@@ -836,7 +840,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
-def test_labels_that_no_tensor_holds(tmp_path: Path, label: Any) -> None:
+def test_invalid_labels_are_refused_with_a_short_message(tmp_path: Path, label: Any) -> None:
     for others in (0, [0.5]):
         content = json.dumps({"labels": [["0.png", others], ["1.png", label]]}).encode()
         path = tmp_path / "set.zip"
@@ -844,7 +848,7 @@ def test_labels_that_no_tensor_holds(tmp_path: Path, label: Any) -> None:
         assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in read_all(path))
 
 
-def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_highly_compressed_dataset_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     path = tmp_path / "set.zip"
     path.write_bytes(zip_bytes([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
@@ -852,7 +856,7 @@ def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: 
         ImageDataset(DatasetConfig(path=str(path)))
 
 
-# --- what does not fit together
+# --- mismatches
 
 
 @pytest.mark.parametrize(
@@ -866,14 +870,14 @@ def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: 
     ],
 )
 @pytest.mark.parametrize("of_network", [False, True])
-def test_the_remedy_for_images_of_another_shape(
+def test_a_shape_mismatch_names_the_dataset_tool_options(
     ours: tuple[int, ...], theirs: tuple[int, ...], remedy: str, of_network: bool
 ) -> None:
     assert explain_misfit(ours, theirs, of_network).endswith(remedy)
 
 
-def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
-    """In the name of the run's folder, and of what is written beside a set while it is built."""
+def test_long_dataset_names_are_shortened(tmp_path: Path, shapes_zip: Path) -> None:
+    """Names of run folders and of the partial file beside a dataset fit the limit of file systems."""
     for name in ("x" * 240, "\U0001f600" * 60):
         path = tmp_path / f"{name}.zip"
         assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0

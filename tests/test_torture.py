@@ -1,4 +1,4 @@
-"""A run that is killed, signalled and started again ends as if nothing had happened; train.py runs as a program."""
+"""Runs of train.py that are killed, signalled and restarted end like uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch_utils.checkpoint import Checkpoint
 from torch_utils.signals import EXIT_STOPPED
 
 
-def torture(outdir: Path, data: Path, options: list[str], kills: int, loading: float) -> None:
-    """Kill a run at random moments of its life, start it again each time, and at last let it end.
+def kill_repeatedly(outdir: Path, data: Path, options: list[str], kills: int, loading: float) -> None:
+    """Start a run repeatedly and kill it at random moments; let the last start finish.
 
-    `loading` is how many seconds the program takes to begin: one in five is killed about then.
+    `loading` is the startup time of the program in seconds. One in five kills comes within 1.2 times this time.
     """
     moments = random.Random(kills)
     for _ in range(kills):
@@ -27,7 +27,7 @@ def torture(outdir: Path, data: Path, options: list[str], kills: int, loading: f
             time.sleep(moments.uniform(0, 0.2))
         else:
             time.sleep(moments.uniform(0, 1.2 * loading))
-        assert program.process.poll() in (None, 0), program.output.read_text()  # 0: looked at too late
+        assert program.process.poll() in (None, 0), program.output.read_text()  # 0: the run finished before the kill
         program.kill()
     assert start_training(outdir, data, *options, output=Path("/dev/full")).finish() == 0
     log = (max(outdir.iterdir()) / "log.txt").read_text()
@@ -38,7 +38,7 @@ def torture(outdir: Path, data: Path, options: list[str], kills: int, loading: f
 @pytest.mark.parametrize(
     ("steps", "kills"), [(16, 1), pytest.param(400, 50, marks=pytest.mark.slow)], ids=["short", "long"]
 )
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
+def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(
     shapes_zip: Path, tmp_path: Path, steps: int, kills: int
 ) -> None:
     options = [f"--kimg={steps * 4 / 1000}"]
@@ -46,7 +46,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     straight = start_training(tmp_path / "straight", shapes_zip, *options)
     try:
         straight.wait_for("tick ")
-        torture(tmp_path / "killed", shapes_zip, options, kills, loading=time.monotonic() - began)
+        kill_repeatedly(tmp_path / "killed", shapes_zip, options, kills, loading=time.monotonic() - began)
         assert straight.finish() == 0
     finally:
         straight.kill()
@@ -54,14 +54,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     assert len(run_result(tmp_path / "killed")["ticks"]) == steps + 1
 
 
-def test_signals_reach_all_processes_of_a_run(shapes_zip: Path, tmp_path: Path) -> None:
-    """To the launcher alone, as a scheduler sends them. --snap is out of reach: only signals save anything."""
+def test_a_signal_to_the_launcher_reaches_all_processes(shapes_zip: Path, tmp_path: Path) -> None:
+    """A scheduler signals only the launcher. --snap is never reached, so training states come from signals alone."""
     program = start_training(tmp_path / "runs", shapes_zip, "--gpus=2", "--snap=999", "--kimg=99")
     try:
         program.wait_for("tick 1 ")
         program.process.send_signal(signal.SIGUSR1)
         program.wait_for("SIGUSR1 at kimg")
-        program.process.send_signal(signal.SIGHUP)  # which is passed on as SIGTERM
+        program.process.send_signal(signal.SIGHUP)  # forwarded as SIGTERM
         assert program.finish() == EXIT_STOPPED, program.output.read_text()
     finally:
         program.kill()
