@@ -1,4 +1,4 @@
-"""generate.py video: ways against closed forms and SciPy; files decoded again: frames, first image, loop closure."""
+"""generate.py video: interpolation against closed forms and SciPy; frames and loop closure of decoded files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 @pytest.mark.parametrize("closed", [True, False])
-def test_splines_are_scipys(count: int, closed: bool) -> None:
+def test_splines_equal_scipy(count: int, closed: bool) -> None:
     points = torch.randn(count, 4, dtype=torch.float64)
     times = torch.linspace(0, max(count - (not closed), 1), 50, dtype=torch.float64)
     way = spline_weights(times, count, closed=closed) @ points
@@ -51,8 +51,8 @@ def test_splines_are_scipys(count: int, closed: bool) -> None:
         np.testing.assert_allclose(straight[:, i], np.interp(times, np.arange(len(knots)), knots), atol=1e-12)
 
 
-def test_great_circles_are_scipys() -> None:
-    """On the unit sphere; the length goes in a straight line from one end's to the other's."""
+def test_slerp_equals_scipy() -> None:
+    """Directions follow SciPy's slerp on the unit sphere; lengths are interpolated linearly."""
     a, b = torch.randn(2, 1, 5, dtype=torch.float64).unbind()
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     way = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
@@ -63,8 +63,8 @@ def test_great_circles_are_scipys() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_great_circles_keep_their_angle(family: str) -> None:
-    """At equal steps between two latents, z has turned by equal angles; its ends are the seeds' own."""
+def test_interpolation_in_z_turns_by_equal_angles(family: str) -> None:
+    """Equal steps between two latents turn z by equal angles; the first and last frames use the latents themselves."""
     model = make_model(family)
     z = torch.randn(1, 2, 16)
     turned: list[torch.Tensor] = []
@@ -97,8 +97,8 @@ def test_sweeps_follow_their_formulas() -> None:
             torch.testing.assert_close(edited[i], expected)
 
 
-def test_a_loop_goes_on_where_it_began() -> None:
-    """The step from the last frame to the first is as long as those beside it, in w, z and on the spline."""
+def test_loops_close_smoothly() -> None:
+    """The step from the last frame to the first is about as long as the step before, in w, z and on splines."""
     model = make_model()
     timing = Timing(num_keys=3, steps=8, loop=True)
     z = torch.randn(2, 3, 16)
@@ -114,7 +114,7 @@ def test_a_loop_goes_on_where_it_began() -> None:
         assert (steps[-1] > 0.5 * steps[-2]).all()
 
 
-def test_cells_lie_in_rows() -> None:
+def test_grid_cells_are_in_row_major_order() -> None:
     model = make_model(batch=5)
     timing = Timing(num_keys=2, steps=2, loop=True)
     keys = torch.stack([model.styles_of((2 * cell, 2 * cell + 1)) for cell in range(6)])
@@ -125,8 +125,8 @@ def test_cells_lie_in_rows() -> None:
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])
-def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) -> None:
-    """Keyframes are the seeds' images, but for what the codec loses; the last frame leads back to the first."""
+def test_video_files_contain_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) -> None:
+    """Keyframes equal the images of the seeds up to compression losses; the last frame leads back to the first."""
     network, path = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "new" / f"v.{ending}"
     run_ok("video", f"--network={network}", "--seeds=1-3", "--frames=5", "--fps=10", "--scale=4", f"--output={path}")
     run_ok("images", f"--network={network}", "--seeds=1-3", f"--outdir={tmp_path}")
@@ -143,8 +143,8 @@ def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) ->
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
-    """A grayscale network of 24 x 40 pixels in three columns; videos of 3 x 5 pixels."""
+def test_odd_sizes_and_grayscale_videos(shapes_zip: Path, tmp_path: Path) -> None:
+    """A grayscale network of 24 x 40 pixels in three columns, and videos of 3 x 5 pixels."""
     network = make_snapshot(
         tmp_path / "n.pkl", shapes_zip, img_channels=1, base=(3, 5), widths=(8, 8, 8, 8), layers=(1,) * 4
     )
@@ -167,7 +167,7 @@ def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
         assert abs(frames[1].astype(int) - 200).max() < 6
 
 
-def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
+def test_classes_become_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
     common = [f"--network={network}", "--frames=2", "--scale=4"]
     for interpolation in ("w", "z", "spline"):
@@ -184,7 +184,7 @@ def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "--classes=3: this network has the classes 0..2" in result.output) == (2, True)
 
 
-def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
+def test_videos_of_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     save_styles(tmp_path / "w.npz", make_model().styles_of((4,)))
     save_directions(tmp_path / "d.npz", example_directions())
@@ -196,7 +196,9 @@ def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
     assert not np.array_equal(ours[1], ours[3])
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_video_arguments_get_one_message(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     for arguments, message in [
         (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
@@ -219,8 +221,8 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         check_encoder(tmp_path / "v.mp4", 30)
 
 
-def test_gifs_keep_time(tmp_path: Path) -> None:
-    """30 frames of a second in hundredths: 3, 4, 3, and so on."""
+def test_gifs_keep_the_frame_rate(tmp_path: Path) -> None:
+    """30 frames per second in hundredths of a second: 3, 4, 3, and so on."""
     with open_video(tmp_path / "v.gif", 30) as add:
         for value in range(30):
             add(np.full((4, 4, 3), value, np.uint8))
@@ -229,7 +231,7 @@ def test_gifs_keep_time(tmp_path: Path) -> None:
     assert durations == [30, 40, 30] * 10
 
 
-def test_a_colon_in_a_relative_path_names_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_colon_in_a_path_is_not_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a:b").mkdir()
     for path in (Path("a:b/v.mp4"), Path("c:d.mp4")):
@@ -238,7 +240,7 @@ def test_a_colon_in_a_relative_path_names_no_protocol(tmp_path: Path, monkeypatc
         assert decode_video(tmp_path / path)[0].shape == (1, 16, 16, 3)
 
 
-def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused_before_the_first_frame(tmp_path: Path) -> None:
     for ending in ("mp4", "gif"):
         (tmp_path / f"v.{ending}").mkdir()
         for path, reason in (
@@ -246,10 +248,10 @@ def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) 
             (tmp_path / "no" / f"v.{ending}", "No such"),
         ):
             with pytest.raises(WriteError, match=f"cannot be written .{reason}"), open_video(path, 10):
-                pytest.fail("it began")
+                pytest.fail("the video was opened")
 
 
-def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_video(tmp_path: Path) -> None:
     def write(path: Path, count: int, error: type[Exception] | None = None, width: int = 16) -> None:
         with open_video(path, 10) as add:
             for _ in range(count):
@@ -263,5 +265,5 @@ def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
             write(path, 1, KeyError)
         assert path.read_text() == "old"
     with pytest.raises(WriteError, match="ffmpeg cannot write it"):
-        write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 can be
+        write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 supports
     assert len(list(tmp_path.iterdir())) == 2
