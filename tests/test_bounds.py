@@ -196,24 +196,27 @@ def nested_lists(levels: int) -> Any:
 
 one = torch.zeros(1)
 TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "lists in two places": (lambda path: save(path, {"x": nested(list)}), "in several places"),
-    "tuples in two places": (lambda path: save(path, {"x": nested(tuple)}), "in several places"),
-    "dicts in two places": (lambda path: save(path, {"x": nested(dict)}), "in several places"),
-    "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "in several places"),
-    "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
-    "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
+    "shared lists": (lambda path: save(path, {"x": nested(list)}), "in several places"),
+    "shared tuples": (lambda path: save(path, {"x": nested(tuple)}), "in several places"),
+    "shared dicts": (lambda path: save(path, {"x": nested(dict)}), "in several places"),
+    "shared lists in the configuration": (
+        lambda path: save(path, {**payload(), "config": nested(list)}),
+        "in several places",
+    ),
+    "shared lists as the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
+    "shared tensor": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
     "a key of tuples": (write_tuple_key, "a key that is no text"),
     "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose numbers overlap"),
-    "strides that overlap": (
+    "overlapping strides": (
         lambda path: save(path, {"x": torch.zeros(2**15).as_strided((2**14, 2**14), (1, 1))}),
         "whose numbers overlap",
     ),
-    "more numbers than stored": (write_false_storage_size, "in 2048 bytes"),
+    "false storage size": (write_false_storage_size, "in 2048 bytes"),
     "many views": (write_many_views, "than the file can hold"),
-    "members in one place": (write_overlapping_members, "in the same place"),
-    "packed tensors": (write_compressed, "members are compressed"),
-    "packed index": (write_compressed_index, "members are compressed"),
-    "a chain of lists": (lambda path: save(path, {"x": nested_lists(80)}), "nested too deeply"),
+    "overlapping members": (write_overlapping_members, "in the same place"),
+    "compressed tensors": (write_compressed, "members are compressed"),
+    "compressed index": (write_compressed_index, "members are compressed"),
+    "nested lists": (lambda path: save(path, {"x": nested_lists(80)}), "nested too deeply"),
     "400 digits": (lambda path: save(path, {"nimg": HUGE}), "more than 64 bits"),
     "5000 digits": (lambda path: save(path, {"nimg": 10**5000}), "more than 64 bits"),
     "bytes": (lambda path: save(path, {"x": b"text"}), "more than tensors and plain values"),
@@ -242,7 +245,7 @@ def test_torch_files_claiming_more_than_they_hold_are_refused(name: str, tmp_pat
 def test_every_reader_refuses_files_claiming_more_than_they_hold(read: Callable[[Path], Any], tmp_path: Path) -> None:
     path = tmp_path / "file.pkl"
     shutil.copy(SNAPSHOT, path)
-    for name in ("lists in two places", "members in one place"):
+    for name in ("shared lists", "overlapping members"):
         make, text = TORCH_FILES[name]
         make(path)
         assert str(path) in assert_refused(partial(read, path), text)
@@ -545,14 +548,14 @@ DOCUMENTS: dict[str, tuple[Callable[[str], str], str]] = {
     "deep labels": (lambda text: text.replace('"nimg":', f'"labels": {"[" * 960 + "]" * 960}, "nimg":', 1), ""),
     "400 digits": (with_value("nimg", str(HUGE)), "more than 64 bits"),
     "5000 digits": (with_value("nimg", "1" * 5000), "more than 64 bits"),
-    "images to infinity": (with_value("nimg", "Infinity"), "nimg=inf"),
-    "p of 400 digits": (with_value("ada_p", str(HUGE)), "more than 64 bits"),
-    "p that is no number": (with_value("ada_p", "NaN"), "ada_p=nan"),
+    "infinite nimg": (with_value("nimg", "Infinity"), "nimg=inf"),
+    "ada_p of 400 digits": (with_value("ada_p", str(HUGE)), "more than 64 bits"),
+    "NaN as ada_p": (with_value("ada_p", "NaN"), "ada_p=nan"),
     "version 0": (with_value("version", "0"), "format version 0, where the first is 1"),
     "version -3": (with_value("version", "-3"), "format version -3"),
     "version true": (with_value("version", "true"), "not a file of this project"),
     "version of 30 digits": (with_value("version", "9" * 30), "more than 64 bits"),
-    "no text": (lambda _: "\0" * 100, "not JSON"),
+    "not text": (lambda _: "\0" * 100, "not JSON"),
     "no networks": (lambda text: json.dumps({**json.loads(text), "files": {}}), "holds no networks"),
 }
 
@@ -608,16 +611,16 @@ def array(x: np.ndarray) -> bytes:
 
 
 ARRAYS: dict[str, dict[str, bytes]] = {
-    "packed zeros": {"w.npy": array(np.zeros(2**23 + 2**20))},
-    "many packed arrays": {f"{i}.npy": array(np.zeros(2**20)) for i in range(9)},
+    "compressed zeros": {"w.npy": array(np.zeros(2**23 + 2**20))},
+    "many compressed arrays": {f"{i}.npy": array(np.zeros(2**20)) for i in range(9)},
     "10^12 numbers": {"w.npy": header((10**12,))},
     "10^30 numbers": {"w.npy": header((10**10,) * 3)},
     "negative shape": {"w.npy": header((-4, -4))},
-    "numbers of no size": {"w.npy": header((10**12,), "|V0", b"")},
-    "numbers of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
-    "no numbers of 10^13": {"w.npy": header((0, 1483, 10**13), "<i2", b"")},
+    "elements of zero size": {"w.npy": header((10**12,), "|V0", b"")},
+    "elements of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
+    "empty array with a side of 10^13": {"w.npy": header((0, 1483, 10**13), "<i2", b"")},
     "objects": {"w.npy": header((2,), "|O")},
-    "too few": {"w.npy": header((16, 2))},
+    "too few bytes": {"w.npy": header((16, 2))},
     "no header": {"w.npy": b"\x93NUMPY\x01\0"},
     "other version": {"w.npy": b"\x93NUMPY\x07\0" + bytes(80)},
     "long header": {"w.npy": b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + b" " * 99},
@@ -833,7 +836,7 @@ def arrow(columns: dict[str, Any], compression: str | None = None) -> bytes:
     return file.getvalue()
 
 
-def rows_of_nothing(count: int) -> bytes:
+def arrow_with_false_row_count(count: int) -> bytes:
     """Make an Arrow file whose only column has no bytes, with a false number of rows."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
     return arrow({"image": pa.nulls(12345)}).replace(struct.pack("<q", 12345), struct.pack("<q", count))
@@ -886,21 +889,25 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file name, conten
     "empty": ("x.arrow", bytes, "cannot be read"),
     "no schema": ("x.arrow", lambda: bytes(100), "cannot be read"),
     "compressed": ("x.arrow", lambda: arrow({"image": [bytes(ZEROS)]}, "zstd"), "it is compressed"),
-    "rows of nothing": ("x.arrow", lambda: rows_of_nothing(1 << 40), "rows, more than bytes"),
+    "false number of rows": ("x.arrow", lambda: arrow_with_false_row_count(1 << 40), "rows, more than bytes"),
     "offsets": ("x.arrow", far_offsets, "cannot be read"),
-    "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
-    "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
+    "false member size": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
+    "compressed zeros": (
+        "x.tar.gz",
+        lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1),
+        "unpacks to more",
+    ),
     "label": (
         "x.tar",
         lambda: shard("0.png", 0) + shard("0.cls", 1 << 21) + bytes((1 << 21) + END),
         "2097152 bytes, more than",
     ),
-    "label of brackets": (
+    "deeply nested label": (
         "x.tar",
         lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19) + bytes(END),
         "cannot be read",
     ),
-    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
+    "truncated label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
     "name": ("x.tar", lambda: shard("n", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
     "record": ("x.tar", lambda: shard("n", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), "of an unknown kind"),
 }

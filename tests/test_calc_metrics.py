@@ -462,7 +462,9 @@ def test_metrics_of_image_files_equal_torch_fidelity(tmp_path: Path, monkeypatch
     file = WeightFile(name=weights.name, url="", sha256="", holds="test")
     monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
     monkeypatch.setattr(detectors, "KNOWN", (file,))
-    sets = {name: write_random(tmp_path / name, seed, 12) for seed, name in enumerate(("reals", "fakes"), start=1)}
+    sets = {
+        name: write_natural_images(tmp_path / name, seed, 12) for seed, name in enumerate(("reals", "fakes"), start=1)
+    }
     arguments = [f"--network={sets['fakes']}", f"--data={sets['reals']}", f"--detector={weights}", "--device=cpu"]
     result = CliRunner().invoke(calc_metrics.main, [*arguments, "--metrics=fid12_full,kid12_full,is12"])
     fid, kid, score = (record["results"] for record in lines(result))
@@ -485,19 +487,19 @@ def test_metrics_of_image_files_equal_torch_fidelity(tmp_path: Path, monkeypatch
 
     theirs = kid_features_to_metric(fake, real, kid_subsets=2, kid_subset_size=12, verbose=False)
     assert kid["kid12_full"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    order = np.array(choose_fakes_of(12))
+    order = np.array(fake_order(12))
     theirs = isc_features_to_metric(features["fakes"]["logits_unbiased"][order], splits=10, shuffle=False)
     # Most splits hold a single image, whose score is 1.
     assert score["is12_mean"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
     assert score["is12_std"] > 1e-4
 
 
-def write_random(folder: Path, seed: int, count: int) -> Path:
+def write_natural_images(folder: Path, seed: int, count: int) -> Path:
     folder.mkdir()
     for number, image in enumerate(natural_images(count, (3, 24, 20), seed=seed)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:04d}.png")
     return folder
 
 
-def choose_fakes_of(count: int) -> list[int]:
+def fake_order(count: int) -> list[int]:
     return [int(index) for index in random_stream(0, "fakes").permutation(count)]

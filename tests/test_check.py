@@ -335,7 +335,7 @@ def test_characters_without_a_font_are_replaced(monkeypatch: pytest.MonkeyPatch)
     assert (sheets[1] != sheets[3]).any()
 
 
-def test_a_sheet_of_a_thousand_classes_with_a_histogram(tmp_path: Path) -> None:
+def test_a_sheet_shows_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
     images = {f"{k:04d}.png": noise(2, 2, 1) for k in range(1000)}
     labels = [[name, k] for k, name in enumerate(images)]
     sheet = make_sheet(tmp_path, images, labels=labels, short_sides={"8": 10, "16": 20, "1024": 970})

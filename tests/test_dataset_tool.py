@@ -349,7 +349,7 @@ def test_a_dataset_is_grayscale_if_all_images_are(tmp_path: Path, packed: bool) 
     assert content["channels"] == 3
 
 
-def test_fit_and_force_channels() -> None:
+def test_channels_are_fitted_or_forced() -> None:
     gray = random_images(3, 3, 1)
     for more in (3, 4):
         fitted = fit_channels(gray, more)
@@ -426,7 +426,7 @@ def test_a_transparent_colour_makes_a_png_rgba(C: int) -> None:
 # Published datasets
 
 
-def test_cifar10(tmp_path: Path) -> None:
+def test_cifar10_batches_are_read(tmp_path: Path) -> None:
     images = random_images(10, 32, 32, 3)
     planes = images.transpose(0, 3, 1, 2).reshape(10, 3072)
     files: dict[str, Any] = {"cifar-10-batches-py/batches.meta": {b"label_names": [b"plane", b"car"]}}
@@ -441,7 +441,7 @@ def test_cifar10(tmp_path: Path) -> None:
     assert content["class_names"] == ["plane", "car"]
 
 
-def test_cifar100_pickled_by_python2(tmp_path: Path) -> None:
+def test_cifar100_pickled_by_python2_is_read(tmp_path: Path) -> None:
     images = random_images(3, 32, 32, 3)
     planes = np.asfortranarray(images.transpose(0, 3, 1, 2).reshape(3, 3072))
     train = pickle.dumps({"data": planes, "fine_labels": [2, 0, 1], "coarse_labels": [1, 1, 1]}, 2)
@@ -454,7 +454,7 @@ def test_cifar100_pickled_by_python2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_mnist(tmp_path: Path, compressed: bool) -> None:
+def test_mnist_is_read_with_labels_and_padded(tmp_path: Path, compressed: bool) -> None:
     images = random_images(5, 28, 28)
     suffix = ".gz" if compressed else ""
     pack = gzip.compress if compressed else bytes
@@ -483,7 +483,7 @@ def test_mnist(tmp_path: Path, compressed: bool) -> None:
     assert "1 labels for 5 images" in assert_refused(tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}")
 
 
-def test_stl10(tmp_path: Path) -> None:
+def test_stl10_training_and_unlabelled_images_are_read(tmp_path: Path) -> None:
     images = random_images(3, 96, 96, 3)
     planes = images.transpose(0, 3, 2, 1)  # column-major planes
     files = {
@@ -503,7 +503,7 @@ def test_stl10(tmp_path: Path) -> None:
     assert "has no stl10_binary/unlabeled_X.bin" in assert_refused(tmp_path, write_tar(tmp_path / "cut.tar.gz", files))
 
 
-def test_lsun(tmp_path: Path) -> None:
+def test_lsun_databases_are_read(tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
     images = random_images(3, 10, 12, 3)
     path = tmp_path / "church_train_lmdb"
@@ -522,7 +522,7 @@ def test_lsun(tmp_path: Path) -> None:
     assert "damaged_lmdb is damaged" in assert_refused(tmp_path, damaged)
 
 
-def test_numpy_arrays(tmp_path: Path) -> None:
+def test_numpy_arrays_are_read(tmp_path: Path) -> None:
     images = random_images(4, 5, 6, 3)
     np.save(tmp_path / "a.npy", images)
     np.testing.assert_array_equal(build(tmp_path / "a.npy", tmp_path / "a.zip")[0], images)

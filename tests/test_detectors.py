@@ -176,9 +176,9 @@ def test_gray_images_are_converted_to_rgb_and_others_refused(inception_state: di
 
 
 def test_weights_that_do_not_fit_are_refused(inception_state: dict[str, Tensor]) -> None:
-    del_one = {name: x for name, x in inception_state.items() if name != "fc.bias"}
+    incomplete = {name: x for name, x in inception_state.items() if name != "fc.bias"}
     with pytest.raises(UserError, match="Inception: its weights do not fit"):
-        detectors.load_inception(del_one, CPU, clean=False)
+        detectors.load_inception(incomplete, CPU, clean=False)
 
 
 def test_dinov2_equals_the_class_token_of_transformers(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_a_program_returns_features_and_logits(tmp_path: Path, kind: str) -> Non
         script_program(path, network)
     detector = read_detectors((str(path),)).load("inception", CPU)
     expected = network(images)
-    for got, wanted in zip(detector(images), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for actual, target in zip(detector(images), expected, strict=True):
+        torch.testing.assert_close(actual, target)
     assert detector(images[:1])[0].shape == (1, 6)
 
 

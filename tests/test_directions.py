@@ -61,12 +61,12 @@ def record_mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(z))
         return original(model, z, *arguments, **options)
 
-    def noted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+    def recorded(model: Model, ws: torch.Tensor) -> torch.Tensor:
         counts.append(0)
         return synthesise(model, ws)
 
     monkeypatch.setattr(Model, "map", counted)
-    monkeypatch.setattr(Model, "synthesise", noted)
+    monkeypatch.setattr(Model, "synthesise", recorded)
     return counts
 
 

@@ -64,7 +64,7 @@ def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batc
 # The distances.
 
 
-def test_frechet_distance_of_two_gaussians() -> None:
+def test_frechet_distance_equals_the_closed_form() -> None:
     stream = np.random.RandomState(0)
     mean1, mean2 = stream.standard_normal((2, 8))
     a, b = stream.standard_normal((2, 8, 8))
@@ -141,7 +141,7 @@ def test_subset_rows_hold_the_indexed_features() -> None:
     assert len(result["rows"]) < 100
 
 
-def test_inception_score_of_known_predictions() -> None:
+def test_inception_score_is_exact_for_known_predictions() -> None:
     rows = torch.zeros(100, 1)
     uniform = stream_through(ClassSums(10), rows, torch.zeros(100, 5))
     assert inception_score(uniform) == pytest.approx((1, 0))

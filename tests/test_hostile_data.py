@@ -94,7 +94,7 @@ def in_bounds(most: int) -> Iterator[None]:
     assert peak <= most, f"{peak / MB:.0f} MB"
 
 
-def refuse(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
+def assert_refused(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
     """Assert that a source is refused within the limits and leaves no files."""
     with in_bounds(most):
         assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
@@ -216,24 +216,24 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "profile": lambda: png_with((b"iCCP", b"k\0\0" + ZEROS)),
     "EXIF data as text": lambda: png_with((b"zTXt", b"Raw profile type exif\0\0" + ZEROS)),
     "texts": lambda: png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(MB), 9))] * 100),
-    "lie of PNG": lambda: png_header(9000, 9000) + GOOD[33:],
-    "lie of BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
+    "false size in PNG": lambda: png_header(9000, 9000) + GOOD[33:],
+    "false size in BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
     "runs of BMP": lambda: (
         b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 1078, 0, 0, 1078, 40, 9000, 9000, 1, 8, 1, 0, 0, 0, 256, 0)
         + bytes(1024)
         + b"\0\2\0\xff" * 400
     ),
-    "lie of WebP": lambda: b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0" + b"\xfe\x3f\0" * 2,
+    "false size in WebP": lambda: b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0" + b"\xfe\x3f\0" * 2,
     "EXIF in parts": lambda: encoded(Image.fromarray(PIXELS), "JPEG").replace(
         b"\xff\xdb",
         b"".join(b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + bytes(60_000) for _ in range(3)) + b"\xff\xdb",
         1,
     ),
-    "EXIF behind a scan that is none": lambda: jpeg_with(
+    "EXIF after a false scan marker": lambda: jpeg_with(
         JPEG, (0xFE, b"\xff\xda"), *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
     ),
-    "EXIF behind what Pillow passes over": lambda: jpeg_with(
+    "EXIF after segments that Pillow skips": lambda: jpeg_with(
         JPEG, *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
     ).replace(b"\xff\xd8", b"\xff\xd8\xff\xf0\xff\xe2\0\6\xff\xda\0\2", 1),
 }
@@ -246,31 +246,31 @@ GIF = encoded(Image.new("L", (8, 8)), "GIF")
 FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # offset after the header and the palette
 BOMBS |= {
     "overlapping values of TIFF": overlapping_tiff,
-    "strips of TIFF that overlap": lambda: tiff(
+    "overlapping strips of TIFF": lambda: tiff(
         [bytes(50_000)],
         1,
         TAGS | {257: (4, [9000]), 259: (3, [8]), 278: (4, [1]), 273: (4, [8] * 9000), 279: (4, [50_000] * 9000)},
     ),
-    "lie of TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
-    "strips of TIFF too many": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
+    "false size in TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
+    "too many strips of TIFF": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
     "LZMA in TIFF": lambda: tiff(ROWS, 8, TAGS | {259: (3, [34925])}),
     "channels of TIFF": lambda: tiff(ROWS, 8, TAGS | {277: (4, [1 << 30])}),
     "comments of GIF": lambda: GIF[:FRAME] + (b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0") + GIF[FRAME:],
-    "lie of GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
+    "false size in GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
     "PNG in an icon": lambda: icon((16, 16, 32, png_header(9000, 9000) + GOOD[33:])),
     "bitmap in an icon": lambda: icon((16, 16, 32, struct.pack("<Iii", 40, 9000, 18000) + bytes(5000))),
     "icons": lambda: icon(*[(16, 16, 32, b"")] * 60_000),
-    "lie of PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
-    "lie of PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
+    "false size in PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
+    "false size in PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
     "resources of PSD": lambda: GOOD_PSD[:30] + struct.pack(">I", 1 << 30) + bytes(1 << 20),
-    "lie of JPEG 2000": lambda: jpeg2000(30_000, 30_000),
+    "false size in JPEG 2000": lambda: jpeg2000(30_000, 30_000),
     "precincts of JPEG 2000": lambda: jpeg2000(4096, 4096, precincts=bytes(6)),
     "blocks of JPEG 2000": lambda: jpeg2000(4096, 4096, blocks=0),
     "tiles of JPEG 2000": lambda: jpeg2000(4096, 4096, 17),
     "layers of JPEG 2000": lambda: jpeg2000(4096, 4096, layers=65535),
-    "lie of PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
+    "false size in PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
     "comments of PPM": lambda: b"P3 1000 1000 255\n" + b"#\n" * 1_000_000,
-    "head of PPM": lambda: b"P6" + b" #\n" * 300_000,
+    "header of PPM": lambda: b"P6" + b" #\n" * 300_000,
     "runs of Targa": lambda: (
         struct.pack("<BBBHHBHHHHBB", 0, 0, 11, 0, 0, 0, 0, 0, 4000, 4000, 8, 0) + b"\xff\0" * 125_001
     ),
@@ -404,7 +404,10 @@ PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
     "keys": ({"batches.meta": shared_tuples()}, "batches.meta cannot be read"),
     "repeated": ({"batches.meta": repeated_text()}, "more bytes than letters"),
     "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more than the 100000 parts"),
-    "claim": ({"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."}, "batches.meta cannot be read"),
+    "false size": (
+        {"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."},
+        "batches.meta cannot be read",
+    ),
     "set": ({"batches.meta": b"\x80\x04\x8f(K\1\x90."}, "batches.meta cannot be read"),
     "persistent": ({"batches.meta": b"P1\n."}, "batches.meta cannot be read"),
 }
@@ -418,7 +421,7 @@ def test_cifar_pickles_of_disproportionate_cost_are_refused(
     files, message = PICKLES[name]
     path = tmp_path / "cifar.tar.gz"
     path.write_bytes(gzip.compress(tar_of(small_cifar(**files)), 1))
-    refuse(tmp_path, path, message, 50 * MB)
+    assert_refused(tmp_path, path, message, 50 * MB)
 
 
 def test_a_large_memo_index_allocates_no_memory(tmp_path: Path) -> None:
@@ -431,7 +434,7 @@ def test_a_large_memo_index_allocates_no_memory(tmp_path: Path) -> None:
 
 FIRST = header("cifar-10-batches-py/x", 0)
 TARS: dict[str, tuple[bytes, str]] = {
-    "claim": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
+    "false size": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
     "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a plain file of a possible size"),
     "PAX": (FIRST + header("pax", 7 << 30, tarfile.XHDTYPE), "is damaged"),
     "digits": (FIRST + header("pax", 400_000, tarfile.XHDTYPE) + b"1" * 400_384 + bytes(1024), "holds no uint8 array"),
@@ -440,10 +443,13 @@ TARS: dict[str, tuple[bytes, str]] = {
         FIRST + (header("name", 1, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 2000 + bytes(1024),
         "holds no uint8",
     ),
-    "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "whole 96x96 images"),
+    "sparse member": (
+        header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024),
+        "whole 96x96 images",
+    ),
     "many": (FIRST * 101, "more than 100 members"),
     "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a plain file"),
-    "twice": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),
+    "duplicate member": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),
     "STL": (header("stl10_binary/train_X.bin", 27648 * 10**5) + bytes(512), "is damaged"),
 }
 
@@ -456,7 +462,7 @@ def test_false_sizes_in_tar_headers_allocate_no_memory(
     content, message = TARS[name]
     path = tmp_path / "set.tar"
     path.write_bytes(content)
-    refuse(tmp_path, path, message, 50 * MB)
+    assert_refused(tmp_path, path, message, 50 * MB)
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -470,10 +476,10 @@ def test_compressed_archives_exceeding_the_ratio_are_refused(
     pack = PACKERS[suffix]
     path = tmp_path / f"set.tar.{suffix}"
     path.write_bytes(pack(FIRST + header("other", 1 << 30)) + pack(bytes(MB)) * 64)
-    refuse(tmp_path, path, "unpacks to more than", 50 * MB)
+    assert_refused(tmp_path, path, "unpacks to more than", 50 * MB)
     path = tmp_path / f"t10k-images-idx3-ubyte.{suffix}"
     path.write_bytes(pack(struct.pack(">IIII", 0x803, 1 << 20, 64, 64)) + pack(bytes(MB)) * 64)
-    refuse(tmp_path, path.rename(tmp_path / "t10k-images-idx3-ubyte.gz"), "unpacks to more than", 50 * MB)
+    assert_refused(tmp_path, path.rename(tmp_path / "t10k-images-idx3-ubyte.gz"), "unpacks to more than", 50 * MB)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -486,7 +492,7 @@ def test_compressed_arrays_exceeding_the_ratio_are_refused(
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("images.npy", buffer.getvalue())
-    refuse(tmp_path, path, "unpacks to", 50 * MB)
+    assert_refused(tmp_path, path, "unpacks to", 50 * MB)
     with in_bounds(10 * MB), pytest.raises(ValueError, match="save it uncompressed, by numpy"):
         bounds.load_npz(path)
 
@@ -508,7 +514,7 @@ def test_arrays_with_a_false_header_are_refused(tmp_path: Path, suffix: str) -> 
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
     path = tmp_path / f"lie.{suffix}"
     path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_bytes([("images.npy", buffer.getvalue())]))
-    refuse(
+    assert_refused(
         tmp_path, path, "cannot be read as numpy arrays", 1 << 60
     )  # NumPy reserves the array, but never touches the memory
 
@@ -520,7 +526,7 @@ def test_invalid_label_arrays_are_refused(tmp_path: Path, labels: list[Any]) -> 
     path = tmp_path / "set.npz"
     kind = np.uint64 if labels == [2**63, 1] else None
     np.savez(path, images=np.zeros((2, 8, 8), np.uint8), labels=np.array(labels, kind))
-    refuse(tmp_path, path, "but must be class numbers from 0")
+    assert_refused(tmp_path, path, "but must be class numbers from 0")
 
 
 def test_overlapping_zip_members_are_refused(tmp_path: Path) -> None:
@@ -531,7 +537,7 @@ def test_overlapping_zip_members_are_refused(tmp_path: Path) -> None:
     names = b"".join(raw[start:end].replace(b"0000.png", b"%04d.png" % k) for k in range(1000))
     tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1000, 1000, len(names), start, 0)
     (tmp_path / "set.zip").write_bytes(raw[:start] + names + tail)
-    refuse(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
+    assert_refused(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
 
 
 @draws(60, 3000)
@@ -623,10 +629,10 @@ def test_corrupt_lmdb_files_raise_only_value_errors(sample_database: Path, tmp_p
 @pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.npy", "set.npz", "set.zip", "x-images-idx3-ubyte"])
 def test_pipes_as_sources_do_not_block(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+    assert_refused(tmp_path, tmp_path / name, "neither a regular file nor a folder")
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+    assert_refused(tmp_path, tmp_path / name, "neither a regular file nor a folder")
 
 
 def test_pipes_inside_a_dataset_do_not_block(tmp_path: Path) -> None:
@@ -639,10 +645,10 @@ def test_pipes_inside_a_dataset_do_not_block(tmp_path: Path) -> None:
     assert all("set.zip is not a complete zip file" in (message or "") for message in read_all(tmp_path / "set.zip"))
     (tmp_path / "lmdb").mkdir()
     os.mkfifo(tmp_path / "lmdb" / "data.mdb")
-    refuse(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
+    assert_refused(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
     os.mkfifo(tmp_path / "x-labels-idx1-ubyte")
     (tmp_path / "x-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 1, 8, 8) + bytes(64))
-    refuse(tmp_path, tmp_path / "x-images-idx3-ubyte", "not a regular file")
+    assert_refused(tmp_path, tmp_path / "x-images-idx3-ubyte", "not a regular file")
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
@@ -681,10 +687,17 @@ def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
 
 
 TICK = {"Progress/kimg": 2, "Timing/total_sec": 18.0, "Loss/G/loss": 1.0, "timestamp": 1.7e9}
-LARGE = ("Progress/kimg", "Timing/total_sec", "Timing/sec_per_kimg", "Loss/G/loss", "timestamp", "Progress/augment")
+NUMERIC_FIELDS = (
+    "Progress/kimg",
+    "Timing/total_sec",
+    "Timing/sec_per_kimg",
+    "Loss/G/loss",
+    "timestamp",
+    "Progress/augment",
+)
 STATS = [
     json.dumps(TICK | {name: value})
-    for name in LARGE
+    for name in NUMERIC_FIELDS
     for value in (1e308, -1e308, math.inf, math.nan, 10**400, "x", True)
 ]
 STATS += [
@@ -693,8 +706,8 @@ STATS += [
     '{"Progress/kimg": 3, "x": ' + "[" * 900 + "]" * 900 + "}",
 ]
 STATS += [
-    json.dumps(dict.fromkeys(LARGE, 1.7e308)),
-    json.dumps(dict.fromkeys(LARGE, -1.7e308)),
+    json.dumps(dict.fromkeys(NUMERIC_FIELDS, 1.7e308)),
+    json.dumps(dict.fromkeys(NUMERIC_FIELDS, -1.7e308)),
     "[]",
     "null",
     "{}",

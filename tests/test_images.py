@@ -529,7 +529,7 @@ def test_random_data_is_not_recognised_as_targa() -> None:
     assert taken <= 2
 
 
-def test_remedies_for_unsupported_suffixes() -> None:
+def test_unsupported_suffixes_have_a_remedy() -> None:
     assert remedy(".heic") == ("" if "HEIF" in FORMATS else "pip install pillow-heif")
     assert remedy(".NEF").startswith("develop")
     assert remedy(".svg") == "export as PNG"

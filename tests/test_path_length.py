@@ -64,7 +64,7 @@ def build(G: Any, **changes: Any) -> MetricContext:
     return MetricContext(G=G, device=CPU, **(settings | changes))
 
 
-def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_length_in_w_equals_a_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", lambda x: x)  # stay in float64: steps of 1e-4 leave few digits in float32
     G = Linear()
     [end] = compute_all(["ppl2_wend200"], build(G, batch_size=64))
@@ -180,7 +180,7 @@ def test_path_length_requires_a_network_and_equal_noise() -> None:
 
 
 def test_lpips_equals_its_definition() -> None:
-    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, f and g activations (Zhang et al. 2018)."""
+    """Sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, f and g activations (Zhang et al. 2018)."""
     pytest.importorskip("torch_fidelity")
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

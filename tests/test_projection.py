@@ -194,7 +194,7 @@ def test_lpips_equals_the_metric_and_has_a_gradient(monkeypatch: pytest.MonkeyPa
 
 
 def test_lpips_equals_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
+    """Sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
     pytest.importorskip("torch_fidelity")
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

@@ -127,7 +127,10 @@ def test_labels_apart_from_their_images_are_refused(tmp_path: Path, kind: str, s
     message = assert_refused(tmp_path, path)
     assert "set.tar: the image and the label of sample '" in message
     assert "one after the other" in message
-    named_alike = [*images, *[(f"labels/{name}", data) for name, data in labels]]  # the folder makes them other samples
+    named_alike = [
+        *images,
+        *[(f"labels/{name}", data) for name, data in labels],
+    ]  # a folder makes these members separate samples
     assert open_shards(write(tmp_path / "set.tar", named_alike)).left_out == {
         "samples without an image": ["labels/0", "labels/1", "labels/2"]
     }
@@ -168,7 +171,7 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
-def test_plain_tar_archives_of_images(tmp_path: Path, suffix: str) -> None:
+def test_plain_tar_archives_of_images_are_read(tmp_path: Path, suffix: str) -> None:
     """Images are separate samples even if their names differ only after the first dot."""
     files = [
         ("./x/img.1.png", PNGS[0]),
@@ -341,7 +344,7 @@ def test_shards_are_read_and_images_beside_them_are_not(tmp_path: Path) -> None:
     assert source.notes[0].startswith("1 .tar file is read, and not 2 images beside, such as 'logo.png': ")
 
 
-def test_shards_with_equal_names_and_without_a_split(tmp_path: Path) -> None:
+def test_shards_with_equal_names_and_without_a_split_are_read(tmp_path: Path) -> None:
     for folder in ("train/a", "train/b", "more"):
         (tmp_path / "set" / folder).mkdir(parents=True)
         write(tmp_path / "set" / folder / "0.tar", samples("cls", [0, 1])[:6])

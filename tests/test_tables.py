@@ -72,16 +72,16 @@ LABELS: dict[str, tuple[Any, Any, Any, Any]] = {  # values, Arrow type -> labels
     "numbers": ([0, 1, 2] * 2, pa.uint8(), [0, 1, 2] * 2, None),
     "whole floats": ([0.0, 1.0] * 3, pa.float64(), [0, 1] * 3, None),
     "booleans": ([True, False] * 3, pa.bool_(), [1, 0] * 3, None),
-    "texts": (["b", "a", "ä"] * 2, pa.string(), [1, 0, 2] * 2, ["a", "b", "ä"]),
+    "strings": (["b", "a", "ä"] * 2, pa.string(), [1, 0, 2] * 2, ["a", "b", "ä"]),
     "categories": (["b", "a"] * 3, pa.dictionary(pa.int8(), pa.string()), [1, 0] * 3, ["a", "b"]),
     "vectors": ([[0.5, 1.0]] * N, pa.list_(pa.float32()), [[0.5, 1.0]] * N, None),
     "vectors of fixed length": ([[0.5, 1.0]] * N, pa.list_(pa.float32(), 2), [[0.5, 1.0]] * N, None),
-    "sets of classes": ([[0, 1, 1]] * N, pa.list_(pa.int64()), [[0, 1, 1]] * N, None),
-    "sets as booleans": ([[False, True]] * N, pa.list_(pa.bool_()), [[0, 1]] * N, None),
+    "zeros and ones": ([[0, 1, 1]] * N, pa.list_(pa.int64()), [[0, 1, 1]] * N, None),
+    "lists of booleans": ([[False, True]] * N, pa.list_(pa.bool_()), [[0, 1]] * N, None),
     "lists of one": ([[2], [0], [5]] * 2, pa.list_(pa.int64()), [2, 0, 5] * 2, None),
     "vectors of one": ([[0.25]] * N, pa.list_(pa.float64()), [[0.25]] * N, None),
     "unknown": ([-1] * N, pa.int64(), None, None),
-    "nothing": ([None] * N, pa.null(), None, None),
+    "nulls": ([None] * N, pa.null(), None, None),
 }
 
 
@@ -206,7 +206,7 @@ def test_several_configurations_in_a_folder_are_refused(tmp_path: Path, suffix: 
     assert ("in each of ., de: give" if names[0] == "data" else "in each of de") in message
 
 
-def test_tables_with_several_names_and_without_a_split(tmp_path: Path) -> None:
+def test_tables_of_several_folders_and_without_a_split_are_read(tmp_path: Path) -> None:
     for name, rows in (("a/0000", 1), ("b/0001", 2), ("train", 3)):
         write(tmp_path / "set" / f"{name}.parquet", labelled_table([0] * N)[:rows])
     assert len(open_tables(tmp_path / "set")) == 3
@@ -287,7 +287,7 @@ def save(folder: Path, table: Any, **state: Any) -> None:
     (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
 
 
-def test_datasets_saved_by_save_to_disk(tmp_path: Path) -> None:
+def test_datasets_saved_by_save_to_disk_are_read(tmp_path: Path) -> None:
     for split in ("train", "test"):
         save(tmp_path / "set" / split, labelled_table([0, 1, 2, 3, 4, 5]))
     made, content = build(tmp_path / "set" / "test", tmp_path / "one.zip")
@@ -306,7 +306,7 @@ def test_datasets_saved_by_save_to_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["parquet", "png"])
-def test_snapshots_in_a_hub_cache(tmp_path: Path, content: str) -> None:
+def test_snapshots_in_a_hub_cache_are_read(tmp_path: Path, content: str) -> None:
     root = tmp_path / "datasets--somebody--some"
     blob = (
         write(root / "blobs" / f"abc.{content}", labelled_table([0] * N))

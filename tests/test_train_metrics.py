@@ -1,4 +1,4 @@
-"""Metrics while training: when they are due, where they go, the best network, overfitting signals, refusals."""
+"""Metrics during training: intervals, records, the best network, overfitting signals, error messages."""
 
 from __future__ import annotations
 

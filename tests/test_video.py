@@ -37,14 +37,14 @@ from torch_utils.interpolation import linear_weights, slerp, spline_weights
 def test_splines_equal_scipy(count: int, closed: bool) -> None:
     points = torch.randn(count, 4, dtype=torch.float64)
     times = torch.linspace(0, max(count - (not closed), 1), 50, dtype=torch.float64)
-    way = spline_weights(times, count, closed=closed) @ points
+    trajectory = spline_weights(times, count, closed=closed) @ points
     if count == 1:
         expected = points.expand(50, -1)
     else:
         knots = torch.cat([points, points[:1]]) if closed else points
         reference = CubicSpline(np.arange(len(knots)), knots, bc_type="periodic" if closed else "natural")
         expected = torch.from_numpy(reference(times))
-    torch.testing.assert_close(way, expected)
+    torch.testing.assert_close(trajectory, expected)
     straight = linear_weights(times, count, closed=closed) @ points
     for i in range(4):
         knots = torch.cat([points, points[:1]])[: count + closed, i] if closed else points[:, i]
@@ -55,10 +55,10 @@ def test_slerp_equals_scipy() -> None:
     """Directions follow SciPy's slerp on the unit sphere; lengths are interpolated linearly."""
     a, b = torch.randn(2, 1, 5, dtype=torch.float64).unbind()
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    way = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
+    trajectory = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
     units = geometric_slerp((a / a.norm())[0].numpy(), (b / b.norm())[0].numpy(), t.numpy())
     lengths = (1 - t) * a.norm() + t * b.norm()
-    torch.testing.assert_close(way, torch.from_numpy(units) * lengths[:, None])
+    torch.testing.assert_close(trajectory, torch.from_numpy(units) * lengths[:, None])
     torch.testing.assert_close(slerp(a, a, t[:1, None]), a)
 
 
@@ -103,10 +103,10 @@ def test_loops_close_smoothly() -> None:
     timing = Timing(num_keys=3, steps=8, loop=True)
     z = torch.randn(2, 3, 16)
     keys = model.map(z.flatten(0, 1)).unflatten(0, (2, 3))
-    ways = [through_styles(keys, "w", timing), through_styles(keys, "spline", timing)]
-    ways.append(through_latents(model, z, torch.zeros(3, 0), timing, 1.0))
-    for way in ways:
-        ws = way(timing.times())
+    trajectories = [through_styles(keys, "w", timing), through_styles(keys, "spline", timing)]
+    trajectories.append(through_latents(model, z, torch.zeros(3, 0), timing, 1.0))
+    for trajectory in trajectories:
+        ws = trajectory(timing.times())
         assert len(ws) == timing.num_frames == 24
         torch.testing.assert_close(ws[[0, 8, 16]].transpose(0, 1), keys)
         steps = (ws.roll(-1, dims=0) - ws).flatten(2).norm(dim=2)  # (24, cells)
@@ -143,7 +143,7 @@ def test_video_files_contain_the_frames(ending: str, shapes_zip: Path, tmp_path:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_odd_sizes_and_grayscale_videos(shapes_zip: Path, tmp_path: Path) -> None:
+def test_odd_sizes_and_grayscale_images_are_encoded(shapes_zip: Path, tmp_path: Path) -> None:
     """A grayscale network of 24 x 40 pixels in three columns, and videos of 3 x 5 pixels."""
     network = make_snapshot(
         tmp_path / "n.pkl", shapes_zip, img_channels=1, base=(3, 5), widths=(8, 8, 8, 8), layers=(1,) * 4
@@ -184,7 +184,7 @@ def test_classes_become_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "--classes=3: this network has the classes 0..2" in result.output) == (2, True)
 
 
-def test_videos_of_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
+def test_videos_of_saved_styles_equal_those_of_seeds(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     save_styles(tmp_path / "w.npz", make_model().styles_of((4,)))
     save_directions(tmp_path / "d.npz", example_directions())
