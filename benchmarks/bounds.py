@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import test_bounds as bounds
 import test_hostile_data as data
-from test_hostile import DATA, SNAPSHOT, STATE
+from fuzzing import DATA, SNAPSHOT, STATE
 
 import calc_metrics
 import dataset_tool

@@ -1,4 +1,4 @@
-"""Shared fixtures: a small data set of scenes, and a tiny configuration that trains on it in seconds."""
+"""Shared fixtures: a small dataset of scenes, and a tiny configuration that trains on it in seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from training.training_loop import Tick, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-PATIENCE = 600  # seconds after which a program that a test has started hangs, however busy the machine is
+PATIENCE = 600  # timeout in seconds for programs started by a test, even on a busy machine
 
 
 _LOCKS = ExitStack()
@@ -36,20 +36,20 @@ _LOCKS = ExitStack()
 
 @pytest.fixture(autouse=True, scope="session")
 def _locks_are_given_back() -> Iterator[None]:
-    """Close those of `new_saver`."""
+    """Release the folder locks of `new_saver` at the end of the session."""
     with _LOCKS:
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Several test processes share a machine's cores."""
+    """Use one thread per test process, since several processes share the cores of a machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _float32_on_gpus() -> Iterator[None]:
-    """Compare in float32, which convolutions on a GPU are not by default; what a test sets ends with it."""
+    """Disable TF32, the default of convolutions on a GPU, and restore the settings after each test."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -58,7 +58,7 @@ def _float32_on_gpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stub_gpu() -> Iterator[Executor]:
-    """A process in which PyTorch sees a GPU of 80 GiB that computes nothing."""
+    """Pool of one process in which PyTorch sees a simulated GPU of 80 GiB that computes nothing."""
     import launches
 
     try:
@@ -69,7 +69,7 @@ def stub_gpu() -> Iterator[Executor]:
 
 
 class OnStep(Hook):
-    """Calls a function after every step."""
+    """Hook that calls a function after every step."""
 
     def __init__(self, function: Callable[[Trainer], object]) -> None:
         self.function = function
@@ -79,7 +79,7 @@ class OnStep(Hook):
 
 
 class OnTick(Hook):
-    """Calls a function at every tick."""
+    """Hook that calls a function at every tick."""
 
     def __init__(self, function: Callable[[Trainer, Tick], object]) -> None:
         self.function = function
@@ -89,12 +89,12 @@ class OnTick(Hook):
 
 
 def all_recorded(trainer: Trainer) -> bool:
-    """Whether every phase has become a CUDA graph; one that could not would train all the same."""
+    """Return whether every phase was captured as a CUDA graph; a phase without a graph would train silently."""
     return trainer.graphs is not None and trainer.graphs.recorded.keys() == {phase.name for phase in trainer.phases}
 
 
 def launch_as(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
-    """Set the environment variables of torchrun, for the first of two processes on one machine unless changed."""
+    """Set the environment variables of torchrun, by default for rank 0 of two processes on one machine."""
     values = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | changes
     for name, value in values.items():
@@ -102,7 +102,7 @@ def launch_as(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
 
 
 def make_shapes(path: Path, side: int, count: int) -> Path:
-    """Write labelled scenes of side x side pixels."""
+    """Build a dataset of labelled scenes of side x side pixels."""
     options = [f"--max-images={count}", f"--width={side}", f"--height={side}", "--workers=1"]
     result = CliRunner().invoke(dataset_tool.main, ["--source=shapes", f"--dest={path}", *options])
     assert result.exit_code == 0, result.output
@@ -111,19 +111,19 @@ def make_shapes(path: Path, side: int, count: int) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """256 scenes of 16x16 pixels, which the configuration of SMALL trains on."""
+    """Dataset of 256 scenes of 16x16 pixels, the size of the configuration of SMALL."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 16, 256)
 
 
 @pytest.fixture(scope="session")
 def shapes32_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """256 scenes of 32x32 pixels, which presets make."""
+    """Dataset of 256 scenes of 32x32 pixels, the size of several presets."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 32, 256)
 
 
 @pytest.fixture(scope="session")
 def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each of MODULES, with what its `in_two_processes` has written: once for all test processes."""
+    """Folder with the output of `in_two_processes` of each of MODULES, which all test processes share."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -139,7 +139,7 @@ def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, and skip the tests marked `gpu` where there is none, saying so."""
+    """Run the slowest files first, and skip tests marked `gpu` with a reason if there is no GPU."""
     items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
@@ -147,7 +147,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
 
 
-# Files that start programs or compile. When they come last, one test process waits for the other.
+# Files that start programs or compile. If they ran last, one test process would wait for the other.
 LONG = (
     "test_torture",
     "test_launches",
@@ -159,7 +159,7 @@ LONG = (
     "test_training",
 )
 
-# Options for train.py that make the preset `tiny` smaller still.
+# Options of train.py that make the preset `tiny` even smaller.
 SMALL = [
     "--cfg=tiny",
     "--g_dict=32,16",
@@ -172,7 +172,7 @@ SMALL += ["--batch=16", "--linformer=0", "--gamma=0.5"]
 
 
 def small_config(data: Path, **changes: object) -> TrainConfig:
-    """The configuration of SMALL for a data set, resolved; `changes` are config paths with __ for the dots."""
+    """Resolve the configuration of SMALL for a dataset; `changes` are config paths with __ instead of dots."""
     values = {
         "generator.widths": (32, 16),
         "generator.layers": (1, 1),
@@ -193,7 +193,7 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
 
 
 def new_saver(folder: Path, config: TrainConfig) -> Saver:
-    """The saver of a run whose folder this is."""
+    """Make the saver of a run in this folder."""
     lock = _LOCKS.enter_context(FolderLock())
     lock.acquire(folder)
     (folder / OPTIONS_FILE).touch()

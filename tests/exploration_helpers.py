@@ -1,8 +1,10 @@
-"""Small snapshots of every family for the commands of generate.py that look into a model."""
+"""Small snapshots of every family for the commands of generate.py, and readers of their output."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import numpy as np
 import torch
 from click.testing import CliRunner, Result
 from conftest import small_config
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import generate
+from exploration.directions import Directions
 from exploration.model import Model
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
@@ -29,7 +32,7 @@ FAMILIES: dict[str, GeneratorConfig] = {
         **SIZES, widths=(16, 8), layers=(1, 2), depth=4, handover=16, resolutions=3, channel_base=128
     ),
 }
-TRANSGAN = TransGANConfig(  # whose latent is its only style
+TRANSGAN = TransGANConfig(  # its latent is its only style
     z_dim=16, w_dim=16, widths=(32, 8, 8), layers=(1, 1, 1), num_heads=2, full_upto=16, window=8
 )
 
@@ -45,7 +48,7 @@ def run_ok(command: str, *arguments: object) -> str:
 
 
 def build(config: GeneratorConfig) -> Any:
-    """An untrained generator in which noise and w_avg are not zero, as they would be after training."""
+    """Build an untrained generator with nonzero noise strengths and w_avg, as after training."""
     torch.manual_seed(3)
     G = config.build()
     with torch.no_grad():
@@ -70,11 +73,35 @@ def make_model(family: str = "styleformer", **options: Any) -> Model:
 
 
 def model_of(config: GeneratorConfig, **options: Any) -> Model:
-    """An untrained generator without classes, on the CPU."""
+    """Build an untrained unconditional generator on the CPU."""
     return Model(G=build(config), device=torch.device("cpu"), c=torch.zeros(1, 0), **options)
 
 
 def pixels(path: Path) -> np.ndarray:
-    """Pixels of a picture, (H, W) or (H, W, C)."""
+    """Read the pixels of an image file, (H, W) or (H, W, C)."""
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def example_directions(**changes: Any) -> Directions:
+    """Make the first three coordinate axes of w as directions for styles 1 and 2."""
+    made = Directions(
+        directions=torch.eye(12)[:3], values=torch.ones(3), sigmas=torch.tensor([2.0, 1.0, 0.5]), styles=(1, 2)
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def decode_video(path: Path) -> tuple[np.ndarray, float]:
+    """Return the frames (T, H, W, 3) and the frames per second of an MP4 or GIF file."""
+    if path.suffix == ".gif":
+        with Image.open(path) as gif:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+            return np.stack(frames), 1000 / gif.info["duration"]
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    match = re.search(r"Video: h264.*? (\d+)x(\d+)[ ,].*?([\d.]+) fps", done.stderr.decode())
+    assert match, done.stderr.decode()
+    width, height, fps = match.groups()
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3), float(fps)

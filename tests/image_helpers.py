@@ -1,4 +1,4 @@
-"""Image files built byte by byte, where Pillow cannot write them or would not write them so."""
+"""Image files built byte by byte that Pillow cannot write, or writes differently."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
 def png(
     rows: list[bytes], width: int, bits: int, color_type: int, before: bytes = b"", after: bytes = b"", lace: int = 0
 ) -> bytes:
-    """Make a PNG of packed rows, with chunks before and after its pixels."""
+    """Make a PNG of packed rows, with chunks before and after the pixels."""
     header = struct.pack(">IIBBBBB", width, len(rows), bits, color_type, 0, 0, lace)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = [png_chunk(b"IHDR", header), before, png_chunk(b"IDAT", pixels), after, png_chunk(b"IEND", b"")]
@@ -77,22 +77,22 @@ def psd(planes: np.ndarray, mode: int, bits: int = 8, size: tuple[int, int] | No
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, C, height, width, bits, mode) + bytes(12)
     if not runs:
         return head + b"\0\0" + planes.tobytes()
-    lines = [bytes([n - 1]) + row.tobytes() for plane in planes for row in plane]  # n bytes as they are
+    lines = [bytes([n - 1]) + row.tobytes() for plane in planes for row in plane]  # n literal bytes
     return head + b"\0\1" + struct.pack(f">{C * H}H", *map(len, lines)) + b"".join(lines)
 
 
-def icon(*pictures: tuple[int, int, int, bytes]) -> bytes:
-    """Make an ICO file of pictures: width, height, bits per pixel, and a PNG or a bitmap with its mask."""
-    place = 6 + 16 * len(pictures)
+def icon(*images: tuple[int, int, int, bytes]) -> bytes:
+    """Make an ICO file of images: width, height, bits per pixel, and a PNG or a bitmap with a mask."""
+    place = 6 + 16 * len(images)
     entries = b""
-    for width, height, bits, data in pictures:
+    for width, height, bits, data in images:
         entries += struct.pack("<BBBBHHII", width % 256, height % 256, 0, 0, 1, bits, len(data), place)
         place += len(data)
-    return struct.pack("<HHH", 0, 1, len(pictures)) + entries + b"".join(data for *_, data in pictures)
+    return struct.pack("<HHH", 0, 1, len(images)) + entries + b"".join(data for *_, data in images)
 
 
 def bitmap_of_icon(pixels: np.ndarray, mask: np.ndarray | None = None) -> bytes:
-    """Make the bitmap of an icon: pixels uint8 [H, W, 3 or 4], and a mask [H, W] of what is transparent."""
+    """Make the bitmap of an icon: pixels uint8 [H, W, 3 or 4], and a mask [H, W] of the transparent pixels."""
     H, W, C = pixels.shape
     head = struct.pack("<IiiHHIIiiII", 40, W, 2 * H, 1, 8 * C, 0, 0, 0, 0, 0, 0)
     mask = np.zeros((H, W), bool) if mask is None else mask
@@ -103,18 +103,18 @@ def bitmap_of_icon(pixels: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 
 
 def exif(orientation: int, order: str = "<") -> bytes:
-    """Make EXIF data of an orientation alone, which are a TIFF file without an image."""
+    """Make EXIF data with an orientation only: a TIFF file without an image."""
     return ORDERS[order] + struct.pack(f"{order}IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
 
 
 def jpeg_with(data: bytes, *segments: tuple[int, bytes]) -> bytes:
-    """Add segments to a JPEG, before its own."""
+    """Add segments to a JPEG, before the existing segments."""
     added = (bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content for marker, content in segments)
     return b"".join([data[:2], *added, data[2:]])
 
 
 def claims(count: int, order: str = "<") -> bytes:
-    """Make EXIF data of `count` tags whose values are the same 60,000 bytes."""
+    """Make EXIF data of `count` tags that share the same 60,000 bytes as value."""
     place = 8 + 2 + 12 * count + 4
     tags = (struct.pack(f"{order}HHII", 1000 + k, 7, 60_000, place) for k in range(count))
     return ORDERS[order] + struct.pack(f"{order}IH", 8, count) + b"".join(tags) + bytes(4) + bytes(60_000)
@@ -135,7 +135,7 @@ def jpeg2000(
 
 
 def overlapping_tiff() -> bytes:
-    """Make a TIFF in which many tags that decoders read have the same megabyte."""
+    """Make a TIFF in which many tags that decoders read share the same megabyte as value."""
     tags = [*range(256, 350), *range(529, 533)]
     entries = b"".join(struct.pack("<HHII", tag, 7, 1 << 20, 8) for tag in tags)
     return (
@@ -144,9 +144,15 @@ def overlapping_tiff() -> bytes:
 
 
 def iso_with_claims(kind: str) -> bytes:
-    """Make an AVIF or HEIC file whose EXIF data claim more than the file has."""
-    about = Image.Exif()
-    about[0x10E] = "x" * 100_000
-    data = encoded(Image.new("RGB", (64, 64)), kind, exif=about.tobytes())
+    """Make an AVIF or HEIC file whose EXIF data claim more bytes than the file has."""
+    metadata = Image.Exif()
+    metadata[0x10E] = "x" * 100_000
+    data = encoded(Image.new("RGB", (64, 64)), kind, exif=metadata.tobytes())
     start, false = data.index(b"MM\0*"), claims(3000, ">")
     return data[:start] + false + data[start + len(false) :]
+
+
+def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
+    """Make a PNG file without pixels."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)

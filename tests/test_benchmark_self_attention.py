@@ -1,4 +1,4 @@
-"""benchmarks/self_attention.py with few tokens: the problems it reports, and memory that is known beforehand."""
+"""benchmarks/self_attention.py with few tokens: reported problems, and memory of a known size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_helpers import results
 from click.testing import CliRunner
-from test_benchmarks import results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -22,7 +22,7 @@ SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 
 @pytest.mark.slow
 def test_attention_measures_memory_and_time() -> None:
-    """The explicit form holds several matrices, the blockwise form as many blocks, of half the size."""
+    """The explicit implementation holds several matrices, the blockwise one as many blocks of half the size."""
     options = [*SMALL, "--tokens=1024", "--batch=4", "--forms=plain,blockwise", "--derivatives=2"]
     plain, blockwise = results(self_attention.main, *options)
     assert (plain["form"], blockwise["form"]) == ("plain", "blockwise")
@@ -33,11 +33,11 @@ def test_attention_measures_memory_and_time() -> None:
     for row in (plain, blockwise):
         assert (row["tokens"], row["derivatives"]) == (1024, 2)
         assert row["ms"] > 0
-    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ  # and was put back
+    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ  # restored
 
 
 def problem(**case: Any) -> Any:
-    """What is reported of a case that cannot be measured, which needs no process of its own."""
+    """Return the reported problem of a case that cannot be measured, without starting a process."""
     sizes: dict[str, Any] = {"batch": 1, "heads": 1, "head_dim": 4, "projected_tokens": 2, "dtype": "float32"}
     measured = self_attention.measure(
         self_attention.Case(**case, **sizes), torch.device("cpu"), 1, torch.get_num_threads()
@@ -46,7 +46,7 @@ def problem(**case: Any) -> Any:
     return measured["problem"]
 
 
-def test_attention_says_why_there_is_no_result() -> None:
+def test_attention_reports_why_a_case_has_no_result() -> None:
     options = ["--tokens=65536", "--forms=plain", "--derivatives=2", "--max-gib=0.5"]
     (refused,) = results(self_attention.main, *SMALL, *options)
     assert refused["problem"] == "not started: needs matrices of about 192 GiB, limit 0.5"
@@ -54,20 +54,20 @@ def test_attention_says_why_there_is_no_result() -> None:
     assert problem(form="fused", derivatives=2, tokens=16) == "has no second derivative"
 
 
-def test_attention_reports_that_memory_ran_out() -> None:
-    """More tokens than a process has addresses; other failures are not results."""
+def test_attention_reports_running_out_of_memory() -> None:
+    """Running out of address space is a result; other failures are errors."""
     assert problem(form="plain", derivatives=1, tokens=2**44) == "out of memory"
     assert self_attention.explain(torch.OutOfMemoryError("CUDA out of memory.")) == "out of memory"
     with pytest.raises(RuntimeError, match="another"):
         self_attention.explain(RuntimeError("another"))
 
 
-def test_attention_forms_compute_the_same() -> None:
+def test_attention_implementations_are_equal() -> None:
     case = {"derivatives": 2, "tokens": 8, "batch": 2, "heads": 3, "head_dim": 4, "projected_tokens": 2}
     cases = {form: self_attention.Case(form=form, dtype="float32", **case) for form in self_attention.FORMS}
     inputs = self_attention.make_inputs(cases["plain"], torch.device("cpu"), tokens=8)
     out = {form: self_attention.attend(cases[form], inputs) for form in self_attention.FORMS}
-    for form in ("fused", "blockwise", "linformer"):  # which without a projection is plain
+    for form in ("fused", "blockwise", "linformer"):  # linformer without a projection equals plain
         torch.testing.assert_close(out[form], out["plain"])
     shortened = self_attention.attend(cases["linformer"], [*inputs, torch.eye(8)[:2]])
     k, v = inputs[1][:, :, :2], inputs[2][:, :, :2]
@@ -77,7 +77,7 @@ def test_attention_forms_compute_the_same() -> None:
 @pytest.mark.parametrize(
     ("option", "problem"), [("--forms=plain,flash", "no 'flash'"), ("--derivatives=1,3", "choose from 1,2")]
 )
-def test_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:
+def test_attention_refuses_invalid_options(option: str, problem: str) -> None:
     outcome = CliRunner().invoke(self_attention.main, [option, "--device=cpu"])
     assert outcome.exit_code == 2
     assert problem in outcome.output
@@ -89,13 +89,13 @@ GRID = ["--device=cpu", "--repeats=1", "--head-dim=4", "--heads=2"]
 def test_windows_need_less_memory_than_the_whole_grid() -> None:
     (grid,) = results(grid_attention.main, *GRID, "--resolutions=48", "--forms=grid", "--derivatives=1")
     assert (grid["form"], grid["resolution"]) == ("grid", 48)
-    matrix = 2 * 48**4 * 4 / 2**20  # of all tokens, of both heads
+    matrix = 2 * 48**4 * 4 / 2**20  # attention weights of all tokens and both heads
     assert grid["peak_mib"] < matrix / 2
     assert grid["ms"] > 0
 
 
-def test_grid_attention_measures_the_networks_own_code() -> None:
-    """The forms are modules of the networks; small cases of the same kind go before what is measured."""
+def test_grid_attention_measures_the_modules_of_the_networks() -> None:
+    """The forms are modules of the networks; a small case of the same kind runs before each measurement."""
     sizes: dict[str, Any] = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
     for form in grid_attention.FORMS:
         case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)
@@ -114,12 +114,12 @@ def test_grid_attention_measures_the_networks_own_code() -> None:
         ("--window=10", "--window=10: does not divide the grid 16x16; possible: 16, 8, 4, 2"),
     ],
 )
-def test_grid_attention_refuses_what_it_cannot_measure(option: str, problem: str) -> None:
+def test_grid_attention_refuses_invalid_options(option: str, problem: str) -> None:
     outcome = CliRunner().invoke(grid_attention.main, [option, "--device=cpu"])
     assert outcome.exit_code == 2
     assert problem in outcome.output
 
 
-def test_grid_attention_says_why_there_is_no_result() -> None:
+def test_grid_attention_reports_why_a_case_has_no_result() -> None:
     (row,) = results(grid_attention.main, *GRID, "--resolutions=256", "--forms=full", "--derivatives=1", "--max-gib=1")
     assert row["problem"] == "not started: needs matrices of about 128 GiB, limit 1"

@@ -1,4 +1,4 @@
-"""The benchmark scripts with tiny settings: lines of JSON with the promised keys; what the suite starts."""
+"""The benchmark scripts with tiny settings: lines of JSON with the documented keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
+from benchmark_helpers import COMMON_KEYS, results
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -28,32 +28,17 @@ from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshots.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
-CIRCUMSTANCES = {"benchmark", "device", "torch", "threads", "cores", "load_at_start", "command"}
 TINY_STEP = ["--preset=tiny", "--g_dict=16,16,16", "--batch=4", "--steps=1", "--warmup=0", "--device=cpu"]
 
 
 @pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Iterator[None]:
+def _restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def results(command: click.Command, *options: str) -> list[dict[str, Any]]:
-    """Run a benchmark in this process and return its lines."""
-    outcome = CliRunner().invoke(command, options, catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    rows = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert rows
-    for row in rows:
-        assert row.keys() >= CIRCUMSTANCES
-        assert row["torch"] == torch.__version__
-        assert row["device"].startswith("cpu")
-        assert row["command"].startswith("python ")
-    return rows
-
-
-def test_train_step_combines_phases_by_their_intervals() -> None:
+def test_train_step_weights_phases_by_their_intervals() -> None:
     (row,) = results(train_step.main, *TINY_STEP, "--threads=1")
     assert row["threads"] == 1
     assert row["intervals"] == {"G_main": 1, "D_main": 1, "D_reg": 16}
@@ -67,7 +52,7 @@ def test_train_step_combines_phases_by_their_intervals() -> None:
     assert (row["widths"], row["img_shape"]) == ([16, 16, 16], [3, 32, 32])
 
 
-def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, bool]] = []
     run_phase = train_step.Trainer.run_phase
 
@@ -78,18 +63,18 @@ def test_train_step_measures_each_phase_as_often_as_asked(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
     (row,) = results(train_step.main, *TINY_STEP, "--batch=8", "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
-    names = [name for name, batch, _ in calls if batch == 8]  # the others count operations
+    names = [name for name, batch, _ in calls if batch == 8]  # calls of another batch size count operations
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
-    assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # and was put back
+    assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # restored
     assert (row["mode"], row["precision"], row["speedup"]) == ("bf16+no-winograd", "bf16", 1)
 
 
 def test_train_step_counts_operations() -> None:
-    """A discriminator of known cost under a generator that costs next to nothing: 3 passes for G, 6 for D, 9/16 for R1.
+    """The cost is that of D, with a tiny generator: 3 forward passes in G_main, 6 in D_main, 9 in every 16th D_reg.
 
-    A backward pass to weights and inputs is worth two forward ones. D sees no gradient of its own in G_main, the first
-    layer none of its input in D_main, which makes the sum a little smaller.
+    A backward pass to weights and inputs costs two forward passes. The sum is slightly smaller, because G_main
+    computes no weight gradients of D, and D_main no gradient for the input of the first layer.
     """
     (row,) = results(train_step.main, *TINY_STEP, "--steps=1", "--warmup=0")
     config = train_step.override(PRESETS["tiny"], {"generator.widths": (16, 16, 16), "generator.layers": (1, 1, 1)})
@@ -100,14 +85,14 @@ def test_train_step_counts_operations() -> None:
     assert row["tflop_per_s"] == pytest.approx(row["gflop_per_image"] * row["img_per_s"] / 1000, abs=1e-3)
 
 
-def test_train_step_asks_for_a_resolution_where_the_preset_leaves_it_open() -> None:
+def test_train_step_requires_a_resolution_for_open_presets() -> None:
     outcome = CliRunner().invoke(train_step.main, ["--preset=auto", "--device=cpu"])
     assert outcome.exit_code == 2
     assert "--resolution" in outcome.output
 
 
 @pytest.mark.slow
-def test_train_step_compares_in_processes_of_their_own() -> None:
+def test_train_step_measures_each_mode_in_a_separate_process() -> None:
     rows = results(train_step.main, *TINY_STEP, "--modes=plain,fp32,bf16+checkpoint")
     assert [row["mode"] for row in rows] == ["plain", "fp32", "bf16+checkpoint"]
     assert rows[0]["speedup"] == 1
@@ -121,7 +106,7 @@ def test_train_step_refuses_unknown_modes() -> None:
     assert "'fast' is none of fp32, tf32" in outcome.output
 
 
-def test_generation_measures_each_batch(tmp_path: Path) -> None:
+def test_generation_measures_each_batch_size(tmp_path: Path) -> None:
     config = PRESETS["tiny"]
     path = tmp_path / "network-snapshot-000001.pkl"
     save_network(path, config=config, G_ema=config.generator.build())
@@ -139,15 +124,15 @@ def test_networks_count_parameters_and_operations(monkeypatch: pytest.MonkeyPatc
     (row,) = results(networks.main, "--batch=2", "--seconds=0.01")
     assert row["parameters"] == sum(p.numel() for p in config.build().parameters())
     assert row.keys() >= {"gflop_per_image", "forward_img_per_s", "forward_backward_img_per_s"}
-    assert row["peak_mib"] * 2**20 > 8 * row["parameters"]  # they and their gradients
+    assert row["peak_mib"] * 2**20 > 8 * row["parameters"]  # parameters and gradients, 4 bytes each
 
 
-def test_networks_of_every_family_are_measured() -> None:
+def test_network_benchmark_covers_every_family() -> None:
     found = {type(config) for config in networks.CONFIGS.values()}
     assert found == {*GENERATORS.values(), *DISCRIMINATORS.values()}
 
 
-def test_operators() -> None:
+def test_operators_reports_one_row_per_case() -> None:
     rows = results(operators.main, "--only=RGB pyramid up, 16 px", "--repeats=1")
     assert [row["case"] for row in rows] == ["RGB pyramid up, 16 px"]
     assert rows[0]["forward"].keys() == {"ms", "gb_per_s", "of_copy"}
@@ -170,13 +155,13 @@ def test_operators_counts_the_bytes_that_a_fused_kernel_moves() -> None:
         ("--dtype=float32,int8", "'int8' is none of float32, float16, bfloat16"),
     ],
 )
-def test_operators_refuses(option: str, message: str) -> None:
+def test_operators_refuses_unknown_options(option: str, message: str) -> None:
     outcome = CliRunner().invoke(operators.main, [option])
     assert outcome.exit_code == 2
     assert message in outcome.output
 
 
-def test_data() -> None:
+def test_data_reports_throughput_and_speedup() -> None:
     (row,) = results(data.main, "--draw=32", "--side=16", "--workers=1", "--batch-size=8")
     assert (row["num_images"], row["img_shape"]) == (32, [3, 16, 16])
     assert row["tool_speedup"] > 0
@@ -191,18 +176,18 @@ def test_data() -> None:
     }
 
 
-def test_swd() -> None:
+def test_swd_reports_throughput() -> None:
     (row,) = results(swd.main, "--size=32", "--images=16", "--device=cpu")
     assert (row["size"], row["images"]) == (32, 16)
     assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
 
 
 @pytest.mark.slow
-def test_bounds_prints_a_line_for_each_input_and_one_for_the_kind() -> None:
+def test_bounds_prints_one_line_per_input_and_a_summary() -> None:
     command = [sys.executable, "benchmarks/bounds.py", "--each", "--only=pipes"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     *each, kind = [json.loads(line) for line in done.stdout.splitlines()]
-    assert kind.keys() >= CIRCUMSTANCES | {"exit_codes", "seconds", "peak_mb"}
+    assert kind.keys() >= COMMON_KEYS | {"exit_codes", "seconds", "peak_mb"}
     assert kind["inputs"] == len(each) == 10
     assert {row["exit_code"] for row in each} == {0, 2}
     assert all("regular file" in row["says"] for row in each if row["exit_code"] == 2)

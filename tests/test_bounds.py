@@ -1,7 +1,7 @@
-"""Files that claim more than they hold: what reading one costs stays in proportion to its size.
+"""Files that claim more than they hold: the cost of reading a file stays in proportion to its size.
 
-Shared containers, strides that repeat numbers, packed members, widths without tensors, numbers beyond any float, pipes.
-Each is refused with one message that names the file. `make test` draws 280 examples, `make test-slow` 13,000.
+Shared containers, overlapping strides, compressed members, widths without tensors, numbers beyond any float, pipes.
+Each file is refused with one message that names it. `make test` draws 280 examples, `make test-slow` 13,000.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 import torch
 from conftest import PATIENCE
 from foreign_files import easy_dict, module, styleformer, write
+from fuzzing import CORRUPTION, DATA, SNAPSHOT, STATE, corrupted, draws, error_message, for_all, run
 from hypothesis import strategies as st
-from test_hostile import DAMAGE, DATA, SNAPSHOT, STATE, damaged, draws, for_all, refusal, run
 
 import calc_metrics
 import generate
@@ -57,12 +57,12 @@ from training.networks.transgan import TransGANConfig
 from training.snapshots import snapshot
 from training.snapshots.exchange import load_folder, save_folder
 
-MAX_GROWTH = 400  # MiB; without bounds most of these files take gigabytes, or for ever
+MAX_GROWTH = 400  # MiB; without limits, most of these files take gigabytes or never finish
 HUGE = 10**400  # more than a float holds
 
 
-def restart_peak_memory() -> int | None:
-    """Set the process's peak memory to what it has now, and return it in MiB; None where /proc does not allow it."""
+def reset_peak_memory() -> int | None:
+    """Reset the peak memory of the process to the current usage and return it in MiB, or None if not permitted."""
     return_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -73,38 +73,38 @@ def restart_peak_memory() -> int | None:
 
 
 def return_free_memory() -> None:
-    """Give back what a tuned glibc keeps of memory that is free, since taking that again would not be seen."""
+    """Return free memory that a tuned glibc retains to the system, because its reuse would not raise the peak."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
 def peak_memory() -> int:
-    """Return the most MiB that the process has had in memory since the peak was restarted."""
+    """Return the peak memory of the process in MiB since the last reset."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) // 1024
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    """Fail when what is inside takes hundreds of megabytes, also where the process has had as many before."""
-    before = restart_peak_memory()
+def bounded_memory() -> Iterator[None]:
+    """Fail if the body of the `with` statement takes hundreds of megabytes, even after a higher earlier peak."""
+    before = reset_peak_memory()
     yield
     assert before is None or peak_memory() - before < MAX_GROWTH
 
 
-def test_memory_is_measured_after_a_peak() -> None:
-    if restart_peak_memory() is None:
+def test_peak_memory_is_measured_after_an_earlier_peak() -> None:
+    if reset_peak_memory() is None:
         pytest.skip("/proc/self/clear_refs cannot be written")
     tune_allocator()
     for _ in range(2):
-        with pytest.raises(AssertionError), little_memory():
+        with pytest.raises(AssertionError), bounded_memory():
             bytearray(b"x") * ((MAX_GROWTH + 100) << 20)
 
 
-def refused(function: Callable[[], Any], text: str = "") -> str:
-    """Call a function that refuses in one line, at little cost; return what it says."""
-    with little_memory():
-        message = refusal(function)
+def assert_refused(function: Callable[[], Any], text: str = "") -> str:
+    """Assert that a function raises a UserError of one line with this text at little cost; return the message."""
+    with bounded_memory():
+        message = error_message(function)
     assert message is not None
     assert text in message
     assert "\n" not in message
@@ -116,19 +116,19 @@ def refused(function: Callable[[], Any], text: str = "") -> str:
 
 
 def payload() -> dict[str, Any]:
-    """The content of a snapshot, with all fields of today's configuration."""
+    """Return the content of a snapshot with all fields of the current configuration."""
     content = torch.load(SNAPSHOT, weights_only=True)["payload"]
     return {**content, "config": to_json(read_config(content["config"]))}
 
 
 def save(path: Path, content: dict[str, Any], **head: Any) -> None:
-    """Write a snapshot by torch.save alone. Its checksum is wrong where computing it would take for ever."""
+    """Write a snapshot by torch.save. The checksum stays that of SNAPSHOT, since some contents take forever to hash."""
     document = torch.load(SNAPSHOT, weights_only=True)
     torch.save({**document, "payload": content, **head}, path)
 
 
 def nested(kind: type, levels: int = 40) -> Any:
-    """A container that holds another one twice, and so on: 2^levels leaves in a few hundred bytes."""
+    """Nest containers that hold the same container twice: 2^levels leaves in a few hundred bytes."""
     value: Any = {"a": 0} if kind is dict else kind([0])
     for _ in range(levels):
         value = {"a": value, "b": value} if kind is dict else kind([value, value])
@@ -136,7 +136,7 @@ def nested(kind: type, levels: int = 40) -> Any:
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """Change the members of a zip file."""
+    """Apply a function to the members of a zip file."""
     with zipfile.ZipFile(path) as archive:
         members = {name: change(name, archive.read(name)) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -144,21 +144,21 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int 
             archive.writestr(name, data)
 
 
-def tuple_key(path: Path) -> None:
-    """A key whose hash takes 2^60 steps."""
+def write_tuple_key(path: Path) -> None:
+    """Write a dictionary with a key whose hash takes 2^60 steps."""
     program = b"\x80\x02})" + b"q\x09h\x09\x86" * 60 + b"K\x01s."
     rewrite(path, lambda name, data: program if name.endswith("data.pkl") else data)
 
 
-def larger_storage(path: Path) -> None:
-    """Tensors that say that their storage has 2^28 numbers."""
+def write_false_storage_size(path: Path) -> None:
+    """Write tensors whose stated storage size is 2^28 numbers."""
     save(path, {"x": torch.zeros(512)})
     claim = b"J\x00\x00\x00\x10tq"
     rewrite(path, lambda name, data: data.replace(b"M\x00\x02tq", claim) if name.endswith("data.pkl") else data)
 
 
-def one_place(path: Path) -> None:
-    """A directory in which 1000 names lead to one member."""
+def write_overlapping_members(path: Path) -> None:
+    """Write a zip directory in which 1000 names refer to one member."""
     save(path, {"x": torch.zeros(2**16)})
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
@@ -172,22 +172,22 @@ def one_place(path: Path) -> None:
         archive._didModify = True  # type: ignore[attr-defined]
 
 
-def pack(path: Path) -> None:
+def write_compressed(path: Path) -> None:
     save(path, {"x": torch.zeros(2**20)})
     rewrite(path, lambda _, data: data, zipfile.ZIP_DEFLATED)
 
 
-def packed_index(path: Path) -> None:
+def write_compressed_index(path: Path) -> None:
     program = b"\x80\x02" + b"N0" * 1_000_000 + b"N."
     rewrite(path, lambda name, data: program if name.endswith("data.pkl") else data, zipfile.ZIP_DEFLATED)
 
 
-def many_views(path: Path) -> None:
+def write_many_views(path: Path) -> None:
     x = torch.zeros(2**18)
     save(path, {"x": [x.view(-1) for _ in range(500)]})
 
 
-def chained(levels: int) -> Any:
+def nested_lists(levels: int) -> Any:
     value: Any = 0
     for _ in range(levels):
         value = [value]
@@ -196,24 +196,27 @@ def chained(levels: int) -> Any:
 
 one = torch.zeros(1)
 TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "lists in two places": (lambda path: save(path, {"x": nested(list)}), "more than once"),
-    "tuples in two places": (lambda path: save(path, {"x": nested(tuple)}), "more than once"),
-    "dicts in two places": (lambda path: save(path, {"x": nested(dict)}), "more than once"),
-    "in the configuration": (lambda path: save(path, {**payload(), "config": nested(list)}), "more than once"),
-    "in place of the checksum": (lambda path: save(path, {}, sha256=nested(list)), "more than once"),
-    "a tensor in several places": (lambda path: save(path, {"x": [one] * 9}), "more than once"),
-    "a key of tuples": (tuple_key, "a non-text key"),
-    "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose elements overlap"),
-    "strides that overlap": (
+    "shared lists": (lambda path: save(path, {"x": nested(list)}), "in several places"),
+    "shared tuples": (lambda path: save(path, {"x": nested(tuple)}), "in several places"),
+    "shared dicts": (lambda path: save(path, {"x": nested(dict)}), "in several places"),
+    "shared lists in the configuration": (
+        lambda path: save(path, {**payload(), "config": nested(list)}),
+        "in several places",
+    ),
+    "shared lists as the checksum": (lambda path: save(path, {}, sha256=nested(list)), "in several places"),
+    "shared tensor": (lambda path: save(path, {"x": [one] * 9}), "in several places"),
+    "a key of tuples": (write_tuple_key, "a key that is no text"),
+    "stride 0": (lambda path: save(path, {"x": torch.zeros(1).expand(2**30)}), "whose numbers overlap"),
+    "overlapping strides": (
         lambda path: save(path, {"x": torch.zeros(2**15).as_strided((2**14, 2**14), (1, 1))}),
         "whose elements overlap",
     ),
-    "more numbers than stored": (larger_storage, "in 2048 bytes"),
-    "many views": (many_views, "than the file can hold"),
-    "members in one place": (one_place, "members overlap"),
-    "packed tensors": (pack, "members are compressed"),
-    "packed index": (packed_index, "members are compressed"),
-    "a chain of lists": (lambda path: save(path, {"x": chained(80)}), "nested too deeply"),
+    "false storage size": (write_false_storage_size, "in 2048 bytes"),
+    "many views": (write_many_views, "than the file can hold"),
+    "overlapping members": (write_overlapping_members, "in the same place"),
+    "compressed tensors": (write_compressed, "members are compressed"),
+    "compressed index": (write_compressed_index, "members are compressed"),
+    "nested lists": (lambda path: save(path, {"x": nested_lists(80)}), "nested too deeply"),
     "400 digits": (lambda path: save(path, {"nimg": HUGE}), "more than 64 bits"),
     "5000 digits": (lambda path: save(path, {"nimg": 10**5000}), "more than 64 bits"),
     "bytes": (lambda path: save(path, {"x": b"text"}), "more than tensors and plain values"),
@@ -230,26 +233,26 @@ TORCH_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", TORCH_FILES)
-def test_files_of_torch_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+def test_torch_files_claiming_more_than_they_hold_are_refused(name: str, tmp_path: Path) -> None:
     make, text = TORCH_FILES[name]
     path = tmp_path / "file.pkl"
     shutil.copy(SNAPSHOT, path)
     make(path)
-    assert str(path) in refused(lambda: snapshot.load_network(path), text)
+    assert str(path) in assert_refused(lambda: snapshot.load_network(path), text)
 
 
 @pytest.mark.parametrize("read", [legacy.describe, legacy.transfer_options, Checkpoint.read])
-def test_all_readers_refuse_what_claims_more_than_it_holds(read: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_every_reader_refuses_files_claiming_more_than_they_hold(read: Callable[[Path], Any], tmp_path: Path) -> None:
     path = tmp_path / "file.pkl"
     shutil.copy(SNAPSHOT, path)
-    for name in ("lists in two places", "members in one place"):
+    for name in ("shared lists", "overlapping members"):
         make, text = TORCH_FILES[name]
         make(path)
-        assert str(path) in refused(partial(read, path), text)
+        assert str(path) in assert_refused(partial(read, path), text)
 
 
-def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
-    """As torch.load reads it: every type, empty tensors, any layout in memory, views of larger tensors."""
+def test_written_tensors_are_read_bit_for_bit(tmp_path: Path) -> None:
+    """All types, empty tensors, memory layouts and views of larger tensors equal the result of torch.load."""
     x = torch.randn(6, 4, 3, 2)
     types = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]
     content = {
@@ -273,8 +276,8 @@ def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
 
 
 @draws(100, 4000)
-def test_strides(tmp_path: Path, examples: int) -> None:
-    """A tensor is read where each of its numbers has a place of its own in the storage, and then it is NumPy's."""
+def test_tensors_with_overlapping_strides_are_refused(tmp_path: Path, examples: int) -> None:
+    """A tensor is read only if its elements do not overlap in the storage, and then equals NumPy's indexing."""
     numbers = np.arange(12, dtype=np.float32)
     dims = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=3)
 
@@ -283,13 +286,13 @@ def test_strides(tmp_path: Path, examples: int) -> None:
         size, stride = tuple(n for n, _ in shape), tuple(step for _, step in shape)
         places = [offset + sum(i * step for i, step in zip(index, stride, strict=True)) for index in np.ndindex(size)]
         if max(places, default=0) >= 12:
-            return  # torch does not make such a view
+            return  # torch refuses to make such a view
         torch.save({"x": torch.from_numpy(numbers).as_strided(size, stride, offset)}, tmp_path / "x.pt")
-        if refusal(lambda: read_torch_file(tmp_path / "x.pt")) is None:
+        if error_message(lambda: read_torch_file(tmp_path / "x.pt")) is None:
             assert len(set(places)) == len(places)
             found = read_torch_file(tmp_path / "x.pt")["x"]
             assert (found.shape, found.flatten().tolist()) == (size, [float(place) for place in places])
-        elif len(set(places)) == len(places):  # one place each, and refused: only where strides interleave
+        elif len(set(places)) == len(places):  # refused without an overlap: strides interleave
             steps = sorted(zip(stride, size, strict=True))
             reach = np.cumsum([0, *((n - 1) * step for step, n in steps)])
             assert any(step <= reach[i] for i, (step, n) in enumerate(steps) if n > 1)
@@ -318,7 +321,7 @@ SHARED = st.recursive(
 
 
 def is_tree(value: Any, seen: set[int]) -> bool:
-    """Whether no container with content stands in two places, and numbers fit into 64 bits."""
+    """Return whether no nonempty container occurs twice and all numbers fit into 64 bits."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**64
     if not isinstance(value, (list, tuple, dict)) or not value:
@@ -330,17 +333,17 @@ def is_tree(value: Any, seen: set[int]) -> bool:
 
 
 @draws(100, 4000)
-def test_containers_in_several_places(tmp_path: Path, examples: int) -> None:
+def test_shared_containers_are_refused(tmp_path: Path, examples: int) -> None:
     @for_all(examples, SHARED)
     def check(value: Any) -> None:
         torch.save([value], tmp_path / "x.pt")
-        message = refusal(lambda: read_torch_file(tmp_path / "x.pt"))
+        message = error_message(lambda: read_torch_file(tmp_path / "x.pt"))
         assert (message is None) == is_tree([value], set())
         if message is None:
             assert repr(read_torch_file(tmp_path / "x.pt")) == repr([value])
 
 
-# --- configurations that the tensors do not have
+# --- configurations that do not match the tensors
 
 
 GENERATOR: dict[str, dict[str, Any]] = {
@@ -362,17 +365,17 @@ def test_networks_wider_than_their_tensors_are_not_built(name: str, tmp_path: Pa
     content = payload()
     content["config"]["generator"] |= GENERATOR[name]
     path = tmp_path / "wide.pkl"
-    assert str(path) in refused(lambda: snapshot.restore_network(content, path))
+    assert str(path) in assert_refused(lambda: snapshot.restore_network(content, path))
     if name in ("widths", "blocks"):
         write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
-        assert str(path) in refused(lambda: snapshot.load_network(path))
-        with little_memory():
-            refusal(lambda: legacy.describe(path))
+        assert str(path) in assert_refused(lambda: snapshot.load_network(path))
+        with bounded_memory():
+            error_message(lambda: legacy.describe(path))
 
 
 @pytest.mark.slow
-def test_outlines_are_what_torch_says() -> None:
-    """Names, shapes and types of every family, as on torch's own meta device."""
+def test_outlines_equal_networks_on_the_meta_device() -> None:
+    """Names, shapes and types of every family."""
     env = Environment(img_shape=(3, 32, 32), c_dim=3)
     for part, families in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
         for family in families:
@@ -391,8 +394,8 @@ def test_outlines_are_what_torch_says() -> None:
                 ]
 
 
-def test_a_network_needs_no_more_numbers_than_it_stores(tmp_path: Path) -> None:
-    """TransGAN's matrices that resample grow with the square of a side; nothing of that is in the file."""
+def test_networks_with_large_buffers_are_refused(tmp_path: Path) -> None:
+    """The resampling matrices of TransGAN grow with the square of a side and are not stored in the file."""
     content = payload()
     stages = {"base": [1, 2**15], "widths": [4, 4], "layers": [1, 1], "num_heads": 1, "z_dim": 4, "w_dim": 4}
     options = {"attention": "nystrom", "landmarks": 1, "position": "absolute", "c_dim": 0}
@@ -400,11 +403,11 @@ def test_a_network_needs_no_more_numbers_than_it_stores(tmp_path: Path) -> None:
     content["config"]["generator"] = {**family, **stages, **options}
     path = tmp_path / "long.pkl"
     write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
-    refused(lambda: snapshot.load_network(path), "buffer elements beside its weights")
+    assert_refused(lambda: snapshot.load_network(path), "buffer elements beside its weights")
 
 
-def test_outlines_load_no_compiler() -> None:
-    """Outline every family in a process of its own, because other tests have loaded it."""
+def test_outlines_import_no_compiler() -> None:
+    """A separate process is needed, because other tests import the compiler."""
     subprocess.run([sys.executable, "-c", OUTLINES], check=True, timeout=PATIENCE)
 
 
@@ -461,15 +464,15 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("which", NUMBERS)
-def test_numbers_that_no_configuration_has(which: str) -> None:
-    number = NUMBERS[which]
+@pytest.mark.parametrize("name_of_number", NUMBERS)
+def test_invalid_numbers_in_a_configuration_are_refused(name_of_number: str) -> None:
+    number = NUMBERS[name_of_number]
     config = to_json(read_config(payload()["config"]))
     tried = 0
     for part, name in FIELDS:
         if name in config[part] and (abs(number) != 2**63 or isinstance(config[part][name], int)):
             strange = {**config, part: {**config[part], name: number}}
-            message = refusal(partial(read_config, strange))
+            message = error_message(partial(read_config, strange))
             assert message is not None
             assert f"{part}.{name}=" in message
             tried += 1
@@ -477,7 +480,7 @@ def test_numbers_that_no_configuration_has(which: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["nimg", "ada_p"])
-def test_numbers_that_no_snapshot_has(key: str) -> None:
+def test_invalid_numbers_in_a_snapshot_are_refused(key: str) -> None:
     content = payload()
     numbers = [
         "400 digits",
@@ -489,17 +492,17 @@ def test_numbers_that_no_snapshot_has(key: str) -> None:
         *(["2^63", "1e39"] if key == "nimg" else []),
     ]
     for value in [*(NUMBERS[name] for name in numbers), -1, "5", None, [[]], {}]:
-        message = refused(partial(snapshot.parts_of, {**content, key: value}, Path("x.pkl")))
+        message = assert_refused(partial(snapshot.parts_of, {**content, key: value}, Path("x.pkl")))
         assert message.startswith(f"x.pkl: {key}=")
 
 
-def test_snapshots_without_networks(tmp_path: Path) -> None:
+def test_snapshots_without_networks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     kinds: list[Any] = [{}, [], None, {"other": {}}]
     for networks in kinds:
         write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": networks})
-        refused(lambda: snapshot.load_network(path), f"{path}: holds no networks")
-        refused(lambda: legacy.describe(path), f"{path}: holds no networks")
+        assert_refused(lambda: snapshot.load_network(path), f"{path}: holds no networks")
+        assert_refused(lambda: legacy.describe(path), f"{path}: holds no networks")
     discriminator = {"D": payload()["networks"]["D"]}
     write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": discriminator})
     assert run(generate.main, f"--network={path}", "--seeds=0", f"--outdir={tmp_path / 'out'}", "--device=cpu") == 2
@@ -511,7 +514,7 @@ def test_snapshots_without_networks(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("safetensors", reason="safetensors is an optional package")
     path = tmp_path_factory.mktemp("folders") / "good"
     save_folder(path, replace(snapshot.load_network(SNAPSHOT), G=None, D=None))
@@ -519,18 +522,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def safetensors_file(dtype: str, bits: int, shape: list[int] | None = None) -> bytes:
-    """A file with one tensor of 16 numbers."""
+    """Make a file with one tensor of 16 numbers."""
     size = 16 * bits // 8
-    about = {"mapping.w_avg": {"dtype": dtype, "shape": shape or [16], "data_offsets": [0, size]}}
-    header = json.dumps(about).encode()
+    tensors = {"mapping.w_avg": {"dtype": dtype, "shape": shape or [16], "data_offsets": [0, size]}}
+    header = json.dumps(tensors).encode()
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
-def deep(key: str, levels: int) -> Callable[[str], str]:
+def with_deep_value(key: str, levels: int) -> Callable[[str], str]:
     return lambda text: text.replace(f'"{key}":', f'"{key}": {"[" * levels + "]" * levels}, "_{key}":', 1)
 
 
-def replaced(key: str, value: str) -> Callable[[str], str]:
+def with_value(key: str, value: str) -> Callable[[str], str]:
     def change(text: str) -> str:
         lines = [f'  "{key}": {value},' if line.startswith(f'  "{key}": ') else line for line in text.splitlines()]
         return "\n".join(lines)
@@ -540,36 +543,36 @@ def replaced(key: str, value: str) -> Callable[[str], str]:
 
 DOCUMENTS: dict[str, tuple[Callable[[str], str], str]] = {
     "a deep document": (lambda _: "[" * 100_000, "nested too deep"),
-    "a deep value": (deep("nimg", 50_000), "nested too deep"),
-    "a deep seed": (deep("seed", 960), ""),
+    "a deep value": (with_deep_value("nimg", 50_000), "nested too deep"),
+    "a deep seed": (with_deep_value("seed", 960), ""),
     "deep labels": (lambda text: text.replace('"nimg":', f'"labels": {"[" * 960 + "]" * 960}, "nimg":', 1), ""),
-    "400 digits": (replaced("nimg", str(HUGE)), "more than 64 bits"),
-    "5000 digits": (replaced("nimg", "1" * 5000), "more than 64 bits"),
-    "images to infinity": (replaced("nimg", "Infinity"), "nimg=inf"),
-    "p of 400 digits": (replaced("ada_p", str(HUGE)), "more than 64 bits"),
-    "p that is no number": (replaced("ada_p", "NaN"), "ada_p=nan"),
-    "version 0": (replaced("version", "0"), "format version 0, but the first is 1"),
-    "version -3": (replaced("version", "-3"), "format version -3"),
-    "version true": (replaced("version", "true"), "not a file of this project"),
-    "version of 30 digits": (replaced("version", "9" * 30), "more than 64 bits"),
-    "no text": (lambda _: "\0" * 100, "not JSON"),
+    "400 digits": (with_value("nimg", str(HUGE)), "more than 64 bits"),
+    "5000 digits": (with_value("nimg", "1" * 5000), "more than 64 bits"),
+    "infinite nimg": (with_value("nimg", "Infinity"), "nimg=inf"),
+    "ada_p of 400 digits": (with_value("ada_p", str(HUGE)), "more than 64 bits"),
+    "NaN as ada_p": (with_value("ada_p", "NaN"), "ada_p=nan"),
+    "version 0": (with_value("version", "0"), "format version 0, where the first is 1"),
+    "version -3": (with_value("version", "-3"), "format version -3"),
+    "version true": (with_value("version", "true"), "not a file of this project"),
+    "version of 30 digits": (with_value("version", "9" * 30), "more than 64 bits"),
+    "not text": (lambda _: "\0" * 100, "not JSON"),
     "no networks": (lambda text: json.dumps({**json.loads(text), "files": {}}), "holds no networks"),
 }
 
 
-def copy_of(folder: Path, tmp_path: Path) -> Path:
+def copy_folder(good_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "folder"
-    shutil.copytree(folder, path)
+    shutil.copytree(good_folder, path)
     return path
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_documents_of_folders(name: str, folder: Path, tmp_path: Path) -> None:
+def test_malformed_config_json_of_a_folder_is_refused(name: str, good_folder: Path, tmp_path: Path) -> None:
     change, text = DOCUMENTS[name]
-    path = copy_of(folder, tmp_path)
+    path = copy_folder(good_folder, tmp_path)
     (path / "config.json").write_text(change((path / "config.json").read_text()))
     for read in (load_folder, legacy.describe, legacy.transfer_options):
-        assert str(path) in refused(partial(read, path), text)
+        assert str(path) in assert_refused(partial(read, path), text)
 
 
 TYPES = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "C64": 64}
@@ -577,19 +580,19 @@ TYPES |= {"U16": 16, "U64": 64, "BOOL": 8, "F16": 16, "BF16": 16, "F64": 64, "X"
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_types_of_safetensors(dtype: str, folder: Path, tmp_path: Path) -> None:
-    """Those that torch lacks, those that no network here has, and names of none."""
-    path = copy_of(folder, tmp_path)
+def test_unsupported_safetensors_types_are_refused(dtype: str, good_folder: Path, tmp_path: Path) -> None:
+    """Types that torch lacks, types that no network here uses, and names that are no types."""
+    path = copy_folder(good_folder, tmp_path)
     data = safetensors_file(dtype, TYPES[dtype])
     (path / "G_ema.safetensors").write_bytes(data)
     document = json.loads((path / "config.json").read_text())
     document["files"] = {"G_ema": hashlib.sha256(data).hexdigest()}
     (path / "config.json").write_text(json.dumps(document))
     for read in (load_folder, legacy.describe):
-        refused(partial(read, path), f"{path / 'G_ema.safetensors'}: ")
+        assert_refused(partial(read, path), f"{path / 'G_ema.safetensors'}: ")
     direction = tmp_path / "d.safetensors"
     direction.write_bytes(data)
-    refused(lambda: read_direction(f"{direction}:0", None), f"--direction={direction}:0: ")
+    assert_refused(lambda: read_direction(f"{direction}:0", None), f"--direction={direction}:0: ")
 
 
 # --- arrays
@@ -608,16 +611,16 @@ def array(x: np.ndarray) -> bytes:
 
 
 ARRAYS: dict[str, dict[str, bytes]] = {
-    "packed zeros": {"w.npy": array(np.zeros(2**23 + 2**20))},
-    "many packed arrays": {f"{i}.npy": array(np.zeros(2**20)) for i in range(9)},
+    "compressed zeros": {"w.npy": array(np.zeros(2**23 + 2**20))},
+    "many compressed arrays": {f"{i}.npy": array(np.zeros(2**20)) for i in range(9)},
     "10^12 numbers": {"w.npy": header((10**12,))},
     "10^30 numbers": {"w.npy": header((10**10,) * 3)},
     "negative shape": {"w.npy": header((-4, -4))},
-    "numbers of no size": {"w.npy": header((10**12,), "|V0", b"")},
-    "numbers of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
-    "no numbers of 10^13": {"w.npy": header((0, 1483, 10**13), "<i2", b"")},
+    "elements of zero size": {"w.npy": header((10**12,), "|V0", b"")},
+    "elements of 2 GB": {"w.npy": header((1,), f"|V{2**31 - 1}")},
+    "empty array with a side of 10^13": {"w.npy": header((0, 1483, 10**13), "<i2", b"")},
     "objects": {"w.npy": header((2,), "|O")},
-    "too few": {"w.npy": header((16, 2))},
+    "too few bytes": {"w.npy": header((16, 2))},
     "no header": {"w.npy": b"\x93NUMPY\x01\0"},
     "other version": {"w.npy": b"\x93NUMPY\x07\0" + bytes(80)},
     "long header": {"w.npy": b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + b" " * 99},
@@ -627,19 +630,19 @@ ARRAYS: dict[str, dict[str, bytes]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+def test_arrays_claiming_more_than_they_hold_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, data in ARRAYS[name].items():
             archive.writestr(member, data)
     G = SimpleNamespace(w_dim=16, num_ws=2)
-    refused(lambda: read_styles(path, G), f"--projected-w={path}: ")
-    refused(lambda: read_direction(f"{path}:0", None), f"--direction={path}:0: ")
+    assert_refused(lambda: read_styles(path, G), f"--projected-w={path}: ")
+    assert_refused(lambda: read_direction(f"{path}:0", None), f"--direction={path}:0: ")
 
 
 @draws(60, 3000)
-def test_shapes_of_arrays(tmp_path: Path, examples: int) -> None:
-    """Read what NumPy reads as NumPy reads it; shapes are drawn near to what fits and far from it."""
+def test_arrays_of_any_shape_equal_numpy_or_are_refused(tmp_path: Path, examples: int) -> None:
+    """Shapes are drawn near to and far from the size of the content."""
     sizes = st.lists(st.integers(0, 6) | st.integers(-2, 10**13), max_size=4)
     kinds = st.sampled_from(["<f4", ">f8", "<i2", "|b1", "|O", "<U3", "|V0", "<c8", "<f2"])
     path = tmp_path / "w.npz"
@@ -649,7 +652,7 @@ def test_shapes_of_arrays(tmp_path: Path, examples: int) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if is_packed else zipfile.ZIP_STORED) as archive:
             archive.writestr("w.npy", header(tuple(shape), kind, bytes(range(length))))
         G = type("G", (), {"w_dim": shape[-1] if shape else 0, "num_ws": shape[1] if len(shape) > 1 else 0})
-        message = refusal(lambda: read_styles(path, G))
+        message = error_message(lambda: read_styles(path, G))
         assert message is None or message.startswith(f"--projected-w={path}: ")
         if message is None:
             expected = np.load(path)["w"].astype(np.float32)
@@ -692,36 +695,36 @@ NAMES += [
 
 
 def write_foreign(path: Path, tensors: dict[str, Any], entries: Any = None, **arguments: Any) -> Path:
-    """Write a Styleformer with further tensors, arguments and entries; arguments can be pickled once only."""
+    """Write a foreign Styleformer with further tensors, arguments and entries; arguments can be pickled only once."""
     own, theirs = styleformer()
     return write(path, {"G_ema": module("Generator", {**own, **tensors}, **{**theirs, **arguments}), **(entries or {})})
 
 
 @pytest.mark.parametrize("name", ["b123456_0", "b8_\N{SUPERSCRIPT TWO}", "b1e3_0"])
-def test_names_of_foreign_tensors_that_are_no_sizes(name: str, tmp_path: Path) -> None:
+def test_foreign_tensor_names_without_valid_sizes_are_refused(name: str, tmp_path: Path) -> None:
     path = write_foreign(tmp_path / "x.pkl", {f"synthesis.{name}.proj_weight": torch.zeros(2, 2)})
-    assert str(path) in refused(partial(legacy.load_network, path))
+    assert str(path) in assert_refused(partial(legacy.load_network, path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_foreign_tensors_with_numbers_that_are_no_sizes(name: str, tmp_path: Path) -> None:
+def test_foreign_tensor_names_with_invalid_numbers_are_refused(name: str, tmp_path: Path) -> None:
     for tail in ("proj_weight", "enc.q_weight", "x"):
         key = f"synthesis.{name}.{tail}"
         path = write_foreign(tmp_path / "x.pkl", {key: torch.zeros(2, 2)})
-        assert str(path) in refused(partial(legacy.load_network, path))
+        assert str(path) in assert_refused(partial(legacy.load_network, path))
     tensors, arguments = styleformer()
     others = {key: x for key, x in tensors.items() if not key.startswith("synthesis.b")} | {key: torch.zeros(2, 2)}
     path = write(tmp_path / "y.pkl", {"G_ema": module("Generator", others, **arguments)})
-    assert str(path) in refused(partial(legacy.load_network, path))
+    assert str(path) in assert_refused(partial(legacy.load_network, path))
 
 
 @draws(20, 2000)
-def test_drawn_names_and_arguments_of_foreign_networks(tmp_path: Path, examples: int) -> None:
-    """Right ones are read, others refused in one line."""
+def test_drawn_foreign_networks_are_read_or_refused_in_one_line(tmp_path: Path, examples: int) -> None:
+    """The names of tensors and the arguments of networks are drawn."""
     digits = st.integers(-2, 40).map(str) | st.text("0123456789²-_.", max_size=7) | st.sampled_from(["8", "16", "0"])
     others: dict[str, Any] = {**NUMBERS, "true": True, "none": None, "text": "x", "list": [], "lists": nested(list)}
-    others["tuples"] = nested(tuple)  # named, because hypothesis writes down what it chooses from
+    others["tuples"] = nested(tuple)  # drawn by name, because hypothesis prints the elements that it samples from
     values = st.sampled_from(list(others)) | st.integers()
     keys = st.sampled_from(["z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "x", "mapping_kwargs"])
 
@@ -737,40 +740,40 @@ def test_drawn_names_and_arguments_of_foreign_networks(tmp_path: Path, examples:
             write_foreign(path, {}, synthesis_kwargs=easy_dict(**{"depth": 4, names[len(side + index) % 7]: value}))
         else:
             write_foreign(path, {}, mapping_kwargs=easy_dict(**{"num_layers": 2, "w_avg_beta": value}))
-        message = refusal(partial(legacy.load_network, path))
+        message = error_message(partial(legacy.load_network, path))
         assert message is None or (str(path) in message and "\n" not in message)
         assert message is not None or kind != "name"
 
-    assert not refusal(lambda: legacy.load_network(write_foreign(tmp_path / "x.pkl", {})))
+    assert not error_message(lambda: legacy.load_network(write_foreign(tmp_path / "x.pkl", {})))
 
 
-def test_shared_containers_of_a_foreign_snapshot_are_left_alone(tmp_path: Path) -> None:
-    """Such as 2^40 values in the entries of a fork: the images need none of them."""
+def test_shared_containers_in_foreign_entries_are_skipped(tmp_path: Path) -> None:
+    """Entries of a fork, with up to 2^40 values, are not needed to generate images."""
     shared: dict[str, Any] = {
         "more": nested(list),
         "augment_pipe": nested(dict),
         "training_set_kwargs": easy_dict(path=nested(tuple)),
     }
     path = write_foreign(tmp_path / "x.pkl", {}, shared)
-    with little_memory():
+    with bounded_memory():
         assert set(legacy.load_network(path).left_out) == {"more", "augment_pipe"}
         assert legacy.describe(path)["left_out"].keys() == {"more", "augment_pipe"}
     for key, value in (("x", nested(list)), ("img_resolution", nested(tuple)), ("z_dim", 10**5000)):
         bad = write_foreign(tmp_path / "y.pkl", {}, **{key: value})
-        refused(partial(legacy.load_network, bad), key)
+        assert_refused(partial(legacy.load_network, bad), key)
     long = write_foreign(tmp_path / f"network-snapshot-{'9' * 200}.pkl", {})
     assert legacy.load_network(long).nimg == 0
 
 
-def test_holes_in_the_memo_take_no_memory(tmp_path: Path) -> None:
+def test_gaps_in_the_pickle_memo_allocate_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     puts = b"".join(b"K\x01r" + struct.pack("<I", 2**31 - 1 - 2**20 * i) + b"a" for i in range(1000))
     path.write_bytes(b"\x80\x04]" + puts + b".")
-    refused(lambda: legacy.load_network(path), "no G_ema")
+    assert_refused(lambda: legacy.load_network(path), "no G_ema")
     rewritten = tmp_path / "ours.pkl"
     shutil.copy(SNAPSHOT, rewritten)
     rewrite(rewritten, lambda name, data: b"\x80\x02]" + puts + b"." if name.endswith("data.pkl") else data)
-    refused(lambda: legacy.load_network(rewritten), "not a file of this project")
+    assert_refused(lambda: legacy.load_network(rewritten), "not a file of this project")
 
 
 # --- DINOv2
@@ -792,10 +795,10 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_of_dinov2(name: str, tmp_path: Path) -> None:
-    """Refused before anything is generated or built."""
+def test_invalid_dinov2_configurations_are_refused(name: str, tmp_path: Path) -> None:
+    """The refusal comes before the network is built."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    refused(lambda: read_detectors((str(tmp_path),)).identity("dinov2"), str(tmp_path))
+    assert_refused(lambda: read_detectors((str(tmp_path),)).identity("dinov2"), str(tmp_path))
 
 
 @pytest.mark.slow
@@ -807,9 +810,11 @@ def test_dinov2_wider_than_its_weights_is_not_built(tmp_path: Path) -> None:
     setup = read_detectors((str(tmp_path),))
     for change in ({"hidden_size": 8192, "num_attention_heads": 1}, {"num_hidden_layers": 200}, {"image_size": 4096}):
         (tmp_path / "config.json").write_text(json.dumps({**DINOV2, **change}))
-        refused(lambda: setup.load("dinov2", torch.device("cpu")), "holds 2 numbers, the network of config.json has")
+        assert_refused(
+            lambda: setup.load("dinov2", torch.device("cpu")), "holds 2 numbers, the network of config.json has"
+        )
     (tmp_path / "config.json").write_text("[" * 100_000)
-    refused(lambda: setup.load("dinov2", torch.device("cpu")), "nested too deep")
+    assert_refused(lambda: setup.load("dinov2", torch.device("cpu")), "nested too deep")
 
 
 # --- tables and shards
@@ -831,20 +836,20 @@ def arrow(columns: dict[str, Any], compression: str | None = None) -> bytes:
     return file.getvalue()
 
 
-def rows_of_nothing(count: int) -> bytes:
-    """An Arrow file whose only column has no bytes, with another count of its rows."""
+def arrow_with_false_row_count(count: int) -> bytes:
+    """Make an Arrow file whose only column has no bytes, with a false number of rows."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
     return arrow({"image": pa.nulls(12345)}).replace(struct.pack("<q", 12345), struct.pack("<q", count))
 
 
 def nested_columns(levels: int) -> bytes:
-    """A Parquet file without rows whose only column is in that many groups."""
+    """Make a Parquet file without rows whose only column is nested in the given number of groups."""
     group, leaf = b"\x35\0\x18\1a\x15\2\0", b"\x15\x0c\x25\2\x18\1a\0"
     count = bytes([levels + 2 & 127 | 128, levels + 2 >> 7 & 127 | 128, levels + 2 >> 14])
-    return footed(b"\x15\2\x19\xfc" + count + b"\x48\1r\x15\2\0" + group * levels + leaf + b"\x16\0\x19\x0c\0")
+    return with_footer(b"\x15\2\x19\xfc" + count + b"\x48\1r\x15\2\0" + group * levels + leaf + b"\x16\0\x19\x0c\0")
 
 
-def footed(footer: bytes) -> bytes:
+def with_footer(footer: bytes) -> bytes:
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
@@ -855,14 +860,14 @@ def shard(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 def far_offsets() -> bytes:
-    """An Arrow file whose values lie outside of it."""
+    """Make an Arrow file with offsets beyond the end of the values."""
     return arrow({"image": [b"abc", b"defgh"]}).replace(struct.pack("<3i", 0, 3, 8), struct.pack("<3i", 0, 3, 1 << 30))
 
 
 ZEROS = 70 << 20
-END = 2 * tarfile.BLOCKSIZE  # of zeros, which a tar archive ends with
-TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content, what the message says
-    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that unpacks to"),
+END = 2 * tarfile.BLOCKSIZE  # number of zero bytes at the end of a tar archive
+TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file name, content, text of the message
+    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that becomes"),
     "labels of zeros": (
         "x.parquet",
         lambda: parquet({"image": [b""], "label": ["0" * ZEROS]}, compression="zstd"),
@@ -876,29 +881,33 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file, its content
         ),
         "DELTA_BYTE_ARRAY",
     ),
-    "nested": ("x.parquet", lambda: nested_columns(2000), "more than 1000 group columns"),
-    "lists": ("x.parquet", lambda: footed(b"\x15\2\x19\xfc" + b"\xff" * 8 + b"\x7f"), "truncated"),
-    "structs in structs": ("x.parquet", lambda: footed(b"\x1c" * 100_000), "nested too deep"),
-    "no footer": ("x.parquet", lambda: b"PAR1" + bytes(100), "not a complete Parquet file"),
-    "long footer": ("x.parquet", lambda: b"PAR1" + b"\xff\xff\xff\x7fPAR1", "not a complete Parquet file"),
+    "nested": ("x.parquet", lambda: nested_columns(2000), "more than 1000 columns that hold others"),
+    "lists": ("x.parquet", lambda: with_footer(b"\x15\2\x19\xfc" + b"\xff" * 8 + b"\x7f"), "cut off"),
+    "structs in structs": ("x.parquet", lambda: with_footer(b"\x1c" * 100_000), "nested too deep"),
+    "no footer": ("x.parquet", lambda: b"PAR1" + bytes(100), "no complete Parquet file"),
+    "long footer": ("x.parquet", lambda: b"PAR1" + b"\xff\xff\xff\x7fPAR1", "no complete Parquet file"),
     "empty": ("x.arrow", bytes, "cannot be read"),
     "no schema": ("x.arrow", lambda: bytes(100), "cannot be read"),
     "compressed": ("x.arrow", lambda: arrow({"image": [bytes(ZEROS)]}, "zstd"), "it is compressed"),
-    "rows of nothing": ("x.arrow", lambda: rows_of_nothing(1 << 40), "rows, more than it has bytes"),
+    "false number of rows": ("x.arrow", lambda: arrow_with_false_row_count(1 << 40), "rows, more than bytes"),
     "offsets": ("x.arrow", far_offsets, "cannot be read"),
-    "claim": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is truncated)"),
-    "packed zeros": ("x.tar.gz", lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1), "unpacks to more"),
+    "false member size": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is cut off)"),
+    "compressed zeros": (
+        "x.tar.gz",
+        lambda: gzip.compress(shard("0.png", 1 << 30) + bytes(ZEROS), 1),
+        "unpacks to more",
+    ),
     "label": (
         "x.tar",
         lambda: shard("0.png", 0) + shard("0.cls", 1 << 21) + bytes((1 << 21) + END),
         "2097152 bytes, more than",
     ),
-    "label of brackets": (
+    "deeply nested label": (
         "x.tar",
         lambda: shard("0.png", 0) + shard("0.json", 1 << 19) + b"[" * (1 << 19) + bytes(END),
         "cannot be read",
     ),
-    "cut off label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is truncated)"),
+    "truncated label": ("x.tar", lambda: shard("0.json", 1 << 19) + b"{", "is damaged (it is cut off)"),
     "name": ("x.tar", lambda: shard("n", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
     "record": ("x.tar", lambda: shard("n", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), "of an unknown kind"),
 }
@@ -910,14 +919,14 @@ def open_images(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_and_shards_that_claim_more_than_they_hold(name: str, tmp_path: Path) -> None:
+def test_tables_claiming_more_than_they_hold_are_refused(name: str, tmp_path: Path) -> None:
     file, content, text = TABLES[name]
     (tmp_path / file).write_bytes(content())
-    assert file in refused(lambda: open_images(tmp_path / file), text)
+    assert file in assert_refused(lambda: open_images(tmp_path / file), text)
 
 
 @draws(150, 4000)
-def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
+def test_corrupt_tables_and_shards_get_one_error_message(tmp_path: Path, examples: int) -> None:
     columns = {"image": [{"bytes": bytes([k]) * k, "path": None} for k in range(9)], "label": list(range(9))}
     files = {
         "x.parquet": parquet(columns),
@@ -927,14 +936,14 @@ def test_damaged_tables_and_shards(tmp_path: Path, examples: int) -> None:
         + bytes(END),
     }
 
-    @for_all(examples, st.sampled_from(sorted(files)), DAMAGE)
+    @for_all(examples, st.sampled_from(sorted(files)), CORRUPTION)
     def check(name: str, damage: Any) -> None:
-        (tmp_path / name).write_bytes(damaged(files[name], damage))
-        refusal(lambda: open_images(tmp_path / name))
+        (tmp_path / name).write_bytes(corrupted(files[name], damage))
+        error_message(lambda: open_images(tmp_path / name))
 
 
-class Program:
-    """Makes a folder when it is unpickled."""
+class MakesFolder:
+    """Object whose unpickling creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -943,26 +952,26 @@ class Program:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.filterwarnings("ignore:pickle-based deserialization")  # of old versions of pyarrow, which refuse it so
+@pytest.mark.filterwarnings("ignore:pickle-based deserialization")  # old versions of pyarrow refuse with this warning
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
-def test_no_pickle_in_a_schema_is_run(suffix: str, tmp_path: Path) -> None:
+def test_a_pickle_in_a_table_schema_is_not_executed(suffix: str, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
-    program = pickle.dumps(Program(tmp_path / "made"))
-    about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": program}
-    table = pa.table([[b"x"]], pa.schema([pa.field("image", pa.binary(), metadata=about)]))
+    program = pickle.dumps(MakesFolder(tmp_path / "made"))
+    metadata = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": program}
+    table = pa.table([[b"x"]], pa.schema([pa.field("image", pa.binary(), metadata=metadata)]))
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(arrow(table) if suffix == "arrow" else parquet(table))
-    refusal(lambda: open_images(path))
+    error_message(lambda: open_images(path))
     assert not (tmp_path / "made").exists()
     pickle.loads(program)
     assert (tmp_path / "made").exists()
 
 
-# --- pipes, and damaged runs
+# --- pipes and corrupt runs
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
-    """In the place of every file that the snapshot side reads."""
+def test_pipes_as_network_files_do_not_block(tmp_path: Path, good_folder: Path) -> None:
+    """Pipes and devices replace every file that commands on snapshots read."""
     for name in ("x.pkl", "x.pt", "x.npz", "x.safetensors", "x"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "zero.pkl").symlink_to("/dev/zero")
@@ -980,7 +989,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
         assert run(generate.main, f"--projected-w={tmp_path / name}", *good) == 2
     for name in ("x.npz", "x.safetensors"):
         assert run(generate.main, "--seeds=0", f"--direction={tmp_path / name}:0", *good) == 2
-    broken = copy_of(folder, tmp_path)
+    broken = copy_folder(good_folder, tmp_path)
     for name in ("G_ema.safetensors", "config.json"):
         (broken / name).unlink()
         os.mkfifo(broken / name)
@@ -991,22 +1000,22 @@ def test_pipes_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
     assert run(legacy.main, "info", str(tmp_path / "good.pkl")) == 0
 
 
-def pipe(path: Path) -> None:
+def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-def folder_instead(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-def device_instead(path: Path) -> None:
+def replace_by_device(path: Path) -> None:
     path.unlink()
     path.symlink_to("/dev/zero")
 
 
-def put(field: str, value: str) -> Callable[[Path], None]:
+def set_value(field: str, value: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         document = json.loads(path.read_text())
         part, _, name = field.partition(".")
@@ -1018,15 +1027,15 @@ def put(field: str, value: str) -> Callable[[Path], None]:
 
 DAMAGED_FILES: dict[str, Callable[[Path], Any]] = {
     "missing": lambda path: path.unlink(),
-    "a pipe": pipe,
-    "a folder": folder_instead,
-    "a device": device_instead,
+    "a pipe": replace_by_pipe,
+    "a folder": replace_by_folder,
+    "a device": replace_by_device,
     "empty": lambda path: path.write_bytes(b""),
     "deep": lambda path: path.write_text("[" * 100_000),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
 }
 DAMAGED_VALUES = {
-    f"{field}={name}": put(field, value)
+    f"{field}={name}": set_value(field, value)
     for field in ("run.total_kimg", "origin.kimg", "augment.ada_kimg", "run.num_gpus", "run.batch_gpu", "ema.kimg")
     for name, value in (
         ("400 digits", "1" + "0" * 400),
@@ -1035,21 +1044,21 @@ DAMAGED_VALUES = {
         ("1e999", "1e999"),
     )
 }
-DAMAGED_VALUES["deep value"] = put("run.total_kimg", "[" * 950 + "]" * 950)
+DAMAGED_VALUES["deep value"] = set_value("run.total_kimg", "[" * 950 + "]" * 950)
 DAMAGED_RUNS = DAMAGED_FILES | DAMAGED_VALUES
 
 
-def test_damaged_options_of_a_run(tmp_path: Path) -> None:
+def test_invalid_numbers_in_options_of_a_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / OPTIONS_FILE
     options = json.dumps(to_json(read_config(payload()["config"])))
     for damage in DAMAGED_VALUES.values():
         path.write_text(options)
         damage(path)
-        refused(lambda: resume.saved_config(tmp_path), str(path))
+        assert_refused(lambda: resume.saved_config(tmp_path), str(path))
 
 
 @pytest.mark.parametrize("name", [*DAMAGED_FILES, "run.total_kimg=NaN"])
-def test_one_damaged_run_leaves_the_others_to_resume_from(
+def test_resume_latest_skips_a_run_with_corrupt_options(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(read_config(Checkpoint.read(STATE)["config"]), {"data.path": str(DATA / "shapes.zip")})

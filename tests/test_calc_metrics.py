@@ -1,4 +1,4 @@
-"""calc_metrics.py on a small snapshot: lines of JSON, options, errors, two processes as one."""
+"""calc_metrics.py on a small snapshot: lines of JSON, options, errors, equality of one and two processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import PATIENCE
-from metric_helpers import SmallDetector, bound, random_inception, script_program
+from metric_helpers import SmallDetector, bound, natural_images, random_inception, script_program
 from PIL import Image
-from test_metrics import natural_images
 
 import calc_metrics
 import metrics
@@ -54,7 +53,7 @@ def write_images(folder: Path, size: int, labels: bool) -> Path:
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A conditional network of 16x16 images, trained on mirrored images of three classes."""
+    """Snapshot of a conditional network of 16x16 images whose training data has three classes and flips."""
     folder = tmp_path_factory.mktemp("run")
     data = write_images(tmp_path_factory.mktemp("data") / "set", 16, labels=True)
     generator = StyleformerConfig(z_dim=8, w_dim=8, c_dim=3, widths=(32, 32), layers=(1, 1), mapping_layers=1)
@@ -69,7 +68,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def calc(snapshot: Path) -> CalcMetrics:
-    """Run the script in this process, on the CPU, and on the snapshot unless another is named."""
+    """Function that runs the script in this process on the CPU, by default on `snapshot`."""
 
     def run(*arguments: str, network: Path = snapshot) -> Result:
         return CliRunner().invoke(calc_metrics.main, [f"--network={network}", "--device=cpu", *arguments])
@@ -82,7 +81,7 @@ def lines(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_prints_and_appends_a_line_for_each_metric(calc: CalcMetrics, snapshot: Path) -> None:
+def test_each_metric_prints_and_appends_a_line(calc: CalcMetrics, snapshot: Path) -> None:
     records = lines(calc("--metrics=swd12,swd_floor"))
     assert [record["metric"] for record in records] == ["swd12", "swd_floor"]
     for record in records:
@@ -97,25 +96,23 @@ def test_prints_and_appends_a_line_for_each_metric(calc: CalcMetrics, snapshot: 
     assert swd["mirror"] is True
 
 
-def test_the_kernels_are_prepared_for_all_processes_before_anything_computes(
-    calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_prepared_before_the_network_is_loaded(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
-    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any) -> Any:
+    def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any) -> Any:
             events.append(name)
             return function(*args)
 
-        return noted
+        return recorded
 
     for owner, name in ((calc_metrics.custom_ops, "prepare"), (calc_metrics, "load_network")):
-        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, recording(name, getattr(owner, name)))
     assert calc("--metrics=swd12").exit_code == 0
     assert events == ["prepare", "load_network"]
 
 
-def test_default_metric_says_why_and_uses_the_snapshots_data(calc: CalcMetrics) -> None:
+def test_the_default_metric_uses_the_training_data(calc: CalcMetrics) -> None:
     result = calc()
     [record] = lines(result)
     assert record["metric"] == "swd"
@@ -125,7 +122,7 @@ def test_default_metric_says_why_and_uses_the_snapshots_data(calc: CalcMetrics) 
     assert record["data_hash"] == data.content_hash
 
 
-def test_is_repeatable_and_every_option_counts(calc: CalcMetrics) -> None:
+def test_results_are_reproducible_and_depend_on_every_option(calc: CalcMetrics) -> None:
     base = ("--metrics=swd12", "--batch=5")
     [first] = lines(calc(*base))
     [again] = lines(calc("--metrics=swd12"))
@@ -139,11 +136,11 @@ def test_is_repeatable_and_every_option_counts(calc: CalcMetrics) -> None:
     ):
         [changed] = lines(calc(*base, option))
         assert changed[field] == value
-        # The noise of a fresh network has strength 0.
+        # The noise strength of an untrained network is 0.
         assert (changed["results"] != first["results"]) or "noise" in option, option
 
 
-def test_other_data_must_fit_the_network(calc: CalcMetrics, tmp_path: Path) -> None:
+def test_data_that_does_not_match_the_network_is_refused(calc: CalcMetrics, tmp_path: Path) -> None:
     other = calc("--metrics=swd", f"--data={write_images(tmp_path / 'large', 32, labels=True)}")
     assert other.exit_code == 2
     assert "network makes images of 3x16x16" in other.stderr
@@ -168,7 +165,7 @@ def test_errors_are_one_clear_message(calc: CalcMetrics, arguments: list[str], m
     assert "Traceback" not in result.output
 
 
-def test_what_is_no_snapshot_is_refused_by_name(calc: CalcMetrics, tmp_path: Path) -> None:
+def test_missing_and_malformed_snapshots_are_named(calc: CalcMetrics, tmp_path: Path) -> None:
     missing = calc("--metrics=swd", network=tmp_path / "missing.pkl")
     assert missing.exit_code == 2
     assert "missing.pkl" in missing.stderr
@@ -196,11 +193,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def detector_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
 
 
-def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
+def test_a_run_folder_gives_one_result_per_snapshot(
+    calc: CalcMetrics, snapshot: Path, detector_program: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     run = tmp_path / "00000-run"
     run.mkdir()
@@ -212,7 +211,7 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
         save_network(run / name, config=first.config, G_ema=first.G_ema, nimg=nimg)
     result = calc(
         "--metrics=fid30_full,kid30_full,swd12",
-        bound(program),
+        bound(detector_program),
         "--plot",
         network=run,
     )
@@ -222,45 +221,49 @@ def test_a_run_folder_gives_a_curve(calc: CalcMetrics, snapshot: Path, program: 
     ]
     for name in ("fid30_full", "kid30_full", "swd12"):
         assert len((run / f"metric-{name}.jsonl").read_text().splitlines()) == 2
-        with Image.open(run / f"metric-{name}.png") as picture:
-            assert picture.size[0] == 1210
+        with Image.open(run / f"metric-{name}.png") as plot:
+            assert plot.size[0] == 1210
     table = result.stderr.splitlines()
     assert any(line.split() == ["network", "kimg", "metric", "value"] for line in table)
     value = f"{records[0]['results']['fid30_full']:.5g}"
     assert any(line.split() == ["network-snapshot-000000.pkl", "0", "fid30_full", value] for line in table)
     fid = records[0]
     assert fid["detector"] == "small.pt"
-    assert fid["detector_sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
+    assert fid["detector_sha256"] == hashlib.sha256(detector_program.read_bytes()).hexdigest()
     assert (fid["num_real"], fid["num_fake"]) == (NUM_IMAGES, 30)
     assert fid["protocol"] == "stylegan: features of small.pt; covariance over N; 50,000 fakes or <N>, all reals"
-    assert result.stderr.count("real images:") == 3  # swd12 of each reads them; the detector's statistics serve both
-    for number, kimg in enumerate((0, 4)):  # each network has its own values
+    assert result.stderr.count("real images:") == 3  # twice for swd12, once for the cached statistics of the detector
+    for number, kimg in enumerate((0, 4)):  # the values equal those of separate calls
         alone = lines(
-            calc("--metrics=fid30_full,swd12", bound(program), network=run / f"network-snapshot-{kimg:06d}.pkl")
+            calc(
+                "--metrics=fid30_full,swd12", bound(detector_program), network=run / f"network-snapshot-{kimg:06d}.pkl"
+            )
         )
         for record, expected in zip((records[3 * number], records[3 * number + 2]), alone, strict=True):
             assert record["results"] == expected["results"]
     assert records[0]["results"] != records[3]["results"]
 
 
-def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_can_replace_the_network(
+    calc: CalcMetrics, snapshot: Path, detector_program: Path, tmp_path: Path
+) -> None:
     data = load_network(snapshot).config.data.path
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
-    arguments = ["--metrics=fid21_full,swd12", bound(program), f"--data={data}"]
+    arguments = ["--metrics=fid21_full,swd12", bound(detector_program), f"--data={data}"]
     fid, swd = lines(calc(*arguments, network=fakes))
-    assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # they are the same images
-    assert swd["results"]["swd12"] > 0  # other twelve of them
+    assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # the images are identical
+    assert swd["results"]["swd12"] > 0  # different subsets of twelve
     assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
     assert (tmp_path / "metric-fid21_full.jsonl").exists()
     names = f"--metrics=fid21_full,swd{NUM_IMAGES}"
-    full, mirrored = lines(calc(names, bound(program), f"--data={data}", "--mirror", network=fakes))
+    full, mirrored = lines(calc(names, bound(detector_program), f"--data={data}", "--mirror", network=fakes))
     assert (full["num_real"], full["num_fake"], full["mirror"]) == (NUM_IMAGES, NUM_IMAGES, False)
     assert full["results"] == fid["results"]
     assert mirrored["mirror"] is True
     assert mirrored["data_hash"] == ImageDataset(DatasetConfig(path=data, mirror=True)).content_hash
 
-    few = calc("--metrics=fid5k_full", bound(program), f"--data={data}", network=fakes)
+    few = calc("--metrics=fid5k_full", bound(detector_program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
     assert "5000 generated images are requested, and the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
@@ -268,7 +271,7 @@ def test_images_instead_of_a_network(calc: CalcMetrics, snapshot: Path, program:
     assert "specify the real images with --data" in without.stderr
 
 
-def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Path, tmp_path: Path) -> None:
+def test_a_training_subset_does_not_limit_the_reals(snapshot: Path, detector_program: Path, tmp_path: Path) -> None:
     trained = load_network(snapshot)
     config = override(trained.config, {"data.max_images": 5})
     path = tmp_path / "network-snapshot-000001.pkl"
@@ -277,24 +280,22 @@ def test_subset_of_training_does_not_limit_the_reals(snapshot: Path, program: Pa
         f"--network={path}",
         "--device=cpu",
         "--metrics=fid30_full",
-        bound(program),
+        bound(detector_program),
     ]
     [record] = lines(CliRunner().invoke(calc_metrics.main, arguments))
     assert record["num_real"] == NUM_IMAGES
 
 
-def test_mirror_is_accepted_for_every_metric_and_says_where_flips_are_not_counted(
-    calc: CalcMetrics, program: Path
-) -> None:
-    """Published FID counts none, though the network was trained with flips; the older fid<N> counts them."""
+def test_mirror_notes_metrics_that_do_not_count_flips(calc: CalcMetrics, detector_program: Path) -> None:
+    """fid<N>_full ignores flips, even if the network was trained with them; fid<N> counts flips."""
     names = "--metrics=fid30_full,is30,fid50,pr503"
-    given = {flag: calc(names, bound(program), flag) for flag in ("--mirror=1", "--mirror=0", "--seed=0")}
+    given = {flag: calc(names, bound(detector_program), flag) for flag in ("--mirror=1", "--mirror=0", "--seed=0")}
     mirrored, plain, trained = (lines(result) for result in given.values())
     assert [record["mirror"] for record in mirrored] == [False, False, True, True]
     assert [record["mirror"] for record in plain] == [False] * 4
     assert [record["num_real"] for record in mirrored] == [NUM_IMAGES, 0, 2 * NUM_IMAGES, 2 * NUM_IMAGES]
     values = [[record["results"] for record in records] for records in (mirrored, plain, trained)]
-    assert values[0] == values[2]  # trained with --mirror
+    assert values[0] == values[2]  # the default is the --mirror of training
     assert values[0][:2] == values[1][:2]
     assert values[0][2] != values[1][2]
     data = plain[0]["data"]
@@ -315,21 +316,23 @@ def test_progress_can_be_hidden(calc: CalcMetrics) -> None:
         assert progress in calc("--metrics=swd12", flag).stderr
     quiet = calc("--metrics=swd12", "--verbose=0")
     assert "images:" not in quiet.stderr
-    assert "swd12: 7x7 patches" in quiet.stderr  # the table stays
+    assert "swd12: 7x7 patches" in quiet.stderr  # the table is still printed
     assert lines(quiet)[0]["results"] == lines(calc("--metrics=swd12"))[0]["results"]
 
 
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
-def test_no_metrics_are_no_error(calc: CalcMetrics, word: str, tmp_path: Path) -> None:
+def test_metrics_none_computes_nothing(calc: CalcMetrics, word: str, tmp_path: Path) -> None:
     result = calc(f"--metrics={word}")
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr == "--metrics=none: nothing to compute\n"
     assert calc(f"--metrics={word}", network=tmp_path / "missing.pkl").exit_code == 2
 
 
-def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, program: Path, tmp_path: Path) -> None:
+def test_statistics_of_reals_are_cached_unless_disabled(
+    calc: CalcMetrics, detector_program: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "cache" / "statistics"
-    arguments = ["--metrics=fid30_full", bound(program)]
+    arguments = ["--metrics=fid30_full", bound(detector_program)]
     [first] = lines(calc(*arguments, "--no-cache"))
     assert not folder.exists()
     [second] = lines(calc(*arguments))
@@ -339,9 +342,7 @@ def test_statistics_of_reals_are_kept_unless_told_otherwise(calc: CalcMetrics, p
     assert lines(third)[0]["results"] == second["results"] == first["results"]
 
 
-def test_a_result_that_cannot_be_appended_does_not_stop_the_others(
-    calc: CalcMetrics, snapshot: Path, tmp_path: Path
-) -> None:
+def test_an_unwritable_result_does_not_stop_other_metrics(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
     copy = tmp_path / snapshot.name
     copy.write_bytes(snapshot.read_bytes())
     (tmp_path / "metric-swd12.jsonl").mkdir()
@@ -353,9 +354,7 @@ def test_a_result_that_cannot_be_appended_does_not_stop_the_others(
     assert (tmp_path / "metric-swd13.jsonl").exists()
 
 
-def test_a_damaged_snapshot_of_a_run_is_left_out_of_its_curve(
-    calc: CalcMetrics, snapshot: Path, tmp_path: Path
-) -> None:
+def test_a_corrupt_snapshot_of_a_run_is_skipped(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
     (tmp_path / "network-snapshot-000001.pkl").write_bytes(snapshot.read_bytes()[:1000])
     (tmp_path / "network-snapshot-000003.pkl").write_bytes(snapshot.read_bytes())
     result = calc("--metrics=swd12", network=tmp_path)
@@ -364,7 +363,7 @@ def test_a_damaged_snapshot_of_a_run_is_left_out_of_its_curve(
     assert [json.loads(line)["kimg"] for line in result.stdout.splitlines()] == [3.21]
 
 
-def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+def test_a_missing_training_dataset_is_requested_with_data(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
     trained = load_network(snapshot)
     path = tmp_path / "network-snapshot-000001.pkl"
     config = override(trained.config, {"data.path": str(tmp_path / "gone")})
@@ -374,32 +373,32 @@ def test_a_data_set_that_is_gone_is_asked_for(calc: CalcMetrics, snapshot: Path,
     assert f"(the training dataset of {path}): specify the real images with --data" in result.stderr
 
 
-def test_a_plot_holds_earlier_results_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_include_earlier_results_with_equal_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calc_metrics, "draw_png", lambda chart: str(chart.lines[0].curve.kimg.tolist()).encode())
     for name in ("swd12", "swd16"):
         records = [{"kimg": kimg, "seed": int(kimg == 1), "results": {name: 3.0}} for kimg in range(3)]
         (tmp_path / f"metric-{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     calc_metrics.plot(tmp_path, {"metric-swd12"})
-    assert (tmp_path / "metric-swd12.png").read_text() == "[0.0, 2.0]"  # kimg 1, of another seed, does not compare
+    assert (tmp_path / "metric-swd12.png").read_text() == "[0.0, 2.0]"  # the result at kimg 1 has another seed
     assert not (tmp_path / "metric-swd16.png").exists()
 
 
-def test_plots_of_images_are_refused_at_once(
+def test_plots_of_image_folders_are_refused_immediately(
     calc: CalcMetrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
+    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("the computation started"))
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
     result = calc("--metrics=swd12", f"--data={fakes}", "--plot", network=fakes)
     assert result.exit_code == 2
     assert "--plot: a set of images has no kimg" in result.stderr
 
 
-def test_named_metrics_without_weights_are_refused_at_once(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_without_weights_are_refused_immediately(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
-    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("it began"))
+    monkeypatch.setattr(calc_metrics, "run", lambda job: pytest.fail("the computation started"))
     result = calc("--metrics=swd12,fid50k_full")
     assert result.exit_code == 2
     assert "weights-inception-2015-12-05-6726825d.pth" in result.stderr
@@ -418,7 +417,7 @@ def test_a_snapshot_without_averaged_generator_is_refused(calc: CalcMetrics, sna
     assert trained.G_ema is not None
 
 
-def test_a_run_without_snapshots_and_a_wrong_detector_are_named(calc: CalcMetrics, tmp_path: Path) -> None:
+def test_runs_without_snapshots_and_missing_detectors_are_named(calc: CalcMetrics, tmp_path: Path) -> None:
     (tmp_path / "training_options.json").write_text("{}")
     empty = calc("--metrics=swd12", network=tmp_path)
     assert empty.exit_code == 2
@@ -429,30 +428,30 @@ def test_a_run_without_snapshots_and_a_wrong_detector_are_named(calc: CalcMetric
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one_on_every_metric(calc: CalcMetrics, snapshot: Path, program: Path) -> None:
-    """Two processes share fakes and reals, gather features, and share out rows of distances.
+def test_two_processes_equal_one_for_every_metric(calc: CalcMetrics, snapshot: Path, detector_program: Path) -> None:
+    """Two processes divide fakes, reals and rows of distances, and gather features.
 
-    Odd numbers of images leave one over; batches of 13 cut both sets elsewhere than one process does.
+    With odd numbers of images and batches of 13, shards and batches differ from those of a single process.
     """
     names = "--metrics=swd41,fid31_full,kid31,is31,pr313_full,dc20,fid1_full"
-    alone = lines(calc(names, bound(program), "--no-cache"))
+    alone = lines(calc(names, bound(detector_program), "--no-cache"))
     command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", names]
     together = subprocess.run(
-        [*command, bound(program), "--gpus=2", "--batch=13", "--detector-batch=7"],
+        [*command, bound(detector_program), "--gpus=2", "--batch=13", "--detector-batch=7"],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
     records = [json.loads(line) for line in together.stdout.splitlines()]
     assert [record["metric"] for record in records] == [record["metric"] for record in alone]
     for one, two in zip(alone, records, strict=True):
-        # A grey level may be rounded the other way.
+        # Single gray levels may be rounded differently.
         assert two["results"] == pytest.approx(one["results"], rel=1e-3), one["metric"]
         assert (two["num_real"], two["num_fake"]) == (one["num_real"], one["num_fake"])
 
 
 @pytest.mark.slow
-def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PNG files -> uint8 -> resize -> Inception -> FID, KID, IS; the network has random weights of the right shape."""
+def test_metrics_of_image_files_equal_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNG files -> uint8 -> resize -> Inception with random weights -> FID, KID, IS."""
     library = pytest.importorskip("torch_fidelity")
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -463,7 +462,9 @@ def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypat
     file = WeightFile(name=weights.name, url="", sha256="", holds="test")
     monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
     monkeypatch.setattr(detectors, "KNOWN", (file,))
-    sets = {name: write_random(tmp_path / name, seed, 12) for seed, name in enumerate(("reals", "fakes"), start=1)}
+    sets = {
+        name: write_natural_images(tmp_path / name, seed, 12) for seed, name in enumerate(("reals", "fakes"), start=1)
+    }
     arguments = [f"--network={sets['fakes']}", f"--data={sets['reals']}", f"--detector={weights}", "--device=cpu"]
     result = CliRunner().invoke(calc_metrics.main, [*arguments, "--metrics=fid12_full,kid12_full,is12"])
     fid, kid, score = (record["results"] for record in lines(result))
@@ -478,7 +479,7 @@ def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypat
     real, fake = (features[name]["2048"].double() for name in ("reals", "fakes"))
     assert (real - fake).abs().mean() > 1e-3
     centred = [(x - x.mean(dim=0)) / math.sqrt(len(x)) for x in (real, fake)]
-    # With few images the trace of the root is the nuclear norm of a small matrix.
+    # With few images, the trace of the matrix root is the nuclear norm of a small matrix.
     cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     spread = sum(x.square().sum() for x in centred)
     expected = (real.mean(dim=0) - fake.mean(dim=0)).square().sum() + spread - 2 * cross
@@ -486,19 +487,19 @@ def test_from_image_files_to_numbers_as_torch_fidelity(tmp_path: Path, monkeypat
 
     theirs = kid_features_to_metric(fake, real, kid_subsets=2, kid_subset_size=12, verbose=False)
     assert kid["kid12_full"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    order = np.array(choose_fakes_of(12))
+    order = np.array(fake_order(12))
     theirs = isc_features_to_metric(features["fakes"]["logits_unbiased"][order], splits=10, shuffle=False)
     # Most splits hold a single image, whose score is 1.
     assert score["is12_mean"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
     assert score["is12_std"] > 1e-4
 
 
-def write_random(folder: Path, seed: int, count: int) -> Path:
+def write_natural_images(folder: Path, seed: int, count: int) -> Path:
     folder.mkdir()
     for number, image in enumerate(natural_images(count, (3, 24, 20), seed=seed)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:04d}.png")
     return folder
 
 
-def choose_fakes_of(count: int) -> list[int]:
+def fake_order(count: int) -> list[int]:
     return [int(index) for index in random_stream(0, "fakes").permutation(count)]

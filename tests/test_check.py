@@ -1,4 +1,4 @@
-"""dataset_tool.py check: what it finds in images of known kinds, and the sheet that it draws."""
+"""dataset_tool.py check: the problems that it reports for known images, and the sheet that it draws."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def check(*arguments: object) -> Result:
     return result
 
 
-# --- what is wrong
+# --- problems
 
 
-def test_problems_are_grouped_and_the_first_ten_are_shown(tmp_path: Path) -> None:
+def test_problems_are_grouped_and_ten_of_each_are_shown(tmp_path: Path) -> None:
     images = {f"{k:03d}.png": noise(8, 8, 3) for k in range(60)}
     images |= {f"size{k:02d}.png": noise(8, 9, 3) for k in range(12)} | {"gray.png": noise(8, 8, 1)}
     path = write_set(tmp_path / "set", images)
@@ -75,7 +75,7 @@ def test_problems_are_grouped_and_the_first_ten_are_shown(tmp_path: Path) -> Non
     assert "more (" not in in_full.stdout
 
 
-def test_a_raw_folder_of_many_sizes_is_told_as_sizes(tmp_path: Path) -> None:
+def test_many_sizes_are_reported_as_a_histogram(tmp_path: Path) -> None:
     sides = [8, 9, 20, 40, 40, 70]
     path = write_set(tmp_path / "set", {f"{k}.png": noise(side, 2 * side, 3) for k, side in enumerate(sides)})
     result = check(path)
@@ -92,7 +92,7 @@ def test_a_raw_folder_of_many_sizes_is_told_as_sizes(tmp_path: Path) -> None:
     assert "Shorter sides of the images" in result.stdout
 
 
-def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
+def test_skipped_files_and_detected_labels_are_reported(tmp_path: Path) -> None:
     images = {f"{kind}/{k}.png": noise(8, 8, 3) for kind, count in (("cat", 3), ("dog", 2)) for k in range(count)}
     path = write_set(tmp_path / "set", images)
     (path / "notes.txt").touch()
@@ -107,7 +107,7 @@ def test_what_is_left_out_and_recognised_is_told(tmp_path: Path) -> None:
     assert "Note: inner/dataset.json is read: all images are in its folder\n" in check(nested.parent).stdout
 
 
-def test_a_set_where_nothing_can_be_read(tmp_path: Path) -> None:
+def test_a_dataset_without_readable_images_is_reported(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"no image")
     result = check(tmp_path / "set", f"--sheet={tmp_path / 'sheet.png'}")
@@ -117,7 +117,7 @@ def test_a_set_where_nothing_can_be_read(tmp_path: Path) -> None:
         assert sheet.width > 100
 
 
-def test_remarks_do_not_fail(tmp_path: Path) -> None:
+def test_remarks_do_not_change_the_exit_code(tmp_path: Path) -> None:
     images = {f"{k}.png": noise(8, 8, 3) for k in range(4)}
     images |= {"copy.png": images["1.png"], "other.png": images["2.png"], "third.png": images["2.png"]}
     images |= {"red.png": np.full((8, 8, 3), (200, 0, 0), np.uint8), "dark.png": noise(8, 8, 3) // 16}
@@ -155,18 +155,21 @@ def test_remarks_do_not_fail(tmp_path: Path) -> None:
         (noise(32, 32, 3) // 16, "nearly black"),
         (noise(32, 32, 1) // 16, "nearly black"),
         (np.dstack([noise(32, 32, 3) // 16, np.full((32, 32), 255, np.uint8)]), "nearly black"),
-        (np.dstack([noise(32, 32, 3) // 16, np.arange(1024).reshape(32, 32) // 4]).astype(np.uint8), ""),  # over white
+        (
+            np.dstack([noise(32, 32, 3) // 16, np.arange(1024).reshape(32, 32) // 4]).astype(np.uint8),
+            "",
+        ),  # composed over white
         (noise(32, 32, 3) // 12, ""),
         (noise(32, 32, 3), ""),
         (np.eye(64, dtype=np.uint8)[:, :, None] * 255, ""),  # 1.6 % of the pixels
         ((np.arange(4096).reshape(64, 64, 1) < 3).astype(np.uint8) * 255, "nearly black"),  # 3 pixels of 4096
     ],
 )
-def test_constant_and_nearly_black(pixels: np.ndarray, expected: str) -> None:
+def test_constant_and_nearly_black_images_are_detected(pixels: np.ndarray, expected: str) -> None:
     assert defect_of(pixels) == expected
 
 
-def test_twelve_bits_in_sixteen_are_nearly_black(tmp_path: Path) -> None:
+def test_twelve_bit_values_in_16_bit_files_are_nearly_black(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", {"bright.png": noise(32, 32, 1)})
     for bits in (12, 14):
         values = np.random.RandomState(1).randint(0, 2**bits, (32, 32)).astype(np.uint16)
@@ -179,7 +182,7 @@ def test_twelve_bits_in_sixteen_are_nearly_black(tmp_path: Path) -> None:
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 3))
-def test_copies_are_the_images_with_equal_pixels(
+def test_copies_are_images_with_equal_pixels(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[int], side: int
 ) -> None:
     path = tmp_path_factory.mktemp("set")
@@ -191,14 +194,14 @@ def test_copies_are_the_images_with_equal_pixels(
     assert found == sorted(group for group in expected if len(group) > 1)
 
 
-def test_the_shape_counts_for_copies(tmp_path: Path) -> None:
+def test_images_of_different_shapes_are_no_copies(tmp_path: Path) -> None:
     flat = np.arange(48, dtype=np.uint8)
     path = write_set(tmp_path / "set", {"a.png": flat.reshape(4, 4, 3), "b.png": flat.reshape(2, 8, 3)})
     store = open_store(path)
     assert inspect_all(store.names, items_of(store), 1).duplicates() == []
 
 
-def test_several_processes_find_the_same(tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_report(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for k in range(300):
@@ -213,14 +216,14 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recorded", [None, 3, [], {}, {"64": "3"}, {"-8": 1}, {"x": 1}, {"64": 0}, {"64": True}, {"٦٤": 1}, {"9" * 5000: 1}]
 )
-def test_strange_records_of_originals_are_not_shown(tmp_path: Path, recorded: object) -> None:
+def test_invalid_records_of_original_sizes_are_ignored(tmp_path: Path, recorded: object) -> None:
     path = write_set(tmp_path / "set", {"a.png": noise(8, 8, 3), "b.png": noise(8, 8, 3)}, short_sides=recorded)
     result = check(path)
     assert result.exit_code == 0
     assert "Shorter" not in result.stdout
 
 
-def test_what_build_records_is_what_check_shows(tmp_path: Path) -> None:
+def test_check_shows_the_original_sizes_recorded_by_build(tmp_path: Path) -> None:
     sides = [20, 33, 40, 70, 80, 90]
     write_set(tmp_path / "raw", {f"{k}.png": noise(side, side + 5, 3) for k, side in enumerate(sides)})
     command = [f"--source={tmp_path / 'raw'}", f"--dest={tmp_path / 'set.zip'}", "--resolution=16x16", "--workers=1"]
@@ -231,7 +234,7 @@ def test_what_build_records_is_what_check_shows(tmp_path: Path) -> None:
     assert "Shorter sides of the originals" in built.stdout
 
 
-def test_a_histogram_of_one_bar_says_nothing() -> None:
+def test_a_histogram_of_a_single_bar_is_omitted() -> None:
     assert histogram({64: 10}, True) == []
     assert short_sides(inspect_all([], [], 1), DatasetJson()) == ({}, False)
 
@@ -241,9 +244,9 @@ def test_a_histogram_of_one_bar_says_nothing() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 64))
 @settings(max_examples=50, derandomize=True, deadline=None, database=None)
-def test_spread_is_even(count: int, most: int) -> None:
-    chosen = spread(count, most)
-    assert len(chosen) == len({*chosen}) == min(count, most)
+def test_spread_is_even(count: int, maximum: int) -> None:
+    chosen = spread(count, maximum)
+    assert len(chosen) == len({*chosen}) == min(count, maximum)
     assert chosen[0] == 0
     gaps = np.diff([*chosen, count])
     assert gaps.max() - gaps.min() <= 1
@@ -261,7 +264,7 @@ def test_spread_is_even(count: int, most: int) -> None:
         ([1] * 64, [1] * 64),
     ],
 )
-def test_classes_take_turns(sizes: list[int], expected: list[int]) -> None:
+def test_tiles_are_balanced_between_classes(sizes: list[int], expected: list[int]) -> None:
     labels = [k for k, size in enumerate(sizes) for _ in range(size)]
     random.Random(0).shuffle(labels)
     chosen = choose_tiles(range(len(labels)), dict(enumerate(labels)))
@@ -271,7 +274,7 @@ def test_classes_take_turns(sizes: list[int], expected: list[int]) -> None:
     assert [labels[position] for position in chosen] == sorted(labels[position] for position in chosen)
 
 
-def sheet_of(tmp_path: Path, images: dict[str, np.ndarray], **content: object) -> np.ndarray:
+def make_sheet(tmp_path: Path, images: dict[str, np.ndarray], **content: object) -> np.ndarray:
     path = write_set(tmp_path / "set", images, **content)
     result = check(path, f"--sheet={tmp_path / 'new' / 'sheet.png'}")
     assert f"Drawn: {tmp_path / 'new' / 'sheet.png'}" in result.output
@@ -280,10 +283,10 @@ def sheet_of(tmp_path: Path, images: dict[str, np.ndarray], **content: object) -
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 32, 128])
-def test_small_images_are_enlarged_by_a_whole_number(tmp_path: Path, side: int) -> None:
-    """Each pixel of an image is a square of its colour in the sheet."""
+def test_small_images_are_enlarged_by_an_integer(tmp_path: Path, side: int) -> None:
+    """Each pixel of an image becomes a square of its colour in the sheet."""
     pixels = noise(side, side, 3)
-    sheet = sheet_of(tmp_path, {"a.png": pixels})
+    sheet = make_sheet(tmp_path, {"a.png": pixels})
     enlarged = pixels.repeat(128 // side, 0).repeat(128 // side, 1)
     windows = np.lib.stride_tricks.sliding_window_view(sheet[:300], enlarged.shape)[:, 40:41, 0]
     assert any((window == enlarged).all() for window in windows[:, 0])
@@ -292,34 +295,34 @@ def test_small_images_are_enlarged_by_a_whole_number(tmp_path: Path, side: int) 
 @pytest.mark.parametrize(
     "shape", [(1024, 1024, 3), (1, 3000, 3), (3000, 1, 1), (384, 512, 4), (2, 2, 4), (200, 100, 1)]
 )
-def test_all_sizes_fit(tmp_path: Path, shape: tuple[int, int, int]) -> None:
-    sheet = sheet_of(tmp_path, {"a.png": noise(*shape), "b.png": noise(*shape)})
+def test_images_of_all_sizes_fit_into_the_sheet(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    sheet = make_sheet(tmp_path, {"a.png": noise(*shape), "b.png": noise(*shape)})
     assert sheet.shape[1] == 2 * 40 + 5 * 128 + 4 * 20
     assert (sheet[:, -30:] == 255).all()
 
 
-def test_transparent_images_lie_on_a_checkerboard(tmp_path: Path) -> None:
-    sheet = sheet_of(tmp_path, {"a.png": np.zeros((64, 64, 4), np.uint8), "b.png": noise(64, 64, 4)})
+def test_transparent_images_are_drawn_on_a_checkerboard(tmp_path: Path) -> None:
+    sheet = make_sheet(tmp_path, {"a.png": np.zeros((64, 64, 4), np.uint8), "b.png": noise(64, 64, 4)})
     tile = sheet[:, 40 : 40 + 128]
-    rows = np.flatnonzero((tile == 224).all(axis=2).sum(axis=1) == 64)  # half of each row
+    rows = np.flatnonzero((tile == 224).all(axis=2).sum(axis=1) == 64)  # half of each row of the tile
     assert len(rows) == 128
     assert {*np.unique(tile[rows[0] : rows[-1] + 1])} == {224, 255}
 
 
-def test_class_names_in_any_script_and_any_length(tmp_path: Path) -> None:
+def test_class_names_of_any_script_and_length_are_drawn(tmp_path: Path) -> None:
     names = ["猫", "собака", "café", "ناقلة", "x" * 500, "a\nb\x1b[0m", "", "🦉"]
     images = {f"{k}.png": noise(8, 8, 3) for k in range(len(names))}
-    sheet = sheet_of(tmp_path, images, labels=[[name, k] for k, name in enumerate(images)], class_names=names)
+    sheet = make_sheet(tmp_path, images, labels=[[name, k] for k, name in enumerate(images)], class_names=names)
     assert sheet.shape[1] == 2 * 40 + 8 * 128 + 7 * 20
     for k in range(len(names)):
         left = 40 + k * (128 + 20)
         class_name, name = (sheet[top : top + 18, left : left + 128] for top in (-40 - 36, -40 - 18))
         assert (class_name < 128).any(), names[k]
         assert (name < 150).any(), names[k]
-    assert (sheet[:, -30:] == 255).all()  # nothing is written past the margin
+    assert (sheet[:, -30:] == 255).all()  # the margin stays empty
 
 
-def test_what_no_font_has_is_written_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_without_a_font_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.data_sources.sheet._other_fonts", lambda size: [])
     pixels = noise(8, 8, 3)
     sheets = [
@@ -332,10 +335,10 @@ def test_what_no_font_has_is_written_otherwise(monkeypatch: pytest.MonkeyPatch) 
     assert (sheets[1] != sheets[3]).any()
 
 
-def test_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
+def test_a_sheet_shows_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
     images = {f"{k:04d}.png": noise(2, 2, 1) for k in range(1000)}
     labels = [[name, k] for k, name in enumerate(images)]
-    sheet = sheet_of(tmp_path, images, labels=labels, short_sides={"8": 10, "16": 20, "1024": 970})
+    sheet = make_sheet(tmp_path, images, labels=labels, short_sides={"8": 10, "16": 20, "1024": 970})
     assert sheet.shape == (2 * 40 + 92 + 8 * (128 + 44 + 20) - 20, 2 * 40 + 8 * 128 + 7 * 20, 3)
     bars = (sheet == (0x4C, 0x78, 0xA8)).all(axis=2)
     heights = bars.sum(axis=0)
@@ -356,7 +359,7 @@ def test_a_thousand_classes_and_a_histogram(tmp_path: Path) -> None:
         ("new/../set/a/../sheet.png", "would become part of the dataset"),
     ],
 )
-def test_a_sheet_is_never_written_over_anything(tmp_path: Path, name: str, message: str) -> None:
+def test_a_sheet_never_overwrites_or_enters_the_dataset(tmp_path: Path, name: str, message: str) -> None:
     path = write_set(tmp_path / "set", {"a.png": noise(8, 8, 3)})
     (tmp_path / "there.png").write_bytes(b"precious")
     (tmp_path / "folder.png").mkdir()

@@ -1,4 +1,4 @@
-"""training/dataset.py: reading sets that the tests write, sampling by position, sharing batches."""
+"""training/dataset.py: reading datasets, sampling by position, dividing batches between ranks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def open_set(path: Path, **options: Any) -> ImageDataset:
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["stored", "deflated", "folder"])
-def test_images_are_what_was_written(tmp_path: Path, kind: str, channels: int) -> None:
+def test_images_are_read_unchanged(tmp_path: Path, kind: str, channels: int) -> None:
     images = random_images(7, channels=channels)
     if kind == "folder":
         path = write_folder(tmp_path / "set", set_files(images))
@@ -81,7 +81,7 @@ def test_images_are_what_was_written(tmp_path: Path, kind: str, channels: int) -
     np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).numpy(), images[[6, 0, 3]])
 
 
-def test_formats_other_than_png_and_no_json(tmp_path: Path) -> None:
+def test_other_formats_without_dataset_json_are_read(tmp_path: Path) -> None:
     images = random_images(2)
     files = {"b.webp": b"", "a.bmp": b"", "c.jpg": b"", "notes.txt": b"x", "._a.bmp": b"resource fork"}
     for name, format in [("a.bmp", "bmp"), ("b.webp", "webp"), ("c.jpg", "jpeg")]:
@@ -94,7 +94,7 @@ def test_formats_other_than_png_and_no_json(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch[2], np.asarray(Image.open(io.BytesIO(files["c.jpg"]))))
 
 
-def test_palette_and_interlaced_png(tmp_path: Path) -> None:
+def test_palette_pngs_are_read_as_rgb(tmp_path: Path) -> None:
     image = Image.fromarray(random_images(1)[0])
     palette = image.quantize(16)
     buffers = [io.BytesIO(), io.BytesIO()]
@@ -107,9 +107,7 @@ def test_palette_and_interlaced_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [None, [2, 0, 1, 1], [[0.5, 1.0]] * 4])
 @pytest.mark.parametrize("mirror", [False, True])
-def test_a_set_with_or_without_its_flips_is_the_one_that_is_opened_so(
-    tmp_path: Path, labels: list[Any] | None, mirror: bool
-) -> None:
+def test_with_mirror_equals_opening_with_the_option(tmp_path: Path, labels: list[Any] | None, mirror: bool) -> None:
     path = write_zip(tmp_path / "set.zip", set_files(random_images(4), labels))
     options: dict[str, Any] = {"use_labels": labels is not None, "max_images": 3}
     opened = open_set(path, mirror=mirror, **options)
@@ -121,7 +119,7 @@ def test_a_set_with_or_without_its_flips_is_the_one_that_is_opened_so(
     assert opened.with_mirror(mirror) is opened
 
 
-def test_mirror_doubles_the_set(tmp_path: Path) -> None:
+def test_mirror_doubles_the_dataset(tmp_path: Path) -> None:
     images = random_images(4)
     path = write_zip(tmp_path / "x.zip", set_files(images, [0, 1, 2, 1]))
     dataset = open_set(path, mirror=True, use_labels=True)
@@ -135,7 +133,7 @@ def test_mirror_doubles_the_set(tmp_path: Path) -> None:
         dataset.images([-1])
 
 
-def test_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
+def test_a_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
     images = random_images(20)
     path = write_zip(tmp_path / "x.zip", set_files(images, list(range(20))))
     subsets = [open_set(path, max_images=6, seed=seed, use_labels=True) for seed in (0, 0, 1)]
@@ -145,11 +143,11 @@ def test_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
     assert chosen[0] != list(range(6))
     batch = subsets[0].images(range(6)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(batch, images[chosen[0]])
-    assert subsets[0].c_dim == 20  # whatever the subset
+    assert subsets[0].c_dim == 20  # the number of classes of the whole dataset
     assert len(open_set(path, max_images=100)) == 20
 
 
-def test_class_numbers_and_vectors(tmp_path: Path) -> None:
+def test_labels_are_class_numbers_or_vectors(tmp_path: Path) -> None:
     images = random_images(3)
     path = write_zip(tmp_path / "a.zip", set_files(images, [2, 0, 1], class_names=list("abcde"), resize_filter="box"))
     dataset = open_set(path, use_labels=True)
@@ -184,15 +182,15 @@ def test_class_numbers_and_vectors(tmp_path: Path) -> None:
         (b'{"labels": null, "class_names": [1]}', "list of strings"),
     ],
 )
-def test_bad_dataset_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_malformed_dataset_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = write_zip(tmp_path / "x.zip", {**set_files(random_images(2)), "dataset.json": content})
     with pytest.raises(UserError, match=message) as info:
         open_set(path, use_labels=True)
     assert str(path) in str(info.value)
 
 
-def test_sets_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dataset given"):
+def test_unusable_datasets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set given"):
         ImageDataset(DatasetConfig())
     with pytest.raises(UserError, match=r"missing\.zip does not exist"):
         open_set(tmp_path / "missing.zip")
@@ -228,7 +226,7 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
             dataset.images([0, index])
 
 
-def test_damaged_zip_member_is_noticed(tmp_path: Path) -> None:
+def test_a_corrupt_zip_member_is_detected(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", set_files(random_images(3)))
     data = bytearray(path.read_bytes())
     at = data.index(as_png(random_images(3)[1])) + 50
@@ -240,7 +238,7 @@ def test_damaged_zip_member_is_noticed(tmp_path: Path) -> None:
         dataset.images([1])
 
 
-def test_content_hash_follows_what_the_indices_mean(tmp_path: Path) -> None:
+def test_the_content_hash_depends_on_all_content(tmp_path: Path) -> None:
     images = random_images(5)
     path = write_zip(tmp_path / "x.zip", set_files(images))
     other = images.copy()
@@ -258,7 +256,7 @@ def test_content_hash_follows_what_the_indices_mean(tmp_path: Path) -> None:
     assert open_set(write_zip(tmp_path / "copy.zip", set_files(images))).content_hash == hashes[0]
 
 
-def test_pickled_dataset_reads_on(tmp_path: Path) -> None:
+def test_a_pickled_dataset_can_be_read(tmp_path: Path) -> None:
     images = random_images(4)
     dataset = open_set(write_zip(tmp_path / "x.zip", set_files(images)))
     dataset.images([0])
@@ -266,7 +264,7 @@ def test_pickled_dataset_reads_on(tmp_path: Path) -> None:
     assert torch.equal(copy.images(range(4)), dataset.images(range(4)))
 
 
-def test_sampler_shows_every_image_once_per_epoch() -> None:
+def test_the_sampler_visits_every_image_once_per_epoch() -> None:
     sampler = EpochSampler(10, seed=3)
     epochs = sampler.indices(0, 50).reshape(5, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
@@ -274,7 +272,7 @@ def test_sampler_shows_every_image_once_per_epoch() -> None:
     assert not np.array_equal(EpochSampler(10, seed=4).indices(0, 50), epochs.ravel())
 
 
-def test_sampler_is_a_function_of_the_position() -> None:
+def test_the_sampler_is_a_function_of_the_position() -> None:
     whole = EpochSampler(7, seed=0).indices(0, 100)
     walking = EpochSampler(7, seed=0)
     for start, count in [(0, 3), (3, 11), (14, 0), (21, 7), (90, 10), (5, 60), (6, 1)]:
@@ -289,37 +287,40 @@ def take(count: int, dataset: ImageDataset, **options: Any) -> list[tuple[torch.
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> ImageDataset:
+def labelled_dataset(tmp_path: Path) -> ImageDataset:
     path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
     return open_set(path, use_labels=True)
 
 
-def test_batches_follow_the_sampler(labelled: ImageDataset) -> None:
+def test_batches_follow_the_sampler(labelled_dataset: ImageDataset) -> None:
     expected = EpochSampler(10, seed=5).indices(4, 18)
-    stream = take(3, labelled, position=4, batch_size=6)
+    stream = take(3, labelled_dataset, position=4, batch_size=6)
     assert torch.cat([labels for _, labels in stream]).tolist() == expected.tolist()
-    assert torch.equal(torch.cat([images for images, _ in stream]), labelled.images(expected))
+    assert torch.equal(torch.cat([images for images, _ in stream]), labelled_dataset.images(expected))
 
 
-def test_resumed_batches_go_on(labelled: ImageDataset) -> None:
-    whole, rest = take(4, labelled, position=0, batch_size=8), take(2, labelled, position=16, batch_size=8)
+def test_batches_resume_at_a_position(labelled_dataset: ImageDataset) -> None:
+    whole, rest = (
+        take(4, labelled_dataset, position=0, batch_size=8),
+        take(2, labelled_dataset, position=16, batch_size=8),
+    )
     for (images, labels), (images_again, labels_again) in zip(whole[2:], rest, strict=True):
         assert torch.equal(images, images_again)
         assert torch.equal(labels, labels_again)
 
 
-def test_ranks_share_the_global_batch(labelled: ImageDataset) -> None:
-    whole = take(3, labelled, position=2, batch_size=6)
-    shares = [take(3, labelled, position=2, batch_size=6, rank=rank, world_size=3) for rank in range(3)]
+def test_ranks_divide_the_global_batch(labelled_dataset: ImageDataset) -> None:
+    whole = take(3, labelled_dataset, position=2, batch_size=6)
+    shares = [take(3, labelled_dataset, position=2, batch_size=6, rank=rank, world_size=3) for rank in range(3)]
     for step, (images, labels) in enumerate(whole):
         assert torch.equal(torch.cat([share[step][0] for share in shares]), images)
         assert torch.equal(torch.cat([share[step][1] for share in shares]), labels)
     with pytest.raises(ValueError, match="6 images cannot be shared by 4"):
-        take(1, labelled, position=0, batch_size=6, world_size=4)
+        take(1, labelled_dataset, position=0, batch_size=6, world_size=4)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool) -> None:
+def test_resident_batches_equal_streamed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool) -> None:
     monkeypatch.setattr("training.dataset.RESIDENT_PART", 4)
     path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
     dataset = open_set(path, use_labels=True, mirror=mirror)
@@ -329,32 +330,32 @@ def test_batches_of_a_set_in_memory_are_the_same(tmp_path: Path, monkeypatch: py
         assert all(torch.equal(*pair) for pair in zip(next(stream), expected, strict=True))
 
 
-def test_batches_leave_the_global_generator_alone(labelled: ImageDataset) -> None:
+def test_batches_do_not_change_the_global_random_state(labelled_dataset: ImageDataset) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    take(2, labelled, position=0, batch_size=4)
+    take(2, labelled_dataset, position=0, batch_size=4)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_give_the_same_batches(labelled: ImageDataset) -> None:
-    labelled.images([0])  # the file is open before the workers are forked
-    here, elsewhere = (take(6, labelled, position=3, batch_size=4, workers=workers) for workers in (0, 2))
+def test_workers_do_not_change_the_batches(labelled_dataset: ImageDataset) -> None:
+    labelled_dataset.images([0])  # the file is open before the workers are forked
+    here, elsewhere = (take(6, labelled_dataset, position=3, batch_size=4, workers=workers) for workers in (0, 2))
     for (images, labels), (images_there, labels_there) in zip(here, elsewhere, strict=True):
         assert torch.equal(images, images_there)
         assert torch.equal(labels, labels_there)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_errors_come_out_of_workers_as_one_line(tmp_path: Path) -> None:
+def test_errors_in_workers_become_one_line(tmp_path: Path) -> None:
     files = {**set_files(random_images(2)), "1.png": b"not an image"}
     stream = batches(open_set(write_zip(tmp_path / "x.zip", files)), seed=0, position=0, batch_size=3, workers=1)
     with pytest.raises(UserError, match=r"^[^\n]*'1\.png' cannot be decoded[^\n]*$"):
         next(stream)
 
 
-def test_headers_promise_what_decoding_gives() -> None:
+def test_the_shape_in_the_header_equals_the_decoded_shape() -> None:
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (6, 10, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -374,29 +375,29 @@ def test_headers_promise_what_decoding_gives() -> None:
 
 
 @pytest.mark.parametrize("write", [write_zip, write_folder])
-def test_of_plain_pngs_the_headers_are_read_alone(
+def test_only_headers_of_plain_pngs_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, dict[str, bytes]], Path]
 ) -> None:
-    """And of JPEGs; others are read whole: what turns them or makes them transparent does not show in the header."""
+    """Only the first 64 KiB of JPEGs are read. PNGs with other chunks are read whole: a later chunk may rotate them."""
     images = random_images(3)
     rgb, exif = Image.fromarray(images[0]), Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
-    files = {"other/text.png": as_png(images[0], pnginfo=_text()), "other/x.jpg": _encoded(rgb, "JPEG")}
+    files = {"other/text.png": as_png(images[0], pnginfo=_text_chunk()), "other/x.jpg": _encoded(rgb, "JPEG")}
     dataset = open_set(write(tmp_path / "set.zip", set_files(images) | files))
     read, whole = dataset._store.read, []
 
-    def note(name: str) -> bytes:
+    def record(name: str) -> bytes:
         whole.append(name)
         return read(name)
 
     read_start, sizes = dataset._store.read_start, {}
 
-    def note_start(name: str, size: int) -> bytes:
+    def record_start(name: str, size: int) -> bytes:
         sizes[name] = size
         return read_start(name, size)
 
-    monkeypatch.setattr(dataset._store, "read", note)
-    monkeypatch.setattr(dataset._store, "read_start", note_start)
+    monkeypatch.setattr(dataset._store, "read", record)
+    monkeypatch.setattr(dataset._store, "read_start", record_start)
     dataset.check_shapes()
     assert whole == ["other/text.png"]
     assert sizes.pop("other/x.jpg") == 1 << 16
@@ -414,10 +415,10 @@ def test_of_plain_pngs_the_headers_are_read_alone(
 
 
 @pytest.mark.parametrize("write", [write_zip, write_folder])
-def test_a_broken_first_image_is_counted_with_the_others(
+def test_a_broken_first_image_is_counted_like_others(
     tmp_path: Path, write: Callable[[Path, dict[str, bytes]], Path]
 ) -> None:
-    """Also one whose header is whole, and several; where there is no other image, that is said at once."""
+    """Several broken first images, one with an intact header. If no image is readable, opening the dataset fails."""
     images = random_images(3)
     good = as_png(images[0])
     broken = {"0/a.png": good[:60], "0/b.png": b"", "0/c.png": b"%PDF"}
@@ -437,7 +438,7 @@ def test_a_broken_first_image_is_counted_with_the_others(
 
 
 @pytest.mark.parametrize("broken", [["a.png"], ["0.png", "z/b.jpg"], ["a.png", "b.png", "z/d.png"]])
-def test_links_that_lead_nowhere_are_counted_as_broken_images(tmp_path: Path, broken: list[str]) -> None:
+def test_dangling_symlinks_are_counted_as_broken_images(tmp_path: Path, broken: list[str]) -> None:
     folder = write_folder(tmp_path / "set", set_files(random_images(3)) | {"z/whole.png": as_png(random_images(1)[0])})
     for name in broken:
         (folder / name).symlink_to(tmp_path / "nowhere.png")
@@ -459,10 +460,10 @@ def test_links_that_lead_nowhere_are_counted_as_broken_images(tmp_path: Path, br
         ({"dog/2.png": b"", "dog/3.png": as_png(random_images(1, height=40)[0])}, ["--width=8", "--skip-bad"]),
     ],
 )
-def test_what_is_wrong_with_a_set_without_labels_is_mended_by_one_command(
+def test_the_suggested_command_fixes_a_dataset_without_labels(
     tmp_path: Path, extra: dict[str, bytes], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command of the message, run as it is, gives a set that training takes."""
+    """The command in the message builds a dataset that training accepts."""
     files = {f"{kind}/{k}.png": as_png(random_images(1)[0]) for kind in ("cat", "dog") for k in range(2)}
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "my pets", files | extra)
@@ -478,7 +479,7 @@ def test_what_is_wrong_with_a_set_without_labels_is_mended_by_one_command(
     assert (dataset.c_dim, dataset.class_names) == (2, ["cat", "dog"])
 
 
-def _text() -> PngInfo:
+def _text_chunk() -> PngInfo:
     info = PngInfo()
     info.add_text("Comment", "before the pixels")
     return info

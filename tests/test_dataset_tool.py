@@ -1,4 +1,4 @@
-"""dataset_tool.py, run as a user runs it, on files of every kind that the tests write with known pixels."""
+"""dataset_tool.py on the command line, with sources of every kind whose pixels are known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import time
 import types
 import zipfile
@@ -23,12 +22,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from image_helpers import encoded, png_chunk
+from dataset_helpers import (
+    assert_refused,
+    build,
+    encode,
+    label_values,
+    random_images,
+    run,
+    write_files,
+    write_tar,
+    write_zip,
+)
+from image_helpers import png_chunk
 from PIL import Image
 
 import dataset_tool
-from dataset_tool import main
 from dnnlib.images import MAX_IMAGE_BYTES
 from training.data_sources import codec
 from training.data_sources.codec import encode_png
@@ -43,92 +51,23 @@ from training.data_sources.convert import (
 )
 from training.data_sources.shapes import KINDS, draw_scenes, scene_labels
 
-rng = np.random.RandomState(0)
-
-
-def random_images(*shape: int) -> np.ndarray:
-    return rng.randint(0, 256, shape).astype(np.uint8)
-
-
-def as_file(pixels: np.ndarray, format: str = "png", **options: Any) -> bytes:
-    return encoded(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), format, **options)
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
-def write_tar(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
-            archive.addfile(info)
-    return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def build(source: object, dest: Path, *options: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Run the tool and return the images [N, H, W, C] as Pillow reads them, and dataset.json."""
-    result = run(f"--source={source}", f"--dest={dest}", "--workers=1", *options)
-    assert result.exit_code == 0, result.output
-    with zipfile.ZipFile(dest) as archive:
-        content = json.loads(archive.read("dataset.json"))
-        names = [name for name in archive.namelist() if name != "dataset.json"]
-        assert names == [f"{k // 1000:05d}/img{k:08d}.png" for k in range(len(names))]
-        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])
-    return (images[..., None] if images.ndim == 3 else images), content
-
-
-def refused(tmp_path: Path, source: object, *options: str) -> str:
-    """Run the tool on something it must refuse: exit code 2, a message, and nothing left behind."""
-    before = sorted(tmp_path.rglob("*"))
-    result = run(f"--source={source}", f"--dest={tmp_path / 'refused.zip'}", "--workers=1", *options)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("Error: ")
-    assert "\nError: " not in result.stderr
-    assert sorted(tmp_path.rglob("*")) == before
-    return result.stderr
-
-
-def numbers(content: dict[str, Any]) -> list[Any]:
-    return [label for _, label in content["labels"]]
-
-
 # Folders and zip files
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None:
+def test_class_folders_are_read_from_folders_and_zips(tmp_path: Path, packed: bool) -> None:
     images = random_images(4, 6, 5, 3)
     files = {
-        "cat/z.bmp": as_file(images[1], "bmp"),
-        "cat/deep/a.webp": as_file(images[0], "webp", lossless=True),
-        "dog/1.PNG": as_file(images[2]),
-        "eel/1.png": as_file(images[3]),
+        "cat/z.bmp": encode(images[1], "bmp"),
+        "cat/deep/a.webp": encode(images[0], "webp", lossless=True),
+        "dog/1.PNG": encode(images[2]),
+        "eel/1.png": encode(images[3]),
         "eel/notes.txt": b"not an image",
     }
     source = write_zip(tmp_path / "in.zip", files) if packed else write_files(tmp_path / "in", files)
     found, content = build(source, tmp_path / "out.zip", "--labels-from-folders")
     np.testing.assert_array_equal(found, images)
-    assert numbers(content) == [0, 0, 1, 2]
+    assert label_values(content) == [0, 0, 1, 2]
     assert content["class_names"] == ["cat", "dog", "eel"]
     assert content["resize_filter"] is None
     _, content = build(source, tmp_path / "plain.zip")
@@ -137,7 +76,7 @@ def test_folder_and_zip_with_class_folders(tmp_path: Path, packed: bool) -> None
 
 def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     images = random_images(3, 4, 4, 3)
-    files = {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)}
+    files = {f"{k}.png": encode(pixels) for k, pixels in enumerate(images)}
     labels = [["0.png", [0.5, 1]], ["2.png", [3, 4]], ["1.png", [0, 0]]]
     files["dataset.json"] = json.dumps({"labels": labels}).encode()
     _, content = build(write_zip(tmp_path / "in.zip", files), tmp_path / "out.zip", "--max-images=2")
@@ -145,31 +84,31 @@ def test_labels_of_dataset_json_are_kept(tmp_path: Path) -> None:
     assert content["num_images"] == 2
 
 
-SEVERAL: dict[
+LABEL_LISTS: dict[
     str, tuple[list[Any], str | None]
-] = {  # labels of a.png, b.png, ...; the one that the message names, None where all are vectors
-    "sets": ([[1, 3], [0, 2]], "[1, 3]"),
-    "sets behind one of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
-    "sets of several lengths": ([[1, 2], [0]], "[0]"),
-    "a class, then a set": ([1, [0, 2]], "[0, 2]"),
+] = {  # labels of a.png and b.png; the label that the error message names, None for valid vectors
+    "lists of classes": ([[1, 3], [0, 2]], "[1, 3]"),
+    "lists of classes after a list of 0 and 1": ([[0, 1], [0, 2]], "[0, 2]"),
+    "lists of several lengths": ([[1, 2], [0]], "[0]"),
+    "a class, then a list": ([1, [0, 2]], "[0, 2]"),
     "negative": ([[0, -1], [0, 1]], "[0, -1]"),
-    "bits": ([[0, 1], [1, 1]], None),
+    "zeros and ones": ([[0, 1], [1, 1]], None),
     "fractions": ([[0.5, 3], [2, 7]], None),
-    "written as fractions": ([[1.0, 3.0], [0.0, 2.0]], None),
-    "one number": ([[3], [7]], None),
+    "whole floats": ([[1.0, 3.0], [0.0, 2.0]], None),
+    "lists of one class": ([[3], [7]], None),
 }
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -> None:
-    """The rule of tables: they would be trained on as numbers of which one is more than another."""
-    labels, named = SEVERAL[kind]
+@pytest.mark.parametrize("kind", LABEL_LISTS)
+def test_lists_of_classes_are_refused_as_label_vectors(tmp_path: Path, kind: str) -> None:
+    """Same rule as for tables: the network would read class numbers as magnitudes."""
+    labels, named = LABEL_LISTS[kind]
     names = ["a.png", "b.png"]
     content = {"labels": list(map(list, zip(names, labels, strict=True)))}
-    files = {name: as_file(random_images(4, 4, 3)) for name in names}
+    files = {name: encode(random_images(4, 4, 3)) for name in names}
     source = write_zip(tmp_path / "in.zip", {**files, "dataset.json": json.dumps(content).encode()})
     if named is None:
-        assert numbers(build(source, tmp_path / "made.zip")[1]) == labels
+        assert label_values(build(source, tmp_path / "made.zip")[1]) == labels
     for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'refused.zip'}")):
         assert (result.exit_code == 2) == (named is not None)
         assert named is None or f", {named}]: " in result.stderr
@@ -189,25 +128,25 @@ def test_several_labels_for_one_image_are_no_vector(tmp_path: Path, kind: str) -
         (None, ["a"], None),
     ],
 )
-def test_names_of_classes_cover_all_numbers(
+def test_class_names_must_cover_all_class_numbers(
     tmp_path: Path, labels: list[Any] | None, class_names: list[str], refused_label: int | None
 ) -> None:
-    """Names for a part would make 20,191 classes of which most have no images, and which nothing renumbers."""
+    """A gap in the class numbers would otherwise create up to 20,191 classes, most of them without images."""
     names = ["a.png", "b.png"]
     pairs = labels and list(map(list, zip(names, labels, strict=True)))
     content = json.dumps({"labels": pairs, "class_names": class_names}).encode()
     source = write_files(
-        tmp_path / "in", {"dataset.json": content, **{name: as_file(random_images(4, 4, 3)) for name in names}}
+        tmp_path / "in", {"dataset.json": content, **{name: encode(random_images(4, 4, 3)) for name in names}}
     )
     for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}")):
         message = f": label {refused_label}, but classes have {len(class_names)} name"
         assert (result.exit_code, message in result.stderr) == ((0, False) if refused_label is None else (2, True))
 
 
-def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
+def test_a_folder_and_a_zip_hold_the_same_files(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",
-        {"a.png": as_file(random_images(4, 4, 3)), "b.png": as_file(random_images(4, 4, 3))},
+        {"a.png": encode(random_images(4, 4, 3)), "b.png": encode(random_images(4, 4, 3))},
     )
     build(source, tmp_path / "out.zip")
     assert run("--source", source, "--dest", tmp_path / "new" / "out", "--workers=1").exit_code == 0
@@ -218,8 +157,8 @@ def test_folder_destination_equals_zip_destination(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["out"]
 
 
-def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
-    files = {f"{k:03d}.png": as_file(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
+def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path) -> None:
+    files = {f"{k:03d}.png": encode(random_images(8, 8, 3)) for k in range(300)} | {"150x.png": b"broken"}
     source = write_zip(tmp_path / "in.zip", files)
     for workers in (1, 2):
         options = ("--width=4", "--height=4", "--skip-bad", f"--workers={workers}")
@@ -229,9 +168,9 @@ def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
 
 
-def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
-    files = {f"{k:03d}.png": as_file(random_images(8, 8, 3)) for k in range(300)} | {
-        "299.png": as_file(random_images(8, 9, 3))
+def test_an_error_in_a_worker_leaves_no_files(tmp_path: Path) -> None:
+    files = {f"{k:03d}.png": encode(random_images(8, 8, 3)) for k in range(300)} | {
+        "299.png": encode(random_images(8, 9, 3))
     }
     source = write_zip(tmp_path / "in.zip", files)
     result = run(f"--source={source}", f"--dest={tmp_path / 'out.zip'}", "--workers=2")
@@ -243,7 +182,7 @@ def test_errors_in_processes_leave_nothing(tmp_path: Path) -> None:
 # Sizes and channels
 
 
-def test_center_crop_closed_form() -> None:
+def test_center_crop_equals_slices() -> None:
     pixels = random_images(10, 16, 3)
     np.testing.assert_array_equal(center_crop(pixels, 8, 8), pixels[:, 3:13])
     np.testing.assert_array_equal(center_crop(pixels, 4, 1), pixels[3:7])
@@ -252,7 +191,7 @@ def test_center_crop_closed_form() -> None:
     assert center_crop(random_images(3, 1000, 1), 1, 1000).shape == (3, 1, 1)
 
 
-def test_box_filter_is_the_mean() -> None:
+def test_the_box_filter_averages_pixels() -> None:
     pixels = random_images(12, 8, 4)
     pixels[..., 3] = 255
     conversion = Conversion(width=4, height=3, resize_filter="box", channels=4)
@@ -261,9 +200,9 @@ def test_box_filter_is_the_mean() -> None:
 
 
 @pytest.mark.parametrize("resize_filter", RESIZE_FILTERS)
-def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> None:
+def test_transforms_equal_pillow(tmp_path: Path, resize_filter: str) -> None:
     pixels = random_images(20, 30, 3)
-    source = write_files(tmp_path / "in", {"a.png": as_file(pixels)})
+    source = write_files(tmp_path / "in", {"a.png": encode(pixels)})
     sizes = ("--width=8", "--height=4", f"--resize_filter={resize_filter}")
     cropped, content = build(source, tmp_path / "crop.zip", "--transform=center-crop", *sizes)
     image = Image.fromarray(pixels).crop((0, 2, 30, 17))
@@ -287,11 +226,11 @@ def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"),  # width x height; the rows of the image that are seen in the result of 8x4
+    ("size", "rows"),  # width x height; the rows of the image that the 8x4 result shows
     [
         ((8, 4), slice(0, 4)),
-        ((8, 7), slice(0, 7)),  # an image of the target's width is never cut
-        ((16, 8), slice(2, 6)),  # though it has the target's aspect ratio
+        ((8, 7), slice(0, 7)),  # an image of the target width is not cropped
+        ((16, 8), slice(2, 6)),  # cropped despite the target aspect ratio
         ((16, 12), slice(3, 9)),
         ((16, 11), slice(2, 8)),  # 5.5 rows, half to even: 6
         ((16, 9), slice(2, 6)),  # 4.5 rows: 4
@@ -300,9 +239,7 @@ def test_transforms_on_the_command_line(tmp_path: Path, resize_filter: str) -> N
         ((17, 7), None),  # 3.3 rows: 3
     ],
 )
-def test_center_crop_wide_cuts_as_many_rows_as_the_image_has_at_the_targets_width(
-    size: tuple[int, int], rows: slice | None
-) -> None:
+def test_center_crop_wide_crops_rows_to_the_target_aspect_ratio(size: tuple[int, int], rows: slice | None) -> None:
     width, height = size
     pixels = random_images(height, width, 3)
     conversion = Conversion(width=8, height=4, transform="center-crop-wide", resize_filter="box")
@@ -314,14 +251,14 @@ def test_center_crop_wide_cuts_as_many_rows_as_the_image_has_at_the_targets_widt
     np.testing.assert_array_equal(conversion(pixels), np.pad(expected, ((2, 2), (0, 0), (0, 0))))
 
 
-def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -> None:
+def test_center_crop_wide_drops_and_counts_smaller_images(tmp_path: Path) -> None:
     sizes = [(7, 9), (8, 4), (9, 3), *[(16, 12)] * 297]
     images = {f"{k:03d}.png": random_images(height, width, 3) for k, (width, height) in enumerate(sizes)}
     labels = [[name, k] for k, name in enumerate(images)]
-    files = {name: as_file(pixels) for name, pixels in images.items()}
+    files = {name: encode(pixels) for name, pixels in images.items()}
     source = write_files(tmp_path / "in", files | {"dataset.json": json.dumps({"labels": labels}).encode()})
     options = ("--transform=center-crop-wide", "--resolution=8x4")
-    for workers in (1, 2):  # with two, other processes convert
+    for workers in (1, 2):  # 2: conversion in worker processes
         result = run(f"--source={source}", f"--dest={tmp_path / str(workers)}.zip", f"--workers={workers}", *options)
         assert result.exit_code == 0, result.output
         assert "298 images of 8x8 pixels" in result.output
@@ -329,16 +266,16 @@ def test_center_crop_wide_drops_smaller_images_and_counts_them(tmp_path: Path) -
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
     found, content = build(source, tmp_path / "all.zip", *options)
     np.testing.assert_array_equal(found[0, 2:6], images["001.png"])
-    assert numbers(content) == [1, *range(3, 300)]
+    assert label_values(content) == [1, *range(3, 300)]
     assert content["short_sides"] == {"2": 1, "4": 2, "8": 297}
-    message = refused(tmp_path, source, "--transform=center-crop-wide", "--resolution=64x32")
-    assert "--width=64 --height=32: --transform=center-crop-wide skips smaller images, which are all" in message
+    message = assert_refused(tmp_path, source, "--transform=center-crop-wide", "--resolution=64x32")
+    assert "--width=64 --height=32: --transform=center-crop-wide drops smaller images, and leaves none of" in message
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
+def test_padding_is_applied_before_cropping(tmp_path: Path, channels: int) -> None:
     pixels = random_images(6, 4, channels)
-    source = write_files(tmp_path / "in", {"a.png": as_file(pixels)})
+    source = write_files(tmp_path / "in", {"a.png": encode(pixels)})
     expected = np.zeros((10, 8, channels), np.uint8)
     expected[2:8, 2:6] = pixels
     options = (f"--channels={channels}", "--pad=2")
@@ -351,9 +288,9 @@ def test_padding_comes_first(tmp_path: Path, channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_as_asked_for(tmp_path: Path, channels: int) -> None:
+def test_the_channels_option_sets_the_number_of_channels(tmp_path: Path, channels: int) -> None:
     images = random_images(2, 5, 7, channels)
-    source = write_files(tmp_path / "in", {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)})
+    source = write_files(tmp_path / "in", {f"{k}.png": encode(pixels) for k, pixels in enumerate(images)})
     found, content = build(source, tmp_path / "out.zip", f"--channels={channels}")
     np.testing.assert_array_equal(found, images)
     assert content["channels"] == channels
@@ -361,17 +298,17 @@ def test_channels_as_asked_for(tmp_path: Path, channels: int) -> None:
     assert resized.shape == (2, 2, 3, channels)
 
 
-def test_a_mixed_folder_becomes_rgb_over_white(tmp_path: Path) -> None:
+def test_mixed_images_become_rgb_over_white(tmp_path: Path) -> None:
     color, gray, alpha = random_images(4, 4, 3), random_images(4, 4, 1), random_images(4, 4, 1)
     palette = io.BytesIO()
     Image.fromarray(color).quantize(8).save(palette, "png")
     opaque = np.full((4, 4), 255, np.uint8)
     files = {
-        "0.png": as_file(gray),
-        "1.png": as_file(np.dstack([color, opaque])),
+        "0.png": encode(gray),
+        "1.png": encode(np.dstack([color, opaque])),
         "2.png": palette.getvalue(),
-        "3.png": as_file(np.dstack([color, alpha])),
-        "4.png": as_file(np.dstack([gray, alpha])),
+        "3.png": encode(np.dstack([color, alpha])),
+        "4.png": encode(np.dstack([gray, alpha])),
     }
     source = write_files(tmp_path / "in", files)
     found, content = build(source, tmp_path / "out.zip")
@@ -389,14 +326,14 @@ def test_a_mixed_folder_becomes_rgb_over_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> None:
+def test_a_dataset_is_grayscale_if_all_images_are(tmp_path: Path, packed: bool) -> None:
     gray, alpha = random_images(4, 4, 1), random_images(4, 4, 1)
     bits = (random_images(4, 4, 1) > 127) * np.uint8(255)
     one_bit = io.BytesIO()
     Image.fromarray(bits.squeeze(-1)).convert("1").save(one_bit, "png")
     files = {
-        "0.png": as_file(np.dstack([gray, alpha])),
-        "1.png": as_file(gray),
+        "0.png": encode(np.dstack([gray, alpha])),
+        "1.png": encode(gray),
         "2.png": one_bit.getvalue(),
         "3.png": b"broken",
     }
@@ -406,13 +343,13 @@ def test_a_set_is_gray_if_all_its_images_are(tmp_path: Path, packed: bool) -> No
     np.testing.assert_array_equal(found[1:], [gray, bits])
     np.testing.assert_allclose(found[0], gray * (alpha / 255) + 255 - alpha, atol=1)
 
-    files["9.png"] = as_file(np.repeat(gray, 3, axis=2))  # as stored, not as seen
+    files["9.png"] = encode(np.repeat(gray, 3, axis=2))  # stored as RGB, although all pixels are gray
     source = write_zip(tmp_path / "rgb.zip", files) if packed else write_files(tmp_path / "rgb", files)
     _, content = build(source, tmp_path / "out3.zip", "--skip-bad")
     assert content["channels"] == 3
 
 
-def test_fit_and_force_channels() -> None:
+def test_channels_are_fitted_or_forced() -> None:
     gray = random_images(3, 3, 1)
     for more in (3, 4):
         fitted = fit_channels(gray, more)
@@ -426,27 +363,27 @@ def test_fit_and_force_channels() -> None:
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = random_images(4, 6, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
-    source = write_files(tmp_path / "in", {"a.png": as_file(pixels, exif=exif)})
+    exif[0x0112] = 6  # displayed after a clockwise rotation by 90 degrees
+    source = write_files(tmp_path / "in", {"a.png": encode(pixels, exif=exif)})
     found, _ = build(source, tmp_path / "out.zip")
     np.testing.assert_array_equal(found[0], np.rot90(pixels, -1))
 
 
-def test_sizes_must_agree(tmp_path: Path) -> None:
+def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "in",
-        {"a.png": as_file(random_images(4, 4, 3)), "b.png": as_file(random_images(4, 5, 3))},
+        {"a.png": encode(random_images(4, 4, 3)), "b.png": encode(random_images(4, 5, 3))},
     )
-    message = refused(tmp_path, source)
+    message = assert_refused(tmp_path, source)
     assert "1 image of another size than the first, 4x4:\n  b.png: 5x4\n" in message
-    assert "--width and --height must be used together" in refused(tmp_path, source, "--width=4")
-    assert "give --width and --height" in refused(tmp_path, source, "--transform=center-crop")
+    assert "--width and --height belong together" in assert_refused(tmp_path, source, "--width=4")
+    assert "give --width and --height" in assert_refused(tmp_path, source, "--transform=center-crop")
     for transform in ("center-crop-wide", "center-crop-letterbox"):
         tall = ("--width=4", "--height=8", f"--transform={transform}")
-        assert f"--height=8 exceeds --width=4: --transform={transform}" in refused(tmp_path, source, *tall)
+        assert f"--height=8 is more than --width=4: --transform={transform}" in assert_refused(tmp_path, source, *tall)
 
 
-def test_own_png_encoder_against_pillow() -> None:
+def test_our_png_encoder_is_readable_by_pillow() -> None:
     for shape in [(1, 1, 1), (5, 7, 3), (3, 2, 4), (200, 150, 3)]:  # the last needs several deflate blocks
         pixels = random_images(*shape)
         data = codec.encode_png(pixels)
@@ -456,10 +393,8 @@ def test_own_png_encoder_against_pillow() -> None:
         np.testing.assert_array_equal(codec.decode_as(data, shape), pixels)
 
 
-def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyspng", None)  # what an import of a missing package comes to
+def test_without_pyspng_pillow_decodes_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyspng", None)  # as if the package were missing
     specification = importlib.util.spec_from_file_location("codec_without_pyspng", codec.__file__)
     assert specification is not None
     assert specification.loader is not None
@@ -467,12 +402,12 @@ def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
     specification.loader.exec_module(without)
     for shape in [(5, 7, 1), (4, 4, 3), (3, 2, 4)]:
         pixels = random_images(*shape)
-        for data in (codec.encode_png(pixels), as_file(pixels.squeeze())):
+        for data in (codec.encode_png(pixels), encode(pixels.squeeze())):
             np.testing.assert_array_equal(without.decode_as(data, shape), pixels)
     with pytest.raises(without.BrokenImageError):
         without.decode_as(codec.encode_png(pixels)[:50], pixels.shape)
 
-    write_files(tmp_path, {"a.png": as_file(pixels)})
+    write_files(tmp_path, {"a.png": encode(pixels)})
     for note, times in ((None, 0), (without.SLOW_DECODER, 1)):
         monkeypatch.setattr(dataset_tool, "SLOW_DECODER", note)
         result = run("check", tmp_path)
@@ -481,17 +416,17 @@ def test_without_pyspng_pillow_decodes_the_same_pixels_and_the_commands_say_so(
 
 
 @pytest.mark.parametrize("C", [1, 3])
-def test_a_transparent_colour_makes_any_png_rgba(C: int) -> None:
+def test_a_transparent_colour_makes_a_png_rgba(C: int) -> None:
     pixels = random_images(4, 5, C)
-    data = as_file(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
+    data = encode(pixels.squeeze(), transparency=7 if C == 1 else (7, 8, 9))
     assert codec.read_shape(data) == (4, 5, 4)
     np.testing.assert_array_equal(codec.decode_as(data, (4, 5, C)), codec.decode_image(data))
 
 
-# Published data sets
+# Published datasets
 
 
-def test_cifar10(tmp_path: Path) -> None:
+def test_cifar10_batches_are_read(tmp_path: Path) -> None:
     images = random_images(10, 32, 32, 3)
     planes = images.transpose(0, 3, 1, 2).reshape(10, 3072)
     files: dict[str, Any] = {"cifar-10-batches-py/batches.meta": {b"label_names": [b"plane", b"car"]}}
@@ -502,11 +437,11 @@ def test_cifar10(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "cifar-10-python.tar.gz", {name: pickle.dumps(x, 2) for name, x in files.items()})
     found, content = build(path, tmp_path / "out.zip")
     np.testing.assert_array_equal(found, images)
-    assert numbers(content) == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1]
+    assert label_values(content) == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1]
     assert content["class_names"] == ["plane", "car"]
 
 
-def test_cifar100_as_python2_wrote_it(tmp_path: Path) -> None:
+def test_cifar100_pickled_by_python2_is_read(tmp_path: Path) -> None:
     images = random_images(3, 32, 32, 3)
     planes = np.asfortranarray(images.transpose(0, 3, 1, 2).reshape(3, 3072))
     train = pickle.dumps({"data": planes, "fine_labels": [2, 0, 1], "coarse_labels": [1, 1, 1]}, 2)
@@ -514,12 +449,12 @@ def test_cifar100_as_python2_wrote_it(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "cifar.tgz", {"cifar-100-python/train": train, "cifar-100-python/test": b""})
     found, content = build(path, tmp_path / "out.zip")
     np.testing.assert_array_equal(found, images)
-    assert numbers(content) == [2, 0, 1]
+    assert label_values(content) == [2, 0, 1]
     assert content["class_names"] is None
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_mnist(tmp_path: Path, compressed: bool) -> None:
+def test_mnist_is_read_with_labels_and_padded(tmp_path: Path, compressed: bool) -> None:
     images = random_images(5, 28, 28)
     suffix = ".gz" if compressed else ""
     pack = gzip.compress if compressed else bytes
@@ -532,7 +467,7 @@ def test_mnist(tmp_path: Path, compressed: bool) -> None:
     padded = np.zeros((5, 32, 32), np.uint8)
     padded[:, 2:30, 2:30] = images
     np.testing.assert_array_equal(found[..., 0], padded)
-    assert (numbers(content), content["pad"], content["width"]) == ([7, 0, 1, 9, 3], 2, 32)
+    assert (label_values(content), content["pad"], content["width"]) == ([7, 0, 1, 9, 3], 2, 32)
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     np.testing.assert_array_equal(build(path, tmp_path / "named.zip", "--width=32", "--height=32")[0], found)
     plain, content = build(path, tmp_path / "plain.zip", "--pad=0")
@@ -545,10 +480,10 @@ def test_mnist(tmp_path: Path, compressed: bool) -> None:
     np.testing.assert_array_equal(build(path / "x-images-idx3-ubyte", tmp_path / "other.zip")[0][..., 0], other)
 
     (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(struct.pack(">II", 0x801, 1) + b"\0"))
-    assert "1 labels for 5 images" in refused(tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}")
+    assert "1 labels for 5 images" in assert_refused(tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}")
 
 
-def test_stl10(tmp_path: Path) -> None:
+def test_stl10_training_and_unlabelled_images_are_read(tmp_path: Path) -> None:
     images = random_images(3, 96, 96, 3)
     planes = images.transpose(0, 3, 2, 1)  # column-major planes
     files = {
@@ -563,31 +498,31 @@ def test_stl10(tmp_path: Path) -> None:
 
     cut = tmp_path / "half.tar.gz"
     cut.write_bytes((tmp_path / "stl10_binary.tar.gz").read_bytes()[:-5000])
-    assert "is damaged" in refused(tmp_path, cut)
+    assert "is damaged" in assert_refused(tmp_path, cut)
     del files["stl10_binary/unlabeled_X.bin"]
-    assert "has no stl10_binary/unlabeled_X.bin" in refused(tmp_path, write_tar(tmp_path / "cut.tar.gz", files))
+    assert "has no stl10_binary/unlabeled_X.bin" in assert_refused(tmp_path, write_tar(tmp_path / "cut.tar.gz", files))
 
 
-def test_lsun(tmp_path: Path) -> None:
+def test_lsun_databases_are_read(tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
     images = random_images(3, 10, 12, 3)
     path = tmp_path / "church_train_lmdb"
     with lmdb.open(str(path), map_size=1 << 20) as env, env.begin(write=True) as transaction:
         for key, pixels in zip([b"c", b"a", b"b"], images, strict=True):
-            transaction.put(key, as_file(pixels, "webp", lossless=True))
+            transaction.put(key, encode(pixels, "webp", lossless=True))
     found, content = build(path, tmp_path / "out.zip")
     np.testing.assert_array_equal(found, images[[1, 2, 0]])
     assert content["labels"] is None
     assert content["source"] == "church_train_lmdb"
     whole = (path / "data.mdb").read_bytes()
     cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
-    assert f"data.mdb should have {len(whole)} bytes" in refused(tmp_path, cut)
-    head = whole[: len(whole) * 2 // 3]  # two of three pages, which are about the file
+    assert f"data.mdb should have {len(whole)} bytes" in assert_refused(tmp_path, cut)
+    head = whole[: len(whole) * 2 // 3]  # two of the three pages hold metadata of the file
     damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
-    assert "damaged_lmdb is damaged" in refused(tmp_path, damaged)
+    assert "damaged_lmdb is damaged" in assert_refused(tmp_path, damaged)
 
 
-def test_arrays(tmp_path: Path) -> None:
+def test_numpy_arrays_are_read(tmp_path: Path) -> None:
     images = random_images(4, 5, 6, 3)
     np.save(tmp_path / "a.npy", images)
     np.testing.assert_array_equal(build(tmp_path / "a.npy", tmp_path / "a.zip")[0], images)
@@ -596,20 +531,20 @@ def test_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=images, labels=np.array([3, 1, 0, 2]))
     found, content = build(tmp_path / "b.npz", tmp_path / "b.zip")
     np.testing.assert_array_equal(found, images)
-    assert numbers(content) == [3, 1, 0, 2]
+    assert label_values(content) == [3, 1, 0, 2]
     np.savez_compressed(tmp_path / "c.npz", images)
     assert build(tmp_path / "c.npz", tmp_path / "c.zip")[1]["labels"] is None
 
 
-# Drawn scenes
+# Generated scenes
 
 
-def test_shapes(tmp_path: Path) -> None:
+def test_drawn_scenes_are_reproducible(tmp_path: Path) -> None:
     found, content = build("shapes", tmp_path / "a.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
     assert found.shape == (40, 16, 24, 3)
     assert content["class_names"] == list(KINDS)
     np.testing.assert_array_equal(found, draw_scenes(np.arange(40), seed=7, width=24, height=16))
-    assert numbers(content) == scene_labels(np.arange(40), seed=7).tolist()
+    assert label_values(content) == scene_labels(np.arange(40), seed=7).tolist()
     build("shapes", tmp_path / "b.zip", "--max-images=40", "--seed=7", "--width=24", "--height=16")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     assert build("shapes", tmp_path / "c.zip", "--max-images=2")[0].shape == (2, 32, 32, 3)
@@ -617,7 +552,7 @@ def test_shapes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, draw_scenes(np.arange(40), seed=7, width=24, height=16))
 
 
-def test_scenes_depend_on_seed_and_number_only() -> None:
+def test_a_scene_depends_on_seed_and_index_only() -> None:
     scenes = draw_scenes(np.arange(30), seed=1, width=20, height=20)
     np.testing.assert_array_equal(draw_scenes(np.array([29, 3]), seed=1, width=20, height=20), scenes[[29, 3]])
     assert (draw_scenes(np.arange(30), seed=2, width=20, height=20) != scenes).any(axis=(1, 2, 3)).all()
@@ -630,14 +565,14 @@ def test_scenes_depend_on_seed_and_number_only() -> None:
 
 def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     images = random_images(3, 6, 6, 3)
-    files = {f"{k}.png": as_file(pixels) for k, pixels in enumerate(images)}
+    files = {f"{k}.png": encode(pixels) for k, pixels in enumerate(images)}
     files |= {
         "0.jpg": b"no image",
         "1x.png": files["1.png"][:-40],
-        "2x.png": as_file(np.zeros((5, 4), np.uint8)),
+        "2x.png": encode(np.zeros((5, 4), np.uint8)),
     }
     source = write_files(tmp_path / "in", files)
-    message = refused(tmp_path, source)
+    message = assert_refused(tmp_path, source)
     assert "Error: in: nothing was written, because of\n2 images that cannot be read:\n  0.jpg: not " in message
     assert "\n1 image of another size than the first, 6x6:\n  2x.png: 4x5\n" in message
     again = message.splitlines()[-1].strip()
@@ -653,24 +588,24 @@ def test_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     assert run("check", tmp_path / "out.zip").exit_code == 0
 
     only_bad = write_files(tmp_path / "bad", {"a.png": b"", "b.png": b""})
-    assert "None can be read: check the source" in refused(tmp_path, only_bad, "--skip-bad")
+    assert "None can be read: check the source" in assert_refused(tmp_path, only_bad, "--skip-bad")
 
 
-def test_decompression_bombs_are_bounded(tmp_path: Path) -> None:
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
     source = write_files(tmp_path / "in", {"bomb.png": bomb})
-    assert "bomb.png: DecompressionBombError" in refused(tmp_path, source)
-    files = {"a.png": as_file(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
-    assert "big.png: 268435457 bytes" in refused(tmp_path, write_zip(tmp_path / "in.zip", files))
+    assert "bomb.png: DecompressionBombError" in assert_refused(tmp_path, source)
+    files = {"a.png": encode(random_images(4, 4, 3)), "big.png": bytes(MAX_IMAGE_BYTES + 1)}
+    assert "big.png: 268435457 bytes" in assert_refused(tmp_path, write_zip(tmp_path / "in.zip", files))
 
 
-def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
+def test_names_in_archives_are_not_used_as_paths(tmp_path: Path) -> None:
     pixels = random_images(4, 4, 3)
     inside = tmp_path / "inside"
     inside.mkdir()
     names = ("../escape.png", "/tmp/absolute-escape.png", "a/../../b.png")
-    source = write_zip(inside / "in.zip", {name: as_file(pixels) for name in names})
+    source = write_zip(inside / "in.zip", {name: encode(pixels) for name in names})
     found, _ = build(source, inside / "out.zip")
     assert len(found) == 3
     assert os.listdir(tmp_path) == ["inside"]
@@ -687,23 +622,23 @@ def test_names_in_archives_are_never_paths(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_zip_files_with_a_name_twice_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
-    """Each read would give one of the files, and the others would be lost without a word."""
+def test_zip_files_with_duplicate_names_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    """Reading by name would silently return one of the files and lose the others."""
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for k, name in enumerate(names):
-            archive.writestr(name, as_file(random_images(4, 4, 3)) if name.endswith("png") else f"{{}} {k}")
-    assert f"{path} holds {message}" in refused(tmp_path, path)
+            archive.writestr(name, encode(random_images(4, 4, 3)) if name.endswith("png") else f"{{}} {k}")
+    assert f"{path} holds {message}" in assert_refused(tmp_path, path)
     result = run("check", path)
     assert (result.exit_code, f"{path} holds {message}" in result.stderr) == (2, True)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_zip_files_may_name_folders_twice(tmp_path: Path) -> None:
+def test_zip_files_may_contain_duplicate_folder_entries(tmp_path: Path) -> None:
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("x/", "x/a.png", "y/", "y/a.png", "x/"):
-            archive.writestr(name, b"" if name.endswith("/") else as_file(random_images(4, 4, 3)))
+            archive.writestr(name, b"" if name.endswith("/") else encode(random_images(4, 4, 3)))
     assert len(build(path, tmp_path / "out.zip")[0]) == 2
 
 
@@ -718,10 +653,10 @@ class RunsCode:
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     trap = pickle.dumps({b"data": RunsCode(tmp_path / "trapped"), b"labels": [0]}, 2)
     path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-10-batches-py/data_batch_1": trap})
-    assert "data_batch_1: the pickle refers to posix.system" in refused(tmp_path, path)
+    assert "data_batch_1: the pickle asks for posix.system" in assert_refused(tmp_path, path)
     code = pickle.dumps({b"data": types.SimpleNamespace()}, 2)
     path = write_tar(tmp_path / "cifar2.tar.gz", {"cifar-100-python/train": code})
-    assert "types.SimpleNamespace" in refused(tmp_path, path)
+    assert "types.SimpleNamespace" in assert_refused(tmp_path, path)
 
 
 @pytest.mark.parametrize(
@@ -736,19 +671,19 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
         (b"", "cannot be read"),
     ],
 )
-def test_damaged_cifar(tmp_path: Path, batch: bytes, message: str) -> None:
+def test_malformed_cifar_batches_are_refused(tmp_path: Path, batch: bytes, message: str) -> None:
     path = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": batch})
-    assert message in refused(tmp_path, path)
+    assert message in assert_refused(tmp_path, path)
 
 
 def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0]}, 2))
     links = {"cifar-100-python/train": str(tmp_path / "secret")}
-    assert "train is not a regular file" in refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
+    assert "train is not a plain file" in assert_refused(tmp_path, write_tar(tmp_path / "cifar.tar.gz", {}, links))
 
 
-def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
-    assert "does not exist" in refused(tmp_path, tmp_path / "missing")
+def test_unusable_sources_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in assert_refused(tmp_path, tmp_path / "missing")
     cifar = write_tar(tmp_path / "cifar.tar.gz", {"cifar-100-python/train": bytes(random_images(100_000))})
     cifar.write_bytes(cifar.read_bytes()[:50_000])
     write_files(
@@ -785,17 +720,17 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("names.npz", "holds the arrays a, b: rename the array of images"),
         (other.name, "; it holds 'photos/a'"),
     ]:
-        output = refused(tmp_path, tmp_path / name)
+        output = assert_refused(tmp_path, tmp_path / name)
         assert message in output
         assert name in output
-    assert "give width and height in pixels, such as 256x256" in refused(tmp_path, "shapes", "--resolution=256")
-    assert "or --width and --height" in refused(tmp_path, "shapes", "--resolution=32x32", "--width=32")
-    assert "--labels-from-folders needs a folder" in refused(tmp_path, "shapes", "--labels-from-folders")
+    assert "give width and height in pixels, such as 256x256" in assert_refused(tmp_path, "shapes", "--resolution=256")
+    assert "or --width and --height" in assert_refused(tmp_path, "shapes", "--resolution=32x32", "--width=32")
+    assert "--labels-from-folders needs a folder" in assert_refused(tmp_path, "shapes", "--labels-from-folders")
     source = write_files(tmp_path / "mixed", {"a/1.png": b"", "2.png": b""})
-    assert "'2.png' is in none" in refused(tmp_path, source, "--labels-from-folders")
+    assert "'2.png' is in none" in assert_refused(tmp_path, source, "--labels-from-folders")
 
 
-def test_existing_destination_is_refused(tmp_path: Path) -> None:
+def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"precious")
     write_files(tmp_path / "full", {"x": b"precious"})
     (tmp_path / "empty").mkdir()
@@ -826,10 +761,10 @@ def test_existing_destination_is_refused(tmp_path: Path) -> None:
         (".", "give the name of a .zip file or folder"),
     ],
 )
-def test_places_where_no_set_can_be_are_refused_at_once(
+def test_unusable_destinations_are_refused_before_reading(
     tmp_path: Path, dest: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_files(tmp_path / "src", {f"{k}.png": as_file(random_images(8, 8, 3)) for k in range(3)})
+    source = write_files(tmp_path / "src", {f"{k}.png": encode(random_images(8, 8, 3)) for k in range(3)})
     for link, target in [("dangling.zip", "/nowhere/x"), ("link-to-empty", "empty.zip"), ("alias", "src")]:
         (tmp_path / link).symlink_to(target)
     (tmp_path / "empty.zip").mkdir()
@@ -837,22 +772,22 @@ def test_places_where_no_set_can_be_are_refused_at_once(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     result = run(f"--source={source}", f"--dest={dest}", "--workers=1")
-    assert (result.exit_code, result.stdout) == (2, "")  # nothing was even read
+    assert (result.exit_code, result.stdout) == (2, "")  # refused before the source is read
     assert result.stderr.startswith(f"Error: --dest={dest}")
     assert message in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
     assert not (tmp_path / "empty.zip").is_symlink()
 
 
-def test_a_zip_file_may_lie_beside_the_images_of_its_source(tmp_path: Path) -> None:
-    source = write_files(tmp_path / "src", {"1.png": as_file(random_images(8, 8, 3))})
+def test_the_destination_zip_may_be_inside_the_source_folder(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "src", {"1.png": encode(random_images(8, 8, 3))})
     first, _ = build(source, source / "set.zip")
     again, _ = build(source, source / "new" / "again.zip")
     np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize("name", ["set.zip", "set"])
-def test_a_set_that_another_program_finished_meanwhile_stays(
+def test_a_dataset_of_another_process_is_not_overwritten(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dest = tmp_path / name
@@ -861,7 +796,7 @@ def test_a_set_that_another_program_finished_meanwhile_stays(
         write_files(tmp_path, {name if dest.suffix else f"{name}/0.png": b"of the other"})
         return {}
 
-    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the end
+    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the rename to the destination
     result = run("--source=shapes", f"--dest={dest}", "--max-images=3", "--workers=1")
     assert (result.exit_code, result.stderr) == (2, f"Error: --dest={dest} exists: remove it or choose another name\n")
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"of the other"]
@@ -875,8 +810,8 @@ def test_a_set_that_another_program_finished_meanwhile_stays(
         *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGHUP, signal.SIGINT)),
     ],
 )
-def test_signals_end_the_workers_too_and_leave_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    source = write_files(tmp_path / "src", {f"{k}.png": as_file(random_images(8, 8, 3)) for k in range(256)})
+def test_signals_end_all_workers_and_leave_no_files(tmp_path: Path, number: signal.Signals) -> None:
+    source = write_files(tmp_path / "src", {f"{k}.png": encode(random_images(8, 8, 3)) for k in range(256)})
     for k in range(256, 8000):
         os.link(source / f"{k % 256}.png", source / f"{k}.png")
     start = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path('{}', {})"
@@ -885,7 +820,7 @@ def test_signals_end_the_workers_too_and_leave_nothing(tmp_path: Path, number: s
     with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True) as tool:
         wait_until(lambda: any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".set.zip.*.partial")))
         tool.send_signal(number)
-        _, errors = tool.communicate(timeout=60)  # workers that lived on would hold the pipe open
+        _, errors = tool.communicate(timeout=60)  # a surviving worker would hold the pipe open
     assert "Traceback" not in errors
     assert tool.returncode == {signal.SIGINT: 1, signal.SIGKILL: -number}.get(number, 128 + number)
     assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["src"]
@@ -910,25 +845,25 @@ def wait_until(condition: Callable[[], bool]) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["files", "shapes"])
-def test_sizes_that_nobody_could_read_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
-    source = write_files(tmp_path / "src", {"1.png": as_file(random_images(8, 8, 3))})
-    message = refused(tmp_path, source if kind == "files" else "shapes", *options)
-    assert "images of a dataset have at most 8000 pixels per side: choose a smaller size" in message
+def test_sizes_beyond_the_readable_limit_are_refused(tmp_path: Path, options: tuple[str, ...], kind: str) -> None:
+    source = write_files(tmp_path / "src", {"1.png": encode(random_images(8, 8, 3))})
+    message = assert_refused(tmp_path, source if kind == "files" else "shapes", *options)
+    assert "a side of the images of a set has at most 8000 pixels: choose a smaller size" in message
 
 
-def test_images_that_become_too_large_to_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a size: by their channels, by padding, by Pillow's bound."""
+def test_images_that_exceed_the_readable_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causes other than --resolution: more channels, padding, and the pixel limit of Pillow."""
     np.save(tmp_path / "large.npy", random_images(1, 100, 100, 3))
     monkeypatch.setattr("training.data_sources.build.MAX_IMAGE_BYTES", (1 << 17) + 30_100)
     build(tmp_path / "large.npy", tmp_path / "fits.zip")
     for options, size in [(("--channels=4",), "100x100 pixels and 4"), (("--pad=1",), "102x102 pixels and 3")]:
-        message = refused(tmp_path, tmp_path / "large.npy", *options)
-        assert f"image 0: an image of {size} channels exceeds the size limit of a dataset: choose a" in message
+        message = assert_refused(tmp_path, tmp_path / "large.npy", *options)
+        assert f"image 0: an image of {size} channels is more than can be read from a set: choose a" in message
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)
-    assert "100x100 pixels" in refused(tmp_path, tmp_path / "large.npy", "--channels=1")
+    assert "100x100 pixels" in assert_refused(tmp_path, tmp_path / "large.npy", "--channels=1")
 
 
-def test_the_largest_images_that_can_be_asked_for_can_be_read() -> None:
+def test_the_largest_allowed_images_can_be_read() -> None:
     part = len(encode_png(random_images(1000, 1000, 4)))
     assert part * (MAX_SIDE / 1000) ** 2 < MAX_IMAGE_BYTES
     assert len(encode_png(random_images(MAX_SIDE, 1, 4))) < MAX_IMAGE_BYTES
@@ -936,8 +871,8 @@ def test_the_largest_images_that_can_be_asked_for_can_be_read() -> None:
     assert Image.MAX_IMAGE_PIXELS > MAX_SIDE**2
 
 
-def test_shapes_of_any_number_take_no_memory_at_once(tmp_path: Path) -> None:
-    assert "shapes has at most 10000000 images" in refused(tmp_path, "shapes", "--max-images=1000000000000")
+def test_the_number_of_drawn_scenes_is_limited(tmp_path: Path) -> None:
+    assert "shapes has at most 10000000 images" in assert_refused(tmp_path, "shapes", "--max-images=1000000000000")
 
 
 @pytest.mark.parametrize(
@@ -952,11 +887,14 @@ def test_shapes_of_any_number_take_no_memory_at_once(tmp_path: Path) -> None:
         ("Zoë".encode(), "Zoë"),
     ],
 )
-def test_names_are_printed_on_one_line_without_control_characters(tmp_path: Path, name: bytes, printed: str) -> None:
-    """Of images, of classes, of what is left out; by build and by check."""
+def test_printed_names_have_no_control_characters(tmp_path: Path, name: bytes, printed: str) -> None:
+    """Names of images, classes and skipped files, printed by build and by check."""
     text = os.fsdecode(name)
     source = write_files(tmp_path / "src", {f"{text}/broken.png": b"x", f"{text}/n.{text}": b"x"})
-    write_files(source, {f"{text}/1.png": as_file(random_images(8, 8, 3)), "z/2.png": as_file(random_images(8, 8, 3))})
+    write_files(
+        source,
+        {f"{text}/1.png": encode(random_images(8, 8, 3)), "z/2.png": encode(random_images(8, 8, 3))},
+    )
     made = run(f"--source={source}", f"--dest={tmp_path / 'set.zip'}", "-v", "--labels-from-folders", "--workers=1")
     checked = run("check", source, "-v", "--workers=1")
     assert (made.exit_code, checked.exit_code) == (2, 1)
@@ -981,7 +919,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
 
     images = tmp_path / "set" / "00000"
     (images / "img00000001.png").write_bytes(b"broken")
-    (images / "img00000002.png").write_bytes(as_file(random_images(16, 32, 3)))
+    (images / "img00000002.png").write_bytes(encode(random_images(16, 32, 3)))
     (images / "img00000003.png").unlink()
     (images / "new.png").write_bytes((images / "img00000000.png").read_bytes())
     result = run("check", tmp_path / "set")
@@ -996,13 +934,13 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
         assert words in result.stdout
 
 
-def test_check_refuses_what_is_no_set(tmp_path: Path) -> None:
+def test_check_refuses_a_missing_path(tmp_path: Path) -> None:
     result = run("check", tmp_path / "missing.zip")
     assert result.exit_code == 2
     assert "missing.zip does not exist" in result.output
 
 
-def test_help_shows_the_options_of_build() -> None:
+def test_help_shows_the_build_options() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "--resize-filter" in result.output

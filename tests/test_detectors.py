@@ -12,9 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from metric_helpers import SmallDetector, export_program, random_inception, script_program
+from metric_helpers import (
+    SmallDetector,
+    export_program,
+    metric_context,
+    natural_images,
+    random_inception,
+    script_program,
+)
 from PIL import Image
-from test_metrics import context_of, natural_images
 from torch import Tensor, nn
 from web import Site
 
@@ -39,8 +45,8 @@ def site() -> Iterator[Site]:
         yield site
 
 
-def published(site: Site, name: str, data: bytes, **changes: str) -> WeightFile:
-    """A weight file whose publisher is this site."""
+def publish(site: Site, name: str, data: bytes, **changes: str) -> WeightFile:
+    """Put a weight file on the test site."""
     checksum = hashlib.sha256(data).hexdigest()
     site.files[f"/{name}"] = data
     return WeightFile(
@@ -52,7 +58,7 @@ def published(site: Site, name: str, data: bytes, **changes: str) -> WeightFile:
 
 
 def test_a_file_is_fetched_once_and_checked(cache: Path, site: Site) -> None:
-    file = published(site, "net.pth", b"weights")
+    file = publish(site, "net.pth", b"weights")
     assert weights.fetch(file) == cache / "net.pth"
     assert (cache / "net.pth").read_bytes() == b"weights"
     site.files.clear()
@@ -64,29 +70,27 @@ def test_a_file_is_fetched_once_and_checked(cache: Path, site: Site) -> None:
         weights.fetch(file)
 
 
-def test_a_wrong_download_is_not_kept(cache: Path, site: Site) -> None:
+def test_a_download_with_a_wrong_checksum_is_discarded(cache: Path, site: Site) -> None:
     with pytest.raises(UserError, match=r"could not be fetched: .*its sha256 is"):
-        weights.fetch(published(site, "net.pth", b"an error page", sha256="00000000"))
+        weights.fetch(publish(site, "net.pth", b"an error page", sha256="00000000"))
     assert list(cache.iterdir()) == []
 
 
-def test_a_download_that_was_cut_off_is_not_kept(cache: Path, site: Site) -> None:
-    """Also where no checksum is published, as for LPIPS."""
-    file = published(site, "net.pth", b"weights", sha256="")
+def test_a_truncated_download_is_discarded(cache: Path, site: Site) -> None:
+    """The truncation is detected even without a published checksum, as for LPIPS."""
+    file = publish(site, "net.pth", b"weights", sha256="")
     site.breaks["/net.pth"] = [4, 0]
     with pytest.raises(UserError, match="could not be fetched"):
         weights.fetch(file)
     assert not (cache / "net.pth").exists()
 
 
-def test_without_the_internet_the_message_says_which_file_goes_where(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_offline_error_names_the_file_and_the_cache_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("dnnlib.download.requests.Session.get", offline)
-    context = context_of(natural_images(2))
+    context = metric_context(natural_images(2))
     with pytest.raises(UserError) as caught:
         metrics.compute("fid50k_full", context)
     for words in (
@@ -112,15 +116,15 @@ def inception_state() -> dict[str, Tensor]:
     return random_inception()
 
 
-def test_inception_is_torch_fidelitys_with_its_resize(
+def test_inception_equals_torch_fidelity_including_the_resize(
     inception_state: dict[str, Tensor], tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loaded from a file through the cache; compared with the library's own loading of that file."""
+    """Our detector is loaded from the cache; torch-fidelity loads the same file itself."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     source = tmp_path / INCEPTION.name
     torch.save(inception_state, source)
-    file = published(site, source.name, source.read_bytes())
+    file = publish(site, source.name, source.read_bytes())
     monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
     images = natural_images(3, (3, 20, 24))
     torch.manual_seed(5)
@@ -129,7 +133,7 @@ def test_inception_is_torch_fidelitys_with_its_resize(
     setup = DetectorSetup()
     setup.prepare("inception")
     features, logits = setup.load("inception", CPU)(images)
-    assert torch.equal(torch.rand(1), expected_random)  # building a network leaves the random numbers alone
+    assert torch.equal(torch.rand(1), expected_random)  # the global random state is unchanged
 
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(source))
     with torch.no_grad():
@@ -141,7 +145,7 @@ def test_inception_is_torch_fidelitys_with_its_resize(
     assert setup.identity("inception")["detector_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
 
 
-def test_clean_replaces_the_resize_alone(inception_state: dict[str, Tensor]) -> None:
+def test_the_clean_protocol_changes_only_the_resize(inception_state: dict[str, Tensor]) -> None:
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     images = natural_images(2, (3, 20, 24))
@@ -163,7 +167,7 @@ def test_clean_replaces_the_resize_alone(inception_state: dict[str, Tensor]) -> 
     torch.testing.assert_close(usual(exact)[0], clean(exact)[0], rtol=1e-3, atol=1e-4)
 
 
-def test_gray_images_are_seen_as_rgb_and_others_refused(inception_state: dict[str, Tensor]) -> None:
+def test_gray_images_are_converted_to_rgb_and_others_refused(inception_state: dict[str, Tensor]) -> None:
     inception = detectors.load_inception(inception_state, CPU, clean=False)
     gray = natural_images(1, (1, 16, 16))
     assert torch.equal(inception(gray)[0], inception(gray.repeat(1, 3, 1, 1))[0])
@@ -172,12 +176,12 @@ def test_gray_images_are_seen_as_rgb_and_others_refused(inception_state: dict[st
 
 
 def test_weights_that_do_not_fit_are_refused(inception_state: dict[str, Tensor]) -> None:
-    del_one = {name: x for name, x in inception_state.items() if name != "fc.bias"}
+    incomplete = {name: x for name, x in inception_state.items() if name != "fc.bias"}
     with pytest.raises(UserError, match="Inception: its weights do not fit"):
-        detectors.load_inception(del_one, CPU, clean=False)
+        detectors.load_inception(incomplete, CPU, clean=False)
 
 
-def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
+def test_dinov2_equals_the_class_token_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
@@ -192,13 +196,13 @@ def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
     assert features.shape == (2, 24)
     assert logits is None
 
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), 3) for image in images]
-    x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2) / 255
+    resized = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), 3) for image in images]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     x = (x - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
         expected = model(pixel_values=x).pooler_output  # transformers: the class token after the last norm
-    assert (detectors.dinov2_input(images) - x).abs().max() < 1.01 / 255 / 0.224  # a grey level rounded the other way
+    assert (detectors.dinov2_input(images) - x).abs().max() < 1.01 / 255 / 0.224  # one gray level of rounding
     torch.testing.assert_close(features, expected, rtol=0.01, atol=0.01)
 
     name = "DINOv2 of width 24, 2 layers, patches 14: does not compare with ViT-L/14"
@@ -217,7 +221,7 @@ def vgg16_state() -> dict[str, Tensor]:
     return dict(network.state_dict())
 
 
-def test_vgg16_gives_the_second_layer_of_4096(vgg16_state: dict[str, Tensor]) -> None:
+def test_vgg16_returns_the_second_fully_connected_layer(vgg16_state: dict[str, Tensor]) -> None:
     pytest.importorskip("torch_fidelity")
     import torchvision
 
@@ -249,19 +253,19 @@ def test_a_program_returns_features_and_logits(tmp_path: Path, kind: str) -> Non
         script_program(path, network)
     detector = read_detectors((str(path),)).load("inception", CPU)
     expected = network(images)
-    for got, wanted in zip(detector(images), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for actual, target in zip(detector(images), expected, strict=True):
+        torch.testing.assert_close(actual, target)
     assert detector(images[:1])[0].shape == (1, 6)
 
 
-class WithAConstant(nn.Module):
+class WithConstant(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.float().flatten(1) * torch.arange(images[0].numel(), device=images.device)
 
 
-def test_an_exported_program_forgets_the_device_that_it_was_exported_on(tmp_path: Path) -> None:
+def test_an_exported_program_moves_to_another_device(tmp_path: Path) -> None:
     images = natural_images(2, (3, 16, 16))
-    path = export_program(tmp_path / "net.pt2", WithAConstant(), images)
+    path = export_program(tmp_path / "net.pt2", WithConstant(), images)
     module, _ = detectors.load_module(path, torch.device("meta"))
     assert {str(node.kwargs["device"]) for node in module.graph.nodes if "device" in node.kwargs} == {"meta"}
     assert module(images.to("meta")).shape == (2, 768)
@@ -269,12 +273,12 @@ def test_an_exported_program_forgets_the_device_that_it_was_exported_on(tmp_path
 
 @pytest.mark.gpu
 def test_an_exported_program_runs_on_a_gpu(tmp_path: Path) -> None:
-    images, network = natural_images(2, (3, 16, 16)), WithAConstant()
+    images, network = natural_images(2, (3, 16, 16)), WithConstant()
     detector = detectors.load_program(export_program(tmp_path / "net.pt2", network, images), torch.device("cuda"))
     torch.testing.assert_close(detector(images.cuda())[0].cpu(), network(images))
 
 
-def test_a_program_of_the_stylegan_family_is_asked_for_features(tmp_path: Path) -> None:
+def test_stylegan_programs_are_called_with_return_features(tmp_path: Path) -> None:
     class Probabilities(nn.Module):
         def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
             x = images.float().mean(dim=(2, 3))
@@ -287,7 +291,7 @@ def test_a_program_of_the_stylegan_family_is_asked_for_features(tmp_path: Path) 
     assert logits is None
 
 
-def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_program_with_invalid_output_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Flat(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.float().mean(dim=(1, 2, 3))
@@ -304,18 +308,18 @@ def test_a_program_that_breaks_its_contract_is_named(tmp_path: Path, caplog: pyt
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_a_program_for_one_number_of_images_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+def test_a_program_of_fixed_batch_size_is_refused_immediately(tmp_path: Path) -> None:
     images = natural_images(2, (3, 16, 16))
     path = tmp_path / "fixed.pt2"
     torch.export.save(torch.export.export(SmallDetector().eval(), (images,)), path)
-    context = context_of(images, setup=read_detectors((str(path),)))
+    context = metric_context(images, setup=read_detectors((str(path),)))
     with pytest.raises(UserError, match=r"fid50_full_fixed: .*fixed\.pt2: failed on uint8 images \(1, 3, 16, 16\)"):
         metrics.compute("fid50_full", context)
     assert context.network.latents == []  # type: ignore[attr-defined]
 
 
-def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision raises RuntimeError when it was built for another torch."""
+def test_a_package_that_fails_to_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision raises RuntimeError if it was built for another version of torch."""
 
     def broken(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
@@ -325,7 +329,7 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPa
         detectors.load_inception({}, CPU, clean=False)
 
 
-def test_what_a_detector_option_names(tmp_path: Path) -> None:
+def test_detector_options_are_validated(tmp_path: Path) -> None:
     program = script_program(tmp_path / "net.pt", SmallDetector())
     with pytest.raises(UserError, match="no such file"):
         read_detectors((str(tmp_path / "missing.pt"),))
@@ -346,7 +350,7 @@ def test_what_a_detector_option_names(tmp_path: Path) -> None:
         read_detectors((str(unknown),))
 
 
-def test_a_renamed_weight_file_is_known_by_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renamed_weight_file_is_identified_by_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "renamed.pth"
     torch.save({"x": torch.zeros(1)}, path)
     file = dataclasses.replace(INCEPTION, sha256=hashlib.sha256(path.read_bytes()).hexdigest()[:8])
@@ -354,7 +358,7 @@ def test_a_renamed_weight_file_is_known_by_its_checksum(tmp_path: Path, monkeypa
     assert read_detectors((str(path),)).weights == {INCEPTION.name: path}
 
 
-class Bomb:
+class TouchesFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -364,7 +368,7 @@ class Bomb:
 
 def test_a_state_dict_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pth"
-    path.write_bytes(pickle.dumps({"x": Bomb(tmp_path / "fired")}))
+    path.write_bytes(pickle.dumps({"x": TouchesFile(tmp_path / "fired")}))
     with pytest.raises(UserError, match=r"bomb\.pth: cannot be read as a state dict"):
         detectors.load_state_dict(path)
     assert not (tmp_path / "fired").exists()

@@ -1,4 +1,4 @@
-"""generate.py directions: against eigenvectors by other routes, planted directions, and what edits do to images."""
+"""generate.py directions against singular vectors and planted directions; effects of edits on images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import torch
-from exploration_helpers import FAMILIES, TRANSGAN, make_model, make_snapshot, model_of, pixels, run, run_ok
+from exploration_helpers import (
+    FAMILIES,
+    TRANSGAN,
+    example_directions,
+    make_model,
+    make_snapshot,
+    model_of,
+    pixels,
+    run,
+    run_ok,
+)
 from safetensors.torch import save_file
 
 from dnnlib.config import UserError
 from exploration.directions import (
-    Directions,
     between,
     factorise,
     principal,
@@ -29,7 +38,7 @@ from exploration.directions import (
 from exploration.model import Model
 from training.snapshots.snapshot import load_network
 
-# The affine layers that read each style, by their names, counted by hand from the docstrings of the networks.
+# Names of the affine layers that read each style, derived by hand from the docstrings of the networks.
 READERS = {
     "styleformer": {0: ["blocks.0"], 1: ["torgb", "blocks.0"], 2: ["blocks.1"], 3: ["torgb", "blocks.0"], 4: ["torgb"]},
     "styleformer-c": {
@@ -43,15 +52,8 @@ READERS = {
 }
 
 
-def small(**changes: Any) -> Directions:
-    made = Directions(
-        directions=torch.eye(12)[:3], values=torch.ones(3), sigmas=torch.tensor([2.0, 1.0, 0.5]), styles=(1, 2)
-    )
-    return dataclasses.replace(made, **changes)
-
-
-def mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list to which every later call of Model.map adds how many latents it was given; 0 stands for a synthesis."""
+def record_mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the numbers of latents of later calls to Model.map in a list; 0 marks a call to Model.synthesise."""
     counts: list[int] = []
     original, synthesise = Model.map, Model.synthesise
 
@@ -59,17 +61,17 @@ def mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(z))
         return original(model, z, *arguments, **options)
 
-    def noted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+    def recorded(model: Model, ws: torch.Tensor) -> torch.Tensor:
         counts.append(0)
         return synthesise(model, ws)
 
     monkeypatch.setattr(Model, "map", counted)
-    monkeypatch.setattr(Model, "synthesise", noted)
+    monkeypatch.setattr(Model, "synthesise", recorded)
     return counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_style_finds_the_layers_that_read_it(family: str) -> None:
+def test_style_layers_finds_the_layers_of_each_style(family: str) -> None:
     model = make_model(family)
     names = {module: name for name, module in model.G.synthesis.named_modules()}
     found = style_layers(model.G.synthesis, model.G.num_ws, model.G.w_dim)
@@ -81,7 +83,7 @@ def test_each_style_finds_the_layers_that_read_it(family: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.G.modules())
 
 
-def test_sefa_is_the_singular_vectors_of_the_weights() -> None:
+def test_sefa_equals_the_singular_vectors_of_the_weights() -> None:
     model = make_model()
     G = model.G.synthesis
     layers = [G.stages[1].blocks[1].affine, G.stages[1].torgb.affine, G.stages[2].blocks[0].affine]
@@ -97,7 +99,7 @@ def test_sefa_is_the_singular_vectors_of_the_weights() -> None:
     assert (found.directions.abs().amax(dim=1) == found.directions.amax(dim=1)).all()
 
 
-def test_sefa_of_transgan_is_of_its_stems() -> None:
+def test_sefa_of_transgan_uses_the_stems() -> None:
     model = model_of(dataclasses.replace(TRANSGAN, latent_tokens=2))
     A = np.concatenate([stem.weight.numpy() for stem in (model.G.synthesis.stem, model.G.synthesis.latent_stem)])
     _, singular, vectors = np.linalg.svd(A.astype(np.float64))
@@ -106,7 +108,7 @@ def test_sefa_of_transgan_is_of_its_stems() -> None:
     np.testing.assert_allclose((found.directions.numpy() * vectors[:3]).sum(axis=1) ** 2, 1, rtol=1e-5)
 
 
-def test_principal_components_are_those_of_centred_samples() -> None:
+def test_pca_equals_the_svd_of_centred_samples() -> None:
     samples = torch.randn(300, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
     found = principal(samples, (0,), 6)
     centred = samples.numpy() - samples.numpy().mean(axis=0)
@@ -116,18 +118,18 @@ def test_principal_components_are_those_of_centred_samples() -> None:
     np.testing.assert_allclose((found.directions.numpy() * vectors).sum(axis=1) ** 2, 1, rtol=1e-5)
 
 
-def test_samples_are_mapped_in_float32_and_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = mapped_counts(monkeypatch)
+def test_samples_are_float32_and_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = record_mapped_counts(monkeypatch)
     model = make_model(truncation_psi=0.5)
     samples = sampled_w(model, 1500)
     z = torch.from_numpy(np.random.RandomState(0).randn(1500, 16)).float()
     torch.testing.assert_close(samples.float(), model.G.mapping(z, None)[:, 0])
     assert torch.equal(samples, sampled_w(model, 1500))
-    assert max(counts) == 1024  # of which one style of each is kept
+    assert max(counts) == 1024  # mapped in batches, keeping one style per latent
 
 
-def test_groups_are_told_apart_along_a_planted_direction() -> None:
-    """Noise that is larger elsewhere misleads the means, and not the classifier, whose equation NumPy solves too."""
+def test_linear_directions_find_a_planted_direction() -> None:
+    """Larger noise in other dimensions misleads the means, but not the linear classifier, which equals NumPy."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.cat([torch.tensor([0.3]), torch.full((7,), 3.0)]).double()
     samples = torch.randn(2000, 8, generator=generator, dtype=torch.float64) * spread
@@ -147,45 +149,45 @@ def test_groups_are_told_apart_along_a_planted_direction() -> None:
     d = np.linalg.solve(X.T @ X + penalty * np.eye(8), X.T @ y)
     np.testing.assert_allclose(linear.directions[0], d / np.linalg.norm(d), rtol=1e-5)
     for is_linear in (False, True):
-        with pytest.raises(UserError, match="the same mean"):  # but for rounding
+        with pytest.raises(UserError, match="the same mean"):  # up to rounding
             between(positive, positive[torch.randperm(60, generator=generator)], samples, (0,), linear=is_linear)
 
 
-def test_edits_move_the_chosen_styles_by_standard_deviations() -> None:
+def test_edits_move_selected_styles_by_standard_deviations() -> None:
     ws = torch.randn(2, 5, 12)
-    moved = small().edit(ws, 0, torch.tensor([1.0, -3.0]))
+    moved = example_directions().edit(ws, 0, torch.tensor([1.0, -3.0]))
     difference = torch.zeros(2, 5, 12)
     difference[0, 1:3, 0], difference[1, 1:3, 0] = 2, -6
     torch.testing.assert_close(moved - ws, difference)
-    torch.testing.assert_close(small().edit(ws, 2, 2.0)[:, 2, 2], ws[:, 2, 2] + 1)
+    torch.testing.assert_close(example_directions().edit(ws, 2, 2.0)[:, 2, 2], ws[:, 2, 2] + 1)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
-def test_files_keep_everything(tmp_path: Path, ending: str) -> None:
+def test_saved_directions_are_read_unchanged(tmp_path: Path, ending: str) -> None:
     G, path = make_model().G, tmp_path / f"d{ending}"
-    save_directions(path, small())
+    save_directions(path, example_directions())
     found, index = read_direction(f"{path}:2", G)
     assert (index, found.styles) == (2, (1, 2))
     for name in ("directions", "values", "sigmas"):
-        assert torch.equal(getattr(found, name), getattr(small(), name))
+        assert torch.equal(getattr(found, name), getattr(example_directions(), name))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_files_of_bfloat16_are_read(tmp_path: Path) -> None:
-    arrays = {name: getattr(small(), name).bfloat16() for name in ("directions", "values", "sigmas")}
+def test_bfloat16_directions_are_read(tmp_path: Path) -> None:
+    arrays = {name: getattr(example_directions(), name).bfloat16() for name in ("directions", "values", "sigmas")}
     save_file(arrays | {"styles": torch.tensor([1, 2])}, tmp_path / "d.safetensors")
     found, _ = read_direction(f"{tmp_path}/d.safetensors:1", make_model().G)
-    torch.testing.assert_close(found.directions, small().directions, rtol=0.01, atol=0)
+    torch.testing.assert_close(found.directions, example_directions().directions, rtol=0.01, atol=0)
     assert found.styles == (1, 2)
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direction_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     G = make_model().G
-    save_directions(tmp_path / "d.npz", small())
-    save_directions(tmp_path / "wide.npz", small(directions=torch.eye(13)[:3]))
-    save_directions(tmp_path / "long.npz", small(styles=(4, 5)))
-    save_directions(tmp_path / "few.npz", small(values=torch.ones(2), sigmas=torch.ones(2)))
-    save_directions(tmp_path / "nan.npz", small(sigmas=torch.full((3,), torch.nan)))
+    save_directions(tmp_path / "d.npz", example_directions())
+    save_directions(tmp_path / "wide.npz", example_directions(directions=torch.eye(13)[:3]))
+    save_directions(tmp_path / "long.npz", example_directions(styles=(4, 5)))
+    save_directions(tmp_path / "few.npz", example_directions(values=torch.ones(2), sigmas=torch.ones(2)))
+    save_directions(tmp_path / "nan.npz", example_directions(sigmas=torch.full((3,), torch.nan)))
     arrays: dict[str, Any] = {
         "directions": np.eye(12),
         "values": np.ones(12),
@@ -222,7 +224,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_path: Path) -> None:
+def test_commands_find_draw_and_apply_directions(family: str, shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, family), tmp_path / "out"
     common = [f"--network={network}", "--samples=200"]
     run_ok("directions", *common, "--components=2", "--styles=coarse", "--seeds=1,2", "--steps=3", f"--outdir={out}")
@@ -249,13 +251,13 @@ def test_the_commands_find_draw_and_apply(family: str, shapes_zip: Path, tmp_pat
     assert read_direction(f"{out / 'd.safetensors'}:0", G)[0].styles == tuple(range(G.num_ws))
 
 
-def test_images_are_mapped_and_edited_a_batch_at_a_time(
+def test_images_are_mapped_and_edited_in_batches(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-    save_directions(tmp_path / "d.npz", small())
+    save_directions(tmp_path / "d.npz", example_directions())
     common = [f"--network={network}", "--seeds=0-4", f"--direction={tmp_path}/d.npz:0"]
-    counts = mapped_counts(monkeypatch)
+    counts = record_mapped_counts(monkeypatch)
     for batch in (2, 8):
         run_ok("images", *common, f"--batch={batch}", f"--outdir={tmp_path / str(batch)}")
     assert counts == [2, 0, 2, 0, 1, 0, 5, 0]
@@ -264,7 +266,7 @@ def test_images_are_mapped_and_edited_a_batch_at_a_time(
         assert np.array_equal(one, other)
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+def test_invalid_directions_arguments_get_one_message(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     for arguments, message in [
         (["--method=mean"], "--method=mean: needs two lists of seeds"),

@@ -1,4 +1,4 @@
-"""Several processes of which one fails: all end soon, and what is printed says who and why."""
+"""Failure of one of several processes: all processes end soon, and the output names the process and the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PATIENCE, small_config
-from test_torture import start
+from process_helpers import start_training
 
 from torch_utils import distributed
 from torch_utils.watchdog import Pulse, RankStatus, find_stopped
@@ -19,22 +19,22 @@ from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
 
-def _one_raises() -> None:
+def _rank_1_raises() -> None:
     if distributed.rank() == 1:
         raise ArithmeticError("out of numbers")
     distributed.all_reduce(torch.zeros(1))
 
 
-def test_one_process_that_raises_ends_all_with_one_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_in_one_process_ends_all_processes(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        distributed.launch(_one_raises, 3)
+        distributed.launch(_rank_1_raises, 3)
     assert stop.value.code == 1
     printed = capfd.readouterr().err
     assert printed.count("Traceback") == 1
     assert "ArithmeticError: out of numbers" in printed
 
 
-def _one_stops() -> None:
+def _rank_0_sleeps() -> None:
     for _ in range(3):
         distributed.all_reduce(torch.zeros(1))
     if distributed.rank() == 0:
@@ -42,11 +42,11 @@ def _one_stops() -> None:
     distributed.all_reduce(torch.zeros(1))
 
 
-def test_a_process_that_stops_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also when it is the one that prints otherwise."""
+def test_a_process_that_stops_responding_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """The process that stops is rank 0, which prints all other output."""
     began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        distributed.launch(_one_stops, 2, timeout=3.0)
+        distributed.launch(_rank_0_sleeps, 2, timeout=3.0)
     assert stop.value.code == 1
     assert time.monotonic() - began < PATIENCE
     printed = capfd.readouterr().err
@@ -54,7 +54,7 @@ def test_a_process_that_stops_is_named(capfd: pytest.CaptureFixture[str]) -> Non
     assert "stopped 3 seconds ago, and the others wait" in printed
 
 
-def test_only_who_is_behind_has_stopped() -> None:
+def test_the_ranks_that_are_behind_have_stopped() -> None:
     def stopped(*positions: int) -> list[int]:
         return find_stopped({rank: RankStatus(position, "here") for rank, position in enumerate(positions)})
 
@@ -63,7 +63,7 @@ def test_only_who_is_behind_has_stopped() -> None:
     assert stopped(3, 7, 3) == [0, 2]
 
 
-def test_who_gives_no_sign_of_life_has_stopped_wherever_it_is() -> None:
+def test_silent_ranks_have_stopped_regardless_of_their_position() -> None:
     statuses = {rank: RankStatus(5, "here") for rank in range(3)}
     assert find_stopped(statuses, silent=[2]) == [2]
     pulse = Pulse(timeout=10)
@@ -73,24 +73,24 @@ def test_who_gives_no_sign_of_life_has_stopped_wherever_it_is() -> None:
     assert pulse.find_silent({0: 3, 1: 2}, now=112) == []
 
 
-def _one_freezes_in_a_call() -> None:
+def _rank_1_is_frozen() -> None:
     if distributed.rank() == 1:
         own = os.getpid()
-        # Frozen, it would not hear the launcher either, which waits for half a minute before it kills.
+        # Continue the process after a while: frozen, it would ignore the SIGTERM of the launcher for half a minute.
         subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {own}; sleep 12; kill -CONT {own}"])
     distributed.from_main(lambda: time.sleep(PATIENCE))
 
 
 @pytest.mark.slow
-def test_a_process_that_freezes_where_the_others_are_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_frozen_process_at_the_common_position_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        distributed.launch(_one_freezes_in_a_call, 2, timeout=6.0)
+        distributed.launch(_rank_1_is_frozen, 2, timeout=6.0)
     assert stop.value.code == 1
     printed = capfd.readouterr().err
     assert printed.count("Error: process 1 on ") == printed.count("Error: process") == 1
 
 
-def _differ(data: Path) -> None:
+def _change_one_bit(data: Path) -> None:
     config = small_config(data, run__num_gpus=2)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     with torch.no_grad():
@@ -102,20 +102,18 @@ def _differ(data: Path) -> None:
     trainer.check_replicas()
 
 
-def test_processes_begin_alike_and_one_bit_that_differs_later_is_found(
-    shapes_zip: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_replicas_that_differ_in_one_bit_are_detected(shapes_zip: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        distributed.launch(_differ, 2, shapes_zip)
+        distributed.launch(_change_one_bit, 2, shapes_zip)
     assert stop.value.code == 2
     printed = capfd.readouterr().err
     assert printed.count("Error") == 1
     assert "Error: the processes differ in D at kimg 0, so nothing is saved" in printed
 
 
-def test_a_killed_worker_ends_the_run_with_one_line(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_killed_data_worker_ends_the_run_with_one_line(shapes_zip: Path, tmp_path: Path) -> None:
     options = ["--workers=1", "--kimg=99", "--resume=latest", "--snap=999"]
-    program = start(tmp_path / "runs", shapes_zip, *options)
+    program = start_training(tmp_path / "runs", shapes_zip, *options)
     try:
         program.wait_for("tick 1 ")
         pid = program.process.pid

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from metric_helpers import SmallDetector, script_program
-from test_metrics import ArrayImages, Stripes, natural_images
+from metric_helpers import ArrayImages, SmallDetector, Stripes, natural_images, script_program
 from torch import Tensor
 
 import metrics
@@ -34,7 +33,7 @@ torch_fidelity = pytest.importorskip("torch_fidelity")
 
 
 def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
-    """Correlated, skewed features in float32."""
+    """Draw correlated, skewed features in float32."""
     stream = np.random.RandomState(seed)
     mix = np.random.RandomState(99).standard_normal((dimensions, dimensions)) / math.sqrt(dimensions)
     rows = np.maximum(stream.standard_normal((count, dimensions)) @ mix + shift, 0)
@@ -42,14 +41,14 @@ def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tens
 
 
 def moments_of(role: Role, num_real: int | None, num_fake: int) -> list[StatRequest]:
-    """What a Frechet distance is made of."""
+    """Make the statistics requests of a Frechet distance."""
     sides: list[tuple[Literal["real", "fake"], int | None]] = [("real", num_real), ("fake", num_fake)]
     return [StatRequest(of=of, role=role, count=count, recipe=Moments()) for of, count in sides]
 
 
-def bound_to(program: Path, protocol: str = "stylegan") -> DetectorSetup:
-    """A program that is said to be Inception and VGG16, so that names are plain."""
-    return read_detectors((f"inception:{program}", f"vgg16:{program}"), protocol)
+def bound_to(detector_program: Path, protocol: str = "stylegan") -> DetectorSetup:
+    """Use a program as Inception and as VGG16, so metric names have no suffix."""
+    return read_detectors((f"inception:{detector_program}", f"vgg16:{detector_program}"), protocol)
 
 
 def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batch: int = 37) -> Result:
@@ -65,7 +64,7 @@ def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batc
 # The distances.
 
 
-def test_frechet_distance_of_two_gaussians() -> None:
+def test_frechet_distance_equals_the_closed_form() -> None:
     stream = np.random.RandomState(0)
     mean1, mean2 = stream.standard_normal((2, 8))
     a, b = stream.standard_normal((2, 8, 8))
@@ -81,14 +80,14 @@ def test_frechet_distance_of_two_gaussians() -> None:
 
 
 @pytest.mark.parametrize("count", [20, 400])  # singular and regular covariances
-def test_frechet_distance_of_identical_sets_is_zero_and_symmetric(count: int) -> None:
+def test_frechet_distance_is_symmetric_and_zero_on_equal_sets(count: int) -> None:
     one, other = (stream_through(Moments(), features(count, 48, seed)) for seed in (1, 2))
     assert distance_of(one, one) == pytest.approx(0, abs=1e-9)
     assert distance_of(one, other) == pytest.approx(distance_of(other, one), rel=1e-9)
     assert distance_of(one, other) > 0.1
 
 
-def test_frechet_distance_is_torch_fidelitys_up_to_the_divisor_of_the_covariance() -> None:
+def test_fid_equals_torch_fidelity_with_unbiased_covariances() -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     sets = features(500, 24, 1), features(300, 24, 2, shift=0.3)
@@ -104,13 +103,13 @@ def test_frechet_distance_is_torch_fidelitys_up_to_the_divisor_of_the_covariance
     assert distance_of(*ours) != pytest.approx(distance_of(*ours, unbiased=True), rel=1e-5)
 
 
-def test_kernel_distance_is_torch_fidelitys() -> None:
+def test_kid_equals_torch_fidelity() -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     real, fake = features(120, 32, 1), features(90, 32, 2, shift=0.2)
     expected = kid_features_to_metric(fake, real, kid_subsets=7, kid_subset_size=50, rng_seed=3, verbose=False)
     stream, index = np.random.RandomState(3), []
-    for _ in range(7):  # in the order in which torch-fidelity draws
+    for _ in range(7):  # same order of draws as in torch-fidelity
         index.append([stream.choice(len(x), 50, replace=False) for x in (fake, real)])
     fakes, reals = (torch.from_numpy(np.stack(one)) for one in zip(*index, strict=True))
     mean, std = kernel_distance({"rows": real, "index": reals}, {"rows": fake, "index": fakes})
@@ -118,7 +117,7 @@ def test_kernel_distance_is_torch_fidelitys() -> None:
     assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
 
 
-def test_kernel_distance_against_its_definition() -> None:
+def test_kid_equals_its_definition() -> None:
     x, y = (features(9, 5, seed).double() for seed in (1, 2))
 
     def kernel(a: Tensor, b: Tensor) -> float:
@@ -130,7 +129,7 @@ def test_kernel_distance_against_its_definition() -> None:
     assert float(squared_mmd(x, y)) == pytest.approx(sum(within) / 72 - 2 * sum(between) / 81, rel=1e-12)
 
 
-def test_subsets_hold_the_rows_that_they_name() -> None:
+def test_subset_rows_hold_the_indexed_features() -> None:
     rows = torch.arange(100.0)[:, None]
     result = stream_through(SubsetRows(number=3, size=10, stream="test", seed=0), rows)
     drawn = result["rows"][result["index"]][:, :, 0]  # (3, 10)
@@ -142,7 +141,7 @@ def test_subsets_hold_the_rows_that_they_name() -> None:
     assert len(result["rows"]) < 100
 
 
-def test_inception_score_of_known_predictions() -> None:
+def test_inception_score_is_exact_for_known_predictions() -> None:
     rows = torch.zeros(100, 1)
     uniform = stream_through(ClassSums(10), rows, torch.zeros(100, 5))
     assert inception_score(uniform) == pytest.approx((1, 0))
@@ -153,7 +152,7 @@ def test_inception_score_of_known_predictions() -> None:
 
 
 @pytest.mark.parametrize("count", [200, 207])  # splits of equal and of unequal size
-def test_inception_score_is_torch_fidelitys(count: int) -> None:
+def test_inception_score_equals_torch_fidelity(count: int) -> None:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 2 * features(count, 7, 1)
@@ -163,11 +162,11 @@ def test_inception_score_is_torch_fidelitys(count: int) -> None:
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-8)
 
 
-def test_precision_and_recall_are_torch_fidelitys() -> None:
+def test_precision_and_recall_equal_torch_fidelity() -> None:
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
     real, fake = features(300, 8, 1), features(200, 8, 2, shift=0.3)
-    expected = calculate_precision_recall_full(fake, real, neighborhood=3)  # fakes come first there
+    expected = calculate_precision_recall_full(fake, real, neighborhood=3)  # torch-fidelity takes the fakes first
     assert precision_recall(real, fake) == pytest.approx(expected, rel=1e-5)
     assert 0.1 < expected[0] < 0.95
     assert expected[0] != pytest.approx(expected[1], abs=0.05)
@@ -175,20 +174,20 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
 
 def test_precision_and_recall_are_not_swapped() -> None:
     real = torch.cat([features(100, 4, 1), features(100, 4, 2) + 100])
-    half = features(100, 4, 3)  # fakes that know one of two modes
+    half = features(100, 4, 3)  # fakes cover one of the two modes
     precision, recall = precision_recall(real, half)
     assert precision > 0.9
     assert 0.3 < recall < 0.6
     assert precision_recall(half, real)[0] == recall
 
 
-def test_precision_and_recall_in_float16_are_near_those_in_float32() -> None:
+def test_precision_and_recall_in_float16_are_close_to_float32() -> None:
     real, fake = features(300, 64, 1), features(300, 64, 2)
     half = precision_recall(real.half(), fake.half())
     assert half == pytest.approx(precision_recall(real, fake), abs=0.03)
 
 
-def test_density_and_coverage_against_their_definition() -> None:
+def test_density_and_coverage_equal_their_definition() -> None:
     real, fake = features(80, 5, 1).double().numpy(), features(60, 5, 2, shift=0.1).double().numpy()
     radius = [np.sort(np.linalg.norm(real - centre, axis=1))[5] for centre in real]
     counts = [[np.linalg.norm(y - x) <= r for y in fake] for x, r in zip(real, radius, strict=True)]
@@ -197,28 +196,28 @@ def test_density_and_coverage_against_their_definition() -> None:
     assert measured == pytest.approx(expected, rel=1e-6)
 
 
-def test_distances_survive_a_common_offset() -> None:
-    """|x|^2 + |y|^2 - 2 x y would lose them; precision and recall depend on distances alone."""
+def test_distances_are_accurate_under_a_common_offset() -> None:
+    """Precision and recall depend only on distances, which |x|^2 + |y|^2 - 2 x y would compute inaccurately."""
     real, fake = features(200, 8, 1), features(200, 8, 2)
     assert precision_recall(real + 1000, fake + 1000) == pytest.approx(precision_recall(real, fake), abs=0.02)
 
 
-def test_blocks_do_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = features(50, 5, 1, shift=5), features(40, 5, 2, shift=5)
     whole = precision_recall(real, fake), density_coverage(real, fake)
     monkeypatch.setattr("metrics.precision_recall.BLOCK", 7)
     assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
 
 
-def test_too_few_images_have_no_neighbours() -> None:
-    with pytest.raises(UserError, match="3 images are too few for 3 neighbours each"):
+def test_fewer_images_than_neighbours_are_refused() -> None:
+    with pytest.raises(UserError, match="3 images have no 3 neighbours each"):
         precision_recall(features(3, 4, 1), features(9, 4, 2))
 
 
 # Statistics.
 
 
-def test_moments_are_numpys() -> None:
+def test_moments_equal_numpy() -> None:
     rows = features(203, 6, 1, shift=5)
     result = stream_through(Moments(), rows)
     np.testing.assert_allclose(result["mean"], rows.double().numpy().mean(axis=0), rtol=1e-12)
@@ -234,7 +233,7 @@ def test_rebatched_keeps_order_and_positions() -> None:
 
 
 class CountedImages(ArrayImages):
-    """Counts how many images are read."""
+    """Dataset that counts the images read."""
 
     read = 0
 
@@ -244,20 +243,20 @@ class CountedImages(ArrayImages):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def detector_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
 
 
 @pytest.fixture(scope="module")
-def setup(program: Path) -> DetectorSetup:
-    return bound_to(program)
+def detector_setup(detector_program: Path) -> DetectorSetup:
+    return bound_to(detector_program)
 
 
 NAMES = "fid60_full,fid40,kid50_full,is60,pr603_full,dc30"
 
 
-def build(setup: DetectorSetup, **changes: Any) -> MetricContext:
-    settings: dict[str, Any] = {"G": Stripes(), "images": CountedImages(natural_images(90)), "setup": setup}
+def build(detector_setup: DetectorSetup, **changes: Any) -> MetricContext:
+    settings: dict[str, Any] = {"G": Stripes(), "images": CountedImages(natural_images(90)), "setup": detector_setup}
     return MetricContext(**(settings | {"device": torch.device("cpu")} | changes))
 
 
@@ -265,31 +264,31 @@ def results(context: MetricContext, names: str = NAMES) -> dict[str, float]:
     return {key: value for result in compute_all(names.split(","), context) for key, value in result.results.items()}
 
 
-def test_metrics_share_one_pass_over_the_fakes_and_one_over_the_reals(setup: DetectorSetup) -> None:
-    context = build(setup)
+def test_metrics_share_passes_over_fakes_and_reals(detector_setup: DetectorSetup) -> None:
+    context = build(detector_setup)
     results(context)
     G, images = context.network, context.images
     assert isinstance(G, Stripes)
     assert isinstance(images, CountedImages)
     assert sum(map(len, G.latents)) == 60
-    assert images.read == 90 + 40 + 30  # the whole set for the _full metrics, and one of 40 and one of 30
+    assert images.read == 90 + 40 + 30  # all reals for the _full metrics, subsets of 40 and of 30
 
 
-def test_values_do_not_depend_on_the_batches_nor_on_what_else_is_computed(setup: DetectorSetup) -> None:
-    whole = results(build(setup))
-    assert results(build(setup, batch_size=7, detector_batch=16)) == pytest.approx(whole, rel=1e-4)
+def test_values_do_not_depend_on_batches_and_other_metrics(detector_setup: DetectorSetup) -> None:
+    whole = results(build(detector_setup))
+    assert results(build(detector_setup, batch_size=7, detector_batch=16)) == pytest.approx(whole, rel=1e-4)
     assert len(whole) == 1 + 1 + 2 + 2 + 2 + 2
     for name in NAMES.split(","):
-        alone = results(build(setup), name)
+        alone = results(build(detector_setup), name)
         assert alone == pytest.approx({key: whole[key] for key in alone}, rel=1e-9)
 
 
-def test_the_distance_is_that_of_all_reals_and_the_first_fakes(setup: DetectorSetup) -> None:
-    """The whole path once more, in NumPy: images -> features -> means and covariances -> distance."""
-    context = build(setup)
+def test_fid_full_uses_all_reals_and_the_first_fakes(detector_setup: DetectorSetup) -> None:
+    """The expected value is computed in NumPy: images -> features -> means and covariances -> distance."""
+    context = build(detector_setup)
     detector = SmallDetector()
     real = detector(natural_images(90))[0].double().numpy()
-    [(_, images)] = metrics.sampling.fake_batches(build(setup), 60)
+    [(_, images)] = metrics.sampling.fake_batches(build(detector_setup), 60)
     fake = detector(images)[0].double().numpy()
     covs = [np.cov(x, rowvar=False, bias=True) for x in (real, fake)]
     root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
@@ -298,26 +297,26 @@ def test_the_distance_is_that_of_all_reals_and_the_first_fakes(setup: DetectorSe
 
 
 def mirrored(images: CountedImages) -> CountedImages:
-    """Each image and its flip, as a data set has them under --mirror."""
+    """Make a dataset of all images and their flips, as with --mirror."""
     both = CountedImages(torch.cat([images.data, images.data.flip(3)]))
     both.content_hash = f"{images.content_hash} mirrored"
     return both
 
 
 def numpy_distance(real: Tensor, fake: Tensor) -> float:
-    """The Frechet distance of the small detector's features, in NumPy and SciPy."""
+    """Compute the Frechet distance of the features of SmallDetector in NumPy and SciPy."""
     x, y = (SmallDetector()(images)[0].double().numpy() for images in (real, fake))
     covs = [np.cov(rows, rowvar=False, bias=True) for rows in (x, y)]
     root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root))
 
 
-def test_flips_of_the_reals_count_in_the_older_metrics_alone(setup: DetectorSetup) -> None:
+def test_only_metrics_without_full_count_flips_of_reals(detector_setup: DetectorSetup) -> None:
     images = CountedImages(natural_images(90))
     both = mirrored(images)
-    context = build(setup, images=images, mirrored=both)
+    context = build(detector_setup, images=images, mirrored=both)
     found = {result.metric: result for result in compute_all(["fid200_full", "fid200"], context)}
-    [(_, fakes)] = metrics.sampling.fake_batches(build(setup, batch_size=200), 200)
+    [(_, fakes)] = metrics.sampling.fake_batches(build(detector_setup, batch_size=200), 200)
     for name, reals in (("fid200_full", images.data), ("fid200", both.data)):
         assert found[name].results[name] == pytest.approx(numpy_distance(reals, fakes), rel=1e-6)
         assert found[name].num_real == len(reals)
@@ -330,16 +329,16 @@ def test_flips_of_the_reals_count_in_the_older_metrics_alone(setup: DetectorSetu
 
 
 @pytest.mark.parametrize("name", [*NAMES.split(","), "kid40", "pr503", "dc30_full"])
-def test_a_metric_is_what_it_is_on_the_reals_that_it_counts(setup: DetectorSetup, name: str) -> None:
-    """With flips: on the doubled set, given as the data. Without: whatever --mirror says."""
+def test_values_equal_those_on_the_counted_reals(detector_setup: DetectorSetup, name: str) -> None:
+    """With --mirror, a metric that counts flips equals its value on the doubled dataset; others are unchanged."""
     images = CountedImages(natural_images(90))
-    context = build(setup, images=images, mirrored=mirrored(images))
+    context = build(detector_setup, images=images, mirrored=mirrored(images))
     [result] = compute_all([name], context)
     counted = result.mirror
     assert counted == ("full" not in name and "is" not in name)
-    expected = build(setup, images=mirrored(images) if counted else images)
+    expected = build(detector_setup, images=mirrored(images) if counted else images)
     assert result.results == results(expected, name)
-    assert results(build(setup, images=images, mirrored=mirrored(images)), NAMES + f",{name}").items() >= (
+    assert results(build(detector_setup, images=images, mirrored=mirrored(images)), NAMES + f",{name}").items() >= (
         result.results.items()
     )
 
@@ -354,13 +353,13 @@ def test_labels_of_fakes_do_not_depend_on_flips() -> None:
     assert torch.equal(drawn[0], drawn[1])
 
 
-def test_statistics_with_flips_are_never_read_for_a_metric_without(
-    setup: DetectorSetup, shapes_zip: Path, tmp_path: Path
+def test_cached_statistics_with_flips_are_not_used_without_flips(
+    detector_setup: DetectorSetup, shapes_zip: Path, tmp_path: Path
 ) -> None:
-    """Statistics of reals as earlier releases kept them: fid<N>_full of a mirrored set had its flips."""
+    """Earlier releases cached statistics with flips for fid<N>_full of a mirrored dataset."""
     plain = ImageDataset(DatasetConfig(path=str(shapes_zip)))
     both = ImageDataset(DatasetConfig(path=str(shapes_zip), mirror=True))
-    settings: dict[str, Any] = {"G": Stripes((3, 16, 16)), "device": torch.device("cpu"), "setup": setup}
+    settings: dict[str, Any] = {"G": Stripes((3, 16, 16)), "device": torch.device("cpu"), "setup": detector_setup}
     old = MetricContext(images=both, cache=tmp_path, **settings)
     results(old, "fid60_full,kid50_full,pr603_full")
     kept = set(tmp_path.iterdir())
@@ -371,55 +370,55 @@ def test_statistics_with_flips_are_never_read_for_a_metric_without(
     kept = set(tmp_path.iterdir())
     again = MetricContext(images=plain, mirrored=both, cache=tmp_path, **settings)
     assert results(again, "fid600")["fid600"] == results(MetricContext(images=both, **settings), "fid600")["fid600"]
-    assert set(tmp_path.iterdir()) == kept  # of all reals with their flips: those of the old release
+    assert set(tmp_path.iterdir()) == kept  # statistics of all reals with flips: the cache of the old release is used
 
 
-def test_statistics_of_reals_are_read_from_disk_the_second_time(setup: DetectorSetup, tmp_path: Path) -> None:
-    first = build(setup, cache=tmp_path)
+def test_statistics_of_reals_are_cached_on_disk(detector_setup: DetectorSetup, tmp_path: Path) -> None:
+    first = build(detector_setup, cache=tmp_path)
     expected = results(first)
-    second = build(setup, cache=tmp_path)
+    second = build(detector_setup, cache=tmp_path)
     assert results(second) == expected
     assert isinstance(second.images, CountedImages)
     assert second.images.read == 0
 
     other = CountedImages(natural_images(90, seed=5))
     other.content_hash = "other"
-    changed = build(setup, cache=tmp_path, images=other)
+    changed = build(detector_setup, cache=tmp_path, images=other)
     assert results(changed)["fid60_full"] != expected["fid60_full"]
     assert other.read > 0
 
 
-def test_a_cut_off_cache_file_is_named_and_made_again(
-    setup: DetectorSetup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_truncated_cache_file_is_named_and_recomputed(
+    detector_setup: DetectorSetup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = results(build(setup, cache=tmp_path), "fid60_full")
+    expected = results(build(detector_setup, cache=tmp_path), "fid60_full")
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-100])
-    assert results(build(setup, cache=tmp_path), "fid60_full") == expected
+    assert results(build(detector_setup, cache=tmp_path), "fid60_full") == expected
     assert f"Warning: {file}: damaged" in capsys.readouterr().err
-    assert results(build(setup, cache=tmp_path), "fid60_full") == expected
+    assert results(build(detector_setup, cache=tmp_path), "fid60_full") == expected
     assert capsys.readouterr().err == ""
 
 
-def test_the_key_of_a_cache_file_holds_detector_protocol_and_choice(setup: DetectorSetup, tmp_path: Path) -> None:
-    results(build(setup, cache=tmp_path), "fid60_full")
-    results(build(setup, cache=tmp_path), "fid40")
-    results(build(setup, cache=tmp_path, seed=1), "fid40")  # other 40 reals
+def test_the_cache_key_includes_detector_protocol_and_seed(detector_setup: DetectorSetup, tmp_path: Path) -> None:
+    results(build(detector_setup, cache=tmp_path), "fid60_full")
+    results(build(detector_setup, cache=tmp_path), "fid40")
+    results(build(detector_setup, cache=tmp_path, seed=1), "fid40")  # another subset of 40 reals
     other = script_program(tmp_path / "other.pt", torch.nn.Sequential(SmallDetector()))
     results(build(bound_to(other), cache=tmp_path), "fid60_full")
-    clean = bound_to(setup.bound["inception"], protocol="clean")  # Inception would see another resize
+    clean = bound_to(
+        detector_setup.bound["inception"], protocol="clean"
+    )  # with Inception, this protocol resizes differently
     results(build(clean, cache=tmp_path), "fid60_full")
     assert len(list(tmp_path.glob("????????????????????????????????????????.pt"))) == 5
     recipes: list[Any] = [Moments(), Rows(), Rows(half=True)]
     recipes += [SubsetRows(number=2, size=9, stream="kid-real", seed=seed) for seed in (0, 1)]
-    statistics = feature_stats.statistics_of(build(setup, cache=tmp_path))
+    statistics = feature_stats.statistics_of(build(detector_setup, cache=tmp_path))
     requests = [StatRequest(of="real", role="inception", count=None, recipe=recipe) for recipe in recipes]
     assert len({statistics._path(request) for request in requests}) == len(requests)
 
 
-def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_key_includes_the_library_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DetectorSetup, "identity", lambda *_: {"detector_sha256": "0"})
     statistics = feature_stats.statistics_of(build(DetectorSetup(), cache=tmp_path))
     request = moments_of("inception", None, 60)[0]
@@ -429,31 +428,31 @@ def test_the_key_of_a_cache_file_holds_the_version_of_the_library(
     assert paths[0] != paths[1]
 
 
-def test_a_set_with_fewer_images_than_dimensions_is_warned_of(setup: DetectorSetup) -> None:
-    [result] = compute_all(["fid6_full"], build(setup))
+def test_fewer_images_than_dimensions_cause_a_warning(detector_setup: DetectorSetup) -> None:
+    [result] = compute_all(["fid6_full"], build(detector_setup))
     assert "6 images for 6 feature dimensions" in result.warnings[0]
-    [result] = compute_all(["fid60_full"], build(setup))
+    [result] = compute_all(["fid60_full"], build(detector_setup))
     assert result.warnings == ()
     assert (result.detector, len(result.detector_sha256 or "")) == ("small.pt", 64)
 
 
-def test_images_instead_of_a_network(setup: DetectorSetup) -> None:
+def test_metrics_accept_images_instead_of_a_network(detector_setup: DetectorSetup) -> None:
     fakes = ArrayImages(natural_images(70, seed=3))
-    context = build(setup, G=None, fakes=fakes)
+    context = build(detector_setup, G=None, fakes=fakes)
     chosen = choose_fakes(context, fakes, 70)
     assert sorted(chosen) == list(range(70))
     assert chosen != sorted(chosen)
     measured = results(context, "fid60_full,swd30")
     assert measured["fid60_full"] > 0
-    same = build(setup, G=None, fakes=ArrayImages(natural_images(90)))
+    same = build(detector_setup, G=None, fakes=ArrayImages(natural_images(90)))
     assert results(same, "fid90_full")["fid90_full"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="100 generated images are requested, and the set holds 70"):
         results(context, "fid100_full")
     with pytest.raises(UserError, match="the generated set holds images of 3x16x16"):
-        build(setup, G=None, fakes=ArrayImages(natural_images(4, (3, 16, 16))))
+        build(detector_setup, G=None, fakes=ArrayImages(natural_images(4, (3, 16, 16))))
 
 
-def test_a_detector_without_classes_has_no_inception_score(tmp_path: Path) -> None:
+def test_inception_score_requires_class_logits(tmp_path: Path) -> None:
     class FeaturesOnly(torch.nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.float().mean(dim=(2, 3))
@@ -464,17 +463,17 @@ def test_a_detector_without_classes_has_no_inception_score(tmp_path: Path) -> No
     assert results(build(bound_to(path)), "fid50")["fid50"] > 0
 
 
-def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> None:
+def test_metric_names_have_a_suffix_for_other_detectors(detector_setup: DetectorSetup) -> None:
     assert metrics.resolve("pr50k3_full,dc50k,fid50k_full") == ["pr50k3_full_tvgg16", "dc50k_tvgg16", "fid50k_full"]
     assert metrics.resolve("pr50k3_full_tvgg16") == ["pr50k3_full_tvgg16"]
-    assert metrics.resolve("pr50k3_full", setup) == ["pr50k3_full"]
-    with pytest.raises(UserError, match="omit the suffix"):
-        metrics.resolve("pr50k3_full_tvgg16", setup)
-    own = read_detectors((str(setup.bound["inception"]),))
+    assert metrics.resolve("pr50k3_full", detector_setup) == ["pr50k3_full"]
+    with pytest.raises(UserError, match="leave out the suffix"):
+        metrics.resolve("pr50k3_full_tvgg16", detector_setup)
+    own = read_detectors((str(detector_setup.bound["inception"]),))
     recorded = ["fid50k_full_small", "pr50k3_full_small", "ppl2_wend_tvgg16", "swd"]
     assert metrics.resolve("fid50k_full,pr50k3_full,ppl2_wend,swd", own) == recorded
     assert metrics.resolve(recorded, own) == recorded
-    half = read_detectors((f"vgg16:{setup.bound['vgg16']}",))
+    half = read_detectors((f"vgg16:{detector_setup.bound['vgg16']}",))
     assert metrics.resolve("fid50k_full,pr50k3_full", half) == ["fid50k_full", "pr50k3_full"]
     assert half.program_of("inception") is None
     [result] = compute_all(["fid50_full"], build(own))
@@ -485,28 +484,28 @@ def test_names_of_numbers_from_another_network_say_so(setup: DetectorSetup) -> N
     assert metrics.registry.find("pr5003")[1] == 500
 
 
-def test_subsets_of_reals_and_fakes_are_drawn_independently(setup: DetectorSetup) -> None:
-    """Otherwise images given in the order of the reals would be compared with themselves."""
-    context = build(setup)
+def test_subsets_of_reals_and_fakes_are_drawn_independently(detector_setup: DetectorSetup) -> None:
+    """With equal indices, images given in the order of the reals would be compared with themselves."""
+    context = build(detector_setup)
     results(context, "kid50_full")
     real, fake = feature_stats.statistics_of(context).results.values()
     assert real["index"].shape == fake["index"].shape == (100, 50)
     assert not torch.equal(real["index"], fake["index"])
 
 
-def test_a_process_without_images_still_learns_the_shape_of_the_features(
-    setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_without_images_knows_the_feature_shape(
+    detector_setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sums are zero and of the right size, so that they can be added to those of the others."""
+    """The sums of this rank are zeros of the right shape, so the all-reduce works."""
     monkeypatch.setattr(feature_stats, "own_shard", lambda count: range(0, 0))
-    context = build(setup)
+    context = build(detector_setup)
     statistics = feature_stats.statistics_of(context)
     statistics.collect([feature_stats.StatRequest(of="fake", role="inception", count=20, recipe=Rows())])
     [result] = statistics.results.values()
     assert result["rows"].shape == (0, 6)
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_non_finite_features_are_refused(tmp_path: Path) -> None:
     class Overflow(torch.nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             x = images.float().mean(dim=(2, 3))
@@ -517,8 +516,8 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         results(build(bound_to(path)), "fid50")
 
 
-def test_logits_and_values_that_are_not_finite_are_refused(
-    setup: DetectorSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_non_finite_logits_and_values_are_refused(
+    detector_setup: DetectorSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Overflow(torch.nn.Module):
         def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -530,23 +529,23 @@ def test_logits_and_values_that_are_not_finite_are_refused(
         results(build(bound_to(path)), "is50")
     monkeypatch.setattr("metrics.frechet.distance_of", lambda *_, **__: math.nan)
     with pytest.raises(UserError, match="metric fid50: fid50 is nan"):
-        results(build(setup), "fid50")
+        results(build(detector_setup), "fid50")
 
 
-def test_the_kernel_distance_of_whole_sets_has_one_subset(setup: DetectorSetup) -> None:
-    assert set(results(build(setup), "kid60")) == {"kid60"}
-    assert set(results(build(setup), "kid60_full")) == {"kid60_full", "kid60_full_std"}
+def test_kid_of_whole_sets_has_one_subset(detector_setup: DetectorSetup) -> None:
+    assert set(results(build(detector_setup), "kid60")) == {"kid60"}
+    assert set(results(build(detector_setup), "kid60_full")) == {"kid60_full", "kid60_full_std"}
 
 
 class ManyImages(ArrayImages):
-    """As many as it takes to see whether a metric takes all."""
+    """Dataset with more images than any metric requests, unless it requests all."""
 
     def __len__(self) -> int:
         return 300_000
 
 
 SUBSETS = [SubsetRows(100, 1000, f"kid-{of}", 0) for of in ("real", "fake")]
-# Name -> how many reals (None: all), how many fakes, and what is made of each.
+# Metric -> numbers of reals (None: all) and fakes, and the statistics of each.
 PLANS: dict[str, tuple[list[int | None], list[Any]]] = {
     "fid_full": ([None, 50_000], [Moments()] * 2),
     "fid": ([50_000, 50_000], [Moments()] * 2),
@@ -564,15 +563,15 @@ PLANS: dict[str, tuple[list[int | None], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_what_the_metrics_ask_for_is_their_protocol(setup: DetectorSetup, name: str) -> None:
+def test_requested_statistics_follow_the_protocol(detector_setup: DetectorSetup, name: str) -> None:
     spec, count = find(name)
-    requests = spec.plan(build(setup, images=ManyImages(natural_images(2))), count)
+    requests = spec.plan(build(detector_setup, images=ManyImages(natural_images(2))), count)
     assert ([request.count for request in requests], [request.recipe for request in requests]) == PLANS[name]
     assert [request.of for request in requests] == ["real", "fake"][-len(requests) :]
 
 
-def test_a_metric_of_features_is_a_function_and_a_row(setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of the documentation, against NumPy, and as many reals as fakes; with the passes that others make."""
+def test_the_documented_feature_metric_works(detector_setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example equals NumPy, also with equally many reals and fakes, and shares the passes of other metrics."""
     monkeypatch.setattr(metrics.registry, "_METRICS", dict(metrics.registry._METRICS))
     guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
     _, example = guide.split("features of reals and fakes, as FID, KID and precision do")
@@ -583,9 +582,9 @@ def test_a_metric_of_features_is_a_function_and_a_row(setup: DetectorSetup, monk
     with pytest.raises(AssertionError, match="registered twice"):
         register_feature_metric(defined["MEANS"])
 
-    context = build(setup)
+    context = build(detector_setup)
     found = {result.metric: result for result in compute_all(["means60", "means60_full", "fid60"], context)}
-    [(_, images)] = metrics.sampling.fake_batches(build(setup), 60)
+    [(_, images)] = metrics.sampling.fake_batches(build(detector_setup), 60)
     chosen = metrics.sampling.choose_reals(context, 60)
     for name, reals in (("means60", natural_images(90)[chosen]), ("means60_full", natural_images(90))):
         means = [SmallDetector()(x)[0].double().numpy().mean(axis=0) for x in (reals, images)]
@@ -599,15 +598,15 @@ def test_a_metric_of_features_is_a_function_and_a_row(setup: DetectorSetup, monk
     assert (sum(map(len, G.latents)), read.read) == (60, 60 + 90)
 
 
-def test_an_inception_score_of_fewer_images_than_splits_is_refused_before_any_is_made(setup: DetectorSetup) -> None:
-    context = build(setup)
+def test_inception_score_refuses_fewer_images_than_splits(detector_setup: DetectorSetup) -> None:
+    context = build(detector_setup)
     with pytest.raises(UserError, match="metric is9: 10 splits need at least 10 images"):
         results(context, "fid60,is9")
     assert isinstance(context.network, Stripes)
     assert context.network.latents == []
 
 
-def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
+def test_the_dinov2_distance_uses_unbiased_covariances(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
@@ -621,9 +620,9 @@ def test_the_distance_over_dinov2_divides_by_one_less(tmp_path: Path) -> None:
     assert measured != pytest.approx(distance_of(*moments), rel=1e-4)
 
 
-def test_clean_divides_by_one_less(program: Path) -> None:
-    context = build(bound_to(program, protocol="clean"))
-    usual = build(bound_to(program))
+def test_the_clean_protocol_uses_unbiased_covariances(detector_program: Path) -> None:
+    context = build(bound_to(detector_program, protocol="clean"))
+    usual = build(bound_to(detector_program))
     statistics = feature_stats.statistics_of(usual)
     for name, num_real, num_fake in (("fid60_full", None, 60), ("fid40", 40, 40)):
         moments = [statistics[request] for request in moments_of("inception", num_real, num_fake)]

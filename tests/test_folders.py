@@ -1,4 +1,4 @@
-"""Tests of data sets from folders and zip files as people keep them: links, classes, labels, what is left out."""
+"""Datasets built from folders and zip files: symlinks, class folders, labels, skipped files."""
 
 from __future__ import annotations
 
@@ -10,26 +10,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dataset_tool import as_file, build, random_images, refused, run, write_files, write_tar, write_zip
+from dataset_helpers import (
+    assert_refused,
+    build,
+    encode,
+    random_images,
+    run,
+    write_files,
+    write_tar,
+    write_zip,
+)
 
 from training.data_sources.classes import choose_classes, describe_classes, find_level
 from training.data_sources.files import open_store
 from training.data_sources.stored_zip import StoredZip
 from training.dataset import DatasetConfig, ImageDataset
 
-PNG = as_file(np.zeros((2, 2, 3), np.uint8))
+PNG = encode(np.zeros((2, 2, 3), np.uint8))
 
 
 def images(*names: str) -> dict[str, bytes]:
-    return {name: as_file(random_images(2, 2, 3)) for name in names}
+    return {name: encode(random_images(2, 2, 3)) for name in names}
 
 
-def keep(tmp_path: Path, files: dict[str, bytes], packed: bool) -> Path:
+def write_images(tmp_path: Path, files: dict[str, bytes], packed: bool) -> Path:
     return write_zip(tmp_path / "in.zip", files) if packed else write_files(tmp_path / "in", files)
 
 
 def build_labels(source: Path, dest: Path, *options: str) -> tuple[list[Any], list[str] | None, str]:
-    """Build and return the labels in order, the class names, and all that was printed."""
+    """Build a dataset and return the labels in order, the class names and the output."""
     result = run(f"--source={source}", f"--dest={dest}", "--workers=1", *options)
     assert result.exit_code == 0, result.output
     with zipfile.ZipFile(dest) as archive:
@@ -37,7 +46,7 @@ def build_labels(source: Path, dest: Path, *options: str) -> tuple[list[Any], li
     return [label for _, label in content["labels"] or []], content["class_names"], result.output
 
 
-# Files that are left out
+# Skipped files
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -45,9 +54,9 @@ def build_labels(source: Path, dest: Path, *options: str) -> tuple[list[Any], li
     "folder",
     [".ipynb_checkpoints", ".thumbnails", "@eaDir", ".Trash-1000", "__MACOSX", "lost+found", ".git", "#recycle"],
 )
-def test_folders_of_programs_are_left_out_and_counted(tmp_path: Path, folder: str, packed: bool) -> None:
+def test_folders_of_other_programs_are_skipped_and_counted(tmp_path: Path, folder: str, packed: bool) -> None:
     names = ("a.png", f"{folder}/b.png", f"c/{folder}/d/e.png")
-    source = keep(tmp_path, images(*names), packed)
+    source = write_images(tmp_path, images(*names), packed)
     _, _, output = build_labels(source, tmp_path / "out.zip")
     assert ": 1 image\n" in output
     assert f"Skipped 2 files:\n  2 in {folder}/\n" in output
@@ -57,9 +66,9 @@ def test_folders_of_programs_are_left_out_and_counted(tmp_path: Path, folder: st
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path, packed: bool) -> None:
+def test_skipped_files_are_counted_by_kind(tmp_path: Path, packed: bool) -> None:
     others = ["1.TXT", "2.txt", "x/3.txt", "README", "v1.final version", "movie.mp4", "._a.png", "x/dataset.json"]
-    source = keep(tmp_path, {**images("a.png", "x/b.png"), **dict.fromkeys(others, b"text")}, packed)
+    source = write_images(tmp_path, {**images("a.png", "x/b.png"), **dict.fromkeys(others, b"text")}, packed)
     _, _, output = build_labels(source, tmp_path / "out.zip")
     lines = output.splitlines()
     start = lines.index("Skipped 8 files:")
@@ -71,7 +80,7 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path, packed: bool) 
     }
 
 
-def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
+def test_rare_kinds_of_skipped_files_are_summarised(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {**images("a.png"), **{f"x.k{k}": b"" for k in range(20)}})
     _, _, output = build_labels(source, tmp_path / "out.zip")
     assert output.count("  1 .k") == 12
@@ -80,12 +89,12 @@ def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
     assert output.count("  1 .k") == 20
 
 
-def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"a.txt": b"", "b.txt": b"", ".c.png": b""})
-    assert "holds no images; it holds 2 .txt, 1 hidden file: check the path" in refused(tmp_path, source)
+    assert "holds no images; it holds 2 .txt, 1 hidden file: check the path" in assert_refused(tmp_path, source)
 
 
-def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
+def test_symlinked_folders_are_read_once_without_loops(tmp_path: Path) -> None:
     root = write_files(tmp_path / "in", images("real/a.png", "real/deep/b.png"))
     outside = write_files(tmp_path / "outside", images("c.png", "more/d.png"))
     (root / "again").symlink_to("real")
@@ -105,17 +114,17 @@ def test_linked_folders_are_followed_once_and_loops_are_not(tmp_path: Path) -> N
     ]
 
 
-def test_a_link_to_a_folder_around_one_that_is_read_adds_only_what_is_new(tmp_path: Path) -> None:
+def test_a_symlink_to_the_parent_folder_adds_only_new_images(tmp_path: Path) -> None:
     outside = write_files(tmp_path / "outside", images("in/a.png", "b.png"))
     (outside / "in" / "up").symlink_to(outside)
     assert open_store(outside / "in").names == ["a.png", "up/b.png"]
 
 
-def test_hidden_folders_that_cannot_be_listed_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_hidden_folders_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_files(tmp_path / "in", images("a.png", "lost+found/b.png"))
 
     def scandir(path: Any) -> Any:
-        if str(path).endswith("lost+found"):  # root, whom permissions do not stop, tests this too
+        if str(path).endswith("lost+found"):  # file permissions would not stop root
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
@@ -127,7 +136,7 @@ def test_hidden_folders_that_cannot_be_listed_stop_nothing(tmp_path: Path, monke
 # Classes
 
 
-LAYOUTS = {  # files -> classes of each and a note
+LAYOUTS = {  # files -> the class of each file, and the expected note
     ("cat/1", "dog/1"): (["cat", "dog"], None),
     ("cat/x/1", "dog/1"): (["cat", "dog"], None),
     ("pets/cat/1", "pets/dog/1"): (["cat", "dog"], "everything is in pets/: looking for classes in this folder"),
@@ -143,9 +152,9 @@ LAYOUTS = {  # files -> classes of each and a note
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_folders_are_classes(tmp_path: Path, layout: tuple[str, ...], packed: bool) -> None:
+def test_folder_names_become_classes(tmp_path: Path, layout: tuple[str, ...], packed: bool) -> None:
     expected, note = LAYOUTS[layout]
-    source = keep(tmp_path, images(*(f"{name}.png" for name in layout)), packed)
+    source = write_images(tmp_path, images(*(f"{name}.png" for name in layout)), packed)
     labels, names, output = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
     assert names == sorted(set(expected))
     assert [names[label] for label in labels] == expected
@@ -154,13 +163,13 @@ def test_folders_are_classes(tmp_path: Path, layout: tuple[str, ...], packed: bo
     assert f"\n{plural}: " + ", ".join(f"{name} {expected.count(name)}" for name in names) + "\n" in output
 
 
-def test_the_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
+def test_the_folder_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", images("train/cat/a/1.png", "train/dog/a/1.png", "val/cat/b/1.png"))
     for level, expected in [("1", ["train", "train", "val"]), ("2", ["cat", "dog", "cat"]), ("3", ["a", "a", "b"])]:
         labels, names, _ = build_labels(source, tmp_path / f"{level}.zip", f"--labels-from-folders={level}")
         assert names is not None
         assert [names[label] for label in labels] == expected
-    message = refused(tmp_path, source, "--labels-from-folders=4")
+    message = assert_refused(tmp_path, source, "--labels-from-folders=4")
     assert "at level 4, but 'train/cat/a/1.png' and 2 others are in none" in message
     for level in ("0", "x"):
         result = run(f"--source={source}", f"--dest={tmp_path / 'x.zip'}", f"--labels-from-folders={level}")
@@ -168,7 +177,7 @@ def test_the_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
         assert "--labels-from-folders" in result.stderr
 
 
-def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
+def test_possible_class_folders_are_noted(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", images("x/cat/1.png", "x/cat/2.png", "x/owl/1.png"))
     labels, _, output = build_labels(source, tmp_path / "out.zip")
     assert labels == []
@@ -184,7 +193,7 @@ def test_folders_that_could_be_classes_are_mentioned(tmp_path: Path) -> None:
         assert "Note: " not in output
 
 
-def test_folders_in_a_tar_file_are_classes(tmp_path: Path) -> None:
+def test_folders_in_a_tar_file_become_classes(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "in.tar.gz", images("x/train/cat/1.png", "x/train/dog/1.png", "x/val/cat/1.png"))
     labels, names, _ = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
     assert (labels, names) == ([0, 1, 0], ["cat", "dog"])
@@ -192,7 +201,7 @@ def test_folders_in_a_tar_file_are_classes(tmp_path: Path) -> None:
     assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders makes the folders classes\n" in output
 
 
-def test_many_classes_are_summed_up() -> None:
+def test_many_classes_are_summarised() -> None:
     text = describe_classes([k for k in range(1200) for _ in range(1 + (k == 7))], None)
     assert text == "1,200 classes of 1 to 2 images: 0 1, 1 1, 2 1, 3 1, 4 1, 5 1, 6 1, 7 2, 8 1, 9 1, ..."
     assert describe_classes([[0.0, 1.0]], None) == "labels are vectors of 2 numbers"
@@ -206,7 +215,7 @@ def test_many_classes_are_summed_up() -> None:
     [
         ([7, 20190, 7], [0, 1, 0], ["7", "20190"]),
         ([5], [0], ["5"]),
-        ([0, 2], [0, 2], None),  # 2 of 3 occur: a class may have no images yet
+        ([0, 2], [0, 2], None),  # 2 of 3 numbers occur: a class may have no images yet
         ([1, 2, 3], [1, 2, 3], None),
         ([0, 0], [0, 0], None),
         ([2**31 - 1, 0], [1, 0], ["0", str(2**31 - 1)]),
@@ -218,7 +227,7 @@ def test_sparse_class_numbers_become_dense(numbers: list[int], expected: list[in
     assert choose_classes(numbers, ["named"]).labels == numbers
 
 
-def test_sparse_class_numbers_are_said(tmp_path: Path) -> None:
+def test_renumbered_classes_are_noted(tmp_path: Path) -> None:
     files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
     labels, names, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert (labels, names) == ([1, 0], ["7", "20190"])
@@ -226,7 +235,7 @@ def test_sparse_class_numbers_are_said(tmp_path: Path) -> None:
     assert "\n2 classes: 7 1, 20190 1\n" in output
 
 
-def test_level_of_no_folders() -> None:
+def test_the_class_level_of_no_images_is_one() -> None:
     assert find_level([]) == (1, [])
 
 
@@ -234,10 +243,10 @@ def test_level_of_no_folders() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_dataset_json_beside_all_images_counts(tmp_path: Path, packed: bool) -> None:
+def test_a_dataset_json_beside_all_images_is_read(tmp_path: Path, packed: bool) -> None:
     content = {"labels": [["x/b.png", 1], ["a.png", 0]], "class_names": ["cat", "dog"]}
     files = images("my/set/a.png", "my/set/x/b.png") | {"my/set/dataset.json": json.dumps(content).encode()}
-    source = keep(tmp_path, files, packed)
+    source = write_images(tmp_path, files, packed)
     labels, names, output = build_labels(source, tmp_path / "out.zip")
     assert (labels, names) == ([0, 1], ["cat", "dog"])
     assert "Note: my/set/dataset.json is read: all images are in its folder\n" in output
@@ -247,7 +256,7 @@ def test_a_dataset_json_beside_all_images_counts(tmp_path: Path, packed: bool) -
     assert "with labels" in result.output
 
 
-def test_a_dataset_json_beside_some_images_does_not(tmp_path: Path) -> None:
+def test_a_dataset_json_beside_some_images_is_ignored(tmp_path: Path) -> None:
     files = images("a.png", "set/b.png") | {"set/dataset.json": b'{"labels": [["b.png", 0]]}'}
     labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert labels == []
@@ -255,36 +264,36 @@ def test_a_dataset_json_beside_some_images_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["Labels", "LABELS"])
-def test_the_key_of_labels_may_be_written_otherwise(tmp_path: Path, key: str) -> None:
+def test_the_labels_key_is_case_insensitive(tmp_path: Path, key: str) -> None:
     files = images("a.png") | {"dataset.json": json.dumps({key: [["a.png", 0]]}).encode()}
     labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert labels == [0]
     assert f'dataset.json: the key "{key}" is read as "labels"\n' in output
 
 
-SEVERAL = {
+LABEL_LISTS = {
     "two entries": [["a.png", 3], ["b.png", 0], ["a.png", 5]],
     "two vectors": [["a.png", [0, 1]], ["b.png", [1, 0]], ["a.png", [1, 1]]],
     "longer entry": [["a.png", 3, 5], ["b.png", 0]],
 }
 
 
-@pytest.mark.parametrize("pairs", SEVERAL.values(), ids=SEVERAL)
-def test_several_labels_of_an_image_are_refused_with_the_form_of_vectors(tmp_path: Path, pairs: list[Any]) -> None:
+@pytest.mark.parametrize("pairs", LABEL_LISTS.values(), ids=LABEL_LISTS)
+def test_several_labels_of_an_image_are_refused(tmp_path: Path, pairs: list[Any]) -> None:
     files = images("a.png", "b.png") | {"dataset.json": json.dumps({"labels": pairs}).encode()}
     source = write_files(tmp_path / "in", files)
-    form = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
-    message = refused(tmp_path, source)
+    remedy = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+    message = assert_refused(tmp_path, source)
     assert "'a.png'" in message
-    assert form in message
+    assert remedy in message
     result = run("check", source)
     assert result.exit_code == 2
-    assert form in result.stderr
+    assert remedy in result.stderr
 
 
-def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
+def test_duplicate_labels_keys_are_refused(tmp_path: Path) -> None:
     files = images("a.png") | {"dataset.json": b'{"Labels": null, "LABELS": null}'}
-    assert 'has the keys "Labels" and "LABELS": keep one, as "labels"' in refused(
+    assert 'has the keys "Labels" and "LABELS": keep one, as "labels"' in assert_refused(
         tmp_path, write_files(tmp_path / "in", files)
     )
 
@@ -292,22 +301,22 @@ def test_two_keys_of_labels_are_refused(tmp_path: Path) -> None:
 # Results
 
 
-def test_all_problems_come_together_the_first_ten_of_a_kind(tmp_path: Path) -> None:
-    files = {f"{k:02d}.png": as_file(random_images(2, 2 + k % 2, 3)) for k in range(30)}
+def test_all_problems_are_reported_ten_of_each_kind(tmp_path: Path) -> None:
+    files = {f"{k:02d}.png": encode(random_images(2, 2 + k % 2, 3)) for k in range(30)}
     files |= {f"x{k:02d}.png": b"" for k in range(12)}
     source = write_files(tmp_path / "in", files)
-    message = refused(tmp_path, source)
+    message = assert_refused(tmp_path, source)
     assert "\n12 images that cannot be read:\n  x00.png: " in message
     assert "\n15 images of another size than the first, 2x2:\n  01.png: 3x2\n" in message
     assert "\n  and 2 more (--verbose lists them)\n" in message
     assert "\n  and 5 more (--verbose lists them)\n" in message
     assert message.count(".png: ") == 20
-    assert refused(tmp_path, source, "--verbose").count(".png: ") == 27
+    assert assert_refused(tmp_path, source, "--verbose").count(".png: ") == 27
 
 
-def test_the_originals_are_described(tmp_path: Path) -> None:
+def test_original_sizes_are_reported(tmp_path: Path) -> None:
     sizes = [(100, 70), (31, 200), (64, 64)]
-    files = {f"{k}.png": as_file(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
+    files = {f"{k}.png": encode(random_images(h, w, 3)) for k, (w, h) in enumerate(sizes)}
     source = write_files(tmp_path / "in", files)
     _, _, output = build_labels(source, tmp_path / "out.zip", "--resolution=32x32")
     assert "\nOriginals: 3 sizes, 64x64 to 100x70 pixels; 1 image enlarged\n" in output
@@ -316,7 +325,7 @@ def test_the_originals_are_described(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 65_536])  # more than 65,535 need Zip64
-def test_stored_zip_is_the_file_that_zipfile_writes(tmp_path: Path, count: int) -> None:
+def test_stored_zip_equals_the_output_of_zipfile(tmp_path: Path, count: int) -> None:
     files = {f"{k:05d}.png": b"%d" % k for k in range(count)}
     with StoredZip(tmp_path / "a.zip") as archive:
         for name, data in files.items():
@@ -329,11 +338,11 @@ def test_stored_zip_is_the_file_that_zipfile_writes(tmp_path: Path, count: int) 
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
+def test_stored_zip_supports_offsets_beyond_4_gib(tmp_path: Path) -> None:
     with StoredZip(tmp_path / "a.zip") as archive:
         archive.add("first", b"1")
         hole = 2**32 + 5
-        archive._file.seek(hole)  # a hole takes no room on the disk
+        archive._file.seek(hole)  # a sparse file takes no space on the disk
         archive._position = hole
         archive.add("second", b"22")
     with zipfile.ZipFile(tmp_path / "a.zip") as archive_read:
@@ -342,15 +351,15 @@ def test_stored_zip_beyond_4_gib(tmp_path: Path) -> None:
         assert archive_read.read("first") == b"1"
 
 
-def test_nothing_more_is_written_once_the_set_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_stops_after_the_first_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(StoredZip, "add", lambda self, name, data: written.append(name))
-    files = {f"{k:02d}.png": as_file(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
-    assert "\n  03.png: 3x2\n" in refused(tmp_path, write_files(tmp_path / "in", files))
+    files = {f"{k:02d}.png": encode(random_images(2, 2 + (k == 3), 3)) for k in range(30)}
+    assert "\n  03.png: 3x2\n" in assert_refused(tmp_path, write_files(tmp_path / "in", files))
     assert len(written) == 3
 
 
-def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
+def test_gaps_in_class_numbers_are_noted_by_the_dataset(tmp_path: Path) -> None:
     files = images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 20190], ["b.png", 7]]}'}
     source = write_files(tmp_path / "in", files)
     (note,) = ImageDataset(DatasetConfig(path=str(source), use_labels=True, max_images=1)).notes
@@ -362,6 +371,6 @@ def test_training_says_that_class_numbers_have_gaps(tmp_path: Path) -> None:
 
 def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
     files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
-    assert "dataset.json has no label for 'preview.gif': label all images, or remove" in refused(
+    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in assert_refused(
         tmp_path, write_files(tmp_path / "in", files)
     )

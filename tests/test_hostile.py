@@ -1,6 +1,6 @@
-"""Hostile input: every outcome is success or one clear message; nothing hangs, nothing runs, nothing is overwritten.
+"""Hostile input: every outcome is success or one clear message, without hanging, running code or overwriting files.
 
-Examples are drawn by hypothesis, the same ones every time; `make test-slow` draws many more.
+Hypothesis draws the same examples every time; `make test-slow` draws many more.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import json
 import os
 import pickle
 import random
-import signal
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,11 +24,25 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 import torch
-from click.testing import CliRunner
-from conftest import PATIENCE, SMALL, make_shapes
-from hypothesis import HealthCheck, given, settings
+from conftest import SMALL, make_shapes
+from fuzzing import (
+    CHANGES,
+    CORRUPTION,
+    DATA,
+    SNAPSHOT,
+    STATE,
+    VALUES,
+    corrupted,
+    draws,
+    error_message,
+    for_all,
+    read_all,
+    run,
+    with_change,
+    zip_bytes,
+)
 from hypothesis import strategies as st
-from image_helpers import encoded, png_chunk
+from image_helpers import encoded, png_header
 from PIL import Image
 
 import calc_metrics
@@ -40,128 +51,22 @@ import generate
 import legacy
 import train
 from dnnlib.cli import ConfigOption
-from dnnlib.config import UserError, override, to_json
+from dnnlib.config import override, to_json
 from metrics.registry import is_best
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from training import restore
 from training.config import read_config
-from training.dataset import DatasetConfig, ImageDataset
+from training.dataset import ImageDataset
 from training.resume import RunRequest, choose_start
 from training.snapshots import snapshot
 from training.training_loop import Trainer
 
-DATA = Path(__file__).parent / "data"
-SNAPSHOT, STATE = DATA / "network-snapshot-v1.pkl", DATA / "training-state-v1.pt"
-
-
-def draws(few: int, many: int) -> pytest.MarkDecorator:
-    """Run a test with few examples, and under `slow` with many."""
-    return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-def for_all(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
-    """Call the decorated function with so many examples, now."""
-    how = settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-
-    def call(check: Callable[..., None]) -> None:
-        how(given(*strategies)(check))()
-
-    return call
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Fail when what is inside hangs."""
-
-    def give_up(*args: object) -> None:
-        raise TimeoutError(f"hangs for {PATIENCE} s")
-
-    previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(PATIENCE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def refusal(function: Callable[[], Any]) -> str | None:
-    """Call a function: None when it succeeds, the message of its UserError; any other error fails the test."""
-    try:
-        with in_time():
-            function()
-    except UserError as error:
-        return str(error) or "no message"
-    return None
-
-
-def run(command: click.Command, *arguments: str) -> int:
-    """Run a script and return its exit code, which is 0, or 1 or 2 after a message."""
-    with in_time():
-        result = CliRunner().invoke(command, arguments)
-    assert result.exit_code in (0, 1, 2), (arguments, result.output, result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
-    assert "Traceback" not in result.output
-    assert result.exit_code == 0 or result.output.strip()
-    return result.exit_code
-
-
-# Damage to bytes: cut off at a place, or some bytes changed. Places are shares of the length.
-PLACES = st.floats(0, 1, exclude_max=True)
-DAMAGE = st.tuples(st.none() | PLACES, st.lists(st.tuples(PLACES, st.integers(1, 255)), max_size=6))
-
-
-def damaged(data: bytes, damage: tuple[float | None, list[tuple[float, int]]]) -> bytes:
-    end, flips = damage
-    broken = bytearray(data)
-    for place, change in flips if data else ():
-        broken[int(place * len(broken))] ^= change
-    return bytes(broken if end is None else broken[: int(end * len(broken))])
-
-
-# Values that JSON can have; beside those at random, some that are near to what is right.
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-)
-
-
-def changed(document: Any, path: Sequence[float], value: Any, remove: bool) -> Any:
-    """A copy of nested dicts and lists in which one place, named by a share of the keys at each depth, is different."""
-    document = deepcopy(document)
-    at = document
-    for depth, share in enumerate(path):
-        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-        if not keys:
-            break
-        key = keys[int(share * len(keys))]
-        if depth == len(path) - 1 or not isinstance(at[key], (dict, list)):
-            if remove and isinstance(at, dict):
-                del at[key]
-            else:
-                at[key] = value
-            break
-        at = at[key]
-    return document
-
-
-CHANGES = (st.lists(PLACES, min_size=1, max_size=5), VALUES, st.booleans())
-
-
-# --- data sets
-
-
-def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
-    """A PNG file without pixels."""
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+# --- datasets
 
 
 @cache
 def image_corpus() -> list[bytes]:
-    """Images as they come, those of which nothing can be made, and what is none; from a seed."""
+    """Make valid images of many modes and formats, images that cannot be decoded, and files that are no images."""
     pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), np.uint8)
     rgba = Image.fromarray(pixels)
     corpus = [encoded(rgba.convert(mode)) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
@@ -173,67 +78,45 @@ def image_corpus() -> list[bytes]:
     return corpus
 
 
-def zip_of(members: Sequence[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in dict(members).items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
 @cache
 def good_zip() -> bytes:
     images = [(f"00000/img{k}.png", image_corpus()[4]) for k in range(3)]
     labels = {"labels": [[name, k % 2] for k, (name, _) in enumerate(images)], "class_names": ["a", "b"]}
-    return zip_of([*images, ("dataset.json", json.dumps(labels).encode())])
-
-
-def use(path: Path) -> list[str | None]:
-    """Read all of a data set with and without labels, and let dataset_tool.py check it."""
-
-    def read(with_labels: bool) -> None:
-        data = ImageDataset(DatasetConfig(path=str(path), use_labels=with_labels))
-        data.check_shapes()
-        assert data.images(range(len(data))).shape[1:] == data.img_shape
-        assert data.labels.isfinite().all()
-
-    outcome = [refusal(lambda with_labels=with_labels: read(with_labels)) for with_labels in (False, True)]  # type: ignore[misc]
-    run(dataset_tool.main, "check", str(path))
-    return outcome
+    return zip_bytes([*images, ("dataset.json", json.dumps(labels).encode())])
 
 
 @draws(60, 1500)
-def test_damaged_zip_files(tmp_path: Path, examples: int) -> None:
+def test_corrupt_zip_files_get_one_error_message(tmp_path: Path, examples: int) -> None:
     path = tmp_path / "set.zip"
     path.write_bytes(good_zip())
-    assert use(path) == [None, None]
+    assert read_all(path) == [None, None]
 
-    @for_all(examples, DAMAGE)
+    @for_all(examples, CORRUPTION)
     def check(damage: Any) -> None:
-        path.write_bytes(damaged(good_zip(), damage))
-        use(path)
+        path.write_bytes(corrupted(good_zip(), damage))
+        read_all(path)
 
 
 @draws(60, 1500)
-def test_strange_images_in_a_zip_file(tmp_path: Path, examples: int) -> None:
+def test_malformed_images_in_a_zip_file_get_one_error_message(tmp_path: Path, examples: int) -> None:
     members = st.lists(st.sampled_from(range(len(image_corpus()))), min_size=1, max_size=3)
 
-    @for_all(examples, members, DAMAGE)
+    @for_all(examples, members, CORRUPTION)
     def check(chosen: list[int], damage: Any) -> None:
         images = [(f"{k}.png", image_corpus()[index]) for k, index in enumerate(chosen)]
-        images[-1] = (images[-1][0], damaged(images[-1][1], damage))
+        images[-1] = (images[-1][0], corrupted(images[-1][1], damage))
         path = tmp_path / "set.zip"
-        path.write_bytes(zip_of(images))
-        use(path)
+        path.write_bytes(zip_bytes(images))
+        read_all(path)
         made = tmp_path / "made.zip"
         made.unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={path}", f"--dest={made}", "--workers=1", "--skip-bad")
         if made.exists():
-            assert use(made)[0] is None
+            assert read_all(made)[0] is None
 
 
 @draws(60, 1500)
-def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
+def test_malformed_dataset_json_gets_one_error_message(tmp_path: Path, examples: int) -> None:
     names = [f"00000/img{k}.png" for k in range(3)]
     good = {"labels": [[name, k] for k, name in enumerate(names)], "class_names": ["a", "b", "c"], "width": 8}
     vectors = {**good, "labels": [[name, [0.5, 1.0]] for name in names]}
@@ -241,32 +124,32 @@ def test_strange_dataset_json(tmp_path: Path, examples: int) -> None:
     raw = st.binary(max_size=20) | VALUES.map(lambda value: json.dumps(value).encode())
 
     def write(content: bytes) -> None:
-        (tmp_path / "set.zip").write_bytes(zip_of([*images, ("dataset.json", content)]))
+        (tmp_path / "set.zip").write_bytes(zip_bytes([*images, ("dataset.json", content)]))
 
     @for_all(examples, st.sampled_from([good, vectors]), *CHANGES, st.none() | raw)
     def check(base: Any, path: list[float], value: Any, remove: bool, instead: bytes | None) -> None:
-        write(json.dumps(changed(base, path, value, remove)).encode() if instead is None else instead)
-        use(tmp_path / "set.zip")
+        write(json.dumps(with_change(base, path, value, remove)).encode() if instead is None else instead)
+        read_all(tmp_path / "set.zip")
 
     deep = b"[" * 100_000
     huge = json.dumps({"labels": [[names[0], 2**31 - 1], [names[1], 0], [names[2], 10**400]]}).encode()
     for content in (deep, b'{"labels": ' + deep, huge, b"\xff\xfe{}", b"NaN"):
         write(content)
-        outcome = use(tmp_path / "set.zip")
+        outcome = read_all(tmp_path / "set.zip")
         assert outcome[1], content[:40]
-    write(huge.replace(b"1" + b"0" * 400, b"1"))  # fine for a set of images, but what would a network of it take?
-    assert use(tmp_path / "set.zip") == [None, None]
+    write(huge.replace(b"1" + b"0" * 400, b"1"))  # valid labels, but too many classes for a network
+    assert read_all(tmp_path / "set.zip") == [None, None]
     common = [f"--data={tmp_path / 'set.zip'}", "--outdir=x", "--cfg=tiny", "--device=cpu", "-n"]
     assert run(train.main, *common, "--cond") == 2
 
 
-def test_names_that_mean_harm_are_only_names(tmp_path: Path) -> None:
-    """Out of the folder, twice the same, not UTF-8, with a NUL byte, very long; a link in a folder of images."""
+def test_hostile_file_names_are_never_used_as_paths(tmp_path: Path) -> None:
+    """Absolute and parent paths, duplicates, invalid UTF-8, NUL bytes, long names; links, pipes, devices in folders."""
     names = ["../../evil.png", "/etc/evil.png", "a\\b.png", "x" * 300 + ".png", "é\n.png", "-rf.png", "%s{}.png"]
     image = image_corpus()[4]
     path = tmp_path / "set.zip"
-    path.write_bytes(zip_of([(name, image) for name in names]))
-    assert use(path)[0] is None
+    path.write_bytes(zip_bytes([(name, image) for name in names]))
+    assert read_all(path)[0] is None
     inside = tmp_path / "made"
     assert run(dataset_tool.main, f"--source={path}", f"--dest={inside}", "--workers=1") == 0
     made = sorted(str(file.relative_to(inside)) for file in inside.rglob("*.png"))
@@ -274,43 +157,43 @@ def test_names_that_mean_harm_are_only_names(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["made", "set.zip"]
 
     for old, new in ((b"0.png", b"\xff.png"), (b"0.png", b"\0.png"), (b"0.png", b"1.png")):
-        path.write_bytes(zip_of([("0.png", image), ("1.png", image)]).replace(old, new))
-        use(path)
+        path.write_bytes(zip_bytes([("0.png", image), ("1.png", image)]).replace(old, new))
+        read_all(path)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "0.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "1.png").mkdir()
-    assert "0.png" in (use(folder)[0] or "")
+    assert "0.png" in (read_all(folder)[0] or "")
     (folder / "+.png").write_bytes(image)
     assert "2 images, 1 cannot be read, the first is '0.png' (No such file or directory): build" in (
-        use(folder)[0] or ""
+        read_all(folder)[0] or ""
     )
     (folder / "+.png").unlink()
     (folder / "+.png").symlink_to("/dev/zero")
-    assert "the first is '+.png' (not a regular file)" in (use(folder)[0] or "")
-    os.mkfifo(folder / "#.png")  # reading it would wait for ever
-    assert "the first is '#.png' (not a regular file)" in (use(folder)[0] or "")
+    assert "the first is '+.png' (not a regular file)" in (read_all(folder)[0] or "")
+    os.mkfifo(folder / "#.png")  # reading it would block
+    assert "the first is '#.png' (not a regular file)" in (read_all(folder)[0] or "")
     assert run(dataset_tool.main, f"--source={folder}", f"--dest={tmp_path / 'again'}", "--workers=1") == 2
 
 
-def test_sizes_that_are_lies_take_no_memory(tmp_path: Path) -> None:
-    """A zip directory that promises terabytes, and a small member that would unpack to hundreds of megabytes."""
+def test_false_sizes_in_a_zip_allocate_no_memory(tmp_path: Path) -> None:
+    """A zip directory that states gigabytes, and a small member that unpacks to hundreds of megabytes."""
     path = tmp_path / "set.zip"
-    good = zip_of([("0.png", image_corpus()[4])])
+    good = zip_bytes([("0.png", image_corpus()[4])])
     size = struct.pack("<I", len(image_corpus()[4]))
     for lie in (2**32 - 2, 2**28, 1):
         path.write_bytes(good.replace(size, struct.pack("<I", lie)))
-        assert use(path)[0]
+        assert read_all(path)[0]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", bytes(2**28 + 1))
-    assert "more than the limit of 268435456" in (use(path)[0] or "")
+    assert "more than the 268435456 that one file may have" in (read_all(path)[0] or "")
 
 
 # --- snapshots and training states
 
 
-class Harm:
-    """What a hostile pickle does when it is opened: here, make a folder."""
+class Call:
+    """Object whose unpickling calls a function."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -319,7 +202,7 @@ class Harm:
         return self.call, self.arguments
 
 
-def test_pickles_run_nothing_wherever_they_are_given(
+def test_no_script_executes_code_from_a_pickle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes_zip: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -331,7 +214,7 @@ def test_pickles_run_nothing_wherever_they_are_given(
     ]
     document = torch.load(SNAPSHOT, weights_only=True)
     for number, (call, arguments) in enumerate(calls):
-        harm = Harm(call, *arguments)
+        harm = Call(call, *arguments)
         files = {f"plain{protocol}": pickle.dumps({"payload": harm}, protocol) for protocol in range(6)}
         for name, is_zip in (("torch", True), ("old-torch", False)):
             buffer = io.BytesIO()
@@ -354,30 +237,30 @@ def test_pickles_run_nothing_wherever_they_are_given(
 
 
 @draws(150, 5000)
-def test_damaged_snapshots_and_states_are_refused_or_whole(tmp_path: Path, examples: int) -> None:
-    """A byte may not matter (in padding of the zip file); then what is read is what was written, to the last bit."""
+def test_corrupt_snapshots_and_states_are_refused(tmp_path: Path, examples: int) -> None:
+    """A changed byte in the padding of the zip file may be harmless; the content is then equal bit for bit."""
     kinds: list[tuple[Path, Callable[[Path], Any]]] = [
         (SNAPSHOT, lambda path: snapshot.read_file(path, snapshot.FORMAT, snapshot.VERSION, snapshot.MIGRATIONS)),
         (STATE, Checkpoint.read),
     ]
     originals = [(path.read_bytes(), read, digest(read(path))) for path, read in kinds]
 
-    @for_all(examples, st.sampled_from(range(2)), DAMAGE)
+    @for_all(examples, st.sampled_from(range(2)), CORRUPTION)
     def check(kind: int, damage: Any) -> None:
         data, read, expected = originals[kind]
         path = tmp_path / "file"
-        path.write_bytes(damaged(data, damage))
+        path.write_bytes(corrupted(data, damage))
 
         def compare() -> None:
             assert digest(read(path)) == expected
 
-        refused = refusal(compare)
+        refused = error_message(compare)
         assert refused is None or str(path) in refused
 
 
 @draws(50, 1000)
-def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, examples: int) -> None:
-    """With a right checksum, as whoever writes them can make it."""
+def test_snapshots_and_states_with_invalid_content_are_refused(tmp_path: Path, examples: int) -> None:
+    """The checksum is correct, because anyone can compute it."""
     config = read_config(Checkpoint.read(STATE)["config"])
     config = replace(config, data=replace(config.data, path=str(DATA / "shapes.zip")))
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
@@ -386,14 +269,14 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
 
     @for_all(examples, st.booleans(), *CHANGES)
     def check(is_state: bool, where: list[float], value: Any, remove: bool) -> None:
-        payload = changed(state if is_state else network, where, value, remove)
+        payload = with_change(state if is_state else network, where, value, remove)
         if is_state:
             write_file(path, Checkpoint.FORMAT, Checkpoint.VERSION, payload)
-            refused = refusal(lambda: trainer.resume(path))
+            refused = error_message(lambda: trainer.resume(path))
         else:
             write_file(path, snapshot.FORMAT, snapshot.VERSION, payload)
-            refused = refusal(lambda: snapshot.load_network(path))
-            described = refusal(lambda: legacy.describe(path))
+            refused = error_message(lambda: snapshot.load_network(path))
+            described = error_message(lambda: legacy.describe(path))
             assert described is None or str(path) in described
         assert refused is None or str(path) in refused
 
@@ -402,17 +285,17 @@ def test_snapshots_and_states_with_strange_content_are_refused(tmp_path: Path, e
         strange: list[Any] = [None, 2**70, -1, "x", [], {}, torch.zeros(1)]
         for value in strange:
             torch.save({**document, key: value}, path)
-            assert refusal(lambda: Checkpoint.read(path)) is not None or key == "written_by"
+            assert error_message(lambda: Checkpoint.read(path)) is not None or key == "written_by"
         torch.save({name: value for name, value in document.items() if name != key}, path)
-        assert refusal(lambda: Checkpoint.read(path))
+        assert error_message(lambda: Checkpoint.read(path))
 
 
 # --- the files of a run
 
 
 @draws(60, 1500)
-def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
-    """training_options.json is refused or has the meaning of a configuration; strange lines of logs are left out."""
+def test_malformed_files_in_a_run_folder_get_one_error_message(tmp_path: Path, shapes_zip: Path, examples: int) -> None:
+    """training_options.json is a valid configuration or refused; malformed lines of logs are skipped."""
     config = read_config(snapshot.read_file(SNAPSHOT, snapshot.FORMAT, snapshot.VERSION, {})["config"])
     config = override(config, {"data.path": str(shapes_zip)})
     run_dir = tmp_path / "00000-run"
@@ -423,10 +306,10 @@ def test_strange_files_in_a_runs_folder(tmp_path: Path, shapes_zip: Path, exampl
 
     @for_all(examples, *CHANGES, st.none() | raw, lines)
     def check(where: list[float], value: Any, remove: bool, instead: bytes | None, log: list[bytes]) -> None:
-        text = json.dumps(changed(to_json(config), where, value, remove)).encode()
+        text = json.dumps(with_change(to_json(config), where, value, remove)).encode()
         (run_dir / "training_options.json").write_bytes(text if instead is None else instead)
         for resume in ("latest", str(run_dir)):
-            refusal(partial(choose_start, RunRequest(outdir=tmp_path, resume=resume)))
+            error_message(partial(choose_start, RunRequest(outdir=tmp_path, resume=resume)))
         (run_dir / "stats.jsonl").write_bytes(b"\n".join(log))
         restore._truncate_log(run_dir / "stats.jsonl", 5.0)
         kept = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
@@ -453,43 +336,48 @@ WORDS += [
     "0x0",
     "auto",
 ]
-LEFT_OUT = {"use_compile", "use_graphs", "help"}  # the first takes long in earnest; nothing is wrong with it
+SKIPPED_OPTIONS = {"use_compile", "use_graphs", "help"}  # compilation and graph capture are valid but slow
 
 
 def every_option(command: click.Command) -> list[str]:
     options = [option for option in command.params if isinstance(option, ConfigOption)]
-    return [option.opts[0] for option in options if option.name not in LEFT_OUT]
+    return [option.opts[0] for option in options if option.name not in SKIPPED_OPTIONS]
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("few") / "few.zip", 16, 24)
 
 
 @draws(150, 3000)
-def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+def test_hostile_option_values_get_one_error_message(
+    few_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").mkdir()
     network = tmp_path / "network.pkl"
     network.write_bytes(SNAPSHOT.read_bytes())
     scripts: dict[str, tuple[click.Command, list[str]]] = {
-        "train": (train.main, ["--outdir=work/runs", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]),
+        "train": (
+            train.main,
+            ["--outdir=work/runs", f"--data={few_shapes}", *SMALL, "--metrics=none", "--device=cpu", "-n"],
+        ),
         "generate": (
             generate.main,
             [f"--network={network}", "--class=0", "--seeds=0", "--outdir=work/out", "--device=cpu"],
         ),
         "metrics": (
             calc_metrics.main,
-            [f"--network={network}", f"--data={few}", "--metrics=swd20", "--device=cpu", "--no-cache"],
+            [f"--network={network}", f"--data={few_shapes}", "--metrics=swd20", "--device=cpu", "--no-cache"],
         ),
         "build": (
             dataset_tool.main.commands["build"],
-            [f"--source={few}", "--dest=work/set.zip", "--workers=1"],
+            [f"--source={few_shapes}", "--dest=work/set.zip", "--workers=1"],
         ),
     }
     table = [(name, flag) for name, (command, _) in scripts.items() for flag in every_option(command)]
     assert len(table) > 80
-    before = {path: path.read_bytes() for path in (few, network)}
+    before = {path: path.read_bytes() for path in (few_shapes, network)}
     for command, arguments in scripts.values():
         assert run(command, *arguments) == 0
     numbers = st.integers(-2, 70) | st.integers() | st.sampled_from([0.1, 0.5, 1.0, 2e-3]) | st.floats()
@@ -501,19 +389,19 @@ def test_options_of_every_script(few: Path, tmp_path: Path, monkeypatch: pytest.
         name, flag = entry
         command, arguments = scripts[name]
         if flag == "--gpus" and value.strip().isdigit() and int(value[:9]) <= 16:
-            return  # starts as many processes
+            return  # would start this number of processes
         if flag in ("--dest", "--outdir"):
-            value = f"work/{value}"  # what is written stays in there
+            value = f"work/{value}"  # output must stay inside this folder
         (tmp_path / "work" / "set.zip").unlink(missing_ok=True)
         run(command, *arguments, f"{flag}={value}")
         assert {path: path.read_bytes() for path in before} == before
 
 
-def test_options_that_belong_together(few: Path, tmp_path: Path) -> None:
-    """Pairs of hostile values, from a seed: a check of one option that relies on another one's."""
+def test_pairs_of_hostile_option_values_write_nothing(few_shapes: Path, tmp_path: Path) -> None:
+    """Pairs of values, drawn from a seed, reach checks of one option that depend on another option."""
     chosen = random.Random(0)
     flags = every_option(train.main)
-    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
+    base = [f"--outdir={tmp_path / 'runs'}", f"--data={few_shapes}", *SMALL, "--metrics=none", "--device=cpu", "-n"]
     assert run(train.main, *base) == 0
     for _ in range(40):
         run(train.main, *base, *(f"{chosen.choice(flags)}={chosen.choice(WORDS)}" for _ in range(2)))

@@ -1,4 +1,4 @@
-"""Hostile files of data sets and of runs: time and memory stay in proportion to the file, and no program is started."""
+"""Hostile files of datasets and runs: time and memory stay in proportion to the file, and no program is started."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ from PIL import Image, ImageOps
 
 pytest.importorskip("hypothesis", reason="hypothesis is an optional package")
 from conftest import small_config
+from fuzzing import (
+    CHANGES,
+    CORRUPTION,
+    corrupted,
+    draws,
+    for_all,
+    read_all,
+    run,
+    time_limit,
+    with_change,
+    zip_bytes,
+)
 from hypothesis import strategies as st
 from image_helpers import (
     claims,
@@ -39,21 +51,9 @@ from image_helpers import (
     jpeg_with,
     overlapping_tiff,
     png_chunk,
+    png_header,
     psd,
     tiff,
-)
-from test_hostile import (
-    CHANGES,
-    DAMAGE,
-    changed,
-    damaged,
-    draws,
-    for_all,
-    in_time,
-    png_header,
-    run,
-    use,
-    zip_of,
 )
 
 import dataset_tool
@@ -83,10 +83,10 @@ MB = 1 << 20
 
 @contextmanager
 def in_bounds(most: int) -> Iterator[None]:
-    """Fail when what is inside hangs, or has more than `at_most` bytes at a time."""
+    """Fail if the body of the `with` statement hangs or allocates more than `most` bytes at a time."""
     tracemalloc.start()
     try:
-        with in_time():
+        with time_limit():
             yield
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -94,8 +94,8 @@ def in_bounds(most: int) -> Iterator[None]:
     assert peak <= most, f"{peak / MB:.0f} MB"
 
 
-def refuse(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
-    """Build a set of a source that must be refused, within bounds, and leave nothing."""
+def assert_refused(tmp_path: Path, path: Path, message: str, most: int = 200 * MB) -> None:
+    """Assert that a source is refused within the limits and leaves no files."""
     with in_bounds(most):
         assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
     assert not (tmp_path / "made.zip").exists()
@@ -115,26 +115,26 @@ DOCUMENTS = {
 
 
 @pytest.fixture
-def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The mark that a Ghostscript leaves which stands first on PATH."""
-    mark, folder = tmp_path / "started", tmp_path / "bin"
+def program_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Path of a file that fake Ghostscript and JPEG programs, first on PATH, create when they start."""
+    program_mark, folder = tmp_path / "started", tmp_path / "bin"
     folder.mkdir()
     for name in ("gs", "gswin32c", "gswin64c", "djpeg", "cjpeg"):
-        (folder / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (folder / name).write_text(f"#!/bin/sh\ntouch {program_mark}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    return mark
+    return program_mark
 
 
-def test_the_fake_program_would_be_started(mark: Path) -> None:
+def test_pillow_would_start_the_fake_program(program_mark: Path) -> None:
     with suppress(OSError), Image.open(io.BytesIO(EPS)) as image:
         image.load()
-    assert mark.exists()
+    assert program_mark.exists()
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
-def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> None:
+def test_documents_named_like_images_start_no_program(program_mark: Path, tmp_path: Path, kind: str) -> None:
     document = DOCUMENTS[kind]
     for suffix in IMAGE_SUFFIXES:
         name = f"1{suffix}"
@@ -142,23 +142,25 @@ def test_no_document_starts_a_program(mark: Path, tmp_path: Path, kind: str) -> 
         folder.mkdir()
         (folder / name).write_bytes(document)
         archive = tmp_path / f"{suffix}.zip"
-        archive.write_bytes(zip_of([("0.png", GOOD), (name, document)]))
+        archive.write_bytes(zip_bytes([("0.png", GOOD), (name, document)]))
         for path in (folder, archive):
             assert run(dataset_tool.main, "check", str(path)) == 1
             assert run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1") == 2
-            assert all("which is not supported: export as PNG" in (message or "") for message in use(path)[:1])
+            assert all(
+                "document, which is not read: export as PNG" in (message or "") for message in read_all(path)[:1]
+            )
         for target in (folder, folder / name, archive):
             with pytest.raises(UserError, match="document, which is not supported: export as PNG"):
                 read_targets(target)
     folder = make_run(tmp_path / "run", {"fakes000002.png": document, "reals.png": document})
     shown = read_run(folder, "run")
     build_page([shown], [], 2)
-    assert sum("document, which is not supported: export as PNG" in problem for problem in shown.problems) == 2
-    assert not mark.exists()
+    assert sum("document, which is not read: export as PNG" in problem for problem in shown.problems) == 2
+    assert not program_mark.exists()
 
 
-def test_images_are_opened_in_one_place_or_by_formats() -> None:
-    """`Image.open` of Pillow without formats tries every plugin, among them those that start programs."""
+def test_every_image_open_call_restricts_the_formats() -> None:
+    """`Image.open` without `formats` tries every plugin of Pillow, including plugins that start programs."""
     paths = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
     assert {path.parent.name for path in paths} >= set(FOLDERS)
     for path in paths:
@@ -174,7 +176,7 @@ def test_images_are_opened_in_one_place_or_by_formats() -> None:
 
 
 def jpeg(side: int, scans: int) -> bytes:
-    """A grey progressive JPEG with so many scans of no coefficients, which have few bytes."""
+    """Make a small grayscale progressive JPEG with the given number of scans without coefficients."""
 
     def segment(marker: int, content: bytes) -> bytes:
         return bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
@@ -192,7 +194,7 @@ def jpeg(side: int, scans: int) -> bytes:
 
 
 def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
-    """EXIF data with an orientation after other tags, whose values are all the same bytes."""
+    """Make EXIF data with an orientation after other tags that share the same bytes as value."""
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, others + 1)
     place = len(head) + 12 * (others + 1) + 4
     tags = [struct.pack(f"{order}HHII", 1 + k % 0x111, 7, 1000, place) for k in range(others)]
@@ -201,7 +203,7 @@ def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
 
 
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
-    """The good image with chunks before its pixels."""
+    """Insert chunks before the pixels of GOOD."""
     return GOOD[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + GOOD[33:]
 
 
@@ -214,24 +216,24 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "profile": lambda: png_with((b"iCCP", b"k\0\0" + ZEROS)),
     "EXIF data as text": lambda: png_with((b"zTXt", b"Raw profile type exif\0\0" + ZEROS)),
     "texts": lambda: png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(MB), 9))] * 100),
-    "lie of PNG": lambda: png_header(9000, 9000) + GOOD[33:],
-    "lie of BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
+    "false size in PNG": lambda: png_header(9000, 9000) + GOOD[33:],
+    "false size in BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
     "runs of BMP": lambda: (
         b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 1078, 0, 0, 1078, 40, 9000, 9000, 1, 8, 1, 0, 0, 0, 256, 0)
         + bytes(1024)
         + b"\0\2\0\xff" * 400
     ),
-    "lie of WebP": lambda: b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0" + b"\xfe\x3f\0" * 2,
+    "false size in WebP": lambda: b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0" + b"\xfe\x3f\0" * 2,
     "EXIF in parts": lambda: encoded(Image.fromarray(PIXELS), "JPEG").replace(
         b"\xff\xdb",
         b"".join(b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + bytes(60_000) for _ in range(3)) + b"\xff\xdb",
         1,
     ),
-    "EXIF behind a scan that is none": lambda: jpeg_with(
+    "EXIF after a false scan marker": lambda: jpeg_with(
         JPEG, (0xFE, b"\xff\xda"), *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
     ),
-    "EXIF behind what Pillow passes over": lambda: jpeg_with(
+    "EXIF after segments that Pillow skips": lambda: jpeg_with(
         JPEG, *[(0xE1, b"Exif\0\0" + bytes(60_000))] * (MAX_EXIF_SEGMENTS + 1)
     ).replace(b"\xff\xd8", b"\xff\xd8\xff\xf0\xff\xe2\0\6\xff\xda\0\2", 1),
 }
@@ -241,34 +243,34 @@ ROWS = [bytes(8)] * 8
 TAGS = {258: (3, [8]), 262: (3, [1])}
 GOOD_PSD = psd(PIXELS[None, :, :, 0], 1)
 GIF = encoded(Image.new("L", (8, 8)), "GIF")
-FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # behind the head and the palette
+FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # offset after the header and the palette
 BOMBS |= {
     "overlapping values of TIFF": overlapping_tiff,
-    "strips of TIFF that overlap": lambda: tiff(
+    "overlapping strips of TIFF": lambda: tiff(
         [bytes(50_000)],
         1,
         TAGS | {257: (4, [9000]), 259: (3, [8]), 278: (4, [1]), 273: (4, [8] * 9000), 279: (4, [50_000] * 9000)},
     ),
-    "lie of TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
-    "strips of TIFF too many": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
+    "false size in TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
+    "too many strips of TIFF": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
     "LZMA in TIFF": lambda: tiff(ROWS, 8, TAGS | {259: (3, [34925])}),
     "channels of TIFF": lambda: tiff(ROWS, 8, TAGS | {277: (4, [1 << 30])}),
     "comments of GIF": lambda: GIF[:FRAME] + (b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0") + GIF[FRAME:],
-    "lie of GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
+    "false size in GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
     "PNG in an icon": lambda: icon((16, 16, 32, png_header(9000, 9000) + GOOD[33:])),
     "bitmap in an icon": lambda: icon((16, 16, 32, struct.pack("<Iii", 40, 9000, 18000) + bytes(5000))),
     "icons": lambda: icon(*[(16, 16, 32, b"")] * 60_000),
-    "lie of PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
-    "lie of PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
+    "false size in PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
+    "false size in PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
     "resources of PSD": lambda: GOOD_PSD[:30] + struct.pack(">I", 1 << 30) + bytes(1 << 20),
-    "lie of JPEG 2000": lambda: jpeg2000(30_000, 30_000),
+    "false size in JPEG 2000": lambda: jpeg2000(30_000, 30_000),
     "precincts of JPEG 2000": lambda: jpeg2000(4096, 4096, precincts=bytes(6)),
     "blocks of JPEG 2000": lambda: jpeg2000(4096, 4096, blocks=0),
     "tiles of JPEG 2000": lambda: jpeg2000(4096, 4096, 17),
     "layers of JPEG 2000": lambda: jpeg2000(4096, 4096, layers=65535),
-    "lie of PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
+    "false size in PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
     "comments of PPM": lambda: b"P3 1000 1000 255\n" + b"#\n" * 1_000_000,
-    "head of PPM": lambda: b"P6" + b" #\n" * 300_000,
+    "header of PPM": lambda: b"P6" + b" #\n" * 300_000,
     "runs of Targa": lambda: (
         struct.pack("<BBBHHBHHHHBB", 0, 0, 11, 0, 0, 0, 0, 0, 4000, 4000, 8, 0) + b"\xff\0" * 125_001
     ),
@@ -278,21 +280,21 @@ if "AVIF" in FORMATS:
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_images_out_of_proportion_are_refused(bomb: str) -> None:
+def test_images_with_disproportionate_cost_are_refused(bomb: str) -> None:
     data = BOMBS[bomb]()
     with in_bounds(30 * MB), pytest.raises(BrokenImageError):
         decode_image(data)
 
 
-def test_images_at_the_bounds_are_decoded() -> None:
+def test_images_at_the_limits_are_decoded() -> None:
     assert decode_image(jpeg(512, MAX_SCANS)).shape == (512, 512, 1)
     blank = encoded(Image.new("L", (4096, 4096)))
     assert len(blank) < 20_000
     assert read_shape(blank) == (4096, 4096, 1)
 
 
-def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
-    """Also where the list of the others, in an MPO, claims more than there is."""
+def test_only_the_first_image_of_a_file_is_decoded() -> None:
+    """GIF frames, TIFF pages, and an MPO whose index of images claims more than the file has."""
     image = Image.fromarray(PIXELS[:, :, 0])
     gif = encoded(image, "GIF")
     mpo = jpeg_with(JPEG, (0xE2, b"MPF\0" + claims(400)[:65_000]))
@@ -307,8 +309,8 @@ def test_of_many_images_in_a_file_the_first_costs_alone() -> None:
         np.testing.assert_array_equal(decode_image(bytes(pages)), PIXELS[:, :, :1])
 
 
-def test_a_photograph_may_hold_other_data() -> None:
-    """A film behind it, as phones write, a preview, notes of the camera: whatever their bytes are."""
+def test_other_data_in_a_jpeg_is_ignored() -> None:
+    """Arbitrary bytes of a video appended by a phone, of a preview, of camera notes."""
     plain = encoded(Image.fromarray(PIXELS), "JPEG")
     scans = b"\xff\xda" * 1000
     for data in (
@@ -322,7 +324,7 @@ def test_a_photograph_may_hold_other_data() -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> None:
+def test_exif_orientation_equals_pillow(orientation: int, kind: str, order: str) -> None:
     image = Image.fromarray(PIXELS[:5])
     data = encoded(
         image, kind, exif=b"Exif\0\0" + exif(orientation, order), **({} if kind == "PNG" else {"quality": 90})
@@ -334,10 +336,10 @@ def test_orientation_equals_pillows(orientation: int, kind: str, order: str) -> 
 
 
 @draws(40, 3000)
-def test_strange_exif_data(examples: int) -> None:
-    @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), DAMAGE)
+def test_corrupt_exif_data_gives_a_valid_orientation(examples: int) -> None:
+    @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), CORRUPTION)
     def check(orientation: int, order: str, others: int, damage: Any) -> None:
-        with open_image(png_with((b"eXIf", damaged(exif(orientation, order, others), damage)))) as image:
+        with open_image(png_with((b"eXIf", corrupted(exif(orientation, order, others), damage)))) as image:
             image.load()
             assert 1 <= orientation_of(image) <= 8
 
@@ -362,14 +364,14 @@ def pickled(content: Any) -> bytes:
 
 
 def small_cifar(**others: bytes) -> dict[str, bytes]:
-    """A small CIFAR-10 with some files replaced."""
+    """Make the files of a small CIFAR-10, with some files replaced."""
     batch = pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]})
     files = {f"data_batch_{k}": batch for k in range(1, 6)} | {"batches.meta": pickled({b"label_names": [b"a", b"b"]})}
     return {f"cifar-10-batches-py/{name}": data for name, data in (files | others).items()}
 
 
 def shared(levels: int) -> list[Any]:
-    """Lists in lists, 2^levels when written out."""
+    """Nest lists that refer to the same list twice: 2^levels leaves when written out."""
     names: list[Any] = ["x"]
     for _ in range(levels):
         names = [names, names]
@@ -377,13 +379,13 @@ def shared(levels: int) -> list[Any]:
 
 
 def shared_tuples() -> bytes:
-    """A dictionary whose key is a tuple of 2^40 parts that are shared."""
+    """Make a pickle of a dictionary whose key is a tuple of 2^40 shared parts."""
     steps = b"".join(b"h%ch%c\x86q%c0" % (k, k, k + 1) for k in range(40))
     return b"\x80\x02}U\1x\x85q\0000" + steps + b"h\x28K\1s."
 
 
 def repeated_text() -> bytes:
-    """A text of 1 MB that is encoded 20,000 times."""
+    """Make a pickle that encodes a text of 1 MB 20,000 times."""
     text = b"X" + struct.pack("<I", MB) + b"a" * MB
     return b"\x80\x02" + text + b"q\0c_codecs\nencode\nq\1(" + b"h\1h\0X\6\0\0\0latin1\x86R" * 20_000 + b"t."
 
@@ -400,25 +402,30 @@ PICKLES: dict[str, tuple[dict[str, bytes], str]] = {
         "class numbers",
     ),
     "keys": ({"batches.meta": shared_tuples()}, "batches.meta cannot be read"),
-    "repeated": ({"batches.meta": repeated_text()}, "encode to more bytes"),
-    "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more parts than the limit of 100000"),
-    "claim": ({"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."}, "batches.meta cannot be read"),
+    "repeated": ({"batches.meta": repeated_text()}, "more bytes than letters"),
+    "objects": ({"batches.meta": b"\x80\x02(" + b"}" * 200_000 + b"t."}, "more than the 100000 parts"),
+    "false size": (
+        {"batches.meta": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"."},
+        "batches.meta cannot be read",
+    ),
     "set": ({"batches.meta": b"\x80\x04\x8f(K\1\x90."}, "batches.meta cannot be read"),
     "persistent": ({"batches.meta": b"P1\n."}, "batches.meta cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickles_of_cifar_take_what_their_bytes_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_pickles_of_disproportionate_cost_are_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cifar, "_MAX_READS", 100_000)
     files, message = PICKLES[name]
     path = tmp_path / "cifar.tar.gz"
     path.write_bytes(gzip.compress(tar_of(small_cifar(**files)), 1))
-    refuse(tmp_path, path, message, 50 * MB)
+    assert_refused(tmp_path, path, message, 50 * MB)
 
 
-def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
-    """Read values are fine, but pickle.Unpickler would allocate an array of 2^31 pointers for it."""
+def test_a_large_memo_index_allocates_no_memory(tmp_path: Path) -> None:
+    """The pickle is valid, but pickle.Unpickler would allocate an array of 2^31 pointers."""
     path = tmp_path / "cifar.tar"
     path.write_bytes(tar_of(small_cifar(**{"batches.meta": b"\x80\x02}r\xff\xff\xff\x3f."})))
     with in_bounds(50 * MB):
@@ -427,8 +434,8 @@ def test_a_memo_of_large_numbers_is_none(tmp_path: Path) -> None:
 
 FIRST = header("cifar-10-batches-py/x", 0)
 TARS: dict[str, tuple[bytes, str]] = {
-    "claim": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
-    "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a regular file within the size limit"),
+    "false size": (header("cifar-10-batches-py/data_batch_1", 1 << 27), "data_batch_1 cannot be read"),
+    "too large": (header("cifar-10-batches-py/data_batch_1", 7 << 30), "not a plain file of a possible size"),
     "PAX": (FIRST + header("pax", 7 << 30, tarfile.XHDTYPE), "is damaged"),
     "digits": (FIRST + header("pax", 400_000, tarfile.XHDTYPE) + b"1" * 400_384 + bytes(1024), "holds no uint8 array"),
     "long name": (FIRST + header("name", 7 << 30, tarfile.GNUTYPE_LONGNAME), "is damaged"),
@@ -436,57 +443,62 @@ TARS: dict[str, tuple[bytes, str]] = {
         FIRST + (header("name", 1, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 2000 + bytes(1024),
         "holds no uint8",
     ),
-    "holes": (header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "whole 96x96 images"),
+    "sparse member": (
+        header("stl10_binary/train_X.bin", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024),
+        "whole 96x96 images",
+    ),
     "many": (FIRST * 101, "more than 100 members"),
-    "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a regular file"),
-    "twice": (tar_of(small_cifar())[:-1024] * 2, "not a regular file"),
+    "link": (header("cifar-10-batches-py/data_batch_1", 0, tarfile.LNKTYPE), "not a plain file"),
+    "duplicate member": (tar_of(small_cifar())[:-1024] * 2, "not a plain file"),
     "STL": (header("stl10_binary/train_X.bin", 27648 * 10**5) + bytes(512), "is damaged"),
 }
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_headers_of_archives_take_what_their_bytes_do(
+def test_false_sizes_in_tar_headers_allocate_no_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "_MAX_MEMBERS", 100 if name == "many" else 10_000)
     content, message = TARS[name]
     path = tmp_path / "set.tar"
     path.write_bytes(content)
-    refuse(tmp_path, path, message, 50 * MB)
+    assert_refused(tmp_path, path, message, 50 * MB)
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_packed_archives_become_no_more_than_is_stated(
+def test_compressed_archives_exceeding_the_ratio_are_refused(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", 4 * MB)
     pack = PACKERS[suffix]
     path = tmp_path / f"set.tar.{suffix}"
     path.write_bytes(pack(FIRST + header("other", 1 << 30)) + pack(bytes(MB)) * 64)
-    refuse(tmp_path, path, "unpacks to more than", 50 * MB)
+    assert_refused(tmp_path, path, "unpacks to more than", 50 * MB)
     path = tmp_path / f"t10k-images-idx3-ubyte.{suffix}"
     path.write_bytes(pack(struct.pack(">IIII", 0x803, 1 << 20, 64, 64)) + pack(bytes(MB)) * 64)
-    refuse(tmp_path, path.rename(tmp_path / "t10k-images-idx3-ubyte.gz"), "unpacks to more than", 50 * MB)
+    assert_refused(tmp_path, path.rename(tmp_path / "t10k-images-idx3-ubyte.gz"), "unpacks to more than", 50 * MB)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_arrays_that_unpack_out_of_proportion(tmp_path: Path, method: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_arrays_exceeding_the_ratio_are_refused(
+    tmp_path: Path, method: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((32, 256, 256, 1), np.uint8))
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("images.npy", buffer.getvalue())
-    refuse(tmp_path, path, "unpacks to", 50 * MB)
-    with in_bounds(10 * MB), pytest.raises(ValueError, match="save it uncompressed, with numpy"):
+    assert_refused(tmp_path, path, "unpacks to", 50 * MB)
+    with in_bounds(10 * MB), pytest.raises(ValueError, match="save it uncompressed, by numpy"):
         bounds.load_npz(path)
 
 
-def test_arrays_of_any_size_are_read_uncompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of two values pack better than the bound; this is what the refusal says to do."""
+def test_uncompressed_arrays_have_no_ratio_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binary masks compress beyond the ratio limit; the error message advises to save them uncompressed."""
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     masks = np.zeros((100, 128, 128), bool)
     np.savez_compressed(tmp_path / "masks.npz", images=masks)
@@ -497,37 +509,39 @@ def test_arrays_of_any_size_are_read_uncompressed(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
-def test_arrays_whose_header_lies(tmp_path: Path, suffix: str) -> None:
+def test_arrays_with_a_false_header_are_refused(tmp_path: Path, suffix: str) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
     path = tmp_path / f"lie.{suffix}"
-    path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_of([("images.npy", buffer.getvalue())]))
-    refuse(tmp_path, path, "cannot be read as numpy arrays", 1 << 60)  # allocated, but never used
+    path.write_bytes(buffer.getvalue() if suffix == "npy" else zip_bytes([("images.npy", buffer.getvalue())]))
+    assert_refused(
+        tmp_path, path, "cannot be read as numpy arrays", 1 << 60
+    )  # NumPy reserves the array, but never touches the memory
 
 
 @pytest.mark.parametrize(
     "labels", [[2**63, 1], [2**31, 1], [-1, 0], [[1e300], [1.0]], [[math.nan], [1.0]], [["a"], ["b"]]]
 )
-def test_arrays_of_labels_that_no_tensor_holds(tmp_path: Path, labels: list[Any]) -> None:
+def test_invalid_label_arrays_are_refused(tmp_path: Path, labels: list[Any]) -> None:
     path = tmp_path / "set.npz"
     kind = np.uint64 if labels == [2**63, 1] else None
     np.savez(path, images=np.zeros((2, 8, 8), np.uint8), labels=np.array(labels, kind))
-    refuse(tmp_path, path, "but must be class numbers from 0")
+    assert_refused(tmp_path, path, "but must be class numbers from 0")
 
 
-def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
-    """A thousand names for one image of 1 MB."""
+def test_overlapping_zip_members_are_refused(tmp_path: Path) -> None:
+    """A thousand names share the bytes of one image of 1 MB."""
     data = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (600, 600, 3), np.uint8)))
-    raw = zip_of([("0000.png", data)])
+    raw = zip_bytes([("0000.png", data)])
     start, end = raw.rindex(b"PK\1\2"), raw.rindex(b"PK\5\6")
     names = b"".join(raw[start:end].replace(b"0000.png", b"%04d.png" % k) for k in range(1000))
     tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1000, 1000, len(names), start, 0)
     (tmp_path / "set.zip").write_bytes(raw[:start] + names + tail)
-    refuse(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
+    assert_refused(tmp_path, tmp_path / "set.zip", "overlaps another member", 20 * MB)
 
 
 @draws(60, 3000)
-def test_damaged_archives(tmp_path: Path, examples: int) -> None:
+def test_corrupt_archives_get_one_error_message(tmp_path: Path, examples: int) -> None:
     files = [
         tar_of(small_cifar()),
         tar_of({"stl10_binary/train_X.bin": bytes(27648), "stl10_binary/unlabeled_X.bin": bytes(27648)}),
@@ -539,33 +553,33 @@ def test_damaged_archives(tmp_path: Path, examples: int) -> None:
     np.savez_compressed(buffer, images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]))
     kinds.append(("set.npz", buffer.getvalue()))
 
-    @for_all(examples, st.sampled_from(kinds), DAMAGE)
+    @for_all(examples, st.sampled_from(kinds), CORRUPTION)
     def check(kind: tuple[str, bytes], damage: Any) -> None:
         path = tmp_path / kind[0]
-        path.write_bytes(damaged(kind[1], damage))
+        path.write_bytes(corrupted(kind[1], damage))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
 
 
 @draws(60, 3000)
-def test_strange_pickles_of_cifar(tmp_path: Path, examples: int) -> None:
-    """Every code of the language, in any order, after a start that has something on the stack."""
+def test_malformed_cifar_pickles_get_one_error_message(tmp_path: Path, examples: int) -> None:
+    """All pickle opcodes in any order, after a prefix that fills the stack."""
     codes = st.sampled_from(
         [bytes([code]) for code in range(256)] + [b"h\0", b"q\0", b"\x85", b"(", b"U\1x", b"K\1", b"R", b"b"]
     )
 
-    @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), DAMAGE)
+    @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), CORRUPTION)
     def check(program: list[bytes], damage: Any) -> None:
         good = small_cifar()["cifar-10-batches-py/data_batch_1"]
-        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else damaged(good, damage)
+        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else corrupted(good, damage)
         (tmp_path / "cifar.tar").write_bytes(tar_of(small_cifar(data_batch_1=strange)))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={tmp_path / 'cifar.tar'}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that the library wrote in steps: leaves, branches, values with pages of their own, free pages."""
+def sample_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an LMDB database written in several transactions: branch, leaf, overflow and free pages."""
     lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
     folder = tmp_path_factory.mktemp("lmdb")
     stream = np.random.RandomState(0)
@@ -581,28 +595,30 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_databases_are_read_as_by_the_library(database: Path) -> None:
+def test_lmdb_files_are_read_like_by_the_library(sample_database: Path) -> None:
     lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
-    with lmdb.open(str(database), readonly=True, lock=False) as env, env.begin() as transaction:
+    with lmdb.open(str(sample_database), readonly=True, lock=False) as env, env.begin() as transaction:
         expected = list(transaction.cursor())
-    found = LmdbFile(database)
+    found = LmdbFile(sample_database)
     assert list(found) == expected == list(found)
     assert found.num_entries == len(expected) > 100
 
 
 @draws(60, 3000)
-def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> None:
-    """The library ends the process for some of them."""
-    whole = (database / "data.mdb").read_bytes()
+def test_corrupt_lmdb_files_raise_only_value_errors(sample_database: Path, tmp_path: Path, examples: int) -> None:
+    """The library itself aborts the process for some of these files."""
+    whole = (sample_database / "data.mdb").read_bytes()
 
     @for_all(
-        examples, DAMAGE, st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4)
+        examples,
+        CORRUPTION,
+        st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4),
     )
     def check(damage: Any, heads: list[tuple[int, int]]) -> None:
         data = bytearray(whole)
         for page, byte in heads:
             data[4096 * page + byte] ^= 255
-        (tmp_path / "data.mdb").write_bytes(damaged(bytes(data), damage))
+        (tmp_path / "data.mdb").write_bytes(corrupted(bytes(data), damage))
         with suppress(ValueError):
             assert sum(len(value) for _, value in LmdbFile(tmp_path)) <= len(whole)
 
@@ -611,49 +627,49 @@ def test_damaged_databases(database: Path, tmp_path: Path, examples: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.npy", "set.npz", "set.zip", "x-images-idx3-ubyte"])
-def test_no_source_is_waited_for(tmp_path: Path, name: str) -> None:
+def test_pipes_as_sources_do_not_block(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+    assert_refused(tmp_path, tmp_path / name, "neither a regular file nor a folder")
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    refuse(tmp_path, tmp_path / name, "neither a regular file nor a folder")
+    assert_refused(tmp_path, tmp_path / name, "neither a regular file nor a folder")
 
 
-def test_no_part_of_a_set_is_waited_for(tmp_path: Path) -> None:
+def test_pipes_inside_a_dataset_do_not_block(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "0.png").write_bytes(GOOD)
     os.mkfifo(folder / "dataset.json")
-    assert all("dataset.json cannot be read (not a regular file)" in (message or "") for message in use(folder))
+    assert all("dataset.json cannot be read (not a regular file)" in (message or "") for message in read_all(folder))
     os.mkfifo(tmp_path / "set.zip")
-    assert all("set.zip is not a complete zip file" in (message or "") for message in use(tmp_path / "set.zip"))
+    assert all("set.zip is not a complete zip file" in (message or "") for message in read_all(tmp_path / "set.zip"))
     (tmp_path / "lmdb").mkdir()
     os.mkfifo(tmp_path / "lmdb" / "data.mdb")
-    refuse(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
+    assert_refused(tmp_path, tmp_path / "lmdb", "data.mdb cannot be read .not a regular file")
     os.mkfifo(tmp_path / "x-labels-idx1-ubyte")
     (tmp_path / "x-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 1, 8, 8) + bytes(64))
-    refuse(tmp_path, tmp_path / "x-images-idx3-ubyte", "not a regular file")
+    assert_refused(tmp_path, tmp_path / "x-images-idx3-ubyte", "not a regular file")
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_targets_are_read_before_the_network_and_never_waited_for(tmp_path: Path, suffix: str) -> None:
+def test_projection_targets_are_checked_first_without_blocking(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"pipe{suffix}")
     (tmp_path / f"bad{suffix}").write_bytes(b"x")
     for name in ("pipe", "bad", "missing"):
         target = tmp_path / f"{name}{suffix}"
-        with in_time(), pytest.raises(UserError, match=f"{name}{suffix} cannot be read"):
+        with time_limit(), pytest.raises(UserError, match=f"{name}{suffix} cannot be read"):
             read_targets(target)
         options = [f"--target={target}", f"--network={tmp_path / 'nowhere.pkl'}", f"--outdir={tmp_path / 'out'}"]
         assert run(generate.main, "project", *options) == 2
         result = CliRunner().invoke(generate.main, ["project", *options])
-        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # and not the network
+        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # before the missing network
 
 
 # --- runs
 
 
 def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
-    """A run with two ticks, a metric and a picture; some files are replaced, by a pipe where there is no content."""
+    """Write a run with two ticks, a metric and an image; replace files by other content, or by a pipe for None."""
     ticks = [{"Progress/kimg": k, "Timing/total_sec": 9.0 * k, "Loss/G/loss": {"mean": 1.0 + k}} for k in range(2)]
     own: dict[str, bytes | None] = {
         "training_options.json": b'{"run": {"total_kimg": 100}}',
@@ -671,10 +687,17 @@ def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
 
 
 TICK = {"Progress/kimg": 2, "Timing/total_sec": 18.0, "Loss/G/loss": 1.0, "timestamp": 1.7e9}
-LARGE = ("Progress/kimg", "Timing/total_sec", "Timing/sec_per_kimg", "Loss/G/loss", "timestamp", "Progress/augment")
+NUMERIC_FIELDS = (
+    "Progress/kimg",
+    "Timing/total_sec",
+    "Timing/sec_per_kimg",
+    "Loss/G/loss",
+    "timestamp",
+    "Progress/augment",
+)
 STATS = [
     json.dumps(TICK | {name: value})
-    for name in LARGE
+    for name in NUMERIC_FIELDS
     for value in (1e308, -1e308, math.inf, math.nan, 10**400, "x", True)
 ]
 STATS += [
@@ -683,8 +706,8 @@ STATS += [
     '{"Progress/kimg": 3, "x": ' + "[" * 900 + "]" * 900 + "}",
 ]
 STATS += [
-    json.dumps(dict.fromkeys(LARGE, 1.7e308)),
-    json.dumps(dict.fromkeys(LARGE, -1.7e308)),
+    json.dumps(dict.fromkeys(NUMERIC_FIELDS, 1.7e308)),
+    json.dumps(dict.fromkeys(NUMERIC_FIELDS, -1.7e308)),
     "[]",
     "null",
     "{}",
@@ -717,8 +740,8 @@ OPTIONS += [
 ]
 
 
-def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
-    """All in one file, and those that are read as a number each in its own."""
+def test_unplottable_numbers_are_skipped_and_reported(tmp_path: Path) -> None:
+    """Invalid numbers in the files of statistics and metrics; deep nesting in the file of the environment."""
     files: dict[str, bytes | None] = {
         "stats.jsonl": "".join(f"{line}\n" for line in STATS).encode(),
         "metric-swd5k.jsonl": "".join(f"{line}\n" for line in RECORDS).encode()
@@ -727,14 +750,14 @@ def test_numbers_that_no_axis_holds_are_told(tmp_path: Path) -> None:
     }
     read = read_run(make_run(tmp_path / "all", files), "all")
     build_page([read], [draw(next(find_charts([read])))], 2)
-    told = " ".join(read.problems)
-    assert all(f"{name}: skipped" in told for name in files)
+    problems = " ".join(read.problems)
+    assert all(f"{name}: left out" in problems for name in files)
     assert read.metrics["swd5k"].values.tolist() == [3.0]
     assert np.nanmax(np.abs([curve.values for curve in read.ticks.values()])) <= 1e100
 
 
 @pytest.mark.parametrize("content", OPTIONS, ids=range(len(OPTIONS)))
-def test_strange_options_of_a_run(tmp_path: Path, content: bytes) -> None:
+def test_malformed_options_of_a_run_are_reported(tmp_path: Path, content: bytes) -> None:
     shown = read_run(make_run(tmp_path / "run", {"training_options.json": content}), "run")
     assert math.isnan(shown.total_kimg) or abs(shown.total_kimg) <= 1e15
     assert "run: 1 of" not in build_page([shown], [], 2)
@@ -743,9 +766,7 @@ def test_strange_options_of_a_run(tmp_path: Path, content: bytes) -> None:
     )
 
 
-def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_runs_do_not_hide_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_charts", lambda shown: islice(find_charts(shown), 1))
     names = (
         "training_options.json",
@@ -759,16 +780,16 @@ def test_a_run_of_which_nothing_can_be_read_does_not_hide_others(
     for name in names:
         make_run(tmp_path / "runs" / name, {name: None})
     make_run(tmp_path / "runs" / "good", {})
-    with in_time():
+    with time_limit():
         result = CliRunner().invoke(report.main, [str(tmp_path / "runs"), f"--outdir={tmp_path / 'report'}"])
     assert result.exit_code == 0, (result.output, result.exception)
-    told = result.output.splitlines()
-    assert len([line for line in told if "cannot be read (not a regular file)" in line]) == len(names) - 2
+    lines = result.output.splitlines()
+    assert len([line for line in lines if "cannot be read (not a regular file)" in line]) == len(names) - 2
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(f"<h3>{name}</h3>" in page for name in (*names, "good"))
 
 
-def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
+def test_large_files_of_a_run_are_read_in_bounded_memory(tmp_path: Path) -> None:
     line = b'{"Progress/kimg": 1, "x": [' + b"[]," * MB + b"[]]}\n"
     names = {"Progress/kimg": 3} | {f"Loss/{k}": k for k in range(5000)}
     files: dict[str, bytes | None] = {
@@ -781,24 +802,28 @@ def test_large_files_of_a_run_are_read_in_pieces(tmp_path: Path) -> None:
         shown = read_run(folder, "run")
     assert [len(text) for text in shown.warnings] == [1000, len("Warning: y (2 times)")]
     assert len(shown.ticks) == 300
-    told = " ".join(shown.problems)
-    for part in ("skipped 1 corrupt lines of 2", "skipped 4701 of 5001 statistics", "training_options.json"):
-        assert part in told
+    problems = " ".join(shown.problems)
+    for part in ("left out 1 of 2 lines", "left out 4701 of 5001 numbers", "training_options.json"):
+        assert part in problems
 
 
 @draws(10, 500)
-def test_strange_files_of_a_run(tmp_path: Path, examples: int) -> None:
+def test_malformed_files_of_a_run_do_not_break_the_report(tmp_path: Path, examples: int) -> None:
     folder = make_run(tmp_path / "run", {})
     lines = st.lists(st.sampled_from(STATS + RECORDS) | st.just(json.dumps(TICK)) | st.text(max_size=9), max_size=6)
 
     @for_all(
-        examples, lines, st.sampled_from([TICK, {"kimg": 1, "results": {"swd5k": 1.0}, "seed": 0}]), *CHANGES, DAMAGE
+        examples,
+        lines,
+        st.sampled_from([TICK, {"kimg": 1, "results": {"swd5k": 1.0}, "seed": 0}]),
+        *CHANGES,
+        CORRUPTION,
     )
     def check(log: list[str], base: Any, path: list[float], value: Any, remove: bool, damage: Any) -> None:
-        own = json.dumps(changed(base, path, value, remove))
+        own = json.dumps(with_change(base, path, value, remove))
         for name in ("stats.jsonl", "metric-swd5k.jsonl", "environment.jsonl", "log.txt"):
             (folder / name).write_text("".join(f"{line}\n" for line in [*log, own]), errors="replace")
-        (folder / "fakes000002.png").write_bytes(damaged(GOOD, damage))
+        (folder / "fakes000002.png").write_bytes(corrupted(GOOD, damage))
         shown = read_run(folder, "run")
         build_page([shown], [], 2)
 
@@ -828,23 +853,23 @@ LABELS = [
 
 
 @pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
-def test_labels_that_no_tensor_holds(tmp_path: Path, label: Any) -> None:
+def test_invalid_labels_are_refused_with_a_short_message(tmp_path: Path, label: Any) -> None:
     for others in (0, [0.5]):
         content = json.dumps({"labels": [["0.png", others], ["1.png", label]]}).encode()
         path = tmp_path / "set.zip"
-        path.write_bytes(zip_of([("0.png", GOOD), ("1.png", GOOD), ("dataset.json", content)]))
-        assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in use(path))
+        path.write_bytes(zip_bytes([("0.png", GOOD), ("1.png", GOOD), ("dataset.json", content)]))
+        assert all("dataset.json" in (message or "") and len(message or "") < 400 for message in read_all(path))
 
 
-def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_highly_compressed_dataset_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "UNPACKED_AT_LEAST", MB)
     path = tmp_path / "set.zip"
-    path.write_bytes(zip_of([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
+    path.write_bytes(zip_bytes([("0.png", GOOD), ("dataset.json", b'{"x": [' + b"0," * (4 * MB) + b"0]}")]))
     with in_bounds(2 * MB), pytest.raises(UserError, match=r"dataset\.json cannot be read"):
         ImageDataset(DatasetConfig(path=str(path)))
 
 
-# --- what does not fit together
+# --- mismatches
 
 
 @pytest.mark.parametrize(
@@ -858,14 +883,14 @@ def test_a_document_that_unpacks_out_of_proportion(tmp_path: Path, monkeypatch: 
     ],
 )
 @pytest.mark.parametrize("of_network", [False, True])
-def test_the_remedy_for_images_of_another_shape(
+def test_a_shape_mismatch_names_the_dataset_tool_options(
     ours: tuple[int, ...], theirs: tuple[int, ...], remedy: str, of_network: bool
 ) -> None:
     assert explain_misfit(ours, theirs, of_network).endswith(remedy)
 
 
-def test_long_names_of_data_sets(tmp_path: Path, shapes_zip: Path) -> None:
-    """In the name of the run's folder, and of what is written beside a set while it is built."""
+def test_long_dataset_names_are_shortened(tmp_path: Path, shapes_zip: Path) -> None:
+    """Names of run folders and of the partial file beside a dataset fit the limit of file systems."""
     for name in ("x" * 240, "\U0001f600" * 60):
         path = tmp_path / f"{name}.zip"
         assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0

@@ -1,4 +1,4 @@
-"""Formats of images: what is read of each, how it stands upright, and what is said of what is not read."""
+"""Image formats: decoded pixels, orientation, and error messages for unsupported formats."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ DEEP_RGBA = RNG.randint(0, 65536, (H, W, 4), np.uint16)
 INDEX = {bits: RNG.randint(0, 2**bits, (H, W), np.uint8) for bits in (1, 2, 4, 8)}
 COLORS = RNG.randint(0, 256, (256, 4), np.uint8)
 CMYK = RNG.randint(0, 256, (H, W, 4), np.uint8)
-OF_CMYK = ((255 - CMYK[:, :, :3].astype(int)) * (255 - CMYK[:, :, 3:].astype(int)) / 255).round().astype(np.uint8)
+CMYK_AS_RGB = ((255 - CMYK[:, :, :3].astype(int)) * (255 - CMYK[:, :, 3:].astype(int)) / 255).round().astype(np.uint8)
 requires_avif = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow does not read AVIF")
 requires_heif = pytest.mark.skipif("HEIF" not in FORMATS, reason="pillow-heif is an optional package")
 
 Case = tuple[bytes, np.ndarray]
 
 
-def of_png() -> dict[str, Case]:
+def png_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for bits, index in INDEX.items():
         scaled = index * (255 // (2**bits - 1))
@@ -60,7 +60,7 @@ def of_png() -> dict[str, Case]:
         colors += png_chunk(b"tRNS", COLORS[: 2**bits, 3].tobytes())
         cases[f"palette {bits}, transparent"] = png(packed(index, bits), W, bits, 3, colors), COLORS[index]
     deep_rgb = DEEP_RGBA[:, :, :3].copy()
-    deep_rgb[2] = deep_rgb[1] ^ 1  # the same high bytes
+    deep_rgb[2] = deep_rgb[1] ^ 1  # differs only in the low byte
     deep = DEEP.copy()
     deep[2] = deep[1] ^ 1
 
@@ -96,7 +96,7 @@ def of_png() -> dict[str, Case]:
     return cases
 
 
-def of_tiff(order: str) -> dict[str, Case]:
+def tiff_cases(order: str) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for bits, index in INDEX.items():
         scaled = index * (255 // (2**bits - 1))
@@ -108,7 +108,7 @@ def of_tiff(order: str) -> dict[str, Case]:
     for photometric, expected in ((0, 255 - (DEEP >> 8)), (1, DEEP >> 8)):
         tags = {258: (3, [16]), 262: (3, [photometric]), 277: (3, [1])}
         cases[f"gray 16, {photometric}"] = tiff(packed(DEEP, 16, order), W, tags, order), expected
-    if order == "<":  # the decoder has no other
+    if order == "<":  # the decoder supports no other byte order
         cases["gray 12"] = tiff(packed(DEEP >> 4, 12), W, {258: (3, [12]), 262: (3, [1])}, order), DEEP >> 8
 
     def pixels(values: np.ndarray, photometric: int, extra: list[int]) -> bytes:
@@ -120,7 +120,7 @@ def of_tiff(order: str) -> dict[str, Case]:
     cases["RGBA"] = pixels(RGBA, 2, [2]), RGBA
     cases["RGBX"] = pixels(RGBA, 2, [0]), RGB
     cases["gray and alpha"] = pixels(LA[:, :, 2:], 1, [2]), LA
-    cases["CMYK"] = pixels(CMYK, 5, []), OF_CMYK
+    cases["CMYK"] = pixels(CMYK, 5, []), CMYK_AS_RGB
     for name, C, extra in (("RGB", 3, []), ("RGBA", 4, [2])):
         cases[f"{name} 16"] = pixels(DEEP_RGBA[:, :, :C], 2, extra), DEEP_RGBA[:, :, :C] >> 8
     premultiplied = RGBA.copy()
@@ -131,7 +131,7 @@ def of_tiff(order: str) -> dict[str, Case]:
     return cases | {"pages": (pages, RGB)}
 
 
-def of_tiff_compressed() -> dict[str, Case]:
+def compressed_tiff_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for method in ("tiff_lzw", "packbits", "tiff_adobe_deflate", "tiff_deflate", "group3", "group4"):
         bits = np.where(GRAY > 127, 255, 0).astype(np.uint8)
@@ -142,14 +142,14 @@ def of_tiff_compressed() -> dict[str, Case]:
     return cases
 
 
-def of_psd() -> dict[str, Case]:
+def psd_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for runs in (False, True):
         for name, mode, values, expected in (
             ("gray", 1, GRAY[:, :, None], GRAY),
             ("RGB", 3, RGB, RGB),
             ("RGBA", 3, RGBA, RGBA),
-            ("CMYK", 4, 255 - CMYK, OF_CMYK),
+            ("CMYK", 4, 255 - CMYK, CMYK_AS_RGB),
         ):
             cases[f"{name}, {runs}"] = psd(values.transpose(2, 0, 1), mode, runs=runs), expected
     bits = np.packbits(INDEX[1], axis=1)[None]
@@ -159,7 +159,7 @@ def of_psd() -> dict[str, Case]:
     return cases
 
 
-def of_ppm() -> dict[str, Case]:
+def ppm_cases() -> dict[str, Case]:
     def text(values: np.ndarray) -> bytes:
         return b" # a comment\n".join(b" ".join(b"%d" % value for value in row.ravel()) for row in values)
 
@@ -186,7 +186,7 @@ def of_ppm() -> dict[str, Case]:
     }
 
 
-def of_icons() -> dict[str, Case]:
+def icon_cases() -> dict[str, Case]:
     hidden = GRAY > 127
     masked = np.dstack([RGB, np.where(hidden, 0, 255).astype(np.uint8)])
     small = (4, 4, 32, bitmap_of_icon(RGBA[:4, :4]))
@@ -199,7 +199,7 @@ def of_icons() -> dict[str, Case]:
     }
 
 
-def of_others() -> dict[str, Case]:
+def other_cases() -> dict[str, Case]:
     rgb, rgba, gray = Image.fromarray(RGB), Image.fromarray(RGBA), Image.fromarray(GRAY)
     two = Image.merge("LA", [gray, Image.fromarray(ALPHA)])
     bits = np.where(GRAY > 127, 255, 0).astype(np.uint8)
@@ -236,21 +236,21 @@ def of_others() -> dict[str, Case]:
 CASES = {
     f"{kind}: {name}": case
     for kind, cases in {
-        "PNG": of_png(),
-        "TIFF <": of_tiff("<"),
-        "TIFF >": of_tiff(">"),
-        "TIFF": of_tiff_compressed(),
-        "PSD": of_psd(),
-        "PPM": of_ppm(),
-        "ICO": of_icons(),
-        "other": of_others(),
+        "PNG": png_cases(),
+        "TIFF <": tiff_cases("<"),
+        "TIFF >": tiff_cases(">"),
+        "TIFF": compressed_tiff_cases(),
+        "PSD": psd_cases(),
+        "PPM": ppm_cases(),
+        "ICO": icon_cases(),
+        "other": other_cases(),
     }.items()
     for name, case in cases.items()
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pixels_are_those_that_were_stored(name: str) -> None:
+def test_decoded_pixels_equal_the_stored_pixels(name: str) -> None:
     data, expected = CASES[name]
     expected = expected.reshape(H, W, -1)
     found = decode_image(data)
@@ -263,7 +263,7 @@ def test_pixels_are_those_that_were_stored(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["JPEG", "MPO", pytest.param("AVIF", marks=requires_avif)])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_lossy_formats_come_near(name: str, mode: str) -> None:
+def test_lossy_formats_are_decoded_approximately(name: str, mode: str) -> None:
     smooth = np.add.outer(np.arange(H) * 20, np.arange(W) * 10).astype(np.uint8)
     image = Image.fromarray(smooth if mode == "L" else np.dstack([smooth, smooth[::-1], smooth // 2]))
     others = {"save_all": True, "append_images": [Image.new(mode, (W, H))]} if name != "JPEG" else {}
@@ -274,8 +274,8 @@ def test_lossy_formats_come_near(name: str, mode: str) -> None:
     assert is_gray(data) == (mode == "L")
 
 
-def test_cmyk_of_jpeg() -> None:
-    """Adobe's programs store the inverse, and so does Pillow."""
+def test_cmyk_jpegs_are_converted_to_rgb() -> None:
+    """Adobe's programs store inverted values, and so does Pillow."""
     flat = np.broadcast_to(np.array([200, 30, 60, 20], np.uint8), (8, 8, 4))
     data = encoded(Image.fromarray(flat.copy(), "CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data
@@ -285,7 +285,7 @@ def test_cmyk_of_jpeg() -> None:
 
 
 @requires_heif
-def test_heic() -> None:
+def test_heic_images_are_decoded() -> None:
     import pillow_heif
 
     pillow_heif.register_heif_opener(thumbnails=False)
@@ -302,7 +302,7 @@ def test_heic() -> None:
 
 # --- orientation
 
-TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+ROTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -314,33 +314,33 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def profile(orientation: int, order: str, name: bytes = b"zTXt") -> bytes:
-    """Make the chunk in which ImageMagick writes EXIF data: as lines of hexadecimal digits."""
+def exif_text_chunk(orientation: int, order: str, name: bytes = b"zTXt") -> bytes:
+    """Make the chunk in which ImageMagick writes EXIF data as lines of hexadecimal digits."""
     data = b"Exif\0\0" + exif(orientation, order)
     digits = "\n".join(re.findall(".{1,72}", data.hex()))
     text = f"\nexif\n{len(data):8d}\n{digits}\n".encode()
     return png_chunk(name, b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if name == b"zTXt" else text))
 
 
-def turned_tiff(orientation: int, order: str) -> bytes:
+def rotated_tiff(orientation: int, order: str) -> bytes:
     others = {258: (3, [8] * 3), 262: (3, [2]), 277: (3, [3]), 0x112: (3, [orientation])}
     return tiff([row.tobytes() for row in RGB], W, others, order)
 
 
-def lzw(orientation: int, order: str) -> bytes:
-    about = Image.Exif()
-    about[0x112] = orientation
+def lzw_tiff(orientation: int, order: str) -> bytes:
+    metadata = Image.Exif()
+    metadata[0x112] = orientation
     image = Image.fromarray(DEEP) if order == "<" else Image.fromarray(RGB)
-    return encoded(image, "TIFF", compression="tiff_lzw", exif=about)
+    return encoded(image, "TIFF", compression="tiff_lzw", exif=metadata)
 
 
-def iso(kind: str) -> Callable[[int, str], bytes]:
+def iso_image(kind: str) -> Callable[[int, str], bytes]:
     def make(orientation: int, order: str) -> bytes:
-        about = Image.Exif()
-        about.endian = order
-        about[0x112] = orientation
+        metadata = Image.Exif()
+        metadata.endian = order
+        metadata[0x112] = orientation
         image = Image.fromarray(np.kron(RGB, np.ones((8, 8, 1), np.uint8)))
-        return encoded(image, kind, exif=about.tobytes(), quality=90)
+        return encoded(image, kind, exif=metadata.tobytes(), quality=90)
 
     return make
 
@@ -351,10 +351,10 @@ MAKERS: dict[str, Callable[[int, str], bytes]] = {
         packed(RGB.reshape(H, -1), 8), W, 8, 2, after=png_chunk(b"eXIf", exif(n, order))
     ),
     "PNG of 16 bits": lambda n, order: png(packed(DEEP, 16), W, 16, 0, after=png_chunk(b"eXIf", exif(n, order))),
-    "PNG, packed text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, profile(n, order)),
-    "PNG, plain text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, profile(n, order, b"tEXt")),
+    "PNG, packed text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, exif_text_chunk(n, order)),
+    "PNG, plain text": lambda n, order: png(packed(RGB.reshape(H, -1), 8), W, 8, 2, exif_text_chunk(n, order, b"tEXt")),
     "PNG, text behind the pixels": lambda n, order: png(
-        packed(RGB.reshape(H, -1), 8), W, 8, 2, after=profile(n, order)
+        packed(RGB.reshape(H, -1), 8), W, 8, 2, after=exif_text_chunk(n, order)
     ),
     "PNG in an icon": lambda n, order: icon((W, H, 32, MAKERS["PNG"](n, order))),
     "JPEG": lambda n, order: jpeg_with(encoded(Image.fromarray(RGB), "JPEG"), (0xE1, b"Exif\0\0" + exif(n, order))),
@@ -362,11 +362,11 @@ MAKERS: dict[str, Callable[[int, str], bytes]] = {
         encoded(Image.fromarray(RGB), "MPO", save_all=True, append_images=[Image.fromarray(GRAY)]),
         (0xE1, b"Exif\0\0" + exif(n, order)),
     ),
-    "TIFF": turned_tiff,
-    "TIFF, LZW": lzw,
+    "TIFF": rotated_tiff,
+    "TIFF, LZW": lzw_tiff,
     "WebP": lambda n, order: encoded(Image.fromarray(RGB), "WEBP", lossless=True, exif=exif(n, order)),
-    "AVIF": iso("AVIF"),
-    "HEIF": iso("HEIF"),
+    "AVIF": iso_image("AVIF"),
+    "HEIF": iso_image("HEIF"),
 }
 
 
@@ -379,12 +379,12 @@ MAKERS: dict[str, Callable[[int, str], bytes]] = {
         pytest.param("HEIF", marks=requires_heif),
     ],
 )
-def test_images_stand_upright(name: str, order: str) -> None:
+def test_exif_orientation_is_applied_in_every_format(name: str, order: str) -> None:
     if name == "HEIF":
         decoder = pytest.importorskip("pillow_heif")
         decoder.register_heif_opener(thumbnails=False)
     upright = decode_image(MAKERS[name](1, order)).astype(int)
-    for orientation, turn in TURNED.items():
+    for orientation, turn in ROTATIONS.items():
         data = MAKERS[name](orientation, order)
         expected = turn(upright)
         for found in (decode_image(data), decode_as(data, upright.shape), decode_as(data, expected.shape)):
@@ -393,16 +393,16 @@ def test_images_stand_upright(name: str, order: str) -> None:
         assert read_shape(data) == expected.shape
 
 
-def test_every_command_sees_images_upright(tmp_path: Path) -> None:
-    """Build, check and training: all orientations of one image come out as the same image."""
+def test_build_check_and_training_apply_the_orientation(tmp_path: Path) -> None:
+    """All orientations of one image become the same image."""
     square = RGB[:, :H]
     folder = tmp_path / "in"
     folder.mkdir()
     for n in range(1, 9):
         turn_back = {6: 8, 8: 6}.get(n, n)
-        rows = packed(np.ascontiguousarray(TURNED[turn_back](square)).reshape(H, -1), 8)
+        rows = packed(np.ascontiguousarray(ROTATIONS[turn_back](square)).reshape(H, -1), 8)
         (folder / f"before{n}.png").write_bytes(png(rows, H, 8, 2, png_chunk(b"eXIf", exif(n))))
-        (folder / f"text{n}.png").write_bytes(png(rows, H, 8, 2, profile(n, "<")))
+        (folder / f"text{n}.png").write_bytes(png(rows, H, 8, 2, exif_text_chunk(n, "<")))
         (folder / f"after{n}.png").write_bytes(png(rows, H, 8, 2, after=png_chunk(b"eXIf", exif(n, ">"))))
         tags = {258: (3, [8] * 3), 262: (3, [2]), 277: (3, [3]), 0x112: (3, [n])}
         (folder / f"{n}.tif").write_bytes(tiff(rows, H, tags))
@@ -420,14 +420,14 @@ def test_every_command_sees_images_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "chunks",
     [
-        profile(6, "<") + png_chunk(b"eXIf", exif(3)),
-        png_chunk(b"eXIf", exif(3)) + profile(6, "<"),
-        png_chunk(b"eXIf", exif(1)) + profile(6, "<", b"tEXt"),
-        profile(6, "<") + profile(8, ">"),
-        profile(6, "<", b"tEXt") + profile(8, ">") + profile(5, "<", b"tEXt"),
+        exif_text_chunk(6, "<") + png_chunk(b"eXIf", exif(3)),
+        png_chunk(b"eXIf", exif(3)) + exif_text_chunk(6, "<"),
+        png_chunk(b"eXIf", exif(1)) + exif_text_chunk(6, "<", b"tEXt"),
+        exif_text_chunk(6, "<") + exif_text_chunk(8, ">"),
+        exif_text_chunk(6, "<", b"tEXt") + exif_text_chunk(8, ">") + exif_text_chunk(5, "<", b"tEXt"),
     ],
 )
-def test_of_several_orientations_of_a_png_the_one_counts_that_pillow_takes(chunks: bytes) -> None:
+def test_several_orientations_in_a_png_resolve_as_in_pillow(chunks: bytes) -> None:
     data = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, chunks)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
@@ -448,7 +448,7 @@ def test_of_several_orientations_of_a_png_the_one_counts_that_pillow_takes(chunk
     ],
 )
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_damaged_text_turns_nothing(content: bytes, is_packed: bool) -> None:
+def test_corrupt_exif_text_is_ignored(content: bytes, is_packed: bool) -> None:
     name, content = (b"zTXt", b"\0" + zlib.compress(content)) if is_packed else (b"tEXt", content)
     chunk = png_chunk(name, b"Raw profile type exif\0" + content)
     data = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, after=chunk)
@@ -458,15 +458,15 @@ def test_damaged_text_turns_nothing(content: bytes, is_packed: bool) -> None:
 
 
 @pytest.mark.parametrize("head", [12, 64, 108, 124])
-def test_bitmaps_of_icons_with_other_headers_are_named(head: int) -> None:
+def test_icon_bitmaps_with_other_headers_are_refused(head: int) -> None:
     bitmap = bitmap_of_icon(RGB)
     with pytest.raises(BrokenImageError, match=f"an icon with a bitmap header of {head} bytes, expected 40"):
         decode_image(icon((W, H, 24, struct.pack("<I", head) + bitmap[4:])))
 
 
-# --- what is not read
+# --- unsupported formats
 
-UNREAD = {
+UNSUPPORTED = {
     b"": "an empty file",
     b"%!PS-Adobe-3.0 EPSF": "an EPS document, which is not supported: export as PNG",
     b"%PDF-1.7": "a PDF document",
@@ -503,17 +503,17 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("data", UNREAD, ids=range(len(UNREAD)))
-def test_what_is_not_read_is_named(data: bytes) -> None:
+@pytest.mark.parametrize("data", UNSUPPORTED, ids=range(len(UNSUPPORTED)))
+def test_unsupported_formats_are_named(data: bytes) -> None:
     for function in (decode_image, read_shape, is_gray):
         with pytest.raises(BrokenImageError) as caught:
             function(data)
-        assert UNREAD[data] in str(caught.value)
+        assert UNSUPPORTED[data] in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_only_what_fits_is_taken_for_a_targa_file() -> None:
-    """Such files have no signature: cut files of other formats, text and numbers may begin alike."""
+def test_random_data_is_not_recognised_as_targa() -> None:
+    """Targa files have no signature, so truncated files of other formats, text and numbers may look similar."""
     rng = np.random.RandomState(1)
     others = [data for name, (data, _) in CASES.items() if "TGA" not in name]
     tries = [data[start:] for data in others for start in range(1, 60)]
@@ -529,7 +529,7 @@ def test_only_what_fits_is_taken_for_a_targa_file() -> None:
     assert taken <= 2
 
 
-def test_remedies() -> None:
+def test_unsupported_suffixes_have_a_remedy() -> None:
     assert remedy(".heic") == ("" if "HEIF" in FORMATS else "pip install pillow-heif")
     assert remedy(".NEF").startswith("develop")
     assert remedy(".svg") == "export as PNG"
@@ -539,7 +539,7 @@ def test_remedies() -> None:
     assert not any(map(remedy, IMAGE_SUFFIXES))
 
 
-def test_without_pillow_heif_its_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_heif_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(BrokenImageError, match="HEIC, which needs another package: pip install pillow-heif"):
@@ -555,8 +555,8 @@ def test_without_pillow_heif_its_files_are_named(monkeypatch: pytest.MonkeyPatch
     assert without.remedy(".heic") == "pip install pillow-heif"
 
 
-def test_no_plugin_is_looked_for_when_an_image_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process whose modules cannot be found any more still reads all formats."""
+def test_opening_an_image_does_not_search_for_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats stay readable even if modules can no longer be imported."""
 
     def fail() -> None:
         raise AssertionError
@@ -570,7 +570,7 @@ def test_no_plugin_is_looked_for_when_an_image_is_opened(monkeypatch: pytest.Mon
     assert kinds == set(FORMATS) - {"JPEG", "AVIF", "HEIF"}
 
 
-def test_the_first_page_alone_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_page_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError
 
@@ -582,7 +582,7 @@ def test_the_first_page_alone_is_decoded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decode_image(CASES["PSD: layers"][0]).shape == (H, W, 3)
 
 
-def test_suffixes() -> None:
+def test_image_suffixes_are_known_to_pillow() -> None:
     assert {suffix.lower() for suffix in IMAGE_SUFFIXES} == set(IMAGE_SUFFIXES)
     assert len(set(IMAGE_SUFFIXES)) == len(IMAGE_SUFFIXES)
     extensions = Image.registered_extensions()

@@ -1,4 +1,4 @@
-"""Two machines, played by two torchrun agents on this one."""
+"""Two nodes, simulated by two torchrun agents on one machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from test_torture import ENVIRONMENT, ROOT, Program, result
+from process_helpers import ENVIRONMENT, ROOT, Program, run_result
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,8 @@ def free_port() -> int:
         return port
 
 
-# A worker takes its share of the machine's cores as threads, and bits depend on their number: one core, one thread.
+# Workers divide the cores of the machine into threads, and results depend on the number of threads bit for bit.
+# One core gives every worker one thread.
 ON_ONE_CORE = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -33,7 +34,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def start(arguments: list[str], output: Path) -> Program:
-    """Start Python with some arguments."""
+    """Start Python with these arguments on one core."""
     command = [sys.executable, "-c", ON_ONE_CORE, *arguments]
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -49,8 +50,8 @@ def start_agents(outdir: Path, data: Path, kimg: float) -> list[Program]:
     return [start(command, outdir.with_suffix(f".{number}.txt")) for number in (0, 1)]
 
 
-def test_two_machines_compute_what_two_workers_do_and_stop_together(shapes_zip: Path, tmp_path: Path) -> None:
-    """Only one of them is signalled; afterwards the same commands go on."""
+def test_two_nodes_equal_one_node_with_two_workers(shapes_zip: Path, tmp_path: Path) -> None:
+    """A signal to one node stops both; the same commands then resume the run."""
     agents = start_agents(tmp_path / "two", shapes_zip, kimg=99)
     try:
         while not any("tick 1 " in agent.output.read_text() for agent in agents):
@@ -76,5 +77,5 @@ def test_two_machines_compute_what_two_workers_do_and_stop_together(shapes_zip: 
     command = ["train.py", f"--outdir={tmp_path / 'one'}", f"--data={shapes_zip}", "--gpus=2"]
     straight = start([*command, f"--kimg={kimg}", *OPTIONS], tmp_path / "one.txt")
     assert straight.finish() == 0
-    ours, theirs = result(tmp_path / "two"), result(tmp_path / "one")
+    ours, theirs = run_result(tmp_path / "two"), run_result(tmp_path / "one")
     assert ours["parts"] == theirs["parts"]

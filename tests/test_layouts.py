@@ -1,4 +1,4 @@
-"""Folders and archives as downloads, other programs and half-finished copies leave them, read by dataset_tool.py."""
+"""Folders and archives left behind by downloads, other programs and incomplete copies, read by dataset_tool.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_dataset_tool import as_file, build, numbers, random_images, refused, run, write_files, write_tar, write_zip
+from dataset_helpers import (
+    assert_refused,
+    build,
+    encode,
+    label_values,
+    random_images,
+    run,
+    write_files,
+    write_tar,
+    write_zip,
+)
 
 from dnnlib.config import UserError
 from training.dataset import DatasetConfig, ImageDataset
 
-PNG = as_file(random_images(8, 8, 3))
+PNG = encode(random_images(8, 8, 3))
 
 
 def write_parts(folder: Path, names: list[str]) -> Path:
-    """Write a table or shard of one image for each name."""
+    """Write one table or shard with a single image per name."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +53,7 @@ def write_parts(folder: Path, names: list[str]) -> Path:
         (["x-00001-of-00002.tar", "x-00002-of-00002.tar"], [], ""),
     ],
 )
-def test_files_missing_of_a_total_are_an_error(
+def test_missing_shards_of_a_known_total_are_an_error(
     tmp_path: Path, names: list[str], options: list[str], message: str
 ) -> None:
     source = write_parts(tmp_path / "set", names)
@@ -71,7 +81,7 @@ def test_files_missing_of_a_total_are_an_error(
         (["2019.tar", "2021.tar"], ""),
     ],
 )
-def test_gaps_in_the_numbers_of_shards_are_noted(tmp_path: Path, names: list[str], numbers: str) -> None:
+def test_gaps_in_shard_numbers_are_noted(tmp_path: Path, names: list[str], numbers: str) -> None:
     source = write_parts(tmp_path / "set", names)
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
     assert result.exit_code == 0, result.output
@@ -79,8 +89,8 @@ def test_gaps_in_the_numbers_of_shards_are_noted(tmp_path: Path, names: list[str
     assert not numbers or f"the number {numbers}, but files" in result.stdout
 
 
-def keep(folder: Path, names: list[str], suffix: str) -> Path:
-    """Write images into a folder, or a zip file if there is a suffix."""
+def write_images(folder: Path, names: list[str], suffix: str) -> Path:
+    """Write images into a folder, or into a zip file if a suffix is given."""
     files = {f"{name}.png": PNG for name in names}
     return write_zip(folder / f"pets{suffix}", files) if suffix else write_files(folder / "pets", files)
 
@@ -111,8 +121,10 @@ def keep(folder: Path, names: list[str], suffix: str) -> Path:
         (["a/b/0", "a/0"], "3", "--labels-from-folders=1\n"),
     ],
 )
-def test_splits_are_told_from_classes(tmp_path: Path, suffix: str, names: list[str], option: str, message: str) -> None:
-    source = keep(tmp_path, names, suffix)
+def test_splits_are_distinguished_from_classes(
+    tmp_path: Path, suffix: str, names: list[str], option: str, message: str
+) -> None:
+    source = write_images(tmp_path, names, suffix)
     options = [f"--labels-from-folders={option}"] if option else []
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1", *options)
     assert message in result.output
@@ -126,10 +138,10 @@ def test_splits_are_told_from_classes(tmp_path: Path, suffix: str, names: list[s
     [
         ([r"cat\0.png", r"dog\0.png", "cat\\", "dog\\"], ["cat", "dog"]),
         ([r"pets\cat\0.png", r"pets\dog\0.png", r"pets\note.txt"], ["cat", "dog"]),
-        (["a/x\\0.png", "b/y\\0.png"], ["a", "b"]),  # a part of the name, as elsewhere on Unix
+        (["a/x\\0.png", "b/y\\0.png"], ["a", "b"]),  # part of the name, as usual on Unix
     ],
 )
-def test_backslashes_in_zip_files_are_between_folders_if_nothing_else_is(
+def test_backslashes_separate_folders_in_zips_without_slashes(
     tmp_path: Path, names: list[str], classes: list[str]
 ) -> None:
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
@@ -159,14 +171,14 @@ def write_json(*pairs: tuple[str, int]) -> bytes:
         ("a/DataSet.json", "{}", "a/DataSet.json is read: all images are in its folder"),
     ],
 )
-def test_labels_are_found_however_the_names_are_written(
+def test_labels_match_images_despite_different_path_spellings(
     tmp_path: Path, suffix: str, json_name: str, names: str, note: str
 ) -> None:
     pairs = [(names.format(name), label) for label, name in enumerate(["a/x.png", "a/y.png"])]
     files = {"a/x.png": PNG, "a/y.png": PNG, json_name: write_json(*pairs)}
     write = {"": write_files, ".zip": write_zip, ".tar": write_tar}[suffix]
     _, content = build(write(tmp_path / f"in{suffix}", files), tmp_path / "made.zip")
-    assert numbers(content) == [0, 1]
+    assert label_values(content) == [0, 1]
     result = run(f"--source={tmp_path / f'in{suffix}'}", f"--dest={tmp_path / 'again.zip'}", "--workers=1")
     assert note in result.stdout
     assert ("Note: " in result.stdout) == bool(note)
@@ -180,13 +192,13 @@ def test_labels_are_found_however_the_names_are_written(
         ([("q/a.png", 0), ("q/b.png", 1)], "has no label for 'a.png' and 1 other image"),
     ],
 )
-def test_names_that_no_form_makes_good_are_refused(tmp_path: Path, pairs: list[tuple[str, int]], message: str) -> None:
+def test_labels_that_match_no_image_are_refused(tmp_path: Path, pairs: list[tuple[str, int]], message: str) -> None:
     files = {"a.png": PNG, "b.png": PNG, "dataset.json": write_json(*pairs)}
-    assert message in refused(tmp_path, write_files(tmp_path / "in", files))
+    assert message in assert_refused(tmp_path, write_files(tmp_path / "in", files))
 
 
 @pytest.mark.parametrize(("extra", "note"), [(["q.png"], "'q.png'\n"), (["z/a.png", "q.png"], "'q.png' and 1 other\n")])
-def test_labels_of_images_that_are_not_there_are_noted(tmp_path: Path, extra: list[str], note: str) -> None:
+def test_labels_of_missing_images_are_noted(tmp_path: Path, extra: list[str], note: str) -> None:
     pairs = [(name, 1) for name in [*extra, "a.png"]]
     source = write_files(tmp_path / "in", {"a.png": PNG, "dataset.json": write_json(*pairs)})
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
@@ -199,7 +211,7 @@ def test_labels_of_images_that_are_not_there_are_noted(tmp_path: Path, extra: li
 @pytest.mark.parametrize(
     "folder", ["@Recycle", "@Recently-Snapshot", "#snapshot", "~snapshot", "@tmp", "#recycle", "@eaDir", "$RECYCLE.BIN"]
 )
-def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str) -> None:
+def test_snapshot_folders_of_file_servers_are_skipped(tmp_path: Path, folder: str) -> None:
     source = write_files(tmp_path / "in", {"a.png": PNG, f"{folder}/old/b.png": PNG, f"c/{folder}/d.png": PNG})
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
     assert f"in: 1 image\nSkipped 2 files:\n  2 in {folder}/\n" in result.stdout
@@ -214,27 +226,27 @@ def test_copies_that_file_servers_keep_are_no_images(tmp_path: Path, folder: str
         ["year=2020/cls=a/part-0.parquet", "year=2021/cls=b/part-0.parquet"],
     ],
 )
-def test_labels_in_folders_of_tables_are_not_lost(tmp_path: Path, names: list[str]) -> None:
-    message = refused(tmp_path, write_parts(tmp_path / "set", names))
-    assert "the labels are in folder names, such as '" in message
+def test_labels_in_folder_names_of_tables_are_refused(tmp_path: Path, names: list[str]) -> None:
+    message = assert_refused(tmp_path, write_parts(tmp_path / "set", names))
+    assert "the labels are in names of folders, such as '" in message
     assert f"parquet.write_table(parquet.read_table('{tmp_path / 'set'}'), 'FILE.parquet')" in message
 
 
-def test_the_remedy_for_labels_in_folders_of_tables(tmp_path: Path) -> None:
+def test_the_remedy_for_labels_in_folder_names_works(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an optional package")
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"image": [PNG] * 3, "label": ["cat", "dog", "cat"]})
     parquet.write_to_dataset(table, tmp_path / "set", partition_cols=["label"])
-    assert "'label=cat'" in refused(tmp_path, tmp_path / "set")
+    assert "'label=cat'" in assert_refused(tmp_path, tmp_path / "set")
     parquet.write_table(parquet.read_table(tmp_path / "set"), tmp_path / "one.parquet")
     _, content = build(tmp_path / "one.parquet", tmp_path / "made.zip")
     assert content["class_names"] == ["cat", "dog"]
-    assert numbers(content) == [0, 0, 1]
+    assert label_values(content) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("unknown", [-1, -1.0])
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: str, unknown: float) -> None:
+def test_unknown_labels_of_a_test_split_are_explained(tmp_path: Path, suffix: str, unknown: float) -> None:
     if suffix == ".tar":
         (tmp_path / "set").mkdir()
         for split, label in [("train", 3), ("test", int(unknown))]:
@@ -244,17 +256,17 @@ def test_unknown_labels_of_a_test_split_have_a_remedy(tmp_path: Path, suffix: st
         write_parts(tmp_path / "set", ["train.parquet"])
         table = pa.table({"image": [PNG], "label": [unknown]})
         pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "test.parquet")
-    message = refused(tmp_path, tmp_path / "set", "--split=all")
-    assert "label -1 means that the class is unknown" in message
-    assert "choose a labelled split with --split=NAME" in message
+    message = assert_refused(tmp_path, tmp_path / "set", "--split=all")
+    assert "label -1 means that the class is not known" in message
+    assert "choose a split of images with labels by --split=NAME" in message
 
 
-LOGO = {"logo.png": as_file(random_images(9, 9, 3))}
+LOGO = {"logo.png": encode(random_images(9, 9, 3))}
 STATE = {
     "state.json": b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}',
     "data-00000-of-00001.arrow": b"",
 }
-UNBUILT: dict[str, tuple[dict[str, bytes], str]] = {
+NEEDS_BUILD: dict[str, tuple[dict[str, bytes], str]] = {
     "tables and a logo": ({"train-00000-of-00001.parquet": bytes(10_000), **LOGO}, "in .parquet files"),
     "a hub's cache": ({"refs/main": b"1", "blobs/2": b"", "snapshots/1/0000.parquet": b""}, "in .parquet files"),
     "save_to_disk": (STATE, "in .arrow files"),
@@ -267,9 +279,9 @@ UNBUILT: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNBUILT)
-def test_what_only_a_build_can_read_is_answered_with_its_command(tmp_path: Path, kind: str) -> None:
-    files, message = UNBUILT[kind]
+@pytest.mark.parametrize("kind", NEEDS_BUILD)
+def test_folders_that_need_a_build_get_the_build_command(tmp_path: Path, kind: str) -> None:
+    files, message = NEEDS_BUILD[kind]
     source = write_files(tmp_path / "my set", files)
     result = run("check", str(source))
     assert result.exit_code == 2
@@ -281,7 +293,7 @@ def test_what_only_a_build_can_read_is_answered_with_its_command(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz", "x.npz", "train-images-idx3-ubyte.gz"])
-def test_files_that_only_a_build_can_read_are_answered_with_its_command(tmp_path: Path, name: str) -> None:
+def test_files_that_need_a_build_get_the_build_command(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     result = run("check", str(tmp_path / name))
     assert result.exit_code == 2
@@ -291,6 +303,6 @@ def test_files_that_only_a_build_can_read_are_answered_with_its_command(tmp_path
     )
 
 
-def test_images_beside_a_packed_copy_of_them_are_checked(tmp_path: Path) -> None:
+def test_images_beside_an_archive_are_checked(tmp_path: Path) -> None:
     result = run("check", str(write_files(tmp_path / "in", {"a.png": PNG, "b.png": PNG, "train.tar": bytes(10_000)})))
     assert result.exit_code == 0, result.output

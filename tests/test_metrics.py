@@ -1,11 +1,10 @@
-"""Metrics: the sliced Wasserstein distance against closed forms and a second evaluation, sharding, the registry."""
+"""Metrics: the sliced Wasserstein distance against closed forms and a reimplementation, sharding, the registry."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from metric_helpers import ArrayImages, Stripes, metric_context, natural_images
 from torch import Tensor
 
 import metrics
@@ -31,72 +31,10 @@ from metrics.sampling import (
     to_uint8,
 )
 
-
-class ArrayImages:
-    """A data set in memory."""
-
-    def __init__(self, images: Tensor, labels: Tensor | None = None, c_dim: int = 0) -> None:
-        self.data = images
-        self.img_shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.labels = torch.zeros(len(images), 0) if labels is None else labels
-        self.c_dim = c_dim
-        self.content_hash = "0123abcd"
-        self.meta: dict[str, object] = {"resize_filter": "box"}
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def images(self, indices: Sequence[int]) -> Tensor:
-        return self.data[list(indices)]
-
-
-class Stripes:
-    """A generator whose images are a few waves with amplitudes z; the label shifts the brightness."""
-
-    def __init__(self, img_shape: tuple[int, int, int] = (3, 32, 32), c_dim: int = 0, z_dim: int = 4) -> None:
-        self.img_shape, self.c_dim, self.z_dim = img_shape, c_dim, z_dim
-        self.latents: list[Tensor] = []
-        self.labels: list[Tensor] = []
-
-    def __call__(
-        self,
-        z: Tensor,
-        c: Tensor,
-        truncation_psi: float = 1,
-        truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
-    ) -> Tensor:
-        self.latents.append(z)
-        self.labels.append(c)
-        C, H, W = self.img_shape
-        y, x = torch.arange(H).unsqueeze(1) / H, torch.arange(W) / W
-        waves = [torch.sin(2 * math.pi * ((k + 1) * y + (k % 3) * x)) for k in range(self.z_dim)]
-        img = sum(z[:, k, None, None, None] * wave for k, wave in enumerate(waves)) * truncation_psi / 4
-        assert isinstance(img, Tensor)
-        img = img + 0.2 * torch.arange(C).reshape(C, 1, 1) / C
-        if noise_mode == "random":
-            img = img + 0.1 * torch.randn_like(img)
-        return img.expand(-1, C, -1, -1)
-
-
-def natural_images(count: int, img_shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
-    """Smooth blobs with a little noise, uint8."""
-    stream = np.random.RandomState(seed)
-    C, H, W = img_shape
-    blobs = scipy.ndimage.gaussian_filter(stream.standard_normal((count, C, H, W)), (0, 0, 3, 3), mode="wrap")
-    pixels = 128 + 60 * blobs / blobs.std() + 4 * stream.standard_normal(blobs.shape)
-    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
-
-
-def context_of(images: Tensor, **changes: object) -> MetricContext:
-    settings: dict[str, object] = {"G": Stripes(tuple(images.shape[1:])), "device": torch.device("cpu")}  # type: ignore[arg-type]
-    return MetricContext(images=ArrayImages(images), **(settings | changes))  # type: ignore[arg-type]
-
-
 # The distance.
 
 
-def test_wasserstein_1d_is_scipys_and_the_shift_of_shifted_samples() -> None:
+def test_wasserstein_1d_equals_scipy() -> None:
     stream = np.random.RandomState(0)
     x, y = stream.standard_normal((3, 500)), 2 * stream.standard_normal((3, 500)) + 1
     measured = sw.wasserstein_1d(torch.tensor(x), torch.tensor(y))
@@ -112,8 +50,8 @@ def test_identical_sets_have_distance_zero() -> None:
     assert all(abs(value) < 1e-6 for value in sw.sliced_wasserstein(images, images.clone()).values())
 
 
-def test_closed_form_on_images_of_one_colour() -> None:
-    """A patch of one colour x projects to x * sum(u), so the distance is W1 of the colours times the mean |sum(u)|."""
+def test_uniform_images_match_the_closed_form() -> None:
+    """A patch of colour x projects to x * sum(u); the distance is W1 of the colours times the mean of |sum(u)|."""
     real = torch.tensor([40, 200] * 30, dtype=torch.uint8)
     fake = torch.tensor([10, 120, 230] * 20, dtype=torch.uint8)
     measured = sw.sliced_wasserstein(
@@ -123,7 +61,8 @@ def test_closed_form_on_images_of_one_colour() -> None:
     distance = scipy.stats.wasserstein_distance(*normalised)
     assert list(measured) == ["mean", "20x24"]
 
-    # E|sum(u)| of a unit vector uniform on the sphere in D dimensions; 512 directions come within 3 standard errors.
+    # E|sum(u)| for u uniform on the unit sphere in D dimensions. The mean over 512 directions is within 3 standard
+    # errors.
     D = 49
     expected_sum = math.sqrt(D / math.pi) * math.exp(math.lgamma(D / 2) - math.lgamma((D + 1) / 2))
     standard_error = math.sqrt((1 - expected_sum**2) / 512)
@@ -131,7 +70,7 @@ def test_closed_form_on_images_of_one_colour() -> None:
 
 
 def numpy_distance(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, float]:
-    """The whole statistic once more, in float64, image by image; only the random numbers are shared."""
+    """Sliced Wasserstein distance in float64, image by image; only the random numbers are shared."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         taps = np.array([1, 4, 6, 4, 1]) / 16
@@ -165,8 +104,8 @@ def numpy_distance(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, f
     return {"mean": sum(result.values()) / len(result), **result}
 
 
-@pytest.mark.parametrize("img_shape", [(2, 33, 48), (1, 96, 80)])  # the finest level of the second keeps patches
-def test_equals_a_second_evaluation_in_float64(img_shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("img_shape", [(2, 33, 48), (1, 96, 80)])  # the finest level of the second shape stores patches
+def test_swd_equals_a_float64_reimplementation(img_shape: tuple[int, int, int]) -> None:
     real, fake = natural_images(9, img_shape, seed=1), natural_images(9, img_shape, seed=2)
     measured = sw.sliced_wasserstein(real, fake, seed=5)
     expected = numpy_distance(real.numpy(), fake.numpy(), seed=5)
@@ -174,7 +113,7 @@ def test_equals_a_second_evaluation_in_float64(img_shape: tuple[int, int, int]) 
     assert list(measured.values()) == pytest.approx(list(expected.values()), rel=1e-3)
 
 
-def test_grows_with_noise_and_does_not_see_a_change_of_contrast_and_brightness() -> None:
+def test_swd_grows_with_noise_and_ignores_contrast() -> None:
     images = natural_images(16)
     fresh = torch.from_numpy(np.random.RandomState(3).standard_normal(images.shape))
     noisy = [(images + sigma * fresh).clamp(0, 255).to(torch.uint8) for sigma in (4, 12, 36)]
@@ -183,11 +122,11 @@ def test_grows_with_noise_and_does_not_see_a_change_of_contrast_and_brightness()
     assert distances[-1] > 3 * distances[0] > 0
 
     faint = images // 2
-    unnoticed = sw.sliced_wasserstein(2 * faint, faint + 20)["mean"]  # each set is normalised by its own statistics
-    assert unnoticed < 0.5 < distances[0]  # not 0: the two are rounded to the same steps at different contrast
+    invariant = sw.sliced_wasserstein(2 * faint, faint + 20)["mean"]  # each set is normalised by its own statistics
+    assert invariant < 0.5 < distances[0]  # not 0: rounding to integers differs between the contrasts
 
 
-def test_patches_are_normalised_per_channel_and_a_constant_channel_counts_nothing() -> None:
+def test_patches_are_normalised_per_channel() -> None:
     real, fake = natural_images(20, (3, 16, 16), seed=1), natural_images(20, (3, 16, 16), seed=2)
     opaque = torch.full((20, 1, 16, 16), 255, dtype=torch.uint8)
     level = sw.PatchSet(range(20), (4, 16, 16), seed=0, device=torch.device("cpu"))
@@ -200,7 +139,7 @@ def test_patches_are_normalised_per_channel_and_a_constant_channel_counts_nothin
     assert with_alpha["mean"] > 0
 
 
-def test_pyramid_adds_up_to_the_image_and_keeps_constants_on_the_coarsest_level() -> None:
+def test_pyramid_levels_sum_to_the_image() -> None:
     img = natural_images(2, (3, 70, 67)).double()
     levels = sw.laplacian_pyramid(img)
     assert [tuple(level.shape[2:]) for level in levels] == [(70, 67), (35, 34), (18, 17)]
@@ -223,18 +162,18 @@ def test_pyramid_adds_up_to_the_image_and_keeps_constants_on_the_coarsest_level(
         ((40, 56), [(40, 56), (20, 28)]),
     ],
 )
-def test_levels_stop_at_16_pixels(size: tuple[int, int], expected: list[tuple[int, int]]) -> None:
+def test_pyramid_levels_stop_at_16_pixels(size: tuple[int, int], expected: list[tuple[int, int]]) -> None:
     assert sw.pyramid_shapes(*size) == expected
 
 
 @pytest.mark.gpu
-def test_cuda_equals_cpu() -> None:
+def test_swd_on_cuda_equals_cpu() -> None:
     real, fake = natural_images(20, seed=1), natural_images(20, seed=2)
     on_cpu, on_cuda = (sw.sliced_wasserstein(real.to(device), fake.to(device)) for device in ("cpu", "cuda"))
     assert list(on_cuda.values()) == pytest.approx(list(on_cpu.values()), rel=1e-5)
 
 
-def test_refuses_sets_that_do_not_match() -> None:
+def test_swd_refuses_mismatched_sets() -> None:
     images = natural_images(4)
     with pytest.raises(UserError, match="of equal number and shape"):
         sw.sliced_wasserstein(images, images[:3])
@@ -247,17 +186,17 @@ def test_refuses_sets_that_do_not_match() -> None:
 # Independence from batches and processes.
 
 
-def test_value_does_not_depend_on_the_batch_size() -> None:
+def test_swd_does_not_depend_on_the_batch_size() -> None:
     images = natural_images(80, (1, 32, 32))
-    one, other = (metrics.compute("swd70", context_of(images, batch_size=size)) for size in (70, 9))
+    one, other = (metrics.compute("swd70", metric_context(images, batch_size=size)) for size in (70, 9))
     assert one.results == other.results
     assert list(one.results) == ["swd70", "swd70_32", "swd70_16"]
     assert (one.num_real, one.num_fake) == (70, 70)
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_value_does_not_depend_on_the_number_of_processes(size: int) -> None:
-    """Three shares, joined as `gathered` joins them, and directions in three shares."""
+def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
+    """Three shards of images, joined as by `gathered`, and three shards of directions."""
     sets = [natural_images(10, (1, size, size), seed=seed) for seed in (1, 2)]
     joined = []
     for images in sets:
@@ -284,7 +223,7 @@ def test_value_does_not_depend_on_the_number_of_processes(size: int) -> None:
     assert 1000 * float(distances.mean()) == pytest.approx(whole, rel=1e-9)
 
 
-def test_shards_join_to_the_whole() -> None:
+def test_shards_cover_all_positions_in_order() -> None:
     for count in (0, 1, 10, 11):
         assert [i for rank in range(4) for i in shard(count, rank, 4)] == list(range(count))
 
@@ -301,8 +240,8 @@ def test_random_rows_are_a_function_of_the_position() -> None:
 # Images, real and generated.
 
 
-def test_fakes_are_the_generators_images_of_standard_normal_latents() -> None:
-    context = context_of(natural_images(4), batch_size=300)
+def test_fakes_are_generated_from_standard_normal_latents() -> None:
+    context = metric_context(natural_images(4), batch_size=300)
     G = context.G
     batches = list(fake_batches(context, 1000))
     assert [len(images) for _, images in batches] == [300, 300, 300, 100]
@@ -314,8 +253,8 @@ def test_fakes_are_the_generators_images_of_standard_normal_latents() -> None:
     assert torch.equal(to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])), torch.tensor([0, 0, 128, 255, 255]).byte())
 
 
-def test_random_noise_repeats_and_leaves_the_callers_generator_alone() -> None:
-    context = context_of(natural_images(4), noise_mode="random")
+def test_random_noise_is_reproducible_and_restores_the_rng() -> None:
+    context = metric_context(natural_images(4), noise_mode="random")
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -342,7 +281,7 @@ def test_labels_of_fakes_have_the_frequencies_of_the_data() -> None:
     assert {tuple(row) for row in drawn.tolist()} <= {tuple(row) for row in vectors.tolist()}
 
 
-def test_the_seed_decides_over_latents_labels_and_the_choice_of_reals() -> None:
+def test_the_seed_determines_latents_labels_and_reals() -> None:
     data = ArrayImages(natural_images(30, (1, 16, 16)), torch.arange(30) % 3, c_dim=3)
 
     def drawn(seed: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -354,9 +293,9 @@ def test_the_seed_decides_over_latents_labels_and_the_choice_of_reals() -> None:
     assert (torch.equal(z, other[0]), torch.equal(c, other[1]), reals == other[2]) == (False, False, False)
 
 
-def test_reals_are_a_random_subset_or_all() -> None:
+def test_reals_are_a_random_subset_or_all_images() -> None:
     images = natural_images(30, (1, 16, 16))
-    context = context_of(images, batch_size=4)
+    context = metric_context(images, batch_size=4)
     assert choose_reals(context, 30) == choose_reals(context, 1000) == list(range(30))
     chosen = choose_reals(context, 11)
     assert len(set(chosen)) == 11
@@ -365,13 +304,13 @@ def test_reals_are_a_random_subset_or_all() -> None:
     assert torch.equal(got, images[chosen])
 
 
-def test_fewer_reals_than_asked_for_are_all_used_and_counted() -> None:
-    result = metrics.compute("swd1k", context_of(natural_images(12, (1, 16, 16))))
+def test_fewer_reals_than_requested_are_all_used() -> None:
+    result = metrics.compute("swd1k", metric_context(natural_images(12, (1, 16, 16))))
     assert (result.num_real, result.num_fake) == (12, 12)
 
 
-def test_floor_compares_disjoint_halves() -> None:
-    context = context_of(natural_images(30, (1, 16, 16)))
+def test_swd_floor_compares_disjoint_halves() -> None:
+    context = metric_context(natural_images(30, (1, 16, 16)))
     first, second = sw.disjoint_halves(context, 10)
     assert len(first) == len(second) == 10
     assert not set(first) & set(second)
@@ -383,26 +322,26 @@ def test_floor_compares_disjoint_halves() -> None:
     assert 0 < floor.results["swd_floor"] < against_fakes.results["swd15"] / 1.5
     assert (floor.num_real, floor.num_fake) == (30, 0)
     with pytest.raises(UserError, match="two disjoint sets"):
-        metrics.compute("swd_floor", context_of(natural_images(1, (1, 16, 16))))
+        metrics.compute("swd_floor", metric_context(natural_images(1, (1, 16, 16))))
 
 
 def test_a_diverged_network_is_refused() -> None:
-    context = context_of(natural_images(4), truncation_psi=math.nan)
+    context = metric_context(natural_images(4), truncation_psi=math.nan)
     with pytest.raises(UserError, match="not finite"):
         metrics.compute("swd4", context)
 
 
-def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
+def test_a_network_that_does_not_match_the_data_is_refused() -> None:
     with pytest.raises(UserError, match=r"network makes images of 3x32x32 .* data has 1x16x16"):
-        context_of(natural_images(4, (1, 16, 16)), G=Stripes())
+        metric_context(natural_images(4, (1, 16, 16)), G=Stripes())
     with pytest.raises(UserError, match="conditional on labels of 10"):
-        context_of(natural_images(4), G=Stripes(c_dim=10))
+        metric_context(natural_images(4), G=Stripes(c_dim=10))
 
 
 # The registry.
 
 
-def test_names_carry_counts() -> None:
+def test_metric_names_contain_the_number_of_images() -> None:
     assert registry.find("swd")[1] is None
     assert registry.find("swd5k")[1] == 5000
     assert registry.find("swd500_floor")[1] == 500
@@ -411,19 +350,17 @@ def test_names_carry_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ["swd0", "swd5K", "fidd", "swd_", ""])
-def test_unknown_names_are_refused_with_what_is_registered(name: str) -> None:
+def test_unknown_metrics_are_refused_with_the_registered_names(name: str) -> None:
     with pytest.raises(UserError, match=r"registered are .*swd<N>, swd<N>_floor"):
         registry.find(name)
 
 
-def test_unknown_name_gets_the_closest_match() -> None:
+def test_unknown_metrics_get_the_closest_match() -> None:
     with pytest.raises(UserError, match=r"unknown metric 'sdw': did you mean swd\?"):
         metrics.resolve("sdw")
 
 
-def test_default_is_the_frechet_distance_only_when_its_detector_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fid_is_the_default_only_if_its_detector_is_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch_fidelity")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     names, why = metrics.default_metrics()
@@ -435,7 +372,7 @@ def test_default_is_the_frechet_distance_only_when_its_detector_is_there(
     assert metrics.default_metrics()[0] == ("fid50k_full",)
 
 
-def test_a_metric_can_lack_something_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_with_missing_requirements_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
     missing: str | None = "table.txt is not there; download it"
 
@@ -444,12 +381,12 @@ def test_a_metric_can_lack_something_of_its_own(monkeypatch: pytest.MonkeyPatch)
         return metrics.Measurement(values={name: 1.5}, num_real=3, num_fake=4)
 
     with pytest.raises(UserError, match=r"metric new: table\.txt is not there"):
-        metrics.compute("new", context_of(natural_images(2)))
+        metrics.compute("new", metric_context(natural_images(2)))
     missing = None
-    assert metrics.compute("new", context_of(natural_images(2))).results == {"new": 1.5}
+    assert metrics.compute("new", metric_context(natural_images(2))).results == {"new": 1.5}
 
 
-def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_example_metric_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
     guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
     _, example = guide.split("## Adding a metric")
@@ -457,16 +394,16 @@ def test_the_example_of_the_documentation_is_a_metric(monkeypatch: pytest.Monkey
     exec(compile(code, "docs/metrics.md", "exec"), {})
 
     images = natural_images(12)
-    result = metrics.compute("brightness10", context_of(images, batch_size=4))
+    result = metrics.compute("brightness10", metric_context(images, batch_size=4))
     assert (result.num_real, result.num_fake) == (10, 10)
-    context = context_of(images)
+    context = metric_context(images)
     reals = images[choose_reals(context, 10)].double().mean()
     [(_, fakes)] = fake_batches(context, 10)
     assert result.results["brightness10"] == pytest.approx(abs(float(reals - fakes.double().mean())), rel=1e-4)
 
 
 def test_the_documentation_lists_which_metrics_count_flips() -> None:
-    """A row for each pattern: `name` ... | flips | reals | ..."""
+    """The table has a row per pattern: `name` ... | flips | reals | ..."""
     guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
     table = guide.split("## Protocols: flips, reals, noise\n")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
@@ -475,30 +412,30 @@ def test_the_documentation_lists_which_metrics_count_flips() -> None:
     assert {row[1] for row in rows} == {"as `--mirror`", "never", "no reals"}
 
 
-def test_flips_count_in_the_sliced_wasserstein_distance_alone_where_they_are_asked_for() -> None:
-    """The mirrored set equals the doubled one, given as the data."""
+def test_swd_counts_flips_only_with_mirror() -> None:
+    """The result with --mirror equals the result on a dataset that contains all flips."""
     images, flips = natural_images(20), natural_images(20).flip(3)
     both = torch.cat([images, flips])
-    doubled = metrics.compute("swd", context_of(both))
-    mirrored = context_of(images, mirrored=ArrayImages(both))
+    doubled = metrics.compute("swd", metric_context(both))
+    mirrored = metric_context(images, mirrored=ArrayImages(both))
     for name in ("swd", "swd_floor"):
         result = metrics.compute(name, mirrored)
-        assert result.results == metrics.compute(name, context_of(both)).results
+        assert result.results == metrics.compute(name, metric_context(both)).results
         assert (result.mirror, result.num_real) == (True, 40)
-    plain = metrics.compute("swd", context_of(images))
+    plain = metrics.compute("swd", metric_context(images))
     assert (plain.mirror, plain.num_real) == (False, 20)
     assert plain.results != doubled.results
 
 
-def test_every_metric_explains_itself() -> None:
+def test_every_metric_has_one_line_descriptions() -> None:
     for spec in metrics.registered_metrics():
         assert all(text and "\n" not in text for text in (spec.help, spec.protocol, spec.paper))
 
 
-def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> None:
+def test_the_json_record_holds_all_inputs_of_the_value(tmp_path: Path) -> None:
     snapshot = tmp_path / "network-snapshot-000200.pkl"
     snapshot.write_bytes(b"abc")
-    context = context_of(natural_images(8, (1, 16, 16)), seed=3)
+    context = metric_context(natural_images(8, (1, 16, 16)), seed=3)
     result = metrics.compute("swd8", context)
     record = metrics.result_to_json(result, context, snapshot=snapshot, kimg=200.5, data="data.zip")
     metrics.append_result(tmp_path, record)
@@ -517,6 +454,6 @@ def test_json_line_has_everything_that_the_number_depends_on(tmp_path: Path) -> 
     assert {"seconds", "protocol", "timestamp", "truncation_psi", "noise_mode"} <= set(record)
 
 
-def test_a_result_that_cannot_be_appended_says_where(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_appended_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metric-swd.jsonl: cannot be written"):
         metrics.append_result(tmp_path / "missing", {"metric": "swd"})

@@ -1,4 +1,4 @@
-"""Path length against closed forms with a distance that is known; LPIPS against its definition; FID per class."""
+"""Path length against closed forms for a known distance; LPIPS against its definition; FID per class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metric_helpers import SmallDetector, script_program
-from test_metrics import ArrayImages, Stripes, natural_images
+from metric_helpers import ArrayImages, SmallDetector, Stripes, natural_images, script_program
 from torch import Tensor, nn
 
 import metrics
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Linear:
-    """w = z + 1, image = A w: a step in w moves the image by eps A (w1 - w0)."""
+    """Generator with w = z + 1 and image = A w: a step in w changes the image by eps A (w1 - w0)."""
 
     z_dim, c_dim = 4, 0
     img_shape = (1, 32, 32)
@@ -49,7 +48,7 @@ class Linear:
 
 
 class SquaredDistance(DetectorSetup):
-    """Squared distance of images instead of LPIPS."""
+    """Setup that replaces LPIPS by the squared distance of images."""
 
     def prepare(self, role: str) -> None: ...
 
@@ -65,8 +64,8 @@ def build(G: Any, **changes: Any) -> MetricContext:
     return MetricContext(G=G, device=CPU, **(settings | changes))
 
 
-def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "float", lambda x: x)  # in float64, as steps of 1e-4 leave float32 few digits
+def test_path_length_in_w_equals_a_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", lambda x: x)  # stay in float64: steps of 1e-4 leave few digits in float32
     G = Linear()
     [end] = compute_all(["ppl2_wend200"], build(G, batch_size=64))
     assert end.metric == "ppl2_wend200_tvgg16"
@@ -78,7 +77,7 @@ def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch)
     assert float(moves.mean()) == pytest.approx(2 * float(G.A.square().sum()), rel=0.15)
 
     G.ws.clear()
-    [full] = compute_all(["ppl_wfull200"], build(G, batch_size=10))  # judged on the crop: rows 12-27, columns 8-23
+    [full] = compute_all(["ppl_wfull200"], build(G, batch_size=10))  # distance of the crop: rows 12-27, columns 8-23
     crop = G.A.reshape(4, 32, 32)[:, 12:28, 8:24].reshape(4, -1)
     starts = torch.cat([pair.chunk(2)[0] for pair in G.ws])[:, 0], torch.cat([pair.chunk(2)[1] for pair in G.ws])[:, 0]
     moves = ((starts[1] - starts[0]) @ crop / 1e-4).square().sum(dim=1)
@@ -88,51 +87,51 @@ def test_path_length_in_w_of_a_linear_generator(monkeypatch: pytest.MonkeyPatch)
     assert float((starts[0] - 1).var()) == pytest.approx(2 / 3, rel=0.15)
 
 
-def test_steps_in_z_go_along_great_circles() -> None:
-    """At t = 0 a step is |b| - |a| along a and |a| times the angle between a and b across it.
+def test_steps_in_z_follow_great_circles() -> None:
+    """At t = 0, a step has length |b| - |a| along a, and |a| times the angle between a and b perpendicular to a.
 
-    Of standard normal a, b in 4 dimensions: E[(|b| - |a|)^2] = 2 (4 - 9 pi / 8), E|a|^2 = 4, and the angle has
-    E = pi^2/3 - 1/2 for its square. Along straight lines E|b - a|^2 would be 8.
+    For standard normal a, b in 4 dimensions: E[(|b| - |a|)^2] = 2 (4 - 9 pi / 8), E|a|^2 = 4, and the squared angle
+    has the mean pi^2/3 - 1/2. On straight lines, E|b - a|^2 would be 8.
     """
     walk = path_length.Walk(space="z", at_end=True, crop=False)
     G = Linear()
-    G.A = torch.eye(4, 1024, dtype=torch.float64)  # the image shows z itself
+    G.A = torch.eye(4, 1024, dtype=torch.float64)  # the first pixels of the image are z
     pairs = list(path_length.steps(build(G, batch_size=4000), walk, 2000))
     moves = torch.cat([(other - one).square().sum(dim=(1, 2, 3)) for one, other in pairs]) / 1e-4**2
     expected = 2 * (4 - 9 * np.pi / 8) + 4 * (np.pi**2 / 3 - 1 / 2)
     assert float(moves.mean()) == pytest.approx(expected, rel=0.06)
 
 
-def test_path_length_does_not_depend_on_the_batches() -> None:
+def test_path_length_does_not_depend_on_the_batch_size() -> None:
     one, other = (next(compute_all(["ppl_zend50"], build(Linear(), batch_size=size))) for size in (100, 7))
     assert one.results == pytest.approx(other.results, rel=1e-2)
 
 
-def test_tf32_is_off_wherever_a_metric_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On for the network as a snapshot of --allow-tf32 sets it, off in both ends of a step, and on again after."""
+def test_tf32_is_disabled_while_metrics_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 is enabled globally, as by a snapshot of --allow-tf32, disabled inside metrics and enabled again after."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     seen: list[bool] = []
 
-    def look(function: Any) -> Any:
-        def looking(*args: Any, **options: Any) -> Any:
+    def recording(function: Any) -> Any:
+        def recorded(*args: Any, **options: Any) -> Any:
             seen.extend([torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32])
             return function(*args, **options)
 
-        return looking
+        return recorded
 
     for owner, name in ((Linear, "mapping"), (Linear, "synthesis"), (torch, "addmm")):
-        monkeypatch.setattr(owner, name, look(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, recording(getattr(owner, name)))
     for name in ("ppl2_wend8", "ppl_zfull8"):
         next(compute_all([name], build(Linear())))
     precision_recall(torch.rand(9, 4), torch.rand(9, 4))
-    Detector(name="any", network=look(lambda images: (images, None)))(torch.zeros(1))
+    Detector(name="any", network=recording(lambda images: (images, None)))(torch.zeros(1))
     assert len(seen) == 2 * (3 + 2 + 4 + 1)
     assert not any(seen)
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_slerp_goes_along_the_great_circle() -> None:
+def test_slerp_follows_the_great_circle() -> None:
     a, b = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.full((5, 1), 0.3, dtype=torch.float64)
     torch.testing.assert_close(slerp(a, b, 0 * t), a)
@@ -142,7 +141,7 @@ def test_slerp_goes_along_the_great_circle() -> None:
     torch.testing.assert_close(torch.cosine_similarity(slerp(a, b, t), b).acos(), 0.7 * angle)
 
 
-def test_trimming_leaves_out_both_tails() -> None:
+def test_trimming_removes_both_tails() -> None:
     values = np.arange(1000.0)
     values[-5:] = 1e9
     values[:5] = -1e9
@@ -152,7 +151,7 @@ def test_trimming_leaves_out_both_tails() -> None:
     assert trimmed_mean(np.arange(150.0) ** 2) == pytest.approx((np.arange(1, 149.0) ** 2).mean(), rel=1e-12)
 
 
-def test_large_images_are_averaged_down_and_gray_repeated() -> None:
+def test_lpips_input_is_downsampled_and_converted_to_rgb() -> None:
     img = torch.rand(1, 1, 1024, 1024, generator=torch.Generator().manual_seed(0)) * 2 - 1
     seen = path_length.lpips_input(img, crop=False)
     assert seen.shape == (1, 3, 256, 256)
@@ -163,7 +162,7 @@ def test_large_images_are_averaged_down_and_gray_repeated() -> None:
 
 
 @pytest.mark.parametrize("name", ["ppl2_wend", "ppl_wfull", "ppl_wend"])
-def test_walks_in_w_are_refused_by_name_for_networks_without_w(name: str) -> None:
+def test_path_length_in_w_requires_a_network_with_w(name: str) -> None:
     with pytest.raises(
         UserError, match=f"metric {name}50_tvgg16: Stripes has no style space w .* ppl_zend or ppl_zfull"
     ):
@@ -171,7 +170,7 @@ def test_walks_in_w_are_refused_by_name_for_networks_without_w(name: str) -> Non
     assert metrics.compute("ppl_zend20", build(Stripes((1, 32, 32)))).results["ppl_zend20_tvgg16"] > 0
 
 
-def test_walks_need_a_network_and_equal_noise() -> None:
+def test_path_length_requires_a_network_and_equal_noise() -> None:
     images = ArrayImages(natural_images(4))
     context = MetricContext(fakes=images, images=images, device=CPU, setup=SquaredDistance())
     with pytest.raises(
@@ -182,8 +181,8 @@ def test_walks_need_a_network_and_equal_noise() -> None:
         metrics.compute("ppl_zend", build(Linear(), noise_mode="random"))
 
 
-def test_lpips_against_its_definition() -> None:
-    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, f and g activations (Zhang et al. 2018)."""
+def test_lpips_equals_its_definition() -> None:
+    """Sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, f and g activations (Zhang et al. 2018)."""
     pytest.importorskip("torch_fidelity")
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -212,7 +211,7 @@ def test_lpips_against_its_definition() -> None:
 # FID per class.
 
 
-def test_distances_of_classes_are_those_of_their_own_images() -> None:
+def test_class_distances_equal_those_of_separate_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(60, 4, generator=generator) for _ in range(2))
     real_class, fake_class = (torch.randint(3, [60], generator=generator) for _ in range(2))
@@ -231,17 +230,17 @@ def test_distances_of_classes_are_those_of_their_own_images() -> None:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> DetectorSetup:
+def detector_setup(tmp_path_factory: pytest.TempPathFactory) -> DetectorSetup:
     path = script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
     return read_detectors((f"inception:{path}",))
 
 
-def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) -> None:
+def test_fid_per_class_pairs_reals_and_fakes_of_a_class(detector_setup: DetectorSetup) -> None:
     images = natural_images(60)
     classes = torch.arange(60) % 3
     images[classes == 2] = 255 - images[classes == 2] // 4
-    data = ArrayImages(images, classes, c_dim=4)  # a class without images
-    context = MetricContext(G=Stripes(c_dim=4), images=data, device=CPU, setup=setup)
+    data = ArrayImages(images, classes, c_dim=4)  # class 3 has no images
+    context = MetricContext(G=Stripes(c_dim=4), images=data, device=CPU, setup=detector_setup)
     [result] = compute_all(["fid80_class"], context)
     per_class = [result.results[f"fid80_class_{number}"] for number in range(3)]
     assert result.results["fid80_class"] == pytest.approx(sum(per_class) / 3)
@@ -254,21 +253,21 @@ def test_fid_per_class_pairs_reals_and_fakes_of_a_class(setup: DetectorSetup) ->
     expected = frechet_distance(real.mean(0), real.T.cov(correction=0), fake.mean(0), fake.T.cov(correction=0))
     assert per_class[2] == pytest.approx(expected, rel=1e-6)
 
-    same = MetricContext(fakes=data, images=data, device=CPU, setup=setup)
+    same = MetricContext(fakes=data, images=data, device=CPU, setup=detector_setup)
     [zero] = compute_all(["fid60_class"], same)
     assert zero.results["fid60_class"] == pytest.approx(0, abs=1e-9)
     assert zero.warnings == ()
 
 
-def test_a_class_without_fakes_is_refused_before_any_is_made(setup: DetectorSetup) -> None:
+def test_a_class_without_fakes_is_refused_before_generation(detector_setup: DetectorSetup) -> None:
     data = ArrayImages(natural_images(60), torch.arange(60) % 3, c_dim=3)
     G = Stripes(c_dim=3)
     with pytest.raises(UserError, match=r"metric fid4_class: class \d has 20 reals and [01] fakes"):
-        metrics.compute("fid4_class", MetricContext(G=G, images=data, device=CPU, setup=setup))
+        metrics.compute("fid4_class", MetricContext(G=G, images=data, device=CPU, setup=detector_setup))
     assert G.latents == []
 
 
-def test_fid_per_class_needs_classes(setup: DetectorSetup) -> None:
+def test_fid_per_class_requires_classes(detector_setup: DetectorSetup) -> None:
     images = ArrayImages(natural_images(20))
     with pytest.raises(UserError, match="metric fid20_class: needs classes"):
-        metrics.compute("fid20_class", MetricContext(G=Stripes(), images=images, device=CPU, setup=setup))
+        metrics.compute("fid20_class", MetricContext(G=Stripes(), images=images, device=CPU, setup=detector_setup))

@@ -1,4 +1,4 @@
-"""generate.py project: its terms against formulas; images that the generator made are found again."""
+"""generate.py project: loss terms against formulas; generated images are recovered."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional package")
 import torch
 from click.testing import CliRunner
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
-from metric_helpers import SmallDetector, export_program, script_program
+from exploration_helpers import FAMILIES, decode_video, make_model, make_snapshot, pixels, run, run_ok
+from metric_helpers import SmallDetector, export_program, natural_images, script_program
 from PIL import Image
-from test_metrics import natural_images
-from test_video import decode
 from torch import Tensor, nn
 
 import projector
@@ -33,8 +33,8 @@ from training.networks.stylegan2 import ModulatedConv
 CPU = torch.device("cpu")
 
 
-def test_schedules_follow_the_paper() -> None:
-    """1000 steps: the rate rises over the first 50 and falls over the last 250; noise is gone after 750."""
+def test_schedules_follow_the_stylegan2_paper() -> None:
+    """1000 steps: the rate rises over the first 50 and falls over the last 250; latent noise ends after 750."""
     config = ProjectionConfig()
     assert [config.rate_at(t / 1000) for t in (0, 25, 50, 400, 750)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
     assert config.rate_at(0.875) == pytest.approx(0.1 * (0.5 + 0.5 * math.cos(math.pi / 2)))
@@ -42,7 +42,7 @@ def test_schedules_follow_the_paper() -> None:
     assert [config.exploration_at(t) for t in (0, 0.375, 0.75, 1)] == pytest.approx([0.05, 0.0125, 0, 0])
 
 
-def test_noise_correlation_is_its_formula() -> None:
+def test_noise_correlation_equals_its_formula() -> None:
     noise = torch.randn(2, 1, 32, 16, dtype=torch.float64)
     expected, x = 0.0, noise[:, 0].numpy()
     while True:
@@ -68,7 +68,7 @@ def test_pixels_are_compared_at_every_scale() -> None:
 
 
 @pytest.mark.parametrize("layer", [EncoderBlock, ModulatedConv])
-def test_layers_take_a_noise_map_for_each_image(layer: Any) -> None:
+def test_layers_accept_one_noise_map_per_image(layer: Any) -> None:
     model = make_model("styleformer" if layer is EncoderBlock else "stylegan2")
     ws = model.styles_of((1, 1))
     noises = projection.noise_maps(model, 2)
@@ -92,8 +92,8 @@ def test_layers_take_a_noise_map_for_each_image(layer: Any) -> None:
         pytest.param("styleformer", False, marks=pytest.mark.slow),
     ],
 )
-def test_images_of_the_generator_are_found_again(family: str, fix_noise: bool) -> None:
-    """Of an untrained generator, where some end in a local minimum; with noise that is looked for and thrown away."""
+def test_projection_recovers_generated_images(family: str, fix_noise: bool) -> None:
+    """The generator is untrained, so some searches end in a local minimum. Optimized noise maps are discarded."""
     model = make_model(family)
     config = ProjectionConfig(num_steps=150, fix_noise=fix_noise, num_samples=500)
     w_avg, _ = projection.mean_and_spread(model, config.num_samples)
@@ -110,8 +110,8 @@ def test_images_of_the_generator_are_found_again(family: str, fix_noise: bool) -
     assert torch.equal(last.ws, last.ws[:, :1].expand_as(last.ws))
 
 
-def test_each_image_goes_its_own_way() -> None:
-    """Projected alone or beside another, from the same number on, to rounding."""
+def test_projected_images_are_independent_of_each_other() -> None:
+    """A projection alone and in a batch agree up to rounding if the image has the same index."""
     model = make_model()
     with torch.no_grad():
         goals = model.G.synthesis(model.styles_of((4, 5)))
@@ -142,8 +142,8 @@ def test_features_of_programs_have_gradients(kind: str, tmp_path: Path) -> None:
     assert img.grad.flatten(1).any(dim=1).all()
 
 
-class LikeTheFamilys(nn.Module):
-    """A VGG16 of the StyleGAN family, as it is called: features whose squared distance is LPIPS."""
+class StyleganVgg16(nn.Module):
+    """VGG16 with the interface of the StyleGAN family: LPIPS is the squared distance of features."""
 
     def forward(
         self, img: Tensor, resize_images: bool = True, return_features: bool = False, return_lpips: bool = False
@@ -158,24 +158,24 @@ class WithoutGradient(nn.Module):
         return images.flatten(1).round().to(torch.uint8).float()
 
 
-class Picky(nn.Module):
+class OnlyUint8(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8, "wants uint8"
         return images.flatten(1).float()
 
 
-def test_programs_of_other_kinds(tmp_path: Path) -> None:
+def test_stylegan_programs_work_and_unsuitable_ones_are_refused(tmp_path: Path) -> None:
     goals, img = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
-    lpips = feature_distance(script_program(tmp_path / "vgg.pt", LikeTheFamilys()), CPU)(goals)(img)
+    lpips = feature_distance(script_program(tmp_path / "vgg.pt", StyleganVgg16()), CPU)(goals)(img)
     expected = ((lpips_input(img, False) - lpips_input(goals, False)) / 100).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(lpips, expected)
-    for module, message in ((WithoutGradient(), "have no gradient"), (Picky(), "fails on float images")):
+    for module, message in ((WithoutGradient(), "have no gradient"), (OnlyUint8(), "cannot see float images")):
         path = script_program(tmp_path / "x.pt", module)
         with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
             feature_distance(path, CPU)(goals)
 
 
-def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_equals_the_metric_and_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch_fidelity")
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -193,8 +193,8 @@ def test_lpips_is_the_metrics_own_and_has_a_gradient(monkeypatch: pytest.MonkeyP
     assert img.grad.flatten(1).any(dim=1).all()
 
 
-def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
+def test_lpips_equals_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2, in float64, with torchvision's layers."""
     pytest.importorskip("torch_fidelity")
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -205,7 +205,10 @@ def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     images = natural_images(4, (3, 32, 32)).float() / 127.5 - 1
     distances = lpips_distance(DetectorSetup(), CPU)(images[:2])(images[2:])
 
-    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])  # of the published LPIPS
+    mean, std = (
+        torch.tensor([-0.030, -0.088, -0.188]),
+        torch.tensor([0.458, 0.448, 0.450]),
+    )  # constants of the published LPIPS
     x, expected = ((images - mean[:, None, None]) / std[:, None, None]).double(), torch.zeros(2).double()
     for index, layer in enumerate(vgg.features.double()):
         x = layer(x)
@@ -216,7 +219,7 @@ def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Path) -> None:
+def test_project_processes_folders_in_batches(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     run_ok("images", f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / 'in'}")
     large = Image.open(tmp_path / "in" / "seed0002.png").resize((64, 64), Image.Resampling.NEAREST)
@@ -228,7 +231,7 @@ def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Pat
     lines = re.findall(r"(proj\d\d): (\S+), distance ([\d.]+) at the start, ([\d.]+) at the end", output)
     assert [line[:2] for line in lines] == [(f"proj{i:02d}", f"seed{i:04d}.png") for i in range(3)]
     assert all(float(end) < float(start) / 2 for *_, start, end in lines)
-    assert decode(out / "proj01.mp4")[0].shape == (60, 128, 256, 3)
+    assert decode_video(out / "proj01.mp4")[0].shape == (60, 128, 256, 3)
     assert sorted(path.suffix for path in out.iterdir()) == [".mp4"] * 3 + [".npz"] + [".png"] * 3
     run_ok(
         "images", f"--network={network}", f"--projected-w={out / 'projected_w.npz'}", f"--outdir={tmp_path / 'again'}"
@@ -245,7 +248,7 @@ def test_the_command_projects_folders_in_batches(shapes_zip: Path, tmp_path: Pat
     assert np.square(found / 255 - goal / 255).mean() < before / 2
 
 
-def test_what_was_found_is_kept_when_a_later_batch_fails(
+def test_results_are_kept_if_a_later_batch_fails(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
@@ -265,7 +268,7 @@ def test_what_was_found_is_kept_when_a_later_batch_fails(
     assert sorted(path.name for path in out.glob("*.png")) == ["proj00.png", "proj01.png"]
 
 
-def test_a_search_that_leaves_all_finite_numbers_is_no_result(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_diverged_projection_is_not_saved(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     options = ("--num-steps=3", "--loss=pixels", "--lr=1e30", f"--target={tmp_path / 'x.png'}", f"--outdir={out}")
@@ -275,8 +278,8 @@ def test_a_search_that_leaves_all_finite_numbers_is_no_result(shapes_zip: Path, 
 
 
 @pytest.mark.parametrize("mode", [1, 3, 4])
-def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_zip: Path, tmp_path: Path) -> None:
-    """An RGBA picture of another shape for a network of 1, 3 or 4 channels."""
+def test_project_accepts_programs_and_images_of_any_mode(mode: int, shapes_zip: Path, tmp_path: Path) -> None:
+    """An RGBA image of another shape is projected by networks with 1, 3 and 4 channels."""
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, img_channels=mode)
     program = script_program(tmp_path / "d.pt", SmallDetector(mode))
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 50, 4), np.uint8)).save(tmp_path / "x.png")
@@ -290,7 +293,7 @@ def test_the_command_takes_programs_and_pictures_of_any_kind(mode: int, shapes_z
         assert not np.array_equal(file["w"][0, 0], file["w"][0, 1])
 
 
-def test_projector_is_project_with_other_names(
+def test_projector_equals_project_with_other_names(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
@@ -301,7 +304,7 @@ def test_projector_is_project_with_other_names(
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == {"target.png", "proj.png", "proj.mp4", "projected_w.npz"}
     assert np.array_equal(pixels(out / "target.png"), pattern[:, 8:40])
-    assert len(decode(out / "proj.mp4")[0]) == 4
+    assert len(decode_video(out / "proj.mp4")[0]) == 4
     run_ok("project", *arguments, "--seed=303", f"--outdir={tmp_path / 'new'}")
     with np.load(out / "projected_w.npz") as old, np.load(tmp_path / "new" / "projected_w.npz") as new:
         assert old["w"].shape == (1, 5, 12)
@@ -327,7 +330,9 @@ def test_projector_is_project_with_other_names(
     assert (result.exit_code, (tmp_path / "no" / "proj.mp4").exists()) == (0, False)
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_project_arguments_get_one_message(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     (tmp_path / "bad.png").write_text("no")
     program = script_program(tmp_path / "d.pt", SmallDetector())

@@ -1,4 +1,4 @@
-"""Images of other sizes or kinds than training can take: what is said of them, and whether following it helps."""
+"""Images whose size or kind does not fit the networks: the error messages, and whether their advice works."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from training.data_sources.sizes import build_command, candidate_sizes, describe
 from training.networks import DISCRIMINATORS, GENERATORS
 
 SIZES = [(32, 32), (48, 48), (64, 64), (128, 128), (96, 64), (178, 218), (500, 375)]  # width, height
-NEVER = "g_dict|widths|num_layers|img_size|resolutions|--d-"  # what nobody has typed
+INTERNAL_NAMES = "g_dict|widths|num_layers|img_size|resolutions|--d-"  # internal names that users did not specify
 
 
-def refusal(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False) -> ConfigError | None:
+def size_error(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False) -> ConfigError | None:
     config = override(config, {"data.path": "a set.zip"})
     try:
         resolve(config, Environment(img_shape=(3, size[1], size[0]), c_dim=0, is_raw=is_raw))
@@ -36,9 +36,9 @@ def refusal(config: TrainConfig, size: tuple[int, int], *, is_raw: bool = False)
     return None
 
 
-def follow(config: TrainConfig, options: str, size: tuple[int, int], **typed: object) -> None:
-    """Resolve as with more options of the generator: what was said to help must."""
-    values = {f"generator.{name}": value for name, value in typed.items()}
+def assert_advice_works(config: TrainConfig, options: str, size: tuple[int, int], **given: object) -> None:
+    """Assert that the configuration resolves with the suggested options added."""
+    values = {f"generator.{name}": value for name, value in given.items()}
     for name, value in re.findall(r"--(?:set generator\.)?([\w-]+)=(\S+)", options):
         if name == "cfg":
             config = PRESETS[value]
@@ -50,13 +50,13 @@ def follow(config: TrainConfig, options: str, size: tuple[int, int], **typed: ob
             assert name == "base"
             sides = [int(side) for side in value.split("x")]
             values["generator.base"] = (sides[0], sides[-1])
-    assert refusal(apply_options(config, values), size) is None
+    assert size_error(apply_options(config, values), size) is None
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_wrong_sizes_speak_of_the_preset_and_what_is_advised_works(preset: str, size: tuple[int, int]) -> None:
-    error = refusal(PRESETS[preset], size)
+def test_size_errors_name_the_preset_and_give_working_advice(preset: str, size: tuple[int, int]) -> None:
+    error = size_error(PRESETS[preset], size)
     fixed = PRESETS[preset].generator.fixed_size
     if error is None:
         assert fixed in (None, size[::-1])
@@ -65,21 +65,21 @@ def test_wrong_sizes_speak_of_the_preset_and_what_is_advised_works(preset: str, 
     assert error.field == "data.path"
     assert error.problem.startswith(f"images of {width}x{height}, ")
     assert f"--cfg={preset}" in error.problem
-    assert not re.search(NEVER, error.problem)
-    rebuilt = re.search(r"rebuild the dataset with --width=(\d+) --height=(\d+)", error.problem)
+    assert not re.search(INTERNAL_NAMES, error.problem)
+    rebuilt = re.search(r"rebuild the set with --width=(\d+) --height=(\d+)", error.problem)
     assert rebuilt
-    assert refusal(PRESETS[preset], (int(rebuilt[1]), int(rebuilt[2]))) is None
+    assert size_error(PRESETS[preset], (int(rebuilt[1]), int(rebuilt[2]))) is None
     if fixed:
         assert (int(rebuilt[2]), int(rebuilt[1])) == fixed
         assert f"--cfg={preset} is for {rebuilt[1]}x{rebuilt[2]}" in error.problem
     if " give " in error.problem:
-        follow(PRESETS[preset], error.problem.rpartition(" give ")[2], size)
+        assert_advice_works(PRESETS[preset], error.problem.rpartition(" give ")[2], size)
     elif size not in [(178, 218), (500, 375)] and "handover" not in str(PRESETS[preset].generator):
         raise AssertionError(f"no options for {size}")
 
 
-def test_the_size_of_a_preset_is_that_of_its_name() -> None:
-    """The numbers in the names of the published models, which nothing here computes."""
+def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
+    """The sizes are the numbers in the names of the published models."""
     sizes = {"cifar": 32, "cifar-large": 32, "stl10-medium": 48, "celeba64-l": 64, "church128-l": 128, "tiny": 32}
     sizes |= {"transgan-cifar": 32, "transgan-stl10": 48, "transgan-celeba128": 128, "transgan-celebahq256": 256}
     assert {name: PRESETS[name].generator.fixed_size for name in sizes} == {k: (n, n) for k, n in sizes.items()}
@@ -104,15 +104,15 @@ def test_the_size_of_a_preset_is_that_of_its_name() -> None:
         ({"widths": (64, 64, 64), "base": (12, 12)}, (32, 32), "widths=(64, 64, 64): with base=(12, 12) this does"),
     ],
 )  # fmt: skip
-def test_what_was_given_is_what_the_message_is_about(
+def test_size_errors_name_only_the_given_options(
     options: dict[str, object], size: tuple[int, int], message: str
 ) -> None:
     config = apply_options(PRESETS["tiny"], {f"generator.{name}": value for name, value in options.items()})
-    error = refusal(config, size)
+    error = size_error(config, size)
     assert error
     assert message in str(error)
     if " give " in str(error):
-        follow(PRESETS["tiny"], str(error).rpartition(" give ")[2], size, **options)
+        assert_advice_works(PRESETS["tiny"], str(error).rpartition(" give ")[2], size, **options)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_was_given_is_what_the_message_is_about(
         ("styleformer", {"patch": 4}, (18, 18), "patch=4: does not divide images of 18x18"),
     ],
 )  # fmt: skip
-def test_the_discriminators_misfits_too(
+def test_size_errors_of_the_discriminator_name_the_options(
     family: str, options: dict[str, object], size: tuple[int, int], message: str
 ) -> None:
     values: dict[str, object] = {
@@ -133,25 +133,25 @@ def test_the_discriminators_misfits_too(
         "discriminator.family": family,
     }
     values |= {f"discriminator.{name}": value for name, value in options.items()}
-    error = refusal(apply_options(PRESETS["transgan-cifar"], values), size)
+    error = size_error(apply_options(PRESETS["transgan-cifar"], values), size)
     assert error
     assert message in str(error)
 
 
-def test_families_are_all_covered() -> None:
-    """A family that comes later needs its row above."""
+def test_all_families_are_covered() -> None:
+    """A new family needs test cases above."""
     assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "transgan"}
     assert set(DISCRIMINATORS) == {"stylegan2", "styleformer", "transgan"}
 
 
-def test_raw_images_get_the_whole_command() -> None:
-    error = refusal(PRESETS["tiny"], (178, 218), is_raw=True)
+def test_raw_images_get_the_complete_build_command() -> None:
+    error = size_error(PRESETS["tiny"], (178, 218), is_raw=True)
     assert error
     command = "python dataset_tool.py '--source=a set.zip' '--dest=data/a set.zip' --transform=center-crop --width=32"
     assert f": build a dataset of another size: {command} --height=32" in error.problem
 
 
-# --- folders as people have them
+# --- folders of raw images
 
 
 def write_images(folder: Path, sizes: list[tuple[int, int]], modes: str = "RGB", suffix: str = ".png") -> Path:
@@ -165,7 +165,7 @@ def write_images(folder: Path, sizes: list[tuple[int, int]], modes: str = "RGB",
     return folder
 
 
-def refused(*arguments: str) -> str:
+def train_error(*arguments: str) -> str:
     result = CliRunner().invoke(train.main, ["--outdir=runs", "--device=cpu", "-n", *arguments])
     assert result.exit_code == 2, result.output
     assert len(result.output.splitlines()) == 1
@@ -195,7 +195,7 @@ MIXED = [(120, 90), (400, 300), (300, 333), (80, 120), (64, 200)] * 2
         ),
     ],
 )
-def test_the_command_in_the_message_makes_a_set_that_trains(
+def test_the_suggested_command_builds_a_trainable_dataset(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sizes: list[tuple[int, int]],
@@ -207,7 +207,7 @@ def test_the_command_in_the_message_makes_a_set_that_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_images(Path("my photos"), sizes, modes, suffix)
-    message = refused("--data=my photos", *options)
+    message = train_error("--data=my photos", *options)
     assert message.startswith(f"Error: --data=my photos: {found}")
     command = message[message.index("python dataset_tool.py ") :].partition(", or ")[0]
     assert command.endswith(f"--transform=center-crop --width={added} --height={added}" if added else "photos.zip'")
@@ -225,21 +225,21 @@ def test_broken_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = write_images(Path("photos"), [(32, 32)] * 8)
     for number in (3, 5):
         (folder / f"{number:03d}.png").write_bytes(b"no image")
-    message = refused("--data=photos", "--cfg=tiny")
+    message = train_error("--data=photos", "--cfg=tiny")
     assert "8 images, 2 cannot be read, the first is '003.png' (not a" in message
     assert message.endswith("python dataset_tool.py --source=photos --dest=data/photos.zip --skip-bad")
 
 
-def test_a_set_of_the_tool_is_told_to_be_rebuilt(tmp_path: Path) -> None:
+def test_a_built_dataset_of_wrong_size_should_be_rebuilt(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     options = ["--source=shapes", f"--dest={path}", "--max-images=3", "--resolution=64x64", "--workers=1"]
     assert CliRunner().invoke(dataset_tool.main, options).exit_code == 0
     for resume in ([], ["--resume=latest"]):
-        assert refused(f"--data={path}", "--cfg=tiny", *resume) == (
-            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
+        assert train_error(f"--data={path}", "--cfg=tiny", *resume) == (
+            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the set with --width=32 "
             "--height=32, or give --cfg=auto"
         )
-    assert refused(f"--data={path}", "--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1").startswith(
+    assert train_error(f"--data={path}", "--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1").startswith(
         "Error: --g_dict=16,16"
     )
 
@@ -255,10 +255,12 @@ def test_notes_on_the_data_are_printed(tmp_path: Path) -> None:
     assert 'the key "Labels" is read as "labels"' in result.stderr
     arguments = [f"--network={folder.parent}", f"--data={folder.parent}", "--metrics=swd", "--device=cpu", "--no-cache"]
     result = CliRunner().invoke(calc_metrics.main, arguments)
-    assert result.stderr.count("Note: mydata/dataset.json is read: all images are in its folder\n") == 2  # of both
+    assert (
+        result.stderr.count("Note: mydata/dataset.json is read: all images are in its folder\n") == 2
+    )  # once per folder
 
 
-# --- the numbers
+# --- suggested sizes
 
 COUNTS = st.dictionaries(
     st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(1, 50), min_size=1, max_size=12
@@ -267,24 +269,24 @@ COUNTS = st.dictionaries(
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(COUNTS)
-def test_the_suggested_side_is_the_largest_that_nine_of_ten_reach(sizes: Counter[tuple[int, int]]) -> None:
+def test_the_suggested_side_is_reached_by_nine_of_ten_images(sizes: Counter[tuple[int, int]]) -> None:
     width, height = suggest_size(sizes)
     assert width == height in (8, 16, 32, 64, 128, 256, 512, 1024)
     sides = sorted(min(size) for size in sizes.elements())
-    tenth = sides[len(sides) - -(-9 * len(sides) // 10)]  # nine of ten are at least as long
+    tenth = sides[len(sides) - -(-9 * len(sides) // 10)]  # nine of ten sides are at least as long
     assert width <= max(tenth, 8)
     assert width == 1024 or 2 * width > tenth
 
 
 @settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(COUNTS, st.tuples(st.integers(1, 20), st.integers(1, 20)))
-def test_candidates_double_the_base(sizes: Counter[tuple[int, int]], base: tuple[int, int]) -> None:
+def test_candidate_sizes_are_multiples_of_the_base(sizes: Counter[tuple[int, int]], base: tuple[int, int]) -> None:
     candidates = candidate_sizes(sizes, base)
     assert len({*candidates}) == len(candidates) > 0
     assert all(width * base[1] == height * base[0] for width, height in candidates)
 
 
-def test_sizes_in_words_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_and_build_commands_are_formatted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_sizes(Counter({(4000, 3000): 1, (120, 90): 2, (100, 100): 1})) == (
         "3 sizes, 100x100 to 4000x3000 pixels"
     )

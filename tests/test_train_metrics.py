@@ -1,4 +1,4 @@
-"""Metrics while training: when they are due, where they go, the best network, overfitting signals, refusals."""
+"""Metrics during training: intervals, records, the best network, overfitting signals, error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def detector_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
 
 
@@ -45,8 +45,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
-    shapes_zip: Path, program: Path, tmp_path: Path
+def test_metrics_run_at_intervals_and_keep_the_best_network(
+    shapes_zip: Path, detector_program: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,7 +55,7 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
         f"--outdir={tmp_path / 'runs'}",
         f"--data={shapes_zip}",
         *SHORT,
-        bound(program),
+        bound(detector_program),
     ]
     arguments += [
         "--metrics=fid60_full,is60",
@@ -72,7 +72,7 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     assert [line["kimg"] for line in lines(run_dir / "metric-is60.jsonl")] == [0.0, 0.048, 0.064]
     assert [line["kimg"] for line in lines(run_dir / "metric-swd20.jsonl")] == [0.0, 0.016, 0.032, 0.048, 0.064]
     assert [line["snapshot"] for line in fid] == ["network-snapshot-000000.pkl", None, "network-snapshot-000000.pkl"]
-    assert (fid[0]["num_real"], fid[0]["mirror"]) == (256, False)  # all images, though it trains on fewer, with flips
+    assert (fid[0]["num_real"], fid[0]["mirror"]) == (256, False)  # all images without flips, unlike the training data
     assert {line["mirror"] for line in lines(run_dir / "metric-swd20.jsonl")} == {True}
     assert fid[0]["detector"] == "small.pt"
 
@@ -97,8 +97,8 @@ def test_metrics_have_their_own_rhythm_and_the_best_network_is_kept(
     assert len({tick["Overfitting/score_train"] for tick in ticks}) == len(ticks)
 
 
-def test_a_metric_that_a_run_was_killed_in_is_computed_when_it_goes_on(shapes_zip: Path, tmp_path: Path) -> None:
-    """The training state of a tick is written while its metrics are computed."""
+def test_a_metric_interrupted_by_a_kill_is_computed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
+    """The kill comes after the training state of a tick is saved and before its metrics are recorded."""
     arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20", "--resume=latest"]
     assert run(*arguments, "--set=run.tick_metrics=swd30").exit_code == 0
     [run_dir] = (tmp_path / "runs").iterdir()
@@ -114,10 +114,10 @@ def test_a_metric_that_a_run_was_killed_in_is_computed_when_it_goes_on(shapes_zi
     assert again["snapshot"] == whole[-1]["snapshot"] == "network-snapshot-000000.pkl"
     assert len(lines(log)) == len(whole)
     assert load_network(best).kimg == 0.064
-    assert len(lines(run_dir / "metric-swd30.jsonl")) == 5  # nothing of it was missing
+    assert len(lines(run_dir / "metric-swd30.jsonl")) == 5  # the other metric was complete
 
 
-def test_what_cannot_be_computed_is_refused_before_training(
+def test_metrics_that_cannot_run_are_refused_before_training(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*_: object, **__: object) -> None:
@@ -147,7 +147,7 @@ def test_what_cannot_be_computed_is_refused_before_training(
 
 
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
-def test_none_in_any_case_means_no_metrics(shapes_zip: Path, tmp_path: Path, word: str) -> None:
+def test_metrics_none_is_case_insensitive(shapes_zip: Path, tmp_path: Path, word: str) -> None:
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--dry-run"]
     result = run(*arguments, f"--metrics={word}", f"--set=run.tick_metrics={word}")
     assert result.exit_code == 0, result.output
@@ -156,7 +156,7 @@ def test_none_in_any_case_means_no_metrics(shapes_zip: Path, tmp_path: Path, wor
 
 
 def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_path: Path) -> None:
-    """The same images to train with, with and without the hook."""
+    """Both runs hold out the same images; only one has the hook."""
     states = []
     for name in ("with", "without"):
         arguments = [f"--outdir={tmp_path / name}", f"--data={shapes_zip}", *SHORT, "--metrics=none", "--holdout=16"]
@@ -172,7 +172,7 @@ def test_overfitting_signals_do_not_change_the_training(shapes_zip: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_path: Path) -> None:
+def test_two_processes_log_the_same_values_as_one(shapes_zip: Path, detector_program: Path, tmp_path: Path) -> None:
     logs = []
     for gpus in (1, 2):
         arguments = [
@@ -186,31 +186,31 @@ def test_two_processes_log_what_one_does(shapes_zip: Path, program: Path, tmp_pa
             "--batch-gpu=8",
             "--mbstd=4",
             "--holdout=48",
-            bound(program),
+            bound(detector_program),
             "--cond",
         ]
         arguments += ["--metrics=fid61_full,kid61,pr613,fid61_class"]
         result = run(*arguments)
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
         [run_dir] = (tmp_path / str(gpus)).iterdir()
-        figures = {
+        values = {
             f"{path.stem} {i}": line["results"]
             for path in run_dir.glob("metric-*")
             for i, line in enumerate(lines(path))
         }
         for i, tick in enumerate(lines(run_dir / "stats.jsonl")):
-            figures[f"tick {i}"] = {name: value for name, value in tick.items() if name.startswith("Overfitting/")}
-        logs.append(figures)
+            values[f"tick {i}"] = {name: value for name, value in tick.items() if name.startswith("Overfitting/")}
+        logs.append(values)
     assert len(logs[0]) == 4 * 2 + 2
     assert logs[1].keys() == logs[0].keys()
-    for name, values in logs[0].items():
-        assert logs[1][name] == pytest.approx(values, rel=2e-3, abs=1e-3), name
+    for name, expected in logs[0].items():
+        assert logs[1][name] == pytest.approx(expected, rel=2e-3, abs=1e-3), name
 
 
 # Held-out images.
 
 
-def test_held_out_images_are_the_rest(shapes_zip: Path) -> None:
+def test_held_out_images_are_disjoint_from_training_images(shapes_zip: Path) -> None:
     config = DatasetConfig(path=str(shapes_zip), holdout=56, mirror=True)
     training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
     assert (len(training), len(held_out)) == (400, 112)
@@ -225,8 +225,8 @@ def test_held_out_images_are_the_rest(shapes_zip: Path) -> None:
         ImageDataset(DatasetConfig(path=str(shapes_zip), holdout=256))
 
 
-def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
-    """A discriminator that looks at the brightness: its means are known."""
+def test_overfitting_is_computed_from_mean_logits(shapes_zip: Path) -> None:
+    """D returns the mean brightness as its logit, so the mean logits are known."""
     config = DatasetConfig(path=str(shapes_zip), holdout=56)
     training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
 
@@ -253,13 +253,11 @@ def test_overfitting_is_computed_from_mean_scores(shapes_zip: Path) -> None:
     assert values["Overfitting/r_v"] == pytest.approx((train_score - held) / (train_score - 0.8))
 
 
-# The best.
+# The best network.
 
 
 @pytest.mark.parametrize(("metric", "number", "better"), [("fid5k", "fid5k", 1.0), ("is5k", "is5k_mean", 3.0)])
-def test_best_is_less_for_distances_and_more_for_scores(
-    tmp_path: Path, metric: str, number: str, better: float
-) -> None:
+def test_lower_distances_and_higher_scores_are_better(tmp_path: Path, metric: str, number: str, better: float) -> None:
     higher_is_better = find(metric)[0].higher_is_better
 
     def wins(value: float, **changes: Any) -> bool:
@@ -285,11 +283,17 @@ def record(metric: str, number: str, value: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("with_flips", [True, False])
-def test_a_resumed_run_compares_with_old_records_that_counted_the_same_reals(
-    shapes_zip: Path, program: Path, tmp_path: Path, with_flips: bool
+def test_the_best_network_ignores_records_of_other_reals(
+    shapes_zip: Path, detector_program: Path, tmp_path: Path, with_flips: bool
 ) -> None:
-    """Until fid<N>_full counted none, a run with --mirror recorded it with flips: better values that do not compare."""
-    arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, bound(program), "--resume=latest"]
+    """Older versions counted flips in fid<N>_full with --mirror; such values are better and not comparable."""
+    arguments = [
+        f"--outdir={tmp_path / 'runs'}",
+        f"--data={shapes_zip}",
+        *SHORT,
+        bound(detector_program),
+        "--resume=latest",
+    ]
     arguments += ["--mirror", "--metrics=fid60_full", "--keep-best"]
     assert run(*arguments, "--kimg=0.032").exit_code == 0
     [run_dir] = (tmp_path / "runs").iterdir()
@@ -315,7 +319,7 @@ def test_a_resumed_run_compares_with_old_records_that_counted_the_same_reals(
     assert any("not comparable with the last one" in problem for problem in shown.problems) == with_flips
 
 
-def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(
+def test_the_best_network_is_saved_before_its_record(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -328,8 +332,8 @@ def test_an_interruption_between_the_best_network_and_its_record_loses_nothing(
     assert load_network(run_dir / "network-best-swd20.pkl").kimg == 0
 
 
-def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
-    shapes_zip: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_detectors_and_real_statistics_are_reused_by_later_ticks(
+    shapes_zip: Path, detector_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {}
 
@@ -348,7 +352,7 @@ def test_detectors_and_statistics_of_the_reals_are_made_once_for_all_ticks(
         f"--outdir={tmp_path / 'runs'}",
         f"--data={shapes_zip}",
         *SHORT,
-        bound(program),
+        bound(detector_program),
     ]
     result = run(*arguments, "--metrics=none", "--set=run.tick_metrics=fid60_full", "--batch-gpu=8", "--mbstd=4")
     assert result.exit_code == 0, result.output

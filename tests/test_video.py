@@ -1,9 +1,7 @@
-"""generate.py video: ways against closed forms and SciPy; files decoded again: frames, first image, loop closure."""
+"""generate.py video: interpolation against closed forms and SciPy; frames and loop closure of decoded files."""
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +9,20 @@ import numpy as np
 import pytest
 
 pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional package")
-import imageio_ffmpeg
 import torch
-from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run, run_ok
+from exploration_helpers import (
+    FAMILIES,
+    decode_video,
+    example_directions,
+    make_model,
+    make_snapshot,
+    pixels,
+    run,
+    run_ok,
+)
 from PIL import Image, ImageSequence
 from scipy.interpolate import CubicSpline
 from scipy.spatial import geometric_slerp
-from test_directions import small
 
 from dnnlib.config import UserError, WriteError
 from exploration.directions import save_directions
@@ -27,53 +32,39 @@ from exploration.video import check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
 
-def decode(path: Path) -> tuple[np.ndarray, float]:
-    """Frames (T, H, W, 3) and frames per second of an MP4 or GIF file."""
-    if path.suffix == ".gif":
-        with Image.open(path) as gif:
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
-            return np.stack(frames), 1000 / gif.info["duration"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    done = subprocess.run(command, capture_output=True, check=True)
-    match = re.search(r"Video: h264.*? (\d+)x(\d+)[ ,].*?([\d.]+) fps", done.stderr.decode())
-    assert match, done.stderr.decode()
-    width, height, fps = match.groups()
-    return np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3), float(fps)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 @pytest.mark.parametrize("closed", [True, False])
-def test_splines_are_scipys(count: int, closed: bool) -> None:
+def test_splines_equal_scipy(count: int, closed: bool) -> None:
     points = torch.randn(count, 4, dtype=torch.float64)
     times = torch.linspace(0, max(count - (not closed), 1), 50, dtype=torch.float64)
-    way = spline_weights(times, count, closed=closed) @ points
+    trajectory = spline_weights(times, count, closed=closed) @ points
     if count == 1:
         expected = points.expand(50, -1)
     else:
         knots = torch.cat([points, points[:1]]) if closed else points
         reference = CubicSpline(np.arange(len(knots)), knots, bc_type="periodic" if closed else "natural")
         expected = torch.from_numpy(reference(times))
-    torch.testing.assert_close(way, expected)
+    torch.testing.assert_close(trajectory, expected)
     straight = linear_weights(times, count, closed=closed) @ points
     for i in range(4):
         knots = torch.cat([points, points[:1]])[: count + closed, i] if closed else points[:, i]
         np.testing.assert_allclose(straight[:, i], np.interp(times, np.arange(len(knots)), knots), atol=1e-12)
 
 
-def test_great_circles_are_scipys() -> None:
-    """On the unit sphere; the length goes in a straight line from one end's to the other's."""
+def test_slerp_equals_scipy() -> None:
+    """Directions follow SciPy's slerp on the unit sphere; lengths are interpolated linearly."""
     a, b = torch.randn(2, 1, 5, dtype=torch.float64).unbind()
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    way = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
+    trajectory = slerp(a.expand(9, -1), b.expand(9, -1), t[:, None])
     units = geometric_slerp((a / a.norm())[0].numpy(), (b / b.norm())[0].numpy(), t.numpy())
     lengths = (1 - t) * a.norm() + t * b.norm()
-    torch.testing.assert_close(way, torch.from_numpy(units) * lengths[:, None])
+    torch.testing.assert_close(trajectory, torch.from_numpy(units) * lengths[:, None])
     torch.testing.assert_close(slerp(a, a, t[:1, None]), a)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_great_circles_keep_their_angle(family: str) -> None:
-    """At equal steps between two latents, z has turned by equal angles; its ends are the seeds' own."""
+def test_interpolation_in_z_turns_by_equal_angles(family: str) -> None:
+    """Equal steps between two latents turn z by equal angles; the first and last frames use the latents themselves."""
     model = make_model(family)
     z = torch.randn(1, 2, 16)
     turned: list[torch.Tensor] = []
@@ -97,7 +88,7 @@ def test_sweeps_follow_their_formulas() -> None:
         timing = Timing(num_keys=1, steps=4, loop=loop)
         still = through_styles(keys, "w", timing)
         swept = sweep_truncation(still, w_avg, 0.2, 1.0, timing)(timing.times())
-        edited = sweep_direction(still, small(), 1, 2.0, timing)(timing.times())
+        edited = sweep_direction(still, example_directions(), 1, 2.0, timing)(timing.times())
         assert swept.shape == edited.shape == (len(psi), 2, 5, 12)
         for i in range(len(psi)):
             torch.testing.assert_close(swept[i], w_avg + psi[i] * (keys[:, 0] - w_avg))
@@ -106,16 +97,16 @@ def test_sweeps_follow_their_formulas() -> None:
             torch.testing.assert_close(edited[i], expected)
 
 
-def test_a_loop_goes_on_where_it_began() -> None:
-    """The step from the last frame to the first is as long as those beside it, in w, z and on the spline."""
+def test_loops_close_smoothly() -> None:
+    """The step from the last frame to the first is about as long as the step before, in w, z and on splines."""
     model = make_model()
     timing = Timing(num_keys=3, steps=8, loop=True)
     z = torch.randn(2, 3, 16)
     keys = model.map(z.flatten(0, 1)).unflatten(0, (2, 3))
-    ways = [through_styles(keys, "w", timing), through_styles(keys, "spline", timing)]
-    ways.append(through_latents(model, z, torch.zeros(3, 0), timing, 1.0))
-    for way in ways:
-        ws = way(timing.times())
+    trajectories = [through_styles(keys, "w", timing), through_styles(keys, "spline", timing)]
+    trajectories.append(through_latents(model, z, torch.zeros(3, 0), timing, 1.0))
+    for trajectory in trajectories:
+        ws = trajectory(timing.times())
         assert len(ws) == timing.num_frames == 24
         torch.testing.assert_close(ws[[0, 8, 16]].transpose(0, 1), keys)
         steps = (ws.roll(-1, dims=0) - ws).flatten(2).norm(dim=2)  # (24, cells)
@@ -123,7 +114,7 @@ def test_a_loop_goes_on_where_it_began() -> None:
         assert (steps[-1] > 0.5 * steps[-2]).all()
 
 
-def test_cells_lie_in_rows() -> None:
+def test_grid_cells_are_in_row_major_order() -> None:
     model = make_model(batch=5)
     timing = Timing(num_keys=2, steps=2, loop=True)
     keys = torch.stack([model.styles_of((2 * cell, 2 * cell + 1)) for cell in range(6)])
@@ -134,12 +125,12 @@ def test_cells_lie_in_rows() -> None:
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])
-def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) -> None:
-    """Keyframes are the seeds' images, but for what the codec loses; the last frame leads back to the first."""
+def test_video_files_contain_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) -> None:
+    """Keyframes equal the images of the seeds up to compression losses; the last frame leads back to the first."""
     network, path = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "new" / f"v.{ending}"
     run_ok("video", f"--network={network}", "--seeds=1-3", "--frames=5", "--fps=10", "--scale=4", f"--output={path}")
     run_ok("images", f"--network={network}", "--seeds=1-3", f"--outdir={tmp_path}")
-    frames, fps = decode(path)
+    frames, fps = decode_video(path)
     assert frames.shape == (15, 128, 128, 3)
     assert fps == 10
     images = [pixels(tmp_path / f"seed{seed:04d}.png").repeat(4, axis=0).repeat(4, axis=1) for seed in (1, 2, 3)]
@@ -152,8 +143,8 @@ def test_files_hold_the_frames(ending: str, shapes_zip: Path, tmp_path: Path) ->
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
-    """A grayscale network of 24 x 40 pixels in three columns; videos of 3 x 5 pixels."""
+def test_odd_sizes_and_grayscale_images_are_encoded(shapes_zip: Path, tmp_path: Path) -> None:
+    """A grayscale network of 24 x 40 pixels in three columns, and videos of 3 x 5 pixels."""
     network = make_snapshot(
         tmp_path / "n.pkl", shapes_zip, img_channels=1, base=(3, 5), widths=(8, 8, 8, 8), layers=(1,) * 4
     )
@@ -166,23 +157,23 @@ def test_odd_sizes_and_other_channels(shapes_zip: Path, tmp_path: Path) -> None:
         "--scale=1",
         f"--output={tmp_path}/v.mp4",
     )
-    assert decode(tmp_path / "v.mp4")[0].shape == (3, 24, 120, 3)
+    assert decode_video(tmp_path / "v.mp4")[0].shape == (3, 24, 120, 3)
     for ending, shape in (("mp4", (2, 4, 6, 3)), ("gif", (2, 3, 5, 3))):
         with open_video(tmp_path / f"odd.{ending}", 25) as add:
             for value in (0, 200):
                 add(np.full((3, 5, 3), value, np.uint8))
-        frames, _ = decode(tmp_path / f"odd.{ending}")
+        frames, _ = decode_video(tmp_path / f"odd.{ending}")
         assert frames.shape == shape
         assert abs(frames[1].astype(int) - 200).max() < 6
 
 
-def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
+def test_classes_become_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, c_dim=3)
     common = [f"--network={network}", "--frames=2", "--scale=4"]
     for interpolation in ("w", "z", "spline"):
         path = tmp_path / f"{interpolation}.gif"
         run_ok("video", *common, "--seeds=5", "--classes=2,0", f"--interpolation={interpolation}", f"--output={path}")
-        frames, _ = decode(path)
+        frames, _ = decode_video(path)
         for key, index in enumerate((2, 0)):
             run_ok("images", f"--network={network}", "--seeds=5", f"--class={index}", f"--outdir={tmp_path}")
             image = pixels(tmp_path / "seed0005.png").repeat(4, axis=0).repeat(4, axis=1)
@@ -193,19 +184,21 @@ def test_classes_are_keyframes(shapes_zip: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "--classes=3: this network has the classes 0..2" in result.output) == (2, True)
 
 
-def test_saved_styles_and_directions(shapes_zip: Path, tmp_path: Path) -> None:
+def test_videos_of_saved_styles_equal_those_of_seeds(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     save_styles(tmp_path / "w.npz", make_model().styles_of((4,)))
-    save_directions(tmp_path / "d.npz", small())
+    save_directions(tmp_path / "d.npz", example_directions())
     common = [f"--network={network}", "--frames=4", "--scale=4", f"--direction={tmp_path}/d.npz:0", "--strength=2"]
     for source, name in ((f"--projected-w={tmp_path}/w.npz", "w"), ("--seeds=4", "seed")):
         run_ok("video", *common, source, f"--output={tmp_path}/{name}.gif")
-    ours, theirs = (decode(tmp_path / f"{name}.gif")[0] for name in ("w", "seed"))
+    ours, theirs = (decode_video(tmp_path / f"{name}.gif")[0] for name in ("w", "seed"))
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours[1], ours[3])
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_video_arguments_get_one_message(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     for arguments, message in [
         (["--output=x.avi"], "x.avi: videos are .mp4 or .gif files"),
@@ -228,8 +221,8 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path, monkeypatch: p
         check_encoder(tmp_path / "v.mp4", 30)
 
 
-def test_gifs_keep_time(tmp_path: Path) -> None:
-    """30 frames of a second in hundredths: 3, 4, 3, and so on."""
+def test_gifs_keep_the_frame_rate(tmp_path: Path) -> None:
+    """30 frames per second in hundredths of a second: 3, 4, 3, and so on."""
     with open_video(tmp_path / "v.gif", 30) as add:
         for value in range(30):
             add(np.full((4, 4, 3), value, np.uint8))
@@ -238,16 +231,16 @@ def test_gifs_keep_time(tmp_path: Path) -> None:
     assert durations == [30, 40, 30] * 10
 
 
-def test_a_colon_in_a_relative_path_names_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_colon_in_a_path_is_not_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a:b").mkdir()
     for path in (Path("a:b/v.mp4"), Path("c:d.mp4")):
         with open_video(path, 10) as add:
             add(np.zeros((16, 16, 3), np.uint8))
-        assert decode(tmp_path / path)[0].shape == (1, 16, 16, 3)
+        assert decode_video(tmp_path / path)[0].shape == (1, 16, 16, 3)
 
 
-def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused_before_the_first_frame(tmp_path: Path) -> None:
     for ending in ("mp4", "gif"):
         (tmp_path / f"v.{ending}").mkdir()
         for path, reason in (
@@ -255,10 +248,10 @@ def test_what_cannot_be_written_is_known_before_the_first_frame(tmp_path: Path) 
             (tmp_path / "no" / f"v.{ending}", "No such"),
         ):
             with pytest.raises(WriteError, match=f"cannot be written .{reason}"), open_video(path, 10):
-                pytest.fail("it began")
+                pytest.fail("the video was opened")
 
 
-def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_video(tmp_path: Path) -> None:
     def write(path: Path, count: int, error: type[Exception] | None = None, width: int = 16) -> None:
         with open_video(path, 10) as add:
             for _ in range(count):
@@ -272,5 +265,5 @@ def test_an_error_leaves_the_old_video(tmp_path: Path) -> None:
             write(path, 1, KeyError)
         assert path.read_text() == "old"
     with pytest.raises(WriteError, match="ffmpeg cannot write it"):
-        write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 can be
+        write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 supports
     assert len(list(tmp_path.iterdir())) == 2
