@@ -281,3 +281,29 @@ def data_parallel(network: Call, wrapper: str = "data_parallel.DataParallel") ->
     place, _, name = wrapper.rpartition(".")
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": network}, "device_ids": [0, 1], "dim": 0}
     return Call(Name(f"torch.nn.parallel.{place}", name), (), state)
+
+
+STYLEGAN2_ARGUMENTS: dict[str, Any] = {
+    **{"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3},
+    **{"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}},
+}
+
+
+def stylegan2_module(c_dim: int = 0, img_channels: int = 3, **changes: Any) -> Any:
+    """A small StyleGAN2 generator for 16x16."""
+    shapes = mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, img_channels, "skip")
+    kwargs = STYLEGAN2_ARGUMENTS | {"c_dim": c_dim, "img_channels": img_channels}
+    return module("Generator", draw(shapes), **kwargs | changes)
+
+
+STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS = (32, 16, 16), (1, 1, 1)
+
+
+def styleformer_module(c_dim: int = 0) -> Any:
+    """A generator of 32x32 images as the public release would have pickled it."""
+    shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(
+        STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS, 8, 64, 3, False
+    )
+    kwargs: dict[str, Any] = {"z_dim": 64, "c_dim": c_dim, "w_dim": 64, "img_resolution": 32, "img_channels": 3}
+    synthesis = {"depth": 32, "num_layers": STYLEFORMER_LAYERS, "conv_clamp": 256, "linformer": 0}
+    return module("Generator", draw(shapes), **kwargs, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from exploration_helpers import TRANSGAN, make_model, make_snapshot, pixels, run, run_ok, save_untrained
-from test_networks import TINY, Array, below, build, ref_block, ref_demodulated, ref_fc, ref_up2, state_of
-from test_transgan import build as build_transgan
-from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
+from reference_layers import Array, below, build, ref_fc, state_of
+from reference_styleformer import ref_demodulated, ref_encoder_block, ref_upsample_tokens
+from reference_transgan import build_transgan, ref_attention_kind, ref_bicubic, ref_low_pass, ref_shuffle
 
 from dnnlib.config import UserError
 from exploration import attention_maps as attention
@@ -24,9 +24,10 @@ from exploration.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig
 from training.networks.transgan import TransGANConfig
 
+TINY = StyleformerConfig(z_dim=5, w_dim=6, mapping_layers=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4)
 VARIANTS = {
-    "plain": dataclasses.replace(TINY, img_channels=3),
-    "linformer": dataclasses.replace(TINY, img_channels=3, linformer=True, linformer_k=5, linformer_min_tokens=24),
+    "plain": TINY,
+    "linformer": dataclasses.replace(TINY, linformer=True, linformer_k=5, linformer_min_tokens=24),
 }
 
 
@@ -54,17 +55,17 @@ def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[
             q, k = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k))
             scores = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(C / heads))
             found.append((grid, scores / scores.sum(axis=3, keepdims=True), E))
-            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"])
+            x = ref_encoder_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"])
             i += 1
         if r + 1 < len(config.widths):
-            x = ref_up2(x.reshape(len(ws), *grid, -1)).reshape(len(ws), 4 * math.prod(grid), -1)
+            x = ref_upsample_tokens(x.reshape(len(ws), *grid, -1)).reshape(len(ws), 4 * math.prod(grid), -1)
     return found
 
 
 def up_matrix(grid: tuple[int, int]) -> Array:
     """The upsampling to twice the grid as a matrix (4N, N)."""
     N = math.prod(grid)
-    return ref_up2(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
+    return ref_upsample_tokens(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
 
 
 def normalized(weights: Array) -> Array:
@@ -138,7 +139,7 @@ def attention_matrix(block: attention.BlockRecord, config: TransGANConfig) -> Ar
     for first in range(0, q.shape[1], D):  # a head's channels take one token each
         v = np.zeros((1, q.shape[1], config.num_heads, D))
         v[0, first : first + D] = np.eye(D)[:, None]
-        out = ref_form(q, k, v.reshape(q.shape), state, config, block.grid, form)
+        out = ref_attention_kind(q, k, v.reshape(q.shape), state, config, block.grid, form)
         columns.append(out.reshape(-1, config.num_heads, D).transpose(1, 0, 2))
     return np.concatenate(columns, axis=2)
 

@@ -7,130 +7,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate2d
+from reference_layers import build, close, randomize, state_of
+from reference_stylegan2 import (
+    ref_conv,
+    ref_filter,
+    ref_label_mapping,
+    ref_lrelu,
+    ref_mbstd,
+    ref_stylegan2_discriminator,
+)
 from torch import Tensor
 
 from dnnlib.config import ConfigError
 from training.networks import DISCRIMINATORS, winograd
 from training.networks.layers import Conv2d, MinibatchStd
 from training.networks.mapping import LabelMapping
-from training.networks.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-State = dict[str, Array]
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 
 ARCHITECTURES: list[Any] = ["orig", "skip", "resnet"]
-FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-
-
-@torch.no_grad()
-def randomize(module: torch.nn.Module) -> None:
-    """Nothing stays zero, biases above all."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.any():
-            tensor.normal_()
-
-
-def build(config: StyleGAN2DiscriminatorConfig) -> StyleGAN2Discriminator:
-    torch.manual_seed(0)
-    D = config.build().double()
-    randomize(D)
-    return D
-
-
-def state_of(module: torch.nn.Module) -> State:
-    return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
-
-
-def below(state: State, prefix: str) -> State:
-    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
 
 
 # The reference: numpy and SciPy, float64, from the equations.
 
 
-def ref_lrelu(x: Array) -> Array:
-    return np.where(x > 0, x, 0.2 * x) * np.sqrt(2)
-
-
-def ref_filter(x: Array, padding: int) -> Array:
-    x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
-    return np.stack([np.stack([correlate2d(plane, FILTER, "valid") for plane in image]) for image in x])
-
-
-def ref_conv(x: Array, state: State, padding: int) -> Array:
-    """Equalised convolution with stride 1 and bias, before the activation."""
-    W = state["weight"] / np.sqrt(state["weight"][0].size)
-    x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
-    y = np.stack([[sum(correlate2d(image[i], row[i], "valid") for i in range(W.shape[1])) for row in W] for image in x])
-    return y + state["bias"][None, :, None, None] if "bias" in state else y
-
-
-def ref_clamp(x: Array, clamp: float | None) -> Array:
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_fc(x: Array, state: State, multiplier: float = 1.0) -> Array:
-    return np.einsum("bi,oi->bo", x, state["weight"]) * multiplier / np.sqrt(x.shape[1]) + state["bias"] * multiplier
-
-
-def ref_mbstd(x: Array, group: int) -> Array:
-    B, _, H, W = x.shape
-    G = min(group, B)
-    n = B // G
-    extra = np.zeros((B, 1, H, W))
-    for g in range(n):
-        members = [b for b in range(B) if b % n == g]
-        deviation = np.sqrt(np.mean((x[members] - x[members].mean(axis=0)) ** 2, axis=0) + 1e-8)
-        extra[members] = deviation.mean()
-    return np.concatenate([x, extra], axis=1)
-
-
-def ref_label_mapping(c: Array, state: State, num_layers: int) -> Array:
-    x = ref_fc(c, below(state, "embed."))
-    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8)
-    for i in range(num_layers):
-        x = ref_lrelu(ref_fc(x, below(state, f"layers.{i}."), multiplier=0.01))
-    return x
-
-
-def ref_discriminator(img: Array, c: Array | None, state: State, config: StyleGAN2DiscriminatorConfig) -> Array:
-    clamp = config.conv_clamp
-    x = ref_clamp(ref_lrelu(ref_conv(img, below(state, "fromrgb.0."), 0)), clamp)
-    levels = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    for level in range(levels):
-        block = below(state, f"blocks.{level}.")
-        y = ref_clamp(ref_lrelu(ref_conv(x, below(block, "conv0."), 1)), clamp)
-        y = ref_lrelu(ref_conv(ref_filter(y, 2), below(block, "conv1."), 0)[:, :, ::2, ::2])
-        if config.architecture == "resnet":
-            shortcut = ref_conv(ref_filter(x, 1)[:, :, ::2, ::2], below(block, "skip."), 0)
-            y = (ref_clamp(y, clamp) + shortcut) * np.sqrt(0.5)
-        else:
-            y = ref_clamp(y, clamp)
-        if config.architecture == "skip":
-            img = ref_filter(img, 1)[:, :, ::2, ::2]
-            rgb = ref_lrelu(ref_conv(img, below(state, f"fromrgb.{level + 1}."), 0))
-            y = y + (rgb if level == levels - 1 else ref_clamp(rgb, clamp))
-        x = y
-    if config.mbstd_group_size:
-        x = ref_mbstd(x, config.mbstd_group_size)
-    x = ref_clamp(ref_lrelu(ref_conv(x, below(state, "epilogue.conv."), 1)), clamp)
-    x = ref_lrelu(ref_fc(x.reshape(len(x), -1), below(state, "epilogue.fc.")))
-    out = ref_fc(x, below(state, "epilogue.out."))
-    if c is None:
-        return out
-    cmap = ref_label_mapping(c, below(state, "mapping."), config.mapping_layers)
-    return (out * cmap).sum(axis=1, keepdims=True) / np.sqrt(cmap.shape[1])
-
-
 def images(config: StyleGAN2DiscriminatorConfig, batch: int = 4) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, config.img_channels, *config.img_size, dtype=torch.float64)
-
-
-def close(actual: Tensor, expected: Array) -> None:
-    assert tuple(actual.shape) == expected.shape
-    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -148,7 +50,7 @@ def test_discriminator_equals_the_equations(architecture: Any, changes: dict[str
     config = StyleGAN2DiscriminatorConfig(architecture=architecture, **(defaults | changes))
     D, img = build(config), images(config)
     c = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]] if config.c_dim else None
-    expected = ref_discriminator(img.numpy(), None if c is None else c.numpy(), state_of(D), config)
+    expected = ref_stylegan2_discriminator(img.numpy(), None if c is None else c.numpy(), state_of(D), config)
     close(D(img, c), expected)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import all_recorded, small_config
-from test_objectives import OBJECTIVES, SETTINGS
 from torch import Tensor
+from training_helpers import OBJECTIVE_SETTINGS, OBJECTIVES
 
 from torch_utils import custom_ops
 from torch_utils.misc import seed_step
@@ -126,7 +126,11 @@ def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> Non
 @QUIET_COMPILER
 @pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
 def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zip: Path, objective: str) -> None:
-    settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS.get(objective, {})}
+    settings: dict[str, Any] = {
+        "loss__objective": objective,
+        "loss__pl_weight": 0.0,
+        **OBJECTIVE_SETTINGS.get(objective, {}),
+    }
     source = build(shapes_zip, "cpu", **settings)
     plain, compiled = (gradients(build(shapes_zip, "cpu", **settings, run__compile=on), source) for on in (False, True))
     for phase, gradient in plain.items():
@@ -138,7 +142,7 @@ def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zi
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str) -> None:
     """Two batches with two seeds, one after the other: nothing of the first is left in the second."""
-    settings = {"augment__pipe": "color", "loss__objective": objective, **SETTINGS.get(objective, {})}
+    settings = {"augment__pipe": "color", "loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}
     eager, graphs = (build(shapes_zip, "cuda", **settings, run__graphs=on) for on in (False, True))
     data = eager._batches()
     for position in (0, 1000):
@@ -188,10 +192,10 @@ def test_reduced_precision_adds_little_to_the_noise_of_a_batch(
     """In every phase, those that are differentiated twice too, and at weights that have been trained a little.
 
     The error of a gradient adds less than a tenth to its variance over images, latents, augmentations; with a penalty
-    on the norm of D's gradient, whose direction rounding turns where D is almost flat, less than half.
+    on the norm of D's gradient, whose direction rounding turns where D is almost flat_parameters, less than half.
     """
     limit = 1 / 2 if objective == "wgangp-eps" else 1 / 10
-    settings = {"loss__objective": objective, **SETTINGS.get(objective, {})}
+    settings = {"loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}
     source = build(shapes_zip, device, **settings)
     source.total_nimg = 5 * source.batch_size
     source.train()
@@ -276,7 +280,7 @@ def test_winograd_in_bf16_is_as_good_as_bf16_needs() -> None:
 
 
 def test_the_fused_optimizer_follows_adams_formula() -> None:
-    """Kingma & Ba 2015, algorithm 1, in float64; a step that is to be skipped leaves everything as it is."""
+    """Kingma & Ba 2015, algorithm 1, in float64; a step that is to be skipped leaves every_phase_config as it is."""
     p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     updater = build_updater([p], AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3), None)
     w, m, v = p.detach().double(), torch.zeros(7).double(), torch.zeros(7).double()

@@ -14,9 +14,8 @@ pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
-from foreign_files import write
+from foreign_files import stylegan2_module, write
 from snapshot_helpers import make_snapshot
-from test_legacy import generator_module
 
 import calc_metrics
 import dataset_tool
@@ -115,7 +114,7 @@ def test_metrics_of_a_folder_are_recorded_beside_it(folder: Path, tmp_path: Path
 
 def test_a_foreign_snapshot_becomes_one_of_ours(tmp_path: Path) -> None:
     """Which `load_network` of training/ reads, and a folder of the same."""
-    path = write(tmp_path / "network-snapshot-000120.pkl", {"G_ema": generator_module()})
+    path = write(tmp_path / "network-snapshot-000120.pkl", {"G_ema": stylegan2_module()})
     theirs = legacy.load_network(path)
     for source, dest in ((path, "ours.pkl"), (path, "folder"), (tmp_path / "ours.pkl", "again")):
         assert convert(f"--source={source}", f"--dest={tmp_path / dest}").exit_code == 0

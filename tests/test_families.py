@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import make_shapes
+from training_helpers import SMALL_STYLEGAN2_D, SMALL_STYLEGAN2_G, distances_to_scenes
 
 import generate
 import train
@@ -272,23 +273,19 @@ def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path, p
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # weights of the mapping are around 100
 
 
-# Options with which pairs of families learn drawn scenes of 16x16 within 3,000 images. `make demo` is the Styleformer's
-# own test; its images are nearer to the data from the start.
-SMALL_G = ["--set=generator.channel_base=512", "--set=generator.channel_max=64"]
-SMALL_D = ["--cbase=512", "--set=discriminator.channel_max=64"]
 LEARNING = {
-    ("stylegan2", "stylegan2"): [*SMALL_G, *SMALL_D],
+    ("stylegan2", "stylegan2"): [*SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D],
     ("styleformer-c", "stylegan2"): [
         "--set=generator.handover=8",
         "--g_dict=128",
         "--num_layers=1",
-        *SMALL_G,
-        *SMALL_D,
+        *SMALL_STYLEGAN2_G,
+        *SMALL_STYLEGAN2_D,
     ],
-    ("transgan", "stylegan2"): ["--g_dict=128,32", "--num_layers=1,1", *SMALL_D],
-    ("stylegan2", "styleformer"): [*SMALL_G, *SMALL_D],
+    ("transgan", "stylegan2"): ["--g_dict=128,32", "--num_layers=1,1", *SMALL_STYLEGAN2_D],
+    ("stylegan2", "styleformer"): [*SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D],
     ("stylegan2", "transgan"): [
-        *SMALL_G,
+        *SMALL_STYLEGAN2_G,
         "--set=discriminator.widths=48,16",
         "--set=discriminator.layers=1,1",
         "--set=discriminator.local_layers=0,0",
@@ -297,19 +294,9 @@ LEARNING = {
 }
 
 
-def distances(tmp_path: Path, side: int, *options: str) -> tuple[float, float]:
-    """The sliced Wasserstein distance to drawn scenes of this side of an untrained generator, and after training."""
-    data = make_shapes(tmp_path / "scenes.zip", side, 2048)
-    common = ["--cfg=tiny", "--aug=none", "--snap=1", "--metrics=swd200", "--device=cpu", "--workers=0"]
-    run_ok(f"--outdir={tmp_path / 'runs'}", f"--data={data}", *common, *options)
-    (log,) = (tmp_path / "runs").glob("*/metric-swd200.jsonl")
-    untrained, *_, trained = (json.loads(line)["results"]["swd200"] for line in log.read_text().splitlines())
-    return untrained, trained
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", LEARNING, ids="-".join)
 def test_every_family_halves_its_distance_to_drawn_scenes(tmp_path: Path, pair: tuple[str, str]) -> None:
     options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--kimg=3", "--tick=3"]
-    untrained, trained = distances(tmp_path, 16, *options)
+    untrained, trained = distances_to_scenes(tmp_path, 16, *options)
     assert trained <= untrained / 2

@@ -28,9 +28,9 @@ from foreign_files import (
     stylegan2,
     write,
 )
-from test_legacy import assert_same_images, refused, styleformer_state, stylegan2_state
-from test_networks import ref_synthesis as ref_styleformer
-from test_stylegan2 import ref_synthesis as ref_stylegan2
+from foreign_references import assert_same_images, refused, styleformer_state, stylegan2_state
+from reference_styleformer import ref_styleformer
+from reference_stylegan2 import ref_stylegan2
 
 import calc_metrics
 import generate

@@ -11,7 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
-from foreign_files import discriminator_shapes, draw, dumps, mapping_shapes, module, styleformer_shapes, write
+from foreign_files import (
+    STYLEFORMER_LAYERS,
+    STYLEFORMER_WIDTHS,
+    discriminator_shapes,
+    draw,
+    dumps,
+    module,
+    styleformer_module,
+    write,
+)
 from PIL import Image
 from web import Site
 
@@ -23,16 +32,6 @@ from torch_utils.checkpoint import Checkpoint
 from training.networks import GENERATORS
 from training.networks.styleformer import StyleformerConfig
 
-WIDTHS, LAYERS = (32, 16, 16), (1, 1, 1)
-
-
-def styleformer(c_dim: int = 0) -> Any:
-    """A generator of 32x32 images as the public release would have pickled it."""
-    shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(WIDTHS, LAYERS, 8, 64, 3, False)
-    kwargs: dict[str, Any] = {"z_dim": 64, "c_dim": c_dim, "w_dim": 64, "img_resolution": 32, "img_channels": 3}
-    synthesis = {"depth": 32, "num_layers": LAYERS, "conv_clamp": 256, "linformer": 0}
-    return module("Generator", draw(shapes), **kwargs, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)
-
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +39,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 32, "img_channels": 3, "conv_clamp": 256}
     D = module("Discriminator", draw(shapes, seed=1), **kwargs, channel_base=256, channel_max=16)
     folder = tmp_path_factory.mktemp("theirs")
-    content = {"G": styleformer(), "D": D, "G_ema": styleformer()}
+    content = {"G": styleformer_module(), "D": D, "G_ema": styleformer_module()}
     return write(folder / "network-snapshot-002000.pkl", content)
 
 
@@ -165,7 +164,7 @@ def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip:
 
 def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     path = tmp_path / "generation.pkl"
-    write(path, {"G_ema": styleformer()})
+    write(path, {"G_ema": styleformer_module()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
     expected = {
         "generation.pkl": "G cannot be taken from it: it is not there",
@@ -184,7 +183,7 @@ def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
         assert words in text
     about = json.loads(run_ok(legacy.main, "info", theirs, "--json"))
     with torch.device("meta"):
-        G = StyleformerConfig(z_dim=64, w_dim=64, widths=WIDTHS, layers=LAYERS).build()
+        G = StyleformerConfig(z_dim=64, w_dim=64, widths=STYLEFORMER_WIDTHS, layers=STYLEFORMER_LAYERS).build()
     assert about["networks"]["G_ema"] == {"family": "styleformer", "parameters": sum(x.numel() for x in G.parameters())}
     assert about["config"]["generator"]["family"] in GENERATORS
     assert about["bytes"] == theirs.stat().st_size

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.special
 import torch
+from reference_layers import build, close, inputs, randomize, ref_fc, ref_mapping, state_of
+from reference_styleformer import ref_demodulated, ref_encoder_block, ref_styleformer, ref_torgb_tokens
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,7 +18,7 @@ from dnnlib.config import ConfigError
 from training.config import PRESETS
 from training.networks import GENERATORS, execution
 from training.networks.attention import SelfAttention
-from training.networks.generator import Generator, GeneratorConfig, base_grids
+from training.networks.generator import base_grids
 from training.networks.layers import (
     Conv2d,
     FullyConnected,
@@ -31,9 +32,6 @@ from training.networks.mapping import MappingNetwork
 from training.networks.styleformer import StyleformerConfig, StyleformerToRGB
 from training.networks.styleformer_ablations import AblatedEncoderBlock
 from training.networks.styleformer_block import EncoderBlock
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-State = dict[str, Array]
 
 TINY = StyleformerConfig(
     z_dim=5, w_dim=6, mapping_layers=2, img_channels=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4
@@ -55,161 +53,7 @@ VARIANTS = {
 }
 
 
-def build(config: StyleformerConfig) -> Generator:
-    """A float64 generator in which no parameter or buffer is trivial."""
-    torch.manual_seed(0)
-    G = config.build().double()
-    randomize(G)
-    return G
-
-
-@torch.no_grad()
-def randomize(module: torch.nn.Module) -> None:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.any():
-            tensor.normal_()
-        elif tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
-            tensor.add_(torch.randn_like(tensor), alpha=0.3)
-
-
-def state_of(module: torch.nn.Module) -> State:
-    return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
-
-
-def below(state: State, prefix: str) -> State:
-    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
-
-
 # The reference: numpy, float64, from the equations.
-
-
-def ref_fc(x: Array, state: State, multiplier: float = 1.0, lrelu: bool = False) -> Array:
-    W, b = state["weight"], state["bias"]
-    y = np.einsum("bi,oi->bo", x, W * multiplier / np.sqrt(W.shape[1])) + b * multiplier
-    return np.where(y > 0, y, 0.2 * y) * np.sqrt(2) if lrelu else y
-
-
-def ref_normalize(x: Array) -> Array:
-    return x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8)
-
-
-def ref_mapping(
-    z: Array, c: Array | None, state: State, num_ws: int, num_layers: int, psi: float = 1.0, cutoff: int | None = None
-) -> Array:
-    x = ref_normalize(z)
-    if c is not None:
-        x = np.concatenate([x, ref_normalize(ref_fc(c, below(state, "embed.")))], axis=1)
-    for i in range(num_layers):
-        x = ref_fc(x, below(state, f"layers.{i}."), multiplier=0.01, lrelu=True)
-    ws = np.stack([x] * num_ws, axis=1)
-    ws[:, :cutoff] = state["w_avg"] + psi * (ws[:, :cutoff] - state["w_avg"])
-    return ws
-
-
-def ref_demodulated(x: Array, weight: Array, style: Array) -> Array:
-    """x (B, N, C) times the weight, whose output channels are normalised as if the style had scaled its inputs."""
-    modulated = np.einsum("ji,bi->bji", weight, style)
-    return np.einsum("bni,ji->bnj", x, weight) / np.sqrt((modulated**2).sum(axis=2) + 1e-8)[:, None, :]
-
-
-def ref_layer_norm(x: Array) -> Array:
-    return (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
-
-
-def ref_block(
-    x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array, norm_after: bool = False
-) -> Array:
-    B, N, C = x.shape
-    styles = ref_fc(w, below(state, "affine."))
-    s1, s2 = (styles[:, :C], styles[:, C:]) if styles.shape[1] == 2 * C else (np.ones([B, C]), styles)
-    Wq, Wk, Wv = state["qkv_weight"][:C], state["qkv_weight"][C : 2 * C], state["qkv_weight"][2 * C :]
-    x = x * s1[:, None, :]
-    x = x if norm_after else ref_layer_norm(x)
-    q, k, v = (ref_demodulated(x, W, s1) for W in (Wq, Wk, Wv))
-    v = v * s2[:, None, :]
-    keys, values = k, v
-    if "attention.token_projection" in state:
-        E = state["attention.token_projection"]
-        keys, values = np.einsum("kn,bnc->bkc", E, k), np.einsum("kn,bnc->bkc", E, v)
-    D = C // heads
-    attended = np.zeros((B, N, C))
-    for b in range(B):
-        for h in range(heads):
-            part = slice(h * D, (h + 1) * D)
-            scores = np.exp(q[b, :, part] @ keys[b, :, part].T / np.sqrt(D))
-            attended[b, :, part] = scores / scores.sum(axis=1, keepdims=True) @ values[b, :, part]
-    y = ref_demodulated(attended, state["out_weight"], s2)
-    if "residual_weight" in state:
-        y = y + ref_demodulated(v, state["residual_weight"], s2)
-    y = ref_layer_norm(y) if norm_after else y
-    if "ffn.weight1" in state:
-        y = y + ref_feed_forward(ref_layer_norm(y), below(state, "ffn."))
-    y = y + state["noise_strength"] * noise + state["bias"]
-    y = np.where(y > 0, y, 0.2 * y)
-    return y if clamp is None else np.clip(y, -clamp, clamp)
-
-
-def ref_feed_forward(x: Array, state: State) -> Array:
-    hidden = np.einsum("bni,oi->bno", x, state["weight1"]) + state["bias1"]
-    hidden = hidden * (1 + scipy.special.erf(hidden / np.sqrt(2))) / 2
-    return np.einsum("bni,oi->bno", hidden, state["weight2"]) + state["bias2"]
-
-
-def ref_torgb(x: Array, w: Array, state: State) -> Array:
-    W = np.einsum("oi,bi->boi", state["weight"], ref_fc(w, below(state, "affine.")))
-    W = W / np.sqrt((W**2).sum(axis=2, keepdims=True) + 1e-8)
-    return np.einsum("bni,boi->bno", x, W) + state["bias"]
-
-
-def ref_up2(x: Array) -> Array:
-    """x (B, H, W, C) -> (B, 2H, 2W, C)."""
-    for axis in (1, 2):
-        x = np.moveaxis(x, axis, 0)
-        zero = np.zeros_like(x[:1])
-        before, after = np.concatenate([zero, x[:-1]]), np.concatenate([x[1:], zero])
-        x = np.stack([before / 4 + 3 * x / 4, 3 * x / 4 + after / 4], axis=1).reshape(-1, *x.shape[1:])
-        x = np.moveaxis(x, 0, axis)
-    return x
-
-
-def ref_synthesis(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> Array:
-    return ref_encode(ws, state, config, noise)[1]
-
-
-def ref_encode(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> tuple[Array, Array]:
-    """Tokens (B, N, C) and image (B, C, H, W) after the last encoder block."""
-    B = len(ws)
-    x = np.stack([state["const"]] * B)
-    rgb: Array | None = None
-    i = 0
-    for r, (C, num_blocks) in enumerate(zip(config.widths, config.layers, strict=True)):
-        height, width = config.base[0] * 2**r, config.base[1] * 2**r
-        stage = below(state, f"stages.{r}.")
-        x = x + stage["pos_embedding"]
-        for j in range(num_blocks):
-            block = below(stage, f"blocks.{j}.")
-            heads = max(config.minimum_head, C // config.depth)
-            after = config.layernorm == "after"
-            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"] * noise, after)
-            i += 1
-        y = ref_torgb(x, ws[:, i], below(stage, "torgb.")).reshape(B, height, width, -1)
-        rgb = y if rgb is None else ref_up2(rgb) + y
-        if r + 1 < len(config.widths):
-            x = ref_up2(x.reshape(B, height, width, -1)).reshape(B, 4 * height * width, -1)
-    assert rgb is not None
-    return x, rgb.transpose(0, 3, 1, 2)
-
-
-def inputs(config: GeneratorConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
-    torch.manual_seed(1)
-    z = torch.randn(batch, config.z_dim, dtype=torch.float64)
-    c = torch.eye(config.c_dim, dtype=torch.float64)[torch.arange(batch) % config.c_dim] if config.c_dim else None
-    return z, c
-
-
-def close(actual: Tensor, expected: Array) -> None:
-    assert tuple(actual.shape) == expected.shape
-    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +106,7 @@ def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
         psi=0.7,
         cutoff=2,
     )
-    expected = ref_synthesis(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
+    expected = ref_styleformer(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
     actual = G(z, c, truncation_psi=0.7, truncation_cutoff=2, noise_mode=noise_mode)
     close(actual, expected)
     assert tuple(actual.shape[1:]) == G.img_shape == (config.img_channels, *config.img_size)
@@ -272,7 +116,7 @@ def test_every_style_reaches_its_own_block() -> None:
     G, (z, _) = build(TINY), inputs(TINY)
     state = state_of(G.synthesis)
     ws = torch.randn(len(z), G.num_ws, G.w_dim, dtype=torch.float64)
-    close(G.synthesis(ws), ref_synthesis(ws.numpy(), state, TINY, noise=True))
+    close(G.synthesis(ws), ref_styleformer(ws.numpy(), state, TINY, noise=True))
 
 
 def test_linformer_applies_from_the_given_number_of_tokens() -> None:
@@ -347,7 +191,7 @@ def test_random_noise_is_one_draw_per_image_and_token() -> None:
     actual = block(x, w, "random")
     torch.manual_seed(5)
     noise = torch.randn(4, 6, 1, dtype=torch.float64).numpy()
-    close(actual, ref_block(x.numpy(), w.numpy(), state_of(block), 2, TINY.conv_clamp, noise))
+    close(actual, ref_encoder_block(x.numpy(), w.numpy(), state_of(block), 2, TINY.conv_clamp, noise))
 
 
 def test_noise_modes() -> None:
@@ -388,7 +232,7 @@ def test_torgb_equals_the_equation() -> None:
     torgb = StyleformerToRGB(8, 3, 6).double()
     randomize(torgb)
     x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb)))
+    close(torgb(x, w), ref_torgb_tokens(x.numpy(), w.numpy(), state_of(torgb)))
 
 
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])

@@ -13,10 +13,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import OnStep
-from test_families import SMALL_D, SMALL_G, distances
-from test_loss import H, LinearG, W, batch, make_gan
-from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
+from linear_gan import H, LinearG, W, batch, make_gan
 from torch import Tensor, nn
+from training_helpers import (
+    OBJECTIVE_SETTINGS,
+    OBJECTIVES,
+    SMALL_STYLEGAN2_D,
+    SMALL_STYLEGAN2_G,
+    distances_to_scenes,
+    every_phase_config,
+    flat_parameters,
+    new_trainer,
+    saved_state,
+    train_and_save,
+    train_steps,
+)
 
 import train
 from dnnlib.config import ConfigError, from_json
@@ -37,16 +48,8 @@ from training.loss import (
 from training.phases import AdamConfig, BatchMeans, Updater, build_phases, build_updater
 from training.training_loop import Trainer
 
-OBJECTIVES = tuple(loss.OBJECTIVES)
 CLASSIFIERS, COMPARISONS = {"logistic", "hinge"}, {"wgangp-eps", "relativistic"}
 WITH_R1 = f"only --loss={' and '.join(loss.LAZY_R1)} have R1"
-# What a configuration needs to say beside the objective when it was made for the logistic one.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "logistic": {"loss__r1_interval": 3},
-    "hinge": {"loss__r1_interval": 3},
-    "wgangp-eps": {"loss__r1_gamma": 0.0, "loss__r1_interval": None},
-    "relativistic": {"loss__r1_interval": None},
-}
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -222,7 +225,7 @@ def test_a_generator_can_have_a_larger_batch(objective: str) -> None:
 
 
 def settings(objective: str, **changes: Any) -> LossConfig:
-    values = {name.removeprefix("loss__"): value for name, value in SETTINGS.get(objective, {}).items()}
+    values = {name.removeprefix("loss__"): value for name, value in OBJECTIVE_SETTINGS.get(objective, {}).items()}
     return LossConfig(objective=objective, **values | changes)
 
 
@@ -275,10 +278,10 @@ def test_phases_their_intervals_and_weights(objective: str, expected: list[tuple
 def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_zip: Path) -> None:
     """w_ema = 0.5^(16 N / n) w_0 + sum of what each step adds: the half-life is n images whatever n_critic says."""
     trainer = new_trainer(
-        everything(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
+        every_phase_config(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
     )
-    seen = [flat(trainer.G)]
-    trainer.hooks = [OnStep(lambda trainer: seen.append(flat(trainer.G)))]
+    seen = [flat_parameters(trainer.G)]
+    trainer.hooks = [OnStep(lambda trainer: seen.append(flat_parameters(trainer.G)))]
     train_steps(trainer, 7)
     moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moved == [True, False, False, True, False, False, True]
@@ -286,11 +289,7 @@ def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_
     average = seen[0]
     for weights, images in ((seen[1], 24), (seen[4], 24), (seen[7], 8)):  # 8 images a step
         average = weights + 0.5 ** (images / 100) * (average - weights)
-    torch.testing.assert_close(flat(trainer.ema.module), average, rtol=1e-5, atol=1e-7)
-
-
-def flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
+    torch.testing.assert_close(flat_parameters(trainer.ema.module), average, rtol=1e-5, atol=1e-7)
 
 
 def test_weights_do_not_decay_and_no_option_says_so() -> None:
@@ -332,7 +331,7 @@ def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
 @pytest.mark.parametrize("name", ["w_avg", "real_sign", "loss"])
 def test_batch_means_that_are_not_finite_are_bad_too(shapes_zip: Path, name: str) -> None:
     """They would stay in a running mean for ever; the gradients are zero. In the first of two micro-batches."""
-    trainer = new_trainer(everything(shapes_zip, run__nan="skip"))
+    trainer = new_trainer(every_phase_config(shapes_zip, run__nan="skip"))
     phase = next(phase for phase in trainer.phases if phase.name == "D_main")
     factors = iter([float("inf"), 0.0, 1.0, 1.0])
 
@@ -373,7 +372,7 @@ def test_batch_means_are_averages_over_images_by_name() -> None:
 
 def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
     clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
-    trainer = new_trainer(everything(shapes_zip, **clip))
+    trainer = new_trainer(every_phase_config(shapes_zip, **clip))
     img, c = next(trainer._batches())
     for phase in trainer.phases:
         trainer.run_phase(phase, img, c)
@@ -382,7 +381,7 @@ def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
 
 
 def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
-    return everything(data, loss__objective=objective, **SETTINGS.get(objective, {}) | changes)
+    return every_phase_config(data, loss__objective=objective, **OBJECTIVE_SETTINGS.get(objective, {}) | changes)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -399,10 +398,10 @@ def test_the_generators_step_leaves_nothing_in_the_discriminator(shapes_zip: Pat
             assert any((p.grad != 0).any() for p in trainer.G.parameters())
             trainer.G.load_state_dict(before)
         trainer.run_phase(phases["D_main"], img, c)
-        return flat(trainer.D)
+        return flat_parameters(trainer.D)
 
     config = objective_config(shapes_zip, objective)
-    fresh = flat(new_trainer(config).D)
+    fresh = flat_parameters(new_trainer(config).D)
     alone, after = (run_d_main(new_trainer(config), after_g=after_g) for after_g in (False, True))
     assert torch.equal(alone, after)
     assert not torch.equal(alone, fresh)
@@ -420,7 +419,7 @@ def test_resuming_is_exact_with_every_objective(shapes_zip: Path, tmp_path: Path
     first.save(tmp_path / "training-state-000000.pt")
     second.resume(tmp_path / "training-state-000000.pt")
     train_steps(second, 2)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
     assert float(straight.augment.p) != 0.5  # the controller was at work
 
 
@@ -444,7 +443,7 @@ def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, to
     alone = new_trainer(config_to_share(shapes_zip, objective))
     train_steps(alone, 3)
     saved = Checkpoint.read(together / "test_objectives" / f"{objective}.pt")
-    one, two = everything_that_is_saved(alone), saved["parts"]
+    one, two = saved_state(alone), saved["parts"]
     for part in ("G", "D", "G_ema", "ada"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
@@ -473,7 +472,7 @@ LEARNING: dict[str, tuple[int, list[str]]] = {
         8,
         [*SMALL_TRANSGANS, "--set=loss.n_critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"],
     ),
-    "relativistic": (16, ["--gen=stylegan2", *SMALL_G, *SMALL_D, "--kimg=1"]),
+    "relativistic": (16, ["--gen=stylegan2", *SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D, "--kimg=1"]),
 }
 
 
@@ -481,7 +480,7 @@ LEARNING: dict[str, tuple[int, list[str]]] = {
 @pytest.mark.parametrize("objective", LEARNING)
 def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: Path, objective: str) -> None:
     side, options = LEARNING[objective]
-    untrained, trained = distances(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
+    untrained, trained = distances_to_scenes(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
     assert trained <= untrained / 2
 
 

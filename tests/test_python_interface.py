@@ -18,11 +18,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from exploration_helpers import FAMILIES, build, make_snapshot
-from foreign_files import Call, Name, dumps, write
+from foreign_files import Call, Name, dumps, styleformer_module, stylegan2_module, write
 from PIL import Image
 from snapshot_helpers import make_snapshot as make_whole_snapshot
-from test_foreign_tools import styleformer
-from test_legacy import generator_module
 from torch import nn
 from web import Site
 
@@ -104,7 +102,7 @@ def make_network(name: str, folder: Path, data: Path) -> Path:
     """A snapshot of a foreign project or of one of FAMILIES."""
     if name in FAMILIES:
         return make_snapshot(folder / f"{name}.pkl", data, name)
-    G_ema = generator_module() if name == "their-stylegan2" else styleformer()
+    G_ema = stylegan2_module() if name == "their-stylegan2" else styleformer_module()
     return write(folder / "network-snapshot-000100.pkl", {"G_ema": G_ema})
 
 
@@ -168,14 +166,14 @@ def test_snapshots_as_mappings(shapes_zip: Path, tmp_path: Path) -> None:
     dataset = training.dataset.ImageFolderDataset(**alone.training_set_kwargs | {"resolution": 16})
     assert dataset.image_shape == [3, 16, 16]
 
-    theirs = write(tmp_path / "theirs.pkl", {"G_ema": generator_module()})
+    theirs = write(tmp_path / "theirs.pkl", {"G_ema": stylegan2_module()})
     with open(theirs, "rb") as f:
         kwargs = legacy.load_network_pkl(f).training_set_kwargs
     assert (kwargs.path, kwargs.xflip, kwargs.resolution) == ("their.zip", True, 16)
 
 
 def test_any_binary_file_object_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "network-snapshot-000100.pkl", {"G_ema": generator_module()})
+    path = write(tmp_path / "network-snapshot-000100.pkl", {"G_ema": stylegan2_module()})
     content = path.read_bytes()
     with gzip.open(tmp_path / "net.pkl.gz", "wb") as packed:
         packed.write(content)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_networks import below, close, inputs, randomize, ref_encode, ref_mapping, state_of
-from test_stylegan2 import ref_layer, ref_torgb, ref_up2
+from reference_layers import below, build, close, inputs, ref_mapping, state_of
+from reference_styleformer import ref_styleformer_tokens
+from reference_stylegan2 import ref_modulated_layer, ref_torgb, ref_upsample
 from torch import Tensor
 
 from dnnlib.config import ConfigError
@@ -42,14 +43,6 @@ VARIANTS = {
 }
 
 
-def build(config: StyleformerCConfig) -> Any:
-    """A float64 generator in which no parameter or buffer is trivial."""
-    torch.manual_seed(0)
-    G = config.build().double()
-    randomize(G)
-    return G
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
 def test_generator_equals_the_equations(name: str, noise_mode: str) -> None:
@@ -60,7 +53,7 @@ def test_generator_equals_the_equations(name: str, noise_mode: str) -> None:
     ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, config.mapping_layers)
     ws = ws + np.random.default_rng(0).normal(size=ws.shape)  # every style differs
     state = state_of(G.synthesis)
-    x, rgb = ref_encode(ws, state, config, noise)
+    x, rgb = ref_styleformer_tokens(ws, state, config, noise)
     height, width = config.grids[-1]
     x = x.reshape(len(x), height, width, -1).transpose(0, 3, 1, 2)
     index = sum(config.layers)
@@ -68,10 +61,10 @@ def test_generator_equals_the_equations(name: str, noise_mode: str) -> None:
         stage = below(state, f"conv_stages.{level}.")
         for number, up in ((0, 2), (1, 1)):
             conv = below(stage, f"convs.{number}.")
-            x = ref_layer(x, ws[:, index], conv, up, config.conv_clamp, conv["noise_const"] * noise)
+            x = ref_modulated_layer(x, ws[:, index], conv, up, config.conv_clamp, conv["noise_const"] * noise)
             index += 1
         y = ref_torgb(x, ws[:, index], below(stage, "torgb."), config.conv_clamp)
-        rgb = np.stack([[ref_up2(plane) for plane in image] for image in rgb]) + y
+        rgb = np.stack([[ref_upsample(plane) for plane in image] for image in rgb]) + y
     assert index + 1 == config.num_ws
     close(G.synthesis(torch.from_numpy(ws), noise_mode), rgb)
     assert rgb.shape[1:] == G.img_shape == (config.img_channels, *config.img_size)

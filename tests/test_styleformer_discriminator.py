@@ -11,21 +11,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_discriminator import (
-    Array,
-    State,
-    below,
-    close,
-    randomize,
-    ref_clamp,
-    ref_conv,
-    ref_fc,
-    ref_filter,
-    ref_label_mapping,
-    ref_lrelu,
-    ref_mbstd,
-    state_of,
-)
+from reference_layers import Array, State, below, build, close, ref_fc, state_of
+from reference_stylegan2 import ref_clamp, ref_conv, ref_filter, ref_label_mapping, ref_lrelu, ref_mbstd
 from torch import Tensor
 
 import train
@@ -33,7 +20,6 @@ from dnnlib.config import ConfigError
 from training.networks import execution
 from training.networks.styleformer_discriminator import (
     DiscriminatorEncoderBlock,
-    StyleformerDiscriminator,
     StyleformerDiscriminatorConfig,
 )
 
@@ -48,13 +34,6 @@ VARIANTS: dict[str, StyleformerDiscriminatorConfig] = {
     "tight clamp, patches of 4": replace(TINY, conv_clamp=0.3, patch=4, layers=(2,), channel_base=40),
     "no clamp, no groups": replace(TINY, conv_clamp=None, mbstd_group_size=0),
 }
-
-
-def build(config: StyleformerDiscriminatorConfig) -> StyleformerDiscriminator:
-    torch.manual_seed(0)
-    D = config.build().double()
-    randomize(D)
-    return D
 
 
 def inputs(config: StyleformerDiscriminatorConfig) -> tuple[Tensor, Tensor | None]:

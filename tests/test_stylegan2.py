@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate2d
-from test_networks import Array, State, below, close, inputs, randomize, ref_fc, ref_mapping, state_of
+from reference_layers import build, close, inputs, randomize, ref_mapping, state_of
+from reference_stylegan2 import ref_modulated_conv, ref_modulated_layer, ref_stylegan2, ref_torgb
 from torch import Tensor
 
 from dnnlib.config import ConfigError
@@ -19,7 +19,6 @@ from training.networks.layers import resample_filter
 from training.networks.stylegan2 import (
     ModulatedConv,
     StyleGAN2Config,
-    StyleGAN2Generator,
     StyleGAN2ToRGB,
     modulated_conv2d,
 )
@@ -36,84 +35,6 @@ VARIANTS = {
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
     "resnet, tight clamp": dataclasses.replace(TINY, architecture="resnet", conv_clamp=0.3),
 }
-FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-
-
-def build(config: StyleGAN2Config) -> StyleGAN2Generator:
-    """A float64 generator in which no parameter or buffer is trivial."""
-    torch.manual_seed(0)
-    G = config.build().double()
-    randomize(G)
-    return G
-
-
-def ref_up2(x: Array) -> Array:
-    """x (H, W): zeros between and outside of the samples, then the filter, whose gain makes up for the zeros."""
-    zeros = np.zeros((2 * x.shape[0], 2 * x.shape[1]))
-    zeros[::2, ::2] = x
-    return correlate2d(np.pad(zeros, ((2, 1), (2, 1))), 4 * FILTER, "valid")
-
-
-def ref_clamp(x: Array, clamp: float | None) -> Array:
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_modulated(x: Array, weight: Array, style: Array, up: int) -> Array:
-    """One image x (I, H, W), weight (O, I, k, k), style (I,): the definition."""
-    W = weight * style[None, :, None, None]
-    W = W / np.sqrt((W**2).sum(axis=(1, 2, 3), keepdims=True) + 1e-8)
-    num_outputs, num_inputs, _, _ = W.shape
-    _, height, width = x.shape
-    if up == 1:
-        padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-        return np.stack(
-            [sum(correlate2d(padded[i], W[o, i], "valid") for i in range(num_inputs)) for o in range(num_outputs)]
-        )
-    y = np.zeros((num_outputs, 2 * height + 1, 2 * width + 1))
-    for i in range(height):
-        for j in range(width):
-            y[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += np.einsum("oikl,i->okl", W, x[:, i, j])
-    return np.stack([correlate2d(np.pad(plane, 1), 4 * FILTER, "valid") for plane in y])
-
-
-def ref_layer(x: Array, w: Array, state: State, up: int, clamp: float | None, noise: Array, gain: float = 1.0) -> Array:
-    styles = ref_fc(w, below(state, "affine."))
-    y = np.stack([ref_modulated(image, state["weight"], style, up) for image, style in zip(x, styles, strict=True)])
-    y = y + state["noise_strength"] * noise + state["bias"][:, None, None]
-    y = np.where(y > 0, y, 0.2 * y) * np.sqrt(2) * gain
-    return ref_clamp(y, None if clamp is None else clamp * gain)
-
-
-def ref_torgb(x: Array, w: Array, state: State, clamp: float | None) -> Array:
-    style = ref_fc(w, below(state, "affine.")) / np.sqrt(x.shape[1])
-    y = np.einsum("oi,bi,bihw->bohw", state["weight"], style, x) + state["bias"][:, None, None]
-    return ref_clamp(y, clamp)
-
-
-def ref_synthesis(ws: Array, state: State, config: StyleGAN2Config, noise: bool) -> Array:
-    """The indices of the styles are those of the paper's picture, counted by hand."""
-    x = np.stack([state["const"]] * len(ws))
-    rgb: Array | None = None
-    assert config.resolutions is not None
-    for level in range(config.resolutions):
-        stage = below(state, f"stages.{level}.")
-        last = below(stage, "convs.0." if level == 0 else "convs.1.")
-        shortcut = None
-        if level > 0:
-            first = below(stage, "convs.0.")
-            if config.architecture == "resnet":
-                y = np.einsum("oi,bihw->bohw", stage["shortcut.weight"][:, :, 0, 0] / np.sqrt(x.shape[1]), x)
-                shortcut = np.stack([[ref_up2(plane) for plane in image] for image in y]) * np.sqrt(0.5)
-            x = ref_layer(x, ws[:, 2 * level - 1], first, 2, config.conv_clamp, first["noise_const"] * noise)
-        gain = 1 if shortcut is None else np.sqrt(0.5)
-        x = ref_layer(x, ws[:, 2 * level], last, 1, config.conv_clamp, last["noise_const"] * noise, gain)
-        if shortcut is not None:
-            x = x + shortcut
-        if config.architecture == "skip" or level == config.resolutions - 1:
-            y = ref_torgb(x, ws[:, 2 * level + 1], below(stage, "torgb."), config.conv_clamp)
-            rgb = y if rgb is None else np.stack([[ref_up2(plane) for plane in image] for image in rgb]) + y
-    assert rgb is not None
-    return rgb
 
 
 @pytest.mark.parametrize(
@@ -139,7 +60,7 @@ def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
     G, (z, c) = build(config), inputs(config)
     labels = None if c is None else c.numpy()
     ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, config.mapping_layers, psi=0.7, cutoff=1)
-    expected = ref_synthesis(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
+    expected = ref_stylegan2(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
     actual = G(z, c, truncation_psi=0.7, truncation_cutoff=1, noise_mode=noise_mode)
     close(actual, expected)
     assert tuple(actual.shape[1:]) == G.img_shape == (config.img_channels, *config.img_size)
@@ -151,7 +72,7 @@ def test_every_style_reaches_its_own_layer(name: str) -> None:
     G = build(config)
     ws = torch.randn(2, G.num_ws, G.w_dim, dtype=torch.float64)
     assert G.num_ws == {1: 2, 3: 6}[config.resolutions or 0]
-    close(G.synthesis(ws), ref_synthesis(ws.numpy(), state_of(G.synthesis), config, noise=True))
+    close(G.synthesis(ws), ref_stylegan2(ws.numpy(), state_of(G.synthesis), config, noise=True))
 
 
 @pytest.mark.parametrize("up", [1, 2])
@@ -163,7 +84,7 @@ def test_random_noise_is_one_draw_per_image_and_pixel(up: Any) -> None:
     actual = layer(x, w, "random")
     torch.manual_seed(5)
     noise = torch.randn(2, 1, 4 * up, 6 * up, dtype=torch.float64).numpy()
-    close(actual, ref_layer(x.numpy(), w.numpy(), state_of(layer), up, None, noise))
+    close(actual, ref_modulated_layer(x.numpy(), w.numpy(), state_of(layer), up, None, noise))
 
 
 @pytest.mark.parametrize("up_filter", [None, resample_filter()])
@@ -179,7 +100,7 @@ def test_scaling_inputs_and_outputs_equals_the_definition(dtype: torch.dtype, up
     error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
     expected = np.stack(
         [
-            ref_modulated(image, weight.double().numpy(), s, 1 if up_filter is None else 2)
+            ref_modulated_conv(image, weight.double().numpy(), s, 1 if up_filter is None else 2)
             for image, s in zip(x.double().numpy(), style.double().numpy(), strict=True)
         ]
     )

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import PATIENCE, OnTick, all_recorded, small_config
+from training_helpers import every_phase_config, new_trainer, saved_state, train_and_save, train_steps
 
 from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, override
 from dnnlib.util import PARTIAL
-from torch_utils import distributed, graphs
+from torch_utils import graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
-from torch_utils.stats import Stat, Stats
+from torch_utils.stats import Stat
 from training import hooks, restore
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
@@ -27,42 +28,11 @@ from training.loss import LossTerms
 from training.phases import Phase, Updater
 from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
-# All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
-EVERYTHING = {
-    "batch_size": 8,
-    "run.batch_gpu": 4,
-    "loss.pl_weight": 2.0,
-    "loss.pl_interval": 2,
-    "loss.r1_interval": 3,
-    "loss.style_mixing": 0.9,
-    "augment.pipe": "bgc",
-    "augment.ada_kimg": 0.2,
-}
-
-
-def everything(data: Path, **changes: object) -> TrainConfig:
-    return small_config(data, **{name.replace(".", "__"): value for name, value in EVERYTHING.items()} | changes)
-
-
-def new_trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
-
-
-def train_steps(trainer: Trainer, steps: int) -> None:
-    trainer.total_nimg = trainer.state.nimg + steps * trainer.batch_size
-    trainer.train()
-
-
-def everything_that_is_saved(trainer: Trainer) -> dict[str, Any]:
-    state = {name: part.state_dict() for name, part in trainer.checkpoint.parts.items()}
-    state["state"] = {key: value for key, value in state["state"].items() if key != "elapsed"}
-    return state
-
 
 def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> None:
     """With plain attention on one grid and Linformer's on the other."""
     linformer = {"generator__linformer": True, "generator__linformer_min_tokens": 256}
-    config = everything(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
+    config = every_phase_config(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
     straight, first = new_trainer(config), new_trainer(config)
     for trainer in (straight, first):
         trainer.augment.p.fill_(0.5)
@@ -74,12 +44,12 @@ def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> 
     second.resume(tmp_path / "training-state-000000.pt")
     assert second.state.nimg == 40
     train_steps(second, 5)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
     assert float(straight.augment.p) not in (0, 0.5)  # the controller was at work
 
 
 def test_a_state_of_version_1_goes_on_with_fused_optimizers(shapes_zip: Path, tmp_path: Path) -> None:
-    config = everything(shapes_zip)
+    config = every_phase_config(shapes_zip)
     straight = new_trainer(config)
     train_steps(straight, 2)
     straight.save(tmp_path / "new.pt")
@@ -91,11 +61,11 @@ def test_a_state_of_version_1_goes_on_with_fused_optimizers(shapes_zip: Path, tm
     again.resume(tmp_path / "old.pt")
     train_steps(straight, 2)
     train_steps(again, 2)
-    assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(again)) == digest(saved_state(straight))
 
 
 def test_training_changes_all_that_it_should(shapes_zip: Path) -> None:
-    trainer = new_trainer(everything(shapes_zip))
+    trainer = new_trainer(every_phase_config(shapes_zip))
     before = {name: x.clone() for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
     train_steps(trainer, 3)
     after = {name: x for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
@@ -170,7 +140,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(sh
 
 def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
     """All that the phase would have changed stays, to the last bit; the other phases go on."""
-    config = everything(shapes_zip, run__nan="skip", run__tick_kimg=0.008)
+    config = every_phase_config(shapes_zip, run__nan="skip", run__tick_kimg=0.008)
     trainer, untouched = new_trainer(config), new_trainer(config)
     untouched.phases = untouched.phases[:2]  # the generator's
     spoil(trainer.phases[2], trainer, step=0)
@@ -216,26 +186,12 @@ def test_frozen_layers_keep_their_weights(shapes_zip: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(rest_before, rest, strict=True))
 
 
-def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
-    """Train, and save the state with the statistics of a figure that is each process's number, twice."""
-    trainer = new_trainer(config)
-    train_steps(trainer, steps)
-    statistics = Stats(torch.device("cpu"))
-    statistics.add({"rank": torch.full([2], float(distributed.rank()))})
-    statistics.gather()
-    saved = {name: x.clone() for name, x in statistics.state_dict().items()}
-    assert saved["rank"].tolist() == ([4, 2, 2] if distributed.is_main() else [0, 0, 0])
-    collected = statistics.collect()["rank"]
-    if distributed.is_main():
-        trainer.checkpoint.save(path, rank_mean=collected.mean, rank_std=collected.std, count=collected.count)
-
-
 def config_to_share(data: Path) -> TrainConfig:
     """A large epsilon in Adam: with the usual one its first steps are those of the gradients' signs, and rounding
     decides the sign of gradients that are almost zero.
     """
     smooth = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2}
-    return everything(data, data__use_labels=True, augment__mode="fixed", augment__p=0.7, **smooth)
+    return every_phase_config(data, data__use_labels=True, augment__mode="fixed", augment__p=0.7, **smooth)
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
@@ -249,7 +205,7 @@ def test_two_processes_compute_what_one_does(shapes_zip: Path, together: Path) -
     payload = Checkpoint.read(together / "test_training" / "two.pt")
     assert (payload["rank_mean"], payload["rank_std"], payload["count"]) == (0.5, 0.5, 4)
 
-    one, two = everything_that_is_saved(alone), payload["parts"]
+    one, two = saved_state(alone), payload["parts"]
     for part in ("G", "D", "G_ema", "ada", "pl_mean"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
@@ -365,7 +321,7 @@ def test_phases_that_cannot_be_recorded_train_without_graphs(
 
     monkeypatch.setattr(graphs, "Captured", Recorder)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))  # which builds without CUDA lack
-    config = everything(shapes_zip)
+    config = every_phase_config(shapes_zip)
     plain = new_trainer(config)
     recorded = new_trainer(override(config, {"run.graphs": True}))
     for trainer in (plain, recorded):
@@ -384,7 +340,7 @@ def test_phases_that_cannot_be_recorded_train_without_graphs(
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
-    config = everything(shapes_zip, run__graphs=use_graphs)
+    config = every_phase_config(shapes_zip, run__graphs=use_graphs)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     data = trainer._batches()
     batch = next(data)
@@ -420,13 +376,13 @@ def test_the_gpu_computes_what_the_cpu_does(shapes_zip: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path, use_graphs: bool) -> None:
-    config = everything(shapes_zip, data__use_labels=True, run__graphs=use_graphs)
+    config = every_phase_config(shapes_zip, data__use_labels=True, run__graphs=use_graphs)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     train_steps(trainer, 4)
     trainer.save(tmp_path / "training-state-000000.pt")
     again = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     again.resume(tmp_path / "training-state-000000.pt")
-    assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(trainer))
+    assert digest(saved_state(again)) == digest(saved_state(trainer))
     train_steps(again, 1)
     assert all_recorded(trainer) == use_graphs
     assert all(x.isfinite().all() for x in again.G.state_dict().values())
@@ -441,11 +397,11 @@ def _default_arithmetic() -> Iterator[None]:
 @pytest.mark.usefixtures("_default_arithmetic")
 def test_all_of_training_has_deterministic_algorithms(shapes_zip: Path) -> None:
     """On a CPU; the next test asks a GPU."""
-    config = everything(shapes_zip, run__deterministic=True)
+    config = every_phase_config(shapes_zip, run__deterministic=True)
     set_arithmetic(config)
     assert torch.are_deterministic_algorithms_enabled()
     train_steps(new_trainer(config), 1)
-    set_arithmetic(everything(shapes_zip))
+    set_arithmetic(every_phase_config(shapes_zip))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -464,7 +420,7 @@ def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(pipe: str,
 def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
     shapes_zip: Path, tmp_path: Path, precision: str
 ) -> None:
-    config = everything(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
+    config = every_phase_config(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
     set_arithmetic(config)
 
     def trainer() -> Trainer:
@@ -476,7 +432,7 @@ def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
     first.save(tmp_path / "state.pt")
     second.resume(tmp_path / "state.pt")
     train_steps(second, 5)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
 
 
 def test_the_time_left_counts_metrics_and_files_too(

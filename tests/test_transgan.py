@@ -14,12 +14,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from scipy.special import erf
-from test_networks import below, close, ref_mapping, state_of
-from test_training import everything_that_is_saved, new_trainer, train_steps
+from reference_layers import Array, close, ref_mapping, state_of
+from reference_transgan import (
+    build_transgan,
+    ref_attention,
+    ref_attention_bias,
+    ref_bicubic,
+    ref_low_pass,
+    ref_shuffle,
+    ref_transgan,
+    ref_transgan_discriminator,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_helpers import new_trainer, saved_state, train_steps
 
 import dataset_tool
 import train
@@ -49,9 +58,6 @@ from training.networks.transgan import (
 )
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.networks.vit import Block, BlockConfig, TokenNoise
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-State = dict[str, Array]
 
 TINY = TransGANConfig(
     z_dim=5, w_dim=5, img_channels=2, base=(2, 4), widths=(16, 16, 4), layers=(1, 2, 1), num_heads=2, full_upto=4,
@@ -94,50 +100,7 @@ D_VARIANTS = {
 }
 
 
-@torch.no_grad()
-def build(config: Any) -> Any:
-    """A float64 network in which no parameter is trivial or small."""
-    torch.manual_seed(0)
-    network = config.build().double()
-    for parameter in network.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    network.requires_grad_(True)
-    if isinstance(config, TransGANConfig):
-        network.mapping.w_avg.normal_()
-    return network
-
-
 # The reference: numpy, float64, from the equations, token by token.
-
-
-def ref_linear(x: Array, state: State, name: str) -> Array:
-    y = np.einsum("...i,oi->...o", x, state[f"{name}.weight"])
-    return y + state.get(f"{name}.bias", np.zeros(y.shape[-1]))
-
-
-def ref_norm(x: Array, state: State, name: str) -> Array:
-    """LayerNorm where there is a weight, else token-wise."""
-    if f"{name}.weight" not in state:
-        return x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-8)
-    centred = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
-    return centred * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-
-def ref_softmax(x: Array) -> Array:
-    x = np.exp(x - x.max(axis=-1, keepdims=True))
-    return x / x.sum(axis=-1, keepdims=True)
-
-
-def ref_attention(q: Array, k: Array, v: Array, heads: int, bias: Array | None = None) -> Array:
-    """Softmax attention, head by head; bias (heads, N, M), -inf where a query must not look."""
-    out = np.zeros_like(q)
-    D = q.shape[2] // heads
-    for b in range(len(q)):
-        for h in range(heads):
-            part = slice(h * D, (h + 1) * D)
-            scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(D)
-            out[b, :, part] = ref_softmax(scores if bias is None else scores + bias[h]) @ v[b, :, part]
-    return out
 
 
 def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
@@ -145,180 +108,10 @@ def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
     return ref_attention(q, k, v, 2, bias)
 
 
-def ref_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
-    """Bias of all pairs of tokens of the grid: -inf between cells, inside one the table's entry of their offset."""
-    y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
-    dy, dx = np.subtract.outer(y, y), np.subtract.outer(x, x)  # query minus key
-    together = np.equal.outer(y // cell[0], y // cell[0]) & np.equal.outer(x // cell[1], x // cell[1])
-    values = np.zeros((heads, len(y), len(y)))
-    if table is not None:
-        values[:, together] = table[dy[together] + cell[0] - 1, dx[together] + cell[1] - 1].T
-    return np.where(together, values, -np.inf)
-
-
-def ref_nystrom(q: Array, k: Array, v: Array, heads: int, landmarks: int) -> Array:
-    out = np.zeros_like(q)
-    D, N = q.shape[2] // heads, q.shape[1]
-    segments = np.kron(np.eye(landmarks), np.ones((1, N // landmarks))) / (N // landmarks)
-    for b in range(len(q)):
-        for h in range(heads):
-            Q, K, V = (x[b, :, h * D : (h + 1) * D] for x in (q, k, v))
-            left, right = (segments @ Q), (segments @ K)
-            F, A, B = (ref_softmax(x @ y.T / math.sqrt(D)) for x, y in ((Q, right), (left, right), (left, K)))
-            Z = A.T / (np.linalg.norm(A, 1) * np.linalg.norm(A, np.inf))
-            one = np.eye(landmarks)
-            for _ in range(6):
-                AZ = A @ Z
-                Z = Z @ (13 * one - AZ @ (15 * one - AZ @ (7 * one - AZ))) / 4
-            out[b, :, h * D : (h + 1) * D] = F @ Z @ (B @ V)
-    return out
-
-
-def ref_form(
-    q: Array, k: Array, v: Array, state: State, config: BlockConfig, grid: tuple[int, int], form: str
-) -> Array:
-    """Attention as `form` says, windows as attention among all tokens under a mask."""
-    heads, (height, width) = config.num_heads, grid
-    if form == "nystrom":
-        return ref_nystrom(q, k, v, heads, config.landmarks)
-    if form == "axis":
-        rows, columns = (
-            ref_bias(state.get(f"{name}.relative.table"), grid, cell, heads)
-            for name, cell in (("rows", (1, width)), ("columns", (height, 1)))
-        )
-        return ref_attention(q, k, ref_attention(q, k, v, heads, rows), heads, columns)
-    cell = grid if form == "full" else (config.window, config.window)
-    return ref_attention(q, k, v, heads, ref_bias(state.get("relative.table"), grid, cell, heads))
-
-
-def ref_block(
-    x: Array,
-    state: State,
-    config: BlockConfig,
-    grid: tuple[int, int],
-    form: str,
-    latents: Array | None = None,
-    clamp: float | None = None,
-) -> Array:
-    C = x.shape[2]
-    seen = ref_norm(x, state, "norm1")
-    if "noise.strength" in state:
-        seen = seen + state["noise.strength"] * state["noise.noise_const"]
-    qkv = ref_linear(seen, state, "qkv")
-    q, k, v = qkv[:, :, :C], qkv[:, :, C : 2 * C], qkv[:, :, 2 * C :]
-    attended = ref_form(q, k, v, below(state, "attention."), config, grid, form)
-    x = x + ref_linear(attended, state, "out")
-    if latents is not None:
-        kv = ref_linear(latents, state, "cross.kv")
-        q = ref_linear(ref_norm(x, state, "cross_norm"), state, "cross.q")
-        x = x + ref_linear(ref_attention(q, kv[:, :, :C], kv[:, :, C:], config.num_heads), state, "cross.out")
-    hidden = ref_linear(ref_norm(x, state, "norm2"), state, "fc1")
-    x = x + ref_linear(hidden * (1 + erf(hidden / math.sqrt(2))) / 2, state, "fc2")
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_bicubic(x: Array) -> Array:
-    """Twice as many samples along axis 1: Keys' kernel with a = -3/4, centres aligned, borders repeated."""
-
-    def kernel(t: float) -> float:
-        t, a = abs(t), -0.75
-        if t <= 1:
-            return (a + 2) * t**3 - (a + 3) * t**2 + 1
-        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
-
-    n = x.shape[1]
-    out = np.zeros((x.shape[0], 2 * n, *x.shape[2:]))
-    for i in range(2 * n):
-        place = (i + 0.5) / 2 - 0.5
-        for j in range(math.floor(place) - 1, math.floor(place) + 3):
-            out[:, i] += kernel(place - j) * x[:, min(max(j, 0), n - 1)]
-    return out
-
-
-def ref_shuffle(x: Array) -> Array:
-    """Maps (B, h, w, C) to (B, 2h, 2w, C/4): pixel (2y + i, 2x + j), channel c is channel 4c + 2i + j of (y, x)."""
-    B, h, w, C = x.shape
-    out = np.zeros((B, 2 * h, 2 * w, C // 4))
-    for i in range(2):
-        for j in range(2):
-            out[:, i::2, j::2] = x[:, :, :, 2 * i + j :: 4]
-    return out
-
-
-def ref_low_pass(x: Array) -> Array:
-    for axis in (1, 2):
-        padded = np.pad(x, [(int(a == axis),) * 2 for a in range(4)])
-        before, here, after = (np.take(padded, range(s, s + x.shape[axis]), axis) for s in range(3))
-        x = before / 4 + here / 2 + after / 4
-    return x
-
-
-def ref_synthesis(w: Array, state: State, config: TransGANConfig) -> Array:
-    B = len(w)
-    x = ref_linear(w, state, "stem").reshape(B, *config.base, config.widths[0])
-    latents = None
-    if config.latent_tokens:
-        latents = ref_linear(w, state, "latent_stem").reshape(B, config.latent_tokens, config.widths[0])
-        latents = latents + state["latent_position"]
-    for index, (grid, width) in enumerate(zip(config.grids, config.widths, strict=True)):
-        stage = below(state, f"stages.{index}.")
-        if index and width == config.widths[index - 1]:
-            x = ref_bicubic(ref_bicubic(x).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-        elif index:
-            x = ref_shuffle(x)
-        if index and index >= len(config.widths) - config.antialias:
-            x = ref_low_pass(x)
-        tokens = x.reshape(B, -1, width) + stage.get("position", 0)
-        form = "full" if max(grid) <= config.full_upto else config.attention
-        for number in range(config.layers[index]):
-            block = below(stage, f"blocks.{number}.")
-            tokens = ref_block(tokens, block, config, grid, form, latents, config.conv_clamp)
-        x = tokens.reshape(B, *grid, width)
-    return ref_linear(x, state, "torgb").transpose(0, 3, 1, 2)
-
-
-def ref_patches(img: Array, state: State, patch: int, size: int) -> Array:
-    """A linear map of every patch of `size` pixels, `patch` apart, with zeros outside -> (B, h, w, C)."""
-    margin = (size - patch) // 2
-    img = np.pad(img, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
-    height, width = (img.shape[2] - size) // patch + 1, (img.shape[3] - size) // patch + 1
-    out = np.zeros((len(img), height, width, len(state["weight"])))
-    for y in range(height):
-        for x in range(width):
-            part = img[:, :, y * patch : y * patch + size, x * patch : x * patch + size]
-            out[:, y, x] = np.einsum("bchw,ochw->bo", part, state["weight"]) + state["bias"]
-    return out
-
-
-def ref_discriminate(img: Array, c: Array | None, state: State, config: TransGANDiscriminatorConfig) -> Array:
-    B, x = len(img), np.zeros((len(img), 0, 0, 0))
-    for index, grid in enumerate(config.grids):
-        embedding, blocks = below(state, f"embeddings.{index}."), below(state, f"scales.{index}.")
-        patch = config.patch * 2**index
-        if index:
-            x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
-        if "conv.weight" in embedding:
-            size = 2 * patch if config.overlap and index == 0 else patch
-            seen = ref_patches(img, below(embedding, "conv."), patch, size)
-            x = seen if index == 0 else np.concatenate([x, seen], axis=3)
-        tokens = x.reshape(B, -1, x.shape[3]) + embedding.get("position", 0)
-        for number in range(config.layers[index]):
-            form = config.attention if number < config.local_layers[index] else "full"
-            tokens = ref_block(tokens, below(blocks, f"{number}."), config, grid, form)
-        x = tokens.reshape(B, *grid, -1)
-    tokens = np.concatenate([np.broadcast_to(state["cls"], (B, 1, x.shape[3])), tokens], axis=1)
-    tokens = ref_block(tokens, below(state, "last_block."), config, (1, tokens.shape[1]), "full")
-    features = ref_norm(tokens, state, "norm")[:, 0]
-    logits = ref_linear(features, state, "head")
-    if c is not None:
-        logits = logits + (features * (c @ state["embed"])).sum(axis=1, keepdims=True) / math.sqrt(features.shape[1])
-    return logits
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_generator_equals_the_equations(name: str) -> None:
     config = VARIANTS[name]
-    G = build(config)
+    G = build_transgan(config)
     rng = np.random.default_rng(0)
     z = rng.normal(size=(3, config.z_dim))
     c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
@@ -326,22 +119,22 @@ def test_generator_equals_the_equations(name: str) -> None:
         w = ref_mapping(z, c, state_of(G.mapping), 1, config.mapping_layers)[:, 0]
     else:
         w = z if c is None else z + c @ state_of(G.mapping)["embed"]
-    expected = ref_synthesis(w, state_of(G.synthesis), config)
+    expected = ref_transgan(w, state_of(G.synthesis), config)
     labels = None if c is None else torch.from_numpy(c)
     close(G(torch.from_numpy(z), labels), expected)
     assert expected.shape[1:] == G.img_shape == (2, 8, 16)
     w_avg = state_of(G.mapping)["w_avg"]
-    truncated = ref_synthesis(w_avg + 0.6 * (w - w_avg), state_of(G.synthesis), config)
+    truncated = ref_transgan(w_avg + 0.6 * (w - w_avg), state_of(G.synthesis), config)
     close(G(torch.from_numpy(z), labels, truncation_psi=0.6), truncated)
 
 
 @pytest.mark.parametrize("name", D_VARIANTS)
 def test_discriminator_equals_the_equations(name: str) -> None:
     config = D_VARIANTS[name]
-    D = build(config)
+    D = build_transgan(config)
     img = np.random.default_rng(0).normal(size=(3, 2, *config.img_size))
     c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
-    expected = ref_discriminate(img, c, state_of(D), config)
+    expected = ref_transgan_discriminator(img, c, state_of(D), config)
     close(D(torch.from_numpy(img), None if c is None else torch.from_numpy(c)), expected)
     assert expected.shape == (3, 1)
     assert expected.std() > 1e-3
@@ -351,7 +144,7 @@ def test_relative_positions_are_the_table_by_offset() -> None:
     relative = RelativePosition(3, (3, 4)).double()
     assert relative.table.shape == (5, 7, 3)
     assert 0 < relative.table.std() < 0.04
-    close(relative(), ref_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
+    close(relative(), ref_attention_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
 
 
 def test_cells_are_windows_row_by_row() -> None:
@@ -412,7 +205,7 @@ def test_a_window_of_the_grids_size_is_full_attention(use_relative: bool) -> Non
     attention = CellAttention(2, (4, 6), (4, 6), use_relative=use_relative).double()
     table = None if attention.relative is None else attention.relative.table.detach().numpy()
     q, k, v = qkv(24, 8)
-    close(attention(q, k, v), ref_two_heads([q, k, v], ref_bias(table, (4, 6), (4, 6), 2)))
+    close(attention(q, k, v), ref_two_heads([q, k, v], ref_attention_bias(table, (4, 6), (4, 6), 2)))
 
 
 def test_axis_attention_reaches_every_token_by_two_steps() -> None:
@@ -476,7 +269,7 @@ def test_noise_is_one_number_per_token_times_its_strength() -> None:
 
 
 def test_noise_of_the_generator_follows_the_mode() -> None:
-    G = build(VARIANTS["noise, latent tokens"]).requires_grad_(False)
+    G = build_transgan(VARIANTS["noise, latent tokens"]).requires_grad_(False)
     z = torch.randn(2, 5, dtype=torch.float64)
     const, none, first, second = (G(z, None, noise_mode=mode) for mode in ("const", "none", "random", "random"))
     images = [const, none, first, second]
@@ -499,7 +292,7 @@ def test_noise_of_the_generator_follows_the_mode() -> None:
 
 
 def test_the_discriminator_draws_noise_in_training_alone() -> None:
-    D = build(D_VARIANTS["noise"]).requires_grad_(False)
+    D = build_transgan(D_VARIANTS["noise"]).requires_grad_(False)
     img = torch.randn(2, *D.img_shape, dtype=torch.float64)
     torch.manual_seed(4)
     before = torch.random.get_rng_state()
@@ -571,7 +364,7 @@ def test_resuming_is_exact_with_noise_and_chance(shapes_zip: Path, tmp_path: Pat
     first.save(tmp_path / "training-state-000000.pt")
     second.resume(tmp_path / "training-state-000000.pt")
     train_steps(second, 2)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
 
 
 # Derivatives, precision, memory.
@@ -639,7 +432,7 @@ def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 )
 def test_penalties_pass_through_both_networks(config: Any) -> None:
     """Against finite differences of the penalty along the gradient that was found."""
-    network = build(config)
+    network = build_transgan(config)
     torch.manual_seed(1)
     x = torch.randn(2, *(network.img_shape if network.__class__.__name__.endswith("Discriminator") else [5]))
     slopes = [g if g is not None else torch.zeros_like(p) for g, p in zip(penalty(network, x.double()),
@@ -679,7 +472,7 @@ def test_reduced_precision_is_close(dtype: torch.dtype, form: Any) -> None:
     "config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D, D_VARIANTS["noise"]]
 )
 def test_recomputation_changes_nothing(config: Any) -> None:
-    network = build(config)
+    network = build_transgan(config)
     shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (5,)
     x = torch.randn(2, *shape, dtype=torch.float64)
     gradients = []
@@ -694,7 +487,7 @@ def test_recomputation_changes_nothing(config: Any) -> None:
 
 @pytest.mark.parametrize("config", [*VARIANTS.values(), *D_VARIANTS.values()], ids=[*VARIANTS, *D_VARIANTS])
 def test_every_parameter_learns(config: Any) -> None:
-    network = build(config)
+    network = build_transgan(config)
     shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (config.z_dim,)
     c = torch.eye(3, dtype=torch.float64)[:2] if config.c_dim else None
     out = network(torch.randn(2, *shape, dtype=torch.float64), c)
