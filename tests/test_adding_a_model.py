@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from click.testing import CliRunner
+from small_families import PAGE, add_documented_family
 
 import generate
 import train
-from training.networks import GENERATORS, execution
+from training.networks import execution
 from training.snapshots.snapshot import load_network
-
-PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
-NAME = "training.networks.film"
 
 
 @pytest.fixture
 def film(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the page, with the page's line in the table."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    module = ModuleType(NAME)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    exec(compile(code, "film.py", "exec"), module.__dict__)
-    ((family, config),) = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTILINE)
-    monkeypatch.setitem(GENERATORS, family, getattr(module, config))
-    return module
+    return add_documented_family(monkeypatch)
 
 
 def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Path) -> None:

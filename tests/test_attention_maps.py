@@ -120,7 +120,7 @@ def test_rollout_equals_the_product_of_matrices(name: str) -> None:
 
 
 TINY_TRANSGAN = TransGANConfig(
-    z_dim=5, w_dim=5, base=(2, 2), widths=(8, 8, 8, 2), layers=(0, 1, 2, 1), num_heads=2, full_upto=4, window=4,
+    z_dim=5, w_dim=5, base=(1, 2), widths=(8, 8, 8, 2), layers=(0, 1, 2, 1), num_heads=2, full_upto=4, window=4,
     landmarks=8, antialias=2, latent_tokens=3,
 )  # fmt: skip
 TRANSGAN_VARIANTS = {
@@ -167,13 +167,13 @@ def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None
     model = Model(G=G, device=torch.device("cpu"), c=torch.zeros(1, 0))
     records, _ = record(model, torch.randn(1, 1, config.w_dim, dtype=torch.float64))
     G.float()  # as are the records
-    assert [block.name for block in records] == ["4x4_0", "8x8_0", "8x8_1", "16x16_0"]
-    chosen = torch.tensor([[0, 0], [15, 7], [4, 13]])
-    found = attention_maps(records, 0, chosen, (16, 16))
-    total = np.eye(256)[tokens_of(chosen, (16, 16), (16, 16))]
+    assert [block.name for block in records] == ["2x4_0", "4x8_0", "4x8_1", "8x16_0"]
+    chosen = torch.tensor([[0, 0], [15, 7], [4, 5]])
+    found = attention_maps(records, 0, chosen, (8, 16))
+    total = np.eye(8 * 16)[tokens_of(chosen, (8, 16), (8, 16))]
     for index, block in reversed(list(enumerate(records))):
         A = attention_matrix(block, config)
-        expected = A[:, tokens_of(chosen, block.grid, (16, 16))].reshape(found.maps[block.name].shape)
+        expected = A[:, tokens_of(chosen, block.grid, (8, 16))].reshape(found.maps[block.name].shape)
         np.testing.assert_allclose(found.maps[block.name], expected, atol=1e-4)
         np.testing.assert_allclose(block.received(0), A.mean(axis=(0, 1)), atol=1e-4)
         total = (normalized(total @ A.mean(axis=0)) + total) / 2

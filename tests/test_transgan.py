@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -291,22 +292,6 @@ def test_noise_of_the_generator_follows_the_mode() -> None:
     torch.testing.assert_close(G(z, None, noise_mode="random"), none)
 
 
-def test_the_discriminator_draws_noise_in_training_alone() -> None:
-    D = build_transgan(D_VARIANTS["noise"]).requires_grad_(False)
-    img = torch.randn(2, *D.img_shape, dtype=torch.float64)
-    torch.manual_seed(4)
-    before = torch.random.get_rng_state()
-    still = D(img, None)
-    assert torch.equal(D(img, None), still)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    with execution.using(random_noise=True):
-        first, second = D(img, None), D(img, None)
-        torch.manual_seed(4)
-        assert torch.equal(D(img, None), first)
-    assert (first - second).abs().max() > 1e-3
-    assert (first - still).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
 def test_noise_is_drawn_in_every_phase_of_training(shapes_zip: Path, part: str) -> None:
     trainer = new_trainer(noisy_config(shapes_zip))
@@ -354,10 +339,9 @@ def noisy_config(data: Path) -> TrainConfig:
     return resolve(apply_options(PRESETS["tiny"], options), Environment(img_shape=(3, 16, 16), c_dim=0))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_resuming_is_exact_with_noise_and_chance(shapes_zip: Path, tmp_path: Path, recompute: bool) -> None:
+def test_resuming_is_exact_with_everything_that_is_drawn(shapes_zip: Path, tmp_path: Path) -> None:
     config = noisy_config(shapes_zip)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=recompute))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=True))
     straight, first, second = (new_trainer(config) for _ in range(3))
     train_steps(straight, 4)
     train_steps(first, 2)
@@ -426,77 +410,6 @@ def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(gradient.square().sum(), list(network.parameters()), allow_unused=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [TINY, TINY_D, D_VARIANTS["axis"], VARIANTS["nystrom"], D_VARIANTS["noise"], VARIANTS["noise, latent tokens"]],
-)
-def test_penalties_pass_through_both_networks(config: Any) -> None:
-    """Against finite differences of the penalty along the gradient that was found."""
-    network = build_transgan(config)
-    torch.manual_seed(1)
-    x = torch.randn(2, *(network.img_shape if network.__class__.__name__.endswith("Discriminator") else [5]))
-    slopes = [g if g is not None else torch.zeros_like(p) for g, p in zip(penalty(network, x.double()),
-              network.parameters(), strict=True)]  # fmt: skip
-    norm = math.sqrt(sum(g.square().sum().item() for g in slopes))
-
-    def value(step: float) -> float:
-        moved = {name: p.detach() + step / norm * g
-                 for (name, p), g in zip(network.named_parameters(), slopes, strict=True)}  # fmt: skip
-        with execution.using(twice_differentiable=True):
-            y = x.double().requires_grad_()
-            out = torch.func.functional_call(network, moved, (y, None))
-            (gradient,) = torch.autograd.grad(out.square().sum(), y)
-        return gradient.square().sum().item()
-
-    assert (value(1e-5) - value(-1e-5)) / 2e-5 == pytest.approx(norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", ["grid", "axis", "nystrom"])
-def test_reduced_precision_is_close(dtype: torch.dtype, form: Any) -> None:
-    torch.manual_seed(0)
-    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
-    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
-    with torch.no_grad():
-        img = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
-        logits = D(img, None)
-        with execution.using(reduced=dtype):
-            short = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
-            short_logits = D(img, None)
-    assert short.dtype == short_logits.dtype == torch.float32
-    assert 0 < (short - img).std() < 0.02 * img.std()
-    assert 0 < (short_logits - logits).abs().max() < 0.02 * logits.abs().max()
-
-
-@pytest.mark.parametrize(
-    "config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D, D_VARIANTS["noise"]]
-)
-def test_recomputation_changes_nothing(config: Any) -> None:
-    network = build_transgan(config)
-    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (5,)
-    x = torch.randn(2, *shape, dtype=torch.float64)
-    gradients = []
-    for recompute in (False, True):
-        torch.manual_seed(2)
-        with execution.using(recompute=recompute, random_noise=True):
-            out = network(x, None).square().sum()
-            gradients.append(torch.autograd.grad(out, list(network.parameters())[-3:]))
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("config", [*VARIANTS.values(), *D_VARIANTS.values()], ids=[*VARIANTS, *D_VARIANTS])
-def test_every_parameter_learns(config: Any) -> None:
-    network = build_transgan(config)
-    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (config.z_dim,)
-    c = torch.eye(3, dtype=torch.float64)[:2] if config.c_dim else None
-    out = network(torch.randn(2, *shape, dtype=torch.float64), c)
-    (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
 def test_on_a_gpu(form: Any) -> None:
@@ -515,6 +428,7 @@ def test_on_a_gpu(form: Any) -> None:
 # Configurations.
 
 
+@cache
 def count(config: Any) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in config.build().parameters())
