@@ -19,7 +19,7 @@ from training.snapshots.snapshot import Snapshot
 
 
 def arrays(tensors: Tensors, names: dict[str, str]) -> State:
-    """The tensors in float64 under the names of the reference; `names` are patterns and what takes their place."""
+    """Return the tensors in float64 under the names of the reference; `names` maps patterns to replacements."""
     state = {}
     for name, x in tensors.items():
         for pattern, replacement in names.items():
@@ -29,7 +29,7 @@ def arrays(tensors: Tensors, names: dict[str, str]) -> State:
 
 
 def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
-    """For the reference: resolutions by number, the three matrices of Q, K and V in one."""
+    """Return the state for the reference: resolutions by index, the matrices of Q, K and V concatenated."""
     sides = {str(grid[0]): level for level, grid in enumerate(config.grids)}
     names = {
         r"^synthesis\.b\d+_0\.const": "const",
@@ -52,7 +52,7 @@ def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
 
 
 def stylegan2_state(tensors: Tensors) -> State:
-    """For the reference: resolutions by number, the layers of each in a list."""
+    """Return the state for the reference: resolutions by index, the layers of each in a list."""
 
     def place(match: re.Match[str]) -> str:
         level = int(match[1]).bit_length() - 3
@@ -70,9 +70,9 @@ def mapping_state(tensors: Tensors) -> State:
 
 
 def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> float:
-    """`expected` (ws, noise) -> images is the reference; with both noise modes, and truncated.
+    """Compare with the reference `expected` (ws, noise) -> images, for both noise modes and truncation.
 
-    Returns the largest difference as a share of the largest value.
+    Return the largest difference as a share of the largest value.
     """
     largest = 0.0
     G, config = snapshot.G_ema, snapshot.config.generator

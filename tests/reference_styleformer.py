@@ -10,7 +10,7 @@ from training.networks.styleformer import StyleformerConfig
 
 
 def ref_demodulated(x: Array, weight: Array, style: Array) -> Array:
-    """x (B, N, C) times the weight, whose output channels are normalised as if the style had scaled its inputs."""
+    """Multiply x (B, N, C) by the weight, demodulated per output channel after scaling its inputs by the style."""
     modulated = np.einsum("ji,bi->bji", weight, style)
     return np.einsum("bni,ji->bnj", x, weight) / np.sqrt((modulated**2).sum(axis=2) + 1e-8)[:, None, :]
 
@@ -65,7 +65,7 @@ def ref_torgb_tokens(x: Array, w: Array, state: State) -> Array:
 
 
 def ref_upsample_tokens(x: Array) -> Array:
-    """x (B, H, W, C) -> (B, 2H, 2W, C)."""
+    """Bilinear upsampling with zeros outside: x (B, H, W, C) -> (B, 2H, 2W, C)."""
     for axis in (1, 2):
         x = np.moveaxis(x, axis, 0)
         zero = np.zeros_like(x[:1])
@@ -76,7 +76,7 @@ def ref_upsample_tokens(x: Array) -> Array:
 
 
 def ref_styleformer_tokens(ws: Array, state: State, config: StyleformerConfig, noise: bool) -> tuple[Array, Array]:
-    """Tokens (B, N, C) and image (B, C, H, W) after the last encoder block."""
+    """Return tokens (B, N, C) and image (B, C, H, W) after the last encoder block."""
     B = len(ws)
     x = np.stack([state["const"]] * B)
     rgb: Array | None = None

@@ -13,7 +13,7 @@ FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
 
 
 def ref_upsample(x: Array) -> Array:
-    """x (H, W): zeros between and outside of the samples, then the filter, whose gain makes up for the zeros."""
+    """Upsample x (H, W) by 2: insert zeros, then filter with a gain of 4."""
     zeros = np.zeros((2 * x.shape[0], 2 * x.shape[1]))
     zeros[::2, ::2] = x
     return correlate2d(np.pad(zeros, ((2, 1), (2, 1))), 4 * FILTER, "valid")
@@ -24,7 +24,7 @@ def ref_clamp(x: Array, clamp: float | None) -> Array:
 
 
 def ref_modulated_conv(x: Array, weight: Array, style: Array, up: int) -> Array:
-    """One image x (I, H, W), weight (O, I, k, k), style (I,): the definition."""
+    """Modulated convolution of one image x (I, H, W) by weight (O, I, k, k) and style (I,), by definition."""
     W = weight * style[None, :, None, None]
     W = W / np.sqrt((W**2).sum(axis=(1, 2, 3), keepdims=True) + 1e-8)
     num_outputs, num_inputs, _, _ = W.shape
@@ -60,7 +60,7 @@ def ref_torgb(x: Array, w: Array, state: State, clamp: float | None) -> Array:
 
 
 def ref_stylegan2(ws: Array, state: State, config: StyleGAN2Config, noise: bool) -> Array:
-    """The indices of the styles are those of the paper's picture, counted by hand."""
+    """Synthesis network; the indices of the styles are counted by hand from the paper's figure."""
     x = np.stack([state["const"]] * len(ws))
     rgb: Array | None = None
     assert config.resolutions is not None

@@ -149,7 +149,7 @@ def ref_bicubic(x: Array) -> Array:
 
 
 def ref_shuffle(x: Array) -> Array:
-    """Maps (B, h, w, C) to (B, 2h, 2w, C/4): pixel (2y + i, 2x + j), channel c is channel 4c + 2i + j of (y, x)."""
+    """Pixel shuffle (B, h, w, C) -> (B, 2h, 2w, C/4): out[2y + i, 2x + j, c] = x[y, x, 4c + 2i + j]."""
     B, h, w, C = x.shape
     out = np.zeros((B, 2 * h, 2 * w, C // 4))
     for i in range(2):
@@ -191,7 +191,7 @@ def ref_transgan(w: Array, state: State, config: TransGANConfig) -> Array:
 
 
 def ref_patches(img: Array, state: State, patch: int, size: int) -> Array:
-    """A linear map of every patch of `size` pixels, `patch` apart, with zeros outside -> (B, h, w, C)."""
+    """Embed patches of `size` pixels at a stride of `patch`, with zero padding -> (B, h, w, C)."""
     margin = (size - patch) // 2
     img = np.pad(img, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
     height, width = (img.shape[2] - size) // patch + 1, (img.shape[3] - size) // patch + 1

@@ -106,7 +106,7 @@ def small_train_config(data: Path, generator: str, discriminator: str, **changes
     return resolve(config, Environment(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
 
 
-# docs/adding_a_model.md adds a family, in a block of Python and a line of the table.
+# The family of docs/adding_a_model.md: a block of Python and a line of the table.
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
 DOCUMENTED_FAMILY, _CONFIG = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTILINE)[0]
@@ -114,7 +114,7 @@ DOCUMENTED_FAMILY, _CONFIG = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTI
 
 @cache
 def documented_module() -> ModuleType:
-    """Return the module whose source stands on the page."""
+    """Run the block of Python of the page and return the module."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     module = sys.modules[f"training.networks.{DOCUMENTED_FAMILY}"] = ModuleType(
         f"training.networks.{DOCUMENTED_FAMILY}"
@@ -124,6 +124,6 @@ def documented_module() -> ModuleType:
 
 
 def add_documented_family(patch: pytest.MonkeyPatch) -> ModuleType:
-    """Add the page's line to the table, as a user would."""
+    """Add the page's line to GENERATORS until the patch is undone, and return the module."""
     patch.setitem(GENERATORS, DOCUMENTED_FAMILY, getattr(documented_module(), _CONFIG))
     return documented_module()

@@ -1,7 +1,7 @@
-"""The contract of every generator and discriminator family in the tables of training/networks.
+"""Conformance suite for every generator and discriminator family in the tables of training/networks.
 
-A new family joins by its line in GENERATORS or DISCRIMINATORS. The family that docs/adding_a_model.md adds is one of
-those that are tested. small_families.py has the sizes, the variants and the expected numbers of parameters.
+A new family joins by its line in GENERATORS or DISCRIMINATORS; the suite also runs over the family that
+docs/adding_a_model.md adds. Sizes, variants and expected parameter counts are in small_families.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from training.snapshots.transfer import copy_weights, places
 
 @dataclass(frozen=True)
 class Case:
-    """A family of a table, with the changes of one of its variants."""
+    """Family of a table, or one of its variants."""
 
     part: str  # "G" or "D"
     family: str
@@ -136,7 +136,7 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
 
 @each_discriminator
 def test_logits_depend_on_the_batch_by_groups_alone(case: Case) -> None:
-    """Images of a group are compared with each other, whatever their order; without groups each image stands alone."""
+    """The order of the images in a group does not matter; without groups each image is independent."""
     alone = {field.name: 0 for field in fields(case.config()) if field.name == "mbstd_group_size"}
     for changes in (alone, {}):
         config = case.config(c_dim=3, **changes)
@@ -262,7 +262,7 @@ def test_a_gradient_reaches_every_parameter_and_input(case: Case) -> None:
 
 @each_case
 def test_gradients_of_a_penalty_equal_finite_differences(case: Case) -> None:
-    """Path length for a generator, R1 for a discriminator: the derivative of a squared gradient by the parameters."""
+    """Differentiate a squared gradient by the parameters: path length for a generator, R1 for a discriminator."""
     config = case.config(c_dim=3)
     network = build(config)
     if case.part == "G":
@@ -283,9 +283,9 @@ def test_gradients_of_a_penalty_equal_finite_differences(case: Case) -> None:
 
 
 def assert_equals_finite_differences(function: Callable[[], Tensor], parameters: list[nn.Parameter]) -> None:
-    """Compare derivatives along a random direction.
+    """Compare the automatic with the numerical derivative along a random direction.
 
-    The step becomes smaller until they agree, because a larger one may cross the kink of a leaky ReLU.
+    A smaller step is tried if they differ, because a step may cross the kink of a leaky ReLU.
     """
     directions = [torch.randn_like(parameter) for parameter in parameters]
 
@@ -308,7 +308,7 @@ def assert_equals_finite_differences(function: Callable[[], Tensor], parameters:
     pytest.fail(f"derivative {slope}, differences {differences}")
 
 
-# Ways to compute.
+# Execution modes.
 
 
 @each_case
@@ -341,7 +341,7 @@ def test_recomputing_activations_changes_nothing(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# What the base classes promise to the tools.
+# Interfaces for tools: styles, attention maps, Freeze-D, configurations, snapshots, training, transfer.
 
 
 @each_generator
@@ -370,7 +370,7 @@ def test_attention_maps_are_the_weights_of_the_values(case: Case) -> None:
         return
     records, img = record(model, ws)
     same(img, G.synthesis(ws))
-    G.float()  # as are the records
+    G.float()  # the records are in float32
     for block in records:
         v = torch.randn_like(block.q)
         maps = block.maps(0, torch.arange(block.q.shape[1]))  # (heads, N, N)
@@ -395,7 +395,7 @@ def test_freeze_d_counts_layers_from_the_image_on(case: Case) -> None:
 
 @each_family
 def test_the_number_of_parameters_does_not_change(case: Case) -> None:
-    """A family without an expected number is built all the same."""
+    """The number is checked for the families in the tables of small_families.py; every family is built."""
     config: Any = (GENERATORS if case.part == "G" else DISCRIMINATORS)[case.family]()
     with torch.device("meta"):
         network = config.build()

@@ -1,4 +1,4 @@
-"""The StyleGAN2 discriminator against an independent float64 evaluation with SciPy's correlation."""
+"""StyleGAN2 discriminator: every layer and the whole network against the float64 reference."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 ARCHITECTURES: list[Any] = ["orig", "skip", "resnet"]
 
 
-# The reference: numpy and SciPy, float64, from the equations.
-
-
 def images(config: StyleGAN2DiscriminatorConfig, batch: int = 4) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, config.img_channels, *config.img_size, dtype=torch.float64)
@@ -45,7 +42,7 @@ def images(config: StyleGAN2DiscriminatorConfig, batch: int = 4) -> Tensor:
     ],
     ids=["clamp", "labels", "rectangle"],
 )
-def test_discriminator_equals_the_equations(architecture: Any, changes: dict[str, Any]) -> None:
+def test_discriminator_equals_the_reference(architecture: Any, changes: dict[str, Any]) -> None:
     defaults: dict[str, Any] = {"img_size": (16, 16), "img_channels": 2, "channel_base": 48, "channel_max": 8}
     config = StyleGAN2DiscriminatorConfig(architecture=architecture, **(defaults | changes))
     D, img = build(config), images(config)
@@ -62,7 +59,7 @@ def test_discriminator_equals_the_equations(architecture: Any, changes: dict[str
         (StyleGAN2DiscriminatorConfig(img_size=(128, 128)), 28_389_121),
     ],
 )
-def test_parameter_counts_of_the_published_models(config: StyleGAN2DiscriminatorConfig, count: int) -> None:
+def test_published_models_have_their_parameter_counts(config: StyleGAN2DiscriminatorConfig, count: int) -> None:
     with torch.device("meta"):
         D = config.build()
     assert sum(parameter.numel() for parameter in D.parameters()) == count
@@ -77,17 +74,17 @@ def test_parameter_counts_of_the_published_models(config: StyleGAN2Discriminator
         ((18, 16), ((18, 16), (9, 8))),
     ],
 )
-def test_grids(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> None:
+def test_grids_are_halved_down_to_four_pixels(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> None:
     assert StyleGAN2DiscriminatorConfig(img_size=size).grids == grids
 
 
 @pytest.mark.parametrize(("batch", "group"), [(4, 4), (6, 2), (6, 3), (3, 4), (1, 4)])
-def test_minibatch_std_groups(batch: int, group: int) -> None:
+def test_minibatch_std_equals_the_reference(batch: int, group: int) -> None:
     x = torch.randn(batch, 3, 2, 5, dtype=torch.float64)
     close(MinibatchStd(group)(x), ref_mbstd(x.numpy(), group))
 
 
-def test_minibatch_std_refuses_a_ragged_batch() -> None:
+def test_minibatch_std_refuses_incomplete_groups() -> None:
     with pytest.raises(ValueError, match="minibatch of 6 images cannot be cut into minibatch-std groups of 4"):
         MinibatchStd(4)(torch.zeros(6, 1, 4, 4))
 
@@ -95,7 +92,7 @@ def test_minibatch_std_refuses_a_ragged_batch() -> None:
 @pytest.mark.parametrize("down", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])
-def test_convolution(down: Any, kernel: int, activation: Any) -> None:
+def test_convolution_equals_the_reference(down: Any, kernel: int, activation: Any) -> None:
     conv = Conv2d(3, 4, kernel, down=down, activation=activation, gain=0.6, clamp=1.5).double()
     randomize(conv)
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64) * 3
@@ -109,7 +106,7 @@ def test_convolution(down: Any, kernel: int, activation: Any) -> None:
 
 
 @pytest.mark.parametrize(("H", "W"), [(4, 4), (8, 12)])
-def test_winograd_convolution_equals_the_direct_one(H: int, W: int) -> None:
+def test_winograd_convolution_equals_direct_convolution(H: int, W: int) -> None:
     x = torch.randn(2, 3, H, W, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     close(winograd.conv3x3(x, weight), ref_conv(x.detach().numpy(), {"weight": weight.detach().numpy()}, 1) * 27**0.5)
@@ -123,7 +120,7 @@ def test_winograd_convolution_equals_the_direct_one(H: int, W: int) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-6)
 
 
-def test_winograd_convolution_in_float32() -> None:
+def test_winograd_convolution_is_accurate_in_float32() -> None:
     x, weight = torch.randn(1, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48  # outputs have a standard deviation of 1
     assert winograd.is_profitable(x, weight)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
@@ -133,19 +130,19 @@ def test_winograd_convolution_in_float32() -> None:
     torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=3e-5)
 
 
-def test_label_mapping() -> None:
+def test_label_mapping_equals_the_reference() -> None:
     mapping = LabelMapping(c_dim=3, out_dim=5, num_layers=4).double()
     randomize(mapping)
     c = torch.eye(3, dtype=torch.float64)
     close(mapping(c), ref_label_mapping(c.numpy(), state_of(mapping), 4))
 
 
-def test_minibatch_std_double_backward() -> None:
+def test_second_derivatives_of_minibatch_std_are_correct() -> None:
     x = torch.randn(4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(MinibatchStd(2), (x,))
 
 
-def test_layers_from_image() -> None:
+def test_freeze_d_layers_follow_the_architecture() -> None:
     def names(architecture: Any) -> list[str]:
         with torch.device("meta"):
             D = StyleGAN2DiscriminatorConfig(architecture=architecture, img_size=(16, 16)).build()
@@ -171,7 +168,7 @@ def test_layers_from_image() -> None:
         ({"conv_clamp": -1.0}, "conv_clamp", "positive"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleGAN2DiscriminatorConfig(**changes)
     assert caught.value.field == field

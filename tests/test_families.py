@@ -1,4 +1,4 @@
-"""Generator families are chosen by name: options, presets, refusals, and a short training of each."""
+"""Network families by name: options, presets, refused options, and learning."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan(data: Path, *arguments: str) -> dict[str, Any]:
     return loaded
 
 
-def test_cifar_with_stylegan2_is_the_published_model(shapes32_zip: Path) -> None:
+def test_stylegan2_for_cifar_has_the_published_parameter_count(shapes32_zip: Path) -> None:
     for arguments in (["--cfg=cifar-stylegan2"], ["--cfg=cifar", "--gen=stylegan2"]):
         assert plan(shapes32_zip, *arguments)["parameters"] == {"G": 19_947_539, "D": 20_720_641}
 
@@ -59,7 +59,7 @@ def test_cifar_with_stylegan2_is_the_published_model(shapes32_zip: Path) -> None
         ("paper1024", 1024, 30_370_060),
     ],
 )
-def test_presets_of_stylegan2_have_its_generator(preset: str, resolution: int, parameters: int) -> None:
+def test_stylegan2_presets_have_the_published_parameter_counts(preset: str, resolution: int, parameters: int) -> None:
     config = resolve(PRESETS[preset], env(resolution))
     with torch.device("meta"):
         G = config.generator.build()
@@ -67,7 +67,7 @@ def test_presets_of_stylegan2_have_its_generator(preset: str, resolution: int, p
 
 
 @pytest.mark.parametrize("preset", ["stylegan2", "paper256", "paper512", "paper1024"])
-def test_the_same_presets_with_a_styleformer(preset: str) -> None:
+def test_a_stylegan2_preset_can_take_a_styleformer(preset: str) -> None:
     config = override(PRESETS[preset], {"generator.family": "styleformer"})
     assert config.generator == StyleformerConfig(widths=(), layers=(), linformer=None, mapping_layers=8)
     assert config.preset == preset
@@ -77,11 +77,11 @@ def test_the_same_presets_with_a_styleformer(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["auto", "cifar", "tiny"])
-def test_other_presets_stay_styleformers(preset: str) -> None:
+def test_other_presets_use_a_styleformer(preset: str) -> None:
     assert type(PRESETS[preset].generator) is StyleformerConfig
 
 
-def test_another_family_keeps_what_the_families_share() -> None:
+def test_changing_the_family_keeps_the_shared_fields() -> None:
     config = override(PRESETS["tiny"], {"generator.family": "stylegan2", "generator.w_dim": 32})
     assert config.generator == StyleGAN2Config(z_dim=64, w_dim=32, resolutions=None, channel_base=0)
     assert override(PRESETS["tiny"], {"generator.family": "styleformer"}) == PRESETS["tiny"]
@@ -140,7 +140,7 @@ def test_unknown_families_are_refused() -> None:
         (["--gen=stylegan2", "--cbase=16"], "--cbase=16: leaves no channel at 32x32"),
     ],
 )
-def test_flags_that_the_family_cannot_take_are_refused(shapes32_zip: Path, arguments: list[str], message: str) -> None:
+def test_flags_of_another_family_are_refused(shapes32_zip: Path, arguments: list[str], message: str) -> None:
     result = run("--outdir=x", f"--data={shapes32_zip}", "--device=cpu", "-n", *arguments)
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
@@ -188,7 +188,7 @@ def test_train_and_generate_work_with_other_families(shapes_zip: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
+def test_styleformer_c_trains_on_images_of_128_pixels(tmp_path: Path) -> None:
     data = tmp_path / "scenes.zip"
     make_shapes(data, 128, 16)
     options = [
@@ -210,7 +210,7 @@ def test_styleformer_c_trains_on_scenes_of_128_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_two_processes_compute_what_one_does(shapes_zip: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_two_processes_compute_the_same_as_one(shapes_zip: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
     trained = []
     for gpus in (1, 2):
         outdir = tmp_path / str(gpus)
@@ -245,7 +245,7 @@ LEARNING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", LEARNING, ids="-".join)
-def test_every_family_halves_its_distance_to_drawn_scenes(tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_every_family_halves_the_distance_to_real_images(tmp_path: Path, pair: tuple[str, str]) -> None:
     options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *LEARNING[pair], "--kimg=3", "--tick=3"]
     untrained, trained = distances_to_scenes(tmp_path, 16, *options)
     assert trained <= untrained / 2

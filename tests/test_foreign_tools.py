@@ -1,4 +1,4 @@
-"""The tools on foreign snapshots, from a file and from the web, as a user runs them."""
+"""Command-line tools on foreign snapshots, from a file and from an address."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_ok(command: Any, *arguments: object) -> str:
     return result.stdout
 
 
-def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_path: Path) -> None:
+def test_generate_reads_a_file_or_an_address(theirs: Path, site: Site, tmp_path: Path) -> None:
     url = f"{site.url}/{theirs.name}"
     for network, folder in ((theirs, "file"), (url, "web"), (url, "again")):
         run_ok(generate.main, f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / folder}", "--device=cpu")
@@ -75,7 +75,9 @@ def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_pat
     assert (refused.exit_code, "a page of HTML ('Log in')" in refused.stderr) == (2, True)
 
 
-def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_foreign_network_are_computed(
+    theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path
+) -> None:
     common = ["--metrics=swd32", f"--data={shapes32_zip}", "--device=cpu", "--no-cache"]
     records = []
     for network in (theirs, f"{site.url}/{theirs.name}"):
@@ -95,7 +97,7 @@ SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
 def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
-    """Start from an address with a user and a query, which no file of the run keeps."""
+    """The address has a user and a query, which must not occur in any file of the run."""
     url = f"{site.url}/{theirs.name}"
     secret = f"{url.replace('//', '//user:s3cret@')}?signature=s3cret"
     common = [f"--data={shapes32_zip}", *SHORT]
@@ -126,7 +128,7 @@ def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shape
     assert (state["parts"]["state"]["nimg"], state["config"]["origin"]) == (32, expected)
 
 
-def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
+def test_training_can_start_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
     common = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--g_dict=32,16", "--num_layers=1,1"]
     common += ["--aug=noaug", f"--resume={theirs}"]
     refused = run(train.main, *common, "--freezed=2")
@@ -142,7 +144,7 @@ def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path
     assert f"started from   {theirs}" in run_ok(legacy.main, "info", run_dir / "network-snapshot-000000.pkl")
 
 
-def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
+def test_a_dry_run_checks_the_snapshot_to_resume_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
     common = [f"--data={shapes32_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
     (tmp_path / "text.pkl").write_text("text")
     wrong = {"nonsense": "neither `latest` nor", str(tmp_path / "text.pkl"): "not a file of this project"}
@@ -162,7 +164,7 @@ def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
+def test_an_unusable_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     path = tmp_path / "generation.pkl"
     write(path, {"G_ema": styleformer_module()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
@@ -177,7 +179,7 @@ def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
+def test_info_describes_a_foreign_snapshot(theirs: Path) -> None:
     text = run_ok(legacy.main, "info", theirs)
     for words in ("Styleformer, public release", "32x32, 3 channels", "kimg 2000", "their.zip", "widths 32,16,16"):
         assert words in text
@@ -189,7 +191,7 @@ def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
     assert about["bytes"] == theirs.stat().st_size
 
 
-def test_info_of_our_own_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_about_our_own_snapshot_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(__file__).parent / "data" / "network-snapshot-v1.pkl"
     with monkeypatch.context() as patch:
         patch.setattr("training.snapshots.snapshot.build_networks", lambda *_: pytest.fail("a network was built"))

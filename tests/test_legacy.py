@@ -1,4 +1,4 @@
-"""Foreign snapshots: what the rebuilt networks compute, against float64 evaluations from the foreign tensors."""
+"""Foreign snapshots: rebuilt networks against float64 references that use the foreign tensors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ STYLEFORMERS: dict[str, tuple[StyleformerConfig, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", STYLEFORMERS)
-def test_styleformer_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_styleformer_equals_the_reference(name: str, tmp_path: Path) -> None:
     config, extra = STYLEFORMERS[name]
     config = dataclasses.replace(config, z_dim=Z, w_dim=W, mapping_layers=LAYERS)
     side, channels = config.base[0], config.img_channels
@@ -97,7 +97,7 @@ STYLEGAN2S: dict[str, StyleGAN2Config] = {
 
 
 @pytest.mark.parametrize("name", STYLEGAN2S)
-def test_stylegan2_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_stylegan2_equals_the_reference(name: str, tmp_path: Path) -> None:
     small = {"z_dim": Z, "w_dim": W, "mapping_layers": LAYERS, "resolutions": 3, "channel_base": 48, "channel_max": 5}
     config: StyleGAN2Config = dataclasses.replace(STYLEGAN2S[name], **small)  # type: ignore[arg-type]
     shapes = mapping_shapes(Z, config.c_dim, W, LAYERS)
@@ -135,14 +135,14 @@ DISCRIMINATORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path) -> None:
     small = {"img_size": (16, 16), "img_channels": 2, "channel_base": 48, "channel_max": 8, "conv_clamp": None}
     config = StyleGAN2DiscriminatorConfig(**small | DISCRIMINATORS[name])  # type: ignore[arg-type]
     c_dim, width = config.c_dim, config.cmap_dim or 8
     tensors = discriminator_tensors(config)
     group = None if config.mbstd_group_size == WHOLE_BATCH else config.mbstd_group_size
     epilogue = {"mbstd_num_channels": 0} if group == 0 else {"mbstd_group_size": group}
-    # Converted from TensorFlow, they say how the mapping's layers learn even where there are none.
+    # Snapshots converted from TensorFlow have a learning rate even for a mapping network without layers.
     mapping = {"num_layers": 0, "lr_multiplier": 0.1, "w_avg_beta": None} if config.mapping_layers == 0 else {}
     if not c_dim:
         mapping = {"num_layers": 0, "layer_features": 512, "lr_multiplier": 0.1}
@@ -194,7 +194,7 @@ def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    """A snapshot with everything."""
+    """Snapshot with G, D, G_ema and an augmentation pipe."""
     config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
     D = module("Discriminator", discriminator_tensors(config), **kwargs, channel_base=48, channel_max=8)
@@ -204,7 +204,7 @@ def whole(tmp_path: Path) -> Path:
     return write(tmp_path / "network-snapshot-000120.pkl", content)
 
 
-def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> None:
+def test_a_foreign_snapshot_can_be_saved_as_our_own(whole: Path, tmp_path: Path) -> None:
     snapshot = legacy.load_network(whole)
     config = snapshot.config
     assert (snapshot.nimg, snapshot.ada_p, config.augment.pipe, config.augment.mode) == (120_000, 0.25, "bgc", "ada")
@@ -222,13 +222,13 @@ def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("numpy_core", ["numpy.core", "numpy._core"])
-def test_protocols_and_both_spellings_of_numpy(protocol: int, numpy_core: str, tmp_path: Path) -> None:
+def test_pickle_protocols_and_both_numpy_names_are_read(protocol: int, numpy_core: str, tmp_path: Path) -> None:
     path = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()}, protocol=protocol, numpy_core=numpy_core)
     assert numpy_core.encode() in path.read_bytes()
     assert legacy.load_network(path).G_ema.img_shape == (3, 16, 16)
 
 
-def test_our_own_snapshots_go_the_usual_way() -> None:
+def test_our_own_snapshots_are_read_as_well() -> None:
     shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
     ours, same = legacy.load_network(shapes), training.snapshots.snapshot.load_network(shapes)
     assert ours.config == same.config
@@ -236,7 +236,7 @@ def test_our_own_snapshots_go_the_usual_way() -> None:
         legacy.load_network("missing.pkl")
 
 
-def test_the_reader_of_our_own_points_to_that_of_all(tmp_path: Path) -> None:
+def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
     theirs = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()})
     for path in (theirs, tmp_path):  # a pickle, a folder
         with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
@@ -278,12 +278,12 @@ GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", GENERATOR_REFUSALS)
-def test_what_a_generator_cannot_be_here_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_unsupported_generator_arguments_are_refused_by_name(name: str, tmp_path: Path) -> None:
     changes, text = GENERATOR_REFUSALS[name]
     refused(write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(**changes)}), text)
 
 
-def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
+def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     kwargs = STYLEGAN2_ARGUMENTS
     tensors = draw(shapes)
@@ -300,8 +300,8 @@ def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
     assert legacy.load_network(path).G_ema.num_ws == 6
 
 
-def test_one_tensor_in_several_places_is_refused(tmp_path: Path) -> None:
-    """A file of a megabyte could describe blocks that fill all memory, if they could share their matrices."""
+def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
+    """If blocks could share their matrices, a file of a megabyte could describe networks that fill all memory."""
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     tensors = draw(shapes)
     G_ema = module("Generator", tensors, **STYLEGAN2_ARGUMENTS)
@@ -311,7 +311,7 @@ def test_one_tensor_in_several_places_is_refused(tmp_path: Path) -> None:
     refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are one tensor")
 
 
-def test_other_systems_are_named(tmp_path: Path) -> None:
+def test_files_of_other_systems_are_identified(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
     array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))
@@ -346,7 +346,7 @@ def test_other_systems_are_named(tmp_path: Path) -> None:
         ({"sharpen": 1}, "unknown argument sharpen"),
     ],
 )
-def test_augmentation(transforms: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_augmentation_pipes_are_recognised(transforms: dict[str, Any], expected: str, tmp_path: Path) -> None:
     augment = module("AugmentPipe", {"p": torch.tensor(1.5)}, **transforms)
     path = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(), "augment_pipe": augment})
     snapshot = legacy.load_network(path)

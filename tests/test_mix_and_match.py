@@ -1,4 +1,4 @@
-"""Any generator, discriminator, objective and augmentation train together; what makes no sense is refused."""
+"""Every generator, discriminator, objective and augmentation train together; contradictory options are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def matches() -> list[tuple[str, str, str, str]]:
     return [(g, d, loss, MODES[(i + j + k) % len(MODES)]) for (i, g), (j, d), (k, loss) in kinds]
 
 
-def test_every_pair_of_parts_occurs() -> None:
+def test_every_pair_of_components_is_covered() -> None:
     parts = [*GENERATORS], [*DISCRIMINATORS], [*OBJECTIVES], [*MODES]
     found = matches()
     for a, b in combinations(range(4), 2):
@@ -92,6 +92,6 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
         (["--cfg=transgan-cifar", "--gen=styleformer", "--pl-weight=2"], "--pl-weight=2.0: has no effect without"),
     ],
 )
-def test_what_makes_no_sense_is_refused(scenes: Path, arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused(scenes: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={scenes}", "--device=cpu", "-n", *arguments])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

@@ -1,4 +1,4 @@
-"""Generators: every layer and the whole network against an independent float64 evaluation of the papers' equations."""
+"""Styleformer generator: every layer and the whole network against the float64 reference."""
 
 from __future__ import annotations
 
@@ -52,9 +52,6 @@ VARIANTS = {
 }
 
 
-# The reference: numpy, float64, from the equations.
-
-
 @pytest.mark.parametrize(
     ("config", "count"),
     [
@@ -68,15 +65,15 @@ VARIANTS = {
         (StyleformerConfig(widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True), 10_349_781),
     ],
 )
-def test_parameter_counts_of_the_published_models(config: StyleformerConfig, count: int) -> None:
+def test_published_models_have_their_parameter_counts(config: StyleformerConfig, count: int) -> None:
     with torch.device("meta"):
         G = config.build()
     assert sum(parameter.numel() for parameter in G.parameters()) == count
 
 
 @pytest.mark.parametrize("name", ["ffn", "norm-after", "no-style", "no-residual", "depth16", "depth64"])
-def test_parameter_counts_of_the_ablations(name: str) -> None:
-    """By hand from the preset: C and C' are the widths before and after a block."""
+def test_ablations_have_the_expected_parameter_counts(name: str) -> None:
+    """Count by hand from the preset; C and C' are the widths before and after a block."""
     config = PRESETS[f"ablation-{name}"].generator
     blocks = [(256, 64), (64, 64), (64, 64), (64, 16), (16, 16), (16, 16), (16, 16)]
     more = {
@@ -93,7 +90,7 @@ def test_parameter_counts_of_the_ablations(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
-def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
+def test_generator_equals_the_reference(name: str, noise_mode: Any) -> None:
     config = VARIANTS[name]
     G, (z, c) = build(config), inputs(config)
     ws = ref_mapping(
@@ -111,14 +108,14 @@ def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
     assert tuple(actual.shape[1:]) == G.img_shape == (config.img_channels, *config.img_size)
 
 
-def test_every_style_reaches_its_own_block() -> None:
+def test_each_block_reads_its_own_style() -> None:
     G, (z, _) = build(TINY), inputs(TINY)
     state = state_of(G.synthesis)
     ws = torch.randn(len(z), G.num_ws, G.w_dim, dtype=torch.float64)
     close(G.synthesis(ws), ref_styleformer(ws.numpy(), state, TINY, noise=True))
 
 
-def test_linformer_applies_from_the_given_number_of_tokens() -> None:
+def test_linformer_projects_grids_from_min_tokens_on() -> None:
     G = VARIANTS["linformer"].build()
     shapes = [tuple(p.shape) for name, p in G.named_parameters() if name.endswith("token_projection")]
     assert shapes == [(5, 24), (5, 24), (5, 96)]
@@ -126,7 +123,7 @@ def test_linformer_applies_from_the_given_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("psi", [1.0, 0.5, 0.0, -1.0])
 @pytest.mark.parametrize("cutoff", [None, 0, 1, 3, 4, 9])
-def test_mapping_and_truncation(psi: float, cutoff: int | None) -> None:
+def test_mapping_and_truncation_equal_the_reference(psi: float, cutoff: int | None) -> None:
     mapping = MappingNetwork(z_dim=4, c_dim=3, w_dim=5, num_ws=4, num_layers=3).double()
     randomize(mapping)
     state = state_of(mapping)
@@ -136,7 +133,7 @@ def test_mapping_and_truncation(psi: float, cutoff: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_only_ablations_have_another_block(name: str) -> None:
+def test_only_ablations_use_the_ablated_block(name: str) -> None:
     with torch.device("meta"):
         G = VARIANTS[name].build()
     types = {type(module) for module in G.modules() if isinstance(module, EncoderBlock)}
@@ -149,8 +146,8 @@ def test_only_ablations_have_another_block(name: str) -> None:
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.005)],
     ids=str,
 )
-def test_demodulated_linear_equals_the_definition(dtype: torch.dtype, error: float) -> None:
-    """In float16 too where weights would overflow it: their scale is undone."""
+def test_demodulated_linear_equals_the_reference(dtype: torch.dtype, error: float) -> None:
+    """Weights of 1e5 overflow float16 unless their scale is removed first."""
     torch.manual_seed(0)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x, plus = torch.randn(3, 5, 8, dtype=exact).to(dtype), torch.randn(3, 5, 1, dtype=exact).to(dtype)
@@ -165,7 +162,7 @@ def test_demodulated_linear_equals_the_definition(dtype: torch.dtype, error: flo
         np.testing.assert_allclose(actual.double().numpy(), shifted, rtol=0, atol=error)
 
 
-def test_noise_is_one_map_for_all_images_or_one_for_each() -> None:
+def test_noise_maps_may_be_shared_or_per_image() -> None:
     const, strength = torch.randn(4, 6), torch.tensor(0.5)
     assert torch.equal(scaled_noise(const, strength, "const", 3), const[None] / 2)
     assert torch.equal(scaled_noise(const.expand(3, 4, 6), strength, "const", 3), const.expand(3, 4, 6) / 2)
@@ -177,7 +174,7 @@ def test_noise_is_one_map_for_all_images_or_one_for_each() -> None:
         assert torch.equal(drawn, torch.randn(3, 4, 6) / 2)
 
 
-def test_random_noise_is_one_draw_per_image_and_token() -> None:
+def test_random_noise_has_one_value_per_image_and_token() -> None:
     block = EncoderBlock(TINY, (2, 3), 8, 12).double()
     randomize(block)
     x, w = torch.randn(4, 6, 8, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
@@ -188,7 +185,7 @@ def test_random_noise_is_one_draw_per_image_and_token() -> None:
     close(actual, ref_encoder_block(x.numpy(), w.numpy(), state_of(block), 2, TINY.conv_clamp, noise))
 
 
-def test_noise_modes() -> None:
+def test_without_noise_strength_random_noise_has_no_effect() -> None:
     G, (z, _) = build(TINY), inputs(TINY)
     assert torch.equal(G(z, None), G(z, None, noise_mode="const"))
     assert torch.equal(G(z, None, noise_mode="none"), G(z, None, noise_mode="none"))
@@ -201,7 +198,7 @@ def test_noise_modes() -> None:
 
 
 @pytest.mark.parametrize("projected", [None, 3])
-def test_fused_attention_equals_explicit(projected: int | None) -> None:
+def test_fused_attention_equals_explicit_weights(projected: int | None) -> None:
     attention = SelfAttention(2, 7, projected)
     q, k, v = torch.randn(3, 4, 7, 6)
     weights = attention.weights(q, k)
@@ -212,7 +209,7 @@ def test_fused_attention_equals_explicit(projected: int | None) -> None:
     torch.testing.assert_close(attention(q, k, v), torch.cat(heads, dim=2))
 
 
-def test_attention_maps_of_a_generator_come_from_forward_hooks() -> None:
+def test_forward_hooks_can_read_the_attention_weights() -> None:
     G, (z, _) = build(VARIANTS["linformer"]), inputs(VARIANTS["linformer"])
     maps = []
     for module in G.modules():
@@ -222,7 +219,7 @@ def test_attention_maps_of_a_generator_come_from_forward_hooks() -> None:
     assert [tuple(m.shape) for m in maps] == [(3, 3, 6, 6), (3, 2, 24, 5), (3, 2, 24, 5), (3, 1, 96, 5)]
 
 
-def test_torgb_equals_the_equation() -> None:
+def test_torgb_equals_the_reference() -> None:
     torgb = StyleformerToRGB(8, 3, 6).double()
     randomize(torgb)
     x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
@@ -231,14 +228,14 @@ def test_torgb_equals_the_equation() -> None:
 
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])
 @pytest.mark.parametrize("multiplier", [1.0, 0.01])
-def test_fully_connected(activation: Any, multiplier: float) -> None:
+def test_fully_connected_layer_equals_the_reference(activation: Any, multiplier: float) -> None:
     layer = FullyConnected(5, 4, activation=activation, multiplier=multiplier, bias_init=1.0).double()
     randomize(layer)
     x = torch.randn(3, 5, dtype=torch.float64)
     close(layer(x), ref_fc(x.numpy(), state_of(layer), multiplier, activation == "lrelu"))
 
 
-def test_normalize_2nd_moment() -> None:
+def test_normalized_latents_have_unit_second_moment() -> None:
     x = torch.randn(4, 50) * 7
     torch.testing.assert_close(normalize_2nd_moment(x).square().mean(dim=1), torch.ones(4))
 
@@ -250,7 +247,7 @@ def test_tokens_are_row_major() -> None:
     assert torch.equal(to_map(tokens, (4, 5)), image)
 
 
-def test_initial_values() -> None:
+def test_initial_weights_have_the_specified_scale() -> None:
     torch.manual_seed(0)
     mapping = FullyConnected(200, 200, multiplier=0.01)
     assert mapping.weight.std().item() == pytest.approx(100, rel=0.02)
@@ -266,7 +263,7 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "all ablations"])
-def test_double_backward_of_a_block(name: str) -> None:
+def test_second_derivatives_of_a_block_are_correct(name: str) -> None:
     config = dataclasses.replace(VARIANTS[name], linformer=True, linformer_k=2, linformer_min_tokens=6)
     block = EncoderBlock(config, (2, 3), 4, 4).double()
     randomize(block)
@@ -278,7 +275,7 @@ def test_double_backward_of_a_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ffn", "norm after", "no style in attention", "no residual"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ablations_in_reduced_precision_are_close(name: str, dtype: torch.dtype) -> None:
+def test_each_ablation_is_close_in_reduced_precision(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     G, z = VARIANTS[name].build(), torch.randn(4, TINY.z_dim)
     exact = G(z, None)
@@ -289,7 +286,7 @@ def test_ablations_in_reduced_precision_are_close(name: str, dtype: torch.dtype)
         assert torch.equal(G(z, None), exact)
 
 
-def test_base_grids() -> None:
+def test_base_grids_lists_every_grid_that_fits() -> None:
     assert base_grids(48, 48) == [((48, 48), 1), ((24, 24), 2), ((12, 12), 3), ((6, 6), 4), ((3, 3), 5)]
     assert base_grids(16, 24) == [((16, 24), 1), ((8, 12), 2), ((4, 6), 3), ((2, 3), 4)]
     assert base_grids(7, 8) == [((7, 8), 1)]
@@ -299,7 +296,7 @@ def test_base_grids() -> None:
             config.check_img_size(height, width)
 
 
-def test_image_size_that_does_not_fit() -> None:
+def test_an_image_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"64x64.*base=\(16, 16\) with 3 widths, base=\(8, 8\) with 4") as caught:
         StyleformerConfig().check_img_size(64, 64)
     assert caught.value.field == "widths"
@@ -321,13 +318,13 @@ def test_image_size_that_does_not_fit() -> None:
         ({"conv_clamp": 0.0}, "conv_clamp", "positive"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleformerConfig(**changes)
     assert caught.value.field == field
 
 
-def test_unresolved_widths() -> None:
+def test_a_generator_without_widths_cannot_be_built() -> None:
     config = StyleformerConfig(widths=())
     for use in (config.build, lambda: config.img_size, lambda: config.check_img_size(32, 32)):
         with pytest.raises(ConfigError, match=r"widths=\(\)"):

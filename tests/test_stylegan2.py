@@ -1,4 +1,4 @@
-"""The StyleGAN2 generator against an independent float64 evaluation of its equations, with loops and SciPy."""
+"""StyleGAN2 generator: every layer and the whole network against the float64 reference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VARIANTS = {
         (StyleGAN2Config(resolutions=9, mapping_layers=8), 30_370_060),
     ],
 )
-def test_parameter_counts_of_the_published_models(config: StyleGAN2Config, count: int) -> None:
+def test_published_models_have_their_parameter_counts(config: StyleGAN2Config, count: int) -> None:
     with torch.device("meta"):
         G = config.build()
     assert sum(parameter.numel() for parameter in G.parameters()) == count
@@ -54,7 +54,7 @@ def test_parameter_counts_of_the_published_models(config: StyleGAN2Config, count
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
-def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
+def test_generator_equals_the_reference(name: str, noise_mode: Any) -> None:
     config = VARIANTS[name]
     G, (z, c) = build(config), inputs(config)
     labels = None if c is None else c.numpy()
@@ -66,7 +66,7 @@ def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["skip", "resnet", "one resolution"])
-def test_every_style_reaches_its_own_layer(name: str) -> None:
+def test_each_layer_reads_its_own_style(name: str) -> None:
     config = VARIANTS[name]
     G = build(config)
     ws = torch.randn(2, G.num_ws, G.w_dim, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_every_style_reaches_its_own_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("up", [1, 2])
-def test_random_noise_is_one_draw_per_image_and_pixel(up: Any) -> None:
+def test_random_noise_has_one_value_per_image_and_pixel(up: Any) -> None:
     layer = ModulatedConv(TINY, 4, 3, (4 * up, 6 * up), up=up).double()
     randomize(layer)
     x, w = torch.randn(2, 4, 4, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_random_noise_is_one_draw_per_image_and_pixel(up: Any) -> None:
 
 @pytest.mark.parametrize("up_filter", [None, resample_filter()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_scaling_inputs_and_outputs_equals_the_definition(dtype: torch.dtype, up_filter: Tensor | None) -> None:
+def test_modulated_convolution_equals_the_reference(dtype: torch.dtype, up_filter: Tensor | None) -> None:
     torch.manual_seed(0)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight, style = torch.randn(3, 4, 6, 5), torch.randn(7, 4, 3, 3), torch.randn(3, 4)
@@ -106,8 +106,8 @@ def test_scaling_inputs_and_outputs_equals_the_definition(dtype: torch.dtype, up
     np.testing.assert_allclose(actual.double().numpy(), expected + noise.double().numpy(), rtol=0, atol=error)
 
 
-def test_wide_layers_on_a_cpu_go_through_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rounding errors are larger than those of a direct convolution, but small."""
+def test_wide_layers_use_winograd_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd's rounding errors are larger than those of a direct convolution, but small."""
     torch.manual_seed(0)
     C = winograd.MIN_CHANNELS
     x, weight, style = torch.randn(1, C, 16, 16), torch.randn(C, C, 3, 3), torch.randn(1, C)
@@ -119,8 +119,8 @@ def test_wide_layers_on_a_cpu_go_through_winograd(monkeypatch: pytest.MonkeyPatc
     assert 0 < (fast - direct).abs().max().item() < 1e-4
 
 
-def test_float16_survives_weights_and_styles_that_are_large() -> None:
-    """The scaling cancels in the demodulation; without it 200 * 100 * 100 would be infinite."""
+def test_large_weights_and_styles_do_not_overflow_float16() -> None:
+    """Demodulation cancels the scaling of weights and styles; otherwise 200 * 100 * 100 would overflow."""
     torch.manual_seed(0)
     x, weight, style = torch.full((1, 8, 4, 4), 200.0), 100 * torch.rand(3, 8, 3, 3), torch.full((1, 8), 100.0)
     noise = torch.zeros(1)
@@ -129,7 +129,7 @@ def test_float16_survives_weights_and_styles_that_are_large() -> None:
     torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.5)
 
 
-def test_torgb_equals_the_equation() -> None:
+def test_torgb_equals_the_reference() -> None:
     config = dataclasses.replace(TINY, conv_clamp=0.5)
     torgb = StyleGAN2ToRGB(config, 8).double()
     randomize(torgb)
@@ -137,7 +137,7 @@ def test_torgb_equals_the_equation() -> None:
     close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb), 0.5))
 
 
-def test_initial_values() -> None:
+def test_initial_weights_have_the_specified_scale() -> None:
     torch.manual_seed(0)
     G = StyleGAN2Config(resolutions=2, channel_max=64).build()
     layer: Any = G.synthesis.stages[1].convs[0]  # type: ignore[union-attr, index]
@@ -150,7 +150,7 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("up", [1, 2])
-def test_double_backward_of_a_layer(up: Any) -> None:
+def test_second_derivatives_of_a_layer_are_correct(up: Any) -> None:
     layer = ModulatedConv(dataclasses.replace(TINY, w_dim=2), 2, 2, (3 * up, 2 * up), up=up).double()
     randomize(layer)
     x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -159,7 +159,7 @@ def test_double_backward_of_a_layer(up: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_is_close_and_starts_at_the_given_grid(dtype: torch.dtype) -> None:
+def test_reduced_precision_starts_at_the_minimum_grid(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = StyleGAN2Config(z_dim=16, w_dim=16, channel_max=16, resolutions=3)
     G = config.build()
@@ -175,7 +175,7 @@ def test_reduced_precision_is_close_and_starts_at_the_given_grid(dtype: torch.dt
     assert 0 < (img - exact).std().item() / exact.std().item() < 0.02
 
 
-def test_fit_chooses_what_is_open() -> None:
+def test_fit_chooses_resolutions_and_channel_base() -> None:
     config = StyleGAN2Config(**StyleGAN2Config.AUTO)
     assert config.fit(64, 64).img_size == (64, 64)
     assert config.fit(512, 512).channel_base == 2 * config.fit(256, 256).channel_base == 32768
@@ -199,13 +199,13 @@ def test_fit_chooses_what_is_open() -> None:
         ({"mapping_layers": 0}, "mapping_layers", "at least 1"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleGAN2Config(**changes)
     assert caught.value.field == field
 
 
-def test_open_configs_cannot_be_built() -> None:
+def test_a_configuration_with_open_fields_cannot_be_built() -> None:
     for changes, field in (({"resolutions": None}, "resolutions"), ({"channel_base": 0}, "channel_base")):
         with pytest.raises(ConfigError, match="not chosen yet") as caught:
             StyleGAN2Config(**changes).build()

@@ -1,4 +1,4 @@
-"""TransGAN's networks: every layer and both networks against an independent float64 evaluation of their equations."""
+"""TransGAN: every layer and both networks against the float64 reference, and the published presets."""
 
 from __future__ import annotations
 
@@ -101,16 +101,13 @@ D_VARIANTS = {
 }
 
 
-# The reference: numpy, float64, from the equations, token by token.
-
-
 def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
     q, k, v = (x.detach().numpy() for x in tokens)
     return ref_attention(q, k, v, 2, bias)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_generator_equals_the_equations(name: str) -> None:
+def test_generator_equals_the_reference(name: str) -> None:
     config = VARIANTS[name]
     G = build_transgan(config)
     rng = np.random.default_rng(0)
@@ -130,7 +127,7 @@ def test_generator_equals_the_equations(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", D_VARIANTS)
-def test_discriminator_equals_the_equations(name: str) -> None:
+def test_discriminator_equals_the_reference(name: str) -> None:
     config = D_VARIANTS[name]
     D = build_transgan(config)
     img = np.random.default_rng(0).normal(size=(3, 2, *config.img_size))
@@ -141,14 +138,14 @@ def test_discriminator_equals_the_equations(name: str) -> None:
     assert expected.std() > 1e-3
 
 
-def test_relative_positions_are_the_table_by_offset() -> None:
+def test_relative_positions_look_up_the_offset_in_the_table() -> None:
     relative = RelativePosition(3, (3, 4)).double()
     assert relative.table.shape == (5, 7, 3)
     assert 0 < relative.table.std() < 0.04
     close(relative(), ref_attention_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
 
 
-def test_cells_are_windows_row_by_row() -> None:
+def test_cells_are_windows_in_row_order() -> None:
     x = torch.arange(4 * 6).view(1, 24, 1)
     cells = to_cells(x, (4, 6), (2, 3))
     assert cells.squeeze(2).tolist() == [
@@ -166,16 +163,14 @@ def qkv(N: int, C: int, size: float = 1.0) -> list[Tensor]:
 
 
 def small_heads(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Array]:
-    """Tokens of two heads of 4 channels, a bias, and what attention makes of them."""
+    """Return tokens of two heads of 4 channels, a bias, and the expected output of attention."""
     tokens, bias = [x.to(dtype) for x in qkv(6, 8)], torch.randn(2, 6, 6).to(dtype)
     return tokens, bias, ref_two_heads([x.double() for x in tokens], bias.double().numpy())
 
 
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4)])
-def test_small_heads_of_16_bits_are_filled_up_with_zeros(
-    dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To what the kernel asks for that keeps no matrix of weights; the result is that of the heads as they are."""
+def test_small_16_bit_heads_are_padded_with_zeros(dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory-efficient kernels need heads of 8 channels in 16 bits; padding does not change the result."""
     fused = F.scaled_dot_product_attention
     sizes: set[int] = set()
 
@@ -193,24 +188,24 @@ def test_small_heads_of_16_bits_are_filled_up_with_zeros(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_heads_of_16_bits_have_a_kernel_without_a_matrix_of_weights(dtype: torch.dtype) -> None:
+def test_small_16_bit_heads_use_memory_efficient_attention(dtype: torch.dtype) -> None:
     tokens, bias, expected = small_heads(dtype)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # or nothing
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # an error if this kernel cannot run
         q, k, v = (split_heads(x.cuda(), 2) for x in tokens)
         y = attend(q, k, v, bias.cuda()).transpose(1, 2).flatten(2)
     np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("use_relative", [False, True])
-def test_a_window_of_the_grids_size_is_full_attention(use_relative: bool) -> None:
+def test_a_window_as_large_as_the_grid_is_full_attention(use_relative: bool) -> None:
     attention = CellAttention(2, (4, 6), (4, 6), use_relative=use_relative).double()
     table = None if attention.relative is None else attention.relative.table.detach().numpy()
     q, k, v = qkv(24, 8)
     close(attention(q, k, v), ref_two_heads([q, k, v], ref_attention_bias(table, (4, 6), (4, 6), 2)))
 
 
-def test_axis_attention_reaches_every_token_by_two_steps() -> None:
-    """One token's value reaches its row by the first step and, from there, all columns."""
+def test_axis_attention_reaches_every_token_in_two_steps() -> None:
+    """The first step spreads a token's value over its row, the second over all columns."""
     attention = AxisAttention(2, (3, 5), use_relative=True).double()
     q, k, v = qkv(15, 4)
     v.requires_grad_()
@@ -221,8 +216,8 @@ def test_axis_attention_reaches_every_token_by_two_steps() -> None:
     assert (reached[0].abs().sum(dim=1) > 0).all()
 
 
-def test_nystrom_with_all_tokens_as_landmarks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After enough iterations; with fewer landmarks it is an approximation, better than the mean of the values."""
+def test_nystrom_is_exact_with_all_tokens_as_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pseudo-inverse needs enough iterations. Fewer landmarks approximate better than the mean of the values."""
     q, k, v = qkv(16, 8)
     exact = ref_two_heads([q, k, v])
     monkeypatch.setattr(NystromAttention, "ITERATIONS", 20)
@@ -233,12 +228,12 @@ def test_nystrom_with_all_tokens_as_landmarks_is_exact(monkeypatch: pytest.Monke
     assert error < 0.1 * (smooth[2].mean(dim=1, keepdim=True) - wanted).norm()
 
 
-def test_pseudo_inverse_is_numpys() -> None:
+def test_pseudo_inverse_equals_that_of_numpy() -> None:
     A = torch.rand(2, 3, 6, 6, dtype=torch.float64) + 2 * torch.eye(6)
     close(pseudo_inverse(A, 20), np.linalg.pinv(A.numpy()))
 
 
-def test_upsamplings_equal_their_formulas() -> None:
+def test_upsampling_equals_the_reference() -> None:
     x = torch.randn(2, 12, 8, dtype=torch.float64)
     maps = x.view(2, 3, 4, 8).numpy()
     close(PixelShuffle((3, 4))(x), ref_shuffle(maps).reshape(2, 48, 2))
@@ -251,7 +246,7 @@ def test_upsamplings_equal_their_formulas() -> None:
 # Noise.
 
 
-def test_noise_is_one_number_per_token_times_its_strength() -> None:
+def test_token_noise_is_one_scaled_value_per_token() -> None:
     torch.manual_seed(0)
     noise = TokenNoise(50)
     assert (noise.strength.item(), noise.noise_const.shape) == (0, (50, 1))
@@ -261,7 +256,7 @@ def test_noise_is_one_number_per_token_times_its_strength() -> None:
         drawn = noise(x, "random") - x
         torch.testing.assert_close(drawn, drawn[:, :, :1].expand(-1, -1, 3), rtol=0, atol=1e-6)
         drawn = drawn[:, :, 0]
-        assert drawn.std().item() == pytest.approx(0.5, rel=0.01)  # of 100,000
+        assert drawn.std().item() == pytest.approx(0.5, rel=0.01)  # 100,000 draws
         assert drawn.mean().item() == pytest.approx(0, abs=0.01)
         assert (torch.corrcoef(drawn.t()) - torch.eye(50)).abs().max() < 0.12  # more than five standard deviations
         torch.testing.assert_close(noise(x, "const"), x + 0.5 * noise.noise_const)
@@ -269,7 +264,7 @@ def test_noise_is_one_number_per_token_times_its_strength() -> None:
         assert noise(x.bfloat16(), "random").dtype == torch.bfloat16
 
 
-def test_noise_of_the_generator_follows_the_mode() -> None:
+def test_generator_noise_follows_the_noise_mode() -> None:
     G = build_transgan(VARIANTS["noise, latent tokens"]).requires_grad_(False)
     z = torch.randn(2, 5, dtype=torch.float64)
     const, none, first, second = (G(z, None, noise_mode=mode) for mode in ("const", "none", "random", "random"))
@@ -283,7 +278,9 @@ def test_noise_of_the_generator_follows_the_mode() -> None:
     assert torch.equal(G(z, None, noise_mode="random"), first)
     maps = {name: x for name, x in G.synthesis.named_buffers() if name.endswith("noise_const")}
     assert len(maps) == sum(TINY.layers)
-    for_each = {name: torch.stack([x, torch.randn_like(x)]) for name, x in maps.items()}  # as a projection has them
+    for_each = {
+        name: torch.stack([x, torch.randn_like(x)]) for name, x in maps.items()
+    }  # as projector.py optimises them
     projected = torch.func.functional_call(G.synthesis, for_each, (G.mapping(z, None),))
     torch.testing.assert_close(projected[0], const[0])
     assert not torch.allclose(projected[1], const[1])
@@ -309,13 +306,13 @@ def test_noise_is_drawn_in_every_phase_of_training(shapes_zip: Path, part: str) 
     for phase in trainer.phases:
         counts.clear()
         trainer.run_phase(phase, img, c)
-        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # real, fake, between
+        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # reals, fakes, interpolates
         assert len(counts) == 2 * calls * len(noises) > 0  # two micro-batches
     assert all(noise.strength.item() != 0 for noise in noises)
 
 
 def noisy_config(data: Path) -> TrainConfig:
-    """TransGAN with all that is drawn in training; images of 16x16 are too small for a filter."""
+    """TransGAN with every source of randomness except the filter, which needs images larger than 16x16."""
     options = {
         "generator.family": "transgan",
         "generator.widths": (16, 4),
@@ -339,7 +336,7 @@ def noisy_config(data: Path) -> TrainConfig:
     return resolve(apply_options(PRESETS["tiny"], options), Environment(img_shape=(3, 16, 16), c_dim=0))
 
 
-def test_resuming_is_exact_with_everything_that_is_drawn(shapes_zip: Path, tmp_path: Path) -> None:
+def test_resuming_is_exact_with_noise_and_random_augmentation(shapes_zip: Path, tmp_path: Path) -> None:
     config = noisy_config(shapes_zip)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=True))
     straight, first, second = (new_trainer(config) for _ in range(3))
@@ -354,7 +351,7 @@ def test_resuming_is_exact_with_everything_that_is_drawn(shapes_zip: Path, tmp_p
 # Derivatives, precision, memory.
 
 
-def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() -> None:
+def test_twice_differentiable_attention_keeps_relative_positions() -> None:
     torch.manual_seed(0)
     attention = CellAttention(2, (2, 4), (2, 2), use_relative=True).double()
     q, k, v = torch.randn(3, 2, 8, 6, dtype=torch.float64)
@@ -371,8 +368,8 @@ def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() 
 @pytest.mark.parametrize(
     ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )
-def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
-    """By the input and by all parameters, in the form of the phases that need them."""
+def test_second_derivatives_of_a_block_are_correct(form: Any, norm: Any) -> None:
+    """Derivatives with respect to the input and all parameters, as R1 and path length need them."""
     config = BlockConfig(num_heads=2, norm=norm, attention=form, window=2, landmarks=2)
     torch.manual_seed(0)
     attention = config.build_attention((2, 4), is_full=False)
@@ -403,7 +400,7 @@ def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
 
 
 def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Gradients, by the parameters, of the squared gradient by the input, as in R1, path length and WGAN-GP."""
+    """Return the gradients of the squared input gradient, as in R1, path length and WGAN-GP."""
     with execution.using(twice_differentiable=True):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(network(x, None).square().sum(), x, create_graph=True)
@@ -412,8 +409,7 @@ def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
-def test_on_a_gpu(form: Any) -> None:
-    """Images, logits and the gradients of a penalty are those of the CPU."""
+def test_networks_on_a_gpu_compute_the_same_as_on_a_cpu(form: Any) -> None:
     torch.manual_seed(0)
     G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
     D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
@@ -434,7 +430,7 @@ def count(config: Any) -> int:
         return sum(parameter.numel() for parameter in config.build().parameters())
 
 
-# Published numbers of parameters in millions; those of the CelebA presets are not, see docs/transgan.md.
+# Published parameter counts in millions; the CelebA presets have none, see docs/transgan.md.
 @pytest.mark.parametrize(
     ("preset", "size", "published", "g_count", "d_count"),
     [
@@ -446,7 +442,7 @@ def count(config: Any) -> int:
         ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_255, 13_334_593),
     ],
 )
-def test_presets_have_the_published_numbers_of_parameters(
+def test_presets_have_the_published_parameter_counts(
     preset: str, size: int, published: tuple[str, str] | None, g_count: int, d_count: int
 ) -> None:
     config = resolve(PRESETS[preset], Environment(img_shape=(3, size, size), c_dim=0))
@@ -464,14 +460,14 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     assert config.batch_size == (32 if is_stl10 else 64)
     for adam in (config.g_optimizer, config.d_optimizer):
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
-    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # lazy regularisation would change the learning rate
     assert config.data.mirror
     fitted = resolve(config, Environment(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
 
 
-# Of the released scripts, those for CelebA of the slides: DiffAugment's transforms, largest translation, probabilities
-# of cutout or erase, filter and hue; half-life of the average and its ramp-up; LayerNorm and noise in G and D.
+# Settings of the released scripts, for CelebA of the slides: DiffAugment's policy; maximum translation, probabilities
+# of cutout or erase, filter and hue; half-life of the EMA and its ramp-up; norms of G and D; noise in G and D.
 RECIPES: dict[str, tuple[str, tuple[float, ...], tuple[float, float | None], tuple[str, str], tuple[bool, bool]]] = {
     "cifar": ("translation,cutout,color", (0.2, 0.3, 1, 1), (500, 0.1), ("layer", "layer"), (False, True)),
     "stl10": ("translation,erase,color", (0.2, 0.3, 1, 1), (500, 0.05), ("token", "token"), (False, True)),
@@ -503,8 +499,8 @@ def test_presets_have_the_released_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["transgan-church256", "transgan-celebahq256"])
-def test_the_large_models_average_decays_by_0995_per_step_of_the_generator(name: str) -> None:
-    """G moves every fourth step of 64 images; after three more, the average has kept 0.995 of what it was."""
+def test_the_ema_of_large_models_decays_by_0995_per_step_of_g(name: str) -> None:
+    """G is updated every fourth step of 64 images; after four steps the EMA keeps 0.995 of the old weights."""
     config = PRESETS[name]
     G = nn.Linear(1, 1)
     G.register_buffer("w_avg", torch.zeros(1))
@@ -521,7 +517,7 @@ def test_the_large_models_average_decays_by_0995_per_step_of_the_generator(name:
 PAGE = (Path(__file__).parent.parent / "docs" / "transgan.md").read_text()
 
 
-def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
+def test_the_docs_list_every_preset_with_parameter_counts() -> None:
     rows = re.findall(r"--cfg=(transgan-\w+)` \| ([\d.]+)M / ([\d.]+)M", PAGE)
     assert [name for name, *_ in rows] == [name for name in PRESETS if name.startswith("transgan")]
     for name, g_count, d_count in rows:
@@ -532,8 +528,8 @@ def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
 
 
 @pytest.mark.slow
-def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
-    """As the page composes them: each of the first four has all the departures, each of the others one fewer."""
+def test_options_reproduce_the_rows_of_table_3(tmp_path: Path) -> None:
+    """Compose the rows as the page does: the first four have every departure, each later row one fewer."""
     (baseline,) = re.findall(r"\| standard attention \| `(.*)` \|", PAGE)
     data = tmp_path / "scenes.zip"
     make = ["--source=shapes", f"--dest={data}", "--max-images=2", "--width=64", "--height=64", "--workers=1"]
@@ -557,27 +553,26 @@ def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
     assert plans[-1] == plan([])
 
 
-def test_initial_weights() -> None:
-    """Linear layers of G as PyTorch has them, those of D from N(0, 0.02^2), its convolutions and G's last layer
-    Xavier's."""
+def test_initial_weights_follow_the_released_code() -> None:
+    """Linear layers: PyTorch's default in G, N(0, 0.02^2) in D; convolutions of D and the last layer of G: Xavier."""
     torch.manual_seed(0)
     G: Any = TransGANConfig(z_dim=32, w_dim=32, widths=(256,), layers=(1,)).build()
     weight = G.synthesis.stages[0].blocks[0].fc1.weight
     assert weight.abs().max() <= 1 / 16
     assert weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.02)
     generators: list[Any] = [TransGANConfig(z_dim=1, w_dim=1, widths=(64,), layers=(0,)).build() for _ in range(30)]
-    weights = torch.stack([G.synthesis.torgb.weight for G in generators])  # (30, 3, 64), CIFAR-10's
+    weights = torch.stack([G.synthesis.torgb.weight for G in generators])  # (30, 3, 64), as for CIFAR-10
     assert 0.98 * math.sqrt(6 / 67) < weights.abs().max() <= math.sqrt(6 / 67)
     assert weights.std().item() == pytest.approx(0.1728, rel=0.02)
     D: Any = TransGANDiscriminatorConfig(widths=(256,), layers=(1,), local_layers=(0,), img_size=(16, 16)).build()
     for linear in (D.scales[0][0].fc1, D.last_block.qkv):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert not D.head.bias.any()
-    bound = math.sqrt(6 / (12 + 256 * 4))  # of U(-bound, bound), by fan-in and fan-out
+    bound = math.sqrt(6 / (12 + 256 * 4))  # U(-bound, bound) from fan-in and fan-out
     assert 0.95 * bound < D.embeddings[0].conv.weight.abs().max() <= bound
 
 
-def test_freeze_d_takes_patches_and_blocks_from_the_image_on() -> None:
+def test_freeze_d_counts_patches_and_blocks_from_the_image() -> None:
     D: Any = TINY_D.build()
     layers = D.layers_from_image()
     assert len(layers) == 3 + 2 + 1 + 1
@@ -614,12 +609,12 @@ def test_fit_chooses_the_published_stages(size: int, widths: tuple[int, ...], la
         ((256, 256), 4, ((64, 64), (32, 32), (16, 16))),
     ],
 )
-def test_fit_chooses_patches(size: tuple[int, int], patch: int, grids: Any) -> None:
+def test_fit_chooses_the_patch_size(size: tuple[int, int], patch: int, grids: Any) -> None:
     config = TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO).fit(*size)
     assert (config.patch, config.grids, config.img_size) == (patch, grids, size)
 
 
-def test_changing_between_families_keeps_what_they_share() -> None:
+def test_changing_the_family_keeps_the_shared_fields() -> None:
     mapped = StyleformerConfig(z_dim=7, w_dim=9, mapping_layers=4, c_dim=2)
     config = TransGANConfig.convert_from(mapped)
     assert (config.z_dim, config.w_dim, config.mapping_layers, config.c_dim) == (7, 7, 0, 2)
@@ -649,7 +644,7 @@ def test_changing_between_families_keeps_what_they_share() -> None:
         ({"num_heads": 0}, "num_heads", "at least 1"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_generator_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         dataclasses.replace(TINY, **changes)
     assert caught.value.field == field
@@ -666,13 +661,13 @@ def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
         ({"patch": 1, "overlap": True}, "overlap", "patches of an even size"),
     ],
 )
-def test_discriminator_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_discriminator_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         dataclasses.replace(TINY_D, **changes)
     assert caught.value.field == field
 
 
-def test_what_is_open_cannot_be_built() -> None:
+def test_a_configuration_with_open_fields_cannot_be_built() -> None:
     for config in (
         TransGANConfig(**TransGANConfig.AUTO),
         TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO),
