@@ -84,10 +84,10 @@ def test_scripts_can_load_a_folder_as_a_snapshot(folder: Path, snapshot: Snapsho
 
 
 def test_info_reports_the_same_for_folder_and_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    about, same = legacy.describe(folder), legacy.describe(snapshot.path)
+    info, same = legacy.describe(folder), legacy.describe(snapshot.path)
     for key in ("source", "kimg", "ada_p", "networks", "config"):
-        assert about[key] == same[key]
-    assert about["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert info[key] == same[key]
+    assert info["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     (folder / "D.safetensors").unlink()
     result = CliRunner().invoke(legacy.main, ["info", str(folder)])
     assert (result.exit_code, "D.safetensors: no such file" in result.stderr) == (2, True)

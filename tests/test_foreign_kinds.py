@@ -148,9 +148,9 @@ def test_every_command_reads_every_kind(
 ) -> None:
     """Run info, generate, convert, generate from the conversion, and a metric."""
     path, kind = files[name], KINDS[name]
-    about = json.loads(run(legacy.main, "info", str(path), "--json"))
-    assert tuple(about["left_out"]) == kind.left_out
-    side, c_dim = about["config"]["discriminator"]["img_size"][0], about["config"]["generator"]["c_dim"]
+    info = json.loads(run(legacy.main, "info", str(path), "--json"))
+    assert tuple(info["left_out"]) == kind.left_out
+    side, c_dim = info["config"]["discriminator"]["img_size"][0], info["config"]["generator"]["c_dim"]
     options = [f"--network={path}", "--seeds=0-1", "--device=cpu", *(["--class=1"] if c_dim else [])]
     printed = run(generate.main, *options, f"--outdir={tmp_path / 'images'}")
     assert ("left out: " in printed) == bool(kind.left_out)

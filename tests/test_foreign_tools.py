@@ -183,20 +183,20 @@ def test_info_describes_a_foreign_snapshot(theirs: Path) -> None:
     text = run_ok(legacy.main, "info", theirs)
     for words in ("Styleformer, public release", "32x32, 3 channels", "kimg 2000", "their.zip", "widths 32,16,16"):
         assert words in text
-    about = json.loads(run_ok(legacy.main, "info", theirs, "--json"))
+    info = json.loads(run_ok(legacy.main, "info", theirs, "--json"))
     with torch.device("meta"):
         G = StyleformerConfig(z_dim=64, w_dim=64, widths=STYLEFORMER_WIDTHS, layers=STYLEFORMER_LAYERS).build()
-    assert about["networks"]["G_ema"] == {"family": "styleformer", "parameters": sum(x.numel() for x in G.parameters())}
-    assert about["config"]["generator"]["family"] in GENERATORS
-    assert about["bytes"] == theirs.stat().st_size
+    assert info["networks"]["G_ema"] == {"family": "styleformer", "parameters": sum(x.numel() for x in G.parameters())}
+    assert info["config"]["generator"]["family"] in GENERATORS
+    assert info["bytes"] == theirs.stat().st_size
 
 
 def test_info_about_our_own_snapshot_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(__file__).parent / "data" / "network-snapshot-v1.pkl"
     with monkeypatch.context() as patch:
         patch.setattr("training.snapshots.snapshot.build_networks", lambda *_: pytest.fail("a network was built"))
-        about = json.loads(run_ok(legacy.main, "info", ours, "--json"))
-    assert (about["kimg"], about["format_version"], about["written_by"]) == (0.104, 1, "0.1.0")
-    assert about["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())
+        info = json.loads(run_ok(legacy.main, "info", ours, "--json"))
+    assert (info["kimg"], info["format_version"], info["written_by"]) == (0.104, 1, "0.1.0")
+    assert info["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())
     missing = run(legacy.main, "info", "missing.pkl")
     assert (missing.exit_code, missing.stderr) == (2, "Error: missing.pkl: no such file\n")

@@ -25,7 +25,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 def matches() -> list[tuple[str, str, str, str]]:
-    """Every generator with every discriminator and objective; augmentations take turns."""
+    """Return every generator with every discriminator and objective; augmentations alternate."""
     kinds = list(product(enumerate(GENERATORS), enumerate(DISCRIMINATORS), enumerate(OBJECTIVES)))
     return [(g, d, loss, MODES[(i + j + k) % len(MODES)]) for (i, g), (j, d), (k, loss) in kinds]
 

@@ -407,10 +407,10 @@ def test_every_phase_has_deterministic_algorithms(shapes_zip: Path) -> None:
 @pytest.mark.parametrize(("pipe", "is_refused"), [("bgc", True), ("filter", True), ("blit", True), ("color", False)])
 def test_nondeterministic_pipes_are_refused_on_a_gpu(pipe: str, is_refused: bool) -> None:
     config = override(PRESETS["tiny"], {"augment.pipe": pipe, "run.deterministic": True})
-    about = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
-        resolve(config, about)
-    resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
+        resolve(config, env)
+    resolve(replace(config, augment=replace(config.augment, mode="noaug")), env)
 
 
 @pytest.mark.gpu

@@ -366,11 +366,11 @@ def test_twice_differentiable_attention_keeps_relative_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
+    ("kind", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )
-def test_second_derivatives_of_a_block_are_correct(form: Any, norm: Any) -> None:
+def test_second_derivatives_of_a_block_are_correct(kind: Any, norm: Any) -> None:
     """Derivatives with respect to the input and all parameters, as R1 and path length need them."""
-    config = BlockConfig(num_heads=2, norm=norm, attention=form, window=2, landmarks=2)
+    config = BlockConfig(num_heads=2, norm=norm, attention=kind, window=2, landmarks=2)
     torch.manual_seed(0)
     attention = config.build_attention((2, 4), is_full=False)
     block = Block(config, 4, attention, other_width=3).double()
@@ -408,11 +408,11 @@ def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
-def test_networks_on_a_gpu_compute_the_same_as_on_a_cpu(form: Any) -> None:
+@pytest.mark.parametrize("kind", ["full", "grid", "axis", "nystrom"])
+def test_networks_on_a_gpu_compute_the_same_as_on_a_cpu(kind: Any) -> None:
     torch.manual_seed(0)
-    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
-    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
+    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=kind).build()
+    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=kind).build()
     z, img = torch.randn(4, 32), torch.randn(4, 3, 32, 32)
     expected = [G(z, None), D(img, None), *penalty(D, img)]
     found = [G.cuda()(z.cuda(), None), D.cuda()(img.cuda(), None), *penalty(D, img.cuda())]
@@ -541,12 +541,12 @@ def test_options_reproduce_the_rows_of_table_3(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["options"]
 
-    rows = [baseline.replace("=full", f"={form}").split() for form in ("full", "nystrom", "axis", "grid")]
+    rows = [baseline.replace("=full", f"={kind}").split() for kind in ("full", "nystrom", "axis", "grid")]
     for left_out in ("--set=discriminator.multi_scale=true", "--set=generator.norm=true", "position"):
         rows.append([option for option in rows[-1] if left_out not in option])
     plans = [plan(row) for row in rows]
-    forms = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
-    assert forms == [(form, form) for form in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]
+    kinds = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
+    assert kinds == [(kind, kind) for kind in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]
     assert [p["discriminator"]["multi_scale"] for p in plans] == [False] * 4 + [True] * 3
     assert [p["generator"]["norm"] for p in plans] == ["layer"] * 5 + ["token"] * 2
     assert [p["generator"]["position"] for p in plans] == ["absolute"] * 6 + ["both"]
