@@ -1,7 +1,7 @@
-"""Writes snapshots in the format of the public Styleformer release and of StyleGAN2-ADA-PyTorch, for tests.
+"""Writers of snapshots in the format of the public Styleformer release and of StyleGAN2-ADA-PyTorch.
 
-They are written from a description of the format: no class of those projects is needed, because a pickler of its own
-puts their names into the file. Tensors and numbers are pickled by torch and NumPy themselves.
+The files follow a description of the format. No class of those projects is needed, because the pickler here writes
+their names into the file. Torch and NumPy pickle tensors and numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCE = "raise SystemExit('the source in a snapshot was run')"
 
 
 class Name:
-    """A name in a pickle, e.g. os.system."""
+    """Name in a pickle, e.g. os.system."""
 
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
@@ -32,7 +32,7 @@ class Name:
 
 
 class Call:
-    """A call of a name in a pickle, with arguments, a state (BUILD) and items, as `__reduce__` has them."""
+    """Call of a name in a pickle, with the arguments, state (BUILD) and items of `__reduce__`."""
 
     def __init__(self, name: Name, arguments: tuple[Any, ...] = (), state: Any = None, items: Any = None) -> None:
         self.parts = (name, arguments, state, None, items)
@@ -41,11 +41,11 @@ class Call:
         return self.parts
 
 
-PYTHONS_PICKLER: Any = pickle._Pickler  # the one in C cannot be told how to save
+PYTHONS_PICKLER: Any = pickle._Pickler  # the pickler in C has no overridable save
 
 
 class ForeignPickler(PYTHONS_PICKLER):
-    """The pickler in Python, which also writes `Name`, and NumPy's module under a spelling of choice."""
+    """Pickler that also writes `Name`, and NumPy's core module under a given name."""
 
     numpy_core = "numpy._core"
 
@@ -85,7 +85,7 @@ def easy_dict(**values: Any) -> Call:
 
 
 def module(class_name: str, tensors: Tensors, frozen: tuple[str, ...] = (), **kwargs: Any) -> Call:
-    """A network that was made with `kwargs`, from its tensors by dotted name. Those in `frozen` lie among buffers."""
+    """Return a network made with `kwargs`, from its tensors by dotted name; names in `frozen` become buffers."""
     buffers = ("w_avg", "noise_const", "resample_filter", "p", *frozen)
     own = {name: x for name, x in tensors.items() if "." not in name}
     below: dict[str, Tensors] = {}
@@ -117,13 +117,13 @@ def write(path: Path, content: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-# The tensors of networks: names and shapes as published, values such that nothing is trivial.
+# Tensors of networks: published names and shapes, with values that are not trivial.
 
 FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
-    """Random tensors: multipliers around 1 for the biases of styles, large ones for the mapping's equalised weights."""
+    """Return random tensors: biases of styles around 1, large equalised weights in the mapping network."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -141,7 +141,7 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
 
 
 def mapping_shapes(z_dim: int, c_dim: int, w_dim: int, layers: int, w_avg: bool = True) -> dict[str, tuple[int, ...]]:
-    """Of a mapping network, of D's without z and w_avg."""
+    """Return the shapes of a mapping network; the one of D has no z and no w_avg."""
     shapes: dict[str, tuple[int, ...]] = {"mapping.w_avg": (w_dim,)} if w_avg else {}
     if c_dim:
         shapes |= {"mapping.embed.weight": (w_dim, c_dim), "mapping.embed.bias": (w_dim,)}
@@ -154,7 +154,7 @@ def mapping_shapes(z_dim: int, c_dim: int, w_dim: int, layers: int, w_avg: bool 
 def styleformer_shapes(
     widths: tuple[int, ...], layers: tuple[int, ...], base: int, w_dim: int, channels: int, linformer: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Of the synthesis network of a Styleformer."""
+    """Return the shapes of the synthesis network of a Styleformer."""
     shapes: dict[str, tuple[int, ...]] = {f"synthesis.b{base}_0.const": (base**2, widths[0])}
     for r, (width, count) in enumerate(zip(widths, layers, strict=True)):
         side = base << r
@@ -178,7 +178,7 @@ def styleformer_shapes(
 def stylegan2_shapes(
     resolution: int, base: int, maximum: int, w_dim: int, channels: int, architecture: str
 ) -> dict[str, tuple[int, ...]]:
-    """Of the synthesis network of StyleGAN2."""
+    """Return the shapes of the synthesis network of StyleGAN2."""
     shapes: dict[str, tuple[int, ...]] = {"synthesis.b4.const": (min(base // 4, maximum), 4, 4)}
     side, before = 4, 0
     while side <= resolution:
@@ -202,7 +202,7 @@ def stylegan2_shapes(
 def discriminator_shapes(
     resolution: int, base: int, maximum: int, channels: int, architecture: str, mbstd: bool, out: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """Of a discriminator without its mapping network."""
+    """Return the shapes of a discriminator without its mapping network."""
     shapes: dict[str, tuple[int, ...]] = {}
     side = resolution
     while side > 4:
@@ -224,7 +224,7 @@ def discriminator_shapes(
     return shapes | {"b4.out.weight": (out, width), "b4.out.bias": (out,)}
 
 
-# Whole files, with the keywords that the training loops of their projects write.
+# Whole files, with the keyword arguments that the training loops of their projects write.
 
 Z, W, LAYERS = 5, 6, 2  # sizes of latents and styles, depth of the mapping
 TRANSFORMS: dict[str, Any] = {
@@ -235,12 +235,12 @@ SHAPES = {"z_dim": Z, "w_dim": W, "img_resolution": 16, "img_channels": 3}
 
 
 def augmentation(p: float = 0.9, **more: Any) -> Call:
-    """The bgc pipe."""
+    """Return the bgc pipe."""
     return module("AugmentPipe", {"p": torch.tensor(p)}, **TRANSFORMS, **more)
 
 
 def discriminator(c_dim: int = 0, **more: Any) -> Call:
-    """A resnet discriminator for 16x16."""
+    """Return a resnet discriminator for 16x16."""
     shapes = discriminator_shapes(16, 48, 8, 3, "resnet", True, 8 if c_dim else 1)
     if c_dim:
         shapes |= mapping_shapes(0, c_dim, 8, 8, w_avg=False)
@@ -250,9 +250,9 @@ def discriminator(c_dim: int = 0, **more: Any) -> Call:
 
 
 def styleformer(c_dim: int = 0, linformer: bool = False) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors and arguments of a Styleformer: 8 and 6 channels, at 8 and 16 pixels or (linformer) 16 and 32.
+    """Return tensors and arguments of a Styleformer: 8 and 6 channels, at 8 and 16 pixels or (linformer) 16 and 32.
 
-    Its published training loop writes these names, among them the sizes of convolutions that it does not have.
+    The published training loop writes these names, including sizes of convolutions that the network does not have.
     """
     shapes = mapping_shapes(Z, c_dim, W, LAYERS) | styleformer_shapes(
         (8, 6), (1, 2), 16 if linformer else 8, W, 3, linformer
@@ -267,7 +267,7 @@ def styleformer(c_dim: int = 0, linformer: bool = False) -> tuple[Tensors, dict[
 
 
 def stylegan2(c_dim: int = 0, *, flat: bool = False) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a StyleGAN2 generator for 16x16 and its arguments: `flat` as in StyleGAN3's repository."""
+    """Return tensors and arguments of a StyleGAN2 generator for 16x16; StyleGAN3's repository has `flat` arguments."""
     tensors = draw(mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip"))
     arguments: dict[str, Any] = {**SHAPES, "c_dim": c_dim, "mapping_kwargs": easy_dict(num_layers=LAYERS)}
     widths = {"channel_base": 48, "channel_max": 5}
@@ -277,7 +277,33 @@ def stylegan2(c_dim: int = 0, *, flat: bool = False) -> tuple[Tensors, dict[str,
 
 
 def data_parallel(network: Call, wrapper: str = "data_parallel.DataParallel") -> Call:
-    """A network in torch.nn.DataParallel or DistributedDataParallel, as pickle writes an object."""
+    """Return a network wrapped in torch.nn.DataParallel or DistributedDataParallel, as pickle writes it."""
     place, _, name = wrapper.rpartition(".")
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": network}, "device_ids": [0, 1], "dim": 0}
     return Call(Name(f"torch.nn.parallel.{place}", name), (), state)
+
+
+STYLEGAN2_ARGUMENTS: dict[str, Any] = {
+    **{"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3},
+    **{"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}},
+}
+
+
+def stylegan2_module(c_dim: int = 0, img_channels: int = 3, **changes: Any) -> Any:
+    """Return a small StyleGAN2 generator for 16x16."""
+    shapes = mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, img_channels, "skip")
+    kwargs = STYLEGAN2_ARGUMENTS | {"c_dim": c_dim, "img_channels": img_channels}
+    return module("Generator", draw(shapes), **kwargs | changes)
+
+
+STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS = (32, 16, 16), (1, 1, 1)
+
+
+def styleformer_module(c_dim: int = 0) -> Any:
+    """Return a Styleformer for 32x32 as the public release pickles it."""
+    shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(
+        STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS, 8, 64, 3, False
+    )
+    kwargs: dict[str, Any] = {"z_dim": 64, "c_dim": c_dim, "w_dim": 64, "img_resolution": 32, "img_channels": 3}
+    synthesis = {"depth": 32, "num_layers": STYLEFORMER_LAYERS, "conv_clamp": 256, "linformer": 0}
+    return module("Generator", draw(shapes), **kwargs, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)

@@ -1,4 +1,4 @@
-"""Snapshots of every generator family, small enough to be made in a test."""
+"""Small untrained snapshots of every generator family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dnnlib.config import override, to_json
 from training.config import PRESETS, Environment, read_config, resolve
 from training.snapshots.snapshot import Snapshot, load_network, save_network
 
-# What makes each family small; a family that is not here is as its defaults say.
+# Fields that make each family small, for images of 8x8; other families have their defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "styleformer": {"base": (4, 4), "widths": (16, 8), "layers": (1, 2), "linformer_k": 4, "linformer_min_tokens": 64},
     "stylegan2": {"channel_max": 8},
@@ -21,12 +21,12 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def make_snapshot(path: Path, family: str = "styleformer", *, c_dim: int = 0, data: str = "shapes.zip") -> Snapshot:
-    """Three untrained networks for 8x8 images, with noise and average styles that are not zero, as after training."""
+    """Write untrained G, D and G_ema for 8x8 images, with nonzero noise strengths and w_avg, as after training."""
     changes = {"family": family, "z_dim": 16, "w_dim": 16} | SMALL.get(family, {})
     config = override(PRESETS["tiny"], {f"generator.{name}": value for name, value in changes.items()})
     small_d = {"discriminator.channel_base": 64, "discriminator.mapping_layers": 2, "data.path": data}
     config = resolve(override(config, small_d), Environment(img_shape=(3, 8, 8), c_dim=c_dim))
-    config = read_config(to_json(config))  # 12 is 12.0 where a field is a float
+    config = read_config(to_json(config))  # makes an int in a float field a float
     torch.manual_seed(5)
     G, D, G_ema = config.generator.build(), config.discriminator.build(), config.generator.build()
     with torch.no_grad():

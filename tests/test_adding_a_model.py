@@ -1,39 +1,30 @@
-"""docs/adding_a_model.md: the family that it adds trains, resumes and generates from what stands on the page."""
+"""docs/adding_a_model.md: the family of the page trains, resumes and generates without further code."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from click.testing import CliRunner
+from small_families import PAGE, add_documented_family
 
 import generate
 import train
-from training.networks import GENERATORS, execution
+from training.networks import execution
 from training.snapshots.snapshot import load_network
-
-PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
-NAME = "training.networks.film"
 
 
 @pytest.fixture
 def film(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of the page, with the page's line in the table."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    module = ModuleType(NAME)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    exec(compile(code, "film.py", "exec"), module.__dict__)
-    ((family, config),) = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTILINE)
-    monkeypatch.setitem(GENERATORS, family, getattr(module, config))
-    return module
+    """Module of the page; its family is in the table."""
+    return add_documented_family(monkeypatch)
 
 
-def test_the_page_adds_a_family(film: ModuleType, shapes_zip: Path, tmp_path: Path) -> None:
+def test_the_documented_family_trains_resumes_and_generates(film: ModuleType, shapes_zip: Path, tmp_path: Path) -> None:
     (line,) = re.findall(r"python train\.py (.*)", PAGE)
     command = [item for item in shlex.split(line) if not item.startswith(("--outdir", "--data"))]
     command += [
@@ -74,7 +65,7 @@ def test_flags_of_other_families_are_refused(film: ModuleType, shapes_zip: Path)
     assert "--depth=8: is not a setting of the family film; styleformer, styleformer-c can take it" in result.stderr
 
 
-def test_what_the_page_says_of_the_network_is_true(film: ModuleType) -> None:
+def test_the_documented_network_supports_execution_modes(film: ModuleType) -> None:
     """Reduced precision, recomputation and the second derivative."""
     torch.manual_seed(0)
     G, z = film.FilmConfig(z_dim=8, w_dim=8, width=16).build(), torch.randn(2, 8)
@@ -89,7 +80,7 @@ def test_what_the_page_says_of_the_network_is_true(film: ModuleType) -> None:
     assert torch.autograd.gradgradcheck(block, (x, w))
 
 
-def test_the_example_is_as_short_as_is_said() -> None:
+def test_the_documented_example_is_short() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 60

@@ -1,4 +1,4 @@
-"""generate.py attention: maps and rollout against explicit matrices in float64."""
+"""generate.py attention: maps and rollout against explicit float64 matrices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from exploration_helpers import TRANSGAN, make_model, make_snapshot, pixels, run, run_ok, save_untrained
-from test_networks import TINY, Array, below, build, ref_block, ref_demodulated, ref_fc, ref_up2, state_of
-from test_transgan import build as build_transgan
-from test_transgan import ref_bicubic, ref_form, ref_low_pass, ref_shuffle
+from reference_layers import Array, below, build, ref_fc, state_of
+from reference_styleformer import ref_demodulated, ref_encoder_block, ref_upsample_tokens
+from reference_transgan import build_transgan, ref_attention_kind, ref_bicubic, ref_low_pass, ref_shuffle
 
 from dnnlib.config import UserError
 from exploration import attention_maps as attention
@@ -24,9 +24,10 @@ from exploration.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig
 from training.networks.transgan import TransGANConfig
 
+TINY = StyleformerConfig(z_dim=5, w_dim=6, mapping_layers=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4)
 VARIANTS = {
-    "plain": dataclasses.replace(TINY, img_channels=3),
-    "linformer": dataclasses.replace(TINY, img_channels=3, linformer=True, linformer_k=5, linformer_min_tokens=24),
+    "plain": TINY,
+    "linformer": dataclasses.replace(TINY, linformer=True, linformer_k=5, linformer_min_tokens=24),
 }
 
 
@@ -35,7 +36,7 @@ def model_of(config: StyleformerConfig) -> Model:
 
 
 def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[tuple[int, int], Array, Array | None]]:
-    """Per block: grid, softmax weights (B, H, N, N or k), and E (k, N) where there is one."""
+    """Return grid, softmax weights (B, H, N, N or k) and, with Linformer, E (k, N) of each block."""
     state = state_of(model.G.synthesis)
     x = np.stack([state["const"]] * len(ws))
     found, i = [], 0
@@ -54,17 +55,17 @@ def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[
             q, k = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k))
             scores = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(C / heads))
             found.append((grid, scores / scores.sum(axis=3, keepdims=True), E))
-            x = ref_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"])
+            x = ref_encoder_block(x, ws[:, i], block, heads, config.conv_clamp, block["noise_const"])
             i += 1
         if r + 1 < len(config.widths):
-            x = ref_up2(x.reshape(len(ws), *grid, -1)).reshape(len(ws), 4 * math.prod(grid), -1)
+            x = ref_upsample_tokens(x.reshape(len(ws), *grid, -1)).reshape(len(ws), 4 * math.prod(grid), -1)
     return found
 
 
 def up_matrix(grid: tuple[int, int]) -> Array:
-    """The upsampling to twice the grid as a matrix (4N, N)."""
+    """Return the upsampling to twice the grid as a matrix (4N, N)."""
     N = math.prod(grid)
-    return ref_up2(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
+    return ref_upsample_tokens(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
 
 
 def normalized(weights: Array) -> Array:
@@ -72,7 +73,7 @@ def normalized(weights: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_maps_equal_the_explicit_softmax(name: str) -> None:
+def test_attention_maps_equal_the_explicit_softmax(name: str) -> None:
     config = VARIANTS[name]
     model = model_of(config)
     ws = torch.randn(3, config.num_ws, config.w_dim, dtype=torch.float64)
@@ -83,7 +84,7 @@ def test_maps_equal_the_explicit_softmax(name: str) -> None:
     assert [block.name for block in records] == ["2x3_0", "4x6_0", "4x6_1", "8x12_0"]
 
     size = config.img_size
-    chosen = torch.tensor([[0, 0], [11, 7], [4, 3], [5, 6], [10, 0]])  # more than a head has channels
+    chosen = torch.tensor([[0, 0], [11, 7], [4, 3], [5, 6], [10, 0]])  # more queries than channels of a head
     found = attention_maps(records, 1, chosen, size)
     assert set(found.projected) == ({"4x6_0", "4x6_1", "8x12_0"} if name == "linformer" else set())
     for block, (grid, weights, E) in zip(records, expected, strict=True):
@@ -99,7 +100,7 @@ def test_maps_equal_the_explicit_softmax(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_rollout_equals_the_product_of_matrices(name: str) -> None:
+def test_rollout_equals_the_product_of_explicit_matrices(name: str) -> None:
     config = VARIANTS[name]
     model = model_of(config)
     ws = torch.randn(2, config.num_ws, config.w_dim, dtype=torch.float64)
@@ -119,7 +120,7 @@ def test_rollout_equals_the_product_of_matrices(name: str) -> None:
 
 
 TINY_TRANSGAN = TransGANConfig(
-    z_dim=5, w_dim=5, base=(2, 2), widths=(8, 8, 8, 2), layers=(0, 1, 2, 1), num_heads=2, full_upto=4, window=4,
+    z_dim=5, w_dim=5, base=(1, 2), widths=(8, 8, 8, 2), layers=(0, 1, 2, 1), num_heads=2, full_upto=4, window=4,
     landmarks=8, antialias=2, latent_tokens=3,
 )  # fmt: skip
 TRANSGAN_VARIANTS = {
@@ -131,20 +132,20 @@ TRANSGAN_VARIANTS = {
 
 
 def attention_matrix(block: attention.BlockRecord, config: TransGANConfig) -> Array:
-    """A (H, N, N) of the first image, column by column: what comes out when one token has the value 1."""
+    """Return A (H, N, N) of the first image; a column is the output if one token has the value 1."""
     q, k = (x[:1].double().numpy() for x in (block.q, block.k))
-    form = "full" if max(block.grid) <= config.full_upto else config.attention
+    kind = "full" if max(block.grid) <= config.full_upto else config.attention
     state, D, columns = state_of(block.module), q.shape[2] // config.num_heads, []
-    for first in range(0, q.shape[1], D):  # a head's channels take one token each
+    for first in range(0, q.shape[1], D):  # each channel of a head carries one token
         v = np.zeros((1, q.shape[1], config.num_heads, D))
         v[0, first : first + D] = np.eye(D)[:, None]
-        out = ref_form(q, k, v.reshape(q.shape), state, config, block.grid, form)
+        out = ref_attention_kind(q, k, v.reshape(q.shape), state, config, block.grid, kind)
         columns.append(out.reshape(-1, config.num_heads, D).transpose(1, 0, 2))
     return np.concatenate(columns, axis=2)
 
 
 def resampled_back(relevance: Array, config: TransGANConfig, stage: int) -> Array:
-    """Relevance of the tokens at a stage as that of the tokens at the one below."""
+    """Carry the relevance of a stage's tokens back to the tokens of the stage below."""
     below = config.grids[stage - 1]
     N = math.prod(below)
     impulses = np.eye(N).reshape(N, *below, 1)
@@ -165,14 +166,14 @@ def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None
     G: Any = build_transgan(config).requires_grad_(False)
     model = Model(G=G, device=torch.device("cpu"), c=torch.zeros(1, 0))
     records, _ = record(model, torch.randn(1, 1, config.w_dim, dtype=torch.float64))
-    G.float()  # as are the records
-    assert [block.name for block in records] == ["4x4_0", "8x8_0", "8x8_1", "16x16_0"]
-    chosen = torch.tensor([[0, 0], [15, 7], [4, 13]])
-    found = attention_maps(records, 0, chosen, (16, 16))
-    total = np.eye(256)[tokens_of(chosen, (16, 16), (16, 16))]
+    G.float()  # the records are in float32
+    assert [block.name for block in records] == ["2x4_0", "4x8_0", "4x8_1", "8x16_0"]
+    chosen = torch.tensor([[0, 0], [15, 7], [4, 5]])
+    found = attention_maps(records, 0, chosen, (8, 16))
+    total = np.eye(8 * 16)[tokens_of(chosen, (8, 16), (8, 16))]
     for index, block in reversed(list(enumerate(records))):
         A = attention_matrix(block, config)
-        expected = A[:, tokens_of(chosen, block.grid, (16, 16))].reshape(found.maps[block.name].shape)
+        expected = A[:, tokens_of(chosen, block.grid, (8, 16))].reshape(found.maps[block.name].shape)
         np.testing.assert_allclose(found.maps[block.name], expected, atol=1e-4)
         np.testing.assert_allclose(block.received(0), A.mean(axis=(0, 1)), atol=1e-4)
         total = (normalized(total @ A.mean(axis=0)) + total) / 2
@@ -182,7 +183,7 @@ def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None
     assert not found.projected
 
 
-def test_recording_leaves_nothing_behind() -> None:
+def test_recording_leaves_no_hooks() -> None:
     model = make_model()
     ws = model.styles_of((0,))
     record(model, ws)
@@ -192,7 +193,7 @@ def test_recording_leaves_nothing_behind() -> None:
     assert not any(module._forward_hooks for module in model.G.modules())
 
 
-def test_records_keep_no_more_than_their_images_and_not_for_long(
+def test_records_hold_only_their_images_and_are_freed(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
@@ -211,11 +212,11 @@ def test_records_keep_no_more_than_their_images_and_not_for_long(
     monkeypatch.setattr(attention, "record", noted)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     run_ok("attention", f"--network={network}", "--query=0,0", "--seeds=0-1", "--batch=1", f"--outdir={tmp_path}")
-    assert len(made) == 3 * 4  # the first image is asked before anything is written
+    assert len(made) == 3 * 4  # the first image is recorded once more, before anything is written
 
 
-def test_the_most_attended_pixel_is_where_keys_attract_all_queries() -> None:
-    """Keys are made so that all queries of every block look at one token; its corner of the image is found."""
+def test_the_most_attended_pixel_is_found() -> None:
+    """All queries of every block attend to one token, whose pixel must be found."""
     model = make_model()
     records, _ = record(model, model.styles_of((0,)))
     made = []
@@ -234,7 +235,7 @@ def test_the_most_attended_pixel_is_where_keys_attract_all_queries() -> None:
         most_attended(records, 0, (32, 32), 100)
 
 
-def test_queries() -> None:
+def test_queries_are_pixels_or_grids() -> None:
     model = make_model()
     records, _ = record(model, model.styles_of((0,)))
     assert choose_pixels(["31,0", "grid:2"], records, 0, (32, 32)).tolist() == [
@@ -249,17 +250,17 @@ def test_queries() -> None:
             choose_pixels([query], records, 0, (32, 32))
 
 
-def test_pictures_show_the_weights() -> None:
+def test_overlays_show_the_weights() -> None:
     image = np.full((4, 4, 3), 100, np.uint8)
     drawn = overlay(image, np.array([[0, 1], [0.5, -1]]))
-    assert drawn[0, 0].tolist() == [35, 35, 35]  # the image alone, darker
+    assert drawn[0, 0].tolist() == [35, 35, 35]  # the darkened image without an overlay
     assert drawn[1, 3].tolist() == [200, 200, 200]
     assert drawn[3, 0].tolist() == [200, int(35 + 0.65 * 127.5), 35]
     assert drawn[3, 3].tolist() == [35, 35, 35]
     assert sheet([[image, drawn]] * 3).shape == (3 * 6 - 2, 2 * 6 - 2, 3)
 
 
-def test_the_command_draws_transgan(shapes_zip: Path, tmp_path: Path) -> None:
+def test_the_command_draws_the_attention_of_transgan(shapes_zip: Path, tmp_path: Path) -> None:
     network = save_untrained(tmp_path / "n.pkl", shapes_zip, TRANSGAN)
     run_ok("attention", f"--network={network}", "--query=20,20", "--seeds=4", f"--outdir={tmp_path / 'out'}")
     with np.load(tmp_path / "out" / "seed0004-attention.npz") as arrays:
@@ -291,7 +292,7 @@ def test_the_command_writes_sheets_and_arrays(family: str, shapes_zip: Path, tmp
     assert (tmp_path / "one" / "seed0004-16x16_1.png").exists()
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2"), tmp_path / "out"
     result = run("attention", f"--network={network}", "--seeds=0", f"--outdir={out}")
     assert (result.exit_code, "StyleGAN2Generator has no self-attention" in result.output) == (2, True)

@@ -1,4 +1,4 @@
-"""Augmentation: identity at p = 0, every transform against its closed form, gates, gradients, and the controller."""
+"""ADA: identity at p = 0, every transform against its closed form, gates, gradients, and the controller."""
 
 from collections.abc import Callable
 from math import cos, pi, sin, sqrt
@@ -32,7 +32,7 @@ from training.augment.stages import (
 LUMA = np.array([1.0, 1.0, 1.0, 0.0]) / sqrt(3)
 
 
-NEVER = torch.tensor(False)  # nothing to skip
+NEVER = torch.tensor(False)  # no step is skipped
 
 
 def build(pipe: str, img_shape: tuple[int, int, int], p: float) -> AugmentPipe:
@@ -49,21 +49,21 @@ def ada(**changes: float) -> AdaController:
 
 @pytest.mark.parametrize("pipe", PIPES)
 @pytest.mark.parametrize("img_shape", [(3, 32, 32), (1, 23, 40), (4, 27, 22)])
-def test_nothing_changes_at_p_zero(pipe: str, img_shape: tuple[int, int, int]) -> None:
+def test_images_do_not_change_at_p_zero(pipe: str, img_shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     images = torch.randn(3, *img_shape)
     torch.testing.assert_close(build(pipe, img_shape, p=0.0)(images), images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("img_shape", [(2, 16, 9), (5, 3, 4), (3, 7, 7), (3, 64, 3)])
-def test_warp_at_p_zero_on_odd_shapes(img_shape: tuple[int, int, int]) -> None:
+def test_odd_image_shapes_do_not_change_at_p_zero(img_shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     images = torch.randn(2, *img_shape)
     torch.testing.assert_close(build("bg", img_shape, p=0.0)(images), images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("img_shape", [(3, 32, 32), (1, 24, 40)])
-def test_everything_fires_at_p_one(img_shape: tuple[int, int, int]) -> None:
+def test_every_transform_fires_at_p_one(img_shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, *img_shape)
     augmented = build("bgcfnc", img_shape, p=1.0)(images)
@@ -72,7 +72,7 @@ def test_everything_fires_at_p_one(img_shape: tuple[int, int, int]) -> None:
     assert (augmented - images).abs().mean(dim=(1, 2, 3)).min() > 0.1
 
 
-def test_same_number_of_draws_whatever_fires() -> None:
+def test_the_number_of_draws_does_not_depend_on_p() -> None:
     states = []
     for p in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
@@ -82,9 +82,9 @@ def test_same_number_of_draws_whatever_fires() -> None:
     assert torch.equal(states[0], states[2])
 
 
-def test_no_value_is_read_by_the_host() -> None:
+def test_the_host_reads_no_value() -> None:
     config = AugmentConfig(pipe="bgcfnc")
-    pipe = AugmentPipe(config, (3, 24, 32)).to("meta")  # on which reading a value raises
+    pipe = AugmentPipe(config, (3, 24, 32)).to("meta")  # reading a value of a meta tensor raises an error
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
     controller = AdaController(config, pipe)
     controller.observe(torch.empty([], device="meta"), NEVER.to("meta"))
@@ -103,7 +103,7 @@ def test_only_the_groups_of_the_pipe_are_built() -> None:
 
 
 def test_a_pipe_is_named_after_its_groups() -> None:
-    groups = ["blit", "geom", "color", "filter", "noise", "cutout"]  # of Karras et al. 2020b
+    groups = ["blit", "geom", "color", "filter", "noise", "cutout"]  # Karras et al. 2020b
     for pipe in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"):
         assert list(PIPES[pipe]) == groups[: len(pipe)]
         assert pipe == "".join(group[0] for group in PIPES[pipe])
@@ -112,10 +112,10 @@ def test_a_pipe_is_named_after_its_groups() -> None:
     assert [t.name for t in COLOR if t.group in groups] == COLOR_NAMES
 
 
-def test_a_transform_with_a_group_of_its_own_changes_no_pipe_that_does_not_name_it(
+def test_a_transform_in_a_new_group_changes_no_other_pipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`bgc` draws and computes what it did before there was another row, wherever that stands."""
+    """`bgc` draws and computes the same after another row was added to the table, at any place."""
 
     def invert(u: torch.Tensor, n: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return torch.diag(torch.tensor([-1.0, -1, -1, 1])).to(u).expand(u.shape[1], 4, 4)
@@ -141,7 +141,7 @@ def test_without_augmentation_nothing_is_built_or_refused() -> None:
 
 
 @pytest.mark.parametrize("pipe", ["bgc", "noise", "cutout"])
-def test_second_derivatives(pipe: str) -> None:
+def test_second_derivatives_are_correct(pipe: str) -> None:
     module = build(pipe, (3, 5, 6), p=1.0)
 
     def seeded(images: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_second_derivatives(pipe: str) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
-def test_second_derivatives_of_the_filter() -> None:
+def test_second_derivatives_of_the_filter_are_correct() -> None:
     module = build("filter", (1, 22, 23), p=1.0)
 
     def seeded(images: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
     cpu = build("bgcfnc", (3, 32, 48), p=0.7)
     cuda = build("bgcfnc", (3, 32, 48), p=0.7).cuda()
     on_device = images.cuda()
-    cuda(on_device)  # lazy initialisations of the libraries may wait
+    cuda(on_device)  # lazy initialisation of libraries may synchronise
     with no_synchronisation():
         cuda(on_device)
     for stage_cpu, stage_cuda in zip(cpu.stages, cuda.stages, strict=True):
@@ -208,7 +208,7 @@ def turn(t: float) -> np.ndarray:
     return affine(cos(t), -sin(t), sin(t), cos(t), 0, 0)
 
 
-# name -> the inverse matrix, from u, n, height and width; the image is 40 wide and 24 high in the test.
+# name -> inverse matrix from u, n, height and width; the image of the test is 40 wide and 24 high.
 GEOMETRY_BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
     "xflip": lambda u, n, H, W: affine(-1 if u[0] >= 0.5 else 1, 0, 0, 1, 0, 0),
     "rotate90": lambda u, n, H, W: np.round(turn(int(4 * u[0]) * pi / 2)),
@@ -225,7 +225,7 @@ COLOR_NAMES = ["brightness", "contrast", "lumaflip", "hue", "saturation"]
 
 
 def row(transforms: tuple[stages.MatrixTransform, ...], name: str) -> stages.MatrixTransform:
-    """Return the row of a table of transforms that has a name."""
+    """Return the row of a table of transforms by name."""
     return next(transform for transform in transforms if transform.name == name)
 
 
@@ -251,7 +251,7 @@ def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", GEOMETRY_BY_HAND)
-def test_geometric_matrix(name: str) -> None:
+def test_geometric_transforms_have_their_matrices(name: str) -> None:
     transform = row(GEOMETRY, name)
     torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
@@ -260,7 +260,7 @@ def test_geometric_matrix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COLOR_NAMES)
-def test_color_matrix(name: str) -> None:
+def test_color_transforms_have_their_matrices(name: str) -> None:
     transform = row(COLOR, name)
     torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
@@ -269,13 +269,13 @@ def test_color_matrix(name: str) -> None:
 
 
 def test_integer_shift_rounds_half_to_even() -> None:
-    u = (torch.tensor([[0.5, 1.5, 2.5, -2.5]] * 2, dtype=torch.float64) / 4 + 1) / 2  # times 32/8: the shift
+    u = (torch.tensor([[0.5, 1.5, 2.5, -2.5]] * 2, dtype=torch.float64) / 4 + 1) / 2  # shifts are multiples of 32/8
     xint = row(GEOMETRY, "xint")
     assert (-xint.matrix(u, u, (32, 32))[:, 0, 2]).tolist() == [0, 2, 2, -2]
 
 
 def test_geometry_multiplies_inverses_on_the_right() -> None:
-    """Replays the draws of the stage, which come as uniform [T, 3, B] and normal [T, 2, B]."""
+    """Repeat the draws of the stage: uniform [T, 3, B] and normal [T, 2, B]."""
     stage = GeometryStage("bg", (1, 24, 40))
     images = torch.zeros(6, 1, 24, 40, dtype=torch.float64)
     torch.manual_seed(3)
@@ -355,7 +355,9 @@ WARPS = {
 @pytest.mark.parametrize("size", [(16, 16), (13, 20)])
 @pytest.mark.parametrize("dense_side", [0, 256], ids=["filters", "matrices"])
 @pytest.mark.parametrize("name", WARPS)
-def test_warp(name: str, size: tuple[int, int], dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warp_equals_the_reference(
+    name: str, size: tuple[int, int], dense_side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     torch.manual_seed(0)
     images = torch.randn(2, 1, *size, dtype=torch.float64)
@@ -365,8 +367,8 @@ def test_warp(name: str, size: tuple[int, int], dense_side: int, monkeypatch: py
     np.testing.assert_allclose(warped[:, 0].numpy(), expected, rtol=0, atol=1e-11)
 
 
-def test_warp_in_float32() -> None:
-    """As the discriminator sees it, on drawn maps: to 1e-4, where white noise is the worst case."""
+def test_warp_is_accurate_in_float32() -> None:
+    """Random warps are accurate to 1e-4 in float32; white noise is the worst case."""
     torch.manual_seed(0)
     images = torch.randn(8, 1, 32, 32)
     stage = GeometryStage("bg", (1, 32, 32))
@@ -391,7 +393,7 @@ def test_integer_shift_is_exact() -> None:
     ids=["xflip", "rotate90"],
 )
 def test_blits_turn_the_right_way(transform: str, expected: Callable[[Tensor], Tensor]) -> None:
-    """Close, not exact: the filter is asymmetric. A maps output to input, so Rot(pi/2) turns the image to the left."""
+    """The filter is asymmetric, so the result is not exact. A maps output to input: Rot(pi/2) turns the image left."""
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5, 5), size=[40, 40], mode="bicubic")
     u = torch.full([2, 1], 0.5 if transform == "xflip" else 0.3)
@@ -412,7 +414,7 @@ def color_matrix(name: str, *, u: float = 0.0, n: float = 0.0) -> Tensor:
     return row(COLOR, name).matrix(torch.full([2, 1], u), torch.full([2, 1], n), (6, 7))
 
 
-def test_colors_closed_forms() -> None:
+def test_color_transforms_have_their_closed_forms() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 7)
     luma = x.mean(dim=1, keepdim=True)
@@ -426,7 +428,7 @@ def test_colors_closed_forms() -> None:
     torch.testing.assert_close(colors(color_matrix("saturation", n=-30.0), x), luma.expand_as(x))
 
 
-def test_alpha_keeps_its_values() -> None:
+def test_color_transforms_keep_alpha() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 4, 8, 8)
     pipe = build("color", (4, 8, 8), p=1.0)
@@ -437,7 +439,7 @@ def test_alpha_keeps_its_values() -> None:
     torch.testing.assert_close(augmented[:, :3], build("color", (3, 8, 8), p=1.0)(x[:, :3]))
 
 
-def test_grayscale_uses_the_mean_row() -> None:
+def test_gray_images_are_transformed_by_the_mean_row() -> None:
     stage = ColorStage("color", (1, 5, 6))
     assert [t.name for t in stage.transforms] == ["brightness", "contrast", "lumaflip"]
     x, K = torch.randn(2, 1, 5, 6), torch.randn(2, 4, 4)
@@ -450,7 +452,7 @@ def test_grayscale_uses_the_mean_row() -> None:
 # ---------------------------------------------------------------------------------------------- filter, noise, cutout
 
 
-def test_filter_bank() -> None:
+def test_the_filter_bank_separates_the_bands() -> None:
     bank = filter_bank().numpy()
     assert bank.shape == (4, 43)
     np.testing.assert_allclose(bank, bank[:, ::-1], atol=1e-12)
@@ -463,7 +465,7 @@ def test_filter_bank() -> None:
     assert response.argmax(axis=1).tolist() == sorted(response.argmax(axis=1))
 
 
-def test_filter_gains() -> None:
+def test_filter_gains_equal_the_reference() -> None:
     stage = FilterStage("filter", (1, 22, 22))
     torch.manual_seed(0)
     t = torch.randn(5, 4, dtype=torch.float64).exp2()
@@ -477,7 +479,7 @@ def test_filter_gains() -> None:
         np.testing.assert_allclose(stage.gains(t)[b].numpy(), total, rtol=1e-12)
 
 
-def test_filter_against_scipy() -> None:
+def test_the_filter_equals_that_of_scipy() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 22, 30, dtype=torch.float64)
     gains = torch.tensor([[1.3, 0.2, 0.8, 2.0], [0.4, 1.0, 3.0, 0.1]], dtype=torch.float64)
@@ -491,7 +493,7 @@ def test_filter_against_scipy() -> None:
 
 
 def test_filter_amplifies_bands_by_powers_of_two() -> None:
-    """t = 2^N: the logarithm of the ratio of two bands' gains, in which their normalisation cancels, has variance 2."""
+    """For t = 2^N, log2 of the ratio of two gains has variance 2; the normalisation cancels in the ratio."""
     stage = FilterStage("filter", (1, 22, 22))
     torch.manual_seed(0)
     gains = stage.draw(torch.zeros(20000, 1, 1, 1, dtype=torch.float64), torch.tensor(1.0))
@@ -511,23 +513,23 @@ def test_filter_gates_bands_apart() -> None:
     assert abs(at_most_one - expected) < 5 * sqrt(expected * (1 - expected) / 20000)
 
 
-def test_noise_statistics() -> None:
+def test_noise_has_the_specified_distribution() -> None:
     stage = NoiseStage("noise", (3, 32, 32))
     torch.manual_seed(0)
     noise = stage.draw(torch.zeros(2000, 3, 32, 32), torch.tensor(0.4))
-    sigma = noise.flatten(1).std(dim=1)  # (2000,), within about 2 % of the drawn one
+    sigma = noise.flatten(1).std(dim=1)  # (2000,), within about 2 % of the drawn sigma
     fired = sigma > 0
     assert abs(fired.float().mean().item() - 0.4) < 5 * sqrt(0.4 * 0.6 / 2000)
     assert sigma[fired].square().mean().sqrt().item() == pytest.approx(0.1, rel=0.1)  # sigma = 0.1 |N|
     assert sigma[fired].mean().item() == pytest.approx(0.1 * sqrt(2 / pi), rel=0.1)
     scaled = noise[sigma > 0.01] / sigma[sigma > 0.01][:, None, None, None]
     assert scaled.mean().abs().item() < 0.005
-    assert scaled.pow(4).mean().item() == pytest.approx(3, rel=0.01)  # a normal distribution's
+    assert scaled.pow(4).mean().item() == pytest.approx(3, rel=0.01)  # ratio of a normal distribution
     images = torch.randn(2000, 3, 1, 1)
     assert torch.equal(stage.transform(images, noise), images + noise)
 
 
-def test_cutout_mask() -> None:
+def test_cutout_zeroes_the_expected_rectangle() -> None:
     stage = CutoutStage("cutout", (2, 9, 14))
     values = torch.tensor([[0.5, 0.5, 0.25], [0.03, 0.9, 0.25], [0.4, 0.4, 0.0]])
     masked = stage.transform(torch.ones(3, 2, 9, 14), values)
@@ -538,7 +540,7 @@ def test_cutout_mask() -> None:
                 assert masked[b, :, y, x].tolist() == [0.0 if inside else 1.0] * 2
 
 
-def test_cutout_draws() -> None:
+def test_cutout_positions_are_uniform() -> None:
     stage = CutoutStage("cutout", (1, 8, 8))
     torch.manual_seed(0)
     values = stage.draw(torch.zeros(20000, 1, 8, 8), torch.tensor(0.3))
@@ -555,11 +557,11 @@ def test_cutout_draws() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_gates_fire_with_their_probability(p: float) -> None:
     B = 20000
-    share = {"xflip": 0.5, "rotate90": 0.75, "lumaflip": 0.5}  # of the draws that differ from the identity
+    share = {"xflip": 0.5, "rotate90": 0.75, "lumaflip": 0.5}  # share of draws that differ from the identity
     for table, names in ((GEOMETRY, GEOMETRY_BY_HAND), (COLOR, COLOR_NAMES)):
         transforms = [row(table, name) for name in names]
         torch.manual_seed(0)
-        size = (1 << 20, 1 << 20)  # so large that an integer shift is never 0
+        size = (1 << 20, 1 << 20)  # large enough that an integer shift is never 0
         matrices = draw_matrices(transforms, B, torch.tensor(p), size, like=torch.zeros([], dtype=torch.float64))
         for transform, matrix in zip(transforms, matrices, strict=True):
             identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
@@ -581,7 +583,7 @@ def test_one_of_both_rotations_fires_with_p() -> None:
 def test_the_axes_of_a_shift_share_a_gate() -> None:
     shifts = [t for t in GEOMETRY if t.name in ("xint", "xfrac")]
     torch.manual_seed(0)
-    u, n = torch.rand(2, 3, 500) * 0.3, torch.randn(2, 2, 500)  # u off the centre, where no shift rounds to 0
+    u, n = torch.rand(2, 3, 500) * 0.3, torch.randn(2, 2, 500)  # u away from the centre, so no shift rounds to 0
     for matrix in gate_matrices(shifts, u, n, torch.tensor(0.15), (64, 64)):
         assert torch.equal(matrix[:, 0, 2] != 0, matrix[:, 1, 2] != 0)
         assert 150 < (matrix[:, 0, 2] != 0).sum() < 350
@@ -607,13 +609,13 @@ def test_the_axes_of_a_shift_share_a_gate() -> None:
         ({"max_p": 1.1}, "max_p"),
     ],
 )
-def test_config_errors(changes: dict[str, object], field: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError) as error:
         AugmentConfig(**changes)  # type: ignore[arg-type]
     assert error.value.field == field
 
 
-def test_unknown_pipe_lists_the_known_ones() -> None:
+def test_an_unknown_pipe_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=", ".join(PIPES)):
         AugmentConfig(pipe="all")
 
@@ -627,7 +629,9 @@ def test_unknown_pipe_lists_the_known_ones() -> None:
         ("blit", (3, 2, 32), "2x32 are too small"),
     ],
 )
-def test_images_that_a_pipe_cannot_treat(pipe: str, img_shape: tuple[int, int, int], message: str) -> None:
+def test_images_that_a_pipe_cannot_augment_are_refused(
+    pipe: str, img_shape: tuple[int, int, int], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         build(pipe, img_shape, p=0.5)
 
@@ -635,7 +639,7 @@ def test_images_that_a_pipe_cannot_treat(pipe: str, img_shape: tuple[int, int, i
 # ---------------------------------------------------------------------------------------------- controller
 
 
-def test_controller_follows_the_formula() -> None:
+def test_the_controller_follows_the_formula() -> None:
     controller = ada(target=0.6, ada_kimg=2, ada_interval=4, max_p=0.3)
     signs = [0.9, 0.7, 0.5, 0.6] * 6 + [0.5, 0.6, 0.6, 0.5] * 9 + [1.0] * 4
     p = 0.0
@@ -654,7 +658,7 @@ def test_controller_follows_the_formula() -> None:
     assert p == pytest.approx(0.064)
 
 
-def test_controller_leaves_out_what_is_to_be_skipped() -> None:
+def test_the_controller_ignores_skipped_observations() -> None:
     controller = ada(target=0.6, ada_kimg=1, ada_interval=1)
     controller.observe(torch.tensor(float("nan")), torch.tensor(True))
     controller.observe(torch.tensor(0.9), NEVER)
@@ -662,14 +666,14 @@ def test_controller_leaves_out_what_is_to_be_skipped() -> None:
     assert controller.pipe.p.item() == pytest.approx(0.032)
 
 
-def test_controller_stays_without_observations() -> None:
+def test_the_controller_keeps_p_without_observations() -> None:
     controller = ada(ada_kimg=1)
     controller.pipe.p.fill_(0.5)
     controller.update(4, 32)
     assert controller.pipe.p.item() == 0.5
 
 
-def test_controller_resumes_exactly() -> None:
+def test_the_controller_resumes_exactly() -> None:
     def run(controller: AdaController, steps: range) -> None:
         for step in steps:
             controller.observe(torch.tensor(0.5 + 0.4 * sin(step)), NEVER)
@@ -677,7 +681,7 @@ def test_controller_resumes_exactly() -> None:
 
     straight, first, second = (ada(ada_kimg=3, target=0.45) for _ in range(3))
     run(straight, range(1, 40))
-    run(first, range(1, 19))  # stops within an interval
+    run(first, range(1, 19))  # stop within an interval
     saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     second.load_state_dict(saved)
     run(second, range(19, 40))
@@ -686,12 +690,12 @@ def test_controller_resumes_exactly() -> None:
     assert straight.pipe.p > 0
 
 
-def test_controller_refuses_another_state() -> None:
+def test_the_controller_refuses_an_unknown_state() -> None:
     with pytest.raises(ValueError, match="sign_sum"):
         ada().load_state_dict({"p": torch.tensor(0.1)})
 
 
-def test_fixed_p_never_moves() -> None:
+def test_a_fixed_p_never_changes() -> None:
     config = AugmentConfig(mode="fixed", pipe="color", p=1.0)
     controller = AdaController(config, AugmentPipe(config, (3, 8, 8)))
     for step in range(1, 9):

@@ -1,4 +1,4 @@
-"""Blockwise attention against numerical derivatives and against the explicit form, and the size of what it makes."""
+"""Blockwise attention: against explicit attention and finite differences, and the size of its tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def inputs(B: int, H: int, N: int, M: int, D: int, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Queries, keys and values, the queries large enough for a softmax that is not flat."""
+    """Return queries, keys and values; large queries keep the softmax from being flat."""
     generator = torch.Generator().manual_seed(N)
     q, k, v = (torch.randn(B, H, tokens, D, generator=generator, dtype=torch.float64) for tokens in (N, M, M))
     return tuple((x * size).to(dtype).requires_grad_() for x, size in ((q, 3), (k, 1), (v, 1)))  # type: ignore[return-value]
@@ -33,26 +33,26 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def penalty(out: Tensor, of: Inputs) -> Tensor:
-    """Squared gradient of a projection of the output, as path length regularisation has it."""
+    """Return the squared gradient of a projection of the output, as in path length regularisation."""
     y = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).to(out.dtype).view_as(out)
     gradients = torch.autograd.grad((out * y).sum(), of, create_graph=True)
     return torch.stack([g.double().square().sum() for g in gradients]).sum()
 
 
-# Several blocks, the last one short, and other numbers of keys than of queries.
+# Several blocks, of which the last is short; the numbers of keys and queries differ.
 SHAPES = [((2, 2, 7, 5, 3), 3), ((1, 2, 4, 9, 2), 2), ((1, 1, 5, 5, 4), 1), ((2, 1, 3, 4, 2), None)]
 
 
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
-def test_derivatives_are_the_numerical_ones(shape: tuple[int, int, int, int, int], block: int | None) -> None:
+def test_derivatives_equal_finite_differences(shape: tuple[int, int, int, int, int], block: int | None) -> None:
     arguments = inputs(*shape)
     assert torch.autograd.gradcheck(partial(blockwise_attention, block=block), arguments)
     assert torch.autograd.gradgradcheck(partial(blockwise_attention, block=block), arguments)
 
 
 @pytest.mark.parametrize(("shape", "block"), SHAPES[:2])
-def test_a_bias_has_both_derivatives(shape: tuple[int, int, int, int, int], block: int | None) -> None:
-    """Alone and together with queries, keys and values, and the same for all images."""
+def test_a_bias_has_first_and_second_derivatives(shape: tuple[int, int, int, int, int], block: int | None) -> None:
+    """The bias is shared by all images; its derivatives are tested alone and with queries, keys and values."""
     arguments = inputs(*shape)
     _, H, N, M, _ = shape
     bias = torch.randn(H, N, M, dtype=torch.float64, requires_grad=True)
@@ -69,8 +69,8 @@ def test_a_bias_has_both_derivatives(shape: tuple[int, int, int, int, int], bloc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_bias_may_be_of_another_type(dtype: torch.dtype) -> None:
-    """As parameters are, that stay in float32: the errors are those of rounding what was given."""
+def test_a_bias_may_have_another_dtype(dtype: torch.dtype) -> None:
+    """A bias is a float32 parameter even if activations have 16 bits; only the rounding of inputs remains."""
     arguments = inputs(2, 2, 40, 24, 8, dtype)
     exact: Inputs = tuple(x.detach().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
     bias = torch.randn(2, 40, 24, requires_grad=True)
@@ -84,7 +84,7 @@ def test_a_bias_may_be_of_another_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("block", [None, 1, 16, 50, 1000])
-def test_agrees_with_the_explicit_form(block: int | None) -> None:
+def test_blockwise_attention_equals_explicit_attention(block: int | None) -> None:
     arguments = inputs(2, 3, 50, 37, 8)
     out, expected = blockwise_attention(*arguments, block), explicit(*arguments)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
@@ -104,8 +104,8 @@ def test_agrees_with_the_explicit_form(block: int | None) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_takes_heads_that_are_views_and_inputs_without_gradient() -> None:
-    """Networks hand over (B, N, H, D) with two axes swapped, and may want a gradient of one input alone."""
+def test_views_and_inputs_without_gradient_are_accepted() -> None:
+    """Networks pass (B, N, H, D) with two axes swapped and may need the gradient of one input only."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 3, 10, 6, 4))
     k.requires_grad_()
 
@@ -120,8 +120,8 @@ def test_takes_heads_that_are_views_and_inputs_without_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_keeps_short_types_and_computes_in_float32(dtype: torch.dtype, autocast: bool) -> None:
-    """Errors are those of rounding inputs and results; computing in the short type makes them many times larger."""
+def test_16_bit_inputs_are_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    """Errors come from rounding inputs and results; computing in 16 bits would make them many times larger."""
     arguments = inputs(2, 2, 40, 24, 8, dtype)
     exact: Inputs = tuple(x.detach().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -140,7 +140,7 @@ def test_keeps_short_types_and_computes_in_float32(dtype: torch.dtype, autocast:
 
 
 class Sizes(TorchDispatchMode):
-    """Record the most elements that a tensor had among the results of the operators."""
+    """Record the number of elements of the largest tensor that an operator returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,18 +154,18 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("attention", "rows"), [(explicit, 96), (partial(blockwise_attention, block=16), 16)])
-def test_largest_tensor_is_one_block(attention: Any, rows: int) -> None:
-    """Within the context in which the regularisers ask for the explicit form, too; that one makes the whole matrix."""
+def test_the_largest_tensor_is_one_block(attention: Any, rows: int) -> None:
+    """Explicit attention, as the MATH backend computes it, makes the whole matrix."""
     B, H, N, M, D = 2, 2, 96, 80, 4
     arguments = inputs(B, H, N, M, D, torch.float32)
     with Sizes() as sizes, sdpa_kernel(SDPBackend.MATH):
         penalty(attention(*arguments), arguments).backward()
     assert arguments[0].grad is not None
     assert sizes.largest == B * H * rows * M
-    assert sizes.largest > B * H * N * D  # blocks are what is largest here
+    assert sizes.largest > B * H * N * D  # a block is larger than any input
 
 
-def test_default_block_has_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_block_has_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     B, H, N, M, D = 2, 2, 96, 80, 4
     for block_bytes, rows in ((4 * B * H * M * 30, 30), (1, blockwise.MIN_BLOCK)):
         monkeypatch.setattr(blockwise, "BLOCK_BYTES", {"cpu": block_bytes})
@@ -175,21 +175,21 @@ def test_default_block_has_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyP
         assert sizes.largest == B * H * rows * M
 
 
-def test_third_derivative_raises() -> None:
+def test_a_third_derivative_raises_an_error() -> None:
     arguments = inputs(1, 1, 4, 4, 2)
     slopes = torch.autograd.grad(penalty(blockwise_attention(*arguments), arguments), arguments, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slopes[0].sum().backward()
 
 
-def test_a_block_has_rows() -> None:
+def test_a_block_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="block=0: the number of rows"):
         blockwise_attention(*inputs(1, 1, 4, 4, 2), 0)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_and_in_a_cuda_graph() -> None:
-    """The replayed graph has the eager results, for inputs that came after the capture."""
+def test_blockwise_attention_can_be_replayed_in_a_cuda_graph() -> None:
+    """A replay computes the results of inputs that changed after the capture."""
     arguments: Inputs = tuple(x.detach().cuda().requires_grad_() for x in inputs(2, 2, 50, 37, 8, torch.float32))  # type: ignore[assignment]
 
     def slopes() -> tuple[Tensor, ...]:

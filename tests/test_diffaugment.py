@@ -1,4 +1,4 @@
-"""DiffAugment: each transform against numpy, ranges of the draws, derivatives, and how options reach it."""
+"""DiffAugment: transforms against NumPy, distributions of the draws, derivatives, options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def some_images(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
-def test_color(channels: int) -> None:
+def test_color_equals_the_reference(channels: int) -> None:
     images = some_images(4, channels, 5, 6)
     stage = DiffColor((channels, 5, 6))
     values = stage.draw(images, ONE)
@@ -62,7 +62,7 @@ def test_color(channels: int) -> None:
         assert torch.equal(actual[colors:], image[colors:])
 
 
-def test_color_draws_fill_their_ranges() -> None:
+def test_color_parameters_are_uniform_in_their_ranges() -> None:
     values = DiffColor((3, 2, 2)).draw(torch.zeros(20_000, 3, 2, 2), ONE)
     for column, (low, high) in zip(values.unbind(1), [(-0.5, 0.5), (0.0, 2.0), (0.5, 1.5)], strict=True):
         width = high - low
@@ -72,7 +72,7 @@ def test_color_draws_fill_their_ranges() -> None:
     assert torch.corrcoef(values.T).triu(1).abs().max() < 0.03
 
 
-def test_translation_moves_pixels_and_lets_zeros_in() -> None:
+def test_translation_shifts_pixels_and_pads_with_zeros() -> None:
     images = some_images(9, 2, 16, 9)
     stage = DiffTranslation((2, 16, 9))
     values = torch.tensor([[dy, dx] for dy in (-2, 0, 2) for dx in (-1, 0, 1)])
@@ -95,7 +95,7 @@ def test_translation_moves_pixels_and_lets_zeros_in() -> None:
         ((48, 256), 0.2, (10, 51)),
     ],
 )
-def test_translations_are_uniform_up_to_their_limit(
+def test_translations_are_uniform_up_to_the_maximum(
     size: tuple[int, int], ratio: float, steps: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_translations_are_uniform_up_to_their_limit(
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
 @pytest.mark.parametrize("kind", [DiffCutout, DiffErase])
-def test_rectangles_become_zero(kind: type[DiffCutout], size: tuple[int, int]) -> None:
+def test_cutout_and_erase_zero_a_rectangle(kind: type[DiffCutout], size: tuple[int, int]) -> None:
     images = some_images(500, 2, *size)
     stage = kind((2, *size))
     values = stage.draw(images, ONE)
@@ -120,19 +120,19 @@ def test_rectangles_become_zero(kind: type[DiffCutout], size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
-def test_cutout_takes_half_of_each_side_anywhere(size: tuple[int, int]) -> None:
-    half = [round(side / 2 + 1e-9) for side in size]  # half up
+def test_cutout_has_half_of_each_side_and_a_uniform_place(size: tuple[int, int]) -> None:
+    half = [round(side / 2 + 1e-9) for side in size]  # rounded half up
     values = DiffCutout((2, *size)).draw(some_images(4000, 2, *size), ONE)
     for side, cut, (first, end) in zip(size, half, values.t().unflatten(0, (2, 2)), strict=True):
         assert (end - first).unique().tolist() == [cut]
         centres = (first + cut // 2).long()
-        counts = torch.bincount(centres, minlength=side + 1 - cut % 2)  # it may lie partly outside
+        counts = torch.bincount(centres, minlength=side + 1 - cut % 2)  # part of a cutout may lie outside
         assert len(counts) == side + 1 - cut % 2
         assert (counts - 4000 / len(counts)).abs().max() < 5 * (4000 / len(counts)) ** 0.5
 
 
-def test_erase_takes_any_size_anywhere() -> None:
-    """Sides are uniform between nothing and all, independent of each other, and centres uniform whatever the side."""
+def test_erase_has_a_uniform_size_and_place() -> None:
+    """Sides are uniform from zero to the image's side and independent; centres are uniform for every side."""
     H, W, B = 5, 8, 60_000
     torch.manual_seed(0)
     values = DiffErase((3, H, W)).draw(torch.zeros(B, 3, H, W), ONE).long()
@@ -150,26 +150,28 @@ def test_erase_takes_any_size_anywhere() -> None:
 
 
 @pytest.mark.parametrize("kind", [DiffCutout, DiffErase])
-def test_rectangles_fire_for_all_images_of_a_batch_or_none(kind: type[DiffCutout]) -> None:
+def test_rectangles_fire_for_the_whole_batch(kind: type[DiffCutout]) -> None:
     torch.manual_seed(0)
     stage, images = kind((1, 32, 32), 0.3), torch.ones(8, 1, 32, 32)
     has_rectangle = torch.stack([stage.draw(images, ONE) for _ in range(8000)])  # (draws, B, 4)
     has_rectangle = has_rectangle[:, :, 1] > has_rectangle[:, :, 0]
     fires = has_rectangle.any(dim=1)
     assert fires.double().mean().item() == pytest.approx(0.3, abs=0.02)  # four standard deviations
-    empty = 1 / 33 if kind is DiffErase else 0  # of erase, of no height
+    empty = 1 / 33 if kind is DiffErase else 0  # share of erased rectangles without height
     assert has_rectangle[fires].double().mean().item() == pytest.approx(1 - empty, abs=0.005)
 
 
 def test_the_filter_fires_per_image_and_band() -> None:
-    """Bands that do not fire share one gain, so the number of different gains says how many do: a binomial law."""
+    """Bands that do not fire share one gain, so the number of distinct gains follows a binomial distribution."""
     torch.manual_seed(0)
     gains = DiffFilter((3, 22, 22), 0.25).draw(torch.zeros(20_000, 3, 22, 22, dtype=torch.float64), ONE)
     gains = gains.sort(dim=1).values
     different = 1 + (gains.diff(dim=1) > 1e-12).sum(dim=1)
     shares = torch.bincount(different, minlength=5)[1:] / 20_000
     binomial = [comb(4, k) * 0.25**k * 0.75 ** (4 - k) for k in range(5)]
-    expected = torch.tensor([*binomial[:3], binomial[3] + binomial[4]])  # of three, the fourth is alone too
+    expected = torch.tensor(
+        [*binomial[:3], binomial[3] + binomial[4]]
+    )  # three bands that fire leave the fourth a gain of its own
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.015)  # more than four standard deviations
 
 
@@ -178,13 +180,15 @@ def test_the_hue_fires_per_image() -> None:
     maps = DiffHue((3, 2, 2), 0.5).draw(torch.zeros(20_000, 3, 2, 2), ONE)
     is_still = (maps == torch.eye(4)).all(dim=(1, 2))
     assert is_still.double().mean().item() == pytest.approx(0.5, abs=0.015)
-    angles = (maps[:, 1, 0] - maps[:, 0, 1]).mul(3**0.5 / 2).asin()[~is_still]  # of U(-pi, pi), as far as a sine tells
+    angles = (
+        (maps[:, 1, 0] - maps[:, 0, 1]).mul(3**0.5 / 2).asin()[~is_still]
+    )  # U(-pi, pi), up to the ambiguity of a sine
     assert angles.abs().max() > 1.5
     assert angles.std().item() == pytest.approx(torch.pi / 12**0.5, rel=0.03)
 
 
-def test_filter_and_hue_are_those_of_ada() -> None:
-    """A hue keeps the mean of the channels and the distance from it; a filter keeps constant images' scale alike."""
+def test_filter_and_hue_behave_as_in_ada() -> None:
+    """A hue keeps the mean of the channels and the distance from it; a filtered constant image is constant."""
     images = some_images(4, 3, 24, 24)
     turned = build(("hue",), (3, 24, 24))(images)
     torch.testing.assert_close(turned.mean(dim=1), images.mean(dim=1))
@@ -213,7 +217,7 @@ def test_transforms_follow_the_order_of_the_policy() -> None:
 
 
 @pytest.mark.parametrize("policy", [*((name,) for name in DIFFAUG), DEFAULT_POLICY])
-def test_second_derivatives_and_shapes(policy: tuple[str, ...]) -> None:
+def test_second_derivatives_are_correct(policy: tuple[str, ...]) -> None:
     size = (22, 23) if "filter" in policy else (5, 6)
     module = build(policy, (3, *size))
 
@@ -227,7 +231,7 @@ def test_second_derivatives_and_shapes(policy: tuple[str, ...]) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
-def test_parameters_reach_their_transforms() -> None:
+def test_probabilities_reach_their_transforms() -> None:
     policy = ("translation", "cutout", "erase", "filter", "hue")
     config = AugmentConfig(mode="diffaug", policy=policy, translation=0.3, cutout_p=0.1, filter_p=0.2, hue_p=0.4)
     stages: list[Any] = [*AugmentPipe(config, (3, 24, 24)).stages]
@@ -239,7 +243,7 @@ def some_of_the_time(policy: tuple[str, ...], img_shape: tuple[int, int, int]) -
 
 
 @pytest.mark.parametrize("name", DIFFAUG)
-def test_as_much_is_drawn_whatever_the_probability(name: str) -> None:
+def test_the_number_of_draws_does_not_depend_on_probability(name: str) -> None:
     images, after = some_images(4, 3, 24, 24), []
     for p in (0.0, 0.3, 1.0):
         changes: dict[str, Any] = {PARAMETERS[name]: p} if name in PARAMETERS else {}
@@ -250,14 +254,14 @@ def test_as_much_is_drawn_whatever_the_probability(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cutout", "erase", "filter", "hue"])
-def test_what_never_fires_changes_nothing(name: str) -> None:
+def test_transforms_with_probability_zero_change_nothing(name: str) -> None:
     images = some_images(4, 3, 24, 24)
     config = AugmentConfig(mode="diffaug", policy=(name,), cutout_p=0, filter_p=0, hue_p=0)
     torch.testing.assert_close(AugmentPipe(config, (3, 24, 24))(images), images, rtol=0, atol=1e-10)
 
 
-def test_no_value_is_read_by_the_host() -> None:
-    pipe = some_of_the_time((*DIFFAUG,), (3, 24, 32)).to("meta")  # on which reading a value raises
+def test_the_host_reads_no_value() -> None:
+    pipe = some_of_the_time((*DIFFAUG,), (3, 24, 32)).to("meta")  # reading a value of a meta tensor raises an error
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
 
 
@@ -284,7 +288,7 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
         (("hue",), (1, 32, 32), "red, green and blue, the images have 1 channels"),
     ],
 )
-def test_images_that_a_policy_cannot_treat(
+def test_images_that_a_policy_cannot_augment_are_refused(
     policy: tuple[str, ...], img_shape: tuple[int, int, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -300,7 +304,7 @@ def test_images_that_a_policy_cannot_treat(
         (("color", "colour"), "'colour' is not one of color, translation, cutout, erase, filter, hue"),
     ],
 )
-def test_policies_that_are_none(policy: tuple[str, ...], message: str) -> None:
+def test_invalid_policies_are_refused(policy: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         AugmentConfig(mode="diffaug", policy=policy)
     assert caught.value.field == "policy"
@@ -317,7 +321,7 @@ def plan(data: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)["options"]["augment"]
 
 
-def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
+def test_options_of_the_command_line_reach_the_policy(shapes_zip: Path, shapes32_zip: Path) -> None:
     assert plan(shapes_zip, "--aug=diffaug")["policy"] == ["translation", "cutout", "color"]
     chosen = plan(shapes_zip, "--aug=diffaug", "--set=augment.policy=color,hue")
     assert (chosen["mode"], chosen["policy"], chosen["p"]) == ("diffaug", ["color", "hue"], None)
@@ -375,12 +379,12 @@ def test_options(shapes_zip: Path, shapes32_zip: Path) -> None:
         (["--aug=diff"], "choose one of noaug, ada, fixed, diffaug"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:
+def test_options_without_effect_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> None:
+def test_real_and_generated_images_are_augmented(shapes_zip: Path) -> None:
     config = small_config(shapes_zip, augment__mode="diffaug", batch_size=4, loss__r1_interval=1)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     assert config.augment.policy == DEFAULT_POLICY
@@ -398,7 +402,7 @@ def test_reals_and_fakes_of_both_networks_are_augmented(shapes_zip: Path) -> Non
     assert float(trainer.augment.p) == 1
 
 
-def test_only_the_filter_is_not_deterministic_on_a_gpu() -> None:
+def test_only_the_filter_is_nondeterministic_on_a_gpu() -> None:
     env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     config = override(PRESETS["tiny"], {"augment.mode": "diffaug", "run.deterministic": True})
     resolve(config, env)

@@ -1,4 +1,4 @@
-"""The StyleGAN2 discriminator against an independent float64 evaluation with SciPy's correlation."""
+"""StyleGAN2 discriminator: every layer and the whole network against the float64 reference."""
 
 from __future__ import annotations
 
@@ -7,130 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate2d
+from reference_layers import build, close, randomize, state_of
+from reference_stylegan2 import (
+    ref_conv,
+    ref_filter,
+    ref_label_mapping,
+    ref_lrelu,
+    ref_mbstd,
+    ref_stylegan2_discriminator,
+)
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.networks import DISCRIMINATORS, winograd
+from training.networks import winograd
 from training.networks.layers import Conv2d, MinibatchStd
 from training.networks.mapping import LabelMapping
-from training.networks.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-State = dict[str, Array]
+from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 
 ARCHITECTURES: list[Any] = ["orig", "skip", "resnet"]
-FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-
-
-@torch.no_grad()
-def randomize(module: torch.nn.Module) -> None:
-    """Nothing stays zero, biases above all."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.any():
-            tensor.normal_()
-
-
-def build(config: StyleGAN2DiscriminatorConfig) -> StyleGAN2Discriminator:
-    torch.manual_seed(0)
-    D = config.build().double()
-    randomize(D)
-    return D
-
-
-def state_of(module: torch.nn.Module) -> State:
-    return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
-
-
-def below(state: State, prefix: str) -> State:
-    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
-
-
-# The reference: numpy and SciPy, float64, from the equations.
-
-
-def ref_lrelu(x: Array) -> Array:
-    return np.where(x > 0, x, 0.2 * x) * np.sqrt(2)
-
-
-def ref_filter(x: Array, padding: int) -> Array:
-    x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
-    return np.stack([np.stack([correlate2d(plane, FILTER, "valid") for plane in image]) for image in x])
-
-
-def ref_conv(x: Array, state: State, padding: int) -> Array:
-    """Equalised convolution with stride 1 and bias, before the activation."""
-    W = state["weight"] / np.sqrt(state["weight"][0].size)
-    x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
-    y = np.stack([[sum(correlate2d(image[i], row[i], "valid") for i in range(W.shape[1])) for row in W] for image in x])
-    return y + state["bias"][None, :, None, None] if "bias" in state else y
-
-
-def ref_clamp(x: Array, clamp: float | None) -> Array:
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_fc(x: Array, state: State, multiplier: float = 1.0) -> Array:
-    return np.einsum("bi,oi->bo", x, state["weight"]) * multiplier / np.sqrt(x.shape[1]) + state["bias"] * multiplier
-
-
-def ref_mbstd(x: Array, group: int) -> Array:
-    B, _, H, W = x.shape
-    G = min(group, B)
-    n = B // G
-    extra = np.zeros((B, 1, H, W))
-    for g in range(n):
-        members = [b for b in range(B) if b % n == g]
-        deviation = np.sqrt(np.mean((x[members] - x[members].mean(axis=0)) ** 2, axis=0) + 1e-8)
-        extra[members] = deviation.mean()
-    return np.concatenate([x, extra], axis=1)
-
-
-def ref_label_mapping(c: Array, state: State, num_layers: int) -> Array:
-    x = ref_fc(c, below(state, "embed."))
-    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-8)
-    for i in range(num_layers):
-        x = ref_lrelu(ref_fc(x, below(state, f"layers.{i}."), multiplier=0.01))
-    return x
-
-
-def ref_discriminator(img: Array, c: Array | None, state: State, config: StyleGAN2DiscriminatorConfig) -> Array:
-    clamp = config.conv_clamp
-    x = ref_clamp(ref_lrelu(ref_conv(img, below(state, "fromrgb.0."), 0)), clamp)
-    levels = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    for level in range(levels):
-        block = below(state, f"blocks.{level}.")
-        y = ref_clamp(ref_lrelu(ref_conv(x, below(block, "conv0."), 1)), clamp)
-        y = ref_lrelu(ref_conv(ref_filter(y, 2), below(block, "conv1."), 0)[:, :, ::2, ::2])
-        if config.architecture == "resnet":
-            shortcut = ref_conv(ref_filter(x, 1)[:, :, ::2, ::2], below(block, "skip."), 0)
-            y = (ref_clamp(y, clamp) + shortcut) * np.sqrt(0.5)
-        else:
-            y = ref_clamp(y, clamp)
-        if config.architecture == "skip":
-            img = ref_filter(img, 1)[:, :, ::2, ::2]
-            rgb = ref_lrelu(ref_conv(img, below(state, f"fromrgb.{level + 1}."), 0))
-            y = y + (rgb if level == levels - 1 else ref_clamp(rgb, clamp))
-        x = y
-    if config.mbstd_group_size:
-        x = ref_mbstd(x, config.mbstd_group_size)
-    x = ref_clamp(ref_lrelu(ref_conv(x, below(state, "epilogue.conv."), 1)), clamp)
-    x = ref_lrelu(ref_fc(x.reshape(len(x), -1), below(state, "epilogue.fc.")))
-    out = ref_fc(x, below(state, "epilogue.out."))
-    if c is None:
-        return out
-    cmap = ref_label_mapping(c, below(state, "mapping."), config.mapping_layers)
-    return (out * cmap).sum(axis=1, keepdims=True) / np.sqrt(cmap.shape[1])
 
 
 def images(config: StyleGAN2DiscriminatorConfig, batch: int = 4) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, config.img_channels, *config.img_size, dtype=torch.float64)
-
-
-def close(actual: Tensor, expected: Array) -> None:
-    assert tuple(actual.shape) == expected.shape
-    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -143,12 +42,12 @@ def close(actual: Tensor, expected: Array) -> None:
     ],
     ids=["clamp", "labels", "rectangle"],
 )
-def test_discriminator_equals_the_equations(architecture: Any, changes: dict[str, Any]) -> None:
+def test_discriminator_equals_the_reference(architecture: Any, changes: dict[str, Any]) -> None:
     defaults: dict[str, Any] = {"img_size": (16, 16), "img_channels": 2, "channel_base": 48, "channel_max": 8}
     config = StyleGAN2DiscriminatorConfig(architecture=architecture, **(defaults | changes))
     D, img = build(config), images(config)
     c = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]] if config.c_dim else None
-    expected = ref_discriminator(img.numpy(), None if c is None else c.numpy(), state_of(D), config)
+    expected = ref_stylegan2_discriminator(img.numpy(), None if c is None else c.numpy(), state_of(D), config)
     close(D(img, c), expected)
 
 
@@ -160,7 +59,7 @@ def test_discriminator_equals_the_equations(architecture: Any, changes: dict[str
         (StyleGAN2DiscriminatorConfig(img_size=(128, 128)), 28_389_121),
     ],
 )
-def test_parameter_counts_of_the_published_models(config: StyleGAN2DiscriminatorConfig, count: int) -> None:
+def test_published_models_have_their_parameter_counts(config: StyleGAN2DiscriminatorConfig, count: int) -> None:
     with torch.device("meta"):
         D = config.build()
     assert sum(parameter.numel() for parameter in D.parameters()) == count
@@ -175,17 +74,17 @@ def test_parameter_counts_of_the_published_models(config: StyleGAN2Discriminator
         ((18, 16), ((18, 16), (9, 8))),
     ],
 )
-def test_grids(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> None:
+def test_grids_are_halved_down_to_four_pixels(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> None:
     assert StyleGAN2DiscriminatorConfig(img_size=size).grids == grids
 
 
 @pytest.mark.parametrize(("batch", "group"), [(4, 4), (6, 2), (6, 3), (3, 4), (1, 4)])
-def test_minibatch_std_groups(batch: int, group: int) -> None:
+def test_minibatch_std_equals_the_reference(batch: int, group: int) -> None:
     x = torch.randn(batch, 3, 2, 5, dtype=torch.float64)
     close(MinibatchStd(group)(x), ref_mbstd(x.numpy(), group))
 
 
-def test_minibatch_std_refuses_a_ragged_batch() -> None:
+def test_minibatch_std_refuses_incomplete_groups() -> None:
     with pytest.raises(ValueError, match="minibatch of 6 images cannot be cut into minibatch-std groups of 4"):
         MinibatchStd(4)(torch.zeros(6, 1, 4, 4))
 
@@ -193,7 +92,7 @@ def test_minibatch_std_refuses_a_ragged_batch() -> None:
 @pytest.mark.parametrize("down", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])
-def test_convolution(down: Any, kernel: int, activation: Any) -> None:
+def test_convolution_equals_the_reference(down: Any, kernel: int, activation: Any) -> None:
     conv = Conv2d(3, 4, kernel, down=down, activation=activation, gain=0.6, clamp=1.5).double()
     randomize(conv)
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64) * 3
@@ -207,7 +106,7 @@ def test_convolution(down: Any, kernel: int, activation: Any) -> None:
 
 
 @pytest.mark.parametrize(("H", "W"), [(4, 4), (8, 12)])
-def test_winograd_convolution_equals_the_direct_one(H: int, W: int) -> None:
+def test_winograd_convolution_equals_direct_convolution(H: int, W: int) -> None:
     x = torch.randn(2, 3, H, W, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     close(winograd.conv3x3(x, weight), ref_conv(x.detach().numpy(), {"weight": weight.detach().numpy()}, 1) * 27**0.5)
@@ -221,7 +120,7 @@ def test_winograd_convolution_equals_the_direct_one(H: int, W: int) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-6)
 
 
-def test_winograd_convolution_in_float32() -> None:
+def test_winograd_convolution_is_accurate_in_float32() -> None:
     x, weight = torch.randn(1, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48  # outputs have a standard deviation of 1
     assert winograd.is_profitable(x, weight)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
@@ -231,48 +130,19 @@ def test_winograd_convolution_in_float32() -> None:
     torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=3e-5)
 
 
-def test_label_mapping() -> None:
+def test_label_mapping_equals_the_reference() -> None:
     mapping = LabelMapping(c_dim=3, out_dim=5, num_layers=4).double()
     randomize(mapping)
     c = torch.eye(3, dtype=torch.float64)
     close(mapping(c), ref_label_mapping(c.numpy(), state_of(mapping), 4))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradient_of_r1_equals_finite_differences(architecture: Any) -> None:
-    config = StyleGAN2DiscriminatorConfig(
-        architecture=architecture, img_size=(8, 8), channel_base=48, channel_max=8, mbstd_group_size=2, c_dim=2
-    )
-    D, img = build(config), images(config).requires_grad_()
-    c = torch.eye(2, dtype=torch.float64).repeat(2, 1)
-    parameters = list(D.parameters())
-    directions = [torch.randn_like(parameter) for parameter in parameters]
-
-    def penalty() -> Tensor:
-        (gradient,) = torch.autograd.grad(D(img, c).sum(), img, create_graph=True)
-        return gradient.square().sum()
-
-    @torch.no_grad()
-    def move(step: float) -> None:
-        for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.add_(direction, alpha=step)
-
-    gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True)
-    slope = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    eps = 1e-6
-    move(eps)
-    after = penalty().item()
-    move(-2 * eps)
-    before = penalty().item()
-    assert slope == pytest.approx((after - before) / (2 * eps), rel=1e-4)
-
-
-def test_minibatch_std_double_backward() -> None:
+def test_second_derivatives_of_minibatch_std_are_correct() -> None:
     x = torch.randn(4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(MinibatchStd(2), (x,))
 
 
-def test_layers_from_image() -> None:
+def test_freeze_d_layers_follow_the_architecture() -> None:
     def names(architecture: Any) -> list[str]:
         with torch.device("meta"):
             D = StyleGAN2DiscriminatorConfig(architecture=architecture, img_size=(16, 16)).build()
@@ -283,12 +153,6 @@ def test_layers_from_image() -> None:
     assert names("orig") == ["fromrgb.0", *convs]
     assert names("skip") == ["fromrgb.0", *convs[:2], "fromrgb.1", *convs[2:]]
     assert names("resnet") == ["fromrgb.0", *convs[:2], "blocks.0.skip", *convs[2:], "blocks.1.skip"]
-
-
-def test_same_seed_same_discriminator() -> None:
-    config = StyleGAN2DiscriminatorConfig(img_size=(8, 8), channel_base=64)
-    first, second = build(config).state_dict(), build(config).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -304,22 +168,7 @@ def test_same_seed_same_discriminator() -> None:
         ({"conv_clamp": -1.0}, "conv_clamp", "positive"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleGAN2DiscriminatorConfig(**changes)
     assert caught.value.field == field
-
-
-def test_input_errors() -> None:
-    D = build(StyleGAN2DiscriminatorConfig(img_size=(8, 8), channel_base=64, c_dim=2))
-    with pytest.raises(ValueError, match=r"images have shape \(1, 3, 8, 9\).*\(batch, 3, 8, 8\)"):
-        D(torch.zeros(1, 3, 8, 9), None)
-    with pytest.raises(ValueError, match=r"labels have shape \(1, 0\)"):
-        D(torch.zeros(1, 3, 8, 8), None)
-
-
-def test_registry_builds_every_family() -> None:
-    for config_class in DISCRIMINATORS.values():
-        with torch.device("meta"):
-            D = config_class().build()
-        assert D.img_shape == (3, *config_class().img_size)

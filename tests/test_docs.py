@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from foreign_files import write
+from foreign_files import stylegan2_module, write
 from PIL import Image
-from test_legacy import generator_module
 
 import calc_metrics
 import dataset_tool
@@ -152,7 +151,7 @@ def test_the_commands_and_code_of_exchange_md_run(tmp_path: Path, monkeypatch: p
     page = (ROOT / "docs" / "exchange.md").read_text()
     commands = re.findall(r"^    python legacy.py (.*)$", page, re.MULTILINE)
     assert len(commands) == 5
-    write(tmp_path / "network-snapshot-025000.pkl", {"G_ema": generator_module()})
+    write(tmp_path / "network-snapshot-025000.pkl", {"G_ema": stylegan2_module()})
     for command in commands:
         result = CliRunner().invoke(legacy.main, shlex.split(command))
         assert result.exit_code == 0, result.output

@@ -1,8 +1,8 @@
-"""Every way to train faster against plain float32: 10 steps from the same weights.
+"""Every mode of faster training against plain float32: 10 steps from the same weights.
 
-Modes that should change nothing are compared bit by bit. Others round differently, and Adam, which divides by the size
-of the gradient, magnifies that: what they may change is measured by what another seed of the training's randomness
-(latents, noise, data order, augmentation) changes.
+Exact modes must agree to the last bit. Other modes round differently, and Adam magnifies rounding because it divides by
+the size of the gradient; the tolerance is a share of the change that another seed (latents, noise, data order,
+augmentation) causes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import all_recorded, small_config
-from test_objectives import OBJECTIVES, SETTINGS
 from torch import Tensor
+from training_helpers import OBJECTIVE_SETTINGS, OBJECTIVES
 
 from torch_utils import custom_ops
 from torch_utils.misc import seed_step
@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "augment__pipe": "bgc",
     "precision": "fp32",
     "run__data_on_gpu": False,
-    # With the usual epsilon Adam's first steps are the signs of gradients, which rounding turns where they are small.
+    # With the usual epsilon Adam's first steps are the signs of the gradients, and rounding decides small ones.
     "g_optimizer__eps": 1e-2,
     "d_optimizer__eps": 1e-2,
 }
@@ -46,7 +46,7 @@ on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def build(data: Path, device: str, **changes: Any) -> Trainer:
-    """A trainer whose weights do not depend on the seed of the training."""
+    """Return a trainer whose initial weights do not depend on the training's seed."""
     config = small_config(data, **CONFIG | changes)
     trainer = Trainer(config, ImageDataset(config.data), torch.device(device))
     seed_step(0, "weights", 0)
@@ -67,7 +67,7 @@ def weights(trainer: Trainer) -> Tensor:
 
 @cache
 def trained(data: Path, device: str, **changes: Any) -> Tensor:
-    """All weights after some steps."""
+    """Return all weights after STEPS steps."""
     trainer = build(data, device, **changes)
     trainer.total_nimg = STEPS * trainer.batch_size
     trainer.train()
@@ -76,16 +76,16 @@ def trained(data: Path, device: str, **changes: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["run__data_on_gpu", "run__recompute"])
-def test_exact_modes_change_nothing(shapes_zip: Path, mode: str) -> None:
+def test_exact_modes_change_no_weight(shapes_zip: Path, mode: str) -> None:
     assert torch.equal(trained(shapes_zip, "cpu", **{mode: True}), trained(shapes_zip, "cpu"))
 
 
-# How much of the spread of two seeds a mode may move the weights by. Reduced precision adds less than a tenth to the
-# variance; what only rounds float32 in another order, less than a four-hundredth.
+# Tolerance of the weights as a share of the spread of two seeds. Reduced precision adds less than a tenth to the
+# variance; rounding float32 in another order adds less than 1/400.
 REDUCED, ROUNDING = 10**-0.5, 1 / 20
 
 
-QUIET_COMPILER = pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
+QUIET_COMPILER = pytest.mark.filterwarnings("ignore")  # warnings of torch.compile
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ QUIET_COMPILER = pytest.mark.filterwarnings("ignore")  # what torch.compile says
         pytest.param("cpu", ("run__compile", True), ROUNDING, marks=[pytest.mark.slow, QUIET_COMPILER]),
     ],
 )
-def test_ten_steps_stay_within_the_spread_of_two_seeds(
+def test_inexact_modes_stay_within_the_spread_of_two_seeds(
     shapes_zip: Path, device: str, change: tuple[str, Any], share: float
 ) -> None:
     plain = trained(shapes_zip, device)
@@ -114,7 +114,7 @@ def test_ten_steps_stay_within_the_spread_of_two_seeds(
 
 
 @pytest.mark.gpu
-def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> None:
+def test_kernels_train_as_the_reference_implementations_do(shapes_zip: Path) -> None:
     plain = trained(shapes_zip, "cuda")
     spread = (trained(shapes_zip, "cuda", seed=1) - plain).norm()
     with custom_ops.implementation("reference"):
@@ -125,8 +125,12 @@ def test_kernels_move_the_weights_as_the_reference_does(shapes_zip: Path) -> Non
 @pytest.mark.slow
 @QUIET_COMPILER
 @pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
-def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zip: Path, objective: str) -> None:
-    settings: dict[str, Any] = {"loss__objective": objective, "loss__pl_weight": 0.0, **SETTINGS.get(objective, {})}
+def test_compiled_penalties_have_the_same_gradients(shapes_zip: Path, objective: str) -> None:
+    settings: dict[str, Any] = {
+        "loss__objective": objective,
+        "loss__pl_weight": 0.0,
+        **OBJECTIVE_SETTINGS.get(objective, {}),
+    }
     source = build(shapes_zip, "cpu", **settings)
     plain, compiled = (gradients(build(shapes_zip, "cpu", **settings, run__compile=on), source) for on in (False, True))
     for phase, gradient in plain.items():
@@ -137,8 +141,8 @@ def test_compiled_objectives_with_penalties_compute_the_same_gradients(shapes_zi
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str) -> None:
-    """Two batches with two seeds, one after the other: nothing of the first is left in the second."""
-    settings = {"augment__pipe": "color", "loss__objective": objective, **SETTINGS.get(objective, {})}
+    """Two batches with two seeds: the second replay does not depend on the first batch."""
+    settings = {"augment__pipe": "color", "loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}
     eager, graphs = (build(shapes_zip, "cuda", **settings, run__graphs=on) for on in (False, True))
     data = eager._batches()
     for position in (0, 1000):
@@ -160,7 +164,7 @@ def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, 
 
 
 def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
-    """The gradient of each phase at the weights of `source`, from the first batch of the trainer's own data."""
+    """Return the gradient of each phase at the weights of `source`, for the trainer's first batch."""
     trainer.G.load_state_dict(source.G.state_dict())
     trainer.D.load_state_dict(source.D.state_dict())
     trainer.pl_mean.load_state_dict(source.pl_mean.state_dict())
@@ -172,7 +176,7 @@ def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
             updater.gradients.zero()
             seed_step(trainer.config.seed, phase.name, 0)
             trainer._accumulate(phase, img[: trainer.batch_gpu], c[: trainer.batch_gpu])
-        # By dimensions: the buffer is in the order of memory, which channels_last changes.
+        # In order of dimensions; the order in memory differs with channels_last.
         found[phase.name] = torch.cat([p.grad.double().reshape(-1) for p in updater.parameters if p.grad is not None])
     return found
 
@@ -182,16 +186,16 @@ def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
     ("precision", "objective"),
     [("bf16", "logistic"), ("fp16", "logistic"), ("bf16", "wgangp-eps"), ("bf16", "relativistic")],
 )
-def test_reduced_precision_adds_little_to_the_noise_of_a_batch(
+def test_reduced_precision_adds_little_to_gradient_noise(
     shapes_zip: Path, device: str, precision: str, objective: str
 ) -> None:
-    """In every phase, those that are differentiated twice too, and at weights that have been trained a little.
+    """Compare the gradients of every phase, including the second derivatives, after a few steps of training.
 
-    The error of a gradient adds less than a tenth to its variance over images, latents, augmentations; with a penalty
-    on the norm of D's gradient, whose direction rounding turns where D is almost flat, less than half.
+    The error of a gradient adds less than a tenth to its variance over images, latents and augmentations. A penalty on
+    the norm of D's gradient adds less than half, because rounding turns that gradient where D is almost flat.
     """
     limit = 1 / 2 if objective == "wgangp-eps" else 1 / 10
-    settings = {"loss__objective": objective, **SETTINGS.get(objective, {})}
+    settings = {"loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}
     source = build(shapes_zip, device, **settings)
     source.total_nimg = 5 * source.batch_size
     source.train()
@@ -204,18 +208,18 @@ def test_reduced_precision_adds_little_to_the_noise_of_a_batch(
         assert 0 < error**2 < noise**2 * limit, phase
 
 
-def test_every_input_of_a_skip_discriminator_has_its_grids_type(shapes_zip: Path) -> None:
+def test_a_skip_discriminator_casts_each_input_to_its_grid(shapes_zip: Path) -> None:
     trainer = build(shapes_zip, "cpu", discriminator__architecture="skip")
     types: list[torch.dtype] = []
     for layer in trainer.D.fromrgb:
         layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     with execution.using(reduced=torch.bfloat16, min_grid=8):
         logits = trainer.D(torch.zeros(4, *trainer.D.img_shape), None)
-    assert types == [torch.bfloat16, torch.bfloat16, torch.float32]  # 16, 8 and 4 px
+    assert types == [torch.bfloat16, torch.bfloat16, torch.float32]  # grids of 16, 8 and 4 pixels
     assert logits.dtype == torch.float32
 
 
-def test_only_the_chosen_grids_are_reduced(shapes_zip: Path) -> None:
+def test_only_the_selected_grids_have_reduced_precision(shapes_zip: Path) -> None:
     trainer = build(shapes_zip, "cpu", precision="bf16", reduced_from=16)
     types: dict[str, torch.dtype] = {}
     watched = {
@@ -243,14 +247,14 @@ def test_only_the_chosen_grids_are_reduced(shapes_zip: Path) -> None:
         "epilogue": full,
     }
     trainer.G(torch.zeros(1, trainer.G.z_dim), None)
-    assert set(types[name] for name in watched if name.startswith("stage")) == {full}  # outside of training
+    assert set(types[name] for name in watched if name.startswith("stage")) == {full}  # outside training
 
 
 @pytest.mark.parametrize(("weights", "styles"), [(1e3, 1e3), (1.0, 3e-3)])
 def test_half_precision_survives_extreme_styles_and_weights(shapes_zip: Path, weights: float, styles: float) -> None:
-    """Products of 1e4 would overflow float16, and so would gains of 1e5.
+    """Products of 1e4 and gains of 1e5 would overflow float16.
 
-    Small styles make attention a choice between tokens, which rounding may decide the other way here and there.
+    Small styles turn attention into a choice of one token, and rounding may change some of these choices.
     """
     trainer = build(shapes_zip, "cpu")
     with torch.no_grad():
@@ -267,16 +271,16 @@ def test_half_precision_survives_extreme_styles_and_weights(shapes_zip: Path, we
     assert (reduced - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
-def test_winograd_in_bf16_is_as_good_as_bf16_needs() -> None:
-    """Its error on wide layers, against float64, stays far below the spread of a gradient from batch to batch."""
+def test_winograd_is_accurate_enough_for_bf16() -> None:
+    """The error on wide layers is far below the spread of gradients between batches."""
     x, weight = torch.randn(2, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
     error = (winograd.conv3x3(x.bfloat16(), weight.bfloat16()).double() - exact).norm() / exact.norm()
     assert 0.001 < error < 0.03
 
 
-def test_the_fused_optimizer_follows_adams_formula() -> None:
-    """Kingma & Ba 2015, algorithm 1, in float64; a step that is to be skipped leaves everything as it is."""
+def test_the_fused_optimizer_follows_the_formula_of_adam() -> None:
+    """Compare with algorithm 1 of Kingma & Ba 2015 in float64; a skipped step changes nothing."""
     p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     updater = build_updater([p], AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3), None)
     w, m, v = p.detach().double(), torch.zeros(7).double(), torch.zeros(7).double()
@@ -295,7 +299,7 @@ def test_the_fused_optimizer_follows_adams_formula() -> None:
 
 
 @pytest.mark.gpu
-def test_replays_of_a_graph_draw_what_their_seed_says() -> None:
+def test_replays_of_a_graph_draw_from_the_current_seed() -> None:
     from torch_utils.graphs import Captured
 
     x = torch.zeros(1000, device="cuda")

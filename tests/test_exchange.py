@@ -1,4 +1,4 @@
-"""Snapshots as folders of safetensors: nothing is lost on the way and back, and nothing that does not fit is read."""
+"""Snapshots as folders of safetensors: lossless in both directions, and refused if anything does not fit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ pytest.importorskip("safetensors", reason="safetensors is an optional package")
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
-from foreign_files import write
+from foreign_files import stylegan2_module, write
 from snapshot_helpers import make_snapshot
-from test_legacy import generator_module
 
 import calc_metrics
 import dataset_tool
@@ -45,8 +44,8 @@ def folder(snapshot: Snapshot, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", GENERATORS)
-def test_there_and_back_gives_the_same_snapshot(tmp_path: Path, family: str) -> None:
-    """To the last bit of weights, configuration, images seen and ADA's p: the checksum covers them."""
+def test_converting_to_a_folder_and_back_is_lossless(tmp_path: Path, family: str) -> None:
+    """The checksum covers weights, configuration, number of images and ADA's p."""
     make_snapshot(tmp_path / "a.pkl", family)
     for source, dest in (("a.pkl", "folder"), ("folder", "b.pkl")):
         result = convert(f"--source={tmp_path / source}", f"--dest={tmp_path / dest}")
@@ -58,7 +57,7 @@ def test_there_and_back_gives_the_same_snapshot(tmp_path: Path, family: str) -> 
 
 
 def test_other_programs_can_read_the_folder(folder: Path, snapshot: Snapshot) -> None:
-    """By safetensors and JSON alone; the checksums are those of `sha256sum`."""
+    """Safetensors and JSON are sufficient; the checksums are those of `sha256sum`."""
     document = json.loads((folder / "config.json").read_text())
     assert document["config"] == to_json(snapshot.config)
     assert (document["nimg"], document["ada_p"]) == (12_345, 0.1 + 0.2)
@@ -77,18 +76,18 @@ def test_other_programs_can_read_the_folder(folder: Path, snapshot: Snapshot) ->
         assert all(torch.equal(tensors[key], x) and tensors[key].dtype == x.dtype for key, x in state.items())
 
 
-def test_scripts_can_load_a_folder_like_a_snapshot(folder: Path, snapshot: Snapshot) -> None:
+def test_scripts_can_load_a_folder_as_a_snapshot(folder: Path, snapshot: Snapshot) -> None:
     loaded = legacy.load_network(folder)
     z = torch.randn(2, 16)
     assert torch.equal(loaded.G_ema(z, None), snapshot.G_ema(z, None))
     assert (loaded.config, loaded.nimg, loaded.ada_p) == (snapshot.config, snapshot.nimg, snapshot.ada_p)
 
 
-def test_info_says_of_a_folder_what_it_says_of_the_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    about, same = legacy.describe(folder), legacy.describe(snapshot.path)
+def test_info_reports_the_same_for_folder_and_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    info, same = legacy.describe(folder), legacy.describe(snapshot.path)
     for key in ("source", "kimg", "ada_p", "networks", "config"):
-        assert about[key] == same[key]
-    assert about["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert info[key] == same[key]
+    assert info["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     (folder / "D.safetensors").unlink()
     result = CliRunner().invoke(legacy.main, ["info", str(folder)])
     assert (result.exit_code, "D.safetensors: no such file" in result.stderr) == (2, True)
@@ -113,9 +112,8 @@ def test_metrics_of_a_folder_are_recorded_beside_it(folder: Path, tmp_path: Path
     assert shown == [value, f"{value} (flips counted)"]
 
 
-def test_a_foreign_snapshot_becomes_one_of_ours(tmp_path: Path) -> None:
-    """Which `load_network` of training/ reads, and a folder of the same."""
-    path = write(tmp_path / "network-snapshot-000120.pkl", {"G_ema": generator_module()})
+def test_a_foreign_snapshot_can_be_converted(tmp_path: Path) -> None:
+    path = write(tmp_path / "network-snapshot-000120.pkl", {"G_ema": stylegan2_module()})
     theirs = legacy.load_network(path)
     for source, dest in ((path, "ours.pkl"), (path, "folder"), (tmp_path / "ours.pkl", "again")):
         assert convert(f"--source={source}", f"--dest={tmp_path / dest}").exit_code == 0
@@ -157,7 +155,7 @@ def retype(tensors: Tensors) -> None:
 def test_tensors_that_do_not_fit_are_refused_by_name(
     folder: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
-    """Even where all checksums are right."""
+    """The checksums of the folder are correct."""
     path = folder / "G.safetensors"
     tensors = safetensors.torch.load_file(path)
     change(tensors)
@@ -200,7 +198,9 @@ def flip_a_bit(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: corrupt, not JSON"),
     ],
 )
-def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_corrupt_folder_is_refused_with_the_name_of_the_file(
+    folder: Path, damage: Callable[[Path], object], message: str
+) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message):
         load_folder(folder)
@@ -222,7 +222,7 @@ def test_damage_is_found_and_the_file_named(folder: Path, damage: Callable[[Path
         (["--dest={}/new", "--source={}/none.pkl"], "none.pkl: no such file"),
     ],
 )
-def test_mistakes_get_a_message_and_nothing_is_lost(
+def test_refused_conversions_overwrite_nothing(
     snapshot: Snapshot, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -234,7 +234,7 @@ def test_mistakes_get_a_message_and_nothing_is_lost(
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_missing_package_is_named_with_its_extra(
+def test_a_missing_package_is_reported_with_its_extra(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(module: str) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of foreign snapshot, through every command: the images of its equations, and what can be done with it."""
+"""Every kind of foreign snapshot in every command: images, conversion, metrics, transfer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from foreign_files import (
     stylegan2,
     write,
 )
-from test_legacy import assert_same_images, refused, styleformer_state, stylegan2_state
-from test_networks import ref_synthesis as ref_styleformer
-from test_stylegan2 import ref_synthesis as ref_stylegan2
+from foreign_references import assert_same_images, refused, styleformer_state, stylegan2_state
+from reference_styleformer import ref_styleformer
+from reference_stylegan2 import ref_stylegan2
 
 import calc_metrics
 import generate
@@ -46,7 +46,7 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is written, what its tensors are without what wraps them, and what of it is left out."""
+    """Kind of snapshot: the unwrapped network, the content of the file, the entries that are skipped."""
 
     network: Callable[[], tuple[Tensors, dict[str, Any]]]
     content: Callable[[Call], Content]
@@ -60,7 +60,7 @@ def whole(G: Call, **more: Any) -> Content:
 
 
 def fork(G: Call) -> Content:
-    """What forks of StyleGAN3's repository add to the file, and to D."""
+    """Content with the additions of forks of StyleGAN3's repository, to the file and to D."""
     D = discriminator(their_own_argument=1)
     ada = Call(Name("numpy._core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"), (1, (2,)))
     return {"G": G, "D": D, "G_ema": G, "progress": {"cur_nimg": 5}, "cur_nimg": np.int64(3000), "ada_stats": ada}
@@ -134,7 +134,7 @@ def largest_difference(snapshot: Snapshot, tensors: Tensors) -> float:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_images_are_those_of_the_equations(name: str, tmp_path: Path) -> None:
+def test_images_equal_the_reference(name: str, tmp_path: Path) -> None:
     path, tensors = make(KINDS[name], tmp_path / "theirs.pkl")
     snapshot = legacy.load_network(path)
     assert largest_difference(snapshot, tensors) <= 1e-4
@@ -143,12 +143,14 @@ def test_images_are_those_of_the_equations(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_commands(name: str, files: dict[str, Path], data: dict[int, Path], tmp_path: Path) -> None:
-    """Info, images, a metric, a conversion and the conversion's images, and what a training would start from."""
+def test_every_command_reads_every_kind(
+    name: str, files: dict[str, Path], data: dict[int, Path], tmp_path: Path
+) -> None:
+    """Run info, generate, convert, generate from the conversion, and a metric."""
     path, kind = files[name], KINDS[name]
-    about = json.loads(run(legacy.main, "info", str(path), "--json"))
-    assert tuple(about["left_out"]) == kind.left_out
-    side, c_dim = about["config"]["discriminator"]["img_size"][0], about["config"]["generator"]["c_dim"]
+    info = json.loads(run(legacy.main, "info", str(path), "--json"))
+    assert tuple(info["left_out"]) == kind.left_out
+    side, c_dim = info["config"]["discriminator"]["img_size"][0], info["config"]["generator"]["c_dim"]
     options = [f"--network={path}", "--seeds=0-1", "--device=cpu", *(["--class=1"] if c_dim else [])]
     printed = run(generate.main, *options, f"--outdir={tmp_path / 'images'}")
     assert ("skipped: " in printed) == bool(kind.left_out)
@@ -189,8 +191,9 @@ def resume(path: Path, data: Path, outdir: Path, *more: str, model: str = "style
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_transfer(name: str, files: dict[str, Path], data: dict[int, Path], tmp_path: Path) -> None:
-    """All weights go over; the reason is given where D is not there or cannot be read."""
+def test_every_kind_is_copied_or_refused_with_a_reason(
+    name: str, files: dict[str, Path], data: dict[int, Path], tmp_path: Path
+) -> None:
     family = legacy.describe(files[name])["networks"]["G_ema"]["family"]
     model = "linformer" if name == "linformer" else family
     flags = ["--cond=1"] if "classes" in name else []
@@ -204,9 +207,7 @@ def test_transfer(name: str, files: dict[str, Path], data: dict[int, Path], tmp_
     assert (origin["copied_g"], origin["copied_d"], origin["copied_g_ema"]) == (1, 1, 1)
 
 
-def test_the_bound_of_p_survives_a_conversion_and_a_pipe_that_cannot_be_read(
-    data: dict[int, Path], tmp_path: Path
-) -> None:
+def test_the_maximum_p_survives_conversion_and_an_unknown_pipe(data: dict[int, Path], tmp_path: Path) -> None:
     tensors, arguments = stylegan2()
     pipe = augmentation(0.9, aug_linformer=True, sharpen=1)
     path = write(tmp_path / "theirs.pkl", whole(module("Generator", tensors, **arguments), augment_pipe=pipe))
@@ -218,7 +219,7 @@ def test_the_bound_of_p_survives_a_conversion_and_a_pipe_that_cannot_be_read(
     assert "skipped: augment_pipe (unknown argument sharpen)" in resume(path, data[16], tmp_path / "runs", "-n").stderr
 
 
-def test_many_entries_are_counted(tmp_path: Path) -> None:
+def test_many_unknown_entries_are_abbreviated(tmp_path: Path) -> None:
     path, _ = make(KINDS["stylegan2-ada"], tmp_path / "theirs.pkl")
     tensors, arguments = stylegan2()
     content = {"G_ema": module("Generator", tensors, **arguments), **{f"entry{i}": i for i in range(1000)}}
@@ -227,7 +228,7 @@ def test_many_entries_are_counted(tmp_path: Path) -> None:
     assert len(note) < 600
 
 
-def test_a_training_starts_from_a_foreign_snapshot(
+def test_training_starts_despite_an_unknown_augmentation(
     files: dict[str, Path], data: dict[int, Path], tmp_path: Path
 ) -> None:
     result = resume(files["unknown augmentation"], data[16], tmp_path)
@@ -239,7 +240,7 @@ def test_a_training_starts_from_a_foreign_snapshot(
     ("bound", "flags", "expected"),
     [(True, (), 0.7), (False, (), 1.0), (None, (), 1.0), (True, ("--set=augment.max_p=0.5",), 0.5)],
 )
-def test_the_bound_of_p_goes_with_the_weights(
+def test_the_maximum_p_is_taken_over_with_the_weights(
     bound: bool | None, flags: tuple[str, ...], expected: float, data: dict[int, Path], tmp_path: Path
 ) -> None:
     tensors, arguments = stylegan2()
@@ -252,7 +253,7 @@ def test_the_bound_of_p_goes_with_the_weights(
     assert json.loads(result.stdout)["options"]["augment"]["max_p"] == expected
 
 
-def test_defaults_of_stylegan3s_repository(tmp_path: Path) -> None:
+def test_snapshots_of_the_stylegan3_repository_get_its_defaults(tmp_path: Path) -> None:
     path, _ = make(KINDS["stylegan2 of stylegan3"], tmp_path / "theirs.pkl")
     config = legacy.load_network(path).config
     assert isinstance(config.discriminator, StyleGAN2DiscriminatorConfig)
@@ -262,7 +263,7 @@ def test_defaults_of_stylegan3s_repository(tmp_path: Path) -> None:
     assert legacy.load_network(path).nimg == 3000
 
 
-def test_prefixes_that_wrappers_leave(tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_removed(tmp_path: Path) -> None:
     for prefix in ("module.", "_orig_mod."):
         tensors, arguments = stylegan2()
         G = module("Generator", {prefix + name: x for name, x in tensors.items()}, **arguments)
@@ -281,7 +282,7 @@ def test_stylegan3_is_refused_by_its_config(tmp_path: Path) -> None:
 
 
 def other_files(folder: Path) -> dict[Path, str]:
-    """Files of torch.save that no project of this family writes, and what they are called."""
+    """Write files of torch.save from other code bases; return the expected description of each."""
     layers = {"style.1.weight": torch.zeros(4, 4), "conv1.conv.weight": torch.zeros(1, 4, 4, 3, 3)}
     checkpoint = {"g": layers, "d": {}, "g_ema": layers, "latent_avg": torch.zeros(4), "g_optim": {}}
     files: dict[str, tuple[Any, str]] = {
@@ -296,12 +297,12 @@ def other_files(folder: Path) -> dict[Path, str]:
         torch.save(content, folder / name)
         torch.save(content, folder / f"old_{name}", _use_new_zipfile_serialization=False)
     described = {folder / f"{prefix}{name}": text for name, (_, text) in files.items() for prefix in ("", "old_")}
-    with zipfile.ZipFile(folder / "program.pt2", "w") as archive:  # as torch.export.save lays it out
+    with zipfile.ZipFile(folder / "program.pt2", "w") as archive:  # layout of torch.export.save
         archive.writestr("program/models/model.json", "{}")
     return described | {folder / "program.pt2": "a program of torch.export"}
 
 
-def test_files_of_other_code_bases_are_named(tmp_path: Path) -> None:
+def test_files_of_other_code_bases_are_identified(tmp_path: Path) -> None:
     for path, text in other_files(tmp_path).items():
         refused(path, text, "which is not supported")
     path = next(iter(tmp_path.glob("checkpoint.pt")))
@@ -311,7 +312,7 @@ def test_files_of_other_code_bases_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["styleformer", "stylegan2 of stylegan3"])
-def test_files_that_are_cut_off(name: str, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(name: str, tmp_path: Path) -> None:
     path, _ = make(KINDS[name], tmp_path / "whole.pkl")
     data, cut = path.read_bytes(), tmp_path / "cut.pkl"
     for share in (0.01, 0.3, 0.7, 0.99):

@@ -1,4 +1,4 @@
-"""The tools on foreign snapshots, from a file and from the web, as a user runs them."""
+"""Command-line tools on foreign snapshots, from a file and from an address."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL
-from foreign_files import discriminator_shapes, draw, dumps, mapping_shapes, module, styleformer_shapes, write
+from foreign_files import (
+    STYLEFORMER_LAYERS,
+    STYLEFORMER_WIDTHS,
+    discriminator_shapes,
+    draw,
+    dumps,
+    module,
+    styleformer_module,
+    write,
+)
 from PIL import Image
 from web import Site
 
@@ -23,16 +32,6 @@ from torch_utils.checkpoint import Checkpoint
 from training.networks import GENERATORS
 from training.networks.styleformer import StyleformerConfig
 
-WIDTHS, LAYERS = (32, 16, 16), (1, 1, 1)
-
-
-def styleformer(c_dim: int = 0) -> Any:
-    """A generator of 32x32 images as the public release would have pickled it."""
-    shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(WIDTHS, LAYERS, 8, 64, 3, False)
-    kwargs: dict[str, Any] = {"z_dim": 64, "c_dim": c_dim, "w_dim": 64, "img_resolution": 32, "img_channels": 3}
-    synthesis = {"depth": 32, "num_layers": LAYERS, "conv_clamp": 256, "linformer": 0}
-    return module("Generator", draw(shapes), **kwargs, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)
-
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +39,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 32, "img_channels": 3, "conv_clamp": 256}
     D = module("Discriminator", draw(shapes, seed=1), **kwargs, channel_base=256, channel_max=16)
     folder = tmp_path_factory.mktemp("theirs")
-    content = {"G": styleformer(), "D": D, "G_ema": styleformer()}
+    content = {"G": styleformer_module(), "D": D, "G_ema": styleformer_module()}
     return write(folder / "network-snapshot-002000.pkl", content)
 
 
@@ -62,7 +61,7 @@ def run_ok(command: Any, *arguments: object) -> str:
     return result.stdout
 
 
-def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_path: Path) -> None:
+def test_generate_reads_a_file_or_an_address(theirs: Path, site: Site, tmp_path: Path) -> None:
     url = f"{site.url}/{theirs.name}"
     for network, folder in ((theirs, "file"), (url, "web"), (url, "again")):
         run_ok(generate.main, f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / folder}", "--device=cpu")
@@ -76,7 +75,9 @@ def test_generate_from_a_file_and_from_the_web(theirs: Path, site: Site, tmp_pat
     assert (refused.exit_code, "an HTML page ('Log in')" in refused.stderr) == (2, True)
 
 
-def test_metrics_of_a_foreign_network(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_foreign_network_are_computed(
+    theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path
+) -> None:
     common = ["--metrics=swd32", f"--data={shapes32_zip}", "--device=cpu", "--no-cache"]
     records = []
     for network in (theirs, f"{site.url}/{theirs.name}"):
@@ -96,7 +97,7 @@ SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
 def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
-    """Start from an address with a user and a query, which no file of the run keeps."""
+    """The address has a user and a query, which must not occur in any file of the run."""
     url = f"{site.url}/{theirs.name}"
     secret = f"{url.replace('//', '//user:s3cret@')}?signature=s3cret"
     common = [f"--data={shapes32_zip}", *SHORT]
@@ -127,7 +128,7 @@ def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shape
     assert (state["parts"]["state"]["nimg"], state["config"]["origin"]) == (32, expected)
 
 
-def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
+def test_training_can_start_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path: Path) -> None:
     common = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--g_dict=32,16", "--num_layers=1,1"]
     common += ["--aug=noaug", f"--resume={theirs}"]
     refused = run(train.main, *common, "--freezed=2")
@@ -143,7 +144,7 @@ def test_training_at_another_resolution(theirs: Path, shapes_zip: Path, tmp_path
     assert f"started from   {theirs}" in run_ok(legacy.main, "info", run_dir / "network-snapshot-000000.pkl")
 
 
-def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
+def test_a_dry_run_checks_the_snapshot_to_resume_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
     common = [f"--data={shapes32_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
     (tmp_path / "text.pkl").write_text("text")
     wrong = {"nonsense": "neither `latest` nor", str(tmp_path / "text.pkl"): "not a file of this project"}
@@ -163,9 +164,9 @@ def test_a_dry_run_looks_at_what_it_would_start_from(theirs: Path, shapes32_zip:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
+def test_an_unusable_file_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     path = tmp_path / "generation.pkl"
-    write(path, {"G_ema": styleformer()})
+    write(path, {"G_ema": styleformer_module()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
     expected = {
         "generation.pkl": "G cannot be taken from it: it is not there",
@@ -178,24 +179,24 @@ def test_a_wrong_file_is_refused_before_anything_is_written(shapes32_zip: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_info_of_a_foreign_snapshot(theirs: Path) -> None:
+def test_info_describes_a_foreign_snapshot(theirs: Path) -> None:
     text = run_ok(legacy.main, "info", theirs)
     for words in ("Styleformer, public release", "32x32, 3 channels", "kimg 2000", "their.zip", "widths 32,16,16"):
         assert words in text
-    about = json.loads(run_ok(legacy.main, "info", theirs, "--json"))
+    info = json.loads(run_ok(legacy.main, "info", theirs, "--json"))
     with torch.device("meta"):
-        G = StyleformerConfig(z_dim=64, w_dim=64, widths=WIDTHS, layers=LAYERS).build()
-    assert about["networks"]["G_ema"] == {"family": "styleformer", "parameters": sum(x.numel() for x in G.parameters())}
-    assert about["config"]["generator"]["family"] in GENERATORS
-    assert about["bytes"] == theirs.stat().st_size
+        G = StyleformerConfig(z_dim=64, w_dim=64, widths=STYLEFORMER_WIDTHS, layers=STYLEFORMER_LAYERS).build()
+    assert info["networks"]["G_ema"] == {"family": "styleformer", "parameters": sum(x.numel() for x in G.parameters())}
+    assert info["config"]["generator"]["family"] in GENERATORS
+    assert info["bytes"] == theirs.stat().st_size
 
 
-def test_info_of_our_own_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_about_our_own_snapshot_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(__file__).parent / "data" / "network-snapshot-v1.pkl"
     with monkeypatch.context() as patch:
         patch.setattr("training.snapshots.snapshot.build_networks", lambda *_: pytest.fail("a network was built"))
-        about = json.loads(run_ok(legacy.main, "info", ours, "--json"))
-    assert (about["kimg"], about["format_version"], about["written_by"]) == (0.104, 1, "0.1.0")
-    assert about["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())
+        info = json.loads(run_ok(legacy.main, "info", ours, "--json"))
+    assert (info["kimg"], info["format_version"], info["written_by"]) == (0.104, 1, "0.1.0")
+    assert info["networks"]["D"]["parameters"] == sum(x.numel() for x in legacy.load_network(ours).D.parameters())
     missing = run(legacy.main, "info", "missing.pkl")
     assert (missing.exit_code, missing.stderr) == (2, "Error: missing.pkl: no such file\n")

@@ -1,10 +1,9 @@
-"""Foreign snapshots: what the rebuilt networks compute, against float64 evaluations from the foreign tensors."""
+"""Foreign snapshots: rebuilt networks against float64 references that use the foreign tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 from foreign_files import (
+    LAYERS,
+    STYLEGAN2_ARGUMENTS,
     Call,
     Name,
     Tensors,
+    W,
+    Z,
     discriminator_shapes,
     draw,
     dumps,
@@ -22,13 +25,13 @@ from foreign_files import (
     mapping_shapes,
     module,
     styleformer_shapes,
+    stylegan2_module,
     stylegan2_shapes,
     write,
 )
-from test_discriminator import ref_discriminator
-from test_networks import Array, State, below, ref_mapping
-from test_networks import ref_synthesis as ref_styleformer
-from test_stylegan2 import ref_synthesis as ref_stylegan2
+from foreign_references import arrays, assert_same_images, refused, styleformer_state, stylegan2_state
+from reference_styleformer import ref_styleformer
+from reference_stylegan2 import ref_stylegan2, ref_stylegan2_discriminator
 
 import legacy
 import training.snapshots.snapshot
@@ -40,85 +43,9 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 from training.snapshots.foreign import TRANSFORMS, WHOLE_BATCH
 from training.snapshots.snapshot import Snapshot, save_network
 
-Z, W, LAYERS = 5, 6, 2
-
-
-def arrays(tensors: Tensors, names: dict[str, str]) -> State:
-    """The tensors in float64 under the names of the reference; `names` are patterns and what takes their place."""
-    state = {}
-    for name, x in tensors.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        state[name] = x.double().numpy()
-    return state
-
-
-def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
-    """For the reference: resolutions by number, the three matrices of Q, K and V in one."""
-    sides = {str(grid[0]): level for level, grid in enumerate(config.grids)}
-    names = {
-        r"^synthesis\.b\d+_0\.const": "const",
-        r"^synthesis\.b(\d+)_0\.pos_embedding": r"stages.\1.pos_embedding",
-        r"^synthesis\.b(\d+)_\d+\.torgb": r"stages.\1.torgb",
-        r"^synthesis\.b(\d+)_(\d+)\.enc": r"stages.\1.blocks.\2",
-        r"affine1": "affine",
-        r"w_weight$": "out_weight",
-        r"u_weight$": "residual_weight",
-        r"proj_weight$": "attention.token_projection",
-    }
-    found = arrays(tensors, names)
-    state = {}
-    for name, x in found.items():
-        state[re.sub(r"^stages\.(\d+)", lambda match: f"stages.{sides[match[1]]}", name)] = x
-    for name in [name for name in state if name.endswith(".q_weight")]:
-        stem = name.removesuffix("q_weight")
-        state[f"{stem}qkv_weight"] = np.concatenate([state[f"{stem}{letter}_weight"] for letter in "qkv"])
-    return state
-
-
-def stylegan2_state(tensors: Tensors) -> State:
-    """For the reference: resolutions by number, the layers of each in a list."""
-
-    def place(match: re.Match[str]) -> str:
-        level = int(match[1]).bit_length() - 3
-        return f"stages.{level}." + re.sub(r"^conv(\d)", lambda c: f"convs.{int(c[1]) - (level == 0)}", match[2])
-
-    state = {}
-    for name, x in tensors.items():
-        name = name.replace("synthesis.b4.const", "const").replace(".skip.", ".shortcut.")
-        state[re.sub(r"^synthesis\.b(\d+)\.(.*)", place, name)] = x.double().numpy()
-    return {name: x[:, :, 0, 0] if name.endswith("torgb.weight") else x for name, x in state.items()}
-
-
-def mapping_state(tensors: Tensors) -> State:
-    return below(arrays(tensors, {r"mapping\.fc": "mapping.layers."}), "mapping.")
-
 
 def load_generator(path: Path, tensors: Tensors, **kwargs: Any) -> Snapshot:
     return legacy.load_network(write(path, {"G_ema": module("Generator", tensors, **kwargs)}))
-
-
-def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> float:
-    """`expected` (ws, noise) -> images is the reference; with both noise modes, and truncated.
-
-    Returns the largest difference as a share of the largest value.
-    """
-    largest = 0.0
-    G, config = snapshot.G_ema, snapshot.config.generator
-    z = torch.randn(2, config.z_dim, generator=torch.Generator().manual_seed(3))
-    c = torch.eye(config.c_dim)[:2] if config.c_dim else None
-    labels = None if c is None else c.double().numpy()
-    for psi, noise_mode in ((1.0, "const"), (0.7, "none"), (0.7, "const")):
-        layers = config.mapping_layers
-        ws = ref_mapping(z.double().numpy(), labels, mapping_state(tensors), config.num_ws, layers, psi)
-        wanted: Array = expected(ws, noise_mode == "const")
-        scale = np.abs(wanted).max()
-        img = G(z, c, truncation_psi=psi, noise_mode=noise_mode).double().numpy()
-        assert img.shape == wanted.shape == (2, *G.img_shape)
-        assert np.abs(img - wanted).max() <= 1e-4 * max(scale, 1)
-        assert scale > 0.3
-        largest = max(largest, np.abs(img - wanted).max() / max(scale, 1))
-    return largest
 
 
 STYLEFORMERS: dict[str, tuple[StyleformerConfig, dict[str, Any]]] = {
@@ -133,7 +60,7 @@ STYLEFORMERS: dict[str, tuple[StyleformerConfig, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", STYLEFORMERS)
-def test_styleformer_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_styleformer_equals_the_reference(name: str, tmp_path: Path) -> None:
     config, extra = STYLEFORMERS[name]
     config = dataclasses.replace(config, z_dim=Z, w_dim=W, mapping_layers=LAYERS)
     side, channels = config.base[0], config.img_channels
@@ -170,7 +97,7 @@ STYLEGAN2S: dict[str, StyleGAN2Config] = {
 
 
 @pytest.mark.parametrize("name", STYLEGAN2S)
-def test_stylegan2_makes_the_images_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_stylegan2_equals_the_reference(name: str, tmp_path: Path) -> None:
     small = {"z_dim": Z, "w_dim": W, "mapping_layers": LAYERS, "resolutions": 3, "channel_base": 48, "channel_max": 5}
     config: StyleGAN2Config = dataclasses.replace(STYLEGAN2S[name], **small)  # type: ignore[arg-type]
     shapes = mapping_shapes(Z, config.c_dim, W, LAYERS)
@@ -208,14 +135,14 @@ DISCRIMINATORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Path) -> None:
+def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path) -> None:
     small = {"img_size": (16, 16), "img_channels": 2, "channel_base": 48, "channel_max": 8, "conv_clamp": None}
     config = StyleGAN2DiscriminatorConfig(**small | DISCRIMINATORS[name])  # type: ignore[arg-type]
     c_dim, width = config.c_dim, config.cmap_dim or 8
     tensors = discriminator_tensors(config)
     group = None if config.mbstd_group_size == WHOLE_BATCH else config.mbstd_group_size
     epilogue = {"mbstd_num_channels": 0} if group == 0 else {"mbstd_group_size": group}
-    # Converted from TensorFlow, they say how the mapping's layers learn even where there are none.
+    # Snapshots converted from TensorFlow have a learning rate even for a mapping network without layers.
     mapping = {"num_layers": 0, "lr_multiplier": 0.1, "w_avg_beta": None} if config.mapping_layers == 0 else {}
     if not c_dim:
         mapping = {"num_layers": 0, "layer_features": 512, "lr_multiplier": 0.1}
@@ -237,7 +164,7 @@ def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Pa
         mapping_kwargs=easy_dict(**mapping),
         epilogue_kwargs=easy_dict(**epilogue),
     )
-    G_ema = generator_module(c_dim=c_dim, img_channels=2)
+    G_ema = stylegan2_module(c_dim=c_dim, img_channels=2)
     snapshot = legacy.load_network(write(tmp_path / "theirs.pkl", {"G_ema": G_ema, "D": D}))
     assert snapshot.config.discriminator == config
     assert snapshot.config.freeze_layers == 1
@@ -248,7 +175,7 @@ def test_discriminator_gives_the_logits_of_its_equations(name: str, tmp_path: Pa
     state = {key: x for key, x in arrays(tensors, names).items() if not key.endswith("resample_filter")}
     img = 3 * torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(3))
     c = torch.eye(3)[[0, 2, 1, 0]] if c_dim else None
-    wanted = ref_discriminator(img.double().numpy(), None if c is None else c.double().numpy(), state, config)
+    wanted = ref_stylegan2_discriminator(img.double().numpy(), None if c is None else c.double().numpy(), state, config)
     logits = snapshot.D(img, c).double().numpy()
     assert np.abs(logits - wanted).max() <= 1e-4 * np.abs(wanted).max()
     assert np.ptp(wanted) > 0.002
@@ -265,32 +192,19 @@ def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
     return draw(shapes, seed=7)
 
 
-GENERATOR_ARGUMENTS: dict[str, Any] = {
-    **{"z_dim": Z, "c_dim": 0, "w_dim": W, "img_resolution": 16, "img_channels": 3},
-    **{"mapping_kwargs": {"num_layers": LAYERS}, "synthesis_kwargs": {"channel_base": 48, "channel_max": 5}},
-}
-
-
-def generator_module(c_dim: int = 0, img_channels: int = 3, **changes: Any) -> Any:
-    """A small StyleGAN2 generator for 16x16."""
-    shapes = mapping_shapes(Z, c_dim, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, img_channels, "skip")
-    kwargs = GENERATOR_ARGUMENTS | {"c_dim": c_dim, "img_channels": img_channels}
-    return module("Generator", draw(shapes), **kwargs | changes)
-
-
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    """A snapshot with everything."""
+    """Snapshot with G, D, G_ema and an augmentation pipe."""
     config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
     D = module("Discriminator", discriminator_tensors(config), **kwargs, channel_base=48, channel_max=8)
     transforms = [name for group in ("blit", "geom", "color") for name in TRANSFORMS[group]]
     augment = module("AugmentPipe", {"p": torch.tensor(0.25)}, (), **dict.fromkeys(transforms, 1))
-    content = {"G": generator_module(), "D": D, "G_ema": generator_module(), "augment_pipe": augment}
+    content = {"G": stylegan2_module(), "D": D, "G_ema": stylegan2_module(), "augment_pipe": augment}
     return write(tmp_path / "network-snapshot-000120.pkl", content)
 
 
-def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> None:
+def test_a_foreign_snapshot_can_be_saved_as_our_own(whole: Path, tmp_path: Path) -> None:
     snapshot = legacy.load_network(whole)
     config = snapshot.config
     assert (snapshot.nimg, snapshot.ada_p, config.augment.pipe, config.augment.mode) == (120_000, 0.25, "bgc", "ada")
@@ -308,13 +222,13 @@ def test_a_whole_snapshot_becomes_one_of_ours(whole: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("numpy_core", ["numpy.core", "numpy._core"])
-def test_protocols_and_both_spellings_of_numpy(protocol: int, numpy_core: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "n.pkl", {"G_ema": generator_module()}, protocol=protocol, numpy_core=numpy_core)
+def test_pickle_protocols_and_both_numpy_names_are_read(protocol: int, numpy_core: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()}, protocol=protocol, numpy_core=numpy_core)
     assert numpy_core.encode() in path.read_bytes()
     assert legacy.load_network(path).G_ema.img_shape == (3, 16, 16)
 
 
-def test_our_own_snapshots_go_the_usual_way() -> None:
+def test_our_own_snapshots_are_read_as_well() -> None:
     shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
     ours, same = legacy.load_network(shapes), training.snapshots.snapshot.load_network(shapes)
     assert ours.config == same.config
@@ -322,8 +236,8 @@ def test_our_own_snapshots_go_the_usual_way() -> None:
         legacy.load_network("missing.pkl")
 
 
-def test_the_reader_of_our_own_points_to_that_of_all(tmp_path: Path) -> None:
-    theirs = write(tmp_path / "n.pkl", {"G_ema": generator_module()})
+def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()})
     for path in (theirs, tmp_path):  # a pickle, a folder
         with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
             training.snapshots.snapshot.load_network(path)
@@ -336,19 +250,8 @@ def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, va
     save_network(path, config=snapshot.config, D=snapshot.D, G_ema=snapshot.G_ema)
     refused(path, "D: epilogue.fc.bias holds values that are not finite", "use an earlier snapshot")
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
-    theirs = module("Generator", draw(shapes) | {"mapping.w_avg": torch.full([W], value)}, **GENERATOR_ARGUMENTS)
+    theirs = module("Generator", draw(shapes) | {"mapping.w_avg": torch.full([W], value)}, **STYLEGAN2_ARGUMENTS)
     refused(write(path, {"G_ema": theirs}), "G_ema: mapping.w_avg holds values that are not finite")
-
-
-def refused(path: Path, *texts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        legacy.load_network(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    assert message.isprintable()
-    assert len(message) < len(str(path)) + 600
-    for text in texts:
-        assert text in message
 
 
 GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -375,14 +278,14 @@ GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", GENERATOR_REFUSALS)
-def test_what_a_generator_cannot_be_here_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_unsupported_generator_arguments_are_refused_by_name(name: str, tmp_path: Path) -> None:
     changes, text = GENERATOR_REFUSALS[name]
-    refused(write(tmp_path / "n.pkl", {"G_ema": generator_module(**changes)}), text)
+    refused(write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(**changes)}), text)
 
 
-def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
+def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
-    kwargs = GENERATOR_ARGUMENTS
+    kwargs = STYLEGAN2_ARGUMENTS
     tensors = draw(shapes)
     changed: dict[str, Tensors] = {
         "synthesis.b8.conv0.bias is missing": {k: x for k, x in tensors.items() if k != "synthesis.b8.conv0.bias"},
@@ -398,18 +301,18 @@ def test_tensors_that_are_missing_left_over_or_unfit(tmp_path: Path) -> None:
     assert legacy.load_network(path).G_ema.num_ws == 6
 
 
-def test_one_tensor_in_several_places_is_refused(tmp_path: Path) -> None:
-    """A file of a megabyte could describe blocks that fill all memory, if they could share their matrices."""
+def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
+    """If blocks could share their matrices, a file of a megabyte could describe networks that fill all memory."""
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     tensors = draw(shapes)
-    G_ema = module("Generator", tensors, **GENERATOR_ARGUMENTS)
+    G_ema = module("Generator", tensors, **STYLEGAN2_ARGUMENTS)
     layers = G_ema.parts[1][0]["state"]["_modules"]["mapping"].parts[1][0]["state"]["_modules"]
     bias = layers["fc0"].parts[1][0]["state"]["_parameters"]["bias"]
     layers["fc1"].parts[1][0]["state"]["_parameters"]["bias"] = bias
     refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are the same tensor")
 
 
-def test_other_systems_are_named(tmp_path: Path) -> None:
+def test_files_of_other_systems_are_identified(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
     array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))
@@ -421,7 +324,7 @@ def test_other_systems_are_named(tmp_path: Path) -> None:
         write(tmp_path / "n.pkl", {"G_ema": module("Encoder", {}, z_dim=Z)}), "of class Encoder, expected Generator"
     )
     refused(write(tmp_path / "n.pkl", {"G_ema": None}), "not a snapshot of Styleformer, StyleGAN2-ADA or")
-    other = write(tmp_path / "n.pkl", {"G_ema": generator_module(), "G": generator_module(img_channels=1), "E": None})
+    other = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(), "G": stylegan2_module(img_channels=1), "E": None})
     snapshot = legacy.load_network(other)
     assert snapshot.left_out == {"G": "G and G_ema have different arguments", "E": "not known here"}
     assert snapshot.G is None
@@ -444,9 +347,9 @@ def test_other_systems_are_named(tmp_path: Path) -> None:
         ({"sharpen": 1}, "unknown argument sharpen"),
     ],
 )
-def test_augmentation(transforms: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_augmentation_pipes_are_recognised(transforms: dict[str, Any], expected: str, tmp_path: Path) -> None:
     augment = module("AugmentPipe", {"p": torch.tensor(1.5)}, **transforms)
-    path = write(tmp_path / "n.pkl", {"G_ema": generator_module(), "augment_pipe": augment})
+    path = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(), "augment_pipe": augment})
     snapshot = legacy.load_network(path)
     if " " in expected or "=" in expected:
         assert expected in snapshot.left_out["augment_pipe"]

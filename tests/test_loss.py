@@ -1,62 +1,19 @@
-"""Losses against closed forms, on networks simple enough to have them."""
+"""Losses and regularisers against closed forms, on linear networks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from linear_gan import H, W, batch, make_gan
+from torch import nn
 
 from training.config import PRESETS
 from training.ema import EMA, EMAConfig
-from training.loss import GAN, discriminator_logistic, generator_logistic, path_length, r1_penalty
+from training.loss import discriminator_logistic, generator_logistic, path_length, r1_penalty
 from training.phases import Phase, Updater, build_phases, build_updater
-
-H = W = 4
-
-
-class LinearG(nn.Module):
-    """w = 2 z; the image is sum over the num_ws styles of A w."""
-
-    z_dim, w_dim, c_dim, num_ws = 3, 3, 0, 5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.randn(2 * H * W, 3, dtype=torch.float64))
-        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
-        return self.scale * z.double()[:, None].expand(-1, self.num_ws, -1)
-
-    def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:
-        assert noise_mode == "random"  # in all phases of a training
-        return (ws.sum(dim=1) @ self.A.T).reshape(-1, 2, H, W)
-
-
-class LinearD(nn.Module):
-    """logit = <a, x> + b."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(2, H, W, dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-
-    def forward(self, img: Tensor, c: Tensor) -> Tensor:
-        return ((img * self.a).sum(dim=(1, 2, 3)) + self.b)[:, None]
-
-
-def make_gan(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> GAN:
-    torch.manual_seed(1)
-    labels = torch.zeros(10, 0)
-    pl_mean = torch.tensor(0.7, dtype=torch.float64)
-    return GAN(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
-
-
-def batch(count: int = 6) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 2, H, W, dtype=torch.float64), torch.zeros(count, 0)
 
 
 def test_logistic_losses_are_means_of_softplus() -> None:
@@ -77,7 +34,7 @@ def test_logistic_losses_are_means_of_softplus() -> None:
     assert terms.loss.item() == pytest.approx((1 + (-fake_logits).exp()).log().mean().item(), rel=1e-10)
 
 
-def test_r1_of_a_linear_discriminator_is_half_gamma_times_its_squared_weights() -> None:
+def test_r1_of_a_linear_discriminator_has_its_closed_form() -> None:
     gan = make_gan()
     terms = r1_penalty(gan, *batch(), gamma=3.0)
     assert terms.loss.item() == pytest.approx(1.5 * gan.D.a.square().sum().item(), rel=1e-10)
@@ -86,14 +43,14 @@ def test_r1_of_a_linear_discriminator_is_half_gamma_times_its_squared_weights() 
     assert gan.D.b.grad is None
 
 
-def test_r1_is_taken_by_the_image_before_augmentation() -> None:
+def test_r1_differentiates_by_the_image_before_augmentation() -> None:
     gan = make_gan(augment=lambda x: 5 * x)
     terms = r1_penalty(gan, *batch(), gamma=2.0)
     assert terms.loss.item() == pytest.approx(25 * gan.D.a.square().sum().item(), rel=1e-10)
 
 
-def test_path_length_of_a_linear_generator() -> None:
-    """Each of the num_ws styles has the gradient A^T y, so a length is |A^T y| with the y that was drawn."""
+def test_path_length_of_a_linear_generator_has_its_closed_form() -> None:
+    """Each of the num_ws styles has the gradient A^T y, so a path length is |A^T y| for the drawn y."""
     gan = make_gan()
     img, c = batch(6)
     torch.manual_seed(9)
@@ -110,19 +67,19 @@ def test_path_length_of_a_linear_generator() -> None:
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert terms.means["pl_mean"].item() == pytest.approx(lengths.mean().item(), rel=1e-9)
     terms.loss.backward()
-    expected.backward()  # also through the share of this batch in the mean
+    expected.backward()  # the gradient also flows through this batch's share of the mean
     torch.testing.assert_close(gan.G.A.grad, A.grad)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_style_mixing_swaps_the_styles_from_a_uniform_cut_on(probability: float) -> None:
+def test_style_mixing_swaps_styles_from_a_uniform_cutoff_on(probability: float) -> None:
     gan = make_gan(style_mixing=probability)
     z, c = torch.ones(1, 3), torch.zeros(1, 0)
     cuts = []
     torch.manual_seed(0)
     for _ in range(400):
         ws, mean_w = gan.sample_styles(z, c)
-        assert torch.equal(mean_w, torch.full([3], 2.0, dtype=torch.float64))  # of the first z only
+        assert torch.equal(mean_w, torch.full([3], 2.0, dtype=torch.float64))  # the mean of the first z only
         kept = (ws[0] == 2).all(dim=1)
         cut = int(kept.sum())
         assert kept[:cut].all()
@@ -131,12 +88,12 @@ def test_style_mixing_swaps_the_styles_from_a_uniform_cut_on(probability: float)
     assert abs(len(mixed) / 400 - probability) < 0.08
     if probability:
         counts = torch.bincount(torch.tensor(mixed), minlength=5)[1:5]
-        assert counts.min() > len(mixed) / 4 * 0.6  # each of 1..4 about equally often
+        assert counts.min() > len(mixed) / 4 * 0.6  # cutoffs 1 to 4 occur about equally often
         assert counts.sum() == len(mixed)
 
 
-def test_lazy_regularisation_slows_adam_down() -> None:
-    """The figures of the CIFAR configuration: k = 4 for G, 16 for D; lr 0.0025, betas (0, 0.99)."""
+def test_lazy_regularisation_scales_the_settings_of_adam() -> None:
+    """The CIFAR configuration has k = 4 for G, 16 for D, lr 0.0025 and betas (0, 0.99)."""
     parameters = [nn.Parameter(torch.zeros(1))]
     config = PRESETS["cifar"].g_optimizer
     g = build_updater(parameters, config, 4).optimizer.param_groups[0]
@@ -147,7 +104,7 @@ def test_lazy_regularisation_slows_adam_down() -> None:
     assert build_updater(parameters, config, None).optimizer.param_groups[0]["lr"] == 0.0025
 
 
-def test_phases_of_the_presets() -> None:
+def test_presets_have_the_published_phases() -> None:
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
 
@@ -170,7 +127,7 @@ def test_ema_follows_its_closed_form() -> None:
     ema = EMA(source, EMAConfig(kimg=1.0, rampup=0.5))
     with torch.no_grad():
         source.weight.fill_(3.0)
-        source.running_mean.fill_(7.0)  # a buffer: copied
+        source.running_mean.fill_(7.0)  # buffers are copied
     ema.update(nimg=400, batch_size=32)  # n = min(1000, 400 / 2)
     beta = 0.5 ** (32 / 200)
     torch.testing.assert_close(ema.module.weight, torch.full([2], 3 + beta * (1 - 3)))
@@ -179,5 +136,5 @@ def test_ema_follows_its_closed_form() -> None:
     first = EMA(source, EMAConfig(kimg=1.0, rampup=0.5))
     with torch.no_grad():
         source.weight.fill_(5.0)
-    first.update(nimg=0, batch_size=32)  # n = 0: nothing of the old weights is left
+    first.update(nimg=0, batch_size=32)  # n = 0 discards the old weights
     assert torch.equal(first.module.weight, source.weight)

@@ -1,4 +1,4 @@
-"""Any generator, discriminator, objective and augmentation train together; what makes no sense is refused."""
+"""Every generator, discriminator, objective and augmentation train together; contradictory options are refused."""
 
 from __future__ import annotations
 
@@ -7,44 +7,30 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from click.testing import CliRunner
-from torch import Tensor, nn
+from small_families import small_train_config
+from training_helpers import OBJECTIVES, flat_parameters, new_trainer, train_steps
 
 import dataset_tool
 import train
-from dnnlib.config import override
 from training import loss
 from training.augment.pipe import Mode
-from training.config import PRESETS, Environment, apply_options, resolve
-from training.dataset import ImageDataset
 from training.networks import DISCRIMINATORS, GENERATORS
-from training.training_loop import Trainer
 
-# What makes each family tiny, for images of 16x16.
-G_SETTINGS: dict[str, dict[str, Any]] = {
-    "styleformer": {"widths": (16, 8), "layers": (1, 1)},
-    "stylegan2": {"channel_base": 128, "channel_max": 8},
-    "styleformer-c": {"handover": 8, "widths": (16,), "layers": (1,), "channel_base": 128, "channel_max": 8},
-    "transgan": {"widths": (16, 4), "layers": (1, 1), "num_heads": 2, "full_upto": 8, "window": 8},
+A_SETTINGS: dict[str, dict[str, Any]] = {
+    **{"noaug": {}, "ada": {"augment__pipe": "bgc"}},
+    **{"fixed": {"augment__p": 0.5}, "diffaug": {}},
 }
-D_SETTINGS: dict[str, dict[str, Any]] = {
-    "stylegan2": {"channel_base": 128, "channel_max": 8},
-    "styleformer": {"layers": (1, 1), "channel_base": 128, "channel_max": 8, "depth": 4},
-    "transgan": {"widths": (8, 8), "layers": (1, 1), "local_layers": (0, 0), "num_heads": 2},
-}
-A_SETTINGS: dict[str, dict[str, Any]] = {"noaug": {}, "ada": {"pipe": "bgc"}, "fixed": {"p": 0.5}, "diffaug": {}}
-OBJECTIVES = tuple(loss.OBJECTIVES)
 MODES: tuple[str, ...] = get_args(Mode)
 
 
 def matches() -> list[tuple[str, str, str, str]]:
-    """Every generator with every discriminator and objective; augmentations take turns."""
+    """Return every generator with every discriminator and objective; augmentations alternate."""
     kinds = list(product(enumerate(GENERATORS), enumerate(DISCRIMINATORS), enumerate(OBJECTIVES)))
     return [(g, d, loss, MODES[(i + j + k) % len(MODES)]) for (i, g), (j, d), (k, loss) in kinds]
 
 
-def test_every_pair_of_parts_occurs() -> None:
+def test_every_pair_of_components_is_covered() -> None:
     parts = [*GENERATORS], [*DISCRIMINATORS], [*OBJECTIVES], [*MODES]
     found = matches()
     for a, b in combinations(range(4), 2):
@@ -59,39 +45,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
-
-
 @pytest.mark.parametrize("match", matches(), ids="-".join)
-def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, str, str]) -> None:
-    """Two steps with every phase, labels and two micro-batches; the second one adjusts p."""
-    g, d, objective, mode = match
-    values: dict[str, Any] = {"generator.family": g, "discriminator.family": d, "loss.objective": objective}
-    values |= {f"generator.{name}": value for name, value in G_SETTINGS[g].items()}
-    values |= {f"discriminator.{name}": value for name, value in D_SETTINGS[d].items()}
-    values |= {"augment.mode": mode} | {f"augment.{name}": value for name, value in A_SETTINGS[mode].items()}
-    values |= {"data.path": str(scenes), "data.use_labels": True, "run.workers": 0}
-    every_phase = {"loss.pl_weight": 1.0, "loss.pl_interval": 1, "loss.r1_interval": 1, "loss.style_mixing": 0.9}
-    small = {"batch_size": 4, "run.batch_gpu": 2, "generator.z_dim": 8, "generator.w_dim": 8}
-    preset = override(PRESETS["tiny"], {**every_phase, **small, "augment.ada_interval": 2, "run.tick_kimg": 0.004})
-    config = apply_options(preset, values)
-    dataset = ImageDataset(config.data)
-    config = resolve(config, Environment(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
-    trainer = Trainer(config, dataset, torch.device("cpu"))
-
+def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]) -> None:
+    """Two steps with every phase, labels and two micro-batches; the second step adjusts p."""
+    generator, discriminator, objective, mode = match
+    changes = {"augment__mode": mode, "loss__objective": objective, "data__use_labels": True, **A_SETTINGS[mode]}
+    trainer = new_trainer(small_train_config(scenes, generator, discriminator, **changes))
     expected = {"G_main", "D_main"}
     expected |= {"G_reg"} if trainer.G.num_ws > 1 else set()
     expected |= {"D_reg"} if objective in loss.LAZY_R1 else set()
     assert {phase.name for phase in trainer.phases} == expected
-    before = flat(trainer.G), flat(trainer.D), flat(trainer.ema.module)
-    trainer.total_nimg = 8
-    trainer.train()  # stops with an error where anything is not finite
-    for old, new in zip(before, (flat(trainer.G), flat(trainer.D), flat(trainer.ema.module)), strict=True):
+    networks = trainer.G, trainer.D, trainer.ema.module
+    before = [flat_parameters(network) for network in networks]
+    train_steps(trainer, 2)  # raises an error where anything is not finite
+    for old, new in zip(before, map(flat_parameters, networks), strict=True):
         assert new.isfinite().all()
         assert (new != old).float().mean() > 0.5
     if mode == "ada":
-        assert float(trainer.ada.count) == 0  # it has been asked
+        assert float(trainer.ada.count) == 0  # the controller has adjusted p
     assert float(trainer.augment.p) == {"noaug": 0.0, "fixed": 0.5, "diffaug": 1.0}.get(mode, float(trainer.augment.p))
 
 
@@ -121,6 +92,6 @@ def test_all_that_can_be_combined_trains(scenes: Path, match: tuple[str, str, st
         (["--cfg=transgan-cifar", "--gen=styleformer", "--pl-weight=2"], "--pl-weight=2.0: has no effect without"),
     ],
 )
-def test_what_makes_no_sense_is_refused(scenes: Path, arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused(scenes: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={scenes}", "--device=cpu", "-n", *arguments])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

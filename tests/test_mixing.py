@@ -1,4 +1,4 @@
-"""generate.py mix: which styles come from where, their names, and the pictures."""
+"""generate.py mix: choice of styles, groups of styles, and the images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from training.networks.stylegan2 import StyleGAN2Config
 from training.snapshots.snapshot import load_network
 
 
-def test_names_are_thirds_of_the_resolutions() -> None:
-    """StyleGAN2 at 256: 4 and 8 px are coarse, 16 and 32 middle; its first convolution alone reads style 0."""
+def test_style_groups_are_thirds_of_the_resolutions() -> None:
+    """StyleGAN2 at 256: 4 and 8 px are coarse, 16 and 32 middle; only the first convolution reads style 0."""
     groups = StyleGAN2Config(resolutions=7).style_groups()
     assert groups == {"coarse": (0, 1, 2), "middle": (3, 4, 5, 6), "fine": tuple(range(7, 14))}
     assert StyleGAN2Config(resolutions=2).style_groups() == {"coarse": (0,), "fine": (1, 2, 3)}
@@ -32,11 +32,11 @@ def test_names_are_thirds_of_the_resolutions() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_style_counts_with_the_grid_of_its_first_reader(family: str) -> None:
-    """The first thing that a style changes is a map of that size, or the image."""
+def test_a_styles_grid_is_that_of_its_first_reader(family: str) -> None:
+    """The first layer that reads a style has a feature map of that grid, or returns the image."""
     config, model = FAMILIES[family], make_model(family)
     assert len(config.style_grids) == config.num_ws
-    readers: dict[int, int] = {}  # style -> tokens or pixels of the first layer that sees it
+    readers: dict[int, int] = {}  # style -> number of tokens or pixels of the first layer that reads it
     ws = torch.arange(config.num_ws).float()[None, :, None].expand(1, -1, config.w_dim)
 
     def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ def test_each_style_counts_with_the_grid_of_its_first_reader(family: str) -> Non
     assert config.style_grids[-1] == config.img_size
 
 
-def test_styles_by_number_range_and_name() -> None:
+def test_styles_are_chosen_by_number_range_and_name() -> None:
     groups = {"coarse": (0, 1), "fine": (4, 5)}
     assert choose_styles("3,coarse,0-1", 6, groups) == (0, 1, 3)
     assert choose_styles("all", 3, {}) == (0, 1, 2)
@@ -77,7 +77,7 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     output = run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", "--styles=coarse", f"--outdir={out}")
     assert "6 mixtures" in output
     grid = pixels(out / "grid.png")
-    assert grid.shape == (3 * 96 + 10 + 2, 4 * 96 + 10 + 2 * 2, 3)  # every pixel as 3 x 3
+    assert grid.shape == (3 * 96 + 10 + 2, 4 * 96 + 10 + 2 * 2, 3)  # each pixel is enlarged to 3 x 3
     places = (0, 106, 204, 302)
     tiles = [[grid[y : y + 96 : 3, x : x + 96 : 3] for x in places] for y in places[:3]]
     assert (tiles[0][0] == 255).all()
@@ -96,7 +96,7 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     assert len(list(out.iterdir())) == 7
 
 
-def test_all_styles_of_the_column_are_the_column(shapes_zip: Path, tmp_path: Path) -> None:
+def test_mixing_all_styles_gives_the_image_of_the_column(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     output = run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=0-4", f"--outdir={tmp_path}")
     assert "1 mixture in" in output
@@ -104,7 +104,7 @@ def test_all_styles_of_the_column_are_the_column(shapes_zip: Path, tmp_path: Pat
     assert np.array_equal(pixels(tmp_path / "1-7.png"), pixels(tmp_path / "seed0007.png"))
 
 
-def test_saved_styles_take_the_place_of_seeds(shapes_zip: Path, tmp_path: Path) -> None:
+def test_saved_styles_can_replace_seeds(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     model = make_model()
     save_styles(tmp_path / "w.npz", model.styles_of((4, 5)))
@@ -116,7 +116,7 @@ def test_saved_styles_take_the_place_of_seeds(shapes_zip: Path, tmp_path: Path) 
     assert not np.array_equal(pixels(tmp_path / "proj01-9.png"), pixels(tmp_path / "4-9.png"))
 
 
-def test_style_mixing_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: Path) -> None:
+def test_style_mixing_py_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2")  # 8 styles
     arguments = [f"--network={network}", "--rows=1,2", "--cols=7-9", "--trunc=0.7", "--noise-mode=none"]
     run_ok("mix", *arguments, "--styles=0-6", f"--outdir={tmp_path / 'mix'}")
@@ -134,7 +134,7 @@ def test_style_mixing_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: Path
     assert CliRunner().invoke(style_mixing.main, [*arguments, "--styles=coarse"]).exit_code == 0
 
 
-def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
     np.savez(tmp_path / "shape.npz", w=np.zeros((1, 5, 7)))
     np.savez(tmp_path / "name.npz", x=np.zeros(3))
@@ -159,11 +159,11 @@ def test_mistakes_get_a_message(shapes_zip: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_command_that_is_not_there_is_named() -> None:
+def test_an_unknown_command_is_refused() -> None:
     result = run("mixx", "--rows=1")
     assert (result.exit_code, "No such command 'mixx'" in result.output) == (2, True)
 
 
-def test_the_help_of_images_names_the_other_commands() -> None:
+def test_the_help_lists_the_other_commands() -> None:
     assert "Mix the styles" in run_ok("--help")
     assert "Mix the styles" not in run_ok("mix", "--help").split("Options:")[1]

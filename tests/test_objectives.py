@@ -1,4 +1,4 @@
-"""The objectives besides the logistic one, and schedules: closed forms, refusals, exactness in training."""
+"""Objectives other than the logistic one, and schedules: closed forms, exact training, refusals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import OnStep
-from test_families import SMALL_D, SMALL_G, distances
-from test_loss import H, LinearG, W, batch, make_gan
-from test_training import everything, everything_that_is_saved, new_trainer, train_and_save, train_steps
+from linear_gan import H, LinearG, W, batch, make_gan
 from torch import Tensor, nn
+from training_helpers import (
+    OBJECTIVE_SETTINGS,
+    OBJECTIVES,
+    SMALL_STYLEGAN2_D,
+    SMALL_STYLEGAN2_G,
+    distances_to_scenes,
+    every_phase_config,
+    flat_parameters,
+    new_trainer,
+    saved_state,
+    train_and_save,
+    train_steps,
+)
 
 import train
 from dnnlib.config import ConfigError, from_json
@@ -37,16 +48,8 @@ from training.loss import (
 from training.phases import AdamConfig, BatchMeans, Updater, build_phases, build_updater
 from training.training_loop import Trainer
 
-OBJECTIVES = tuple(loss.OBJECTIVES)
 CLASSIFIERS, COMPARISONS = {"logistic", "hinge"}, {"wgangp-eps", "relativistic"}
 WITH_R1 = f"only --loss={' and '.join(loss.LAZY_R1)} have R1"
-# What a configuration needs to say beside the objective when it was made for the logistic one.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "logistic": {"loss__r1_interval": 3},
-    "hinge": {"loss__r1_interval": 3},
-    "wgangp-eps": {"loss__r1_gamma": 0.0, "loss__r1_interval": None},
-    "relativistic": {"loss__r1_interval": None},
-}
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def drawn(gan: GAN, count: int, c: Tensor | None = None) -> Tensor:
-    """The images that a loss draws first after this seed."""
+    """Return the images that a loss generates next, and reset the seed."""
     torch.manual_seed(5)
     with torch.no_grad():
         fake: Tensor = gan.generate(count, c)[0]
@@ -62,7 +65,7 @@ def drawn(gan: GAN, count: int, c: Tensor | None = None) -> Tensor:
     return fake
 
 
-def test_hinge_and_linear_losses() -> None:
+def test_hinge_and_linear_losses_have_their_closed_forms() -> None:
     gan, (img, c) = make_gan(), batch()
     fake_logits, real_logits = gan.D(drawn(gan, 6), c)[:, 0], gan.D(img, c)[:, 0]
     terms = discriminator_hinge(gan, img, c)
@@ -76,8 +79,8 @@ def test_hinge_and_linear_losses() -> None:
     assert generator_linear(gan, img, c).loss.item() == pytest.approx(-fake_logits.mean().item(), rel=1e-10)
 
 
-def test_wasserstein_loss_of_a_linear_critic() -> None:
-    """The gradient of <a, x> is a everywhere; the images are augmented once, so the penalty knows no factor of 5."""
+def test_wasserstein_loss_of_a_linear_critic_has_its_closed_form() -> None:
+    """The gradient of <a, x> is a everywhere. The penalty differentiates after augmentation, so it has no factor 5."""
     gan, (img, c) = make_gan(augment=lambda x: 5 * x), batch()
     fake_logits, real_logits = gan.D(5 * drawn(gan, 6, c), c), gan.D(5 * img, c)
     terms = discriminator_wgan(gan, img, c, gp_weight=10.0, drift_weight=0.5)
@@ -95,7 +98,7 @@ def test_wasserstein_loss_of_a_linear_critic() -> None:
 
 
 class Recorder(nn.Module):
-    """|x|^2 / 2, whose gradient is x; keeps what it is asked."""
+    """D(x) = |x|^2 / 2, whose gradient is x; records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class Recorder(nn.Module):
         return img.square().sum(dim=(1, 2, 3))[:, None] / 2
 
 
-def test_interpolates_lie_between_augmented_images_and_are_not_augmented_again() -> None:
+def test_interpolates_are_taken_after_augmentation() -> None:
     calls: list[Tensor] = []
 
     def augment(x: Tensor) -> Tensor:
@@ -139,8 +142,8 @@ def test_a_flat_critic_has_a_finite_penalty() -> None:
     assert gan.D.a.grad.isfinite().all()
 
 
-def test_relativistic_losses_compare_pairs() -> None:
-    """R1 and R2 of <a, x / 5> are |a|^2 / 25 each, by the images before augmentation."""
+def test_relativistic_losses_compare_pairs_of_images() -> None:
+    """R1 and R2 of <a, x / 5>, differentiated before augmentation, are |a|^2 / 25 each."""
     gan, (img, c) = make_gan(augment=lambda x: x / 5), batch()
     fake_logits, real_logits = gan.D(drawn(gan, 6, c) / 5, c), gan.D(img / 5, c)
     terms = discriminator_relativistic(gan, img, c, gamma=3.0)
@@ -165,8 +168,8 @@ def test_relativistic_losses_compare_pairs() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_only_a_classifier_reports_signs_of_generated_images(objective: str) -> None:
-    """Where D only compares images, logits have no decision threshold, and signs would falsely report a perfect D."""
+def test_only_classifiers_report_signs_of_fake_logits(objective: str) -> None:
+    """If D compares pairs, its logits have no zero level, so the signs of its logits have no meaning."""
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     phases = build_phases(make_gan(), settings(objective).fit(32, 6), updater, updater)
@@ -177,7 +180,7 @@ def test_only_a_classifier_reports_signs_of_generated_images(objective: str) -> 
 
 
 class LabelledG(LinearG):
-    """An image is what its label says."""
+    """Generator whose image depends on the label only."""
 
     c_dim = 1
 
@@ -194,7 +197,7 @@ class LabelledG(LinearG):
     ],
     ids=["wgan", "relativistic D", "relativistic G"],
 )
-def test_what_is_compared_has_the_same_labels(loss: Callable[..., Any]) -> None:
+def test_compared_images_have_the_same_labels(loss: Callable[..., Any]) -> None:
     gan = make_gan()
     c = torch.arange(6.0)[:, None]
     img = torch.randn(6, 2, H, W, dtype=torch.float64)
@@ -209,7 +212,7 @@ def test_what_is_compared_has_the_same_labels(loss: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge", "wgangp-eps"])
-def test_a_generator_can_have_a_larger_batch(objective: str) -> None:
+def test_the_batch_of_the_generator_can_be_larger(objective: str) -> None:
     gan = replace(make_gan(), D=Recorder())
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
@@ -222,12 +225,12 @@ def test_a_generator_can_have_a_larger_batch(objective: str) -> None:
 
 
 def settings(objective: str, **changes: Any) -> LossConfig:
-    values = {name.removeprefix("loss__"): value for name, value in SETTINGS.get(objective, {}).items()}
+    values = {name.removeprefix("loss__"): value for name, value in OBJECTIVE_SETTINGS.get(objective, {}).items()}
     return LossConfig(objective=objective, **values | changes)
 
 
-def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None:
-    """On linear networks, whose penalties follow from |a|; other tests check the losses with numbers of their own."""
+def test_phases_use_the_updaters_and_weights_of_the_config() -> None:
+    """Penalties of linear networks follow from |a|."""
     gan, (img, c) = make_gan(), batch()
     norm, mean = gan.D.a.detach().norm().item(), gan.D(img, c).mean().item()
     g, d = (build_updater([nn.Parameter(torch.zeros(1))], AdamConfig(lr=0.1), None) for _ in range(2))
@@ -264,21 +267,21 @@ def test_phases_have_the_learners_and_the_numbers_of_the_configuration() -> None
         ("relativistic", [("G_main", 5, 1), ("G_reg", 20, 4), ("D_main", 1, 1)]),
     ],
 )
-def test_phases_their_intervals_and_weights(objective: str, expected: list[tuple[str, int, int]]) -> None:
-    """A critic that steps more often does not make the generator's steps larger."""
+def test_n_critic_sets_the_intervals_of_the_phases(objective: str, expected: list[tuple[str, int, int]]) -> None:
+    """A larger n_critic does not change the weight of the generator's phases."""
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     phases = build_phases(make_gan(), settings(objective, n_critic=5).fit(32, 8), updater, updater)
     assert [(phase.name, phase.interval, phase.weight) for phase in phases] == expected
 
 
-def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_zip: Path) -> None:
-    """w_ema = 0.5^(16 N / n) w_0 + sum of what each step adds: the half-life is n images whatever n_critic says."""
+def test_g_is_updated_every_n_critic_steps_and_ema_counts_images(shapes_zip: Path) -> None:
+    """The half-life of the EMA is a number of images, so it does not depend on n_critic."""
     trainer = new_trainer(
-        everything(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
+        every_phase_config(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
     )
-    seen = [flat(trainer.G)]
-    trainer.hooks = [OnStep(lambda trainer: seen.append(flat(trainer.G)))]
+    seen = [flat_parameters(trainer.G)]
+    trainer.hooks = [OnStep(lambda trainer: seen.append(flat_parameters(trainer.G)))]
     train_steps(trainer, 7)
     moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moved == [True, False, False, True, False, False, True]
@@ -286,14 +289,10 @@ def test_the_generator_moves_every_n_steps_and_its_average_counts_images(shapes_
     average = seen[0]
     for weights, images in ((seen[1], 24), (seen[4], 24), (seen[7], 8)):  # 8 images a step
         average = weights + 0.5 ** (images / 100) * (average - weights)
-    torch.testing.assert_close(flat(trainer.ema.module), average, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(flat_parameters(trainer.ema.module), average, rtol=1e-5, atol=1e-7)
 
 
-def flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
-
-
-def test_weights_do_not_decay_and_no_option_says_so() -> None:
+def test_there_is_no_weight_decay() -> None:
     p = nn.Parameter(torch.ones(3))
     updater = build_updater([p], AdamConfig(lr=0.1), None)
     updater.step(skip=torch.tensor(False))
@@ -302,7 +301,7 @@ def test_weights_do_not_decay_and_no_option_says_so() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_clipping_is_that_of_torch(max_norm: float) -> None:
+def test_gradient_clipping_equals_that_of_torch(max_norm: float) -> None:
     ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
     updater = build_updater(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
     torch.manual_seed(0)
@@ -317,7 +316,7 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
+def test_clipping_does_not_hide_infinite_gradients() -> None:
     p = nn.Parameter(torch.ones(3))
     updater = build_updater([p], AdamConfig(lr=0.1, clip_norm=1.0), None)
     updater.gradients.buffer[0] = float("inf")
@@ -330,9 +329,9 @@ def test_clipping_leaves_bad_gradients_to_be_skipped() -> None:
 
 
 @pytest.mark.parametrize("name", ["w_avg", "real_sign", "loss"])
-def test_batch_means_that_are_not_finite_are_bad_too(shapes_zip: Path, name: str) -> None:
-    """They would stay in a running mean for ever; the gradients are zero. In the first of two micro-batches."""
-    trainer = new_trainer(everything(shapes_zip, run__nan="skip"))
+def test_steps_with_infinite_batch_means_are_skipped(shapes_zip: Path, name: str) -> None:
+    """An infinite value, here in the first of two micro-batches, would stay in a running mean for ever."""
+    trainer = new_trainer(every_phase_config(shapes_zip, run__nan="skip"))
     phase = next(phase for phase in trainer.phases if phase.name == "D_main")
     factors = iter([float("inf"), 0.0, 1.0, 1.0])
 
@@ -350,13 +349,13 @@ def test_batch_means_that_are_not_finite_are_bad_too(shapes_zip: Path, name: str
     assert trainer.failures.peek() == {"D_main": (1, 0)}
     assert all(torch.equal(a, b) for a, b in zip(before, (trainer.w_avg.value, trainer.ada.sign_sum), strict=True))
     trainer.run_phase(phase, img, c)
-    assert trainer.failures.peek() == {"D_main": (1, 0)}  # nothing is left of the first batch
+    assert trainer.failures.peek() == {"D_main": (1, 0)}  # the first batch is discarded
     torch.testing.assert_close(trainer.w_avg.value, before[0].lerp(torch.ones(trainer.G.w_dim), trainer.w_avg.rate))
     assert trainer.ada.sign_sum == before[1] + 1
 
 
-def test_batch_means_are_averages_over_images_by_name() -> None:
-    """A new batch forgets the last one; the tensor stays, as CUDA graphs ask for."""
+def test_batch_means_are_averaged_by_name() -> None:
+    """Each batch replaces the values in the same tensor, as CUDA graphs require."""
     means, vectors = BatchMeans(), []
     for x in (1.0, 3.0):
         means.zero()
@@ -371,9 +370,9 @@ def test_batch_means_are_averages_over_images_by_name() -> None:
     assert vectors[0] is vectors[1]
 
 
-def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
+def test_gradients_of_both_networks_are_clipped(shapes_zip: Path) -> None:
     clip = {"g_optimizer__clip_norm": 1e-4, "d_optimizer__clip_norm": 2e-4}
-    trainer = new_trainer(everything(shapes_zip, **clip))
+    trainer = new_trainer(every_phase_config(shapes_zip, **clip))
     img, c = next(trainer._batches())
     for phase in trainer.phases:
         trainer.run_phase(phase, img, c)
@@ -382,12 +381,12 @@ def test_both_networks_are_clipped_in_training(shapes_zip: Path) -> None:
 
 
 def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
-    return everything(data, loss__objective=objective, **SETTINGS.get(objective, {}) | changes)
+    return every_phase_config(data, loss__objective=objective, **OBJECTIVE_SETTINGS.get(objective, {}) | changes)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_generators_step_leaves_nothing_in_the_discriminator(shapes_zip: Path, objective: str) -> None:
-    """D moves the same whether G has been at work before or not."""
+def test_a_step_of_g_leaves_no_gradients_in_d(shapes_zip: Path, objective: str) -> None:
+    """D's step is the same with and without a step of G before it."""
 
     def run_d_main(trainer: Trainer, *, after_g: bool) -> Tensor:
         img, c = next(trainer._batches())
@@ -399,10 +398,10 @@ def test_the_generators_step_leaves_nothing_in_the_discriminator(shapes_zip: Pat
             assert any((p.grad != 0).any() for p in trainer.G.parameters())
             trainer.G.load_state_dict(before)
         trainer.run_phase(phases["D_main"], img, c)
-        return flat(trainer.D)
+        return flat_parameters(trainer.D)
 
     config = objective_config(shapes_zip, objective)
-    fresh = flat(new_trainer(config).D)
+    fresh = flat_parameters(new_trainer(config).D)
     alone, after = (run_d_main(new_trainer(config), after_g=after_g) for after_g in (False, True))
     assert torch.equal(alone, after)
     assert not torch.equal(alone, fresh)
@@ -420,8 +419,8 @@ def test_resuming_is_exact_with_every_objective(shapes_zip: Path, tmp_path: Path
     first.save(tmp_path / "training-state-000000.pt")
     second.resume(tmp_path / "training-state-000000.pt")
     train_steps(second, 2)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
-    assert float(straight.augment.p) != 0.5  # the controller was at work
+    assert digest(saved_state(second)) == digest(saved_state(straight))
+    assert float(straight.augment.p) != 0.5  # the controller has adjusted p
 
 
 WITH_PENALTIES = ("wgangp-eps", "relativistic")
@@ -440,18 +439,18 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", WITH_PENALTIES)
-def test_two_processes_compute_what_one_does_with_penalties(shapes_zip: Path, together: Path, objective: str) -> None:
+def test_two_processes_compute_the_same_penalties_as_one(shapes_zip: Path, together: Path, objective: str) -> None:
     alone = new_trainer(config_to_share(shapes_zip, objective))
     train_steps(alone, 3)
     saved = Checkpoint.read(together / "test_objectives" / f"{objective}.pt")
-    one, two = everything_that_is_saved(alone), saved["parts"]
+    one, two = saved_state(alone), saved["parts"]
     for part in ("G", "D", "G_ema", "ada"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
 
 
-# Side of the images and options with which an objective learns to draw scenes: TransGAN's with both of its networks and
-# n_critic, but with larger steps than the paper's, since there are few of them.
+# Side of the images and options with which an objective learns to draw scenes. wgangp-eps uses both networks of
+# TransGAN and its n_critic, with higher learning rates than the paper because the training is short.
 SMALL_TRANSGANS = [
     "--gen=transgan",
     "--base=4",
@@ -473,15 +472,15 @@ LEARNING: dict[str, tuple[int, list[str]]] = {
         8,
         [*SMALL_TRANSGANS, "--set=loss.n_critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"],
     ),
-    "relativistic": (16, ["--gen=stylegan2", *SMALL_G, *SMALL_D, "--kimg=1"]),
+    "relativistic": (16, ["--gen=stylegan2", *SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D, "--kimg=1"]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", LEARNING)
-def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: Path, objective: str) -> None:
+def test_objectives_with_penalties_halve_the_distance_to_data(tmp_path: Path, objective: str) -> None:
     side, options = LEARNING[objective]
-    untrained, trained = distances(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
+    untrained, trained = distances_to_scenes(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
     assert trained <= untrained / 2
 
 
@@ -500,7 +499,7 @@ def test_objectives_with_penalties_halve_the_distance_to_drawn_scenes(tmp_path: 
         ({"objective": "wgangp-eps", "r1_interval": None, "gp_weight": -1.0}, "gp_weight", "at least 0; 0 turns"),
     ],
 )
-def test_settings_that_an_objective_has_no_use_for_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
+def test_settings_of_another_objective_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         LossConfig(**changes)
     assert caught.value.field == field
@@ -514,7 +513,7 @@ def plan(data: Path, *arguments: str) -> Any:
     return from_json(TrainConfig, json.loads(result.stdout)["options"])
 
 
-def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
+def test_an_objective_can_be_changed_in_a_preset(shapes32_zip: Path) -> None:
     base = plan(shapes32_zip, "--cfg=cifar").loss
     assert plan(shapes32_zip, "--cfg=cifar", "--loss=logistic").loss == base
     assert plan(shapes32_zip, "--cfg=cifar", "--loss=hinge").loss == replace(base, objective="hinge")
@@ -562,6 +561,6 @@ def test_an_objective_takes_its_place_in_a_preset(shapes32_zip: Path) -> None:
         ),
     ],
 )
-def test_refusals_name_the_flag(shapes_zip: Path, arguments: list[str], message: str) -> None:
+def test_refused_objective_settings_name_the_flag(shapes_zip: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--device=cpu", "-n", *arguments])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

@@ -1,4 +1,4 @@
-"""Code that was written for StyleGAN2-ADA runs: loading, calling and copying networks, reading data sets."""
+"""Code written for StyleGAN2-ADA runs: loading, calling and copying networks, reading datasets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from exploration_helpers import FAMILIES, build, make_snapshot
-from foreign_files import Call, Name, dumps, write
+from foreign_files import Call, Name, dumps, styleformer_module, stylegan2_module, write
 from PIL import Image
 from snapshot_helpers import make_snapshot as make_whole_snapshot
-from test_foreign_tools import styleformer
-from test_legacy import generator_module
 from torch import nn
 from web import Site
 
@@ -40,7 +38,7 @@ from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConf
 
 SHAPES = (Path(__file__).parent.parent / "docs" / "shapes.pkl").read_bytes()
 
-# As a user of StyleGAN2-ADA writes it; `network_pkl`, `seed`, `device` and `outdir` are given.
+# Script of a StyleGAN2-ADA user; `network_pkl`, `seed`, `device` and `outdir` are defined.
 SCRIPT = """
 import copy
 import dnnlib
@@ -93,7 +91,7 @@ outputs = misc.print_module_summary(G2, [z, label])
 
 
 def run_script(network_pkl: object, outdir: Path, seed: int = 3) -> dict[str, Any]:
-    """Variables of SCRIPT at its end."""
+    """Run SCRIPT and return its variables."""
     outdir.mkdir(exist_ok=True)
     scope = {"network_pkl": str(network_pkl), "outdir": str(outdir), "seed": seed, "device": torch.device("cpu")}
     exec(SCRIPT, scope)
@@ -101,10 +99,10 @@ def run_script(network_pkl: object, outdir: Path, seed: int = 3) -> dict[str, An
 
 
 def make_network(name: str, folder: Path, data: Path) -> Path:
-    """A snapshot of a foreign project or of one of FAMILIES."""
+    """Write a snapshot of a foreign project or of one of FAMILIES."""
     if name in FAMILIES:
         return make_snapshot(folder / f"{name}.pkl", data, name)
-    G_ema = generator_module() if name == "their-stylegan2" else styleformer()
+    G_ema = stylegan2_module() if name == "their-stylegan2" else styleformer_module()
     return write(folder / "network-snapshot-000100.pkl", {"G_ema": G_ema})
 
 
@@ -118,8 +116,10 @@ RESOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", RESOLUTIONS)
-def test_a_script_runs(name: str, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its image is that of generate.py; truncation is the formula; an optimisation over w and noise descends."""
+def test_a_script_for_stylegan2_ada_runs(
+    name: str, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image equals that of generate.py, truncation follows the formula, optimising w and noise lowers the loss."""
     network = make_network(name, tmp_path, shapes_zip)
     found = run_script(network, tmp_path / "script")
     G = found["G"]
@@ -145,7 +145,7 @@ def test_a_script_runs(name: str, shapes_zip: Path, tmp_path: Path, capsys: pyte
     assert f"{misc.count_parameters(G):,}" in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_snapshots_as_mappings(shapes_zip: Path, tmp_path: Path) -> None:
+def test_snapshots_can_be_read_as_mappings(shapes_zip: Path, tmp_path: Path) -> None:
     snapshot = make_whole_snapshot(tmp_path / "whole.pkl", data="mine.zip", c_dim=2)
     with dnnlib.util.open_url(tmp_path / "whole.pkl") as f:
         data = legacy.load_network_pkl(f)
@@ -168,14 +168,14 @@ def test_snapshots_as_mappings(shapes_zip: Path, tmp_path: Path) -> None:
     dataset = training.dataset.ImageFolderDataset(**alone.training_set_kwargs | {"resolution": 16})
     assert dataset.image_shape == [3, 16, 16]
 
-    theirs = write(tmp_path / "theirs.pkl", {"G_ema": generator_module()})
+    theirs = write(tmp_path / "theirs.pkl", {"G_ema": stylegan2_module()})
     with open(theirs, "rb") as f:
         kwargs = legacy.load_network_pkl(f).training_set_kwargs
     assert (kwargs.path, kwargs.xflip, kwargs.resolution) == ("their.zip", True, 16)
 
 
 def test_any_binary_file_object_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "network-snapshot-000100.pkl", {"G_ema": generator_module()})
+    path = write(tmp_path / "network-snapshot-000100.pkl", {"G_ema": stylegan2_module()})
     content = path.read_bytes()
     with gzip.open(tmp_path / "net.pkl.gz", "wb") as packed:
         packed.write(content)
@@ -196,7 +196,7 @@ def test_any_binary_file_object_is_read(tmp_path: Path) -> None:
             assert all(torch.equal(found[key], x) for key, x in wanted.items())
 
 
-def test_files_that_are_no_snapshots_are_named_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_snapshots_are_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = dumps(Call(Name("os", "system"), (f"touch {tmp_path / 'run'}",)))
     (tmp_path / "bad.pkl").write_bytes(hostile)
     with (
@@ -279,7 +279,7 @@ def test_force_fp32_computes_in_full_precision(name: str) -> None:
         G.synthesis(G.mapping(z, None), noise_mode="fixed")
 
 
-def test_latents_and_labels_of_any_type() -> None:
+def test_latents_and_labels_may_have_any_dtype() -> None:
     G = StyleGAN2Config(z_dim=8, w_dim=8, c_dim=3, resolutions=2, channel_base=32).build()
     z = torch.randn(3, 8)
     expected = G(z, torch.eye(3))
@@ -288,7 +288,7 @@ def test_latents_and_labels_of_any_type() -> None:
     assert G(z, torch.eye(3)).dtype == torch.float64
 
 
-def test_images_that_are_not_square_have_no_single_resolution(tmp_path: Path) -> None:
+def test_rectangular_images_have_no_single_resolution(tmp_path: Path) -> None:
     G: Generator = StyleformerConfig(z_dim=8, w_dim=8, base=(8, 12), widths=(8,), layers=(1,), depth=4).build()
     D = StyleGAN2DiscriminatorConfig(img_size=(8, 12), channel_base=64).build()
     Image.new("RGB", (12, 8)).save(tmp_path / "0.png")
@@ -321,7 +321,7 @@ def test_parameters_and_buffers_are_copied_by_name() -> None:
     assert torch.equal(dst[0].bias, src[0].bias)
 
 
-def test_image_folder_dataset_gives_the_files(tmp_path: Path) -> None:
+def test_image_folder_dataset_returns_images_and_labels(tmp_path: Path) -> None:
     labels = []
     generator = np.random.RandomState(0)
     for index in range(6):
@@ -367,13 +367,13 @@ def test_image_folder_dataset_gives_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/", "..", "a\0b", "x" * 300, "https://example.org/" + "y" * 300])
-def test_any_name_of_a_file_object_is_only_a_name(name: str) -> None:
+def test_the_name_of_a_file_object_is_not_interpreted(name: str) -> None:
     file = io.BytesIO(SHAPES)
     file.name = name
     assert legacy.load_network_pkl(file).G_ema.img_resolution == 32
 
 
-def test_a_pipe_is_read() -> None:
+def test_a_snapshot_can_be_read_from_a_pipe() -> None:
     read, write = os.pipe()
     with os.fdopen(read, "rb") as file, os.fdopen(write, "wb") as writer:
 

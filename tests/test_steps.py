@@ -1,6 +1,6 @@
-"""Steps of training against their equations, which are written down anew here: gradients by autograd, all else by hand.
+"""Training steps against a second implementation of their equations: gradients by autograd, everything else by hand.
 
-Other tests compare a training with another training, which would not miss what is left out of both.
+Other tests compare one training with another and cannot notice a term that is missing in both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.networks import execution
 from training.training_loop import Trainer
 
 SEED, BATCH, MICRO, STEPS = 7, 8, 4, 3
-# Numbers of their own, so that none passes for another one or for the default.
+# Every number is distinct and differs from its default, so that a mix-up is noticed.
 GAMMA, R1_INTERVAL, PL_WEIGHT, PL_INTERVAL, PL_DECAY, MIXING = 8.0, 2, 5.0, 3, 0.03, 0.7
 G_LR, D_LR, G_BETAS, D_BETAS, EPS = 0.0013, 0.007, (0.3, 0.97), (0.2, 0.95), 1e-2
 EMA_KIMG, ADA_KIMG, ADA_INTERVAL, ADA_TARGET, W_AVG_RATE = 0.05, 0.4, 3, 0.55, 0.07
@@ -56,12 +56,12 @@ CONFIG: dict[str, Any] = {
     "data__use_labels": True,
 }
 
-Terms = tuple[Tensor, dict[str, Tensor]]  # a loss, and the batch means that move what runs along
+Terms = tuple[Tensor, dict[str, Tensor]]  # loss, and the batch means that update running averages
 Loss = Callable[[Tensor, Tensor], Terms]
 
 
 class Adam:
-    """Kingma & Ba 2015, algorithm 1, with lr and betas slowed down for a regulariser every k steps."""
+    """Algorithm 1 of Kingma & Ba 2015, with lr and betas adjusted for lazy regularisation every k steps."""
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], k: int) -> None:
         slowed = k / (k + 1)
@@ -82,7 +82,7 @@ class Adam:
 
 
 class Reference:
-    """A training of the networks of a trainer, from where they are."""
+    """Reference training that starts from the networks of a trainer."""
 
     def __init__(self, trainer: Trainer, p: float) -> None:
         self.G, self.D, self.G_ema = (copy.deepcopy(x).requires_grad_(True) for x in (trainer.G, trainer.D, trainer.G))
@@ -112,7 +112,7 @@ class Reference:
                 self.adjust()
 
     def run(self, phase: str, weight: int, loss: Loss, step: int, *batch: Tensor) -> None:
-        """One step of a network, by the mean gradient over the micro-batches; running means move by their means."""
+        """Update a network by the mean gradient over the micro-batches, and running averages by their batch means."""
         optimizer = self.optimizers[phase[0]]
         values, means = [], []
         for i, (img, c) in enumerate(zip(*(x.split(MICRO) for x in batch), strict=True)):
@@ -131,7 +131,7 @@ class Reference:
                 self.running[name] += {"w": W_AVG_RATE, "length": PL_DECAY}[name] * (mean - self.running[name])
 
     def styles(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ws, labels, and the mean of the first w."""
+        """Return ws, labels, and the mean of the first w."""
         z = torch.randn(count, self.G.z_dim)
         c = F.one_hot(self.data.labels[torch.randint(len(self.data), [count])], self.data.c_dim).float()
         ws = self.G.mapping(z, c)
@@ -181,7 +181,7 @@ class Reference:
         self.signs.clear()
 
 
-def test_steps_follow_the_equations(shapes_zip: Path) -> None:
+def test_three_training_steps_equal_the_reference(shapes_zip: Path) -> None:
     config = small_config(shapes_zip, **CONFIG)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     trainer.augment.p.fill_(0.5)

@@ -1,4 +1,4 @@
-"""Styleformer-C: both parts against the equations, and which styles reach which of them."""
+"""Styleformer-C: both parts against the float64 reference, and the styles that each part reads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_networks import below, close, inputs, randomize, ref_encode, ref_mapping, state_of
-from test_stylegan2 import ref_layer, ref_torgb, ref_up2
+from reference_layers import below, build, close, inputs, ref_mapping, state_of
+from reference_styleformer import ref_styleformer_tokens
+from reference_stylegan2 import ref_modulated_layer, ref_torgb, ref_upsample
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.networks import execution
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_block import EncoderBlock
 from training.networks.styleformer_c import StyleformerCConfig
@@ -42,25 +42,17 @@ VARIANTS = {
 }
 
 
-def build(config: StyleformerCConfig) -> Any:
-    """A float64 generator in which no parameter or buffer is trivial."""
-    torch.manual_seed(0)
-    G = config.build().double()
-    randomize(G)
-    return G
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
-def test_generator_equals_the_equations(name: str, noise_mode: str) -> None:
-    """Styles are counted by hand: blocks 0 to 2, their last ToRGB and conv0 read 3, conv1 4, ToRGB and conv0 5, ..."""
+def test_generator_equals_the_reference(name: str, noise_mode: str) -> None:
+    """Style indices are counted by hand: blocks read 0 to 2, the last ToRGB and conv0 3, conv1 4, ToRGB and conv0 5."""
     config, noise = VARIANTS[name], noise_mode == "const"
     G, (z, c) = build(config), inputs(config)
     labels = None if c is None else c.numpy()
     ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, config.mapping_layers)
     ws = ws + np.random.default_rng(0).normal(size=ws.shape)  # every style differs
     state = state_of(G.synthesis)
-    x, rgb = ref_encode(ws, state, config, noise)
+    x, rgb = ref_styleformer_tokens(ws, state, config, noise)
     height, width = config.grids[-1]
     x = x.reshape(len(x), height, width, -1).transpose(0, 3, 1, 2)
     index = sum(config.layers)
@@ -68,18 +60,18 @@ def test_generator_equals_the_equations(name: str, noise_mode: str) -> None:
         stage = below(state, f"conv_stages.{level}.")
         for number, up in ((0, 2), (1, 1)):
             conv = below(stage, f"convs.{number}.")
-            x = ref_layer(x, ws[:, index], conv, up, config.conv_clamp, conv["noise_const"] * noise)
+            x = ref_modulated_layer(x, ws[:, index], conv, up, config.conv_clamp, conv["noise_const"] * noise)
             index += 1
         y = ref_torgb(x, ws[:, index], below(stage, "torgb."), config.conv_clamp)
-        rgb = np.stack([[ref_up2(plane) for plane in image] for image in rgb]) + y
+        rgb = np.stack([[ref_upsample(plane) for plane in image] for image in rgb]) + y
     assert index + 1 == config.num_ws
     close(G.synthesis(torch.from_numpy(ws), noise_mode), rgb)
     assert rgb.shape[1:] == G.img_shape == (config.img_channels, *config.img_size)
     assert tuple(G(z, c).shape) == rgb.shape
 
 
-def test_the_styles_of_the_two_parts_are_addressed_separately() -> None:
-    """The first num_layout_ws styles reach the encoder blocks and no convolution, the others the reverse."""
+def test_encoder_blocks_and_convolutions_read_separate_styles() -> None:
+    """The first num_layout_ws styles reach encoder blocks only, the other styles convolutions only."""
     G, T = build(TINY), TINY.num_layout_ws
     layout, paint = torch.randn(2, 1, 1, TINY.w_dim, dtype=torch.float64)
     ws = torch.cat([layout.expand(1, T, -1), paint.expand(1, TINY.num_ws - T, -1)], dim=1)
@@ -93,7 +85,7 @@ def test_the_styles_of_the_two_parts_are_addressed_separately() -> None:
     assert all(torch.equal(w, paint[0]) for w in read[ModulatedConv])
 
 
-def test_the_layout_does_not_depend_on_the_styles_that_colour() -> None:
+def test_convolution_styles_do_not_change_the_encoder_tokens() -> None:
     G, T = build(TINY), TINY.num_layout_ws
     ws = torch.randn(2, TINY.num_ws, TINY.w_dim, dtype=torch.float64, requires_grad=True)
     tokens, _ = G.synthesis.encode(ws, "const")
@@ -105,8 +97,8 @@ def test_the_layout_does_not_depend_on_the_styles_that_colour() -> None:
     assert gradient.abs().sum(dim=2).all()
 
 
-def test_both_parts_have_the_parameters_of_their_families() -> None:
-    """A Styleformer up to 32 px, a StyleGAN2 from there on, but for the first convolution's inputs; one mapping."""
+def test_the_parameter_count_is_the_sum_of_both_parts() -> None:
+    """Styleformer up to 32 px plus StyleGAN2 above, minus inputs of the first convolution; one mapping network."""
 
     def count(config: Any) -> int:
         with torch.device("meta"):
@@ -123,19 +115,7 @@ def test_both_parts_have_the_parameters_of_their_families() -> None:
     assert count(dataclasses.replace(both, mapping_layers=8)) - count(both) == mapping(6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_is_close(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    config = StyleformerCConfig(widths=(32, 32), layers=(1, 1), handover=16, resolutions=3, channel_max=16)
-    G, z = config.build(), torch.randn(4, 512)
-    exact = G(z, None)
-    with execution.using(reduced=dtype):
-        img = G(z, None)
-    assert img.dtype == torch.float32
-    assert 0 < (img - exact).std().item() / exact.std().item() < 0.02
-
-
-def test_fit_chooses_what_is_open() -> None:
+def test_fit_chooses_widths_resolutions_and_linformer() -> None:
     open_config = StyleformerCConfig(**StyleformerCConfig.AUTO)
     config = open_config.fit(256, 256)
     assert (config.widths, config.layers, config.linformer) == ((512, 256, 256), (1, 2, 2), False)
@@ -160,7 +140,7 @@ def test_fit_chooses_what_is_open() -> None:
         ({"depth": 0}, "depth", "at least 1"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleformerCConfig(**changes)
     assert caught.value.field == field

@@ -1,16 +1,15 @@
-"""The StyleGAN2 generator against an independent float64 evaluation of its equations, with loops and SciPy."""
+"""StyleGAN2 generator: every layer and the whole network against the float64 reference."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate2d
-from test_networks import Array, State, below, close, inputs, randomize, ref_fc, ref_mapping, state_of
+from reference_layers import build, close, inputs, randomize, ref_mapping, state_of
+from reference_stylegan2 import ref_modulated_conv, ref_modulated_layer, ref_stylegan2, ref_torgb
 from torch import Tensor
 
 from dnnlib.config import ConfigError
@@ -19,7 +18,6 @@ from training.networks.layers import resample_filter
 from training.networks.stylegan2 import (
     ModulatedConv,
     StyleGAN2Config,
-    StyleGAN2Generator,
     StyleGAN2ToRGB,
     modulated_conv2d,
 )
@@ -36,84 +34,6 @@ VARIANTS = {
     "tight clamp": dataclasses.replace(TINY, conv_clamp=0.3),
     "resnet, tight clamp": dataclasses.replace(TINY, architecture="resnet", conv_clamp=0.3),
 }
-FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-
-
-def build(config: StyleGAN2Config) -> StyleGAN2Generator:
-    """A float64 generator in which no parameter or buffer is trivial."""
-    torch.manual_seed(0)
-    G = config.build().double()
-    randomize(G)
-    return G
-
-
-def ref_up2(x: Array) -> Array:
-    """x (H, W): zeros between and outside of the samples, then the filter, whose gain makes up for the zeros."""
-    zeros = np.zeros((2 * x.shape[0], 2 * x.shape[1]))
-    zeros[::2, ::2] = x
-    return correlate2d(np.pad(zeros, ((2, 1), (2, 1))), 4 * FILTER, "valid")
-
-
-def ref_clamp(x: Array, clamp: float | None) -> Array:
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_modulated(x: Array, weight: Array, style: Array, up: int) -> Array:
-    """One image x (I, H, W), weight (O, I, k, k), style (I,): the definition."""
-    W = weight * style[None, :, None, None]
-    W = W / np.sqrt((W**2).sum(axis=(1, 2, 3), keepdims=True) + 1e-8)
-    num_outputs, num_inputs, _, _ = W.shape
-    _, height, width = x.shape
-    if up == 1:
-        padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-        return np.stack(
-            [sum(correlate2d(padded[i], W[o, i], "valid") for i in range(num_inputs)) for o in range(num_outputs)]
-        )
-    y = np.zeros((num_outputs, 2 * height + 1, 2 * width + 1))
-    for i in range(height):
-        for j in range(width):
-            y[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += np.einsum("oikl,i->okl", W, x[:, i, j])
-    return np.stack([correlate2d(np.pad(plane, 1), 4 * FILTER, "valid") for plane in y])
-
-
-def ref_layer(x: Array, w: Array, state: State, up: int, clamp: float | None, noise: Array, gain: float = 1.0) -> Array:
-    styles = ref_fc(w, below(state, "affine."))
-    y = np.stack([ref_modulated(image, state["weight"], style, up) for image, style in zip(x, styles, strict=True)])
-    y = y + state["noise_strength"] * noise + state["bias"][:, None, None]
-    y = np.where(y > 0, y, 0.2 * y) * np.sqrt(2) * gain
-    return ref_clamp(y, None if clamp is None else clamp * gain)
-
-
-def ref_torgb(x: Array, w: Array, state: State, clamp: float | None) -> Array:
-    style = ref_fc(w, below(state, "affine.")) / np.sqrt(x.shape[1])
-    y = np.einsum("oi,bi,bihw->bohw", state["weight"], style, x) + state["bias"][:, None, None]
-    return ref_clamp(y, clamp)
-
-
-def ref_synthesis(ws: Array, state: State, config: StyleGAN2Config, noise: bool) -> Array:
-    """The indices of the styles are those of the paper's picture, counted by hand."""
-    x = np.stack([state["const"]] * len(ws))
-    rgb: Array | None = None
-    assert config.resolutions is not None
-    for level in range(config.resolutions):
-        stage = below(state, f"stages.{level}.")
-        last = below(stage, "convs.0." if level == 0 else "convs.1.")
-        shortcut = None
-        if level > 0:
-            first = below(stage, "convs.0.")
-            if config.architecture == "resnet":
-                y = np.einsum("oi,bihw->bohw", stage["shortcut.weight"][:, :, 0, 0] / np.sqrt(x.shape[1]), x)
-                shortcut = np.stack([[ref_up2(plane) for plane in image] for image in y]) * np.sqrt(0.5)
-            x = ref_layer(x, ws[:, 2 * level - 1], first, 2, config.conv_clamp, first["noise_const"] * noise)
-        gain = 1 if shortcut is None else np.sqrt(0.5)
-        x = ref_layer(x, ws[:, 2 * level], last, 1, config.conv_clamp, last["noise_const"] * noise, gain)
-        if shortcut is not None:
-            x = x + shortcut
-        if config.architecture == "skip" or level == config.resolutions - 1:
-            y = ref_torgb(x, ws[:, 2 * level + 1], below(stage, "torgb."), config.conv_clamp)
-            rgb = y if rgb is None else np.stack([[ref_up2(plane) for plane in image] for image in rgb]) + y
-    assert rgb is not None
-    return rgb
 
 
 @pytest.mark.parametrize(
@@ -126,7 +46,7 @@ def ref_synthesis(ws: Array, state: State, config: StyleGAN2Config, noise: bool)
         (StyleGAN2Config(resolutions=9, mapping_layers=8), 30_370_060),
     ],
 )
-def test_parameter_counts_of_the_published_models(config: StyleGAN2Config, count: int) -> None:
+def test_published_models_have_their_parameter_counts(config: StyleGAN2Config, count: int) -> None:
     with torch.device("meta"):
         G = config.build()
     assert sum(parameter.numel() for parameter in G.parameters()) == count
@@ -134,28 +54,28 @@ def test_parameter_counts_of_the_published_models(config: StyleGAN2Config, count
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
-def test_generator_equals_the_equations(name: str, noise_mode: Any) -> None:
+def test_generator_equals_the_reference(name: str, noise_mode: Any) -> None:
     config = VARIANTS[name]
     G, (z, c) = build(config), inputs(config)
     labels = None if c is None else c.numpy()
     ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, config.mapping_layers, psi=0.7, cutoff=1)
-    expected = ref_synthesis(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
+    expected = ref_stylegan2(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
     actual = G(z, c, truncation_psi=0.7, truncation_cutoff=1, noise_mode=noise_mode)
     close(actual, expected)
     assert tuple(actual.shape[1:]) == G.img_shape == (config.img_channels, *config.img_size)
 
 
 @pytest.mark.parametrize("name", ["skip", "resnet", "one resolution"])
-def test_every_style_reaches_its_own_layer(name: str) -> None:
+def test_each_layer_reads_its_own_style(name: str) -> None:
     config = VARIANTS[name]
     G = build(config)
     ws = torch.randn(2, G.num_ws, G.w_dim, dtype=torch.float64)
     assert G.num_ws == {1: 2, 3: 6}[config.resolutions or 0]
-    close(G.synthesis(ws), ref_synthesis(ws.numpy(), state_of(G.synthesis), config, noise=True))
+    close(G.synthesis(ws), ref_stylegan2(ws.numpy(), state_of(G.synthesis), config, noise=True))
 
 
 @pytest.mark.parametrize("up", [1, 2])
-def test_random_noise_is_one_draw_per_image_and_pixel(up: Any) -> None:
+def test_random_noise_has_one_value_per_image_and_pixel(up: Any) -> None:
     layer = ModulatedConv(TINY, 4, 3, (4 * up, 6 * up), up=up).double()
     randomize(layer)
     x, w = torch.randn(2, 4, 4, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
@@ -163,12 +83,12 @@ def test_random_noise_is_one_draw_per_image_and_pixel(up: Any) -> None:
     actual = layer(x, w, "random")
     torch.manual_seed(5)
     noise = torch.randn(2, 1, 4 * up, 6 * up, dtype=torch.float64).numpy()
-    close(actual, ref_layer(x.numpy(), w.numpy(), state_of(layer), up, None, noise))
+    close(actual, ref_modulated_layer(x.numpy(), w.numpy(), state_of(layer), up, None, noise))
 
 
 @pytest.mark.parametrize("up_filter", [None, resample_filter()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_scaling_inputs_and_outputs_equals_the_definition(dtype: torch.dtype, up_filter: Tensor | None) -> None:
+def test_modulated_convolution_equals_the_reference(dtype: torch.dtype, up_filter: Tensor | None) -> None:
     torch.manual_seed(0)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight, style = torch.randn(3, 4, 6, 5), torch.randn(7, 4, 3, 3), torch.randn(3, 4)
@@ -179,15 +99,15 @@ def test_scaling_inputs_and_outputs_equals_the_definition(dtype: torch.dtype, up
     error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
     expected = np.stack(
         [
-            ref_modulated(image, weight.double().numpy(), s, 1 if up_filter is None else 2)
+            ref_modulated_conv(image, weight.double().numpy(), s, 1 if up_filter is None else 2)
             for image, s in zip(x.double().numpy(), style.double().numpy(), strict=True)
         ]
     )
     np.testing.assert_allclose(actual.double().numpy(), expected + noise.double().numpy(), rtol=0, atol=error)
 
 
-def test_wide_layers_on_a_cpu_go_through_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rounding errors are larger than those of a direct convolution, but small."""
+def test_wide_layers_use_winograd_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd's rounding errors are larger than those of a direct convolution, but small."""
     torch.manual_seed(0)
     C = winograd.MIN_CHANNELS
     x, weight, style = torch.randn(1, C, 16, 16), torch.randn(C, C, 3, 3), torch.randn(1, C)
@@ -199,8 +119,8 @@ def test_wide_layers_on_a_cpu_go_through_winograd(monkeypatch: pytest.MonkeyPatc
     assert 0 < (fast - direct).abs().max().item() < 1e-4
 
 
-def test_float16_survives_weights_and_styles_that_are_large() -> None:
-    """The scaling cancels in the demodulation; without it 200 * 100 * 100 would be infinite."""
+def test_large_weights_and_styles_do_not_overflow_float16() -> None:
+    """Demodulation cancels the scaling of weights and styles; otherwise 200 * 100 * 100 would overflow."""
     torch.manual_seed(0)
     x, weight, style = torch.full((1, 8, 4, 4), 200.0), 100 * torch.rand(3, 8, 3, 3), torch.full((1, 8), 100.0)
     noise = torch.zeros(1)
@@ -209,7 +129,7 @@ def test_float16_survives_weights_and_styles_that_are_large() -> None:
     torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.5)
 
 
-def test_torgb_equals_the_equation() -> None:
+def test_torgb_equals_the_reference() -> None:
     config = dataclasses.replace(TINY, conv_clamp=0.5)
     torgb = StyleGAN2ToRGB(config, 8).double()
     randomize(torgb)
@@ -217,14 +137,7 @@ def test_torgb_equals_the_equation() -> None:
     close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb), 0.5))
 
 
-def test_noise_modes() -> None:
-    G, (z, _) = build(TINY), inputs(TINY)
-    assert torch.equal(G(z, None), G(z, None, noise_mode="const"))
-    assert not torch.allclose(G(z, None), G(z, None, noise_mode="none"))
-    assert not torch.allclose(G(z, None, noise_mode="random"), G(z, None, noise_mode="random"))
-
-
-def test_initial_values() -> None:
+def test_initial_weights_have_the_specified_scale() -> None:
     torch.manual_seed(0)
     G = StyleGAN2Config(resolutions=2, channel_max=64).build()
     layer: Any = G.synthesis.stages[1].convs[0]  # type: ignore[union-attr, index]
@@ -237,7 +150,7 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("up", [1, 2])
-def test_double_backward_of_a_layer(up: Any) -> None:
+def test_second_derivatives_of_a_layer_are_correct(up: Any) -> None:
     layer = ModulatedConv(dataclasses.replace(TINY, w_dim=2), 2, 2, (3 * up, 2 * up), up=up).double()
     randomize(layer)
     x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -245,34 +158,8 @@ def test_double_backward_of_a_layer(up: Any) -> None:
     assert torch.autograd.gradgradcheck(lambda x, w: layer(x, w, "const"), (x, w))
 
 
-@pytest.mark.parametrize("name", ["skip", "resnet"])
-def test_gradient_of_a_path_length_equals_finite_differences(name: str) -> None:
-    G = build(VARIANTS[name])
-    parameters = list(G.synthesis.parameters())
-    directions = [torch.randn_like(parameter) for parameter in parameters]
-    ws = torch.randn(2, G.num_ws, G.w_dim, dtype=torch.float64, requires_grad=True)
-    projection = torch.randn(2, *G.img_shape, dtype=torch.float64)
-
-    def length() -> Tensor:
-        with execution.using(twice_differentiable=True):
-            (jacobian,) = torch.autograd.grad((G.synthesis(ws) * projection).sum(), ws, create_graph=True)
-        return jacobian.square().sum(dim=2).mean(dim=1).sqrt().sum()
-
-    @torch.no_grad()
-    def moved(step: float) -> None:
-        for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.add_(direction, alpha=step)
-
-    gradients = torch.autograd.grad(length(), parameters, allow_unused=True)
-    slope = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    moved(1e-6)
-    after = length().item()
-    moved(-2e-6)
-    assert slope == pytest.approx((after - length().item()) / 2e-6, rel=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_is_close_and_starts_at_the_given_grid(dtype: torch.dtype) -> None:
+def test_reduced_precision_starts_at_the_minimum_grid(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = StyleGAN2Config(z_dim=16, w_dim=16, channel_max=16, resolutions=3)
     G = config.build()
@@ -288,21 +175,7 @@ def test_reduced_precision_is_close_and_starts_at_the_given_grid(dtype: torch.dt
     assert 0 < (img - exact).std().item() / exact.std().item() < 0.02
 
 
-@pytest.mark.parametrize("name", ["skip", "resnet"])
-def test_recomputing_changes_nothing(name: str) -> None:
-    G, (z, _) = build(VARIANTS[name]), inputs(VARIANTS[name])
-    results = []
-    for recompute in (False, True):
-        G.zero_grad()
-        torch.manual_seed(3)
-        with execution.using(recompute=recompute):
-            G(z, None, noise_mode="random").square().sum().backward()
-        results.append([p.grad.clone() for p in G.parameters() if p.grad is not None])
-    assert len(results[0]) == len(results[1]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_fit_chooses_what_is_open() -> None:
+def test_fit_chooses_resolutions_and_channel_base() -> None:
     config = StyleGAN2Config(**StyleGAN2Config.AUTO)
     assert config.fit(64, 64).img_size == (64, 64)
     assert config.fit(512, 512).channel_base == 2 * config.fit(256, 256).channel_base == 32768
@@ -326,23 +199,14 @@ def test_fit_chooses_what_is_open() -> None:
         ({"mapping_layers": 0}, "mapping_layers", "at least 1"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         StyleGAN2Config(**changes)
     assert caught.value.field == field
 
 
-def test_open_configs_cannot_be_built() -> None:
+def test_a_configuration_with_open_fields_cannot_be_built() -> None:
     for changes, field in (({"resolutions": None}, "resolutions"), ({"channel_base": 0}, "channel_base")):
         with pytest.raises(ConfigError, match="not chosen yet") as caught:
             StyleGAN2Config(**changes).build()
         assert caught.value.field == field
-
-
-def test_input_errors() -> None:
-    G, (z, _) = build(TINY), inputs(TINY)
-    with pytest.raises(ValueError, match=r"ws has shape \(1, 2, 6\), this network needs \(batch, 6, 6\)"):
-        G.synthesis(torch.zeros(1, 2, 6))
-    with pytest.raises(ValueError, match="noise_mode='fixed'"):
-        G(z, None, noise_mode="fixed")
-    assert math.isfinite(G(z, None).sum().item())

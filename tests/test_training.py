@@ -1,4 +1,4 @@
-"""The training loop as a whole: exact resume, independence from the number of processes, bookkeeping."""
+"""Training loop: exact resume, independence of the number of processes, bookkeeping."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import PATIENCE, OnTick, all_recorded, small_config
+from training_helpers import every_phase_config, new_trainer, saved_state, train_and_save, train_steps
 
 from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, override
 from dnnlib.util import PARTIAL
-from torch_utils import distributed, graphs
+from torch_utils import graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
-from torch_utils.stats import Stat, Stats
+from torch_utils.stats import Stat
 from training import hooks, restore
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
@@ -27,42 +28,11 @@ from training.loss import LossTerms
 from training.phases import Phase, Updater
 from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
-# All phases, several micro-batches, style mixing, an ADA that moves: whatever could depend on how a batch is cut.
-EVERYTHING = {
-    "batch_size": 8,
-    "run.batch_gpu": 4,
-    "loss.pl_weight": 2.0,
-    "loss.pl_interval": 2,
-    "loss.r1_interval": 3,
-    "loss.style_mixing": 0.9,
-    "augment.pipe": "bgc",
-    "augment.ada_kimg": 0.2,
-}
-
-
-def everything(data: Path, **changes: object) -> TrainConfig:
-    return small_config(data, **{name.replace(".", "__"): value for name, value in EVERYTHING.items()} | changes)
-
-
-def new_trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, ImageDataset(config.data), torch.device("cpu"))
-
-
-def train_steps(trainer: Trainer, steps: int) -> None:
-    trainer.total_nimg = trainer.state.nimg + steps * trainer.batch_size
-    trainer.train()
-
-
-def everything_that_is_saved(trainer: Trainer) -> dict[str, Any]:
-    state = {name: part.state_dict() for name, part in trainer.checkpoint.parts.items()}
-    state["state"] = {key: value for key, value in state["state"].items() if key != "elapsed"}
-    return state
-
 
 def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> None:
-    """With plain attention on one grid and Linformer's on the other."""
+    """One grid has plain attention, the other Linformer."""
     linformer = {"generator__linformer": True, "generator__linformer_min_tokens": 256}
-    config = everything(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
+    config = every_phase_config(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
     straight, first = new_trainer(config), new_trainer(config)
     for trainer in (straight, first):
         trainer.augment.p.fill_(0.5)
@@ -74,12 +44,12 @@ def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> 
     second.resume(tmp_path / "training-state-000000.pt")
     assert second.state.nimg == 40
     train_steps(second, 5)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
-    assert float(straight.augment.p) not in (0, 0.5)  # the controller was at work
+    assert digest(saved_state(second)) == digest(saved_state(straight))
+    assert float(straight.augment.p) not in (0, 0.5)  # the controller has adjusted p
 
 
-def test_a_state_of_version_1_goes_on_with_fused_optimizers(shapes_zip: Path, tmp_path: Path) -> None:
-    config = everything(shapes_zip)
+def test_a_state_of_version_1_resumes_with_fused_optimizers(shapes_zip: Path, tmp_path: Path) -> None:
+    config = every_phase_config(shapes_zip)
     straight = new_trainer(config)
     train_steps(straight, 2)
     straight.save(tmp_path / "new.pt")
@@ -91,11 +61,11 @@ def test_a_state_of_version_1_goes_on_with_fused_optimizers(shapes_zip: Path, tm
     again.resume(tmp_path / "old.pt")
     train_steps(straight, 2)
     train_steps(again, 2)
-    assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(again)) == digest(saved_state(straight))
 
 
-def test_training_changes_all_that_it_should(shapes_zip: Path) -> None:
-    trainer = new_trainer(everything(shapes_zip))
+def test_training_changes_every_parameter_and_running_mean(shapes_zip: Path) -> None:
+    trainer = new_trainer(every_phase_config(shapes_zip))
     before = {name: x.clone() for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
     train_steps(trainer, 3)
     after = {name: x for net in (trainer.G, trainer.D) for name, x in net.named_parameters()}
@@ -105,7 +75,7 @@ def test_training_changes_all_that_it_should(shapes_zip: Path) -> None:
     assert torch.equal(trainer.ema.module.mapping.w_avg, trainer.G.mapping.w_avg)
 
 
-def test_w_avg_moves_once_per_generator_call_by_the_mean_of_the_global_batch(shapes_zip: Path) -> None:
+def test_w_avg_is_updated_by_the_mean_of_the_global_batch(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, batch_size=8, run__batch_gpu=2))
     seen: list[torch.Tensor] = []
     mapping = trainer.G.mapping.forward
@@ -134,9 +104,7 @@ def test_a_phase_steps_by_its_weight_times_the_mean_gradient(shapes_zip: Path) -
     assert x.item() == pytest.approx(-5 * img.mean().item())
 
 
-def test_the_average_follows_with_the_images_before_the_batch(
-    shapes_zip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ema_gets_the_number_of_images_before_the_batch(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new_trainer(small_config(shapes_zip))
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(trainer.ema, "update", lambda nimg, batch_size: calls.append((nimg, batch_size)))
@@ -145,7 +113,7 @@ def test_the_average_follows_with_the_images_before_the_batch(
 
 
 def spoil(phase: Phase, trainer: Trainer, step: int) -> None:
-    """Make the loss of a phase infinite at a step; its report looks fine."""
+    """Make the loss of a phase infinite at a step, but not its statistics."""
     finite = phase.loss
 
     def loss(img: torch.Tensor, c: torch.Tensor) -> LossTerms:
@@ -156,7 +124,7 @@ def spoil(phase: Phase, trainer: Trainer, step: int) -> None:
     phase.loss = loss
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(shapes_zip: Path) -> None:
+def test_a_nonfinite_gradient_stops_the_run_before_it_saves(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.048))
     trainer.last_snapshot = Path("network-snapshot-000007.pkl")
     spoil(trainer.phases[1], trainer, step=1)
@@ -168,11 +136,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(sh
     assert all(x.isfinite().all() for x in trainer.D.state_dict().values())
 
 
-def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
-    """All that the phase would have changed stays, to the last bit; the other phases go on."""
-    config = everything(shapes_zip, run__nan="skip", run__tick_kimg=0.008)
+def test_a_nonfinite_step_can_be_skipped(shapes_zip: Path) -> None:
+    """A skipped phase changes nothing, to the last bit; the other phases continue."""
+    config = every_phase_config(shapes_zip, run__nan="skip", run__tick_kimg=0.008)
     trainer, untouched = new_trainer(config), new_trainer(config)
-    untouched.phases = untouched.phases[:2]  # the generator's
+    untouched.phases = untouched.phases[:2]  # the phases of G
     spoil(trainer.phases[2], trainer, step=0)
     trainer.phases = trainer.phases[:3]
     ticks: list[Tick] = []
@@ -180,7 +148,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(shapes_zip: Path) -> None:
     train_steps(untouched, 1)
     train_steps(trainer, 2)
     assert [tick.values.get("Skipped/D_main") for tick in ticks] == [None, 1.0, None]
-    for name, counts in (("Loss/scores/real", [0, 8]), ("Loss/scores/fake", [8, 8])):  # of D_main, of G_main
+    for name, counts in (("Loss/scores/real", [0, 8]), ("Loss/scores/fake", [8, 8])):  # D_main, G_main
         assert [tick.stats[name].count for tick in ticks[1:]] == counts
 
     again = new_trainer(config)
@@ -216,47 +184,34 @@ def test_frozen_layers_keep_their_weights(shapes_zip: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(rest_before, rest, strict=True))
 
 
-def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
-    """Train, and save the state with the statistics of a figure that is each process's number, twice."""
-    trainer = new_trainer(config)
-    train_steps(trainer, steps)
-    statistics = Stats(torch.device("cpu"))
-    statistics.add({"rank": torch.full([2], float(distributed.rank()))})
-    statistics.gather()
-    saved = {name: x.clone() for name, x in statistics.state_dict().items()}
-    assert saved["rank"].tolist() == ([4, 2, 2] if distributed.is_main() else [0, 0, 0])
-    collected = statistics.collect()["rank"]
-    if distributed.is_main():
-        trainer.checkpoint.save(path, rank_mean=collected.mean, rank_std=collected.std, count=collected.count)
-
-
 def config_to_share(data: Path) -> TrainConfig:
-    """A large epsilon in Adam: with the usual one its first steps are those of the gradients' signs, and rounding
-    decides the sign of gradients that are almost zero.
+    """Return a configuration with a large epsilon in Adam.
+
+    With the usual epsilon the first steps are the signs of the gradients, and rounding decides the signs near zero.
     """
     smooth = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2}
-    return everything(data, data__use_labels=True, augment__mode="fixed", augment__p=0.7, **smooth)
+    return every_phase_config(data, data__use_labels=True, augment__mode="fixed", augment__p=0.7, **smooth)
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
     train_and_save(config_to_share(data), 4, folder / "two.pt")
 
 
-def test_two_processes_compute_what_one_does(shapes_zip: Path, together: Path) -> None:
-    """Batch 8 as two micro-batches of 4 in one process, and as one of 4 in each of two."""
+def test_two_processes_compute_the_same_as_one(shapes_zip: Path, together: Path) -> None:
+    """Batch 8: two micro-batches of 4 in one process, one micro-batch of 4 in each of two processes."""
     alone = new_trainer(config_to_share(shapes_zip))
     train_steps(alone, 4)
     payload = Checkpoint.read(together / "test_training" / "two.pt")
     assert (payload["rank_mean"], payload["rank_std"], payload["count"]) == (0.5, 0.5, 4)
 
-    one, two = everything_that_is_saved(alone), payload["parts"]
+    one, two = saved_state(alone), payload["parts"]
     for part in ("G", "D", "G_ema", "ada", "pl_mean"):
         for name, x in one[part].items():
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
     assert two["state"]["nimg"] == one["state"]["nimg"] == 32
 
 
-def test_weights_that_are_not_finite_stop_the_run(shapes_zip: Path) -> None:
+def test_nonfinite_weights_stop_the_run(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.001))
     with torch.no_grad():
         trainer.D.epilogue.out.weight.fill_(float("nan"))
@@ -264,12 +219,12 @@ def test_weights_that_are_not_finite_stop_the_run(shapes_zip: Path) -> None:
         train_steps(trainer, 2)
 
 
-def _cut_off(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
 def _give_impossible_values(path: Path) -> None:
-    """A whole file, whose checksum is right."""
+    """Write impossible values with a correct checksum."""
     payload = Checkpoint.read(path)
     payload["parts"]["state"]["nimg"] = -1
     Checkpoint.write(path, payload)
@@ -281,8 +236,8 @@ def _give_other_networks(path: Path) -> None:
     Checkpoint.write(path, payload)
 
 
-@pytest.mark.parametrize("damage", [_cut_off, _give_impossible_values, _give_other_networks])
-def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
+@pytest.mark.parametrize("damage", [_truncate, _give_impossible_values, _give_other_networks])
+def test_an_unusable_state_is_skipped_for_the_previous_one(
     shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     config = small_config(shapes_zip)
@@ -309,7 +264,7 @@ def test_a_state_that_cannot_be_used_is_passed_over_for_the_one_before(
         restore.load_latest(again, tmp_path)
 
 
-def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_path: Path) -> None:
+def test_resuming_removes_only_partial_files_of_the_run(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip))
     trainer.save(tmp_path / "training-state-000000.pt")
     names = ("training-state-000001.pt", "stats.jsonl", "metric-fid50k_full.jsonl", "fakes000001.png", "reals.png")
@@ -326,14 +281,14 @@ def test_resuming_removes_only_what_training_left_behind(shapes_zip: Path, tmp_p
 
 
 @pytest.mark.parametrize("elapsed", [-5.0, float("nan"), float("inf"), 10**400, "long", None, [1]])
-def test_an_odd_elapsed_time_is_no_reason_to_refuse_a_state(elapsed: object) -> None:
+def test_a_state_with_an_invalid_elapsed_time_is_accepted(elapsed: object) -> None:
     state = TrainState()
     state.load_state_dict({"nimg": 16, "step": 1, "elapsed": elapsed})
     assert 0 <= state.elapsed < float("inf")
     assert (state.nimg, state.step) == (16, 1)
 
 
-def test_times_do_not_depend_on_the_clock_that_can_be_set(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_do_not_depend_on_the_system_clock(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.016))
     clock = iter(range(10**9, 0, -3600))
     monkeypatch.setattr("time.time", lambda: float(next(clock)))
@@ -345,13 +300,13 @@ def test_times_do_not_depend_on_the_clock_that_can_be_set(shapes_zip: Path, monk
     trainer.hooks = [OnTick(note)]
     train_steps(trainer, 2)
     assert len(times) > 10
-    assert all(0 <= value < PATIENCE * 1e6 for value in times)  # milliseconds, at most
+    assert all(0 <= value < PATIENCE * 1e6 for value in times)  # the largest unit is milliseconds
 
 
-def test_phases_that_cannot_be_recorded_train_without_graphs(
+def test_phases_that_cannot_be_captured_train_without_graphs(
     shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only D_reg can be recorded here; gradients that a recording has accumulated are discarded."""
+    """Only D_reg can be captured here; gradients accumulated during a failed capture are discarded."""
 
     class Recorder:
         def __init__(self, accumulate: Any, *inputs: torch.Tensor, pool: Any) -> None:
@@ -364,8 +319,8 @@ def test_phases_that_cannot_be_recorded_train_without_graphs(
             return self.accumulate(*inputs)
 
     monkeypatch.setattr(graphs, "Captured", Recorder)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))  # which builds without CUDA lack
-    config = everything(shapes_zip)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))  # missing in builds without CUDA
+    config = every_phase_config(shapes_zip)
     plain = new_trainer(config)
     recorded = new_trainer(override(config, {"run.graphs": True}))
     for trainer in (plain, recorded):
@@ -384,11 +339,11 @@ def test_phases_that_cannot_be_recorded_train_without_graphs(
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
-    config = everything(shapes_zip, run__graphs=use_graphs)
+    config = every_phase_config(shapes_zip, run__graphs=use_graphs)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     data = trainer._batches()
     batch = next(data)
-    for phase in trainer.phases:  # the first call of each may build caches
+    for phase in trainer.phases:  # the first call may fill caches
         trainer.run_phase(phase, *batch)
     with no_synchronisation():
         for phase in trainer.phases:
@@ -399,8 +354,8 @@ def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_computes_what_the_cpu_does(shapes_zip: Path) -> None:
-    """R1 and the images from the same weights and inputs."""
+def test_the_gpu_computes_the_same_as_the_cpu(shapes_zip: Path) -> None:
+    """Compare R1 and images for the same weights and inputs."""
     config = small_config(shapes_zip, augment__mode="noaug")
     on_cpu = new_trainer(config)
     on_gpu = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
@@ -419,14 +374,14 @@ def test_the_gpu_computes_what_the_cpu_does(shapes_zip: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_graphs", [False, True])
-def test_training_on_the_gpu_learns_and_resumes(shapes_zip: Path, tmp_path: Path, use_graphs: bool) -> None:
-    config = everything(shapes_zip, data__use_labels=True, run__graphs=use_graphs)
+def test_training_on_the_gpu_saves_and_resumes(shapes_zip: Path, tmp_path: Path, use_graphs: bool) -> None:
+    config = every_phase_config(shapes_zip, data__use_labels=True, run__graphs=use_graphs)
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     train_steps(trainer, 4)
     trainer.save(tmp_path / "training-state-000000.pt")
     again = Trainer(config, ImageDataset(config.data), torch.device("cuda"))
     again.resume(tmp_path / "training-state-000000.pt")
-    assert digest(everything_that_is_saved(again)) == digest(everything_that_is_saved(trainer))
+    assert digest(saved_state(again)) == digest(saved_state(trainer))
     train_steps(again, 1)
     assert all_recorded(trainer) == use_graphs
     assert all(x.isfinite().all() for x in again.G.state_dict().values())
@@ -439,32 +394,30 @@ def _default_arithmetic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_default_arithmetic")
-def test_all_of_training_has_deterministic_algorithms(shapes_zip: Path) -> None:
-    """On a CPU; the next test asks a GPU."""
-    config = everything(shapes_zip, run__deterministic=True)
+def test_every_phase_has_deterministic_algorithms(shapes_zip: Path) -> None:
+    """This test runs on a CPU; the next one runs on a GPU."""
+    config = every_phase_config(shapes_zip, run__deterministic=True)
     set_arithmetic(config)
     assert torch.are_deterministic_algorithms_enabled()
     train_steps(new_trainer(config), 1)
-    set_arithmetic(everything(shapes_zip))
+    set_arithmetic(every_phase_config(shapes_zip))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("pipe", "is_refused"), [("bgc", True), ("filter", True), ("blit", True), ("color", False)])
-def test_pipes_without_deterministic_derivatives_are_refused_on_a_gpu(pipe: str, is_refused: bool) -> None:
+def test_nondeterministic_pipes_are_refused_on_a_gpu(pipe: str, is_refused: bool) -> None:
     config = override(PRESETS["tiny"], {"augment.pipe": pipe, "run.deterministic": True})
-    about = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
+    env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     with pytest.raises(ConfigError, match=r"run\.deterministic") if is_refused else nullcontext():
-        resolve(config, about)
-    resolve(replace(config, augment=replace(config.augment, mode="noaug")), about)
+        resolve(config, env)
+    resolve(replace(config, augment=replace(config.augment, mode="noaug")), env)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_default_arithmetic")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
-    shapes_zip: Path, tmp_path: Path, precision: str
-) -> None:
-    config = everything(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
+def test_resuming_on_the_gpu_is_exact_if_deterministic(shapes_zip: Path, tmp_path: Path, precision: str) -> None:
+    config = every_phase_config(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
     set_arithmetic(config)
 
     def trainer() -> Trainer:
@@ -476,22 +429,22 @@ def test_resuming_on_the_gpu_is_exact_where_all_is_deterministic(
     first.save(tmp_path / "state.pt")
     second.resume(tmp_path / "state.pt")
     train_steps(second, 5)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
 
 
-def test_the_time_left_counts_metrics_and_files_too(
+def test_the_remaining_time_includes_metrics_and_files(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 1000.0, 1060.0, 1060.0])
     monkeypatch.setattr(hooks.time, "monotonic", lambda: next(clock))
     trainer: Any = SimpleNamespace(total_nimg=10_000, state=TrainState(nimg=100))
     progress = hooks.TickLine()
-    progress.on_step(trainer)  # the first
+    progress.on_step(trainer)  # first step
     stats = {name: Stat(mean=-1.2345, std=0.0, count=8) for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real")}
     values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
     tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
     trainer.state = TrainState(nimg=1100, elapsed=3600.0)
-    progress.on_tick(trainer, tick)  # 1 kimg in 60 seconds, 20 of them training
+    progress.on_tick(trainer, tick)  # 1 kimg took 60 seconds, of which training took 20
     line = capsys.readouterr().out
     assert "kimg 1.1 " in line
     assert "left 8m 54s" in line

@@ -1,4 +1,4 @@
-"""Transfer learning between networks of different shape: what is copied where, what is refused."""
+"""Transfer learning between networks of different shapes: copied tensors, partial copies, refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ D64 = dataclasses.replace(D32, img_size=(64, 64))
 
 
 def build(config: Any, seed: int) -> Any:
-    """A network in which no two tensors are equal, not even biases at their start."""
+    """Return a network in which no two tensors are equal, not even initial biases."""
     torch.manual_seed(seed)
     network: nn.Module = config.build()
     with torch.no_grad():
@@ -39,7 +39,7 @@ def pair(source: Any, target: Any) -> tuple[Any, Any]:
     return build(source, 0), build(target, 1)
 
 
-def test_places_name_grids_in_place_of_indices() -> None:
+def test_places_replace_indices_by_grids() -> None:
     assert places(build(D64, 0))["blocks.1.conv0.weight"] == "blocks.32x32.conv0.weight"
     assert places(build(D32, 0))["blocks.0.conv0.weight"] == "blocks.32x32.conv0.weight"
     assert places(build(D32, 0))["fromrgb.0.bias"] == "fromrgb.32x32.bias"
@@ -54,8 +54,8 @@ def test_places_name_grids_in_place_of_indices() -> None:
 
 @pytest.mark.parametrize("architecture", ["orig", "skip", "resnet"])
 @pytest.mark.parametrize("is_up", [True, False])
-def test_blocks_of_a_grid_go_to_the_blocks_of_that_grid(architecture: Any, is_up: bool) -> None:
-    """By the tensors' own names: block i of one is block i + 1 of the other."""
+def test_blocks_are_copied_to_the_same_grid(architecture: Any, is_up: bool) -> None:
+    """Indices are counted by hand: block i of the smaller network is block i + 1 of the larger one."""
     small, large = (dataclasses.replace(config, architecture=architecture) for config in (D32, D64))
     source, target = pair(small, large) if is_up else pair(large, small)
     copied = copy_weights(source, target, "D")
@@ -74,7 +74,7 @@ def test_blocks_of_a_grid_go_to_the_blocks_of_that_grid(architecture: Any, is_up
 
 
 @pytest.mark.parametrize("is_up", [True, False])
-def test_encoder_blocks_of_a_discriminator_go_to_their_grid(is_up: bool) -> None:
+def test_encoder_blocks_of_d_are_copied_to_the_same_grid(is_up: bool) -> None:
     small = StyleformerDiscriminatorConfig(img_size=(16, 16), layers=(1, 1), channel_base=64, channel_max=16, depth=4)
     large = dataclasses.replace(small, img_size=(32, 32), layers=(1, 1, 1))
     source, target = pair(small, large) if is_up else pair(large, small)
@@ -86,7 +86,7 @@ def test_encoder_blocks_of_a_discriminator_go_to_their_grid(is_up: bool) -> None
     assert {name.split(".")[1] for name in copied.new if name.startswith("stages")} == ({"16x16"} if is_up else set())
 
 
-def test_stages_of_a_transgan_go_to_their_grid() -> None:
+def test_stages_of_a_transgan_are_copied_to_the_same_grid() -> None:
     small = TransGANConfig(z_dim=8, w_dim=8, base=(8, 8), widths=(16, 16), layers=(1, 1))
     source, target = pair(small, dataclasses.replace(small, base=(4, 4), widths=(16, 16, 16), layers=(1, 1, 1)))
     copied = copy_weights(source, target, "G")
@@ -96,8 +96,8 @@ def test_stages_of_a_transgan_go_to_their_grid() -> None:
     assert {name.split(".")[2] for name in copied.new if "stages" in name} == {"4x4"}
 
 
-def test_a_generator_for_larger_images_starts_as_the_one_for_smaller() -> None:
-    """Up to the last block of the old resolution, which is the same where the widths are."""
+def test_a_larger_generator_starts_from_the_smaller_one() -> None:
+    """Outputs are equal up to the last block of the old resolution if the widths are equal."""
     source, target = pair(G32, G64)
     copied = copy_weights(source, target, "G")
     assert {name.split(".")[2] for name in copied.new} == {"64x64"}
@@ -110,7 +110,7 @@ def test_a_generator_for_larger_images_starts_as_the_one_for_smaller() -> None:
     torch.testing.assert_close(seen[0], source.synthesis(small, "none"))
 
 
-def test_more_image_channels_are_read_as_before_and_begin_at_random() -> None:
+def test_additional_image_channels_keep_the_old_ones() -> None:
     source, target = pair(D32, dataclasses.replace(D32, img_channels=4))
     copied = copy_weights(source, target, "D")
     assert copied.partial == ("fromrgb.32x32.weight",)
@@ -126,20 +126,20 @@ def test_more_image_channels_are_read_as_before_and_begin_at_random() -> None:
     torch.testing.assert_close(wide(z, None)[:, :3], G(z, None))
 
 
-def test_more_classes_leave_the_old_ones_as_they_were() -> None:
+def test_additional_classes_keep_the_old_ones() -> None:
     few, many = (dataclasses.replace(G32, c_dim=c_dim) for c_dim in (3, 5))
     G, more = pair(few, many)
     assert copy_weights(G, more, "G").partial == ("mapping.embed.weight",)
     z = torch.randn(3, 8)
     torch.testing.assert_close(more(z, torch.eye(5)[:3]), G(z, torch.eye(3)), rtol=1e-4, atol=1e-4)
-    D, judge = (build(dataclasses.replace(D32, c_dim=c_dim), i) for i, c_dim in enumerate((3, 5)))
-    assert copy_weights(D, judge, "D").partial == ("mapping.embed.weight",)
+    D, wide_d = (build(dataclasses.replace(D32, c_dim=c_dim), i) for i, c_dim in enumerate((3, 5)))
+    assert copy_weights(D, wide_d, "D").partial == ("mapping.embed.weight",)
     img = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(judge(img, torch.eye(5)[:3]), D(img, torch.eye(3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide_d(img, torch.eye(5)[:3]), D(img, torch.eye(3)), rtol=1e-4, atol=1e-4)
 
 
-def test_labels_come_beside_z() -> None:
-    """A mapping that reads nothing of its label yet is the unconditional one."""
+def test_an_unconditional_network_can_become_conditional() -> None:
+    """A mapping network whose label weights are zero is the unconditional one."""
     G, conditional = pair(G32, dataclasses.replace(G32, c_dim=3))
     copied = copy_weights(G, conditional, "G")
     assert copied.partial == ("mapping.layers.0.weight",)
@@ -150,7 +150,7 @@ def test_labels_come_beside_z() -> None:
     torch.testing.assert_close(conditional(z, torch.eye(3)), G(z, None), rtol=1e-4, atol=1e-4)
 
 
-def test_encoder_blocks_go_into_a_styleformer_c() -> None:
+def test_encoder_blocks_are_copied_into_a_styleformer_c() -> None:
     mixed = StyleformerCConfig(
         z_dim=8, w_dim=8, widths=(24, 16, 8), layers=(1, 2, 1), resolutions=4, channel_base=64 * 8
     )
@@ -169,7 +169,7 @@ def test_encoder_blocks_go_into_a_styleformer_c() -> None:
         (D32, dataclasses.replace(D32, channel_base=128, channel_max=8)),
     ],
 )
-def test_another_configuration_is_refused_and_nothing_changes(source: Any, target: Any) -> None:
+def test_other_configurations_are_refused_and_change_nothing(source: Any, target: Any) -> None:
     old, new = pair(source, target)
     before = {key: x.clone() for key, x in new.state_dict().items()}
     with pytest.raises(UserError, match=r"N: only \d+% of the parameters are in the snapshot; it was"):
@@ -183,7 +183,7 @@ def test_styles_of_another_size_are_refused() -> None:
         copy_weights(source, target, "G")
 
 
-def test_frozen_layers_must_come_from_the_snapshot() -> None:
+def test_freezing_layers_that_were_not_copied_is_refused() -> None:
     source, target = pair(D32, D64)
     copied = copy_weights(source, target, "D")
     check_frozen(target, 0, copied)
@@ -195,7 +195,7 @@ def test_frozen_layers_must_come_from_the_snapshot() -> None:
     check_frozen(target, len(target.layers_from_image()), copied)
 
 
-def test_what_fits() -> None:
+def test_fit_finds_the_part_that_can_be_copied() -> None:
     def part(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[slice, ...] | None:
         return fit(torch.zeros(old), torch.zeros(new), {(3, 4), (5, 10)})
 
@@ -207,7 +207,7 @@ def test_what_fits() -> None:
     assert part((2,), (2, 1)) is None
 
 
-def test_origin_goes_through_json() -> None:
+def test_the_origin_survives_json() -> None:
     origin = Origin(source="a.pkl", kimg=1.5, copied_g=0.5, partial=("G: x",), new=("D: y", "D: z"))
     assert from_json(Origin, json.loads(json.dumps(to_json(origin)))) == origin
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.1$"):

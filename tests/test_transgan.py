@@ -1,4 +1,4 @@
-"""TransGAN's networks: every layer and both networks against an independent float64 evaluation of their equations."""
+"""TransGAN: every layer and both networks against the float64 reference, and the published presets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from scipy.special import erf
-from test_networks import below, close, ref_mapping, state_of
-from test_training import everything_that_is_saved, new_trainer, train_steps
+from reference_layers import Array, close, ref_mapping, state_of
+from reference_transgan import (
+    build_transgan,
+    ref_attention,
+    ref_attention_bias,
+    ref_bicubic,
+    ref_low_pass,
+    ref_shuffle,
+    ref_transgan,
+    ref_transgan_discriminator,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_helpers import new_trainer, saved_state, train_steps
 
 import dataset_tool
 import train
@@ -49,9 +59,6 @@ from training.networks.transgan import (
 )
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.networks.vit import Block, BlockConfig, TokenNoise
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-State = dict[str, Array]
 
 TINY = TransGANConfig(
     z_dim=5, w_dim=5, img_channels=2, base=(2, 4), widths=(16, 16, 4), layers=(1, 2, 1), num_heads=2, full_upto=4,
@@ -94,231 +101,15 @@ D_VARIANTS = {
 }
 
 
-@torch.no_grad()
-def build(config: Any) -> Any:
-    """A float64 network in which no parameter is trivial or small."""
-    torch.manual_seed(0)
-    network = config.build().double()
-    for parameter in network.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    network.requires_grad_(True)
-    if isinstance(config, TransGANConfig):
-        network.mapping.w_avg.normal_()
-    return network
-
-
-# The reference: numpy, float64, from the equations, token by token.
-
-
-def ref_linear(x: Array, state: State, name: str) -> Array:
-    y = np.einsum("...i,oi->...o", x, state[f"{name}.weight"])
-    return y + state.get(f"{name}.bias", np.zeros(y.shape[-1]))
-
-
-def ref_norm(x: Array, state: State, name: str) -> Array:
-    """LayerNorm where there is a weight, else token-wise."""
-    if f"{name}.weight" not in state:
-        return x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-8)
-    centred = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
-    return centred * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-
-def ref_softmax(x: Array) -> Array:
-    x = np.exp(x - x.max(axis=-1, keepdims=True))
-    return x / x.sum(axis=-1, keepdims=True)
-
-
-def ref_attention(q: Array, k: Array, v: Array, heads: int, bias: Array | None = None) -> Array:
-    """Softmax attention, head by head; bias (heads, N, M), -inf where a query must not look."""
-    out = np.zeros_like(q)
-    D = q.shape[2] // heads
-    for b in range(len(q)):
-        for h in range(heads):
-            part = slice(h * D, (h + 1) * D)
-            scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(D)
-            out[b, :, part] = ref_softmax(scores if bias is None else scores + bias[h]) @ v[b, :, part]
-    return out
-
-
 def ref_two_heads(tokens: list[Tensor], bias: Array | None = None) -> Array:
     q, k, v = (x.detach().numpy() for x in tokens)
     return ref_attention(q, k, v, 2, bias)
 
 
-def ref_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
-    """Bias of all pairs of tokens of the grid: -inf between cells, inside one the table's entry of their offset."""
-    y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
-    dy, dx = np.subtract.outer(y, y), np.subtract.outer(x, x)  # query minus key
-    together = np.equal.outer(y // cell[0], y // cell[0]) & np.equal.outer(x // cell[1], x // cell[1])
-    values = np.zeros((heads, len(y), len(y)))
-    if table is not None:
-        values[:, together] = table[dy[together] + cell[0] - 1, dx[together] + cell[1] - 1].T
-    return np.where(together, values, -np.inf)
-
-
-def ref_nystrom(q: Array, k: Array, v: Array, heads: int, landmarks: int) -> Array:
-    out = np.zeros_like(q)
-    D, N = q.shape[2] // heads, q.shape[1]
-    segments = np.kron(np.eye(landmarks), np.ones((1, N // landmarks))) / (N // landmarks)
-    for b in range(len(q)):
-        for h in range(heads):
-            Q, K, V = (x[b, :, h * D : (h + 1) * D] for x in (q, k, v))
-            left, right = (segments @ Q), (segments @ K)
-            F, A, B = (ref_softmax(x @ y.T / math.sqrt(D)) for x, y in ((Q, right), (left, right), (left, K)))
-            Z = A.T / (np.linalg.norm(A, 1) * np.linalg.norm(A, np.inf))
-            one = np.eye(landmarks)
-            for _ in range(6):
-                AZ = A @ Z
-                Z = Z @ (13 * one - AZ @ (15 * one - AZ @ (7 * one - AZ))) / 4
-            out[b, :, h * D : (h + 1) * D] = F @ Z @ (B @ V)
-    return out
-
-
-def ref_form(
-    q: Array, k: Array, v: Array, state: State, config: BlockConfig, grid: tuple[int, int], form: str
-) -> Array:
-    """Attention as `form` says, windows as attention among all tokens under a mask."""
-    heads, (height, width) = config.num_heads, grid
-    if form == "nystrom":
-        return ref_nystrom(q, k, v, heads, config.landmarks)
-    if form == "axis":
-        rows, columns = (
-            ref_bias(state.get(f"{name}.relative.table"), grid, cell, heads)
-            for name, cell in (("rows", (1, width)), ("columns", (height, 1)))
-        )
-        return ref_attention(q, k, ref_attention(q, k, v, heads, rows), heads, columns)
-    cell = grid if form == "full" else (config.window, config.window)
-    return ref_attention(q, k, v, heads, ref_bias(state.get("relative.table"), grid, cell, heads))
-
-
-def ref_block(
-    x: Array,
-    state: State,
-    config: BlockConfig,
-    grid: tuple[int, int],
-    form: str,
-    latents: Array | None = None,
-    clamp: float | None = None,
-) -> Array:
-    C = x.shape[2]
-    seen = ref_norm(x, state, "norm1")
-    if "noise.strength" in state:
-        seen = seen + state["noise.strength"] * state["noise.noise_const"]
-    qkv = ref_linear(seen, state, "qkv")
-    q, k, v = qkv[:, :, :C], qkv[:, :, C : 2 * C], qkv[:, :, 2 * C :]
-    attended = ref_form(q, k, v, below(state, "attention."), config, grid, form)
-    x = x + ref_linear(attended, state, "out")
-    if latents is not None:
-        kv = ref_linear(latents, state, "cross.kv")
-        q = ref_linear(ref_norm(x, state, "cross_norm"), state, "cross.q")
-        x = x + ref_linear(ref_attention(q, kv[:, :, :C], kv[:, :, C:], config.num_heads), state, "cross.out")
-    hidden = ref_linear(ref_norm(x, state, "norm2"), state, "fc1")
-    x = x + ref_linear(hidden * (1 + erf(hidden / math.sqrt(2))) / 2, state, "fc2")
-    return x if clamp is None else np.clip(x, -clamp, clamp)
-
-
-def ref_bicubic(x: Array) -> Array:
-    """Twice as many samples along axis 1: Keys' kernel with a = -3/4, centres aligned, borders repeated."""
-
-    def kernel(t: float) -> float:
-        t, a = abs(t), -0.75
-        if t <= 1:
-            return (a + 2) * t**3 - (a + 3) * t**2 + 1
-        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
-
-    n = x.shape[1]
-    out = np.zeros((x.shape[0], 2 * n, *x.shape[2:]))
-    for i in range(2 * n):
-        place = (i + 0.5) / 2 - 0.5
-        for j in range(math.floor(place) - 1, math.floor(place) + 3):
-            out[:, i] += kernel(place - j) * x[:, min(max(j, 0), n - 1)]
-    return out
-
-
-def ref_shuffle(x: Array) -> Array:
-    """Maps (B, h, w, C) to (B, 2h, 2w, C/4): pixel (2y + i, 2x + j), channel c is channel 4c + 2i + j of (y, x)."""
-    B, h, w, C = x.shape
-    out = np.zeros((B, 2 * h, 2 * w, C // 4))
-    for i in range(2):
-        for j in range(2):
-            out[:, i::2, j::2] = x[:, :, :, 2 * i + j :: 4]
-    return out
-
-
-def ref_low_pass(x: Array) -> Array:
-    for axis in (1, 2):
-        padded = np.pad(x, [(int(a == axis),) * 2 for a in range(4)])
-        before, here, after = (np.take(padded, range(s, s + x.shape[axis]), axis) for s in range(3))
-        x = before / 4 + here / 2 + after / 4
-    return x
-
-
-def ref_synthesis(w: Array, state: State, config: TransGANConfig) -> Array:
-    B = len(w)
-    x = ref_linear(w, state, "stem").reshape(B, *config.base, config.widths[0])
-    latents = None
-    if config.latent_tokens:
-        latents = ref_linear(w, state, "latent_stem").reshape(B, config.latent_tokens, config.widths[0])
-        latents = latents + state["latent_position"]
-    for index, (grid, width) in enumerate(zip(config.grids, config.widths, strict=True)):
-        stage = below(state, f"stages.{index}.")
-        if index and width == config.widths[index - 1]:
-            x = ref_bicubic(ref_bicubic(x).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-        elif index:
-            x = ref_shuffle(x)
-        if index and index >= len(config.widths) - config.antialias:
-            x = ref_low_pass(x)
-        tokens = x.reshape(B, -1, width) + stage.get("position", 0)
-        form = "full" if max(grid) <= config.full_upto else config.attention
-        for number in range(config.layers[index]):
-            block = below(stage, f"blocks.{number}.")
-            tokens = ref_block(tokens, block, config, grid, form, latents, config.conv_clamp)
-        x = tokens.reshape(B, *grid, width)
-    return ref_linear(x, state, "torgb").transpose(0, 3, 1, 2)
-
-
-def ref_patches(img: Array, state: State, patch: int, size: int) -> Array:
-    """A linear map of every patch of `size` pixels, `patch` apart, with zeros outside -> (B, h, w, C)."""
-    margin = (size - patch) // 2
-    img = np.pad(img, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
-    height, width = (img.shape[2] - size) // patch + 1, (img.shape[3] - size) // patch + 1
-    out = np.zeros((len(img), height, width, len(state["weight"])))
-    for y in range(height):
-        for x in range(width):
-            part = img[:, :, y * patch : y * patch + size, x * patch : x * patch + size]
-            out[:, y, x] = np.einsum("bchw,ochw->bo", part, state["weight"]) + state["bias"]
-    return out
-
-
-def ref_discriminate(img: Array, c: Array | None, state: State, config: TransGANDiscriminatorConfig) -> Array:
-    B, x = len(img), np.zeros((len(img), 0, 0, 0))
-    for index, grid in enumerate(config.grids):
-        embedding, blocks = below(state, f"embeddings.{index}."), below(state, f"scales.{index}.")
-        patch = config.patch * 2**index
-        if index:
-            x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
-        if "conv.weight" in embedding:
-            size = 2 * patch if config.overlap and index == 0 else patch
-            seen = ref_patches(img, below(embedding, "conv."), patch, size)
-            x = seen if index == 0 else np.concatenate([x, seen], axis=3)
-        tokens = x.reshape(B, -1, x.shape[3]) + embedding.get("position", 0)
-        for number in range(config.layers[index]):
-            form = config.attention if number < config.local_layers[index] else "full"
-            tokens = ref_block(tokens, below(blocks, f"{number}."), config, grid, form)
-        x = tokens.reshape(B, *grid, -1)
-    tokens = np.concatenate([np.broadcast_to(state["cls"], (B, 1, x.shape[3])), tokens], axis=1)
-    tokens = ref_block(tokens, below(state, "last_block."), config, (1, tokens.shape[1]), "full")
-    features = ref_norm(tokens, state, "norm")[:, 0]
-    logits = ref_linear(features, state, "head")
-    if c is not None:
-        logits = logits + (features * (c @ state["embed"])).sum(axis=1, keepdims=True) / math.sqrt(features.shape[1])
-    return logits
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_generator_equals_the_equations(name: str) -> None:
+def test_generator_equals_the_reference(name: str) -> None:
     config = VARIANTS[name]
-    G = build(config)
+    G = build_transgan(config)
     rng = np.random.default_rng(0)
     z = rng.normal(size=(3, config.z_dim))
     c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
@@ -326,35 +117,35 @@ def test_generator_equals_the_equations(name: str) -> None:
         w = ref_mapping(z, c, state_of(G.mapping), 1, config.mapping_layers)[:, 0]
     else:
         w = z if c is None else z + c @ state_of(G.mapping)["embed"]
-    expected = ref_synthesis(w, state_of(G.synthesis), config)
+    expected = ref_transgan(w, state_of(G.synthesis), config)
     labels = None if c is None else torch.from_numpy(c)
     close(G(torch.from_numpy(z), labels), expected)
     assert expected.shape[1:] == G.img_shape == (2, 8, 16)
     w_avg = state_of(G.mapping)["w_avg"]
-    truncated = ref_synthesis(w_avg + 0.6 * (w - w_avg), state_of(G.synthesis), config)
+    truncated = ref_transgan(w_avg + 0.6 * (w - w_avg), state_of(G.synthesis), config)
     close(G(torch.from_numpy(z), labels, truncation_psi=0.6), truncated)
 
 
 @pytest.mark.parametrize("name", D_VARIANTS)
-def test_discriminator_equals_the_equations(name: str) -> None:
+def test_discriminator_equals_the_reference(name: str) -> None:
     config = D_VARIANTS[name]
-    D = build(config)
+    D = build_transgan(config)
     img = np.random.default_rng(0).normal(size=(3, 2, *config.img_size))
     c = np.eye(3)[[2, 0, 1]] if config.c_dim else None
-    expected = ref_discriminate(img, c, state_of(D), config)
+    expected = ref_transgan_discriminator(img, c, state_of(D), config)
     close(D(torch.from_numpy(img), None if c is None else torch.from_numpy(c)), expected)
     assert expected.shape == (3, 1)
     assert expected.std() > 1e-3
 
 
-def test_relative_positions_are_the_table_by_offset() -> None:
+def test_relative_positions_look_up_the_offset_in_the_table() -> None:
     relative = RelativePosition(3, (3, 4)).double()
     assert relative.table.shape == (5, 7, 3)
     assert 0 < relative.table.std() < 0.04
-    close(relative(), ref_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
+    close(relative(), ref_attention_bias(relative.table.detach().numpy(), (3, 4), (3, 4), 3))
 
 
-def test_cells_are_windows_row_by_row() -> None:
+def test_cells_are_windows_in_row_order() -> None:
     x = torch.arange(4 * 6).view(1, 24, 1)
     cells = to_cells(x, (4, 6), (2, 3))
     assert cells.squeeze(2).tolist() == [
@@ -372,16 +163,14 @@ def qkv(N: int, C: int, size: float = 1.0) -> list[Tensor]:
 
 
 def small_heads(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Array]:
-    """Tokens of two heads of 4 channels, a bias, and what attention makes of them."""
+    """Return tokens of two heads of 4 channels, a bias, and the expected output of attention."""
     tokens, bias = [x.to(dtype) for x in qkv(6, 8)], torch.randn(2, 6, 6).to(dtype)
     return tokens, bias, ref_two_heads([x.double() for x in tokens], bias.double().numpy())
 
 
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4)])
-def test_small_heads_of_16_bits_are_filled_up_with_zeros(
-    dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To what the kernel asks for that keeps no matrix of weights; the result is that of the heads as they are."""
+def test_small_16_bit_heads_are_padded_with_zeros(dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory-efficient kernels need heads of 8 channels in 16 bits; padding does not change the result."""
     fused = F.scaled_dot_product_attention
     sizes: set[int] = set()
 
@@ -399,24 +188,24 @@ def test_small_heads_of_16_bits_are_filled_up_with_zeros(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_heads_of_16_bits_have_a_kernel_without_a_matrix_of_weights(dtype: torch.dtype) -> None:
+def test_small_16_bit_heads_use_memory_efficient_attention(dtype: torch.dtype) -> None:
     tokens, bias, expected = small_heads(dtype)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # or nothing
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # an error if this kernel cannot run
         q, k, v = (split_heads(x.cuda(), 2) for x in tokens)
         y = attend(q, k, v, bias.cuda()).transpose(1, 2).flatten(2)
     np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("use_relative", [False, True])
-def test_a_window_of_the_grids_size_is_full_attention(use_relative: bool) -> None:
+def test_a_window_as_large_as_the_grid_is_full_attention(use_relative: bool) -> None:
     attention = CellAttention(2, (4, 6), (4, 6), use_relative=use_relative).double()
     table = None if attention.relative is None else attention.relative.table.detach().numpy()
     q, k, v = qkv(24, 8)
-    close(attention(q, k, v), ref_two_heads([q, k, v], ref_bias(table, (4, 6), (4, 6), 2)))
+    close(attention(q, k, v), ref_two_heads([q, k, v], ref_attention_bias(table, (4, 6), (4, 6), 2)))
 
 
-def test_axis_attention_reaches_every_token_by_two_steps() -> None:
-    """One token's value reaches its row by the first step and, from there, all columns."""
+def test_axis_attention_reaches_every_token_in_two_steps() -> None:
+    """The first step spreads a token's value over its row, the second over all columns."""
     attention = AxisAttention(2, (3, 5), use_relative=True).double()
     q, k, v = qkv(15, 4)
     v.requires_grad_()
@@ -427,8 +216,8 @@ def test_axis_attention_reaches_every_token_by_two_steps() -> None:
     assert (reached[0].abs().sum(dim=1) > 0).all()
 
 
-def test_nystrom_with_all_tokens_as_landmarks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After enough iterations; with fewer landmarks it is an approximation, better than the mean of the values."""
+def test_nystrom_is_exact_with_all_tokens_as_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pseudo-inverse needs enough iterations. Fewer landmarks approximate better than the mean of the values."""
     q, k, v = qkv(16, 8)
     exact = ref_two_heads([q, k, v])
     monkeypatch.setattr(NystromAttention, "ITERATIONS", 20)
@@ -439,12 +228,12 @@ def test_nystrom_with_all_tokens_as_landmarks_is_exact(monkeypatch: pytest.Monke
     assert error < 0.1 * (smooth[2].mean(dim=1, keepdim=True) - wanted).norm()
 
 
-def test_pseudo_inverse_is_numpys() -> None:
+def test_pseudo_inverse_equals_that_of_numpy() -> None:
     A = torch.rand(2, 3, 6, 6, dtype=torch.float64) + 2 * torch.eye(6)
     close(pseudo_inverse(A, 20), np.linalg.pinv(A.numpy()))
 
 
-def test_upsamplings_equal_their_formulas() -> None:
+def test_upsampling_equals_the_reference() -> None:
     x = torch.randn(2, 12, 8, dtype=torch.float64)
     maps = x.view(2, 3, 4, 8).numpy()
     close(PixelShuffle((3, 4))(x), ref_shuffle(maps).reshape(2, 48, 2))
@@ -457,7 +246,7 @@ def test_upsamplings_equal_their_formulas() -> None:
 # Noise.
 
 
-def test_noise_is_one_number_per_token_times_its_strength() -> None:
+def test_token_noise_is_one_scaled_value_per_token() -> None:
     torch.manual_seed(0)
     noise = TokenNoise(50)
     assert (noise.strength.item(), noise.noise_const.shape) == (0, (50, 1))
@@ -467,7 +256,7 @@ def test_noise_is_one_number_per_token_times_its_strength() -> None:
         drawn = noise(x, "random") - x
         torch.testing.assert_close(drawn, drawn[:, :, :1].expand(-1, -1, 3), rtol=0, atol=1e-6)
         drawn = drawn[:, :, 0]
-        assert drawn.std().item() == pytest.approx(0.5, rel=0.01)  # of 100,000
+        assert drawn.std().item() == pytest.approx(0.5, rel=0.01)  # 100,000 draws
         assert drawn.mean().item() == pytest.approx(0, abs=0.01)
         assert (torch.corrcoef(drawn.t()) - torch.eye(50)).abs().max() < 0.12  # more than five standard deviations
         torch.testing.assert_close(noise(x, "const"), x + 0.5 * noise.noise_const)
@@ -475,8 +264,8 @@ def test_noise_is_one_number_per_token_times_its_strength() -> None:
         assert noise(x.bfloat16(), "random").dtype == torch.bfloat16
 
 
-def test_noise_of_the_generator_follows_the_mode() -> None:
-    G = build(VARIANTS["noise, latent tokens"]).requires_grad_(False)
+def test_generator_noise_follows_the_noise_mode() -> None:
+    G = build_transgan(VARIANTS["noise, latent tokens"]).requires_grad_(False)
     z = torch.randn(2, 5, dtype=torch.float64)
     const, none, first, second = (G(z, None, noise_mode=mode) for mode in ("const", "none", "random", "random"))
     images = [const, none, first, second]
@@ -489,29 +278,15 @@ def test_noise_of_the_generator_follows_the_mode() -> None:
     assert torch.equal(G(z, None, noise_mode="random"), first)
     maps = {name: x for name, x in G.synthesis.named_buffers() if name.endswith("noise_const")}
     assert len(maps) == sum(TINY.layers)
-    for_each = {name: torch.stack([x, torch.randn_like(x)]) for name, x in maps.items()}  # as a projection has them
+    for_each = {
+        name: torch.stack([x, torch.randn_like(x)]) for name, x in maps.items()
+    }  # as projector.py optimises them
     projected = torch.func.functional_call(G.synthesis, for_each, (G.mapping(z, None),))
     torch.testing.assert_close(projected[0], const[0])
     assert not torch.allclose(projected[1], const[1])
     state = {name: x for name, x in G.state_dict().items() if not name.endswith("strength")}
     G.load_state_dict(state | {f"synthesis.{name[:-11]}strength": torch.zeros(()) for name in maps})
     torch.testing.assert_close(G(z, None, noise_mode="random"), none)
-
-
-def test_the_discriminator_draws_noise_in_training_alone() -> None:
-    D = build(D_VARIANTS["noise"]).requires_grad_(False)
-    img = torch.randn(2, *D.img_shape, dtype=torch.float64)
-    torch.manual_seed(4)
-    before = torch.random.get_rng_state()
-    still = D(img, None)
-    assert torch.equal(D(img, None), still)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    with execution.using(random_noise=True):
-        first, second = D(img, None), D(img, None)
-        torch.manual_seed(4)
-        assert torch.equal(D(img, None), first)
-    assert (first - second).abs().max() > 1e-3
-    assert (first - still).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
@@ -531,13 +306,13 @@ def test_noise_is_drawn_in_every_phase_of_training(shapes_zip: Path, part: str) 
     for phase in trainer.phases:
         counts.clear()
         trainer.run_phase(phase, img, c)
-        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # real, fake, between
+        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # reals, fakes, interpolates
         assert len(counts) == 2 * calls * len(noises) > 0  # two micro-batches
     assert all(noise.strength.item() != 0 for noise in noises)
 
 
 def noisy_config(data: Path) -> TrainConfig:
-    """TransGAN with all that is drawn in training; images of 16x16 are too small for a filter."""
+    """TransGAN with every source of randomness except the filter, which needs images larger than 16x16."""
     options = {
         "generator.family": "transgan",
         "generator.widths": (16, 4),
@@ -561,23 +336,22 @@ def noisy_config(data: Path) -> TrainConfig:
     return resolve(apply_options(PRESETS["tiny"], options), Environment(img_shape=(3, 16, 16), c_dim=0))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_resuming_is_exact_with_noise_and_chance(shapes_zip: Path, tmp_path: Path, recompute: bool) -> None:
+def test_resuming_is_exact_with_noise_and_random_augmentation(shapes_zip: Path, tmp_path: Path) -> None:
     config = noisy_config(shapes_zip)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=recompute))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=True))
     straight, first, second = (new_trainer(config) for _ in range(3))
     train_steps(straight, 4)
     train_steps(first, 2)
     first.save(tmp_path / "training-state-000000.pt")
     second.resume(tmp_path / "training-state-000000.pt")
     train_steps(second, 2)
-    assert digest(everything_that_is_saved(second)) == digest(everything_that_is_saved(straight))
+    assert digest(saved_state(second)) == digest(saved_state(straight))
 
 
 # Derivatives, precision, memory.
 
 
-def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() -> None:
+def test_twice_differentiable_attention_keeps_relative_positions() -> None:
     torch.manual_seed(0)
     attention = CellAttention(2, (2, 4), (2, 2), use_relative=True).double()
     q, k, v = torch.randn(3, 2, 8, 6, dtype=torch.float64)
@@ -592,11 +366,11 @@ def test_the_form_that_can_be_differentiated_twice_has_the_relative_positions() 
 
 
 @pytest.mark.parametrize(
-    ("form", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
+    ("kind", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )
-def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
-    """By the input and by all parameters, in the form of the phases that need them."""
-    config = BlockConfig(num_heads=2, norm=norm, attention=form, window=2, landmarks=2)
+def test_second_derivatives_of_a_block_are_correct(kind: Any, norm: Any) -> None:
+    """Derivatives with respect to the input and all parameters, as R1 and path length need them."""
+    config = BlockConfig(num_heads=2, norm=norm, attention=kind, window=2, landmarks=2)
     torch.manual_seed(0)
     attention = config.build_attention((2, 4), is_full=False)
     block = Block(config, 4, attention, other_width=3).double()
@@ -626,91 +400,19 @@ def test_second_derivatives_of_a_block(form: Any, norm: Any) -> None:
 
 
 def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Gradients, by the parameters, of the squared gradient by the input, as in R1, path length and WGAN-GP."""
+    """Return the gradients of the squared input gradient, as in R1, path length and WGAN-GP."""
     with execution.using(twice_differentiable=True):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(network(x, None).square().sum(), x, create_graph=True)
     return torch.autograd.grad(gradient.square().sum(), list(network.parameters()), allow_unused=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [TINY, TINY_D, D_VARIANTS["axis"], VARIANTS["nystrom"], D_VARIANTS["noise"], VARIANTS["noise, latent tokens"]],
-)
-def test_penalties_pass_through_both_networks(config: Any) -> None:
-    """Against finite differences of the penalty along the gradient that was found."""
-    network = build(config)
-    torch.manual_seed(1)
-    x = torch.randn(2, *(network.img_shape if network.__class__.__name__.endswith("Discriminator") else [5]))
-    slopes = [g if g is not None else torch.zeros_like(p) for g, p in zip(penalty(network, x.double()),
-              network.parameters(), strict=True)]  # fmt: skip
-    norm = math.sqrt(sum(g.square().sum().item() for g in slopes))
-
-    def value(step: float) -> float:
-        moved = {name: p.detach() + step / norm * g
-                 for (name, p), g in zip(network.named_parameters(), slopes, strict=True)}  # fmt: skip
-        with execution.using(twice_differentiable=True):
-            y = x.double().requires_grad_()
-            out = torch.func.functional_call(network, moved, (y, None))
-            (gradient,) = torch.autograd.grad(out.square().sum(), y)
-        return gradient.square().sum().item()
-
-    assert (value(1e-5) - value(-1e-5)) / 2e-5 == pytest.approx(norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", ["grid", "axis", "nystrom"])
-def test_reduced_precision_is_close(dtype: torch.dtype, form: Any) -> None:
-    torch.manual_seed(0)
-    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
-    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
-    with torch.no_grad():
-        img = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
-        logits = D(img, None)
-        with execution.using(reduced=dtype):
-            short = G(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), None)
-            short_logits = D(img, None)
-    assert short.dtype == short_logits.dtype == torch.float32
-    assert 0 < (short - img).std() < 0.02 * img.std()
-    assert 0 < (short_logits - logits).abs().max() < 0.02 * logits.abs().max()
-
-
-@pytest.mark.parametrize(
-    "config", [VARIANTS["latent tokens, antialias, no blocks at first"], TINY_D, D_VARIANTS["noise"]]
-)
-def test_recomputation_changes_nothing(config: Any) -> None:
-    network = build(config)
-    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (5,)
-    x = torch.randn(2, *shape, dtype=torch.float64)
-    gradients = []
-    for recompute in (False, True):
-        torch.manual_seed(2)
-        with execution.using(recompute=recompute, random_noise=True):
-            out = network(x, None).square().sum()
-            gradients.append(torch.autograd.grad(out, list(network.parameters())[-3:]))
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("config", [*VARIANTS.values(), *D_VARIANTS.values()], ids=[*VARIANTS, *D_VARIANTS])
-def test_every_parameter_learns(config: Any) -> None:
-    network = build(config)
-    shape = network.img_shape if isinstance(config, TransGANDiscriminatorConfig) else (config.z_dim,)
-    c = torch.eye(3, dtype=torch.float64)[:2] if config.c_dim else None
-    out = network(torch.randn(2, *shape, dtype=torch.float64), c)
-    (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["full", "grid", "axis", "nystrom"])
-def test_on_a_gpu(form: Any) -> None:
-    """Images, logits and the gradients of a penalty are those of the CPU."""
+@pytest.mark.parametrize("kind", ["full", "grid", "axis", "nystrom"])
+def test_networks_on_a_gpu_compute_the_same_as_on_a_cpu(kind: Any) -> None:
     torch.manual_seed(0)
-    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=form).build()
-    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=form).build()
+    G = TransGANConfig(z_dim=32, w_dim=32, widths=(64, 64, 16), layers=(1, 1, 1), full_upto=8, attention=kind).build()
+    D = TransGANDiscriminatorConfig(widths=(32, 32), layers=(2, 1), local_layers=(1, 0), attention=kind).build()
     z, img = torch.randn(4, 32), torch.randn(4, 3, 32, 32)
     expected = [G(z, None), D(img, None), *penalty(D, img)]
     found = [G.cuda()(z.cuda(), None), D.cuda()(img.cuda(), None), *penalty(D, img.cuda())]
@@ -722,12 +424,13 @@ def test_on_a_gpu(form: Any) -> None:
 # Configurations.
 
 
+@cache
 def count(config: Any) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in config.build().parameters())
 
 
-# Published numbers of parameters in millions; those of the CelebA presets are not, see docs/transgan.md.
+# Published parameter counts in millions; the CelebA presets have none, see docs/transgan.md.
 @pytest.mark.parametrize(
     ("preset", "size", "published", "g_count", "d_count"),
     [
@@ -739,7 +442,7 @@ def count(config: Any) -> int:
         ("transgan-celebahq256", 256, ("212.9", "13.3"), 212_903_255, 13_334_593),
     ],
 )
-def test_presets_have_the_published_numbers_of_parameters(
+def test_presets_have_the_published_parameter_counts(
     preset: str, size: int, published: tuple[str, str] | None, g_count: int, d_count: int
 ) -> None:
     config = resolve(PRESETS[preset], Environment(img_shape=(3, size, size), c_dim=0))
@@ -757,14 +460,14 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     assert config.batch_size == (32 if is_stl10 else 64)
     for adam in (config.g_optimizer, config.d_optimizer):
         assert (adam.lr, adam.beta1, adam.beta2, adam.clip_norm) == (1e-4, 0.0, 0.99, 5.0)
-    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # which would change that learning rate
+    assert (loss.r1_interval, loss.pl_interval) == (None, None)  # lazy regularisation would change the learning rate
     assert config.data.mirror
     fitted = resolve(config, Environment(img_shape=(3, *config.generator.img_size), c_dim=0)).loss
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
 
 
-# Of the released scripts, those for CelebA of the slides: DiffAugment's transforms, largest translation, probabilities
-# of cutout or erase, filter and hue; half-life of the average and its ramp-up; LayerNorm and noise in G and D.
+# Settings of the released scripts, for CelebA of the slides: DiffAugment's policy; maximum translation, probabilities
+# of cutout or erase, filter and hue; half-life of the EMA and its ramp-up; norms of G and D; noise in G and D.
 RECIPES: dict[str, tuple[str, tuple[float, ...], tuple[float, float | None], tuple[str, str], tuple[bool, bool]]] = {
     "cifar": ("translation,cutout,color", (0.2, 0.3, 1, 1), (500, 0.1), ("layer", "layer"), (False, True)),
     "stl10": ("translation,erase,color", (0.2, 0.3, 1, 1), (500, 0.05), ("token", "token"), (False, True)),
@@ -796,8 +499,8 @@ def test_presets_have_the_released_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["transgan-church256", "transgan-celebahq256"])
-def test_the_large_models_average_decays_by_0995_per_step_of_the_generator(name: str) -> None:
-    """G moves every fourth step of 64 images; after three more, the average has kept 0.995 of what it was."""
+def test_the_ema_of_large_models_decays_by_0995_per_step_of_g(name: str) -> None:
+    """G is updated every fourth step of 64 images; after four steps the EMA keeps 0.995 of the old weights."""
     config = PRESETS[name]
     G = nn.Linear(1, 1)
     G.register_buffer("w_avg", torch.zeros(1))
@@ -814,7 +517,7 @@ def test_the_large_models_average_decays_by_0995_per_step_of_the_generator(name:
 PAGE = (Path(__file__).parent.parent / "docs" / "transgan.md").read_text()
 
 
-def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
+def test_the_docs_list_every_preset_with_parameter_counts() -> None:
     rows = re.findall(r"--cfg=(transgan-\w+)` \| ([\d.]+)M / ([\d.]+)M", PAGE)
     assert [name for name, *_ in rows] == [name for name in PRESETS if name.startswith("transgan")]
     for name, g_count, d_count in rows:
@@ -825,8 +528,8 @@ def test_the_page_lists_every_preset_with_its_numbers_of_parameters() -> None:
 
 
 @pytest.mark.slow
-def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
-    """As the page composes them: each of the first four has all the departures, each of the others one fewer."""
+def test_options_reproduce_the_rows_of_table_3(tmp_path: Path) -> None:
+    """Compose the rows as the page does: the first four have every departure, each later row one fewer."""
     (baseline,) = re.findall(r"\| standard attention \| `(.*)` \|", PAGE)
     data = tmp_path / "scenes.zip"
     make = ["--source=shapes", f"--dest={data}", "--max-images=2", "--width=64", "--height=64", "--workers=1"]
@@ -838,39 +541,38 @@ def test_the_rows_of_table_3_are_options(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["options"]
 
-    rows = [baseline.replace("=full", f"={form}").split() for form in ("full", "nystrom", "axis", "grid")]
+    rows = [baseline.replace("=full", f"={kind}").split() for kind in ("full", "nystrom", "axis", "grid")]
     for left_out in ("--set=discriminator.multi_scale=true", "--set=generator.norm=true", "position"):
         rows.append([option for option in rows[-1] if left_out not in option])
     plans = [plan(row) for row in rows]
-    forms = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
-    assert forms == [(form, form) for form in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]
+    kinds = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
+    assert kinds == [(kind, kind) for kind in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]
     assert [p["discriminator"]["multi_scale"] for p in plans] == [False] * 4 + [True] * 3
     assert [p["generator"]["norm"] for p in plans] == ["layer"] * 5 + ["token"] * 2
     assert [p["generator"]["position"] for p in plans] == ["absolute"] * 6 + ["both"]
     assert plans[-1] == plan([])
 
 
-def test_initial_weights() -> None:
-    """Linear layers of G as PyTorch has them, those of D from N(0, 0.02^2), its convolutions and G's last layer
-    Xavier's."""
+def test_initial_weights_follow_the_released_code() -> None:
+    """Linear layers: PyTorch's default in G, N(0, 0.02^2) in D; convolutions of D and the last layer of G: Xavier."""
     torch.manual_seed(0)
     G: Any = TransGANConfig(z_dim=32, w_dim=32, widths=(256,), layers=(1,)).build()
     weight = G.synthesis.stages[0].blocks[0].fc1.weight
     assert weight.abs().max() <= 1 / 16
     assert weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.02)
     generators: list[Any] = [TransGANConfig(z_dim=1, w_dim=1, widths=(64,), layers=(0,)).build() for _ in range(30)]
-    weights = torch.stack([G.synthesis.torgb.weight for G in generators])  # (30, 3, 64), CIFAR-10's
+    weights = torch.stack([G.synthesis.torgb.weight for G in generators])  # (30, 3, 64), as for CIFAR-10
     assert 0.98 * math.sqrt(6 / 67) < weights.abs().max() <= math.sqrt(6 / 67)
     assert weights.std().item() == pytest.approx(0.1728, rel=0.02)
     D: Any = TransGANDiscriminatorConfig(widths=(256,), layers=(1,), local_layers=(0,), img_size=(16, 16)).build()
     for linear in (D.scales[0][0].fc1, D.last_block.qkv):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert not D.head.bias.any()
-    bound = math.sqrt(6 / (12 + 256 * 4))  # of U(-bound, bound), by fan-in and fan-out
+    bound = math.sqrt(6 / (12 + 256 * 4))  # U(-bound, bound) from fan-in and fan-out
     assert 0.95 * bound < D.embeddings[0].conv.weight.abs().max() <= bound
 
 
-def test_freeze_d_takes_patches_and_blocks_from_the_image_on() -> None:
+def test_freeze_d_counts_patches_and_blocks_from_the_image() -> None:
     D: Any = TINY_D.build()
     layers = D.layers_from_image()
     assert len(layers) == 3 + 2 + 1 + 1
@@ -907,12 +609,12 @@ def test_fit_chooses_the_published_stages(size: int, widths: tuple[int, ...], la
         ((256, 256), 4, ((64, 64), (32, 32), (16, 16))),
     ],
 )
-def test_fit_chooses_patches(size: tuple[int, int], patch: int, grids: Any) -> None:
+def test_fit_chooses_the_patch_size(size: tuple[int, int], patch: int, grids: Any) -> None:
     config = TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO).fit(*size)
     assert (config.patch, config.grids, config.img_size) == (patch, grids, size)
 
 
-def test_changing_between_families_keeps_what_they_share() -> None:
+def test_changing_the_family_keeps_the_shared_fields() -> None:
     mapped = StyleformerConfig(z_dim=7, w_dim=9, mapping_layers=4, c_dim=2)
     config = TransGANConfig.convert_from(mapped)
     assert (config.z_dim, config.w_dim, config.mapping_layers, config.c_dim) == (7, 7, 0, 2)
@@ -942,7 +644,7 @@ def test_changing_between_families_keeps_what_they_share() -> None:
         ({"num_heads": 0}, "num_heads", "at least 1"),
     ],
 )
-def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_generator_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         dataclasses.replace(TINY, **changes)
     assert caught.value.field == field
@@ -959,13 +661,13 @@ def test_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
         ({"patch": 1, "overlap": True}, "overlap", "needs an even patch size"),
     ],
 )
-def test_discriminator_config_errors(changes: dict[str, Any], field: str, text: str) -> None:
+def test_invalid_discriminator_configurations_are_refused(changes: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         dataclasses.replace(TINY_D, **changes)
     assert caught.value.field == field
 
 
-def test_what_is_open_cannot_be_built() -> None:
+def test_a_configuration_with_open_fields_cannot_be_built() -> None:
     for config in (
         TransGANConfig(**TransGANConfig.AUTO),
         TransGANDiscriminatorConfig(**TransGANDiscriminatorConfig.AUTO),

@@ -1,0 +1,53 @@
+"""A GAN of two linear networks, whose losses and penalties have closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from training.loss import GAN
+
+H = W = 4
+
+
+class LinearG(nn.Module):
+    """w = 2 z; the image is sum over the num_ws styles of A w."""
+
+    z_dim, w_dim, c_dim, num_ws = 3, 3, 0, 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(2 * H * W, 3, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
+        return self.scale * z.double()[:, None].expand(-1, self.num_ws, -1)
+
+    def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:
+        assert noise_mode == "random"  # in all phases of a training
+        return (ws.sum(dim=1) @ self.A.T).reshape(-1, 2, H, W)
+
+
+class LinearD(nn.Module):
+    """logit = <a, x> + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, H, W, dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, img: Tensor, c: Tensor) -> Tensor:
+        return ((img * self.a).sum(dim=(1, 2, 3)) + self.b)[:, None]
+
+
+def make_gan(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> GAN:
+    torch.manual_seed(1)
+    labels = torch.zeros(10, 0)
+    pl_mean = torch.tensor(0.7, dtype=torch.float64)
+    return GAN(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 2, H, W, dtype=torch.float64), torch.zeros(count, 0)
