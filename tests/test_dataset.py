@@ -190,7 +190,7 @@ def test_malformed_dataset_json_is_named(tmp_path: Path, content: bytes, message
 
 
 def test_unusable_datasets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set given"):
+    with pytest.raises(UserError, match="no dataset given"):
         ImageDataset(DatasetConfig())
     with pytest.raises(UserError, match=r"missing\.zip does not exist"):
         open_set(tmp_path / "missing.zip")

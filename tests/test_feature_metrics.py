@@ -210,7 +210,7 @@ def test_the_block_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPat
 
 
 def test_fewer_images_than_neighbours_are_refused() -> None:
-    with pytest.raises(UserError, match="3 images have no 3 neighbours each"):
+    with pytest.raises(UserError, match="3 images are too few for 3 neighbours each"):
         precision_recall(features(3, 4, 1), features(9, 4, 2))
 
 
@@ -467,7 +467,7 @@ def test_metric_names_have_a_suffix_for_other_detectors(detector_setup: Detector
     assert metrics.resolve("pr50k3_full,dc50k,fid50k_full") == ["pr50k3_full_tvgg16", "dc50k_tvgg16", "fid50k_full"]
     assert metrics.resolve("pr50k3_full_tvgg16") == ["pr50k3_full_tvgg16"]
     assert metrics.resolve("pr50k3_full", detector_setup) == ["pr50k3_full"]
-    with pytest.raises(UserError, match="leave out the suffix"):
+    with pytest.raises(UserError, match="omit the suffix"):
         metrics.resolve("pr50k3_full_tvgg16", detector_setup)
     own = read_detectors((str(detector_setup.bound["inception"]),))
     recorded = ["fid50k_full_small", "pr50k3_full_small", "ppl2_wend_tvgg16", "swd"]

@@ -371,6 +371,6 @@ def test_gaps_in_class_numbers_are_noted_by_the_dataset(tmp_path: Path) -> None:
 
 def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
     files = images("a.png", "preview.gif") | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
-    assert "dataset.json has no label for 'preview.gif': give all images one, or take" in assert_refused(
+    assert "dataset.json has no label for 'preview.gif': label all images, or remove" in assert_refused(
         tmp_path, write_files(tmp_path / "in", files)
     )

@@ -228,7 +228,7 @@ def test_snapshot_folders_of_file_servers_are_skipped(tmp_path: Path, folder: st
 )
 def test_labels_in_folder_names_of_tables_are_refused(tmp_path: Path, names: list[str]) -> None:
     message = assert_refused(tmp_path, write_parts(tmp_path / "set", names))
-    assert "the labels are in names of folders, such as '" in message
+    assert "the labels are in folder names, such as '" in message
     assert f"parquet.write_table(parquet.read_table('{tmp_path / 'set'}'), 'FILE.parquet')" in message
 
 
@@ -257,8 +257,8 @@ def test_unknown_labels_of_a_test_split_are_explained(tmp_path: Path, suffix: st
         table = pa.table({"image": [PNG], "label": [unknown]})
         pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "test.parquet")
     message = assert_refused(tmp_path, tmp_path / "set", "--split=all")
-    assert "label -1 means that the class is not known" in message
-    assert "choose a split of images with labels by --split=NAME" in message
+    assert "label -1 means that the class is unknown" in message
+    assert "choose a labelled split with --split=NAME" in message
 
 
 LOGO = {"logo.png": encode(random_images(9, 9, 3))}

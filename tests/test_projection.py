@@ -169,7 +169,7 @@ def test_stylegan_programs_work_and_unsuitable_ones_are_refused(tmp_path: Path) 
     lpips = feature_distance(script_program(tmp_path / "vgg.pt", StyleganVgg16()), CPU)(goals)(img)
     expected = ((lpips_input(img, False) - lpips_input(goals, False)) / 100).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(lpips, expected)
-    for module, message in ((WithoutGradient(), "have no gradient"), (OnlyUint8(), "cannot see float images")):
+    for module, message in ((WithoutGradient(), "have no gradient"), (OnlyUint8(), "fails on float images")):
         path = script_program(tmp_path / "x.pt", module)
         with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
             feature_distance(path, CPU)(goals)

@@ -414,7 +414,9 @@ def test_truncated_archives_are_refused(tmp_path: Path, pack: Callable[[bytes], 
     path = tmp_path / "set.tar"
     whole = make_tar(range(4))
     path.write_bytes(pack(whole[: 512 * blocks]))
-    assert ("set.tar is damaged (it is cut off)" if blocks else "of an unknown kind") in assert_refused(tmp_path, path)
+    assert ("set.tar is damaged (it is truncated)" if blocks else "of an unknown kind") in assert_refused(
+        tmp_path, path
+    )
     path.write_bytes(pack(whole[: 512 * 9]))  # some programs end an archive with a single block of zeros
     assert len(open_shards(path)) == 4
 

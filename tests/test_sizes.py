@@ -66,7 +66,7 @@ def test_size_errors_name_the_preset_and_give_working_advice(preset: str, size: 
     assert error.problem.startswith(f"images of {width}x{height}, ")
     assert f"--cfg={preset}" in error.problem
     assert not re.search(INTERNAL_NAMES, error.problem)
-    rebuilt = re.search(r"rebuild the set with --width=(\d+) --height=(\d+)", error.problem)
+    rebuilt = re.search(r"rebuild the dataset with --width=(\d+) --height=(\d+)", error.problem)
     assert rebuilt
     assert size_error(PRESETS[preset], (int(rebuilt[1]), int(rebuilt[2]))) is None
     if fixed:
@@ -236,7 +236,7 @@ def test_a_built_dataset_of_wrong_size_should_be_rebuilt(tmp_path: Path) -> None
     assert CliRunner().invoke(dataset_tool.main, options).exit_code == 0
     for resume in ([], ["--resume=latest"]):
         assert train_error(f"--data={path}", "--cfg=tiny", *resume) == (
-            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the set with --width=32 "
+            f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
             "--height=32, or give --cfg=auto"
         )
     assert train_error(f"--data={path}", "--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1").startswith(

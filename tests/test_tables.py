@@ -94,7 +94,7 @@ def test_labels_of_every_column_type(tmp_path: Path, kind: str) -> None:
 
 
 UNUSABLE: dict[str, tuple[Any, list[str]]] = {
-    "two columns": (pa.table({"left": STRUCTS, "right": STRUCTS}), ["left", "right", "struct<", "name one of them"]),
+    "two columns": (pa.table({"left": STRUCTS, "right": STRUCTS}), ["left", "right", "struct<", "rename the column"]),
     "no column": (pa.table({"caption": ["a"]}), ["no column holds images", "caption (string)"]),
     "no rows": (pa.table({"image": STRUCTS[:0]}), ["holds no rows"]),
     "missing label": (labelled_table([0, None, 1, 0, None, 1]), ["row 1, column 'label' has no label", "2 of 6"]),
@@ -183,7 +183,7 @@ def test_splits_can_be_chosen(tmp_path: Path) -> None:
     write(folder / "data" / "dev.parquet", labelled_table([0] * N)[:1])
     assert "splits test 3, validation 1: choose one as --split=NAME" in assert_refused(tmp_path, folder)
     write(folder / "other" / "dev.parquet", labelled_table([0] * N))
-    assert "several data sets, with a dev.parquet in each of data, other" in assert_refused(tmp_path, folder)
+    assert "several datasets, with a dev.parquet in each of data, other" in assert_refused(tmp_path, folder)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -201,7 +201,7 @@ def test_several_configurations_in_a_folder_are_refused(tmp_path: Path, suffix: 
     for name in names:
         write(tmp_path / "set" / f"{name}.{suffix}", labelled_table([0] * N))
     message = assert_refused(tmp_path, tmp_path / "set")
-    assert "set holds several data sets, with a " in message
+    assert "set holds several datasets, with a " in message
     assert "fr" not in message
     assert ("in each of ., de: give" if names[0] == "data" else "in each of de") in message
 
@@ -358,4 +358,4 @@ def test_repeated_values_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
             pass
     monkeypatch.setattr(parquet_file, "_FREE_ROWS", 500)
     write(path, pa.table({"image": PNGS[:1] * 20_000}))
-    assert "20000 rows, more than bytes" in assert_refused(tmp_path, path)
+    assert "20000 rows, more than it has bytes" in assert_refused(tmp_path, path)
