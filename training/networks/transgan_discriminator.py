@@ -42,8 +42,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     )
     local_layers: tuple[int, ...] = setting(
         (0, 0),
-        "Number of leading blocks per scale that use `attention`, the others full attention; (): chosen from the "
-        "image size.",
+        "Leading blocks per scale that use `attention`; the rest use full attention; (): from the image size.",
         at_least=0,
     )
     multi_scale: bool = setting(True, "Add image patches at every scale, not only at the finest.")
