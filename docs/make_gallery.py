@@ -60,7 +60,7 @@ def entries(G: Any) -> Iterator[Entry]:
     for name, styles in G.style_groups.items():
         yield Entry(
             title=f"Style mixing: {name}",
-            text=f"Styles {format_ranges(styles)} come from the column, all others from the row.",
+            text=f"Styles from the column: {format_ranges(styles)}. All other styles come from the row.",
             commands=(f"mix --rows=0-3 --cols=4-9 --styles={name} --outdir=out",),
             images=(("out/grid.png", f"mix-{name}.png"),),
         )
