@@ -126,9 +126,7 @@ def test_foreign_metric_names_are_known() -> None:
 
 
 def commands(script: str) -> list[list[str]]:
-    lines = re.findall(
-        rf"^    python {re.escape(script)} (.*)$", section("Commands that run unchanged"), re.MULTILINE
-    )
+    lines = re.findall(rf"^    python {re.escape(script)} (.*)$", section("Commands that run unchanged"), re.MULTILINE)
     assert lines
     return [shlex.split(line) for line in lines]
 
