@@ -41,7 +41,7 @@ MAX_BYTES = 1_500_000  # total size of the images
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A section: commands without --network, and the images shown, as (output file, name on the page)."""
+    """A section: commands without --network, and images as (output file, name on the page)."""
 
     title: str
     text: str
@@ -53,14 +53,14 @@ def entries(G: Any) -> Iterator[Entry]:
     """Yield the sections that a network supports."""
     yield Entry(
         title="Images",
-        text="Seeds 0 to 35, with a little truncation.",
+        text="Seeds 0 to 35, with slight truncation.",
         commands=("--seeds=0-35 --trunc=0.8 --outdir=out --grid",),
         images=(("out/grid.png", "images.png"),),
     )
     for name, styles in G.style_groups.items():
         yield Entry(
             title=f"Style mixing: {name}",
-            text=f"Styles {format_ranges(styles)} come from the column, all others from the row.",
+            text=f"Styles from the column: {format_ranges(styles)}. All other styles come from the row.",
             commands=(f"mix --rows=0-3 --cols=4-9 --styles={name} --outdir=out",),
             images=(("out/grid.png", f"mix-{name}.png"),),
         )
@@ -90,7 +90,7 @@ def entries(G: Any) -> Iterator[Entry]:
     )
     yield Entry(
         title="Projection",
-        text="Top: generated images. Bottom: their projections, using only the pixels.",
+        text="Top: generated images. Bottom: their projections, by a pixel loss.",
         commands=(
             "--seeds=40-45 --outdir=out/targets",
             "project --target=out/targets --loss=pixels --num-steps=300 --outdir=out",
@@ -133,7 +133,7 @@ def make_images(entry: Entry, network: Path, target: Path) -> None:
 
 
 def run_all(commands: tuple[str, ...], network: Path, folder: Path) -> None:
-    """Run commands of generate.py in a folder; they write to its subfolder `out`."""
+    """Run commands of generate.py, which write to `out`, in a folder; then pair projections with their targets."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -147,10 +147,10 @@ def run_all(commands: tuple[str, ...], network: Path, folder: Path) -> None:
 
 
 def with_network(command: str, network: str) -> list[str]:
-    """Return the arguments, with --network after the name of the command."""
+    """Return the arguments of a command, with --network after its name."""
     words = shlex.split(command)
-    place = 0 if words[0].startswith("-") else 1
-    return [*words[:place], f"--network={network}", *words[place:]]
+    position = 0 if words[0].startswith("-") else 1
+    return [*words[:position], f"--network={network}", *words[position:]]
 
 
 def pair_up(folder: Path) -> None:
@@ -180,7 +180,7 @@ def page(snapshot: Snapshot, shown: str) -> str:
 
 
 def head(snapshot: Snapshot, shown: str) -> str:
-    """Return the head of the page."""
+    """Return the title and the introduction of the page."""
     config = snapshot.config
     family = type(config.generator).__name__.removesuffix("Config")
     height, width = snapshot.G_ema.img_shape[1:]
@@ -194,7 +194,9 @@ def head(snapshot: Snapshot, shown: str) -> str:
 
 def section(entry: Entry, shown: str) -> str:
     """Return a heading, the full commands, and the images."""
-    commands = "".join(f"    python generate.py {shlex.join(with_network(one, shown))}\n" for one in entry.commands)
+    commands = "".join(
+        f"    python generate.py {shlex.join(with_network(command, shown))}\n" for command in entry.commands
+    )
     images = "\n".join(f"![{entry.title}](gallery/{name})\n" for _, name in entry.images)
     return f"## {entry.title}\n\n{entry.text}\n\n{commands}\n{images}"
 

@@ -38,19 +38,19 @@ Lists are separated by commas, sizes are written as `8x12` (height x width), swi
 unsets a field and `auto` chooses by data and machine, if the field supports them. For an unknown name, the error
 suggests the nearest names.
 
-There are several families of generators and discriminators (`--gen`, `--disc`). Another family than the preset's has
+There are several families of generators and discriminators (`--gen`, `--disc`). A family other than the preset's has
 its own fields, with `auto` as the default where possible; a generator keeps only latents, mapping network and clamp
-of the preset, a discriminator nothing. TransGAN has no mapping network unless `--map-depth` adds one. A setting
+of the preset, a discriminator keeps nothing. TransGAN has no mapping network unless `--map-depth` adds one. A setting
 without a field in the family is an error.
 
-A resumed run has its saved configuration plus the given options. They may change the part `run` (duration, machine,
+A resumed run has its saved configuration plus the given options. Options may change the group `run` (duration, machine,
 logging), and any other field only with `--override` ([running.md](running.md#stopping-and-resuming)). In `run`,
 `batch_gpu` and `num_gpus` determine the micro-batches and hence the random numbers
 ([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` skips updates.
 
 ## What `auto` chooses
 
-Chosen from the longer side R of the images, the number of GPUs and their capabilities:
+The choices depend on the longer side R of the images, the number of GPUs and their capabilities:
 
 | | |
 |---|---|
@@ -61,7 +61,7 @@ Chosen from the longer side R of the images, the number of GPUs and their capabi
 | widths and blocks | those of `cifar` up to three resolutions; for more, this project's choice: 512,256,128,64,... |
 | Linformer | with more than three resolutions |
 | channels of StyleGAN2's D | base 16384 below 512 pixels, 32768 at 512 and above |
-| precision | bfloat16 on GPUs with hardware support (Ampere and later), float32 on others and on a CPU |
+| precision | bfloat16 on GPUs with hardware support (Ampere and later), float32 on other devices |
 | CUDA graphs | on GPUs for images of up to 64 pixels, unless `--grad-checkpoint` is given |
 
 GPUs before Ampere (V100, T4, RTX 20) support float16 instead: `--precision=fp16 --set reduced_from=R/8`, for
@@ -70,8 +70,8 @@ example 32 for images of 256 pixels, is the mixed precision of StyleGAN2-ADA.
 
 FIELDS_HEADER = """## Fields
 
-A default `auto` or `none` is None in Python, or () or 0 if the field's text says so. For lists, the range applies to
-each item.
+In Python, a default `auto` or `none` is None, or () or 0 if the description of the field says so. For lists, the range
+applies to each item.
 """
 
 PRESETS_HEADER = """The last column lists all other differences from `auto` with networks of the same families.
@@ -95,7 +95,7 @@ def train_help() -> str:
 
 
 def configuration() -> str:
-    """Return the page: a table of all fields with their flags, and a table of the presets."""
+    """Return configuration.md: tables of all fields with their flags, and a table of the presets."""
     options = [option for option in train.main.params if isinstance(option, ConfigOption)]
     flags = {option.field: option.opts[0] for option in options if option.field}
     tables = [_fields_table(*part, flags) for part in _parts()]
@@ -133,7 +133,7 @@ def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> 
 
 @cache
 def _auto_values() -> dict[str, Any]:
-    """Return the values that `resolve` replaces by data and machine, by path."""
+    """Return the placeholders that `resolve` replaces with values for the data and the machine, by path."""
     values: dict[str, Any] = {}
     for _, path, config in _parts():
         prefix = f"{path}." if path else ""

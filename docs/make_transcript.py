@@ -60,7 +60,7 @@ _BROKEN = ("cat/cut-off.jpg", "owl/empty.png", "owl/page-not-found.jpg")
 
 
 def messy_files() -> Iterator[tuple[str, bytes]]:
-    """Yield names and bytes of NUM_FILES files: images of many formats, modes and sizes, broken and other files."""
+    """Yield (name, bytes) of NUM_FILES files: images of many formats, modes and sizes, broken images, other files."""
     others = [
         (name.format(*(["cat"] if name.startswith("{}") else []), k), b"anything")
         for name, count in _OTHERS.items()
@@ -78,7 +78,7 @@ def messy_files() -> Iterator[tuple[str, bytes]]:
 
 def encode(pixels: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> bytes:
     image = Image.fromarray(pixels)
-    if mode in ("RGBA", "LA"):  # the darker, the more transparent
+    if mode in ("RGBA", "LA"):  # darker pixels are more transparent
         image.putalpha(Image.fromarray(pixels.max(axis=2)))
     buffer = io.BytesIO()
     image.convert(mode).save(buffer, kind, **options)

@@ -97,7 +97,7 @@ def test_rows_about_snapshots_match_the_flags(script: str) -> None:
     assert "URL" in option.make_metavar(click.Context(OURS[script]))
     (row,) = re.findall(rf"^\| `{flag}` \| \w+ \| (.*) \|$", section(f"`{script}`"), re.MULTILINE)
     assert "path or URL" in row
-    assert "theirs are read as they are" in row
+    assert "their snapshots need no conversion" in row
 
 
 def test_flags_shared_with_stylegan3_are_listed() -> None:
@@ -126,9 +126,7 @@ def test_foreign_metric_names_are_known() -> None:
 
 
 def commands(script: str) -> list[list[str]]:
-    lines = re.findall(
-        rf"^    python {re.escape(script)} (.*)$", section("Commands that run as they are"), re.MULTILINE
-    )
+    lines = re.findall(rf"^    python {re.escape(script)} (.*)$", section("Commands that run unchanged"), re.MULTILINE)
     assert lines
     return [shlex.split(line) for line in lines]
 
