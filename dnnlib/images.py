@@ -1,4 +1,4 @@
-"""Central function for opening image files: formats whose decoders run no external program, with resource limits."""
+"""Open image files with limits on time and memory. Formats whose decoders run external programs are excluded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import (  # import all plugins now, so that Pillow imports none later, when imports may fail
+from PIL import (  # import all plugins now; imports by Pillow may fail later
     BmpImagePlugin,
     GifImagePlugin,
     IcoImagePlugin,
@@ -95,7 +95,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError:
         raise BrokenImageError(f"{file.kind} that cannot be read: damaged, or an unsupported variant") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged data
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for corrupt data
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 

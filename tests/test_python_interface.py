@@ -238,7 +238,7 @@ def test_open_url_opens_paths_and_addresses(site: Site, tmp_path: Path) -> None:
         with dnnlib.util.open_url(f"{site.url}/file.bin") as f:
             assert f.read() == b"from the web"
     assert len(site.requests) == 1
-    with pytest.raises(UserError, match=r"/missing.bin: the server answers 404"):
+    with pytest.raises(UserError, match=r"/missing.bin: the server returned 404"):
         dnnlib.util.open_url(f"{site.url}/missing.bin")
     with pytest.raises(FileNotFoundError, match=r"'missing.bin'"):
         dnnlib.util.open_url("missing.bin")
@@ -253,7 +253,7 @@ def test_easy_dict_is_a_dict_with_attributes() -> None:
     del d.a
     assert "a" not in d
     assert hasattr(d, "b")
-    with pytest.raises(AttributeError, match="no item 'a'; there are 'b', 'c'"):
+    with pytest.raises(AttributeError, match="no item 'a'; the items are 'b', 'c'"):
         d.a  # noqa: B018
     with pytest.raises(AttributeError, match="no item 'a'"):
         del d.a
