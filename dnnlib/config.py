@@ -38,7 +38,7 @@ def show(value: object) -> str:
     """Return the repr of a value for a message, at most 200 characters; the name of its type if repr fails."""
     try:
         return f"{value!r:.200}"
-    except (ValueError, RecursionError):  # more than 4300 digits; nested too deep
+    except (ValueError, RecursionError):  # more than 4300 digits; nested too deeply
         return f"({type(value).__name__})"
 
 

@@ -265,7 +265,7 @@ def _ppm(data: bytes) -> File:
     try:
         return File("PPM", pnm.as_bytes(data, max(FREE_PIXELS, PIXELS_PER_BYTE * len(data))))
     except ValueError as error:
-        raise BrokenImageError(f"a damaged PPM file: {error}") from None
+        raise BrokenImageError(f"a corrupt PPM file: {error}") from None
 
 
 def _psd(data: bytes) -> File:
@@ -342,7 +342,7 @@ def _jpeg2000(data: bytes) -> File:
             elif marker == _STYLE_OF_ONE:
                 _check_blocks(width, height, 1, content[2:], bool(content[1] & 1), data)
         except (struct.error, IndexError, ZeroDivisionError):
-            raise BrokenImageError("a damaged JPEG 2000") from None
+            raise BrokenImageError("a corrupt JPEG 2000") from None
     if not parts:
         raise BrokenImageError("a JPEG 2000 without a size")
     return File("JPEG2000", data)
@@ -352,7 +352,7 @@ def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precinc
     """Reject too many code blocks and precincts over all resolutions. `style` is the parameter part of COD or COC."""
     levels, block_x, block_y = style[0], style[1] + 2, style[2] + 2
     if levels > 32:
-        raise BrokenImageError("a damaged JPEG 2000")
+        raise BrokenImageError("a corrupt JPEG 2000")
     count = 0
     for level in range(levels + 1):
         w, h = (-(-side >> levels - level) for side in (width, height))

@@ -94,7 +94,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     except BrokenImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise BrokenImageError(f"{file.kind} that cannot be read: damaged, or an unsupported variant") from None
+        raise BrokenImageError(f"{file.kind} that cannot be read: corrupt, or an unsupported variant") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for corrupt data
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

@@ -241,14 +241,14 @@ def parse_json(text: str | bytes) -> Any:
     try:
         document = json.loads(text, parse_int=_parse_int)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("nested too deeply") from None
     level = [document]
     for _ in range(MAX_JSON_DEPTH):
         inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
         if not level:
             return document
-    raise ValueError("it is nested too deep")
+    raise ValueError("nested too deeply")
 
 
 def _parse_int(digits: str) -> int:

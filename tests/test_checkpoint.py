@@ -138,7 +138,7 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
     assert digest([other.state_dict(), other_optimizer.state_dict()]) == digest(
         [model.state_dict(), optimizer.state_dict()]
     )
-    with pytest.raises(UserError, match=r"holds the parts \['model', 'optimizer'\], expected \['model'\]"):
+    with pytest.raises(UserError, match=r"contains the parts \['model', 'optimizer'\], expected \['model'\]"):
         Checkpoint(model=other).load(tmp_path / "f")
 
 
