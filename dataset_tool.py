@@ -197,10 +197,10 @@ def describe_source(source: Source, num_images: int, classes: Classes, *, verbos
         click.echo(f"Note: {printable(note)}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
-    show_left_out(source.left_out, verbose=verbose)
+    show_skipped(source.left_out, verbose=verbose)
 
 
-def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
+def show_skipped(left_out: LeftOut, *, verbose: bool) -> None:
     """Print the files that are not images, by kind."""
     if left_out:
         click.echo(f"Skipped {counted(count_left_out(left_out), 'file')}:")
@@ -307,7 +307,7 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     folders = None if store.json_name else note_on_folders(store.names)
     for note in filter(None, [*store.notes, *content.notes, folders]):
         click.echo(f"Note: {printable(note)}")
-    show_left_out(store.left_out, verbose=verbose)
+    show_skipped(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)
     items = tqdm(items_of(store), total=len(store.names), unit="images", disable=None)

@@ -86,11 +86,11 @@ class Bounds:
             if self.choices is not None and item not in self.choices:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
                 return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
-            if isinstance(item, numbers.Real) and not self._holds(item):
+            if isinstance(item, numbers.Real) and not self._is_allowed(item):
                 return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
 
-    def _holds(self, value: Any) -> bool:
+    def _is_allowed(self, value: Any) -> bool:
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)

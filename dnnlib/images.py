@@ -84,7 +84,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     """
     try:
         file = prepared(data)
-        _find_decoder(file.kind)
+        _require_decoder(file.kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(file.data), formats=(file.kind,)) as image:
@@ -110,7 +110,7 @@ def orientation_of(image: Image.Image) -> int:
     return file_of(image).orientation or tiff.orientation_of_exif(exif)
 
 
-def _find_decoder(kind: str) -> None:
+def _require_decoder(kind: str) -> None:
     """Raise BrokenImageError if no decoder of the format is installed."""
     if kind == "AVIF" and not HAS_AVIF:
         raise BrokenImageError(f"AVIF, which this version of Pillow does not read: {_INSTALL_AVIF}")

@@ -180,5 +180,5 @@ def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
     payload = checkpoint.capture()
     payload["parts"]["optimizer"]["state"][1]["exp_avg"] = torch.zeros(1)
     Checkpoint.write(tmp_path / "f", payload)
-    with pytest.raises(UserError, match=r"optimizer does not fit .*exp_avg has shape \(1,\), its parameter \(2,\)"):
+    with pytest.raises(UserError, match=r"optimizer does not match .*exp_avg has shape \(1,\), its parameter \(2,\)"):
         checkpoint.load(tmp_path / "f")

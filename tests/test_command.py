@@ -256,7 +256,7 @@ def test_compute_metric_returns_the_record_of_the_command(shapes32_zip: Path, tm
     assert (tmp_path / "metric-swd64.jsonl").read_text() == lines  # nothing is written
     with pytest.raises(UserError, match="unknown metric 'fud'"):
         styleformer.compute_metric(network, "fud")
-    with pytest.raises(UserError, match="give the real ones as `data`"):
+    with pytest.raises(UserError, match="specify the real images with `data`"):
         styleformer.compute_metric(shapes32_zip, "swd64")
 
 

@@ -498,7 +498,7 @@ UNSUPPORTED = {
     b"P5 8 6 70000\n" + bytes(96): "the maximum value is not from 1 to 65535",
     b"P2 8 6 10\n" + b"11 " * 48: "values outside of 0..10",
     b"P3 8 6 255\n" + b"x " * 200: "text other than numbers",
-    b"P5 8 6 254\n" + bytes(40): "40 values of 48",
+    b"P5 8 6 254\n" + bytes(40): "40 values, expected 48",
     b"this is not an image at all, but text of some length": "not an image of a supported format",
 }
 

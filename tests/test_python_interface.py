@@ -313,7 +313,7 @@ def test_parameters_and_buffers_are_copied_by_name() -> None:
     assert dst[1].running_mean.tolist() == [5, 5, 5]
     assert torch.equal(dst[2].weight, kept)
     assert (dst[0].weight.requires_grad, src[0].weight.requires_grad) == (False, True)
-    with pytest.raises(ValueError, match=r"^2.bias, 2.weight: missing in the source; require_all=False"):
+    with pytest.raises(ValueError, match=r"^2.bias, 2.weight: missing in the source; pass require_all=False"):
         misc.copy_params_and_buffers(src, dst, require_all=True)
     wide = nn.Sequential(nn.Linear(1, 3))
     with pytest.raises(ValueError, match=r"^0.weight: has shape \(3, 1\) in the source, \(3, 2\) in the dest"):
