@@ -65,7 +65,7 @@ class Job:
 
 
 class MetricScript(Script):
-    """Command whose help ends with the list of metrics."""
+    """Command that lists the metrics at the end of its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the metrics with description, protocol and paper."""
