@@ -65,7 +65,7 @@ class Job:
 
 
 class MetricScript(Script):
-    """Command whose help ends with the list of metrics."""
+    """Command that lists the metrics at the end of its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the metrics with description, protocol and paper."""
@@ -194,7 +194,7 @@ def check_plot(subjects: list[Path] | None, folder: Path | None) -> None:
 
 
 def run(job: Job) -> None:
-    """Compute the metrics of a job on all processes; rank 0 prints and records them."""
+    """Compute the metrics of a job on all processes; rank 0 prints and saves the results."""
     tune_allocator()
     device = distributed.use_device(job.device)
     operators = custom_ops.prepare(device)
@@ -248,7 +248,7 @@ def plot(folder: Path, names: set[str]) -> None:
         if chart.name in names:
             path = folder / f"{chart.name}.png"
             write_atomically(path, draw_png(chart))
-            click.echo(f"Drawn: {path}", err=True)
+            click.echo(f"Written: {path}", err=True)
 
 
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
@@ -281,7 +281,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
 
 
 def open_reals(job: Job, snapshot: Path, data: DatasetConfig) -> ImageDataset:
-    """Open the real images. Raises UserError, which states the origin of a path that the user did not specify."""
+    """Open the real images. Raises UserError, which states where an unspecified path comes from."""
     try:
         return ImageDataset(data)
     except UserError as error:

@@ -164,7 +164,7 @@ def build(
                 name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                 write(name, png)
                 labels.append([name, classes.labels[position] if classes.labels else None])
-        refuse_problems(problems, images, conversion, shape, verbose=verbose)
+        check_problems(problems, images, conversion, shape, verbose=verbose)
         write("dataset.json", json.dumps(describe(images, conversion, shape, labels, classes, problems)).encode())
     H, W, C = shape
     labelled = "with labels" if classes.labels else "without labels"
@@ -178,12 +178,12 @@ def read_resolution(text: str, *others: int | None) -> tuple[int, int]:
     if not match:
         raise UserError(f"--resolution={text}: give width and height in pixels, such as 256x256")
     if any(others):
-        raise UserError(f"--resolution={text}: give it, or --width and --height")
+        raise UserError(f"--resolution={text}: give either --resolution or --width and --height")
     return int(match[1]), int(match[2])
 
 
 def choose_channels(source: Source, num_images: int) -> int:
-    """Return the number of channels: the source's, or else 1 if all image headers are grayscale, or else 3."""
+    """Return the number of channels: the source's if known, else 1 if all image headers are grayscale, else 3."""
     if source.channels is not None:
         return source.channels
     headers = tqdm(islice(source, num_images), total=num_images, unit="headers", disable=None, delay=1, leave=False)
@@ -197,10 +197,10 @@ def describe_source(source: Source, num_images: int, classes: Classes, *, verbos
         click.echo(f"Note: {printable(note)}")
     if classes.labels:
         click.echo(describe_classes(classes.labels[:num_images], classes.names))
-    show_left_out(source.left_out, verbose=verbose)
+    show_skipped(source.left_out, verbose=verbose)
 
 
-def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
+def show_skipped(left_out: LeftOut, *, verbose: bool) -> None:
     """Print the files that are not images, by kind."""
     if left_out:
         click.echo(f"Skipped {counted(count_left_out(left_out), 'file')}:")
@@ -208,14 +208,14 @@ def show_left_out(left_out: LeftOut, *, verbose: bool) -> None:
             click.echo(line)
 
 
-def refuse_problems(
+def check_problems(
     problems: Problems, source: Source, conversion: Conversion, shape: tuple[int, int, int], *, verbose: bool
 ) -> None:
     """Raise UserError if unusable images prevent the build; the message lists them and a command that works."""
     if problems.num_small == problems.total:
         raise UserError(
             f"--width={conversion.width} --height={conversion.height}: --transform=center-crop-wide skips smaller "
-            f"images, which are all {problems.total} images of {source.name}: choose a smaller size"
+            f"images, and all {problems.total} images of {source.name} are smaller: choose a smaller size"
         )
     lines, options = [], []
     all_broken = len(problems.broken) == problems.total
@@ -230,12 +230,12 @@ def refuse_problems(
         options += size_options(problems.sizes)
     if lines:
         head = f"{source.name}: nothing was written, because of"
-        end = "None can be read: check the source" if all_broken else f"To continue:\n  {command_again(*options)}"
+        end = "None can be read: check the source" if all_broken else f"To continue:\n  {rerun_command(*options)}"
         raise UserError("\n".join([head, *lines, end]))
 
 
-def command_again(*added: str) -> str:
-    """Return the command line of this call with further options."""
+def rerun_command(*added: str) -> str:
+    """Return the current command line with additional options."""
     context = click.get_current_context()
     words = []
     for parameter in context.command.params:
@@ -301,13 +301,13 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     Duplicates, uniform and nearly black images, classes and sizes are also listed but are not problems.
     """
     if sheet:
-        refuse_sheet(sheet, path)
+        check_sheet(sheet, path)
     store = open_store(path)
     content = read_dataset_json(store)
     folders = None if store.json_name else note_on_folders(store.names)
     for note in filter(None, [*store.notes, *content.notes, folders]):
         click.echo(f"Note: {printable(note)}")
-    show_left_out(store.left_out, verbose=verbose)
+    show_skipped(store.left_out, verbose=verbose)
     if SLOW_DECODER:
         click.echo(SLOW_DECODER, err=True)
     items = tqdm(items_of(store), total=len(store.names), unit="images", disable=None)
@@ -320,7 +320,7 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
         click.echo(line)
     if sheet:
         write_sheet(sheet, make_sheet(store, content, findings))
-        click.echo(f"Drawn: {sheet}")
+        click.echo(f"Written: {sheet}")
     if problems:
         raise SystemExit(1)
     ((H, W, C),) = findings.shapes
@@ -328,7 +328,7 @@ def check(path: Path, sheet: Path | None, verbose: bool, workers: int | None) ->
     click.echo(f"{path}: {counted(len(store.names), 'image')} of {W}x{H} pixels and {C} channels, {labelled}")
 
 
-def refuse_sheet(sheet: Path, path: Path) -> None:
+def check_sheet(sheet: Path, path: Path) -> None:
     if sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet={sheet}: must be the name of a .png file")
     if sheet.exists():

@@ -1,6 +1,6 @@
 """End-to-end demo on this machine, without internet access: dataset, training, images, a metric.
 
-Every step is a command of this project. It is printed before it runs, so that it can be repeated with other options.
+Each step prints a command of this project and runs it. Users can repeat the commands with other options.
 The demo fails unless the generator has learned: its distance to the data must be at most 0.6 of the untrained value.
 (Three runs reached 0.38, 0.45 and 0.48. Another processor rounds differently, which acts like another seed.)
 """
@@ -76,7 +76,7 @@ def main(outdir: Path | None, device: str | None) -> None:
 
 
 def prepare(outdir: Path | None) -> Path:
-    """Return the output folder as an absolute path: the default, emptied, or a new or empty folder."""
+    """Return the output folder as an absolute path: empty the default folder, accept only new or empty ones."""
     if outdir is None:
         shutil.rmtree(OUTDIR, ignore_errors=True)
         return OUTDIR

@@ -1,4 +1,4 @@
-"""Read, inspect and convert snapshots of this project and of others, without running any code in the files."""
+"""Read, inspect and convert snapshots of this and other projects, without running any code in the files."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ FORMATS = {".pkl": "snapshot", "": "safetensors", ".onnx": "onnx"}
 
 
 def load_network_pkl(f: BinaryIO, force_fp16: bool = False) -> EasyDict:
-    """Read a snapshot from a binary file object, like StyleGAN2-ADA's function of this name, but run no code in it.
+    """Read a snapshot from a binary file object like StyleGAN2-ADA's `load_network_pkl`, but without running its code.
 
-    Items, also as attributes: the networks 'G', 'D' and 'G_ema' (None if missing in the file), in evaluation mode on
-    the CPU; 'training_set_kwargs', the arguments of ImageFolderDataset, or None if the dataset is unknown;
+    The result has the items, or attributes, 'G', 'D' and 'G_ema' (networks in evaluation mode on the CPU; None if
+    missing in the file); 'training_set_kwargs', the arguments of ImageFolderDataset, or None if the dataset is unknown;
     'augment_pipe', always None. Raises UserError like `load_network`, and for `force_fp16`.
     """
     if isinstance(f, io.TextIOBase) or not hasattr(f, "read"):
@@ -194,10 +194,10 @@ def describe(path: Path) -> dict[str, Any]:
     """Return the description of a snapshot as plain values for JSON. Raises UserError."""
     if is_folder(path):
         document = read_folder(path)
-        config, about = _describe_ours(document, path)
+        config, about = _describe_own(document, path)
         size = sum(file.stat().st_size for file in path.iterdir())
     else:
-        config, about = _describe_foreign(path) if is_foreign(path) else _describe_ours(read_network(path), path)
+        config, about = _describe_foreign(path) if is_foreign(path) else _describe_own(read_network(path), path)
         size = path.stat().st_size
     sha256 = sha256_of_snapshot(path)
     names = about.pop("networks")
@@ -214,7 +214,7 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_ours(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+def _describe_own(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     about, states = parts_of(document["payload"], path)
     return about["config"], {
         "source": "Styleformer, this project",

@@ -1,4 +1,4 @@
-"""Projection of one image with the flags and file names of StyleGAN2-ADA's script; see also `generate.py project`.
+"""Projection of one image with the flags and file names of StyleGAN2-ADA's projector.py; see `generate.py project`.
 
 python projector.py --outdir=out --target=photo.png --network=SNAPSHOT
 """

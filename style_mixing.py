@@ -1,4 +1,4 @@
-"""Style mixing with the flags of StyleGAN2-ADA's script of this name; equivalent to `generate.py mix`.
+"""Style mixing with the flags of StyleGAN2-ADA's style_mixing.py; equivalent to `generate.py mix`.
 
 python style_mixing.py --outdir=out --rows=85,100,75,458,1500 --cols=55,821,1789,293 --network=SNAPSHOT
 """

@@ -27,7 +27,7 @@ from dnnlib.util import explain
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-MAX_NUMBERS = 10_000_000  # numbers in a list of ranges, e.g. seeds (one image each)
+MAX_NUMBERS = 10_000_000  # maximum size of a list of ranges, e.g. of seeds (one image each)
 HEAD_START = 5.0  # seconds by which local rank 0 reports an error before the other ranks under torchrun
 _BARE_GROUP = "dnnlib.cli.bare_group"  # key of the DefaultGroup in a context's meta if no argument follows the group
 
@@ -53,7 +53,7 @@ class ConfigOption(click.Option):
         return record
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
-        """Complete a path where the metavar names one. The options of a configuration have no type that would."""
+        """Complete paths if the metavar denotes a path, because options of config fields have no click path type."""
         items = super().shell_complete(ctx, incomplete)
         if items or not {"PATH", "DIR", "FILE", "PKL"} & {*re.findall(r"[A-Z]+", self.metavar or "")}:
             return items
@@ -74,7 +74,7 @@ def option(*flags: str, field: str | None = None, **kwargs: Any) -> Decorator:
 
 
 def _join_lists(context: click.Context, parameter: click.Parameter, given: Sequence[Sequence[str]]) -> Any:
-    """Concatenate the values of a repeated option; None without any."""
+    """Concatenate the values of a repeated option; return None if the option is not given."""
     return tuple(name for names in given for name in names) if given else None
 
 
@@ -221,14 +221,14 @@ class Script(Program):
             raise
 
     def _check_optional_value(self, ctx: click.Context, flag: str, value: str) -> None:
-        """Reject e.g. `--mirror=-1` clearly: click would take the value `-1` of such an option for another flag."""
+        """Reject e.g. `--mirror=-1` with a clear message; click would parse an optional value `-1` as a flag."""
         for parameter in self.params if value.startswith("-") else ():
             if flag in parameter.opts and isinstance(parameter, ConfigOption) and parameter.flag_value is not None:
                 kind = click.BOOL if parameter.flag_value == "true" else parameter.type
                 kind.convert(value, parameter, ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
-        """Complete an option, in one spelling; directly after the name of a DefaultGroup also one of its commands."""
+        """Complete options in one spelling, and the commands of a DefaultGroup directly after its name."""
         items = {item.value: item for item in super().shell_complete(ctx, incomplete)}
         every = [*items]
         items = {flag: items[flag] for i, flag in enumerate(every) if _other_spelling(flag) not in every[:i]}
@@ -238,9 +238,9 @@ class Script(Program):
         return [*items.values(), *(CompletionItem(name, help=text) for name, text in names)]
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help text, whose examples run the command by the name that was typed."""
+        """Write the help text, with examples that use the name by which the command was run."""
         text = self.help
-        self.help = text and as_typed(text, ctx)
+        self.help = text and with_run_name(text, ctx)
         super().format_help_text(ctx, formatter)
         self.help = text
 
@@ -250,7 +250,7 @@ class Script(Program):
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 heading = getattr(parameter, "section", None) or next(iter(sections), "Options")
-                sections.setdefault(heading, []).append((record[0], as_typed(record[1], ctx)))
+                sections.setdefault(heading, []).append((record[0], with_run_name(record[1], ctx)))
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -266,7 +266,7 @@ class Script(Program):
             raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the other commands of the group in the help of its default command, which the group's --help shows."""
+        """List the group's other commands in the help of its default command, which also serves as the group's help."""
         group = ctx.parent.command if ctx.parent else None
         if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
             others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
@@ -304,11 +304,12 @@ class DefaultGroup(ProgramGroup):
         return super().parse_args(ctx, args if args and not args[0].startswith("-") else [self.default, *args])
 
 
-def as_typed(text: str, context: click.Context | None = None) -> str:
-    """Return a text in which scripts have the name by which they were run: `styleformer train` for `python train.py`.
+def with_run_name(text: str, context: click.Context | None = None) -> str:
+    """Replace script names in text by the command that was run, e.g. `python train.py` by `styleformer train`.
 
-    The text stays as it is where a script was run by its own name. A command that runs scripts by other names has them
-    as `scripts`, {script: name}. Words that may be a path of the user's stay: behind a quote, `=` or `/`, or in front.
+    Text is unchanged if a script was run directly. A command that runs scripts as subcommands lists them in its
+    attribute `scripts`, {script: subcommand}. A match that may be part of a user's path is not replaced: after a quote,
+    `-`, `=`, `.` or a slash, or at the start of the text.
     """
     context = context or click.get_current_context(silent=True)
     root = context.find_root() if context else None
@@ -340,12 +341,12 @@ def fail(command: click.Command, error: UserError) -> NoReturn:
 def explain_error(command: click.Command, error: UserError) -> str:
     """Return the message of a UserError; a ConfigError names the flag of its field, or --set."""
     if not isinstance(error, ConfigError):
-        return as_typed(str(error))
+        return with_run_name(str(error))
     flag = _flag_of(command, error.field)
     if flag is None and "settings" in (parameter.name for parameter in command.params):
         flag = f"--set {error.field}"
     shown = ",".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
-    return as_typed(f"{flag}={shown}: {error.problem}" if flag else str(error))
+    return with_run_name(f"{flag}={shown}: {error.problem}" if flag else str(error))
 
 
 class FiniteFloat(click.types.FloatParamType):

@@ -38,7 +38,7 @@ def show(value: object) -> str:
     """Return the repr of a value for a message, at most 200 characters; the name of its type if repr fails."""
     try:
         return f"{value!r:.200}"
-    except (ValueError, RecursionError):  # more than 4300 digits; nested too deep
+    except (ValueError, RecursionError):  # more than 4300 digits; nested too deeply
         return f"({type(value).__name__})"
 
 
@@ -86,11 +86,11 @@ class Bounds:
             if self.choices is not None and item not in self.choices:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
                 return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
-            if isinstance(item, numbers.Real) and not self._holds(item):
+            if isinstance(item, numbers.Real) and not self._is_allowed(item):
                 return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
 
-    def _holds(self, value: Any) -> bool:
+    def _is_allowed(self, value: Any) -> bool:
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -123,8 +123,8 @@ def setting(
     """Declare a configuration field with its default, its description for the documentation, and its Bounds.
 
     `parse` converts command-line text to a value if the type alone is not sufficient; it raises ValueError. `families`
-    maps names to the dataclasses that the field can hold. On the command line None is written `none`; with `auto` it is
-    written `auto` and means that the value is chosen by data and machine.
+    maps names to the dataclasses that the field can hold. On the command line, None is written `none`; with
+    `auto`, it is written `auto`, and the value then depends on the data and the machine.
     """
     metadata = {"help": help, "bounds": Bounds(**bounds), "auto": auto}
     metadata |= {"families": families} if families else {}
@@ -281,7 +281,7 @@ def family_of(config: Any, families: Mapping[str, type]) -> str:
 
 
 def _choose_family(config: Any, values: Mapping[str, Any], families: Mapping[str, Any]) -> Any:
-    """Return `config`, converted if `values` selects another family. Raises ConfigError for fields it does not have."""
+    """Return `config`, converted if `values` selects another family. Raises ConfigError for unknown fields."""
     name = values.get("family", family_of(config, families))
     check_family(name, families)
     for path, value in values.items():
@@ -295,7 +295,7 @@ def check_setting(family: str, name: str, value: object, families: Mapping[str, 
     if name == "family" or name in own:
         return
     others = [other for other, config_class in families.items() if name in field_names(config_class)]
-    known = f"; {', '.join(others)} can take it" if others else did_you_mean(name, own) or f"; it has {', '.join(own)}"
+    known = f"; supported by {', '.join(others)}" if others else did_you_mean(name, own) or f"; it has {', '.join(own)}"
     raise ConfigError(name, value, f"is not a setting of the family {family}{known}")
 
 
@@ -322,7 +322,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         value = tuple(value)
     if not _matches(hint, value):
         is_out_of_range = any(_is_number(kind, value) for kind in (hint, *typing.get_args(hint)))
-        bound = "; numbers are finite and of at most 64 bits" if is_out_of_range else ""
+        bound = "; numbers must be finite and fit into 64 bits" if is_out_of_range else ""
         raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}{bound}")
     return float(value) if hint is float else value
 
@@ -348,5 +348,5 @@ def _matches(hint: Any, value: Any) -> bool:
 
 
 def _is_number(kind: Any, value: Any) -> bool:
-    """Return whether `kind` is int or float and `value` is such a number of any size; integers count as floats."""
+    """Return whether `kind` is int or float and `value` is of that type, of any size; integers count as floats."""
     return kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -142,7 +142,7 @@ def _nearest(config: Any, path: str) -> str:
     near = near or [known for known in paths if known.startswith(f"{path}.")]
     near = near or difflib.get_close_matches(path, paths, n=3)
     near = near or [known for known in paths if did_you_mean(name, [known.rpartition(".")[2]])]
-    return f"did you mean {', '.join(near)}?" if near else "docs/configuration.md lists them"
+    return f"did you mean {', '.join(near)}?" if near else "docs/configuration.md lists all fields"
 
 
 def _field(config_class: Any, name: str) -> Field | None:

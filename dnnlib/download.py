@@ -38,10 +38,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 20  # seconds without a byte from the server
-ANSWER_SECONDS = 120  # until the response headers are complete, including redirects
-PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # abort if an interval of this many seconds brings fewer bytes
+RESPONSE_SECONDS = 120  # time limit for the complete response headers, including redirects
+PACE_SECONDS, PACE_BYTES = 60, 1 << 16  # abort if fewer bytes arrive within this many seconds
 MAX_BYTES = 1 << 36  # size limit of a file: 64 GiB
-ATTEMPTS = 5  # attempts after a broken connection; none follows an attempt without progress
+ATTEMPTS = 5  # maximum number; an attempt without progress is the last one
 CHUNK = 1 << 16  # bytes written at a time
 RECORD_BYTES = 1 << 16  # size limit of the records beside a file
 PAGE_BYTES = 1 << 20  # bytes of an HTML page that are parsed
@@ -61,7 +61,7 @@ def cache_dir() -> Path:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a cache folder and its missing parents. Raises UserError as `_trusted` does."""
+    """Create a cache folder and its missing parents. Raises UserError like `_trusted`."""
     for place in (*reversed(folder.parents), folder):
         _trusted(place)
         if not place.is_dir():
@@ -201,8 +201,8 @@ def download(url: str, path: Path, *, check: Check | None = None) -> None:
     except UserError:
         raise
     except requests.Timeout:
-        raise UserError(f"{public(url)}: could not be fetched (no answer for {TIMEOUT} seconds)") from None
-    # Errors of the network (also OSErrors), of the disk, and of an invalid redirect URL.
+        raise UserError(f"{public(url)}: could not be fetched (no response for {TIMEOUT} seconds)") from None
+    # Network errors (including OSError), disk errors, and ValueError for an invalid redirect URL.
     except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
         raise UserError(f"{public(url)}: could not be fetched ({_reason(error)})") from None
 
@@ -267,48 +267,48 @@ def _size(path: Path) -> int:
 
 
 def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
-    """Download the missing rest of `part`. Raises OSError if interrupted, UserError if the response is not a file."""
+    """Download the remainder of `part`. Raises OSError if interrupted, UserError if the response is not a file."""
     validator = _to_write(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
     headers = {"Accept-Encoding": "identity"}  # uncompressed, so that Content-Length is the size of the file
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": read_regular(validator, RECORD_BYTES).decode()}
-    answer = _answer(session, url, headers)
-    with answer:
-        is_resumed = answer.status_code == 206
+    response = _get_file(session, url, headers)
+    with response:
+        is_resumed = response.status_code == 206
         start = start if is_resumed else 0
-        _save_etag(answer, validator)
-        total = _announced(answer, start, url)
+        _save_etag(response, validator)
+        total = _announced(response, start, url)
         with (
             open(part, "ab" if is_resumed else "wb", opener=_opener) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
         ):
-            for chunk in _chunks(answer):
+            for chunk in _chunks(response):
                 if file.tell() + len(chunk) > MAX_BYTES:
                     raise UserError(f"{public(url)}: exceeds the download limit of {MAX_BYTES} bytes")
                 file.write(chunk)
                 progress.update(len(chunk))
     found = _size(part)
     if total is not None and found != total:
-        raise _TruncatedError(f"cut off after {found} of {total} bytes")
+        raise _TruncatedError(f"truncated after {found} of {total} bytes")
 
 
-def _save_etag(answer: requests.Response, validator: Path) -> None:
+def _save_etag(response: requests.Response, validator: Path) -> None:
     """Store the strong ETag or Last-Modified value of a response, if any, to resume the download with If-Range."""
     validator.unlink(missing_ok=True)
-    name = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+    name = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
     if not name.startswith("W/") and re.fullmatch(r"[ -~]{1,500}", name):
         with open(validator, "xb", opener=_opener) as file:
             file.write(name.encode())
 
 
-def _announced(answer: requests.Response, start: int, url: str) -> int | None:
+def _announced(response: requests.Response, start: int, url: str) -> int | None:
     """Return the total file size by Content-Length; None without it. Raises UserError if it is invalid or too large."""
-    length = answer.headers.get("Content-Length")
+    length = response.headers.get("Content-Length")
     if length is None:
         return None
     if not re.fullmatch(r"[0-9]{1,15}", length):
-        raise UserError(f"{public(url)}: the server announces {printable(length[:40])!r} bytes, which is no length")
+        raise UserError(f"{public(url)}: the server sent an invalid Content-Length, {printable(length[:40])!r}")
     if start + int(length) > MAX_BYTES:
         raise UserError(
             f"{public(url)}: has {start + int(length)} bytes (Content-Length), more than the limit of {MAX_BYTES}: "
@@ -317,16 +317,16 @@ def _announced(answer: requests.Response, start: int, url: str) -> int | None:
     return start + int(length)
 
 
-def _chunks(answer: requests.Response) -> Iterator[bytes]:
-    """Yield bytes as the server sends them. Raises OSError on a timeout, a broken connection, or a too low rate."""
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """Yield bytes as the server sends them. Raises OSError on a timeout, a broken connection, or a slow transfer."""
     since, count = time.monotonic(), 0
     while True:
         try:
-            chunk = answer.raw.read1(CHUNK, decode_content=False)
+            chunk = response.raw.read1(CHUNK, decode_content=False)
         except urllib3.exceptions.TimeoutError as error:
             raise requests.Timeout from error
         except urllib3.exceptions.HTTPError as error:
-            raise _TruncatedError(f"cut off: {error}") from None
+            raise _TruncatedError(f"truncated: {error}") from None
         if not chunk:
             return
         yield chunk
@@ -339,64 +339,65 @@ def _chunks(answer: requests.Response) -> Iterator[bytes]:
 
 
 def _get(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Send a GET request; return the response when its headers are complete. Raises TimeoutError after ANSWER_SECONDS.
+    """Send a GET request; return the response once its headers are complete, or raise TimeoutError.
 
-    The timeout of requests restarts with every byte, so it does not limit the total time.
+    The limit is RESPONSE_SECONDS; the timeout of requests restarts with every byte and does not limit the total time.
     """
-    answers: list[requests.Response | Exception] = []
+    results: list[requests.Response | Exception] = []
 
-    def ask() -> None:
+    def send() -> None:
         try:
-            answers.append(session.get(url, headers=headers, stream=True, timeout=TIMEOUT))
+            results.append(session.get(url, headers=headers, stream=True, timeout=TIMEOUT))
         except Exception as error:
-            answers.append(error)
+            results.append(error)
 
-    thread = threading.Thread(target=ask, name="download", daemon=True)  # daemon, because it may never end
+    thread = threading.Thread(target=send, name="download", daemon=True)  # daemon, because the request may never end
     thread.start()
-    thread.join(ANSWER_SECONDS)
-    if not answers:
-        raise TimeoutError(f"no complete answer after {ANSWER_SECONDS} seconds")
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return answers[0]
+    thread.join(RESPONSE_SECONDS)
+    if not results:
+        raise TimeoutError(f"no complete response after {RESPONSE_SECONDS} seconds")
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
-def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
+def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
     """Return the response that contains the file, not an HTML page. Raises UserError for any other response."""
     for _ in range(3):
-        answer = _get(session, url, headers)
-        if answer.status_code in (206, 416) and not _is_rest(answer, headers):  # 416: the file is shorter than the part
-            answer.close()
-            answer = _get(session, url, {"Accept-Encoding": "identity"})
-        if answer.status_code != 200 and not _is_rest(answer, headers):
-            answer.close()
-            reason = printable(str(answer.reason))[:100]
-            raise UserError(f"{public(url)}: the server answers {answer.status_code} {reason}")
-        encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        response = _get(session, url, headers)
+        # 416: the file is shorter than the part.
+        if response.status_code in (206, 416) and not _is_rest(response, headers):
+            response.close()
+            response = _get(session, url, {"Accept-Encoding": "identity"})
+        if response.status_code != 200 and not _is_rest(response, headers):
+            response.close()
+            reason = printable(str(response.reason))[:100]
+            raise UserError(f"{public(url)}: the server returned {response.status_code} {reason}")
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
-            answer.close()
+            response.close()
             raise UserError(
-                f"{public(url)}: the server sends it compressed ({printable(encoding[:40])}), which is not supported "
+                f"{public(url)}: the response is compressed ({printable(encoding[:40])}), which is not supported "
                 "because the unpacked size is unknown: download the file manually and specify its path"
             )
-        if not answer.headers.get("Content-Type", "").lower().startswith("text/html"):
-            return answer
-        with answer:
-            page = _read_page(answer)
-        confirmed = _confirmation_url(answer, page) if _is_drive(answer.url) else None
+        if not response.headers.get("Content-Type", "").lower().startswith("text/html"):
+            return response
+        with response:
+            page = _read_page(response)
+        confirmed = _confirmation_url(response, page) if _is_drive(response.url) else None
         if confirmed is None:
             title = f" ({page.title.strip()[:100]!r})" if page.title.strip() else ""
             raise UserError(
-                f"{public(url)}: the answer is an HTML page{title}, not a file; is the link public and direct?"
+                f"{public(url)}: the response is an HTML page{title}, not a file; is the link public and direct?"
             )
         url = confirmed
-    raise UserError(f"{public(url)}: the server keeps answering with HTML pages")
+    raise UserError(f"{public(url)}: the server keeps returning HTML pages")
 
 
-def _is_rest(answer: requests.Response, headers: dict[str, str]) -> bool:
-    """Return whether a response is a partial one that begins at the requested position."""
+def _is_rest(response: requests.Response, headers: dict[str, str]) -> bool:
+    """Return whether a response is partial content from the requested position."""
     requested = headers.get("Range", "none").replace("=", " ")  # bytes START-
-    return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(requested)
+    return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(requested)
 
 
 # Google Drive
@@ -407,7 +408,7 @@ def _is_drive(url: str) -> bool:
 
 
 def _drive_id(url: str) -> str:
-    """Return the file id in a share link; '' without one."""
+    """Return the file id in a share link; '' if there is none."""
     parts = urlsplit(url)
     match = re.search(r"/d/([\w-]+)", parts.path)
     return match[1] if match else parse_qs(parts.query).get("id", [""])[0]
@@ -423,14 +424,14 @@ def _direct(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}/uc?{urlencode({'export': 'download', 'id': _drive_id(url)})}"
 
 
-def _confirmation_url(answer: requests.Response, page: Page) -> str | None:
+def _confirmation_url(response: requests.Response, page: Page) -> str | None:
     """Return the download URL in Google Drive's confirmation page for large files; None for other pages."""
     if page.form and "id" in page.inputs:
-        address = f"{urljoin(answer.url, page.form)}?{urlencode(page.inputs)}"
+        address = f"{urljoin(response.url, page.form)}?{urlencode(page.inputs)}"
     elif page.link:
-        address = urljoin(answer.url, page.link)
-    elif token := next((value for name, value in answer.cookies.items() if name.startswith("download_warning")), None):
-        address = f"{answer.url}&{urlencode({'confirm': token})}"
+        address = urljoin(response.url, page.link)
+    elif token := next((text for name, text in response.cookies.items() if name.startswith("download_warning")), None):
+        address = f"{response.url}&{urlencode({'confirm': token})}"
     else:
         return None
     return address if _is_drive(address) else None
@@ -467,9 +468,9 @@ class Page(html.parser.HTMLParser):
             self.title += data
 
 
-def _read_page(answer: requests.Response) -> Page:
+def _read_page(response: requests.Response) -> Page:
     data = b""
-    for chunk in _chunks(answer):
+    for chunk in _chunks(response):
         data += chunk
         if len(data) >= PAGE_BYTES:
             break

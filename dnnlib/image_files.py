@@ -1,7 +1,7 @@
 """Detection of image formats by content, and preparation of image files for the decoder.
 
-Parts of a file that could cost disproportionate time or memory are removed or rejected before decoding: further images,
-directories with overlapping values, large comments.
+Parts of a file that could cost disproportionate time or memory are removed or rejected before decoding: additional
+images, directories with overlapping values, large comments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 from dnnlib import pnm, tiff
 
-MAX_SCANS = 64  # scans of a progressive JPEG; each visits all pixels, even if it has few bytes; encoders write about 10
+MAX_SCANS = 64  # scans of a progressive JPEG; encoders write about 10; even a short scan visits all pixels
 MAX_EXIF_SEGMENTS = 2  # 64 KB segments of a JPEG; k segments can hold k^2 times 90 MB of overlapping values
 MAX_PROFILE = 1 << 20  # bytes of EXIF text in a PNG; the rest is ignored
 MAX_COMMENTS = 1 << 20  # bytes of comments before the first image of a GIF
@@ -27,7 +27,7 @@ MAX_BLOCKS = 1 << 17  # code blocks and precincts of a JPEG 2000; the decoder al
 MAX_LAYERS = 256  # layers of a JPEG 2000
 MAX_EXIF_STREAMS = 16  # TIFF signatures (possible EXIF data) in an AVIF or HEIC file
 
-# An image has at most max(FREE_PIXELS, PIXELS_PER_BYTE * size of the file) pixels; deflate reaches 8000 per byte.
+# An image has at most max(FREE_PIXELS, PIXELS_PER_BYTE * size of the file) pixels; deflate reaches 8000 pixels/byte.
 FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -70,13 +70,13 @@ _OTHERS = (  # unsupported formats: suffixes, signature, name, remedy
     ("", rb"(?i)\s*(\xef\xbb\xbf)?(<!doctype html|<html)", "a web page", "download the image itself"),
     (".svg .svgz", rb"(?i)\s*(\xef\xbb\xbf)?(<\?xml.*)?(<!--.*)?<svg", "an SVG drawing", _EXPORT),
     (".wmf .emf", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile", _EXPORT),
-    ("", rb"version https://git-lfs", "a pointer of git LFS", "git lfs pull"),
+    ("", rb"version https://git-lfs", "a Git LFS pointer", "git lfs pull"),
     (*_RAW, "a camera raw file", _DEVELOP),
     (*_VIDEO, "a video", _FRAMES),
     (".jxl", rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
-    (".exr .hdr .pfm", rb"v/1\x01|#\?RADIANCE|P[fF]\n", "an image of floats", _REDUCE),
+    (".exr .hdr .pfm", rb"v/1\x01|#\?RADIANCE|P[fF]\n", "a floating-point image", _REDUCE),
     (".xcf", rb"gimp xcf", "a GIMP project", _EXPORT),
-    ("", rb"PK\x03\x04|\x1f\x8b", "a packed archive", "unpack it"),
+    ("", rb"PK\x03\x04|\x1f\x8b", "an archive", "unpack it"),
 )
 # Unsupported formats without a signature.
 _SUFFIXES = {".cdr .kra .psb .odg": _EXPORT, ".jxr .wdp .hdp .dds .qoi .avifs .heics .cur": _CONVERT}
@@ -161,7 +161,7 @@ def _brands(data: bytes) -> set[bytes]:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, content start and content end of each chunk of a PNG before IEND, or before damaged data."""
+    """Yield name, content start and content end of each chunk of a PNG, up to IEND or corrupt data."""
     position = len(PNG_SIGNATURE)
     while len(head := data[position : position + 8]) == 8 and head[4:] != b"IEND":
         start = position + 8
@@ -192,7 +192,7 @@ def _exif_of_profile(name: bytes, content: bytes) -> bytes:
         if name == b"zTXt":
             text = zlib.decompressobj().decompress(text[1:], MAX_PROFILE)  # skip the compression method
         return bytes.fromhex(text[:MAX_PROFILE].decode("ascii").split("\n", 3)[3]).removeprefix(_EXIF)
-    except (zlib.error, ValueError, IndexError):  # damaged
+    except (zlib.error, ValueError, IndexError):  # corrupt
         return b""
 
 
@@ -202,8 +202,8 @@ def _exif_of_profile(name: bytes, content: bytes) -> bytes:
 def _jpeg(data: bytes) -> File:
     """Reject JPEGs with too many scans or too much EXIF data; other segments and trailing data do not count.
 
-    The list of further images, as in an MPO, is erased so that only the first image is read. Most files need no walk
-    over their segments: they have few bytes that could begin a scan or EXIF data, and no list.
+    The index of additional images (MPO) is erased, so that only the first image is read. Segments are parsed only if
+    the file contains an index, or so many scan or EXIF markers that it may exceed a limit.
     """
     is_suspect = data.count(b"\xff" + _START_OF_SCAN) > MAX_SCANS or data.count(_EXIF) > MAX_EXIF_SEGMENTS
     if not is_suspect and _LIST not in data:
@@ -265,7 +265,7 @@ def _ppm(data: bytes) -> File:
     try:
         return File("PPM", pnm.as_bytes(data, max(FREE_PIXELS, PIXELS_PER_BYTE * len(data))))
     except ValueError as error:
-        raise BrokenImageError(f"a damaged PPM file: {error}") from None
+        raise BrokenImageError(f"a corrupt PPM file: {error}") from None
 
 
 def _psd(data: bytes) -> File:
@@ -296,7 +296,7 @@ def _without_layers(data: bytes) -> bytes:
 
 
 def _largest_image(data: bytes) -> bytes:
-    """Return the largest image of an icon, with the most colours: a PNG, or an icon with that image only."""
+    """Return the largest image of an icon, with the most colours if several are equal, as a PNG or a one-image icon."""
     count = int.from_bytes(data[4:6], "little")
     entries = [data[6 + 16 * k : 22 + 16 * k] for k in range(min(count, len(data) // 16))]
     entries = [entry for entry in entries if len(entry) == 16]
@@ -342,7 +342,7 @@ def _jpeg2000(data: bytes) -> File:
             elif marker == _STYLE_OF_ONE:
                 _check_blocks(width, height, 1, content[2:], bool(content[1] & 1), data)
         except (struct.error, IndexError, ZeroDivisionError):
-            raise BrokenImageError("a damaged JPEG 2000") from None
+            raise BrokenImageError("a corrupt JPEG 2000") from None
     if not parts:
         raise BrokenImageError("a JPEG 2000 without a size")
     return File("JPEG2000", data)
@@ -352,7 +352,7 @@ def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precinc
     """Reject too many code blocks and precincts over all resolutions. `style` is the parameter part of COD or COC."""
     levels, block_x, block_y = style[0], style[1] + 2, style[2] + 2
     if levels > 32:
-        raise BrokenImageError("a damaged JPEG 2000")
+        raise BrokenImageError("a corrupt JPEG 2000")
     count = 0
     for level in range(levels + 1):
         w, h = (-(-side >> levels - level) for side in (width, height))
@@ -400,13 +400,13 @@ def _iso(kind: str, data: bytes) -> File:
     """Reject EXIF data with overlapping values. All TIFF signatures in the file are checked."""
     found = (match.start() for match in re.finditer(rb"II\*\0|MM\0\*", data))
     places = list(islice(found, MAX_EXIF_STREAMS + 1))
-    sizes = [tiff.size_of_values(data, place) for place in places if _fits(data, place)]
+    sizes = [tiff.size_of_values(data, place) for place in places if _has_valid_offset(data, place)]
     if len(places) > MAX_EXIF_STREAMS or max(sizes, default=0) > len(data):
         raise BrokenImageError("EXIF data that claims more than the file size: save it without EXIF data")
     return File(kind, data)
 
 
-def _fits(data: bytes, start: int) -> bool:
+def _has_valid_offset(data: bytes, start: int) -> bool:
     """Return whether the TIFF signature at `start` has a valid offset; coded pixels may contain one by chance."""
     order: Any = "little" if data[start] == ord("I") else "big"
     return int.from_bytes(data[start + 4 : start + 8], order) < len(data) - start

@@ -1,4 +1,4 @@
-"""Central function for opening image files: formats whose decoders run no external program, with resource limits."""
+"""Open image files with limits on time and memory. Formats whose decoders run external programs are excluded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import (  # import all plugins now, so that Pillow imports none later, when imports may fail
+from PIL import (  # import all plugins now; imports by Pillow may fail later
     BmpImagePlugin,
     GifImagePlugin,
     IcoImagePlugin,
@@ -84,7 +84,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     """
     try:
         file = prepared(data)
-        _find_decoder(file.kind)
+        _require_decoder(file.kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(file.data), formats=(file.kind,)) as image:
@@ -94,8 +94,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     except BrokenImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise BrokenImageError(f"{file.kind} that cannot be read: damaged, or an unsupported variant") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged data
+        raise BrokenImageError(f"{file.kind} that cannot be read: corrupt, or an unsupported variant") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for corrupt data
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
@@ -110,7 +110,7 @@ def orientation_of(image: Image.Image) -> int:
     return file_of(image).orientation or tiff.orientation_of_exif(exif)
 
 
-def _find_decoder(kind: str) -> None:
+def _require_decoder(kind: str) -> None:
     """Raise BrokenImageError if no decoder of the format is installed."""
     if kind == "AVIF" and not HAS_AVIF:
         raise BrokenImageError(f"AVIF, which this version of Pillow does not read: {_INSTALL_AVIF}")

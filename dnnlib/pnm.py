@@ -1,4 +1,4 @@
-"""Conversion of PBM, PGM and PPM files to the binary 8-bit variant, which decoders read fast."""
+"""Conversion of PBM, PGM and PPM files to the binary 8-bit variant, which decodes fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_bytes(data: bytes, max_pixels: int) -> bytes:
     """
     head = _SIZE.match(data)
     if head is None:
-        raise ValueError("without a width and a height")
+        raise ValueError("the width or height is missing")
     kind, width, height = (int(part) for part in head.groups())
     if not 0 < width * height <= max_pixels:
         raise ValueError(f"{width}x{height} pixels in {len(data)} bytes")
@@ -41,7 +41,7 @@ def as_bytes(data: bytes, max_pixels: int) -> bytes:
         return _binary(width, height, np.where(black, 0, 255), count)
     maximum = _MAXIMUM.match(data, head.end())
     if maximum is None or not 0 < int(maximum[1]) < 65536:
-        raise ValueError("without a largest value from 1 to 65535")
+        raise ValueError("the maximum value is not from 1 to 65535")
     if kind in (5, 6) and int(maximum[1]) == 255:
         return data
     samples = _text(data[maximum.end() :]) if kind in (2, 3) else _raw(data, maximum.end() + 1, int(maximum[1]), count)
@@ -65,7 +65,7 @@ def _text(text: bytes) -> np.ndarray:
 def _scaled(samples: np.ndarray, maximum: int) -> np.ndarray:
     """Scale samples from 0..maximum to 0..255."""
     if samples.size and (samples.min() < 0 or samples.max() > maximum):
-        raise ValueError(f"values that are not from 0 to {maximum}")
+        raise ValueError(f"values outside of 0..{maximum}")
     new = 255 if maximum < 256 else 65535
     table = (np.arange(maximum + 1) * new * 2 + maximum) // (2 * maximum) // (1 if maximum < 256 else 256)
     pieces = (samples[start : start + _PIECE] for start in range(0, samples.size, _PIECE))
@@ -74,6 +74,6 @@ def _scaled(samples: np.ndarray, maximum: int) -> np.ndarray:
 
 def _binary(width: int, height: int, samples: np.ndarray, count: int) -> bytes:
     if samples.size < count:
-        raise ValueError(f"{samples.size} values of {count}")
+        raise ValueError(f"{samples.size} values, expected {count}")
     kind = 5 if count == width * height else 6
     return b"P%d\n%d %d\n255\n" % (kind, width, height) + samples.astype(np.uint8).tobytes()

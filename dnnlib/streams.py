@@ -1,4 +1,4 @@
-"""Standard output and error streams whose failure does not end the program in a traceback.
+"""Standard output and error streams that can fail without a traceback.
 
 Writing fails when the reader of a pipe has exited (`| head`), a disk is full, a terminal was closed, or the shell
 closed the stream (`>&-`). The first failure redirects the descriptor to the null device, so that later writes by
@@ -22,7 +22,7 @@ DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 class OutputError(UserError):
-    """Standard output failed, in a program whose purpose is its output."""
+    """Standard output failed in a program that requires it."""
 
 
 class StandardStream(io.FileIO):
@@ -81,7 +81,7 @@ def raw_stream(stream: TextIO | None) -> StandardStream | None:
 
 
 def _reserve_descriptors() -> None:
-    """Reserve closed descriptors 0 to 2, so that files opened later do not get them. Writing to them still fails."""
+    """Reserve closed descriptors 0 to 2, so that files opened later do not reuse them. Writes still fail."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,6 +1,6 @@
 """Reduction of TIFF files, and of EXIF data in TIFF format, to the directory entries that decoding needs.
 
-Decoders read all values of all directories, and these may refer to the same bytes many times.
+Decoders read all values of all directories, and many values may refer to the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "I"}
 
 
 class TiffError(ValueError):
-    """Damaged or unsupported file; the message states the problem and the remedy."""
+    """Corrupt or unsupported file; the message states the problem and the remedy."""
 
 
 class Entry(NamedTuple):
@@ -67,7 +67,7 @@ def byte_order(data: bytes) -> str | None:
 
 
 def orientation_of_exif(data: bytes) -> int:
-    """Return the orientation, 1 to 8, in EXIF data or a TIFF file; 1 (upright) if it has none."""
+    """Return the orientation, 1 to 8, in EXIF data or a TIFF file; 1 (upright) if unspecified."""
     order = byte_order(data)
     try:
         if order is None:
@@ -105,7 +105,7 @@ def first_page(data: bytes, max_pixels: int) -> Tiff:
     order = byte_order(data)
     if order is None:
         raise TiffError("BigTIFF: save it as an ordinary TIFF")
-    return _Page(data, order).alone(max_pixels)
+    return _Page(data, order).standalone(max_pixels)
 
 
 class _Page:
@@ -141,7 +141,7 @@ class _Page:
     def integer(self, tag: int, default: int) -> int:
         return (*self.integers(tag), default)[0]
 
-    def alone(self, max_pixels: int) -> Tiff:
+    def standalone(self, max_pixels: int) -> Tiff:
         bits = self.integers(BITS) or (1,)
         compression, photometric = self.integer(COMPRESSION, 1), self.integer(PHOTOMETRIC, 0)
         self._check_kind(bits, compression, photometric)

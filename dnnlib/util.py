@@ -37,7 +37,7 @@ except ImportError:  # Windows
 
 PARTIAL = ".partial"  # suffix of files that are being written
 MAX_JSON_BYTES = 1 << 26  # size of a JSON file of this project
-MAX_JSON_DEPTH = 100  # nesting of a JSON document; far below Python's recursion limit for comparing and writing it
+MAX_JSON_DEPTH = 100  # nesting of a JSON document; comparing and writing it must not exceed Python's recursion limit
 LIMITS = {  # errno of an exceeded system limit -> remedy
     errno.EMFILE: "raise the limit of this shell, `ulimit -n 4096`",
     errno.ENFILE: "the limit of the whole machine is reached; end other programs",
@@ -54,7 +54,7 @@ class EasyDict(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no item {name!r}; there are {', '.join(map(repr, self)) or 'none'}") from None
+            raise AttributeError(f"no item {name!r}; the items are {', '.join(map(repr, self)) or 'none'}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
@@ -241,14 +241,14 @@ def parse_json(text: str | bytes) -> Any:
     try:
         document = json.loads(text, parse_int=_parse_int)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("nested too deeply") from None
     level = [document]
     for _ in range(MAX_JSON_DEPTH):
         inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
         if not level:
             return document
-    raise ValueError("it is nested too deep")
+    raise ValueError("nested too deeply")
 
 
 def _parse_int(digits: str) -> int:
@@ -286,7 +286,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metric_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records with finite results in a metric-<name>.jsonl; nothing if the file does not exist.
+    """Yield the records with finite results in a metric-<name>.jsonl file; nothing if the file does not exist.
 
     Only `results` is guaranteed to be present in a record.
     """
@@ -332,7 +332,7 @@ class FolderLock:
             return False
 
     def acquire(self, folder: Path) -> None:
-        """Take the lock. Raises UserError, with the holder, if it is taken; warns if the file system has no locks."""
+        """Acquire the lock. Raises UserError, naming the holder, if held; warns if the file system has no locks."""
         try:
             self.release()
             open_regular(folder / self.NAME, to_append=True).close()
@@ -369,7 +369,7 @@ def redraw(text: str, stream: TextIO) -> None:
 
 
 class TeeLog:
-    """While active, everything printed to stdout and stderr also goes to a file, except lines that are redrawn.
+    """Context manager that copies everything printed to stdout and stderr to a file, except redrawn lines.
 
     Redrawn lines are overwritten on the screen by the next output. If an error ends the block, it is the last entry of
     the file. If the disk is full, output goes to the screen only; if a stream fails, one warning is logged and output
@@ -435,7 +435,7 @@ class _Tee:
         with suppress(OSError):
             self.log.file.write(shown(text))
         written = self.stream.write(text)
-        if text.endswith("\n"):  # not in the middle of a line
+        if text.endswith("\n"):  # at the end of a line, so that a warning does not split it
             self.log.note_failures()
         return written
 

@@ -1,4 +1,4 @@
-"""Styleformer from Python: read snapshots, generate images, compute metrics, read datasets, train.
+"""Python interface of Styleformer: read snapshots, generate images, compute metrics, read datasets, train.
 
     import styleformer
 
@@ -7,8 +7,8 @@
     record = styleformer.compute_metric("docs/shapes.pkl", "swd5k", data="data/shapes.zip")
     print(record["results"]["swd5k"])
 
-The functions are those behind the commands. They are imported, and torch with them, when one of them is first used.
-Errors that the user can mend are `dnnlib.config.UserError`: one sentence with the name, the value and the remedy.
+These functions share the code of the `styleformer` commands. The first access to a function imports torch.
+Invalid input raises `dnnlib.config.UserError`, a one-line message with the name, the value and the remedy.
 """
 
 from __future__ import annotations

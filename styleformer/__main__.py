@@ -1,4 +1,4 @@
-"""`python -m styleformer`: the command `styleformer`, for torchrun and for environments that are not activated."""
+"""`python -m styleformer`: the `styleformer` command, for torchrun and for inactive environments."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def without_working_directory(path: list[str]) -> list[str]:
-    """Return a sys.path without the working directory that `python -m` puts in front, unless this package is there.
+    """Return sys.path without the working directory that `python -m` prepends, unless it contains this package.
 
-    A `train.py` or a folder `training` of the user's would otherwise be imported in place of ours.
+    Otherwise the user's own `train.py` or `training` folder would shadow the modules of this project.
     """
     front = os.path.realpath(path[0] or os.curdir)
     ours = os.path.realpath(os.path.dirname(os.path.dirname(__file__)))

@@ -1,4 +1,4 @@
-"""The command `styleformer`: the scripts under one name. A script is imported when its command runs."""
+"""The `styleformer` command, with the scripts as subcommands. A script is imported only when its subcommand runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from dnnlib.cli import ProgramGroup
 from dnnlib.config import did_you_mean
 
 NAME = "styleformer"
-COMMANDS = {  # name: the script that has it as `main`, and a line of help
+COMMANDS = {  # name -> (module with `main`, help line)
     "train": ("train", "Train a GAN."),
-    "generate": ("generate", "Generate images from a snapshot, and look into the model."),
+    "generate": ("generate", "Generate images from a snapshot, and explore the model."),
     "metrics": ("calc_metrics", "Compute metrics of snapshots or images."),
-    "dataset": ("dataset_tool", "Build a dataset, or check one."),
-    "snapshot": ("legacy", "Describe a snapshot, or convert it."),
-    "report": ("report", "Show runs: curves and images on a page for the browser."),
+    "dataset": ("dataset_tool", "Build or check a dataset."),
+    "snapshot": ("legacy", "Inspect and convert snapshots."),
+    "report": ("report", "Report on runs: an HTML page with curves and images."),
 }
 
 
 class LazyGroup(ProgramGroup):
-    """Group of the commands in COMMANDS. Help and completion of their names import none of them."""
+    """Group of the commands in COMMANDS. Help and completion of command names do not import the scripts."""
 
-    scripts: Mapping[str, str] = {script: name for name, (script, _) in COMMANDS.items()}  # for dnnlib.cli.as_typed
+    # Used by dnnlib.cli.with_run_name.
+    scripts: Mapping[str, str] = {script: name for name, (script, _) in COMMANDS.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*COMMANDS]
@@ -42,7 +43,7 @@ class LazyGroup(ProgramGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve the name of a command. Raises UsageError with the nearest name, or with that of a script."""
+        """Resolve a command name. Raises UsageError, which suggests the closest command or the command of a script."""
         name = args[0]
         if name in COMMANDS or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
@@ -59,17 +60,17 @@ class LazyGroup(ProgramGroup):
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run under the name `styleformer`, also as `python -m styleformer`; or complete a line of a shell."""
+        """Run as `styleformer`, also under `python -m styleformer`; in shell completion, print the completions."""
         kwargs = {"prog_name": NAME, **kwargs}
         if f"_{NAME.upper()}_COMPLETE" not in os.environ:
             return super().main(*args, **kwargs)
         from styleformer import completion
 
         completion.register()
-        return click.Group.main(self, *args, **kwargs)  # without the guard of the screen, which takes no bytes
+        return click.Group.main(self, *args, **kwargs)  # not super(): Screen rejects the bytes of completions
 
 
 @click.command(NAME, cls=LazyGroup)
 @click.version_option(dnnlib.__version__, prog_name="Styleformer", help="Show the version and exit.")
 def main() -> None:
-    """Train, sample and measure style-based transformer GANs."""
+    """Train, sample and evaluate style-based transformer GANs."""

@@ -1,4 +1,4 @@
-"""Completion of `--flag=value` in bash, zsh and fish, which click completes as `--flag value` only."""
+"""Completion of `--flag=value` in bash, zsh and fish; click itself completes only `--flag value`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
 
 
 class Bash(BashComplete):
-    """Bash, which splits `--flag=value` into three words and replaces the last one."""
+    """Completion in bash, which splits `--flag=value` into three words and replaces the last word."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
         args, incomplete = super().get_completion_args()
@@ -40,7 +40,7 @@ class Bash(BashComplete):
 
 
 class Zsh(ZshComplete):
-    """Zsh, in which a completion is the whole word: `--flag=` and the value. Paths are completed behind `--flag=`."""
+    """Completion in zsh, which replaces the whole word `--flag=value`. Paths are completed after `--flag=`."""
 
     source_template = ZshComplete.source_template.replace("_path_files", "compset -P 1 '--*='; _path_files")
 
@@ -54,13 +54,13 @@ class Zsh(ZshComplete):
 
 
 class Fish(FishComplete):
-    """Fish, in which a completion is the whole word: `--flag=` and the value."""
+    """Completion in fish, which replaces the whole word `--flag=value`."""
 
     source_template = FISH
 
 
 def joined(words: list[str]) -> list[str]:
-    """Return words in which an `=` of its own is joined to the words beside it."""
+    """Join every standalone `=` with the words before and after it."""
     result: list[str] = []
     is_open = False
     for word in words:
@@ -73,6 +73,6 @@ def joined(words: list[str]) -> list[str]:
 
 
 def register() -> None:
-    """Make these classes those of click for their shells."""
+    """Register these classes with click."""
     for complete in (Bash, Zsh, Fish):
         add_completion_class(complete)

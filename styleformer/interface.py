@@ -1,4 +1,4 @@
-"""Functions of the package `styleformer`; see styleformer/__init__.py for an example."""
+"""Functions of the `styleformer` package; see styleformer/__init__.py for an example."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ NoiseMode = Literal["const", "random", "none"]
 
 
 def load_network(network: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Read a snapshot: `styleformer snapshot info` shows the same file.
+    """Read a snapshot. `styleformer snapshot info` prints a description of the same file.
 
-    `network` is network-snapshot-*.pkl, a snapshot of another code base of the family, a folder of safetensors, the
-    folder of a run (its newest snapshot), or an http(s) address. No code in the file is run.
+    `network` is network-snapshot-*.pkl, a snapshot of a related code base, a safetensors folder, a run folder (selects
+    the newest snapshot), or an http(s) URL. No code in the file is run.
 
-    The result has the networks `G`, `D` and `G_ema`, in evaluation mode on `device` (None for a network that the file
-    does not hold), and the configuration `config` that they were trained with. The averaged generator is called as
+    The result has the networks `G`, `D` and `G_ema`, in evaluation mode on `device` (None for a network missing in the
+    file), and the training configuration `config`. Call the averaged generator as
 
         img = snapshot.G_ema(z, c, truncation_psi=0.7)   # z [N, z_dim], c [N, c_dim] -> [N, C, H, W] in about [-1, 1]
 
-    Raises UserError with the name of the file if it is missing, corrupt, of an unknown kind, or not finite.
+    Raises UserError, with the path, for a file that is missing, corrupt, of unknown format, or has non-finite weights.
     """
     return reading.load_network(network, device)
 
@@ -59,24 +59,24 @@ def generate(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str | None = None,
 ) -> Tensor:
-    """Return the images of seeds as uint8 [N, C, H, W], on the CPU: those of `styleformer generate images`.
+    """Generate images from seeds like `styleformer generate images`; return uint8 [N, C, H, W] on the CPU.
 
-    An image is a function of its seed, whatever `batch` is. `network` is a result of `load_network`, which stays on its
-    device, or anything that `load_network` reads; such a file goes to `device`: "cpu", "cuda" or "cuda:N", by default a
-    GPU if there is one. A conditional network needs `class_index`, or `label` with c_dim numbers if its labels are
-    vectors. The function turns TF32 off for the whole process, so that images do not depend on it.
+    An image depends on its seed, not on `batch`. `network` is a snapshot from `load_network`, used on its device, or an
+    argument of `load_network`, loaded to `device`: "cpu", "cuda" or "cuda:N", by default a GPU if there is one.
+    A conditional network requires `class_index`, or, if its labels are vectors, `label` with c_dim numbers. TF32, which
+    would change the images, is turned off for the whole process.
 
-    Raises UserError for a file that cannot be read, a seed outside of 0 ... 2**32 - 1, and a label that does not fit.
+    Raises UserError for an unreadable file, a seed outside of 0 ... 2**32 - 1, and an invalid label.
     """
     seeds = tuple(seeds)
     if not seeds or min(seeds) < 0:
-        raise UserError(f"seeds={seeds}: give one or more whole numbers from 0")
+        raise UserError(f"seeds={seeds}: specify at least one seed, none below 0")
     check_seeds("seeds", seeds)
     if batch < 1:
-        raise UserError(f"batch={batch}: give a number of images, at least 1")
+        raise UserError(f"batch={batch}: must be at least 1")
     if isinstance(network, Snapshot):
         if device is not None:
-            raise UserError(f"device={device}: the network is loaded; give the device to load_network")
+            raise UserError(f"device={device}: the network is already loaded; pass the device to load_network")
         snapshot = network
         snapshot.require_generator("images are made by")
         execution.set_gpu_arithmetic()
@@ -106,25 +106,25 @@ def compute_metric(
     use_cache: bool = True,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Return one metric of a network, such as "fid50k_full" or "swd5k": the record that `styleformer metrics` prints.
+    """Compute a metric such as "fid50k_full" or "swd5k"; return the record that `styleformer metrics` prints.
 
-    The values are in record["results"], by name; the other keys state what they depend on (docs/metrics.md). Nothing
-    is written beside the network. This process computes alone; `styleformer metrics --gpus=N` shares the work.
+    record["results"] maps names to values; the other keys state the conditions of the measurement (docs/metrics.md).
+    The snapshot's folder is not modified. Only this process computes; `styleformer metrics --gpus=N` starts several.
 
-    `network` is what `load_network` reads, or a zip file or folder of generated images, which needs `data`. `data` is
-    the zip file or folder of real images, by default the training images. `mirror` counts their flips in the metrics
-    that count flips, by default as in training. `detectors` and `protocol` are the options of these names. `batch` is
-    the number of images that are generated at a time.
+    `network` is an argument of `load_network`, or a zip file or folder of generated images, which requires `data`.
+    `data` is the zip file or folder of real images, by default the training dataset. `mirror` includes flipped real
+    images in the metrics that count flips, by default as in training. `detectors` and `protocol` are as on the command
+    line. `batch` is the batch size of the generator.
 
-    Raises UserError for an unknown metric, a detector that cannot be had, and files that cannot be used.
+    Raises UserError for an unknown metric, an unavailable detector, and unusable files.
     """
     setup = read_detectors(tuple(detectors), protocol)
     if not (names := tuple(resolve([metric], setup))):
-        raise UserError("metric='': name a metric, e.g. fid50k_full or swd5k")
+        raise UserError("metric='': specify a metric, e.g. fid50k_full or swd5k")
     path = reading.local_file(network)
     subjects = calc_metrics.list_subjects(path)
     if subjects is None and data is None:
-        raise UserError(f"{network}: for images instead of a network, give the real ones as `data`")
+        raise UserError(f"{network}: is a set of images: specify the real images with `data`")
     tune_allocator()
     where = distributed.use_device(device)
     custom_ops.prepare(where)
@@ -169,17 +169,16 @@ def train(
     dry_run: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train, as `styleformer train` does: the run gets a numbered folder of its own in `outdir`.
+    """Train like `styleformer train`; a new run creates a numbered folder in `outdir`.
 
-    `preset` is --cfg, `resume`, `override` and `dry_run` are the options of these names. `settings` are fields of the
-    configuration, by the paths in docs/configuration.md, and their values: numbers, truth values, sequences, or the
-    texts that --set takes.
+    `preset` is --cfg; `resume`, `override` and `dry_run` correspond to the options. `settings` maps the paths of config
+    fields (docs/configuration.md) to values: numbers, booleans, sequences, or text as for --set.
 
         styleformer.train("runs", "data/mine.zip", preset="tiny", settings={"run.total_kimg": 1, "run.metrics": "swd"})
 
-    With "run.num_gpus" above 1, processes are started that import the calling script: it needs
-    `if __name__ == "__main__":` around its calls. Returns when the training has ended, or raises SystemExit after a
-    signal that stops it. Raises UserError for settings or data that cannot be used, before anything is written.
+    With "run.num_gpus" above 1, worker processes import the calling script, which must therefore protect its calls with
+    `if __name__ == "__main__":`. Returns at the end of training; a stop signal raises SystemExit. Raises UserError for
+    unusable settings or data before anything is written.
     """
     texts = {path: _text(path, value) for path, value in (settings or {}).items()}
     if data is not None:
@@ -195,9 +194,9 @@ def train(
 
 
 def _text(path: str, value: Any) -> str:
-    """Return a value as --set takes it."""
+    """Return a value as text for --set."""
     if value is None:
-        raise UserError(f"{path}=None: give the text that --set takes, 'none' or 'auto', or leave the field out")
+        raise UserError(f"{path}=None: specify 'none' or 'auto', as for --set, or omit the field")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):

@@ -62,7 +62,7 @@ def test_the_documented_family_trains_resumes_and_generates(film: ModuleType, sh
 def test_flags_of_other_families_are_refused(film: ModuleType, shapes_zip: Path) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={shapes_zip}", "--gen=film", "--depth=8", "-n"])
     assert result.exit_code == 2
-    assert "--depth=8: is not a setting of the family film; styleformer, styleformer-c can take it" in result.stderr
+    assert "--depth=8: is not a setting of the family film; supported by styleformer, styleformer-c" in result.stderr
 
 
 def test_the_documented_network_supports_execution_modes(film: ModuleType) -> None:

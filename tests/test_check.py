@@ -277,7 +277,7 @@ def test_tiles_are_balanced_between_classes(sizes: list[int], expected: list[int
 def make_sheet(tmp_path: Path, images: dict[str, np.ndarray], **content: object) -> np.ndarray:
     path = write_set(tmp_path / "set", images, **content)
     result = check(path, f"--sheet={tmp_path / 'new' / 'sheet.png'}")
-    assert f"Drawn: {tmp_path / 'new' / 'sheet.png'}" in result.output
+    assert f"Written: {tmp_path / 'new' / 'sheet.png'}" in result.output
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         return np.asarray(sheet.convert("RGB"))
 

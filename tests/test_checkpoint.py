@@ -138,7 +138,7 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
     assert digest([other.state_dict(), other_optimizer.state_dict()]) == digest(
         [model.state_dict(), optimizer.state_dict()]
     )
-    with pytest.raises(UserError, match=r"holds the parts \['model', 'optimizer'\], expected \['model'\]"):
+    with pytest.raises(UserError, match=r"contains the parts \['model', 'optimizer'\], expected \['model'\]"):
         Checkpoint(model=other).load(tmp_path / "f")
 
 
@@ -180,5 +180,5 @@ def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
     payload = checkpoint.capture()
     payload["parts"]["optimizer"]["state"][1]["exp_avg"] = torch.zeros(1)
     Checkpoint.write(tmp_path / "f", payload)
-    with pytest.raises(UserError, match=r"optimizer does not fit .*exp_avg has shape \(1,\), its parameter \(2,\)"):
+    with pytest.raises(UserError, match=r"optimizer does not match .*exp_avg has shape \(1,\), its parameter \(2,\)"):
         checkpoint.load(tmp_path / "f")

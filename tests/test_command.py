@@ -228,15 +228,15 @@ def test_generate_returns_the_images_of_the_command(tmp_path: Path) -> None:
 
 def test_generate_refuses_what_it_cannot_use() -> None:
     snapshot = styleformer.load_network(SNAPSHOT)
-    with pytest.raises(UserError, match=r"^seeds=\(\): give one or more"):
+    with pytest.raises(UserError, match=r"^seeds=\(\): specify at least one seed"):
         styleformer.generate(snapshot, [])
-    with pytest.raises(UserError, match=r"^seeds=\(-1,\): give one or more whole numbers from 0"):
+    with pytest.raises(UserError, match=r"^seeds=\(-1,\): specify at least one seed, none below 0"):
         styleformer.generate(snapshot, [-1])
-    with pytest.raises(UserError, match=r"^batch=0: give a number of images"):
+    with pytest.raises(UserError, match=r"^batch=0: must be at least 1"):
         styleformer.generate(snapshot, [0], batch=0)
     with pytest.raises(UserError, match=r"^class_index=1: this network was trained without labels"):
         styleformer.generate(snapshot, [0], class_index=1)
-    with pytest.raises(UserError, match=r"^device=cpu: the network is loaded"):
+    with pytest.raises(UserError, match=r"^device=cpu: the network is already loaded"):
         styleformer.generate(snapshot, [0], device="cpu")
 
 
@@ -256,7 +256,7 @@ def test_compute_metric_returns_the_record_of_the_command(shapes32_zip: Path, tm
     assert (tmp_path / "metric-swd64.jsonl").read_text() == lines  # nothing is written
     with pytest.raises(UserError, match="unknown metric 'fud'"):
         styleformer.compute_metric(network, "fud")
-    with pytest.raises(UserError, match="give the real ones as `data`"):
+    with pytest.raises(UserError, match="specify the real images with `data`"):
         styleformer.compute_metric(shapes32_zip, "swd64")
 
 
@@ -272,7 +272,7 @@ def test_train_resolves_the_configuration_of_the_command(
     assert json.loads(capsys.readouterr().out) == json.loads(command.stdout)
     with pytest.raises(ConfigError, match=r"^run.kimg='1': no such field"):
         styleformer.train(tmp_path, shapes_zip, settings={"run.kimg": 1})
-    with pytest.raises(UserError, match=r"^run.metrics=None: give the text that --set takes"):
+    with pytest.raises(UserError, match=r"^run.metrics=None: specify 'none' or 'auto'"):
         styleformer.train(tmp_path, shapes_zip, settings={"run.metrics": None})
     assert [*tmp_path.iterdir()] == []
 

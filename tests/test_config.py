@@ -99,7 +99,7 @@ def test_invalid_json_configurations_are_refused() -> None:
 def test_the_range_is_reported_only_if_the_type_is_right(field: str, value: Any, is_out_of_range: bool) -> None:
     with pytest.raises(ConfigError, match=rf"^{field}=.*: expected ") as caught:
         from_json(RunConfig, {**to_json(RunConfig()), field: value})
-    assert ("of at most 64 bits" in str(caught.value)) == is_out_of_range
+    assert ("fit into 64 bits" in str(caught.value)) == is_out_of_range
 
 
 def test_numpy_floats_are_accepted() -> None:

@@ -269,7 +269,7 @@ def test_center_crop_wide_drops_and_counts_smaller_images(tmp_path: Path) -> Non
     assert label_values(content) == [1, *range(3, 300)]
     assert content["short_sides"] == {"2": 1, "4": 2, "8": 297}
     message = assert_refused(tmp_path, source, "--transform=center-crop-wide", "--resolution=64x32")
-    assert "--width=64 --height=32: --transform=center-crop-wide skips smaller images, which are all" in message
+    assert "--width=64 --height=32: --transform=center-crop-wide skips smaller images, and all" in message
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

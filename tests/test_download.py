@@ -90,7 +90,7 @@ def test_a_wrong_byte_range_is_refused(site: Site) -> None:
     assert fetch(url).read_bytes() == DATA
     assert [asked for _, asked in site.requests] == [None, "bytes=1000-", None]
     site.pages["/part.pkl"] = (206, {"Content-Range": "bytes 5-9/10"}, b"56789")
-    with pytest.raises(UserError, match=r"part\.pkl: the server answers 206 Partial Content"):
+    with pytest.raises(UserError, match=r"part\.pkl: the server returned 206 Partial Content"):
         fetch(f"{site.url}/part.pkl")
 
 
@@ -126,9 +126,9 @@ def test_parts_without_a_validator_are_not_joined(site: Site) -> None:
 
 def test_responses_that_are_not_files_are_refused(site: Site, cache: Path) -> None:
     site.pages["/login"] = (200, HTML, b"<html><title>Sign in &amp; wait</title></html>")
-    with pytest.raises(UserError, match=r"/login: the answer is an HTML page \('Sign in & wait'\), not a file"):
+    with pytest.raises(UserError, match=r"/login: the response is an HTML page \('Sign in & wait'\), not a file"):
         fetch(f"{site.url}/login")
-    with pytest.raises(UserError, match=r"missing\.pkl: the server answers 404"):
+    with pytest.raises(UserError, match=r"missing\.pkl: the server returned 404"):
         fetch(f"{site.url}/missing.pkl")
     site.server.server_close()
     with pytest.raises(UserError, match="could not be fetched"):
@@ -146,7 +146,7 @@ def test_an_unresponsive_server_is_reported(site: Site, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(site, "answer", answer)
     try:
-        with pytest.raises(UserError, match=r"could not be fetched \(no answer for 0\.2 seconds\)"):
+        with pytest.raises(UserError, match=r"could not be fetched \(no response for 0\.2 seconds\)"):
             fetch(f"{site.url}/models/net.pkl")
     finally:
         given_up.set()
@@ -212,7 +212,7 @@ def test_drive_refusals_are_reported(drive: Site) -> None:
     drive.confirm = "never"
     again = b'<html><a href="/uc?export=download&amp;confirm=t0ken&amp;id=FILE">Download anyway</a></html>'
     drive.pages["/uc"] = (200, HTML, again)
-    with pytest.raises(UserError, match="keeps answering with HTML pages"):
+    with pytest.raises(UserError, match="keeps returning HTML pages"):
         fetch(f"{drive.url}/open?id=FILE")
 
 

@@ -51,7 +51,7 @@ def test_a_process_that_stops_responding_is_named(capfd: pytest.CaptureFixture[s
     assert time.monotonic() - began < PATIENCE
     printed = capfd.readouterr().err
     assert printed.count("Error: process 0 on ") == printed.count("Error: process") == 1
-    assert "stopped 3 seconds ago, and the others wait" in printed
+    assert "no progress for 3 seconds while the others wait" in printed
 
 
 def test_the_ranks_that_are_behind_have_stopped() -> None:

@@ -317,4 +317,4 @@ def test_truncated_files_are_refused(name: str, tmp_path: Path) -> None:
     data, cut = path.read_bytes(), tmp_path / "cut.pkl"
     for share in (0.01, 0.3, 0.7, 0.99):
         cut.write_bytes(data[: int(share * len(data))])
-        refused(cut, "cut off")
+        refused(cut, "truncated")

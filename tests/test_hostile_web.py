@@ -147,9 +147,9 @@ def test_downloads_have_a_size_limit(monkeypatch: pytest.MonkeyPatch, site: Site
 def test_a_trickling_server_is_abandoned(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server trickles the body or the headers; each byte arrives well before the read timeout."""
     monkeypatch.setattr(download, "PACE_SECONDS", 0.3)
-    monkeypatch.setattr(download, "ANSWER_SECONDS", PATIENCE if head else 0.3)
+    monkeypatch.setattr(download, "RESPONSE_SECONDS", PATIENCE if head else 0.3)
     content = (head or OK + b"A: ") + b"x" * 30_000  # one minute
-    reason = "which is too slow" if head else "no complete answer after 0.3 seconds"
+    reason = "which is too slow" if head else "no complete response after 0.3 seconds"
     with answering(content, pause=0.002) as url, pytest.raises(UserError, match=f"could not be fetched .*{reason}"):
         fetch(f"{url}/net.pkl")
 

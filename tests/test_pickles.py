@@ -366,7 +366,7 @@ def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
     """Both are dicts with a state that holds no needed information."""
     layer = torch.nn.Linear(2, 2)
     torch.save(layer.state_dict(), tmp_path / "weights.pth")
-    assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of its network"
+    assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of the network"
     checkpoint = {"g_ema": {"style.1.weight": torch.zeros(2, 2), **layer.state_dict()}, "args": Namespace(size=256)}
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     assert "another StyleGAN2 code base" in str(describe_torch_file(tmp_path / "checkpoint.pt"))

@@ -238,7 +238,7 @@ def test_open_url_opens_paths_and_addresses(site: Site, tmp_path: Path) -> None:
         with dnnlib.util.open_url(f"{site.url}/file.bin") as f:
             assert f.read() == b"from the web"
     assert len(site.requests) == 1
-    with pytest.raises(UserError, match=r"/missing.bin: the server answers 404"):
+    with pytest.raises(UserError, match=r"/missing.bin: the server returned 404"):
         dnnlib.util.open_url(f"{site.url}/missing.bin")
     with pytest.raises(FileNotFoundError, match=r"'missing.bin'"):
         dnnlib.util.open_url("missing.bin")
@@ -253,7 +253,7 @@ def test_easy_dict_is_a_dict_with_attributes() -> None:
     del d.a
     assert "a" not in d
     assert hasattr(d, "b")
-    with pytest.raises(AttributeError, match="no item 'a'; there are 'b', 'c'"):
+    with pytest.raises(AttributeError, match="no item 'a'; the items are 'b', 'c'"):
         d.a  # noqa: B018
     with pytest.raises(AttributeError, match="no item 'a'"):
         del d.a
@@ -313,7 +313,7 @@ def test_parameters_and_buffers_are_copied_by_name() -> None:
     assert dst[1].running_mean.tolist() == [5, 5, 5]
     assert torch.equal(dst[2].weight, kept)
     assert (dst[0].weight.requires_grad, src[0].weight.requires_grad) == (False, True)
-    with pytest.raises(ValueError, match=r"^2.bias, 2.weight: missing in the source; require_all=False"):
+    with pytest.raises(ValueError, match=r"^2.bias, 2.weight: missing in the source; pass require_all=False"):
         misc.copy_params_and_buffers(src, dst, require_all=True)
     wide = nn.Sequential(nn.Linear(1, 3))
     with pytest.raises(ValueError, match=r"^0.weight: has shape \(3, 1\) in the source, \(3, 2\) in the dest"):

@@ -175,7 +175,7 @@ def test_texts_are_parsed_by_the_type_of_the_field(texts: dict[str, str], values
 @pytest.mark.parametrize(
     ("path", "text", "problem"),
     [
-        ("generator.window", "8", "is not a setting of the family styleformer; transgan can take it"),
+        ("generator.window", "8", "is not a setting of the family styleformer; supported by transgan"),
         ("generator.widhts", "8", "did you mean widths?"),
         ("generator.family", "transgn", "unknown family"),
         ("loss.r1_gama", "8", "did you mean loss.r1_gamma"),

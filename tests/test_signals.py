@@ -130,12 +130,12 @@ def test_only_a_second_sigint_exits_at_once(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     signals = Signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signals._answer(number)
+        signals._handle(number)
     assert codes == []
     clock[0] += REPEAT_SECONDS + 0.1
-    signals._answer(signal.SIGTERM)
+    signals._handle(signal.SIGTERM)
     assert codes == []
-    signals._answer(signal.SIGINT)
+    signals._handle(signal.SIGINT)
     assert codes == [EXIT_INTERRUPTED]
     answer = "Ctrl-C: stopping after this step and saving the state; press again to exit without saving"
     assert capsys.readouterr().err == f"\n{answer}\n"

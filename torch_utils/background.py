@@ -20,7 +20,7 @@ class BackgroundWriter:
         self.failed: list[WriteError] = []
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Wait for the job in flight, then start a new one. `collect` returns the write errors of the former."""
+        """Wait for the job in flight, then start a new one. `collect` returns the write errors of the earlier job."""
         self.wait()
         self.job = self.thread.submit(job)
 

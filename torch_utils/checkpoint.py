@@ -75,7 +75,7 @@ class Checkpoint:
 
     @classmethod
     def write(cls, path: Path, payload: dict[str, Any]) -> None:
-        """Write what `capture` returned. Raises WriteError."""
+        """Write a payload returned by `capture`. Raises WriteError."""
         write_file(path, cls.FORMAT, cls.VERSION, payload)
 
     def fingerprints(self) -> dict[str, int]:
@@ -90,12 +90,12 @@ class Checkpoint:
         payload = self.read(path)
         saved = payload.get("parts")
         if not isinstance(saved, dict) or not all(isinstance(state, dict) for state in saved.values()):
-            raise UserError(f"{path}: holds no parts of a training state; use another copy")
+            raise UserError(f"{path}: contains no parts of a training state; use another copy")
         if saved.keys() != self.parts.keys():
-            raise UserError(f"{path}: holds the parts {sorted(map(str, saved))}, expected {sorted(self.parts)}")
+            raise UserError(f"{path}: contains the parts {sorted(map(str, saved))}, expected {sorted(self.parts)}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and _shapes(part.state_dict()) != _shapes(saved[name]):
-                raise UserError(f"{path}: the tensors of {name} do not fit; it was trained with other options")
+                raise UserError(f"{path}: the tensor shapes of {name} do not match; the run used other options")
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved[name])
@@ -103,7 +103,7 @@ class Checkpoint:
                     _match_layouts(part)
             except _LOAD_ERRORS as error:  # an optimizer raises ValueError for other parameters
                 reason = f"{type(error).__name__}: {error}"
-                raise UserError(f"{path}: {name} does not fit ({reason}); it was trained with other options") from None
+                raise UserError(f"{path}: {name} does not match ({reason}); the run used other options") from None
         return payload
 
     @classmethod
@@ -120,7 +120,7 @@ REMEDIES = {
 # Signature -> description of files that users mistake for files of this project.
 SIGNATURES = {
     b"\x1f\x8b": "compressed with gzip; decompress it with gunzip",
-    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
     b"\x93NUMPY": "a NumPy array",
@@ -140,7 +140,7 @@ def _sum_of_bits(value: Any) -> int:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer state of each parameter the memory layout of the parameter, which may differ from the file's.
+    """Convert the optimizer state of each parameter to the memory layout of the parameter; the file's may differ.
 
     Fused optimizers iterate over both in storage order: the CPU kernel does not check the layouts, the GPU kernel
     raises. Raises ValueError for a state of another shape.
@@ -250,7 +250,7 @@ def _read_document(path: Path) -> Any:
         raise UserError(f"{path}: {error}; use another copy") from None
     except MemoryError:
         raise
-    except Exception as error:  # zipfile raises BadZipFile, KeyError, EOFError, RuntimeError, ... for damaged files
+    except Exception as error:  # zipfile raises BadZipFile, KeyError, EOFError, RuntimeError, ... for corrupt files
         raise UserError(f"{path}: damaged or incomplete ({describe_error(error)}); use another copy") from None
 
 
@@ -277,7 +277,7 @@ def _describe_start(path: Path, start: bytes) -> str | None:
 
 
 def _describe_zip(path: Path) -> str | None:
-    """Describe a zip file of another program; return None for torch.save files, damaged files and other formats."""
+    """Describe a zip file of another program; return None for torch.save files, corrupt files and other formats."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -315,7 +315,7 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def copy_to_cpu(value: Any, *, always: bool = True) -> Any:
-    """Copy nested containers and their tensors; unless `always`, tensors on the CPU are shared instead."""
+    """Copy nested containers and their tensors to the CPU; with always=False, share tensors already on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=always)
     if isinstance(value, Mapping):

@@ -283,7 +283,7 @@ def check_toolkit() -> str:
 
 
 def find_nvcc() -> str | None:
-    """Return the path of the nvcc that torch's extension builder uses; None if there is none."""
+    """Return the path of the nvcc that torch's extension builder uses; None if it is not found."""
     cpp_extension = _builder()
     if cpp_extension.CUDA_HOME is None:
         return None
@@ -292,7 +292,7 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_version(nvcc: str) -> str:
-    """Return the CUDA version of an nvcc, such as 13.0. Raises UserError if its output has none."""
+    """Return the CUDA version of an nvcc, such as 13.0. Raises UserError if its output has no version."""
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
     match = re.search(r"release (\d+\.\d+)", output)
     if match is None:
@@ -354,7 +354,7 @@ def _compile(folder: Path, name: str, archs: str) -> Path:
 
 
 def _loaded_runtime() -> str | None:
-    """Return the libcudart that torch has loaded. Linked with it, the kernels share torch's streams."""
+    """Return the path of the libcudart loaded by torch. Kernels linked with that library share torch's streams."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # not Linux: link with the toolkit's libcudart

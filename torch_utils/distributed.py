@@ -335,7 +335,7 @@ def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None
             raise
         raise UserError(
             f"the processes cannot reach each other over TCP ({describe_error(error)}): set GLOO_SOCKET_IFNAME to the "
-            "network interface that they share, as `ip addr` lists them; lo for one machine alone"
+            "network interface shared by all machines (see `ip addr`), or to lo on a single machine"
         ) from None
 
 

@@ -45,7 +45,7 @@ class Captured(Generic[T]):
             self.result = self._capture(function, pool)
 
     def _warm_up(self, function: Callable[..., T]) -> None:
-        """Run the function on a side stream. The last call fails on a synchronization, which needs no cleanup here."""
+        """Run the function on a side stream. The last call raises on a synchronization; no cleanup is needed yet."""
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -82,8 +82,8 @@ class Captured(Generic[T]):
 class GraphPool(Generic[T]):
     """CUDA graphs by key, in one memory pool. A function that cannot be captured runs eagerly, with one warning.
 
-    If GPU memory is too small for a graph, all graphs are discarded and none is captured from then on; with `must_fit`
-    this is an error instead.
+    If GPU memory is too small for a graph, all graphs are discarded and no further ones are captured; with `must_fit`,
+    the out-of-memory error is raised instead.
     """
 
     def __init__(self, *, must_fit: bool = False) -> None:
@@ -91,10 +91,10 @@ class GraphPool(Generic[T]):
         self.pool = torch.cuda.graph_pool_handle()
         self.recorded: dict[Hashable, Captured[T]] = {}
         self.refused: set[Hashable] = set()
-        self.is_closed = False  # memory was too small
+        self.is_closed = False  # GPU memory was too small
 
     def record(self, name: str, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
-        """Return the graph of `key`, captured from function(*inputs) on first use; the function if it has no graph.
+        """Return the graph of `key`, captured from function(*inputs) on first use; `function` itself if that fails.
 
         `name` denotes the function in the warning. Raises PyTorch's out-of-memory error if graphs must fit.
         """

@@ -109,7 +109,7 @@ def copy_params_and_buffers(src: nn.Module, dst: nn.Module, require_all: bool = 
     """
     found, wanted = _params_and_buffers(src), _params_and_buffers(dst)
     if require_all and (missing := sorted(wanted.keys() - found.keys())):
-        raise ValueError(f"{', '.join(missing[:8])}: missing in the source; require_all=False leaves them as they are")
+        raise ValueError(f"{', '.join(missing[:8])}: missing in the source; pass require_all=False to skip them")
     common = wanted.keys() & found.keys()
     for name in sorted(common):
         if found[name].shape != wanted[name].shape:

@@ -147,7 +147,7 @@ def why(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Name:
-    """A global that the file refers to, and the function that replaces it here."""
+    """A global named in the file, and its replacement function."""
 
     name: str
     call: Callable[..., Any]
@@ -207,7 +207,7 @@ def read_pickle(path: Path) -> Any:
     """Return the unpickled content of a file. Raises UserError, with path and reason, if the file cannot be read."""
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise UserError(f"{path}: {size} bytes are more than any snapshot has")
+        raise UserError(f"{path}: {size} bytes exceed the size of any snapshot")
     try:
         if not size:
             raise UserError("empty")
@@ -216,7 +216,7 @@ def read_pickle(path: Path) -> Any:
             budget = _Budget(size)
             content = _Machine(stream, _Names(budget), budget).run()
             if stream.tell() != size:
-                raise UserError("data follows its end")
+                raise UserError("data after its end")
     except UserError as error:
         raise UserError(f"{path}: {error}; no code in it was run") from None
     return content
@@ -238,7 +238,7 @@ def read_torch_file(path: Path) -> Any:
             raise UserError(f"its data.pkl exceeds the limit of {MAX_INDEX_BYTES} bytes")
         folder = index.removesuffix("data.pkl")
         if f"{folder}byteorder" in members and _read_member(file, members[f"{folder}byteorder"]) != b"little":
-            raise UserError("its tensors have another byte order than little-endian")
+            raise UserError("its tensors are not little-endian")
         budget = _Budget(size)
         storages: dict[str, _Storage] = {}
 
@@ -273,7 +273,7 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> bytearray:
     file.seek(sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28)), os.SEEK_CUR)
     content = bytearray(info.file_size)
     if not header.startswith(b"PK\3\4") or file.readinto(content) != len(content):  # type: ignore[attr-defined]
-        raise UserError(f"damaged or incomplete ({_shorten(info.filename)} is not where it should be)")
+        raise UserError(f"damaged or incomplete ({_shorten(info.filename)} is not at its offset)")
     return content
 
 
@@ -286,14 +286,14 @@ def _check_plain(value: Any, seen: set[int], depth: int) -> None:
         return
     if type(value) is int:
         if not -(2**63) <= value < 2**64:
-            raise UserError("holds an integer of more than 64 bits")
+            raise UserError("contains an integer of more than 64 bits")
         return
     if type(value) not in (dict, list, tuple, Tensor):
-        raise UserError(f"holds more than tensors and plain values; not loaded{why(value)}")
-    if type(value) is not Tensor and not value:  # there is only one empty tuple
+        raise UserError(f"contains more than tensors and plain values; not loaded{why(value)}")
+    if type(value) is not Tensor and not value:  # all empty tuples are one object
         return
     if id(value) in seen:
-        raise UserError("holds a container or tensor more than once, which no file of this project does")
+        raise UserError("contains a container or tensor more than once, unlike any file of this project")
     if depth > MAX_DEPTH:
         raise UserError("its containers are nested too deeply")
     seen.add(id(value))
@@ -303,7 +303,7 @@ def _check_plain(value: Any, seen: set[int], depth: int) -> None:
 
 
 def describe_torch_file(path: Path) -> str | None:
-    """Describe a torch.save file of another program; return None for other files and for damaged ones.
+    """Describe a torch.save file of another program; return None for other files and for corrupt files.
 
     No code in the file is run, and its tensors are not read.
     """
@@ -322,7 +322,7 @@ def describe_torch_file(path: Path) -> str | None:
                 return None
             data = archive.read(index)
         return _describe(_read_outline(BytesIO(data), _Budget(len(data))))
-    except Exception:  # zipfile raises many types of errors for damaged files
+    except Exception:  # zipfile raises many types of errors for corrupt files
         return None
 
 
@@ -350,7 +350,7 @@ def _describe(content: Any) -> str | None:
         return "a checkpoint of another StyleGAN2 code base (its g_ema has layers named style.1)"
     inner = content.get("state_dict", content)
     if isinstance(inner, dict) and inner and all(isinstance(value, Unreadable) for value in inner.values()):
-        return "a bare state_dict, without the arguments of its network"
+        return "a bare state_dict, without the arguments of the network"
     keys = ", ".join(_shorten(key)[:20] if isinstance(key, str) else "a non-text key" for key in [*content][:6])
     return f"a torch.save file that holds {keys}" if content else None
 
@@ -387,9 +387,9 @@ class _Machine:
         code = self.stream.read(1)
         opcode = _OPCODES.get(code.decode("latin-1"))
         if opcode is None:
-            raise UserError("damaged (an unknown opcode)" if code else "cut off")
+            raise UserError("damaged (an unknown opcode)" if code else "truncated")
         if opcode.name not in _STEPS and opcode.name != "STOP":
-            raise UserError(f"it uses the instruction {opcode.name}, which no snapshot needs")
+            raise UserError(f"unsupported opcode {opcode.name}, which no snapshot needs")
         return opcode
 
     def _read_argument(self, opcode: Any) -> Any:
@@ -398,7 +398,7 @@ class _Machine:
                 return " ".join(self.stream.readline().decode().removesuffix("\n") for _ in range(2))
             return opcode.arg.reader(self.stream)
         except (ValueError, OverflowError) as error:
-            raise UserError(f"damaged or cut off ({describe_error(error)})") from None
+            raise UserError(f"damaged or truncated ({describe_error(error)})") from None
 
     def _pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -487,22 +487,22 @@ class _Machine:
 
     def get(self, index: int) -> None:
         if index not in self.memo:
-            raise UserError("damaged (it refers to a value that it does not have)")
+            raise UserError("damaged (a reference to a missing value)")
         self.stack.append(self.memo[index])
 
     def push_name(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
         self._push_name(module, name)
 
-    def push_name_of_stack(self, _: None) -> None:
+    def push_stack_global(self, _: None) -> None:
         name, module = self._pop(), self._pop()
         self._push_name(module, name)
 
     def _push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UserError("it refers to a name that is not text")
+            raise UserError("a global with a name that is not text")
         if len(module) + len(name) > MAX_PATH:
-            self.stack.append(Unreadable("it refers to a name that is longer than any in a snapshot"))
+            self.stack.append(Unreadable("a global with a longer name than any in a snapshot"))
             return
         self.stack.append(self.names(module, name))
 
@@ -513,7 +513,7 @@ class _Machine:
             self.stack.append(function)
             return
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise UserError("it calls something that has no name")
+            raise UserError("a call of an object other than a named function")
         try:
             if len(arguments) > MAX_ARGUMENTS:
                 raise UserError(f"{len(arguments)} arguments")
@@ -524,12 +524,12 @@ class _Machine:
             reason = str(error) if isinstance(error, UserError) else describe_error(error)
             self.stack.append(Unreadable(f"{function.name} with arguments that no snapshot has ({reason[:200]})"))
 
-    def call_with_names(self, _: None) -> None:
-        """Drop the keyword arguments and call. Raises UserError if the result is readable: no snapshot needs them."""
+    def call_with_keywords(self, _: None) -> None:
+        """Drop the keyword arguments and call. Raises UserError if the result is readable: no snapshot has one."""
         self._pop()
         self.call(_)
         if not isinstance(self.stack[-1], Unreadable):
-            raise UserError("it creates an object with keyword arguments")
+            raise UserError("an object created with keyword arguments")
 
     def set_state(self, _: None) -> None:
         """Apply BUILD to a wrapper module or a NumPy dtype, whose state holds the byte order.
@@ -548,10 +548,10 @@ class _Machine:
             value = Unreadable("a state for an object without one")
         self.stack.append(value)
 
-    def load_outside(self, _: None) -> None:
+    def load_persistent(self, _: None) -> None:
         key = self._pop()
         if self.load is None:
-            raise UserError("it refers to data outside the file (a persistent id)")
+            raise UserError("a reference to data outside the file (a persistent id)")
         self.stack.append(self.load(key))
 
 
@@ -589,12 +589,12 @@ _STEPS: Mapping[str, _Step] = {
     "BINGET": _Machine.get,
     "LONG_BINGET": _Machine.get,
     "GLOBAL": _Machine.push_name,
-    "STACK_GLOBAL": _Machine.push_name_of_stack,
+    "STACK_GLOBAL": _Machine.push_stack_global,
     "REDUCE": _Machine.call,
     "NEWOBJ": _Machine.call,
-    "NEWOBJ_EX": _Machine.call_with_names,
+    "NEWOBJ_EX": _Machine.call_with_keywords,
     "BUILD": _Machine.set_state,
-    "BINPERSID": _Machine.load_outside,
+    "BINPERSID": _Machine.load_persistent,
 }
 
 

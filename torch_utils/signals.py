@@ -25,7 +25,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # stopped without saving
 SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not available on Windows
 STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 INTERVAL = 4  # steps between collective checks of several processes; a single process checks at every step
-REPEAT_SECONDS = 1.0  # one Ctrl-C reaches a worker twice, from the terminal and from the launcher; count it once
+REPEAT_SECONDS = 1.0  # one Ctrl-C reaches a worker twice, via the terminal and via the launcher, and counts once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
-        threading.Thread(target=self._answer_all, args=self.pipe[:1], name="signals", daemon=True).start()
+        threading.Thread(target=self._handle_all, args=self.pipe[:1], name="signals", daemon=True).start()
         self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         self.previous = {number: signal.signal(number, self._note) for number in distributed.not_ignored(self.HANDLED)}
         return self
@@ -76,13 +76,13 @@ class Signals:
         else:
             self.stop = number
 
-    def _answer_all(self, pipe: int) -> None:
-        """Respond to the signal numbers read from a pipe, until the pipe is closed."""
+    def _handle_all(self, pipe: int) -> None:
+        """Handle the signal numbers read from a pipe, until the pipe is closed."""
         while number := os.read(pipe, 1):
-            self._answer(number[0])
+            self._handle(number[0])
         os.close(pipe)
 
-    def _answer(self, number: int) -> None:
+    def _handle(self, number: int) -> None:
         """Print a notice on the first SIGINT; exit on the second. Other signals are ignored here."""
         if number != signal.SIGINT:
             return
@@ -95,7 +95,7 @@ class Signals:
                 print(message, file=sys.stderr, flush=True)
 
     def agree(self, step: int) -> SignalRequest:
-        """Return the requests of all processes since the last check. A collective call, due at every step.
+        """Return the requests of all processes since the last check. A collective call: required at every step.
 
         With several processes only every INTERVAL-th step communicates; the other steps return no request.
         """

@@ -1,4 +1,4 @@
-"""Watchdog that detects a stopped rank, names it and ends the run, instead of all other ranks waiting for it."""
+"""Watchdog that reports a stopped rank and ends the run, because the other ranks would wait for it."""
 
 from __future__ import annotations
 
@@ -106,16 +106,16 @@ class Watchdog:
                 stopped = find_stopped(statuses, silent) if silent or now - since > self.timeout else []
                 # The lowest of the waiting ranks reports.
                 if stopped and self.rank == min(set(statuses) - set(stopped), default=None):
-                    self._give_up(stopped, statuses)
+                    self._abort(stopped, statuses)
         except RuntimeError:  # the launcher and its store have exited
             return
 
-    def _give_up(self, stopped: list[int], statuses: dict[int, RankStatus]) -> None:
+    def _abort(self, stopped: list[int], statuses: dict[int, RankStatus]) -> None:
         names = ", ".join(f"{rank} on {statuses[rank].host}" for rank in stopped)
         plural = "es" if len(stopped) > 1 else ""
         print(
-            f"Error: process{plural} {names}: stopped {self.timeout:g} seconds ago, and the others wait; continue "
-            "from the last training state with --resume=latest. --set run.timeout=SECONDS sets how long they wait",
+            f"Error: process{plural} {names}: no progress for {self.timeout:g} seconds while the others wait; resume "
+            "from the last training state with --resume=latest; --set run.timeout=SECONDS sets the limit",
             file=sys.stderr,
             flush=True,
         )

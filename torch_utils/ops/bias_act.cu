@@ -1,6 +1,6 @@
 // clamp(gain * act(x + b), -clamp, clamp) and its derivatives; bias_act.py documents the arguments.
 //
-// Each thread loads and stores 16 bytes at a time. The forward pass reads x once and writes y once.
+// Each thread loads and stores 16 bytes per instruction. The forward pass reads x once and writes y once.
 #include "kernels.h"
 
 // In the order of ACTIVATIONS in bias_act.py.
@@ -76,7 +76,7 @@ template <class T, int N> __device__ __forceinline__ void read(const T* from, Co
     for (int k = 0; k < N; ++k) to[k] = load(pack.v[k]);
 }
 
-// Add the bias to elements i, ..., i + N - 1. The first channel takes a division, the following ones a counter.
+// Add the bias to elements i, ..., i + N - 1. The first channel is found by division, the following ones by counting.
 template <class T, int N, class Index>
 __device__ __forceinline__ void add_bias(const BiasAct<T>& a, Index i, Computed<T> (&x)[N]) {
     const Index inner = static_cast<Index>(a.inner.d), channels = static_cast<Index>(a.channels.d);

@@ -1,7 +1,7 @@
 """Fused bias, activation, gain and clamp.
 
-The PyTorch reference is the specification. On CUDA, a fused kernel (bias_act.cu) makes one pass over memory where
-PyTorch makes one per step. The backward pass mostly reads the output, which the next layer saves anyway.
+The PyTorch reference is the specification. On CUDA, a fused kernel (bias_act.cu) makes one pass over memory;
+PyTorch makes one pass per step. The backward pass mostly reads the output, which the next layer saves anyway.
 """
 
 import math
@@ -27,7 +27,7 @@ class Activation:
     gain: float = 1.0
 
 
-# A gain of sqrt(2) preserves the signal magnitude if the negative half is cut off (He et al. 2015).
+# A gain of sqrt(2) preserves the signal magnitude if the negative half is zeroed (He et al. 2015).
 # The order matches enum Act in bias_act.cu.
 ACTIVATIONS = {
     "linear": Activation(function=lambda x: x),
@@ -74,7 +74,7 @@ def bias_act(
     alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
-        raise ValueError(f"bias has shape {list(b.shape)}: dimension {dim} of x {list(x.shape)} requires a vector")
+        raise ValueError(f"bias has shape {list(b.shape)}: expected a vector for dimension {dim} of x {list(x.shape)}")
 
     if custom_ops.use_kernels(impl, x):
         if b is not None and b.device != x.device:
@@ -125,7 +125,7 @@ def launch(
     gain: float,
     clamp: float,
 ) -> Tensor:
-    """Launch the kernel. `x` is the input (order 0), the gradient of the output (1), or the gradient of that (2)."""
+    """Launch the kernel. `x` is the input (order 0), the gradient of y (1), or of the output of order 1 (2)."""
     layout = library.layout(x if saved is None else saved)
     x = x.contiguous(memory_format=layout)
     saved = None if saved is None else saved.contiguous(memory_format=layout)
@@ -300,7 +300,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """Derivative of _Forward, linear in `grad`; its derivative by x is zero for piecewise linear activations."""
+    """Derivative of _Forward, linear in `grad`; its derivative w.r.t. x is zero for piecewise linear activations."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, saved: Tensor, b: Tensor | None, *options: Any) -> Tensor:
@@ -331,7 +331,7 @@ class _SecondGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("the CUDA kernels of bias_act have two derivatives: use impl='reference' for a third")
+        raise RuntimeError("the CUDA kernels of bias_act support two derivatives: use impl='reference' for a third")
 
 
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"

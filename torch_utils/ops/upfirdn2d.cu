@@ -198,8 +198,8 @@ template <class T, int VEC, class P> int launch_tiles(Resample<T> a, cudaStream_
 // Resampling of the networks: 4 x 4 taps, up by 2, down by 2 or neither. Returns -1 for other arguments.
 template <class T, int VEC, bool SPLIT> int launch_four(const Resample<T>& a, cudaStream_t stream) {
     if (a.fh != 4 || a.fw != 4 || a.up_x != a.up_y || a.down_x != a.down_y) return -1;
-    // The outputs of a wide tile share samples and addresses. 16-bit types benefit most: twice as many elements arrive
-    // in the same time.
+    // The outputs of a wide tile share samples and addresses. 16-bit types benefit most: each load yields twice as
+    // many elements.
     constexpr int WIDE = VEC > 1 ? 1 : sizeof(T) == 2 ? 4 : 2;
     constexpr int WIDE_UP = WIDE > 2 ? WIDE : 2, TALL_UP = VEC == 1 ? 8 : 4, WIDE_DOWN = VEC == 1 ? 2 : 1;
     const bool up = a.up_x == 2 && a.down_x == 1, down = a.up_x == 1 && a.down_x == 2;
