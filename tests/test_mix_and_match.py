@@ -78,8 +78,8 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
         ),
         (["--loss=relativistic", "--set=loss.g_batch_scale=2"], "--set loss.g_batch_scale=2: relativistic compares"),
         (["--loss=hinge", "--set=loss.drift_weight=0.1"], "--set loss.drift_weight=0.1: only --loss=wgangp-eps has it"),
-        (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not read it"),
-        (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not read it"),
+        (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not use it"),
+        (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not use it"),
         (
             ["--aug=fixed", "--p=0.5", "--set=augment.policy=color"],
             "--set augment.policy=color: mode 'fixed' takes no policy",
