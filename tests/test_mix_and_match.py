@@ -77,7 +77,10 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
             f"--set loss.r1_interval=16: only --loss={' and '.join(loss.LAZY_R1)} have R1",
         ),
         (["--loss=relativistic", "--set=loss.g_batch_scale=2"], "--set loss.g_batch_scale=2: relativistic compares"),
-        (["--loss=hinge", "--set=loss.drift_weight=0.1"], "--set loss.drift_weight=0.1: only --loss=wgangp-eps has it"),
+        (
+            ["--loss=hinge", "--set=loss.drift_weight=0.1"],
+            "--set loss.drift_weight=0.1: applies to --loss=wgangp-eps only",
+        ),
         (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not use it"),
         (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not use it"),
         (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dnnlib.config import ConfigError, check_bounds, field_names, from_json, override, setting, to_json
 from torch_utils.misc import OnMeta
-from training import misfit
+from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.data_sources.sizes import Size, Sizes
@@ -498,16 +498,16 @@ def _fit_networks(config: TrainConfig, env: Environment) -> TrainConfig:
     Raises ConfigError naming the option that does not fit the images, or data.path if no option is the cause.
     """
     try:
-        return misfit.fit(config, *env.img_shape[1:])
+        return image_size.fit(config, *env.img_shape[1:])
     except ConfigError as error:
         if config.preset not in PRESETS:  # written by another version or project
             raise
-        raise misfit.explain(error, config, PRESETS, env.img_shape[1:], is_raw=env.is_raw) from None
+        raise image_size.explain(error, config, PRESETS, env.img_shape[1:], is_raw=env.is_raw) from None
 
 
 def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
     """Return the best (width, height) that the networks support for images of these sizes, or None."""
-    return next(iter(misfit.fitting_sizes(config, sizes)), None)
+    return next(iter(image_size.fitting_sizes(config, sizes)), None)
 
 
 def _chooses_graphs(run: RunConfig, env: Environment) -> bool:
