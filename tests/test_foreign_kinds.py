@@ -198,7 +198,7 @@ def test_every_kind_is_copied_or_refused_with_a_reason(
     model = "linformer" if name == "linformer" else family
     flags = ["--cond=1"] if "classes" in name else []
     result = resume(files[name], data[32 if name == "linformer" else 16], tmp_path, "-n", *flags, model=model)
-    problem = {"fork of stylegan3": "D cannot be taken from it: unknown argument", "linformer": "G cannot be taken"}
+    problem = {"fork of stylegan3": "D cannot be used: unknown argument", "linformer": "G cannot be used"}
     if name in problem:
         assert (result.exit_code, problem[name] in result.output) == (2, True), result.output
         return
