@@ -224,7 +224,7 @@ def test_many_unknown_entries_are_abbreviated(tmp_path: Path) -> None:
     tensors, arguments = stylegan2()
     content = {"G_ema": module("Generator", tensors, **arguments), **{f"entry{i}": i for i in range(1000)}}
     (note,) = legacy.load_network(write(path, content)).notes()
-    assert "entry9 (not known here), 990 more (not known here)" in note
+    assert "entry9 (unknown), 990 more (unknown)" in note
     assert len(note) < 600
 
 

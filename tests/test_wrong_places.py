@@ -48,7 +48,7 @@ def _npz(array: bool) -> bytes:
         (_png, "an image"),
         (lambda: _npz(array=True), "a NumPy array"),
         (lambda: _npz(array=False), "NumPy arrays, as accepted by --projected-w and --direction"),
-        (lambda: b"<html>not found</html>", "a page of HTML, not a snapshot"),
+        (lambda: b"<html>not found</html>", "an HTML page, not a snapshot"),
         (lambda: b"", "empty"),
         (lambda: b"hello", "unknown format"),
     ],
