@@ -492,7 +492,7 @@ def test_objectives_with_penalties_halve_the_distance_to_data(tmp_path: Path, ob
         ({"g_batch_scale": 0}, "g_batch_scale", "at least 1"),
         ({"gp_weight": 10.0}, "gp_weight", "applies to --loss=wgangp-eps only"),
         ({"drift_weight": 0.0}, "drift_weight", "applies to --loss=wgangp-eps only"),
-        ({"objective": "wgangp-eps", "r1_interval": None, "r1_gamma": 1.0}, "r1_gamma", "penalty of its own"),
+        ({"objective": "wgangp-eps", "r1_interval": None, "r1_gamma": 1.0}, "r1_gamma", "its own penalty"),
         ({"objective": "wgangp-eps"}, "r1_interval", WITH_R1),
         ({"objective": "relativistic"}, "r1_interval", WITH_R1),
         ({"objective": "relativistic", "r1_interval": None, "g_batch_scale": 2}, "g_batch_scale", "leave it at 1"),
@@ -540,7 +540,7 @@ def test_an_objective_can_be_changed_in_a_preset(shapes32_zip: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
+        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has its own penalty"),
         (
             ["--loss=relativistic", "--set=loss.r1_interval=16"],
             f"--set loss.r1_interval=16: {WITH_R1}",
