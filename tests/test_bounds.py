@@ -403,7 +403,7 @@ def test_networks_with_large_buffers_are_refused(tmp_path: Path) -> None:
     content["config"]["generator"] = {**family, **stages, **options}
     path = tmp_path / "long.pkl"
     write_file(path, snapshot.FORMAT, snapshot.VERSION, content)
-    assert_refused(lambda: snapshot.load_network(path), "buffer elements beside its weights")
+    assert_refused(lambda: snapshot.load_network(path), "buffer elements besides its weights")
 
 
 def test_outlines_import_no_compiler() -> None:
@@ -501,8 +501,8 @@ def test_snapshots_without_networks_are_refused(tmp_path: Path) -> None:
     kinds: list[Any] = [{}, [], None, {"other": {}}]
     for networks in kinds:
         write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": networks})
-        assert_refused(lambda: snapshot.load_network(path), f"{path}: holds no networks")
-        assert_refused(lambda: legacy.describe(path), f"{path}: holds no networks")
+        assert_refused(lambda: snapshot.load_network(path), f"{path}: contains no networks")
+        assert_refused(lambda: legacy.describe(path), f"{path}: contains no networks")
     discriminator = {"D": payload()["networks"]["D"]}
     write_file(path, snapshot.FORMAT, snapshot.VERSION, {**payload(), "networks": discriminator})
     assert run(generate.main, f"--network={path}", "--seeds=0", f"--outdir={tmp_path / 'out'}", "--device=cpu") == 2
@@ -556,7 +556,7 @@ DOCUMENTS: dict[str, tuple[Callable[[str], str], str]] = {
     "version true": (with_value("version", "true"), "not a file of this project"),
     "version of 30 digits": (with_value("version", "9" * 30), "more than 64 bits"),
     "not text": (lambda _: "\0" * 100, "not JSON"),
-    "no networks": (lambda text: json.dumps({**json.loads(text), "files": {}}), "holds no networks"),
+    "no networks": (lambda text: json.dumps({**json.loads(text), "files": {}}), "contains no networks"),
 }
 
 

@@ -413,7 +413,7 @@ def test_a_snapshot_without_averaged_generator_is_refused(calc: CalcMetrics, sna
     write_file(path, "network-snapshot", 1, payload)
     result = calc("--metrics=swd12", network=path)
     assert result.exit_code == 2
-    assert f"{path}: holds no averaged generator" in result.stderr
+    assert f"{path}: contains no averaged generator" in result.stderr
     assert trained.G_ema is not None
 
 

@@ -179,7 +179,7 @@ def test_graphs_are_the_default_for_small_images(
 def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="need a GPU"):
         resolve(override(PRESETS["cifar"], {"run.graphs": True}), Environment(img_shape=(3, 32, 32), c_dim=0))
-    with pytest.raises(ConfigError, match="leave out --grad-checkpoint"):
+    with pytest.raises(ConfigError, match="omit --grad-checkpoint"):
         override(PRESETS["cifar"], {"run.graphs": True, "run.recompute": True})
 
 

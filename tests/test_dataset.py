@@ -315,7 +315,7 @@ def test_ranks_divide_the_global_batch(labelled_dataset: ImageDataset) -> None:
     for step, (images, labels) in enumerate(whole):
         assert torch.equal(torch.cat([share[step][0] for share in shares]), images)
         assert torch.equal(torch.cat([share[step][1] for share in shares]), labels)
-    with pytest.raises(ValueError, match="6 images cannot be shared by 4"):
+    with pytest.raises(ValueError, match="6 images cannot be divided equally among 4"):
         take(1, labelled_dataset, position=0, batch_size=6, world_size=4)
 
 

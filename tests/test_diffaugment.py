@@ -343,13 +343,13 @@ def test_options_of_the_command_line_reach_the_policy(shapes_zip: Path, shapes32
         (["--aug=diffaug", "--p=0.5"], "--p=0.5: mode 'diffaug' takes no probability"),
         (
             ["--aug=diffaug", "--target=0.5"],
-            "--target=0.5: --aug=diffaug does not read it: leave it out, or",
+            "--target=0.5: --aug=diffaug does not use it: omit it, or",
         ),
-        (["--aug=diffaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=diffaug does not read it"),
-        (["--aug=none", "--set=augment.max_p=0.5"], "--set augment.max_p=0.5: --aug=noaug does not read it"),
+        (["--aug=diffaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=diffaug does not use it"),
+        (["--aug=none", "--set=augment.max_p=0.5"], "--set augment.max_p=0.5: --aug=noaug does not use it"),
         (
             ["--aug=fixed", "--p=0.5", "--set=augment.ada_kimg=5"],
-            "--set augment.ada_kimg=5.0: --aug=fixed does not read it",
+            "--set augment.ada_kimg=5.0: --aug=fixed does not use it",
         ),
         (
             ["--aug=diffaug", "--set=augment.hue_p=0.5"],
@@ -367,7 +367,7 @@ def test_options_of_the_command_line_reach_the_policy(shapes_zip: Path, shapes32
             ["--aug=diffaug", "--set=augment.translation=-0.1"],
             "--set augment.translation=-0.1: must lie in 0..1",
         ),
-        (["--set=augment.translation=0.2"], "--set augment.translation=0.2: --aug=ada does not read it"),
+        (["--set=augment.translation=0.2"], "--set augment.translation=0.2: --aug=ada does not use it"),
         (
             ["--set=augment.policy=color"],
             "--set augment.policy=color: mode 'ada' takes no policy; leave it out or use 'diffaug'",

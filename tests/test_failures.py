@@ -125,4 +125,4 @@ def test_a_killed_data_worker_ends_the_run_with_one_line(shapes_zip: Path, tmp_p
         program.kill()
     printed = program.output.read_text()
     assert "Traceback" not in printed
-    assert "Error: a process that decodes images has ended (DataLoader worker" in printed.splitlines()[-1]
+    assert "Error: a data worker was killed (DataLoader worker" in printed.splitlines()[-1]

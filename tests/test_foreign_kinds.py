@@ -198,7 +198,7 @@ def test_every_kind_is_copied_or_refused_with_a_reason(
     model = "linformer" if name == "linformer" else family
     flags = ["--cond=1"] if "classes" in name else []
     result = resume(files[name], data[32 if name == "linformer" else 16], tmp_path, "-n", *flags, model=model)
-    problem = {"fork of stylegan3": "D cannot be taken from it: unknown argument", "linformer": "G cannot be taken"}
+    problem = {"fork of stylegan3": "D cannot be used: unknown argument", "linformer": "G cannot be used"}
     if name in problem:
         assert (result.exit_code, problem[name] in result.output) == (2, True), result.output
         return
@@ -224,7 +224,7 @@ def test_many_unknown_entries_are_abbreviated(tmp_path: Path) -> None:
     tensors, arguments = stylegan2()
     content = {"G_ema": module("Generator", tensors, **arguments), **{f"entry{i}": i for i in range(1000)}}
     (note,) = legacy.load_network(write(path, content)).notes()
-    assert "entry9 (not known here), 990 more (not known here)" in note
+    assert "entry9 (unknown), 990 more (unknown)" in note
     assert len(note) < 600
 
 

@@ -147,7 +147,7 @@ def test_training_can_start_at_another_resolution(theirs: Path, shapes_zip: Path
 def test_a_dry_run_checks_the_snapshot_to_resume_from(theirs: Path, shapes32_zip: Path, tmp_path: Path) -> None:
     common = [f"--data={shapes32_zip}", *SHORT, f"--outdir={tmp_path / 'runs'}", "--aug=noaug", "-n"]
     (tmp_path / "text.pkl").write_text("text")
-    wrong = {"nonsense": "neither `latest` nor", str(tmp_path / "text.pkl"): "not a file of this project"}
+    wrong = {"nonsense": "not `latest`, a run", str(tmp_path / "text.pkl"): "not a file of this project"}
     for name, message in wrong.items():
         result = run(train.main, *common, f"--resume={name}")
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
@@ -169,7 +169,7 @@ def test_an_unusable_file_is_refused_before_anything_is_written(shapes32_zip: Pa
     write(path, {"G_ema": styleformer_module()})
     (tmp_path / "list.pkl").write_bytes(dumps([1]))
     expected = {
-        "generation.pkl": "G cannot be taken from it: it is not there",
+        "generation.pkl": "G cannot be used: it is missing",
         "list.pkl": "not a snapshot of Styleformer",
     }
     for name, message in expected.items():

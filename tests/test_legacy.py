@@ -248,10 +248,10 @@ def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, va
     snapshot, path = legacy.load_network(whole), tmp_path / "n.pkl"
     snapshot.D.epilogue.fc.bias[3] = value
     save_network(path, config=snapshot.config, D=snapshot.D, G_ema=snapshot.G_ema)
-    refused(path, "D: epilogue.fc.bias holds values that are not finite", "use an earlier snapshot")
+    refused(path, "D: epilogue.fc.bias contains non-finite values", "use an earlier snapshot")
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     theirs = module("Generator", draw(shapes) | {"mapping.w_avg": torch.full([W], value)}, **STYLEGAN2_ARGUMENTS)
-    refused(write(path, {"G_ema": theirs}), "G_ema: mapping.w_avg holds values that are not finite")
+    refused(write(path, {"G_ema": theirs}), "G_ema: mapping.w_avg contains non-finite values")
 
 
 GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -326,10 +326,10 @@ def test_files_of_other_systems_are_identified(tmp_path: Path) -> None:
     refused(write(tmp_path / "n.pkl", {"G_ema": None}), "not a snapshot of Styleformer, StyleGAN2-ADA or")
     other = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(), "G": stylegan2_module(img_channels=1), "E": None})
     snapshot = legacy.load_network(other)
-    assert snapshot.left_out == {"G": "G and G_ema have different arguments", "E": "not known here"}
+    assert snapshot.left_out == {"G": "G and G_ema have different arguments", "E": "unknown"}
     assert snapshot.G is None
     (tmp_path / "page.pkl").write_text("<!DOCTYPE html><html>Sign in</html>")
-    refused(tmp_path / "page.pkl", "a page of HTML")
+    refused(tmp_path / "page.pkl", "an HTML page")
     (tmp_path / "list.pkl").write_bytes(dumps([1, 2]))
     refused(tmp_path / "list.pkl", "not a snapshot of Styleformer")
 

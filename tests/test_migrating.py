@@ -188,7 +188,7 @@ def test_names_of_published_networks_are_explained(name: str, shapes32_zip: Path
 
 def test_noresume_is_explained(shapes32_zip: Path, tmp_path: Path) -> None:
     result = resume("noresume", shapes32_zip, tmp_path)
-    assert (result.exit_code, "leave --resume out for that" in result.stderr) == (2, True), result.output
+    assert (result.exit_code, "omit --resume for that" in result.stderr) == (2, True), result.output
 
 
 def test_a_file_by_the_name_of_a_published_network_is_a_file(

@@ -71,15 +71,18 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
     [
         (["--gen=transgan", "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--gen=transgan", "--mixing=0.9"], "--mixing=0.9: this generator has no styles per layer"),
-        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
+        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has its own penalty"),
         (
             ["--loss=wgangp-eps", "--set=loss.r1_interval=16"],
             f"--set loss.r1_interval=16: only --loss={' and '.join(loss.LAZY_R1)} have R1",
         ),
         (["--loss=relativistic", "--set=loss.g_batch_scale=2"], "--set loss.g_batch_scale=2: relativistic compares"),
-        (["--loss=hinge", "--set=loss.drift_weight=0.1"], "--set loss.drift_weight=0.1: only --loss=wgangp-eps has it"),
-        (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not read it"),
-        (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not read it"),
+        (
+            ["--loss=hinge", "--set=loss.drift_weight=0.1"],
+            "--set loss.drift_weight=0.1: applies to --loss=wgangp-eps only",
+        ),
+        (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not use it"),
+        (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not use it"),
         (
             ["--aug=fixed", "--p=0.5", "--set=augment.policy=color"],
             "--set augment.policy=color: mode 'fixed' takes no policy",

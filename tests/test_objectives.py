@@ -490,9 +490,9 @@ def test_objectives_with_penalties_halve_the_distance_to_data(tmp_path: Path, ob
         ({"objective": "gan"}, "objective", ", ".join(OBJECTIVES)),
         ({"n_critic": 0}, "n_critic", "at least 1"),
         ({"g_batch_scale": 0}, "g_batch_scale", "at least 1"),
-        ({"gp_weight": 10.0}, "gp_weight", "only --loss=wgangp-eps has it"),
-        ({"drift_weight": 0.0}, "drift_weight", "only --loss=wgangp-eps has it"),
-        ({"objective": "wgangp-eps", "r1_interval": None, "r1_gamma": 1.0}, "r1_gamma", "penalty of its own"),
+        ({"gp_weight": 10.0}, "gp_weight", "applies to --loss=wgangp-eps only"),
+        ({"drift_weight": 0.0}, "drift_weight", "applies to --loss=wgangp-eps only"),
+        ({"objective": "wgangp-eps", "r1_interval": None, "r1_gamma": 1.0}, "r1_gamma", "its own penalty"),
         ({"objective": "wgangp-eps"}, "r1_interval", WITH_R1),
         ({"objective": "relativistic"}, "r1_interval", WITH_R1),
         ({"objective": "relativistic", "r1_interval": None, "g_batch_scale": 2}, "g_batch_scale", "leave it at 1"),
@@ -540,15 +540,15 @@ def test_an_objective_can_be_changed_in_a_preset(shapes32_zip: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has a penalty of its own"),
+        (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has its own penalty"),
         (
             ["--loss=relativistic", "--set=loss.r1_interval=16"],
             f"--set loss.r1_interval=16: {WITH_R1}",
         ),
-        (["--set=loss.gp_weight=5"], "--set loss.gp_weight=5.0: only --loss=wgangp-eps has it; leave it out"),
+        (["--set=loss.gp_weight=5"], "--set loss.gp_weight=5.0: applies to --loss=wgangp-eps only; omit it"),
         (
             ["--set=g_optimizer.clip_norm=-1", "--set=d_optimizer.clip_norm=-1"],
-            "--set g_optimizer.clip_norm=-1.0: must be positive; leave it out for no clipping",
+            "--set g_optimizer.clip_norm=-1.0: must be positive; omit it for no clipping",
         ),
         (["--set=loss.n_critic=0"], "--set loss.n_critic=0: must be at least 1"),
         (

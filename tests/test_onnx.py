@@ -68,6 +68,6 @@ def test_file_names_keep_their_dots(given: str) -> None:
 
 def test_a_snapshot_without_g_ema_is_refused(tmp_path: Path) -> None:
     snapshot = replace(make_snapshot(tmp_path / "n.pkl"), G_ema=None)
-    with pytest.raises(UserError, match=r"n\.pkl: holds no averaged generator \(G_ema\), which is the network to e"):
+    with pytest.raises(UserError, match=r"n\.pkl: contains no averaged generator \(G_ema\), which is the network to e"):
         export_onnx(tmp_path / "g.onnx", snapshot)
     assert [path.name for path in tmp_path.iterdir()] == ["n.pkl"]

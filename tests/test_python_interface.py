@@ -358,7 +358,7 @@ def test_image_folder_dataset_returns_images_and_labels(tmp_path: Path) -> None:
         plain[6]
     wrong: list[tuple[Any, str]] = [
         ({"resolution": 32}, "resolution=32: the images in .* are 16x16 RGB; .* --width=32"),
-        ({"max_size": 0}, "max_size=0: must be at least 1; leave it out to use all"),
+        ({"max_size": 0}, "max_size=0: must be at least 1; omit it to use all"),
         ({"random_seed": -1}, "random_seed=-1: must be at least 0"),
     ]
     for arguments, message in wrong:

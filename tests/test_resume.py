@@ -151,7 +151,7 @@ def test_unreadable_runs_are_skipped(new: Callable[..., RunRequest], capsys: pyt
     assert str(broken / OPTIONS_FILE) in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         choose_start(new(broken))
-    with pytest.raises(UserError, match="holds no training state"):
+    with pytest.raises(UserError, match="contains no training state"):
         choose_start(new(without_state))
 
 

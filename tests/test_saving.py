@@ -253,7 +253,7 @@ def test_a_deleted_folder_is_recreated_with_the_state(
         assert lock.holds(run_dir)
         print("the end")
     assert capsys.readouterr().err == (
-        f"Warning: {run_dir} has lost files during the run (removed, moved?); options, log and a training state "
+        f"Warning: {run_dir}: files were removed or moved during the run; options, log and a training state "
         "are written again\n"
     )
     assert Checkpoint.read(run_dir / "training-state-000000.pt")["parts"]["state"]["step"] == 2

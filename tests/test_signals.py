@@ -116,7 +116,7 @@ def test_a_failure_is_reported_before_a_signal_saves(shapes_zip: Path, tmp_path:
     with Signals() as signals:
         requests = hooks.Requests(new_saver(tmp_path, trainer.config), signals)
         trainer.hooks = [at_step(1, signal.SIGUSR1), requests]
-        with pytest.raises(UserError, match="G_main met values that are not finite at step 0"):
+        with pytest.raises(UserError, match="G_main produced non-finite values at step 0"):
             trainer.train()
     assert list(tmp_path.glob("*.pt")) == []
 

@@ -91,7 +91,7 @@ def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
         ({}, (128, 128), "images of 128x128, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
          "--height=32, or give --cfg=auto"),
         ({"base": (12, 12)}, (32, 32), "images of 32x32, and --cfg=tiny with --base=12 is for 48x48: rebuild the "
-         "dataset with --width=48 --height=48, or leave out --base"),
+         "dataset with --width=48 --height=48, or omit --base"),
         ({"base": (8, 12)}, (32, 32), "--cfg=tiny with --base=8x12 is for 48x32: rebuild the dataset with --width=48 "),
         ({"base": (12, 12)}, (96, 96), "--cfg=tiny with --base=12 is for 48x48: rebuild the dataset with --width=48 "
          "--height=48, or give --cfg=auto"),

@@ -257,14 +257,14 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
         (["--metrics=fud5k"], "unknown metric 'fud5k'"),
         (["--aug=fixed"], "needs the probability"),
         (["--freezed=99"], "--freezed=99: this discriminator has 7 layers"),
-        (["--resume=/nowhere"], "neither `latest` nor a run's folder nor a training state or snapshot"),
+        (["--resume=/nowhere"], "not `latest`, a run's folder, a training state or a snapshot"),
         (["--device=gpu"], "--device=gpu: no such kind of device"),
         (["--gamma=-1"], "--gamma=-1.0: must be at least 0; 0 turns the regulariser off"),
         (["--outdir=/proc/nowhere"], "--outdir=/proc/nowhere: cannot be written"),
         (["--seed=-1"], "--seed=-1"),
         (["--workers=2", "--set=run.data_on_gpu=true"], "--workers=2: cannot be combined with run.data_on_gpu"),
         (["--set=run.keep_last=0"], "--set run.keep_last=0: must be at least 1"),
-        (["--override"], "--override: changes the options of a run that is resumed; give --resume=latest"),
+        (["--override"], "--override: applies to resumed runs only; give --resume=latest"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_no_files(
@@ -303,7 +303,7 @@ def test_impossible_starts_are_refused_before_launch(shapes_zip: Path, tmp_path:
     result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--gpus=2", f"--resume={tmp_path}")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
-    assert "holds no training state" in result.stderr
+    assert "contains no training state" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

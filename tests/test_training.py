@@ -215,7 +215,7 @@ def test_nonfinite_weights_stop_the_run(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.001))
     with torch.no_grad():
         trainer.D.epilogue.out.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"G_main met values that are not finite at step 0"):
+    with pytest.raises(UserError, match=r"G_main produced non-finite values at step 0"):
         train_steps(trainer, 2)
 
 

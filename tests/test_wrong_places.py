@@ -48,7 +48,7 @@ def _npz(array: bool) -> bytes:
         (_png, "an image"),
         (lambda: _npz(array=True), "a NumPy array"),
         (lambda: _npz(array=False), "NumPy arrays, as accepted by --projected-w and --direction"),
-        (lambda: b"<html>not found</html>", "a page of HTML, not a snapshot"),
+        (lambda: b"<html>not found</html>", "an HTML page, not a snapshot"),
         (lambda: b"", "empty"),
         (lambda: b"hello", "unknown format"),
     ],
@@ -126,9 +126,9 @@ def test_transfer_learning_mentions_that_the_run_can_resume(shapes_zip: Path, tm
     arguments = [*SMALL, f"--data={shapes_zip}", f"--outdir={tmp_path / 'runs'}", f"--resume={snapshot}", "-n"]
     alone = CliRunner().invoke(train.main, arguments)
     assert alone.exit_code == 0, alone.output
-    assert "lies beside the snapshot" not in alone.output
+    assert "is next to the snapshot" not in alone.output
     (tmp_path / "training-state-000001.pt").touch()
     beside = CliRunner().invoke(train.main, arguments)
     assert beside.exit_code == 0
-    note = f"training-state-000001.pt lies beside the snapshot: to resume that run, give --resume={tmp_path}\n"
+    note = f"training-state-000001.pt is next to the snapshot: to resume that run, give --resume={tmp_path}\n"
     assert note in beside.stderr

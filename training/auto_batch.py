@@ -14,17 +14,17 @@ from training.config import TrainConfig, micro_batches
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
-# Maximum share of a GPU's memory that the trial may use. NCCL, metrics and image grids need the rest.
-MAX_SHARE = 0.9
+# Maximum fraction of GPU memory that the trial may use. NCCL, metrics and image grids need the rest.
+MAX_FRACTION = 0.9
 
 
 def choose_batch_gpu(
     config: TrainConfig, dataset: ImageDataset, device: torch.device, fits: Callable[..., bool] | None = None
 ) -> TrainConfig:
-    """Return a resolved configuration with the largest micro-batch for which `fits` holds on all processes.
+    """Return a resolved configuration with the largest micro-batch for which `fits` is true on all processes.
 
-    `fits` (config, dataset, device) defaults to `fits_in_memory`. A collective call without side effects on weights,
-    random numbers or memory. Raises UserError if not even the smallest micro-batch fits.
+    `fits` (config, dataset, device) defaults to `fits_in_memory`. A collective call that leaves weights, random
+    state and memory unchanged. Raises UserError if not even the smallest micro-batch fits.
     """
     fits = fits or fits_in_memory
     sizes = micro_batches(config)
@@ -35,13 +35,13 @@ def choose_batch_gpu(
     graphs = "--graphs=0, " if config.run.graphs else ""
     raise UserError(
         f"--batch-gpu=auto: out of memory even with {sizes[-1]} images at a time (tried {', '.join(map(str, sizes))}): "
-        f"choose {graphs}--grad-checkpoint, a lower --precision, or a smaller --mbstd (a micro-batch holds at least "
-        "one minibatch-std group)"
+        f"choose {graphs}--grad-checkpoint, a lower --precision, or a smaller --mbstd (a micro-batch contains at "
+        "least one minibatch-std group)"
     )
 
 
 def describe_choice(config: TrainConfig, sizes: Sequence[int]) -> str:
-    """Return a line for the log about the choice among `sizes`."""
+    """Return a log line with the chosen size and the `sizes` that did not fit."""
     chosen = config.run.batch_gpu
     assert isinstance(chosen, int)
     too_large = ", ".join(str(size) for size in sizes if size > chosen)
@@ -56,7 +56,7 @@ def fits_in_memory(config: TrainConfig, dataset: ImageDataset, device: torch.dev
             torch.cuda.init()  # required before the statistics can be reset
             torch.cuda.reset_peak_memory_stats(device)
         Trainer(config, dataset, device).trial_step()
-        return not on_gpu or _peak_share(device) <= MAX_SHARE
+        return not on_gpu or _peak_fraction(device) <= MAX_FRACTION
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
@@ -67,6 +67,6 @@ def fits_in_memory(config: TrainConfig, dataset: ImageDataset, device: torch.dev
             torch.cuda.empty_cache()
 
 
-def _peak_share(device: torch.device) -> float:
+def _peak_fraction(device: torch.device) -> float:
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory

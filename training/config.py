@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dnnlib.config import ConfigError, check_bounds, field_names, from_json, override, setting, to_json
 from torch_utils.misc import OnMeta
-from training import misfit
+from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.data_sources.sizes import Size, Sizes
@@ -28,7 +28,7 @@ from training.phases import AdamConfig
 from training.snapshots.transfer import Origin
 
 Precision = Literal["fp32", "bf16", "fp16"]
-GRAPHS_SIDE = 64  # pixels; training on images up to this longer side is limited by kernel launches
+GRAPHS_SIDE = 64  # longer side in pixels up to which kernel launches limit the training speed
 LOGGERS = ("tensorboard", "wandb")  # in training/loggers.py; each is named after its package
 
 
@@ -41,18 +41,22 @@ class RunConfig:
     setting changes the result of a step, except for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
-    total_kimg: float = setting(25_000, "Length of the training, in thousands of real images.", above=0)
-    tick_kimg: float = setting(4, "Interval of progress lines and statistics, in thousands of images.", above=0)
-    snapshot_ticks: int = setting(50, "Interval of snapshots, training states and image grids, in ticks.", at_least=1)
-    keep_last: int = setting(2, "Number of newest training states to keep; 2 allow for a corrupt one.", at_least=1)
+    total_kimg: float = setting(25_000, "Training length, in thousands of real images.", above=0)
+    tick_kimg: float = setting(4, "Interval between progress lines and statistics, in thousands of images.", above=0)
+    snapshot_ticks: int = setting(
+        50, "Interval between snapshots, training states and image grids, in ticks.", at_least=1
+    )
+    keep_last: int = setting(2, "Number of newest training states to keep; with 2, one may be corrupt.", at_least=1)
     keep_every: float | None = setting(
-        None, "Interval of training states to keep forever, in thousands of images; None: no such states.", above=0
+        None,
+        "Interval between training states to keep permanently, in thousands of images; None: no such states.",
+        above=0,
     )
-    keep_best: bool = setting(False, "Retention of the training state with the best value of the first metric.")
+    keep_best: bool = setting(False, "Keep the training state with the best value of the first metric.")
     metrics: tuple[str, ...] | None = setting(
-        None, "Metrics at snapshots; the first selects the best network; None: fid50k_full or swd.", auto=True
+        None, "Metrics at snapshots, the first of which selects the best network; None: fid50k_full or swd.", auto=True
     )
-    metrics_every: int | None = setting(None, "Interval of the metrics, in ticks; None: at every snapshot.", at_least=1)
+    metrics_every: int | None = setting(None, "Interval between metrics, in ticks; None: every snapshot.", at_least=1)
     tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")
     log: tuple[str, ...] | None = setting(
         None,
@@ -62,19 +66,19 @@ class RunConfig:
         note="`none` turns logging off",
     )
     detectors: tuple[str, ...] = setting((), "Custom detectors for metrics: paths of programs, weights or folders.")
-    desc: str = setting("", "Suffix of the name of the run's folder: at most 60 letters, digits and -_.")
+    desc: str = setting("", "Suffix of the run folder's name: at most 60 letters, digits and -_.")
     num_gpus: int = setting(1, "Processes on this machine, one per GPU.", at_least=1)
     batch_gpu: int | Literal["auto"] | None = setting(
         None,
-        "Micro-batch: images at a time per process; None: batch size / GPUs; auto: the largest that fits.",
+        "Micro-batch size per process; None: batch size / GPUs; auto: the largest that fits.",
         at_least=1,
     )
-    device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if there is one.", auto=True)
+    device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if available.", auto=True)
     workers: int | None = setting(
         None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, at_least=0, at_most=1024
     )
     data_on_gpu: bool | None = setting(
-        None, "Storage of the decoded dataset on the device; None: on a GPU, up to 2 GiB.", auto=True
+        None, "Keep the decoded dataset on the device; None: on a GPU, up to 2 GiB.", auto=True
     )
     nan: str = setting(
         "stop",
@@ -84,15 +88,15 @@ class RunConfig:
     recompute: bool = setting(
         False, "Gradient checkpointing: recompute activations in the backward pass to save memory, at a cost in time."
     )
-    compile: bool = setting(False, "Use of torch.compile for the main phases, which need first derivatives only.")
+    compile: bool = setting(False, "Apply torch.compile to the main phases, which need first derivatives only.")
     graphs: bool | None = setting(
-        None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels a side.", auto=True
+        None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels per side.", auto=True
     )
-    cudnn_benchmark: bool = setting(True, "Use of cuDNN's benchmarks to choose the fastest convolutions.")
+    cudnn_benchmark: bool = setting(True, "Let cuDNN benchmark convolutions and choose the fastest.")
     timeout: float = setting(
-        1800, "Seconds to wait for a stalled process before the run is ended.", above=0, at_most=100_000_000
+        1800, "Seconds to wait for a stalled process before aborting the run.", above=0, at_most=100_000_000
     )
-    deterministic: bool = setting(False, "Use of deterministic algorithms only: bit-identical results in every run.")
+    deterministic: bool = setting(False, "Use deterministic algorithms only: every run gives bit-identical results.")
     profile_steps: int = setting(0, "Number of steps in a Chrome trace; 0: no trace.", at_least=0)
 
     def __post_init__(self) -> None:
@@ -105,13 +109,13 @@ class RunConfig:
             raise ConfigError("desc", self.desc, "at most 60 letters, digits and -_. are allowed")
         for name in ("graphs", "compile"):
             if getattr(self, name) and self.recompute:
-                problem = "cannot be combined with gradient checkpointing: leave out --grad-checkpoint"
+                problem = "cannot be combined with gradient checkpointing: omit --grad-checkpoint"
                 raise ConfigError(name, True, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Complete configuration of a training run. `resolve` replaces None by a choice for the dataset and the machine."""
+    """Complete configuration of a training run; `resolve` replaces None with values for the dataset and the machine."""
 
     preset: str = setting(help="Name of the preset that the configuration started from.")
     seed: int = setting(0, "Seed of weights, latents, data order and noise.", at_least=0, at_most=2**63 - 1)
@@ -130,22 +134,22 @@ class TrainConfig:
     )
     w_avg_rate: float = setting(0.005, "Weight of the batch mean of w in each update of w_avg.", at_least=0, at_most=1)
     freeze_layers: int = setting(
-        0, "Freeze-D: frozen layers of D, counted from the image.", at_least=0, note="0 trains all of D"
+        0, "Freeze-D: number of frozen layers of D, counted from the image.", at_least=0, note="0 trains all of D"
     )
     precision: Precision | None = setting(
         None, "Precision of activations; None: bf16 on a GPU that supports it, else fp32.", auto=True
     )
     reduced_from: int = setting(
         0,
-        "Smallest longer side of a grid that computes in `precision`; smaller grids use float32.",
+        "Minimum longer side of grids computed in `precision`; smaller grids use float32.",
         at_least=0,
-        note="0 applies it to all grids",
+        note="0 applies `precision` to all grids",
     )
-    allow_tf32: bool = setting(False, "Use of TF32 in float32 matrix products and convolutions.")
+    allow_tf32: bool = setting(False, "Allow TF32 in float32 matrix products and convolutions.")
     channels_last: bool | None = setting(
         None, "Channels-last memory layout; None: on a GPU, unless precision is fp32.", auto=True
     )
-    origin: Origin = setting(help="Record of the weights that the run started from.", default_factory=Origin)
+    origin: Origin = setting(help="Origin of the initial weights.", default_factory=Origin)
     run: RunConfig = setting(help="Duration, device, micro-batches, logging.", default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -218,7 +222,7 @@ def _presets() -> dict[str, TrainConfig]:
 
 
 def _paper(name: str, *, batch: int, mbstd: int, fmaps: float, lr: float, gamma: float, ema: float) -> dict[str, Any]:
-    """StyleGAN2-ADA's configurations for the tables of its papers."""
+    """Options of StyleGAN2-ADA's configurations named paper*."""
     return {
         "preset": name,
         "batch_size": batch,
@@ -251,7 +255,7 @@ def _styleformer(
 
 
 def _compositional(stylegan2: TrainConfig) -> TrainConfig:
-    """Styleformer-C for scenes of many objects at 256x256, such as CLEVR's, under the schedule of paper256.
+    """Styleformer-C for multi-object scenes such as CLEVR at 256x256, with the schedule of paper256.
 
     The published widths and schedule are unknown; these values are this project's choice.
     """
@@ -269,7 +273,7 @@ def _transgan(
     n_critic: int = 4,
     batch: int = 64,
 ) -> TrainConfig:
-    """TransGAN's training configuration; the paper's models differ in the arguments."""
+    """TransGAN's training configuration; the arguments are what differs between the paper's models."""
     return TrainConfig(
         preset=name,
         data=DatasetConfig(mirror=True),
@@ -302,7 +306,7 @@ SCRIPTS_CELEBAHQ = replace(
 
 
 def _transgans() -> list[TrainConfig]:
-    """TransGAN's models, trained as in the released scripts; the CelebA models as in the slides on the paper.
+    """TransGAN's models with the settings of the released scripts; the CelebA models follow the slides on the paper.
 
     docs/transgan.md lists which details are published and which are inferred.
     """
@@ -312,7 +316,7 @@ def _transgans() -> list[TrainConfig]:
     large = D(img_size=(256, 256), patch=4, widths=(288, 48, 48), layers=(3, 3, 4), local_layers=(2, 0, 0))
     finer = replace(large, patch=2, overlap=True, widths=(96, 96, 192), local_layers=(3, 2, 0), window=4)
     long = EMAConfig(kimg=500, rampup=None)
-    short = EMAConfig(kimg=35.4, rampup=None)  # 0.995 per step of G, which is due every 4 x 64 images
+    short = EMAConfig(kimg=35.4, rampup=None)  # 0.995 per step of G, i.e. per 4 x 64 images
     return [
         _transgan(
             "transgan-cifar",
@@ -385,16 +389,16 @@ def _tiny() -> TrainConfig:
 
 PRESETS: Mapping[str, TrainConfig] = _presets()
 
-# Defaults of transfer learning (Karras et al. 2020b); options of the user take precedence.
+# Defaults of transfer learning (Karras et al. 2020b); the user's options take precedence.
 TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup": None}
 
 
 def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset with a user's options applied, {config path: value}.
 
-    Settings of the preset that an option rules out are dropped: R1 if the objective of --loss has none, path length and
-    style mixing if --gen chooses a generator without styles, a probability or a policy if the mode of --aug has none.
-    Options are never dropped: an option without effect raises ConfigError.
+    Preset settings that an option rules out are dropped: R1 if the --loss objective does not use it, path length and
+    style mixing if the --gen generator has no styles, probability and policy if the --aug mode changes. Options are
+    never dropped: an option without effect raises ConfigError.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
@@ -428,28 +432,28 @@ def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) ->
         part, _, name = path.partition(".")
         if part == "augment" and name not in ("mode", *MODE_FIELDS[augment.mode]):
             modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
-            problem = f"--aug={augment.mode} does not read it: leave it out, or give --aug={modes[0]}"
+            problem = f"--aug={augment.mode} does not use it: omit it, or give --aug={modes[0]}"
             raise ConfigError(path, value, problem)
-        readers = [transform for transform, parameter in PARAMETERS.items() if path == f"augment.{parameter}"]
-        if readers and not set(readers) & set(policy):
-            problem = f"has no effect on augment.policy={','.join(policy)}, which lacks {' and '.join(readers)}"
+        transforms = [transform for transform, parameter in PARAMETERS.items() if path == f"augment.{parameter}"]
+        if transforms and not set(transforms) & set(policy):
+            problem = f"has no effect on augment.policy={','.join(policy)}, which lacks {' and '.join(transforms)}"
             raise ConfigError(path, value, problem)
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
     try:
         return generator.num_ws > 1
-    except ConfigError:  # num_ws is still to be derived from the image size
+    except ConfigError:  # num_ws is not yet derived from the image size
         return True
 
 
 def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
-    """Replace None by values for the dataset and the machine, and check that the parts of the configuration agree.
+    """Replace None with values for the dataset and the machine, and check the configuration for contradictions.
 
-    Raises ConfigError, naming the field, for example for an unsupported image size or an indivisible batch.
+    Raises ConfigError naming the field, e.g. for an unsupported image size or a batch that cannot be divided equally.
     """
     if config.run.graphs and not env.on_gpu:
-        raise ConfigError("run.graphs", True, "CUDA graphs need a GPU; leave it out")
+        raise ConfigError("run.graphs", True, "CUDA graphs need a GPU; omit it")
     channels, height, width = env.img_shape
     resolution = max(height, width)
     num_gpus = config.run.num_gpus
@@ -491,19 +495,19 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
 def _fit_networks(config: TrainConfig, env: Environment) -> TrainConfig:
     """Fill in the settings of both networks that depend on the image size.
 
-    Raises ConfigError. It names an option that does not fit the images, or data.path if no option is the cause.
+    Raises ConfigError naming the option that does not fit the images, or data.path if no option is the cause.
     """
     try:
-        return misfit.fit(config, *env.img_shape[1:])
+        return image_size.fit(config, *env.img_shape[1:])
     except ConfigError as error:
         if config.preset not in PRESETS:  # written by another version or project
             raise
-        raise misfit.explain(error, config, PRESETS, env.img_shape[1:], is_raw=env.is_raw) from None
+        raise image_size.explain(error, config, PRESETS, env.img_shape[1:], is_raw=env.is_raw) from None
 
 
 def fitting_size(config: TrainConfig, sizes: Sizes) -> Size | None:
     """Return the best (width, height) that the networks support for images of these sizes, or None."""
-    return next(iter(misfit.fitting_sizes(config, sizes)), None)
+    return next(iter(image_size.fitting_sizes(config, sizes)), None)
 
 
 def _chooses_graphs(run: RunConfig, env: Environment) -> bool:
@@ -546,13 +550,13 @@ def _check_batches(config: TrainConfig) -> None:
             images = (
                 "" if count == batch_gpu else f"with loss.g_batch_scale={config.loss.g_batch_scale}, {count} images "
             )
-            problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of it"
+            problem = f"{images}cannot be cut into minibatch-std groups of {group}; choose a multiple of {group}"
             raise ConfigError("batch_gpu", batch_gpu, problem)
     if config.loss.pl_weight and config.loss.pl_interval and batch_gpu < 2:
         raise ConfigError(
             "run.batch_gpu",
             batch_gpu,
-            "path length uses half of it: give at least 2, or turn path length off: --pl-weight=0",
+            "path length uses half of the micro-batch: give at least 2, or turn path length off with --pl-weight=0",
         )
 
 
@@ -649,5 +653,5 @@ def _has_field(part: str, data: Mapping[str, Any], name: str) -> bool:
     families = next(field.metadata.get("families") for field in fields(TrainConfig) if field.name == part)
     family = data.get("family")
     if not families or not isinstance(family, str) or family not in families:
-        return True  # from_json refuses an unknown family
+        return True  # from_json rejects an unknown family
     return name in field_names(families[family])

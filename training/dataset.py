@@ -42,7 +42,7 @@ OPEN_FILES_PER_WORKER = 16  # 4 prefetched batches of images and labels, and pip
 # Largest decoded dataset that is kept on the GPU by default. Each process decodes its own copy.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images decoded at a time
-START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs, whose size follows the EXIF data
+START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs (size after the EXIF data)
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -54,9 +54,9 @@ class DatasetConfig:
     """Training images; `ImageDataset(config, held_out=True)` returns the held-out images instead."""
 
     path: str = setting("", "Folder or zip file of images of one size, as written by dataset_tool.py.")
-    use_labels: bool = setting(False, "Conditioning on the labels of dataset.json.")
+    use_labels: bool = setting(False, "Condition on the labels in dataset.json.")
     max_images: int | None = setting(
-        None, "Size of a random subset, chosen by `seed`; None: all images.", at_least=1, note="leave it out to use all"
+        None, "Size of a random subset, chosen by `seed`; None: all images.", at_least=1, note="omit it to use all"
     )
     holdout: int = setting(
         0, "Number of images, chosen by `seed`, that are held out of training.", at_least=0, note="0 holds out nothing"
@@ -84,7 +84,7 @@ class ImageDataset:
     label_kind      "classes" or "vectors", None when c_dim is 0
     class_names     list of str, or None
     meta            the keys of dataset.json other than "labels", which record how the dataset was made
-    notes           sentences for the user about files or labels that were found in an unusual place or form
+    notes           messages for the user about files or labels in an unusual place or format
     content_hash    hex digest that identifies the images and their order, see `_content_hash`
 
     Objects can be pickled and used in forked or spawned workers. Invalid files raise UserError naming the file.
@@ -126,7 +126,7 @@ class ImageDataset:
         return int(self._subset[index % self.num_originals])
 
     def with_mirror(self, mirror: bool) -> ImageDataset:
-        """Return the same images with or without flips; open files are shared."""
+        """Return this dataset with or without flips, sharing open files."""
         if mirror == self.config.mirror:
             return self
         other = copy.copy(self)
@@ -137,7 +137,7 @@ class ImageDataset:
         return other
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is corrupt or of another shape."""
+        """Decode a batch: uint8 [B, C, H, W]. Raises UserError naming an image that is corrupt or has another shape."""
         C, H, W = self.img_shape
         index = np.asarray(indices, dtype=np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
@@ -166,7 +166,7 @@ class ImageDataset:
     def check_shapes(self, choose_size: Callable[[Sizes], Size | None] = suggest_size) -> None:
         """Raise ConfigError, with counts and a remedy, if image headers are corrupt or differ in size or channels.
 
-        The remedy is a command that builds a dataset of the size that `choose_size` returns for the counts of (width,
+        The remedy is a command that builds a dataset at the size chosen by `choose_size` from the counts of (width,
         height). Datasets made by dataset_tool.py are skipped, because dataset_tool.py has checked them.
         """
         if not self.is_raw:
@@ -188,7 +188,7 @@ class ImageDataset:
     def _first_shape(self) -> Shape:
         """Return the shape of the first image, or of the first decodable image of a raw dataset.
 
-        Broken images before that one are recorded for `check_shapes`, which reports the total.
+        Preceding broken images are recorded for `check_shapes`, which reports the total.
         """
         for position in self._subset:
             name = self._store.names[position]
@@ -214,7 +214,7 @@ class ImageDataset:
         if starts_as_plain_png(start, (H, W, C)):
             return H, W, C
         if start.startswith(JPEG_START):
-            with suppress(BrokenImageError):  # long header: the size comes later
+            with suppress(BrokenImageError):  # long header: the size is beyond `start`
                 return read_shape(start)
         return read_shape(self._store.read(name))
 
@@ -264,7 +264,7 @@ class ImageDataset:
         """Return the SHA-256 of dataset.json, `mirror`, and the names and fingerprints of the subset's images in order.
 
         The fingerprint is size and CRC-32 in a zip file, size and modification time in a folder. No image is read, so
-        this takes seconds for a million images. A copy of a folder without modification times has another hash.
+        this takes seconds for a million images. A folder copied without its modification times has a different hash.
         """
         digest = hashlib.sha256(self._store.read_json() if self._store.json_name else b"")
         digest.update(f"mirror={self.config.mirror}".encode())
@@ -275,11 +275,11 @@ class ImageDataset:
 
 
 class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Images of a folder or zip file, one per item, with the interface of StyleGAN2-ADA's class of this name.
+    """Images of a folder or zip file, one per item, with the interface of StyleGAN2-ADA's class of the same name.
 
     Item i is an image uint8 [C, H, W] and its label float32 [label_dim]: one-hot or the vector in dataset.json, empty
     without `use_labels`. `max_size` keeps a random subset chosen by `random_seed`. `xflip` appends the flipped images.
-    Raises UserError for unusable files, and for images of another size than `resolution` if it is given.
+    Raises UserError for unusable files, or if `resolution` is given and differs from the image size.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         if resolution is not None and self.image_shape[1:] != [resolution, resolution]:
             found = describe_shape((*self.images.img_shape[1:], self.num_channels))
             raise UserError(
-                f"resolution={resolution}: the images in {path} are {found}; leave it out, or build the dataset with "
+                f"resolution={resolution}: the images in {path} are {found}; omit it, or build the dataset with "
                 f"dataset_tool.py --width={resolution} --height={resolution}"
             )
 
@@ -345,7 +345,7 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:
-    """Return sorted image indices: the first of a random order for training, or the last `holdout` if `held_out`."""
+    """Return sorted image indices: the start of a random order for training, or its last `holdout` if `held_out`."""
     rest = num_images - config.holdout
     if rest < 1:
         raise ConfigError("holdout", config.holdout, f"the dataset has {num_images} images: leave some for training")
@@ -369,7 +369,7 @@ def kind_of_labels(path: str) -> LabelKind | None:
 
 
 def encode_labels(labels: Tensor, c_dim: int) -> Tensor:
-    """Return labels as networks take them, float32 [B, c_dim]: class indices [B] become one-hot, vectors stay."""
+    """Convert labels to network inputs, float32 [B, c_dim]: class indices [B] become one-hot, vectors are kept."""
     if labels.ndim == 1:
         return F.one_hot(labels, c_dim).float()
     if labels.shape[1] != c_dim:
@@ -420,18 +420,18 @@ def batches(
     pin_memory: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images uint8 [b, C, H, W], labels [b, ...]) on `device` without end, starting at `position` of the run.
+    """Yield (images uint8 [b, C, H, W], labels [b, ...]) on `device` endlessly, starting at `position` of the run.
 
-    Each global batch covers `batch_size` positions; this rank gets its contiguous share of b = batch_size / world_size.
-    Labels are as in `ImageDataset.labels`. With `workers`, other processes decode batches ahead; the order of the
-    images does not depend on `workers`. Raises ValueError if the batch cannot be divided equally, UserError if the
-    limit of open files is too low.
+    Each global batch covers `batch_size` positions; this rank yields a contiguous share, b = batch_size / world_size.
+    Labels are as in `ImageDataset.labels`. With `workers`, other processes decode batches in advance; the order
+    of the images does not depend on `workers`. Raises ValueError if the batch cannot be divided equally, UserError if
+    the limit on open files is too low.
     """
     if workers:
         allow_open_files(workers)
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         _BatchReader(dataset),
-        sampler=_ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size),
+        sampler=_RankSampler(len(dataset), seed, position, batch_size, rank, world_size),
         batch_size=None,  # the sampler yields whole batches
         num_workers=workers,
         pin_memory=pin_memory,
@@ -446,7 +446,7 @@ def batches(
             images, labels = batch
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     except (ConnectionError, EOFError, FileNotFoundError) as error:  # the worker was killed during communication
-        raise RuntimeError(f"DataLoader worker has gone ({error})") from error
+        raise RuntimeError(f"DataLoader worker died ({error})") from error
 
 
 def resident_batches(
@@ -459,14 +459,14 @@ def resident_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same as `batches`, indexing and flipping a copy of all decoded images on `device`."""
+    """Yield the same batches as `batches`, from a copy of all decoded images on `device`."""
     n = dataset.num_originals
     images = torch.empty((n, *dataset.img_shape), dtype=torch.uint8, device=device)
     for first in range(0, n, RESIDENT_PART):
         part = range(first, min(first + RESIDENT_PART, n))
         images[part.start : part.stop].copy_(dataset.images(part))
     labels = dataset.labels.to(device)
-    for indices in _ShareOfBatches(len(dataset), seed, position, batch_size, rank, world_size):
+    for indices in _RankSampler(len(dataset), seed, position, batch_size, rank, world_size):
         index = torch.from_numpy(indices)
         if images.is_cuda:
             index = index.pin_memory().to(device, non_blocking=True)
@@ -485,10 +485,10 @@ def fits_on_gpu(dataset: ImageDataset, device: torch.device) -> bool:
 
 
 def allow_open_files(workers: int) -> None:
-    """Raise this process's limit of open files to the number that training with this many data workers needs.
+    """Raise this process's limit on open files to the number required by training with this many data workers.
 
-    Each batch of a worker arrives as two open files. If the limit is exceeded, the receiving thread ends and the loader
-    waits forever. Raises UserError if the limit cannot be raised.
+    Each batch from a worker arrives as two open files. If the limit is exceeded, the receiving thread dies and the
+    loader hangs. Raises UserError if the limit cannot be raised.
     """
     needed = OPEN_FILES + workers * OPEN_FILES_PER_WORKER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if resource else (needed, needed)
@@ -496,15 +496,15 @@ def allow_open_files(workers: int) -> None:
         return
     if -1 < hard < needed:
         raise UserError(
-            f"the limit of open files is {hard}, and training with --workers={workers} needs {needed}: raise the "
-            f"limit, `ulimit -n {needed}`"
+            f"the limit on open files is {hard}, but training with --workers={workers} needs {needed}: raise the "
+            f"limit with `ulimit -n {needed}`"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """Ignore signals that stop training and are sent to all of its processes: the last steps need their batches."""
-    signal.set_wakeup_fd(-1)  # the inherited one belongs to the main process
+    """Ignore stop signals, which are sent to every process: the last steps still need this worker's batches."""
+    signal.set_wakeup_fd(-1)  # the inherited descriptor belongs to the main process
     for number in Signals.HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
@@ -522,12 +522,12 @@ class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
             return error
 
 
-class _ShareOfBatches:
+class _RankSampler:
     """Endless iterator over one rank's indices of each global batch, starting at `position`."""
 
     def __init__(self, num_images: int, seed: int, position: int, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size % world_size:
-            raise ValueError(f"batch of {batch_size} images cannot be shared by {world_size} processes equally")
+            raise ValueError(f"batch of {batch_size} images cannot be divided equally among {world_size} processes")
         self.sampler = EpochSampler(num_images, seed)
         self.batch_size = batch_size
         self.share = batch_size // world_size

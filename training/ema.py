@@ -1,4 +1,4 @@
-"""Exponential moving average of the generator's weights, which is the network used to generate images."""
+"""Exponential moving average of the generator's weights; the averaged network generates the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EMAConfig:
         note="0 turns averaging off",
     )
     rampup: float | None = setting(
-        0.05, "Upper bound of the half-life, as a fraction of the images seen so far; None: no ramp-up.", above=0
+        0.05, "Upper bound on the half-life, as a fraction of the images seen so far; None: no ramp-up.", above=0
     )
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class EMAConfig:
 
 
 class EMA:
-    """Copy of a module with averaged weights; the half-life is counted in images (Karras et al. 2018).
+    """Copy of a module with averaged weights; the half-life is measured in images (Karras et al. 2018).
 
     After a batch: n = 1000 kimg, with ramp-up n = min(n, rampup * nimg); beta = 0.5^(batch / n);
     w_ema <- w + beta (w_ema - w). Buffers are copied.

@@ -71,7 +71,7 @@ class Evaluation(Hook):
         self.loggers.add({f"Metrics/{name}": value for name, value in values.items()}, trainer.state.nimg)
 
     def _record(self, trainer: Trainer, result: MetricResult, snapshot: Path | None) -> None:
-        """Print a result and log it. The best network is written before the log, so that no interruption loses it."""
+        """Print a result and log it. The best network is written before the log, so an interruption cannot lose it."""
         folder, kimg, data = self.saver.run_dir, trainer.state.nimg / 1000, trainer.config.data.path
         written = self.saver.wait_for(snapshot)
         record = metrics.registry.result_to_json(result, self.context, snapshot=written, kimg=kimg, data=data)
@@ -84,7 +84,7 @@ class Evaluation(Hook):
     def _keep(self, trainer: Trainer) -> None:
         with warn_on_write_error():
             self.saver.keep_best(trainer, self.main_metric)
-            print(f"Best {self.main_metric} so far, kept as network-best-{self.main_metric}.pkl", flush=True)
+            print(f"Best {self.main_metric} so far, saved as network-best-{self.main_metric}.pkl", flush=True)
 
 
 def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:

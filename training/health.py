@@ -21,7 +21,7 @@ from training.training_loop import Tick, Trainer
 class TickValues(dict[str, float]):
     """Values of a tick and means of its statistics by name. A missing value is nan, so comparisons with it are false.
 
-    Objectives report different values; a condition does not apply where its values are missing.
+    Objectives report different values; a condition with missing values is never met.
     """
 
     def __missing__(self, name: str) -> float:
@@ -30,7 +30,7 @@ class TickValues(dict[str, float]):
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """Sign of failing training: a test, and the warning to print once the test holds for `patience` ticks in a row.
+    """Symptom of failing training: a test, and the warning to print once it is true for `patience` consecutive ticks.
 
     `name` is the title of a section in docs/troubleshooting.md.
     """
@@ -49,8 +49,8 @@ def _gap(x: TickValues) -> float:
 def _separates_perfectly(x: TickValues) -> bool:
     """Return whether D classifies all images correctly, or its loss is almost 0 because its logits are far apart.
 
-    Signs are tested only where D is a classifier: wgangp-eps and relativistic, where D compares images, report no sign
-    for generated images. A Wasserstein critic is expected to rank all real images above all generated ones.
+    Signs are tested only if D is a classifier: wgangp-eps and relativistic report no sign for generated images, because
+    their D compares images. A Wasserstein critic is expected to rank all real images above all generated ones.
     """
     is_correct = x["Loss/signs/real"] > 0.99 and x["Loss/signs/fake"] < -0.99
     return is_correct or (_gap(x) > 4 and abs(x["Loss/D/loss"]) < 0.02)
@@ -87,7 +87,7 @@ CONDITIONS = (
 
 
 class HealthCheck(Hook):
-    """Hook that prints the message of a condition when it begins to hold, and again only after an interruption."""
+    """Hook that prints the message of a newly met condition, and does not repeat it while the condition stays met."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions
@@ -115,7 +115,7 @@ def _tick_values(trainer: Trainer, tick: Tick) -> TickValues:
 
 
 class Diversity(Hook):
-    """Images/diversity: standard deviation between generated images relative to that between real images.
+    """Images/diversity: standard deviation across generated images, relative to real images.
 
         mean_chw sqrt(Var_b G(z_b, c)) / mean_chw sqrt(Var_b x_b)
 
@@ -148,5 +148,5 @@ class Diversity(Hook):
 
 
 def spread(images: Tensor) -> float:
-    """Return the standard deviation between images (B, C, H, W), averaged over their pixels."""
+    """Return the standard deviation across images (B, C, H, W), averaged over pixels."""
     return float(images.double().std(dim=0, correction=0).mean())

@@ -29,8 +29,8 @@ from training.training_loop import Tick, Trainer
 class Hook:
     """Base class of hooks; every method does nothing by default.
 
-    After a step, hooks are called in order: `on_step` and then, if a tick has ended, `on_tick` of one hook before the
-    next hook. A hook therefore finds the values that earlier hooks have added to the tick.
+    After a step, hooks are called in order, each with `on_step` and then, if a tick has ended, `on_tick`. A hook can
+    therefore use the values that earlier hooks have added to the tick.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -76,7 +76,7 @@ class TickLine(Hook):
                 print(f"Warning: {count:.0f} updates of {phase} skipped: values were not finite", flush=True)
 
     def _remaining(self, trainer: Trainer) -> str:
-        """Return the estimated remaining time, '?' after the first step."""
+        """Return the estimated remaining time, or '?' until the second step."""
         began, nimg = self.began or (0.0, trainer.state.nimg)
         done = trainer.state.nimg - nimg
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
@@ -170,7 +170,7 @@ class Snapshots(Hook):
 class Requests(Hook):
     """Hook that writes a training state when a signal requests one, and stops training if the signal requests a stop.
 
-    A request that arrives before the first step is handled after that step: earlier there is nothing to resume from.
+    A request that arrives before the first step is handled after it, because there is no progress to save before.
     """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
@@ -197,8 +197,8 @@ class Overfitting(Hook):
         r_v = (E[D_train] - E[D_holdout]) / (E[D_train] - E[D_generated]),    r_t = E[sign(D_train)]
 
     0 means no overfitting, 1 complete overfitting. Each mean covers about NUM_IMAGES images, distributed over the
-    processes, under the current augmentation. (Loss/signs/real is instead the mean sign over all real images since the
-    last tick. Where D only compares images, it is the mean sign of logit differences, and r_t has no meaning.)
+    processes, under the current augmentation. (By contrast, Loss/signs/real is the mean sign over all real images
+    since the last tick. If D only compares images, it is the mean sign of logit differences, and r_t is meaningless.)
     """
 
     NUM_IMAGES = 1024
@@ -261,7 +261,7 @@ class JsonLog(Hook):
 
 
 class Log(Hook):
-    """The same values for TensorBoard and Weights & Biases (training/loggers.py), every tick."""
+    """Values and means of each tick for TensorBoard and Weights & Biases (training/loggers.py)."""
 
     def __init__(self, loggers: Loggers) -> None:
         self.loggers = loggers
@@ -272,7 +272,7 @@ class Log(Hook):
 
 
 class Profile(Hook):
-    """trace.json: a Chrome trace of `steps` training steps after the first WAIT, or of fewer if the run stops."""
+    """trace.json: a Chrome trace of `steps` training steps after the first WAIT steps, or fewer if the run stops."""
 
     WAIT = 3
 

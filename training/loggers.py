@@ -80,7 +80,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases, named after the folder. Needs the package wandb; WANDB_* variables apply.
 
     The W&B run id is stored in the folder, so that a resumed run continues the same W&B run. The x axis is
-    Progress/kimg because W&B's own step cannot return to the training state from which a killed run is resumed.
+    Progress/kimg because W&B's own step cannot go back to the training state from which a killed run is resumed.
     """
 
     ID_FILE = "wandb-id.txt"
@@ -98,8 +98,8 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=run_dir,
                 config=to_json(config),
-                allow_val_change=True,  # a run may be resumed with other options
-                settings=wandb.Settings(console="off"),  # log.txt has the output
+                allow_val_change=True,  # a run may be resumed with different options
+                settings=wandb.Settings(console="off"),  # log.txt contains the output
             )
         self.run.define_metric("*", step_metric="Progress/kimg")
 
@@ -157,7 +157,7 @@ def _is_installed(package: str) -> bool:
 
 
 class Loggers:
-    """All loggers of a run, closed at the end of the block. Only rank 0 has loggers; `names` is empty elsewhere.
+    """All loggers of a run, closed at the end of the block. Only rank 0 has loggers; `names` is empty on other ranks.
 
     `nimg` is the image count at which the run starts or resumes. Each distinct error of a logger is reported once.
     """
@@ -200,7 +200,7 @@ class Loggers:
 
     @contextmanager
     def _warn_on_error(self, name: str) -> Iterator[None]:
-        """Print a warning for any exception in a logger, whose code and services are external, and continue."""
+        """Convert any exception in a logger to a warning, because loggers depend on external code and services."""
         try:
             yield
         except Exception as error:

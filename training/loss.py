@@ -1,9 +1,9 @@
 """Losses and regularisers: functions of (gan, real images, labels) that return LossTerms.
 
-A new objective is two functions here and a row of OBJECTIVES; a new regulariser is a function here and a line in
-`phases.build_phases`. A loss is a mean over the micro-batch and has no side effects. Batch means that drive running
-state (w_avg, the mean path length, ADA's sign statistic) are returned in `LossTerms.means`. The trainer averages them
-over all micro-batches and processes and updates the running state once per phase.
+A new objective needs two functions here and an entry in OBJECTIVES; a new regulariser needs a function here and a
+line in `phases.build_phases`. A loss is a mean over the micro-batch and has no side effects. Batch means that drive
+running state (w_avg, the mean path length, ADA's sign statistic) are returned in `LossTerms.means`. The trainer
+averages them over all micro-batches and processes and updates the running state once per phase.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Losses = tuple[Loss, Loss]  # losses of G_main and D_main
 
 @dataclass
 class GAN:
-    """Networks and state that the losses use. Generated images get the labels of randomly drawn training images."""
+    """Networks and state that the losses use. Generated images use the labels of randomly drawn training images."""
 
     G: Any  # a generator: mapping, synthesis, z_dim, c_dim, num_ws
     D: Any  # a discriminator: D(img, c) -> logits (B, 1)
@@ -66,8 +66,8 @@ class GAN:
     def sample_styles(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return ws (B, num_ws, w_dim) with style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
 
-        Mixing is decided once per micro-batch: with probability `style_mixing`, all styles from a cutoff on come from a
-        second z. The cutoff is uniform in 1..num_ws-1.
+        Mixing is decided once per micro-batch: with probability `style_mixing`, the styles from a cutoff onwards are
+        those of a second z. The cutoff is uniform in 1..num_ws-1.
         """
         ws = self.G.mapping(z, c)
         mean_w = ws[:, 0].detach().mean(dim=0)
@@ -183,7 +183,7 @@ def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -
 
 
 def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return D's logits for equally many generated and real images, and the mean w."""
+    """Return D's logits for equal numbers of generated and real images, and the mean w."""
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
     return gan.logits(fake, fake_c), gan.logits(img, c), mean_w
@@ -195,13 +195,13 @@ def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
 
 
 def _omit_signs(terms: LossTerms) -> LossTerms:
-    """Drop the sign statistic: where D only compares images, a single logit is neither right nor wrong."""
+    """Drop the sign statistic: where D only compares images, the sign of a single logit is meaningless."""
     stats = {name: value for name, value in terms.stats.items() if name != "Loss/signs/fake"}
     return replace(terms, stats=stats)
 
 
 def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:
-    """Return the terms of a discriminator loss; `margins` are positive where D is right about a real image.
+    """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
     The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
     minus the logit of a generated one. ADA is controlled by the mean sign of the margins.
@@ -342,21 +342,19 @@ class LossConfig:
         for owner, objective in OBJECTIVES.items():
             for name in objective.weights:
                 if getattr(self, name) is not None and self.objective != owner:
-                    raise ConfigError(name, getattr(self, name), f"only --loss={owner} has it; leave it out")
+                    raise ConfigError(name, getattr(self, name), f"applies to --loss={owner} only; omit it")
         if self.objective == "wgangp-eps" and self.r1_gamma:
-            problem = (
-                "wgangp-eps has a penalty of its own (loss.gp_weight): R1 needs --loss=logistic, hinge or relativistic"
-            )
+            problem = "wgangp-eps has its own penalty (loss.gp_weight): R1 needs --loss=logistic, hinge or relativistic"
             raise ConfigError("r1_gamma", self.r1_gamma, problem)
         if self.objective not in LAZY_R1 and self.r1_interval is not None:
-            problem = f"only --loss={' and '.join(LAZY_R1)} have R1 as a lazy regulariser; leave it out"
+            problem = f"only --loss={' and '.join(LAZY_R1)} have R1 as a lazy regulariser; omit it"
             raise ConfigError("r1_interval", self.r1_interval, problem)
         if self.objective == "relativistic" and self.g_batch_scale > 1:
-            problem = "relativistic compares each generated image with a real one of the batch: leave it at 1"
+            problem = "relativistic compares each generated image with a real image of the batch: leave it at 1"
             raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
 
     def with_objective(self, objective: str) -> Self:
-        """Return this configuration with another objective, without the settings that only the old objective has."""
+        """Return this configuration with another objective, without the settings that only the old objective uses."""
         values: dict[str, Any] = {"objective": objective, "gp_weight": None, "drift_weight": None}
         if (objective in LAZY_R1) != (self.objective in LAZY_R1):
             values["r1_interval"] = 16 if objective in LAZY_R1 else None

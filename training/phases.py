@@ -21,7 +21,9 @@ from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_len
 class AdamConfig:
     """Adam (Kingma & Ba 2015)."""
 
-    lr: float | None = setting(None, "Learning rate; None: 0.0025, or 0.002 from 1024 pixels on.", auto=True, above=0)
+    lr: float | None = setting(
+        None, "Learning rate; None: 0.0025, or 0.002 at 1024 pixels or more.", auto=True, above=0
+    )
     beta1: float = setting(0.0, "Decay rate of the running mean of gradients.", at_least=0, below=1)
     beta2: float = setting(0.99, "Decay rate of the running mean of squared gradients.", at_least=0, below=1)
     eps: float = setting(1e-8, "Term added to the denominator to avoid division by zero.", at_least=0)
@@ -29,7 +31,7 @@ class AdamConfig:
         None,
         "Maximum norm of the gradient of all parameters of the network; None: no clipping.",
         above=0,
-        note="leave it out for no clipping",
+        note="omit it for no clipping",
     )
 
     def __post_init__(self) -> None:
@@ -71,15 +73,15 @@ class Updater:
 
     def step(self, skip: Tensor) -> None:
         """Take one optimizer step unless `skip`, a boolean scalar on the device, is true."""
-        self.optimizer.found_inf = skip.float()  # a fused optimizer skips the step where it is 1
+        self.optimizer.found_inf = skip.float()  # a fused optimizer skips the step if this is 1
         self.optimizer.step()
 
 
 class BatchMeans:
     """Batch means of LossTerms.means and of the loss, accumulated over micro-batches in one vector on the device.
 
-    The first micro-batch allocates the vector. The vector remains the same tensor from then on, because a captured CUDA
-    graph accumulates into it.
+    The first micro-batch allocates the vector; it is never reallocated, because a captured CUDA graph accumulates into
+    it.
     """
 
     def __init__(self) -> None:

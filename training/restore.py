@@ -59,8 +59,8 @@ def transfer(
     """
     for net in ("G", "D"):
         if getattr(snapshot, net) is None:
-            reason = snapshot.left_out.get(net, "it is not there, as in a snapshot for generation only")
-            raise UserError(f"--resume={name}: {net} cannot be taken from it: {reason}")
+            reason = snapshot.left_out.get(net, "it is missing, as in a snapshot for generation only")
+            raise UserError(f"--resume={name}: {net} cannot be used: {reason}")
     copied = {net: copy_weights(getattr(snapshot, net), network, net) for net, network in networks.items()}
     check_frozen(networks["D"], config.freeze_layers, copied["D"])
     origin = Origin(
@@ -84,7 +84,7 @@ def notes_on(name: str, snapshot: Snapshot) -> list[str]:
     notes = snapshot.notes()
     folder = Path(name).parent
     if not is_url(name) and (states := list_states(folder)):
-        notes.append(f"{states[-1].name} lies beside the snapshot: to resume that run, give --resume={folder}")
+        notes.append(f"{states[-1].name} is next to the snapshot: to resume that run, give --resume={folder}")
     return notes
 
 
@@ -114,11 +114,11 @@ def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
 
 
 def _refuse_run(run_dir: Path) -> NoReturn:
-    raise UserError(f"{run_dir}: holds no usable training state (see the warnings); start a new run")
+    raise UserError(f"{run_dir}: contains no usable training state (see the warnings); start a new run")
 
 
 def _resume(trainer: Trainer, state: Path) -> str | None:
-    """Resume from a training state; return the problem if any process could not. A collective call."""
+    """Resume from a training state; return the problem if any process failed. A collective call."""
     problem, is_same = None, True
     try:
         is_same = trainer.resume(state)
@@ -140,15 +140,15 @@ def _remove_leftovers(run_dir: Path) -> None:
 
 
 def _truncate_log(path: Path, kimg: float) -> None:
-    """Remove the lines of a log beyond the training state that a run resumes from, and a truncated last line.
+    """Remove the lines of a log after the training state at `kimg`, and a truncated last line.
 
     Raises WriteError.
     """
     if not path.is_file():
         return
-    kept = "".join(f"{json.dumps(entry)}\n" for entry, age in read_log(path) if age is None or age <= kimg)
+    kept = "".join(f"{json.dumps(entry)}\n" for entry, at in read_log(path) if at is None or at <= kimg)
     try:
         if kept.encode() != path.read_bytes():
-            write_atomically(path.resolve(), kept)  # resolved, so that a link to another disk stays a link
+            write_atomically(path.resolve(), kept)  # resolved, to keep a link to another disk
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from None

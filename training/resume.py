@@ -1,7 +1,7 @@
-"""Choice of a run's start from the command line: a new run, or the run that --resume names.
+"""Choice of a run's start from the command line: a new run, or the run given by --resume.
 
 There is one rule: a run continues with its saved configuration plus the options given on the command line. Options may
-change the part `run` (duration, machine, logging). All other changes are listed and refused unless --override is given.
+change the part `run` (duration, machine, logging). All other changes are listed, and refused without --override.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.dataset import DatasetConfig, ImageDataset
 from training.run_folder import list_runs, list_states
 from training.snapshots.exchange import is_folder
 
-# Datasets of the networks that --resume of StyleGAN2-ADA knows by name.
+# Datasets of the pretrained networks that StyleGAN2-ADA's --resume accepts by name.
 PUBLISHED = {
     "ffhq256": "FFHQ at 256x256",
     "ffhq512": "FFHQ at 512x512",
@@ -54,7 +54,7 @@ class RunRequest:
 
     outdir: Path | None
     resume: str | None = None
-    override: bool = False  # resume a run with options that change its results
+    override: bool = False  # allow options that change the results of a resumed run
     preset: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     transfer_options: Callable[[str], Mapping[str, Any]] = lambda path: {}
@@ -69,7 +69,7 @@ class Start:
     run_dir: Path | None = None
     state: Path | None = None
     snapshot: str | None = None  # a path or URL
-    needs_batch_gpu: bool = False  # auto_batch.py is to choose the micro-batch
+    needs_batch_gpu: bool = False  # auto_batch.py must choose the micro-batch
 
 
 def names_snapshot(resume: str | None) -> bool:
@@ -83,10 +83,10 @@ def names_snapshot(resume: str | None) -> bool:
 def choose_start(request: RunRequest) -> Start:
     """Decide how the run starts. Raises UserError for invalid options, data or --resume.
 
-    Takes no lock and writes no files.
+    Locks nothing and writes no files.
     """
     if request.override and (request.resume is None or names_snapshot(request.resume)):
-        raise UserError("--override: changes the options of a run that is resumed; give --resume=latest or its folder")
+        raise UserError("--override: applies to resumed runs only; give --resume=latest or its folder")
     if request.resume is None or names_snapshot(request.resume):
         return _new_run(request)
     if request.resume == "latest":
@@ -98,7 +98,7 @@ def choose_start(request: RunRequest) -> Start:
         raise UserError(f"--resume={path}: {_explain_missing(request.resume)}")
     if not list_states(path):
         hint = f"; to resume the newest of its runs: --outdir={path} --resume=latest" if list_runs(path) else ""
-        raise UserError(f"--resume={path}: this folder holds no training state (training-state-*.pt){hint}")
+        raise UserError(f"--resume={path}: this folder contains no training state (training-state-*.pt){hint}")
     return _continue(request, path, saved_config(path))
 
 
@@ -122,7 +122,7 @@ def _outdir(request: RunRequest) -> Path:
 
 
 def _latest(request: RunRequest) -> Start | None:
-    """Return the start from the newest run that agrees with the options, or None; warn if every run disagrees."""
+    """Return the start from the newest run that the options do not contradict, or None; warn if they contradict all."""
     outdir = _outdir(request)
     newest: tuple[Path, TrainConfig] | None = None
     for run_dir, saved in _readable_runs(outdir):
@@ -172,7 +172,7 @@ def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
 
 
 def _changes(request: RunRequest, saved: TrainConfig) -> list[str]:
-    """Return a line for each field outside of `run` that the options change, or the reason why they do not fit."""
+    """Return a line for each field outside of `run` that the options change, or the error if they are invalid."""
     try:
         return _differences(saved, _merge(request, saved))
     except ConfigError as error:
@@ -194,13 +194,13 @@ def _merge(request: RunRequest, saved: TrainConfig) -> TrainConfig:
     if request.preset not in (None, saved.preset):
         base = replace(PRESETS[request.preset or ""], data=saved.data, origin=saved.origin, run=saved.run)
     config = apply_options(base, parse_texts(base, request.texts))
-    if config.data != saved.data and not request.override:  # it will be refused: do not open the dataset
+    if config.data != saved.data and not request.override:  # will be refused, so do not open the dataset
         return config
     return complete(replace(config, run=_fit_run(config, saved, request)))
 
 
 def _fit_run(config: TrainConfig, saved: TrainConfig, request: RunRequest) -> RunConfig:
-    """Reset choices made for another machine: CUDA graphs on a CPU, a micro-batch for another number of processes."""
+    """Reset values chosen for another machine: CUDA graphs on a CPU, a micro-batch for another number of processes."""
     run = config.run
     if run.graphs and "run.graphs" not in request.texts and not is_on_gpu(config):
         run = replace(run, graphs=None)
@@ -215,7 +215,7 @@ def _fit_run(config: TrainConfig, saved: TrainConfig, request: RunRequest) -> Ru
 
 
 def _needs_batch_gpu(request: RunRequest, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
-    """Return whether --batch-gpu=auto needs a search; a run resumed on the same number of GPUs keeps its result."""
+    """Return whether --batch-gpu=auto needs a search; a run resumed on the same number of GPUs reuses its result."""
     is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
     return is_on_gpu(config) and request.texts.get("run.batch_gpu") == "auto" and not is_found
 
@@ -265,12 +265,12 @@ def _config_in(state: Path) -> TrainConfig:
 
 
 def _explain_missing(name: str) -> str:
-    """Return the reason why a --resume that is no file or folder is refused, with a hint for StyleGAN2-ADA's values."""
+    """Return why a --resume value that is not a file or folder is refused, with a hint for StyleGAN2-ADA's values."""
     if name == "noresume":
-        return "trains from random weights in StyleGAN2-ADA; leave --resume out for that"
+        return "trains from random weights in StyleGAN2-ADA; omit --resume for that"
     if name in PUBLISHED:
         return (
             f"the network that StyleGAN2-ADA published for {PUBLISHED[name]}, under a non-commercial licence; it is "
             "not part of this project: download the file and give its path, or give its URL, as --resume=PATH|URL"
         )
-    return "neither `latest` nor a run's folder nor a training state or snapshot"
+    return "not `latest`, a run's folder, a training state or a snapshot"

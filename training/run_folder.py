@@ -32,7 +32,7 @@ from training.config import (
 from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
-NAME_BYTES = 40  # limit of the dataset's part of the folder name, which has at most 255 bytes
+NAME_BYTES = 40  # limit on the dataset's name in the folder name, which has at most 255 bytes
 STATE_NAME = re.compile(r"training-state-\d+\.pt")
 
 
@@ -122,7 +122,7 @@ def _make_run_dir(outdir: Path, config: TrainConfig, dataset: ImageDataset) -> P
     except FileExistsError:
         if not run_dir.is_dir():
             raise
-        return _make_run_dir(outdir, config, dataset)  # another run has just taken the number
+        return _make_run_dir(outdir, config, dataset)  # another run has just claimed the number
     return run_dir
 
 
@@ -143,12 +143,12 @@ def list_states(run_dir: Path) -> list[Path]:
 
 def read_kimgs(path: Path) -> set[float]:
     """Return the kimg of all lines of stats.jsonl or metric-<name>.jsonl; empty if the file does not exist."""
-    return {age for _, age in read_log(path) if age is not None}
+    return {kimg for _, kimg in read_log(path) if kimg is not None}
 
 
 def read_log(path: Path) -> Iterator[tuple[dict[str, Any], float | None]]:
-    """Yield the entries of a log with their kimg, which is None for a metric computed on a folder of images."""
+    """Yield each entry of a log with its kimg, which is None for a metric computed on a folder of images."""
     for entry in read_json_lines(path):
-        age = entry.get("Progress/kimg", entry.get("kimg"))
-        if age is None or isinstance(age, (int, float)):
-            yield entry, age
+        kimg = entry.get("Progress/kimg", entry.get("kimg"))
+        if kimg is None or isinstance(kimg, (int, float)):
+            yield entry, kimg

@@ -1,4 +1,4 @@
-"""Writing of snapshots and training states in the background, and deletion of old training states."""
+"""Background writing of snapshots and training states, and deletion of old training states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.training_loop import Trainer
 
 
 class Saver:
-    """Background writer of snapshots and training states, copied at a step, on rank 0.
+    """Writer of snapshots and training states, copied at a step and written in the background on rank 0.
 
     A write error is reported at the next tick; training continues, and earlier files stay intact.
     """
@@ -27,11 +27,11 @@ class Saver:
     def __init__(self, folder: RunFolder, last_snapshot: Path | None = None) -> None:
         self.folder, self.run_dir, self.run = folder, folder.path, folder.config.run
         self.writer = BackgroundWriter()
-        self.saved_nimg = 0  # images seen at the newest training state
+        self.saved_nimg = 0  # nimg of the newest training state
         self.last_snapshot = last_snapshot  # newest snapshot written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
-        """Write a training state, except at the start or if this step has one, and a snapshot if `snapshot` is set.
+        """Write a training state, except before the first step or if one exists for this step; optionally a snapshot.
 
         A collective call. Raises UserError if the processes have diverged.
         """
@@ -57,7 +57,7 @@ class Saver:
     def check_folder(self, trainer: Trainer) -> None:
         """Restore the run's folder if it was removed, and write a training state into it. A collective call.
 
-        If the folder cannot be created, raises UserError naming the file elsewhere that holds the training state.
+        If the folder cannot be created, writes the training state elsewhere and raises UserError naming that file.
         """
         if distributed.from_main(lambda: self._restore_folder(trainer)):
             self.save(trainer, snapshot=False)
@@ -69,7 +69,7 @@ class Saver:
         except (OSError, UserError) as error:
             raise UserError(self._rescue(trainer, describe_error(error))) from None
         print(
-            f"Warning: {self.run_dir} has lost files during the run (removed, moved?); options, log and a training "
+            f"Warning: {self.run_dir}: files were removed or moved during the run; options, log and a training "
             "state are written again",
             file=sys.stderr,
             flush=True,
@@ -114,7 +114,7 @@ class Saver:
         return snapshot if snapshot == self.last_snapshot else None
 
     def finish(self) -> None:
-        """Wait for the last files. Raises WriteError if they could not be written."""
+        """Wait for pending writes. Raises WriteError if one failed."""
         failed = self.writer.join()
         self._warn(failed[:-1])
         if failed:
@@ -126,7 +126,7 @@ class Saver:
 
     def _write_state(self, path: Path, payload: dict[str, object]) -> None:
         Checkpoint.write(path, payload)
-        # Later states are corrupt ones that the run skipped when it was resumed from an earlier state.
+        # Later states are corrupt: the run skipped them when it was resumed from an earlier state.
         states = [state for state in list_states(self.run_dir) if state <= path]
         for old in obsolete(states, self.run.keep_last, self.run.keep_every):
             with warn_on_write_error():

@@ -34,7 +34,7 @@ def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None
     """Train, or print the resolved configuration of a dry run.
 
     The start is chosen once: in this process or, under torchrun, on rank 0, which broadcasts it. Under torchrun,
-    `explain` returns the message of a UserError on rank 0; otherwise the error is raised as it is.
+    `explain` returns the message of a UserError on rank 0; otherwise the error is raised unchanged.
     """
     if distributed.launched_world_size() is None:
         start = prepare(request, dry_run=dry_run)
@@ -69,11 +69,11 @@ def _train_under_torchrun(request: RunRequest, explain: Explain) -> None:
 
 
 def _as_launched(request: RunRequest) -> RunRequest:
-    """Take number and device of processes from torchrun, also for a resumed run. Raises ConfigError."""
+    """Use the number of processes and the device given by torchrun, even for a resumed run. Raises ConfigError."""
     launched = str(distributed.launched_world_size())
     texts = {"run.device": "auto", "run.timeout": str(RunConfig.timeout), "run.num_gpus": launched, **request.texts}
     if texts["run.num_gpus"] != launched:
-        raise ConfigError("run.num_gpus", texts["run.num_gpus"], f"torchrun started {launched} processes; leave it out")
+        raise ConfigError("run.num_gpus", texts["run.num_gpus"], f"torchrun started {launched} processes; omit it")
     return replace(request, texts=texts)
 
 

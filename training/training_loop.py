@@ -129,7 +129,7 @@ def set_arithmetic(config: TrainConfig) -> None:
 
 
 class Trainer:
-    """Owner of all state that changes during training; `train` runs the steps and calls the hooks."""
+    """Networks, optimizers and all other state of training; `train` runs the steps and calls the hooks."""
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
@@ -137,7 +137,7 @@ class Trainer:
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Hook] = ()
-        self.is_stopped = False  # set by a hook to stop before the end
+        self.is_stopped = False  # set by a hook to stop training early
 
         seed_step(config.seed, "init", 0)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -162,7 +162,7 @@ class Trainer:
         self.failures = Failures(device)
         self.last_snapshot: Path | None = None  # named in error messages
         self.stopwatch = Stopwatch(device)
-        # Name of a batch mean (LossTerms.means) -> update of the running state that it drives, once per phase.
+        # Name of a batch mean (LossTerms.means) -> update of the running state, called once per phase.
         self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
@@ -341,7 +341,7 @@ class Trainer:
         return replace(tick, stats=stats, values=self._progress() | self._check_failures())
 
     def _check_failures(self) -> dict[str, float]:
-        """Return the number of updates skipped in this tick by phase. Raises UserError if any, unless nan='skip'."""
+        """Return the number of updates skipped in this tick, by phase. Raises UserError for any, unless nan='skip'."""
         self.stop_if_failed()
         return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
 
@@ -356,7 +356,7 @@ class Trainer:
         known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
         start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
-            f"{phase} met values that are not finite at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
+            f"{phase} produced non-finite values at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
             f"its update was skipped, and training stops. {known}; {start} with a higher --gamma (or "
             "loss.gp_weight), lower --glr and --dlr, or --precision=fp32. Or resume with --set "
             "run.nan=skip, which skips such updates"

@@ -47,12 +47,12 @@ from training.training_loop import Trainer, set_arithmetic
 
 def train(start: Start) -> None:
     """Train in this process as one of the run's processes. Raises SystemExit if a signal stopped training."""
-    streams.protect(needs_stdout=False)  # log.txt has all output
+    streams.protect(needs_stdout=False)  # log.txt contains all output
     name_user()
     tune_allocator()
     with Signals() as signals, FolderLock() as lock:
         is_stopped = _train(start, signals, lock)
-        distributed.barrier()  # otherwise the launcher would end the others when the first exits
+        distributed.barrier()  # otherwise the launcher would terminate the other processes when the first exits
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
@@ -88,27 +88,27 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
             graphs = ", CUDA graphs" if config.run.graphs else ""
             _print_on_main(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
             saver = Saver(run_folder.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
-            if start.state:  # a state for --resume=latest
+            if start.state:  # allows --resume=latest from the start
                 saver.save(trainer, snapshot=False)
                 distributed.from_main(saver.finish)
             is_resumed = start.run_dir is not None
             trainer.hooks = build_hooks(trainer, saver, context, loggers, signals, is_resumed=is_resumed)
             trainer.train()
-            outcome = "Stopped; --resume=latest continues this run" if trainer.is_stopped else "Done"
+            outcome = "Stopped; --resume=latest resumes this run" if trainer.is_stopped else "Done"
             _print_on_main(f"{outcome}: {run_dir}")
     return trainer.is_stopped
 
 
 @contextmanager
 def _memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Convert out-of-memory errors, and the loss of a data worker, to UserError with a remedy."""
+    """Convert out-of-memory errors, and the death of a data worker, to UserError with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if "DataLoader worker" in str(error):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise during cleanup
             raise UserError(
-                f"a process that decodes images has ended ({describe_error(error)}): it was killed, possibly because "
+                f"a data worker was killed ({describe_error(error)}), possibly because "
                 "the host ran out of memory. Resume with --resume=latest; if it happens again, choose fewer --workers"
             ) from None
         if not is_out_of_memory(error):
@@ -177,7 +177,7 @@ def _describe(trainer: Trainer) -> str:
 
 
 def _notes(config: TrainConfig) -> list[str]:
-    """Return notes for the log: a slow image decoder, and deviations from the protocols of papers."""
+    """Return notes for the log: a slow image decoder, and deviations from published protocols."""
     group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
     notes = [SLOW_DECODER] if SLOW_DECODER else []
     if isinstance(batch_gpu, int) and batch_gpu < group:

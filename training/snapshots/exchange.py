@@ -1,4 +1,4 @@
-"""Lossless conversion of snapshots to and from folders of safetensors, which need no code of this project to read.
+"""Lossless conversion of snapshots to and from folders of safetensors, readable without this project's code.
 
 shapes/config.json            configuration, images seen, ADA's p, and a checksum of each of the other files
 shapes/G_ema.safetensors      one file per network, with the tensors of its state_dict by name
@@ -160,7 +160,7 @@ def is_folder(path: Path) -> bool:
 
 def _read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a folder of safetensors needs it")
+        raise UserError(f"{path}: no such file; a folder of safetensors requires it")
     try:
         document = read_json(path)
     except OSError as error:

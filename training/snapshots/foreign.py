@@ -1,4 +1,4 @@
-"""Foreign snapshots: networks of this project, built from tensors and arguments in the files of other projects.
+"""Foreign snapshots: networks of this project built from the tensors and arguments in files of other projects.
 
 Snapshots of the public Styleformer release, of StyleGAN2-ADA-PyTorch and of StyleGAN2 in StyleGAN3's repository are
 pickles that contain the Python source of their networks and execute it when loaded. Here, torch_utils/pickles.py reads
@@ -68,7 +68,7 @@ class ForeignSnapshot:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether a file is a pickle, which no snapshot of this project is. Raises UserError for an HTML page."""
+    """Return whether a file is a pickle; this project's snapshots are not. Raises UserError for an HTML page."""
     if not path.is_file():
         return False
     try:
@@ -77,7 +77,7 @@ def is_foreign(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if re.match(rb"\s*<(!doctype html|html)", start, re.IGNORECASE):
-        raise UserError(f"{path}: a page of HTML, not a snapshot; was it saved instead of the download?")
+        raise UserError(f"{path}: an HTML page, not a snapshot; was it saved instead of the file?")
     return is_pickle(path)
 
 
@@ -149,7 +149,7 @@ def _unknown_entries(content: Mapping[Any, Any]) -> dict[str, str]:
     ]
     if len(others) > MAX_NAMED:
         names.append(f"{len(others) - MAX_NAMED} more")
-    return dict.fromkeys(names, "not known here")
+    return dict.fromkeys(names, "unknown")
 
 
 def _entries(content: Any) -> dict[Any, Any]:
@@ -157,7 +157,7 @@ def _entries(content: Any) -> dict[Any, Any]:
     if isinstance(content, dict) and content.get("G_ema") is not None:
         return content
     first = content[0] if isinstance(content, (list, tuple)) and content else content
-    reason = first.reason if isinstance(first, Unreadable) else "it holds no G_ema"
+    reason = first.reason if isinstance(first, Unreadable) else "it contains no G_ema"
     raise UserError(f"not a snapshot of Styleformer, StyleGAN2-ADA or StyleGAN3 ({reason})")
 
 
@@ -169,7 +169,7 @@ def _module(content: Mapping[Any, Any], name: str) -> PickledModule:
 
 
 def _read_nimg(content: Mapping[Any, Any], path: Path) -> int:
-    """Return the number of training images, from the file name or from the entry `cur_nimg` of some forks; else 0."""
+    """Return the number of images seen, from the file name or from the entry `cur_nimg` of some forks; else 0."""
     if kimg := re.fullmatch(r"network-snapshot-([0-9]{1,12})\.pkl", path.name):
         return 1000 * int(kimg[1])
     nimg = content.get("cur_nimg")
@@ -182,7 +182,7 @@ def _domain(config: GeneratorConfig | StyleGAN2DiscriminatorConfig) -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Arguments. Each known argument is taken once; the remaining ones are unknown.
+# Arguments. Each known argument is removed once; the remaining arguments are unknown.
 
 
 class Arguments:
@@ -226,7 +226,7 @@ class Arguments:
         return Arguments(self.values.pop(name, {}), f"{self.where}.{name}")
 
     def finish(self) -> None:
-        """Raise UserError if any argument was not taken."""
+        """Raise UserError if any argument was not removed."""
         if self.values:
             raise UserError(f"{self.where}: unknown argument {', '.join(str(name)[:80] for name in self.values)}")
 
@@ -336,10 +336,10 @@ def _refuse_stylegan3(module: PickledModule, tensors: Tensors, name: str) -> Non
     )
 
 
-def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
-    """Take the arguments of a mapping network; return its number of layers."""
+def _read_mapping(arguments: Arguments, width: int, low: int = 1) -> int:
+    """Remove the arguments of a mapping network; return its number of layers."""
     arguments.only("embed_features", None, width)
-    count = arguments.integer("num_layers", 8, low=fewest, high=100)
+    count = arguments.integer("num_layers", 8, low=low, high=100)
     if count:
         arguments.only("layer_features", None, width)
         arguments.only("activation", "lrelu")
@@ -350,7 +350,7 @@ def _read_mapping(arguments: Arguments, width: int, fewest: int = 1) -> int:
 
 
 def _read_precision(arguments: Arguments, resolution: int, release: CodeBase) -> dict[str, Any]:
-    """Return `precision` and `reduced_from`: the highest resolutions used float16, but none below 8x8."""
+    """Return `precision` and `reduced_from`: float16 at the highest resolutions, but not below 8x8."""
     count = arguments.integer("num_fp16_res", release.num_fp16_res, low=0, high=16)
     arguments.drop("fp16_channels_last")  # memory layout only
     return {"precision": "fp16", "reduced_from": max(2 * resolution >> count, 8)} if count else {"precision": "fp32"}
@@ -386,7 +386,7 @@ def _read_stylegan2(
 
 
 def _read_layers(arguments: Arguments) -> None:
-    """Take the arguments of convolutional layers for which this project supports one value only."""
+    """Remove the arguments of convolutional layers that support only one value in this project."""
     arguments.only("kernel_size", 3)
     arguments.only("activation", "lrelu")
     arguments.only("resample_filter", [1, 3, 3, 1])
@@ -403,7 +403,7 @@ def _read_styleformer(
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     sides = sorted(blocks)
     if sides != [sides[0] << i for i in range(len(sides))] or sides[-1] != resolution or not sides[0]:
-        raise UserError(f"encoder blocks at {', '.join(map(str, sides))} do not make images of {resolution} pixels")
+        raise UserError(f"encoder blocks at {', '.join(map(str, sides))} do not produce images of {resolution} pixels")
     widths = tuple(_rows(tensors, f"synthesis.b{side}_0.enc.q_weight") for side in sides)
     layers = tuple(len(blocks[side]) for side in sides)
     projections = [x for name, x in tensors.items() if re.fullmatch(BLOCK + r"enc\.proj_weight", name)]
@@ -446,7 +446,7 @@ def _rows(tensors: Tensors, name: str) -> int:
 
 
 def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
-    """Raise UserError if a per-resolution argument contradicts the tensors; surplus values were ignored there."""
+    """Raise UserError if a per-resolution argument contradicts the tensors; its code ignored surplus values."""
 
     def is_valid(value: Any) -> bool:
         if isinstance(value, dict):
@@ -475,7 +475,7 @@ def _rename_mapping(name: str) -> tuple[str, ...]:
 
 
 def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> ForeignNetwork:
-    """Read the discriminator that goes with a generator."""
+    """Read a discriminator, whose image and label dimensions must match the generator's."""
     if module.class_name != "Discriminator":
         raise UserError(f"D is of class {module.class_name}, expected Discriminator")
     arguments = _arguments(module, "D", ("c_dim", "img_resolution", "img_channels"))
@@ -503,7 +503,7 @@ def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> For
     smallest = config.grids[-1]
     if c_dim:
         width = config.cmap_dim or config.num_channels(smallest)
-        config = replace(config, mapping_layers=_read_mapping(mapping, width, fewest=0))
+        config = replace(config, mapping_layers=_read_mapping(mapping, width, low=0))
         mapping.drop("w_avg_beta")
         mapping.finish()  # without labels there is no mapping network, so its arguments are ignored
     _read_precision(arguments, resolution, generator.release)
@@ -563,7 +563,7 @@ def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: s
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:
-    """Return a shape without dimensions of size 1, because some are (3, C, 1, 1) there and (3, C) here."""
+    """Return a shape without dimensions of size 1: some weights are (3, C, 1, 1) in other projects and (3, C) here."""
     return [size for size in shape if size != 1]
 
 
@@ -637,7 +637,7 @@ def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfi
 
 
 def _read_bound(module: Any, generator: GeneratorConfig) -> float:
-    """Return the upper bound of p, which the public Styleformer release sets to 0.7 with Linformer; 1 is no bound."""
+    """Return the upper bound of p, which the public Styleformer release sets to 0.7 with Linformer; 1: no bound."""
     given = module.state.get("_init_kwargs") if isinstance(module, PickledModule) else None
     default = module is not None and getattr(generator, "linformer", False)
     return 0.7 if (given if isinstance(given, dict) else {}).get("aug_linformer", default) is True else 1.0

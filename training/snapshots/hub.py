@@ -36,7 +36,7 @@ SAMPLES = "samples.png"
 
 
 class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="unconditional-image-generation"):
-    """Snapshot as a Hub model; `license` is a licence name of the Hub, or None for no licence."""
+    """Snapshot as a Hub model; `license` is a licence identifier of the Hub, or None."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HubModel:
         """Bypass the mixin's `__new__`, which would derive a config from the arguments and write it."""
@@ -94,7 +94,7 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
 
 
 def save_hub_folder(folder: Path, snapshot: Snapshot, license: str | None = None) -> None:
-    """Write a folder to upload. Raises UserError if the path exists, WriteError if it cannot be written."""
+    """Write a folder for upload to the Hub. Raises UserError if the path exists, WriteError if it cannot be written."""
     model = HubModel(snapshot, license)
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -116,7 +116,7 @@ def num_samples(G: Any) -> int:
 
 
 def sample_images(snapshot: Snapshot) -> torch.Tensor:
-    """Return uint8 images for seeds 0, 1, ..., with classes in turn or zero label vectors."""
+    """Return uint8 images for seeds 0, 1, ..., cycling through the classes, or with zero label vectors."""
     G = snapshot.G_ema
     device, count = next(G.parameters()).device, num_samples(G)
     z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
@@ -174,7 +174,7 @@ def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> s
 ![Samples]({SAMPLES})
 
 {summary}, {training}.
-The image shows the seeds 0 to {num_samples(G) - 1} without truncation.
+The image shows seeds 0 to {num_samples(G) - 1} without truncation.
 
 ## Use
 

@@ -4,7 +4,7 @@
     NAME-synthesis.onnx   ws (batch, num_ws, w_dim) -> img (batch, channels, height, width) in about [-1, 1]
 
 Both graphs take batches of any size, compute in float32 and consist of standard operators. truncation_psi has one value
-per style and so expresses truncation psi and cutoff, for example 0.7 for the first styles and 1 for the others.
+per style, which also covers the truncation cutoff: for example 0.7 for the first styles and 1 for the others.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any
     first = next(iter(inputs))
     shapes = {name: {0: batch} if x.ndim > 1 else None for name, x in inputs.items()}
     with torch.no_grad(), custom_ops.implementation("reference"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        warnings.simplefilter("ignore")  # deprecation warnings of the exporter
         # Strict mode, because len(x) would otherwise specialise the batch size.
         program = torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=True)
         return torch.onnx.export(
@@ -101,7 +101,7 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Any
             verbose=False,
             input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=dict.fromkeys(inputs) | {first: shapes[first]},  # names the batch axis of all inputs
+            dynamic_shapes=dict.fromkeys(inputs) | {first: shapes[first]},  # one input names the batch axis for all
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading snapshots of any kind: of this project, folders of safetensors, and of other projects."""
+"""Reading of all kinds of snapshots: of this project, of other projects, and folders of safetensors."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def transfer_options(path: str | Path) -> dict[str, Any]:
         config = read_foreign(path).config
     else:
         config = parts_of((read_folder(path) if is_folder(path) else read_network(path))["payload"], path)[0]["config"]
-    is_bound = config.preset == PRESET and config.augment.max_p < 1  # also true after conversion
+    is_bound = config.preset == PRESET and config.augment.max_p < 1  # PRESET also marks converted files
     return {"augment.max_p": config.augment.max_p} if is_bound else {}
 
 
 def local_file(path: str | Path) -> Path:
-    """Return a path as it is; download a URL unless it is cached, and return the path of the file."""
+    """Return a path unchanged; download a URL unless it is cached, and return the path of the file."""
     return fetch(str(path)) if is_url(path) else Path(path)
 
 

@@ -1,7 +1,7 @@
 """network-snapshot-*.pkl: networks and their configuration, for generation and transfer learning.
 
-`load_network(path)` reads a snapshot. `pickle.load` cannot, because the file contains only tensors and plain values
-and no code (torch_utils/checkpoint.py describes the layout).
+`load_network(path)` reads a snapshot. `pickle.load` cannot read it: the file contains only tensors and plain
+values, no code (torch_utils/checkpoint.py describes the layout).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Snapshot:
     def require_generator(self, use: str) -> None:
         """Raise UserError, with the purpose `use` of G_ema, if the file does not contain G_ema."""
         if self.G_ema is None:
-            raise UserError(f"{self.path}: holds no averaged generator (G_ema), which {use}")
+            raise UserError(f"{self.path}: contains no averaged generator (G_ema), which {use}")
 
     @property
     def kimg(self) -> float:
@@ -80,7 +80,7 @@ def save_network(
     ada_p: float = 0.0,
     labels: LabelKind | None = None,
 ) -> None:
-    """Write a snapshot; without G and D it is smaller and serves for generation and metrics only."""
+    """Write a snapshot; without G and D it is smaller and supports only generation and metrics."""
     content = capture_network(config=config, G_ema=G_ema, G=G, D=D, nimg=nimg, ada_p=ada_p, labels=labels)
     write_network(path, content)
 
@@ -127,7 +127,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Snapsh
 
 
 def restore_network(payload: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> Snapshot:
-    """Build the networks from the return value of `capture_network`. Raises UserError naming `path`, their file."""
+    """Build the networks from the return value of `capture_network`. Raises UserError naming the file `path`."""
     metadata, states = parts_of(payload, path)
     return Snapshot(**build_networks(metadata["config"], states, path, device), **metadata, path=path)
 
@@ -143,7 +143,7 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
         raise UserError(f"{path}: its configuration cannot be read ({error})") from None
     states, nimg, ada_p, labels = (payload.get(name) for name in ("networks", "nimg", "ada_p", "labels"))
     if not isinstance(states, dict) or not set(states) & {*network_configs(config)}:
-        raise UserError(f"{path}: holds no networks; use another copy")
+        raise UserError(f"{path}: contains no networks; use another copy")
     is_valid = {
         "nimg": type(nimg) is int and 0 <= nimg < MAX_IMAGES,
         "ada_p": isinstance(ada_p, (int, float)) and 0 <= ada_p <= FLOAT32_MAX,
@@ -186,7 +186,7 @@ def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.
     for key, x in network.state_dict().items():
         if not x.isfinite().all():
             raise UserError(
-                f"{name}: {key} holds values that are not finite: training had already failed; use an earlier snapshot"
+                f"{name}: {key} contains non-finite values: training had already failed; use an earlier snapshot"
             )
     return network.eval().requires_grad_(False).to(device)
 
@@ -198,10 +198,10 @@ def check_tensors(config: Any, tensors: Any, where: str) -> None:
     """
     expected = outline(config, where).state_dict()
     if not isinstance(tensors, Mapping):
-        raise UserError(f"{where}: no tensors by name, which the configuration needs")
+        raise UserError(f"{where}: not a mapping of tensors by name, as the configuration requires")
     for key in [*expected, *tensors]:
         if key not in tensors:
-            raise UserError(f"{where}: the tensor {key} is missing, which the configuration needs")
+            raise UserError(f"{where}: the tensor {key} is missing; the configuration requires it")
         if key not in expected:
             raise UserError(f"{where}: the tensor {key} does not exist in the network of the configuration")
         if _kind(tensors[key]) != _kind(expected[key]):
@@ -221,7 +221,7 @@ def outline(config: Any, where: str) -> nn.Module:
     stored = network.state_dict()
     derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)
     if derived > MAX_DERIVED:
-        raise UserError(f"{where}: needs {derived} buffer elements beside its weights, limit {MAX_DERIVED}")
+        raise UserError(f"{where}: needs {derived} buffer elements besides its weights; the limit is {MAX_DERIVED}")
     return network
 
 

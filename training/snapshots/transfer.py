@@ -1,7 +1,7 @@
 """Transfer learning: initialise networks from the networks of a snapshot, as far as they fit.
 
-Tensors are matched by function and not by index: the blocks of a grid are copied to the blocks of the same grid,
-whatever the image resolution. For this, a module may define `place`, which replaces its index in tensor names. If the
+Tensors are matched by function and not by index: the blocks of a grid are copied to the blocks of the same grid at
+any image resolution. For this, a module may define `place`, which replaces its index in tensor names. If the
 numbers of classes or image channels differ, the common part is copied.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dnnlib.config import UserError, check_bounds, setting
 from dnnlib.screen import public
 
-MIN_FITTING = 0.5  # minimum share of the parameters matched in both networks; below it, the configurations differ
-MIN_COPIED = 0.1  # minimum share of all parameters; below it, the copy is useless
+MIN_FITTING = 0.5  # minimum copied fraction of the matched parameters; below it, the configurations differ
+MIN_COPIED = 0.1  # minimum copied fraction of all parameters; below it, the copy is useless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class Origin:
 
     source: str | None = setting(None, "Path or URL of the snapshot; None: random weights.")
     kimg: float = setting(0.0, "Training length of the snapshot, in thousands of images.")
-    copied_g: float = setting(0.0, "Share of the parameters of G that were copied.", at_least=0, at_most=1)
-    copied_d: float = setting(0.0, "Share of the parameters of D that were copied.", at_least=0, at_most=1)
-    copied_g_ema: float = setting(0.0, "Share of the parameters of G_ema that were copied.", at_least=0, at_most=1)
+    copied_g: float = setting(0.0, "Fraction of the parameters of G that were copied.", at_least=0, at_most=1)
+    copied_d: float = setting(0.0, "Fraction of the parameters of D that were copied.", at_least=0, at_most=1)
+    copied_g_ema: float = setting(0.0, "Fraction of the parameters of G_ema that were copied.", at_least=0, at_most=1)
     partial: tuple[str, ...] = setting((), "Names of the tensors that were copied in part.")
     new: tuple[str, ...] = setting((), "Names of the tensors that were not copied at all.")
 
@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """Result of `copy_weights`: the share of parameters that were copied, and the names of tensors by outcome."""
+    """Result of `copy_weights`: the fraction of parameters that were copied, and the names of tensors by outcome."""
 
     share: float
     whole: tuple[str, ...]
@@ -87,14 +87,14 @@ class Match:
         return self.part is not None and self.old.shape == self.new.shape
 
     def copy(self) -> None:
-        """Copy the part; scale it if the gain of the layer changes with its number of inputs."""
+        """Copy the part; a partial copy is scaled by the ratio of the layers' gains."""
         assert self.part is not None
         x = self.old[self.part]
         self.new[self.part].copy_(x if self.is_whole else x * self.gain)
 
 
 def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
-    """Copy all tensors of `source` that fit to `target`.
+    """Copy to `target` all tensors of `source` that fit.
 
     Raises UserError and leaves the target unchanged if the style dimensions differ or if too little fits: less than
     MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Mapping networks do not count,
@@ -155,7 +155,7 @@ def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], proble
 
 
 def fit(old: Tensor, new: Tensor, sizes: set[tuple[int, int]]) -> tuple[slice, ...] | None:
-    """Return the part that can be copied; tensors may differ along one axis, if its sizes are a pair in `sizes`."""
+    """Return the part that can be copied; tensors may differ along one axis if `sizes` contains its two sizes."""
     if old.ndim != new.ndim:
         return None
     pairs = list(zip(old.shape, new.shape, strict=True))
@@ -166,7 +166,7 @@ def fit(old: Tensor, new: Tensor, sizes: set[tuple[int, int]]) -> tuple[slice, .
 
 
 def _adjustable_sizes(source: Any, target: Any) -> set[tuple[int, int]]:
-    """Return (source, target) sizes of axes whose leading part agrees: channels, classes, z before a label."""
+    """Return the (source, target) sizes of axes that can be copied in part: channels, classes, mapping inputs."""
     pairs = {(source.img_shape[0], target.img_shape[0])}
     if source.c_dim and target.c_dim:
         pairs.add((source.c_dim, target.c_dim))
@@ -194,5 +194,5 @@ def check_frozen(D: Any, count: int, copied: Copied) -> None:
     if fresh:
         raise UserError(
             f"--freezed={count}: would freeze {', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} at random values, "
-            "because the snapshot does not have them; leave --freezed out, or use images like the snapshot's"
+            "because the snapshot does not have them; omit --freezed, or use images like the snapshot's"
         )

@@ -1,4 +1,4 @@
-"""Image sizes that the networks of a configuration do not support: alternatives and error messages."""
+"""Image sizes that the networks of a configuration support, and errors with alternatives for other sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fitting_sizes(config: TrainConfig, sizes: Sizes) -> Iterator[Size]:
 def explain(
     error: ConfigError, config: TrainConfig, presets: Mapping[str, TrainConfig], grid: Grid, *, is_raw: bool
 ) -> ConfigError:
-    """Return the error to raise for images of `grid` (height, width) in place of the one that `fit` raised.
+    """Return the error to raise instead of `error`, which `fit` raised for images of `grid` (height, width).
 
     If the cause is a setting that differs from the preset, the error is returned unchanged. Otherwise the preset does
     not fit the images: the new error names data.path and lists sizes and options that fit together.
@@ -54,14 +54,14 @@ def explain(
     size = next(fitting_sizes(config, Counter([(width, height)])), None)
     remedies = [_rebuild(config.data.path, size, is_raw)] if size else []
     remedies += _other_options(config, presets, grid)
-    remedies = remedies[::-1] if is_raw else remedies  # the command comes last
+    remedies = remedies[::-1] if is_raw else remedies  # the long command is last
     networks = _describe_networks(part, config, presets)
     remedy = ", or ".join(remedies) or "choose another preset"
     return ConfigError("data.path", config.data.path, f"images of {width}x{height}, {networks}: {remedy}")
 
 
 def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
-    """Return a preset's settings of a network, converted to the family that `config` has."""
+    """Return a preset's settings of a network, converted to the family used by `config`."""
     given, family = getattr(preset, part), type(getattr(config, part))
     return given if type(given) is family else family.convert_from(given)
 
@@ -106,7 +106,7 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
     if base := base_of(config.generator):
         given, bases = base_of(_settings_of(preset, config, "generator")), small_bases(grid)
         if base != given:
-            choices.append(("leave out --base", config, {"generator.base": given}))
+            choices.append(("omit --base", config, {"generator.base": given}))
             auto = override(auto, {"generator.base": base})
         choices.append((f"give {named}", auto, {}))
         choices += [(f"give --base={show_base(base)}", config, {"generator.base": base}) for base in bases]
