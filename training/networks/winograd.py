@@ -44,7 +44,7 @@ DATA, KERNEL, OUTPUT = _transforms()  # (36, 36), (36, 9), (16, 36)
 def is_profitable(x: Tensor, weight: Tensor) -> bool:
     """Return whether `conv3x3` supports x (B, C, H, W) and weight (C_out, C, 3, 3) and is faster than F.conv2d.
 
-    The decision ignores the batch size, so that the result for an image does not depend on its batch. Exported graphs
+    The decision ignores the batch size, so the result for an image does not depend on its batch. Exported graphs
     use the convolutions of their runtime.
     """
     if torch.compiler.is_exporting():
