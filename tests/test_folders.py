@@ -260,7 +260,7 @@ def test_a_dataset_json_beside_some_images_is_ignored(tmp_path: Path) -> None:
     files = images("a.png", "set/b.png") | {"set/dataset.json": b'{"labels": [["b.png", 0]]}'}
     labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert labels == []
-    assert "Note: set/dataset.json is not read, because images lie outside its folder: to use it, give its" in output
+    assert "Note: set/dataset.json is not read, because images are outside its folder: to use it, give its" in output
 
 
 @pytest.mark.parametrize("key", ["Labels", "LABELS"])

@@ -297,7 +297,7 @@ def test_an_unused_dataset_json_is_noted(tmp_path: Path) -> None:
     images = [("x/0.png", PNGS[0]), ("y/1.png", PNGS[1])]
     cases: dict[str, tuple[list[tuple[str, bytes]], str]] = {
         "labels": ([*samples("cls", [0, 1]), member], "dataset.json is not read: the samples have labels"),
-        "outside": ([*images, (f"x/{member[0]}", member[1])], "x/dataset.json is not read, because images lie outside"),
+        "outside": ([*images, (f"x/{member[0]}", member[1])], "x/dataset.json is not read, because images are outside"),
     }
     for name, (files, note) in cases.items():
         assert any(note in line for line in open_shards(write(tmp_path / f"{name}.tar", files)).notes)
@@ -351,9 +351,7 @@ def test_shards_with_equal_names_and_without_a_split_are_read(tmp_path: Path) ->
         (tmp_path / "set" / folder).mkdir(parents=True)
         write(tmp_path / "set" / folder / "0.tar", samples("cls", [0, 1])[:6])
     assert len(open_shards(tmp_path / "set")) == 4
-    assert "splits others 1 shard, train 2 shards, but not" in assert_refused(
-        tmp_path, tmp_path / "set", "--split=dev"
-    )
+    assert "splits others 1 shard, train 2 shards, but not" in assert_refused(tmp_path, tmp_path / "set", "--split=dev")
     assert len(build(tmp_path / "set", tmp_path / "others.zip", "--split=others")[0]) == 2
     assert len(build(tmp_path / "set", tmp_path / "all.zip", "--split=all")[0]) == 6
 

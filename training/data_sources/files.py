@@ -346,4 +346,4 @@ def find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, l
     if common:
         common.sort(key=lambda file: not file.endswith(NAME))
         return common[0], [f"{common[0]} is read: all images are in its folder"]
-    return None, [f"{found[0]} is not read, because images lie outside its folder: to use it, give its folder"]
+    return None, [f"{found[0]} is not read, because images are outside its folder: to use it, give its folder"]

@@ -1,6 +1,6 @@
 """Reader of the LMDB file format, version 1, a paged B+ tree; all offsets and sizes in the file are checked.
 
-The lmdb library maps the file into memory without such checks, so that a single corrupt number can crash the process.
+The lmdb library maps the file into memory without such checks, so a single corrupt number can crash the process.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class ShardSource(SourceBase):
             self._read_json_labels({location.name: location for location in others.jsons})
 
     def _read_json_labels(self, locations: dict[str, _Location]) -> None:
-        """Read labels from a dataset.json if one applies to all images; otherwise note the reason."""
+        """Read labels from a dataset.json that applies to all images; otherwise add a note with the reason."""
         found, notes = find_json(list(locations), self.names)
         if self.labels is not None:
             notes = [f"{next(iter(locations))} is not read: the samples have labels"]

@@ -211,7 +211,7 @@ def _write(
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, max_width: int) -> str:
-    """Replace the middle of a text by an ellipsis so that it fits `max_width` pixels."""
+    """Shorten a text to `max_width` pixels by replacing the middle with an ellipsis."""
     for kept in range(len(text) - 1, 0, -1):
         shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
         if draw.textlength(shorter, font) <= max_width:

@@ -39,7 +39,7 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Split tokens (B, N, C) into heads (B, H, N, D); C = H D holds the heads one after another."""
+    """Split tokens (B, N, C) into heads (B, H, N, D), where C = H D is the concatenation of the heads."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 

@@ -190,8 +190,8 @@ class Conv2d(nn.Module):
         y = clamp(gain act(conv(x, W / sqrt(in k^2)) + b))
 
     Computed in the dtype of x. `gain` multiplies both the gain of the activation and the clamp, so clamped outputs
-    are scaled as well. down=2 applies the filter [1, 3, 3, 1] with zero padding and halves the size,
-    which must be even.
+    are scaled as well. down=2 applies the filter [1, 3, 3, 1] with zero padding and halves the size, which must be
+    even.
     """
 
     resample_filter: Tensor

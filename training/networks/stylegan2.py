@@ -110,7 +110,7 @@ def modulated_conv2d(
     dtype of `style`. With `up_filter`, a transposed convolution y[2i + k, 2j + l] += W''_kl x[i, j] followed by the
     filter gives (B, O, 2H, 2W). `noise` must broadcast to the output.
 
-    The implementation scales inputs and outputs instead of weights, so that all images share one convolution.
+    The implementation scales inputs and outputs instead of weights, so all images share one convolution.
     """
     style = limit_rows(style, x.dtype)
     if x.dtype == torch.float16:

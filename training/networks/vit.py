@@ -119,7 +119,7 @@ class LayerNorm(nn.LayerNorm):
 class TokenNoise(nn.Module):
     """Noise x + s n with n ~ N(0, 1) per token, shared by all channels (Karras et al. 2019, section 3.2).
 
-    The strength s is a learned scalar, initially 0. `noise_const` holds n for mode 'const'.
+    The strength s is a learned scalar, initially 0. `noise_const` is n in mode 'const'.
     """
 
     noise_const: Tensor

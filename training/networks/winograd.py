@@ -33,7 +33,7 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
         data[i, :-1] = np.poly(others)[::-1]
         kernel[i] = point ** np.arange(3) / np.prod(point - others)
         output[:, i] = point ** np.arange(4)
-    data[-1] = np.poly(POINTS)[::-1]  # the last row and column stand for the point at infinity
+    data[-1] = np.poly(POINTS)[::-1]  # the last row and column represent the point at infinity
     kernel[-1, -1] = output[-1, -1] = 1
     return tuple(torch.from_numpy(np.kron(m, m)) for m in (data, kernel, output))  # type: ignore[return-value]
 
