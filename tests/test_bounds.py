@@ -867,13 +867,13 @@ def far_offsets() -> bytes:
 ZEROS = 70 << 20
 END = 2 * tarfile.BLOCKSIZE  # number of zero bytes at the end of a tar archive
 TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file name, content, text of the message
-    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page that unpacks to"),
+    "zeros": ("x.parquet", lambda: parquet({"image": [bytes(ZEROS)]}, compression="zstd"), "a page unpacks to"),
     "labels of zeros": (
         "x.parquet",
         lambda: parquet({"image": [b""], "label": ["0" * ZEROS]}, compression="zstd"),
-        "a page that unpacks to",
+        "a page unpacks to",
     ),
-    "rows": ("x.parquet", lambda: parquet({"image": [b""] * 100_000}), "100000 rows, more than it has bytes"),
+    "rows": ("x.parquet", lambda: parquet({"image": [b""] * 100_000}), "100000 rows, more rows than bytes"),
     "prefixes": (
         "x.parquet",
         lambda: parquet(
@@ -889,7 +889,7 @@ TABLES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # file name, conten
     "empty": ("x.arrow", bytes, "cannot be read"),
     "no schema": ("x.arrow", lambda: bytes(100), "cannot be read"),
     "compressed": ("x.arrow", lambda: arrow({"image": [bytes(ZEROS)]}, "zstd"), "it is compressed"),
-    "false number of rows": ("x.arrow", lambda: arrow_with_false_row_count(1 << 40), "rows, more than it has bytes"),
+    "false number of rows": ("x.arrow", lambda: arrow_with_false_row_count(1 << 40), "rows, more rows than bytes"),
     "offsets": ("x.arrow", far_offsets, "cannot be read"),
     "false member size": ("x.tar", lambda: shard("0.png", 7 << 30), "is damaged (it is truncated)"),
     "compressed zeros": (

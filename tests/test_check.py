@@ -65,10 +65,10 @@ def test_problems_are_grouped_and_ten_of_each_are_shown(tmp_path: Path) -> None:
     assert "11 images that cannot be read:\n  broken00.png: " in result.stdout
     assert "  broken09.png: " in result.stdout
     assert "broken10.png" not in result.stdout
-    assert "12 images of another size than the most common, 8x8:\n  size00.png: 9x8\n" in result.stdout
+    assert "12 images that differ in size from the most common, 8x8:\n  size00.png: 9x8\n" in result.stdout
     assert result.stdout.count("  and 1 more (--verbose lists them)\n") == 1
     assert result.stdout.count("  and 2 more (--verbose lists them)\n") == 1
-    assert "1 image of another kind than the most common, RGB:\n  gray.png: grayscale\n" in result.stdout
+    assert "1 image that differs in kind from the most common, RGB:\n  gray.png: grayscale\n" in result.stdout
     in_full = check(path, "--verbose")
     assert in_full.exit_code == 1
     assert len([line for line in in_full.stdout.splitlines() if line.startswith("  ")]) == 11 + 12 + 1
@@ -99,7 +99,7 @@ def test_skipped_files_and_detected_labels_are_reported(tmp_path: Path) -> None:
     result = check(path)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[:3] == [
-        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes the folders classes",
+        "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders uses the folders as classes",
         "Skipped 1 file:",
         "  1 .txt",
     ]
@@ -133,7 +133,7 @@ def test_remarks_do_not_change_the_exit_code(tmp_path: Path) -> None:
         "  2.png = other.png = third.png",
         "1 constant image, all pixels the same:",
         "  red.png",
-        "1 nearly black image, 99.9% of the values at most 16 of 255, as 12 bits in 16-bit files are:",
+        "1 nearly black image, 99.9% of the values at most 16 of 255, typical of 12-bit data in 16-bit files:",
         "  dark.png",
         "1 of 3 classes without images:",
         "  owl",

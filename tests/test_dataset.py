@@ -403,9 +403,9 @@ def test_only_headers_of_plain_pngs_are_read(
     assert sizes.pop("other/x.jpg") == 1 << 16
     assert set(sizes.values()) == {41}
     wrong = {
-        "4 images of 2 sizes, 5x6 to 5x7 pixels: build a set of one size": as_png(random_images(1, height=7)[0]),
-        "4 images of 2 sizes, 5x6 to 6x5 pixels: build a set of one size": as_png(images[0], exif=exif),
-        "4 images, 3 RGB, 1 RGBA: build a set of one kind": as_png(images[0], transparency=(1, 2, 3)),
+        "4 images of 2 sizes, 5x6 to 5x7 pixels: build a dataset of one size": as_png(random_images(1, height=7)[0]),
+        "4 images of 2 sizes, 5x6 to 6x5 pixels: build a dataset of one size": as_png(images[0], exif=exif),
+        "4 images, 3 RGB, 1 RGBA: build a dataset of one kind": as_png(images[0], transparency=(1, 2, 3)),
         r"4 images, 1 cannot be read, the first is 'wrong\.png' ": as_png(images[0])[:20],
     }
     for number, (message, data) in enumerate(wrong.items()):

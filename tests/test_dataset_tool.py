@@ -139,7 +139,7 @@ def test_class_names_must_cover_all_class_numbers(
         tmp_path / "in", {"dataset.json": content, **{name: encode(random_images(4, 4, 3)) for name in names}}
     )
     for result in (run("check", source), run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}")):
-        message = f": label {refused_label}, but classes have {len(class_names)} name"
+        message = f": label {refused_label}, but there are only {len(class_names)} class name"
         assert (result.exit_code, message in result.stderr) == ((0, False) if refused_label is None else (2, True))
 
 
@@ -727,7 +727,7 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     assert "or --width and --height" in assert_refused(tmp_path, "shapes", "--resolution=32x32", "--width=32")
     assert "--labels-from-folders needs a folder" in assert_refused(tmp_path, "shapes", "--labels-from-folders")
     source = write_files(tmp_path / "mixed", {"a/1.png": b"", "2.png": b""})
-    assert "'2.png' is in none" in assert_refused(tmp_path, source, "--labels-from-folders")
+    assert "'2.png' is not: move such" in assert_refused(tmp_path, source, "--labels-from-folders")
 
 
 def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
@@ -754,10 +754,10 @@ def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
         ("src/1.png/x.zip", "src/1.png is not a folder"),
         ("src/1.png/new/x", "src/1.png is not a folder"),
         ("dangling.zip/x", "dangling.zip is not a folder"),
-        ("src/out", "lies in --source="),
-        ("src/new/out", "lies in --source="),
-        ("alias/out", "lies in --source="),
-        ("src/../src/out.d", "lies in --source="),
+        ("src/out", "is inside --source="),
+        ("src/new/out", "is inside --source="),
+        ("alias/out", "is inside --source="),
+        ("src/../src/out.d", "is inside --source="),
         (".", "give the name of a .zip file or folder"),
     ],
 )
@@ -926,7 +926,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     assert result.exit_code == 1
     for words in [
         "1 image that cannot be read:\n  00000/img00000001.png: not an image",
-        "1 image of another size than the most common, 32x32:\n  00000/img00000002.png: 32x16\n",
+        "1 image that differs in size from the most common, 32x32:\n  00000/img00000002.png: 32x16\n",
         "1 image without a label:\n  00000/new.png\n",
         "1 label without an image:\n  00000/img00000003.png\n",
         "2 images in 1 group of exact copies:\n  00000/img00000000.png = 00000/new.png\n",

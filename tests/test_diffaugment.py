@@ -285,7 +285,7 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
     ("policy", "img_shape", "message"),
     [
         (("filter",), (3, 21, 64), "at least 22 pixels a side, the images have 21x64; leave filter out"),
-        (("hue",), (1, 32, 32), "red, green and blue, the images have 1 channels"),
+        (("hue",), (1, 32, 32), "needs RGB channels, but the images have 1 channels"),
     ],
 )
 def test_images_that_a_policy_cannot_augment_are_refused(
@@ -299,8 +299,8 @@ def test_images_that_a_policy_cannot_augment_are_refused(
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ((), "give some of color, translation, cutout, erase, filter, hue, each once"),
-        (("color", "color"), "give some of color, translation, cutout, erase, filter, hue, each once"),
+        ((), "give one or more of color, translation, cutout, erase, filter, hue, each at most once"),
+        (("color", "color"), "give one or more of color, translation, cutout, erase, filter, hue, each at most once"),
         (("color", "colour"), "'colour' is not one of color, translation, cutout, erase, filter, hue"),
     ],
 )

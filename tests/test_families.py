@@ -122,7 +122,7 @@ def test_unknown_families_are_refused() -> None:
         ),
         (
             ["--gen=styleformer-c", "--set=generator.handover=16", "--g_dict=64", "--num_layers=1"],
-            "1 widths end at 8: choose that",
+            "with 1 widths ends at 8: set 8",
         ),
         (
             ["--gen=styleformer-c", "--set=generator.handover=8", "--num_layers=1,1"],

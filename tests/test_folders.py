@@ -105,7 +105,7 @@ def test_symlinked_folders_are_read_once_without_loops(tmp_path: Path) -> None:
     (outside / "self").symlink_to(".")
     store = open_store(root)
     assert store.names == ["linked/c.png", "linked/more/d.png", "real/a.png", "real/deep/b.png"]
-    assert sorted(store.left_out["linked folders read already"]) == [
+    assert sorted(store.left_out["linked folders already read"]) == [
         "again",
         "linked/back",
         "linked/self",
@@ -170,7 +170,7 @@ def test_the_folder_level_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
         assert names is not None
         assert [names[label] for label in labels] == expected
     message = assert_refused(tmp_path, source, "--labels-from-folders=4")
-    assert "at level 4, but 'train/cat/a/1.png' and 2 others are in none" in message
+    assert "at level 4, but 'train/cat/a/1.png' and 2 others are not: move" in message
     for level in ("0", "x"):
         result = run(f"--source={source}", f"--dest={tmp_path / 'x.zip'}", f"--labels-from-folders={level}")
         assert result.exit_code == 2
@@ -181,7 +181,7 @@ def test_possible_class_folders_are_noted(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", images("x/cat/1.png", "x/cat/2.png", "x/owl/1.png"))
     labels, _, output = build_labels(source, tmp_path / "out.zip")
     assert labels == []
-    assert "Note: images are in 2 folders: cat 2, owl 1: --labels-from-folders makes the folders classes\n" in output
+    assert "Note: images are in 2 folders: cat 2, owl 1: --labels-from-folders uses the folders as classes\n" in output
     for name, files in [
         ("shards", images("00000/1.png", "00001/1.png")),
         ("flat", images("1.png", "2.png")),
@@ -198,7 +198,7 @@ def test_folders_in_a_tar_file_become_classes(tmp_path: Path) -> None:
     labels, names, _ = build_labels(source, tmp_path / "out.zip", "--labels-from-folders")
     assert (labels, names) == ([0, 1, 0], ["cat", "dog"])
     _, _, output = build_labels(source, tmp_path / "plain.zip")
-    assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders makes the folders classes\n" in output
+    assert "Note: images are in 2 folders: cat 2, dog 1: --labels-from-folders uses the folders as classes\n" in output
 
 
 def test_many_classes_are_summarised() -> None:
@@ -260,7 +260,7 @@ def test_a_dataset_json_beside_some_images_is_ignored(tmp_path: Path) -> None:
     files = images("a.png", "set/b.png") | {"set/dataset.json": b'{"labels": [["b.png", 0]]}'}
     labels, _, output = build_labels(write_files(tmp_path / "in", files), tmp_path / "out.zip")
     assert labels == []
-    assert "Note: set/dataset.json is not read, because images lie outside its folder: to use it, give its" in output
+    assert "Note: set/dataset.json is not read, because images are outside its folder: to use it, give its" in output
 
 
 @pytest.mark.parametrize("key", ["Labels", "LABELS"])

@@ -297,7 +297,7 @@ def test_an_unused_dataset_json_is_noted(tmp_path: Path) -> None:
     images = [("x/0.png", PNGS[0]), ("y/1.png", PNGS[1])]
     cases: dict[str, tuple[list[tuple[str, bytes]], str]] = {
         "labels": ([*samples("cls", [0, 1]), member], "dataset.json is not read: the samples have labels"),
-        "outside": ([*images, (f"x/{member[0]}", member[1])], "x/dataset.json is not read, because images lie outside"),
+        "outside": ([*images, (f"x/{member[0]}", member[1])], "x/dataset.json is not read, because images are outside"),
     }
     for name, (files, note) in cases.items():
         assert any(note in line for line in open_shards(write(tmp_path / f"{name}.tar", files)).notes)
@@ -330,7 +330,7 @@ def test_images_are_read_and_archives_beside_them_are_not(tmp_path: Path, others
     notes = open_source(str(root), labels_from_folders="auto", drawing=Drawing(0, 1, 8, 8)).notes
     more = " and 1 more" if len(others) > 1 else ""
     expected = [
-        f"the images are read, and not {name!r}{more} beside them: to read such a file, give it as --source"
+        f"the images are read, not {name!r}{more} beside them: to read such a file, give it as --source"
         for name in others
     ]
     assert [note for note in notes if "the images are read" in note] == expected[:1]
@@ -343,7 +343,7 @@ def test_shards_are_read_and_images_beside_them_are_not(tmp_path: Path) -> None:
         (root / name).write_bytes(PNGS[0])
     source = open_shards(root)
     assert (source.labels, source.left_out["images beside them"]) == ([0, 1, 2, 1, 0], ["logo.png", "sample.png"])
-    assert source.notes[0].startswith("1 .tar file is read, and not 2 images beside, such as 'logo.png': ")
+    assert source.notes[0].startswith("1 .tar file is read, not 2 images beside them, such as 'logo.png': ")
 
 
 def test_shards_with_equal_names_and_without_a_split_are_read(tmp_path: Path) -> None:
@@ -351,9 +351,7 @@ def test_shards_with_equal_names_and_without_a_split_are_read(tmp_path: Path) ->
         (tmp_path / "set" / folder).mkdir(parents=True)
         write(tmp_path / "set" / folder / "0.tar", samples("cls", [0, 1])[:6])
     assert len(open_shards(tmp_path / "set")) == 4
-    assert "splits others 1 shard, train 2 shards, and none" in assert_refused(
-        tmp_path, tmp_path / "set", "--split=dev"
-    )
+    assert "splits others 1 shard, train 2 shards, but not" in assert_refused(tmp_path, tmp_path / "set", "--split=dev")
     assert len(build(tmp_path / "set", tmp_path / "others.zip", "--split=others")[0]) == 2
     assert len(build(tmp_path / "set", tmp_path / "all.zip", "--split=all")[0]) == 6
 

@@ -100,8 +100,8 @@ def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
         ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): cannot be doubled to"),
-        ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): with base=(8, 8) this does not make images of 1"),
-        ({"widths": (64, 64, 64), "base": (12, 12)}, (32, 32), "widths=(64, 64, 64): with base=(12, 12) this does"),
+        ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): does not produce images of 128x128"),
+        ({"widths": (64, 64, 64), "base": (12, 12)}, (32, 32), "widths=(64, 64, 64): does not produce images of 32x32"),
     ],
 )  # fmt: skip
 def test_size_errors_name_only_the_given_options(
@@ -184,13 +184,20 @@ MIXED = [(120, 90), (400, 300), (300, 333), (80, 120), (64, 200)] * 2
         (MIXED, "RGB", ".png", ["--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1"], "10 images of 5 sizes", "16"),
         (MIXED, "RGB L", ".webp", [], "10 images of 5 sizes", "64"),
         ([(33, 40)] * 4, "RGB", ".bmp", [], "images of 33x40, which the generator of --cfg=auto does not", "32"),
-        ([(32, 32)] * 4, "L RGB", ".png", ["--cfg=tiny"], "4 images, 2 grayscale, 2 RGB: build a set of one kind", ""),
+        (
+            [(32, 32)] * 4,
+            "L RGB",
+            ".png",
+            ["--cfg=tiny"],
+            "4 images, 2 grayscale, 2 RGB: build a dataset of one kind",
+            "",
+        ),
         (
             [(32, 32)] * 20,
             "RGB " * 19 + "RGBA",
             ".png",
             [],
-            "20 images, 19 RGB, 1 RGBA, the first that differs is '019.png'",
+            "20 images, 19 RGB, 1 RGBA, the first different image is '019.png'",
             "",
         ),
     ],

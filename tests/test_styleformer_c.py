@@ -133,8 +133,8 @@ def test_fit_chooses_widths_resolutions_and_linformer() -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "text"),
     [
-        ({"handover": 16}, "handover", r"base=\(8, 8\) and 3 widths end at 32"),
-        ({"resolutions": 3}, "handover", "leaves none of 3 resolutions"),
+        ({"handover": 16}, "handover", r"base=\(8, 8\) with 3 widths ends at 32"),
+        ({"resolutions": 3}, "handover", "leaves none of the 3 resolutions"),
         ({"channel_base": 100}, "channel_base", "no channel at 128x128: must be at least 128"),
         ({"channel_max": 0}, "channel_max", "at least 1"),
         ({"depth": 0}, "depth", "at least 1"),

@@ -108,7 +108,7 @@ UNUSABLE: dict[str, tuple[Any, list[str]]] = {
     ),
     "infinite": (labelled_table([[0.5, 1e300]] * N), ["row 0", "1e+300"]),
     "structs": (labelled_table([{"box": 1}] * N), ["column 'label' holds struct<box: int64>"]),
-    "no name": (with_features(labelled_table([0, 1, 3] * 2), label=CLASSES), ["row 2", "label 3", "3 names"]),
+    "no name": (with_features(labelled_table([0, 1, 3] * 2), label=CLASSES), ["row 2", "label 3", "3 class names"]),
 }
 
 
@@ -176,7 +176,7 @@ def test_splits_can_be_chosen(tmp_path: Path) -> None:
     for option, expected in (("train", [0, 1, 0]), ("test", [0, 1, 2]), ("all", [0, 1, 2, 0, 1, 0])):
         made, _ = build(folder, tmp_path / f"{option}.zip", f"--split={option}")
         np.testing.assert_array_equal(made, PIXELS[expected])
-    assert "splits test 3, train 3, and none named dev: choose one" in assert_refused(tmp_path, folder, "--split=dev")
+    assert "splits test 3, train 3, but not dev: choose one" in assert_refused(tmp_path, folder, "--split=dev")
     assert "has no splits: leave the option out" in assert_refused(tmp_path, "shapes", "--split=test")
     for name in ("train-00000-of-00002", "train-00001-of-00002"):
         os.remove(folder / "data" / f"{name}.parquet")
@@ -234,7 +234,7 @@ def test_tables_are_read_and_images_beside_them_are_not(tmp_path: Path, name: st
         [0, 1, 2] * 2,
         {"images beside them": ["assets/sample.png", "logo.png"]},
     )
-    assert source.notes[0].startswith(f"1 {Path(name).suffix} file is read, and not 2 images beside")
+    assert source.notes[0].startswith(f"1 {Path(name).suffix} file is read, not 2 images beside them")
 
 
 def test_images_are_read_beside_a_larger_table_of_embeddings(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_images_are_read_beside_a_larger_table_of_embeddings(tmp_path: Path) -> 
     source = open_tables(tmp_path / "set")
     assert [item.content for item in source] == [tmp_path / "set" / f"{k}.png" for k in range(3)]
     assert (
-        "the images are read, and not 'embeddings.parquet' beside them: to read such a file, give it as --source"
+        "the images are read, not 'embeddings.parquet' beside them: to read such a file, give it as --source"
         in source.notes
     )
 
@@ -356,6 +356,6 @@ def test_repeated_values_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="column image has more than"):
         for _ in source:
             pass
-    monkeypatch.setattr(parquet_file, "_FREE_ROWS", 500)
+    monkeypatch.setattr(parquet_file, "_MIN_ROW_LIMIT", 500)
     write(path, pa.table({"image": PNGS[:1] * 20_000}))
-    assert "20000 rows, more than it has bytes" in assert_refused(tmp_path, path)
+    assert "20000 rows, more rows than bytes" in assert_refused(tmp_path, path)

@@ -251,7 +251,7 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
         (["--data=/nowhere.zip"], "/nowhere.zip"),
         (["--g_dict=32"], "--num_layers=1,1: must have one entry per resolution"),
         (["--g_dict=32,33", "--minimum_head=2"], "33 is not a multiple of its 2 heads"),
-        (["--base=12"], "--g_dict=32,16: with base=(12, 12) this does not make images of 16x16"),
+        (["--base=12"], "--g_dict=32,16: does not produce images of 16x16 (height x width) with base=(12, 12)"),
         (["--desc=a/b"], "--desc=a/b: at most 60 letters"),
         (["--batch=30", "--batch-gpu=8"], "--batch=30: must be a multiple of 8"),
         (["--metrics=fud5k"], "unknown metric 'fud5k'"),
@@ -316,7 +316,7 @@ def test_mixed_image_sizes_are_found_before_launch(tmp_path: Path, mode: str, si
     result = run(f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'data'}", *SHORT)
     assert result.exit_code == 2
     kind = {"RGB": "RGB", "RGBA": "RGBA", "L": "grayscale"}[mode]
-    assert f"the first that differs is '17.png', {size[0]}x{size[1]} {kind}: build a set of one" in result.output
+    assert f"the first different image is '17.png', {size[0]}x{size[1]} {kind}: build a dataset of one" in result.output
     assert not (tmp_path / "runs").exists()
 
 

@@ -69,14 +69,14 @@ class DiffTranslation(Transform):
 
 
 def _rounded(x: float) -> int:
-    """Round x >= 0 to the nearest integer, halves up."""
+    """Round x >= 0 to the nearest integer, with halves rounded up."""
     return int(x + 0.5)
 
 
 class DiffCutout(Transform):
     """Cutout of a rectangle of half the image height and width, at a random position; its pixels are set to zero.
 
-    The rectangle's centre lies in the image, so that a part of the rectangle may lie outside. The transform is applied
+    The centre of the rectangle is inside the image, but part of the rectangle may be outside. The transform is applied
     with `probability` to all images of a batch or to none; each image has its own rectangle.
     """
 
@@ -110,9 +110,9 @@ class DiffCutout(Transform):
 
 
 class DiffErase(DiffCutout):
-    """Cutout of random size: the height and width of each rectangle are uniform between 0 and those of the image.
+    """Cutout of random size: each side of the rectangle is uniform between 0 and the corresponding image side.
 
-    The expected side is half and the expected area a quarter of the image's, as with `DiffCutout`.
+    The expected side is half the image side and the expected area a quarter of the image, as with `DiffCutout`.
     """
 
     def side(self, size: int, u: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class DiffHue(ColorStage):
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
         if img_shape[0] not in (3, 4):
-            problem = f"a hue needs red, green and blue, the images have {img_shape[0]} channels; leave hue out"
+            problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; leave hue out"
             raise ConfigError("policy", ("hue",), problem)
         super().__init__("color", img_shape)
         self.transforms = [t for t in COLOR if t.name == "hue"]

@@ -71,7 +71,7 @@ class AugmentConfig:
         if self.mode != "diffaug":
             raise ConfigError("policy", policy, f"mode '{self.mode}' takes no policy; leave it out or use 'diffaug'")
         if not policy or len(set(policy)) < len(policy):
-            raise ConfigError("policy", policy, f"give some of {', '.join(DIFFAUG)}, each once")
+            raise ConfigError("policy", policy, f"give one or more of {', '.join(DIFFAUG)}, each at most once")
 
     @property
     def constant_p(self) -> float | None:
@@ -124,7 +124,7 @@ class AdaController:
 
         p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
 
-    Karras et al. 2020b, section 3. r is averaged since the last adjustment. All values stay on the device. In modes
+    Karras et al. 2020b, section 3. r is the average since the last adjustment. All values stay on the device. In modes
     other than 'ada' p is constant.
     """
 

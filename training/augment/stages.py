@@ -3,7 +3,7 @@
 Karras et al. 2020b, "Training generative adversarial networks with limited data", appendix B.
 
 A stage has two parts: `draw` draws the random parameters of each image, neutral with probability 1 - p, and `transform`
-is a deterministic function of images and parameters. A transform can therefore be forced, in a test or for a figure:
+is a deterministic function of images and parameters. A test or figure can therefore choose the parameters:
 
     ColorStage("color", (3, 32, 32)).transform(images, contrast(u, n, (32, 32)))
 
@@ -280,9 +280,9 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
-# Largest image side for which resampling by dense matrix products, whose cost is cubic in the side, is faster than by
-# filters. On an H200, 64 images of 128 px take 2.1 ms instead of 2.7; at 256 px the times are equal
-# (benchmarks/micro.py).
+# Largest image side for which resampling with dense matrix products is faster than with filters. The cost of the
+# products is cubic in the side. On an H200, 64 images of 128 px take 2.1 ms instead of 2.7 ms; at 256 px, the times are
+# equal (benchmarks/micro.py).
 DENSE_SIDE = 256
 DENSE_SIDE_ON_GPU = 128
 
@@ -321,7 +321,7 @@ class GeometryStage(AugmentStage):
         super().__init__(pipe, img_shape)
         H, W = self.size
         if min(H, W) < 3:
-            raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: 3x3 is the least; use 'color'")
+            raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: the minimum is 3x3; use 'color'")
         self.transforms = [t for t in GEOMETRY if t.group in self.active]
         taps = torch.tensor(SYM6, dtype=torch.float64)
         taps = taps / taps.sum()

@@ -1,4 +1,4 @@
-"""Reader of Arrow IPC files, as written by the library `datasets`, a few rows at a time."""
+"""Streaming reader of Arrow IPC files, as written by the library `datasets`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ArrowFile:
                 raise ValueError("it is compressed: save it uncompressed, or as Parquet")
             batch = self._pa.ipc.read_record_batch(message, schema)
             if batch.num_rows > len(self._map):
-                raise ValueError(f"it declares {batch.num_rows} rows, more than it has bytes")
+                raise ValueError(f"it declares {batch.num_rows} rows, more rows than bytes")
             yield batch.select(columns)
 
     def _read_messages(self) -> Iterator[Any]:

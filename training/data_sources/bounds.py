@@ -27,9 +27,9 @@ UNPACKED_RATIO = 100
 PACKED_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_MEMBERS = 10_000  # published image datasets in tar archives have ten
+_MAX_MEMBERS = 10_000  # published image datasets in tar archives have ten members
 _MAX_NAME_BYTES = 1 << 16  # size of a header extension with a long name
-_PIECE = 1 << 20
+_CHUNK_BYTES = 1 << 20
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _HEADERS = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _WITHOUT_CONTENT = (
@@ -79,7 +79,7 @@ class Unpacked:
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, or fewer at the end of the file. Memory is allocated as data arrives."""
         parts = []
-        while size and (part := self._stream.read(min(size, _PIECE))):
+        while size and (part := self._stream.read(min(size, _CHUNK_BYTES))):
             self.position += len(part)
             if self.position > self.limit:
                 raise OSError(f"it unpacks to more than {self.limit} bytes: unpack it first")
@@ -96,10 +96,10 @@ class Unpacked:
             self.position += size
             return
         while size:
-            piece = min(size, _PIECE)
-            if len(self.read(piece)) < piece:
+            chunk_size = min(size, _CHUNK_BYTES)
+            if len(self.read(chunk_size)) < chunk_size:
                 raise EOFError("it is truncated")
-            size -= piece
+            size -= chunk_size
 
 
 @contextmanager
@@ -141,8 +141,8 @@ def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Membe
     """Yield the members of a tar archive in order, with the stream positioned at the content of the current member.
 
     Concatenated archives are read to the end. Header extensions (PAX, GNU) are read for long names only, because the
-    module tarfile can use time and memory out of proportion to their size. Raises PACKED_ERRORS, which includes more
-    than `max_members` members (default: 10,000) and an archive without an end marker.
+    module tarfile can use time and memory out of proportion to their size. Raises PACKED_ERRORS for a corrupt archive,
+    for more than `max_members` members (default: 10,000) and for a missing end marker.
     """
     long_name = None
     max_members = max_members or _MAX_MEMBERS

@@ -45,7 +45,7 @@ _PNG_BYTES = 1 << 17  # upper bound of the overhead of an uncompressed PNG of MA
 
 @dataclass
 class Problems:
-    """Images that cannot be added to the dataset, by kind, as lines with their names."""
+    """Problems with images that cannot be added to the dataset, by kind; each line names an image."""
 
     skip_bad: bool
     broken: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ def listed(lines: list[str], *, verbose: bool) -> list[str]:
 
 
 def probe(items: Iterable[Item], conversion: Conversion) -> tuple[int, int, int] | None:
-    """Return the converted shape (H, W, C) of the first image that is readable and large enough; None without one."""
+    """Return the converted shape (H, W, C) of the first image that is readable and large enough; None if all fail."""
     for item in items:
         try:
             shape = conversion(load(item)).shape
@@ -149,7 +149,7 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
         else:
             temporary.mkdir()
             yield lambda name, data: _add_to_folder(temporary, name, data)
-        refuse_existing(dest)  # another program may have written it meanwhile
+        refuse_existing(dest)  # another program may have created `dest` in the meantime
         os.replace(temporary, dest)
     except OSError as error:
         raise UserError(f"cannot write --dest={dest}: {error}") from error
@@ -160,7 +160,7 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
 
 
 def refuse_dest(dest: Path, source: str) -> None:
-    """Raise UserError if `dest` cannot be written, or lies in `source`, so that the next build would include `dest`."""
+    """Raise UserError if `dest` cannot be written or is inside `source`, where the next build would include `dest`."""
     if not dest.name:
         raise UserError(f"--dest={dest}: give the name of a .zip file or folder to write")
     refuse_existing(dest)
@@ -169,15 +169,15 @@ def refuse_dest(dest: Path, source: str) -> None:
         raise UserError(f"--dest={dest}: {above} is not a folder: choose another path")
     if not _is_zip(dest) and source != SHAPES and dest.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(
-            f"--dest={dest} lies in --source={source}, so that its images would become part of the source: choose a "
+            f"--dest={dest} is inside --source={source}, so its images would become part of the source: choose a "
             "path outside, or a .zip file"
         )
 
 
 def refuse_existing(dest: Path) -> None:
-    """Raise UserError if `dest` exists, unless it is an empty folder and the dataset is to be a folder."""
-    may_become = not _is_zip(dest) and dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())
-    if os.path.lexists(dest) and not may_become:
+    """Raise UserError if `dest` exists, unless both `dest` and the dataset are folders and `dest` is empty."""
+    is_usable = not _is_zip(dest) and dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())
+    if os.path.lexists(dest) and not is_usable:
         raise UserError(f"--dest={dest} exists: remove it or choose another name")
 
 

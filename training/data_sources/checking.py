@@ -31,7 +31,7 @@ _BAR = 40  # characters of the longest histogram bar
 _CHUNK_BYTES = 1 << 22  # encoded images per worker task
 _CHUNK_IMAGES = 64
 _MAX_COPIES = 5  # names shown per group of copies
-_FEW = 256  # up to this number of images, no worker is started
+_FEW = 256  # no workers are started for at most this number of images
 
 
 class Inspection(NamedTuple):
@@ -62,7 +62,7 @@ def inspect_items(items: Iterable[Item]) -> list[Inspection | BrokenImageError]:
 
 def defect_of(pixels: np.ndarray) -> str:
     """Return the defect of pixels [H, W, C]: "constant" if all are equal or all transparent, "nearly black", or ""."""
-    subset = pixels[::4, ::4]  # decides most cases
+    subset = pixels[::4, ::4]  # sufficient in most cases
     if (subset == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
         return "constant"
     if pixels.shape[2] == 4 and not pixels[:, :, 3].any():
@@ -179,7 +179,7 @@ def find_problems(findings: Findings, content: DatasetJson) -> dict[str, list[st
 
 
 def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dict[str, list[str]]:
-    """Return lines about images whose kind is not the most common one; `kinds` maps each shape to a kind."""
+    """Return lines about images subject kind is not the most common one; `kinds` maps each shape to a kind."""
     counts: Counter[str] = Counter()
     for shape, count in findings.shape_counts.items():
         counts[kinds[shape]] += count
@@ -191,7 +191,8 @@ def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dic
         return {f"{counts.total():,} images of {len(counts):,} {what}s:": lines}
     found = ((findings.names[position], kinds[findings.shape_of(position)]) for position in findings.readable)
     lines = [f"{name}: {kind}" for name, kind in found if kind != usual]
-    return {f"{counted(len(lines), 'image')} of another {what} than the most common, {usual}:": lines}
+    differ = "differs" if len(lines) == 1 else "differ"
+    return {f"{counted(len(lines), 'image')} that {differ} in {what} from the most common, {usual}:": lines}
 
 
 def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> dict[str, list[str]]:
@@ -207,8 +208,8 @@ def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> 
     remarks = {
         f"{counted(sum(map(len, groups)), 'image')} in {counted(len(groups), 'group')} of exact copies:": copies,
         f"{counted(len(constant), 'constant image')}, all pixels the same:": constant,
-        f"{counted(len(black), 'nearly black image')}, {1 - BRIGHT_PART:.1%} of the values at most {BLACK} of 255, as "
-        "12 bits in 16-bit files are:": black,
+        f"{counted(len(black), 'nearly black image')}, {1 - BRIGHT_PART:.1%} of the values at most {BLACK} of 255, "
+        "typical of 12-bit data in 16-bit files:": black,
     }
     return {heading: lines for heading, lines in remarks.items() if lines} | _empty_classes(findings, content)
 
@@ -236,7 +237,7 @@ def describe_findings(findings: Findings, content: DatasetJson) -> list[str]:
 
 
 def short_sides(findings: Findings, content: DatasetJson) -> tuple[dict[int, int], bool]:
-    """Count images by shorter side in powers of two; True if the counts are those of the original images.
+    """Count images by shorter side in power-of-two bins; True if the counts describe the original images.
 
     A built dataset records the shorter sides of its originals in dataset.json.
     """
@@ -265,6 +266,6 @@ def histogram(counts: Mapping[int, int], is_original: bool) -> list[str]:
     maximum = max(counts.values())
     rows = [(f"{side} to {2 * side - 1}", f"{count:,}", -(-_BAR * count // maximum)) for side, count in counts.items()]
     widths = [max(map(len, column)) for column in ([row[0] for row in rows], [row[1] for row in rows])]
-    whose = "originals" if is_original else "images"
+    subject = "originals" if is_original else "images"
     lines = [f"  {sides:>{widths[0]}}  {count:>{widths[1]}}  {'#' * length}" for sides, count, length in rows]
-    return [f"Shorter sides of the {whose}, in pixels:", *lines]
+    return [f"Shorter sides of the {subject}, in pixels:", *lines]

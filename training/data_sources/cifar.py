@@ -16,7 +16,7 @@ from training.data_sources.bounds import Member, Unpacked
 from training.data_sources.dataset_json import MAX_CLASS, Label
 
 _MAX_MEMBER_BYTES = 1 << 28  # CIFAR-100's training set is 155 MB
-_MAX_READS = 1 << 22  # read calls per pickle; CIFAR-100's training set takes 0.6 million
+_MAX_READS = 1 << 22  # read calls per pickle; CIFAR-100's training set needs 0.6 million
 _PIXELS = 3 * 32 * 32
 
 # Folder in the archive -> training files, key of the labels, (file, key) of the class names.
@@ -128,7 +128,7 @@ _GLOBALS = {
 }
 
 
-# Opcodes whose implementation in the module pickle takes time and memory in proportion to their bytes.
+# Opcodes that the module pickle implements with time and memory proportional to the size of their input.
 _OPCODES = """
     PROTO STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
@@ -166,7 +166,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(_CountedBytes(data), encoding="bytes")
-        self._num_letters = len(data)  # remaining budget of `_encode`
+        self._encode_budget = len(data)  # remaining characters that `_encode` accepts
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
@@ -179,11 +179,11 @@ class _ArrayUnpickler(pickle._Unpickler):
         return _GLOBALS[module, name]
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """Implement _codecs.encode(text, 'latin1'), with which Python 3 pickles bytes in old protocols."""
+        """Implement _codecs.encode(text, 'latin1'), which pickles of bytes in old protocols call."""
         if encoding not in ("latin1", b"latin1"):
             raise ValueError(f"unexpected encoding {encoding!r:.80}")
-        self._num_letters -= len(text)
-        if self._num_letters < 0:
+        self._encode_budget -= len(text)
+        if self._encode_budget < 0:
             raise ValueError("its strings encode to more bytes than the file has")
         return (text.decode() if isinstance(text, bytes) else text).encode("latin1")
 

@@ -23,7 +23,7 @@ SPLITS = {
 
 _MAX_SHOWN = 10
 _SINGULAR = {"classes": "class", "folders": "folder"}
-_ONE_SPLIT = "give the folder of one split as --source (unpack a packed file first)"
+_ONE_SPLIT = "give the folder of one split as --source (unpack an archive first)"
 _SHARD = re.compile(r"\d{5}")  # folder of 1000 images, as written by dataset tools of the StyleGAN family
 
 
@@ -49,10 +49,10 @@ def classes_from_folders(names: Sequence[str], level: int | None, where: str) ->
     if outside:
         others = f" and {counted(len(outside) - 1, 'other')} are" if len(outside) > 1 else " is"
         deepest = min(name.count("/") for name in outside)
-        another = f", or give a smaller level, as --labels-from-folders={deepest}" if deepest else ""
+        another = f", or give a smaller level, such as --labels-from-folders={deepest}" if deepest else ""
         raise UserError(
             f"{where}: --labels-from-folders needs every image in a folder named after its class, at level {level}, "
-            f"but {outside[0]!r}{others} in none: move them into one{another}"
+            f"but {outside[0]!r}{others} not: move such images into class folders{another}"
         )
     class_names = sorted({parts[level - 1] for parts in folders})
     number = {name: k for k, name in enumerate(class_names)}
@@ -107,7 +107,7 @@ def _listed(folders: Iterable[str]) -> str:
 
 
 def _flat_splits(folders: Sequence[Sequence[str]], level: int) -> list[str]:
-    """Return the folders at a level if all have names of splits, else no folders."""
+    """Return the folders at a level if all are named after splits, else []."""
     tops = sorted({parts[level - 1] for parts in folders if len(parts) >= level})
     return tops if len(tops) > 1 and SPLITS.keys() >= {top.lower() for top in tops} else []
 
@@ -127,7 +127,7 @@ def note_on_folders(names: Sequence[str]) -> str | None:
     counts = Counter(sorted(parts[level - 1] for parts in folders))
     if len(counts) < 2 or all(_SHARD.fullmatch(name) for name in counts):
         return None
-    return f"images are in {_describe(counts, 'folders')}: --labels-from-folders makes the folders classes"
+    return f"images are in {_describe(counts, 'folders')}: --labels-from-folders uses the folders as classes"
 
 
 def describe_classes(labels: Sequence[Label], class_names: Sequence[str] | None) -> str:
@@ -157,7 +157,7 @@ def _describe(counts: Mapping[str, int], noun: str) -> str:
 
 
 class Classes(NamedTuple):
-    """Labels and class names of a dataset, None without labels; `notes` report changes to those of the source."""
+    """Labels and class names of a dataset, None without labels; `notes` reports changes relative to the source."""
 
     labels: Sequence[Label] | None
     names: list[str] | None
@@ -167,7 +167,7 @@ class Classes(NamedTuple):
 def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None) -> Classes:
     """Renumber classes from 0 if most numbers up to the highest do not occur, as in a subset of a larger dataset.
 
-    The old numbers become the class names. Classes that have names keep their numbers.
+    The old numbers become the class names. Named classes keep their numbers.
     """
     if labels is None or isinstance(labels[0], list) or not (gaps := _describe_gaps(labels, class_names)):
         return Classes(labels, class_names, [])
@@ -177,13 +177,13 @@ def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None
 
 
 def note_on_gaps(labels: Sequence[Label], class_names: list[str] | None) -> list[str]:
-    """Return a note if most class numbers up to the highest do not occur, for images that are not a built dataset."""
+    """Return a note if most class numbers up to the highest do not occur, for images not built into a dataset."""
     gaps = _describe_gaps(labels, class_names)
     return [f"{gaps}: building a dataset with dataset_tool.py renumbers the classes from 0"] if gaps else []
 
 
 def _describe_gaps(labels: Sequence[Label], class_names: list[str] | None) -> str:
-    """Return a clause if most class numbers up to the highest do not occur and classes have no names; else ''."""
+    """Return a clause if most class numbers up to the highest do not occur and the classes are unnamed, else ''."""
     counts, num_classes = _count(labels, None)
     if class_names is not None or 2 * len(counts) >= num_classes:
         return ""

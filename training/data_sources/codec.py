@@ -54,7 +54,7 @@ def to_pillow(pixels: np.ndarray) -> Image.Image:
 
 
 def read_shape(data: bytes) -> tuple[int, int, int]:
-    """Read from the header the shape (H, W, C) that `decode_image` would return. Raises BrokenImageError."""
+    """Read the shape (H, W, C) of the decoded image from the header. Raises BrokenImageError."""
     with open_image(data) as image:
         width, height = image.size
         if orientation_of(image) >= 5:  # rotated by 90 degrees
@@ -114,7 +114,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _low_bytes(data: bytes) -> np.ndarray:
-    """Return the lower 8 bits of the pixels of a 16-bit RGB PNG, by making Pillow decode it in LSB order."""
+    """Return the lower 8 bits of the pixels of a 16-bit RGB PNG, by making Pillow decode the PNG in LSB order."""
     with open_image(data) as image:
         image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]  # type: ignore[attr-defined]
         return np.asarray(image)
@@ -138,16 +138,16 @@ def _is_plain_png(data: bytes, shape: tuple[int, int, int]) -> bool:
     """Return whether `data` is a PNG of `shape` without an EXIF orientation or transparency chunk anywhere."""
     if not _has_plain_header(data, shape):
         return False
-    only_pixels = PNG_START + int.from_bytes(data[PNG_START - 8 : PNG_START - 4]) + 16  # size of an encode_png file
+    only_pixels = PNG_START + int.from_bytes(data[PNG_START - 8 : PNG_START - 4]) + 16  # size with only these chunks
     if len(data) == only_pixels and data[PNG_START - 4 : PNG_START] == b"IDAT":
         return True
     return not any(name == b"tRNS" or is_exif(data, name, start) for name, start, _ in png_chunks(data))
 
 
 def starts_as_plain_png(start: bytes, shape: tuple[int, int, int]) -> bool:
-    """Return whether the first PNG_START bytes are those of a PNG of `shape` without orientation and transparency.
+    """Return whether the first PNG_START bytes belong to a PNG of `shape` without orientation and transparency.
 
-    Requires that the pixels directly follow the header: orientation and transparency chunks would come between them.
+    The pixel data must directly follow the header; orientation and transparency chunks would precede the pixel data.
     """
     return _has_plain_header(start, shape) and start[37:PNG_START] == b"IDAT"
 

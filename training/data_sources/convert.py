@@ -70,7 +70,7 @@ class Conversion:
             )
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Map uint8 [H, W, C] to [height, width, channels]. Raises TooSmallError for an image to be dropped."""
+        """Map uint8 [H, W, C] to [height, width, channels]. Raises TooSmallError for an image to drop."""
         pixels = force_channels(pixels, self.channels)
         if self.pad:
             pixels = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
@@ -99,7 +99,7 @@ def center_rows(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def letterbox(pixels: np.ndarray) -> np.ndarray:
-    """Pad [H, W, C] to [W, W, C] with rows of zeros above and below; the odd row of W - H is below."""
+    """Pad [H, W, C] to [W, W, C] with rows of zeros above and below, one more below if W - H is odd."""
     H, W, _ = pixels.shape
     top = (W - H) // 2
     return np.pad(pixels, ((top, W - H - top), (0, 0), (0, 0)))

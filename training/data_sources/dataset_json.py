@@ -94,9 +94,9 @@ def _checked(pairs: Any, where: str, key: str) -> dict[str, Label]:
 
 
 def find_set_of_classes(vectors: Sequence[Sequence[Any]]) -> int | None:
-    """Return the index of the first vector that looks like a list of class numbers of one image; None without one.
+    """Return the index of the first vector that looks like a list of class numbers of one image, else None.
 
-    That is a vector of several integers other than 0 and 1 if no vector contains a float, such as 3.0.
+    Such a vector has several integers, not only 0 and 1, in a dataset without floats such as 3.0.
     """
     if not all(type(x) is int for vector in vectors for x in vector):
         return None
@@ -111,8 +111,8 @@ def refuse_unnamed(labels: Sequence[Label], class_names: Sequence[str] | None, p
     unnamed = next((k for k, label in enumerate(labels) if isinstance(label, int) and label >= count), None)
     if unnamed is not None:
         raise UserError(
-            f"{place(unnamed)}: label {labels[unnamed]}, but classes have {counted(count, 'name')} only: name all of "
-            "them, numbered from 0, or none"
+            f"{place(unnamed)}: label {labels[unnamed]}, but there are only {counted(count, 'class name')}: "
+            "name all classes from 0, or none"
         )
 
 

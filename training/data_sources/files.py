@@ -25,7 +25,7 @@ from training.data_sources.dataset_json import (
     parse_dataset_json,
     refuse_several,
 )
-from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, sort_out
+from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, split_images
 from training.data_sources.parts import find_parts
 from training.data_sources.sizes import build_command
 
@@ -34,7 +34,7 @@ _SEEK_LOCK = threading.Lock()
 
 
 def read_image_file(path: Path) -> bytes:
-    """Return the bytes of an image file. Raises BrokenImageError, also for devices, pipes and files over the limit."""
+    """Return the bytes of an image file. Raises BrokenImageError for a device, pipe, unreadable or oversized file."""
     try:
         return read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
@@ -46,7 +46,7 @@ class FolderStore:
 
     names      sorted paths of the images, relative to the folder
     left_out   other files by kind, see listing.py
-    json_name  relative path of dataset.json, None without one
+    json_name  relative path of dataset.json, None if missing
     notes      lines about an unusual location of dataset.json
     """
 
@@ -73,7 +73,7 @@ class FolderStore:
         return read_regular(self.path / self.json_name, MAX_JSON_BYTES)
 
     def fingerprint(self, name: str) -> tuple[int, ...]:
-        """Return the size in bytes and the modification time in ns (uncompressed images of one shape share a size).
+        """Return the size in bytes and the modification time in ns; uncompressed images of one shape have equal sizes.
 
         Returns () for a missing file, such as the target of a broken link; `read` then reports the error.
         """
@@ -87,8 +87,8 @@ class FolderStore:
 class ZipStore:
     """Image files in a zip file, keyed by member name, with the attributes of FolderStore.
 
-    Members are read at their offset (`_read_at`), which takes a few microseconds and, because no file position is
-    shared, is safe across forked workers and threads. Member names are used as keys only, never as paths.
+    Each member is read at an explicit offset (`_read_at`) in a few microseconds. Forked workers and threads can read
+    concurrently, because they share no file position. Member names are used as keys only, never as paths.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,8 +148,8 @@ class ZipStore:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            # Local header (PKWARE APPNOTE 4.3.7): 30 bytes, of which the last four are the lengths of the name and of
-            # the extra field. If they are as expected from the directory, which is usual, one read is enough.
+            # The local header (PKWARE APPNOTE 4.3.7) has 30 bytes. The last four are the lengths of the name and of the
+            # extra field. Usually the lengths match the directory, and one read is enough.
             guess = 30 + len(info.orig_filename)
             found = _read_at(self._file, guess + size, info.header_offset)
             head = 30 + int.from_bytes(found[26:28], "little") + int.from_bytes(found[28:30], "little")
@@ -161,13 +161,13 @@ class ZipStore:
 
 
 def _members(infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    r"""Key members by name. If no name contains `/`, `\` separates folders, as in files by some Windows programs."""
+    r"""Key members by name. If no name contains `/`, `\` separates folders, as in files of some Windows programs."""
     has_slashes = any("/" in info.filename for info in infos)
     return {info.filename if has_slashes else info.filename.replace("\\", "/"): info for info in infos}
 
 
 def _read_at(file: int, size: int, offset: int) -> bytes:
-    """Read at an offset of a file. Windows has no pread, but does not fork workers either, so that a lock suffices."""
+    """Read at an offset of a file. Windows has neither pread nor forked workers, so a lock suffices there."""
     if hasattr(os, "pread"):
         return os.pread(file, size, offset)
     with _SEEK_LOCK:
@@ -325,7 +325,7 @@ def labels_of(store: LabelledStore, content: DatasetJson) -> list[Label] | None:
 
 def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list[str]]:
     """Split files into image names, the path of dataset.json, other files by kind, and notes."""
-    names, left_out = sort_out(files)
+    names, left_out = split_images(files)
     found = [file for file in left_out.get(".json", ()) if is_dataset_json(file)]
     json_name, notes = find_json(found, names)
     if json_name is not None:
@@ -336,14 +336,14 @@ def _arrange(files: Iterable[str]) -> tuple[list[str], str | None, LeftOut, list
 def find_json(found: Sequence[str], names: Sequence[str]) -> tuple[str | None, list[str]]:
     """Select the dataset.json to read, at the top or in a folder that contains all images, and return notes.
 
-    The notes report a file that is not `dataset.json` at the top, or a file that is not read.
+    The notes report an unusual name or location of the file, or a file that is not read.
     """
     if not found or NAME in found:
         return (NAME if found else None), []
     if top := [file for file in found if "/" not in file]:
         return top[0], [f"{top[0]} is read as {NAME}"]
-    around = [file for file in found if all(name.startswith(file[: -len(NAME)]) for name in names)]
-    if around:
-        around.sort(key=lambda file: not file.endswith(NAME))
-        return around[0], [f"{around[0]} is read: all images are in its folder"]
-    return None, [f"{found[0]} is not read, because images lie outside its folder: to use it, give its folder"]
+    common = [file for file in found if all(name.startswith(file[: -len(NAME)]) for name in names)]
+    if common:
+        common.sort(key=lambda file: not file.endswith(NAME))
+        return common[0], [f"{common[0]} is read: all images are in its folder"]
+    return None, [f"{found[0]} is not read, because images are outside its folder: to use it, give its folder"]

@@ -40,7 +40,7 @@ class Source(Protocol):
     name         name of the file or folder
     pad          zero pixels to add on each side by default
     labels       labels of all images in order, None without labels
-    class_names  None without classes or if classes have only numbers
+    class_names  None without classes or class names
     channels     number of channels of all images, 1 or 3; None if it is to be determined from the image headers
     left_out     files that are not images, by kind
     notes        lines about the interpretation of the source, for the user

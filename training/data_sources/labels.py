@@ -25,7 +25,7 @@ def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
     if type(None) in kinds:
         missing = [k for k, value in enumerate(values) if value is None]
         raise UserError(
-            f"{place(missing[0])} has no label, and {len(missing):,} of {len(values):,} images have none: label all "
+            f"{place(missing[0])} has no label ({len(missing):,} of {len(values):,} images are unlabelled): label all "
             "images, or none"
         )
     if kinds <= {int, str} and str in kinds:

@@ -14,10 +14,10 @@ from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
 from dnnlib.screen import printable
 
-# Folders with copies and thumbnails made by programs, in addition to folders whose name starts with a dot.
+# Folders in which programs store copies and thumbnails. Names that start with a dot are hidden, too.
 TOOL_FOLDERS = frozenset(
     (
-        *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # of file servers
+        *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # file servers
         *("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
     )
 )
@@ -36,16 +36,16 @@ Listing = tuple[list[str], LeftOut]  # all files below a folder; links to folder
 
 
 def is_hidden(folder: str) -> bool:
-    """Return whether a folder, by its name, is hidden or belongs to a program rather than to the data."""
+    """Return whether a folder name is hidden or listed in TOOL_FOLDERS."""
     return (folder.startswith(".") and folder not in (".", "..")) or folder in TOOL_FOLDERS
 
 
-def sort_out(names: Iterable[str]) -> tuple[list[str], LeftOut]:
+def split_images(names: Iterable[str]) -> tuple[list[str], LeftOut]:
     """Split file names, with `/` as separator, into sorted images and other files by kind."""
     images: list[str] = []
     left_out: LeftOut = {}
     for name in sorted(names):
-        kind = _kind_left_out(name)
+        kind = _kind_if_not_image(name)
         if kind is None:
             images.append(name)
         else:
@@ -62,7 +62,7 @@ def hidden_kind(name: str) -> str | None:
     return "hidden files" if file.startswith(".") else None
 
 
-def _kind_left_out(name: str) -> str | None:
+def _kind_if_not_image(name: str) -> str | None:
     """Return the kind of a file that is not an image, None for an image."""
     if hidden := hidden_kind(name):
         return hidden
@@ -115,7 +115,7 @@ def list_files(root: Path) -> Listing:
             continue
         files = _walk(root, start, followed, pending)
         names += tqdm(files, desc="listing", unit=" files", disable=None, delay=1, leave=False)
-    return names, {"linked folders read already": repeated} if repeated else {}
+    return names, {"linked folders already read": repeated} if repeated else {}
 
 
 def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[str]) -> Iterator[str]:
@@ -124,7 +124,7 @@ def _walk(root: Path, start: str, followed: set[tuple[int, int]], links: deque[s
         below = os.path.relpath(parent, root)
         prefix = "" if below == "." else Path(below).as_posix() + "/"
         identity = _identity(parent)
-        if identity in followed:  # the folder has been read before, and a link leads to one of its parents
+        if identity in followed:  # already read through a link to one of the parents
             folders.clear()
             continue
         followed.add(identity)

@@ -1,6 +1,6 @@
 """Reader of the LMDB file format, version 1, a paged B+ tree; all offsets and sizes in the file are checked.
 
-The lmdb library maps the file into memory without such checks, so that a single corrupt number can crash the process.
+The lmdb library maps the file into memory without such checks, so a single corrupt number can crash the process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MAX_DEPTH = 32
 
 
 class LmdbFile:
-    """Iterable of the keys and values in data.mdb of a folder, in the order of the keys.
+    """Iterable over the (key, value) pairs in data.mdb of a folder, in key order.
 
-    Raises OSError for an unreadable file and ValueError for a corrupt file. Holds one page per level of the tree and
-    the current value in memory.
+    Raises OSError for an unreadable file and ValueError for a corrupt file. Memory use is one page per level of the
+    tree, plus the current value.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class LmdbFile:
             raise ValueError(f"data.mdb should have {(last_page + 1) * self._page_size} bytes")
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        self._left = self._size  # remaining bytes for values, which cannot overlap
+        self._remaining = self._size  # remaining bytes for values, which cannot overlap
         self._seen: set[int] = set()
         if self._root != _EMPTY:
             yield from self._walk(self._root, 0)
@@ -79,8 +79,8 @@ class LmdbFile:
 
     def _value(self, page: bytes, start: int, size: int, flags: int) -> bytes:
         """Return the value of a leaf node."""
-        self._left -= size
-        if flags & ~_IN_PAGES or self._left < 0 or (not flags and start + size > len(page)):
+        self._remaining -= size
+        if flags & ~_IN_PAGES or self._remaining < 0 or (not flags and start + size > len(page)):
             raise ValueError(f"a value has an invalid size of {size} bytes")
         if not flags:
             return page[start : start + size]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from dnnlib.util import counted
 
-_OF = re.compile(r"(.*?)(?<!\d)(\d{3,9})-of-(\d{3,9})")  # prefix of NAME-00000-of-00005.parquet
+_K_OF_N = re.compile(r"(.*?)(?<!\d)(\d{3,9})-of-(\d{3,9})")  # prefix of NAME-00000-of-00005.parquet
 _SERIAL = re.compile(r"(.*?)(?<!\d)(\d{4,9})(?:\.\D.*)?")  # NAME-000017.tar
 
 
 def missing_parts(paths: Iterable[Path]) -> str:
-    """Return a clause about files missing from the total in names like NAME-00000-of-00005; '' if none is missing."""
+    """Return a clause about missing files of series such as NAME-00000-of-00005; '' if all series are complete."""
     groups: dict[tuple[Path, str, int, int], set[int]] = {}
     for path in paths:
-        if found := _OF.match(path.name):
+        if found := _K_OF_N.match(path.name):
             series = path.parent, found[1], len(found[2]), int(found[3])
             groups.setdefault(series, set()).add(int(found[2]))
     clauses = []
@@ -36,7 +36,7 @@ def gaps(paths: Iterable[Path]) -> str:
     """Return a clause about gaps in a series, such as 00001 between 00000.tar and 00002.tar; '' without gaps."""
     groups: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:
-        if not _OF.match(path.name) and (found := _SERIAL.fullmatch(path.name)) and found[2].startswith("0"):
+        if not _K_OF_N.match(path.name) and (found := _SERIAL.fullmatch(path.name)) and found[2].startswith("0"):
             groups.setdefault((path.parent, found[1], len(found[2])), set()).add(int(found[2]))
     clauses = []
     for (_, _, width), numbers in groups.items():

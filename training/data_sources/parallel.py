@@ -21,7 +21,7 @@ from dnnlib.config import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_ENDING = (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))  # Windows has no SIGHUP
+_EXIT_SIGNALS = (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))  # Windows has no SIGHUP
 
 
 def map_chunks(
@@ -53,13 +53,13 @@ def map_chunks(
 def ended_by_signals() -> Iterator[None]:
     """Context manager in which SIGTERM and SIGHUP raise SystemExit, so that unfinished output is removed.
 
-    Ignored signals, such as SIGHUP under nohup, remain ignored. A second signal of the same kind ends the program at
-    once.
+    Ignored signals, such as SIGHUP under nohup, remain ignored. A second signal of the same kind terminates the
+    program immediately.
     """
-    before = {number: signal.getsignal(number) for number in _ENDING}
+    before = {number: signal.getsignal(number) for number in _EXIT_SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, _end)
+            signal.signal(number, _exit_on_signal)
     try:
         yield
     finally:
@@ -67,18 +67,18 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, _: FrameType | None) -> None:
+def _exit_on_signal(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     sys.exit(128 + number)
 
 
 def _prepare_worker() -> None:
     tune_allocator()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Exit when the parent process has ended, for whatever reason."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process exits for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Reader of Parquet files, a few rows at a time, that validates metadata and page headers before pyarrow reads them.
+"""Streaming reader of Parquet files. Metadata and page headers are validated before pyarrow reads them.
 
 pyarrow crashes the process on some corrupt metadata, and allocates whatever memory a page header declares.
 """
@@ -17,7 +17,7 @@ from training.data_sources.thrift import Compact
 _MAX_ROWS, _MAX_BYTES = 4096, 1 << 22  # per batch
 _MAX_REPEATED = 1 << 26  # bytes of a batch whose values are all the same dictionary entry
 _BUFFER = 1 << 20
-_FREE_ROWS = 1 << 16  # a file has at most this number of rows, or as many rows as bytes
+_MIN_ROW_LIMIT = 1 << 16  # the row limit of a file is the larger of this value and the file size in bytes
 _BYTES_PER_VALUE = 16  # a page has at most (limit of the file in bytes) / _BYTES_PER_VALUE values
 _HEADER_BYTES = (1 << 12, 1 << 24)  # usual and maximum size of a page header
 _MAX_FOOTER = 1 << 26
@@ -45,8 +45,8 @@ class ParquetFile:
         try:
             self._groups = self._read_footer()
             self.num_rows = sum(_integer(group, _GROUP_ROWS) for group in self._groups)
-            if self.num_rows > max(_FREE_ROWS, self._size):
-                raise ValueError(f"it declares {self.num_rows} rows, more than it has bytes")
+            if self.num_rows > max(_MIN_ROW_LIMIT, self._size):
+                raise ValueError(f"it declares {self.num_rows} rows, more rows than bytes")
             self._parquet = parquet.ParquetFile(
                 self._file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
             )
@@ -139,10 +139,10 @@ class ParquetFile:
         raise ValueError(f"no page header at byte {offset}")
 
     def _check_page(self, header: dict[int, Any]) -> int:
-        """Return the unpacked size of a page. Raises ValueError if size or number of values exceeds its limit."""
+        """Return the unpacked size of a page. Raises ValueError if the size or the number of values is too large."""
         limit, unpacked = unpacked_limit(self._size), _integer(header, _UNPACKED)
         if not 0 <= unpacked <= limit:
-            raise ValueError(f"a page that unpacks to {unpacked} bytes, more than the limit of {limit}")
+            raise ValueError(f"a page unpacks to {unpacked} bytes, more than the limit of {limit}")
         for kind, encoding in _ENCODING.items():
             details = header.get(kind, {_VALUES: 0, encoding: 0})
             if not isinstance(details, dict) or not 0 <= _integer(details, _VALUES) <= limit // _BYTES_PER_VALUE:

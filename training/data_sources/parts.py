@@ -1,4 +1,4 @@
-"""Datasets of several files: tables or tar shards in a folder, and their splits."""
+"""Multi-file datasets: tables or tar shards in a folder, and their splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from dnnlib.config import UserError
 from dnnlib.util import counted, describe_error, parse_json, read_regular
 from training.data_sources.classes import SPLITS
-from training.data_sources.listing import LeftOut, Listing, sort_out
+from training.data_sources.listing import LeftOut, Listing, split_images
 from training.data_sources.numbering import gaps, missing_parts
 
 SUFFIXES = {
@@ -22,7 +22,7 @@ SUFFIXES = {
 }
 _ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # lower-case column names in order of preference
-_OTHERS = "others"  # split of files without a split in their names, if other files have one
+_OTHERS = "others"  # split of files whose names contain no split, if other names do
 _NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # stem of a file, such as NAME-train-00000-of-00005
 _SERIAL = re.compile(r"(?<!\d)00\d")  # zero-padded number of a file in a series, such as 000017
 _MAX_JSON_BYTES = 1 << 24
@@ -74,7 +74,7 @@ class Parts:
         if chosen not in self.splits:
             raise UserError(
                 f"{self.root} has the splits {shown}"
-                f"{f', and none named {split}' if split else ''}: choose one as --split=NAME, or --split=all"
+                f"{f', but not {split}' if split else ''}: choose one as --split=NAME, or --split=all"
             )
         if len(self.splits) == 1:
             return self.splits[chosen], []
@@ -85,8 +85,9 @@ class Parts:
 def find_parts(path: Path, listing: Listing | None) -> Parts | None:
     """Find the tables or tar shards of a folder, or recognize a single table file; None for anything else.
 
-    `listing` is the list of files of a folder, None for a file. In a folder, the kind with the most bytes is the
-    dataset, unless images are. Raises UserError for datasets saved by the library `datasets` in an unsupported form.
+    `listing` is the list of files of a folder, None for a file. In a folder, the dataset is the kind with the
+    most bytes, unless `_are_content` selects the images. Raises UserError for datasets saved by the library `datasets`
+    in an unsupported format.
     """
     if listing is None:
         kind = next((kind for kind in ("parquet", "arrow") if path.name.lower().endswith(SUFFIXES[kind])), None)
@@ -98,7 +99,7 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
     files, links = listing
     if not any(name.lower().endswith(_ALL_SUFFIXES) for name in files):
         return None
-    images, left_out = sort_out(files)
+    images, left_out = split_images(files)
     found = {kind: _of_kind(left_out, suffixes) for kind, suffixes in SUFFIXES.items()}
     by_kind = {kind: names for kind, names in found.items() if not all(map(_is_cache, names))}
     if not by_kind:
@@ -121,9 +122,9 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
 
 
 def _are_content(root: Path, kind: str, names: list[str], images: list[str]) -> bool:
-    """Return whether tables or shards are the dataset, and the images only illustrate it.
+    """Return whether tables or shards, rather than the images beside them, are the dataset.
 
-    The tables or shards must have more bytes than the images, and must either be at least as many or have names of
+    The tables or shards must have more bytes than the images, and must either be at least as numerous or be named like
     parts, such as `0017.tar` or `train.parquet`. A single `train.tar` may be an archive of the same images.
     """
     files = [name.rpartition("/")[2] for name in names]
@@ -137,7 +138,7 @@ def _note_on_images(kind: str, parts: list[str], images: list[str]) -> list[str]
         return []
     are = "is" if len(parts) == 1 else "are"
     return [
-        f"{counted(len(parts), f'.{kind} file')} {are} read, and not {counted(len(images), 'image')} beside, such as "
+        f"{counted(len(parts), f'.{kind} file')} {are} read, not {counted(len(images), 'image')} beside them, such as "
         f"{images[0]!r:.80}: to read the images, give a folder with images only"
     ]
 
@@ -148,9 +149,7 @@ def note_on_parts(left_out: LeftOut) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [
-        f"the images are read, and not {names[0]!r:.80}{more} beside them: to read such a file, give it as --source"
-    ]
+    return [f"the images are read, not {names[0]!r:.80}{more} beside them: to read such a file, give it as --source"]
 
 
 def _of_kind(left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
@@ -210,7 +209,7 @@ def _refuse_partitions(root: Path, names: list[str]) -> None:
 
 
 def split_of(name: str) -> str:
-    """Return the split in a path: train, validation, test, or NAME of NAME-00000-of-00005; "" without one."""
+    """Return the split in a path: train, validation, test, or NAME of NAME-00000-of-00005; "" if absent."""
     *folders, file = name.split("/")
     stem = file.partition(".")[0]
     if (numbered := _NUMBERED.fullmatch(stem)) and numbered[1] != "data":

@@ -21,7 +21,7 @@ from training.data_sources.dataset_json import is_dataset_json
 from training.data_sources.files import MAX_JSON_BYTES, find_json, labels_of, read_dataset_json
 from training.data_sources.items import Item, SourceBase, oversize
 from training.data_sources.labels import to_labels
-from training.data_sources.listing import LINKS, SPECIAL_FILES, LeftOut, describe_left_out, hidden_kind, sort_out
+from training.data_sources.listing import LINKS, SPECIAL_FILES, LeftOut, describe_left_out, hidden_kind, split_images
 
 _MAX_LABEL_BYTES = 1 << 20
 _TEXTS = ("cls", "class", "label")  # extensions of members with a class number or name
@@ -83,7 +83,7 @@ class _Archive:
 class ShardSource(SourceBase):
     """Images of tar archives, read sequentially; `names` are the names of the members.
 
-    A first pass reads names and labels. If there are labels, each sample contributes one image, otherwise all its
+    A first pass reads names and labels. With labels, each sample contributes one image; without labels, all its
     images. With `read_json`, the labels of a single archive may also be in a dataset.json.
     """
 
@@ -99,10 +99,10 @@ class ShardSource(SourceBase):
         )
         with_images = [sample for sample in samples if sample.images]
         self.add_left_out(others.left_out)
-        self.add_left_out(sort_out(name for sample in with_images for name in sample.others)[1])
+        self.add_left_out(split_images(name for sample in with_images for name in sample.others)[1])
         self.add_left_out({"samples without an image": [sample.key for sample in samples if not sample.images]})
-        if fault := next((sample.label for sample in with_images if isinstance(sample.label, UserError)), None):
-            raise fault
+        if error := next((sample.label for sample in with_images if isinstance(sample.label, UserError)), None):
+            raise error
         _refuse_labels_apart(paths, samples)
         if any(sample.label is not None for sample in with_images):
             further = [image.name for sample in with_images for image in _by_rank(sample)[1:]]
@@ -121,10 +121,10 @@ class ShardSource(SourceBase):
         self.names = [image.name for image in self._images]
         self.may_have_classes = self.labels is None
         if others.jsons and read_json:
-            self._consider_json({location.name: location for location in others.jsons})
+            self._read_json_labels({location.name: location for location in others.jsons})
 
-    def _consider_json(self, locations: dict[str, _Location]) -> None:
-        """Read labels from a dataset.json if one applies to all images; otherwise note the reason."""
+    def _read_json_labels(self, locations: dict[str, _Location]) -> None:
+        """Read labels from a dataset.json that applies to all images; otherwise add a note with the reason."""
         found, notes = find_json(list(locations), self.names)
         if self.labels is not None:
             notes = [f"{next(iter(locations))} is not read: the samples have labels"]
@@ -163,7 +163,7 @@ def _content(stream: Unpacked, image: _Location) -> bytes | BrokenImageError:
 
 
 def _by_rank(sample: _Sample) -> list[_Location]:
-    """Sort the images of a sample, those with the fewest extensions before the format first."""
+    """Sort the images of a sample by the number of dots in the extension, fewest first."""
     return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
 
@@ -232,8 +232,8 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
         if extension in (*_TEXTS, "json"):
             sample.labels[extension] = _read_label(member, extension, stream, path)
         elif kind in _TEXTS:
-            sample.labels.setdefault(kind, _refusal_of_dots(member, path))
-        elif sort_out([member.name])[0]:
+            sample.labels.setdefault(kind, _error_about_dots(member, path))
+        elif split_images([member.name])[0]:
             sample.images.append(_Location(shard, stream.position, member.size, member.name))
             continue
         if sample.labels.get(extension) is None:
@@ -259,7 +259,7 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
     return _number(content) if isinstance(content, str) else content
 
 
-def _refusal_of_dots(member: Member, path: Path) -> UserError:
+def _error_about_dots(member: Member, path: Path) -> UserError:
     return UserError(
         f"{path}: {member.name!r:.200}: the name of a sample ends at the first dot, but this name has further dots: "
         "write the archive again without dots in the names of samples"

@@ -95,8 +95,8 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
         with suppress(BrokenImageError):  # changed since the inspection
             tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
     bars, is_original = short_sides(findings, content)
-    whose = "originals" if is_original else "images"
-    return draw_sheet(store.path.resolve().name, _facts(findings, content, classes), tiles, bars, whose)
+    subject = "originals" if is_original else "images"
+    return draw_sheet(store.path.resolve().name, _facts(findings, content, classes), tiles, bars, subject)
 
 
 def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int]) -> list[str]:
@@ -113,11 +113,11 @@ def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int])
 
 
 def draw_sheet(
-    title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], whose: str
+    title: str, facts: Sequence[str], tiles: Sequence[Tile], bars: Mapping[int, int], subject: str
 ) -> Image.Image:
     """Draw tiles in rows of COLUMNS below a header with title, facts and a histogram.
 
-    `bars` has the number of images by shorter side; `whose` names these images, "images" or "originals".
+    `bars` has the number of images by shorter side; `subject` is "images" or "originals".
     """
     columns = max(min(len(tiles), COLUMNS), _MIN_COLUMNS)
     with_size = len({tile.pixels.shape[:2] for tile in tiles}) > 1
@@ -132,7 +132,7 @@ def draw_sheet(
 
     max_width = width - 2 * _MARGIN
     if len(bars) > 1:
-        max_width -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {whose}, px") + _GAP
+        max_width -= _draw_bars(draw, width - _MARGIN, bars, f"Shorter side of the {subject}, px") + _GAP
     _write(draw, (_MARGIN, _MARGIN - 6), title, 26, _INK, max_width, "dataset")
     for line, fact in enumerate(facts):
         _write(draw, (_MARGIN, _MARGIN + 30 + 20 * line), fact, 14, _FAINT, max_width, "")
@@ -196,7 +196,7 @@ def _write(
 ) -> None:
     """Write a line at its upper left corner, shortened to `max_width` pixels.
 
-    If no font has all characters of `text`, accents are removed; if that is not enough, `fallback` is written.
+    If no font has all characters of `text`, accents are removed; if this does not suffice, `fallback` is written.
     """
     text = printable(text)
     font = _font_for(text, size)
@@ -204,14 +204,14 @@ def _write(
         text = unicodedata.normalize("NFKD", text)
         text = "".join(letter for letter in text if not unicodedata.combining(letter))
         font = _font(size)
-        text = text if _has_letters(font, text) else fallback
+        text = text if _has_glyphs(font, text) else fallback
     if draw.textlength(text, font) > max_width:
         text = _shortened(draw, text, font, max_width)
     draw.text(corner, text, color, font)
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: _Font, max_width: int) -> str:
-    """Replace the middle of a text by an ellipsis so that it fits `max_width` pixels."""
+    """Shorten a text to `max_width` pixels by replacing the middle with an ellipsis."""
     for kept in range(len(text) - 1, 0, -1):
         shorter = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
         if draw.textlength(shorter, font) <= max_width:
@@ -237,9 +237,9 @@ def _other_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 
 def _font_for(text: str, size: int) -> _Font | None:
     """Return a font that has all characters of a text, or None."""
-    return next((font for font in (_font(size), *_other_fonts(size)) if _has_letters(font, text)), None)
+    return next((font for font in (_font(size), *_other_fonts(size)) if _has_glyphs(font, text)), None)
 
 
-def _has_letters(font: _Font, text: str) -> bool:
+def _has_glyphs(font: _Font, text: str) -> bool:
     missing = bytes(font.getmask("\uffff"))
     return all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in {*text})

@@ -16,8 +16,8 @@ Sizes = Counter[Size]  # number of images by size
 
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 MIN_SIDE, MAX_SIDE = 8, 1024  # range of suggested sides
-REACHING = 0.9  # minimum fraction of images that are not enlarged to the suggested size
-MAJORITY = 0.9  # minimum fraction of images of one shape for the others to be reported as exceptions
+MIN_FRACTION = 0.9  # minimum fraction of images that are at least as large as the suggested size
+MAJORITY = 0.9  # minimum fraction of images of one shape; below it, no image is reported as an exception
 
 
 def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
@@ -64,7 +64,7 @@ def candidate_sizes(sizes: Sizes, base: Size = (MIN_SIDE, MIN_SIDE)) -> list[Siz
     """
     doubled = [(base[0] << n, base[1] << n) for n in range(MAX_SIDE.bit_length())]
     allowed = [size for size in doubled if min(size) >= MIN_SIDE and max(size) <= MAX_SIDE]
-    needed = REACHING * sizes.total()
+    needed = MIN_FRACTION * sizes.total()
     reached = [size for size in allowed if _count_reaching(sizes, size) >= needed]
     return reached[::-1] + [size for size in allowed if size not in reached]
 
@@ -112,7 +112,7 @@ class Survey:
         self.firsts.setdefault(shape, name)
 
     def describe_mixture(self, source: str, choose_size: Callable[[Sizes], Size | None]) -> str | None:
-        """Describe why the images are not a uniform dataset, with the command that builds one; None if uniform."""
+        """Describe the differences between the images, with a command that removes them; None for a uniform dataset."""
         sizes, channels = sizes_of(self.counts), channels_of(self.counts)
         if len(self.counts) < 2 and not self.broken:
             return None
@@ -125,7 +125,9 @@ class Survey:
         if self.broken:
             found.append(f"{len(self.broken):,} cannot be read, the first is {self.broken[0]}")
         kind = "one size" if len(sizes) > 1 else "one kind" if len(channels) > 1 else "the others"
-        return f"{', '.join(found)}: build a set of {kind} first: {build_command(source, *self.options(choose_size))}"
+        return (
+            f"{', '.join(found)}: build a dataset of {kind} first: {build_command(source, *self.options(choose_size))}"
+        )
 
     def options(self, choose_size: Callable[[Sizes], Size | None]) -> list[str]:
         """Return the options of dataset_tool.py that make the images a uniform dataset."""
@@ -134,11 +136,11 @@ class Survey:
         return crop + (["--skip-bad"] if self.broken else [])
 
     def _exceptions(self) -> list[str]:
-        """Describe the first image that differs from the common shape; empty without a MAJORITY of one shape."""
+        """Describe the first image that differs from the most common shape; [] without a MAJORITY of one shape."""
         if len(self.counts) < 2:
             return []
         usual, count = self.counts.most_common(1)[0]
         if count < MAJORITY * self.counts.total():
             return []
         shape, name = next(first for first in self.firsts.items() if first[0] != usual)
-        return [f"the first that differs is {name!r}, {describe_shape(shape)}"]
+        return [f"the first different image is {name!r}, {describe_shape(shape)}"]

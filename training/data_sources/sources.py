@@ -53,7 +53,7 @@ def open_source(
     split: str | None = None,
     skip_missing: bool = False,
 ) -> Source:
-    """Open `path` as the kind of source that it contains. Raises UserError if missing, corrupt or unknown.
+    """Open a source of any supported kind. Raises UserError if `path` is missing, corrupt or of an unknown kind.
 
     `labels_from_folders`: level of the class folders, 1 for the top. `split`: split to read, None for the default.
     `skip_missing`: accept missing files in a numbered series.
@@ -65,11 +65,11 @@ def open_source(
         _refuse_split(path, split)
         source = ShapesSource(drawing)
     if isinstance(source, FileSource | ShardSource):
-        _consider_folders(source, labels_from_folders, path)
+        _apply_folder_labels(source, labels_from_folders, path)
     elif labels_from_folders is not None:
         if isinstance(source, TableSource):
             raise UserError(f"{path} holds tables, whose labels come from a column: leave out --labels-from-folders")
-        raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images, which {path} is not")
+        raise UserError(f"--labels-from-folders needs a folder, .zip or tar file of images; {path} is of another kind")
     return source
 
 
@@ -99,7 +99,7 @@ def _refuse_split(path: str, split: str | None) -> None:
         raise UserError(f"--split={split}: {path} has no splits: leave the option out, or give the folder of a split")
 
 
-def _consider_folders(source: FileSource | ShardSource, level: FolderLevel | None, path: str) -> None:
+def _apply_folder_labels(source: FileSource | ShardSource, level: FolderLevel | None, path: str) -> None:
     """Set labels from folders at `level`; if `level` is None, add a note on folders that could be classes."""
     if level is not None:
         known = None if level == "auto" else level
@@ -133,7 +133,7 @@ class FileSource(SourceBase):
         self.names = store.names
         self.left_out = store.left_out
         self.notes = [*store.notes, *note_on_parts(store.left_out)]
-        self.may_have_classes = store.json_name is None  # a dataset.json without labels states that there are none
+        self.may_have_classes = store.json_name is None  # a dataset.json without labels means no classes
         self._store = store
         if read_labels:
             content = read_dataset_json(store)

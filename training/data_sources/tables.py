@@ -135,7 +135,7 @@ class TableSource(SourceBase):
 def find_columns(schema: Any, path: Path) -> Columns:
     """Find the image and label columns of an Arrow schema, by name, feature of the library `datasets`, or type.
 
-    The criteria are applied in this order. Raises UserError that lists the columns if no single image column is found.
+    The criteria are applied in this order. Raises UserError, listing the columns, without a single image column.
     """
     features = _features(schema)
     held = [field.name for field in schema if _holds_images(field.type)]
@@ -144,8 +144,8 @@ def find_columns(schema: Any, path: Path) -> Columns:
         shown = ", ".join(f"{field.name} ({field.type!s:.80})" for field in schema)
         problem = f"several columns can hold the images, {', '.join(held)}" if held else "no column holds images"
         raise UserError(
-            f"{path}: {problem}, of {shown:.1000}: rename the column of images to `image`, with bytes or structs of "
-            "bytes and path"
+            f"{path}: {problem} (columns: {shown:.1000}): rename the column of images to `image`, with bytes or "
+            "structs of bytes and path"
         )
     others = [name for name in schema.names if name != image]
     label = _choose(others, LABEL_NAMES, features, "ClassLabel")

@@ -13,7 +13,9 @@ from training.networks.blockwise import blockwise_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(D) + bias) v, (B, H, N, D), for q (B, H, N, D), k, v (B, H, M, D), bias (H, N, M).
+    """Return softmax(q k^T / sqrt(D) + bias) v of shape (B, H, N, D).
+
+    q has shape (B, H, N, D), k and v have shape (B, H, M, D), and the optional bias has shape (H, N, M).
 
     Uses the twice differentiable implementation if `execution.current` requires it, else PyTorch's fused kernels.
     """
@@ -27,8 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Compute biased attention, zero-padding 16-bit heads to a multiple of 8 channels.
 
-    With a bias, the memory-efficient kernel requires that size in 16-bit types. The zeros do not change any dot
-    product.
+    The memory-efficient kernel requires such a multiple for 16-bit types with a bias. Zero padding does not change any
+    dot product.
     """
     D = q.shape[3]
     if q.dtype.itemsize == 2 and D % 8:
@@ -37,14 +39,14 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Split tokens (B, N, C) into heads (B, H, N, D); C = H D holds the heads one after another."""
+    """Split tokens (B, N, C) into heads (B, H, N, D), where C = H D is the concatenation of the heads."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Base class of self-attention on projected queries, keys and values, so that a forward hook sees Q, K and V.
+    """Base class of self-attention. The inputs are the projected Q, K and V, which makes them visible to forward hooks.
 
-    In every subclass the output of a head is linear in its values, A(Q, K) V. Attention maps show A.
+    In every subclass, the output of a head is A(Q, K) V, linear in V. Attention maps show A.
     """
 
     def __init__(self, num_heads: int) -> None:

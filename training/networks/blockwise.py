@@ -1,20 +1,21 @@
 """Twice differentiable attention that never materializes the full attention matrix.
 
-The fused kernels of `F.scaled_dot_product_attention` have no double backward, and its math implementation needs several
-(B, H, N, M) matrices for one. Here, both derivatives iterate over blocks of queries and recompute the softmax of each
-block, so that memory is linear in N, as in the fused forward pass (Rabe & Staats 2021, "Self-attention does not need
-O(n^2) memory"). With S = s Q K^T, s = 1 / sqrt(D), P = softmax(S), O = P V and a gradient G at the output:
+The fused kernels of `F.scaled_dot_product_attention` have no double backward, and the double backward of its math
+implementation stores several (B, H, N, M) matrices. Here, both derivatives iterate over blocks of queries and recompute
+the softmax of each block, so memory is linear in N, as in the fused forward pass (Rabe & Staats 2021, "Self-attention
+does not need O(n^2) memory"). With S = s Q K^T, s = 1 / sqrt(D), P = softmax(S), O = P V and a gradient G of O:
 
     dV = P^T G,   dP = G V^T,   dS = J dP,   dQ = s dS K,   dK = s dS^T Q,   J x = P * (x - rowsum(P * x))
 
-Let a scalar function of (dQ, dK, dV) have the gradient (a, b, c). The second derivatives of <G, O> are symmetric, so
-the gradients of that function with respect to (Q, K, V, G) are the directional derivatives of (dQ, dK, dV, O) as
-(Q, K, V) moves along (a, b, c). A dot marks a directional derivative:
+Let (a, b, c) be the gradient of a scalar function of (dQ, dK, dV). The second derivatives of <G, O> are symmetric, so
+the gradients of this function with respect to (Q, K, V, G) are the derivatives of (dQ, dK, dV, O) in the direction
+(a, b, c) of (Q, K, V). A dot marks a directional derivative:
 
     S. = s (a K^T + Q b^T),   P. = J S.,   O. = P. V + P c,   dV. = P.^T G,   dP. = G c^T
     dS. = J (P. / P * (dP - rowsum(P * dP)) + dP.),   dQ. = s (dS. K + dS b),   dK. = s (dS.^T Q + dS^T a)
 
-A bias R, added to S and shared by all images, has the gradient dR = sum of dS over images; its tangent is added to S. .
+A bias R, added to S and shared by all images, has the gradient dR = sum of dS over images. S. then includes the tangent
+of R.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Size of one float32 block of the attention matrix; the double backward holds about five blocks at a time. On a CPU,
-# 4 MiB is slightly faster (by a sixth at 4,096 tokens) and 64 MiB much slower; a GPU needs larger blocks to be busy.
+# Size of one float32 block of the attention matrix; the double backward needs about five blocks at once. On a CPU,
+# 4 MiB is slightly faster (by a sixth at 4,096 tokens) and 64 MiB much slower. A GPU needs larger blocks.
 BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 MIN_BLOCK = 16  # rows; matrix products with fewer rows are inefficient
 
@@ -44,8 +45,8 @@ def blockwise_attention(
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D) + bias) v, twice differentiable, for q (B, H, N, D) and k, v (B, H, M, D).
 
-    The optional `bias` (H, N, M) is shared by all images and is differentiated too. The derivatives hold
-    (B, H, block, M) elements of the attention matrix at a time; the default `block` is derived from the device's
+    The optional `bias` (H, N, M) is shared by all images and is differentiated too. The derivatives store
+    only (B, H, block, M) elements of the attention matrix; the default `block` is derived from the device's
     BLOCK_BYTES. Derivatives are computed in float32 (in float64 for float64 inputs) and returned in the dtype of the
     inputs. A third derivative raises RuntimeError. If first derivatives suffice, `F.scaled_dot_product_attention` is
     faster. Raises ValueError if `block` is less than 1.
@@ -100,9 +101,10 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Map the gradients (a, b, c), and r with a bias, at (dQ, dK, dV, dR) to those of G, Q, K, V and the bias.
+        """Map gradients (a, b, c, r) with respect to (dQ, dK, dV, dR) to gradients with respect to (G, Q, K, V, R).
 
-        By symmetry these are the directional derivatives of O, dQ, dK, dV and dR; `dot_X` is that of X.
+        By symmetry, the results are the directional derivatives of O, dQ, dK, dV and dR; `dot_X` is the directional
+        derivative of X. Without a bias R, there is no r and no dR.
         """
         g, q, k, v, *bias = inputs = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[3])

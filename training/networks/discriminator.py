@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from dnnlib.config import check_bounds, field_names, parse_size, setting
-from training.networks.layers import ImageShape, check_labels, require_reasonable
+from training.networks.layers import ImageShape, check_labels, check_limits
 
 
 def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -26,8 +26,8 @@ def halved_grids(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 class DiscriminatorConfig(ABC):
     """Configuration shared by all discriminator families, for images of `img_size`.
 
-    A family adds its own fields. Some fields may be left to `fit`, which chooses their values from the image size;
-    `build` requires that all fields are resolved.
+    A family adds its own fields. `fit` chooses the values of unresolved fields from the image size; `build` requires
+    that all fields are resolved.
     """
 
     img_channels: int = setting(3, "Number of image channels; determined by the dataset.", at_least=1)
@@ -44,7 +44,7 @@ class DiscriminatorConfig(ABC):
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require_reasonable(self)
+        check_limits(self)
 
     @classmethod
     def convert_from(cls, other: DiscriminatorConfig) -> Self:
@@ -53,7 +53,7 @@ class DiscriminatorConfig(ABC):
 
     @property
     def group_size(self) -> int:
-        """Number of images that minibatch statistics combine; 0 if the logits of each image are independent."""
+        """Number of images that share minibatch statistics; 0 if the logits of each image are independent."""
         return 0
 
     def fit(self, height: int, width: int) -> Self:
@@ -69,7 +69,7 @@ class DiscriminatorConfig(ABC):
 
 
 class Discriminator(nn.Module, ImageShape, ABC):
-    """Map images (B, C, H, W) and labels (B, c_dim), None if unconditional, to logits (B, 1), high for real images."""
+    """Base class of discriminators: images (B, C, H, W), labels (B, c_dim) or None -> logits (B, 1), high for reals."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()

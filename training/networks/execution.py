@@ -1,7 +1,7 @@
 """Execution settings of the networks: precision, second derivatives, activation checkpointing, noise.
 
-The training loop sets them around a forward pass with `using`, and the networks read `current`. A network therefore has
-no mode that a snapshot would store, and outside `using` everything runs in full precision.
+The training loop applies the settings to a forward pass with `using`, and the networks read `current`. The settings are
+therefore not part of a network or its snapshots. Outside `using`, everything runs in full precision.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ current = Execution()
 
 
 def set_gpu_arithmetic(*, allow_tf32: bool = False) -> None:
-    """Select, for the whole process, float32 or TF32 arithmetic in matrix products and convolutions on GPUs.
+    """Select float32 or TF32 arithmetic for all matrix products and convolutions of the process on GPUs.
 
-    PyTorch's defaults differ: TF32 in convolutions only, and reduced-precision accumulation in 16-bit matrix products,
-    which this function turns off.
+    PyTorch's defaults are TF32 in convolutions only, and reduced-precision accumulation in 16-bit matrix products. This
+    function disables the reduced-precision accumulation.
     """
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler's hint to enable TF32
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32

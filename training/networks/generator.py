@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, bounds_of, check_bounds, field_names, parse_size, setting
 from training.networks import execution
-from training.networks.layers import ImageShape, NoiseMode, require_reasonable
+from training.networks.layers import ImageShape, NoiseMode, check_limits
 from training.networks.mapping import MappingNetwork, StyleMapping
 
 Grid = tuple[int, int]  # (height, width)
@@ -22,8 +22,8 @@ Grid = tuple[int, int]  # (height, width)
 class GeneratorConfig(ABC):
     """Configuration shared by all generator families.
 
-    A family adds its own fields. Some fields may be left to `fit`, which chooses their values from the image size;
-    `build` requires that all fields are resolved.
+    A family adds its own fields. `fit` chooses the values of unresolved fields from the image size; `build` requires
+    that all fields are resolved.
     """
 
     z_dim: int = setting(512, "Dimensionality of the latent z.", at_least=1)
@@ -39,7 +39,7 @@ class GeneratorConfig(ABC):
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require_reasonable(self)
+        check_limits(self)
 
     @classmethod
     def convert_from(cls, other: GeneratorConfig) -> Self:
@@ -54,7 +54,7 @@ class GeneratorConfig(ABC):
 
     @property
     def folder_words(self) -> tuple[str, ...]:
-        """Words in the name of a run's folder that distinguish it from other runs of the same preset."""
+        """Words in the name of a run folder that distinguish the run from others of the same preset."""
         return ()
 
     @property
@@ -64,7 +64,7 @@ class GeneratorConfig(ABC):
 
     @property
     def fixed_size(self) -> Grid | None:
-        """Image size (height, width) if the configuration supports a single size; None if `fit` can adapt it."""
+        """Single supported image size (height, width); None if `fit` can adapt the configuration to other sizes."""
         return None
 
     @property
@@ -74,7 +74,7 @@ class GeneratorConfig(ABC):
 
     @property
     def style_grids(self) -> tuple[Grid, ...]:
-        """Grid of the first block or convolution that reads each style; () if the family does not define it."""
+        """Grid of the first block or convolution that reads each style; () if the family does not define the grids."""
         return ()
 
     def style_groups(self) -> dict[str, tuple[int, ...]]:
@@ -136,7 +136,7 @@ class DoublingConfig(GeneratorConfig):
         return self.grids[-1]
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose the number of resolutions for the image size. Raises ConfigError that lists possible base grids."""
+        """Choose the number of resolutions for the image size. Raises ConfigError, listing possible base grids."""
         return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
@@ -191,11 +191,11 @@ class StagedConfig(GeneratorConfig):
             raise ConfigError("widths", self.widths, "not chosen yet: give one hidden size per resolution")
 
     def check_img_size(self, height: int, width: int) -> None:
-        """Raise ConfigError if this generator makes images of another size; the message lists matching base grids."""
+        """Raise ConfigError if the generated images have another size; the message lists matching base grids."""
         if self.widths and self.img_size == (height, width):
             return
         options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
-        problem = f"with base={self.base} this does not make images of {height}x{width} (height x width)"
+        problem = f"does not produce images of {height}x{width} (height x width) with base={self.base}"
         raise ConfigError("widths", self.widths, f"{problem}; possible: {', '.join(options)}")
 
 
@@ -290,7 +290,7 @@ def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str)
 
 
 def base_grids(height: int, width: int) -> list[tuple[Grid, int]]:
-    """List the pairs (base grid, number of resolutions) that make images of this size, from the largest grid down."""
+    """List the pairs (base grid, number of resolutions) that produce images of this size, largest grid first."""
     common = math.gcd(height, width)
     count = (common & -common).bit_length()  # 1 + the number of times that 2 divides both sides
     return [((height >> n, width >> n), n + 1) for n in range(count)]
@@ -302,7 +302,7 @@ def doubled_grids(base: Grid, count: int) -> tuple[Grid, ...]:
 
 
 def count_resolutions(base: Grid, height: int, width: int) -> int:
-    """Return the number of resolutions from `base` to the image size. Raises ConfigError that lists possible bases."""
+    """Return the number of resolutions from `base` to the image size. Raises ConfigError, listing possible bases."""
     bases = dict(base_grids(height, width))
     if base not in bases:
         options = ", ".join(f"{h}x{w}" for h, w in bases)

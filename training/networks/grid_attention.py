@@ -43,8 +43,8 @@ class RelativePosition(nn.Module):
 class CellAttention(Attention):
     """Self-attention softmax(Q K^T / sqrt(D) + R) V within each cell of the grid.
 
-    One cell of the size of the grid is full attention. Smaller cells give TransGAN's grid self-attention, whose cost is
-    linear in the number of cells. R is the optional relative position bias, shared by all cells.
+    A single cell that covers the grid gives full attention. Smaller cells give TransGAN's grid self-attention, with a
+    cost linear in the number of cells. R is the optional relative position bias, shared by all cells.
     """
 
     def __init__(self, num_heads: int, grid: Grid, cell: Grid, *, use_relative: bool) -> None:
@@ -64,7 +64,7 @@ class AxisAttention(Attention):
 
         V'[y, x] = sum_x' A_row[y; x, x'] V[y, x'],   out[y, x] = sum_y' A_column[x; y, y'] V'[y', x]
 
-    Both passes use the same queries and keys, so that a block has the same parameters as with other attention types.
+    Both passes use the same queries and keys, so the parameters of a block are independent of the attention type.
     """
 
     def __init__(self, num_heads: int, grid: Grid, *, use_relative: bool) -> None:

@@ -28,7 +28,7 @@ def resample_filter() -> Tensor:
 
 
 class Resampling(nn.Module):
-    """Base class of linear resampling of tokens (B, N, C) between grids (or on one grid), identical for all channels.
+    """Base class of layers for linear resampling of tokens (B, N, C) between or within grids, identical per channel.
 
     Each output channel is computed from GROUP consecutive input channels.
     """
@@ -60,8 +60,8 @@ class ImageShape:
 _MAX_LAYERS, _MAX_SIZE = 1000, 2**20
 
 
-def require_reasonable(config: Any) -> None:
-    """Raise ConfigError for the first field of `config` with a number beyond the limits above."""
+def check_limits(config: Any) -> None:
+    """Raise ConfigError for the first field of `config` that exceeds _MAX_LAYERS or _MAX_SIZE."""
     for name in field_names(config):
         value = getattr(config, name)
         limit = _MAX_LAYERS if "layers" in name or name == "resolutions" else _MAX_SIZE
@@ -109,7 +109,7 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
 def demodulated_linear(
     x: Tensor, weight: Tensor, style: Tensor, *, gain: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Demodulated linear map gain d (x W^T) + plus of an input x that is already modulated by `style`.
+    """Compute gain d (x W^T) + plus, a demodulated linear map, for an input x that is already modulated by `style`.
 
     x (B, N, in), weight (out, in), style (B, in), gain (B, out) -> (B, N, out) in the dtype of x. The `demodulation` d
     and the product of d and `gain` are computed in the dtype of `style`. `plus` must broadcast to the output.
@@ -124,7 +124,8 @@ def demodulated_linear(
 def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalize each row of x (rows, C) to a largest absolute value of 1 if `dtype` is float16; return x otherwise.
 
-    Prevents products from exceeding float16's maximum, 65,504. For weights and styles whose scale demodulation cancels.
+    Prevents products from exceeding float16's maximum, 65,504. Use only for weights and styles with a scale that
+    demodulation cancels.
     """
     return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) if dtype == torch.float16 else x
 
@@ -188,9 +189,9 @@ class Conv2d(nn.Module):
 
         y = clamp(gain act(conv(x, W / sqrt(in k^2)) + b))
 
-    Computed in the dtype of x. `gain` multiplies both the gain of the activation and the clamp, so that it scales the
-    output of a clamped layer as well. down=2 applies the filter [1, 3, 3, 1] with zero padding and halves the size,
-    which must be even.
+    Computed in the dtype of x. `gain` multiplies both the gain of the activation and the clamp, so clamped outputs
+    are scaled as well. down=2 applies the filter [1, 3, 3, 1] with zero padding and halves the size, which must be
+    even.
     """
 
     resample_filter: Tensor
@@ -238,7 +239,7 @@ class MinibatchStd(nn.Module):
 
         std_g = mean_{c,h,w} sqrt(Var_{b in g}(x_bchw) + 1e-8)        ProGAN, section 3
 
-    Groups of G = min(`group_size`, B) images are strided: image b belongs to group b mod (B/G), so that neighbours in a
+    Groups of G = min(`group_size`, B) images are strided: image b belongs to group b mod (B/G), so neighbours in a
     batch are in different groups. Raises ValueError if G does not divide B.
     """
 

@@ -21,7 +21,7 @@ def _mapping_layers(in_features: int, width: int, num_layers: int) -> nn.Sequent
 class StyleMapping(nn.Module, ABC):
     """Base class of generator mapping networks f(z, c) = w, which broadcast w to all inputs of the synthesis network.
 
-    `w_avg` is the moving average of w, which truncation reads. The training loop updates it.
+    Truncation uses `w_avg`, the moving average of w. The training loop updates `w_avg`.
     """
 
     w_avg: Tensor
@@ -77,7 +77,7 @@ class MappingNetwork(StyleMapping):
 class LatentMapping(StyleMapping):
     """Identity mapping w = z; for conditional models w = z + E c with a learned class embedding E, initially N(0, 1).
 
-    Truncation therefore scales z about the mean of w, and with z the distances between classes.
+    Truncation therefore scales both z and the distances between classes, about the mean of w.
     """
 
     def __init__(self, *, z_dim: int, c_dim: int, num_ws: int) -> None:

@@ -71,7 +71,7 @@ class StyleformerConfig(StagedConfig):
     depth: int = setting(32, "Channels per attention head.", at_least=1)
     minimum_head: int = setting(1, "Minimum number of attention heads.", at_least=1)
     linformer: bool | None = setting(
-        False, "Use Linformer attention on large grids; None: with more than 3 resolutions.", auto=True
+        False, "Use Linformer attention on large grids; None: if there are more than 3 resolutions.", auto=True
     )
     linformer_k: int = setting(256, "Number of tokens to which Linformer projects keys and values.", at_least=1)
     linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
@@ -98,7 +98,7 @@ class StyleformerConfig(StagedConfig):
                 "widths",
                 self.widths,
                 f"{width} is not a multiple of its {self.num_heads(width)} heads (depth={self.depth}, "
-                f"minimum_head={self.minimum_head}); the nearest widths that work: {nearest}",
+                f"minimum_head={self.minimum_head}); nearest valid widths: {nearest}",
             )
 
     def num_heads(self, width: int) -> int:

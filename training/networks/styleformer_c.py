@@ -58,11 +58,11 @@ class StyleformerCConfig(StyleformerConfig):
         super().__post_init__()
         if self.widths and max(self.grids[-1]) != self.handover:
             last, count = max(self.grids[-1]), len(self.widths)
-            problem = f"base={self.base} and {count} widths end at {last}: choose that, or another number of widths"
+            problem = f"base={self.base} with {count} widths ends at {last}: set {last}, or another number of widths"
             raise ConfigError("handover", self.handover, problem)
         if self.resolutions is not None:
             if self.resolutions <= len(self.widths):
-                problem = f"leaves none of {self.resolutions} resolutions to StyleGAN2 stages: choose a smaller one"
+                problem = f"leaves none of the {self.resolutions} resolutions for StyleGAN2 stages: choose a lower one"
                 raise ConfigError("handover", self.handover, problem)
             check_channel_base(self, self.img_size)
 
@@ -84,7 +84,7 @@ class StyleformerCConfig(StyleformerConfig):
 
     @property
     def num_layout_ws(self) -> int:
-        """Number of styles that the encoder blocks read, the first ones of `ws`; they control the layout."""
+        """Number of leading styles in `ws` that the encoder blocks read; these styles control the layout."""
         return sum(self.layers)
 
     @property
@@ -116,7 +116,7 @@ class StyleformerCConfig(StyleformerConfig):
         return replace(fitted, resolutions=resolutions, channel_base=channel_base)
 
     def _default_widths(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return defaults in which the last width stays large, because the convolutions start from it."""
+        """Return defaults with a large last width, because it is the number of input channels of the convolutions."""
         return (512, *[256] * (count - 1)), (1, *[2] * (count - 1))
 
     def build(self) -> Generator:

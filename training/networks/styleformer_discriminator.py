@@ -1,4 +1,4 @@
-"""Transformer discriminator modelled on the Styleformer generator. This design is the project's own, not published.
+"""Transformer discriminator modelled on the Styleformer generator. The design is original to this project.
 
 The encoder blocks are those of the generator without styles, demodulation and noise, applied from the highest to the
 lowest resolution. They are followed by the epilogue of the StyleGAN2 discriminator.
@@ -89,7 +89,7 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
         return self.mbstd_group_size
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose unresolved fields: at most FINEST_GRID patches per side, of at least 2 pixels; 2 blocks per grid."""
+        """Choose unresolved fields: patches of at least 2 pixels, at most FINEST_GRID per side; 2 blocks per grid."""
         power = math.gcd(height, width) & -math.gcd(height, width)  # largest power of two that divides both sides
         target = max(2, 2 ** math.ceil(math.log2(max(height, width) / FINEST_GRID)))
         patch = self.patch or min(target, power)
@@ -128,9 +128,9 @@ class DiscriminatorEncoderBlock(nn.Module):
         Y   = Attention(Q, K, V) Wo^T + V U^T
         out = clamp(sqrt(2) lrelu(Y + b))
 
-    P is a learned position embedding in the first block of each grid, initialized from N(0, 1). P also keeps tokens of
-    blank patches from being constant over channels, where the slope of LayerNorm is unbounded. The weights have an
-    equalised learning rate, as in StyleGAN2's discriminator, so that both discriminators train with the same --dlr.
+    P is a learned position embedding in the first block of each grid, initialized from N(0, 1). P also prevents
+    tokens of blank patches from being constant over channels, where the gradient of LayerNorm is unbounded. The weights
+    have an equalised learning rate, as in StyleGAN2's discriminator, so both discriminators train with the same --dlr.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ Architecture = Literal["orig", "skip", "resnet"]
 
 
 def default_channel_base(resolution: int) -> int:
-    """Return the value of `channel_base` for `channel_base=0` (StyleGAN2-ADA's `auto` configuration)."""
+    """Return the `channel_base` that `fit` chooses for a resolution (StyleGAN2-ADA's `auto` configuration)."""
     return 32768 if resolution >= 512 else 16384
 
 
@@ -93,7 +93,7 @@ def channels_on_grid(config: Any, grid: Grid) -> int:
 
 
 def check_channel_base(config: Any, grid: Grid) -> None:
-    """Raise ConfigError if `channel_base`, unless it is 0, gives no channel on a grid of this size."""
+    """Raise ConfigError if a nonzero `channel_base` gives zero channels on a grid of this size."""
     if 0 < config.channel_base < max(grid):
         problem = f"leaves no channel at {grid[0]}x{grid[1]}: must be at least {max(grid)}"
         raise ConfigError("channel_base", config.channel_base, problem)
@@ -110,7 +110,7 @@ def modulated_conv2d(
     dtype of `style`. With `up_filter`, a transposed convolution y[2i + k, 2j + l] += W''_kl x[i, j] followed by the
     filter gives (B, O, 2H, 2W). `noise` must broadcast to the output.
 
-    The implementation scales inputs and outputs instead of weights, so that all images share one convolution.
+    The implementation scales inputs and outputs instead of weights, so all images share one convolution.
     """
     style = limit_rows(style, x.dtype)
     if x.dtype == torch.float16:
@@ -121,7 +121,7 @@ def modulated_conv2d(
 
 
 def _convolve(x: Tensor, weight: Tensor, up_filter: Tensor | None) -> Tensor:
-    """Convolve x (B, I, H, W) with weight (O, I, k, k), or with `up_filter` apply transposed convolution and filter."""
+    """Convolve x (B, I, H, W) with weight (O, I, k, k); with `up_filter`, upsample by transposed convolution."""
     if up_filter is not None:
         x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H + 1, 2W + 1)
         return upfirdn2d(x, up_filter, padding=1, gain=4)

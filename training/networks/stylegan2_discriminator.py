@@ -51,7 +51,7 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.grids) == 1:
-            problem = "cannot be halved: both sides must be even and larger than 4, so resize the images"
+            problem = "cannot be halved: both sides must be even and larger than 4; resize the images"
             raise ConfigError("img_size", self.img_size, problem)
         check_channel_base(self, self.img_size)
 
@@ -116,8 +116,10 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Final layers, from features on the smallest grid to (B, out_dim): minibatch std (unless `group_size` is 0), 3x3
-    convolution and two fully connected layers."""
+    """Final layers, from the smallest grid to (B, out_dim): minibatch std, 3x3 convolution, two fully connected layers.
+
+    With `group_size` 0, there is no minibatch std.
+    """
 
     def __init__(
         self, channels: int, grid: tuple[int, int], out_dim: int, *, group_size: int, clamp: float | None

@@ -34,8 +34,8 @@ class TransGANConfig(BlockConfig, StagedConfig):
     `widths` and `layers` hold the number of channels and of blocks of each resolution, from the base grid up. Each
     width equals the width of the resolution below (bicubic upsampling) or a quarter of that width (pixel shuffle). The
     last `antialias` upsamplings are followed by a low-pass filter. Grids whose longer side is at most `full_upto` use
-    full attention, larger grids the type `attention`. With `latent_tokens`, every block also attends to that number of
-    tokens computed from the latent. Without mapping layers, w is z plus a learned embedding of the class. `fit` chooses
+    full attention, larger grids the attention type `attention`. Every block also attends to `latent_tokens` tokens
+    computed from the latent. Without mapping layers, w is z plus a learned embedding of the class. `fit` chooses
     `widths` and `layers` if they are ().
     """
 
@@ -106,7 +106,7 @@ class TransGANConfig(BlockConfig, StagedConfig):
 
 
 def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return widths and blocks of the published model with `count` resolutions, or more stages of width 1024."""
+    """Return the published widths and numbers of blocks for `count` resolutions, with added stages of width 1024."""
     if count <= 3:
         return (1024, 256, 64)[:count], (5, 4, 2)[:count]
     first = max(count - 3, 3)
@@ -195,7 +195,7 @@ class TransGANStage(nn.Module):
         )
 
     def forward(self, x: Tensor, latents: Tensor | None, noise_mode: NoiseMode) -> Tensor:
-        """Map x (B, N/4, C or 4C), in the first stage (B, N, C), to (B, N, C)."""
+        """Map x (B, N/4, C or 4C), or (B, N, C) in the first stage, to (B, N, C)."""
         x = execution.cast(self.upsampling(x), self.grid)
         if self.position is not None:
             x = x + self.position.to(x.dtype)

@@ -160,8 +160,8 @@ class TransGANDiscriminator(Discriminator):
     from N(0, 1). The paper has no conditional models; the projection is an addition of this project.
 
     With `attention_noise`, each call draws fresh noise if `execution.current.random_noise` is set, as in training.
-    Otherwise the noise is constant, so that logits are a deterministic function of the image while tokens have the same
-    variance as in training.
+    Otherwise the noise is constant: logits are a deterministic function of the image, and tokens have the same variance
+    as in training.
     """
 
     def __init__(self, config: TransGANDiscriminatorConfig) -> None:

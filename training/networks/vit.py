@@ -90,7 +90,7 @@ class BlockConfig:
 
 
 class Linear(nn.Linear):
-    """Linear layer that casts its parameters to the dtype of the input."""
+    """Linear layer with parameters cast to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -98,7 +98,7 @@ class Linear(nn.Linear):
 
 
 class TokenNorm(nn.Module):
-    """TransGAN's "modified normalization" x rsqrt(mean_C(x^2) + 1e-8), without parameters; the mean is in float32."""
+    """TransGAN's "modified normalization" x rsqrt(mean_C(x^2) + 1e-8), without parameters, with the mean in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean_square = execution.full_precision(x).square().mean(dim=2, keepdim=True)
@@ -106,7 +106,7 @@ class TokenNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a token that casts its parameters to the dtype of the input."""
+    """LayerNorm over channels, with parameters cast to the dtype of the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -119,7 +119,7 @@ class LayerNorm(nn.LayerNorm):
 class TokenNoise(nn.Module):
     """Noise x + s n with n ~ N(0, 1) per token, shared by all channels (Karras et al. 2019, section 3.2).
 
-    The strength s is a learned scalar, initially 0. `noise_const` holds n for mode 'const'.
+    The strength s is a learned scalar, initially 0. `noise_const` is n in mode 'const'.
     """
 
     noise_const: Tensor

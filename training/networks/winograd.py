@@ -33,7 +33,7 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
         data[i, :-1] = np.poly(others)[::-1]
         kernel[i] = point ** np.arange(3) / np.prod(point - others)
         output[:, i] = point ** np.arange(4)
-    data[-1] = np.poly(POINTS)[::-1]  # the last row and column stand for the point at infinity
+    data[-1] = np.poly(POINTS)[::-1]  # the last row and column represent the point at infinity
     kernel[-1, -1] = output[-1, -1] = 1
     return tuple(torch.from_numpy(np.kron(m, m)) for m in (data, kernel, output))  # type: ignore[return-value]
 
@@ -44,7 +44,7 @@ DATA, KERNEL, OUTPUT = _transforms()  # (36, 36), (36, 9), (16, 36)
 def is_profitable(x: Tensor, weight: Tensor) -> bool:
     """Return whether `conv3x3` supports x (B, C, H, W) and weight (C_out, C, 3, 3) and is faster than F.conv2d.
 
-    The decision ignores the batch size, so that the result for an image does not depend on its batch. Exported graphs
+    The decision ignores the batch size, so the result for an image does not depend on its batch. Exported graphs
     use the convolutions of their runtime.
     """
     if torch.compiler.is_exporting():
