@@ -19,7 +19,7 @@ from torch_utils.images import DistanceTo
 
 
 def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
-    """LPIPS of torch-fidelity on RGB or gray images, average-pooled towards 256 pixels.
+    """LPIPS of torch-fidelity on RGB or gray images, average-pooled to about 256 pixels.
 
     sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2        Zhang et al. 2018
 
@@ -49,9 +49,9 @@ def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
 def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     """Return |f(img) - f(target)|^2 / |f(target)|^2 for the features f of a program on float pixels in 0..255.
 
-    If the program takes `return_lpips`, like the VGG16 of the StyleGAN family, f is its output under that option.
-    Squared distances of this output are LPIPS, so they are not divided. Raises UserError for a program without
-    gradients.
+    If the program has an argument `return_lpips`, like the VGG16 of the StyleGAN family, f is its output with
+    `return_lpips=True`. Squared distances between these outputs are LPIPS and are not divided. Raises UserError for a
+    program without gradients.
     """
     module, arguments = load_module(path, device)
     if path.suffix == ".pt2":
@@ -74,7 +74,7 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():  # for the check below; TorchScript outputs may carry a graph even without it
+        with torch.enable_grad():  # needed by the check below; TorchScript may build a graph even under no_grad
             goal = features(targets.clone().requires_grad_())
         if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
@@ -86,7 +86,7 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
 
 
 def _remove_input_checks(module: Any) -> None:
-    """Remove the input type checks of an exported program. The graph converts its inputs to float after them."""
+    """Remove the input type checks of an exported program. The graph itself converts its inputs to float."""
     for node in list(module.graph.nodes):
         is_guard = node.op == "call_module" and "guards" in str(node.target)
         if is_guard or node.target is torch.ops.aten._assert_tensor_metadata.default:

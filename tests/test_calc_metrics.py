@@ -265,7 +265,7 @@ def test_a_folder_of_images_can_replace_the_network(
 
     few = calc("--metrics=fid5k_full", bound(detector_program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
-    assert "5000 generated images are requested, and the set holds 21" in few.stderr
+    assert "5000 generated images are requested, but the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
     assert "specify the real images with --data" in without.stderr
