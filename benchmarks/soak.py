@@ -2,8 +2,7 @@
 
 python benchmarks/soak.py --steps=4000
 
-Every 50 steps there is a tick with a snapshot, a training state, image grids and a metric, while two workers decode the
-images.
+Every 50 steps, a tick writes a snapshot, a training state, image grids and a metric. Two workers decode the images.
 """
 
 from __future__ import annotations

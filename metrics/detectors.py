@@ -385,7 +385,7 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     if info["missing_keys"]:
-        raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
+        raise UserError(f"{folder}: lacks the weights of {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
 
     def forward(images: Tensor) -> Output:

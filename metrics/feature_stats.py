@@ -1,4 +1,4 @@
-"""Statistics of features, accumulated over batches and processes; those of real images are cached on disk.
+"""Statistics of features, accumulated over batches and processes; statistics of reals are cached on disk.
 
 A metric plans requests such as `StatRequest(of="fake", role="inception", count=50_000, recipe=Moments())`.
 `collect` groups the requests of all metrics: each image is generated or read once, passes through each network once,

@@ -104,7 +104,7 @@ def check(path: Path) -> None:
             f"export it again with a newer torch ({describe_error(error)})"
         ) from None
     if size > path.stat().st_size:
-        raise UserError(f"--detector={path}: is compressed, or its parts overlap, which torch.export does not do")
+        raise UserError(f"--detector={path}: is compressed or has overlapping parts, unlike the files of torch.export")
     if TEXTS[0] not in names:
         raise UserError(f"--detector={path}: holds no program ({TEXTS[0]})")
     for name in names:

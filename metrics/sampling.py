@@ -110,7 +110,7 @@ class MetricContext:
         if source is None or (self.G and self.fakes):
             raise ValueError("a metric context needs either a generator or a set of generated images")
         if tuple(source.img_shape) != tuple(self.images.img_shape):
-            raise UserError(explain_misfit(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
+            raise UserError(explain_shape_mismatch(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
         if self.G and self.G.c_dim and self.G.c_dim != self.images.c_dim:
             raise UserError(
                 f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
@@ -135,14 +135,14 @@ class MetricContext:
         return self.G
 
 
-def explain_misfit(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
+def explain_shape_mismatch(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
     """Return the error message for fakes and reals of different shape (C, H, W), with the dataset_tool.py options."""
     options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
     options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
-    maker = "the network makes" if of_network else "the generated set holds"
-    given = "use the dataset that the network was trained on, or" if of_network else "use real images of that shape, or"
+    source = "the network generates" if of_network else "the generated set holds"
+    remedy = "use the dataset that the network was trained on or" if of_network else "use real images of this shape or"
     return (
-        f"{maker} images of {shape_name(ours)} but the data has {shape_name(theirs)}: {given} build one from it with "
+        f"{source} images of {shape_name(ours)}, but the dataset has {shape_name(theirs)}: {remedy} convert it with "
         f"dataset_tool.py {' '.join(options)}"
     )
 

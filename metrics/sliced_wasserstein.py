@@ -151,19 +151,19 @@ def laplacian_pyramid(img: Tensor) -> list[Tensor]:
     """
     levels = []
     for height, width in pyramid_shapes(img.shape[2], img.shape[3])[1:]:
-        coarse = halve(img)
+        coarse = downsample(img)
         assert coarse.shape[2:] == (height, width)
-        levels.append(img - enlarge(coarse, img.shape[2], img.shape[3]))
+        levels.append(img - upsample(coarse, img.shape[2], img.shape[3]))
         img = coarse
     return [*levels, img]
 
 
-def halve(img: Tensor) -> Tensor:
+def downsample(img: Tensor) -> Tensor:
     """Low-pass filter an image and keep every second pixel, (H + 1) // 2 by (W + 1) // 2."""
     return _filter(_filter(img, dim=2, stride=2), dim=3, stride=2)
 
 
-def enlarge(img: Tensor, height: int, width: int) -> Tensor:
+def upsample(img: Tensor, height: int, width: int) -> Tensor:
     """Insert zeros between the pixels, low-pass filter, and scale to preserve the mean."""
     spread = img.new_zeros(*img.shape[:2], height, width)
     spread[:, :, ::2, ::2] = img
@@ -176,8 +176,8 @@ def _filter(x: Tensor, dim: int, stride: int = 1) -> Tensor:
     The sum of five shifted images has a fixed order of summation and never runs in TF32, unlike a convolution.
     """
     size = x.shape[dim]
-    reach = len(TAPS) // 2
-    mirrored = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
+    radius = len(TAPS) // 2
+    mirrored = F.pad(x, (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0), mode="reflect")
     shifted = [mirrored.narrow(dim, shift, size) for shift in range(len(TAPS))]
     strides = (slice(None),) * dim + (slice(None, None, stride),)
     return sum((tap * part[strides] for tap, part in zip(TAPS, shifted, strict=True)), start=x.new_zeros(()))

@@ -1,4 +1,4 @@
-"""Self-contained HTML page of runs: overview, generated images over time, curves, options. It loads nothing remote."""
+"""Self-contained HTML page of runs: overview, generated images over time, curves, options. No remote resources."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES, open_image
 from dnnlib.util import format_time, read_regular
-from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
+from reporting.charts import Chart, Entry, Line, higher_is_better, index_of_best
 from reporting.drawing import Panel, RenderedChart
 from reporting.run_reader import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # longer side of a grid in the page, in pixels
 MAX_STARTS, MAX_FACTS = 50, 30  # starts shown per run, and columns of the environment table
-MAX_READINGS = 300  # points per line that the pointer can read
+MAX_READINGS = 300  # points per line for the readout at the pointer
 
 
 def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
@@ -80,7 +80,7 @@ def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
     higher = higher_is_better(name)
     if higher is None:
         return "?", last
-    best = place_of_best(curve, higher=higher)
+    best = index_of_best(curve, higher=higher)
     return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 
 
@@ -151,7 +151,7 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
 
 
 def _chart(rendered: RenderedChart) -> str:
-    """Return the panels of a chart, its legend, and the data for the pointer."""
+    """Return the panels of a chart, its legend, and the data for the readout at the pointer."""
     chart = rendered.chart
     lines = escape(json.dumps([_readings(chart, line) for line in chart.lines], separators=(",", ":")))
     legend = "".join(f"<li>{_swatch(entry)}{escape(entry.label)}</li>" for entry in chart.legend())

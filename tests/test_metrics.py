@@ -145,7 +145,7 @@ def test_pyramid_levels_sum_to_the_image() -> None:
     assert [tuple(level.shape[2:]) for level in levels] == [(70, 67), (35, 34), (18, 17)]
     total = levels[-1]
     for level in reversed(levels[:-1]):
-        total = level + sw.enlarge(total, *level.shape[2:])
+        total = level + sw.upsample(total, *level.shape[2:])
     torch.testing.assert_close(total, img)
 
     *fine, coarse = sw.laplacian_pyramid(torch.full((1, 1, 64, 48), 200.0))
