@@ -343,7 +343,7 @@ def test_invalid_project_arguments_get_one_message(
         (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
         (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
         ([f"--target={good}", "--loss=pixels", "--lr=0"], "--lr=0: must be positive"),
-        ([f"--target={good}", "--loss=features"], "specify its program with --detector=FILE"),
+        ([f"--target={good}", "--loss=features"], "specify a program with --detector=FILE"),
         ([f"--target={good}", "--loss=pixels", f"--detector={program}"], "does not use a program"),
     ]:
         result = run("project", f"--network={network}", f"--outdir={out}", *arguments)
