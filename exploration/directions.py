@@ -308,8 +308,8 @@ def find_directions(
     limit = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
     if components is not None and components > limit:
         raise UserError(f"--components={components}: --method={method} finds at most {limit} directions here")
-    count, drawn = components or min(5, limit), sampled_w(model, samples)
-    return factorise(model, styles, count, drawn) if method == "sefa" else principal_components(drawn, styles, count)
+    count, w = components or min(5, limit), sampled_w(model, samples)
+    return factorise(model, styles, count, w) if method == "sefa" else principal_components(w, styles, count)
 
 
 def signed(number: float) -> str:

@@ -111,9 +111,9 @@ def project(
     for step in range(config.num_steps):
         t = step / config.num_steps
         optimizer.param_groups[0]["lr"] = config.rate_at(t)
-        drawn = torch.stack([torch.randn(w.shape[1:], generator=generator) for generator in generators])
+        w_noise = torch.stack([torch.randn(w.shape[1:], generator=generator) for generator in generators])
         with torch.enable_grad(), execution.using(model.execution):
-            ws = w + drawn.to(w) * (spread * config.exploration_at(t))
+            ws = w + w_noise.to(w) * (spread * config.exploration_at(t))
             ws = ws.expand(-1, model.G.num_ws, -1)
             images = functional_call(model.G.synthesis, noises, (ws,), {"noise_mode": model.noise_mode})
             distances = distance(images)

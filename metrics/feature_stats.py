@@ -208,12 +208,12 @@ def statistics_of(context: MetricContext) -> Statistics:
 def with_network(context: MetricContext, G: ImageGenerator) -> MetricContext:
     """Return a context for another network on the same data that reuses detectors and statistics of the reals."""
     old = statistics_of(context)
-    following = replace(context, G=G, shared={})
-    new = statistics_of(following)
+    new_context = replace(context, G=G, shared={})
+    new = statistics_of(new_context)
     new.detectors = old.detectors
     new.results = {request: result for request, result in old.results.items() if request.of == "real"}
     new.seconds = {request: 0.0 for request in new.results}
-    return following
+    return new_context
 
 
 class Statistics:
@@ -253,9 +253,9 @@ class Statistics:
             kept = self._load(request)
             if kept is not None:
                 self.results[request], self.seconds[request] = kept, 0.0
-        unread = [request for request in todo if request.of == "real" and request not in self.results]
-        for chosen in dict.fromkeys((request.count, request.flips) for request in unread):
-            group = [request for request in unread if (request.count, request.flips) == chosen]
+        uncached = [request for request in todo if request.of == "real" and request not in self.results]
+        for chosen in dict.fromkeys((request.count, request.flips) for request in uncached):
+            group = [request for request in uncached if (request.count, request.flips) == chosen]
             self._run(group)
             for request in group:
                 self._save(request)

@@ -27,17 +27,17 @@ def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
     """
     network = setup.load_lpips_network(device)
 
-    def units(img: Tensor) -> list[Tensor]:
+    def unit_features(img: Tensor) -> list[Tensor]:
         activations = network.net(network.normalize(lpips_input(img, crop=False)))  # five of (B, C, H, W)
         return [x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in activations]
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad(), full_float32():
-            goals = units(targets)
+            goals = unit_features(targets)
 
         def distance(img: Tensor) -> Tensor:
             with full_float32():
-                layers = zip(network.lins, units(img), goals, strict=True)
+                layers = zip(network.lins, unit_features(img), goals, strict=True)
                 parts = [lin.model((x - goal).square()).mean(dim=(1, 2, 3)) for lin, x, goal in layers]
             return torch.stack(parts).sum(dim=0)
 
@@ -79,8 +79,8 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
         if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
         goal = goal.detach()
-        unit = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
-        return lambda img: (features(img) - goal).square().sum(dim=1) / unit
+        scale = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
+        return lambda img: (features(img) - goal).square().sum(dim=1) / scale
 
     return distance_to
 

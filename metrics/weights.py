@@ -74,7 +74,7 @@ def sha256_of(path: Path) -> str:
 
 
 @functools.lru_cache
-def _sha256_of_file(path: Path, changed: int, size: int) -> str:
+def _sha256_of_file(path: Path, mtime_ns: int, size: int) -> str:
     try:
         return sha256_of_file(path)
     except OSError as error:

@@ -275,7 +275,7 @@ def test_invalid_directions_arguments_get_one_message(shapes_zip: Path, tmp_path
         (["--positive=1"], "are for the methods mean and linear"),
         (["--method=linear", "--positive=0", "--negative=1", "--components=2"], "finds one direction"),
         (["--components=13"], "--components=13: --method=sefa finds at most 12 directions here"),
-        (["--components=3", "--method=pca", "--samples=3"], "--components=3: --method=pca finds at most 2 here"),
+        (["--components=3", "--method=pca", "--samples=3"], "--method=pca finds at most 2 directions here"),
         (["--save=x.txt"], "x.txt: directions are stored in"),
         (["--styles=9"], "--styles=9"),
     ]:

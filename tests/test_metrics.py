@@ -332,7 +332,7 @@ def test_a_diverged_network_is_refused() -> None:
 
 
 def test_a_network_that_does_not_match_the_data_is_refused() -> None:
-    with pytest.raises(UserError, match=r"network makes images of 3x32x32 .* data has 1x16x16"):
+    with pytest.raises(UserError, match=r"network generates images of 3x32x32 .* dataset has 1x16x16"):
         metric_context(natural_images(4, (1, 16, 16)), G=Stripes())
     with pytest.raises(UserError, match="conditional on labels of 10"):
         metric_context(natural_images(4), G=Stripes(c_dim=10))
