@@ -64,7 +64,7 @@ class Cost:
     exit_code: int
     seconds: float
     peak_mb: float
-    says: str  # the last line of output
+    last_line: str  # of the output
 
 
 def cases() -> Iterator[tuple[str, str, click.Command, Make]]:
@@ -201,8 +201,8 @@ def _packed(method: int) -> Callable[[], bytes]:
     def build() -> bytes:
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w", method) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
-            about = {"descr": "|u1", "fortran_order": False, "shape": (1024, 1024, 1024)}
-            np.lib.format.write_array_header_1_0(member, about)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (1024, 1024, 1024)}
+            np.lib.format.write_array_header_1_0(member, header)
             for _ in range(1024):
                 member.write(bytes(PIECE))
         return file.getvalue()
@@ -223,7 +223,7 @@ def measure(command: click.Command, arguments: list[str], output: Path) -> Cost:
         exit_code=exit_code,
         seconds=round(time.monotonic() - start, 2),
         peak_mb=round((peak - base) / 1024, 1),
-        says=(lines or [""])[-1],
+        last_line=(lines or [""])[-1],
     )
 
 
@@ -252,7 +252,7 @@ def run(command: click.Command, arguments: list[str], output: Path) -> tuple[int
 
 @click.command()
 @click.option("--each", is_flag=True, help="Also print a line for each input.")
-@click.option("--only", metavar="KIND", help="Inputs of one kind.")
+@click.option("--only", metavar="KIND", help="Measure only inputs of this kind.")
 def main(each: bool, only: str | None) -> None:
     """Measure time and memory on hostile files. Exits with 1 if a command raises, is killed or exceeds the limits."""
     torch.set_num_threads(1)

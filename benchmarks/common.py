@@ -37,7 +37,7 @@ PEAK_TFLOPS = {
     "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
 }
 
-LOAD_AT_START = os.getloadavg()[0]  # above about 1, other programs were running
+LOAD_AT_START = os.getloadavg()[0]  # above about 1 means that other programs were running
 
 
 def emit(result: Mapping[str, Any], device: torch.device) -> None:

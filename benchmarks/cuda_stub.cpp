@@ -1,4 +1,4 @@
-// Stub of the CUDA runtime and driver, with which PyTorch runs as if there were a GPU.
+// Stub of the CUDA runtime and driver that lets PyTorch run as if there were a GPU.
 //
 // launches.py preloads this library. Kernels do nothing. Allocations return addresses that are never accessed, up to a
 // limit. Streams track whether they are being captured, so that PyTorch's allocator and CUDA graphs behave as on a GPU.
@@ -113,7 +113,7 @@ const char* cudaGetErrorString(int error) {
     return error == kOutOfMemory          ? "out of memory"
            : error == kCaptureUnsupported ? "operation not permitted when stream is capturing"
            : error == kCaptureInvalidated ? "operation failed due to a previous error during capture"
-                                          : "the stub of CUDA lacks a function";
+                                          : "not implemented by the CUDA stub";
 }
 
 int cudaMalloc(void** memory, size_t bytes) {

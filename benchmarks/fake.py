@@ -55,7 +55,7 @@ def move(module: nn.Module, device: Any = None, memory_format: torch.memory_form
 
 
 def new_trainer(config: TrainConfig, env: Environment, device: torch.device) -> Trainer:
-    """Return a trainer for a dataset without images, which has only labels: class numbers, or none."""
+    """Return a trainer for a dataset without images, with class numbers as labels, or without labels."""
     labels = torch.empty(100, dtype=torch.int64) if env.c_dim else torch.empty(100, 0)
     dataset: Any = SimpleNamespace(img_shape=env.img_shape, c_dim=env.c_dim, labels=labels)
     return Trainer(config, dataset, device)

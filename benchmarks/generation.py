@@ -27,7 +27,7 @@ from training.snapshots.snapshot import load_network
 
 @click.command(cls=Script, help=__doc__)
 @option("--network", type=click.Path(path_type=Path), help="Snapshot. [the README's example, untrained]")
-@option("--batch", "batches", type=IntList(), default="1,4,16,64,256", show_default=True, help="Images at a time.")
+@option("--batch", "batches", type=IntList(), default="1,4,16,64,256", show_default=True, help="Batch sizes.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
 @option(
@@ -47,7 +47,7 @@ def main(
     seconds: float,
 ) -> None:
     if min(batches) < 1:
-        raise UserError(f"--batch={','.join(map(str, batches))}: a batch has at least 1 image")
+        raise UserError(f"--batch={','.join(map(str, batches))}: must be at least 1")
     tune_allocator()
     where = distributed.use_device(device)
     execution.set_gpu_arithmetic()
@@ -62,7 +62,7 @@ def main(
         if precision not in execution.REDUCED or not set(switches) <= {"compile", "graphs"}:
             raise UserError(f"--modes: {mode!r} is not fp32, bf16 or fp16, with or without +compile and +graphs")
         if "graphs" in switches and where.type != "cuda":
-            raise UserError(f"--modes={mode}: CUDA graphs need a GPU, this is {where}")
+            raise UserError(f"--modes={mode}: CUDA graphs need a GPU, but the device is {where}")
         fast = FastGenerator(G, use_compile="compile" in switches, use_graphs="graphs" in switches) if switches else G
         for batch in batches:
             if where.type == "cuda":

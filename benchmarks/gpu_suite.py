@@ -57,7 +57,7 @@ README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteStage:
-    """A Python command with a time limit in seconds, after which it gets the signal `stop` and is killed soon after.
+    """A Python command with a time limit in seconds. At the limit it receives the signal `stop`, then SIGKILL.
 
     `needs`: stages that must have succeeded before. `expected`: exit codes of success.
     """
@@ -181,7 +181,7 @@ def profile_step(options: Options, mode: str) -> SuiteStage:
 
 
 def run_tests(options: Options, limit: float, *modules: str) -> SuiteStage:
-    """Run GPU tests: of these modules, or by default of all modules without another stage."""
+    """Run the GPU tests of some modules; by default, of all modules that no other stage runs."""
     processes = f"--numprocesses={2 if options.quick else 8}"
     command = ["-m", "pytest", "-m", "gpu and not slow", processes, "-v", "-rfE", "-p", "no:cacheprovider"]
     files = [f"tests/{module}.py" for module in modules]
@@ -220,7 +220,7 @@ def train(options: Options) -> SuiteStage:
 
 
 def measure_snapshots(options: Options, which: str) -> SuiteStage:
-    """Compute Frechet distances over the detector's features for one snapshot, or for all snapshots of a run."""
+    """Compute Frechet distances on the detector's features for one snapshot, or for all snapshots of a run."""
     metric = "fid64_full" if options.quick else "fid10k_full"
     command = ["calc_metrics.py", f"--network={options.workdir / which}", f"--metrics={metric}"]
     command += [f"--detector={options.detector}", f"--device={options.device}", "--no-cache", "--detector-batch=256"]
@@ -234,7 +234,7 @@ class Suite:
     stages: dict[str, SuiteStage]
     options: Options
     deadline: float
-    again: Callable[[Sequence[str]], str]  # returns the command for the stages that were not started
+    rerun_command: Callable[[Sequence[str]], str]  # returns the command for the stages that were not started
     results: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -263,14 +263,14 @@ class Suite:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
             process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, start_new_session=True, **streams)
             is_late = not ends_within(process, limit, stage.stop)
-        text, complaints = output.read_text(errors="replace"), errors.read_text(errors="replace")
+        text, error_text = output.read_text(errors="replace"), errors.read_text(errors="replace")
         seconds, code = round(time.monotonic() - began, 1), process.returncode
         with (self.options.outdir / "log.txt").open("a") as log:
-            log.write(f"\n$ {shown}\n{text}{complaints}[exit {code} after {seconds} s]\n")
+            log.write(f"\n$ {shown}\n{text}{error_text}[exit {code} after {seconds} s]\n")
         outcome = "stopped at its limit" if is_late else f"exit {code}"
         found = {"command": shown, "seconds": seconds, "outcome": outcome, **read_output(text)}
         if code not in stage.expected:
-            found["problem"] = "\n".join([outcome, *complaints.strip().splitlines()[-5:]])
+            found["problem"] = "\n".join([outcome, *error_text.strip().splitlines()[-5:]])
         if stage.command[0] == "train.py":
             found |= self.keep_run()
         return found
@@ -295,7 +295,7 @@ class Suite:
     def save(self) -> None:
         """Write the results so far."""
         (self.options.outdir / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-        (self.options.outdir / "summary.md").write_text(summary(self.results, self.again))
+        (self.options.outdir / "summary.md").write_text(summary(self.results, self.rerun_command))
 
     def report(self, name: str) -> None:
         """Print the outcome of a stage."""
@@ -369,11 +369,11 @@ COLUMNS = {
     "operators": ["case", "impl", "dtype", "channels_last", "forward", "backward"],
 }  # fmt: skip
 
-# Keys that the rows of all benchmarks have.
+# Keys common to the rows of all benchmarks.
 SHARED = {"benchmark", "part", "device", "torch", "threads", "cores", "load_at_start", "command"}
 
 
-def summary(results: dict[str, Any], again: Callable[[Sequence[str]], str]) -> str:
+def summary(results: dict[str, Any], rerun_command: Callable[[Sequence[str]], str]) -> str:
     """Return the results as Markdown tables."""
     machine, stages = results["machine"], results["stages"]
     place = f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
@@ -395,7 +395,7 @@ def summary(results: dict[str, Any], again: Callable[[Sequence[str]], str]) -> s
     problems = {name: found["problem"] for name, found in stages.items() if "problem" in found}
     lines += [f"\nProblem in {name}:\n\n    {indent(problem)}" for name, problem in problems.items()]
     late = [name for name, found in stages.items() if found["outcome"] == NOT_STARTED]
-    lines += ["", "Not started; this runs it:", "", f"    {again(late)}"] if late else []
+    lines += ["", "Not started; to run these stages:", "", f"    {rerun_command(late)}"] if late else []
     return "\n".join(lines) + "\n"
 
 
@@ -440,11 +440,11 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
 
 
 def choose(stages: dict[str, SuiteStage], only: Sequence[str] | None, skip: Sequence[str]) -> dict[str, SuiteStage]:
-    """Return the stages with these names, their needs, and always the build. Raises UserError for unknown names."""
+    """Return the named stages, the stages they need, and always the build. Raises UserError for unknown names."""
     for flag, names in (("--only", only or ()), ("--skip", skip)):
         for name in names:
             if name not in stages:
-                raise UserError(f"{flag}={name}: no such stage; there are {', '.join(stages)}")
+                raise UserError(f"{flag}={name}: no such stage; choose from {', '.join(stages)}")
     wanted = {*stages} if only is None else {*only, "build"}
     while missing := {need for name in wanted & stages.keys() for need in stages[name].needs} - wanted:
         wanted |= missing
@@ -472,7 +472,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_
 @option("--minutes", type=click.FloatRange(min=0.5), default=7.5, show_default=True, help="Total time limit.")
 @option("--train-seconds", type=click.FloatRange(min=1), default=100.0, show_default=True, help="Duration of training.")
 @option("--preset", type=click.Choice(list(PRESETS)), help="Preset of the training run. [the README's example]")
-@option("--only", type=NameList(), help="Run only these stages and their needs.")
+@option("--only", type=NameList(), help="Run only these stages and the stages they need.")
 @option("--skip", type=NameList(), default="none", help="Skip these stages.")
 @option("--commit", help="Measured commit. [from git]")
 @click.option("--quick", is_flag=True, help="Use tiny sizes, to test the suite.")
@@ -498,7 +498,7 @@ def main(
             stages=choose(build_stages(chosen), only, skip),
             options=chosen,
             deadline=deadline,
-            again=partial(rerun, minutes, commit, chosen),
+            rerun_command=partial(rerun, minutes, commit, chosen),
             results={"machine": describe_machine(device, commit)},
         )
         suite.run()

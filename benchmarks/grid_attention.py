@@ -4,7 +4,7 @@
 full      among all tokens, as the paper's standard attention
 grid      inside windows of --window x --window tokens
 axis      within rows, then columns
-nystrom   by --landmarks landmarks
+nystrom   approximated with --landmarks landmarks
 
 All but nystrom have a learned relative position bias per head. Derivatives, `peak_mib`, times and problems are defined
 as in benchmarks/self_attention.py: one derivative as in a training step; two as in a gradient penalty, where full, grid

@@ -73,7 +73,7 @@ CASES = {
 def main(cases: tuple[str, ...]) -> None:
     for case in cases:
         if case not in CASES:
-            raise UserError(f"--cases: {case!r} is none of {', '.join(CASES)}")
+            raise UserError(f"--cases: {case!r} is not one of {', '.join(CASES)}")
     with processes() as pool:
         for case in cases:
             for row in pool.submit(count_launches, case).result():
@@ -84,7 +84,7 @@ def main(cases: tuple[str, ...]) -> None:
 def processes() -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of one process in which PyTorch finds the GPU stub. Raises UserError if the stub does not build."""
     if torch.version.cuda is None:
-        raise UserError(f"torch {torch.__version__} was built without CUDA; install a build with it (no GPU is needed)")
+        raise UserError(f"torch {torch.__version__} was built without CUDA; install a CUDA build (no GPU is needed)")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"  # the name of the driver library that PyTorch loads
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-DCUDA_MAJOR={torch.version.cuda.split('.')[0]}"]
@@ -92,8 +92,8 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", "") or error
-            raise UserError(f"{STUB.name} cannot be compiled: {why}; install g++ or set CXX") from None
+            reason = getattr(error, "stderr", "") or error
+            raise UserError(f"{STUB.name} cannot be compiled: {reason}; install g++ or set CXX") from None
         with (
             patch.dict(os.environ, {"LD_PRELOAD": str(library)}),
             ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,

@@ -44,7 +44,7 @@ def main(device: str | None, parts: tuple[str, ...] | None, quick: bool) -> None
     where = distributed.use_device(device)
     for part in parts or ():
         if part not in PARTS:
-            raise UserError(f"--parts: {part!r} is none of {', '.join(PARTS)}")
+            raise UserError(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
     for part in parts or PARTS:
         for row in PARTS[part](where, quick):
             emit({"benchmark": "micro", "part": part, **row}, where)

@@ -107,7 +107,7 @@ def seconds_per_call(function: Callable[[], Any], device: torch.device, repeats:
 
 
 def _seconds_on_gpu(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    # Larger than any L2 cache: a call in a network would find a cold cache, too.
+    # Larger than any L2 cache, because calls in a network find a cold cache, too.
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
     function()
     synchronize(device)
@@ -144,8 +144,8 @@ def measure(
     copy = seconds_per_call(lambda: target.copy_(x.detach()), device, repeats)
     copied = 2 * x.numel() * x.element_size()
 
-    def row(seconds: float, numbers: int) -> dict[str, float]:
-        rate = numbers * x.element_size() / seconds / 1e9
+    def row(seconds: float, elements: int) -> dict[str, float]:
+        rate = elements * x.element_size() / seconds / 1e9
         return {
             "ms": round(seconds * 1e3, 4),
             "gb_per_s": round(rate, 4),
@@ -172,7 +172,7 @@ def choose_implementations(requested: str | None, device: torch.device) -> list[
     chosen = requested.split(",")
     for impl in chosen:
         if impl not in IMPLEMENTATIONS:
-            raise click.UsageError(f"--impl={requested}: {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+            raise click.UsageError(f"--impl={requested}: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if "cuda" in chosen and device.type != "cuda":
         raise click.UsageError(f"--impl={requested}: the kernels need --device=cuda")
     if "cuda" in chosen and custom_ops.load() is None:
@@ -203,7 +203,7 @@ def main(
         raise click.UsageError(f"--only={only} matches no case: {', '.join(case.name for case in CASES)}")
     for name in dtype.split(","):
         if name not in DTYPES:
-            raise click.UsageError(f"--dtype={dtype}: {name!r} is none of {', '.join(DTYPES)}")
+            raise click.UsageError(f"--dtype={dtype}: {name!r} is not one of {', '.join(DTYPES)}")
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -94,8 +94,10 @@ class Case:
 
 
 SHARED = (  # options of all attention benchmarks
-    option("--derivatives", type=IntList(), default="1,2", show_default=True, help="1, 2 or both."),
-    option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images B."),
+    option(
+        "--derivatives", type=IntList(), default="1,2", show_default=True, help="Numbers of derivatives: 1, 2 or both."
+    ),
+    option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size B."),
     option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Input type."),
     option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]"),
     option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]"),
@@ -116,12 +118,12 @@ SHARED = (  # options of all attention benchmarks
     type=IntList(),
     default="256,512,1024,2048,4096,8192,16384",
     show_default=True,
-    help="Numbers of tokens N; R x R pixels are R^2.",
+    help="Numbers of tokens N; R x R pixels are R^2 tokens.",
 )
 @option("--forms", default=",".join(FORMS), show_default=True, help="Types of attention.")
 @option("--heads", type=click.IntRange(min=1), default=1, show_default=True, help="Heads H.")
 @option("--head-dim", type=click.IntRange(min=1), default=32, show_default=True, help="Channels per head D.")
-@option("--projected-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Linformer's number k.")
+@option("--projected-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Linformer's k.")
 @with_options(SHARED)
 def main(
     tokens: tuple[int, ...],
@@ -148,7 +150,7 @@ def check_choices(forms: str, known: Sequence[str], derivatives: Sequence[int]) 
     """Return the items of --forms. Raises UserError for unknown types and for derivatives other than 1 and 2."""
     chosen = forms.split(",")
     if unknown := sorted(set(chosen) - set(known)):
-        raise UserError(f"--forms={forms}: there is no {unknown[0]!r}; choose from {','.join(known)}")
+        raise UserError(f"--forms={forms}: unknown type {unknown[0]!r}; choose from {','.join(known)}")
     if set(derivatives) - {1, 2}:
         raise UserError(f"--derivatives={','.join(map(str, derivatives))}: choose from 1,2")
     return chosen
@@ -169,7 +171,7 @@ def run_cases(
 def memory_limit(device: torch.device, max_gib: float | None) -> float:
     """Return the limit in GiB above which a case is skipped. Raises UserError if peak memory cannot be read."""
     if device.type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        raise UserError(f"--device={device}: the peak of resident memory is read from Linux's /proc, missing here")
+        raise UserError(f"--device={device}: peak memory is read from Linux's /proc, which is not available here")
     if max_gib is not None:
         return max_gib
     return host_gib() / 2 if device.type == "cpu" else math.inf
@@ -220,7 +222,7 @@ def seconds(case: Any, inputs: list[Tensor], run: Callable[[], Tensor], device: 
 
 
 def explain(error: RuntimeError) -> str:
-    """Describe the errors that count as results; raise all others again."""
+    """Describe the errors that count as results; re-raise all others."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"

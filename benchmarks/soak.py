@@ -2,8 +2,7 @@
 
 python benchmarks/soak.py --steps=4000
 
-Every 50 steps there is a tick with a snapshot, a training state, image grids and a metric, while two workers decode the
-images.
+Every 50 steps, a tick writes a snapshot, a training state, image grids and a metric. Two workers decode the images.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def take_sample(pid: int, run_dir: Path) -> Sample:
 def watch(folder: Path, data: Path, steps: int) -> tuple[list[Sample], int]:
     """Train for `steps` steps, stop by SIGTERM; return one sample per second and the number of remaining processes."""
     command = [sys.executable, "train.py", f"--outdir={folder}", f"--data={data}", *OPTIONS, "--workers=2"]
-    nowhere = subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    devnull = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=devnull, stderr=devnull, start_new_session=True)
     samples: list[Sample] = []
     try:
         while not list(folder.glob("*/stats.jsonl")):
@@ -98,7 +97,7 @@ def count_session(session: int) -> int:
     return found
 
 
-def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
+def summarise(samples: Sequence[Sample], survivors: int) -> dict[str, Any]:
     """Compare the second quarter of the steps with the last, by minimum counts and median memory."""
     steps = samples[-1].steps
     early = [sample for sample in samples if steps / 4 <= sample.steps <= steps / 2]
@@ -117,7 +116,7 @@ def summarise(samples: Sequence[Sample], outlived: int) -> dict[str, Any]:
         "files": both("files"),
         "python_and_native_threads": both("threads"),
         "children": both("children"),
-        "processes_left": outlived,
+        "processes_left": survivors,
     }
 
 

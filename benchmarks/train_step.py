@@ -90,7 +90,7 @@ class Settings:
 @option("--modes", type=NameList(), default="fp32", show_default=True,
         help=f"Modes to measure, each of words joined by +: {', '.join(CHANGES)}.")  # fmt: skip
 @option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs of each phase.")
-@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Untimed runs of each phase before.")
+@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Untimed runs of each phase first.")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
 def main(
     preset: str | None,
@@ -126,7 +126,7 @@ def choose_config(preset: str | None, batch: int, device: torch.device, modes: S
     """Return the configuration that the modes modify. Raises UserError for an unknown word in a mode."""
     for word in "+".join(modes).split("+"):
         if word not in CHANGES:
-            raise UserError(f"--modes: {word!r} is none of {', '.join(CHANGES)}")
+            raise UserError(f"--modes: {word!r} is not one of {', '.join(CHANGES)}")
     values = {"batch_size": batch, "run.device": str(device), "run.graphs": False}
     return override(PRESETS[preset] if preset else README_EXAMPLE, values)
 
@@ -144,7 +144,7 @@ def with_synthetic_images(
     try:
         height, width = (resolution, resolution) if resolution else config.generator.img_size
     except ConfigError:
-        raise UserError(f"--preset={config.preset} is for images of any size: give --resolution") from None
+        raise UserError(f"--preset={config.preset} has no fixed image size: specify --resolution") from None
     config = override(config, {"data.path": str(folder / "scenes.zip")})
     size = [f"--width={width}", f"--height={height}", f"--max-images={NUM_IMAGES}"]
     with contextlib.redirect_stdout(sys.stderr):
@@ -155,7 +155,7 @@ def with_synthetic_images(
 
 
 class CountOperations(TorchDispatchMode):
-    """Sum of the FLOP of all matrix products and convolutions; FlopCounterMode has no second derivatives."""
+    """Sum of the FLOP of all matrix products and convolutions; FlopCounterMode does not count second derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def rates(result: dict[str, Any], gflop: float, device: torch.device) -> dict[st
 
 @contextlib.contextmanager
 def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
-    """Yield a trainer in the mode of the settings, with the operators of the mode inside the context."""
+    """Yield a trainer in the mode of the settings; the context selects the operators of the mode."""
     words = settings.words
     config = settings.config
     for word in words:

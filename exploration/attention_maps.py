@@ -3,8 +3,8 @@
 For every attention variant, the output is linear in the values: A V for each head. A row of A is therefore the gradient
 with respect to V for a unit cotangent. A row costs one run of the block, and the N x N matrix is never stored. For
 Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions; for Nystroem landmarks,
-F A+ B; for axial attention, the product of columns and rows. Weights of the first two can be negative and need not sum
-to one.
+F A+ B; for axial attention, the product of columns and rows. Weights of Linformer and Nystroem can be negative and
+need not sum to one.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class BlockRecord:
         heads = self.module.num_heads
         head_dim = q.shape[2] // heads  # channels of a head are independent, so each channel carries a different r
         parts = []
-        for some in outputs.split(head_dim):
-            cotangent = F.pad(some, (0, 0, 0, head_dim - len(some))).repeat(heads, 1).t()[None]  # (1, N, C)
+        for part in outputs.split(head_dim):
+            cotangent = F.pad(part, (0, 0, 0, head_dim - len(part))).repeat(heads, 1).t()[None]  # (1, N, C)
             with torch.enable_grad():
                 v = torch.zeros_like(q, requires_grad=True)
                 (gradient,) = torch.autograd.grad(self.module(q, k, v), v, cotangent)
-            parts.append(gradient[0].t().unflatten(0, (heads, head_dim))[:, : len(some)])
+            parts.append(gradient[0].t().unflatten(0, (heads, head_dim))[:, : len(part)])
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
@@ -142,8 +142,8 @@ def record(model: Model, ws: Tensor) -> tuple[list[BlockRecord], Tensor]:
 def rollout(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> list[Tensor]:
     """Return the relevance of each block's input positions for the chosen pixels (Q, 2): (Q, N) with sum 1.
 
-    Attention rollout (Abnar & Zuidema 2020): relevance starts at the token of the last grid that holds the pixel and
-    propagates backwards through the blocks, r <- (n(r A) + r) / 2, with A averaged over heads; the second r is the
+    Attention rollout (Abnar & Zuidema 2020): relevance starts at the token of the last grid that contains the pixel
+    and propagates backwards through the blocks, r <- (n(r A) + r) / 2, with A averaged over heads; the second r is the
     residual branch. At a change of resolution, r <- n(r U), with U the upsampling. n takes absolute values and
     normalizes their sum to 1; full, window and axial attention satisfy this already.
     """
@@ -171,14 +171,14 @@ def _resampled_back(resampling: Resampling, outputs: Tensor) -> Tensor:
 
 
 def tokens_of(pixels: Tensor, grid: Grid, img_size: Grid) -> Tensor:
-    """Return the indices (Q,) of the tokens that hold the pixels (Q, 2), given as x and y."""
+    """Return the indices (Q,) of the tokens that contain the pixels (Q, 2), given as (x, y)."""
     x = pixels[:, 0] * grid[1] // img_size[1]
     y = pixels[:, 1] * grid[0] // img_size[0]
     return y * grid[1] + x
 
 
 def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image: int, img_size: Grid) -> Tensor:
-    """Parse queries such as '5,12', 'grid:2' (the centres of 2 x 2 cells) or 'most:3' into pixels (Q, 2), as x and y.
+    """Parse queries such as '5,12', 'grid:2' (the centres of 2 x 2 cells) or 'most:3' into pixels (Q, 2), as (x, y).
 
     Raises UserError for any other form, and for pixels outside the image.
     """
@@ -187,7 +187,7 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
     for query in queries:
         match = re.fullmatch(r"(\d{1,9}),(\d{1,9})|(grid|most):([1-9]\d{0,2})", query)
         if not match:
-            raise UserError(f"--query={query}: give a pixel as X,Y, or grid:N, or most:N for the most attended pixels")
+            raise UserError(f"--query={query}: specify a pixel X,Y, or grid:N, or most:N for the most attended pixels")
         x, y, kind, count = match.groups()
         if kind == "most":
             pixels += most_attended(records, image, img_size, int(count))

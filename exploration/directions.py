@@ -61,7 +61,7 @@ class Directions:
 def sampled_w(model: Model, count: int) -> Tensor:
     """Return w (count, w_dim) of fixed random latents, without truncation."""
     z = torch.from_numpy(np.random.RandomState(0).randn(count, model.G.z_dim)).float()
-    return torch.cat([model.map(some, psi=1)[:, 0].double().cpu() for some in z.split(MAPPING_BATCH)])
+    return torch.cat([model.map(part, psi=1)[:, 0].double().cpu() for part in z.split(MAPPING_BATCH)])
 
 
 def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected | nn.Linear]]:
@@ -77,9 +77,9 @@ def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[Fully
     modules = [m for m in network.modules() if isinstance(m, FullyConnected | nn.Linear) and m.weight.shape[1] == w_dim]
     handles = [module.register_forward_pre_hook(hook) for module in modules]
     try:
-        some = next(network.parameters())
+        reference = next(network.parameters())
         with torch.no_grad():
-            network(torch.arange(num_ws).to(some)[None, :, None].expand(1, -1, w_dim))
+            network(torch.arange(num_ws).to(reference)[None, :, None].expand(1, -1, w_dim))
     finally:
         for handle in handles:
             handle.remove()
@@ -99,7 +99,7 @@ def factorise(model: Model, styles: Sequence[int], count: int, samples: Tensor) 
             f"{type(model.G).__name__}: no linear layer reads these styles, so --method=sefa has nothing to factorise"
         )
     A = torch.cat(weights)
-    return _strongest(A.t() @ A, count, samples, styles)
+    return _top_eigenvectors(A.t() @ A, count, samples, styles)
 
 
 def effective_weight(layer: FullyConnected | nn.Linear) -> Tensor:
@@ -108,17 +108,19 @@ def effective_weight(layer: FullyConnected | nn.Linear) -> Tensor:
     return layer.weight.double().cpu() * gain
 
 
-def principal(samples: Tensor, styles: Sequence[int], count: int) -> Directions:
+def principal_components(samples: Tensor, styles: Sequence[int], count: int) -> Directions:
     """Return the first principal components of w (Härkönen et al. 2020, "GANSpace"); values are variances."""
-    return _strongest(samples.t().cov(), count, samples, styles)
+    return _top_eigenvectors(samples.t().cov(), count, samples, styles)
 
 
-def _strongest(matrix: Tensor, count: int, samples: Tensor, styles: Sequence[int]) -> Directions:
+def _top_eigenvectors(matrix: Tensor, count: int, samples: Tensor, styles: Sequence[int]) -> Directions:
     values, vectors = torch.linalg.eigh(matrix)
     return _directions(vectors.t().flip(0)[:count], values.flip(0)[:count], samples, styles)
 
 
-def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequence[int], *, linear: bool) -> Directions:
+def direction_between(
+    positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequence[int], *, linear: bool
+) -> Directions:
     """Return the direction from negative to positive w (n, w_dim): the difference of means, or a linear classifier.
 
     The classifier is a ridge regression of the signs: (X^T X + lambda I) d = X^T y with centred X and y. The value is
@@ -132,7 +134,7 @@ def between(positive: Tensor, negative: Tensor, samples: Tensor, styles: Sequenc
         y = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).double()
         X, y = X - X.mean(dim=0), y - y.mean()
         ridge = RIDGE * len(X) * samples.var(dim=0).mean()
-        # Dual form, since images are often fewer than dimensions: d = X^T (X X^T + lambda I)^-1 y.
+        # Dual form, since there are often fewer images than dimensions: d = X^T (X X^T + lambda I)^-1 y.
         d = X.t() @ torch.linalg.solve(X @ X.t() + ridge * torch.eye(len(X)).double(), y)
     if gap.norm() <= 1e-6 * samples.std(dim=0).norm():  # only rounding errors
         raise UserError("--positive and --negative have the same mean: there is no direction between them")
@@ -170,7 +172,7 @@ def save_directions(path: Path, found: Directions) -> None:
             safetensors.save_file({name: torch.tensor(array) for name, array in arrays.items()}, temporary)
 
 
-def check_ending(path: Path) -> None:
+def check_suffix(path: Path) -> None:
     """Raise UserError for a suffix that `save_directions` does not support, or a missing package."""
     if path.suffix != ".npz":
         _safetensors(path)
@@ -194,14 +196,14 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
     except KeyError as error:
         raise UserError(f"{where}: has no array {error}; `generate.py directions` writes such files") from None
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{where}: its arrays are not numbers as `generate.py directions` writes them") from None
+        raise UserError(f"{where}: its arrays are not the numbers that `generate.py directions` writes") from None
     if directions.ndim != 2 or directions.shape[1] != G.w_dim or not all(0 <= style < G.num_ws for style in styles):
         raise UserError(
             f"{where}: holds directions {tuple(directions.shape)} for styles up to {max(styles, default=0)}; this "
             f"network has {G.num_ws} styles of {G.w_dim} numbers"
         )
     if not sigmas.shape == values.shape == (len(directions),):
-        raise UserError(f"{where}: holds {len(directions)} directions, but not one value and sigma for each")
+        raise UserError(f"{where}: needs one value and one sigma for each of its {len(directions)} directions")
     if index >= len(directions):
         raise UserError(f"{where}: the file has directions 0 to {len(directions) - 1}")
     if not (directions.isfinite().all() and sigmas.isfinite().all()):
@@ -232,7 +234,7 @@ def _safetensors(path: Path) -> Any:
 def check_strength(strength: float | None, direction: str | None) -> None:
     """Raise UserError for a --strength without a --direction."""
     if strength is not None and direction is None:
-        raise UserError(f"--strength={strength:g}: needs an edit; specify one with --direction=FILE:INDEX")
+        raise UserError(f"--strength={strength:g}: needs a direction; specify one with --direction=FILE:INDEX")
 
 
 def edited(styles: Iterator[Tensor], direction: str | None, strength: float | None, model: Model) -> Iterator[Tensor]:
@@ -261,7 +263,7 @@ def draw_directions(
 ) -> None:
     """Run `generate.py directions`."""
     save = save or outdir / "directions.npz"
-    check_ending(save)
+    check_suffix(save)
     check_groups(method, components, positive, negative)
     model = open_model(**options)
     for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
@@ -270,7 +272,7 @@ def draw_directions(
     chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
     if positive and negative:
         has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
-        found = between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
+        found = direction_between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
     else:
         found = find_directions(model, method, chosen, components, samples)
     make_outdir(outdir)
@@ -281,15 +283,15 @@ def draw_directions(
         rows = [tiles_of(images) for images in model.images(moved).split(steps)]
         save_pixels(sheet(rows, [signed(value) for value in strengths.tolist()]), outdir / f"direction{index:02d}.png")
     click.echo(
-        f"{counted(len(found.directions), 'direction')} for styles {format_ranges(chosen)} in {save}; edits of "
-        f"{counted(len(names), 'image')} along each in {outdir}"
+        f"{counted(len(found.directions), 'direction')} for styles {format_ranges(chosen)} in {save}; "
+        f"{counted(len(names), 'image')} edited along each direction in {outdir}"
     )
 
 
 def check_groups(
     method: str, components: int | None, positive: tuple[int, ...] | None, negative: tuple[int, ...] | None
 ) -> None:
-    """Raise UserError for options of `directions` that the method does not support, or requires."""
+    """Raise UserError for options of `directions` that the method requires or does not support."""
     by_groups = method in ("mean", "linear")
     if by_groups and not (positive and negative):
         raise UserError(f"--method={method}: needs two lists of seeds, --positive and --negative")
@@ -305,9 +307,9 @@ def find_directions(
     """Find directions with the unsupervised method sefa or pca. Raises UserError for too many `components`."""
     limit = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
     if components is not None and components > limit:
-        raise UserError(f"--components={components}: --method={method} finds at most {limit} here")
-    count, drawn = components or min(5, limit), sampled_w(model, samples)
-    return factorise(model, styles, count, drawn) if method == "sefa" else principal(drawn, styles, count)
+        raise UserError(f"--components={components}: --method={method} finds at most {limit} directions here")
+    count, w = components or min(5, limit), sampled_w(model, samples)
+    return factorise(model, styles, count, w) if method == "sefa" else principal_components(w, styles, count)
 
 
 def signed(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Style mixing: a subset of the layers uses the styles of one image, the other layers those of a second image."""
+"""Style mixing: some layers use the styles of one image, and the other layers use the styles of a second image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from exploration.sheets import sheet, tiles_of
 
 
 def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
-    """Parse a choice of styles such as '0-3,5', 'coarse,7' or 'all' into sorted, unique indices.
+    """Parse style indices such as '0-3,5', 'coarse,7' or 'all' into sorted, unique indices.
 
     Raises UserError for a part that is not an index below num_ws, a range, or a style group of the network.
     """
@@ -36,7 +36,7 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
         else:
             names = ", ".join(["all", *(f"{name} ({format_ranges(indices)})" for name, indices in groups.items())])
             raise UserError(
-                f"--styles={text}: {part!r} is not a style; this network has {format_ranges(range(num_ws))}, or {names}"
+                f"--styles={text}: {part!r} is not a style; choose from {format_ranges(range(num_ws))}, {names}"
             )
     return tuple(sorted(chosen))
 
@@ -92,6 +92,6 @@ def make_mixtures(
     left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
     save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
     click.echo(
-        f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the columns; "
-        "grid.png shows all"
+        f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the column "
+        "images; grid.png shows all mixtures"
     )

@@ -64,8 +64,8 @@ class Model:
         c = self.c.expand(len(z), -1) if c is None else c
         psi = self.truncation_psi if psi is None else psi
         parts = [
-            self.G.mapping(pad_batch(some_z).to(self.device), pad_batch(some_c).to(self.device), psi)[: len(some_z)]
-            for some_z, some_c in zip(z.split(MAPPING_BATCH), c.split(MAPPING_BATCH), strict=True)
+            self.G.mapping(pad_batch(part_z).to(self.device), pad_batch(part_c).to(self.device), psi)[: len(part_z)]
+            for part_z, part_c in zip(z.split(MAPPING_BATCH), c.split(MAPPING_BATCH), strict=True)
         ]
         return torch.cat(parts)
 
@@ -146,7 +146,7 @@ def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
 
 
 def label_of(c_dim: int, class_index: int | None, flag: str = "--class", *, is_needed: bool = True) -> Tensor:
-    """Return the one-hot label (1, c_dim). It is zeros if no class is given or needed, because no latent is mapped.
+    """Return the one-hot label (1, c_dim), or zeros if no class is given and no latent is mapped.
 
     Raises UserError, with the flag, for a class that is missing or unknown, and for any class of an unconditional
     network.
@@ -158,7 +158,7 @@ def label_of(c_dim: int, class_index: int | None, flag: str = "--class", *, is_n
     if class_index is None and not is_needed:
         return torch.zeros(1, c_dim)
     if class_index is None:
-        raise UserError(f"{flag}: this network is conditional; give one of its classes 0..{c_dim - 1}")
+        raise UserError(f"{flag}: this network is conditional; specify a class, 0..{c_dim - 1}")
     if not 0 <= class_index < c_dim:
         raise UserError(f"{flag}={class_index}: this network has the classes 0..{c_dim - 1}")
     return torch.nn.functional.one_hot(torch.tensor([class_index]), c_dim).float()
@@ -210,7 +210,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with replaced(path, path.suffix) as temporary:
-            temporary.touch()  # fail before the work, not after it
+            temporary.touch()  # fail early if the folder is not writable
             yield temporary
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error

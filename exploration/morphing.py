@@ -19,7 +19,7 @@ from exploration.directions import Directions, check_strength, read_direction
 from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
 from exploration.opening import is_mapping, open_model
 from exploration.output import counted, make_outdir
-from exploration.sheets import enlargement, to_rgb
+from exploration.sheets import to_rgb, upscale_factor
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
@@ -61,7 +61,7 @@ def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -
         return num_given // cells
     if num_given != cells:
         raise UserError(
-            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; give equal numbers, or one "
+            f"--classes: {len(classes)} classes and {num_given // cells} seeds per cell; use equal numbers, or one "
             "seed per cell"
         )
     return len(classes)
@@ -129,7 +129,9 @@ def sweep_direction(path: StylesAt, found: Directions, index: int, strength: flo
     return styles_at
 
 
-def film(model: Model, path: StylesAt, timing: Timing, grid: tuple[int, int], scale: int) -> Iterator[np.ndarray]:
+def render_frames(
+    model: Model, path: StylesAt, timing: Timing, grid: tuple[int, int], scale: int
+) -> Iterator[np.ndarray]:
     """Yield the frames (H, W, 3) of a path: a grid of (columns, rows) cells, with pixels repeated `scale` times."""
     columns, rows = grid
     for times in timing.times().split(max(model.batch // (columns * rows), 1)):
@@ -179,10 +181,10 @@ def make_video(
     if direction is not None:
         found, index = read_direction(direction, model.G)
         path = sweep_direction(path, found, index, 3.0 if strength is None else strength, timing)
-    scale = scale or enlargement(model.G.img_shape[1:], MIN_FRAME)
+    scale = scale or upscale_factor(model.G.img_shape[1:], MIN_FRAME)
     make_outdir(output.parent, flag=f"--output={output}")
     with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
-        for frame in film(model, path, timing, grid, scale):
+        for frame in render_frames(model, path, timing, grid, scale):
             add(frame)
             progress.update()
     click.echo(f"{counted(timing.num_frames, 'frame')} in {output}, {timing.num_frames / fps:.1f} s")

@@ -1,4 +1,4 @@
-"""Opening of snapshots for the commands of generate.py: device, label, and settings from the options."""
+"""Loading of snapshots for the commands of generate.py: device, label, and settings from the options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     snapshot = load_network(network, torch_device)
     for note in snapshot.notes():
         click.echo(note, err=True)
-    snapshot.require_generator("images are made by")
+    snapshot.require_generator("is needed to generate images")
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, but image files have 1, 3 or 4")
@@ -63,21 +63,21 @@ def choose_label(
     *,
     is_needed: bool = True,
 ) -> Tensor:
-    """Return the label (1, c_dim) of --class or --label. It is zeros if none is given or needed.
+    """Return the label (1, c_dim) of --class or --label, or zeros if no label is given or needed.
 
     Raises UserError for a label that the network does not have, and for a class of a network with vector labels.
     """
     c_dim, kind = snapshot.config.generator.c_dim, snapshot.label_kind()
     if label is not None:
         if class_index is not None:
-            raise UserError("--class and --label: cannot be combined; give one of them")
+            raise UserError("--class and --label: cannot be combined; specify only one")
         return vector_label(c_dim, label)
     if kind == "vectors" and class_index is not None:
         raise UserError(
-            f"{class_flag}={class_index}: labels of this network are vectors; give {c_dim} numbers with --label"
+            f"{class_flag}={class_index}: labels of this network are vectors; specify {c_dim} numbers with --label"
         )
     if kind == "vectors" and is_needed:
-        raise UserError(f"--label: labels of this network are vectors; give {c_dim} numbers, e.g. --label=0.5,...")
+        raise UserError(f"--label: labels of this network are vectors; specify {c_dim} numbers, e.g. --label=0.5,...")
     if c_dim and kind is None and class_index is not None:
         click.echo(
             f"Warning: {snapshot.path}: does not state whether labels are classes; assuming {c_dim} classes",
@@ -114,5 +114,5 @@ def execution_of(snapshot: Snapshot, precision: str) -> execution.Execution:
 
 
 def is_mapping(seeds: tuple[int, ...] | None, projected_w: Path | None) -> bool:
-    """Return whether a command maps latents to styles. A conditional network then needs a class."""
+    """Return whether a command maps latents to styles, which requires a class if the network is conditional."""
     return seeds is not None or projected_w is None

@@ -50,6 +50,6 @@ def save_pixels(pixels: np.ndarray, path: Path) -> None:
     save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Format a count with its noun: 1 image, 2 images."""
-    return f"{number} {thing}{'s' * (number != 1)}"
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -65,7 +65,7 @@ class ImageRequest:
 
 
 class Player:
-    """Answers the requests of the page. Images are generated in batches and cached.
+    """Handler of the requests of the page. Images are generated in batches and cached.
 
     With `has_classes`, requests to a conditional network specify a class. Otherwise all images have the label of the
     model.
@@ -108,7 +108,7 @@ class Player:
         x, y = take_int(given, "x", 0, width - 1), take_int(given, "y", 0, height - 1)
         request = self._parse_request(given)
         if request.count != 1:
-            raise UserError("count: attention maps are of a single image")
+            raise UserError("count: attention maps need a single image")
         if self.records is None or self.records[0] != request:
             self.records = request, record(self.model, self._styles(request, [request.seed]))[0]
         image = enlarged(pixels_of(self._cached_images(request)[0]))
@@ -215,7 +215,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def refusal_of(headers: Message, path: str) -> str | None:
-    """Return why a request is refused, or None for requests by this page and navigation to it.
+    """Return the reason for refusing a request, or None for requests by this page and navigation to this page.
 
     Other sites can send a browser here through DNS rebinding, a form, an image or a script. A link to the page has no
     side effects and is allowed, as a top-level navigation.
@@ -297,5 +297,5 @@ def play(
     c = choose_label(snapshot, None, label, is_needed=not has_classes)
     model = build_model(snapshot, torch_device, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)
     with open_server(Player(model, has_classes=has_classes), port) as server, suppress(KeyboardInterrupt):
-        click.echo(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
+        click.echo(f"Serving http://{HOST}:{server.server_port}/, Ctrl-C to stop")
         server.serve_forever()

@@ -24,7 +24,7 @@ from exploration.directions import sampled_w
 from exploration.model import Model, save_styles
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir
-from exploration.sheets import enlargement, to_rgb
+from exploration.sheets import to_rgb, upscale_factor
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import feature_distance, lpips_distance
@@ -35,7 +35,7 @@ from training.data_sources.convert import Conversion
 from training.data_sources.files import open_store, read_image_file
 from training.networks import execution
 
-FILM_FPS = 30
+VIDEO_FPS = 30
 MIN_SIDE = 8  # side of the coarsest scale of the pixel distance and the noise regularization
 
 
@@ -84,7 +84,7 @@ class ProjectionJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Result of an optimization step: images (B, C, H, W) in [-1, 1] and distances (B,) before it, styles after it."""
+    """Images (B, C, H, W) in [-1, 1] and distances (B,) before an optimization step, and styles after the step."""
 
     images: Tensor
     distances: Tensor
@@ -111,9 +111,9 @@ def project(
     for step in range(config.num_steps):
         t = step / config.num_steps
         optimizer.param_groups[0]["lr"] = config.rate_at(t)
-        drawn = torch.stack([torch.randn(w.shape[1:], generator=generator) for generator in generators])
+        w_noise = torch.stack([torch.randn(w.shape[1:], generator=generator) for generator in generators])
         with torch.enable_grad(), execution.using(model.execution):
-            ws = w + drawn.to(w) * (spread * config.exploration_at(t))
+            ws = w + w_noise.to(w) * (spread * config.exploration_at(t))
             ws = ws.expand(-1, model.G.num_ws, -1)
             images = functional_call(model.G.synthesis, noises, (ws,), {"noise_mode": model.noise_mode})
             distances = distance(images)
@@ -135,18 +135,18 @@ def project_batch(
     distance_to: DistanceTo,
     config: ProjectionConfig,
     first: int,
-    films: Sequence[Path],
+    video_paths: Sequence[Path],
 ) -> tuple[Tensor, Tensor, list[float], list[float]]:
-    """Project uint8 images (B, C, H, W), numbered from `first`, with a progress bar; write the videos `films`.
+    """Project uint8 images (B, C, H, W), numbered from `first`, with a progress bar; write the videos `video_paths`.
 
     Returns styles (B, num_ws, w_dim), their uint8 images with the network's own noise, the distances at the first step,
-    and the distances of these images. Raises UserError if the latter are not finite.
+    and the final distances. Raises UserError if the final distances are not finite.
     """
     goals = ((targets.float() - 128) / 127.5).to(model.device)
-    scale = enlargement(model.G.img_shape[1:], MIN_FRAME)
+    scale = upscale_factor(model.G.img_shape[1:], MIN_FRAME)
     before: list[float] = []
     with ExitStack() as stack:
-        videos = [stack.enter_context(open_video(path, fps=FILM_FPS)) for path in films]
+        videos = [stack.enter_context(open_video(path, fps=VIDEO_FPS)) for path in video_paths]
         progress = stack.enter_context(tqdm(total=config.num_steps, unit="step"))
         for number, step in enumerate(project(model, goals, distance_to, config, first)):
             before = before or step.distances.tolist()
@@ -212,7 +212,7 @@ def normalise(noises: dict[str, Tensor]) -> None:
 
 
 def pixel_distance(targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the mean squared error to the targets, averaged over scales; each scale halves the sides."""
+    """Return the distance function: mean squared error, averaged over scales; each scale halves the sides."""
     scales = [targets]
     while min(scales[-1].shape[2:]) >= 2 * MIN_SIDE:
         scales.append(F.avg_pool2d(scales[-1], 2))
@@ -300,7 +300,7 @@ def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Di
     """Return the distance for --loss and --detector. Raises UserError if it is not available."""
     if loss == "features":
         if setup.program is None:
-            raise UserError("--loss=features: needs a network; specify its program with --detector=FILE")
+            raise UserError("--loss=features: needs a feature network; specify a program with --detector=FILE")
         return feature_distance(setup.program, device)
     if setup.program is not None:
         raise UserError(f"--detector={setup.program}: --loss={loss} does not use a program; use --loss=features")
@@ -315,15 +315,15 @@ def choose_distance(loss: str, setup: DetectorSetup, device: torch.device) -> Di
 
 def run_projection(job: ProjectionJob, outdir: Path, stems: Sequence[str], *, save_video: bool) -> None:
     """Project the targets in batches. Each batch writes projected_w.npz, STEM.png, and STEM.mp4 if `save_video`."""
-    films = [outdir / f"{stem}.mp4" for stem in stems] if save_video else []
-    if films:
-        check_encoder(films[0], FILM_FPS, instead="give --save-video=0")
+    video_paths = [outdir / f"{stem}.mp4" for stem in stems] if save_video else []
+    if video_paths:
+        check_encoder(video_paths[0], VIDEO_FPS, instead="use --save-video=0")
     make_outdir(outdir)
     found = []
     for start in range(0, len(stems), job.model.batch):
         part = slice(start, start + job.model.batch)
         ws, made, before, after = project_batch(
-            job.model, job.targets[part], job.distance_to, job.config, start, films[part]
+            job.model, job.targets[part], job.distance_to, job.config, start, video_paths[part]
         )
         for index, (name, stem) in enumerate(zip(job.names[part], stems[part], strict=True)):
             change = f"distance {before[index]:.4g} at the start, {after[index]:.4g} at the end"

@@ -1,4 +1,4 @@
-"""Image generation from seeds, for any generator. Each image is a function of its own seed only."""
+"""Image generation from seeds, for any generator. Each image depends on its own seed only."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
-def enlargement(size: Sequence[int], least: int) -> int:
-    """Return the integer factor that brings the longer side of (height, width) to at least `least` pixels."""
-    return -(-least // max(size))
+def upscale_factor(size: Sequence[int], min_side: int) -> int:
+    """Return the integer factor that brings the longer side of (height, width) to at least `min_side` pixels."""
+    return -(-min_side // max(size))
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
     """Upscale (H, W, ...) by an integer factor, until the longer side is at least MIN_TILE."""
-    factor = enlargement(pixels.shape[:2], MIN_TILE)
+    factor = upscale_factor(pixels.shape[:2], MIN_TILE)
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

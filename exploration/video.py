@@ -28,7 +28,7 @@ def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> N
     `instead` is the alternative that the message offers for a missing encoder.
     """
     if not fps >= 1:
-        raise UserError(f"--fps={fps:g}: must be 1 or more")
+        raise UserError(f"--fps={fps:g}: must be at least 1")
     if path.suffix == ".mp4":
         _ffmpeg(path, instead)
     elif path.suffix != ".gif":
@@ -43,7 +43,7 @@ def open_video(path: Path, fps: float) -> Iterator[AddFrame]:
 
     MP4 is H.264 in 4:2:0, for compatibility; odd sides are padded by repeating the last row or column. A GIF loops
     forever and has 256 colours per frame. Its frames last whole hundredths of a second, which match `fps` on average,
-    and are kept in memory until the end, one byte per pixel. Raises WriteError, and UserError as `check_encoder`.
+    and are kept in memory until the end, one byte per pixel. Raises WriteError, and UserError like `check_encoder`.
     """
     check_encoder(path, fps)
     with _gif(path, fps) if path.suffix == ".gif" else _mp4(path, fps) as add:
@@ -87,7 +87,7 @@ def _finish(encoder: Any, path: Path) -> None:
     _, stderr = encoder.communicate()
     if encoder.returncode:
         reason = stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise WriteError(f"{path}: ffmpeg cannot write it ({reason[-1]})")
+        raise WriteError(f"{path}: ffmpeg failed ({reason[-1]})")
 
 
 def _ffmpeg(path: Path, instead: str = "write a .gif") -> str:

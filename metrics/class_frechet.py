@@ -38,7 +38,7 @@ def _classes_of(context: MetricContext) -> int:
     classes = context.images.c_dim
     if context.fakes is not None and (context.fakes.labels.ndim != 1 or context.fakes.c_dim > classes):
         raise UserError(
-            f"needs the classes of the generated images: give them a dataset.json with class numbers below {classes}"
+            f"needs the classes of the generated images: add a dataset.json with class numbers below {classes}"
         )
     return classes
 

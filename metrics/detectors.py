@@ -90,7 +90,7 @@ class Detector:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorSetup:
-    """Source of each feature network (a file of the user or of the cache), and the protocol."""
+    """Source of each feature network (a file given by the user or a cached file), and the protocol."""
 
     program: Path | None = None  # replaces every replaceable network
     bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that the user declared to be these networks
@@ -208,7 +208,7 @@ def _dinov2_name(folder: Path) -> str:
     width, depth, patch = (config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
     if (width, depth, patch) == (1024, 24, 14):
         return "DINOv2 ViT-L/14"
-    return f"DINOv2 of width {width}, {depth} layers, patches {patch}: does not compare with ViT-L/14"
+    return f"DINOv2 of width {width}, {depth} layers, patches {patch}: not comparable with ViT-L/14"
 
 
 def _read_dinov2_config(folder: Path) -> dict[str, Any]:
@@ -217,15 +217,15 @@ def _read_dinov2_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its config.json is not that of a DINOv2 ({describe_error(error)})") from None
+        raise UserError(f"{folder}: config.json does not describe a DINOv2 ({describe_error(error)})") from None
     if not isinstance(config, dict) or not config.keys() >= {"hidden_size", "num_hidden_layers", "patch_size"}:
         raise UserError(
-            f"{folder}: its config.json is not that of a DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
+            f"{folder}: config.json does not describe a DINOv2 (no hidden_size, num_hidden_layers, patch_size)"
         )
     for name, limit in DINOV2_MAX.items():
         value = config.get(name, 1)
         if type(value) is not int or not 1 <= value <= limit:
-            raise UserError(f"{path}: {name}={show(value)}: a DINOv2 has a whole number from 1 to {limit}")
+            raise UserError(f"{path}: {name}={show(value)}: must be a whole number from 1 to {limit}")
     return config
 
 
@@ -249,7 +249,7 @@ def read_detectors(paths: tuple[str, ...], protocol: str = "stylegan") -> Detect
         elif _is_program(path):
             if program:
                 raise UserError(
-                    f"--detector={path}: {program} is given already; use inception:FILE or vgg16:FILE to state which "
+                    f"--detector={path}: {program} is already given; use inception:FILE or vgg16:FILE to state which "
                     "network each file is"
                 )
             program = path.resolve()
@@ -291,7 +291,7 @@ def _identify(path: Path) -> WeightFile:
             return file
     known = ", ".join(file.name for file in KNOWN)
     raise UserError(
-        f"--detector={path}: neither a program (.pt2, or TorchScript) nor a folder of DINOv2 nor one of {known}"
+        f"--detector={path}: neither a program (.pt2, or TorchScript) nor a DINOv2 folder nor one of {known}"
     )
 
 
@@ -302,7 +302,7 @@ def to_rgb(images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
     if channels != 3:
         raise UserError(
-            f"this detector needs RGB images, and the images have {channels} channels: "
+            f"this detector needs RGB images, but the images have {channels} channels: "
             "build the dataset with dataset_tool.py --channels=3, or specify a custom network with --detector"
         )
     return images
@@ -385,7 +385,7 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     if info["missing_keys"]:
-        raise UserError(f"{folder}: holds no weights for {len(info['missing_keys'])} tensors of DINOv2")
+        raise UserError(f"{folder}: lacks the weights of {len(info['missing_keys'])} tensors of DINOv2")
     network = network.eval().requires_grad_(False).to(device)
 
     def forward(images: Tensor) -> Output:
@@ -401,7 +401,7 @@ def _dinov2_errors(folder: Path, transformers: ModuleType) -> Iterator[None]:
         with _preserved_rng(), _quiet(transformers):
             yield
     except Exception as error:  # raised by transformers, safetensors or json
-        raise UserError(f"{folder}: DINOv2 cannot be loaded from it ({describe_error(error)})") from None
+        raise UserError(f"{folder}: cannot load DINOv2 from this folder ({describe_error(error)})") from None
 
 
 def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
@@ -409,7 +409,7 @@ def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
     _read_dinov2_config(folder)
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a DINOv2 folder has one")
+        raise UserError(f"{path}: no such file; a DINOv2 folder needs this file")
     with _dinov2_errors(folder, transformers):
         with torch.device("meta"):
             network = transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(str(folder)))
@@ -417,7 +417,7 @@ def _check_dinov2_size(folder: Path, transformers: ModuleType) -> None:
         with import_extra("safetensors", "metrics").safe_open(path, "pt") as file:
             found = sum(math.prod(file.get_slice(name).get_shape()) for name in [*file.keys()])
     if found < expected:
-        raise UserError(f"{path}: holds {found} numbers, the network of config.json has {expected}")
+        raise UserError(f"{path}: holds {found} parameters, but config.json describes a network of {expected}")
 
 
 def dinov2_input(images: Tensor) -> Tensor:
@@ -456,14 +456,17 @@ def load_program(path: Path, device: torch.device) -> Detector:
 @functools.cache
 def _warn_that_program_runs(path: Path) -> None:
     if distributed.is_main():
-        print(f"--detector={path}: is a program and runs on this machine; use only those you trust", file=sys.stderr)
+        print(
+            f"--detector={path}: is a program that runs on this machine; use only programs that you trust",
+            file=sys.stderr,
+        )
 
 
 def load_module(path: Path, device: torch.device) -> tuple[Any, list[str]]:
     """Load a program. Returns the module and its argument names. Raises UserError if loading fails."""
     try:
         with warnings.catch_warnings(), _quiet_export():
-            warnings.simplefilter("ignore")  # deprecation of TorchScript, which users still have; read-only buffers
+            warnings.simplefilter("ignore")  # deprecation of TorchScript, which is still in use; read-only buffers
             if path.suffix == ".pt2":
                 return _move_to_device(programs.load(path), device).module(), []
             module = torch.jit.load(path, map_location=device).eval()
@@ -493,7 +496,7 @@ def load_state_dict(path: Path) -> Mapping[str, Tensor]:
     """Read a state dict without running code. Raises UserError for a file that holds anything but tensors."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old file formats; unreadable files raise below
+            warnings.simplefilter("ignore")  # old file formats; unreadable files raise below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a state dict ({describe_error(error)})") from None
@@ -506,7 +509,7 @@ def _build(build: Callable[[], Any], name: str) -> Any:
     try:
         return build()
     except RuntimeError as error:
-        raise UserError(f"{name}: its weights do not fit ({describe_error(error)})") from None
+        raise UserError(f"{name}: the weights do not fit the network ({describe_error(error)})") from None
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class FeatureMetric:
         sizes = {request.of: statistics.size(request) for request in requests}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
         return Measurement(
-            values={f"{name}{ending}": value for ending, value in numbers(*results).items()},
+            values={f"{name}{suffix}": value for suffix, value in numbers(*results).items()},
             num_real=sizes.get("real", 0),
             num_fake=sizes["fake"],
             warnings=self.warnings(*results),

@@ -1,4 +1,4 @@
-"""Statistics of features, accumulated over batches and processes; those of real images are cached on disk.
+"""Statistics of features, accumulated over batches and processes; statistics of reals are cached on disk.
 
 A metric plans requests such as `StatRequest(of="fake", role="inception", count=50_000, recipe=Moments())`.
 `collect` groups the requests of all metrics: each image is generated or read once, passes through each network once,
@@ -75,7 +75,7 @@ class StatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One side of a comparison, with the sizes of both sides and the seed. A recipe is chosen from it."""
+    """One side of a comparison, with the sizes of both sides and the seed: the input for choosing a recipe."""
 
     of: Literal["real", "fake"]
     num_real: int
@@ -208,12 +208,12 @@ def statistics_of(context: MetricContext) -> Statistics:
 def with_network(context: MetricContext, G: ImageGenerator) -> MetricContext:
     """Return a context for another network on the same data that reuses detectors and statistics of the reals."""
     old = statistics_of(context)
-    following = replace(context, G=G, shared={})
-    new = statistics_of(following)
+    new_context = replace(context, G=G, shared={})
+    new = statistics_of(new_context)
     new.detectors = old.detectors
     new.results = {request: result for request, result in old.results.items() if request.of == "real"}
     new.seconds = {request: 0.0 for request in new.results}
-    return following
+    return new_context
 
 
 class Statistics:
@@ -235,7 +235,7 @@ class Statistics:
         return sum(passes.values())
 
     def _normalized(self, request: StatRequest) -> StatRequest:
-        """Replace a count of at least all reals by None, so that equal requests share a pass."""
+        """Replace a count that covers all reals with None, so that equal requests share a pass."""
         is_all = (
             request.of == "real" and request.count is not None and request.count >= len(self._context_of(request).reals)
         )
@@ -253,9 +253,9 @@ class Statistics:
             kept = self._load(request)
             if kept is not None:
                 self.results[request], self.seconds[request] = kept, 0.0
-        unread = [request for request in todo if request.of == "real" and request not in self.results]
-        for chosen in dict.fromkeys((request.count, request.flips) for request in unread):
-            group = [request for request in unread if (request.count, request.flips) == chosen]
+        uncached = [request for request in todo if request.of == "real" and request not in self.results]
+        for chosen in dict.fromkeys((request.count, request.flips) for request in uncached):
+            group = [request for request in uncached if (request.count, request.flips) == chosen]
             self._run(group)
             for request in group:
                 self._save(request)
@@ -263,7 +263,7 @@ class Statistics:
     def check_detector(self, role: Role, *, with_classes: bool) -> None:
         """Run a custom detector on two blank images and on one, to detect a fixed batch size.
 
-        Raises UserError for a program that fails, or that returns no class logits where they are needed.
+        Raises UserError for a program that fails, or that does not return the required class logits.
         """
         if self.context.setup.program_of(role) is None:
             return
@@ -295,7 +295,7 @@ class Statistics:
                     accumulators[request].add(positions, features[part], None if logits is None else logits[part])
         for (role, what), is_broken in broken.items():
             if is_broken:
-                raise UserError(f"the detector {self._detector(role).name} returns {what} that are not finite")
+                raise UserError(f"the detector {self._detector(role).name} returns non-finite {what}")
         for request in requests:
             self.results[request] = accumulators[request].finish()
         for request in requests:
@@ -304,7 +304,7 @@ class Statistics:
     def _batches(self, request: StatRequest, total: int) -> Batches:
         """Yield the images of this process in detector batches; one blank image if its shard is empty.
 
-        The blank image has an empty range of positions. It gives every process the shapes of the features.
+        The blank image has an empty range of positions and provides the shapes of the features.
         """
         context = self._context_of(request)
         if request.of == "fake":
@@ -361,7 +361,7 @@ class Statistics:
                     raise UserError(f"{path}: holds objects other than tensors")
                 return kept
             except UserError as error:
-                print(f"Warning: {error}: the file is computed again", file=sys.stderr)
+                print(f"Warning: {error}: the statistics are computed again", file=sys.stderr)
                 return None
 
         kept = from_main(read)

@@ -20,7 +20,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def _root(cov: Tensor) -> Tensor:
-    """Return R with R R^T = cov from the eigenvalues; eigenvalues that rounding made negative are set to 0."""
+    """Return a square root R of cov (R R^T = cov); eigenvalues below 0, which are rounding errors, are clamped to 0."""
     values, vectors = torch.linalg.eigh(cov.double())
     return vectors * values.clamp(min=0).sqrt()
 

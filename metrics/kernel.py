@@ -27,7 +27,7 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 def kernel_distance(real: Result, fake: Result) -> tuple[float, float]:
     """Return the mean and standard deviation over the subsets of two SubsetRows."""
     pairs = zip(real["index"], fake["index"], strict=True)
-    values = torch.stack([squared_mmd(real["rows"][one], fake["rows"][other]) for one, other in pairs])
+    values = torch.stack([squared_mmd(real["rows"][i], fake["rows"][j]) for i, j in pairs])
     return float(values.mean()), float(values.std(correction=0))
 
 
@@ -38,7 +38,7 @@ def kernel_numbers(real: Result, fake: Result) -> dict[str, float]:
 
 
 def subsets(side: Side) -> SubsetRows:
-    """Return the recipe of one side: random subsets, or one if each subset would be the whole set.
+    """Return the recipe for one side: random subsets, or a single subset if every subset would be the whole set.
 
     Raises UserError if a side has fewer than 2 images.
     """

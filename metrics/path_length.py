@@ -46,18 +46,18 @@ def trimmed_mean(distances: np.ndarray) -> float:
 
 
 def lpips_input(img: Tensor, crop: bool) -> Tensor:
-    """Convert images (B, C, H, W) in [-1, 1] to LPIPS input: RGB in 0..255, average-pooled towards 256 pixels."""
+    """Convert images (B, C, H, W) in [-1, 1] to LPIPS input: RGB in 0..255, average-pooled to about 256 pixels."""
     if crop:
         H, W = img.shape[2:]
         img = img[:, :, 3 * H // 8 : 7 * H // 8, 2 * W // 8 : 6 * W // 8]
     if min(img.shape[2:]) < MIN_SIDE:
-        part = " of the face's part" if crop else ""
-        raise UserError(f"LPIPS needs images of {MIN_SIDE} pixels a side, and here it has {min(img.shape[2:])}{part}")
+        part = "the face crop has" if crop else "the images have"
+        raise UserError(f"LPIPS needs at least {MIN_SIDE} pixels per side, but {part} {min(img.shape[2:])}")
     factor = min(img.shape[2:]) // MAX_SIDE
     if factor > 1:
         img = F.avg_pool2d(img, factor)
     if img.shape[1] not in (1, 3):
-        raise UserError(f"LPIPS needs RGB or gray images, and these have {img.shape[1]} channels")
+        raise UserError(f"LPIPS needs RGB or gray images, but the images have {img.shape[1]} channels")
     return ((img + 1) * 127.5).expand(-1, 3, -1, -1)
 
 
@@ -109,7 +109,7 @@ def path_length(context: MetricContext, name: str, count: int, walk: Walk) -> Me
         parts.append(distance(lpips_input(one, walk.crop), lpips_input(other, walk.crop)) / EPSILON**2)
     distances = gather_rows(torch.cat(parts)[:, None])[:, 0].cpu().double().numpy()
     if not np.isfinite(distances).all():
-        raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
+        raise UserError("the network returns non-finite values, so its training diverged: metrics are undefined")
     return Measurement(values={name: trimmed_mean(distances)}, num_real=0, num_fake=2 * count)
 
 
@@ -134,7 +134,9 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
 
 
 _register("ppl2_wend", Walk(space="w", at_end=True, crop=False), "perceptual path length in w at t = 0, of StyleGAN2")
-_register("ppl_wend", Walk(space="w", at_end=True, crop=True), "the same with the face crop, of StyleGAN")
+_register(
+    "ppl_wend", Walk(space="w", at_end=True, crop=True), "perceptual path length in w at t = 0, face crop, of StyleGAN"
+)
 _register("ppl_wfull", Walk(space="w", at_end=False, crop=True), "perceptual path length in w, uniform t, face crop")
 _register("ppl_zend", Walk(space="z", at_end=True, crop=True), "perceptual path length in z at t = 0, face crop")
 _register("ppl_zfull", Walk(space="z", at_end=False, crop=True), "perceptual path length in z, uniform t, face crop")

@@ -19,7 +19,7 @@ from torch_utils.images import DistanceTo
 
 
 def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
-    """LPIPS of torch-fidelity on RGB or gray images, average-pooled towards 256 pixels.
+    """LPIPS of torch-fidelity on RGB or gray images, average-pooled to about 256 pixels.
 
     sum over five layers of mean_xy sum_c lin_c (f/|f| - g/|g|)^2        Zhang et al. 2018
 
@@ -27,17 +27,17 @@ def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
     """
     network = setup.load_lpips_network(device)
 
-    def units(img: Tensor) -> list[Tensor]:
+    def unit_features(img: Tensor) -> list[Tensor]:
         activations = network.net(network.normalize(lpips_input(img, crop=False)))  # five of (B, C, H, W)
         return [x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in activations]
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad(), full_float32():
-            goals = units(targets)
+            goals = unit_features(targets)
 
         def distance(img: Tensor) -> Tensor:
             with full_float32():
-                layers = zip(network.lins, units(img), goals, strict=True)
+                layers = zip(network.lins, unit_features(img), goals, strict=True)
                 parts = [lin.model((x - goal).square()).mean(dim=(1, 2, 3)) for lin, x, goal in layers]
             return torch.stack(parts).sum(dim=0)
 
@@ -49,9 +49,9 @@ def lpips_distance(setup: DetectorSetup, device: torch.device) -> DistanceTo:
 def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     """Return |f(img) - f(target)|^2 / |f(target)|^2 for the features f of a program on float pixels in 0..255.
 
-    If the program takes `return_lpips`, like the VGG16 of the StyleGAN family, f is its output under that option.
-    Squared distances of this output are LPIPS, so they are not divided. Raises UserError for a program without
-    gradients.
+    If the program has an argument `return_lpips`, like the VGG16 of the StyleGAN family, f is its output with
+    `return_lpips=True`. Squared distances between these outputs are LPIPS and are not divided. Raises UserError for a
+    program without gradients.
     """
     module, arguments = load_module(path, device)
     if path.suffix == ".pt2":
@@ -74,19 +74,19 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
         return (output[0] if isinstance(output, (tuple, list)) else output).flatten(1).float()
 
     def distance_to(targets: Tensor) -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():  # for the check below; TorchScript outputs may carry a graph even without it
+        with torch.enable_grad():  # needed by the check below; TorchScript may build a graph even under no_grad
             goal = features(targets.clone().requires_grad_())
         if not goal.requires_grad:
             raise UserError(f"--detector={path}: its features have no gradient; use --loss=pixels")
         goal = goal.detach()
-        unit = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
-        return lambda img: (features(img) - goal).square().sum(dim=1) / unit
+        scale = torch.ones_like(goal[:, 0]) if is_lpips else goal.square().sum(dim=1)
+        return lambda img: (features(img) - goal).square().sum(dim=1) / scale
 
     return distance_to
 
 
 def _remove_input_checks(module: Any) -> None:
-    """Remove the input type checks of an exported program. The graph converts its inputs to float after them."""
+    """Remove the input type checks of an exported program. The graph itself converts its inputs to float."""
     for node in list(module.graph.nodes):
         is_guard = node.op == "call_module" and "guards" in str(node.target)
         if is_guard or node.target is torch.ops.aten._assert_tensor_metadata.default:

@@ -49,7 +49,7 @@ def radii(x: Tensor, neighbours: int) -> Tensor:
     return gather_rows(torch.cat(parts)[:, None])[:, 0]
 
 
-def inside(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
+def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     """Return the number of balls that contain each row of x, (N,) int64. Collective."""
     share = own_shard(len(x))
     parts = [torch.zeros(0, dtype=torch.int64, device=x.device)]
@@ -59,7 +59,7 @@ def inside(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     return gather_rows(torch.cat(parts)[:, None])[:, 0]
 
 
-def nearest(x: Tensor, others: Tensor) -> Tensor:
+def nearest_distances(x: Tensor, others: Tensor) -> Tensor:
     """Return the distance of each row of x to the nearest of the others, (N,). Collective."""
     share = own_shard(len(x))
     parts = [x.new_empty(0)]
@@ -70,16 +70,16 @@ def nearest(x: Tensor, others: Tensor) -> Tensor:
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
     """Return the fraction of fakes inside the manifold of the reals, and of reals inside that of the fakes."""
-    precision = (inside(fake, real, radii(real, neighbours)) > 0).double().mean()
-    recall = (inside(real, fake, radii(fake, neighbours)) > 0).double().mean()
+    precision = (count_balls(fake, real, radii(real, neighbours)) > 0).double().mean()
+    recall = (count_balls(real, fake, radii(fake, neighbours)) > 0).double().mean()
     return float(precision), float(recall)
 
 
 def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS) -> tuple[float, float]:
     """Return density (mean number of real balls around a fake / k) and coverage (share of real balls with a fake)."""
     radius = radii(real, neighbours)
-    density = inside(fake, real, radius).double().mean() / neighbours
-    coverage = (nearest(real, fake) <= radius).double().mean()
+    density = count_balls(fake, real, radius).double().mean() / neighbours
+    coverage = (nearest_distances(real, fake) <= radius).double().mean()
     return float(density), float(coverage)
 
 

@@ -1,6 +1,6 @@
 """Safe loading of untrusted exported programs (.pt2): only archives of tensors and a graph are accepted.
 
-An archive of torch.export holds a graph as JSON, and tensors. torch also loads pickled objects, compiled libraries and
+A torch.export archive holds a graph, as JSON, and tensors. torch also loads pickled objects, compiled libraries and
 objects of custom classes from an archive; it evaluates expressions of the graph as Python and generates Python code
 from names in the graph. `check` validates all of these before torch loads them, with the same reader. An accepted
 archive is a graph of PyTorch's own operators. Such a program can still exhaust memory and time.
@@ -37,7 +37,7 @@ PARTS = re.compile(
 TEXTS = ("models/model.json", "data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 MAX_TEXT = 1 << 28  # bytes
 
-# NAME: names of tensors, modules and arguments, which torch writes into Python code. QUOTED: string literals there.
+# NAME: names of tensors, modules and arguments, which torch writes into generated code. QUOTED: string literals.
 NAME = re.compile(r"[\w.+-]{0,500}", re.ASCII)
 QUOTED = re.compile(r"[^'\"\\\r\n]{0,500}")
 OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
@@ -80,7 +80,7 @@ EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
 def load(path: Path) -> torch.export.ExportedProgram:
     """Load an exported program. Raises UserError if it holds more than data and PyTorch's own operators.
 
-    Exceptions of torch for corrupt files pass through.
+    Exceptions that torch raises for corrupt files are propagated.
     """
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load would also try an older format
 
@@ -100,16 +100,16 @@ def check(path: Path) -> None:
             size = sum(info.file_size for info in archive.infolist())
     except (RuntimeError, AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"--detector={path}: cannot be loaded: no archive of torch.export, or one of torch 2.7 or older; "
+            f"--detector={path}: cannot be loaded: not a torch.export archive, or written by torch 2.7 or older; "
             f"export it again with a newer torch ({describe_error(error)})"
         ) from None
     if size > path.stat().st_size:
-        raise UserError(f"--detector={path}: is compressed, or its parts overlap, which torch.export does not do")
+        raise UserError(f"--detector={path}: is compressed or has overlapping parts, unlike the files of torch.export")
     if TEXTS[0] not in names:
         raise UserError(f"--detector={path}: holds no program ({TEXTS[0]})")
     for name in names:
         if not PARTS.fullmatch(name):
-            raise _refusal(path, name, "is no part of a program that holds only data and PyTorch's own operators")
+            raise _refusal(path, name, "is not part of a program that holds only data and PyTorch's own operators")
     for name in names:
         if name.endswith(".pt"):
             _check_tensors(path, name, reader.read_bytes(name))
@@ -120,14 +120,14 @@ def check(path: Path) -> None:
 
 
 def _refusal(path: Path, part: str, problem: str) -> UserError:
-    return UserError(f"--detector={path}: {printable(part)} in it {problem}; it is not loaded")
+    return UserError(f"--detector={path}: part {printable(part)} {problem}; the file is not loaded")
 
 
 def _check_tensors(path: Path, part: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
     except Exception as error:
-        problem = f"needs more than tensors and plain values to be read, and could run any code ({_reason(error)})"
+        problem = f"holds more than tensors and plain values and could run arbitrary code ({_reason(error)})"
         raise _refusal(path, part, problem) from None
 
 
@@ -155,7 +155,7 @@ def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveRead
     try:
         payloads = [(payload["path_name"], payload["use_pickle"]) for payload in document["config"].values()]
     except (KeyError, TypeError, AttributeError):
-        raise _refusal(path, part, "describes no tensors") from None
+        raise _refusal(path, part, "does not list tensors") from None
     for name, is_pickled in payloads:
         place = f"{part.rpartition('/')[0]}/{name}"
         if not PARTS.fullmatch(place):
@@ -189,7 +189,7 @@ def _check_string(kind: str, text: str) -> None:
     elif kind in ("in_spec", "out_spec"):
         _check_tree(parse_json(text))
     elif kind != NOTE and not (QUOTED if kind == "as_string" else NAME).fullmatch(text):
-        raise ValueError(f"{text[:60]!r}, which is no name")
+        raise ValueError(f"{text[:60]!r}, which is not a valid name")
 
 
 def _check_operator(name: str) -> None:
@@ -200,7 +200,7 @@ def _check_operator(name: str) -> None:
             return
     elif OTHER_OPERATORS.fullmatch(name):
         return
-    raise ValueError(f"{name[:100]!r}, which is no operator that a detector may use")
+    raise ValueError(f"{name[:100]!r}, which is not a permitted operator")
 
 
 def _check_expression(text: str) -> None:
@@ -214,7 +214,7 @@ def _check_expression(text: str) -> None:
     named: set[ast.AST] = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # as in L['images']
     named |= {node.args[0] for node in calls if ast.unparse(node.func) == "Symbol" and len(node.args) == 1}
     if not nodes or not all(isinstance(node, NODES) and _is_harmless(node, called, named) for node in nodes):
-        raise ValueError(f"{text[:60]!r}, which is no expression of sizes")
+        raise ValueError(f"{text[:60]!r}, which is not an expression of sizes")
 
 
 def _is_harmless(node: ast.AST, called: set[ast.AST], named: set[ast.AST]) -> bool:
@@ -249,7 +249,7 @@ def _check_tree(value: Any) -> None:
     """Raise ValueError unless a tree of inputs or outputs consists of tuples, lists and dicts."""
     if isinstance(value, dict):
         if value.keys() != {"type", "context", "children_spec"} or value["type"] not in TREE_TYPES:
-            raise ValueError(f"inputs or outputs in {str(value.get('type'))[:60]!r}, not in tuples, lists and dicts")
+            raise ValueError(f"inputs or outputs of type {str(value.get('type'))[:60]!r}, not tuples, lists and dicts")
         if value["context"] is not None:
             for _, text in _strings(parse_json(value["context"])):
                 _check_string("", text)

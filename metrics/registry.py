@@ -45,7 +45,7 @@ COMPARABLE = (  # two records of a metric are comparable if these fields are equ
     "num_real",
     "num_fake",
 )
-STANDARD = DetectorSetup()  # the networks of the literature, by the StyleGAN family's protocol
+STANDARD = DetectorSetup()  # the networks of the literature, with the protocol of the StyleGAN family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,12 @@ class MetricSpec:
 
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
-    counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with as many
-                    reals as fakes include them, metrics with all reals do not
+    counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with
+                    equally many reals and fakes include them, and metrics with all reals do not
     protocol        description, appended to that of the detectors
     clean           replacement of `protocol` under --protocol=clean; None if the metric does not support it
     library_suffix  appended to the metric's name if its default network differs from that of the literature and the
-                    user specifies no other
+                    user does not specify a network
     needs           check of other requirements, called before any image is generated; returns a message with the
                     missing requirement and the remedy, or None
     """
@@ -173,11 +173,13 @@ def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | 
     patterns = [spec.pattern for spec in registered_metrics()]
     close = difflib.get_close_matches(name, [pattern.replace("<N>", "") for pattern in patterns] + patterns, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"unknown metric {name!r}: {hint}registered are {', '.join(patterns)} (<N>: a count, e.g. 500, 5k)")
+    raise UserError(
+        f"unknown metric {name!r}: {hint}registered metrics are {', '.join(patterns)} (<N>: a count, e.g. 500, 5k)"
+    )
 
 
 def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
-    """Split a comma-separated list, or take an iterable, and return the recorded names without duplicates.
+    """Return the recorded names, without duplicates, of a comma-separated list or an iterable.
 
     Raises UserError for an unknown metric, and for a metric that does not support the protocol or the detector.
     """
@@ -190,11 +192,9 @@ def _recorded_name(name: str, setup: DetectorSetup) -> str:
     spec, _ = find(name, setup)
     if setup.protocol == "clean" and spec.clean is None:
         with_clean = ", ".join(spec.pattern for spec in registered_metrics() if spec.clean)
-        raise UserError(f"--protocol=clean: metric {name} has no such protocol, only {with_clean}")
+        raise UserError(f"--protocol=clean: metric {name} does not support this protocol, only {with_clean} do")
     if spec.library_suffix and name.endswith(spec.library_suffix) and _has_program(spec, setup):
-        raise UserError(
-            f"metric {name}: the suffix stands for another network than that of --detector; omit the suffix"
-        )
+        raise UserError(f"metric {name}: the suffix denotes a different network than --detector; omit the suffix")
     suffix = _suffix(spec, setup) or ("" if _has_program(spec, setup) else spec.library_suffix)
     return name.removesuffix(suffix) + suffix if suffix else name
 
@@ -224,7 +224,7 @@ def default_metrics(setup: DetectorSetup = STANDARD) -> tuple[tuple[str, ...], s
     missing = find("fid50k_full")[0].missing(setup)
     if missing:
         return ("swd",), f"computing swd instead of fid50k_full, because {missing}"
-    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, whose detector is available"
+    return tuple(resolve("fid50k_full", setup)), "computing fid50k_full, because its detector is available"
 
 
 def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[StatRequest, ...]]:
@@ -252,7 +252,7 @@ def compute(name: str, context: MetricContext) -> MetricResult:
 def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[MetricResult]:
     """Compute metrics. All metrics that use a detector share one pass over the generated images.
 
-    Collective: every process calls it with its own copies and receives equal results. Raises UserError for an unknown
+    Collective: every process passes its own copies and receives equal results. Raises UserError for an unknown
     name, a missing requirement, and data that a metric cannot use.
     """
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
@@ -318,7 +318,7 @@ def result_to_json(
 
 
 def sha256_of_snapshot(path: Path) -> str:
-    """Return the sha256 of a snapshot. A safetensors folder uses its config.json, which lists the other checksums."""
+    """Return the sha256 of a snapshot. For a safetensors folder, hash config.json, which lists the other checksums."""
     return sha256_of_file(path / "config.json" if path.is_dir() else path)
 
 

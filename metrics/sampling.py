@@ -108,9 +108,9 @@ class MetricContext:
                 raise UserError(f"batch size {size}: metrics need batches of at least 1 image")
         source = self.G or self.fakes
         if source is None or (self.G and self.fakes):
-            raise ValueError("a metric context has either a generator or a set of generated images")
+            raise ValueError("a metric context needs either a generator or a set of generated images")
         if tuple(source.img_shape) != tuple(self.images.img_shape):
-            raise UserError(explain_misfit(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
+            raise UserError(explain_shape_mismatch(tuple(source.img_shape), tuple(self.images.img_shape), bool(self.G)))
         if self.G and self.G.c_dim and self.G.c_dim != self.images.c_dim:
             raise UserError(
                 f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
@@ -135,14 +135,14 @@ class MetricContext:
         return self.G
 
 
-def explain_misfit(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
-    """Return the error message for fakes of another shape (C, H, W) than the data, with the dataset_tool.py options."""
+def explain_shape_mismatch(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
+    """Return the error message for fakes and reals of different shape (C, H, W), with the dataset_tool.py options."""
     options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
     options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
-    maker = "the network makes" if of_network else "the generated set holds"
-    given = "use the dataset that the network was trained on, or" if of_network else "use real images of that shape, or"
+    source = "the network generates" if of_network else "the generated set holds"
+    remedy = "use the dataset that the network was trained on or" if of_network else "use real images of this shape or"
     return (
-        f"{maker} images of {shape_name(ours)} but the data has {shape_name(theirs)}: {given} build one from it with "
+        f"{source} images of {shape_name(ours)}, but the dataset has {shape_name(theirs)}: {remedy} convert it with "
         f"dataset_tool.py {' '.join(options)}"
     )
 
@@ -201,8 +201,8 @@ def real_batches(context: MetricContext, indices: Sequence[int], what: str = "re
 def fake_batches(context: MetricContext, count: int) -> Batches:
     """Yield this process's shard of `count` fakes as uint8 on the device, from G or from `context.fakes`.
 
-    z is standard normal, and labels come from random images of the dataset. From `context.fakes`, `count` random images
-    are read in random order. Raises UserError if G returns values that are not finite, and if `context.fakes` holds
+    Latents are standard normal, and labels are those of random images of the dataset. `context.fakes` is sampled
+    without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` holds
     fewer than `count` images.
     """
     if context.fakes is not None:
@@ -214,7 +214,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
     """Return `count` random indices of generated images. The order is random, since sets are often sorted by class."""
     if len(fakes) < count:
         raise UserError(
-            f"{count} generated images are requested, and the set holds {len(fakes)}: "
+            f"{count} generated images are requested, but the set holds {len(fakes)}: "
             f"request fewer, e.g. fid{len(fakes)}_full, or generate more"
         )
     return [int(index) for index in random_stream(context.seed, "fakes").permutation(len(fakes))[:count]]
@@ -237,7 +237,7 @@ def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> 
         yield positions, to_uint8(img)
         context.progress("generated images", positions.stop - share.start, len(share))
     if not is_finite:
-        raise UserError("the network returns values that are not finite (its training diverged): no metric exists")
+        raise UserError("the network returns non-finite values, so its training diverged: metrics are undefined")
 
 
 def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:

@@ -8,10 +8,9 @@ the set. The distance between two sets x, y of K patches on a level is
 
 and `swd` is the mean over the levels. The metric needs no network and no weights.
 
-16,384 images give two million patches of 147 values, too many to hold in float32. Each level therefore stores pixels as
-int16 in steps of 1/128 grey level, and stores whole levels where a level is smaller than its patches. Integer sums are
-exact, so mean and standard deviation do not depend on the batch size. Patches are projected on a few directions at a
-time.
+16,384 images give two million patches of 147 values, too many to hold in float32. Pixels are therefore stored as int16
+in steps of 1/128 grey level, and a level that is smaller than its patches is stored whole. Integer sums are exact, so
+mean and standard deviation do not depend on the batch size. Patches are projected onto a few directions at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from metrics.sampling import (
 )
 from torch_utils.distributed import all_reduce
 
-PATCH = 7  # pixels on a side
+PATCH = 7  # side of a patch, in pixels
 PATCHES = 128  # per image and level
 MIN_SIDE = 16  # minimum shorter side of a level, in pixels
 DIRECTIONS = 4 * 128  # four repeats of 128 directions, averaged
@@ -64,7 +63,7 @@ PROTOCOL = (
     counts_flips=True,
 )
 def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the distance between min(N, all) reals and as many fakes: 'swd', and 'swd_32', ... per level."""
+    """Return the distance between min(N, all) reals and equally many fakes: 'swd', then 'swd_32', ... per level."""
     check_size(context.images.img_shape)
     indices = choose_reals(context, count or NUM_IMAGES)
     reals = collect(context, len(indices), real_batches(context, indices))
@@ -75,7 +74,7 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
 
 @register_metric(
     "swd<N>_floor",
-    help="the same between two disjoint sets of N reals: the score of a perfect generator",
+    help="sliced Wasserstein distance between two disjoint sets of N reals: the score of a perfect generator",
     protocol="as swd<N>, between two disjoint random sets of reals, at most half of all each",
     paper=PAPER,
     counts_flips=True,
@@ -98,7 +97,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, *, seed: int = 0, batch_size:
     if real.shape != fake.shape or real.ndim != 4 or len(real) == 0 or {real.dtype, fake.dtype} != {torch.uint8}:
         raise UserError(
             f"sliced Wasserstein distance of {real.dtype} {tuple(real.shape)} and {fake.dtype} {tuple(fake.shape)}: "
-            "the two sets must be uint8 images [B, C, H, W] of equal number and shape"
+            "the two sets must be uint8 images [B, C, H, W], equal in number and shape"
         )
     count, C, H, W = real.shape
     check_size((C, H, W))
@@ -114,7 +113,7 @@ def check_size(img_shape: tuple[int, int, int]) -> None:
     """Raise UserError for images smaller than a patch."""
     if min(img_shape[1:]) < PATCH:
         raise UserError(
-            f"sliced Wasserstein distance of images of {shape_name(img_shape)}: needs {PATCH} pixels a side"
+            f"sliced Wasserstein distance of images of {shape_name(img_shape)}: needs at least {PATCH} pixels per side"
         )
 
 
@@ -123,7 +122,7 @@ def disjoint_halves(context: MetricContext, count: int) -> tuple[list[int], list
     total = len(context.reals)
     size = min(count, total // 2)
     if size == 0:
-        raise UserError(f"the floor needs two disjoint sets of reals, but the number of images in the data is {total}")
+        raise UserError(f"the floor needs two disjoint sets of reals, but the dataset holds {total}")
     order = random_stream(context.seed, "halves").permutation(total)
     return sorted(order[:size].tolist()), sorted(order[size : 2 * size].tolist())
 
@@ -148,23 +147,23 @@ def pyramid_shapes(height: int, width: int) -> list[tuple[int, int]]:
 def laplacian_pyramid(img: Tensor) -> list[Tensor]:
     """Return the Laplacian pyramid of images [B, C, H, W], finest level first.
 
-    Each level is the difference to the upsampled next coarser image; the last level is the coarsest image itself.
+    Each level is the image minus the upsampled next coarser image; the last level is the coarsest image itself.
     """
     levels = []
     for height, width in pyramid_shapes(img.shape[2], img.shape[3])[1:]:
-        coarse = halve(img)
+        coarse = downsample(img)
         assert coarse.shape[2:] == (height, width)
-        levels.append(img - enlarge(coarse, img.shape[2], img.shape[3]))
+        levels.append(img - upsample(coarse, img.shape[2], img.shape[3]))
         img = coarse
     return [*levels, img]
 
 
-def halve(img: Tensor) -> Tensor:
+def downsample(img: Tensor) -> Tensor:
     """Low-pass filter an image and keep every second pixel, (H + 1) // 2 by (W + 1) // 2."""
     return _filter(_filter(img, dim=2, stride=2), dim=3, stride=2)
 
 
-def enlarge(img: Tensor, height: int, width: int) -> Tensor:
+def upsample(img: Tensor, height: int, width: int) -> Tensor:
     """Insert zeros between the pixels, low-pass filter, and scale to preserve the mean."""
     spread = img.new_zeros(*img.shape[:2], height, width)
     spread[:, :, ::2, ::2] = img
@@ -177,8 +176,8 @@ def _filter(x: Tensor, dim: int, stride: int = 1) -> Tensor:
     The sum of five shifted images has a fixed order of summation and never runs in TF32, unlike a convolution.
     """
     size = x.shape[dim]
-    reach = len(TAPS) // 2
-    mirrored = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
+    radius = len(TAPS) // 2
+    mirrored = F.pad(x, (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0), mode="reflect")
     shifted = [mirrored.narrow(dim, shift, size) for shift in range(len(TAPS))]
     strides = (slice(None),) * dim + (slice(None, None, stride),)
     return sum((tap * part[strides] for tap, part in zip(TAPS, shifted, strict=True)), start=x.new_zeros(()))
@@ -187,7 +186,7 @@ def _filter(x: Tensor, dim: int, stride: int = 1) -> Tensor:
 def random_corners(seed: int, level_number: int, shape: tuple[int, int], positions: range) -> Tensor:
     """Return the upper left pixels (y, x) of the patches of images at the given positions of a set, (B, P, 2).
 
-    Images at the same position of two sets have equal corners, so equal sets have distance 0.
+    Images at the same position of two sets have the same corners, so identical sets have distance 0.
     """
     bounds = (shape[0] - PATCH + 1, shape[1] - PATCH + 1)
     purpose = f"patches {level_number}"
@@ -260,8 +259,8 @@ class PatchLevel:
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return mean and 1 / standard deviation of each channel in stored steps, (C,) float64.
 
-        A constant channel has scale 0. Python integers make mean(x^2) - mean(x)^2 exact, so that such a channel is
-        recognised.
+        A constant channel has scale 0. Python integers make mean(x^2) - mean(x)^2 exact, so a constant
+        channel is detected reliably.
         """
         number = len(self.values) * PATCHES * PATCH * PATCH
         sums, squares = self.moments.tolist()
@@ -316,7 +315,7 @@ def compare(real: PatchSet, fake: PatchSet, seed: int) -> dict[str, float]:
 
 
 def compare_shards(real: PatchSet, fake: PatchSet, seed: int) -> dict[str, float]:
-    """Return the same for sets that are sharded over the processes. Each process computes a shard of the directions."""
+    """Compare two sets that are sharded over the processes. Each process computes a shard of the directions."""
     share = own_shard(DIRECTIONS)
     distances = []
     for number, (one, other) in enumerate(zip(real.levels, fake.levels, strict=True)):
@@ -342,9 +341,9 @@ def random_directions(seed: int, level_number: int, channels: int) -> Tensor:
 
 def level_distances(real: PatchLevel, fake: PatchLevel, directions: Tensor) -> Tensor:
     """Return the Wasserstein-1 distance of normalised patches along each of the directions (C, 49, J): (J,) float64."""
-    at_a_time = max(1, MAX_PROJECTED // (len(real.values) * PATCHES))
+    chunk = max(1, MAX_PROJECTED // (len(real.values) * PATCHES))
     return torch.cat(
-        [wasserstein_1d(project(real, some), project(fake, some)) for some in directions.split(at_a_time, dim=2)]
+        [wasserstein_1d(project(real, part), project(fake, part)) for part in directions.split(chunk, dim=2)]
     )
 
 
@@ -373,7 +372,7 @@ def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _sorted(x: Tensor) -> Tensor:
-    """Sort the rows. On the CPU, sort in place with NumPy in all threads, which takes a third of the time of torch."""
+    """Sort the rows. On the CPU, sort in place with NumPy in all threads, which is three times as fast as torch."""
     if x.device.type != "cpu":
         return x.sort(dim=1).values
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

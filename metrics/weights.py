@@ -1,6 +1,6 @@
 """Weight files of detectors: location, download on first use, checksums, and errors if a file is not available.
 
-A checksum is pinned as far as the publisher states it: file names of torch hub end in the first eight digits of the
+Checksums are pinned where the publisher states them: file names of torch hub end in the first eight digits of the
 sha256. Every metric record holds the full sha256 of the files used.
 """
 
@@ -74,7 +74,7 @@ def sha256_of(path: Path) -> str:
 
 
 @functools.lru_cache
-def _sha256_of_file(path: Path, changed: int, size: int) -> str:
+def _sha256_of_file(path: Path, mtime_ns: int, size: int) -> str:
     try:
         return sha256_of_file(path)
     except OSError as error:
@@ -87,7 +87,7 @@ def check(file: WeightFile, path: Path) -> Path:
     again = "; delete it to fetch it again" if path == file.path else ""
     if not found.startswith(file.sha256):
         raise UserError(
-            f"{path}: its sha256 is {found[:16]}..., that of {file.name} begins with {file.sha256}: the file is "
+            f"{path}: its sha256 is {found[:16]}..., but that of {file.name} begins with {file.sha256}: the file is "
             f"corrupt, truncated or a different file{again}"
         )
     return path
@@ -101,7 +101,7 @@ def fetch(file: WeightFile) -> Path:
         download(file.url, file.path, check=partial(check, file))
     except UserError as error:
         raise UserError(
-            f"{file.describe()} is not in {file.path.parent} and could not be fetched: {error}. Put it there by hand "
-            "(DNNLIB_CACHE_DIR moves that folder), or specify it with --detector=FILE"
+            f"{file.describe()} is not in {file.path.parent} and could not be fetched: {error}. Put the file there by "
+            "hand (DNNLIB_CACHE_DIR moves that folder), or specify it with --detector=FILE"
         ) from None
     return file.path

@@ -15,7 +15,7 @@ from reporting.run_reader import Curve, Run
 
 @dataclass(frozen=True)
 class Group:
-    """Statistics of one chart: those that match a pattern and are not in an earlier group."""
+    """Statistics of one chart: all matches of `patterns` that are not in an earlier group."""
 
     name: str
     title: str
@@ -35,15 +35,15 @@ GROUPS = (
     Group("overfitting", "Overfitting of D: 0 = none, 1 = complete", "r", ("Overfitting/r_*",)),
     Group("holdout", "Logits of D for held-out and other images", "mean logit", ("Overfitting/score_*",)),
     Group("holdout-signs", "Logit signs of D for held-out and other images", "mean sign", ("Overfitting/sign_*",)),
-    Group("skipped", "Skipped updates: their values were not finite", "updates per tick", ("Skipped/*",)),
+    Group("skipped", "Updates skipped because of non-finite values", "updates per tick", ("Skipped/*",)),
     Group("pace", "Training speed", "seconds per kimg", ("Timing/sec_per_kimg",)),
     Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn
     Group("others", "Other statistics", "", ("*",)),
 )
-# Colours of Okabe and Ito, distinguishable with colour blindness, without those that are faint on white.
+# Okabe-Ito palette, suitable for colour blindness, without the colours that are faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASH, DOT = (5, 2), (1, 2)  # lengths of stroke and gap, in line widths
-MANY = 200  # a curve with more points is drawn with a moving average
+SMOOTHED_ABOVE = 200  # a curve with more points is drawn as a moving average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Line:
     @property
     def is_smoothed(self) -> bool:
         """True if `trend` differs from the raw curve."""
-        return len(self.curve.values) > MANY
+        return len(self.curve.values) > SMOOTHED_ABOVE
 
     def trend(self) -> Curve:
         """Centred moving average over 2 % of the curve, shorter at both ends; the raw curve if it has few points."""
@@ -84,9 +84,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines in one plot. `compares` states whether they belong to several runs.
+    """Lines in one plot. `compares` states whether the lines belong to several runs.
 
-    `differing` lists the keys of metric records that differ between the runs; their values are then not comparable.
+    `differing` lists the keys of metric records that differ between the runs, so the values are not comparable.
     """
 
     name: str
@@ -153,7 +153,7 @@ def _metric_chart(name: str, runs: Sequence[Run]) -> Chart:
     lines = _lines([(run.name, run.metrics) for run in runs], [name])
     values = np.concatenate([line.curve.values for line in lines])
     if higher is not None:
-        lines = tuple(replace(line, best=place_of_best(line.curve, higher=higher)) for line in lines)
+        lines = tuple(replace(line, best=index_of_best(line.curve, higher=higher)) for line in lines)
     return Chart(
         name=f"metric-{name}",
         title=f"Metric {name}" + ("" if higher is None else f": {'higher' if higher else 'lower'} is better"),
@@ -180,7 +180,7 @@ def higher_is_better(metric: str) -> bool | None:
     return None
 
 
-def place_of_best(curve: Curve, *, higher: bool) -> int:
+def index_of_best(curve: Curve, *, higher: bool) -> int:
     """Return the index of the best value of a curve; the first one among equal values."""
     return int(curve.values.argmax() if higher else curve.values.argmin())
 

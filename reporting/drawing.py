@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEW = 40  # a curve with fewer points is drawn with markers
-SHOWN = 200  # sections of a long curve; each is drawn with its minimum and maximum
+MARKERS_BELOW = 40  # a curve with fewer points is drawn with markers
+SECTIONS = 200  # of a long curve; each is drawn as its minimum and maximum
 INK = "#0a0b0c"  # placeholder colour of text and axes; the page replaces it
 
 
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """SVG of a chart along one axis. The fractions `left` to `right` of its width span the values `first` to `last`."""
+    """SVG of a chart along one axis. `first` and `last` are the values at the fractions `left` and `right` of it."""
 
     svg: str
     axis: Axis
@@ -70,7 +70,7 @@ def check_matplotlib() -> None:
 
 def draw(chart: Chart) -> RenderedChart:
     """Render a chart as PNG and SVG."""
-    os.environ["MPLBACKEND"] = "agg"  # no window is needed, regardless of the backend of the user
+    os.environ["MPLBACKEND"] = "agg"  # no window, regardless of the user's backend
     import matplotlib
 
     x_axes = _x_axes(chart.lines)
@@ -98,7 +98,7 @@ def draw_png(chart: Chart) -> bytes:
     rows = -(-len(chart.legend()) // columns)
     figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")
     title = chart.title + (f" ({chart.note})" if chart.note else "")
-    figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12)
+    figure.suptitle(_escape(title), x=0.01, ha="left", fontsize=12)
     for axes, axis in zip(figure.subplots(1, len(x_axes), squeeze=False)[0], x_axes, strict=True):
         _plot(axes, chart, axis)
     _add_legend(figure, chart, columns)
@@ -116,13 +116,13 @@ def _plot(axes: Axes, chart: Chart, axis: Axis) -> None:
             axes.plot(x, y, color=line.colour, linewidth=0.5, alpha=0.3)
             trend = line.trend()
             x, y = _extremes(axis.along(trend), trend.values)
-        axes.plot(x, y, marker="." if len(x) < FEW else None, **style)
+        axes.plot(x, y, marker="." if len(x) < MARKERS_BELOW else None, **style)
         if line.best is not None:
             best = axis.along(line.curve)[line.best], line.curve.values[line.best]
             axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
     if chart.is_log:
         _use_decades(axes)
-    axes.set(xlabel=axis.label, ylabel=_plain(chart.unit))
+    axes.set(xlabel=axis.label, ylabel=_escape(chart.unit))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -140,10 +140,10 @@ def _use_decades(axes: Axes) -> None:
 
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a long curve to the minimum and maximum of each of SHOWN sections."""
-    if len(y) <= 2 * SHOWN:
+    """Reduce a long curve to the minimum and maximum of each of SECTIONS sections."""
+    if len(y) <= 2 * SECTIONS:
         return x, y
-    bounds = np.linspace(0, len(y), SHOWN + 1).astype(int)
+    bounds = np.linspace(0, len(y), SECTIONS + 1).astype(int)
     parts = [(a, y[a:b]) for a, b in itertools.pairwise(bounds)]
     index = np.unique([a + offset for a, part in parts for offset in (part.argmin(), part.argmax())])
     return x[index], y[index]
@@ -155,7 +155,7 @@ def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
 
     entries = chart.legend()
     handles = [Line2D([], [], color=entry.colour or "black", linestyle=_style(entry.dashes)) for entry in entries]
-    labels = [_plain(entry.label) for entry in entries]
+    labels = [_escape(entry.label) for entry in entries]
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, handlelength=4)
 
 
@@ -164,7 +164,7 @@ def _style(dashes: tuple[int, ...]) -> Any:
     return (0, dashes) if dashes else "-"
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Escape text for matplotlib: dollar signs, which would start a formula, and undecodable bytes of file names."""
     return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 

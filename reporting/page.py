@@ -1,4 +1,4 @@
-"""Self-contained HTML page of runs: overview, generated images over time, curves, options. It loads nothing remote."""
+"""Self-contained HTML page of runs: overview, generated images over time, curves, options. No remote resources."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import MAX_IMAGE_BYTES, open_image
 from dnnlib.util import format_time, read_regular
-from reporting.charts import Chart, Entry, Line, higher_is_better, place_of_best
+from reporting.charts import Chart, Entry, Line, higher_is_better, index_of_best
 from reporting.drawing import Panel, RenderedChart
 from reporting.run_reader import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # longer side of a grid in the page, in pixels
 MAX_STARTS, MAX_FACTS = 50, 30  # starts shown per run, and columns of the environment table
-MAX_READINGS = 300  # points per line that the pointer can read
+MAX_READINGS = 300  # points per line for the readout at the pointer
 
 
 def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
@@ -80,7 +80,7 @@ def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
     higher = higher_is_better(name)
     if higher is None:
         return "?", last
-    best = place_of_best(curve, higher=higher)
+    best = index_of_best(curve, higher=higher)
     return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 
 
@@ -104,12 +104,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _grids(run: Run, count: int) -> str:
     """Return the real images next to a slider over at most `count` grids of generated images."""
     frames = []
-    for grid in _spread(run.grids, count):
-        uri = _shrunk(grid.path, run.problems)
+    for grid in _evenly_spaced(run.grids, count):
+        uri = _thumbnail_uri(grid.path, run.problems)
         if uri:
             caption = f"kimg {grid.kimg:g}, {grid.path.name}"
             frames.append(_figure(uri, caption, f"{run.name}: generated at kimg {grid.kimg:g}"))
-    reals = _shrunk(run.reals, run.problems) if run.reals else None
+    reals = _thumbnail_uri(run.reals, run.problems) if run.reals else None
     parts = [f'<div class="card"><h3>{escape(run.name)}</h3>', '<div class="grids">']
     if reals:
         parts.append(f"<div>{_figure(reals, 'real images', f'{run.name}: real images')}</div>")
@@ -122,7 +122,7 @@ def _grids(run: Run, count: int) -> str:
     return "\n".join([*parts, "</div></div>"])
 
 
-def _spread(items: Sequence[Grid], count: int) -> list[Grid]:
+def _evenly_spaced(items: Sequence[Grid], count: int) -> list[Grid]:
     """Select at most `count` evenly spaced items, including the first and the last."""
     if len(items) <= count:
         return list(items)
@@ -133,7 +133,7 @@ def _figure(uri: str, caption: str, alt: str) -> str:
     return f'<figure><img src="{uri}" alt="{escape(alt)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _shrunk(path: Path, problems: list[str]) -> str | None:
+def _thumbnail_uri(path: Path, problems: list[str]) -> str | None:
     """Return an image as a JPEG data URI of at most MAX_SIDE pixels, alpha blended onto white; None if unreadable."""
     try:
         with open_image(read_regular(path, MAX_IMAGE_BYTES)) as file:
@@ -151,7 +151,7 @@ def _shrunk(path: Path, problems: list[str]) -> str | None:
 
 
 def _chart(rendered: RenderedChart) -> str:
-    """Return the panels of a chart, its legend, and the data for the pointer."""
+    """Return the panels of a chart, its legend, and the data for the readout at the pointer."""
     chart = rendered.chart
     lines = escape(json.dumps([_readings(chart, line) for line in chart.lines], separators=(",", ":")))
     legend = "".join(f"<li>{_swatch(entry)}{escape(entry.label)}</li>" for entry in chart.legend())
@@ -186,7 +186,7 @@ def _swatch(entry: Entry) -> str:
     return f'<svg width="26" height="8">{line} stroke-dasharray="{" ".join(map(str, entry.dashes))}"/></svg>'
 
 
-def _known(value: object) -> str:
+def _text_or_unknown(value: object) -> str:
     return "?" if value is None else str(value)
 
 
@@ -194,7 +194,7 @@ def _differing_options(runs: Sequence[Run]) -> str:
     """Return a table of the options that differ between runs."""
     if len(runs) == 1:
         return ""
-    flat = [dict(_leaves(run.options)) for run in runs]
+    flat = [dict(_flatten_options(run.options)) for run in runs]
     rows = [["option", *(run.name for run in runs)]]
     for name in sorted(set().union(*flat)):
         if any(options.get(name) != flat[0].get(name) for options in flat):
@@ -202,11 +202,11 @@ def _differing_options(runs: Sequence[Run]) -> str:
     return _table(rows) if len(rows) > 1 else '<p class="card">All runs have the same options.</p>'
 
 
-def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of every option."""
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from _flatten_options(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -221,5 +221,5 @@ def _environments(runs: Sequence[Run]) -> str:
     starts = [(run.name, start) for run in runs for start in run.starts[-MAX_STARTS:]]
     names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_FACTS]
     rows = [["run", *names]]
-    rows += [[run, *(_known(start.get(name, "")) for name in names)] for run, start in starts]
+    rows += [[run, *(_text_or_unknown(start.get(name, "")) for name in names)] for run, start in starts]
     return "<h2>Environment</h2>\n" + _table(rows) if len(rows) > 1 else ""

@@ -147,7 +147,7 @@ def _read_ticks(path: Path, problems: list[str]) -> dict[str, Curve]:
 
 
 def _missing_value(name: str) -> float:
-    """Return the value of a statistic that a tick lacks: 0 for skipped updates, which are logged only if not 0."""
+    """Return the value of a statistic missing from a tick: 0 for skipped updates, which are logged only if not 0."""
     return 0.0 if name.startswith("Skipped/") else math.nan
 
 
@@ -162,7 +162,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
     """Return the finite main values of a metric against kimg; None if there are none.
 
     The file may also hold records of calc_metrics.py with other data or options. Only records that are comparable with
-    the last one are used.
+    the last record are used.
     """
     records = [line for line in _read_lines(path, "kimg", problems) if _main_value(line) is not None]
     if not records:
@@ -172,7 +172,7 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
     if len(comparable) < len(records):
         count = len(records) - len(comparable)
         problems.append(
-            f"{path.name}: skipped {count} lines that are not comparable with the last one (other data or settings)"
+            f"{path.name}: skipped {count} lines that are not comparable with the last line (other data or settings)"
         )
     values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
     kimg = np.array(sorted(values), dtype=float)
@@ -189,8 +189,8 @@ def _main_value(record: dict[str, Any]) -> float | None:
 def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file with a number in the field `age`.
 
-    Objects with null, the metrics of image folders, are skipped. So is a last line without a line break, which is still
-    being written.
+    Objects with null in this field are skipped: they are metrics of image folders. A last line without a line break is
+    skipped, too: it is still being written.
     """
     count = corrupt = 0
     try:

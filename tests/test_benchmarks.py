@@ -103,7 +103,7 @@ def test_train_step_measures_each_mode_in_a_separate_process() -> None:
 def test_train_step_refuses_unknown_modes() -> None:
     outcome = CliRunner().invoke(train_step.main, [*TINY_STEP, "--modes=fp32,fast"])
     assert outcome.exit_code == 2
-    assert "'fast' is none of fp32, tf32" in outcome.output
+    assert "'fast' is not one of fp32, tf32" in outcome.output
 
 
 def test_generation_measures_each_batch_size(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_operators_counts_the_bytes_that_a_fused_kernel_moves() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--impl=triton", "'triton' is none of cuda, reference, compiled"),
+        ("--impl=triton", "'triton' is not one of cuda, reference, compiled"),
         ("--impl=cuda", "the kernels need --device=cuda"),
-        ("--dtype=float32,int8", "'int8' is none of float32, float16, bfloat16"),
+        ("--dtype=float32,int8", "'int8' is not one of float32, float16, bfloat16"),
     ],
 )
 def test_operators_refuses_unknown_options(option: str, message: str) -> None:
@@ -190,4 +190,4 @@ def test_bounds_prints_one_line_per_input_and_a_summary() -> None:
     assert kind.keys() >= COMMON_KEYS | {"exit_codes", "seconds", "peak_mb"}
     assert kind["inputs"] == len(each) == 10
     assert {row["exit_code"] for row in each} == {0, 2}
-    assert all("regular file" in row["says"] for row in each if row["exit_code"] == 2)
+    assert all("regular file" in row["last_line"] for row in each if row["exit_code"] == 2)

@@ -811,7 +811,8 @@ def test_dinov2_wider_than_its_weights_is_not_built(tmp_path: Path) -> None:
     for change in ({"hidden_size": 8192, "num_attention_heads": 1}, {"num_hidden_layers": 200}, {"image_size": 4096}):
         (tmp_path / "config.json").write_text(json.dumps({**DINOV2, **change}))
         assert_refused(
-            lambda: setup.load("dinov2", torch.device("cpu")), "holds 2 numbers, the network of config.json has"
+            lambda: setup.load("dinov2", torch.device("cpu")),
+            "holds 2 parameters, but config.json describes a network of",
         )
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert_refused(lambda: setup.load("dinov2", torch.device("cpu")), "nested too deep")

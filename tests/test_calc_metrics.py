@@ -143,7 +143,7 @@ def test_results_are_reproducible_and_depend_on_every_option(calc: CalcMetrics) 
 def test_data_that_does_not_match_the_network_is_refused(calc: CalcMetrics, tmp_path: Path) -> None:
     other = calc("--metrics=swd", f"--data={write_images(tmp_path / 'large', 32, labels=True)}")
     assert other.exit_code == 2
-    assert "network makes images of 3x16x16" in other.stderr
+    assert "network generates images of 3x16x16" in other.stderr
     unlabelled = calc("--metrics=swd", f"--data={write_images(tmp_path / 'plain', 16, labels=False)}")
     assert unlabelled.exit_code == 2
     assert "no labels" in unlabelled.stderr
@@ -265,7 +265,7 @@ def test_a_folder_of_images_can_replace_the_network(
 
     few = calc("--metrics=fid5k_full", bound(detector_program), f"--data={data}", network=fakes)
     assert few.exit_code == 2
-    assert "5000 generated images are requested, and the set holds 21" in few.stderr
+    assert "5000 generated images are requested, but the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
     assert "specify the real images with --data" in without.stderr

@@ -66,7 +66,7 @@ def test_a_file_is_fetched_once_and_checked(cache: Path, site: Site) -> None:
     assert [path.name for path in cache.iterdir()] == ["net.pth"]
 
     (cache / "net.pth").write_bytes(b"weig")
-    with pytest.raises(UserError, match=rf"net\.pth: its sha256 is .*, that of net\.pth begins with {file.sha256}"):
+    with pytest.raises(UserError, match=rf"net\.pth: its sha256 is .*, but that of net\.pth begins with {file.sha256}"):
         weights.fetch(file)
 
 
@@ -177,7 +177,7 @@ def test_gray_images_are_converted_to_rgb_and_others_refused(inception_state: di
 
 def test_weights_that_do_not_fit_are_refused(inception_state: dict[str, Tensor]) -> None:
     incomplete = {name: x for name, x in inception_state.items() if name != "fc.bias"}
-    with pytest.raises(UserError, match="Inception: its weights do not fit"):
+    with pytest.raises(UserError, match="Inception: the weights do not fit the network"):
         detectors.load_inception(incomplete, CPU, clean=False)
 
 
@@ -205,11 +205,11 @@ def test_dinov2_equals_the_class_token_of_transformers(tmp_path: Path) -> None:
     assert (detectors.dinov2_input(images) - x).abs().max() < 1.01 / 255 / 0.224  # one gray level of rounding
     torch.testing.assert_close(features, expected, rtol=0.01, atol=0.01)
 
-    name = "DINOv2 of width 24, 2 layers, patches 14: does not compare with ViT-L/14"
+    name = "DINOv2 of width 24, 2 layers, patches 14: not comparable with ViT-L/14"
     assert setup.identity("dinov2")["detector"] == name
     weights_file = tmp_path / "dino" / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="DINOv2 cannot be loaded from it"):
+    with pytest.raises(UserError, match="cannot load DINOv2 from this folder"):
         setup.load("dinov2", CPU)
 
 
@@ -333,7 +333,7 @@ def test_detector_options_are_validated(tmp_path: Path) -> None:
     program = script_program(tmp_path / "net.pt", SmallDetector())
     with pytest.raises(UserError, match="no such file"):
         read_detectors((str(tmp_path / "missing.pt"),))
-    with pytest.raises(UserError, match="is given already; use inception:FILE or vgg16:FILE"):
+    with pytest.raises(UserError, match="is already given; use inception:FILE or vgg16:FILE"):
         read_detectors((str(program), str(program)))
     with pytest.raises(UserError, match=r"vgg16:.*: not a program .*; omit `vgg16:`"):
         read_detectors((f"vgg16:{tmp_path}",))

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 
 from dnnlib.config import UserError
 from exploration.directions import (
-    between,
+    direction_between,
     factorise,
-    principal,
+    principal_components,
     read_direction,
     sampled_w,
     save_directions,
@@ -110,7 +110,7 @@ def test_sefa_of_transgan_uses_the_stems() -> None:
 
 def test_pca_equals_the_svd_of_centred_samples() -> None:
     samples = torch.randn(300, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
-    found = principal(samples, (0,), 6)
+    found = principal_components(samples, (0,), 6)
     centred = samples.numpy() - samples.numpy().mean(axis=0)
     _, singular, vectors = np.linalg.svd(centred)
     np.testing.assert_allclose(found.sigmas, singular / np.sqrt(299), rtol=1e-5)
@@ -135,8 +135,8 @@ def test_linear_directions_find_a_planted_direction() -> None:
     samples = torch.randn(2000, 8, generator=generator, dtype=torch.float64) * spread
     planted = torch.eye(8).double()[0]
     positive, negative = samples[:60] + planted, samples[60:140] - planted
-    means = between(positive, negative, samples, (0, 1), linear=False)
-    linear = between(positive, negative, samples, (0, 1), linear=True)
+    means = direction_between(positive, negative, samples, (0, 1), linear=False)
+    linear = direction_between(positive, negative, samples, (0, 1), linear=True)
     assert means.directions[0, 0] > 0.5
     assert linear.directions[0, 0] > 0.95 > means.directions[0, 0]
     gap = (positive.mean(dim=0) - negative.mean(dim=0)).numpy()
@@ -150,7 +150,9 @@ def test_linear_directions_find_a_planted_direction() -> None:
     np.testing.assert_allclose(linear.directions[0], d / np.linalg.norm(d), rtol=1e-5)
     for is_linear in (False, True):
         with pytest.raises(UserError, match="the same mean"):  # up to rounding
-            between(positive, positive[torch.randperm(60, generator=generator)], samples, (0,), linear=is_linear)
+            direction_between(
+                positive, positive[torch.randperm(60, generator=generator)], samples, (0,), linear=is_linear
+            )
 
 
 def test_edits_move_selected_styles_by_standard_deviations() -> None:
@@ -205,11 +207,11 @@ def test_direction_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch
         "d.npz:3": "the file has directions 0 to 2",
         "wide.npz:0": "has 5 styles of 12 numbers",
         "long.npz:0": "styles up to 5; this network has 5 styles",
-        "few.npz:0": "holds 3 directions, but not one value and sigma for each",
+        "few.npz:0": "needs one value and one sigma for each of its 3 directions",
         "nan.npz:0": "values that are not finite",
-        "styles.npz:0": "not numbers as `generate.py directions` writes them",
-        "words.npz:0": "not numbers as `generate.py directions` writes them",
-        "inf.npz:0": "not numbers as `generate.py directions` writes them",
+        "styles.npz:0": "not the numbers that `generate.py directions` writes",
+        "words.npz:0": "not the numbers that `generate.py directions` writes",
+        "inf.npz:0": "not the numbers that `generate.py directions` writes",
         "w.npz:0": "has no array 'directions'",
         "none.npz:0": "cannot be read",
         "none.safetensors:0": "cannot be read",
@@ -272,8 +274,8 @@ def test_invalid_directions_arguments_get_one_message(shapes_zip: Path, tmp_path
         (["--method=mean"], "--method=mean: needs two lists of seeds"),
         (["--positive=1"], "are for the methods mean and linear"),
         (["--method=linear", "--positive=0", "--negative=1", "--components=2"], "finds one direction"),
-        (["--components=13"], "--components=13: --method=sefa finds at most 12 here"),
-        (["--components=3", "--method=pca", "--samples=3"], "--components=3: --method=pca finds at most 2 here"),
+        (["--components=13"], "--components=13: --method=sefa finds at most 12 directions here"),
+        (["--components=3", "--method=pca", "--samples=3"], "--method=pca finds at most 2 directions here"),
         (["--save=x.txt"], "x.txt: directions are stored in"),
         (["--styles=9"], "--styles=9"),
     ]:

@@ -77,7 +77,7 @@ def test_saved_styles_of_a_conditional_network_need_no_class(shapes_zip: Path, t
     for command, arguments in commands.items():
         run_ok(command, *common, *arguments)
         result = run(command, *common, *arguments, "--seeds=0")
-        assert (result.exit_code, "give one of its classes 0..2" in result.output) == (2, True)
+        assert (result.exit_code, "specify a class, 0..2" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (96, 48), (40, 256)])

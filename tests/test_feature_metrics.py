@@ -446,7 +446,7 @@ def test_metrics_accept_images_instead_of_a_network(detector_setup: DetectorSetu
     assert measured["fid60_full"] > 0
     same = build(detector_setup, G=None, fakes=ArrayImages(natural_images(90)))
     assert results(same, "fid90_full")["fid90_full"] == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="100 generated images are requested, and the set holds 70"):
+    with pytest.raises(UserError, match="100 generated images are requested, but the set holds 70"):
         results(context, "fid100_full")
     with pytest.raises(UserError, match="the generated set holds images of 3x16x16"):
         build(detector_setup, G=None, fakes=ArrayImages(natural_images(4, (3, 16, 16))))
@@ -478,7 +478,7 @@ def test_metric_names_have_a_suffix_for_other_detectors(detector_setup: Detector
     assert half.program_of("inception") is None
     [result] = compute_all(["fid50_full"], build(own))
     assert list(result.results) == [result.metric] == ["fid50_full_small"]
-    with pytest.raises(UserError, match=r"--protocol=clean: metric is50k has no such protocol, only fid<N>,"):
+    with pytest.raises(UserError, match=r"--protocol=clean: metric is50k does not support this protocol, only fid<N>,"):
         metrics.resolve("is50k", DetectorSetup(protocol="clean"))
     assert metrics.registry.find("pr50k3_full")[1] == 50_000
     assert metrics.registry.find("pr5003")[1] == 500
@@ -512,7 +512,7 @@ def test_non_finite_features_are_refused(tmp_path: Path) -> None:
             return x / (x - x)
 
     path = script_program(tmp_path / "overflow.pt", Overflow())
-    with pytest.raises(UserError, match=r"the detector overflow\.pt returns features that are not finite"):
+    with pytest.raises(UserError, match=r"the detector overflow\.pt returns non-finite features"):
         results(build(bound_to(path)), "fid50")
 
 
@@ -525,7 +525,7 @@ def test_non_finite_logits_and_values_are_refused(
             return x, x / 0
 
     path = script_program(tmp_path / "overflow.pt", Overflow())
-    with pytest.raises(UserError, match=r"overflow\.pt returns class logits that are not finite"):
+    with pytest.raises(UserError, match=r"overflow\.pt returns non-finite class logits"):
         results(build(bound_to(path)), "is50")
     monkeypatch.setattr("metrics.frechet.distance_of", lambda *_, **__: math.nan)
     with pytest.raises(UserError, match="metric fid50: fid50 is nan"):

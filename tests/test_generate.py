@@ -124,7 +124,7 @@ def test_a_class_is_required_for_conditional_networks(shapes_zip: Path, tmp_path
     refused = run(f"--network={network}", "--seeds=0", "--class=3", f"--outdir={tmp_path / 'x'}")
     assert (refused.exit_code, "--class=3: this network has the classes 0..2" in refused.output) == (2, True)
     refused = run(f"--network={network}", "--seeds=0", f"--outdir={tmp_path / 'x'}")
-    assert (refused.exit_code, "conditional; give one of its classes 0..2" in refused.output) == (2, True)
+    assert (refused.exit_code, "conditional; specify a class, 0..2" in refused.output) == (2, True)
     assert not (tmp_path / "x").exists()
 
 

@@ -55,7 +55,7 @@ def run_suite(tmp_path: Path, seconds: float = 60, **stages: SuiteStage) -> dict
         stages=stages,
         options=options(tmp_path),
         deadline=time.monotonic() + seconds,
-        again=lambda late: f"again --only={','.join(late)}",
+        rerun_command=lambda late: f"again --only={','.join(late)}",
         results={"machine": MACHINE},
     )
     suite.run()
@@ -147,7 +147,9 @@ def test_results_are_saved_after_each_stage(tmp_path: Path) -> None:
 def test_skipped_stages_are_listed_with_their_command(tmp_path: Path) -> None:
     found = run_suite(tmp_path, seconds=gpu_suite.SHORTEST + gpu_suite.GRACE - 1, first=PRINTS, second=FAILS)
     assert [stage["outcome"] for stage in found.values()] == ["not started"] * 2
-    assert "Not started; this runs it:\n\n    again --only=first,second\n" in (tmp_path / "summary.md").read_text()
+    assert (
+        "Not started; to run these stages:\n\n    again --only=first,second\n" in (tmp_path / "summary.md").read_text()
+    )
 
 
 STUBBORN = """
@@ -211,7 +213,7 @@ def test_selected_stages_include_their_dependencies(tmp_path: Path) -> None:
         *("build", "data", "train", "distance", "networks")
     ]
     assert [*gpu_suite.choose(stages, None, ["build"])] == [name for name in stages if name != "build"]
-    with pytest.raises(UserError, match="--only=network: no such stage; there are machine, build"):
+    with pytest.raises(UserError, match="--only=network: no such stage; choose from machine, build"):
         gpu_suite.choose(stages, ["network"], [])
     with pytest.raises(UserError, match="--skip=all"):
         gpu_suite.choose(stages, None, ["all"])
@@ -229,7 +231,9 @@ def test_the_curve_and_newest_image_of_a_training_are_kept(tmp_path: Path) -> No
         (run_dir / f"network-snapshot-{kimg}.pkl").write_text(kimg)
         (run_dir / f"fakes{kimg}.png").write_text(kimg)
         time.sleep(0.01)
-    suite = Suite(stages={}, options=options(tmp_path, outdir=outdir), deadline=0, again=lambda late: "", results={})
+    suite = Suite(
+        stages={}, options=options(tmp_path, outdir=outdir), deadline=0, rerun_command=lambda late: "", results={}
+    )
     assert suite.keep_run() == {
         "curve": [{"kimg": 0, "seconds": 0.0, "swd1k": 100.123}, {"kimg": 10, "seconds": 20.4, "swd1k": 90.123}]
     }

@@ -63,7 +63,7 @@ from dnnlib.config import UserError
 from dnnlib.image_files import MAX_EXIF_SEGMENTS, MAX_SCANS, BrokenImageError
 from dnnlib.images import FORMATS, IMAGE_SUFFIXES, open_image, orientation_of
 from exploration.projection import read_targets
-from metrics.sampling import explain_misfit
+from metrics.sampling import explain_shape_mismatch
 from reporting.charts import find_charts
 from reporting.drawing import draw
 from reporting.page import build_page
@@ -884,7 +884,7 @@ def test_a_highly_compressed_dataset_json_is_refused(tmp_path: Path, monkeypatch
 def test_a_shape_mismatch_names_the_dataset_tool_options(
     ours: tuple[int, ...], theirs: tuple[int, ...], remedy: str, of_network: bool
 ) -> None:
-    assert explain_misfit(ours, theirs, of_network).endswith(remedy)
+    assert explain_shape_mismatch(ours, theirs, of_network).endswith(remedy)
 
 
 def test_long_dataset_names_are_shortened(tmp_path: Path, shapes_zip: Path) -> None:

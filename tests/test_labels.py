@@ -113,17 +113,17 @@ def test_every_command_accepts_a_label(vectors_zip: Path, tmp_path: Path) -> Non
     for command in commands:
         result = run(*command, f"--network={path}", label)
         assert result.exit_code == 0, result.output
-        assert "--label: labels of this network are vectors; give 2 numbers" in refused(*command, f"--network={path}")
+        assert "--label: labels of this network are vectors; specify 2" in refused(*command, f"--network={path}")
     assert "--classes=0: labels of this network are vectors" in refused(
         *commands[1], f"--network={path}", "--classes=0-1"
     )
 
 
 REFUSALS = {
-    ("--class=0",): "--class=0: labels of this network are vectors; give 2 numbers with --label",
-    (): "--label: labels of this network are vectors; give 2 numbers, e.g. --label=0.5,...",
+    ("--class=0",): "--class=0: labels of this network are vectors; specify 2 numbers with --label",
+    (): "--label: labels of this network are vectors; specify 2 numbers, e.g. --label=0.5,...",
     ("--label=1",): "--label=1: has 1 numbers, but labels of this network have 2",
-    ("--label=1,2", "--class=0"): "--class and --label: cannot be combined; give one of them",
+    ("--label=1,2", "--class=0"): "--class and --label: cannot be combined; specify only one",
     ("--label=1,nan",): "is not a finite number",
     ("--label=1,x",): "'x' is not a valid float",
     ("--label=",): "'' is not a valid float",

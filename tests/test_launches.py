@@ -129,7 +129,7 @@ def test_the_command_prints_the_counts(capfd: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as stopped:
         launches.main(["--cases=readme,huge"])
     assert stopped.value.code == 2
-    assert "--cases: 'huge' is none of readme, cifar-large" in capfd.readouterr().err
+    assert "--cases: 'huge' is not one of readme, cifar-large" in capfd.readouterr().err
 
 
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

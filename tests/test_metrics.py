@@ -145,7 +145,7 @@ def test_pyramid_levels_sum_to_the_image() -> None:
     assert [tuple(level.shape[2:]) for level in levels] == [(70, 67), (35, 34), (18, 17)]
     total = levels[-1]
     for level in reversed(levels[:-1]):
-        total = level + sw.enlarge(total, *level.shape[2:])
+        total = level + sw.upsample(total, *level.shape[2:])
     torch.testing.assert_close(total, img)
 
     *fine, coarse = sw.laplacian_pyramid(torch.full((1, 1, 64, 48), 200.0))
@@ -175,11 +175,11 @@ def test_swd_on_cuda_equals_cpu() -> None:
 
 def test_swd_refuses_mismatched_sets() -> None:
     images = natural_images(4)
-    with pytest.raises(UserError, match="of equal number and shape"):
+    with pytest.raises(UserError, match="equal in number and shape"):
         sw.sliced_wasserstein(images, images[:3])
     with pytest.raises(UserError, match="must be uint8"):
         sw.sliced_wasserstein(images, images.float())
-    with pytest.raises(UserError, match="needs 7 pixels a side"):
+    with pytest.raises(UserError, match="needs at least 7 pixels per side"):
         sw.sliced_wasserstein(images[:, :, :6], images[:, :, :6])
 
 
@@ -327,12 +327,12 @@ def test_swd_floor_compares_disjoint_halves() -> None:
 
 def test_a_diverged_network_is_refused() -> None:
     context = metric_context(natural_images(4), truncation_psi=math.nan)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite"):
         metrics.compute("swd4", context)
 
 
 def test_a_network_that_does_not_match_the_data_is_refused() -> None:
-    with pytest.raises(UserError, match=r"network makes images of 3x32x32 .* data has 1x16x16"):
+    with pytest.raises(UserError, match=r"network generates images of 3x32x32 .* dataset has 1x16x16"):
         metric_context(natural_images(4, (1, 16, 16)), G=Stripes())
     with pytest.raises(UserError, match="conditional on labels of 10"):
         metric_context(natural_images(4), G=Stripes(c_dim=10))
@@ -351,7 +351,7 @@ def test_metric_names_contain_the_number_of_images() -> None:
 
 @pytest.mark.parametrize("name", ["swd0", "swd5K", "fidd", "swd_", ""])
 def test_unknown_metrics_are_refused_with_the_registered_names(name: str) -> None:
-    with pytest.raises(UserError, match=r"registered are .*swd<N>, swd<N>_floor"):
+    with pytest.raises(UserError, match=r"registered metrics are .*swd<N>, swd<N>_floor"):
         registry.find(name)
 
 

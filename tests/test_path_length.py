@@ -157,7 +157,7 @@ def test_lpips_input_is_downsampled_and_converted_to_rgb() -> None:
     assert seen.shape == (1, 3, 256, 256)
     torch.testing.assert_close(seen[0, 2, 3, 5], (img[0, 0, 12:16, 20:24].mean() + 1) * 127.5)
     assert path_length.lpips_input(img[:, :, :300, :300], crop=False).shape == (1, 3, 300, 300)
-    with pytest.raises(UserError, match="needs images of 16 pixels a side, and here it has 8 of the face's part"):
+    with pytest.raises(UserError, match="needs at least 16 pixels per side, but the face crop has 8"):
         path_length.lpips_input(img[:, :, :16, :16], crop=True)
 
 

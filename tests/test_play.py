@@ -153,7 +153,7 @@ NONSENSE = {
     "images?seed=0&class=0": "class=0: this model has no classes to choose from",
     "images?seed=0&other=1": "other, styles: give both or neither",
     "images?seed=0&styles=all": "other, styles: give both or neither",
-    "images?seed=0&other=1&styles=conv": "'conv' is not a style; this network has 0-4",
+    "images?seed=0&other=1&styles=conv": "'conv' is not a style; choose from 0-4",
     "images?seed=0&other=1&styles=" + "9" * 5000: "99' is not a style",
     "images?seed=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
     "images?seed=0&x=3": "x: unknown parameter",
@@ -161,7 +161,7 @@ NONSENSE = {
     "attention?seed=0": "x: is missing",
     "attention?seed=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
     "attention?seed=0&x=0&y=-1": "y=-1: must be a whole number",
-    "attention?seed=0&count=2&x=0&y=0": "count: attention maps are of a single image",
+    "attention?seed=0&count=2&x=0&y=0": "count: attention maps need a single image",
 }
 
 
@@ -319,7 +319,7 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
 
     with monkeypatch.context() as patch:
         patch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
-        assert re.search(r"http://127\.0\.0\.1:\d+/ until", run_ok("play", f"--network={network}", "--port=0"))
+        assert re.search(r"Serving http://127\.0\.0\.1:\d+/,", run_ok("play", f"--network={network}", "--port=0"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run("play", f"--network={network}", f"--port={port}")
@@ -368,7 +368,7 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
     maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
-    assert "with coarse of seed 2" in what
+    assert "with styles coarse of seed 2" in what
 
 
 def test_a_browser_hides_mixing_without_styles() -> None:

@@ -143,60 +143,69 @@ def tree(document: Any, spec: dict[str, Any]) -> None:
 FACTORY = json.dumps({"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": "[]"})
 PICKLE = saved((Harm(),))
 ATTACKS: dict[str, tuple[Change, str]] = {
-    "sample inputs": (part("data/sample_inputs/model.pt", PICKLE), "sample_inputs/model.pt in it needs more than"),
-    "sample inputs, old pickle": (part("data/sample_inputs/model.pt", pickle.dumps(Harm())), "needs more than tensors"),
-    "weights in one file": (part("data/weights/model.pt", PICKLE), "data/weights/model.pt in it needs more"),
-    "constants in one file": (part("data/constants/model.pt", PICKLE), "data/constants/model.pt in it needs more"),
-    "a pickled weight": (payload("weights", "weight_9", PICKLE), "data/weights/weight_9 in it needs more"),
-    "a pickled constant": (payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 in it needs more"),
-    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Harm())), "is no part of a program"),
-    "a script object": (payload("constants", "custom_obj_0", PICKLE), "custom_obj_0 in it is no part of a program"),
-    "a part elsewhere": (payload("weights", "../extra/x", PICKLE), "is no part of a program"),
+    "sample inputs": (part("data/sample_inputs/model.pt", PICKLE), "sample_inputs/model.pt holds more than"),
+    "sample inputs, old pickle": (part("data/sample_inputs/model.pt", pickle.dumps(Harm())), "holds more than tensors"),
+    "weights in one file": (part("data/weights/model.pt", PICKLE), "data/weights/model.pt holds more"),
+    "constants in one file": (part("data/constants/model.pt", PICKLE), "data/constants/model.pt holds more"),
+    "a pickled weight": (payload("weights", "weight_9", PICKLE), "data/weights/weight_9 holds more"),
+    "a pickled constant": (payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 holds more"),
+    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Harm())), "is not part of a program"),
+    "a script object": (payload("constants", "custom_obj_0", PICKLE), "custom_obj_0 is not part of a program"),
+    "a part elsewhere": (payload("weights", "../extra/x", PICKLE), "is not part of a program"),
     "a weight that says it is none": (
         payload("weights", "x", b"", use_pickle=False),
-        "data/weights/x in it is no part",
+        "data/weights/x is not part",
     ),
-    "a compiled library": (part("data/aotinductor/model/model.so", b"\x7fELF"), "is no part of a program"),
-    "a wrapper to compile": (part("data/aotinductor/model/wrapper.cpp", b"int x;"), "is no part of a program"),
-    "another model": (part("models/other.json", b"{}"), "models/other.json in it is no part"),
-    "an executorch program": (part("data/executorch/x.pte", b""), "is no part of a program"),
-    "an expression": (everywhere("expr_str", CODE), "which is no expression of sizes"),
-    "an expression with a text": (everywhere("expr_str", f"Max('{CODE[:-1]}')"), "which is no expression of sizes"),
+    "a compiled library": (part("data/aotinductor/model/model.so", b"\x7fELF"), "is not part of a program"),
+    "a wrapper to compile": (part("data/aotinductor/model/wrapper.cpp", b"int x;"), "is not part of a program"),
+    "another model": (part("models/other.json", b"{}"), "models/other.json is not part"),
+    "an executorch program": (part("data/executorch/x.pte", b""), "is not part of a program"),
+    "an expression": (everywhere("expr_str", CODE), "which is not an expression of sizes"),
+    "an expression with a text": (everywhere("expr_str", f"Max('{CODE[:-1]}')"), "which is not an expression of sizes"),
     "an expression without end": (
         everywhere("expr_str", "Pow(Integer(9), Pow(Integer(9), Integer(9)))"),
-        "no expression",
+        "not an expression",
     ),
-    "a power of powers": (everywhere("expr_str", "Pow(Pow(Pow(9, 8), 8), 8)"), "which is no expression of sizes"),
-    "attributes": (everywhere("expr_str", "s0.__class__.__mro__"), "which is no expression of sizes"),
-    "a lambda": (everywhere("expr_str", "(lambda: 1)()"), "which is no expression of sizes"),
-    "a condition": (everywhere("guards_code", [f"{CODE} is None"]), "which is no expression of sizes"),
-    "a condition with a method": (everywhere("guards_code", ["L['images'].tofile('x')"]), "no expression of sizes"),
-    "os.system": (called("torch.os.system"), "'torch.os.system', which is no operator"),
-    "torch.load": (called("torch.load", "x.pt"), "'torch.load', which is no operator"),
-    "operator.attrgetter": (called("_operator.attrgetter"), "'_operator.attrgetter', which is no operator"),
-    "an operator that writes": (called("torch.ops.aten.save.default", "pwned"), "which is no operator"),
-    "an operator that maps a file": (called("torch.ops.aten.from_file.default", "pwned"), "which is no operator"),
+    "a power of powers": (everywhere("expr_str", "Pow(Pow(Pow(9, 8), 8), 8)"), "which is not an expression of sizes"),
+    "attributes": (everywhere("expr_str", "s0.__class__.__mro__"), "which is not an expression of sizes"),
+    "a lambda": (everywhere("expr_str", "(lambda: 1)()"), "which is not an expression of sizes"),
+    "a condition": (everywhere("guards_code", [f"{CODE} is None"]), "which is not an expression of sizes"),
+    "a condition with a method": (everywhere("guards_code", ["L['images'].tofile('x')"]), "not an expression of sizes"),
+    "os.system": (called("torch.os.system"), "'torch.os.system', which is not a permitted operator"),
+    "torch.load": (called("torch.load", "x.pt"), "'torch.load', which is not a permitted operator"),
+    "operator.attrgetter": (
+        called("_operator.attrgetter"),
+        "'_operator.attrgetter', which is not a permitted operator",
+    ),
+    "an operator that writes": (called("torch.ops.aten.save.default", "pwned"), "which is not a permitted operator"),
+    "an operator that maps a file": (
+        called("torch.ops.aten.from_file.default", "pwned"),
+        "which is not a permitted operator",
+    ),
     "an operator of others": (
         called("torch.ops.evil.run.default"),
-        "'torch.ops.evil.run.default', which is no operator",
+        "'torch.ops.evil.run.default', which is not a permitted operator",
     ),
-    "an operator that is none": (called("torch.ops.aten.__init__.__globals__"), "which is no operator"),
-    "an extension": (called("#ext:run"), "'#ext:run', which is no operator"),
-    "a script object's method": (called("torch.ops.higher_order.call_torchbind"), "which is no operator"),
-    "a Triton kernel": (called("torch.ops.higher_order.triton_kernel_wrapper_functional"), "which is no operator"),
-    "a name": (renamed("images", f"images={CODE}"), "which is no name"),
-    "a name in quotes": (renamed("p_mix", f'p"); {CODE} #'), "which is no name"),
+    "an operator that is none": (called("torch.ops.aten.__init__.__globals__"), "which is not a permitted operator"),
+    "an extension": (called("#ext:run"), "'#ext:run', which is not a permitted operator"),
+    "a script object's method": (called("torch.ops.higher_order.call_torchbind"), "which is not a permitted operator"),
+    "a Triton kernel": (
+        called("torch.ops.higher_order.triton_kernel_wrapper_functional"),
+        "which is not a permitted operator",
+    ),
+    "a name": (renamed("images", f"images={CODE}"), "which is not a valid name"),
+    "a name in quotes": (renamed("p_mix", f'p"); {CODE} #'), "which is not a valid name"),
     "a class": (model(lambda d: d.update(class_fqn="os.system")), "an object of a custom class"),
     "a factory": (
         model(lambda d: tree(d, {"type": "collections.defaultdict", "context": FACTORY, "children_spec": []})),
-        "'collections.defaultdict', not in tuples",
+        "'collections.defaultdict', not tuples",
     ),
     "a name among the inputs": (
         model(lambda d: tree(d, {"type": "builtins.dict", "context": json.dumps([CODE]), "children_spec": []})),
-        "which is no name",
+        "which is not a valid name",
     ),
-    "an older archive": (older, "holds no program|cannot be loaded: no archive"),
-    "no JSON": (part("models/model.json", b"{"), "models/model.json in it holds Expecting"),
+    "an older archive": (older, "holds no program|cannot be loaded: not a torch.export archive"),
+    "no JSON": (part("models/model.json", b"{"), "models/model.json holds Expecting"),
     "JSON without end": (part("models/model.json", b"[" * 100_000), "nested too deep"),
 }
 
@@ -222,13 +231,13 @@ def test_only_names_that_torch_resolves_are_restricted(changed: Callable[..., Pa
     assert (tuple(features.shape), logits is not None) == ((2, 6), True)
     assert not Path("pwned").exists()
     hidden = model(lambda d: d["graph_module"]["graph"]["sym_int_values"].update(metadata={"expr_str": CODE}))
-    with pytest.raises(UserError, match="no expression of sizes"):
+    with pytest.raises(UserError, match="not an expression of sizes"):
         programs.check(changed(hidden))
 
 
 def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
     bomb = part("extra/zeros", bytes(1 << 20))
-    with pytest.raises(UserError, match="is compressed, or its parts overlap"):
+    with pytest.raises(UserError, match="is compressed or has overlapping parts"):
         programs.check(changed(bomb, zipfile.ZIP_DEFLATED))
 
 
@@ -290,7 +299,7 @@ def test_the_kind_of_a_program_is_reported_once(
         assert torch.equal(first, load_program(path, CPU)(IMAGES)[0])
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        f"--detector={path}: is a program and runs on this machine; use only those you trust"
+        f"--detector={path}: is a program that runs on this machine; use only programs that you trust"
         for path in (program, script)
     ]
 

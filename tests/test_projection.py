@@ -324,7 +324,7 @@ def test_projector_equals_project_with_other_names(
 
     monkeypatch.setattr(video, "import_extra", missing)
     result = CliRunner().invoke(projector.main, [*arguments, f"--outdir={tmp_path / 'no'}"])
-    assert (result.exit_code, "proj.mp4: no ffmpeg; or give --save-video=0" in result.stderr) == (2, True)
+    assert (result.exit_code, "proj.mp4: no ffmpeg; or use --save-video=0" in result.stderr) == (2, True)
     assert not (tmp_path / "no").exists()
     result = CliRunner().invoke(projector.main, [*arguments, "--save-video=0", f"--outdir={tmp_path / 'no'}"])
     assert (result.exit_code, (tmp_path / "no" / "proj.mp4").exists()) == (0, False)
@@ -343,7 +343,7 @@ def test_invalid_project_arguments_get_one_message(
         (["--target=/nowhere.png", "--loss=pixels"], "/nowhere.png"),
         (["--target=/nowhere", "--loss=pixels"], "/nowhere does not exist"),
         ([f"--target={good}", "--loss=pixels", "--lr=0"], "--lr=0: must be positive"),
-        ([f"--target={good}", "--loss=features"], "specify its program with --detector=FILE"),
+        ([f"--target={good}", "--loss=features"], "specify a program with --detector=FILE"),
         ([f"--target={good}", "--loss=pixels", f"--detector={program}"], "does not use a program"),
     ]:
         result = run("project", f"--network={network}", f"--outdir={out}", *arguments)

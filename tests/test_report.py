@@ -222,7 +222,7 @@ def test_long_curves_are_drawn_with_a_moving_average(tmp_path: Path) -> None:
     for place in (0, 30, 2500, 4999):
         assert trend[place] == pytest.approx(values[max(place - 50, 0) : place + 51].mean())
     x, y = drawing._extremes(chart.lines[0].curve.kimg, values)
-    assert len(x) <= 2 * drawing.SHOWN
+    assert len(x) <= 2 * drawing.SECTIONS
     assert (3210, 7) in set(zip(x, y, strict=True))  # no peak is dropped
     assert y.min() == values.min()
 
@@ -311,7 +311,7 @@ def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for problem in (
         "stats.jsonl: skipped 5 corrupt lines of 12",
-        "metric-swd5k.jsonl: skipped 1 lines that are not comparable with the last one",
+        "metric-swd5k.jsonl: skipped 1 lines that are not comparable with the last line",
         "metric-fid.jsonl: skipped 1 corrupt lines of 1",
         "fakes000004.png: cannot be read",
         "fakes000008.png: cannot be read",

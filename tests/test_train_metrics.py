@@ -316,7 +316,7 @@ def test_the_best_network_ignores_records_of_other_reals(
     shown = read_run(run_dir, "run")
     expected = [0.064] if with_flips else [0.0, 0.032, 0.064]
     assert shown.metrics["fid60_full"].kimg.tolist() == expected
-    assert any("not comparable with the last one" in problem for problem in shown.problems) == with_flips
+    assert any("not comparable with the last line" in problem for problem in shown.problems) == with_flips
 
 
 def test_the_best_network_is_saved_before_its_record(

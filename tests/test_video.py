@@ -27,7 +27,14 @@ from scipy.spatial import geometric_slerp
 from dnnlib.config import UserError, WriteError
 from exploration.directions import save_directions
 from exploration.model import save_styles
-from exploration.morphing import Timing, film, sweep_direction, sweep_truncation, through_latents, through_styles
+from exploration.morphing import (
+    Timing,
+    render_frames,
+    sweep_direction,
+    sweep_truncation,
+    through_latents,
+    through_styles,
+)
 from exploration.video import check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
@@ -118,7 +125,7 @@ def test_grid_cells_are_in_row_major_order() -> None:
     model = make_model(batch=5)
     timing = Timing(num_keys=2, steps=2, loop=True)
     keys = torch.stack([model.styles_of((2 * cell, 2 * cell + 1)) for cell in range(6)])
-    frames = np.stack(list(film(model, through_styles(keys, "w", timing), timing, (3, 2), 2)))
+    frames = np.stack(list(render_frames(model, through_styles(keys, "w", timing), timing, (3, 2), 2)))
     assert frames.shape == (4, 2 * 64, 3 * 64, 3)
     image = model.images(keys[4, 1:])[0].permute(1, 2, 0).numpy()
     assert np.array_equal(frames[2, 64:128:2, 64:128:2], image)  # row 1, column 1
@@ -205,7 +212,7 @@ def test_invalid_video_arguments_get_one_message(
         (["--fps=60"], "--fps=60: browsers show no more than 50 frames of a GIF per second"),
         (["--grid=2x1"], "--grid: 3 keyframes cannot be divided evenly among 2 cells"),
         (["--fps=nan"], "'nan' is not a finite number"),
-        (["--fps=0.5"], "--fps=0.5: must be 1 or more"),
+        (["--fps=0.5"], "--fps=0.5: must be at least 1"),
         (["--grid=2x" + "9" * 5000], "is not a number of columns and rows such as 3x2"),
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
         (["--strength=2"], "specify one with --direction"),
@@ -264,6 +271,6 @@ def test_an_error_keeps_the_old_video(tmp_path: Path) -> None:
         with pytest.raises(KeyError):
             write(path, 1, KeyError)
         assert path.read_text() == "old"
-    with pytest.raises(WriteError, match="ffmpeg cannot write it"):
+    with pytest.raises(WriteError, match="ffmpeg failed"):
         write(tmp_path / "v.mp4", 100_000, width=40_000)  # wider than x264 supports
     assert len(list(tmp_path.iterdir())) == 2

@@ -28,7 +28,7 @@ from exploration.commands.options import BATCH, CLASS, DEVICE, LABEL, NETWORK, P
 )
 @option("--direction", metavar="FILE:INDEX", help="Edit the images along a direction found by `directions`.")
 @option("--strength", type=float, help="Strength of the edit, in standard deviations of w.  [default: 1]")
-@option("--grid", is_flag=True, help="Also write all images to one grid, grid.png.")
+@option("--grid", is_flag=True, help="Also write a grid of all images, grid.png.")
 @BATCH
 @PRECISION
 @switch("--compile", "use_compile", help="Compile the generator; worthwhile for thousands of images.")

@@ -26,8 +26,8 @@ def mixed_styles(default: str) -> Decorator:
         "--col-styles",
         default=default,
         show_default=True,
-        help="Styles taken from the column image: indices such as 0-3,5, or names of style groups. Others come from "
-        "the row image.",
+        help="Styles taken from the column image: indices such as 0-3,5, or names of style groups. Other styles come "
+        "from the row image.",
     )
 
 

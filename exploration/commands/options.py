@@ -12,7 +12,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")  # the keys of REDUCED in training/network
 
 NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its URL.")
 OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-TRUNC = option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = none, 0 = the average.")
+TRUNC = option(
+    "--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = no truncation, 0 = the average."
+)
 CLASS = option("--class", "class_index", type=int, help="Class label of a conditional network.")
 LABEL = option("--label", type=FloatList(), help="Label of a network with vector labels, e.g. 3.0,20.0.")
 BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size.")
@@ -25,7 +27,7 @@ PRECISION = option(
     show_default=True,
     help="Precision of activations; bf16 and fp16 are faster on a GPU and change images slightly.",
 )
-# Commands that analyse a model treat an image as a function of its styles, so the noise is never random.
+# Commands that analyse a model treat an image as a function of its styles, so random noise is not offered.
 FIXED_NOISE = option(
     "--noise-mode",
     type=click.Choice(["const", "none"]),

@@ -51,7 +51,7 @@ PROJECTION_OPTIONS = (
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
 @with_options(PROJECTION_OPTIONS)
 @option("--seed", type=int, default=0, show_default=True, help="Random seed.")
-@switch("--save-video", help="Also write a video of the optimization next to the target, proj00.mp4.")
+@switch("--save-video", help="Also write proj00.mp4 and so on: the target and the optimization side by side.")
 @OUTDIR
 def project(**options: Any) -> None:
     """Project images into the latent space of a generator.

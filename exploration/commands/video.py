@@ -36,14 +36,14 @@ class GridSize(click.ParamType):
     show_default=True,
     help="Interpolation between keyframes: linear in w, spherical in z, or a cubic spline in w.",
 )
-@option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; the keyframes are divided in order.")
+@option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; each gets consecutive keyframes.")
 @option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames per keyframe interval.")
 @option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class labels of the keyframes in a cell, e.g. 0-9.")
 @option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back if looped.")
 @option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction found by `directions`.")
-@option("--strength", type=float, help="Strength of the edit to both sides, in standard deviations of w.  [default: 3]")
+@option("--strength", type=float, help="Largest edit in both directions, in standard deviations of w.  [default: 3]")
 @option("--scale", type=click.IntRange(min=1), help="Integer upscaling of images.  [default: to at least 128 pixels]")
 def video(**options: Any) -> None:
     """Write a video that interpolates between images.
