@@ -115,7 +115,8 @@ def test_generation_measures_each_batch_size(tmp_path: Path) -> None:
     assert [(row["mode"], row["batch"]) for row in rows] == [("fp32", 1), ("fp32", 9), ("bf16", 1), ("bf16", 9)]
     for row in rows:
         assert row["network"] == path.name
-        assert row["img_per_s"] * row["ms_per_batch"] == pytest.approx(1000 * row["batch"], rel=0.02)
+        rounding = 0.05 * row["ms_per_batch"] + 0.005 * row["img_per_s"] + 0.001  # of both printed values
+        assert row["img_per_s"] * row["ms_per_batch"] == pytest.approx(1000 * row["batch"], abs=rounding)
 
 
 def test_networks_count_parameters_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
