@@ -94,7 +94,7 @@ def test_errors_name_the_invoked_command(tmp_path: Path) -> None:
     for side in (8, 16):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     source = [f"--source={tmp_path}", f"--dest={tmp_path / 'dataset_tool.py.zip'}", "--workers=1"]
-    again = message(main, "dataset", *source).split("To go on:\n  ")[1]
+    again = message(main, "dataset", *source).split("To continue:\n  ")[1]
     assert again.startswith(f"styleformer dataset {source[0]} {source[1]} ")
     (tmp_path / "train.py").touch()
     assert f"{tmp_path / 'train.py'}: not a file of this project" in message(
