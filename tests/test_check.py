@@ -100,7 +100,7 @@ def test_skipped_files_and_detected_labels_are_reported(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines()[:3] == [
         "Note: images are in 2 folders: cat 3, dog 2: --labels-from-folders makes the folders classes",
-        "Left out, 1 file:",
+        "Skipped 1 file:",
         "  1 .txt",
     ]
     nested = write_dataset(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])
