@@ -246,7 +246,7 @@ def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
         return matrix
     assert name == "saturation"
     matrix = luma + 2 ** n[0] * (eye - luma)
-    matrix[3, 3] = 1  # changes colours only
+    matrix[3, 3] = 1  # acts on colours only
     return matrix
 
 

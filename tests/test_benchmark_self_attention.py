@@ -95,7 +95,7 @@ def test_windows_need_less_memory_than_the_whole_grid() -> None:
 
 
 def test_grid_attention_measures_the_modules_of_the_networks() -> None:
-    """The measured modules are those of the networks; each measurement starts with a small case."""
+    """The benchmark measures modules of the networks; each measurement starts with a small case."""
     sizes: dict[str, Any] = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
     for form in grid_attention.FORMS:
         case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)

@@ -63,7 +63,7 @@ def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: py
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
     (row,) = results(train_step.main, *TINY_STEP, "--batch=8", "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
-    names = [name for name, batch, _ in calls if batch == 8]  # other sizes count operations
+    names = [name for name, batch, _ in calls if batch == 8]  # calls with other batch sizes count operations
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
     assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # restored

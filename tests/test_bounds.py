@@ -1045,7 +1045,7 @@ INVALID_VALUES = {
     )
 }
 INVALID_VALUES["deep value"] = set_value("run.total_kimg", "[" * 950 + "]" * 950)
-CORRUPT_RUNS = CORRUPT_FILES | INVALID_VALUES
+DAMAGED_RUNS = CORRUPT_FILES | INVALID_VALUES
 
 
 def test_invalid_numbers_in_options_of_a_run_are_refused(tmp_path: Path) -> None:
@@ -1067,7 +1067,7 @@ def test_resume_latest_skips_a_run_with_corrupt_options(
         run_dir.mkdir()
         shutil.copy(STATE, run_dir / "training-state-000001.pt")
         (run_dir / OPTIONS_FILE).write_text(json.dumps(to_json(config)))
-    CORRUPT_RUNS[name](tmp_path / "00001-run" / OPTIONS_FILE)
+    DAMAGED_RUNS[name](tmp_path / "00001-run" / OPTIONS_FILE)
     start = resume.choose_start(resume.RunRequest(outdir=tmp_path, resume="latest"))
     assert start.run_dir == tmp_path / "00000-run"
     warnings = capsys.readouterr().err.splitlines()

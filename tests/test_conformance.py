@@ -283,7 +283,7 @@ def test_gradients_of_a_penalty_equal_finite_differences(case: Case) -> None:
 
 
 def assert_equals_finite_differences(function: Callable[[], Tensor], parameters: list[nn.Parameter]) -> None:
-    """Compare the derivative by autograd with the numerical derivative along a random direction.
+    """Compare the autograd derivative with a numerical derivative along a random direction.
 
     A smaller step is tried if they differ, because a step may cross the kink of a leaky ReLU.
     """

@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "augment__pipe": "bgc",
     "precision": "fp32",
     "run__data_on_gpu": False,
-    # With the default epsilon, Adam's first steps are the signs of the gradients; rounding may flip small gradients.
+    # With the default epsilon, Adam's first steps are gradient signs, and rounding may flip those of small gradients.
     "g_optimizer__eps": 1e-2,
     "d_optimizer__eps": 1e-2,
 }

@@ -571,7 +571,7 @@ def test_requested_statistics_follow_the_protocol(detector_setup: DetectorSetup,
 
 
 def test_the_documented_feature_metric_works(detector_setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example equals NumPy, with all reals and with equal numbers, and shares passes with other metrics."""
+    """The example equals NumPy for all reals and for equal numbers, and shares passes with other metrics."""
     monkeypatch.setattr(metrics.registry, "_METRICS", dict(metrics.registry._METRICS))
     guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
     _, example = guide.split("features of reals and fakes, as FID, KID and precision do")

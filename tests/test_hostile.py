@@ -389,7 +389,7 @@ def test_hostile_option_values_get_one_error_message(
         name, flag = entry
         command, arguments = scripts[name]
         if flag == "--gpus" and value.strip().isdigit() and int(value[:9]) <= 16:
-            return  # would start as many processes
+            return  # would start that many processes
         if flag in ("--dest", "--outdir"):
             value = f"work/{value}"  # output must stay inside this folder
         (tmp_path / "work" / "set.zip").unlink(missing_ok=True)

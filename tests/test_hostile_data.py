@@ -667,7 +667,7 @@ def test_projection_targets_are_checked_first_without_blocking(tmp_path: Path, s
 
 
 def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
-    """Write a run with two ticks, a metric and an image; replace `files` by their content, None by a pipe."""
+    """Write a run with two ticks, a metric and an image; `files` adds or replaces files, None makes a pipe."""
     ticks = [{"Progress/kimg": k, "Timing/total_sec": 9.0 * k, "Loss/G/loss": {"mean": 1.0 + k}} for k in range(2)]
     own: dict[str, bytes | None] = {
         "training_options.json": b'{"run": {"total_kimg": 100}}',
