@@ -209,13 +209,13 @@ def test_a_corrupt_folder_is_refused_with_the_name_of_the_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dest={}/n.zip"], "which form is that? .pkl is a snapshot, .onnx ONNX"),
+        (["--dest={}/n.zip"], "unknown suffix: use .pkl for a snapshot, .onnx for ONNX"),
         (["--dest={}/there"], "there exists and will not be overwritten: remove it or choose another name"),
         (["--dest={}/n.pkl"], "n.pkl exists and will not be overwritten"),
         (["--dest={}/g.onnx"], "g-synthesis.onnx exists and will not be overwritten"),
         (["--dest={}/there", "--format=hub"], "there exists and will not be overwritten"),
-        (["--dest={}/new", "--license=mit"], "--license=mit: is for --format=hub, this is safetensors; leave it out"),
-        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: is for --format=onnx, this is snapshot"),
+        (["--dest={}/new", "--license=mit"], "--license=mit: applies to --format=hub only, not to safetensors; omit it"),
+        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: applies to --format=onnx only, not to snapshot"),
         (["--dest=/proc/new"], "/proc/new: cannot be written"),
         (["--dest=/proc/new/n.pkl"], "/proc/new/n.pkl: cannot be written"),
         (["--dest=/proc/new", "--format=hub"], "/proc/new: cannot be written"),

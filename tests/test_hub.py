@@ -190,7 +190,7 @@ def test_upload_and_download_go_through_the_library(
 def test_corrupt_folders_are_refused(folder: Path) -> None:
     path = folder / "G_ema.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match=r"G_ema\.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"G_ema\.safetensors: corrupt or modified"):
         HubModel.from_pretrained(folder)
 
 
